@@ -1,0 +1,3 @@
+"""sparsify: a torch.compile backend for sparse long context."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,49 @@
+"""One class per kind of failure. Each says what failed, where, why, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SparsifyError(Exception):
+    """Base of every error that sparsify raises on purpose.
+
+    Args:
+        what: the failure in one clause.
+        where: layer path, file or key that it concerns.
+        hint: what the user can do.
+    """
+
+    def __init__(self, what: str, *, where: str = "", hint: str = ""):
+        self.what, self.where, self.hint = what, where, hint
+        super().__init__((f"{where}: " if where else "") + what + (f" ({hint})" if hint else ""))
+
+
+class ConfigError(SparsifyError):
+    """A configuration file or option that cannot be used as given."""
+
+
+class PlanError(SparsifyError):
+    """A plan file that does not fit the model or cannot be read."""
+
+
+class MatchError(SparsifyError):
+    """A site was recognised but its record could not be completed: a bug of ours, never the user's."""
+
+
+class RewriteError(SparsifyError):
+    """A pass could not apply its own proposal."""
+
+
+class VerifyError(SparsifyError):
+    """A rewritten graph failed a structural or numerical check."""
+
+
+class KernelError(SparsifyError):
+    """A generated kernel could not be written, loaded, compiled or launched."""
+
+
+class CacheFolderError(KernelError):
+    """The folder for generated code is not safe to load from, or cannot be written."""
+
+
+class UnsupportedError(SparsifyError):
+    """A device, dtype or shape that an operator does not serve."""

@@ -1,0 +1,91 @@
+"""What an attention mask says, as data. `predicates` proves these records; passes and ops consume them.
+
+Positions: query row `q` of a site sits at key position `q + query_start`. A key `k` is visible to it when every clause of the
+record holds:
+
+    causal      k <= q + query_start
+    window      k >  q + query_start - window
+    padding     padding[b, k + shift] != 0
+    documents   documents[b, k] == documents[b, q + query_start]
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import sympy
+from torch import fx
+
+
+class MaskKind(enum.Enum):
+    NONE = "none"  # every key is visible
+    PROVED = "proved"  # exactly the conjunction of the clauses below
+    OPAQUE = "opaque"  # could not be read: refuse, stay dense, say why
+
+
+@dataclass(frozen=True)
+class QueryStart:
+    """Key position of a site's first query row: `leaf + constant`, or bottom-right (`key_len - query_len`) when both are None.
+
+    leaf: graph node of an integer tensor with one element, read at run time (a static cache's cumulative length).
+    constant: integer expression over the graph's symbolic sizes.
+    """
+
+    leaf: fx.Node | None = None
+    constant: sympy.Expr | None = None
+
+    @property
+    def bottom_right(self) -> bool:
+        return self.leaf is None and self.constant is None
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor of the graph, [batch, at least key_len + shift], read at [b, k + shift]. A batch of 1 broadcasts."""
+
+    node: fx.Node
+    shift: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+
+
+@dataclass(frozen=True)
+class MaskPredicate:
+    """The conjunction that a mask was proved to be, or the reason why it could not be read.
+
+    window: tokens each row sees, counting itself; None without such a clause. A window that provably covers all keys is dropped.
+    condition: the sympy condition on (b, h, q, k), for reports.
+    """
+
+    kind: MaskKind
+    causal: bool = False
+    query_start: QueryStart = field(default_factory=QueryStart)
+    window: int | None = None
+    padding: Leaf | None = None
+    documents: Leaf | None = None
+    condition: str = ""
+    reason: str = ""
+
+    @property
+    def opaque(self) -> bool:
+        return self.kind is MaskKind.OPAQUE
+
+    def describe(self) -> str:
+        """One short phrase for tables: `causal, window 4096, padding`."""
+        if self.opaque:
+            return f"opaque: {self.reason}"
+        words = []
+        if self.causal:
+            start = self.query_start
+            if start.bottom_right:
+                words.append("causal")
+            elif start.leaf is not None:
+                words.append(f"causal from {start.leaf.name}" + (f"+{start.constant}" if start.constant else ""))
+            else:
+                words.append(f"causal from {start.constant}")
+        if self.window is not None:
+            words.append(f"window {self.window}")
+        if self.padding is not None:
+            words.append("padding")
+        if self.documents is not None:
+            words.append("documents")
+        return ", ".join(words) or "none"
