@@ -1,0 +1,83 @@
+"""Compiles generated kernels for a GPU architecture on a machine without a GPU, and reads what they cost.
+
+ptxas and cuobjdump come in Triton's wheel. Triton does not reject too much shared memory at compile time, so tests compare
+`Resources.shared` with `SHARED_LIMIT` themselves.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# bytes of shared memory that one thread block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """registers: per thread. spilled, shared: bytes. wgmma, mma, cp_async: instructions in the PTX."""
+
+    registers: int
+    spilled: int
+    shared: int
+    wgmma: int
+    mma: int
+    cp_async: int
+
+
+def compile_kernel(
+    kernel,
+    signature: Mapping[str, str],
+    *,
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+    constexprs: Mapping[str, object] | None = None,
+    divisible: Iterable[str] = (),
+) -> Resources:
+    """Compiles one `triton.jit` function.
+
+    Args:
+        signature: type of every argument as Triton writes it (`*bf16`, `i32`, `fp32`, `constexpr`).
+        arch: compute capability times ten: 80, 90, 100.
+        constexprs: values of the `constexpr` arguments.
+        divisible: arguments known to be multiples of 16 at a real launch; without them another, worse kernel comes out.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(kernel.arg_names)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constexprs or {}), attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    ptx = compiled.asm["ptx"]
+    registers, spilled = _usage(compiled.asm["cubin"])
+    return Resources(
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),
+        cp_async=ptx.count("cp.async"),
+    )
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory per thread, where spilled registers go."""
+    import triton
+
+    tool = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout + done.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {done.stdout}{done.stderr}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local

@@ -1,0 +1,36 @@
+"""Mends Triton 3.6's interpreter for tests; import it before any kernel runs.
+
+With numpy >= 2.4 every loop with a run-time bound fails, and a bf16 `tl.dot` multiplies the raw 16-bit patterns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+
+def install() -> None:
+    """Patches the interpreter once per process."""
+    if getattr(interpreter, "_sparsify_mended", False):
+        return
+    interpreter._sparsify_mended = True
+    patch_tensor = interpreter._patch_lang_tensor
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def patched(tensor, scope):
+        patch_tensor(tensor, scope)
+        # int() of a one-element array of one dimension is an error since numpy 2.4
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def float_operand(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        widened = interpreter._convert_float(operand.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(widened, tl.float32)
+
+    def dot(self, a, b, accumulator, precision, max_imprecise):
+        return create_dot(self, float_operand(a), float_operand(b), accumulator, precision, max_imprecise)
+
+    interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = dot
