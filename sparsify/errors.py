@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SparsifyError(Exception):
     """Base of every error that sparsify raises on purpose.
@@ -47,3 +50,12 @@ class CacheFolderError(KernelError):
 
 class UnsupportedError(SparsifyError):
     """A device, dtype or shape that an operator does not serve."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the one that was probably meant, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(known) if known else ""
