@@ -1,3 +1,27 @@
-"""sparsify: a torch.compile backend for sparse long context."""
+"""sparsify: a torch.compile backend for sparse long context.
+
+    model.compile(backend="sparsify")
+
+Submodules load on first use, so that listing torch.compile backends stays cheap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sparsify.api import compile, explain
+    from sparsify.plan import Plan
+
+_HOME = {"compile": "sparsify.api", "explain": "sparsify.api", "Plan": "sparsify.plan"}
+__all__ = ["Plan", "compile", "explain"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -20,6 +20,10 @@ heads, or one per query head (0 = none for that head). A row without a visible k
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -112,3 +116,20 @@ torch.library.register_fake(f"{NAMESPACE}::select_blocks", _select_blocks_fake, 
 
 attention = torch.ops.sparsify.attention.default
 select_blocks = torch.ops.sparsify.select_blocks.default
+
+# Called as observer(query, key, counts, indices, **keywords of select_blocks) after each block selection; reading the block lists
+# costs a device synchronisation, so the list is empty unless a tool asks.
+select_observers: list[Callable[..., None]] = []
+
+
+def observed_selection(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Wraps a kernel of `select_blocks` so that observers see what it chose."""
+
+    @functools.wraps(select)
+    def wrapped(query: Tensor, key: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+        counts, indices = select(query, key, **call)
+        for observer in select_observers:
+            observer(query, key, counts, indices, **call)
+        return counts, indices
+
+    return wrapped

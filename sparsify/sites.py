@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
 from torch import fx
 
-from sparsify.masks import MaskPredicate
+from sparsify.masks import Leaf, MaskPredicate, QueryStart
 
 Size = int | sympy.Expr
 Phase = Literal["prefill", "chunk", "decode"]
@@ -60,6 +61,11 @@ class AttentionSite:
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)  # nodes that only compute this attention, output included
 
+    def mapped(self, mapping: dict[fx.Node, fx.Node]) -> AttentionSite:
+        """The same site in a copy of its graph; `mapping` sends each node to its copy."""
+        moved = {f.name: _mapped(getattr(self, f.name), mapping) for f in dataclasses.fields(self)}
+        return AttentionSite(**moved)
+
     @property
     def phase(self) -> Phase:
         """decode: one query row; prefill: as many rows as keys, starting at key 0; chunk: anything between."""
@@ -68,3 +74,13 @@ class AttentionSite:
         if self.query_len == self.key_len and self.mask.query_start.bottom_right:
             return "prefill"
         return "chunk"
+
+
+def _mapped(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
+    if isinstance(value, fx.Node):
+        return mapping[value]
+    if isinstance(value, tuple):
+        return tuple(_mapped(v, mapping) for v in value)
+    if isinstance(value, Leaf | QueryStart | MaskPredicate):
+        return dataclasses.replace(value, **{f.name: _mapped(getattr(value, f.name), mapping) for f in dataclasses.fields(value)})
+    return value

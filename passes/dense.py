@@ -1,0 +1,56 @@
+"""dense: the same attention by a faster route. Exact.
+
+Traced transformers hand SDPA a materialised 4-D mask and repeated keys and values, which shuts the fast kernels out. Where the
+mask is proved, both go: plain causal prefill becomes SDPA with is_causal and enable_gqa, everything else (offsets, windows,
+padding, documents) becomes sparsify's attention op with the mask's clauses as operands.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from sparsify.costs import attention_seconds
+from sparsify.editor import Editor, attention_call
+from sparsify.masks import MaskKind
+from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
+from sparsify.sites import AttentionSite
+
+
+class Dense(Pass):
+    name: ClassVar[str] = "dense"
+    lossy: ClassVar[bool] = False
+
+    def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
+        refusal = refuse_common(self, site)
+        if refusal is not None:
+            return refusal
+        kernel = "sdpa" if serves_sdpa(site) else "attention"
+        note = "exact; " + ("SDPA without mask" if kernel == "sdpa" else f"mask as operands of {context.kernels} attention")
+        return Proposal(self, attention_seconds(site, context.device, kernel=kernel), note=note)
+
+    def rewrite(self, editor: Editor, site: AttentionSite) -> None:
+        editor.at(site)
+        if not serves_sdpa(site):
+            editor.replace(site, attention_call(editor, site))
+            return
+        grouped = site.query_heads != site.kv_heads
+        causal = site.mask.causal and site.query_len != 1
+        call = {"is_causal": causal, "scale": site.scale} | ({"enable_gqa": True} if grouped else {})
+        editor.replace(site, editor.call(F.scaled_dot_product_attention, site.query, site.key, site.value, **call))
+
+
+def serves_sdpa(site: AttentionSite) -> bool:
+    """Whether SDPA can express the site without a mask tensor: no mask, one query row at the end, or a square causal mask.
+
+    SDPA's is_causal is aligned top-left, so a chunk (query_len < key_len) needs the op's bottom-right offset.
+    """
+    mask = site.mask
+    if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None or site.qk_head_dim != site.v_head_dim:
+        return False
+    if mask.kind is MaskKind.NONE:
+        return True
+    if mask.window is not None or mask.padding is not None or mask.documents is not None or not mask.query_start.bottom_right:
+        return False
+    return site.query_len == 1 or site.query_len == site.key_len

@@ -1,0 +1,97 @@
+"""xattention: antidiagonal scoring picks key blocks per query block and head; attention visits only those.
+
+Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428. Beside the published sum over a query
+block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matters when one query needs it.
+
+A block's choice depends on all queries of its query block: values stay causal, but changing the tail of a prompt can change
+logits of up to block - 1 rows before it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sparsify import ops
+from sparsify.costs import antidiagonal_crossover, attention_seconds, estimate_seconds
+from sparsify.editor import Editor, attention_call
+from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
+from sparsify.sites import AttentionSite
+
+# With this density expected, a proposal's time is computed; the realised one depends on the prompt.
+_TYPICAL_DENSITY = 0.2
+
+
+class XAttention(Pass):
+    """threshold: share of a row's estimated mass to keep, one for all heads or one per query head; 1 keeps everything.
+    density: keep this share of each row's causal blocks instead of a threshold."""
+
+    name: ClassVar[str] = "xattention"
+
+    stride: Literal[4, 8, 16] = Field(8, description="tokens that one score of the estimate spans; smaller is finer and slower")
+    block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
+    pool: Literal["sum", "max"] = Field("max", description="how a query block's cells are combined; sum is the published rule")
+    threshold: float | tuple[float, ...] = Field(0.95, description="share of a row's estimated mass to keep; a list gives one per query head")
+    density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
+
+    @field_validator("threshold")
+    @classmethod
+    def _in_range(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not all(0 <= v <= 1 for v in values):
+            raise ValueError("must lie between 0 and 1")
+        return value
+
+    @model_validator(mode="after")
+    def _stride_divides_block(self) -> XAttention:
+        if self.block % self.stride:
+            raise ValueError(f"stride {self.stride} does not divide block {self.block}")
+        return self
+
+    def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
+        refusal = refuse_common(self, site)
+        if refusal is not None:
+            return refusal
+        if site.phase == "decode":
+            return self.refuse("one query row: nothing to estimate, decode stays dense")
+        if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None:
+            return self.refuse("the estimate does not model softcap, sink logits or alibi")
+        if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
+            return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")
+        if context.min_length is None and context.kernels == "reference":
+            return self.refuse("no sparse kernel on this device: the plain reference is never faster than dense", "min_length = 0 forces it")
+        start = context.min_length
+        if start is None:
+            start = antidiagonal_crossover(context.device, self.stride, self.block, int(site.qk_head_dim), self.density)
+        share = self.density or _TYPICAL_DENSITY
+        seconds = estimate_seconds(site, context.device, self.stride, self.block) + attention_seconds(site, context.device, share=share)
+        rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
+        note = f"stride {self.stride}, {self.pool}, {rule}, block {self.block}"
+        return Proposal(self, seconds, density=self.density, min_key_len=start, note=note)
+
+    def rewrite(self, editor: Editor, site: AttentionSite) -> None:
+        mask = editor.at(site).mask_operands(site)
+        threshold = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        blocks = editor.call(
+            ops.select_blocks,
+            site.query,
+            site.key,
+            key_flags=mask.key_flags,
+            segments=mask.segments,
+            query_start=mask.query_start,
+            scale=site.scale,
+            causal=mask.causal,
+            windows=[mask.window] if mask.window else [],
+            pool=self.pool,
+            stride=self.stride,
+            block_size=self.block,
+            threshold=list(threshold),
+            density=self.density or 0.0,
+            version=ops.VERSION,
+        )
+        counts, indices = editor.items(blocks, 2)
+        editor.replace(site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
+
+    def keep_all(self) -> XAttention:
+        return self.model_copy(update={"threshold": 1.0, "density": None})

@@ -1,0 +1,89 @@
+"""What users call: `sparsify.compile`, `sparsify.explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sparsify import blockmask, config, method, ops, pipeline
+from sparsify.errors import UnsupportedError
+from sparsify.plan import Plan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Model:
+    """Compiles a model in place, calls and `generate()` alike, and returns it.
+
+    `torch.compile(model, backend="sparsify")` returns a wrapper whose `generate()` runs the model underneath, uncompiled; this
+    does not. Options are checked now rather than at the first call.
+
+    Args:
+        options: as in docs/configuration.md, for example `passes=["dense"]` or `xattention={"stride": 16}`.
+
+    Raises:
+        ConfigError: unknown or impossible options.
+        UnsupportedError: `model` is the wrapper that torch.compile returns.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
+    config.load(options, mode=mode, method_models=method.discover())
+    if mode is not None:
+        options["mode"] = mode
+    model.compile(backend="sparsify", options=options or None, dynamic=dynamic, fullgraph=fullgraph)
+    return model
+
+
+@contextmanager
+def collect_plans() -> Iterator[list[Plan]]:
+    """The plans of all graphs that are compiled inside the block, in order."""
+    plans: list[Plan] = []
+    token = pipeline.collector.set(plans)
+    try:
+        yield plans
+    finally:
+        pipeline.collector.reset(token)
+
+
+@torch.no_grad()
+def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Plan:
+    """What sparsify would do with one call `model(*args, **inputs)`: a plan that prints as a table.
+
+    Runs the model once on these inputs, without Inductor, and leaves it as it was; densities are the realised ones.
+
+    Raises:
+        ConfigError: as `compile`.
+    """
+    settings = {**(options or {}), "lower": "eager"}
+    config.load(settings, method_models=method.discover())
+    torch._dynamo.reset()
+    forward = torch.compile(model.forward, backend="sparsify", options=settings)
+    try:
+        with collect_plans() as plans, record_density() as densities:
+            forward(*args, **inputs)
+    finally:
+        torch._dynamo.reset()
+    merged = Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(p.fallback for p in plans if p.fallback))
+    selecting = [d for d in merged.decisions if d.method is not None and "threshold" in d.options]
+    for decision, density in zip(selecting, densities, strict=False):
+        decision.realised_density = density
+    return merged
+
+
+@contextmanager
+def record_density() -> Iterator[list[float]]:
+    """The realised share of causal blocks of every block selection that runs inside the block, in order of execution."""
+    densities: list[float] = []
+
+    def observe(query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, **call: Any) -> None:
+        densities.append(blockmask.call_density(query, key, counts, **call))
+
+    ops.select_observers.append(observe)
+    try:
+        yield densities
+    finally:
+        ops.select_observers.remove(observe)

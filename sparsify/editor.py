@@ -1,0 +1,256 @@
+"""The only code that changes a graph: nodes in front of a site, the site's output replaced, what it orphaned erased."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+
+from sparsify import ops
+from sparsify.errors import RewriteError
+from sparsify.masks import Leaf
+from sparsify.sites import AttentionSite, Size
+
+
+@dataclass(frozen=True)
+class MaskOperands:
+    """The mask's clauses as operands of the attention ops (see `sparsify.ops`)."""
+
+    key_flags: fx.Node | None
+    segments: fx.Node | None
+    query_start: fx.Node | None
+    causal: bool
+    window: int  # 0 without one
+
+
+@dataclass
+class Editor:
+    """Inserts nodes before a site, replaces its output and erases what only served it.
+
+    Emits torch functions, tensor methods and operators only: AOTAutograd's cache declines graphs that call anything else.
+    """
+
+    graph: fx.Graph
+    inserted: list[fx.Node] = field(default_factory=list)
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _shared: dict[Any, fx.Node] = field(default_factory=dict)
+    _before: fx.Node | None = None
+
+    def at(self, site: AttentionSite) -> Editor:
+        self._before = site.output
+        return self
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call_function node before the current site, its example value computed on fake tensors."""
+        return self._insert("call_function", target, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Likewise a call_method node."""
+        return self._insert("call_method", name, args, kwargs)
+
+    def _insert(self, kind: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
+        if self._before is None:
+            raise RewriteError("the editor has no position", hint="call editor.at(site) first")
+        with self.graph.inserting_before(self._before):
+            node = self.graph.create_node(kind, target, args, kwargs)
+        fake_mode = detect_fake_mode([n.meta.get("example_value") for n in self.graph.nodes if n.op == "placeholder"])
+        function = target if kind == "call_function" else lambda self_, *a, **k: getattr(self_, target)(*a, **k)
+        with fake_mode or contextlib.nullcontext():
+            node.meta["example_value"] = function(*values(args), **values(kwargs))
+        for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+            if key in self._before.meta:
+                node.meta[key] = self._before.meta[key]
+        self.inserted.append(node)
+        return node
+
+    def items(self, pair: fx.Node, count: int) -> list[fx.Node]:
+        """The elements of a node that returns a tuple."""
+        return [self.call(operator.getitem, pair, i) for i in range(count)]
+
+    def replace(self, site: AttentionSite, value: fx.Node) -> None:
+        """Every use of the site's output reads `value` instead, in the strides that the graph expects."""
+        old, new = values(site.output), values(value)
+        if site.output_stride_order == "bhqd" and not new.is_contiguous():
+            value = self.method("contiguous", value)
+        elif site.output_stride_order == "bqhd" and not new.transpose(1, 2).is_contiguous():
+            value = self.method("transpose", self.method("contiguous", self.method("transpose", value, 1, 2)), 1, 2)
+        elif site.output_stride_order == "other":
+            empty = self.call(torch.empty_strided, tuple(old.shape), old.stride(), dtype=old.dtype, device=old.device)
+            value = self.method("copy_", empty, value)
+        site.output.replace_all_uses_with(value)
+        self.replaced[site.output] = value
+
+    def mask_operands(self, site: AttentionSite, *, sinks: int = 0) -> MaskOperands:
+        """The site's proved clauses as operands. With sinks > 0 and a padding clause, the first `sinks` visible keys of each
+        batch row carry the sink bit. Layers that read the same mask share these nodes."""
+        mask = site.mask
+        flags = segments = None
+        if mask.padding is not None:
+            key = ("flags", mask.padding, sinks, str(site.key_len), str(site.batch))
+            flags = self._once(key, lambda: self._key_flags(self._rows(site, mask.padding), sinks))
+        if mask.documents is not None:
+            key = ("segments", mask.documents, str(site.key_len), str(site.batch))
+            segments = self._once(key, lambda: self.method("to", self._rows(site, mask.documents), torch.int32))
+        start = None
+        if not mask.query_start.bottom_right:
+            start = self._once(("start", mask.query_start), lambda: self._query_start(site))
+        return MaskOperands(flags, segments, start, mask.causal, mask.window or 0)
+
+    def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _rows(self, site: AttentionSite, leaf: Leaf) -> fx.Node:
+        """leaf[:, shift : shift + key_len] as [batch, key_len]."""
+        begin, key_len = self.size(site, leaf.shift), self.length(site.key, 2)
+        if begin == 0:
+            end = key_len
+        else:
+            end = begin + key_len if isinstance(begin, int) and isinstance(key_len, int) else self.call(operator.add, begin, key_len)
+        part = self.call(operator.getitem, self._snapshot(leaf.node), (slice(None), slice(begin, end)))
+        return self.method("expand", part, self.length(site.query, 0), -1)
+
+    def _snapshot(self, leaf: fx.Node) -> fx.Node:
+        """A copy of a mask's leaf, taken where the leaf is defined.
+
+        A cache moves its length counter before the layer's attention runs, while the mask read it at the top of the graph.
+        """
+
+        def copy() -> fx.Node:
+            after = leaf
+            while leaf.op == "placeholder" and after.next.op == "placeholder":
+                after = after.next
+            site, self._before = self._before, after.next
+            try:
+                return self.method("clone", leaf)
+            finally:
+                self._before = site
+
+        return self._once(("snapshot", leaf), copy)
+
+    def _key_flags(self, rows: fx.Node, sinks: int) -> fx.Node:
+        """uint8 [batch, key_len]: bit 0 where `rows` is nonzero, bit 1 on the first `sinks` of those."""
+        visible = self.call(operator.ne, rows, 0)
+        flags = self.method("to", visible, torch.uint8)
+        if sinks:
+            first = self.call(operator.le, self.method("cumsum", visible, -1), sinks)
+            first = self.method("to", self.call(operator.and_, visible, first), torch.uint8)
+            flags = self.call(operator.add, flags, self.call(operator.mul, first, 2))
+        return flags
+
+    def _query_start(self, site: AttentionSite) -> fx.Node:
+        start = site.mask.query_start
+        if start.leaf is None:
+            return self.call(torch.full, (), self.size(site, start.constant), dtype=torch.int64, device=values(site.query).device)
+        node = self.method("to", self.method("reshape", self._snapshot(start.leaf), ()), torch.int64)
+        constant = 0 if start.constant is None else self.size(site, start.constant)
+        return node if constant == 0 else self.call(operator.add, node, constant)
+
+    def length(self, node: fx.Node, dim: int) -> int | fx.Node:
+        """The size of one dimension: an int, or a node that computes it."""
+        size = values(node).shape[dim]
+        return size if isinstance(size, int) else self.method("size", node, dim)
+
+    def size(self, site: AttentionSite, expr: Size) -> int | fx.Node:
+        """An int, or the node of an expression over symbolic sizes.
+
+        Raises:
+            RewriteError: no node before the site holds that expression.
+        """
+        if isinstance(expr, int) or expr.is_Integer:
+            return int(expr)
+        for node in self.graph.nodes:
+            if node is site.output:
+                break
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt) and sympy.expand(value.node.expr - expr) == 0:
+                return node
+        raise RewriteError(f"no node holds the size {expr}", where=site.name)
+
+    def erase_orphans(self, sites: Iterable[AttentionSite]) -> None:
+        """Erases replaced outputs, and what computed only their inputs, as far as nothing else uses them.
+
+        Mutating calls and graph inputs stay: a cache update has no user and must survive.
+        """
+        pending = [site.output for site in sites]
+        while pending:
+            node = pending.pop()
+            if node._erased or node.users or node.op in ("placeholder", "output") or mutates(node):
+                continue
+            inputs = list(node.all_input_nodes)
+            self.graph.erase_node(node)
+            pending.extend(inputs)
+
+
+def values(tree: Any) -> Any:
+    """Nodes replaced by their example values."""
+    return fx.node.map_arg(tree, lambda node: node.meta["example_value"])
+
+
+_IN_PLACE = {
+    f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "concat")
+}
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a node may write to one of its inputs. Unknown callables count as mutating."""
+    if node.op == "call_method":
+        return node.target == "__setitem__" or (node.target.endswith("_") and not node.target.endswith("__"))
+    if node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None:
+            return schema.is_mutable
+        name = getattr(node.target, "__name__", "")
+        in_place = name in _IN_PLACE and getattr(node.target, "__module__", "") == "_operator"
+        return (
+            in_place
+            or name == "setitem"
+            or "out" in node.kwargs
+            or node.kwargs.get("inplace", False) is True
+            or (name.endswith("_") and not name.endswith("__"))
+        )
+    return node.op == "call_module"
+
+
+def attention_call(
+    editor: Editor,
+    site: AttentionSite,
+    *,
+    sinks: int = 0,
+    windows: tuple[int, ...] | None = None,
+    blocks: tuple[fx.Node, fx.Node] | None = None,
+    block_size: int = 128,
+) -> fx.Node:
+    """Emits `ops.attention` for a site and returns its output node. `windows` replaces the mask's own window when given."""
+    mask = editor.mask_operands(site, sinks=sinks)
+    own = (mask.window,) if mask.window else ()
+    result = editor.call(
+        ops.attention,
+        site.query,
+        site.key,
+        site.value,
+        key_flags=mask.key_flags,
+        segments=mask.segments,
+        query_start=mask.query_start,
+        block_counts=blocks[0] if blocks else None,
+        block_indices=blocks[1] if blocks else None,
+        sink_logits=site.sink_logits,
+        alibi_slopes=site.alibi_slopes,
+        scale=site.scale,
+        causal=mask.causal,
+        windows=list(own if windows is None else windows),
+        sinks=sinks,
+        softcap=site.softcap,
+        block_size=block_size,
+        seq_major=site.output_stride_order != "bhqd",
+        version=ops.VERSION,
+    )
+    return editor.items(result, 1)[0]

@@ -1,0 +1,153 @@
+"""capture → match → plan → rewrite → verify → lower: the stages in order, and the safety net under them."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import sparsify.backends as backends
+from sparsify import hardware, verify
+from sparsify.config import Config
+from sparsify.editor import Editor
+from sparsify.errors import RewriteError, SparsifyError
+from sparsify.match import find_attention
+from sparsify.method import Context
+from sparsify.plan import Choice, Plan, make_plan
+from sparsify.trace import Trace
+
+log = logging.getLogger(__name__)
+
+# Plans made while a collector is active, for `explain` and `density`.
+collector: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("sparsify_plans", default=None)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Compiles one Dynamo graph. A failure inside our stages leaves the graph untouched, with one warning; `strict` raises instead."""
+    pristine = copy_graph(gm)
+    trace = Trace(config.trace)
+    try:
+        plan, rewritten, kept = rewrite_graph(gm, config, trace)
+    except Exception as error:
+        if config.strict:
+            raise
+        plan, rewritten, kept = _fall_back(error), None, None
+    if (plans := collector.get()) is not None:
+        plans.append(plan)
+    if rewritten is None:
+        return lower(pristine, example_inputs, config)
+    try:
+        compiled = lower(rewritten, example_inputs, config)
+    except Exception as error:
+        if config.strict:
+            raise
+        plan.fallback = _fall_back(error).fallback
+        return lower(pristine, example_inputs, config)
+    if config.verify and kept is not None:
+        return _verify_first_call(compiled, pristine, kept, config, example_inputs)
+    return compiled
+
+
+def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
+    """The plan, the rewritten graph (None when nothing changed) and, with `config.verify`, the same under keep-all settings."""
+    trace.stage("captured", lambda: gm.print_readable(print_output=False))
+    sites = find_attention(gm)
+    if not sites:
+        log.info("no attention site in this graph")
+        return Plan(), None, None
+    context = _context(sites[0].device, config)
+    plan, choices = make_plan(sites, config, context)
+    trace.plan(plan)
+    log.info("%d of %d attention sites will be rewritten", len(plan.rewritten), len(plan.decisions))
+    for decision in plan.decisions:
+        log.debug("%s: %s; %s", decision.site, decision.method or "left as is", decision.reason)
+    if not plan.rewritten:
+        return plan, None, None
+    rewritten = apply(gm, choices)
+    trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
+    kept = apply(gm, choices, keep_all=True) if config.verify else None
+    return plan, rewritten, kept
+
+
+def _context(device: torch.device, config: Config) -> Context:
+    kernels, reason = backends.available(device, config.kernels)
+    log.debug("kernels: %s (%s)", kernels, reason)
+    return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length)
+
+
+def apply(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> fx.GraphModule:
+    """A copy of the graph in which every chosen proposal is carried out; verified for structure."""
+    mapping: dict[fx.Node, fx.Node] = {}
+    copy = copy_graph(gm, mapping)
+    editor = Editor(copy.graph)
+    chosen = [c for c in choices if c.proposal is not None]
+    for choice in chosen:
+        site = choice.site.mapped(mapping)
+        method = choice.proposal.method.keep_all() if keep_all else choice.proposal.method
+        try:
+            method.rewrite(editor, site)
+        except SparsifyError:
+            raise
+        except Exception as error:
+            raise RewriteError(f"{method.name} failed: {type(error).__name__}: {error}", where=site.name) from error
+    editor.erase_orphans([c.site.mapped(mapping) for c in chosen])
+    copy.recompile()
+    verify.structure(gm, copy, editor, len(chosen))
+    return copy
+
+
+def copy_graph(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.GraphModule:
+    """The same graph over the same attributes, with metadata; later edits of one do not touch the other."""
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    values = mapping if mapping is not None else {}
+    result = graph.graph_copy(gm.graph, values)
+    old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    output = graph.output(result)
+    output.meta = dict(old_output.meta)
+    graph._codegen = gm.graph._codegen
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    return copy
+
+
+def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Hands a graph to Inductor with the configured mode and options, or runs it as it is with `lower = "eager"`."""
+    if config.lower == "eager":
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=config.inductor_patches())
+
+
+def _fall_back(error: Exception) -> Plan:
+    reason = f"{type(error).__name__}: {error}".strip()
+    warnings.warn(f"sparsify left a graph untouched: {reason} (strict = true raises instead)", stacklevel=2)
+    log.warning("graph left untouched", exc_info=error)
+    return Plan(fallback=reason)
+
+
+def _verify_first_call(
+    compiled: Callable[..., Any], pristine: fx.GraphModule, kept: fx.GraphModule, config: Config, example_inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """On the first call, compares the untouched graph with the keep-all rewriting on the real inputs."""
+    state: dict[str, Callable[..., Any] | None] = {"run": None}
+
+    def checked(*inputs: Any) -> Any:
+        if state["run"] is None:
+            state["run"] = compiled
+            try:
+                verify.numbers(pristine.forward, kept.forward, inputs)
+            except Exception as error:
+                if config.strict:
+                    raise
+                _fall_back(error)
+                state["run"] = lower(copy_graph(pristine), example_inputs, config)
+        return state["run"](*inputs)
+
+    checked._boxed_call = False  # type: ignore[attr-defined]
+    return checked

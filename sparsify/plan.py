@@ -1,0 +1,177 @@
+"""Every site exactly once: rewritten by which method with which options, or left as it is and why. Prints, saves and loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify import ops
+from sparsify.config import Config
+from sparsify.costs import attention_seconds, number
+from sparsify.errors import PlanError
+from sparsify.method import Context, Pass, Proposal, Refusal, discover
+from sparsify.sites import AttentionSite, Size
+
+FORMAT = 1
+
+
+@dataclass
+class Decision:
+    """What happens at one site, in words and numbers that survive a round trip through JSON.
+
+    method: None where the site stays as it is. refusals: one line per method that declined. seconds, dense_seconds: expected, at
+    the example's sizes, None when unknown. density: share of causal blocks, expected before a run and realised after one.
+    """
+
+    site: str
+    layer: int | None
+    phase: str
+    sizes: dict[str, str]
+    mask: str
+    method: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    refusals: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    dense_seconds: float | None = None
+    density: float | None = None
+    realised_density: float | None = None
+
+
+@dataclass
+class Plan:
+    """The decisions for one graph, in graph order."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__, "ops": str(ops.VERSION)})
+    fallback: str = ""  # why the whole graph was left untouched, empty otherwise
+
+    @property
+    def rewritten(self) -> list[Decision]:
+        return [d for d in self.decisions if d.method is not None]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """Raises PlanError for text that is not a plan of this format."""
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise PlanError("plan of another format", where=where, hint=f"this version reads format {FORMAT}")
+            decisions = [Decision(**d) for d in data.pop("decisions")]
+            return cls(decisions=decisions, **data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"not a plan file: {error}", where=where, hint="save one with Plan.save") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            return cls.from_json(Path(path).read_text(), str(path))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan: {error.strerror}", where=str(path)) from error
+
+    def __str__(self) -> str:
+        from sparsify.report import table
+
+        return table(self)
+
+
+@dataclass
+class Choice:
+    """A site with the proposal that won, or None, and the decision as a record."""
+
+    site: AttentionSite
+    proposal: Proposal | None
+    decision: Decision
+
+
+def make_plan(sites: list[AttentionSite], config: Config, context: Context) -> tuple[Plan, list[Choice]]:
+    """Asks the configured methods at every site and chooses.
+
+    Order in the configuration is preference; a proposal with `min_key_len` is eligible from that key length on, and asking a
+    symbolic length installs a guard, so that torch compiles one graph on each side of it.
+
+    Raises:
+        PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
+    """
+    saved = {d.site: d for d in Plan.load(config.plan).decisions} if config.plan else None
+    choices = [_choose(site, _candidates(site, config, saved), context) for site in sites]
+    return Plan([c.decision for c in choices]), choices
+
+
+def _candidates(site: AttentionSite, config: Config, saved: dict[str, Decision] | None) -> list[Pass]:
+    methods = discover()
+    if saved is None:
+        wanted = config.for_layer(site.name, site.layer)
+    elif site.name in saved:
+        decision = saved[site.name]
+        wanted = [(decision.method, decision.options)] if decision.method else []
+        if decision.method and methods.get(decision.method) and methods[decision.method].lossy:
+            wanted += [("dense", {})]
+    else:
+        raise PlanError(f"the plan has no entry for site {site.name}", where=str(config.plan), hint="make a plan for this model with sparsify.explain")
+    unknown = [name for name, _ in wanted if name not in methods]
+    if unknown:
+        raise PlanError(f"unknown method {unknown[0]!r}", where=str(config.plan or site.name), hint="known: " + ", ".join(sorted(methods)))
+    made = [methods[name](**options) for name, options in wanted]
+    return [m for m in made if not (config.exact and m.lossy)]
+
+
+def _choose(site: AttentionSite, candidates: list[Pass], context: Context) -> Choice:
+    decision = Decision(
+        site=site.name,
+        layer=site.layer,
+        phase=site.phase,
+        sizes={n: str(getattr(site, n)) for n in ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")},
+        mask=site.mask.describe(),
+        method=None,
+    )
+    hints = size_hints(site)
+    decision.dense_seconds = number(attention_seconds(site, context.device, kernel="sdpa"), hints)
+    for method in candidates:
+        answer = Refusal(method.name, site.near_miss) if site.near_miss else method.propose(site, context)
+        if isinstance(answer, Proposal) and not at_least(site.key, 2, answer.min_key_len):
+            answer = Refusal(method.name, f"key_len below {answer.min_key_len}, where it starts to pay", "set min_length to force it")
+        if isinstance(answer, Refusal):
+            decision.refusals.append(str(answer))
+            continue
+        decision.method, decision.options, decision.reason = method.name, method.options(), answer.note
+        decision.seconds, decision.density = number(answer.seconds, hints), answer.density
+        return Choice(site, answer, decision)
+    decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
+    return Choice(site, None, decision)
+
+
+def at_least(node: torch.fx.Node, dim: int, bound: int) -> bool:
+    """Whether a dimension reaches a bound; on a symbolic size the answer becomes a guard of the compiled graph."""
+    return bound <= 0 or bool(node.meta["example_value"].shape[dim] >= bound)
+
+
+def size_hints(site: AttentionSite) -> dict[Any, int]:
+    """The example's numbers for the site's symbols."""
+    hints: dict[Any, int] = {}
+    for node in (site.query, site.key, site.value):
+        for size in node.meta["example_value"].shape:
+            if isinstance(size, torch.SymInt) and size.node.hint is not None:
+                hints |= _solve(size.node.expr, size.node)
+    return hints
+
+
+def _solve(expr: Size, node: Any) -> dict[Any, int]:
+    env = node.shape_env
+    found = {}
+    for symbol in getattr(expr, "free_symbols", ()):
+        table = getattr(env, "var_to_val", None) or getattr(env, "backed_var_to_val", {})
+        if symbol in table:
+            found[symbol] = int(table[symbol])
+    return found

@@ -1,0 +1,67 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sparsify.plan import Decision, Plan
+
+
+def table(plan: Plan, width: int = 180) -> str:
+    """One row per site; equal neighbours are folded (`layers 4-27`)."""
+    if plan.fallback:
+        return f"the graph was left untouched: {plan.fallback}"
+    if not plan.decisions:
+        return "no attention site was found"
+    grid = Table(title=f"{len(plan.rewritten)} of {len(plan.decisions)} attention sites rewritten", title_justify="left")
+    for name, justify in (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
+                          ("dense", "right"), ("chosen", "right"), ("density", "right")):  # fmt: skip
+        grid.add_column(name, justify=justify, overflow="fold")
+    for group in _folded(plan.decisions):
+        grid.add_row(*_row(group))
+    console = Console(file=io.StringIO(), width=width)
+    console.print(grid)
+    return console.file.getvalue().rstrip()
+
+
+def _folded(decisions: list[Decision]) -> list[list[Decision]]:
+    groups: list[list[Decision]] = []
+    for d in decisions:
+        key = (d.sizes, d.mask, d.method, d.options, d.reason, d.phase, d.refusals)
+        last = groups[-1][-1] if groups else None
+        if last and key == (last.sizes, last.mask, last.method, last.options, last.reason, last.phase, last.refusals):
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    return groups
+
+
+def _row(group: list[Decision]) -> tuple[str, ...]:
+    first, last, s = group[0], group[-1], group[0].sizes
+    name = first.site if len(group) == 1 else f"{first.site} … {last.layer if last.layer is not None else last.site} ({len(group)})"
+    dims = s["qk_head_dim"] if s["qk_head_dim"] == s["v_head_dim"] else f"{s['qk_head_dim']}/{s['v_head_dim']}"
+    sizes = f"{s['batch']}·{s['query_heads']}/{s['kv_heads']}·{s['query_len']}×{s['key_len']}·{dims} {first.phase}"
+    reason = first.reason
+    others = [r for r in first.refusals if r != first.reason]
+    if others:
+        reason += "\n" + "\n".join(others)
+    densities = [d.realised_density for d in group if d.realised_density is not None]
+    if densities:
+        density = f"{sum(densities) / len(densities):.1%}"
+    else:
+        density = "" if first.density is None else f"≈{first.density:.0%}"
+    return name, sizes, first.mask, first.method or "left as is", reason, _time(first.dense_seconds), _time(first.seconds), density
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.2f} {unit}"
+    return f"{seconds * 1e6:.0f} µs"
