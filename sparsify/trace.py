@@ -1,0 +1,80 @@
+"""Readable dumps of every stage, for people who ask what happened to their graph. A dump that fails never fails the compile.
+
+With a folder (the setting `trace` or the variable `SPARSIFY_TRACE`) each stage of each compiled graph becomes
+`FOLDER/<graph>-<stage>.txt`; numbers continue where the folder's files end, so processes and runs may share one. The plan goes to
+torch's structured log (`TORCH_TRACE`, read by tlparse) as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_warned: set[str] = set()  # folders whose failure was reported in this process
+
+
+class Trace:
+    """The dumps of one compiled graph.
+
+    Args:
+        folder: made when missing; None writes no files.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self.number: int | None = None  # claimed by the first stage that is written
+
+    def stage(self, name: str, text: str | Callable[[], str], suffix: str = "txt") -> None:
+        """Writes one stage. A callable is asked for its text only when there is a folder to write to."""
+        if self.folder is None:
+            return
+        try:
+            content = text() if callable(text) else text
+            path = self._write(f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.{suffix}", content.rstrip("\n") + "\n")
+            log.debug("stage %s: %s", name, path)
+        except Exception as error:
+            self._warn(name, error)
+
+    def plan(self, plan: Any) -> None:
+        """Writes a plan as text and as JSON, and hands it to torch's structured log."""
+        self.stage("plan", lambda: str(plan))
+        self.stage("plan", lambda: plan.to_json(), suffix="json")
+        try:
+            torch._logging.trace_structured(
+                "artifact", metadata_fn=lambda: {"name": "sparsify_plan", "encoding": "json"}, payload_fn=lambda: plan.to_json()
+            )
+        except Exception as error:
+            self._warn("structured log", error)
+
+    def _write(self, name: str, content: str) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.number is not None:
+            path = self.folder / f"{self.number:03d}-{name}"
+            path.write_text(content, encoding="utf-8")
+            return path
+        taken = [int(found[1]) for entry in self.folder.iterdir() if (found := re.match(r"(\d+)-", entry.name))]
+        number = max(taken, default=-1) + 1
+        while True:  # exclusive creation settles a race between processes: the loser takes the next number
+            path = self.folder / f"{number:03d}-{name}"
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(content)
+            except FileExistsError:
+                number += 1
+                continue
+            self.number = number
+            return path
+
+    def _warn(self, name: str, error: Exception) -> None:
+        log.debug("stage %s could not be traced", name, exc_info=error)
+        if str(self.folder) not in _warned:
+            _warned.add(str(self.folder))
+            warnings.warn(f"sparsify could not write its trace of {name}: {type(error).__name__}: {error}", stacklevel=3)
