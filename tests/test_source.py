@@ -151,6 +151,7 @@ def test_where_the_folder_is(monkeypatch, tmp_path):
 
 def test_processes_may_race(folder):
     code = f"import sparsify.backends.source as s; assert s.load({TEXT!r}, 'race').answer() == 42"
-    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert [file.suffix for file in folder.iterdir()] == [".py"]

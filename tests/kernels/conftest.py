@@ -6,18 +6,14 @@ TRITON_INTERPRET=1 pytest tests/kernels -m interpreter
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-# offline.py and shim.py are helpers, not tests; importlib mode leaves test folders off the path
-sys.path.insert(0, str(Path(__file__).parent))
-
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRET:
-    import shim
+    from tests.kernels import shim
 
     shim.install()
 
