@@ -1,0 +1,97 @@
+"""The house itself: layers, packaging, discovery, a test and a docs row for every method."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify.errors import ConfigError
+from sparsify.method import Pass, discover
+
+ROOT = Path(__file__).parent.parent
+
+
+def modules() -> set[str]:
+    found = {f"sparsify/{p.relative_to(ROOT / 'sparsify')}" for p in (ROOT / "sparsify").rglob("*.py")}
+    for folder in ("passes", "backends"):
+        found |= {f"sparsify/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.py")}
+    return found
+
+
+def test_layers_point_one_way():
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_wheel_has_every_module(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("torch_sparsify-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert modules() - names == set()
+    assert not any(n.startswith(("tests/", "benchmarks/", "passes/", "backends/")) for n in names)
+    entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert "sparsify = sparsify.backend:sparsify" in entry_points
+
+
+def test_torch_lists_the_backend():
+    assert "sparsify" in torch._dynamo.list_backends()
+
+
+def test_methods_are_discovered():
+    assert {"dense", "sink_window", "xattention"} <= set(discover())
+
+
+@pytest.mark.parametrize("method", sorted(p.stem for p in (ROOT / "passes").glob("*.py") if p.stem != "__init__"))
+def test_every_method_has_a_test_and_a_docs_row(method):
+    assert (ROOT / "tests" / f"test_{method}.py").exists()
+    assert f"`{method}`" in (ROOT / "docs" / "methods.md").read_text()
+
+
+class _Foreign(Pass):
+    name = "foreign"
+
+
+class _Twin(Pass):
+    name = "dense"
+
+
+def _fake_entry_points(monkeypatch, value):
+    class Entry:
+        name, value = "x", "pkg:X"
+
+        def load(self):
+            return value
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Entry()])
+    discover.cache_clear()
+
+
+def test_other_packages_may_add_methods(monkeypatch):
+    _fake_entry_points(monkeypatch, _Foreign)
+    try:
+        assert discover()["foreign"] is _Foreign
+    finally:
+        discover.cache_clear()
+
+
+@pytest.mark.parametrize("value, match", [(_Twin, "two methods"), (int, "not a sparsify Pass")])
+def test_a_bad_entry_point_is_refused(monkeypatch, value, match):
+    _fake_entry_points(monkeypatch, value)
+    try:
+        with pytest.raises(ConfigError, match=match):
+            discover()
+    finally:
+        discover.cache_clear()
+
+
+def test_importing_sparsify_is_cheap():
+    code = "import sys, sparsify; sys.exit('transformers' in sys.modules or 'triton' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
