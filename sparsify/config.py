@@ -33,7 +33,8 @@ class Rule(BaseModel):
     layers: patterns; a layer matches when any of them does. `3` and `4-27` (both ends included) compare with the layer's number; any
         other pattern is a glob on the site's path, such as `model.layers.*.self_attn`.
     method: method names; an empty tuple leaves those sites as they are.
-    options: by method, overrides of its own table. In files they stand beside `method`; each goes to every listed method that has it.
+    options: by method, overrides of its own table. In files they stand beside `method`, where each goes to every listed method that
+        has it, or in a subtable named like the method.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -87,6 +88,12 @@ class Config(BaseModel):
             if rule.matches(name, layer):
                 return [(method, _merge(self.methods.get(method, {}), rule.options.get(method, {}))) for method in rule.method]
         return [(method, _merge(self.methods.get(method, {}), {})) for method in self.passes]
+
+    def as_options(self) -> dict[str, Any]:
+        """`options={...}` that give this configuration again, whatever the files say."""
+        settings = self.model_dump(include=set(SETTINGS) - {"inductor", "rules"}, mode="json")
+        rules = [{"layers": list(rule.layers), "method": list(rule.method), **rule.options} for rule in self.rules]
+        return {**settings, "rules": rules, "inductor": dict(self.inductor), **_merge(self.methods, {})}
 
     def inductor_patches(self) -> dict[str, Any]:
         """`config_patches` for Inductor's `compile_fx`: what the mode sets, then the explicit options."""
@@ -221,14 +228,15 @@ class _Merger:
         methods = [rule["method"]] if isinstance(rule["method"], str) else _list(rule["method"], f"{where}.method")
         for name in methods:
             self._known_method(name, f"{where}.method")
-        flat = {key: value for key, value in rule.items() if key not in ("layers", "method")}
+        own = {name: rule[name] for name in methods if isinstance(rule.get(name), Mapping)}
+        flat = {key: value for key, value in rule.items() if key not in ("layers", "method", *own)}
         fields = {name: set(self.models[name].model_fields) for name in methods}
         for key in flat:
             if not any(key in names for names in fields.values()):
                 known = sorted(set().union(*fields.values()))
                 label = f"not an option of {' or '.join(methods)}" if methods else "an option without a method"
                 raise ConfigError(label, where=f"{where}.{key}", hint=nearest(key, ["layers", "method", *known]))
-        options = {name: {key: value for key, value in flat.items() if key in fields[name]} for name in methods}
+        options = {name: {key: flat[key] for key in flat if key in fields[name]} | own.get(name, {}) for name in methods}
         return {"layers": _patterns(rule["layers"], f"{where}.layers"), "method": methods, "options": options}
 
     def _known_method(self, name: Any, where: str) -> None:
@@ -352,7 +360,7 @@ def _patterns(layers: Any, where: str) -> list[str]:
         bounds = re.fullmatch(r"(\d+)\s*-\s*(\d+)", pattern)
         if bounds and int(bounds[1]) > int(bounds[2]):
             raise ConfigError(f"the range {pattern!r} is empty", where=where, hint=f"write '{bounds[2]}-{bounds[1]}'")
-        if not bounds and not pattern.isdecimal() and not re.search(r"[A-Za-z_*?]", pattern):
+        if not bounds and not pattern.isdecimal() and not re.search(r"[A-Za-z_*?\[]", pattern):
             raise ConfigError(
                 f"{pattern!r} is not a layer pattern",
                 where=where,

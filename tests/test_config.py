@@ -89,6 +89,23 @@ def test_the_last_matching_rule_decides_alone():
     assert found.for_layer("model.layers.7.self_attn", 7) == []
 
 
+def test_a_rule_may_hold_one_table_per_method():
+    rule = {"layers": "0", "method": ["sink_window", "xattention"], "window": 4, "xattention": {"window": 6, "stride": 16}}
+    assert load({"rules": [rule]}).for_layer("", 0) == [("sink_window", {"window": 4}), ("xattention", {"window": 6, "stride": 16})]
+    with pytest.raises(ConfigError, match=r"rules\[0\]\.strid: unknown key \(did you mean 'stride'"):
+        load({"rules": [{**rule, "xattention": {"strid": 16}}]})
+    with pytest.raises(ConfigError, match=r"rules\[0\]\.dense: not an option"):
+        load({"rules": [{**rule, "dense": {}}]})
+
+
+def test_options_give_the_same_configuration_again(tmp_path):
+    write(tmp_path, "exact = true\n[xattention]\nstride = 4\n[[rules]]\nlayers = 3\nmethod = ['sink_window', 'xattention']\nwindow = 8\n")
+    found = load({"inductor": {"triton.cudagraphs": True}, "min_length": 3, "trace": "dumps"}, mode="reduce-overhead", cwd=tmp_path)
+    assert load(found.as_options()) == found
+    assert load(found.as_options(), cwd=tmp_path) == found
+    assert load(Config().as_options(), cwd=tmp_path).rules == ()
+
+
 def test_what_for_layer_returns_is_a_copy():
     found = load({"passes": ["xattention"], "xattention": {"threshold": [0.5]}})
     found.for_layer("", None)[0][1]["threshold"].append(1.0)
