@@ -24,7 +24,7 @@ FIRST_SEED = 4242
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: `ids` [1, n] int64 (a token is a byte) and, for each question in order, where its answer lies: (start, length) in bytes."""
+    """`ids` [1, n] int64 (a token is a byte) and, for each question in order, where its answer lies: (start, length) in bytes."""
 
     ids: torch.Tensor
     answers: tuple[tuple[int, int], ...]
