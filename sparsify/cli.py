@@ -1,0 +1,307 @@
+"""`sparsify explain | diff | config | methods`.
+
+Exit codes: 0 done, or the same; 1 differs, or the graph was left untouched after a failure; 2 wrong usage, configuration or model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import ConfigError, SparsifyError, UnsupportedError
+
+SAME, DIFFERS, FAILED = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        return given.run(given)
+    except Exception as error:
+        if given.debug:
+            raise
+        print(f"sparsify: {_one_line(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparsify", description="A torch.compile backend for sparse long context.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help="a configuration file, after sparsify.toml and SPARSIFY_CONFIG")
+    common.add_argument(
+        "-o", "--option", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as xattention.stride=16"
+    )
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
+    what = model.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="FILE", help="text to run the model on; bytes become tokens where the model has no tokenizer")
+    what.add_argument("--length", metavar="N", type=_positive, default=1024, help="run on N random tokens (default: %(default)s)")
+    model.add_argument("--max-tokens", metavar="N", type=_positive, help="only the prompt's first N tokens")
+    model.add_argument("--device", help="default: cuda where there is one")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
+    model.add_argument("--attention", metavar="NAME", default="sdpa", help="transformers' attention implementation (default: %(default)s)")
+
+    explain = commands.add_parser("explain", parents=[model, common], help="what sparsify would do with a model, and why")
+    explain.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    explain.set_defaults(run=_explain)
+    diff = commands.add_parser("diff", parents=[model, common], help="eager against compiled; names the first site that differs")
+    diff.add_argument("--keep-all", action="store_true", help="with settings under which every lossy method must equal dense")
+    diff.add_argument("--tolerance", metavar="X", type=float, help="largest relative error of the logits (default: by dtype)")
+    diff.add_argument("--repro", metavar="FILE", default="sparsify_repro.py", help="script written when they differ (default: %(default)s)")
+    diff.set_defaults(run=_diff)
+    config = commands.add_parser("config", parents=[common], help="print the configuration in effect")
+    config.add_argument("--show", action="store_true", help="print the configuration in effect (this is what happens anyway)")
+    config.add_argument("--markdown", action="store_true", help="print docs/configuration.md instead")
+    config.set_defaults(run=_config)
+    methods = commands.add_parser("methods", parents=[common], help="list the methods and their options")
+    methods.set_defaults(run=_methods)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of the error that torch or Python may have wrapped."""
+    cause: BaseException | None = error
+    for _ in range(10):
+        if cause is None or isinstance(cause, SparsifyError):
+            break
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
+    if isinstance(cause, SparsifyError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''} (--debug shows the traceback)"
+
+
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    """`--config` and `-o` as the mapping that `torch.compile(options=...)` takes."""
+    options: dict[str, Any] = {}
+    for text in given.option:
+        key, equals, value = text.partition("=")
+        names = [name.strip() for name in key.split(".")]
+        if not equals or not all(names):
+            raise ConfigError("is not KEY=VALUE", where=f"-o {text}", hint="for example -o xattention.stride=16")
+        table = options
+        for name in names[:-1]:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{name!r} has a value already", where=f"-o {text}")
+        table[names[-1]] = _value(value.strip())
+    if given.config is not None:
+        options["config"] = given.config
+    return options
+
+
+def _value(text: str) -> Any:
+    """A TOML value; anything that is none is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _load_config(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    from sparsify import config, method
+
+    options = _options(given)
+    return config.load(options, method_models=method.discover()), options
+
+
+def _load_model(given: argparse.Namespace) -> Any:
+    import torch
+
+    try:
+        import transformers
+    except ImportError:
+        raise UnsupportedError("transformers is not installed", hint='pip install "torch-sparsify[hf]"') from None
+    transformers.utils.logging.disable_progress_bar()
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, attn_implementation=given.attention)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise UnsupportedError(f"cannot load the model: {reason[0] if reason else type(error).__name__}", where=given.model) from error
+    try:
+        return model.to(device).eval()
+    except RuntimeError as error:
+        raise UnsupportedError(f"cannot use device {device!r}: {str(error).splitlines()[0]}", where="--device") from error
+
+
+def _load_tokens(given: argparse.Namespace, model: Any) -> Any:
+    """int64 [1, tokens] on the model's device."""
+    import torch
+
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if given.prompt is None:
+        ids = torch.randint(vocabulary, (given.length,), generator=torch.Generator().manual_seed(0))
+    else:
+        ids = torch.tensor(_encode(given, vocabulary), dtype=torch.int64)
+    if given.max_tokens:
+        ids = ids[: given.max_tokens]
+    if ids.numel() == 0:
+        raise UnsupportedError("the prompt has no tokens", where=given.prompt)
+    return ids[None].to(model.device)
+
+
+def _encode(given: argparse.Namespace, vocabulary: int) -> list[int]:
+    try:
+        data = Path(given.prompt).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=given.prompt) from None
+    if not _has_tokenizer(given.model):
+        if max(data, default=0) >= vocabulary:
+            raise UnsupportedError(
+                f"the model has no tokenizer, and bytes do not fit its {vocabulary} tokens", where=given.model, hint="use --length"
+            )
+        return list(data)
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(given.model)(data.decode("utf-8", errors="replace"))["input_ids"]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise UnsupportedError(f"cannot load the tokenizer: {reason[0] if reason else type(error).__name__}", where=given.model) from error
+
+
+def _has_tokenizer(name: str) -> bool:
+    folder = Path(name)
+    if not folder.is_dir():
+        return True  # a hub name
+    return any(
+        (folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+    )
+
+
+def _explain(given: argparse.Namespace) -> int:
+    import sparsify
+
+    _, options = _load_config(given)
+    model = _load_model(given)
+    plan = sparsify.explain(model, options=options, input_ids=_load_tokens(given, model), use_cache=False)
+    print(plan)
+    if given.save:
+        try:
+            plan.save(given.save)
+        except OSError as error:
+            raise UnsupportedError(f"cannot write the plan: {error.strerror}", where=given.save) from None
+    return DIFFERS if plan.fallback else SAME
+
+
+def _diff(given: argparse.Namespace) -> int:
+    from sparsify import testing
+
+    _, options = _load_config(given)
+    if given.tolerance is not None and not given.tolerance >= 0:
+        raise ConfigError(f"must be at least 0, not {given.tolerance}", where="--tolerance")
+    model = _load_model(given)
+    inputs = {"input_ids": _load_tokens(given, model), "use_cache": False}
+    with testing.settings(options, given.keep_all) as effective:
+        culprit, whole = testing.bisect(
+            model,
+            inputs,
+            options=effective,
+            tolerance=given.tolerance,
+            on_step=lambda step, result: print(f"{step}: {result}", flush=True),
+        )
+        if culprit is None:
+            return DIFFERS if whole.plan.fallback else SAME
+        print(f"first to leave the tolerance: {culprit}")
+        _write_repro(given, inputs["input_ids"], culprit)
+    return DIFFERS
+
+
+_REPRO = '''\
+"""{title}
+
+Exits with 1 when the compiled model leaves the tolerance. Written by `sparsify diff`.
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparsify.testing import compare
+
+MODEL = {model!r}
+OPTIONS = {options}
+TOLERANCE = {tolerance!r}  # relative to the largest logit
+IDS = {ids}
+
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype={dtype}, attn_implementation={attention!r}).to({device!r}).eval()
+inputs = {{"input_ids": torch.tensor([IDS], device={device!r}), "use_cache": False}}
+result = compare(model, inputs, options=OPTIONS, tolerance=TOLERANCE)
+print(result)
+print(result.plan)
+sys.exit(0 if result.close else 1)
+'''
+
+
+def _write_repro(given: argparse.Namespace, ids: Any, culprit: Any) -> None:
+    import pprint
+    import textwrap
+
+    folder = Path(given.model)
+    numbers = textwrap.fill(", ".join(map(str, ids[0].tolist())), 120, initial_indent="    ", subsequent_indent="    ")
+    text = _REPRO.format(
+        title=f"Eager and compiled model differ: {culprit}.",
+        model=str(folder.resolve()) if folder.is_dir() else given.model,
+        options=pprint.pformat(culprit.options, width=120, sort_dicts=False),
+        tolerance=culprit.comparison.bound,
+        ids=f"[\n{numbers},\n]",
+        dtype="'auto'" if given.dtype == "auto" else f"torch.{given.dtype}",
+        attention=given.attention,
+        device=str(ids.device),
+    )
+    try:
+        Path(given.repro).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UnsupportedError(f"cannot write the repro script: {error.strerror}", where=given.repro) from None
+    print(f"repro script: {given.repro}")
+
+
+def _config(given: argparse.Namespace) -> int:
+    from sparsify import config_docs, method
+
+    if given.markdown:
+        own = {name: model for name, model in method.discover().items() if model.__module__.startswith("sparsify.")}
+        print(config_docs.markdown(own), end="")
+    else:
+        print(config_docs.toml(_load_config(given)[0]), end="")
+    return SAME
+
+
+def _methods(given: argparse.Namespace) -> int:
+    import inspect
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparsify import config_docs, method
+
+    _load_config(given)
+    grid = Table(show_lines=True)
+    for heading in ("method", "result", "what it does", "options"):
+        grid.add_column(heading, overflow="fold")
+    for name, model in sorted(method.discover().items()):
+        module = (inspect.getdoc(sys.modules[model.__module__]) or "").split("\n\n")[0].replace("\n", " ")
+        grid.add_row(name, "lossy" if model.lossy else "exact", module.removeprefix(f"{name}: "), config_docs.option_lines(model))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
+    return SAME
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""Differential testing: the same model and inputs eager and compiled, compared on the rows that somebody reads.
+
+    result = compare(model, {"input_ids": ids}, options={"passes": ["dense"]})
+    assert result.close, result
+
+A row is visible when its own position is not padding. Errors are differences of logits divided by the largest finite eager logit.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import api, blockmask, config, method, ops
+from sparsify.errors import UnsupportedError
+from sparsify.plan import Plan
+from sparsify.verify import TOLERANCE
+
+_ROWS = 512  # rows compared at once: a vocabulary of 128K in float32 is 0.5 MB a row
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Eager against compiled on one call.
+
+    error: largest difference of logits. relative_error: the same, divided by the largest eager logit; infinite when the compiled
+    model gives a NaN or infinity that eager does not. bound: largest relative error allowed. token_agreement: share of rows with
+    the same most likely token. kl: mean KL divergence of the compiled model's next-token distribution from eager's, in nats.
+    density: mean realised share of causal blocks over all selections, None without any. rows: visible rows compared.
+    """
+
+    error: float
+    relative_error: float
+    bound: float
+    token_agreement: float
+    kl: float
+    rows: int
+    density: float | None
+    plan: Plan = field(repr=False)
+
+    @property
+    def close(self) -> bool:
+        return self.relative_error <= self.bound
+
+    @property
+    def rewritten(self) -> int:
+        return len(self.plan.rewritten)
+
+    def __str__(self) -> str:
+        verdict = "same" if self.close else "DIFFERS"
+        density = "" if self.density is None else f", density {self.density:.1%}"
+        fallback = f"; left untouched: {self.plan.fallback}" if self.plan.fallback else ""
+        return (
+            f"{verdict}: relative error {self.relative_error:.2e} (allowed {self.bound:.0e}), largest difference {self.error:.2e}, "
+            f"tokens equal {self.token_agreement:.2%}, KL {self.kl:.2e}, {self.rows} rows, "
+            f"{self.rewritten} of {len(self.plan.decisions)} sites rewritten{density}{fallback}"
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Greedy continuations [batch, new tokens] by the eager and by the compiled model."""
+
+    eager: Tensor
+    compiled: Tensor
+    plan: Plan = field(repr=False)
+
+    @property
+    def agreement(self) -> float:
+        """Share of positions with the same token; a continuation that ends early disagrees about the rest."""
+        length = min(self.eager.shape[1], self.compiled.shape[1])
+        total = max(self.eager.shape[1], self.compiled.shape[1]) * self.eager.shape[0]
+        return (self.eager[:, :length] == self.compiled[:, :length]).sum().item() / total if total else 1.0
+
+    @property
+    def same(self) -> bool:
+        return torch.equal(self.eager, self.compiled)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one `select_blocks` call chose; counts and indices as `sparsify.ops` describes them, on the CPU."""
+
+    counts: Tensor
+    indices: Tensor
+    block_size: int
+    density: float
+
+    def mask(self) -> Tensor:
+        """bool [batch, query_heads, query_blocks, key_blocks]: which blocks are visited."""
+        key_blocks = self.indices.shape[-1]
+        listed = torch.arange(key_blocks) < self.counts[..., None]
+        chosen = torch.zeros((*self.counts.shape, key_blocks + 1), dtype=torch.bool)
+        # unlisted entries hold anything: they all go to one column that is cut off
+        chosen.scatter_(-1, torch.where(listed, self.indices.long(), key_blocks), True)
+        return chosen[..., :key_blocks]
+
+
+@contextmanager
+def record_blocks() -> Iterator[list[Selection]]:
+    """Every block selection that runs inside the block, in order of execution, compiled graphs included."""
+    selections: list[Selection] = []
+
+    def observe(query: Tensor, key: Tensor, counts: Tensor, indices: Tensor, **call: Any) -> None:
+        density = blockmask.call_density(query, key, counts, **call)
+        selections.append(Selection(counts.detach().cpu().clone(), indices.detach().cpu().clone(), call["block_size"], float(density)))
+
+    ops.select_observers.append(observe)
+    try:
+        yield selections
+    finally:
+        ops.select_observers.remove(observe)
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Tensor,
+    *,
+    options: Mapping[str, Any] | None = None,
+    keep_all: bool = False,
+    tolerance: float | None = None,
+    fullgraph: bool = False,
+) -> Comparison:
+    """One forward call eager and compiled with `options`, each on its own copy of the inputs. Leaves the model as it was.
+
+    Args:
+        inputs: keywords of the call, or its `input_ids`. A 2-D `attention_mask` says which rows are visible.
+        keep_all: with settings under which every lossy method must equal dense.
+        tolerance: largest relative error that counts as close; the dtype's bound when None.
+
+    Raises:
+        ConfigError: as `sparsify.compile`.
+        UnsupportedError: the model returns neither logits nor a tensor.
+    """
+    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    eager = _logits(model.forward(**_fresh(inputs)))
+    with settings(options, keep_all) as chosen:
+        config.load(chosen, method_models=method.discover())
+        torch._dynamo.reset()
+        forward = torch.compile(model.forward, backend="sparsify", options=chosen, fullgraph=fullgraph)
+        try:
+            with api.collect_plans() as plans, record_blocks() as selections:
+                compiled = _logits(forward(**_fresh(inputs)))
+        finally:
+            torch._dynamo.reset()
+    bound = TOLERANCE.get(eager.dtype, 1e-6) if tolerance is None else tolerance
+    measured = _difference(eager, compiled, visible_rows(eager, inputs.get("attention_mask")))
+    density = sum(s.density for s in selections) / len(selections) if selections else None
+    return Comparison(**measured, bound=bound, density=density, plan=merge_plans(plans))
+
+
+@torch.no_grad()
+def compare_tokens(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Tensor,
+    *,
+    options: Mapping[str, Any] | None = None,
+    keep_all: bool = False,
+    max_new_tokens: int = 16,
+    **generate: Any,
+) -> Tokens:
+    """Greedy `generate()` by the eager model and by the model compiled in place; the model is eager again afterwards."""
+    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    prompt_len = inputs["input_ids"].shape[1]
+    call = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
+    before, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        eager = model.generate(**_fresh(inputs), **_fresh(call))[:, prompt_len:]
+        with settings(options, keep_all) as chosen, api.collect_plans() as plans:
+            torch._dynamo.reset()
+            api.compile(model, **chosen)
+            compiled = model.generate(**_fresh(inputs), **_fresh(call))[:, prompt_len:]
+    finally:
+        model._compiled_call_impl = before
+        torch._dynamo.reset()
+    return Tokens(eager, compiled, merge_plans(plans))
+
+
+def merge_plans(plans: list[Plan]) -> Plan:
+    """The decisions of several graphs in one plan."""
+    return Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(dict.fromkeys(p.fallback for p in plans if p.fallback)))
+
+
+def visible_rows(logits: Tensor, attention_mask: Any) -> Tensor:
+    """bool [batch, rows]: the rows of `logits` [batch, rows, ...] whose own position is not padding.
+
+    `logits` may hold only the last rows of the call (`logits_to_keep`), the mask older positions too (a cache).
+    """
+    shape = logits.shape[:2]
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or logits.dim() < 3:
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+    return (attention_mask[:, -shape[1] :] != 0).to(logits.device).expand(shape)
+
+
+def _difference(eager: Tensor, compiled: Tensor, visible: Tensor) -> dict[str, Any]:
+    if eager.shape != compiled.shape or eager.dtype != compiled.dtype:
+        raise UnsupportedError(
+            f"eager gives {list(eager.shape)} {eager.dtype}, compiled {list(compiled.shape)} {compiled.dtype}", where="compare"
+        )
+    eager, compiled = eager[visible], compiled[visible]
+    rows = eager.shape[0]
+    error, scale, equal, kl, broken = 0.0, 0.0, 0, 0.0, False
+    for start in range(0, rows, _ROWS):
+        want, got = eager[start : start + _ROWS].float(), compiled[start : start + _ROWS].float()
+        finite = torch.isfinite(want)
+        broken |= bool((torch.isfinite(got) != finite).any())
+        if finite.any():
+            error = max(error, (want - got)[finite].abs().nan_to_num(nan=torch.inf).max().item())
+            scale = max(scale, want[finite].abs().max().item())
+        equal += int((want.argmax(-1) == got.argmax(-1)).sum())
+        usual, other = (x.masked_fill(~finite, torch.finfo(x.dtype).min).log_softmax(-1) for x in (want, got))
+        kl += nn.functional.kl_div(other, usual, log_target=True, reduction="sum").item()
+    relative = torch.inf if broken else error / max(scale, 1e-30)
+    return {"error": error, "relative_error": relative, "token_agreement": equal / max(rows, 1), "kl": kl / max(rows, 1), "rows": rows}
+
+
+def _logits(output: Any) -> Tensor:
+    """Logits, else the last hidden state, else the first tensor that a call returned."""
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    for leaf in torch.utils._pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2:
+            return leaf
+    raise UnsupportedError(f"the model returns no logits but {type(output).__name__}", hint="compare() needs a tensor [batch, rows, ...]")
+
+
+def _fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    # caches and in-place changes of one run must not reach the other
+    return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in inputs.items()}
+
+
+@contextmanager
+def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Iterator[dict[str, Any]]:
+    """The options as they are, or with every method's keep-all settings and otherwise the same choice.
+
+    A plan file is rewritten into a temporary one that lives as long as the context.
+    """
+    if not keep_all:
+        yield dict(options or {})
+        return
+    models = method.discover()
+
+    def kept(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        return models[name](**given).keep_all().options()
+
+    found = config.load(options, method_models=models)
+    names = {*found.passes, *found.methods} & models.keys()
+    chosen = found.as_options() | {name: kept(name, found.methods.get(name, {})) for name in names}
+    chosen["rules"] = [
+        {"layers": list(rule.layers), "method": list(rule.method)}
+        | {name: kept(name, {**found.methods.get(name, {}), **rule.options.get(name, {})}) for name in rule.method}
+        for rule in found.rules
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        if found.plan is not None:
+            plan = Plan.load(found.plan)
+            plan.decisions = [replace(d, options=kept(d.method, d.options)) if d.method else d for d in plan.decisions]
+            chosen["plan"] = str(Path(folder) / "plan.json")
+            plan.save(chosen["plan"])
+        yield chosen
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first thing that breaks the tolerance.
+
+    kind: "compiler" when the model differs without any pass of ours, else "site". options: the smallest configuration found that
+    still differs. alone: whether the site breaks the tolerance by itself, or only after the sites before it.
+    """
+
+    kind: str
+    options: dict[str, Any]
+    comparison: Comparison
+    method: str = ""
+    site: str = ""
+    alone: bool = True
+
+    def __str__(self) -> str:
+        if self.kind == "compiler":
+            return "the model differs under Inductor alone, before any pass of sparsify"
+        accumulated = "" if self.alone else " (only together with the sites before it: errors add up)"
+        return f"{self.method} at {self.site}{accumulated}"
+
+
+def bisect(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Tensor,
+    *,
+    options: Mapping[str, Any] | None = None,
+    tolerance: float | None = None,
+    on_step: Callable[[str, Comparison], None] = lambda step, result: None,
+) -> tuple[Culprit | None, Comparison]:
+    """The first method, and in it the first site in the order of execution, with which the model leaves the tolerance.
+
+    Compiles about 2 + methods + log2(sites) times. The search over sites takes for granted that more rewritten sites differ more.
+
+    Args:
+        on_step: told about every comparison.
+
+    Returns:
+        The culprit, None when the model does not differ under these options; and the comparison under all of them.
+    """
+    base = config.load(options, method_models=method.discover()).as_options() | {"plan": None}
+
+    def test(step: str, decisions: list[Any]) -> tuple[dict[str, Any], Comparison]:
+        chosen = base | {"passes": [], "rules": [_only(d) for d in decisions]}
+        result = compare(model, inputs, options=chosen, tolerance=tolerance)
+        on_step(step, result)
+        return chosen, result
+
+    whole = compare(model, inputs, options=options, tolerance=tolerance)
+    on_step("everything", whole)
+    if whole.close:
+        return None, whole
+    found, result = test("no pass", [])
+    decisions = whole.plan.rewritten
+    if not result.close or not decisions:
+        return Culprit("compiler", found, result), whole
+    for name in dict.fromkeys(d.method for d in decisions):
+        mine = [d for d in decisions if d.method == name]
+        if len(mine) < len(decisions) and not test(f"{name} alone", mine)[1].close:
+            decisions = mine
+            break
+    good, bad = 0, len(decisions)  # the first `good` sites are within the tolerance, the first `bad` are not
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        close = test(f"first {middle} of {len(decisions)} sites", decisions[:middle])[1].close
+        good, bad = (middle, bad) if close else (good, middle)
+    last = decisions[bad - 1]
+    found, result = test(f"{last.site} alone", [last])
+    alone = not result.close
+    if not alone:
+        found, result = test(f"{last.site} and those before it", decisions[:bad])
+    return Culprit("site", found, result, last.method, last.site, alone), whole
+
+
+def _only(decision: Any) -> dict[str, Any]:
+    # escaped: a site's path is a name here, not a pattern
+    return {"layers": [glob.escape(decision.site)], "method": [decision.method], decision.method: decision.options}
