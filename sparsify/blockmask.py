@@ -1,0 +1,90 @@
+"""Block lists: which key blocks each query block of each head visits, as counts and rising indices.
+
+counts: int32 [..., query_blocks]. indices: int16 or wider [..., query_blocks, key_blocks]; entries at and past the count are
+unspecified. `...` is usually [batch, query_heads].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import VerifyError
+
+
+def to_dense(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
+    """Bool [..., query_blocks, key_blocks]: True where a key block is listed."""
+    listed = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
+    table = torch.zeros(*counts.shape, key_blocks + 1, dtype=torch.bool, device=counts.device)
+    # entries past the count all go to one column that is dropped
+    table.scatter_(-1, torch.where(listed, indices.long(), key_blocks), True)
+    return table[..., :key_blocks]
+
+
+def from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Block lists of a bool table [..., query_blocks, key_blocks]; entries past the count are the blocks not kept, so in range."""
+    order = keep.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
+    return keep.sum(-1, dtype=torch.int32), order.to(torch.int16)
+
+
+def last_positions(query_len: int, start: int, block_size: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Key position of the last row of every query block, int64 [query_blocks]."""
+    blocks = (query_len + block_size - 1) // block_size
+    last = (torch.arange(blocks, device=device) + 1) * block_size
+    return last.clamp(max=query_len) - 1 + start
+
+
+def causal_blocks(query_len: int, key_len: int, start: int, block_size: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """How many key blocks some row of each query block may see under causality: int64 [query_blocks].
+
+    start: key position of query row 0, `key_len - query_len` in a plain prefill.
+    """
+    key_blocks = (key_len + block_size - 1) // block_size
+    last = last_positions(query_len, start, block_size, device=device)
+    return (torch.div(last, block_size, rounding_mode="floor") + 1).clamp(0, key_blocks)
+
+
+def density(counts: Tensor, query_len: int, key_len: int, start: int, block_size: int, *, causal: bool = True) -> tuple[Tensor, float]:
+    """Share of the causally possible blocks that is listed.
+
+    Returns:
+        fp64 [...] per leading index of `counts` (batch row and head), and their mean. 0 where nothing is possible.
+    """
+    possible = causal_blocks(query_len, key_len, start, block_size, device=counts.device)
+    if not causal:
+        possible = torch.full_like(possible, (key_len + block_size - 1) // block_size)
+    per_head = counts.sum(-1).double() / possible.sum().clamp(min=1)
+    return per_head, float(per_head.mean()) if per_head.numel() else 0.0
+
+
+def call_density(query: Tensor, key: Tensor, counts: Tensor, **call: Any) -> float:
+    """Mean density of one call of `select_blocks`, from its operands and keywords. Reads a device tensor: synchronises."""
+    query_len, key_len = query.shape[2], key.shape[2]
+    start = key_len - query_len if call.get("query_start") is None else int(call["query_start"])
+    return density(counts, query_len, key_len, start, call["block_size"], causal=call["causal"])[1]
+
+
+def check(counts: Tensor, indices: Tensor, query_len: int, key_len: int, start: int, block_size: int, *, causal: bool = True) -> None:
+    """Checks block lists: counts in range, indices rising and in range, no block that causality excludes. Synchronises.
+
+    Raises:
+        VerifyError: says which of these fails and where first.
+    """
+    key_blocks = (key_len + block_size - 1) // block_size
+    query_blocks = (query_len + block_size - 1) // block_size
+    if counts.shape[-1] != query_blocks or indices.shape != (*counts.shape, key_blocks):
+        raise VerifyError(f"block lists {tuple(counts.shape)}, {tuple(indices.shape)} do not fit {query_blocks} x {key_blocks} blocks")
+    _refuse((counts < 0) | (counts > key_blocks), "a count is out of range")
+    listed = torch.arange(key_blocks, device=counts.device) < counts[..., None]
+    _refuse(((indices < 0) | (indices >= key_blocks)) & listed, "an index is out of range")
+    _refuse((indices[..., 1:] <= indices[..., :-1]) & listed[..., 1:], "indices do not rise")
+    if causal:
+        limit = causal_blocks(query_len, key_len, start, block_size, device=counts.device)
+        _refuse((indices >= limit[:, None]) & listed, "a block is listed that no row of its query block may see")
+
+
+def _refuse(wrong: Tensor, what: str) -> None:
+    if bool(wrong.any()):
+        raise VerifyError(what, where=f"block lists at {wrong.nonzero()[0].tolist()}")

@@ -1,0 +1,135 @@
+"""Block selection written once more so plainly that it is right by looking: fp64, one head, one cell, one block at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class Oracle:
+    """One call of select_blocks; `rows()` yields the decision of every query block."""
+
+    def __init__(
+        self, query, key, *, scale, causal=True, windows=(), pool="max", stride=8, block_size=32, threshold=(0.9,), density=0.0, **masks
+    ):
+        self.query, self.key = query.double(), key.double()
+        self.scale, self.causal, self.windows, self.stride, self.block = scale, causal, windows, stride, block_size
+        self.reduce, self.half = pool.split("+")[0], "+half" in pool
+        self.threshold, self.density = threshold, density
+        self.flags, self.segments = masks.get("key_flags"), masks.get("segments")
+        (self.batch, self.heads, self.query_len, _), self.key_len = query.shape, key.shape[2]
+        start = masks.get("query_start")
+        self.start = self.key_len - self.query_len if start is None else int(start)
+
+    def real_key(self, b, k):
+        written = not self.causal or k < self.start + self.query_len
+        return written and (self.flags is None or bool(self.flags[b % len(self.flags), k] & 1))
+
+    def real_query(self, b, q):
+        p = q + self.start
+        return self.flags is None or not 0 <= p < self.key_len or bool(self.flags[b % len(self.flags), p] & 1)
+
+    def segment(self, b, k):
+        return int(self.segments[b % len(self.segments), k])
+
+    def possible(self, b, h, rows, keys, *, window=True):
+        """Whether some row may see some key: rows and keys are ranges of existing tokens."""
+        rows_real = [q for q in rows if self.real_query(b, q)]
+        keys_real = [k for k in keys if self.real_key(b, k)]
+        if not keys_real or (self.causal and keys[0] > rows[-1] + self.start):
+            return False
+        w = (self.windows[h] if len(self.windows) > 1 else self.windows[0]) if self.windows else 0
+        sink = self.flags is not None and any(self.flags[b % len(self.flags), k] & 2 for k in keys_real)
+        if window and w > 0 and keys[-1] <= rows[0] + self.start - w and not sink:
+            return False
+        if self.segments is None:
+            return True
+        if any(not 0 <= q + self.start < self.key_len for q in rows):
+            return True
+        ours, theirs = [self.segment(b, q + self.start) for q in rows_real], [self.segment(b, k) for k in keys_real]
+        return bool(ours) and min(ours) <= max(theirs) and min(theirs) <= max(ours)
+
+    def importance(self, b, h):
+        """[query_blocks, key_blocks]"""
+        s, span = self.stride, self.stride * (2 if self.half else 1)
+        key_blocks = math.ceil(self.key_len / self.block)
+        result = torch.zeros(math.ceil(self.query_len / self.block), key_blocks, dtype=torch.float64)
+        kv = h // (self.heads // self.key.shape[1])
+        for i in range(math.ceil(self.query_len / span)):
+            rows = range(i * span, min(i * span + s, self.query_len))
+            logits = {}
+            for j in range(math.ceil(self.key_len / s)):
+                keys = range(j * s, min(j * s + s, self.key_len))
+                if not any(self.real_query(b, q) for q in rows) or not self.possible(b, h, rows, keys):
+                    continue
+                pairs = [(i * span + s - 1 - r, j * s + r) for r in range(s)]
+                pairs = [(q, k) for q, k in pairs if q in rows and k in keys and self.real_query(b, q) and self.real_key(b, k)]
+                logits[j] = sum(float(self.query[b, h, q] @ self.key[b, kv, k]) for q, k in pairs) * self.scale / s
+            mass = torch.zeros(key_blocks, dtype=torch.float64)
+            if any(not math.isfinite(x) for x in logits.values()):
+                mass.fill_(math.nan)
+            elif logits:
+                top = max(logits.values())
+                total = sum(math.exp(x - top) for x in logits.values())
+                for j, x in logits.items():
+                    mass[j * s // self.block] += math.exp(x - top) / total
+            block = i * span // self.block
+            result[block] = result[block] + mass if self.reduce == "sum" else torch.maximum(result[block], mass)
+        return result
+
+    def forced(self, b, h, block, possible):
+        first = next((k for k in range(self.key_len) if self.real_key(b, k)), None)
+        low = block * self.block + self.start
+        high = min((block + 1) * self.block, self.query_len) - 1 + self.start
+        own = {p // self.block for p in range(low, high + 1) if 0 <= p < self.key_len}
+        own |= set() if first is None else {first // self.block}
+        return {k for k in own if k in possible or self.reachable(b, h, block, k)}
+
+    def reachable(self, b, h, block, k):
+        rows = range(block * self.block, min((block + 1) * self.block, self.query_len))
+        return self.possible(b, h, rows, range(k * self.block, min((k + 1) * self.block, self.key_len)), window=False)
+
+    def row(self, b, h, block, importance):
+        """Kept blocks of one query block, the others' cutoff (lowest kept, highest dropped) and each block's distance to the rule."""
+        key_blocks = importance.shape[-1]
+        rows = range(block * self.block, min((block + 1) * self.block, self.query_len))
+        spans = [range(k * self.block, min((k + 1) * self.block, self.key_len)) for k in range(key_blocks)]
+        possible = {k for k in range(key_blocks) if self.possible(b, h, rows, spans[k])}
+        forced = self.forced(b, h, block, possible)
+        possible |= forced
+        tau = 0 if self.density else self.threshold[h] if len(self.threshold) > 1 else self.threshold[0]
+        if (tau >= 1 and not self.density) or not bool(importance.isfinite().all()):
+            return possible, forced, {}
+        others = sorted(possible - forced, key=lambda k: (-float(importance[k]), k))
+        total = sum(float(importance[k]) for k in possible)
+        before, kept, slack = sum(float(importance[k]) for k in forced), set(forced), {}
+        wanted = math.ceil(self.density * len(possible) - 1e-9) - len(forced)
+        for rank, k in enumerate(others):
+            x = float(importance[k])
+            if (rank < wanted) if self.density else (before < tau * total and x > 0):
+                kept.add(k)
+            slack[k] = abs(before - tau * total) / max(total, 1e-30)
+            before += x
+        return kept, forced, slack
+
+
+def assert_selection(counts, indices, query, key, *, tolerance=1e-4, **call):
+    """Block lists equal the definition's, except where importance or mass decides by less than `tolerance` of the row."""
+    oracle = Oracle(query, key, **call)
+    for b in range(oracle.batch):
+        for h in range(oracle.heads):
+            importance = oracle.importance(b, h)
+            for block in range(importance.shape[0]):
+                kept, forced, slack = oracle.row(b, h, block, importance[block])
+                got = set(indices[b, h, block, : int(counts[b, h, block])].tolist())
+                assert forced <= got, (b, h, block, forced, got)
+                others = kept - forced
+                dropped = set(slack) - kept
+                floor = min((float(importance[block, k]) for k in others), default=math.inf)
+                ceiling = max((float(importance[block, k]) for k in dropped), default=-math.inf)
+                room = tolerance * max(float(importance[block].sum()), 1e-30)
+                for k in got ^ kept:
+                    x = float(importance[block, k])
+                    near = slack.get(k, math.inf) < tolerance or (x >= floor - room and x <= ceiling + room)
+                    assert near, (b, h, block, k, x, floor, ceiling, sorted(kept), sorted(got))
