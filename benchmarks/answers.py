@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import adapter, needles, records
+from benchmarks import needles, records
+from sparsify.api import record_density
 
 ASKS = 16
 COMMON = {"min_length": 0, "strict": True}
@@ -44,6 +45,12 @@ def cells(thresholds: list[float], strides: list[int], pools: list[str], sinks: 
     return found
 
 
+def sink_window_density(length: int, sinks: int, window: int) -> float:
+    """Share of the causal (query, key) pairs of a prefill that sinks and a window of last keys leave, by token."""
+    visible = sum(min(row + 1, sinks + window) for row in range(length))
+    return visible / (length * (length + 1) / 2)
+
+
 def load(folder: Path, device: str) -> LlamaForCausalLM:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
@@ -57,13 +64,13 @@ def measure(model: LlamaForCausalLM, cell: dict[str, Any], length: int, text: by
         return model(ids, use_cache=False).logits
 
     started = time.monotonic()
-    with adapter.densities() as found:
+    with record_density() as found:
         score = needles.score(logits, length, text, seeds, needles=needles_count, asks=ASKS, device=device)
     layers = model.config.num_hidden_layers
     by_layer = None
     density = 1.0
     if cell["method"] == "sink_window":
-        density = adapter.sink_window_density(length, **cell["parameters"])
+        density = sink_window_density(length, **cell["parameters"])
     elif cell["method"] == "xattention":
         if len(found) != layers * len(seeds):
             raise RuntimeError(f"{len(found)} block selections in {len(seeds)} prompts of {layers} layers: not every layer was sparse")

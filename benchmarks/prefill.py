@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import adapter, records
+from benchmarks import records
+from sparsify.api import record_density
 
 # Llama-3.1-8B's published configuration, but for its scaled rotary embedding, which costs the same
 SHAPES = {
@@ -92,7 +93,7 @@ def measure(model: LlamaForCausalLM, ids: torch.Tensor, repeats: int, device: st
         return model(ids, use_cache=True, logits_to_keep=1).logits
 
     clean(device)
-    with adapter.densities() as found:
+    with record_density() as found:
         first, logits = clock(prefill)
     clock(prefill)
     clean(device)  # compilation may need more memory than a call

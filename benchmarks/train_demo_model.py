@@ -3,10 +3,10 @@
     python -m benchmarks.train_demo_model --out DIR --minutes 7             # several configurations at once, the best kept
     python -m benchmarks.train_demo_model --out DIR --minutes 1 --smoke     # a micro configuration on a CPU
 
-The data are the source text of the Python standard library with facts ``\\n## key: value\\n`` written over random places and asked for later
-(see needles.py). The model is a plain LlamaForCausalLM; only the training forward is written out here, because it needs no mask, no cache
-and few kernel launches. Lengths grow once answers come right (256 bytes -> 8192); the loss is that of the text plus that of the answers,
-each a mean of its own, and random bytes (keys, values of facts) do not count.
+The data are the source text of the Python standard library with facts ``\\n## key: value\\n`` written over random places and
+asked for later (see needles.py). The model is a plain LlamaForCausalLM; only the training forward is written out here, because it needs no
+mask, no cache and few kernel launches. Lengths grow once answers come right (256 bytes -> 8192); the loss is that of the text plus that of
+the answers, each a mean of its own, and random bytes (keys, values of facts) do not count.
 """
 
 from __future__ import annotations
