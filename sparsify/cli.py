@@ -140,40 +140,45 @@ def _load_model(given: argparse.Namespace) -> Any:
         raise UnsupportedError(f"cannot use device {device!r}: {str(error).splitlines()[0]}", where="--device") from error
 
 
-def _load_tokens(given: argparse.Namespace, model: Any) -> Any:
-    """int64 [1, tokens] on the model's device."""
+def _load_model_and_tokens(given: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, and int64 [1, tokens] on its device."""
     import torch
 
+    data = _read(given.prompt) if given.prompt is not None else None  # before the model, which may take minutes to load
+    model = _load_model(given)
     vocabulary = model.get_input_embeddings().num_embeddings
-    if given.prompt is None:
+    if data is None:
         ids = torch.randint(vocabulary, (given.length,), generator=torch.Generator().manual_seed(0))
     else:
-        ids = torch.tensor(_encode(given, vocabulary), dtype=torch.int64)
+        ids = torch.tensor(_encode(given.model, data, vocabulary), dtype=torch.int64)
     if given.max_tokens:
         ids = ids[: given.max_tokens]
     if ids.numel() == 0:
         raise UnsupportedError("the prompt has no tokens", where=given.prompt)
-    return ids[None].to(model.device)
+    return model, ids[None].to(model.device)
 
 
-def _encode(given: argparse.Namespace, vocabulary: int) -> list[int]:
+def _read(path: str) -> bytes:
     try:
-        data = Path(given.prompt).read_bytes()
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise UnsupportedError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=given.prompt) from None
-    if not _has_tokenizer(given.model):
+        raise UnsupportedError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from None
+
+
+def _encode(name: str, data: bytes, vocabulary: int) -> list[int]:
+    if not _has_tokenizer(name):
         if max(data, default=0) >= vocabulary:
             raise UnsupportedError(
-                f"the model has no tokenizer, and bytes do not fit its {vocabulary} tokens", where=given.model, hint="use --length"
+                f"the model has no tokenizer, and bytes do not fit its {vocabulary} tokens", where=name, hint="use --length"
             )
         return list(data)
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(given.model)(data.decode("utf-8", errors="replace"))["input_ids"]
+        return transformers.AutoTokenizer.from_pretrained(name)(data.decode("utf-8", errors="replace"))["input_ids"]
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()
-        raise UnsupportedError(f"cannot load the tokenizer: {reason[0] if reason else type(error).__name__}", where=given.model) from error
+        raise UnsupportedError(f"cannot load the tokenizer: {reason[0] if reason else type(error).__name__}", where=name) from error
 
 
 def _has_tokenizer(name: str) -> bool:
@@ -189,8 +194,8 @@ def _explain(given: argparse.Namespace) -> int:
     import sparsify
 
     _, options = _load_config(given)
-    model = _load_model(given)
-    plan = sparsify.explain(model, options=options, input_ids=_load_tokens(given, model), use_cache=False)
+    model, ids = _load_model_and_tokens(given)
+    plan = sparsify.explain(model, options=options, input_ids=ids, use_cache=False)
     print(plan)
     if given.save:
         try:
@@ -206,8 +211,8 @@ def _diff(given: argparse.Namespace) -> int:
     _, options = _load_config(given)
     if given.tolerance is not None and not given.tolerance >= 0:
         raise ConfigError(f"must be at least 0, not {given.tolerance}", where="--tolerance")
-    model = _load_model(given)
-    inputs = {"input_ids": _load_tokens(given, model), "use_cache": False}
+    model, ids = _load_model_and_tokens(given)
+    inputs = {"input_ids": ids, "use_cache": False}
     with testing.settings(options, given.keep_all) as effective:
         culprit, whole = testing.bisect(
             model,
@@ -219,7 +224,7 @@ def _diff(given: argparse.Namespace) -> int:
         if culprit is None:
             return DIFFERS if whole.plan.fallback else SAME
         print(f"first to leave the tolerance: {culprit}")
-        _write_repro(given, inputs["input_ids"], culprit)
+        _write_repro(given, ids, culprit)
     return DIFFERS
 
 

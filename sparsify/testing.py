@@ -143,16 +143,22 @@ def compare(
         UnsupportedError: the model returns neither logits nor a tensor.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    eager = _logits(model.forward(**_fresh(inputs)))
     with settings(options, keep_all) as chosen:
         config.load(chosen, method_models=method.discover())
+        eager = _logits(model.forward(**_fresh(inputs)))
+        return _against(eager, model, inputs, chosen, tolerance, fullgraph)
+
+
+def _against(
+    eager: Tensor, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any], tolerance: float | None, fullgraph: bool = False
+) -> Comparison:
+    torch._dynamo.reset()
+    forward = torch.compile(model.forward, backend="sparsify", options=options, fullgraph=fullgraph)
+    try:
+        with api.collect_plans() as plans, record_blocks() as selections:
+            compiled = _logits(forward(**_fresh(inputs)))
+    finally:
         torch._dynamo.reset()
-        forward = torch.compile(model.forward, backend="sparsify", options=chosen, fullgraph=fullgraph)
-        try:
-            with api.collect_plans() as plans, record_blocks() as selections:
-                compiled = _logits(forward(**_fresh(inputs)))
-        finally:
-            torch._dynamo.reset()
     bound = TOLERANCE.get(eager.dtype, 1e-6) if tolerance is None else tolerance
     measured = _difference(eager, compiled, visible_rows(eager, inputs.get("attention_mask")))
     density = sum(s.density for s in selections) / len(selections) if selections else None
@@ -293,6 +299,7 @@ class Culprit:
         return f"{self.method} at {self.site}{accumulated}"
 
 
+@torch.no_grad()
 def bisect(
     model: nn.Module,
     inputs: Mapping[str, Any] | Tensor,
@@ -311,15 +318,17 @@ def bisect(
     Returns:
         The culprit, None when the model does not differ under these options; and the comparison under all of them.
     """
+    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     base = config.load(options, method_models=method.discover()).as_options() | {"plan": None}
+    eager = _logits(model.forward(**_fresh(inputs)))
 
     def test(step: str, decisions: list[Any]) -> tuple[dict[str, Any], Comparison]:
         chosen = base | {"passes": [], "rules": [_only(d) for d in decisions]}
-        result = compare(model, inputs, options=chosen, tolerance=tolerance)
+        result = _against(eager, model, inputs, chosen, tolerance)
         on_step(step, result)
         return chosen, result
 
-    whole = compare(model, inputs, options=options, tolerance=tolerance)
+    whole = _against(eager, model, inputs, dict(options or {}), tolerance)
     on_step("everything", whole)
     if whole.close:
         return None, whole
