@@ -1,0 +1,124 @@
+"""Which nodes of a Dynamo graph share memory, and which write to it.
+
+A graph is read as pure functions only where no in-place write lies between a value's making and its last reading. Memory is told
+apart by the storage of the example values: views share their base's, as they do at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_IN_PLACE_OPERATORS = {
+    getattr(operator, f"i{name}")
+    for name in ("add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+}
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The example value of a node when it is a tensor."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node may write to. Callables that cannot be looked into count as writing to all of theirs."""
+    if node.op == "call_method":
+        name = node.target
+        in_place = name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__"))
+        return _first(node) if in_place or (name.endswith("_") and not name.endswith("__")) else []
+    if node.op != "call_function":
+        return list(node.all_input_nodes) if node.op == "call_module" else []
+    target = node.target
+    if target is operator.setitem or target in _IN_PLACE_OPERATORS:
+        return _first(node)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return list(node.all_input_nodes)
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return list(node.all_input_nodes) if schema.is_mutable else []
+    name = getattr(target, "__name__", "")
+    out = node.kwargs.get("out")
+    if out is not None:
+        return [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, fx.Node)]
+    if (name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_, operator.not_)) or _inplace_flag(
+        node
+    ):
+        return _first(node)
+    return []
+
+
+def _first(node: fx.Node) -> list[fx.Node]:
+    return [a for a in node.args[:1] if isinstance(a, fx.Node)] or list(node.all_input_nodes)
+
+
+@functools.cache
+def _signature(target: Any) -> inspect.Signature | None:
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+    return signature if "inplace" in signature.parameters else None
+
+
+def _inplace_flag(node: fx.Node) -> bool:
+    signature = _signature(node.target)
+    if signature is None:
+        return node.kwargs.get("inplace", False) is not False
+    try:
+        return signature.bind(*node.args, **node.kwargs).arguments.get("inplace", False) is not False
+    except TypeError:
+        return True
+
+
+class Memory:
+    """The writes of a graph by storage. Positions are node indices in execution order."""
+
+    def __init__(self, graph: fx.Graph):
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self._born: dict[Any, int] = {}
+        self._writes: dict[Any, list[int]] = defaultdict(list)
+        for node, i in self.position.items():
+            for storage in self._storages(node):
+                self._born.setdefault(storage, i)
+            for target in written(node):
+                for storage in self._storages(target):
+                    self._writes[storage].append(i)
+
+    @staticmethod
+    def _storages(node: fx.Node) -> list[Any]:
+        value = node.meta.get("example_value")
+        tensors = [t for t in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(t, torch.Tensor)]
+        found = []
+        for tensor in tensors:
+            try:
+                found.append(StorageWeakRef(tensor.untyped_storage()))
+            except (NotImplementedError, RuntimeError):
+                found.append(("node", node))
+        return found
+
+    def written_between(self, node: fx.Node, first: fx.Node | None, last: fx.Node) -> bool:
+        """Whether the node's memory may be written after `first` (None: its making) and before `last` runs."""
+        end = self.position[last]
+        for storage in self._storages(node):
+            start = self._born.get(storage, -1) if first is None else self.position[first]
+            if any(start < i < end for i in self._writes.get(storage, ())):
+                return True
+        return False
+
+    def written_while_read(self, nodes: Iterable[fx.Node], reader: fx.Node) -> fx.Node | None:
+        """A node among `nodes` (a subgraph that `reader` consumes) whose memory changes before the subgraph's last reading of it."""
+        members = set(nodes) | {reader}
+        for node in members - {reader}:
+            for user in node.users:
+                if user in members and self.written_between(node, None, user):
+                    return node
+        return None

@@ -1,0 +1,329 @@
+"""Finds attention in a Dynamo graph, before AOTAutograd: there scaled_dot_product_attention is one node and sizes are symbolic."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from dataclasses import dataclass
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from sparsify import predicates
+from sparsify.aliasing import Memory, tensor_of
+from sparsify.masks import MaskPredicate
+from sparsify.predicates import Extents
+from sparsify.sites import AttentionSite
+from sparsify.symbolic import Facts, plain, scalar, shape_env_of, sizes
+
+_SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+_SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_COPIES = {"contiguous", "clone"}
+
+
+def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
+    """Every attention of the graph, in execution order, `index` counting from 0. Nothing in the graph is changed.
+
+    A call of scaled_dot_product_attention always yields a site; what cannot be described carries its reason in `near_miss`.
+    """
+    matcher = Matcher(gm.graph)
+    return [matcher.sdpa(node, index) for index, node in enumerate(n for n in gm.graph.nodes if is_sdpa(n))]
+
+
+def is_sdpa(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _SDPA
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Keys or values before their repeat over the query heads of a group: the node, the repeat, and the nodes in between."""
+
+    node: fx.Node
+    repeat: sympy.Expr
+    between: tuple[fx.Node, ...]
+
+
+class Matcher:
+    """Describes the attention sites of one graph; layers that share a mask share its proof."""
+
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+        self.memory = Memory(graph)
+        self.shape_env = shape_env_of(graph)
+        self.facts = Facts(self.shape_env)
+        self._proofs: dict[tuple, MaskPredicate] = {}
+
+    def same(self, left: object, right: object) -> bool:
+        return left == right or self.facts.holds(sympy.Eq(sympy.sympify(left), sympy.sympify(right)))
+
+    def differ(self, left: sympy.Expr, right: sympy.Expr) -> bool:
+        return self.facts.holds(sympy.Ne(left, right))
+
+    def prove(self, mask: fx.Node, site: fx.Node, extents: Extents) -> MaskPredicate:
+        key = (mask, extents)
+        if key not in self._proofs or self.memory.written_between(mask, None, site):
+            self._proofs[key] = predicates.prove(mask, site, extents, self.memory, self.shape_env)
+        return self._proofs[key]
+
+    # -- scaled_dot_product_attention --------------------------------------------------------------------------------------------
+
+    def sdpa(self, node: fx.Node, index: int) -> AttentionSite:
+        call = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
+        query, key, value, mask = (call.get(name) for name in _SDPA_PARAMETERS[:4])
+        near_miss = self.unfit(query, key, value, call)
+        if near_miss:
+            return bare_site(node, index, query, key, value, mask, near_miss)
+        key_group, value_group = self.ungroup(key, node), self.ungroup(value, node)
+        if not self.same(key_group.repeat, value_group.repeat):
+            key_group, value_group = Grouped(key, sympy.Integer(1), ()), Grouped(value, sympy.Integer(1), ())
+        q, k = sizes(tensor_of(query)), sizes(tensor_of(key_group.node))
+        extents = Extents(q[0], q[1], q[2], k[2])
+        if call.get("is_causal", False):
+            proof = predicates.top_left_causal(extents, self.shape_env)
+        else:
+            proof = predicates.none() if mask is None else self.prove(mask, node, extents)
+        return self.site(
+            node,
+            index,
+            query,
+            key_group,
+            value_group,
+            mask_node=mask,
+            mask=proof,
+            scale=_number(call.get("scale"), default=_default_scale(q[3])),
+            dropout=call.get("dropout_p", 0.0),
+        )
+
+    def unfit(self, query: fx.Node, key: fx.Node, value: fx.Node, call: dict) -> str:
+        """Why the operands cannot be described, or nothing."""
+        tensors = [tensor_of(x) for x in (query, key, value)]
+        if any(t is None for t in tensors):
+            return "an operand has no example value"
+        if any(t.dim() != 4 for t in tensors):
+            return f"operands of {tensors[0].dim()} dimensions instead of 4"
+        if len({t.dtype for t in tensors}) > 1:
+            return "query, key and value differ in dtype"
+        q, k, v = map(sizes, tensors)
+        if not (self.same(q[0], k[0]) and self.same(q[0], v[0])):
+            return "the batch dimension is broadcast"
+        if self.differ(k[2], v[2]) or not self.same(k[1], v[1]):
+            return "keys and values differ in length or heads"
+        if call.get("enable_gqa", False) not in (True, False) or call.get("is_causal", False) not in (True, False):
+            return "a flag is decided at run time"
+        if not call.get("enable_gqa", False) and not self.same(q[1], k[1]):
+            return "the head dimension is broadcast"
+        if not isinstance(call.get("dropout_p", 0.0), (int, float)):
+            return "the dropout probability is decided at run time"
+        return ""
+
+    def site(self, output: fx.Node, index: int, query: fx.Node, key: Grouped, value: Grouped, **fields: object) -> AttentionSite:
+        """The record of an attention whose operands are known; `fields` are the rest of its fields."""
+        q, k, v = (sizes(tensor_of(x)) for x in (query, key.node, value.node))
+        tensor = tensor_of(query)
+        name, layer = layer_of(output)
+        covered = fields.pop("covered", (output,))
+        return AttentionSite(
+            name=name,
+            layer=layer,
+            index=index,
+            output=output,
+            query=query,
+            key=key.node,
+            value=value.node,
+            batch=plain(q[0]),
+            query_heads=plain(q[1]),
+            kv_heads=plain(k[1]),
+            query_len=plain(q[2]),
+            key_len=plain(k[2]),
+            qk_head_dim=plain(q[3]),
+            v_head_dim=plain(v[3]),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            needs_grad=needs_grad(query, key.node, value.node),
+            output_stride_order=stride_order(tensor_of(output)),
+            covered=only_for(covered, (*key.between, *value.between)),
+            **{"softcap": 0.0, **fields},
+        )
+
+    # -- grouped queries ---------------------------------------------------------------------------------------------------------
+
+    def ungroup(self, node: fx.Node, reader: fx.Node) -> Grouped:
+        """Looks through a repeat over the heads of each group; without one, the node itself.
+
+        Keys are then read by `reader` instead of by the copy, so nothing may write to them in between.
+        """
+        whole = Grouped(node, sympy.Integer(1), ())
+        chain: list[fx.Node] = []
+        here = node
+        while here.op == "call_method" and here.target in _COPIES:
+            chain.append(here)
+            here = here.args[0]
+        found = self._repeat_interleave(here) or self._expanded(here)
+        if found is None or any(self.memory.written_between(found.node, n, reader) for n in found.between):
+            return whole
+        if any(self.memory.written_between(n, None, reader) for n in (*chain, *found.between) if _fresh(n, found.node)):
+            return whole
+        return Grouped(found.node, found.repeat, (*chain, *found.between))
+
+    def _repeat_interleave(self, node: fx.Node) -> Grouped | None:
+        if node.target not in (torch.repeat_interleave, "repeat_interleave") or set(node.kwargs) - {"dim", "repeats"}:
+            return None
+        arguments = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
+        if arguments.get("dim") not in (1, -3) or tensor_of(arguments["repeats"]) is not None:
+            return None
+        return Grouped(arguments["input"], scalar(arguments["repeats"]), (node,))
+
+    def _expanded(self, node: fx.Node) -> Grouped | None:
+        """`x[:, :, None].expand(batch, heads, repeat, length, dim).reshape(batch, heads * repeat, length, dim)`."""
+        if node.op == "call_method" and node.target == "expand" and tensor_of(node).dim() == 4:
+            return self._single_head(node)
+        if node.target not in ("reshape", "view", "flatten", torch.reshape, torch.flatten):
+            return None
+        chain, here = [node], node.args[0]
+        while isinstance(here, fx.Node) and here.op == "call_method" and here.target in _COPIES:
+            chain.append(here)
+            here = here.args[0]
+        if not isinstance(here, fx.Node) or here.target not in ("expand", "broadcast_to", torch.broadcast_to):
+            return None
+        chain.append(here)
+        lifted = here.args[0]
+        if not isinstance(lifted, fx.Node) or not _inserts_third_dimension(lifted):
+            return None
+        chain.append(lifted)
+        source = lifted.args[0]
+        before, wide, after = sizes(tensor_of(source)), sizes(tensor_of(here)), sizes(tensor_of(node))
+        if len(before) != 4 or len(wide) != 5 or len(after) != 4:
+            return None
+        fits = wide[:2] == before[:2] and wide[3:] == before[2:]
+        fits = fits and after == (wide[0], sympy.expand(wide[1] * wide[2]), *wide[3:])
+        return Grouped(source, wide[2], tuple(chain)) if fits else None
+
+    def _single_head(self, node: fx.Node) -> Grouped | None:
+        """One key head for all query heads: `x.expand(batch, heads, length, dim)` of [batch, 1, length, dim]."""
+        source = node.args[0]
+        before, after = sizes(tensor_of(source)), sizes(tensor_of(node))
+        if len(before) != 4 or before[1] != 1 or (before[0], *before[2:]) != (after[0], *after[2:]):
+            return None
+        return Grouped(source, after[1], (node,))
+
+
+def _inserts_third_dimension(node: fx.Node) -> bool:
+    if node.target in ("unsqueeze", torch.unsqueeze):
+        place = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return place in (2, -3)
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return False
+    index = node.args[1]
+    everything = slice(None, None, None)
+    return len(index) >= 3 and index[2] is None and all(j == everything for n, j in enumerate(index) if n != 2) and len(index) <= 5
+
+
+def _fresh(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node has memory of its own."""
+    one, other = tensor_of(node), tensor_of(source)
+    return one.untyped_storage()._cdata != other.untyped_storage()._cdata
+
+
+def _default_scale(head_dim: sympy.Expr) -> float | None:
+    return 1.0 / math.sqrt(int(head_dim)) if head_dim.is_Integer else None
+
+
+def _number(value: object, default: float | None) -> float | fx.Node | None:
+    """A float where it is known now, else the node that holds it."""
+    if value is None:
+        return default
+    if isinstance(value, fx.Node):
+        example = value.meta.get("example_value")
+        if isinstance(example, (int, float)):
+            return float(example)
+        if isinstance(example, (torch.SymFloat, torch.SymInt)) and example.node.expr.is_number:
+            return float(example.node.expr)
+        return value
+    return float(value)
+
+
+def needs_grad(*nodes: fx.Node) -> bool:
+    return torch.is_grad_enabled() and any(tensor_of(n).requires_grad for n in nodes)
+
+
+def stride_order(tensor: torch.Tensor) -> str:
+    """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter."""
+    shape, strides = sizes(tensor), tuple(scalar(s) for s in tensor.stride())
+    for name, order in (("bhqd", (0, 1, 2, 3)), ("bqhd", (0, 2, 1, 3))):
+        expected, running = {}, sympy.Integer(1)
+        for dimension in reversed(order):
+            expected[dimension] = running
+            running = running * shape[dimension]
+        if all(shape[d] == 1 or sympy.expand(strides[d] - expected[d]) == 0 for d in range(4)):
+            return name
+    return "other"
+
+
+def layer_of(node: fx.Node) -> tuple[str, int | None]:
+    """Layer path and number from `nn_module_stack`; empty without one."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", None
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['self'\]\.?|^self\.?", "", path)
+    path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", lambda m: "." + (m[1] or m[2]), path)
+    path = re.sub(r"\.+", ".", path).strip(".")
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return path, int(numbers[-1]) if numbers else None
+
+
+def only_for(core: tuple[fx.Node, ...], more: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """`core` and those of `more` whose every user is among them, in graph order."""
+    covered = set(core)
+    grown = True
+    while grown:
+        grown = False
+        for node in more:
+            if node not in covered and set(node.users) <= covered:
+                covered.add(node)
+                grown = True
+    return tuple(n for n in core[0].graph.nodes if n in covered)
+
+
+def bare_site(
+    node: fx.Node, index: int, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, near_miss: str, source: str = "sdpa"
+) -> AttentionSite:
+    """The record of an attention that could not be described: sizes as far as they exist, the reason in `near_miss`."""
+    tensor = tensor_of(query) if tensor_of(query) is not None else tensor_of(node)
+    name, layer = layer_of(node)
+
+    def size(operand: fx.Node, dimension: int) -> object:
+        found = tensor_of(operand)
+        return plain(sizes(found)[dimension]) if found is not None and found.dim() >= -dimension else 1
+
+    return AttentionSite(
+        name=name,
+        layer=layer,
+        index=index,
+        output=node,
+        query=query,
+        key=key,
+        value=value,
+        mask_node=mask,
+        mask=predicates.none() if mask is None else predicates.opaque(near_miss),
+        batch=size(query, -4),
+        query_heads=size(query, -3),
+        kv_heads=size(key, -3),
+        query_len=size(query, -2),
+        key_len=size(key, -2),
+        qk_head_dim=size(query, -1),
+        v_head_dim=size(value, -1),
+        scale=1.0,
+        softcap=0.0,
+        dropout=0.0,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        needs_grad=False,
+        output_stride_order="other",
+        source=source,
+        near_miss=near_miss,
+        covered=(node,),
+    )

@@ -1,0 +1,210 @@
+"""Symbolic values of mask tensors: an element is a sympy expression, a sympy condition, or a choice between such (`Cases`).
+
+`Facts` decides statements about sizes from what Dynamo already knows, and never installs a guard.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import Boolean, BooleanAtom, BooleanFunction
+from torch import fx
+
+BATCH, HEAD, QUERY, KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
+MAX_CASES = 32
+# sympy's symbols are Booleans too, so `Boolean` itself does not tell conditions from numbers
+CONDITION = (BooleanAtom, BooleanFunction, Relational)
+
+
+class Unreadable(Exception):
+    """A value that has no symbolic reading; the message says why, for people."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """A number that depends on conditions: (condition, value) pairs, disjoint and exhaustive."""
+
+    items: tuple[tuple[Boolean, sympy.Expr], ...]
+
+
+Element = sympy.Basic | Cases
+
+
+def cases(element: Element) -> tuple[tuple[Boolean, sympy.Basic], ...]:
+    return element.items if isinstance(element, Cases) else ((sympy.true, element),)
+
+
+def as_number(element: Element) -> Element:
+    """Booleans as 0 and 1."""
+    if isinstance(element, CONDITION):
+        return choose(element, sympy.Integer(1), sympy.Integer(0))
+    return element
+
+
+def as_condition(element: Element) -> Boolean:
+    return element if isinstance(element, CONDITION) else lift(lambda x: compare(sympy.Ne, x, sympy.Integer(0)), element)
+
+
+def lift(function: Callable[..., sympy.Basic], *elements: Element) -> Element:
+    """Applies a function of plain expressions to every combination of cases."""
+    found: dict[sympy.Basic, Boolean] = {}
+    combinations = math.prod(len(cases(e)) for e in elements)
+    if combinations > MAX_CASES:
+        raise Unreadable("too many alternatives")
+    for combination in itertools.product(*map(cases, elements)):
+        condition = sympy.And(*(c for c, _ in combination))
+        if condition is not sympy.false:
+            value = function(*(v for _, v in combination))
+            found[value] = sympy.Or(found.get(value, sympy.false), condition)
+    return _join(found)
+
+
+def _join(found: dict[sympy.Basic, Boolean]) -> Element:
+    if all(isinstance(value, CONDITION) for value in found):
+        return sympy.Or(*(sympy.And(condition, value) for value, condition in found.items()))
+    if len(found) == 1:
+        return next(iter(found))
+    return Cases(tuple((condition, value) for value, condition in found.items()))
+
+
+def choose(condition: Boolean, then: Element, otherwise: Element) -> Element:
+    """`then` where the condition holds, else `otherwise`."""
+    if condition is sympy.true:
+        return then
+    if condition is sympy.false:
+        return otherwise
+    if isinstance(then, CONDITION) and isinstance(otherwise, CONDITION):
+        if then in (sympy.true, sympy.false):
+            return sympy.Or(condition, otherwise) if then is sympy.true else sympy.And(sympy.Not(condition), otherwise)
+        if otherwise in (sympy.true, sympy.false):
+            return sympy.Or(sympy.Not(condition), then) if otherwise is sympy.true else sympy.And(condition, then)
+        return sympy.Or(sympy.And(condition, then), sympy.And(sympy.Not(condition), otherwise))
+    found: dict[sympy.Basic, Boolean] = {}
+    for outer, element in ((condition, as_number(then)), (sympy.Not(condition), as_number(otherwise))):
+        for inner, value in cases(element):
+            found[value] = sympy.Or(found.get(value, sympy.false), sympy.And(outer, inner))
+    return _join({value: c for value, c in found.items() if c is not sympy.false})
+
+
+def compare(relation: type[Relational], left: sympy.Expr, right: sympy.Expr) -> Boolean:
+    """A relation between plain expressions, decided where the difference is a number."""
+    if left.is_infinite or right.is_infinite:
+        return relation(left, right)
+    difference = sympy.expand(left - right)
+    if difference.is_number:
+        return relation(difference, 0)
+    return relation(left, right)
+
+
+def number(value: float | int | bool) -> sympy.Basic:
+    """A Python scalar exactly; floats become binary rationals."""
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    if math.isnan(value):
+        raise Unreadable("NaN")
+    if math.isinf(value):
+        return sympy.oo if value > 0 else -sympy.oo
+    return sympy.Rational(value)
+
+
+def scalar(value: Any) -> sympy.Basic:
+    """A size, a Python number or the node of one, as an expression."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value")
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    if isinstance(value, (bool, int, float)):
+        return number(value)
+    raise Unreadable(f"a {type(value).__name__} where a number was expected")
+
+
+def sizes(tensor: torch.Tensor) -> tuple[sympy.Expr, ...]:
+    return tuple(scalar(size) for size in tensor.shape)
+
+
+def plain(size: sympy.Expr) -> int | sympy.Expr:
+    """An int where the size is one."""
+    return int(size) if size.is_Integer else size
+
+
+def loads(expr: sympy.Basic) -> set[AppliedUndef]:
+    """The reads of graph tensors in an expression."""
+    return expr.atoms(AppliedUndef)
+
+
+def shape_env_of(graph: fx.Graph) -> Any | None:
+    """The ShapeEnv of the first symbolic size in the graph's inputs; None when all sizes are numbers."""
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            return value.node.shape_env
+        if isinstance(value, torch.Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt):
+                    return size.node.shape_env
+    return None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about sizes: Dynamo's ranges and guards, and extents of the index symbols b, h, q, k."""
+
+    shape_env: Any | None
+    extents: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+
+    def holds(self, statement: sympy.Basic | bool) -> bool:
+        """True only where the statement about sizes is proved. Installs no guard."""
+        if statement in (True, sympy.true):
+            return True
+        if statement in (False, sympy.false) or loads(statement) or statement.free_symbols & set(self.extents):
+            return False
+        if isinstance(statement, Relational):
+            statement = type(statement)(sympy.expand(statement.lhs - statement.rhs), 0)
+            if statement in (sympy.true, sympy.false):
+                return statement is sympy.true
+        if self.shape_env is None:
+            return False
+        return self.shape_env._maybe_evaluate_static(statement) in (True, sympy.true)
+
+    def extreme(self, expr: sympy.Expr, highest: bool) -> sympy.Expr | None:
+        """The largest (or smallest) value over all indices, where the expression is linear in them; else None."""
+        expr = sympy.expand(expr)
+        for symbol, extent in self.extents.items():
+            coefficient = expr.coeff(symbol, 1)
+            rest = sympy.expand(expr - coefficient * symbol)
+            if rest.has(symbol) or not coefficient.is_Integer:
+                return None
+            expr = rest + coefficient * (extent - 1 if (coefficient > 0) == highest else 0)
+        return expr
+
+    def always(self, statement: Relational) -> bool:
+        """Whether an inequality holds at every index."""
+        if not isinstance(statement, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+            return False
+        difference = statement.lhs - statement.rhs
+        below = isinstance(statement, (sympy.Le, sympy.Lt))
+        worst = self.extreme(difference, highest=below)
+        return worst is not None and self.holds(type(statement)(worst, 0))
+
+    def never(self, statement: Relational) -> bool:
+        return isinstance(statement, Relational) and self.always(statement.negated)
+
+    def reduce(self, condition: Boolean) -> Boolean:
+        """The condition with every inequality that always or never holds decided."""
+        decided = {}
+        for atom in condition.atoms(Relational):
+            if self.always(atom):
+                decided[atom] = sympy.true
+            elif self.never(atom):
+                decided[atom] = sympy.false
+        return condition.xreplace(decided) if decided else condition
