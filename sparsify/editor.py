@@ -11,7 +11,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from sparsify import ops
 from sparsify.errors import RewriteError
@@ -41,10 +40,11 @@ class Editor:
     inserted: list[fx.Node] = field(default_factory=list)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _shared: dict[Any, fx.Node] = field(default_factory=dict)
-    _before: fx.Node | None = None
+    _before: fx.Node | None = None  # where nodes go
+    _output: fx.Node | None = None  # the site's output
 
     def at(self, site: AttentionSite) -> Editor:
-        self._before = site.output
+        self._before = self._output = site.output
         return self
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -60,13 +60,14 @@ class Editor:
             raise RewriteError("the editor has no position", hint="call editor.at(site) first")
         with self.graph.inserting_before(self._before):
             node = self.graph.create_node(kind, target, args, kwargs)
-        fake_mode = detect_fake_mode([n.meta.get("example_value") for n in self.graph.nodes if n.op == "placeholder"])
+        # the graph's own fake mode: the tracing context may hold another one by now
+        fake_mode = getattr(self._output.meta["example_value"], "fake_mode", None)
         function = target if kind == "call_function" else lambda self_, *a, **k: getattr(self_, target)(*a, **k)
         with fake_mode or contextlib.nullcontext():
             node.meta["example_value"] = function(*values(args), **values(kwargs))
         for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
-            if key in self._before.meta:
-                node.meta[key] = self._before.meta[key]
+            if key in self._output.meta:
+                node.meta[key] = self._output.meta[key]
         self.inserted.append(node)
         return node
 

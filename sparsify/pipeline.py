@@ -76,6 +76,8 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
 
 def _context(device: torch.device, config: Config) -> Context:
     kernels, reason = backends.available(device, config.kernels)
+    if config.kernels != "auto":
+        backends.use(config.kernels)
     log.debug("kernels: %s (%s)", kernels, reason)
     return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length)
 
