@@ -11,11 +11,44 @@ EAGER = {"lower": "eager", "min_length": 0}
 SPARSE = {**EAGER, "strict": True, "passes": ["xattention"], "xattention": {"block": 64, "density": 0.3}}
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(64, 256)
+
+    def forward(self, x):
+        query, key, value, gate = self.project(x).unflatten(-1, (16, 16)).transpose(1, 2).chunk(4, dim=1)
+        y = nn.functional.scaled_dot_product_attention(4 * query, key, value, is_causal=True)
+        return x + (y * gate.sigmoid()).transpose(1, 2).flatten(2)
+
+
+class Decoder(nn.Module):
+    """Four layers of plain causal attention: traces in a fraction of the time of a transformers model."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(128, 64)
+        self.layers = nn.ModuleList(Attention() for _ in range(4))
+        self.head = nn.Linear(64, 128)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
 @pytest.fixture(scope="module")
 def model():
+    torch.manual_seed(0)
+    return Decoder().eval()
+
+
+@pytest.fixture(scope="module")
+def llama():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 1024}
+    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 1024}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
     return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape, **heads, pad_token_id=0)).eval()
 
@@ -33,7 +66,7 @@ def test_an_exact_method_is_close_and_the_model_stays_eager(model):
 
 
 def test_a_lossy_method_differs_and_keep_all_does_not(model):
-    inputs = {"input_ids": tokens(1, 400), "use_cache": False}
+    inputs = tokens(1, 400)
     sparse = compare(model, inputs, options=SPARSE)
     assert not sparse.close and sparse.relative_error > 1e-2 and sparse.kl > 1e-4
     assert 0 < sparse.density < 0.7 and sparse.rewritten == 4
@@ -43,7 +76,7 @@ def test_a_lossy_method_differs_and_keep_all_does_not(model):
 
 
 def test_keep_all_reaches_rules_and_plan_files(model, tmp_path):
-    inputs = {"input_ids": tokens(1, 300)}
+    inputs = tokens(1, 300)
     rules = [{"layers": "1-2", "method": ["sink_window", "dense"], "window": 8}]
     options = {**EAGER, "passes": ["xattention"], "xattention": {"density": 0.1}, "rules": rules}
     sparse = compare(model, inputs, options=options)
@@ -57,10 +90,10 @@ def test_keep_all_reaches_rules_and_plan_files(model, tmp_path):
     assert compare(model, inputs, options=planned, keep_all=True).close
 
 
-def test_padding_rows_are_not_compared(model):
+def test_padding_rows_are_not_compared(llama):
     ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
     mask[0, :13] = 0
-    result = compare(model, {"input_ids": ids, "attention_mask": mask}, options={**EAGER, "passes": ["dense"], "strict": True})
+    result = compare(llama, {"input_ids": ids, "attention_mask": mask}, options={**EAGER, "passes": ["dense"], "strict": True})
     assert result.close and result.rows == 80 - 13
 
 
@@ -80,12 +113,12 @@ def test_options_are_checked_before_anything_runs():
         compare(Model(), tokens(1, 4), options={"pases": []})
 
 
-def test_a_cache_in_the_inputs_is_not_shared_by_the_two_runs(model):
+def test_a_cache_in_the_inputs_is_not_shared_by_the_two_runs(llama):
     transformers = pytest.importorskip("transformers")
-    cache = transformers.DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=llama.config)
     with torch.no_grad():
-        model(input_ids=tokens(1, 30), past_key_values=cache)
-    result = compare(model, {"input_ids": tokens(1, 5), "past_key_values": cache}, options={**EAGER, "passes": ["dense"], "strict": True})
+        llama(input_ids=tokens(1, 30), past_key_values=cache)
+    result = compare(llama, {"input_ids": tokens(1, 5), "past_key_values": cache}, options={**EAGER, "passes": ["dense"], "strict": True})
     assert result.close and result.rows == 5
     assert cache.get_seq_length() == 30
 
@@ -131,13 +164,13 @@ def test_results_of_other_shape_or_kind_are_refused():
         testing._logits("text")
 
 
-def test_greedy_tokens_agree(model):
+def test_greedy_tokens_agree(llama):
     mask = torch.ones(2, 20, dtype=torch.int64)
     mask[1, :6] = 0
     inputs = {"input_ids": tokens(2, 20), "attention_mask": mask}
-    result = compare_tokens(model, inputs, options={**EAGER, "passes": ["dense"], "strict": True}, max_new_tokens=4)
+    result = compare_tokens(llama, inputs, options={**EAGER, "passes": ["dense"], "strict": True}, max_new_tokens=4)
     assert result.same and result.agreement == 1.0 and result.eager.shape == (2, 4)
-    assert result.plan.rewritten and model._compiled_call_impl is None
+    assert result.plan.rewritten and llama._compiled_call_impl is None
 
 
 def test_token_agreement_counts_missing_tokens():
@@ -147,7 +180,7 @@ def test_token_agreement_counts_missing_tokens():
 
 def test_recorded_blocks_give_a_mask(model):
     with record_blocks() as selections:
-        compare(model, {"input_ids": tokens(1, 300), "use_cache": False}, options=SPARSE)
+        compare(model, tokens(1, 300), options=SPARSE)
     assert len(selections) == 4 and ops.select_observers == []
     for selection in selections:
         mask = selection.mask()
@@ -166,11 +199,11 @@ def rules(*bad):
     return harmless + [{"layers": layer, "method": "sink_window", "window": 1, "sinks": 0} for layer in bad]
 
 
-@pytest.mark.parametrize(("bad", "first"), [(["3"], 3), (["1", "3"], 1), (["0-3"], 0)])
+@pytest.mark.parametrize(("bad", "first"), [(["3"], 3), (["1", "3"], 1)])
 def test_bisect_finds_the_first_bad_site(model, bad, first):
     culprit, whole = bisect(model, tokens(1, 100), options={**EAGER, "rules": rules(*bad)})
     assert not whole.close and whole.rewritten == 4
-    assert (culprit.method, culprit.site, culprit.alone) == ("sink_window", f"model.layers.{first}.self_attn", True)
+    assert (culprit.method, culprit.site, culprit.alone) == ("sink_window", f"layers.{first}", True)
     again = compare(model, tokens(1, 100), options=culprit.options)
     assert not again.close and again.rewritten == 1
 
@@ -179,22 +212,16 @@ def test_bisect_finds_the_method_first(model):
     steps = []
     options = {**EAGER, "passes": ["dense"], "rules": [{"layers": "2", "method": "sink_window", "window": 1}]}
     culprit, _ = bisect(model, tokens(1, 100), options=options, on_step=lambda step, result: steps.append((step, result.close)))
-    assert culprit.site == "model.layers.2.self_attn"
+    assert culprit.site == "layers.2"
     assert steps[:4] == [("everything", False), ("no pass", True), ("dense alone", True), ("sink_window alone", False)]
 
 
 def test_bisect_of_errors_that_add_up(model):
     every = {**EAGER, "rules": [{"layers": "*", "method": "sink_window", "window": 60}]}
-    one = [
-        compare(model, tokens(1, 100), options={**every, "passes": [], "rules": [{**every["rules"][0], "layers": str(i)}]})
-        for i in range(4)
-    ]
     whole = compare(model, tokens(1, 100), options=every)
-    tolerance = max(result.relative_error for result in one)
-    if whole.relative_error <= tolerance:
-        pytest.skip("these weights add up to less than their worst layer")
-    culprit, _ = bisect(model, tokens(1, 100), options=every, tolerance=tolerance)
+    culprit, _ = bisect(model, tokens(1, 100), options=every, tolerance=whole.relative_error * 0.999)
     assert not culprit.alone and "errors add up" in str(culprit)
+    assert culprit.comparison.rewritten > 1 and not culprit.comparison.close
 
 
 def test_bisect_of_a_model_that_does_not_differ(model):
