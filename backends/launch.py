@@ -1,0 +1,121 @@
+"""Which implementation serves an op on which device, decided at every call: generated Triton kernels or the reference."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+
+import torch
+
+from sparsify import ops
+from sparsify.errors import ConfigError, UnsupportedError
+
+log = logging.getLogger(__name__)
+
+KERNELS = ("auto", "triton", "reference")
+MIN_CAPABILITY = (8, 0)
+
+# op -> implementation -> module and function, imported when first called: the CPU path never imports Triton
+_IMPLEMENTATIONS = {
+    "attention": {
+        "reference": ("sparsify.backends.attention_launch", "reference_attention"),
+        "triton": ("sparsify.backends.attention_launch", "triton_attention"),
+    },
+    "select_blocks": {
+        "reference": ("sparsify.backends.reference_select", "select_blocks"),
+        "triton": ("sparsify.backends.triton_select", "select_blocks"),
+    },
+}
+
+_kernels = "auto"
+
+
+def use(kernels: str) -> None:
+    """Says what serves the ops from now on, in this process.
+
+    Args:
+        kernels: "auto" (Triton on CUDA devices that it supports, the reference elsewhere and for calls that Triton kernels do not
+            take), "triton" (or an error) or "reference".
+
+    Raises:
+        ConfigError: another word.
+    """
+    global _kernels
+    _kernels = _checked(kernels)
+
+
+def available(device: torch.device | str, kernels: str | None = None) -> tuple[str, str]:
+    """("triton" | "reference", reason): what serves the ops on `device` when `kernels` (default: what `use` said) is asked for.
+
+    Raises:
+        UnsupportedError: "triton" is asked for and cannot run there.
+        ConfigError: `kernels` is not one of `KERNELS`.
+    """
+    wanted = _kernels if kernels is None else _checked(kernels)
+    device = torch.device(device)
+    if wanted == "reference":
+        return "reference", "asked for"
+    obstacle = _obstacle(device.type, device.index, wanted)
+    if obstacle is None:
+        return "triton", "asked for" if wanted == "triton" else f"{device.type} device that Triton supports"
+    if wanted == "triton":
+        raise UnsupportedError(f"Triton kernels cannot run here: {obstacle}", where=str(device), hint="kernels = 'auto' uses the reference")
+    return "reference", obstacle
+
+
+def _checked(kernels: str) -> str:
+    if kernels not in KERNELS:
+        raise ConfigError(f"must be one of {', '.join(map(repr, KERNELS))}, not {kernels!r}", where="kernels")
+    return kernels
+
+
+@functools.cache
+def _obstacle(device_type: str, index: int | None, wanted: str) -> str | None:
+    """Why Triton kernels cannot run on a device when `wanted` is asked for; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu":
+        # the interpreter is for tests: it must be asked for twice
+        return None if os.environ.get("TRITON_INTERPRET") == "1" and wanted == "triton" else "no GPU"
+    if device_type != "cuda":
+        return f"no Triton kernels for {device_type} devices"
+    if torch.version.hip is not None:
+        return "AMD GPUs are not supported"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return None
+
+
+@functools.cache
+def _implementation(op: str, kind: str):
+    module, function = _IMPLEMENTATIONS[op][kind]
+    return getattr(importlib.import_module(module), function)
+
+
+@functools.cache
+def _warn_once(op: str, reason: str) -> None:
+    log.warning("%s runs the slow reference: %s", op, reason)
+
+
+def _serve(op: str):
+    def call(query, *args, **options):
+        kind, _ = available(query.device)
+        if kind == "triton":
+            try:
+                return _implementation(op, "triton")(query, *args, **options)
+            except UnsupportedError as error:
+                if _kernels == "triton":
+                    raise
+                _warn_once(op, str(error))
+        return _implementation(op, "reference")(query, *args, **options)
+
+    return call
+
+
+for _op in _IMPLEMENTATIONS:
+    for _device in ("CPU", "CUDA"):
+        ops.library.impl(_op, _serve(_op), _device)

@@ -1,0 +1,59 @@
+"""Generated attention kernels compile for real GPUs, without one: within shared memory, and without spills on Hopper."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.backends import source
+from sparsify.backends.triton_attention import AttentionSpec, arguments, attention_source
+from tests.kernel_specs import CLAUSES, spec
+from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel
+
+pytest.importorskip("triton")
+
+
+def compiled(chosen: AttentionSpec, arch: int) -> Resources:
+    listed = arguments(chosen)
+    return compile_kernel(
+        source.load(attention_source(chosen), "attention").attention,
+        {argument.name: argument.type for argument in listed},
+        arch=arch,
+        num_warps=chosen.tiling.warps,
+        num_stages=chosen.tiling.stages,
+        divisible=[argument.name for argument in listed if argument.aligned],
+    )
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+def test_hopper_without_spills(clause):
+    used = compiled(spec(clause), 90)
+    assert used.spilled == 0
+    assert used.shared <= SHARED_LIMIT[90]
+    # a decode tile has too few rows for a warpgroup's instruction
+    assert used.mma > 0 if CLAUSES[clause].get("packed") else used.wgmma > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clause", ["causal", "padded_window_per_head", "block_lists", "logits", "decode", "segments"])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_hopper_head_dims_and_dtypes(clause, dims, dtype):
+    used = compiled(spec(clause, dtype=dtype, dims=dims), 90)
+    assert used.spilled == 0
+    assert used.shared <= SHARED_LIMIT[90]
+
+
+@pytest.mark.parametrize("clause", ["causal", "block_lists_and_windows", "decode_window", "logits"])
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_architectures(clause, arch):
+    used = compiled(spec(clause, capability=(arch // 10, 0)), arch)
+    assert used.mma > 0
+    assert used.shared <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [(64, 64), (256, 256)])
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_other_architectures_head_dims_and_dtypes(arch, dims, dtype):
+    assert compiled(spec("causal", dtype=dtype, dims=dims, capability=(arch // 10, 0)), arch).shared <= SHARED_LIMIT[arch]
