@@ -118,4 +118,5 @@ def _serve(op: str):
 
 for _op in _IMPLEMENTATIONS:
     for _device in ("CPU", "CUDA"):
-        ops.library.impl(_op, _serve(_op), _device)
+        _kernel = ops.observed_selection(_serve(_op)) if _op == "select_blocks" else _serve(_op)
+        ops.library.impl(_op, _kernel, _device)

@@ -109,9 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=6000, help="prompt length in bytes (a token is a byte)")
     parser.add_argument("--needles", type=int, default=24, help="facts in the prompt")
     parser.add_argument("--asks", type=int, default=20, help="questions at its end")
-    parser.add_argument("--stride", type=int, default=8)
-    parser.add_argument("--pool", choices=["sum", "max"], default="max")
-    parser.add_argument("--threshold", type=float, default=0.95)
+    parser.add_argument("--config", type=Path, help="how to make it sparse; without it, sparsify.toml beside the model")
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     return parser.parse_args(arguments)
 
@@ -137,9 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
     dense = model(**inputs).logits
     console.print(f"dense, eager: {time.monotonic() - start:.1f} s")
 
-    chosen = {"stride": options.stride, "pool": options.pool, "threshold": options.threshold}
-    settings = {"passes": ["xattention", "dense"], "xattention": chosen, "min_length": 0, "strict": True}
-    console.print("\n" + str(sparsify.explain(model, options=settings, **inputs)), markup=False)
+    settings = {"config": str(options.config or options.model / "sparsify.toml")}
+    print(f"\n{sparsify.explain(model, options=settings, **inputs)}\n", flush=True)  # wider than a narrow terminal, so not wrapped
     model.compile(backend="sparsify", options=settings)
     start = time.monotonic()
     with record_blocks() as selections:

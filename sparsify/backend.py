@@ -20,5 +20,6 @@ def sparsify(
     Raises:
         ConfigError: unknown or impossible options, naming the place and the nearest valid name.
     """
-    settings = config.load({**(options or {}), **unknown}, mode=mode, method_models=method.discover())
+    given = {**(options or {}), **unknown} if unknown else options
+    settings = config.load(given, mode=mode, method_models=method.discover())
     return pipeline.compile_graph(gm, example_inputs, settings)

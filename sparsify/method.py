@@ -99,10 +99,9 @@ def discover() -> dict[str, type[Pass]]:
     Raises:
         ConfigError: two methods share a name, or an entry point is not a Pass.
     """
-    import sparsify.passes
-
+    folder = importlib.import_module("sparsify.passes")  # by name: methods import this module, not the other way round
     found: dict[str, type[Pass]] = {}
-    for module in pkgutil.iter_modules(sparsify.passes.__path__):
+    for module in pkgutil.iter_modules(folder.__path__):
         loaded = importlib.import_module(f"sparsify.passes.{module.name}")
         for value in vars(loaded).values():
             if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == loaded.__name__ and "name" in vars(value):
