@@ -76,11 +76,90 @@ class AttentionSite:
         return "chunk"
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the last dimension, computed in float32 whatever the input's dtype.
+
+    kind: "none"; "layer" (F.layer_norm); "rms": weight · cast(x̂); "rms_fp32": cast(weight · x̂); "rms_offset": cast((1 + weight) · x̂),
+        where x̂ = x · rsqrt(mean(x²) + eps) and cast rounds to the input's dtype.
+    """
+
+    kind: Literal["none", "layer", "rms", "rms_fp32", "rms_offset"] = "none"
+    weight: fx.Node | None = None  # [hidden]
+    bias: fx.Node | None = None  # [hidden], "layer" only
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class FeedForwardSite:
+    """One feed-forward block of a Dynamo graph with its norm and its residual sum: output = sum(residuals) + scale · ffn(input).
+
+    name: module path of the block, such as `model.layers.3.mlp`: for reports and rules, never as proof. layer: the last integer in it.
+    index, count: this block's place among the `count` feed-forward blocks of the graph, near misses included.
+    output: the residual sum, the node a pass replaces. residuals: its other terms, in order; all of output's shape and dtype.
+    input: what `norm` reads, or the block's input without a norm of its own.
+    layout: "split" (gate and up apart), "gate_up" or "up_gate" (both in `up`, in that order), "plain" (no gate).
+    up, gate: [intermediate, hidden] weights ([2 · intermediate, hidden] when fused); down: [hidden, intermediate]; all transposed
+        when `transposed`. activation: applied to the gate, or to up without one.
+    positions: int64 node, [1 or batch, query_len] or [query_len]; cached: a node whose dimension 2 is the number of keys; None where
+        the graph shows neither.
+    near_miss: why a block that looks like this cannot be described further; every pass refuses with it.
+    """
+
+    name: str
+    layer: int | None
+    index: int
+    count: int
+    output: fx.Node
+    residuals: tuple[fx.Node, ...] = ()
+    input: fx.Node | None = None
+    up: fx.Node | None = None
+    gate: fx.Node | None = None
+    down: fx.Node | None = None
+    up_bias: fx.Node | None = None
+    gate_bias: fx.Node | None = None
+    down_bias: fx.Node | None = None
+    layout: Literal["split", "gate_up", "up_gate", "plain"] = "plain"
+    transposed: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    norm: Norm = Norm()
+    post_norm: Norm = Norm()
+    scale: float = 1.0
+    rows: Size = 0
+    query_len: Size = 0
+    hidden: Size = 0
+    intermediate: Size = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    needs_grad: bool = False
+    positions: fx.Node | None = None
+    cached: fx.Node | None = None
+    output_stride_order: Literal["bhqd"] = "bhqd"
+    near_miss: str = ""
+    covered: tuple[fx.Node, ...] = field(default=(), repr=False)
+
+    def mapped(self, mapping: dict[fx.Node, fx.Node]) -> FeedForwardSite:
+        """The same site in a copy of its graph; `mapping` sends each node to its copy."""
+        moved = {f.name: _mapped(getattr(self, f.name), mapping) for f in dataclasses.fields(self)}
+        return FeedForwardSite(**moved)
+
+    @property
+    def phase(self) -> Phase:
+        """decode: one query row per sequence; else prefill."""
+        return "decode" if self.query_len == 1 else "prefill"
+
+    @property
+    def weight_bytes(self) -> Size:
+        """Bytes of the block's weights, what a decode step streams from memory."""
+        matrices = 2 if self.layout == "plain" else 3
+        return matrices * self.hidden * self.intermediate * self.dtype.itemsize
+
+
 def _mapped(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
     if isinstance(value, fx.Node):
         return mapping[value]
     if isinstance(value, tuple):
         return tuple(_mapped(v, mapping) for v in value)
-    if isinstance(value, Leaf | QueryStart | MaskPredicate):
+    if isinstance(value, Leaf | QueryStart | MaskPredicate | Norm):
         return dataclasses.replace(value, **{f.name: _mapped(getattr(value, f.name), mapping) for f in dataclasses.fields(value)})
     return value
