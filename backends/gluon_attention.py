@@ -121,7 +121,7 @@ def launch(
     tiles = -(-query_len // QUERY_TILE) * batch * heads
     try:
         with torch.cuda.device(query.device):
-            values = _values(spec, query, key, value, output, lse, options)
+            values = operands(spec, query, key, value, output, lse, options) | _descriptors(spec, query, key, value, output)
             kernel = _kernel(spec, triton_release())
             grid = (min(_processors(query.device), tiles),)
             kernel[grid](*(values[name] for name in argument_types(spec)), **_LAUNCH)
@@ -200,18 +200,14 @@ def _kernel(spec: GluonSpec, release: tuple[int, int]) -> Callable[..., Any]:
     return source.load(generate(spec, release), "gluon_attention").attention
 
 
-def _values(
+def operands(
     spec: GluonSpec, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Kernel arguments by name, and perhaps some that this spec has no use for."""
+    """The kernel's arguments but for the descriptors, by name, and perhaps some that this spec has no use for."""
     batch, heads, query_len, _ = query.shape
     kv_heads, key_len = key.shape[1:3]
     device, tile = query.device, spec.tuning.key_tile
     values: dict[str, Any] = {
-        "queries": _descriptor(query, QUERY_TILE // 2, spec.head_dim),
-        "keys": _descriptor(key, tile, spec.head_dim),
-        "values": _descriptor(value, tile, spec.value_dim),
-        "outputs": _descriptor(output, QUERY_TILE // 2, spec.value_dim),
         "lse": lse,
         # of this launch alone, so that launches on several streams never draw from one counter
         "counter": torch.zeros(1, dtype=torch.int32, device=device),
@@ -281,6 +277,15 @@ def segment_tiles(segments: Tensor, tile: int) -> dict[str, Tensor]:
 def _rows(operand: Tensor, batch: int) -> Tensor:
     """One row a batch row; a single one serves all."""
     return operand.expand(batch, *operand.shape[1:]).contiguous()
+
+
+def _descriptors(spec: GluonSpec, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> dict[str, Any]:
+    return {
+        "queries": _descriptor(query, QUERY_TILE // 2, spec.head_dim),
+        "keys": _descriptor(key, spec.tuning.key_tile, spec.head_dim),
+        "values": _descriptor(value, spec.tuning.key_tile, spec.value_dim),
+        "outputs": _descriptor(output, QUERY_TILE // 2, spec.value_dim),
+    }
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int):

@@ -47,7 +47,7 @@ def _tile(t, sizes):
 
 @gluon.jit
 def _next(stage, phase, stages: gl.constexpr):
-    stage += 1
+    stage = stage + 1
     wraps = stage == stages
     return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
 
@@ -115,7 +115,7 @@ def _step(j, count, first, last, key_len, entries, clauses):
 #end
 #end
         kind = _kind(block, first, last, key_len, clauses)
-        j += 1
+        j = j + 1
     return block, kind, j
 
 
@@ -176,7 +176,7 @@ def _producer(rings, barriers, descriptors, sizes, start, operands):
         lowest = gl.load(segment_low + own)
         highest = gl.load(segment_high + own)
         while own < own_last:
-            own += 1
+            own = own + 1
             lowest = gl.minimum(lowest, gl.load(segment_low + own))
             highest = gl.maximum(highest, gl.load(segment_high + own))
         clause_segments = (segment_low, segment_high, lowest, highest)
@@ -217,7 +217,7 @@ def _producer(rings, barriers, descriptors, sizes, start, operands):
         far = gl.minimum((sinks + KEY_TILE - 1) // KEY_TILE, lowest_tile)
 #end
         entries = (highest_tile, count, far)
-        count += far
+        count = count + far
 #end
 #end
 #end

@@ -1,0 +1,81 @@
+"""The generated Hopper kernels' logic against the reference: executed on the CPU by stand-ins, clause by clause."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import kernel_checks
+from sparsify.backends import gluon_attention, reference
+from sparsify.backends.gluon_source import argument_types, generate
+from sparsify.ops import empty_output
+from tests.kernels.gluon_machine import Launch, Pointer
+
+# small enough for the CPU; the large ones differ only in how many tiles a thread block draws, which blocks=2 shows already
+CASES = {
+    name: call
+    for name, call in kernel_checks.matrix().items()
+    if not name.startswith(("many_", "dim_64_many")) and (not name.startswith("fuzz_") or int(name[5:]) < 8)
+}
+
+
+QUICK = (
+    "ragged_not_causal", "chunk", "more_queries", "lists_chunk", "lists_mostly_empty", "window_sinks_130", "window_per_head",
+    "window_lists", "sink_logits_empty_rows", "softcap_lists", "segments_chunk", "padding_left_window", "padding_holes_lists",
+    "padding_row", "seq_major", "dim_192_128_lists", "dim_64_128", "tuning_q1_k3v3", "tuning_no_delay", "tuning_keys64", "fuzz_0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def test_generated_kernel_computes_the_op(name):
+    call = CASES[name]
+    if call.heads > 8:
+        call = dataclasses.replace(call, heads=4, kv_heads=2, query_len=600, key_len=600)
+    query, key, value, options = kernel_checks.operands(call, device="cpu")
+    assert gluon_attention.serves(query, key, value, options, (9, 0), (3, 6)) is None
+    output, lse = _simulate(query, key, value, options, call.tuning)
+    expected, expected_lse = reference.attention(query.double(), key.double(), value.double(), **options)
+    assert not output.isnan().any()
+    error = (output.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error < kernel_checks.ERROR_LIMIT[call.dtype]
+    torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_kernel_that_forgets_a_release_is_found(monkeypatch):
+    monkeypatch.setattr("tests.kernels.gluon_machine.PATIENCE", 0.5)
+    query, key, value, options = kernel_checks.operands(CASES["causal"], device="cpu")
+    text = generate(gluon_attention.make_spec(query, key, value, options))
+    broken = text.replace("mbarrier.arrive(key_empty.index(key_stage), count=1)", "pass")
+    assert broken != text
+    with pytest.raises(TimeoutError, match="deadlock"):
+        _simulate(query, key, value, options, None, broken)
+
+
+def test_a_kernel_that_forgets_the_causal_clause_is_found():
+    query, key, value, options = kernel_checks.operands(CASES["causal"], device="cpu")
+    text = generate(gluon_attention.make_spec(query, key, value, options))
+    broken = text.replace("    visible = visible & (columns[None, :] <= rows[:, None])\n", "")
+    assert broken != text
+    output, _ = _simulate(query, key, value, options, None, broken)
+    expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
+    assert (output.double() - expected).norm() > 0.1 * expected.norm()
+
+
+def _simulate(query, key, value, options, tuning, text=None):
+    output = empty_output(query, value, options["seq_major"]).fill_(torch.nan)
+    lse = torch.full(query.shape[:3], torch.nan)
+    spec = gluon_attention.make_spec(query, key, value, options, tuning)
+    found = gluon_attention.operands(spec, query, key, value, output, lse, options)
+    tensors = {"queries": query, "keys": key, "values": value, "outputs": output}
+    arguments = []
+    for name, type_ in argument_types(spec).items():
+        if name in tensors:
+            arguments.append(tensors[name])
+        elif type_.startswith("*"):
+            arguments.append(Pointer(found[name]))
+        else:
+            arguments.append(torch.tensor(found[name]) if type_ == "i32" else found[name])
+    Launch(blocks=2).run(text or generate(spec), arguments)
+    return output, lse
