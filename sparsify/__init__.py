@@ -13,10 +13,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sparsify.api import compile, explain
+    from sparsify.cache import SparseCache
     from sparsify.plan import Plan
 
-_HOME = {"compile": "sparsify.api", "explain": "sparsify.api", "Plan": "sparsify.plan"}
-__all__ = ["Plan", "compile", "explain"]
+_HOME = {"compile": "sparsify.api", "explain": "sparsify.api", "Plan": "sparsify.plan", "SparseCache": "sparsify.cache"}
+__all__ = ["Plan", "SparseCache", "compile", "explain"]
 
 
 def __getattr__(name: str) -> Any:

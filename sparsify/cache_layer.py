@@ -1,0 +1,214 @@
+"""One layer of a SparseCache: its buffers, and how they follow reorder, select, repeat, crop, reset and offload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsify import cache_ops
+from sparsify.errors import CacheError
+from sparsify.policies import Layout, Policy
+
+_STATE = ("keys", "values", "positions", "counts", "seen", "length")
+
+
+class StockMask:
+    """Stands for the mask sizes of a SparseCache: its slots have no single offset, so that a mask over them cannot be built from sizes.
+
+    Sparsify's attention never looks at it; anything else that does gets the reason.
+    """
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise CacheError(
+            "the model builds an ordinary attention mask for a SparseCache",
+            hint="make the cache with SparseCache(model.config, ...) of this very model, after any set_attn_implementation",
+        )
+
+    __torch_function__ = classmethod(_refuse)
+    __add__ = __radd__ = __sub__ = __rsub__ = __index__ = __int__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
+    __hash__ = object.__hash__
+
+
+MASK_SIZE = StockMask()
+
+
+class Handoff:
+    """The layer whose `update` ran last, until its attention takes it: transformers passes keys to attention, but no cache."""
+
+    def __init__(self) -> None:
+        self.layer: SparseLayer | None = None
+        self.key: Tensor | None = None
+
+
+class SparseLayer(CacheLayerMixin):
+    """Slots of one attention layer; see `sparsify.cache_ops` for the state.
+
+    policy: decides what stays. layout: None while a budget given as a share waits for the first call's length.
+    sliding: the model's own window, kept exactly, whatever the policy of the other layers.
+    """
+
+    is_compileable = False  # generate() would then build 4-D masks and compile by itself
+    is_croppable = False  # only while nothing was evicted
+
+    def __init__(self, index: int, config: Any, policy: Policy, budget: Any, *, sliding: bool, frequencies: Tensor | None):
+        super().__init__()
+        self.index, self.config, self.policy, self.budget = index, config, policy, budget
+        self.is_sliding, self.inverse_frequencies = sliding, frequencies
+        self.policy_text = policy.describe()
+        self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
+        self.handoff: Handoff | None = None
+        self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates all slots, for the batch, heads, dtype and device of `key_states` [batch, kv_heads, any, head_dim]."""
+        if self.layout is None:
+            self.layout = self.policy.layout(max(1, -(-key_states.shape[2] * round(self.budget * 10**6) // 10**6)))
+        batch, kv_heads, _, head_dim = key_states.shape
+        capacity = self.layout.capacity
+        self.batch_size, self.dtype, self.device = batch, key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(batch, kv_heads, capacity, head_dim)
+        self.values = value_states.new_zeros(batch, kv_heads, capacity, value_states.shape[-1])
+        self.positions = key_states.new_full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+        self.counts = key_states.new_zeros(batch, kv_heads, dtype=torch.int32)
+        self.seen = key_states.new_zeros(batch, dtype=torch.int32)
+        self.length = key_states.new_zeros((), dtype=torch.int64)
+        if self.inverse_frequencies is not None:
+            self.inverse_frequencies = self.inverse_frequencies.to(self.device)
+        self.is_initialized = True
+        self._mark_static()
+
+    def _mark_static(self) -> None:
+        """Without this, CUDA graphs are skipped because inputs are mutated. Unguarded: another cache re-records, and never recompiles."""
+        if not torch.compiler.is_compiling():
+            for name in _STATE:
+                torch._dynamo.mark_static_address(getattr(self, name), guard=False)
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.positions, self.counts, self.seen, self.length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Checks the new keys and values and returns them as they are; the attention that follows stores them.
+
+        Raises:
+            CacheError: they do not fit this cache, or the model's previous layer did not use sparsify's attention.
+        """
+        if self.handoff.layer is not None:
+            other, self.handoff.layer, self.handoff.key = self.handoff.layer, None, None
+            raise CacheError(
+                "the model's attention did not take the keys that it gave to the cache",
+                where=f"layer {other.index}",
+                hint="make it with SparseCache(model.config, ...) of this very model, whose attention must go through AttentionInterface",
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        self.handoff.layer, self.handoff.key = self, key_states
+        return key_states, value_states
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        where, hint = f"layer {self.index}", "make a new SparseCache for this model and batch, or call reset() before another shape"
+        if key.shape[0] != self.keys.shape[0]:
+            raise CacheError(f"the cache holds a batch of {self.keys.shape[0]}, the call has {key.shape[0]}", where=where, hint=hint)
+        if key.shape[1] != self.keys.shape[1] or key.shape[3] != self.keys.shape[3] or value.shape[3] != self.values.shape[3]:
+            found = f"{key.shape[1]} KV heads of {key.shape[3]} and {value.shape[3]}"
+            kept = f"{self.keys.shape[1]} of {self.keys.shape[3]} and {self.values.shape[3]}"
+            raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
+        if key.dtype != self.dtype or key.device != self.keys.device:
+            found, kept = f"{key.dtype} on {key.device}", f"{self.dtype} on {self.keys.device}"
+            raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
+
+    def get_seq_length(self) -> Any:
+        """Tokens so far, padding included: an int, or within a compiled graph a tensor."""
+        if not self.is_initialized:
+            return 0
+        return cache_ops.length(self.length) if torch.compiler.is_compiling() else int(self.length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
+        return MASK_SIZE, MASK_SIZE
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Empties the layer. A budget given as a share is taken anew from the next call, and any batch size may follow."""
+        if not self.is_initialized:
+            return
+        self.positions.fill_(-1)
+        for name in ("keys", "values", "counts", "seen", "length"):
+            getattr(self, name).zero_()
+        self.started = False
+        if isinstance(self.budget, float):
+            self.layout, self.is_initialized = None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """In place, row b becomes row beam_idx[b]."""
+        if self.is_initialized:
+            for name in _STATE[:-1]:
+                state = getattr(self, name)
+                state.copy_(state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace_rows(lambda state: state.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._replace_rows(lambda state: state[indices.to(state.device)])
+
+    def _replace_rows(self, change: Any) -> None:
+        if self.is_initialized:
+            for name in _STATE[:-1]:
+                setattr(self, name, change(getattr(self, name)))
+            self.batch_size = self.keys.shape[0]
+            self._mark_static()
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        self._move(self.device if self.is_initialized else None)
+
+    def _move(self, device: Any) -> None:
+        if self.is_initialized and self.keys.device != torch.device(device):
+            for name in _STATE:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+            self._mark_static()
+
+    def check_crop(self, tokens: int) -> None:
+        """Raises CacheError when the last `tokens` tokens cannot be taken back exactly; changes nothing."""
+        where = f"layer {self.index}"
+        length = int(self.length)
+        if tokens > length:
+            raise CacheError(f"{tokens} tokens are to be removed, {length} were seen", where=where)
+        if bool((self.seen != length).any()):
+            raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
+        if bool((self.seen > self.layout.capacity).any()):
+            raise CacheError(
+                f"{length} tokens were seen and {self.layout.capacity} are kept: what came before the removed tokens is evicted",
+                where=where,
+                hint="give a budget that holds the whole text; assisted decoding and rollback need it",
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last -tokens_to_remove tokens.
+
+        Raises:
+            CacheError: something was evicted already, or the batch is padded.
+        """
+        if tokens_to_remove > 0:
+            raise CacheError("crop takes a negative number of tokens to remove", hint=f"crop({-tokens_to_remove}) removes that many")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self.check_crop(-tokens_to_remove)
+        self.length += tokens_to_remove
+        self.seen += tokens_to_remove
+        self.counts += tokens_to_remove
+        self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
+        self.started = int(self.length) > 0
+
+    def activate_past_recording(self) -> None:
+        """Nothing to record: `crop` works while everything is kept, and says so otherwise."""

@@ -1,0 +1,93 @@
+"""What an eviction policy is: which tokens a full cache keeps.
+
+A policy is a frozen pydantic model whose fields are its options. It says how a budget is laid out and scores candidates; storing,
+padding, positions and the tokens that always stay are the cache's business.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from sparsify.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's slots are used (see `sparsify.cache_ops`).
+
+    capacity: slots per KV head, all of them. pinned: slots that later tokens never overwrite. recent: newest tokens that stay whatever
+    their score. window: a query sees only this many last keys besides the sinks, 0 for all that are kept. sinks: first tokens of each
+    row that a window does not hide. turn_sinks: sinks stand directly before the window, as positions inside the cache.
+    """
+
+    capacity: int
+    pinned: int
+    recent: int
+    window: int = 0
+    sinks: int = 0
+    turn_sinks: bool = False
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All tokens that could stay, in order of position.
+
+    keys: [batch, kv_heads, candidates, head_dim]. values: likewise with v_head_dim.
+    positions: int32 [batch, kv_heads, candidates], -1 where there is no token (padding, empty slots).
+    queries: [batch, query_heads, up to `Policy.observed`, head_dim], the last real queries of each row; None when none are asked for.
+    query_positions: int32 [batch, queries], -1 where a row has fewer.
+    newest: int32 [batch], position of each row's last token.
+    scale, softcap: as the layer's attention applies them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    queries: Tensor | None
+    query_positions: Tensor | None
+    newest: Tensor
+    scale: float
+    softcap: float
+
+
+class Policy(BaseModel):
+    """Base of all policies.
+
+    observed: how many of the last queries `score` reads; 0 for policies that read none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    name: ClassVar[str]
+
+    @property
+    def observed(self) -> int:
+        return 0
+
+    def layout(self, budget: int | None) -> Layout:
+        """How `budget` slots per KV head are used.
+
+        Raises:
+            ConfigError: the budget is too small for what the policy must keep.
+        """
+        raise NotImplementedError
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Floating [batch, kv_heads, candidates], higher = keep. What it says of `recent` tokens and of -1 positions is ignored."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The policy as text that `parse` reads: constant in a compiled graph."""
+        return json.dumps({"name": self.name, **self.model_dump(mode="json")}, sort_keys=True)
+
+    def refuse(self, what: str, hint: str = "") -> ConfigError:
+        return ConfigError(what, where=f"policy {self.name}", hint=hint)
+
+
+def options_of(text: str) -> dict[str, Any]:
+    """Name and options of `Policy.describe`'s text."""
+    return json.loads(text)

@@ -1,0 +1,82 @@
+"""snapkv: what the prompt's last queries look at.
+
+Li et al., "SnapKV: LLM Knows What You Are Looking for Before Generation", arXiv 2404.14469, listing 1.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from sparsify.policies.base import Candidates, Layout, Policy
+
+
+class SnapKV(Policy):
+    """window: last queries whose attention scores the keys; their own tokens stay. pool, kernel: smoothing of the scores along the keys,
+    "avg" or "max" over an odd number of them. group: how the query heads of one KV head agree.
+    recent_share: share of the budget that tokens after the prompt may take over, worst-scored prompt tokens first; beyond it, the
+    oldest of them go.
+
+    Prompts are attended in full and cut down once at the end of every call with more than one token.
+    """
+
+    name: ClassVar[str] = "snapkv"
+
+    window: int = Field(32, ge=1, le=4096, description="last queries that score, in tokens")
+    pool: Literal["avg", "max"] = Field("avg", description="smoothing of the scores along the keys")
+    kernel: int | None = Field(None, ge=1, le=255, description="keys that the smoothing spans, odd; None: 5 for avg, 7 for max")
+    group: Literal["mean", "max"] = Field("mean", description="how the query heads of one KV head agree")
+    recent_share: float = Field(0.25, ge=0, le=1, description="share of the budget that tokens after the prompt may take over")
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, value: int | None) -> int | None:
+        if value is not None and value % 2 == 0:
+            raise ValueError("must be odd")
+        return value
+
+    @property
+    def observed(self) -> int:
+        return self.window
+
+    def layout(self, budget: int | None) -> Layout:
+        if budget is None:
+            raise self.refuse("no budget is given", "SparseCache(..., budget=4096)")
+        if budget <= self.window:
+            raise self.refuse(
+                f"a budget of {budget} tokens leaves none beside the window of {self.window}", f"give at least {self.window + 1}"
+            )
+        ring = max(self.window, int(budget * self.recent_share))
+        return Layout(budget, pinned=budget - ring, recent=self.window)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        heads = [self._score_head(candidates, head) for head in range(candidates.keys.shape[1])]
+        return torch.stack(heads, 1)
+
+    def _score_head(self, candidates: Candidates, head: int) -> Tensor:
+        """[batch, candidates]; one KV head at a time bounds the logits to group x window x candidates."""
+        queries, kv_heads = candidates.queries, candidates.keys.shape[1]
+        group = queries.shape[1] // kv_heads
+        rows = queries[:, head * group : (head + 1) * group].float() * candidates.scale
+        logits = rows @ candidates.keys[:, head].float().transpose(-1, -2)[:, None]  # [batch, group, window, candidates]
+        if candidates.softcap:
+            logits = candidates.softcap * torch.tanh(logits / candidates.softcap)
+        at, asked = candidates.positions[:, head], candidates.query_positions
+        visible = (at[:, None] >= 0) & (at[:, None] <= asked[:, :, None])  # [batch, window, candidates]
+        logits = logits.masked_fill(~visible[:, None], -torch.inf)
+        # a row with fewer real queries than the window: the missing ones look at nothing
+        weights = logits.softmax(-1).masked_fill(~visible[:, None], 0)
+        mass = weights.sum(2)
+        own = at > (candidates.newest - self.window)[:, None]
+        mass = mass.masked_fill(own[:, None], 0)  # the window's own keys stay anyway and must not smear into their neighbours
+        mass = self._smooth(mass)
+        return mass.mean(1) if self.group == "mean" else mass.amax(1)
+
+    def _smooth(self, mass: Tensor) -> Tensor:
+        width = self.kernel or (5 if self.pool == "avg" else 7)
+        pool = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
+        return pool(mass, width, stride=1, padding=width // 2)

@@ -1,0 +1,485 @@
+"""SparseCache against references that see whole texts: every known pitfall of evicting caches is a test here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tests.cache_reference as reference
+from sparsify import SparseCache
+from sparsify.errors import CacheError, ConfigError, UnsupportedError
+from tests.tiny_models import VOCAB, build
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+def text(rows, tokens, seed=0):
+    return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(lengths):
+    """Attention mask of rows with so many real tokens, padded on the left."""
+    width = max(lengths)
+    return torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+
+
+def positions_of(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def cuts_of(total, at):
+    edges = sorted({0, total, *(a for a in at if 0 < a < total)})
+    return [b - a for a, b in itertools.pairwise(edges)]
+
+
+# --- exactness: whole budget ---
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mistral_window", "gemma3", "phi3", "gpt_neox", "olmo2", "mixtral", "cohere", "granite")
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_budget_that_holds_the_text_gives_the_same_tokens(family, policy):
+    model, ids, mask = build(family), text(2, 40), left_padded([40, 33])
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    cache = SparseCache(model.config, policy=policy, budget=64)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, past_key_values=cache), want)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+@torch.no_grad()
+def test_sink_logits_and_softcap_are_kept(family):
+    model, ids = build(family, "eager"), text(1, 30)
+    want = reference_logits = model(ids).logits
+    cache = SparseCache(model.config, policy="snapkv", budget=40, window=4)
+    got = reference.through(model, cache, ids, [20, 1, 1, 8])
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert reference_logits.isfinite().all()
+
+
+# --- exactness: StreamingLLM equals the mask over a full cache, however a text is cut into calls ---
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sinks=st.integers(0, 5),
+    window=st.integers(1, 12),
+    cuts=st.lists(st.integers(1, 29), max_size=8),
+    lengths=st.tuples(st.integers(1, 30), st.just(30)),
+    padded=st.booleans(),
+)
+def test_streaming_equals_the_masked_full_cache(llama, sinks, window, cuts, lengths, padded):
+    ids = text(2, 30)
+    mask = left_padded(lengths) if padded else torch.ones(2, 30, dtype=torch.long)
+    at = positions_of(mask)
+    want = reference.run(llama, ids, reference.streaming(mask, sinks, window), at)
+    cache = SparseCache(llama.config, sinks=sinks, window=window)
+    got = reference.through(llama, cache, ids, cuts_of(30, cuts), mask if padded else None, at)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], **CLOSE)
+    assert cache.layers[0].keys.shape[2] == sinks + window
+
+
+@torch.no_grad()
+def test_streaming_differs_from_dense(llama):
+    ids = text(1, 30)
+    got = reference.through(llama, SparseCache(llama.config, budget=12), ids, [20] + [1] * 10)
+    assert (got - llama(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "phi", "gemma3"])
+def test_in_cache_positions_equal_the_published_scheme(family):
+    model = build(family)
+    ids, mask = text(2, 26), left_padded([26, 19])
+    at = positions_of(mask)
+    moved, own = reference.in_cache(model, mask, 3, 7, at, family == "gemma3" and "full_attention"), reference.streaming(mask, 0, 8)
+    windowed = lambda layer: family == "gemma3" and model.config.layer_types[layer] == "sliding_attention"
+    want = reference.run(model, ids, lambda layer, *call: (own if windowed(layer) else moved)(layer, *call), at)
+    for cuts in ([26], [12] + [1] * 14, [5, 1, 9, 11]):
+        cache = SparseCache(model.config, sinks=3, window=7, positions="in_cache")
+        got = reference.through(model, cache, ids, cuts, mask, at)
+        torch.testing.assert_close(got[mask.bool()], want[mask.bool()], **CLOSE)
+    absolute = reference.run(model, ids, reference.streaming(mask, 3, 7, {i: 8 for i in range(2) if windowed(i)}), at)
+    assert (absolute - want)[mask.bool()].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["mistral_window", "gemma3"])
+def test_a_models_own_window_is_kept(family):
+    model, ids = build(family), text(1, 30)
+    mask = torch.ones_like(ids)
+    types = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 2
+    windows = {i: 8 for i, kind in enumerate(types) if kind == "sliding_attention"}
+    want = reference.run(model, ids, reference.streaming(mask, 2, 12, windows), None)
+    for cuts in ([30], [10] + [1] * 20, [3, 9, 1, 17]):
+        cache = SparseCache(model.config, sinks=2, window=12)
+        torch.testing.assert_close(reference.through(model, cache, ids, cuts), want, **CLOSE)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [8 if i in windows else 14 for i in range(2)]
+
+
+# --- exactness: SnapKV equals the full cache with what was evicted hidden ---
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_snapkv_decodes_over_what_it_kept(llama, padded):
+    ids = text(2, 40)
+    mask = left_padded([40, 29]) if padded else torch.ones(2, 40, dtype=torch.long)
+    at, prompt = positions_of(mask), 34
+    cache = SparseCache(llama.config, policy="snapkv", budget=16, window=4)
+    got = [reference.through(llama, cache, ids[:, :prompt], [prompt], mask[:, :prompt], at)]
+    kept = [layer.positions.clone() for layer in cache.layers]
+    assert all((k >= 0).all() and len(set(k[0, 0].tolist())) == 16 for k in kept)
+    assert not torch.equal(kept[0][:, 0], kept[0][:, 1]), "KV heads choose for themselves"
+    overwritten = 0
+    hidden = [torch.zeros(2, 4, 40, 40, dtype=torch.bool) for _ in kept]
+    for step in range(prompt, 40):
+        logits = llama_step(llama, cache, ids, mask, at, step)
+        got.append(logits)
+        for layer, rows in zip(cache.layers, hidden):
+            stays = (layer.positions[..., None] == reference.real_index(mask)[:, None, None, :]).any(2)
+            overwritten += int((~stays).sum())
+            rows[:, :, step] = ~stays.repeat_interleave(2, 1)
+
+    def logits(layer, query, key, scale):
+        dense = reference.streaming_mask(mask, 0, 1000) & ~hidden[layer]
+        return (query @ key.transpose(-1, -2) * scale).masked_fill(~dense, -torch.inf)
+
+    want = reference.run(llama, ids, logits, at)
+    torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], **CLOSE)
+    assert overwritten
+
+
+@torch.no_grad()
+def llama_step(model, cache, ids, mask, at, step):
+    part = slice(step, step + 1)
+    return model(ids[:, part], past_key_values=cache, attention_mask=mask[:, : step + 1], position_ids=at[:, part]).logits
+
+
+# --- ways to call ---
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@pytest.mark.parametrize("budget", [24, 200])
+@torch.no_grad()
+def test_a_second_turn_on_the_same_cache(llama, policy, budget):
+    first, second = text(1, 40), text(1, 15, seed=1)
+    cache = SparseCache(llama.config, policy=policy, budget=budget, **({"window": 8} if policy == "snapkv" else {}))
+    said = llama.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert cache.get_seq_length() == 45
+    whole = torch.cat((said, second), 1)
+    got = llama.generate(whole, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert cache.get_seq_length() == whole.shape[1] + 5
+    if budget == 200:
+        assert torch.equal(got, llama.generate(whole, max_new_tokens=6, do_sample=False))
+    if policy == "streaming_llm":
+        mask = torch.ones_like(got)
+        want = reference.run(llama, got, reference.streaming(mask, 4, budget - 4))
+        assert torch.equal(want[:, whole.shape[1] - 1 : -1].argmax(-1), got[:, whole.shape[1] :])
+
+
+@torch.no_grad()
+def test_an_own_loop_without_position_ids(llama):
+    ids, mask = text(2, 30), left_padded([30, 21])
+    plain = torch.arange(30)[None]
+    want = reference.run(llama, ids, reference.streaming(mask, 2, 8), plain)
+    got = reference.through(llama, SparseCache(llama.config, sinks=2, window=8), ids, [12] + [1] * 18, mask)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@torch.no_grad()
+def test_beam_search(llama, policy):
+    ids = text(2, 20)
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    cache = SparseCache(llama.config, policy=policy, budget=40)
+    assert torch.equal(llama.generate(ids, past_key_values=cache, **options), llama.generate(ids, **options))
+    if policy == "streaming_llm":
+        small = SparseCache(llama.config, budget=12)
+        got = llama.generate(ids, past_key_values=small, output_scores=True, return_dict_in_generate=True, **options)
+        rows = got.sequences
+        logits = reference.run(llama, rows, reference.streaming(torch.ones_like(rows), 4, 8))
+        logp = logits.log_softmax(-1)[:, 19:-1].gather(-1, rows[:, 20:, None]).sum((1, 2)) / (rows.shape[1] - 20)
+        torch.testing.assert_close(got.sequences_scores, logp, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@torch.no_grad()
+def test_prefill_in_chunks(llama, policy):
+    ids = text(1, 50)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    cache = SparseCache(llama.config, policy=policy, budget=64)
+    assert torch.equal(llama.generate(ids, past_key_values=cache, prefill_chunk_size=16, **options), llama.generate(ids, **options))
+    if policy == "streaming_llm":
+        at_once, cut = (SparseCache(llama.config, budget=20) for _ in range(2))
+        want = llama.generate(ids, past_key_values=at_once, **options)
+        assert torch.equal(llama.generate(ids, past_key_values=cut, prefill_chunk_size=16, **options), want)
+        for a, b in zip(at_once.layers, cut.layers):
+            assert torch.equal(a.positions.sort(-1).values, b.positions.sort(-1).values)
+
+
+@torch.no_grad()
+def test_a_prompt_shorter_than_the_sinks(llama):
+    ids = text(1, 25)
+    want = reference.run(llama, ids, reference.streaming(torch.ones_like(ids), 6, 5))
+    got = reference.through(llama, SparseCache(llama.config, sinks=6, window=5), ids, [3] + [1] * 22)
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@torch.no_grad()
+def test_assisted_decoding_works_while_all_is_kept_and_raises_after(llama):
+    ids, helper = text(1, 20), build("llama", layers=1, seed=3)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    cache = SparseCache(llama.config, budget=64)
+    got = llama.generate(ids, past_key_values=cache, assistant_model=helper, **options)
+    assert torch.equal(got, llama.generate(ids, **options))
+    with pytest.raises(CacheError, match="evicted"):
+        llama.generate(ids, past_key_values=SparseCache(llama.config, budget=12), assistant_model=helper, **options)
+
+
+@torch.no_grad()
+def test_a_model_without_sparse_cache_is_as_before():
+    for implementation in ("sdpa", "eager"):
+        model, ids, mask = build("llama", implementation), text(2, 20), left_padded([20, 13])
+        want = model(ids, attention_mask=mask).logits
+        said = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        SparseCache(model.config, budget=8)
+        assert torch.equal(model(ids, attention_mask=mask).logits, want)
+        assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), said)
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("policy, budget", [("streaming_llm", 16), ("snapkv", 40), ("snapkv", 0.5)])
+@torch.no_grad()
+def test_memory_is_the_budget(llama, policy, budget):
+    cache = SparseCache(llama.config, policy=policy, budget=budget)
+    reference.through(llama, cache, text(2, 90), [80] + [1] * 10)
+    tokens = budget if budget > 1 else 40
+    per_token = 2 * 2 * 2 * 16 * 4  # rows, keys and values, KV heads, head dim, bytes
+    assert cache.layers[0].keys.shape[2] == tokens
+    assert cache.kept_bytes() <= 1.05 * tokens * per_token * 2
+
+
+def test_a_share_of_a_known_prompt(llama):
+    cache = SparseCache(llama.config, policy="snapkv", budget=0.1, prompt_len=1000, batch_size=1, device="cpu")
+    assert cache.layers[1].keys.shape == (1, 2, 100, 16) and cache.layers[1].is_initialized
+
+
+# --- what moves with a cache ---
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@torch.no_grad()
+def test_rows_move_with_all_their_state(llama, policy):
+    ids, mask = text(3, 40), left_padded([40, 26, 33])
+    at = positions_of(mask)
+    make = lambda: SparseCache(llama.config, policy=policy, budget=12, window=5)
+
+    def step(cache, more, after, start, i):
+        part = slice(i, i + 1)
+        return llama(more[:, part], past_key_values=cache, attention_mask=after[:, : 41 + i], position_ids=start[:, part]).logits
+
+    def finish(cache, rows):
+        after = torch.cat((mask[rows], torch.ones(len(rows), 9, dtype=torch.long)), 1)
+        more = text(1, 9, seed=4).expand(len(rows), -1)
+        start = positions_of(after)[:, 40:]
+        return torch.cat([step(cache, more, after, start, i) for i in range(9)], 1)
+
+    def filled():
+        cache = make()
+        reference.through(llama, cache, ids, [30] + [1] * 10, mask, at)
+        return cache
+
+    want = finish(filled(), [0, 1, 2])
+    cache = filled()
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    torch.testing.assert_close(finish(cache, [2, 0, 0]), want[[2, 0, 0]], **CLOSE)
+    cache = filled()
+    cache.batch_select_indices(torch.tensor([1]))
+    torch.testing.assert_close(finish(cache, [1]), want[[1]], **CLOSE)
+    cache = filled()
+    cache.batch_repeat_interleave(2)
+    torch.testing.assert_close(finish(cache, [0, 0, 1, 1, 2, 2]), want[[0, 0, 1, 1, 2, 2]], **CLOSE)
+    cache = filled()
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    torch.testing.assert_close(finish(cache, [0, 1, 2]), want, **CLOSE)
+    cache = filled()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    reference.through(llama, cache, ids, [30] + [1] * 10, mask, at)
+    torch.testing.assert_close(finish(cache, [0, 1, 2]), want, **CLOSE)
+
+
+@torch.no_grad()
+def test_crop_takes_back_exactly(llama):
+    ids = text(1, 30)
+    cache = SparseCache(llama.config, policy="snapkv", budget=40)
+    reference.through(llama, cache, ids, [20, 5])
+    cache.crop(-7)
+    assert cache.get_seq_length() == 18
+    torch.testing.assert_close(reference.through(llama, cache, ids[:, 18:], [4, 1, 7]), llama(ids).logits[:, 18:], **CLOSE)
+    cache.crop(-30)
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(reference.through(llama, cache, ids, [30]), llama(ids).logits, **CLOSE)
+
+
+# --- bad input ---
+
+
+def test_a_budget_below_sinks_and_window(llama):
+    with pytest.raises(ConfigError, match=r"smaller than 4 sinks \+ window 10.*at least 14"):
+        SparseCache(llama.config, budget=12, window=10)
+    with pytest.raises(ConfigError, match="at least 33"):
+        SparseCache(llama.config, policy="snapkv", budget=32)
+    with pytest.raises(ConfigError, match="share"):
+        SparseCache(llama.config, policy="snapkv", budget=1.5)
+    with pytest.raises(ConfigError, match="did you mean 'snapkv'"):
+        SparseCache(llama.config, policy="snapvk", budget=64)
+    with pytest.raises(ConfigError, match="did you mean 'window'"):
+        SparseCache(llama.config, policy="snapkv", budget=64, windw=3)
+
+
+@torch.no_grad()
+def test_another_batch_size_or_model(llama):
+    cache = SparseCache(llama.config, budget=16)
+    reference.through(llama, cache, text(2, 10), [10])
+    before = [t.clone() for t in cache.layers[0].state]
+    with pytest.raises(CacheError, match="batch of 2"):
+        llama(text(1, 1), past_key_values=cache)
+    other = build("llama")
+    with pytest.raises(CacheError, match=r"SparseCache\(model.config"):
+        other(text(2, 3), past_key_values=cache)
+    SparseCache(other.config, budget=16)
+    with pytest.raises(CacheError, match="another model"):
+        other(text(2, 3), past_key_values=cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.layers[0].state))
+    reference.through(llama, cache, text(2, 3), [3])  # the cache still works
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@torch.no_grad()
+def test_a_model_that_does_not_use_the_caches_attention_fails(llama, tokens):
+    cache, other = SparseCache(llama.config, budget=16), build("llama")
+    for mask in (None, torch.ones(2, tokens, dtype=torch.long)):
+        with pytest.raises(CacheError, match=r"SparseCache\(model.config"):
+            other(text(2, tokens), past_key_values=cache, attention_mask=mask)
+        cache.reset()
+
+
+@torch.no_grad()
+def test_crop_past_what_is_kept(llama):
+    cache = SparseCache(llama.config, budget=16)
+    reference.through(llama, cache, text(1, 20), [20])
+    before = [t.clone() for t in cache.layers[1].state]
+    with pytest.raises(CacheError, match="evicted"):
+        cache.crop(-1)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.layers[1].state))
+    padded = SparseCache(llama.config, budget=32)
+    reference.through(llama, padded, text(2, 20), [20], left_padded([20, 11]))
+    with pytest.raises(CacheError, match="padded"):
+        padded.crop(-1)
+    with pytest.raises(CacheError, match="negative"):
+        padded.crop(4)
+
+
+@torch.no_grad()
+def test_masks_that_do_not_fit(llama):
+    cache = SparseCache(llama.config, budget=32)
+    mask = left_padded([10, 6])
+    with pytest.raises(CacheError, match="columns"):
+        llama(text(2, 8), past_key_values=cache, attention_mask=mask)
+    cache.reset()
+    reference.through(llama, cache, text(2, 10), [10], mask)
+    with pytest.raises(CacheError, match="columns"):
+        llama(text(2, 1), past_key_values=cache, attention_mask=torch.ones(2, 1, dtype=torch.long))
+    cache = SparseCache(llama.config, budget=32)
+    reference.through(llama, cache, text(2, 10), [10])
+    with pytest.raises(CacheError, match="hides"):
+        llama(text(2, 3), past_key_values=cache, attention_mask=torch.cat((mask, torch.ones(2, 3, dtype=torch.long)), 1))
+    cache = SparseCache(llama.config, budget=32)
+    with pytest.raises(UnsupportedError, match="four dimensions"):
+        llama(text(1, 4), past_key_values=cache, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+
+
+def test_gradients_are_refused(llama):
+    with pytest.raises(UnsupportedError, match="no_grad"):
+        llama(text(1, 4), past_key_values=SparseCache(llama.config, budget=32))
+
+
+@pytest.mark.parametrize(
+    "family, reason", [("bloom", "AttentionInterface"), ("gptj", "AttentionInterface"), ("falcon_alibi", "."), ("deepseek_v3", "MLA")]
+)
+def test_models_that_cannot_be_served(family, reason):
+    model = build(family, "eager" if family in ("bloom", "gptj") else "sdpa")
+    with pytest.raises(UnsupportedError, match=reason):
+        SparseCache(model.config, budget=32)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@torch.no_grad()
+def test_length_dependent_rope_is_absolute_or_refused(kind):
+    factors = (
+        {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16}
+        if kind == "longrope"
+        else {"factor": 2.0}
+    )
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **factors}
+    model = build("llama", rope_parameters=rope, max_position_embeddings=24)
+    with pytest.raises(UnsupportedError, match=kind):
+        SparseCache(model.config, budget=16, positions="in_cache")
+    ids = text(1, 20)
+    want = model.generate(ids, max_new_tokens=12, do_sample=False)
+    cache = SparseCache(model.config, budget=40)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache), want)
+
+
+# --- torch.compile ---
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_compiled_whole_and_never_again(llama, policy, padded):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    ids = text(2, 40)
+    options = {"max_new_tokens": 24, "do_sample": False} | ({"attention_mask": left_padded([40, 31])} if padded else {})
+    make = lambda: SparseCache(llama.config, policy=policy, budget=48)
+    want = llama.generate(ids, past_key_values=make(), **options)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    llama.compile(backend=counter, fullgraph=True)
+    try:
+        assert torch.equal(llama.generate(ids, past_key_values=make(), **options), want)
+        assert counter.frame_count == 2  # one graph for the prompt, one for all later tokens
+        assert torch.equal(llama.generate(ids, past_key_values=make(), **options), want)
+        assert counter.frame_count == 2
+    finally:
+        llama._compiled_call_impl = None
+        torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_compiled_buffers_change_in_place(llama):
+    cache = SparseCache(llama.config, budget=16, batch_size=1, device="cpu")
+    held = [t.data_ptr() for layer in cache.layers for t in layer.state]
+    torch._dynamo.reset()
+    forward = torch.compile(llama, backend="inductor", fullgraph=True)
+    ids = text(1, 30)
+    want = reference.run(llama, ids, reference.streaming(torch.ones_like(ids), 4, 12))
+    got = torch.cat([forward(part, past_key_values=cache).logits for part in ids.split([20] + [1] * 10, 1)], 1)
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert [t.data_ptr() for layer in cache.layers for t in layer.state] == held
+    torch._dynamo.reset()
