@@ -245,6 +245,8 @@ def choose_tiling(
         queries, keys, warps, stages, edge_keys = 128, 64, 4, 3, 16
     elif widest <= 128:
         queries, keys, warps, stages, edge_keys = (128, 128, 8, 2, 32) if hopper else (128, 64, 8, 3, 32)
+        if (qk_head_dim, v_head_dim) != (_padded(qk_head_dim), _padded(v_head_dim)):
+            edge_keys = 16  # guarding padded dims takes registers, too
     else:
         queries, keys, warps, stages, edge_keys = (128, 32, 8, 3, 16) if hopper else (64, 32, 8, 2, 16)
     if packed_rows:
