@@ -14,7 +14,9 @@ from torch import Tensor
 from sparsify.errors import UnsupportedError
 
 _WHERE = "sparsify::select_blocks"
-_FAR = 1 << 62
+_FAR = (1 << 31) - 1
+# longer than any prompt, and far from where int32 ends
+_LONGEST_WINDOW = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def describe(
         fits = operand is None or (operand.dim() == 2 and operand.shape[0] in (1, query.shape[0]) and operand.shape[1] == key.shape[2])
         need(fits, f"{name} {tuple(operand.shape) if operand is not None else ''}", f"[batch or 1, {key.shape[2]}]")
     need(query_start is None or query_start.numel() == 1, "query_start has more than one element")
-    windows = () if not any(w > 0 for w in windows) else tuple(max(w, 0) for w in windows)
+    windows = () if not any(w > 0 for w in windows) else tuple(min(max(w, 0), _LONGEST_WINDOW) for w in windows)
     return Selection(
         query,
         key,
@@ -233,8 +235,8 @@ def sink_block(call: Selection) -> Tensor | None:
 
 
 def key_segments(call: Selection, size: int) -> tuple[Tensor, Tensor] | None:
-    """Lowest and highest segment of the real keys of each group: int64 [batch or 1, ceil(key_len / size)]; an empty range without any."""
-    return None if call.segments is None else _ranges(call.segments.long(), real_keys(call), size, size)
+    """Lowest and highest segment of the real keys of each group: int32 [batch or 1, ceil(key_len / size)]; an empty range without any."""
+    return None if call.segments is None else _ranges(call.segments, real_keys(call), size, size)
 
 
 def query_segments(call: Selection, size: int, used: int) -> tuple[Tensor, Tensor] | None:
@@ -242,12 +244,15 @@ def query_segments(call: Selection, size: int, used: int) -> tuple[Tensor, Tenso
     if call.segments is None:
         return None
     own, inside = own_key(call)
-    low, high = _ranges(call.segments.long()[:, own], real_queries(call), size, used)
+    low, high = _ranges(call.segments[:, own], real_queries(call), size, used)
     outside = grouped(~inside[None], size, used, False).any(-1)
-    return low.masked_fill(outside, -_FAR), high.masked_fill(outside, _FAR)
+    # one short of the ends, where the empty ranges are
+    return low.masked_fill(outside, 1 - _FAR), high.masked_fill(outside, _FAR - 1)
 
 
 def _ranges(segments: Tensor, real: Tensor | None, size: int, used: int) -> tuple[Tensor, Tensor]:
+    # int32 halves the kernels' registers; clamping keeps order, so ranges that overlap still do
+    segments = segments.long().clamp(1 - _FAR, _FAR - 1).to(torch.int32)
     low = segments if real is None else segments.where(real, _FAR)
     high = segments if real is None else segments.where(real, -_FAR)
     return grouped(low, size, used, _FAR).amin(-1).contiguous(), grouped(high, size, used, -_FAR).amax(-1).contiguous()

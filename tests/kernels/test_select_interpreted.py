@@ -1,0 +1,170 @@
+"""Generated block selection kernels, run by Triton's interpreter, against the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sparsify import blockmask
+from sparsify.backends import reference_select, select_inputs, triton_select
+from sparsify.backends.select_source import Tiling
+from tests.select_oracle import assert_selection
+
+pytestmark = pytest.mark.interpreter
+
+TMA = Tiling(32, 64, 4, 2, 1, True)
+POINTERS = Tiling(32, 64, 4, 2, 1, False)
+LENGTH = 260
+
+
+def call(**changes):
+    base = {"scale": 0.25, "causal": True, "windows": [], "pool": "max", "stride": 8, "block_size": 64}
+    return {**base, "threshold": [0.8], "density": 0.0, "version": 1, **changes}
+
+
+def inputs(query_len=LENGTH, key_len=None, *, batch=1, heads=2, kv_heads=1, dim=32, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    query = 4 * torch.randn(batch, heads, query_len, dim)
+    return query.to(dtype), torch.randn(batch, kv_heads, key_len or query_len, dim).to(dtype)
+
+
+def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
+    """Importances are close to the reference's, and the lists are those that the kernel's own importances ask for."""
+    options = call(**changes)
+    one = select_inputs.describe(query, key, **options)
+    counts, indices = triton_select.select_blocks(query, key, tiling=tiling, limits=limits, **options)
+    start = options.get("query_start", key.shape[2] - query.shape[2])
+    blockmask.check(counts, indices, query.shape[2], key.shape[2], int(start), options["block_size"], causal=options["causal"])
+    got = blockmask.to_dense(counts, indices, one.key_blocks)
+    own = triton_select.importance(query, key, tiling=tiling, **options)
+    wanted = reference_select.importance(one)
+    assert torch.equal(own.isnan().any(-1), wanted.isnan().any(-1))
+    assert (own - wanted).nan_to_num().abs().max() < (5e-3 if "group" in options["pool"] else 5e-4)
+    possible, forced = reference_select.candidates(one)
+    chosen = reference_select.choose(own, possible, forced, one.threshold, one.density)
+    assert torch.equal(got, chosen)
+    reference = blockmask.to_dense(*reference_select.select_blocks(query, key, **options), one.key_blocks)
+    assert (got ^ reference).sum() <= 1
+    return got
+
+
+@pytest.mark.parametrize("tiling", [TMA, POINTERS], ids=["tma", "pointers"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pool": "sum", "stride": 16, "density": 0.4},
+        {"causal": False, "windows": [100]},
+        {"windows": [0, 70], "threshold": [0.5, 0.9]},
+        {"pool": "sum+half", "threshold": [0.0]},
+    ],
+    ids=["causal", "density", "window", "per head", "half"],
+)
+def test_equals_the_reference(tiling, changes):
+    kept = compare(*inputs(), tiling=tiling, **changes)
+    assert kept.any() and not kept.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dtypes_and_odd_head_dims(dtype):
+    compare(*inputs(200, dim=40, dtype=dtype))
+
+
+def test_real_tile_sizes():
+    compare(*inputs(1100, heads=1), tiling=triton_select.select_source.TMA_TILING, stride=4, block_size=128)
+
+
+def flags(length=LENGTH):
+    result = torch.ones(2, length, dtype=torch.uint8)
+    result[0, :130], result[1, length - 70 :] = 0, 0
+    result[0, 130:134], result[1, :4] = 3, 3
+    return result
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"windows": [80]}, {"segments": (torch.arange(LENGTH) // 90)[None]}], ids=["flags", "sinks", "segments"]
+)
+def test_padding_per_batch_row(extra):
+    query, key = inputs(batch=2)
+    key[0, :, :130], query[0, :, :130] = math.nan, math.nan
+    compare(query, key, tiling=POINTERS if extra else TMA, key_flags=flags(), **extra)
+
+
+def test_segments_alone():
+    compare(*inputs(), segments=(torch.arange(LENGTH) // 90)[None])
+
+
+def test_a_chunk_and_a_start_from_a_tensor():
+    query, key = inputs(batch=2, heads=1)
+    whole = compare(query[:, :, :256], key[:, :, :256])
+    assert torch.equal(compare(query[:, :, 128:256], key[:, :, :256]), whole[:, :, 2:])
+    key[:, :, 256:] = math.nan
+    assert torch.equal(compare(query[:, :, 128:256], key, query_start=torch.tensor([128]))[..., :4], whole[:, :, 2:])
+    compare(query[:, :, :100], key[:, :, :37])
+
+
+def test_a_group_shares_one_estimate():
+    query, key = inputs(heads=4, kv_heads=2)
+    kept = compare(query, key, pool="max+group", threshold=[0.5, 0.5, 0.5, 0.9], windows=[0, 0, 0, 120])
+    assert torch.equal(kept[:, 0], kept[:, 1]) and not torch.equal(kept[:, 2], kept[:, 3])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"key_flags": flags(), "threshold": [0.5, 0.9]}, {"density": 0.5, "pool": "sum"}], ids=["taus", "density"]
+)
+def test_long_rows_in_parts(changes):
+    query, key = inputs(batch=2 if "key_flags" in changes else 1, heads=2 if "threshold" in changes else 1)
+    compare(query, key, limits=triton_select.Limits(fused_width=4, part=8), **changes)
+
+
+@pytest.mark.slow
+def test_chunks_of_rows_and_heads_give_the_same_lists():
+    query, key = inputs(1100, batch=2, kv_heads=2, dim=16)
+    options = call(stride=4, key_flags=flags(1100), windows=[0, 200], threshold=[0.5, 0.7])
+    tiling = Tiling(16, 64, 4, 2, 1, True)  # bands of 256 cells
+    one = select_inputs.describe(query, key, **options)
+    counts, indices = triton_select.select_blocks(query, key, tiling=TMA, **options)
+    whole = blockmask.to_dense(counts, indices, one.key_blocks)
+    limits = triton_select.Limits(scratch_bytes=11_000)
+    chunks = list(triton_select.chunks_of(one, triton_select.spec_of(one, tiling, 4096), limits.scratch_bytes))
+    assert len(chunks) == 8 and chunks[1].cells == (256, 275)
+    counts, indices = triton_select.select_blocks(query, key, tiling=tiling, limits=limits, **options)
+    assert torch.equal(blockmask.to_dense(counts, indices, one.key_blocks), whole)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_keep_everything(value):
+    query, key = inputs(256)
+    query[0, 0, 70] = value
+    assert compare(query, key, threshold=[0.2])[0, 0, 1].tolist() == [True, True, False, False]
+    query, key = inputs(256)
+    key[0, 0, 200] = value
+    kept = compare(query, key, threshold=[0.0])
+    assert kept[0, 0].sum(-1).tolist() == [1, 2, 2, 4]
+
+
+def test_strides_of_any_layout():
+    query, key = inputs(200, heads=2, kv_heads=2)
+    want = compare(query, key)
+    rows = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(compare(rows(query), rows(key)), want)
+    odd = torch.nn.functional.pad(query, (1, 2))[..., 1:-2]
+    assert odd.stride(2) * 2 % 16 and torch.equal(compare(odd, key), want)
+    assert torch.equal(compare(odd, key, tiling=POINTERS), want)
+
+
+def test_equal_logits_go_by_index_and_large_ones_do_not_overflow():
+    query, key = inputs(256)
+    kept = compare(query * 0, key, density=0.75)[0, 0]
+    assert kept.tolist() == [[True, False, False, False], [True, True, False, False], [True, True, True, False], [True, True, False, True]]
+    query, key = inputs(256, dtype=torch.float16)
+    compare(query * 500, key * 500, stride=16, scale=1e-6)
+
+
+def test_equals_the_definition():
+    query, key = inputs(150, dim=16, dtype=torch.float16)
+    options = call(block_size=32, key_flags=flags(150)[:1])
+    counts, indices = triton_select.select_blocks(query, key, tiling=TMA, **options)
+    assert_selection(counts, indices, query, key, tolerance=2e-3, **options)
