@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-import re
-from dataclasses import dataclass
+from dataclasses import replace
 
 import sympy
 import torch
@@ -14,7 +13,10 @@ from torch import fx
 
 from sparsify import predicates
 from sparsify.aliasing import Memory, tensor_of
+from sparsify.describe import Grouped, bare_site, layer_of, needs_grad, only_for, stride_order, whole
+from sparsify.eager_ops import is_softmax
 from sparsify.masks import MaskPredicate
+from sparsify.match_eager import find_eager
 from sparsify.predicates import Extents
 from sparsify.sites import AttentionSite
 from sparsify.symbolic import Facts, plain, scalar, shape_env_of, sizes
@@ -27,23 +29,21 @@ _COPIES = {"contiguous", "clone"}
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Every attention of the graph, in execution order, `index` counting from 0. Nothing in the graph is changed.
 
-    A call of scaled_dot_product_attention always yields a site; what cannot be described carries its reason in `near_miss`.
+    A call of scaled_dot_product_attention always yields a site, and so does a written-out attention; what cannot be described carries
+    its reason in `near_miss`.
     """
     matcher = Matcher(gm.graph)
-    return [matcher.sdpa(node, index) for index, node in enumerate(n for n in gm.graph.nodes if is_sdpa(n))]
+    sites: list[AttentionSite] = []
+    for node in gm.graph.nodes:
+        if is_sdpa(node):
+            sites.append(matcher.sdpa(node))
+        elif is_softmax(node) and (site := find_eager(matcher, node)) is not None:
+            sites.append(site)
+    return [replace(site, index=index) for index, site in enumerate(sites)]
 
 
 def is_sdpa(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SDPA
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """Keys or values before their repeat over the query heads of a group: the node, the repeat, and the nodes in between."""
-
-    node: fx.Node
-    repeat: sympy.Expr
-    between: tuple[fx.Node, ...]
 
 
 class Matcher:
@@ -62,23 +62,23 @@ class Matcher:
     def differ(self, left: sympy.Expr, right: sympy.Expr) -> bool:
         return self.facts.holds(sympy.Ne(left, right))
 
-    def prove(self, mask: fx.Node, site: fx.Node, extents: Extents) -> MaskPredicate:
-        key = (mask, extents)
+    def prove(self, mask: fx.Node, site: fx.Node, extents: Extents, form: predicates.Form = "mask") -> MaskPredicate:
+        key = (mask, extents, form)
         if key not in self._proofs or self.memory.written_between(mask, None, site):
-            self._proofs[key] = predicates.prove(mask, site, extents, self.memory, self.shape_env)
+            self._proofs[key] = predicates.prove(mask, site, extents, self.memory, self.shape_env, form)
         return self._proofs[key]
 
     # -- scaled_dot_product_attention --------------------------------------------------------------------------------------------
 
-    def sdpa(self, node: fx.Node, index: int) -> AttentionSite:
+    def sdpa(self, node: fx.Node) -> AttentionSite:
         call = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
         query, key, value, mask = (call.get(name) for name in _SDPA_PARAMETERS[:4])
         near_miss = self.unfit(query, key, value, call)
         if near_miss:
-            return bare_site(node, index, query, key, value, mask, near_miss)
+            return bare_site(node, query, key, value, mask, near_miss)
         key_group, value_group = self.ungroup(key, node), self.ungroup(value, node)
         if not self.same(key_group.repeat, value_group.repeat):
-            key_group, value_group = Grouped(key, sympy.Integer(1), ()), Grouped(value, sympy.Integer(1), ())
+            key_group, value_group = whole(key), whole(value)
         q, k = sizes(tensor_of(query)), sizes(tensor_of(key_group.node))
         extents = Extents(q[0], q[1], q[2], k[2])
         if call.get("is_causal", False):
@@ -87,7 +87,6 @@ class Matcher:
             proof = predicates.none() if mask is None else self.prove(mask, node, extents)
         return self.site(
             node,
-            index,
             query,
             key_group,
             value_group,
@@ -119,16 +118,16 @@ class Matcher:
             return "the dropout probability is decided at run time"
         return ""
 
-    def site(self, output: fx.Node, index: int, query: fx.Node, key: Grouped, value: Grouped, **fields: object) -> AttentionSite:
+    def site(self, output: fx.Node, query: fx.Node, key: Grouped, value: Grouped, **fields: object) -> AttentionSite:
         """The record of an attention whose operands are known; `fields` are the rest of its fields."""
         q, k, v = (sizes(tensor_of(x)) for x in (query, key.node, value.node))
         tensor = tensor_of(query)
         name, layer = layer_of(output)
-        covered = fields.pop("covered", (output,))
+        between = (*fields.pop("between", ()), *key.between, *value.between)
         return AttentionSite(
             name=name,
             layer=layer,
-            index=index,
+            index=0,
             output=output,
             query=query,
             key=key.node,
@@ -144,7 +143,7 @@ class Matcher:
             device=tensor.device,
             needs_grad=needs_grad(query, key.node, value.node),
             output_stride_order=stride_order(tensor_of(output)),
-            covered=only_for(covered, (*key.between, *value.between)),
+            covered=only_for((output,), between),
             **{"softcap": 0.0, **fields},
         )
 
@@ -155,7 +154,6 @@ class Matcher:
 
         Keys are then read by `reader` instead of by the copy, so nothing may write to them in between.
         """
-        whole = Grouped(node, sympy.Integer(1), ())
         chain: list[fx.Node] = []
         here = node
         while here.op == "call_method" and here.target in _COPIES:
@@ -163,9 +161,9 @@ class Matcher:
             here = here.args[0]
         found = self._repeat_interleave(here) or self._expanded(here)
         if found is None or any(self.memory.written_between(found.node, n, reader) for n in found.between):
-            return whole
+            return whole(node)
         if any(self.memory.written_between(n, None, reader) for n in (*chain, *found.between) if _fresh(n, found.node)):
-            return whole
+            return whole(node)
         return Grouped(found.node, found.repeat, (*chain, *found.between))
 
     def _repeat_interleave(self, node: fx.Node) -> Grouped | None:
@@ -243,87 +241,3 @@ def _number(value: object, default: float | None) -> float | fx.Node | None:
             return float(example.node.expr)
         return value
     return float(value)
-
-
-def needs_grad(*nodes: fx.Node) -> bool:
-    return torch.is_grad_enabled() and any(tensor_of(n).requires_grad for n in nodes)
-
-
-def stride_order(tensor: torch.Tensor) -> str:
-    """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter."""
-    shape, strides = sizes(tensor), tuple(scalar(s) for s in tensor.stride())
-    for name, order in (("bhqd", (0, 1, 2, 3)), ("bqhd", (0, 2, 1, 3))):
-        expected, running = {}, sympy.Integer(1)
-        for dimension in reversed(order):
-            expected[dimension] = running
-            running = running * shape[dimension]
-        if all(shape[d] == 1 or sympy.expand(strides[d] - expected[d]) == 0 for d in range(4)):
-            return name
-    return "other"
-
-
-def layer_of(node: fx.Node) -> tuple[str, int | None]:
-    """Layer path and number from `nn_module_stack`; empty without one."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return "", None
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['self'\]\.?|^self\.?", "", path)
-    path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", lambda m: "." + (m[1] or m[2]), path)
-    path = re.sub(r"\.+", ".", path).strip(".")
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
-    return path, int(numbers[-1]) if numbers else None
-
-
-def only_for(core: tuple[fx.Node, ...], more: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-    """`core` and those of `more` whose every user is among them, in graph order."""
-    covered = set(core)
-    grown = True
-    while grown:
-        grown = False
-        for node in more:
-            if node not in covered and set(node.users) <= covered:
-                covered.add(node)
-                grown = True
-    return tuple(n for n in core[0].graph.nodes if n in covered)
-
-
-def bare_site(
-    node: fx.Node, index: int, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, near_miss: str, source: str = "sdpa"
-) -> AttentionSite:
-    """The record of an attention that could not be described: sizes as far as they exist, the reason in `near_miss`."""
-    tensor = tensor_of(query) if tensor_of(query) is not None else tensor_of(node)
-    name, layer = layer_of(node)
-
-    def size(operand: fx.Node, dimension: int) -> object:
-        found = tensor_of(operand)
-        return plain(sizes(found)[dimension]) if found is not None and found.dim() >= -dimension else 1
-
-    return AttentionSite(
-        name=name,
-        layer=layer,
-        index=index,
-        output=node,
-        query=query,
-        key=key,
-        value=value,
-        mask_node=mask,
-        mask=predicates.none() if mask is None else predicates.opaque(near_miss),
-        batch=size(query, -4),
-        query_heads=size(query, -3),
-        kv_heads=size(key, -3),
-        query_len=size(query, -2),
-        key_len=size(key, -2),
-        qk_head_dim=size(query, -1),
-        v_head_dim=size(value, -1),
-        scale=1.0,
-        softcap=0.0,
-        dropout=0.0,
-        dtype=tensor.dtype,
-        device=tensor.device,
-        needs_grad=False,
-        output_stride_order="other",
-        source=source,
-        near_miss=near_miss,
-        covered=(node,),
-    )

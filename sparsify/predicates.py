@@ -7,6 +7,7 @@ left over makes the mask OPAQUE, with the reason.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import sympy
 import torch
@@ -49,7 +50,12 @@ def top_left_causal(extents: Extents, shape_env: object) -> MaskPredicate:
     return MaskPredicate(MaskKind.PROVED, causal=True, query_start=start, condition="k <= q")
 
 
-def prove(mask: fx.Node, site: fx.Node, extents: Extents, memory: Memory | None = None, shape_env: object = None) -> MaskPredicate:
+Form = Literal["mask", "hidden"]
+
+
+def prove(
+    mask: fx.Node, site: fx.Node, extents: Extents, memory: Memory | None = None, shape_env: object = None, form: Form = "mask"
+) -> MaskPredicate:
     """What `mask` says as read by `site`.
 
     Args:
@@ -58,9 +64,10 @@ def prove(mask: fx.Node, site: fx.Node, extents: Extents, memory: Memory | None 
         site: the node that consumes the mask.
         extents: the site's sizes. Where the mask's own last two sizes are not 1 they replace query_len and key_len: the
             attention would fail if they differed.
+        form: "hidden" for a boolean mask whose True hides.
     """
     try:
-        return _Proof(mask, site, extents, memory or Memory(mask.graph), shape_env or shape_env_of(mask.graph)).run()
+        return _Proof(mask, site, extents, memory or Memory(mask.graph), shape_env or shape_env_of(mask.graph)).run(form)
     except Unreadable as why:
         return opaque(str(why))
 
@@ -98,13 +105,15 @@ class _Proof:
             raise Unreadable(f"{changed.name} is written while the mask is made")
         return element
 
-    def run(self) -> MaskPredicate:
+    def run(self, form: Form) -> MaskPredicate:
         element = self.element()
         dtype = tensor_of(self.mask).dtype
         if dtype.is_floating_point:
+            if isinstance(element, AppliedUndef):
+                raise Unreadable(self.why(element))
             condition = additive(element, dtype)
         elif dtype is torch.bool:
-            condition = as_condition(element)
+            condition = as_condition(element) if form == "mask" else sympy.Not(as_condition(element))
         else:
             raise Unreadable(f"a mask of {dtype}")
         return self.classify(condition)
@@ -195,7 +204,7 @@ class _Proof:
             return False
         return True
 
-    def why(self, clause: Boolean) -> str:
+    def why(self, clause: sympy.Basic) -> str:
         """The reason for people: which tensor is in the way, or which form."""
         for load in sorted(loads(clause), key=str):
             node = self.reader.leaves.get(load.func.__name__)

@@ -1,0 +1,112 @@
+"""What else may be added to attention scores: a slope per head times the key position (ALiBi), or one extra logit per head (a sink)."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from sparsify.aliasing import Memory, tensor_of
+from sparsify.predicates import Extents
+from sparsify.reader import Reader
+from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
+
+
+class _Reading:
+    """Reads float tensors at (b, h, q, k) of a site."""
+
+    def __init__(self, site: fx.Node, extents: Extents, memory: Memory, shape_env: object):
+        self.site, self.memory = site, memory
+        bounds = (extents.batch, extents.heads, extents.query_len, extents.key_len)
+        self.facts = Facts(shape_env, dict(zip((BATCH, HEAD, QUERY, KEY), bounds, strict=True)))
+        self.reader = Reader(self.facts)
+
+    def index(self, symbol: sympy.Symbol) -> sympy.Expr:
+        return sympy.Integer(0) if self.facts.extents[symbol] == 1 else symbol
+
+    def at(self, node: fx.Node, *indices: sympy.Expr) -> sympy.Expr | None:
+        """The element, where it is one expression over memory that nothing writes before the site has run."""
+        try:
+            element = self.reader.read(node).broadcast(len(indices))(*indices)
+        except Unreadable:
+            return None
+        if isinstance(element, Cases) or any(self.memory.written_between(n, None, self.site) for n in self.reader.nodes):
+            return None
+        return sympy.expand(element)
+
+    def of_head(self, load: sympy.Basic) -> fx.Node | None:
+        """The tensor [heads] or [batch, heads] that `load` reads at this site's (batch and) head."""
+        node = self.reader.leaves.get(load.func.__name__)
+        if node is None or not tensor_of(node).dtype.is_floating_point:
+            return None
+        rows = {1: (self.index(HEAD),), 2: (self.index(BATCH), self.index(HEAD))}.get(tensor_of(node).dim())
+        heads = sizes(tensor_of(node))[-1] if rows else None
+        if load.args != rows or sympy.expand(heads - self.facts.extents[HEAD]) != 0:
+            return None
+        if len(rows) == 2 and sympy.expand(sizes(tensor_of(node))[0] - self.facts.extents[BATCH]) != 0:
+            return None
+        return node
+
+
+def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
+    """The slopes, [query_heads] or [batch, query_heads], where `bias` is provably slope · (k + c) with c the same for all keys of a
+    row: softmax does not see c. None otherwise. Bias is broadcastable to [batch, query_heads, query_len, key_len].
+    """
+    reading = _Reading(site, extents, memory, shape_env)
+    if not 2 <= tensor_of(bias).dim() <= 4:
+        return None
+    return _slopes(reading, reading.at(bias, *(reading.index(s) for s in (BATCH, HEAD, QUERY, KEY))))
+
+
+def alibi_slopes_flat(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
+    """Likewise for a bias [batch · query_heads, 1 or query_len, key_len] made by repeating one per head, or by a reshape."""
+    reading = _Reading(site, extents, memory, shape_env)
+    place = {s: reading.index(s) for s in (BATCH, HEAD, QUERY, KEY)}
+    while bias.op == "call_method" and bias.target in ("to", "contiguous") and tensor_of(bias.args[0]).dtype is tensor_of(bias).dtype:
+        bias = bias.args[0]
+    source = bias.args[0] if bias.args else None
+    if tensor_of(source) is None or bias.op != "call_method":
+        return None
+    shape = sizes(tensor_of(source))
+    if bias.target == "repeat" and len(shape) == 3 and shape[0] == extents.heads:
+        repeats = bias.args[1] if isinstance(bias.args[1], (tuple, list)) else bias.args[1:]
+        if len(repeats) != 3 or repeats[1:] not in ((1, 1), [1, 1]) or sympy.expand(scalar(repeats[0]) - extents.batch) != 0:
+            return None
+        return _slopes(reading, reading.at(source, place[HEAD], place[QUERY], place[KEY]))
+    if bias.target in ("reshape", "view") and len(shape) == 4 and shape[:2] == (extents.batch, extents.heads):
+        if shape[2:] != sizes(tensor_of(bias))[1:]:
+            return None
+        return _slopes(reading, reading.at(source, *place.values()))
+    return None
+
+
+def _slopes(reading: _Reading, element: sympy.Expr | None) -> fx.Node | None:
+    found = loads(element) if element is not None else set()
+    if len(found) != 1:
+        return None
+    load = next(iter(found))
+    position = element.coeff(load, 1)
+    exact = sympy.expand(element - position * load) == 0
+    constant = sympy.expand(position - reading.index(KEY))
+    if not exact or constant.has(KEY) or loads(constant):
+        return None
+    return reading.of_head(load)
+
+
+def per_head(column: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
+    """The tensor [query_heads] that `column`, [batch, query_heads, query_len, 1], repeats; None where it is anything else."""
+    reading = _Reading(site, extents, memory, shape_env)
+    element = reading.at(column, *(reading.index(s) for s in (BATCH, HEAD, QUERY)), sympy.Integer(0))
+    if element is None or not isinstance(element, sympy.core.function.AppliedUndef):
+        return None
+    node = reading.of_head(element)
+    return node if node is not None and tensor_of(node).dim() == 1 else None
+
+
+def hides(value: object, dtype: torch.dtype, shape_env: object) -> bool:
+    """Whether a filling value is -inf or no more than the dtype's minimum."""
+    try:
+        number = Reader(Facts(shape_env)).read(value).at()
+    except (Unreadable, TypeError):
+        return False
+    return bool(number == -sympy.oo or (getattr(number, "is_Rational", False) and number <= sympy.Rational(torch.finfo(dtype).min)))

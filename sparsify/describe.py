@@ -1,0 +1,113 @@
+"""Facts about a site that are read off its nodes: layer, strides, gradients, and which nodes serve nothing else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from sparsify import predicates
+from sparsify.aliasing import tensor_of
+from sparsify.sites import AttentionSite
+from sparsify.symbolic import plain, scalar, sizes
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Keys or values before their repeat over the query heads of a group: the node, the repeat, and the nodes in between."""
+
+    node: fx.Node
+    repeat: sympy.Expr
+    between: tuple[fx.Node, ...]
+
+
+def whole(node: fx.Node) -> Grouped:
+    """Keys or values that were not repeated."""
+    return Grouped(node, sympy.Integer(1), ())
+
+
+def needs_grad(*nodes: fx.Node) -> bool:
+    return torch.is_grad_enabled() and any(tensor_of(n).requires_grad for n in nodes)
+
+
+def stride_order(tensor: torch.Tensor) -> str:
+    """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter."""
+    shape, strides = sizes(tensor), tuple(scalar(s) for s in tensor.stride())
+    for name, order in (("bhqd", (0, 1, 2, 3)), ("bqhd", (0, 2, 1, 3))):
+        expected, running = {}, sympy.Integer(1)
+        for dimension in reversed(order):
+            expected[dimension] = running
+            running = running * shape[dimension]
+        if all(shape[d] == 1 or sympy.expand(strides[d] - expected[d]) == 0 for d in range(4)):
+            return name
+    return "other"
+
+
+def layer_of(node: fx.Node) -> tuple[str, int | None]:
+    """Layer path and number from `nn_module_stack`; empty without one."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", None
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['self'\]\.?|^self\.?", "", path)
+    path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", lambda m: "." + (m[1] or m[2]), path)
+    path = re.sub(r"\.+", ".", path).strip(".")
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return path, int(numbers[-1]) if numbers else None
+
+
+def only_for(core: tuple[fx.Node, ...], more: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """`core` and those of `more` whose every user is among them, in graph order."""
+    covered = set(core)
+    grown = True
+    while grown:
+        grown = False
+        for node in more:
+            if node not in covered and set(node.users) <= covered:
+                covered.add(node)
+                grown = True
+    return tuple(n for n in core[0].graph.nodes if n in covered)
+
+
+def bare_site(
+    node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, near_miss: str, source: str = "sdpa"
+) -> AttentionSite:
+    """The record of an attention that could not be described: sizes as far as they exist, the reason in `near_miss`."""
+    tensor = tensor_of(query) if tensor_of(query) is not None else tensor_of(node)
+    name, layer = layer_of(node)
+
+    def size(operand: fx.Node, dimension: int) -> object:
+        found = tensor_of(operand)
+        return plain(sizes(found)[dimension]) if found is not None and found.dim() >= -dimension else 1
+
+    return AttentionSite(
+        name=name,
+        layer=layer,
+        index=0,
+        output=node,
+        query=query,
+        key=key,
+        value=value,
+        mask_node=mask,
+        mask=predicates.opaque(near_miss),
+        batch=size(query, -4),
+        query_heads=size(query, -3),
+        kv_heads=size(key, -3),
+        query_len=size(query, -2),
+        key_len=size(key, -2),
+        qk_head_dim=size(query, -1),
+        v_head_dim=size(value, -1),
+        scale=1.0,
+        softcap=0.0,
+        dropout=0.0,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        needs_grad=False,
+        output_stride_order="other",
+        source=source,
+        near_miss=near_miss,
+        covered=(node,),
+    )

@@ -1,0 +1,80 @@
+"""The operators that written-out attention is made of, and small questions about them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from sparsify.aliasing import tensor_of
+
+ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+DIV = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_", "true_divide"}
+MATMUL = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
+BADDBMM = {torch.baddbmm, "baddbmm"}
+SOFTMAX = {F.softmax, torch.softmax, "softmax"}
+CAST = {"to", "type", "float", "half", "bfloat16", "double", "type_as"}
+SAME = {"contiguous", "clone"}
+VIEW = {"view", "reshape", torch.reshape}
+TRANSPOSE = {"transpose", torch.transpose, "swapaxes"}
+
+
+class NoMatch(Exception):
+    """The chain looks like attention but cannot be described; the message says why."""
+
+
+def is_softmax(node: fx.Node) -> bool:
+    """A softmax over the last dimension of something of 3 or 4 dimensions."""
+    if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return tensor_of(node).dim() in (3, 4) and dim in (-1, tensor_of(node).dim() - 1)
+
+
+def products(node: fx.Node) -> Iterator[fx.Node]:
+    """Products that have these weights on their left, through casts, dropout, views and slices."""
+    for user in node.users:
+        if user.target in MATMUL and user.args and user.args[0] is node:
+            yield user
+        elif (
+            user.args
+            and user.args[0] is node
+            and (user.target in CAST | SAME | VIEW | {F.dropout, torch.dropout, operator.getitem} and tensor_of(user) is not None)
+        ):
+            yield from products(user)
+
+
+def leads_to_product(node: object, depth: int = 16) -> bool:
+    """Whether a value of 3 or 4 dimensions is a product of two tensors, scaled, masked or shaped."""
+    if not isinstance(node, fx.Node) or depth == 0 or tensor_of(node) is None or node.op == "placeholder":
+        return False
+    if node.target in MATMUL | BADDBMM:
+        return True
+    if node.target is torch.cat or node.target == "cat":
+        return any(leads_to_product(x, depth - 1) for x in node.args[0])
+    known = ADD | MUL | DIV | CAST | SAME | VIEW | {operator.sub, torch.tanh, "tanh", torch.where, "where", "masked_fill"}
+    known |= {torch.masked_fill, "masked_fill_", torch.max, "clamp"}
+    return node.target in known and any(leads_to_product(a, depth - 1) for a in node.args)
+
+
+def constant(value: object) -> float | fx.Node:
+    """A number known now, or the node of one that is not."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    if isinstance(example, (torch.SymFloat, torch.SymInt)):
+        return float(example.node.expr) if example.node.expr.is_number else value
+    raise NoMatch("scores are scaled by a tensor")
+
+
+def swaps_last_two(node: fx.Node) -> bool:
+    rank = tensor_of(node).dim()
+    if node.target == "permute":
+        dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        return [d % rank for d in dims] == [*range(rank - 2), rank - 1, rank - 2]
+    dims = [*node.args[1:], *(node.kwargs.get(n) for n in ("dim0", "dim1") if n in node.kwargs)]
+    return sorted(d % rank for d in dims) == [rank - 2, rank - 1]
