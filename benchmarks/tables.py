@@ -60,8 +60,14 @@ def _conditions(found: Sequence[Record]) -> str:
     for name, label in (("gpu", ""), ("driver", "driver "), ("torch", "torch "), ("triton", "triton "), ("transformers", "transformers ")):
         values = sorted({str(record["machine"].get(name)) for record in found} - {"None"})
         parts += [label + ", ".join(values)] if values else (["CPU"] if name == "gpu" else [])
-    commits = sorted({(record["machine"].get("commit") or "unknown")[:10] for record in found})
+    commits = sorted({_short(record["machine"].get("commit") or "unknown") for record in found})
     return "; ".join([*parts, "commit " + ", ".join(commits)]) + "."
+
+
+def _short(commit: str) -> str:
+    """Ten digits, and still saying when the code was not quite that commit's."""
+    name, plus, changes = commit.partition("+")
+    return name[:10] + plus + changes
 
 
 def answers_table(found: Iterable[Record]) -> str:

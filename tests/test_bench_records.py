@@ -103,7 +103,9 @@ def test_the_latest_record_of_a_cell_counts(tmp_path: Path) -> None:
     assert "| sparsify, dense | 1.000 [0.98, 1.00] · 100.0% · 0.527 |" in page
     assert "| xattention, max, stride 8, τ 0.9 | 0.500 [0.43, 0.57] · 6.7% · 0.527 |" in page
     assert "0.521" not in page  # 100 of 192
-    assert "NVIDIA H200" in page and "0123456789" in page
+    assert "NVIDIA H200" in page and "commit 0123456789." in page
+    write(tmp_path, late | {"machine": MACHINE | {"commit": MACHINE["commit"] + "+changes"}})
+    assert "commit 0123456789+changes." in tables.page(tmp_path)
 
 
 def test_missing_and_failed_cells_stay_visible(tmp_path: Path) -> None:

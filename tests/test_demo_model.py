@@ -109,3 +109,17 @@ def test_bundled_model_is_small_and_answers() -> None:
     text = needles.stdlib_text(1_000_000)
     score = needles.score(lambda ids: model(ids, use_cache=False).logits, 4096, text, range(2), needles=16, asks=16)
     assert score.share >= demo.LEAST_DENSE, score
+
+
+@pytest.mark.slow
+def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert demo.main(["--seed", "3", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 attention sites rewritten" in said and "seed 3" in said
+    assert (tmp_path / "blocks.png").stat().st_size > 10_000
+    # a window cannot answer: the demo must notice
+    window = tmp_path / "window.toml"
+    window.write_text('passes = ["xattention", "dense"]\nmin_length = 0\n[xattention]\nthreshold = 0.0\n')
+    assert demo.main(["--seed", "3", "--out", str(tmp_path), "--config", str(window)]) == 1
+    assert "failed: sparse attention answered" in capsys.readouterr().out
