@@ -203,8 +203,9 @@ def cache_attention(
 
 def turn(rows: Tensor, steps: Tensor, inverse_frequencies: Tensor) -> Tensor:
     """`rows` [..., dim] turned by `steps` [...] positions of a rotary embedding in half-split layout."""
-    angles = steps[..., None].to(rows.dtype) * inverse_frequencies.to(rows.dtype)
-    cos, sin, half = angles.cos(), angles.sin(), inverse_frequencies.numel()
+    # fp32 angles lose the turn's fraction after some 100 000 positions
+    angles = steps[..., None].double() * inverse_frequencies.double()
+    cos, sin, half = angles.cos().to(rows.dtype), angles.sin().to(rows.dtype), inverse_frequencies.numel()
     a, b, rest = rows[..., :half], rows[..., half : 2 * half], rows[..., 2 * half :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 

@@ -1,0 +1,139 @@
+"""The text of the decode kernels; `triton_decode` keeps the clauses that a spec has."""
+
+SPLIT = '''\
+@triton.jit
+def split(
+    ${split_parameters},
+):
+    """One program folds one stretch of one KV head's slots into a softmax of its own, for all query heads of the group.
+
+    The slot that the new token is about to take is left out: `combine` adds that token and writes it, after every read is done.
+    """
+    stretch = tl.program_id(0)
+    row = tl.program_id(1)  # batch row and KV head
+    batch = row // kv_heads
+    kv_head = row % kv_heads
+    count = tl.load(counts + row)
+%if padded
+    is_real = tl.load(real + batch * real_b).to(tl.int32)
+%else
+    is_real = 1
+%end
+    slot = tl.where(count < pinned, count, pinned + (count - pinned) % (capacity - pinned))
+    slot = tl.where(is_real != 0, slot, -1)
+    filled = tl.minimum(count, capacity)
+    begin = stretch * stretch_len
+    end = tl.minimum(begin + stretch_len, filled)
+    if stretch == 0:
+        tl.store(slots + row, slot)
+        if is_real != 0:
+            tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, tl.load(seen + batch))
+
+    members = tl.arange(0, ROWS)
+    heads = kv_head * GROUP + members
+    qk_dims = tl.arange(0, QK_DIM)
+    v_dims = tl.arange(0, V_DIM)
+    query_row = tl.cast(batch, tl.int64) * query_b + heads * query_h
+    inside = members < GROUP
+    q = tl.load(query + query_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
+%if turning
+    turned_row = (tl.cast(batch, tl.int64) * kv_heads * GROUP + heads) * ${qk_head_dim}
+    q_turned = tl.load(turned + turned_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
+%end
+    key_head = keys + tl.cast(row, tl.int64) * capacity * ${qk_head_dim}
+    value_head = values + tl.cast(row, tl.int64) * capacity * ${v_head_dim}
+    offsets = tl.arange(0, KEYS)
+
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, V_DIM], tl.float32)
+    for first in tl.range(begin, end, KEYS):
+        at = first + offsets
+        readable = at < end
+        k = tl.load(key_head + at[:, None] * ${qk_head_dim} + qk_dims[None, :], mask=readable[:, None]${qk_guard}, other=0.0)
+        v = tl.load(value_head + at[:, None] * ${v_head_dim} + v_dims[None, :], mask=readable[:, None]${v_guard}, other=0.0)
+        s = tl.dot(q, tl.trans(k)${precision})
+%if turning
+        if first < sinks:
+            s = tl.where((at < sinks)[None, :], tl.dot(q_turned, tl.trans(k)${precision}), s)
+%end
+%if softcap
+        # cap * tanh(scale * s / cap) in units of log2; tanh(y) = 1 - 2 / (1 + exp(2y))
+        s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
+%else
+        s = s * scale
+%end
+        s = tl.where((readable & (at != slot))[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - base[:, None])
+        alpha = tl.exp2(m - base)
+        l = l * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None]${precision})
+        m = m_new
+    part = (tl.cast(row, tl.int64) * GROUP + members) * stretches + stretch
+    tl.store(part_m + part, m, mask=inside)
+    tl.store(part_l + part, l, mask=inside)
+    tl.store(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], acc, mask=inside[:, None]${v_guard})
+'''
+
+COMBINE = '''\
+@triton.jit
+def combine(
+    ${combine_parameters},
+):
+    """One program joins the stretches of one query head with the new token; the group's first one stores that token."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    batch = row // kv_heads
+    kv_head = row % kv_heads
+    slot = tl.load(slots + row)
+    qk_dims = tl.arange(0, QK_DIM)
+    v_dims = tl.arange(0, V_DIM)
+    batch_wide = tl.cast(batch, tl.int64)
+    k = tl.load(key + batch_wide * key_b + kv_head * key_h + qk_dims${qk_mask})
+    v = tl.load(value + batch_wide * value_b + kv_head * value_h + v_dims${v_mask})
+    q = tl.load(query + batch_wide * query_b + (kv_head * GROUP + head) * query_h + qk_dims${qk_mask})
+    s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0)
+%if softcap
+    s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
+%else
+    s = s * scale
+%end
+    s = tl.where(slot >= 0, s, float("-inf"))
+
+    stretch = tl.arange(0, STRETCHES)
+    held = stretch < stretches
+    part = (tl.cast(row, tl.int64) * GROUP + head) * stretches + stretch
+    m = tl.load(part_m + part, mask=held, other=float("-inf"))
+    l = tl.load(part_l + part, mask=held, other=0.0)
+    acc = tl.load(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], mask=held[:, None]${v_guard}, other=0.0)
+    top = tl.maximum(tl.max(m, 0), s)
+%if sink_logits
+    sink = tl.load(sink_logits + kv_head * GROUP + head).to(tl.float32) * LOG2E
+    top = tl.maximum(top, sink)
+%end
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(m - top)
+    own = tl.exp2(s - top)
+    total = tl.sum(l * weight, 0) + own
+%if sink_logits
+    total += tl.exp2(sink - top)
+%end
+    # a padding token's value may be anything; its weight is 0
+    result = tl.sum(acc * weight[:, None], 0) + tl.where(slot >= 0, own * v.to(tl.float32), 0.0)
+    result = result / tl.where(total == 0.0, 1.0, total)
+    out_row = batch_wide * out_b + (kv_head * GROUP + head) * out_h
+    tl.store(out + out_row + v_dims, result.to(out.dtype.element_ty)${v_store})
+
+    if head == 0:
+        if slot >= 0:
+            place = tl.cast(row, tl.int64) * capacity + slot
+            tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
+            tl.store(values + place * ${v_head_dim} + v_dims, v${v_store})
+            tl.store(counts + row, tl.load(counts + row) + 1)
+            if kv_head == 0:
+                tl.store(seen + batch, tl.load(seen + batch) + 1)
+        if row == 0:
+            tl.store(length, tl.load(length) + 1)
+'''

@@ -1,0 +1,232 @@
+"""Decode attention over an evicting cache by two generated kernels: split-K over the slots (Flash-Decoding, Dao et al. 2023), then a join
+that also stores the new token. Nothing is read back to the host and the grid depends on shapes alone, so CUDA graphs can hold both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify import cache_ops
+from sparsify.backends import source
+from sparsify.backends.decode_template import COMBINE, SPLIT
+from sparsify.backends.reference_cache import turn
+from sparsify.backends.template import render
+from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+
+_WHERE = "sparsify::cache_decode"
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class DecodeTiling:
+    """keys: slots per tile. warps, stages: Triton's launch options. programs: thread blocks per multiprocessor that the split aims at."""
+
+    keys: int
+    warps: int
+    stages: int
+    programs: int = 2
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """What decides the kernels' text. group: query heads per KV head. padded: tokens may be padding. turning: sinks stand directly before
+    the window, so that they are seen by turned queries."""
+
+    dtype: str
+    qk_head_dim: int
+    v_head_dim: int
+    group: int
+    tiling: DecodeTiling
+    softcap: bool = False
+    sink_logits: bool = False
+    padded: bool = False
+    turning: bool = False
+
+    def __post_init__(self):
+        if not 0 < max(self.qk_head_dim, self.v_head_dim) <= 256:
+            raise UnsupportedError(f"no decode kernel has head dims {self.qk_head_dim} and {self.v_head_dim}", where=_WHERE)
+        if self.group > 128:
+            raise UnsupportedError(f"no decode kernel has {self.group} query heads per KV head", where=_WHERE)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A kernel argument. type: as Triton writes it. aligned: a multiple of 16 in ordinary calls, which Triton specialises on."""
+
+    name: str
+    type: str
+    aligned: bool = False
+
+
+def choose_tiling(dtype: str, head_dim: int) -> DecodeTiling:
+    """64 slots of 128 dims in 3 stages keep about 100 KB of loads in flight per thread block, which covers the memory's latency."""
+    if dtype == "fp32":
+        return DecodeTiling(32, 4, 2)
+    return DecodeTiling(64, 4, 3) if head_dim <= 128 else DecodeTiling(32, 4, 3)
+
+
+def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
+    """The arguments of "split" or "combine", in order."""
+    pointer = lambda name, type: Argument(name, "*" + type, True)
+    data = lambda *names: [pointer(name, spec.dtype) for name in names]
+    shared = [pointer("slots", "i32"), pointer("part_m", "fp32"), pointer("part_l", "fp32"), pointer("part_acc", "fp32")]
+    strides = lambda *names: [Argument(name, "i32", True) for name in names]
+    sizes = [Argument("kv_heads", "i32"), Argument("capacity", "i32", True)]
+    logit = [Argument("tanh_scale", "fp32"), Argument("cap_log2", "fp32")] if spec.softcap else [Argument("scale", "fp32")]
+    if kernel == "split":
+        listed = [*data("query", "keys", "values"), pointer("positions", "i32"), pointer("counts", "i32"), pointer("seen", "i32"), *shared]
+        listed += [*strides("query_b", "query_h"), *sizes, Argument("pinned", "i32"), Argument("stretch_len", "i32", True)]
+        listed += [Argument("stretches", "i32"), *logit]
+        listed += [Argument("real", "*u8"), Argument("real_b", "i32")] if spec.padded else []
+        return tuple(listed + ([*data("turned"), Argument("sinks", "i32")] if spec.turning else []))
+    listed = [*data("query", "key", "value", "keys", "values"), pointer("counts", "i32"), pointer("seen", "i32"), pointer("length", "i64")]
+    listed += [*shared, *data("out"), *strides("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h")]
+    listed += [*sizes, Argument("stretches", "i32"), *logit]
+    return tuple(listed + ([pointer("sink_logits", "fp32")] if spec.sink_logits else []) + [Argument("STRETCHES", "constexpr")])
+
+
+def decode_source(spec: DecodeSpec) -> str:
+    """Module text with the kernels `split` (grid: stretches, batch * kv_heads) and `combine` (grid: group, batch * kv_heads)."""
+    padded = lambda size: max(16, 1 << (size - 1).bit_length())
+    qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
+    qk_whole, v_whole = qk_dim == spec.qk_head_dim, v_dim == spec.v_head_dim
+    parameters = lambda kernel: ",\n    ".join(
+        a.name + (": tl.constexpr" if a.type == "constexpr" else "") for a in arguments(spec, kernel)
+    )
+    values = vars(spec) | {
+        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
+        "qk_guard": "" if qk_whole else f" & (qk_dims < {spec.qk_head_dim})[None, :]",
+        "v_guard": "" if v_whole else f" & (v_dims < {spec.v_head_dim})[None, :]",
+        "qk_mask": "" if qk_whole else f", mask=qk_dims < {spec.qk_head_dim}, other=0.0",
+        "v_mask": "" if v_whole else f", mask=v_dims < {spec.v_head_dim}, other=0.0",
+        "qk_store": "" if qk_whole else f", mask=qk_dims < {spec.qk_head_dim}",
+        "v_store": "" if v_whole else f", mask=v_dims < {spec.v_head_dim}",
+        "split_parameters": parameters("split"),
+        "combine_parameters": parameters("combine"),
+    }
+    constants = {"GROUP": spec.group, "ROWS": padded(spec.group), "KEYS": spec.tiling.keys, "QK_DIM": qk_dim, "V_DIM": v_dim}
+    lines = [f"{name} = tl.constexpr({value})" for name, value in constants.items()] + [f"LOG2E = tl.constexpr({_LOG2E!r})"]
+    header = '"""Generated by sparsify: decode attention."""\n\nimport triton\nimport triton.language as tl\n\n' + "\n".join(lines) + "\n"
+    return "\n\n".join([header, render(SPLIT, values), render(COMBINE, values)])
+
+
+def stretches(capacity: int, rows: int, processors: int, tiling: DecodeTiling) -> tuple[int, int]:
+    """How many stretches each of `rows` KV heads is cut into, and their length in slots: one full wave of thread blocks."""
+    tiles = -(-capacity // tiling.keys)
+    wanted = max(1, min(tiles, processors * tiling.programs // rows, 128))
+    length = -(-tiles // wanted) * tiling.keys
+    return -(-capacity // length), length
+
+
+@functools.lru_cache(maxsize=256)
+def _module(spec: DecodeSpec) -> ModuleType:
+    return source.load(decode_source(spec), "decode")
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def cache_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    seen: Tensor,
+    length: Tensor,
+    *,
+    real: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    inverse_frequencies: Tensor | None = None,
+    pinned: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    sinks: int,
+    version: int,
+    tiling: DecodeTiling | None = None,
+) -> Tensor:
+    """The op by generated kernels; see `sparsify.cache_ops`.
+
+    Raises:
+        UnsupportedError: no kernel takes this call.
+        KernelError: a kernel could not be compiled or launched.
+    """
+    _check(query, key, value, keys, values, pinned, scale)
+    heads, qk_head_dim = query.shape[1], query.shape[3]
+    kv_heads, capacity, v_head_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    dtype = _DTYPES[query.dtype]
+    tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
+    turning = inverse_frequencies is not None
+    spec = DecodeSpec(
+        dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning
+    )
+    rows = query.shape[0] * kv_heads
+    count, stretch_len = stretches(capacity, rows, _processors(query.device), tiling)
+    out = cache_ops.empty_output(query, values)
+    part = torch.empty(rows * spec.group * count * (v_head_dim + 2), dtype=torch.float32, device=query.device)
+    sums = rows * spec.group * count
+    given: dict[str, Any] = {
+        **{"query": query, "key": key, "value": value, "keys": keys, "values": values, "positions": positions, "counts": counts},
+        **{"seen": seen, "length": length, "out": out, "part_acc": part, "part_m": part[sums * v_head_dim :]},
+        "part_l": part[sums * (v_head_dim + 1) :],
+        "slots": torch.empty(rows, dtype=torch.int32, device=query.device),
+        **{"kv_heads": kv_heads, "capacity": capacity, "pinned": pinned, "stretches": count, "stretch_len": stretch_len, "sinks": sinks},
+        **{"scale": scale * _LOG2E, "STRETCHES": max(2, 1 << (count - 1).bit_length())},
+    }
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
+        given |= {f"{name}_b": tensor.stride(0), f"{name}_h": tensor.stride(1)}
+    if spec.softcap:
+        given |= {"tanh_scale": 2 * _LOG2E * scale / softcap, "cap_log2": softcap * _LOG2E}
+    if sink_logits is not None:
+        given["sink_logits"] = sink_logits.float().contiguous()
+    if real is not None:
+        given |= {"real": real.view(torch.uint8), "real_b": real.stride(0)}
+    if turning:
+        at = seen if real is None else seen - 1 + real[:, 0].to(seen.dtype)
+        steps = -(at + 1 - sinks - window).clamp(min=0)[:, None, None]
+        given["turned"] = turn(query.float(), steps, inverse_frequencies).to(query.dtype).contiguous()
+    _launch(spec, given, (count, rows), (spec.group, rows), query)
+    return out
+
+
+def _launch(spec: DecodeSpec, given: dict[str, Any], split_grid: tuple[int, int], combine_grid: tuple[int, int], query: Tensor) -> None:
+    try:
+        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+            module = _module(spec)
+            of = lambda kernel: {a.name: given[a.name] for a in arguments(spec, kernel)}
+            module.split[split_grid](**of("split"), num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
+            module.combine[combine_grid](**of("combine"), num_warps=4)
+    except SparsifyError:
+        raise
+    except Exception as error:
+        last = (str(error).strip().splitlines() or [""])[-1]
+        raise KernelError(
+            f"{type(error).__name__}: {last}", where=f"decode kernel ({spec})", hint="kernels = 'reference' is exact"
+        ) from error
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pinned: int, scale: float) -> None:
+    def need(holds: bool, what: str) -> None:
+        if not holds:
+            raise UnsupportedError(what, where=_WHERE, hint="the reference serves it")
+
+    need(query.shape[2] == key.shape[2] == value.shape[2] == 1, f"{query.shape[2]} queries, decode has one")
+    need(query.dtype in _DTYPES and query.dtype == keys.dtype == values.dtype == key.dtype, f"dtypes {query.dtype} and {keys.dtype}")
+    need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous")
+    need(all(t.stride(-1) == 1 for t in (query, key, value)), "strided head dimensions")
+    need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads")
+    need(0 <= pinned < keys.shape[2] and scale > 0, f"{pinned} pinned slots of {keys.shape[2]}, scale {scale}")

@@ -1,0 +1,57 @@
+"""Generated decode kernels compile for real GPUs, without one: within shared memory and without spills."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.backends import source
+from sparsify.backends.triton_decode import DecodeSpec, arguments, choose_tiling, decode_source
+from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel
+
+pytest.importorskip("triton")
+
+
+def compiled(spec: DecodeSpec, arch: int, kernel: str) -> Resources:
+    listed = arguments(spec, kernel)
+    return compile_kernel(
+        getattr(source.load(decode_source(spec), "decode"), kernel),
+        {argument.name: argument.type for argument in listed},
+        arch=arch,
+        num_warps=spec.tiling.warps if kernel == "split" else 4,
+        num_stages=spec.tiling.stages if kernel == "split" else 3,
+        constexprs={"STRETCHES": 64} if kernel == "combine" else {},
+        divisible=[argument.name for argument in listed if argument.aligned],
+    )
+
+
+def spec(dtype="bf16", dim=128, group=4, **clauses) -> DecodeSpec:
+    return DecodeSpec(dtype, dim, dim, group, choose_tiling(dtype, dim), **clauses)
+
+
+ALL = {"softcap": True, "sink_logits": True, "padded": True, "turning": True}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("clauses", [{}, ALL], ids=["plain", "all"])
+def test_split(arch, clauses):
+    used = compiled(spec(**clauses), arch, "split")
+    assert used.spilled == 0 and used.mma > 0
+    assert used.cp_async > 0, "loads run ahead of the arithmetic"
+    # two thread blocks a multiprocessor share its memory
+    assert 2 * used.shared <= SHARED_LIMIT[arch] or arch == 80
+    assert used.shared <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_combine(arch):
+    used = compiled(spec(**ALL), arch, "combine")
+    assert used.spilled == 0 and used.shared <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+@pytest.mark.parametrize("group", [1, 8, 32])
+def test_dims_and_groups(dtype, dim, group):
+    for kernel in ("split", "combine"):
+        assert compiled(spec(dtype, dim, group), 90, kernel).shared <= SHARED_LIMIT[90]
