@@ -42,7 +42,6 @@ def serves(
     batch, heads, query_len, head_dim = query.shape
     dims = sorted((head_dim, value.shape[-1]))
     listed = options["block_counts"] is not None
-    windowed = any(options["windows"])
     obstacles = {
         f"compute capability {capability[0]}.{capability[1]} is not 9.x": capability[0] != 9,
         f"Triton {triton_release[0]}.{triton_release[1]} was not tried": triton_release not in DIALECTS,
@@ -53,7 +52,6 @@ def serves(
         f"lists of {options['block_size']}-key blocks": listed and options["block_size"] != BLOCK,
         "ALiBi": options["alibi_slopes"] is not None,
         f"scale {options['scale']}": options["scale"] <= 0,
-        "key flags, segments and a window together": options["key_flags"] is not None and options["segments"] is not None and windowed,
         "too many tiles": batch * heads * -(-query_len // QUERY_TILE) >= 1 << 30,
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
@@ -234,10 +232,12 @@ def operands(
             values["windows"] = _on_device(windows, device)
     if spec.key_flags:
         flags = options["key_flags"].to(torch.uint8)
-        values |= {"flags": _rows(flags, batch)} | {name: _rows(t, batch) for name, t in flag_tiles(flags, tile).items()}
+        values |= {"flags": _rows(_padded_row(flags, tile), batch)} | {name: _rows(t, batch) for name, t in flag_tiles(flags, tile).items()}
     if spec.segments:
         segments = options["segments"].to(torch.int32)
-        values |= {"segments": _rows(segments, batch)} | {name: _rows(t, batch) for name, t in segment_tiles(segments, tile).items()}
+        values |= {"segments": _rows(_padded_row(segments, tile), batch)} | {
+            name: _rows(t, batch) for name, t in segment_tiles(segments, tile).items()
+        }
     if spec.sink_logits:
         values["sink_logits"] = options["sink_logits"].to(torch.float32).contiguous()
     return values
@@ -272,6 +272,12 @@ def segment_tiles(segments: Tensor, tile: int) -> dict[str, Tensor]:
     # the last key stands in for those past the end
     tiled = torch.cat([segments, segments[:, -1:].expand(rows, tiles * tile - key_len)], 1).view(rows, tiles, tile)
     return {"segment_low": tiled.amin(-1), "segment_high": tiled.amax(-1)}
+
+
+def _padded_row(operand: Tensor, tile: int) -> Tensor:
+    """Zeros up to the end of the tile after the last: the kernel reads whole tiles, and that one where a row tile sees nothing."""
+    key_len = operand.shape[1]
+    return torch.nn.functional.pad(operand, (0, (-(-key_len // tile) + 1) * tile - key_len))
 
 
 def _rows(operand: Tensor, batch: int) -> Tensor:

@@ -17,29 +17,38 @@ def _capped(s, scale, cap):
 @gluon.jit
 def _masked(s, block, rows, key_len, clauses):
     """S with -inf where a row at position rows[i] does not see a key of tile `block`."""
-    columns = block * KEY_TILE + gl.arange(0, KEY_TILE, layout=COLUMNS)
+    offsets = gl.arange(0, KEY_TILE, layout=COLUMNS)
+    columns = block * KEY_TILE + offsets
     inside = columns < key_len
+#if bounded
+    # all clauses that depend on the key alone, and the window, as one number a key: the last position that sees it
+#if window
+    window, sinks = clauses[2]
+    bound = columns + window - 1
+#if sinks
+    bound = gl.where(columns < sinks, 1 << 30, bound)
+#end
+#else
+    bound = columns + (1 << 30)
+#end
+#if key_flags
+    flag = gl.load(clauses[0] + block * KEY_TILE + offsets).to(gl.int32)
+#if flag_sinks
+    bound = gl.where((flag & 2) != 0, 1 << 30, bound)
+#end
+    bound = gl.where((flag & 1) != 0, bound, -(1 << 30))
+#else
+    bound = gl.where(inside, bound, -(1 << 30))
+#end
+    visible = rows[:, None] <= bound[None, :]
+#else
     visible = inside[None, :]
+#end
 #if causal
     visible = visible & (columns[None, :] <= rows[:, None])
 #end
-#if key_flags
-    flag = gl.load(clauses[0] + columns, mask=inside, other=0).to(gl.int32)
-    visible = visible & ((flag & 1) != 0)[None, :]
-#end
-#if window
-    window, sinks = clauses[2]
-    near = columns[None, :] > (rows - window)[:, None]
-#if sinks
-    near = near | (columns < sinks)[None, :]
-#end
-#if flag_sinks
-    near = near | ((flag & 2) != 0)[None, :]
-#end
-    visible = visible & near
-#end
 #if segments
-    segment = gl.load(clauses[1] + columns, mask=inside, other=0)
+    segment = gl.load(clauses[1] + block * KEY_TILE + offsets)
     row_inside = (rows >= 0) & (rows < key_len)
     row_segment = gl.load(clauses[1] + rows, mask=row_inside, other=0)
     visible = visible & (segment[None, :] == row_segment[:, None]) & row_inside[:, None]
@@ -115,14 +124,15 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         batch_row, query_block, head, kv_head = _tile(t, sizes)
         row = query_block * 128 + PART * 64
         rows = row + start + gl.arange(0, 64, layout=ROWS)
+        padded_len = ((key_len + KEY_TILE - 1) // KEY_TILE + 1) * KEY_TILE  # of flags and segments, so that no load needs a mask
         clause_flags = 0
         clause_segments = 0
         clause_window = 0
 #if key_flags
-        clause_flags = flags + batch_row * key_len
+        clause_flags = flags + batch_row * padded_len
 #end
 #if segments
-        clause_segments = segments + batch_row * key_len
+        clause_segments = segments + batch_row * padded_len
 #end
 #if window
 #if window_per_head

@@ -121,6 +121,7 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "flag_sinks": spec.windows != "none" and spec.key_flags,
         "any_sinks": spec.windows != "none" and (spec.sinks or spec.key_flags),
         "key_flags": spec.key_flags,
+        "bounded": spec.windows != "none" or spec.key_flags,
         "segments": spec.segments,
         "start": spec.start,
         "softcap": spec.softcap,

@@ -22,7 +22,7 @@ MIN_CAPABILITY = (8, 0)
 _IMPLEMENTATIONS = {
     "attention": {
         "reference": ("sparsify.backends.attention_launch", "reference_attention"),
-        "triton": ("sparsify.backends.attention_launch", "triton_attention"),
+        "triton": ("sparsify.backends.gluon_attention", "attention"),
     },
     "select_blocks": {
         "reference": ("sparsify.backends.reference_select", "select_blocks"),

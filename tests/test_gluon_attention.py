@@ -40,7 +40,6 @@ def test_serves_a_plain_call():
         ({"alibi_slopes": torch.ones(1, 4)}, "ALiBi"),
         ({"scale": -1.0}, "scale -1.0"),
         ({"block_counts": torch.zeros(1, 4, 4), "block_size": 64}, "64-key blocks"),
-        ({"key_flags": torch.ones(1, 256), "segments": torch.ones(1, 256), "windows": [9]}, "together"),
     ],
 )
 def test_says_why_not(changes, reason):
