@@ -10,8 +10,9 @@ from hypothesis import given, settings
 
 import sparsify.backends.reference as reference
 from sparsify.ops import empty_output
-from tests.attention_cases import CLAUSES, Case, cases, operands
+from tests.attention_cases import CLAUSES, Case, operands
 from tests.attention_oracle import attention_exact, tolerance
+from tests.attention_strategies import cases
 
 
 def check(case: Case):

@@ -14,8 +14,9 @@ from sparsify.backends import reference
 from sparsify.backends.attention_launch import triton_attention
 from sparsify.backends.triton_attention import Tiling
 from sparsify.ops import empty_output
-from tests.attention_cases import CLAUSES, Case, cases, operands
+from tests.attention_cases import CLAUSES, Case, operands
 from tests.attention_oracle import attention_exact, tolerance
+from tests.attention_strategies import cases
 
 pytestmark = pytest.mark.interpreter
 
