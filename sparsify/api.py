@@ -68,7 +68,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     finally:
         torch._dynamo.reset()
     merged = Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(p.fallback for p in plans if p.fallback))
-    selecting = [d for d in merged.decisions if d.method is not None and "threshold" in d.options]
+    selecting = [d for d in merged.decisions if d.kind == "attention" and d.method is not None and "threshold" in d.options]
     for decision, density in zip(selecting, densities, strict=False):
         decision.realised_density = density
     return merged
@@ -79,8 +79,8 @@ def record_density() -> Iterator[list[float]]:
     """The realised share of causal blocks of every block selection that runs inside the block, in order of execution."""
     densities: list[float] = []
 
-    def observe(query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, **call: Any) -> None:
-        densities.append(blockmask.call_density(query, key, counts, **call))
+    def observe(query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, indices: torch.Tensor, **call: Any) -> None:
+        densities.append(float(blockmask.call_density(query, key, counts, **call)))
 
     ops.select_observers.append(observe)
     try:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -75,7 +75,7 @@ class Config(BaseModel):
         default_factory=dict, description="Options of each method. In files and options these are tables at the top level, by method name."
     )
 
-    def for_layer(self, name: str, layer: int | None) -> list[tuple[str, dict[str, Any]]]:
+    def for_layer(self, name: str, layer: int | None, kind: Container[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
         """Methods to try on a site, in order, each with the options that differ from its defaults.
 
         The last rule that matches decides alone; without one, `passes` does. Lossy methods are not left out here.
@@ -83,11 +83,13 @@ class Config(BaseModel):
         Args:
             name: the site's path, such as `model.layers.3.self_attn`.
             layer: the last integer in that path, None without one.
+            kind: the methods that exist for this kind of site; rules that name only others are passed over. None: all.
         """
         for rule in reversed(self.rules):
-            if rule.matches(name, layer):
-                return [(method, _merge(self.methods.get(method, {}), rule.options.get(method, {}))) for method in rule.method]
-        return [(method, _merge(self.methods.get(method, {}), {})) for method in self.passes]
+            methods = [m for m in rule.method if kind is None or m in kind]
+            if rule.matches(name, layer) and (methods or not rule.method):
+                return [(method, _merge(self.methods.get(method, {}), rule.options.get(method, {}))) for method in methods]
+        return [(method, _merge(self.methods.get(method, {}), {})) for method in self.passes if kind is None or method in kind]
 
     def as_options(self) -> dict[str, Any]:
         """`options={...}` that give this configuration again, whatever the files say."""

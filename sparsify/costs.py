@@ -11,7 +11,7 @@ import functools
 import sympy
 
 from sparsify.hardware import Device
-from sparsify.sites import AttentionSite
+from sparsify.sites import AttentionSite, FeedForwardSite
 
 # Share of the matrix ceiling that each kernel family sustains, from benchmarks/results on an H200.
 EFFICIENCY = {"sdpa": 0.86, "attention": 0.66, "estimate": 0.9}
@@ -52,6 +52,13 @@ def estimate_seconds(site: AttentionSite, device: Device, stride: int, block: in
     flops = 2 * site.batch * site.query_heads * visited(site) * site.qk_head_dim / stride
     sums = 4 * site.batch * site.query_heads * visited(site) / (stride * block)
     return roofline(sympy.sympify(flops), operand_bytes(site) + sums, device, EFFICIENCY["estimate"], 2)
+
+
+def ffn_seconds(site: FeedForwardSite, device: Device, share: float = 1.0) -> sympy.Expr:
+    """A feed-forward block of which `share` of the calls is computed: its weights are streamed once for all rows."""
+    size = sympy.sympify(site.weight_bytes) * share
+    flops = 2 * site.rows * size / site.dtype.itemsize
+    return roofline(sympy.sympify(flops), size, device, EFFICIENCY["sdpa"], 3)
 
 
 def expected_density(length: sympy.Expr) -> sympy.Expr:

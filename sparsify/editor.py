@@ -15,7 +15,7 @@ from torch import fx
 from sparsify import ops
 from sparsify.errors import RewriteError
 from sparsify.masks import Leaf
-from sparsify.sites import AttentionSite, Size
+from sparsify.sites import AttentionSite, FeedForwardSite, Size
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Editor:
     _before: fx.Node | None = None  # where nodes go
     _output: fx.Node | None = None  # the site's output
 
-    def at(self, site: AttentionSite) -> Editor:
+    def at(self, site: AttentionSite | FeedForwardSite) -> Editor:
         self._before = self._output = site.output
         return self
 
@@ -75,7 +75,7 @@ class Editor:
         """The elements of a node that returns a tuple."""
         return [self.call(operator.getitem, pair, i) for i in range(count)]
 
-    def replace(self, site: AttentionSite, value: fx.Node) -> None:
+    def replace(self, site: AttentionSite | FeedForwardSite, value: fx.Node) -> None:
         """Every use of the site's output reads `value` instead, in the strides that the graph expects."""
         old, new = values(site.output), values(value)
         if site.output_stride_order == "bhqd" and not new.is_contiguous():
@@ -103,6 +103,18 @@ class Editor:
         if not mask.query_start.bottom_right:
             start = self._once(("start", mask.query_start), lambda: self._query_start(site))
         return MaskOperands(flags, segments, start, mask.causal, mask.window or 0)
+
+    def shared(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        """The node that sites of this graph share under `key`, made by the first of them."""
+        return self._once(key, make)
+
+    def share(self, key: Any, node: fx.Node) -> None:
+        """What the sites after this one find under `key`."""
+        self._shared[key] = node
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node, or what replaced it: a site's operand may be an earlier site's output."""
+        return self.replaced.get(node, node)
 
     def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
         if key not in self._shared:
@@ -176,7 +188,7 @@ class Editor:
                 return node
         raise RewriteError(f"no node holds the size {expr}", where=site.name)
 
-    def erase_orphans(self, sites: Iterable[AttentionSite]) -> None:
+    def erase_orphans(self, sites: Iterable[AttentionSite | FeedForwardSite]) -> None:
         """Erases replaced outputs, and what computed only their inputs, as far as nothing else uses them.
 
         Mutating calls and graph inputs stay: a cache update has no user and must survive.

@@ -131,7 +131,7 @@ class _Matcher:
         tensors = [tensor_of(n) for n in (site.output, site.input, site.up, site.down, *site.residuals)]
         if len({t.dtype for t in tensors}) > 1:
             return "weights and residual differ in dtype"
-        if core.gate is not None and core.gate.transposed != core.down.transposed or core.up.transposed != core.down.transposed:
+        if (core.gate is not None and core.gate.transposed != core.down.transposed) or core.up.transposed != core.down.transposed:
             return "up and down projections differ in layout"
         if any(sizes(t) != sizes(tensors[0]) for t in tensors[4:]) or sizes(tensors[1]) != sizes(tensors[0]):
             return "a term of the residual sum is broadcast"
@@ -179,7 +179,9 @@ class _Matcher:
                 continue
             tensor = tensor_of(node.args[0])
             reason = "the block routes tokens to experts: which weights are read depends on the token already"
-            site = FeedForwardSite(name.rpartition(".")[0] or name, layer, 0, 0, node, dtype=tensor.dtype, device=tensor.device, near_miss=reason)
+            site = FeedForwardSite(
+                name.rpartition(".")[0] or name, layer, 0, 0, node, dtype=tensor.dtype, device=tensor.device, near_miss=reason
+            )
             found.setdefault(layer, site)
         return list(found.values())
 
@@ -267,7 +269,7 @@ def _core(node: fx.Node) -> _Core | None:
             return None
         source, gate, layout, activation = up.source, None, "plain", found[0]
         nodes = (*up.nodes, *found[2])
-    if not sizes(tensor_of(node))[-1] == sizes(tensor_of(source))[-1]:
+    if sizes(tensor_of(node))[-1] != sizes(tensor_of(source))[-1]:
         return None
     return _Core(source, up, gate, down, layout, activation, (*nodes, *down.nodes))
 

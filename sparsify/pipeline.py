@@ -17,8 +17,10 @@ from sparsify.config import Config
 from sparsify.editor import Editor
 from sparsify.errors import RewriteError, SparsifyError
 from sparsify.match import find_attention
+from sparsify.match_ffn import find_feed_forward
 from sparsify.method import Context
-from sparsify.plan import Choice, Plan, make_plan
+from sparsify.plan import Choice, Plan, acts_on, make_plan
+from sparsify.sites import FeedForwardSite
 from sparsify.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -57,13 +59,15 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     """The plan, the rewritten graph (None when nothing changed) and, with `config.verify`, the same under keep-all settings."""
     trace.stage("captured", lambda: gm.print_readable(print_output=False))
     sites = find_attention(gm)
+    if acts_on(FeedForwardSite, config):
+        sites = [*sites, *find_feed_forward(gm, sites)]
     if not sites:
-        log.info("no attention site in this graph")
+        log.info("no site in this graph")
         return Plan(), None, None
     context = _context(sites[0].device, config)
     plan, choices = make_plan(sites, config, context)
     trace.plan(plan)
-    log.info("%d of %d attention sites will be rewritten", len(plan.rewritten), len(plan.decisions))
+    log.info("%d of %d sites will be rewritten", len(plan.rewritten), len(plan.decisions))
     for decision in plan.decisions:
         log.debug("%s: %s; %s", decision.site, decision.method or "left as is", decision.reason)
     if not plan.rewritten:

@@ -12,10 +12,10 @@ import torch
 
 from sparsify import ops
 from sparsify.config import Config
-from sparsify.costs import attention_seconds, number
+from sparsify.costs import attention_seconds, ffn_seconds, number
 from sparsify.errors import PlanError
 from sparsify.method import Context, Pass, Proposal, Refusal, discover
-from sparsify.sites import AttentionSite, Size
+from sparsify.sites import AttentionSite, FeedForwardSite, Size
 
 FORMAT = 1
 
@@ -26,6 +26,7 @@ class Decision:
 
     method: None where the site stays as it is. refusals: one line per method that declined. seconds, dense_seconds: expected, at
     the example's sizes, None when unknown. density: share of causal blocks, expected before a run and realised after one.
+    kind: "attention" or "ffn".
     """
 
     site: str
@@ -41,6 +42,7 @@ class Decision:
     dense_seconds: float | None = None
     density: float | None = None
     realised_density: float | None = None
+    kind: str = "attention"
 
 
 @dataclass
@@ -90,12 +92,21 @@ class Plan:
 class Choice:
     """A site with the proposal that won, or None, and the decision as a record."""
 
-    site: AttentionSite
+    site: AttentionSite | FeedForwardSite
     proposal: Proposal | None
     decision: Decision
 
 
-def make_plan(sites: list[AttentionSite], config: Config, context: Context) -> tuple[Plan, list[Choice]]:
+def acts_on(site_type: type, config: Config) -> bool:
+    """Whether the configuration, or its plan file, names a method for this type of site."""
+    methods = discover()
+    named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
+    if config.plan:
+        named = {d.method for d in Plan.load(config.plan).rewritten}
+    return any(methods[name].site_type is site_type for name in named if name in methods)
+
+
+def make_plan(sites: list[AttentionSite | FeedForwardSite], config: Config, context: Context) -> tuple[Plan, list[Choice]]:
     """Asks the configured methods at every site and chooses.
 
     Order in the configuration is preference; a proposal with `min_key_len` is eligible from that key length on, and asking a
@@ -109,14 +120,18 @@ def make_plan(sites: list[AttentionSite], config: Config, context: Context) -> t
     return Plan([c.decision for c in choices]), choices
 
 
-def _candidates(site: AttentionSite, config: Config, saved: dict[str, Decision] | None) -> list[Pass]:
+_ATTENTION_SIZES = ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")
+_FFN_SIZES = ("rows", "hidden", "intermediate")
+
+
+def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: dict[str, Decision] | None) -> list[Pass]:
     methods = discover()
     if saved is None:
-        wanted = config.for_layer(site.name, site.layer)
+        wanted = config.for_layer(site.name, site.layer, {name for name, method in methods.items() if isinstance(site, method.site_type)})
     elif site.name in saved:
         decision = saved[site.name]
         wanted = [(decision.method, decision.options)] if decision.method else []
-        if decision.method and methods.get(decision.method) and methods[decision.method].lossy:
+        if decision.method and methods.get(decision.method) and methods[decision.method].lossy and isinstance(site, AttentionSite):
             wanted += [("dense", {})]
     else:
         raise PlanError(f"the plan has no entry for site {site.name}", where=str(config.plan), hint="make a plan for this model with sparsify.explain")
@@ -127,20 +142,23 @@ def _candidates(site: AttentionSite, config: Config, saved: dict[str, Decision] 
     return [m for m in made if not (config.exact and m.lossy)]
 
 
-def _choose(site: AttentionSite, candidates: list[Pass], context: Context) -> Choice:
+def _choose(site: AttentionSite | FeedForwardSite, candidates: list[Pass], context: Context) -> Choice:
+    ffn = isinstance(site, FeedForwardSite)
     decision = Decision(
         site=site.name,
         layer=site.layer,
         phase=site.phase,
-        sizes={n: str(getattr(site, n)) for n in ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")},
-        mask=site.mask.describe(),
+        sizes={n: str(getattr(site, n)) for n in (_FFN_SIZES if ffn else _ATTENTION_SIZES)},
+        mask="" if ffn else site.mask.describe(),
         method=None,
+        kind="ffn" if ffn else "attention",
     )
     hints = size_hints(site)
-    decision.dense_seconds = number(attention_seconds(site, context.device, kernel="sdpa"), hints)
+    dense = ffn_seconds(site, context.device) if ffn else attention_seconds(site, context.device, kernel="sdpa")
+    decision.dense_seconds = number(dense, hints)
     for method in candidates:
         answer = Refusal(method.name, site.near_miss) if site.near_miss else method.propose(site, context)
-        if isinstance(answer, Proposal) and not at_least(site.key, 2, answer.min_key_len):
+        if isinstance(answer, Proposal) and answer.min_key_len and not at_least(site.key, 2, answer.min_key_len):
             answer = Refusal(method.name, f"key_len below {answer.min_key_len}, where it starts to pay", "set min_length to force it")
         if isinstance(answer, Refusal):
             decision.refusals.append(str(answer))
@@ -157,10 +175,10 @@ def at_least(node: torch.fx.Node, dim: int, bound: int) -> bool:
     return bound <= 0 or bool(node.meta["example_value"].shape[dim] >= bound)
 
 
-def size_hints(site: AttentionSite) -> dict[Any, int]:
+def size_hints(site: AttentionSite | FeedForwardSite) -> dict[Any, int]:
     """The example's numbers for the site's symbols."""
     hints: dict[Any, int] = {}
-    for node in (site.query, site.key, site.value):
+    for node in (site.output,) if isinstance(site, FeedForwardSite) else (site.query, site.key, site.value):
         for size in node.meta["example_value"].shape:
             if isinstance(size, torch.SymInt) and size.node.hint is not None:
                 hints |= _solve(size.node.expr, size.node)

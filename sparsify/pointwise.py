@@ -147,7 +147,7 @@ def norm_of(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
         exact = tensor_of(source).dtype == torch.float32
         if tensor_of(node).dtype != tensor_of(source).dtype or (offset and inner_cast and not exact):
             return None
-        kind = "rms_offset" if offset else "rms" if inner_cast or exact and not cast else "rms_fp32"
+        kind = "rms_offset" if offset else "rms" if inner_cast or (exact and not cast) else "rms_fp32"
         if sizes(tensor_of(parameter))[0] != sizes(tensor_of(source))[-1]:
             return None
         return Norm(kind, parameter, None, eps), source, tuple(dict.fromkeys((*unit_nodes, *weight_nodes, body, node)))
@@ -155,7 +155,11 @@ def norm_of(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
 
 
 def _library_norm(node: fx.Node) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
-    names = ("input", "normalized_shape", "weight", "bias", "eps") if kind_of(node) == "layer_norm" else ("input", "normalized_shape", "weight", "eps")
+    names = (
+        ("input", "normalized_shape", "weight", "bias", "eps")
+        if kind_of(node) == "layer_norm"
+        else ("input", "normalized_shape", "weight", "eps")
+    )
     call = dict(zip(names, node.args, strict=False)) | node.kwargs
     weight, bias, eps = call.get("weight"), call.get("bias"), call.get("eps")
     if len(call["normalized_shape"]) != 1 or not is_parameter(weight, 1) or not (bias is None or is_parameter(bias, 1)):

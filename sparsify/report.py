@@ -18,7 +18,7 @@ def table(plan: Plan, width: int = 180) -> str:
         return f"the graph was left untouched: {plan.fallback}"
     if not plan.decisions:
         return "no attention site was found"
-    grid = Table(title=f"{len(plan.rewritten)} of {len(plan.decisions)} attention sites rewritten", title_justify="left")
+    grid = Table(title=_title(plan), title_justify="left")
     for name, justify in (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
                           ("dense", "right"), ("chosen", "right"), ("density", "right")):  # fmt: skip
         grid.add_column(name, justify=justify, overflow="fold")
@@ -27,6 +27,15 @@ def table(plan: Plan, width: int = 180) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(grid)
     return console.file.getvalue().rstrip()
+
+
+def _title(plan: Plan) -> str:
+    counts = []
+    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks")):
+        of_kind = [d for d in plan.decisions if d.kind == kind]
+        if of_kind or kind == "attention":
+            counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
+    return ", ".join(counts)
 
 
 def _folded(decisions: list[Decision]) -> list[list[Decision]]:
@@ -44,8 +53,11 @@ def _folded(decisions: list[Decision]) -> list[list[Decision]]:
 def _row(group: list[Decision]) -> tuple[str, ...]:
     first, last, s = group[0], group[-1], group[0].sizes
     name = first.site if len(group) == 1 else f"{first.site} … {last.layer if last.layer is not None else last.site} ({len(group)})"
-    dims = s["qk_head_dim"] if s["qk_head_dim"] == s["v_head_dim"] else f"{s['qk_head_dim']}/{s['v_head_dim']}"
-    sizes = f"{s['batch']}·{s['query_heads']}/{s['kv_heads']}·{s['query_len']}×{s['key_len']}·{dims} {first.phase}"
+    if first.kind == "ffn":
+        sizes = f"{s['rows']} rows·{s['hidden']}→{s['intermediate']} {first.phase}"
+    else:
+        dims = s["qk_head_dim"] if s["qk_head_dim"] == s["v_head_dim"] else f"{s['qk_head_dim']}/{s['v_head_dim']}"
+        sizes = f"{s['batch']}·{s['query_heads']}/{s['kv_heads']}·{s['query_len']}×{s['key_len']}·{dims} {first.phase}"
     reason = first.reason
     others = [r for r in first.refusals if r != first.reason]
     if others:

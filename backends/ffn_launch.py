@@ -1,0 +1,50 @@
+"""Which implementation serves the feed-forward ops, decided at every call: generated Triton kernels or the reference."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from torch import Tensor
+
+from sparsify import ffn_ops
+from sparsify.backends import launch, reference_ffn
+from sparsify.errors import UnsupportedError
+from sparsify.ops import library
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn_once(op: str, reason: str) -> None:
+    log.warning("%s runs the slow reference: %s", op, reason)
+
+
+def ffn(residual: Tensor, input: Tensor, remaining: Tensor, *args: Tensor, **call) -> tuple[Tensor, Tensor]:
+    out, after = _serve("ffn", residual, input, remaining, *args, **call)
+    for observer in ffn_ops.observers:
+        observer(remaining, after)
+    return out, after
+
+
+def ffn_start(like: Tensor, *args, **call) -> Tensor:
+    return _serve("ffn_start", like, *args, **call)
+
+
+def _serve(op: str, first: Tensor, *args, **call):
+    kind, reason = launch.available(first.device)
+    if kind == "triton":
+        from sparsify.backends import triton_ffn
+
+        try:
+            return getattr(triton_ffn, op)(first, *args, **call)
+        except UnsupportedError as error:
+            if reason == "asked for":
+                raise
+            _warn_once(op, str(error))
+    return getattr(reference_ffn, op)(first, *args, **call)
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("ffn", ffn, _device)
+    library.impl("ffn_start", ffn_start, _device)

@@ -1,0 +1,148 @@
+"""ffn_skip: a decode step leaves out feed-forward blocks, and their weights are not read; attention always runs.
+
+policy "similarity" (FFN-SkipLLM, arXiv 2404.03865): a row whose residual stream enters and leaves a block with a cosine of at least
+`threshold` skips its next `skip` blocks; the first and last blocks of the model never skip. "schedule" (SkipDecode, arXiv 2307.02628): the
+number of skipped blocks grows linearly with the generated token, the same for every row, and the top blocks always run. "static":
+the block is left out at every decode step; choose its layers with rules or a plan file.
+
+Prompts and the first `warmup` generated tokens stay dense. The KV cache stays complete under every policy.
+"""
+
+from __future__ import annotations
+
+import operator
+import zlib
+from typing import ClassVar, Literal
+
+import sympy
+import torch
+from pydantic import Field
+from torch import fx
+
+from sparsify import ffn_ops
+from sparsify.costs import ffn_seconds
+from sparsify.editor import Editor
+from sparsify.method import Context, Pass, Proposal, Refusal
+from sparsify.sites import FeedForwardSite
+
+# rows that share one stream of the weights in the generated kernels
+MAX_ROWS = 32
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# nothing is that alike
+_NEVER = 2.0
+
+
+class FfnSkip(Pass):
+    """See the options' descriptions; `sparsify calibrate ffn` proposes values for a model."""
+
+    name: ClassVar[str] = "ffn_skip"
+    site_type: ClassVar[type] = FeedForwardSite
+
+    policy: Literal["similarity", "schedule", "static"] = Field("similarity", description="what decides which blocks are skipped")
+    threshold: float = Field(0.99, ge=-1, le=2, description="cosine of the residual stream before and after a block from which rows skip")
+    skip: int = Field(1, ge=1, le=1 << 20, description="blocks skipped after one that reached the threshold")
+    cold_first: int = Field(4, ge=0, description="first blocks of the model, never skipped")
+    cold_last: int = Field(4, ge=0, description="last blocks of the model, never skipped")
+    warmup: int = Field(16, ge=0, le=1 << 30, description="first generated tokens that stay dense")
+    most: float = Field(0.5, ge=0, le=1, description="schedule: share of the blocks between the cold ones that is skipped at its end")
+    length: int = Field(1024, ge=0, le=1 << 30, description="schedule: generated tokens until its end")
+
+    def propose(self, site: FeedForwardSite, context: Context) -> Proposal | Refusal:
+        if site.needs_grad:
+            return self.refuse("gradients are required", "run under torch.no_grad() or torch.inference_mode()")
+        if site.dtype not in _DTYPES:
+            return self.refuse(f"dtype {site.dtype} is not served", "use float32, float16 or bfloat16")
+        if site.phase != "decode":
+            return self.refuse("more than one token per row: prompts stay dense")
+        if self.policy != "static" and (site.index < self.cold_first or site.index >= site.count - self.cold_last):
+            return self.refuse("cold: one of the first or last blocks")
+        if self._needs_position and site.positions is None and site.cached is None:
+            return self.refuse("the graph shows no position to count generated tokens from", "set warmup = 0")
+        if context.min_length is None:
+            if context.kernels == "reference":
+                return self.refuse("no skipping kernel on this device: the plain reference saves nothing", "min_length = 0 forces it")
+            if isinstance(site.rows, int) and site.rows > MAX_ROWS:
+                return self.refuse(f"{site.rows} rows: more than {MAX_ROWS} rarely skip together, and one that does not reads the weights")
+        share = {"similarity": 1 / (1 + self.skip), "schedule": 1 - self.most, "static": 0.0}[self.policy]
+        return Proposal(self, sympy.sympify(ffn_seconds(site, context.device, share)), note=self._note())
+
+    def _note(self) -> str:
+        what = {
+            "similarity": f"cosine ≥ {self.threshold:g} skips the next {self.skip}",
+            "schedule": f"up to {self.most:.0%} after {self.length} tokens",
+            "static": "left out",
+        }
+        return what[self.policy] + (f", dense for {self.warmup} tokens" if self.warmup else "")
+
+    @property
+    def _needs_position(self) -> bool:
+        return self.warmup > 0 or (self.policy == "schedule" and self.length > 0)
+
+    def rewrite(self, editor: Editor, site: FeedForwardSite) -> None:
+        editor.at(site)
+        residual, *others = (editor.current(term) for term in site.residuals)
+        for term in others:
+            residual = editor.call(torch.add, residual, term)
+        if self.policy == "static":
+            if not self.warmup:
+                # a copy, since the graph may write to the sum in place
+                editor.replace(site, editor.method("clone", residual, memory_format=torch.contiguous_format))
+                return
+            thread = ("ffn_skip", self.policy, self.warmup)
+            remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, 1, 0))
+            editor.replace(site, self._block(editor, site, residual, remaining)[0])
+            return
+        most = round(self.most * max(0, site.count - self.cold_first - self.cold_last)) if self.policy == "schedule" else 0
+        thread = ("ffn_skip", self.policy, self.warmup, most, self.length)
+        remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, most, self.length if most else 0))
+        out, remaining = self._block(editor, site, residual, remaining)
+        editor.share(thread, remaining)
+        editor.replace(site, out)
+
+    def _start(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, thread: tuple, most: int, length: int) -> fx.Node:
+        positions, slot = None, -1
+        if self.warmup or length:
+            positions = site.positions
+            if positions is None:
+                slot = editor.call(operator.sub, editor.length(site.cached, 2), 1)
+        # the same for all graphs of one model, and from run to run, so that compiled graphs are found again
+        key = zlib.crc32(f"{site.name.partition(str(site.layer))[0]} {site.count} {site.hidden} {site.intermediate} {thread}".encode())
+        if positions is not None or slot != -1:
+            ffn_ops.run_state(site.device, key)
+        call = {"warmup": self.warmup, "most": most, "length": length, "key": key, "version": ffn_ops.VERSION}
+        return editor.call(ffn_ops.ffn_start, residual, positions, slot, **call)
+
+    def _block(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, remaining: fx.Node) -> tuple[fx.Node, fx.Node]:
+        pair = editor.call(
+            ffn_ops.ffn,
+            residual,
+            editor.current(site.input),
+            remaining,
+            site.up,
+            site.down,
+            gate=site.gate,
+            up_bias=site.up_bias,
+            gate_bias=site.gate_bias,
+            down_bias=site.down_bias,
+            norm_weight=site.norm.weight,
+            norm_bias=site.norm.bias,
+            post_weight=site.post_norm.weight,
+            post_bias=site.post_norm.bias,
+            layout=site.layout,
+            transposed=site.transposed,
+            activation=site.activation,
+            norm=site.norm.kind,
+            eps=site.norm.eps,
+            post_norm=site.post_norm.kind,
+            post_eps=site.post_norm.eps,
+            scale=site.scale,
+            threshold=self.threshold if self.policy == "similarity" else _NEVER,
+            skip_next=self.skip,
+            version=ffn_ops.VERSION,
+        )
+        out, after = editor.items(pair, 2)
+        return out, after
+
+    def keep_all(self) -> FfnSkip:
+        """Similarity that nothing reaches; the run's position stays untouched, so verification does not disturb it."""
+        return self.model_copy(update={"policy": "similarity", "threshold": _NEVER, "warmup": 0})

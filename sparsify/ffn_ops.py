@@ -1,0 +1,99 @@
+"""Custom ops of feed-forward blocks that rows may skip, beside those of `sparsify.ops`. Schemas and fake kernels only.
+
+`remaining`, int32 [rows], says for every row of the residual stream what the next block does:
+
+    n > 0   skip: out = residual, the row's n falls by one
+    0       compute; when cosine(residual, out) >= threshold the row's next `skip_next` blocks are skipped
+    -1      compute, and stay -1: the row is dense throughout this forward
+
+`ffn_start` makes it once per forward, `ffn` takes it and returns the next one, so counters live within one forward, on the device. A
+similarity of NaN reaches no threshold. Rows do not read each other.
+
+    ffn(x) = scale · post_norm(down · h + down_bias),  h = act(gate · n + gate_bias) · (up · n + up_bias),  n = norm(input)
+    out = residual + ffn(x)
+
+layout "plain": h = act(up · n + up_bias). "gate_up", "up_gate": both in `up`, in that order. Norms are those of `sparsify.sites.Norm`.
+
+`ffn_start` counts generated tokens from positions alone: a decode step whose position follows the position before belongs to the same
+run, anything else (a prompt came between, or another sequence) starts a new one. age = position - the run's first position.
+
+    age < warmup   remaining = -1
+    otherwise      remaining = most · min(age, length) // length  (most where length is 0): the first blocks are skipped, so the
+                   active ones are the top ones and their sets nest (SkipDecode, arXiv 2307.02628)
+
+The run's two numbers are kept on the device under `key`. Sequences that take turns under one key look like new runs: they stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparsify.ops import NAMESPACE, library
+
+# Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
+VERSION = 1
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+library.define(
+    "ffn_start(Tensor like, Tensor? positions, SymInt slot, *, int warmup, int most, int length, int key, int version) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "ffn(Tensor residual, Tensor input, Tensor remaining, Tensor up, Tensor down, *, Tensor? gate=None, Tensor? up_bias=None, "
+    "Tensor? gate_bias=None, Tensor? down_bias=None, Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? post_weight=None, "
+    "Tensor? post_bias=None, str layout, bool transposed, str activation, str norm, float eps, str post_norm, float post_eps, float scale, "
+    "float threshold, int skip_next, int version) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def rows_of(hidden: Tensor) -> int:
+    """Rows of [..., hidden]."""
+    rows = 1
+    for size in hidden.shape[:-1]:
+        rows = rows * size
+    return rows
+
+
+def _start_fake(
+    like: Tensor, positions: Tensor | None, slot: int, *, warmup: int, most: int, length: int, key: int, version: int
+) -> Tensor:
+    return like.new_empty(rows_of(like), dtype=torch.int32)
+
+
+def _ffn_fake(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, down: Tensor, **call: object) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(residual.shape), torch.empty_like(remaining)
+
+
+torch.library.register_fake(f"{NAMESPACE}::ffn_start", _start_fake, lib=library)
+torch.library.register_fake(f"{NAMESPACE}::ffn", _ffn_fake, lib=library)
+
+ffn_start = torch.ops.sparsify.ffn_start.default
+ffn = torch.ops.sparsify.ffn.default
+
+# Called as observer(remaining before, remaining after) after each block; reading them synchronises, so the list is empty unless a tool
+# asks.
+observers: list[Callable[[Tensor, Tensor], None]] = []
+
+_runs: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def run_state(device: torch.device, key: int) -> Tensor:
+    """int64 [2] on `device`: the last decode step's position and its run's first position.
+
+    Made before a CUDA graph is recorded, so that it lies outside of the graph's memory.
+    """
+    if (device, key) not in _runs:
+        with torch.utils._python_dispatch._disable_current_modes():
+            _runs[device, key] = torch.tensor([-2, 0], dtype=torch.int64, device=device)
+    return _runs[device, key]
+
+
+def forget_runs() -> None:
+    """The next decode step of every model starts a new run."""
+    for state in _runs.values():
+        state.copy_(torch.tensor([-2, 0]))
