@@ -118,10 +118,10 @@ def pool(${arguments}, TILES: tl.constexpr, PART: tl.constexpr):
     for r in range(ROW_CELLS):
         cell = block * ROW_CELLS + r
         alive = cell < query_cells
-        t = tl.arange(0, TILES)
+        every = tl.arange(0, TILES)
         at_top = tops + (scratch_head * tiles).to(tl.int64) * row_count + cell - first_cell
         at_sum = sums + (scratch_head.to(tl.int64) * row_count + cell - first_cell) * (tiles * TILE_BLOCKS)
-        highest = tl.max(tl.load(at_top + t.to(tl.int64) * row_count, mask=(t < seen) & alive, other=float("-inf")), 0)
+        highest = tl.max(tl.load(at_top + every.to(tl.int64) * row_count, mask=(every < seen) & alive, other=float("-inf")), 0)
         highest = tl.where(highest == float("-inf"), 0.0, highest)
         total = 0.0
         for first in range(0, tiles, PART):

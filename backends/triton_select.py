@@ -198,7 +198,7 @@ def _choose(
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)
     sizes = {"TILES": padded, "PART": max(1, part // spec.tile_blocks)}
     _launch(module.pool, grid, select_source.choose_arguments(spec, "pool"), values, **sizes, num_warps=4)
-    _launch(module.pick, grid, select_source.choose_arguments(spec, "pick"), values, WIDTH=part, num_warps=4)
+    _launch(module.pick, grid, select_source.choose_arguments(spec, "pick"), values, WIDTH=part, num_warps=8)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], names: list[str], values: dict[str, Any], **options: int) -> None:
