@@ -82,7 +82,7 @@ class Oracle:
         first = next((k for k in range(self.key_len) if self.real_key(b, k)), None)
         low = block * self.block + self.start
         high = min((block + 1) * self.block, self.query_len) - 1 + self.start
-        own = {p // self.block for p in range(low, high + 1) if 0 <= p < self.key_len}
+        own = {p // self.block for p in range(low, high + 1)} & set(range(math.ceil(self.key_len / self.block)))
         own |= set() if first is None else {first // self.block}
         return {k for k in own if k in possible or self.reachable(b, h, block, k)}
 
