@@ -92,7 +92,7 @@ class Matcher:
             value_group,
             mask_node=mask,
             mask=proof,
-            scale=_number(call.get("scale"), default=_default_scale(q[3])),
+            scale=_number(call.get("scale"), q[3]),
             dropout=call.get("dropout_p", 0.0),
         )
 
@@ -116,6 +116,8 @@ class Matcher:
             return "the head dimension is broadcast"
         if not isinstance(call.get("dropout_p", 0.0), (int, float)):
             return "the dropout probability is decided at run time"
+        if call.get("scale") is None and not q[3].is_Integer:
+            return "the head dimension, which the default scale depends on, is symbolic"
         return ""
 
     def site(self, output: fx.Node, query: fx.Node, key: Grouped, value: Grouped, **fields: object) -> AttentionSite:
@@ -225,14 +227,10 @@ def _fresh(node: fx.Node, source: fx.Node) -> bool:
     return one.untyped_storage()._cdata != other.untyped_storage()._cdata
 
 
-def _default_scale(head_dim: sympy.Expr) -> float | None:
-    return 1.0 / math.sqrt(int(head_dim)) if head_dim.is_Integer else None
-
-
-def _number(value: object, default: float | None) -> float | fx.Node | None:
-    """A float where it is known now, else the node that holds it."""
+def _number(value: object, head_dim: sympy.Expr) -> float | fx.Node:
+    """A float where it is known now, else the node that holds it; by default one over the root of the head dimension."""
     if value is None:
-        return default
+        return 1.0 / math.sqrt(int(head_dim))
     if isinstance(value, fx.Node):
         example = value.meta.get("example_value")
         if isinstance(example, (int, float)):
