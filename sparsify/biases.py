@@ -34,18 +34,17 @@ class _Reading:
             return None
         return sympy.expand(element)
 
-    def of_head(self, load: sympy.Basic) -> fx.Node | None:
-        """The tensor [heads] or [batch, heads] that `load` reads at this site's (batch and) head."""
-        node = self.reader.leaves.get(load.func.__name__)
-        if node is None or not tensor_of(node).dtype.is_floating_point:
-            return None
-        rows = {1: (self.index(HEAD),), 2: (self.index(BATCH), self.index(HEAD))}.get(tensor_of(node).dim())
-        heads = sizes(tensor_of(node))[-1] if rows else None
-        if load.args != rows or sympy.expand(heads - self.facts.extents[HEAD]) != 0:
-            return None
-        if len(rows) == 2 and sympy.expand(sizes(tensor_of(node))[0] - self.facts.extents[BATCH]) != 0:
-            return None
-        return node
+    def of_head(self, element: sympy.Expr) -> fx.Node | None:
+        """The float tensor [heads] or [batch, heads] that holds this element of the site's (batch and) head."""
+        batch, heads = self.facts.extents[BATCH], self.facts.extents[HEAD]
+        for node in reversed(self.reader.nodes):
+            tensor = tensor_of(node)
+            if not tensor.dtype.is_floating_point or sizes(tensor) not in ((heads,), (batch, heads)):
+                continue
+            place = (self.index(BATCH), self.index(HEAD))[-tensor.dim() :]
+            if self.at(node, *place) == element:
+                return node
+        return None
 
 
 def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
@@ -97,7 +96,7 @@ def per_head(column: fx.Node, site: fx.Node, extents: Extents, memory: Memory, s
     """The tensor [query_heads] that `column`, [batch, query_heads, query_len, 1], repeats; None where it is anything else."""
     reading = _Reading(site, extents, memory, shape_env)
     element = reading.at(column, *(reading.index(s) for s in (BATCH, HEAD, QUERY)), sympy.Integer(0))
-    if element is None or not isinstance(element, sympy.core.function.AppliedUndef):
+    if element is None or not loads(element):
         return None
     node = reading.of_head(element)
     return node if node is not None and tensor_of(node).dim() == 1 else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
 from tests.soundness import Capture
 from tests.tiny_models import CORE_FAMILIES, EAGER_ONLY, FAMILIES, VOCAB, build
 
 LENGTH = 12
-WINDOWED = {"mistral_window", "gemma3", "gemma2", "gpt_oss"}
 
 
 def prompt(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
@@ -87,7 +87,7 @@ PHASES = phases()
 ALWAYS_PROVED = [p for p in PHASES if p != "generate_static"]
 
 
-def run(family: str, phase: str, attention: str = "sdpa", dynamic: bool | None = None, layers: int = 2) -> Capture:
+def run(family: str, phase: str, attention: str = "sdpa", dynamic: bool | None = None, layers: int = 1) -> Capture:
     torch._dynamo.reset()
     capture = Capture()
     with torch.no_grad():
@@ -96,37 +96,290 @@ def run(family: str, phase: str, attention: str = "sdpa", dynamic: bool | None =
     return capture
 
 
-@pytest.mark.parametrize("phase", ALWAYS_PROVED)
-@pytest.mark.parametrize("family", CORE_FAMILIES)
+def layers_of(family: str) -> int:
+    return 2 if family in ("gemma3", "gemma2", "gpt_oss") else 1  # windowed and full layers alternate
+
+
+QUICK = {
+    "llama": ALWAYS_PROVED,
+    "mistral_window": ALWAYS_PROVED,
+    "gemma3": ["prefill", "left_padded", "chunk_padded", "static_cache_padded"],
+}
+CORE = [(f, p) for f in CORE_FAMILIES for p in QUICK.get(f, ["prefill", "left_padded", "chunk"])]
+CORE_SLOW = [(f, p) for f in CORE_FAMILIES for p in ALWAYS_PROVED if (f, p) not in CORE]
+
+
+def all_described(capture: Capture) -> None:
+    assert not [s.near_miss or s.mask.reason for s in capture.flat if s.near_miss or s.mask.opaque]
+    assert len(capture.checked) >= len(capture.flat)
+
+
+@pytest.mark.parametrize(("family", "phase"), CORE + [pytest.param(*c, marks=pytest.mark.slow) for c in CORE_SLOW])
 def test_core_families_are_proved(family, phase):
-    capture = run(family, phase)
-    assert not [s.near_miss or s.mask.reason for s in capture.flat if s.near_miss or s.mask.opaque]
-    assert len(capture.checked) >= len(capture.flat)
+    all_described(run(family, phase, layers=layers_of(family)))
 
 
-@pytest.mark.parametrize("phase", ALWAYS_PROVED)
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3"])
+@pytest.mark.parametrize("phase", ["left_padded", "chunk_padded", "decode_padded", "static_cache", "generate"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_symbolic_sizes(family, phase):
-    capture = run(family, phase, dynamic=True)
-    assert not [s.near_miss or s.mask.reason for s in capture.flat if s.near_miss or s.mask.opaque]
-    assert len(capture.checked) >= len(capture.flat)
+    all_described(run(family, phase, dynamic=True, layers=layers_of(family)))
 
 
 def test_static_cache_under_generate_hands_over_an_opaque_mask():
-    capture = run("llama", "generate_static")
+    capture = run("mistral_window", "generate_static")
     assert len(capture.sites) == 2
     assert set(capture.masks) == {"opaque: the mask is an input of the graph"}
 
 
 BREADTH = [f for f in FAMILIES if f not in CORE_FAMILIES and f not in EAGER_ONLY]
+# transformers itself fails there: OPT's learned positions break the graph, Falcon's alibi does not fit a static cache
+BROKEN = {("opt", "static_cache"), ("falcon_alibi", "static_cache")}
 
 
-@pytest.mark.parametrize("phase", ["prefill", "left_padded", "chunk", "static_cache"])
+@pytest.mark.parametrize("phase", ["left_padded", *(pytest.param(p, marks=pytest.mark.slow) for p in ("prefill", "chunk", "static_cache"))])
 @pytest.mark.parametrize("family", BREADTH)
 def test_other_families(family, phase):
-    capture = run(family, phase, layers=1)
-    opaque = {s.near_miss or s.mask.reason for s in capture.flat if s.near_miss or s.mask.opaque}
-    if family == "falcon_alibi":
-        assert len(capture.checked) == 0 and opaque
+    if (family, phase) in BROKEN:
+        pytest.skip("fails in transformers")
+    capture = run(family, phase)
+    if family == "falcon_alibi":  # slopes and products rounded to bfloat16
+        assert all(s.mask.opaque for s in capture.flat)
     else:
-        assert not opaque and len(capture.checked) >= len(capture.flat)
+        all_described(capture)
+
+
+# -- written-out attention -----------------------------------------------------------------------------------------------------------
+
+UNPROVED_EAGER = {"falcon_alibi"}
+EAGER = [f for f in FAMILIES if f not in UNPROVED_EAGER]
+
+
+@pytest.mark.parametrize("phase", ["prefill", *(pytest.param(p, marks=pytest.mark.slow) for p in ("left_padded", "chunk", "static_cache"))])
+@pytest.mark.parametrize("family", EAGER)
+def test_eager_attention(family, phase):
+    if (family, phase) in BROKEN:
+        pytest.skip("fails in transformers")
+    capture = run(family, phase, "eager", layers=layers_of(family))
+    assert {s.source for s in capture.flat} == {"eager"}
+    if family == "bloom" and phase == "left_padded":
+        assert {s.near_miss for s in capture.flat} == {"the scores carry a bias that is not slope times key position"}
+        return
+    all_described(capture)
+    assert all(s.softcap == (50.0 if family == "gemma2" else 0.0) for s in capture.flat)
+    assert all((s.sink_logits is not None) == (family == "gpt_oss") for s in capture.flat)
+    assert all((s.alibi_slopes is not None) == (family == "bloom") for s in capture.flat)
+
+
+def test_float_alibi_rounded_to_bfloat16_is_refused():
+    capture = run("falcon_alibi", "prefill", "eager")
+    assert all(s.near_miss for s in capture.flat)
+
+
+def test_layer_names():
+    capture = run("llama", "prefill", layers=2)
+    assert [(s.name, s.layer, s.index) for s in capture.flat] == [("model.layers.0.self_attn", 0, 0), ("model.layers.1.self_attn", 1, 1)]
+
+
+# -- forms that no family of today has -----------------------------------------------------------------------------------------------
+
+
+def tensors(kv_heads: int = 4, query_len: int = 6, key_len: int = 6, dim: int = 8):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    return draw(2, 4, query_len, dim), draw(2, kv_heads, key_len, dim), draw(2, kv_heads, key_len, dim)
+
+
+def captured(function, *inputs, grad: bool = False) -> Capture:
+    torch._dynamo.reset()
+    capture = Capture()
+    with torch.set_grad_enabled(grad):
+        torch.compile(function, backend=capture, fullgraph=True)(*inputs)
+    return capture
+
+
+def causal(scores):
+    q, k = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])[None]
+    return k <= q
+
+
+LOWEST = torch.finfo(torch.float32).min
+GROUPINGS = {
+    "enable_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    "repeat_interleave": lambda q, k, v: sdpa(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, 1)),
+    "expand": lambda q, k, v: sdpa(q, grouped(k), grouped(v)),
+    "expand, contiguous": lambda q, k, v: sdpa(q, grouped(k).contiguous(), grouped(v).contiguous()),
+    "unsqueeze, flatten": lambda q, k, v: sdpa(q, *(x.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))),
+}
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def grouped(x):
+    batch, heads, length, dim = x.shape
+    return x[:, :, None].expand(batch, heads, 2, length, dim).reshape(batch, heads * 2, length, dim)
+
+
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_grouped_queries_are_seen_through(name):
+    capture = captured(GROUPINGS[name], *tensors(kv_heads=2))
+    (site,) = capture.checked
+    assert (site.query_heads, site.kv_heads, site.key.op) == (4, 2, "placeholder")
+
+
+def test_other_head_orders_are_no_groups():
+    """Tiled heads and heads repeated for keys alone keep their copies."""
+    (site,) = captured(lambda q, k, v: sdpa(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)), *tensors(kv_heads=2)).checked
+    assert site.kv_heads == 4
+    q, k, v = tensors(kv_heads=2)
+    (site,) = captured(lambda q, k, v: sdpa(q, grouped(k), v), q, k, torch.cat([v, v], 1)).checked
+    assert site.kv_heads == 4
+
+
+def test_keys_written_after_their_copy_stay_a_copy():
+    def function(q, k, v):
+        keys, values = grouped(k), grouped(v)
+        k.mul_(2.0)
+        return sdpa(q, keys, values)
+
+    (site,) = captured(function, *tensors(kv_heads=2)).checked
+    assert site.kv_heads == 4
+
+
+NEAR_MISSES = {
+    "three dimensions": lambda q, k, v: sdpa(q[0], k[0], v[0]),
+    "batch broadcast": lambda q, k, v: sdpa(q, k[:1], v[:1]),
+    "heads broadcast": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_every_sdpa_call_is_listed(name):
+    (site,) = captured(NEAR_MISSES[name], *tensors()).flat
+    assert site.near_miss and site.mask.opaque
+
+
+def test_gradients_and_dropout_are_reported():
+    q, k, v = tensors()
+    assert not captured(sdpa, q, k, v, grad=True).flat[0].needs_grad
+    assert captured(sdpa, q.requires_grad_(), k, v, grad=True).flat[0].needs_grad
+    q, k, v = tensors()
+    assert not captured(sdpa, q.requires_grad_(), k, v).flat[0].needs_grad
+    function = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25)
+    torch._dynamo.reset()
+    capture = Capture(tolerance=float("inf"))
+    torch.compile(function, backend=capture, fullgraph=True)(*tensors())
+    assert capture.flat[0].dropout == 0.25
+
+
+def test_strides():
+    q, k, v = tensors()
+    heads_last = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert captured(sdpa, *heads_last).checked[0].output_stride_order in ("bqhd", "bhqd")
+
+
+def weights(q, k, mask=True):
+    scores = q @ k.transpose(-1, -2) * 0.3
+    return torch.softmax(scores.masked_fill(~causal(scores), LOWEST) if mask else scores, -1)
+
+
+def scaled_in_place(q, k, v):
+    scores = torch.matmul(q, k.transpose(2, 3))
+    scores /= 3.0
+    scores += torch.where(causal(scores), 0.0, LOWEST)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def capped(q, k, v):
+    scores = torch.tanh((q @ k.permute(0, 1, 3, 2)) / 4.0) * 4.0
+    return F.softmax(torch.where(causal(scores), scores, float("-inf")), -1) @ v
+
+
+def maximum_subtracted(q, k, v):
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    scores = scores + torch.where(causal(scores), 0.0, LOWEST)
+    return torch.softmax(scores - scores.max(-1, keepdim=True)[0], -1) @ v
+
+
+def alibi(q, k, v):
+    slopes = torch.pow(torch.tensor(0.5), torch.arange(1, 5))
+    scores = q @ k.transpose(-1, -2) * 0.3 + slopes[:, None, None] * torch.arange(1 - k.shape[2], 1)[None, None]
+    return torch.softmax(scores.masked_fill(~causal(scores), LOWEST), -1) @ v
+
+
+def sinks(q, k, v):
+    scores = q @ k.transpose(-1, -2) * 0.3
+    scores = scores + torch.where(causal(scores), 0.0, LOWEST)
+    column = q[0, :, 0, 0].clone().reshape(1, -1, 1, 1).expand(2, -1, 6, -1)
+    return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ v
+
+
+MATCHES = {
+    "masked_fill": lambda q, k, v: weights(q, k) @ v,
+    "no mask": lambda q, k, v: weights(q, k, mask=False) @ v,
+    "in place": scaled_in_place,
+    "softcap": capped,
+    "maximum subtracted": maximum_subtracted,
+    "dropout off": lambda q, k, v: F.dropout(weights(q, k), 0.5, False) @ v,
+    "slopes": alibi,
+    "sinks": sinks,
+    "one key head": lambda q, k, v: weights(q, k[:, :1]) @ v[:, :1],
+    "grouped": lambda q, k, v: weights(q, grouped(k[:, :2])) @ grouped(v[:, :2]),
+    "no scale": lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2), -1) @ v,
+}
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_written_out_forms(name):
+    capture = captured(MATCHES[name], *tensors())
+    assert [s.near_miss or s.mask.reason for s in capture.flat] == [""]
+    assert len(capture.checked) == 1
+
+
+def with_weights(q, k, v):
+    probabilities = weights(q, k)
+    return probabilities @ v, probabilities
+
+
+def edited(q, k, v):
+    scores = q @ k.transpose(-1, -2) * 0.3
+    scores[..., 0] = 1.0
+    return torch.softmax(scores, -1) @ v
+
+
+def edited_keys(q, k, v):
+    probabilities = weights(q, k)
+    k.zero_()
+    return probabilities @ v
+
+
+MUST_NOT_MATCH = {
+    "weights returned": with_weights,
+    "weights doubled": lambda q, k, v: (weights(q, k) * 2) @ v,
+    "weights summed": lambda q, k, v: (p := weights(q, k)) @ v + p.sum(),
+    "scores edited": edited,
+    "keys written": edited_keys,
+    "softmax over queries": lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2), 2) @ v,
+    "transposed weights": lambda q, k, v: weights(q, k).transpose(-1, -2) @ v,
+    "scaled per head": lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2) * q[0, :, :1, :1], -1) @ v,
+    "random bias": lambda q, k, v: (
+        torch.softmax(q @ k.transpose(-1, -2) + torch.where(causal(q @ k.transpose(-1, -2)), 0.0, LOWEST) + v[:, :, :, :6], -1) @ v
+    ),
+    "mask before the scale": lambda q, k, v: (
+        torch.softmax((q @ k.transpose(-1, -2) + torch.where(causal(q @ k.mT), 0.0, -1e3)) * 0.3, -1) @ v
+    ),
+    "weakly hidden": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(~causal(q @ k.transpose(-1, -2)), -3.0), -1) @ v,
+    "keys not transposed": lambda q, k, v: torch.softmax(q @ k[..., :6].reshape(2, 4, 6, 6).repeat(1, 1, 2, 1)[:, :, :8], -1) @ v,
+    "a column kept": lambda q, k, v: (
+        torch.softmax(torch.cat([q @ k.transpose(-1, -2), q[..., :1]], -1), -1) @ torch.cat([v, v[:, :, :1]], 2)
+    ),
+    "a column dropped": lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2), -1)[..., :-1] @ v[:, :, :-1],
+}
+
+
+@pytest.mark.parametrize("name", MUST_NOT_MATCH)
+def test_must_not_match(name):
+    capture = captured(MUST_NOT_MATCH[name], *tensors())
+    assert all(s.near_miss or s.mask.opaque for s in capture.flat), capture.masks
+    assert not capture.checked
