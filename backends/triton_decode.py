@@ -180,12 +180,12 @@ def cache_decode(
     part = torch.empty(rows * spec.group * count * (v_head_dim + 2), dtype=torch.float32, device=query.device)
     sums = rows * spec.group * count
     given: dict[str, Any] = {
-        **{"query": query, "key": key, "value": value, "keys": keys, "values": values, "positions": positions, "counts": counts},
-        **{"seen": seen, "length": length, "out": out, "part_acc": part, "part_m": part[sums * v_head_dim :]},
+        "query": query, "key": key, "value": value, "keys": keys, "values": values, "positions": positions, "counts": counts,
+        "seen": seen, "length": length, "out": out, "part_acc": part, "part_m": part[sums * v_head_dim :],
         "part_l": part[sums * (v_head_dim + 1) :],
         "slots": torch.empty(rows, dtype=torch.int32, device=query.device),
-        **{"kv_heads": kv_heads, "capacity": capacity, "pinned": pinned, "stretches": count, "stretch_len": stretch_len, "sinks": sinks},
-        **{"scale": scale * _LOG2E, "STRETCHES": max(2, 1 << (count - 1).bit_length())},
+        "kv_heads": kv_heads, "capacity": capacity, "pinned": pinned, "stretches": count, "stretch_len": stretch_len, "sinks": sinks,
+        "scale": scale * _LOG2E, "STRETCHES": max(2, 1 << (count - 1).bit_length()),
     }
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
         given |= {f"{name}_b": tensor.stride(0), f"{name}_h": tensor.stride(1)}

@@ -39,6 +39,7 @@ class Editor:
     graph: fx.Graph
     inserted: list[fx.Node] = field(default_factory=list)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    superseded: set[str] = field(default_factory=set)
     _shared: dict[Any, fx.Node] = field(default_factory=dict)
     _before: fx.Node | None = None  # where nodes go
     _output: fx.Node | None = None  # the site's output
@@ -87,6 +88,11 @@ class Editor:
             value = self.method("copy_", empty, value)
         site.output.replace_all_uses_with(value)
         self.replaced[site.output] = value
+
+    def supersede(self, node: fx.Node) -> None:
+        """Erases a mutating call whose effect an inserted node now has; verification would else miss the mutation."""
+        self.superseded.add(node.name)
+        self.graph.erase_node(node)
 
     def mask_operands(self, site: AttentionSite, *, sinks: int = 0) -> MaskOperands:
         """The site's proved clauses as operands. With sinks > 0 and a padding clause, the first `sinks` visible keys of each

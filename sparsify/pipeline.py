@@ -13,6 +13,7 @@ from torch import fx
 
 import sparsify.backends as backends
 from sparsify import hardware, verify
+from sparsify.cache_sites import find_cache
 from sparsify.config import Config
 from sparsify.editor import Editor
 from sparsify.errors import RewriteError, SparsifyError
@@ -58,7 +59,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
 def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
     """The plan, the rewritten graph (None when nothing changed) and, with `config.verify`, the same under keep-all settings."""
     trace.stage("captured", lambda: gm.print_readable(print_output=False))
-    sites = find_attention(gm)
+    sites = [*find_attention(gm), *find_cache(gm)]
     if acts_on(FeedForwardSite, config):
         sites = [*sites, *find_feed_forward(gm, sites)]
     if not sites:

@@ -1,0 +1,85 @@
+"""kv_evict: a decode step over a SparseCache as one op: the token stored, what it evicts overwritten, and attention over what is kept.
+
+What stays is the policy's choice, made where the cache is made (`sparsify.SparseCache`); this pass changes no result. Prompts keep their
+attention as a site of its own, for which other methods may choose, followed by the store that scores and evicts.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import sympy
+import torch
+from torch import fx
+
+from sparsify import cache_ops
+from sparsify.cache_sites import CacheSite
+from sparsify.costs import roofline
+from sparsify.editor import Editor
+from sparsify.method import Context, Pass, Proposal, Refusal
+from sparsify.sites import AttentionSite
+
+_HINT = "pass past_key_values=sparsify.SparseCache(model.config, policy=..., budget=...)"
+
+
+class KvEvict(Pass):
+    name: ClassVar[str] = "kv_evict"
+    lossy: ClassVar[bool] = False
+    site_type: ClassVar[type] = CacheSite | AttentionSite
+
+    def propose(self, site: CacheSite | AttentionSite, context: Context) -> Proposal | Refusal:
+        if isinstance(site, AttentionSite):
+            kind = cache_kind(site.key)
+            if kind is None:
+                return self.refuse("keys of this very call: no cache is read", "a SparseCache evicts what later calls would read")
+            return self.refuse(f"keys lie in a {kind}, which eviction would silently corrupt", _HINT)
+        if site.phase == "prefill":
+            return self.refuse("a prompt: its attention is a site of its own, and the store after it scores and evicts")
+        if site.phase == "chunk":
+            return self.refuse("several tokens at once: attention over slots and the store stay two ops")
+        kept = site.batch * site.kv_heads * site.key_len * (site.qk_head_dim + site.v_head_dim)
+        size = sympy.sympify(kept * site.dtype.itemsize)
+        flops = sympy.sympify(2 * kept * site.query_heads / site.kv_heads)
+        seconds = roofline(flops, size, context.device, 0.5, 2)
+        return Proposal(self, seconds, note=f"store, evict and attend over {site.key_len} slots as one op ({context.kernels})")
+
+    def rewrite(self, editor: Editor, site: CacheSite) -> None:
+        store, attention = site.store.kwargs, site.output.kwargs
+        fused = editor.at(site).call(
+            cache_ops.decode,
+            site.query,
+            site.key,
+            site.value,
+            *site.state,
+            real=store.get("real"),
+            sink_logits=attention.get("sink_logits"),
+            inverse_frequencies=attention.get("inverse_frequencies"),
+            pinned=store["pinned"],
+            scale=attention["scale"],
+            softcap=attention["softcap"],
+            window=attention["window"],
+            sinks=attention["sinks"],
+            version=cache_ops.VERSION,
+        )
+        editor.replace(site, fused)
+        editor.supersede(site.store)
+
+
+def cache_kind(key: fx.Node) -> str | None:
+    """Which ordinary cache a site's keys come from: concatenated to an input, copied into an input, or none that shows."""
+    seen, pending = set(), [key]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and node.target in (torch.cat, torch.concat):
+            parts = node.args[0] if node.args else node.kwargs["tensors"]
+            if any(part.op == "placeholder" for part in parts):
+                return "DynamicCache"
+        if any(getattr(user.target, "__name__", str(user.target)) == "index_copy_" and user.args[0] is node for user in node.users):
+            return "StaticCache"
+        if name in ("index_copy_", "getitem", "contiguous", "expand", "reshape", "to"):
+            pending += node.all_input_nodes[:1]
+    return None
