@@ -247,7 +247,7 @@ def _partial_and_full(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     diagonal = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
     packed = []
     for part in (keep & diagonal, keep & ~diagonal):
-        packed += [part.sum(-1, dtype=torch.int32), part.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32)]
+        packed += [part.sum(-1, dtype=torch.int32), part.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)]
     return tuple(packed)
 
 

@@ -189,7 +189,7 @@ def _solve(expr: Size, node: Any) -> dict[Any, int]:
     env = node.shape_env
     found = {}
     for symbol in getattr(expr, "free_symbols", ()):
-        table = getattr(env, "var_to_val", None) or getattr(env, "backed_var_to_val", {})
+        table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch 2.11 has the old name alone
         if symbol in table:
             found[symbol] = int(table[symbol])
     return found
