@@ -1,0 +1,88 @@
+"""Generated feed-forward kernels compile for real GPUs, without one: tensor cores, asynchronous copies, no spills, within shared memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.backends import source
+from sparsify.backends.ffn_source import FfnSpec, choose_tiling, ffn_source, needs_normalise
+from sparsify.backends.ffn_template import START
+from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel
+
+pytest.importorskip("triton")
+
+_PROCESSORS = {80: 108, 90: 132, 100: 148}
+_POINTERS = {"partial": "fp32", "remaining": "i32", "after": "i32"}
+_NUMBERS = {"rows": "i32", "threshold": "fp32", "skip_next": "i32"}
+FAMILIES = {
+    "llama": {},
+    "phi3": {"hidden": 3072, "intermediate": 8192},
+    "gemma": {"activation": "gelu_tanh", "norm": "rms_offset", "post_norm": "rms_offset", "hidden": 2304, "intermediate": 9216},
+    "gpt2": {"activation": "gelu_tanh", "norm": "layer", "norm_bias": True, "wide_bias": True, "down_bias": True, "gated": False,
+             "transposed": True, "hidden": 768, "intermediate": 3072},
+    "neox": {"activation": "gelu", "norm": "layer", "norm_bias": True, "wide_bias": True, "down_bias": True, "gated": False,
+             "hidden": 5120, "intermediate": 20480},
+}  # fmt: skip
+
+
+def spec(family: str, dtype: str = "bf16", rows: int = 16, arch: int = 90) -> FfnSpec:
+    fields = {"hidden": 4096, "intermediate": 14336, "gated": True, **FAMILIES[family]}
+    tiling = choose_tiling(dtype, rows, fields["hidden"], fields["intermediate"], fields["gated"], _PROCESSORS[arch])
+    return FfnSpec(dtype, rows, tiling=tiling, **fields)
+
+
+def compiled(chosen: FfnSpec, arch: int) -> dict[str, Resources]:
+    module = source.load(ffn_source(chosen), "ffn")
+    found = {}
+    for name in ("normalise", "widen", "narrow", "finish"):
+        if name == "normalise" and not needs_normalise(chosen):
+            continue
+        kernel = getattr(module, name)
+        signature = {a: _NUMBERS.get(a) or "*" + _POINTERS.get(a, chosen.dtype) for a in kernel.arg_names}
+        by_row = name in ("normalise", "finish")
+        found[name] = compile_kernel(
+            kernel,
+            signature,
+            arch=arch,
+            num_warps=8 if by_row else chosen.tiling.warps,
+            num_stages=3,
+            divisible=[a for a in kernel.arg_names if a not in _NUMBERS],
+        )
+    return found
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hopper(family, rows):
+    used = compiled(spec(family, rows=rows), 90)
+    for name, resources in used.items():
+        assert resources.spilled == 0, name
+        assert resources.shared <= SHARED_LIMIT[90]
+    for name in ("widen", "narrow"):
+        assert used[name].mma + used[name].wgmma > 0
+        assert used[name].cp_async > 0
+        # two programs share a processor
+        assert 2 * used[name].shared <= SHARED_LIMIT[90]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_other_architectures_and_dtypes(arch, dtype, family):
+    for resources in compiled(spec(family, dtype, arch=arch), arch).values():
+        assert resources.shared <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_architectures(arch):
+    for resources in compiled(spec("llama", arch=arch), arch).values():
+        assert resources.shared <= SHARED_LIMIT[arch]
+
+
+def test_the_counters_kernel():
+    kernel = source.load(START, "ffn_start").start
+    signature = {a: "i32" for a in kernel.arg_names} | {"positions": "*i64", "state": "*i64", "out": "*i32"}
+    constants = {"BLOCK": 16, "READS": True, "COUNTS": True}
+    signature |= dict.fromkeys(constants, "constexpr")
+    assert compile_kernel(kernel, signature, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0

@@ -1,0 +1,64 @@
+"""Generated feed-forward kernels on a real GPU: against the reference, and inside a CUDA graph whose flags change between replays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsify import ffn_ops
+from sparsify.backends import reference_ffn
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CALL = {
+    "layout": "split", "transposed": False, "activation": "silu", "norm": "rms", "eps": 1e-5, "post_norm": "none", "post_eps": 0.0,
+    "scale": 1.0, "threshold": 0.9, "skip_next": 2, "version": ffn_ops.VERSION,
+}  # fmt: skip
+
+
+def operands(rows: int, hidden: int, intermediate: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.float32)
+    x = draw(rows, 1, hidden).to(dtype)
+    up, gate = (draw(intermediate, hidden) * hidden**-0.5 for _ in range(2))
+    down = draw(hidden, intermediate) * intermediate**-0.5
+    return x, up.to(dtype), down.to(dtype), {**CALL, "gate": gate.to(dtype), "norm_weight": (draw(hidden) * 0.1 + 1).to(dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sizes", [(4096, 14336), (768, 3072), (1000, 2500)])
+@pytest.mark.parametrize("rows", [1, 5, 32])
+def test_like_the_reference(rows, sizes, dtype):
+    from sparsify.backends import triton_ffn
+
+    x, up, down, call = operands(rows, *sizes, dtype)
+    remaining = torch.tensor([(0, -1, 2)[i % 3] for i in range(rows)], device="cuda", dtype=torch.int32)
+    got, after = triton_ffn.ffn(x, x, remaining, up, down, **call)
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    want, _ = reference_ffn.ffn(x.double(), x.double(), remaining, up.double(), down.double(), **wide)
+    bound = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype] * want.abs().max()
+    assert (got.double() - want).abs().max() <= bound
+    assert torch.equal(got[remaining > 0], x[remaining > 0])
+    assert (after[remaining > 0] == 1).all() and (after[remaining < 0] == -1).all()
+
+
+def test_flags_change_between_replays_of_one_graph():
+    from sparsify.backends import triton_ffn
+
+    x, up, down, call = operands(2, 2048, 8192, torch.bfloat16)
+    flags = torch.zeros(2, device="cuda", dtype=torch.int32)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        triton_ffn.ffn(x, x, flags, up, down, **call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, after = triton_ffn.ffn(x, x, flags, up, down, **call)
+    want, _ = triton_ffn.ffn(x, x, flags, up, down, **call)
+    for values in ([0, 0], [1, 0], [3, 3], [0, 0], [-1, 2]):
+        flags.copy_(torch.tensor(values))
+        graph.replay()
+        torch.cuda.synchronize()
+        for row, value in enumerate(values):
+            assert torch.equal(out[row], x[row] if value > 0 else want[row])
+            assert value <= 0 or after[row].item() == value - 1
