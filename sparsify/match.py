@@ -125,6 +125,7 @@ class Matcher:
         q, k, v = (sizes(tensor_of(x)) for x in (query, key.node, value.node))
         tensor = tensor_of(query)
         name, layer = layer_of(output)
+        added = [fields[n] for n in ("sink_logits", "alibi_slopes") if fields.get(n) is not None]
         between = (*fields.pop("between", ()), *key.between, *value.between)
         return AttentionSite(
             name=name,
@@ -143,7 +144,7 @@ class Matcher:
             v_head_dim=plain(v[3]),
             dtype=tensor.dtype,
             device=tensor.device,
-            needs_grad=needs_grad(query, key.node, value.node),
+            needs_grad=needs_grad(query, key.node, value.node, *added),
             output_stride_order=stride_order(tensor_of(output)),
             covered=only_for((output,), between),
             **{"softcap": 0.0, **fields},
