@@ -1,4 +1,4 @@
-"""`sparsify explain | diff | config | methods`.
+"""`sparsify explain | diff | calibrate | config | methods`.
 
 Exit codes: 0 done, or the same; 1 differs, or the graph was left untouched after a failure; 2 wrong usage, configuration or model.
 """
@@ -57,6 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--tolerance", metavar="X", type=float, help="largest relative error of the logits (default: by dtype)")
     diff.add_argument("--repro", metavar="FILE", default="sparsify_repro.py", help="script written when they differ (default: %(default)s)")
     diff.set_defaults(run=_diff)
+    calibrate = commands.add_parser("calibrate", help="find values for a method on a model and text")
+    what_for = calibrate.add_subparsers(metavar="METHOD", required=True)
+    ffn = what_for.add_parser("ffn", parents=[common], help="ffn_skip: cold blocks, threshold and k for a share of skipped blocks")
+    ffn.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
+    ffn.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the one that the model will generate")
+    ffn.add_argument("--share", metavar="X", type=float, default=0.25, help="share of all blocks to skip (default: %(default)s)")
+    ffn.add_argument("--warmup", metavar="N", type=int, default=16, help="generated tokens that stay dense (default: %(default)s)")
+    ffn.add_argument("--chunk", metavar="N", type=_positive, default=1024, help="tokens a piece (default: %(default)s)")
+    ffn.add_argument("--max-tokens", metavar="N", type=_positive, default=32768, help="of the text (default: %(default)s)")
+    ffn.add_argument("--save", metavar="FILE", help="write a plan file")
+    ffn.add_argument("--plot", metavar="FILE", help="draw similarity over blocks")
+    ffn.add_argument("--device", help="default: cuda where there is one")
+    ffn.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
+    ffn.set_defaults(run=_calibrate_ffn, attention="sdpa", length=None)
     config = commands.add_parser("config", parents=[common], help="print the configuration in effect")
     config.add_argument("--show", action="store_true", help="print the configuration in effect (this is what happens anyway)")
     config.add_argument("--markdown", action="store_true", help="print docs/configuration.md instead")
@@ -276,6 +290,38 @@ def _write_repro(given: argparse.Namespace, ids: Any, culprit: Any) -> None:
     except OSError as error:
         raise UnsupportedError(f"cannot write the repro script: {error.strerror}", where=given.repro) from None
     print(f"repro script: {given.repro}")
+
+
+def _calibrate_ffn(given: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparsify import calibrate
+
+    if not 0 < given.share < 1 or given.warmup < 0:
+        raise ConfigError(
+            f"--share lies between 0 and 1 and --warmup is not negative, not {given.share} and {given.warmup}", where="calibrate"
+        )
+    _, options = _load_config(given)
+    model, ids = _load_model_and_tokens(given)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("similarities", total=None)
+        table = calibrate.similarities(
+            model, ids, chunk=given.chunk, progress=lambda done, all_: bar.update(task, completed=done, total=all_)
+        )
+    proposal = calibrate.propose(table, given.share)
+    for block, row in enumerate(table):
+        print(f"block {block:3d}  mean cosine {row.mean():.4f}  10 % below {row.quantile(0.1):.4f}")
+    print(f"skips {proposal.share:.1%} of the blocks on this text; mean 1 - cosine of a skipped block {proposal.lost:.4f}")
+    print("\n[ffn_skip]", *(f"{key} = {value}" for key, value in (proposal.options() | {"warmup": given.warmup}).items()), sep="\n")
+    if given.plot:
+        calibrate.plot(table, proposal, given.plot)
+    if given.save:
+        try:
+            calibrate.plan_for(model, ids[:, : given.chunk], proposal, options, given.warmup).save(given.save)
+        except OSError as error:
+            raise UnsupportedError(f"cannot write the plan: {error.strerror}", where=given.save) from None
+    return SAME
 
 
 def _config(given: argparse.Namespace) -> int:
