@@ -1,0 +1,230 @@
+"""How fast decode is over kept keys: the kernel alone beside SDPA, and a whole model a token at a time.
+
+    python -m benchmarks.decode kernel --lengths 32768 131072 524288          # GB/s of K and V read, full and by share
+    python -m benchmarks.decode kernel --sweep                               # the same for every tiling
+    python -m benchmarks.decode store --lengths 131072                       # scoring and eviction of one layer after a prompt
+    python -m benchmarks.decode model --prompt 131072 --budget 4096 --batch 1 8
+
+Shapes are Llama-3.1-8B's, bf16. Appends to results/decode.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sparsify.backends.cache_launch  # noqa: F401  registers the ops
+from benchmarks import records
+from benchmarks.prefill import build
+from sparsify import SparseCache, cache_ops, policies
+from sparsify.backends.triton_decode import DecodeTiling, cache_decode
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+SWEEP = [
+    DecodeTiling(keys, warps, stages, programs)
+    for keys, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3, 4))
+    if keys * DIM * 4 * stages * programs <= 200 * 1024
+]
+
+
+def milliseconds(function: Callable[[], Any], graph: bool = True) -> float:
+    """Median over launches of a captured graph, which hold no host time; without `graph`, of plain calls."""
+    import triton.testing
+
+    return (triton.testing.do_bench_cudagraph if graph else triton.testing.do_bench)(function, rep=200, return_mode="median")
+
+
+def state(batch: int, capacity: int, tokens: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    """A layer whose slots hold `tokens` tokens."""
+    ints = {"dtype": torch.int32, "device": device}
+    filled = min(tokens, capacity)
+    positions = torch.full((batch, KV_HEADS, capacity), -1, **ints)
+    positions[:, :, :filled] = torch.arange(filled, **ints)
+    return (
+        torch.randn(batch, KV_HEADS, capacity, DIM, dtype=dtype, device=device),
+        torch.randn(batch, KV_HEADS, capacity, DIM, dtype=dtype, device=device),
+        positions,
+        torch.full((batch, KV_HEADS), tokens, **ints),
+        torch.full((batch,), tokens, **ints),
+        torch.tensor(tokens, dtype=torch.int64, device=device),
+    )
+
+
+def step(batch: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    make = lambda heads: torch.randn(batch, 1, heads, DIM, dtype=dtype, device=device).transpose(1, 2)
+    return make(HEADS), make(KV_HEADS), make(KV_HEADS)
+
+
+def options_of() -> dict[str, Any]:
+    return {"pinned": 0, "scale": DIM**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
+
+
+def check(batch: int, capacity: int, tokens: int, tiling: DecodeTiling | None) -> float:
+    """Largest error against SDPA in fp32 over the filled slots."""
+    layer, call = state(batch, capacity, tokens), step(batch)
+    out = cache_decode(*call, *layer, tiling=tiling, **options_of())
+    filled = min(tokens + 1, capacity)
+    keys, values = (t[:, :, :filled].float() for t in layer[:2])
+    want = F.scaled_dot_product_attention(call[0].float(), keys, values, enable_gqa=True)
+    return (out.float() - want).abs().max().item()
+
+
+def copy_bandwidth() -> float:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
+
+
+def kernel(options: argparse.Namespace) -> None:
+    ceiling = copy_bandwidth()
+    print(f"copy: {ceiling:.0f} GB/s")
+    for batch, length in itertools.product(options.batch, options.lengths):
+        layer, call = state(batch, length, length), step(batch)
+        full_bytes = 2 * layer[0].numel() * layer[0].element_size()
+        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+            try:
+                with sdpa_kernel(backend):
+                    ms = milliseconds(lambda: F.scaled_dot_product_attention(call[0], *layer[:2], enable_gqa=True))  # noqa: B023  runs now
+                write(options, "kernel", name, ms, full_bytes, ceiling, batch=batch, length=length, share=1.0)
+            except RuntimeError as error:
+                print(f"{name}: {str(error).splitlines()[0]}")
+        for share, tiling in itertools.product(options.shares, SWEEP if options.sweep else [None]):
+            tokens = int(length * share) if share < 1 else length
+            filled = (*layer[:3], *(torch.full_like(t, tokens) for t in layer[3:]))
+            # tokens that count as padding are not stored, so that repeated calls do not fill the cache
+            real = {} if share == 1 else {"real": torch.zeros(batch, 1, dtype=torch.bool, device="cuda")}
+
+            def run(filled: Any = filled, real: Any = real, tiling: Any = tiling) -> None:
+                cache_decode(*call, *filled, tiling=tiling, **real, **options_of())  # noqa: B023  runs now
+
+            error = check(batch, length, tokens, tiling)
+            ms = milliseconds(run)
+            facts = {"batch": batch, "length": length, "share": share, "error": error, "tiling": tiling and vars(tiling)}
+            write(options, "kernel", "sparsify", ms, int(full_bytes * share), ceiling, **facts)
+
+
+def write(options: argparse.Namespace, benchmark: str, variant: str, ms: float, size: int, ceiling: float, **facts: Any) -> None:
+    speed = size / ms / 1e6
+    print(f"{variant:9} {facts}: {ms:.4f} ms, {speed:.0f} GB/s, {speed / ceiling:.2f} of copy", flush=True)
+    values = {"ms": ms, "gb_per_s": speed, "share_of_copy": speed / ceiling}
+    records.append(options.out, f"decode_{benchmark}", variant=variant, **facts, **values)
+
+
+def store(options: argparse.Namespace) -> None:
+    """Milliseconds that a policy's scoring and eviction take after a prompt, one layer."""
+    for batch, length, name in itertools.product(options.batch, options.lengths, options.policies):
+        policy = policies.make(name)
+        layout = policy.layout(options.budget)
+        make = lambda heads, batch=batch, length=length: torch.randn(batch, heads, length, DIM, dtype=torch.bfloat16, device="cuda")
+        query, key, value = make(HEADS), make(KV_HEADS), make(KV_HEADS)
+        layer = state(batch, layout.capacity, 0)
+        call = {"pinned": layout.pinned, "recent": layout.recent, "policy": policy.describe(), "version": cache_ops.VERSION}
+
+        def run(query: Any = query, key: Any = key, value: Any = value, layer: Any = layer, call: Any = call) -> None:
+            cache_ops.store(query, key, value, *layer, empty=True, scale=DIM**-0.5, softcap=0.0, **call)
+
+        ms = milliseconds(run, graph=False)
+        print(f"{name}, batch {batch}, {length} tokens, {layout.capacity} kept: {ms:.2f} ms a layer", flush=True)
+        facts = {"policy": name, "batch": batch, "length": length, "budget": options.budget}
+        records.append(options.out, "decode_store", **facts, ms=ms)
+
+
+@torch.no_grad()
+def model(options: argparse.Namespace) -> None:
+    """Milliseconds a token, of a compiled model over a SparseCache; with `--real` the prompt is run, else slots are filled at random."""
+    device = options.device
+    network = build(options.shape, options.layers, device)
+    for batch in options.batch:
+        dtype = next(network.parameters()).dtype
+        cache = SparseCache(network.config, options.policy, options.budget, batch_size=batch, device=device, dtype=dtype)
+        prefill_ms = None
+        if options.real:
+            ids = torch.randint(0, network.config.vocab_size, (batch, options.prompt), device=device)
+            start = time.perf_counter()
+            network(ids, past_key_values=cache, logits_to_keep=1).logits.sum().item()
+            prefill_ms = 1e3 * (time.perf_counter() - start)
+        else:
+            fill(cache, options.prompt)
+        torch._dynamo.reset()
+        settings = {"mode": options.mode} if options.mode else {}
+        forward = torch.compile(network, backend=options.backend, fullgraph=True, **backend_options(options.backend, settings))
+        token, times = torch.ones(batch, 1, dtype=torch.int64, device=device), []
+        for _ in range(options.warmup + options.tokens):
+            torch.compiler.cudagraph_mark_step_begin()
+            start = time.perf_counter()
+            token = forward(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        values = {
+            "ms_per_token": statistics.median(times[options.warmup :]),
+            "prefill_ms": prefill_ms,
+            "kept_bytes": cache.kept_bytes(),
+            "kept_over_budget": cache.layers[0].keys.shape[2] / options.budget,
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
+        }
+        facts = {"backend": options.backend, "batch": batch, "prompt": options.prompt, "budget": options.budget, "policy": options.policy}
+        print(facts, values, flush=True)
+        records.append(options.out, "decode_model", **facts, shape=options.shape, mode=options.mode, **values)
+        del cache, forward
+
+
+def backend_options(backend: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """torch takes mode or options, but not both; sparsify takes the mode among its options."""
+    return {"options": {"strict": True, **settings}} if backend == "sparsify" else settings
+
+
+def fill(cache: SparseCache, tokens: int) -> None:
+    """Slots as after a prompt of `tokens` tokens, with random content."""
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.positions.copy_(torch.arange(layer.layout.capacity) + tokens - layer.layout.capacity)
+        layer.counts.fill_(layer.layout.capacity)
+        layer.seen.fill_(tokens)
+        layer.length.fill_(tokens)
+        layer.started = True
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("benchmark", choices=["kernel", "store", "model"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 524288])
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.25, 0.05])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--sweep", action="store_true", help="every tiling instead of the table's choice")
+    parser.add_argument("--policies", nargs="+", default=["snapkv", "streaming_llm"])
+    parser.add_argument("--policy", default="snapkv")
+    parser.add_argument("--budget", type=int, default=4096)
+    parser.add_argument("--prompt", type=int, default=131072)
+    parser.add_argument("--real", action="store_true", help="run the prompt instead of filling the cache at random")
+    parser.add_argument("--backend", default="sparsify", choices=["sparsify", "inductor"])
+    parser.add_argument("--mode", default="reduce-overhead")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--warmup", type=int, default=8)
+    parser.add_argument("--shape", default="8b", choices=["8b", "tiny"])
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=records.RESULTS / "decode.jsonl")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    {"kernel": kernel, "store": store, "model": model}[options.benchmark](options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
