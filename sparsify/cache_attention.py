@@ -138,7 +138,7 @@ def _real(layer: SparseLayer, mask: Tensor, query_len: int) -> Tensor:
             raise CacheError(
                 "attention_mask hides tokens that earlier calls had shown", where=where, hint="what is stored cannot be masked later"
             )
-    return mask[:, -query_len:].to(torch.bool)
+    return (mask[:, -query_len:] if layer.started else mask).to(torch.bool)
 
 
 def _attend(
@@ -205,9 +205,14 @@ def _prompt(
     sinks: int,
 ) -> Tensor:
     """The first call: nothing is stored yet, so this is ordinary attention, which other passes may make sparse."""
-    if real is None and not window and not softcap and sink_logits is None:
+    plain = not window and not softcap and sink_logits is None
+    if plain and (real is None or torch.compiler.is_compiling()):
+        seen = None
+        if real is not None:  # written as transformers does, so that matchers read it and other methods may act on the prompt
+            at = torch.arange(query.shape[2], device=query.device)
+            seen = (at[None, :] <= at[:, None])[None, None] & real[:, None, None, :]
         grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, **grouped)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, **grouped)
     flags = None
     if real is not None:
         flags = real.to(torch.uint8)

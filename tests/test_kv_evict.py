@@ -39,13 +39,13 @@ def make(model, policy="snapkv", **options):
 
 
 @torch.no_grad()
-def generate(model, ids, cache, **options):
+def generate(model, ids, cache, inputs=(), **options):
     """Tokens and plans of a compiled generate(); options are the backend's."""
     torch._dynamo.reset()
     model.compile(backend="sparsify", fullgraph=True, options={"strict": True, "lower": "eager", **options})
     try:
         with collect_plans() as plans:
-            return model.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=cache), plans
+            return model.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=cache, **dict(inputs)), plans
     finally:
         model._compiled_call_impl = None
         torch._dynamo.reset()
@@ -100,12 +100,14 @@ def test_tokens_are_those_of_the_uncompiled_cache(llama, ids, policy, lower):
     assert len(plans) == 2 and not any(p.fallback for p in plans)
 
 
-def test_sparse_prompt_and_eviction_compose(llama, ids):
+@pytest.mark.parametrize("padded", [False, True])
+def test_sparse_prompt_and_eviction_compose(llama, ids, padded):
     """A block selection that keeps everything, then eviction: the tokens are those of dense attention, then eviction."""
+    mask = {"attention_mask": torch.tensor([[1] * PROMPT, [0] * 9 + [1] * (PROMPT - 9)])} if padded else {}
     with torch.no_grad():
-        want = llama.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=make(llama, budget=24))
-    options = {"passes": ["xattention", "kv_evict"], "min_length": 0}
-    got, plans = generate(llama, ids, make(llama, budget=24), **options, xattention={"threshold": 1.0})
+        want = llama.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=make(llama, budget=24), **mask)
+    options = {"passes": ["xattention", "kv_evict"], "min_length": 0, "xattention": {"threshold": 1.0}}
+    got, plans = generate(llama, ids, make(llama, budget=24), mask, **options)
     assert torch.equal(got, want)
     assert {d.method for p in plans for d in p.rewritten} == {"xattention", "kv_evict"}
 
