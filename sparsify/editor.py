@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from sparsify import ops
 from sparsify.errors import RewriteError
@@ -104,7 +105,7 @@ class Editor:
             flags = self._once(key, lambda: self._key_flags(self._rows(site, mask.padding), sinks))
         if mask.documents is not None:
             key = ("segments", mask.documents, str(site.key_len), str(site.batch))
-            segments = self._once(key, lambda: self.method("to", self._rows(site, mask.documents), torch.int32))
+            segments = self._once(key, lambda: self._segments(self._rows(site, mask.documents)))
         start = None
         if not mask.query_start.bottom_right:
             start = self._once(("start", mask.query_start), lambda: self._query_start(site))
@@ -165,6 +166,14 @@ class Editor:
             flags = self.call(operator.add, flags, self.call(operator.mul, first, 2))
         return flags
 
+    def _segments(self, rows: fx.Node) -> fx.Node:
+        """int32 [batch, key_len], equal where `rows` is: 64-bit ids become ranks within their row, since a cast could make two of them equal."""
+        if values(rows).dtype.itemsize <= 4:
+            return self.method("to", rows, torch.int32)
+        rows = self.method("contiguous", rows)
+        ordered = self.call(operator.getitem, self.method("sort", rows, -1), 0)
+        return self.call(torch.searchsorted, ordered, rows, out_int32=True)
+
     def _query_start(self, site: AttentionSite) -> fx.Node:
         start = site.mask.query_start
         if start.leaf is None:
@@ -179,34 +188,71 @@ class Editor:
         return size if isinstance(size, int) else self.method("size", node, dim)
 
     def size(self, site: AttentionSite, expr: Size) -> int | fx.Node:
-        """An int, or the node of an expression over symbolic sizes.
+        """An int, or a node that computes an expression over symbolic sizes.
 
         Raises:
-            RewriteError: no node before the site holds that expression.
+            RewriteError: a symbol of the expression is the size of nothing before the site.
         """
         if isinstance(expr, int) or expr.is_Integer:
             return int(expr)
+        found = self._size_node(expr)
+        if found is not None:
+            return found
+        if expr.func not in _ARITHMETIC:
+            raise RewriteError(f"no node holds the size {expr}", where=site.name)
+        operands = [self.size(site, part) for part in expr.args]
+        result = operands[0]
+        for operand in operands[1:]:
+            result = self.call(_ARITHMETIC[expr.func], result, operand)
+        return result
+
+    def _size_node(self, expr: sympy.Expr) -> fx.Node | None:
+        """The node of a size, or of one dimension of a tensor, before the current position."""
         for node in self.graph.nodes:
-            if node is site.output:
-                break
+            if node is self._before:
+                return None
             value = node.meta.get("example_value")
             if isinstance(value, torch.SymInt) and sympy.expand(value.node.expr - expr) == 0:
                 return node
-        raise RewriteError(f"no node holds the size {expr}", where=site.name)
+            if isinstance(value, torch.Tensor) and expr.is_Symbol:
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == expr:
+                        return self.method("size", node, dim)
+        return None
 
-    def erase_orphans(self, sites: Iterable[AttentionSite | FeedForwardSite]) -> None:
-        """Erases replaced outputs, and what computed only their inputs, as far as nothing else uses them.
+    def erase_orphans(self, sites: Iterable[AttentionSite]) -> None:
+        """Erases replaced outputs, the nodes that only computed them, and what computed only their inputs, as far as nothing else uses them.
 
-        Mutating calls and graph inputs stay: a cache update has no user and must survive.
+        Other mutating calls and graph inputs stay: a cache update has no user and must survive.
         """
-        pending = [site.output for site in sites]
+        for site in sites:
+            own = {site.output, *getattr(site, "covered", ())}
+            for node in sorted(own, reverse=True):  # a site's own nodes may scale or mask in place: last first
+                if not node._erased and not node.users:
+                    if mutates(node):
+                        self.superseded.add(node.name)
+                    self._erase_upwards(node)
+
+    def _erase_upwards(self, node: fx.Node) -> None:
+        pending = list(node.all_input_nodes)
+        self.graph.erase_node(node)
         while pending:
             node = pending.pop()
             if node._erased or node.users or node.op in ("placeholder", "output") or mutates(node):
                 continue
-            inputs = list(node.all_input_nodes)
+            pending.extend(node.all_input_nodes)
             self.graph.erase_node(node)
-            pending.extend(inputs)
+
+
+_ARITHMETIC = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    sympy.Max: torch.sym_max,
+    sympy.Min: torch.sym_min,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
+    FloorDiv: operator.floordiv,
+}
 
 
 def values(tree: Any) -> Any:
@@ -228,14 +274,10 @@ def mutates(node: fx.Node) -> bool:
         if schema is not None:
             return schema.is_mutable
         name = getattr(node.target, "__name__", "")
-        in_place = name in _IN_PLACE and getattr(node.target, "__module__", "") == "_operator"
-        return (
-            in_place
-            or name == "setitem"
-            or "out" in node.kwargs
-            or node.kwargs.get("inplace", False) is True
-            or (name.endswith("_") and not name.endswith("__"))
-        )
+        if getattr(node.target, "__module__", "") == "_operator":  # and_, or_, not_ are no mutations for all their underscores
+            return name in _IN_PLACE or name == "setitem"
+        in_place = name.endswith("_") and not name.endswith("__")
+        return in_place or "out" in node.kwargs or node.kwargs.get("inplace", False) is True
     return node.op == "call_module"
 
 

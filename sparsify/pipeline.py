@@ -32,7 +32,6 @@ collector: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("s
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     """Compiles one Dynamo graph. A failure inside our stages leaves the graph untouched, with one warning; `strict` raises instead."""
-    pristine = copy_graph(gm)
     trace = Trace(config.trace)
     try:
         plan, rewritten, kept = rewrite_graph(gm, config, trace)
@@ -43,14 +42,15 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     if (plans := collector.get()) is not None:
         plans.append(plan)
     if rewritten is None:
-        return lower(pristine, example_inputs, config)
+        return lower(gm, example_inputs, config)
+    pristine = copy_graph(gm) if config.verify else gm  # rewriting works on copies; only lowering consumes a graph
     try:
         compiled = lower(rewritten, example_inputs, config)
     except Exception as error:
         if config.strict:
             raise
         plan.fallback = _fall_back(error).fallback
-        return lower(pristine, example_inputs, config)
+        return lower(gm, example_inputs, config)
     if config.verify and kept is not None:
         return _verify_first_call(compiled, pristine, kept, config, example_inputs)
     return compiled

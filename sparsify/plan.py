@@ -134,7 +134,9 @@ def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: di
         if decision.method and methods.get(decision.method) and methods[decision.method].lossy and isinstance(site, AttentionSite):
             wanted += [("dense", {})]
     else:
-        raise PlanError(f"the plan has no entry for site {site.name}", where=str(config.plan), hint="make a plan for this model with sparsify.explain")
+        raise PlanError(
+            f"the plan has no entry for site {site.name}", where=str(config.plan), hint="make a plan for this model with sparsify.explain"
+        )
     unknown = [name for name, _ in wanted if name not in methods]
     if unknown:
         raise PlanError(f"unknown method {unknown[0]!r}", where=str(config.plan or site.name), hint="known: " + ", ".join(sorted(methods)))

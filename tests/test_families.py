@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
+
 from tests.harness import KEEP_ALL, reference_run, run, strict, visible_error
 from tests.tiny_models import CORE_FAMILIES, VOCAB, build
-from transformers import DynamicCache, StaticCache
 
 LAYERS = 2
 FP32 = 2e-5
@@ -169,7 +170,9 @@ def test_forced_sink_window_equals_the_masked_reference(family, side):
 def test_sink_window_in_decode_equals_the_masked_reference():
     model = build("llama", layers=LAYERS)
     ids = prompt(1, 40)
-    call = lambda m: m.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    call = lambda m: m.generate(
+        input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+    )
     got = run(model, call, strict(passes=["sink_window"], sink_window={"sinks": 2, "window": 5}))
     assert got.rewritten("sink_window") == got.sites
     want = reference_run(model, call, sinks=2, window=5)
