@@ -14,6 +14,10 @@ the column of the first visible key is forced, not a row. With S = stride, per h
    others are added by falling importance (equal ones by rising index) while the mass before a candidate is below τ · the row's sum.
 
 A query block with a visible logit that is not finite keeps every block it may see.
+
+With pool suffix +int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own,
+after the keys' mean is taken from every token of every key cell. The mean moves all logits of a row alike (Zhang et al.,
+"SageAttention", arXiv 2410.02367, smooth their keys in this way).
 """
 
 from __future__ import annotations
@@ -137,14 +141,25 @@ def _query_cells(call: Selection) -> Tensor:
         values = values.unflatten(1, (call.kv_heads, -1)).mean(2)
     real = select_inputs.real_queries(call)
     values = values if real is None else values.where(real[:, None, :, None], 0)
-    return _cells(values, call.span)[..., : call.stride, :].flip(3).flatten(3)
+    cells = _cells(values, call.span)[..., : call.stride, :].flip(3).flatten(3)
+    return _rounded(cells) if call.pool.int8 else cells
 
 
 def _key_cells(call: Selection) -> Tensor:
     """fp32 [batch, kv_heads, key_cells, stride · head_dim]."""
     real = select_inputs.real_keys(call)
     values = call.key.float()
-    return _cells(values if real is None else values.where(real[:, None, :, None], 0), call.stride).flatten(3)
+    values = values if real is None else values.where(real[:, None, :, None], 0)
+    cells = _cells(values, call.stride)
+    if call.pool.int8:
+        return _rounded((cells - select_inputs.keys_mean(call, values, real)[:, :, None, None]).flatten(3))
+    return cells.flatten(3)
+
+
+def _rounded(cells: Tensor) -> Tensor:
+    """Each cell [..., numbers] rounded to 255 steps between minus and plus its largest size; NaN when one of them is not finite."""
+    scale = cells.abs().amax(-1, keepdim=True).clamp(min=1e-20) / 127
+    return (cells / scale + 0.5).floor() * torch.where(scale.isfinite(), scale, torch.nan)
 
 
 def _cells(values: Tensor, size: int) -> Tensor:

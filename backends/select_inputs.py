@@ -17,26 +17,28 @@ _WHERE = "sparsify::select_blocks"
 _FAR = (1 << 31) - 1
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
+_VARIANTS = ("half", "group", "int8")
 
 
 @dataclass(frozen=True)
 class Pool:
-    """How the estimate is pooled: the op's `pool` string, `sum` or `max` with any of the suffixes `+half`, `+group`.
+    """How the estimate is made: the op's `pool` string, `sum` or `max` with any of the suffixes `+half`, `+group`, `+int8`.
 
     reduce: over a query block's cells. half: score every second query cell only. group: one estimate per KV head, from the mean of
-    its query heads.
+    its query heads. int8: cells are rounded to 8 bits, each with a scale of its own, keys after their mean is taken away.
     """
 
     reduce: str
     half: bool = False
     group: bool = False
+    int8: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Pool:
         reduce, *suffixes = text.split("+")
-        if reduce not in ("sum", "max") or len(set(suffixes)) != len(suffixes) or not set(suffixes) <= {"half", "group"}:
-            raise UnsupportedError(f"unknown pool {text!r}", where=_WHERE, hint="sum or max, then any of +half, +group")
-        return cls(reduce, "half" in suffixes, "group" in suffixes)
+        if reduce not in ("sum", "max") or len(set(suffixes)) != len(suffixes) or not set(suffixes) <= set(_VARIANTS):
+            raise UnsupportedError(f"unknown pool {text!r}", where=_WHERE, hint="sum or max, then any of +half, +group, +int8")
+        return cls(reduce, *(name in suffixes for name in _VARIANTS))
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,16 @@ def real_queries(call: Selection) -> Tensor | None:
         return None
     own, inside = own_key(call)
     return (call.key_flags[:, own] & 1 != 0) | ~inside
+
+
+def keys_mean(call: Selection, keys: Tensor, real: Tensor | None) -> Tensor:
+    """Mean of the keys that take part, fp32 [batch, kv_heads, head_dim]; 0 where it is not finite.
+
+    keys: [batch, kv_heads, key_len, head_dim], 0 where a key does not take part. real: as `real_keys`, of these batch rows.
+    Taking any one vector from all keys moves all logits of a row alike, so that it never changes the softmax, only what rounding loses.
+    """
+    count = keys.shape[2] if real is None else real.sum(1).clamp(min=1)[:, None, None]
+    return (keys.sum(2, dtype=torch.float32) / count).nan_to_num(0.0, 0.0, 0.0).contiguous()
 
 
 def own_key(call: Selection) -> tuple[Tensor, Tensor]:

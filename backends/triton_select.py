@@ -119,6 +119,8 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
     """
     if call.query.dtype not in _DTYPES:
         raise UnsupportedError(f"dtype {call.query.dtype}", where=_WHERE, hint=f"one of {', '.join(map(str, _DTYPES))}")
+    if call.pool.int8:
+        raise UnsupportedError("no kernel rounds to 8 bits yet", where=_WHERE)
     head_dim = call.query.shape[3]
     if not 0 < head_dim <= _MAX_HEAD_DIM:
         raise UnsupportedError(f"head dim {head_dim}", where=_WHERE, hint=f"at most {_MAX_HEAD_DIM}")

@@ -27,7 +27,10 @@ COMMON = {"min_length": 0, "strict": True}
 
 
 def cells(thresholds: list[float], strides: list[int], pools: list[str], sinks: int, windows: list[int]) -> list[dict[str, Any]]:
-    """What to measure: {"method", "parameters", "options"}; options None means uncompiled."""
+    """What to measure: {"method", "parameters", "options"}; options None means uncompiled.
+
+    pools: `sum` or `max`, then any variants of the estimate as suffixes: `max+half+int8`.
+    """
     found: list[dict[str, Any]] = [
         {"method": "eager", "parameters": {}, "options": None},
         {"method": "dense", "parameters": {}, "options": {"passes": ["dense"], **COMMON}},
@@ -36,7 +39,8 @@ def cells(thresholds: list[float], strides: list[int], pools: list[str], sinks: 
         for stride in strides:
             for threshold in thresholds:
                 chosen = {"stride": stride, "pool": pool, "threshold": threshold}
-                options = {"passes": ["xattention", "dense"], "xattention": chosen, **COMMON}
+                reduce, *estimate = pool.split("+")
+                options = {"passes": ["xattention", "dense"], "xattention": {**chosen, "pool": reduce, "estimate": estimate}, **COMMON}
                 found.append({"method": "xattention", "parameters": chosen, "options": options})
     for window in windows:
         chosen = {"sinks": sinks, "window": window}
@@ -143,7 +147,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=needles.FIRST_SEED, help="first prompt's seed; the others follow")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--strides", type=int, nargs="*", default=[8, 16])
-    parser.add_argument("--pools", nargs="*", default=["sum", "max"])
+    parser.add_argument("--pools", nargs="*", default=["sum", "max"], help="sum or max, then any of +half, +group, +int8")
     parser.add_argument("--sinks", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--methods", nargs="+", default=["eager", "dense", "xattention", "sink_window"])

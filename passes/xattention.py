@@ -1,7 +1,8 @@
 """xattention: antidiagonal scoring picks key blocks per query block and head; attention visits only those.
 
 Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428. Beside the published sum over a query
-block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matters when one query needs it.
+block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matters when one query needs it. `estimate`
+makes the scores cheaper.
 
 A block's choice depends on all queries of its query block: values stay causal, but changing the tail of a prompt can change
 logits of up to block - 1 rows before it.
@@ -19,6 +20,10 @@ from sparsify.editor import Editor, attention_call
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
 
+# How much less time the estimate's variants take, as (numerator, denominator); for "group" it is the query heads per KV head. Products of
+# 8-bit numbers run at twice the rate, but rounding reads the operands once more.
+_CHEAPER = {"half": (2, 1), "int8": (3, 2)}
+
 # With this density expected, a proposal's time is computed; the realised one depends on the prompt.
 _TYPICAL_DENSITY = 0.2
 
@@ -32,7 +37,13 @@ class XAttention(Pass):
     stride: Literal[4, 8, 16] = Field(8, description="tokens that one score of the estimate spans; smaller is finer and slower")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
     pool: Literal["sum", "max"] = Field("max", description="how a query block's cells are combined; sum is the published rule")
-    threshold: float | tuple[float, ...] = Field(0.95, description="share of a row's estimated mass to keep; a list gives one per query head")
+    estimate: tuple[Literal["half", "group", "int8"], ...] = Field(
+        (),
+        description="ways to make the estimate cheaper, any of them together: every second query cell, one estimate per KV head, 8 bits",
+    )
+    threshold: float | tuple[float, ...] = Field(
+        0.95, description="share of a row's estimated mass to keep; a list gives one per query head"
+    )
     density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
 
     @field_validator("threshold")
@@ -41,6 +52,13 @@ class XAttention(Pass):
         values = value if isinstance(value, tuple) else (value,)
         if not values or not all(0 <= v <= 1 for v in values):
             raise ValueError("must lie between 0 and 1")
+        return value
+
+    @field_validator("estimate")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a variant twice")
         return value
 
     @model_validator(mode="after")
@@ -60,15 +78,30 @@ class XAttention(Pass):
         if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
             return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")
         if context.min_length is None and context.kernels == "reference":
-            return self.refuse("no sparse kernel on this device: the plain reference is never faster than dense", "min_length = 0 forces it")
+            return self.refuse(
+                "no sparse kernel on this device: the plain reference is never faster than dense", "min_length = 0 forces it"
+            )
         start = context.min_length
+        cost = self._stride_of_equal_cost(site)
         if start is None:
-            start = antidiagonal_crossover(context.device, self.stride, self.block, int(site.qk_head_dim), self.density)
+            start = antidiagonal_crossover(context.device, cost, self.block, int(site.qk_head_dim), self.density)
         share = self.density or _TYPICAL_DENSITY
-        seconds = estimate_seconds(site, context.device, self.stride, self.block) + attention_seconds(site, context.device, share=share)
+        seconds = estimate_seconds(site, context.device, cost, self.block) + attention_seconds(site, context.device, share=share)
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
-        note = f"stride {self.stride}, {self.pool}, {rule}, block {self.block}"
+        note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"
         return Proposal(self, seconds, density=self.density, min_key_len=start, note=note)
+
+    @property
+    def op_pool(self) -> str:
+        """The op's `pool`: how cells are combined, and the estimate's variants as suffixes."""
+        return "+".join((self.pool, *(name for name in ("half", "group", "int8") if name in self.estimate)))
+
+    def _stride_of_equal_cost(self, site: AttentionSite) -> int:
+        """The stride at which the plain estimate costs as much as this one: work falls with the stride."""
+        stride = self.stride * (int(site.query_heads // site.kv_heads) if "group" in self.estimate else 1)
+        for name, (numerator, denominator) in _CHEAPER.items():
+            stride = stride * numerator // denominator if name in self.estimate else stride
+        return stride
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.at(site).mask_operands(site)
@@ -83,7 +116,7 @@ class XAttention(Pass):
             scale=site.scale,
             causal=mask.causal,
             windows=[mask.window] if mask.window else [],
-            pool=self.pool,
+            pool=self.op_pool,
             stride=self.stride,
             block_size=self.block,
             threshold=list(threshold),
