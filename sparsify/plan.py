@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsify import ops
+from sparsify.compat import symbol_values
 from sparsify.config import Config
 from sparsify.costs import attention_seconds, ffn_seconds, number
 from sparsify.errors import PlanError
@@ -191,7 +192,7 @@ def _solve(expr: Size, node: Any) -> dict[Any, int]:
     env = node.shape_env
     found = {}
     for symbol in getattr(expr, "free_symbols", ()):
-        table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch 2.11 has the old name alone
+        table = symbol_values(env)
         if symbol in table:
             found[symbol] = int(table[symbol])
     return found

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sparsify.aliasing import tensor_of
+from sparsify.compat import operator_word
 from sparsify.symbolic import (
     CONDITION,
     Cases,
@@ -105,7 +106,7 @@ class Reader:
         if node.op not in ("call_function", "call_method"):
             return self.leaf(node, f"{node.op} is not read")
         name = node.target if node.op == "call_method" else _NAMES.get(node.target)
-        handler = HANDLERS.get(name)
+        handler = HANDLERS.get(name) or (HANDLERS.get(operator_word(node)) if node.op == "call_method" else None)
         if handler is None:
             return self.leaf(node, f"{name or getattr(node.target, '__name__', node.target)} is not read")
         if tensor.dtype not in _WIDE + _FLOATS:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from sparsify.aliasing import tensor_of
+from sparsify.compat import operator_word
 from sparsify.reader import Reader, argument, arithmetic, cast, checked_index, handles, no_more, relation, rounded
 from sparsify.symbolic import CONDITION, Cases, Element, Unreadable, as_condition, as_number, choose, number, scalar, sizes
 
@@ -27,7 +28,7 @@ def _pair(reader: Reader, node: fx.Node, rank: int) -> tuple[At, At]:
 def _arithmetic(reader: Reader, node: fx.Node) -> At:
     no_more(node, "other")
     tensor = tensor_of(node)
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = operator_word(node)
     left, right = _pair(reader, node, tensor.dim())
     if tensor.dtype is torch.bool:
         if name != "mul":
@@ -53,7 +54,7 @@ def _neg(reader: Reader, node: fx.Node) -> At:
 @handles("le", "lt", "ge", "gt", "eq", "ne")
 def _compare(reader: Reader, node: fx.Node) -> At:
     no_more(node, "other")
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = operator_word(node)
     rank, other = tensor_of(node).dim(), argument(node, 1, "other")
     left, right = _pair(reader, node, rank)
     dtypes = (reader.read(node.args[0]).dtype, reader.read(other).dtype)
@@ -66,7 +67,7 @@ def _compare(reader: Reader, node: fx.Node) -> At:
 @handles("and_", "or_", "__and__", "__or__", "xor", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor")
 def _connect(reader: Reader, node: fx.Node) -> At:
     no_more(node, "other")
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = operator_word(node)
     if tensor_of(node).dtype is not torch.bool:
         raise Unreadable(f"{name} of integers")
     left, right = _pair(reader, node, tensor_of(node).dim())
@@ -115,7 +116,7 @@ def _arange(reader: Reader, node: fx.Node) -> At:
 
 @handles("ones", "zeros", "new_ones", "new_zeros", "ones_like", "zeros_like")
 def _constant(reader: Reader, node: fx.Node) -> At:
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = operator_word(node)
     dtype = tensor_of(node).dtype
     value = number(bool("ones" in name)) if dtype is torch.bool else sympy.Integer(int("ones" in name))
     return lambda *i: value
