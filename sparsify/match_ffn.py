@@ -177,11 +177,11 @@ class _Matcher:
             name, layer = layer_of(node)
             if layer is None:
                 continue
-            tensor = tensor_of(node.args[0])
+            scores = node.args[0]
+            tensor = tensor_of(scores)
             reason = "the block routes tokens to experts: which weights are read depends on the token already"
-            site = FeedForwardSite(
-                name.rpartition(".")[0] or name, layer, 0, 0, node, dtype=tensor.dtype, device=tensor.device, near_miss=reason
-            )
+            path = name.rpartition(".")[0] or name
+            site = FeedForwardSite(path, layer, 0, 0, scores, dtype=tensor.dtype, device=tensor.device, near_miss=reason)
             found.setdefault(layer, site)
         return list(found.values())
 

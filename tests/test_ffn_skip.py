@@ -306,6 +306,42 @@ def test_explain_names_the_blocks():
     assert "prompts stay dense" in str(plan)
 
 
+def test_experts_are_refused_and_the_rest_is_served():
+    """DeepSeek's first layer is dense, its second one routes."""
+    model = build("deepseek_v3", layers=2)
+    call = steps(prompt(2, 9))
+    with torch.no_grad():
+        want = call(model)
+    got = run(model, call, skipping(threshold=1.5))
+    assert visible_error(got.value, want) < FP32
+    assert got.rewritten("ffn_skip") == got.graphs - 1
+    assert any("experts" in r for r in got.refusals())
+
+
+def test_a_batch_of_any_size_in_one_graph():
+    model = build("llama", layers=3)
+
+    def call(m):
+        outputs = []
+        for batch in (3, 2, 5):
+            cache = DynamicCache(config=m.config)
+            ids = prompt(batch, 10)
+            m(input_ids=ids[:, :9], past_key_values=cache)
+            outputs.append(m(input_ids=ids[:, 9:], past_key_values=cache).logits)
+        return torch.cat(outputs)
+
+    with torch.no_grad(), without(model, lambda layer, step: layer == 1):
+        want = call(model)
+    got = run(model, call, skipping(threshold=-1.0), dynamic=True)
+    assert visible_error(got.value, want) < FP32
+    assert got.graphs == 2
+
+
+def test_verification_compares_with_the_untouched_graph():
+    got = run(build("llama", layers=3), steps(prompt(2, 9)), {**skipping(threshold=-1.0), "verify": True})
+    assert got.rewritten("ffn_skip") > 0 and not any(p.fallback for p in got.plans)
+
+
 # -- the op ----------------------------------------------------------------------------------------------------------------------------
 
 CALL = {
