@@ -69,7 +69,9 @@ def without(model: torch.nn.Module, left_out: callable):
             decode = inputs[0].shape[-2] == 1 if inputs[0].dim() == 3 else False
             if decode and index == 0:
                 step[0] += 1
-            return torch.zeros_like(output) if decode and left_out(index, step[0]) else output
+            if not (decode and left_out(index, step[0])):
+                return output
+            return inputs[1] if len(inputs) > 1 else torch.zeros_like(output)  # BLOOM's block adds the residual itself
 
         return act
 
@@ -248,6 +250,7 @@ def test_static_layers_by_rule(warmup):
     got = run(model, call, strict(passes=["dense"], rules=[rule]))
     assert visible_error(got.value, want) < FP32
     assert got.rewritten("ffn_skip") == 2 * (got.graphs - 1)
+    assert got.rewritten("dense") == LAYERS * got.graphs  # the rule names no method for attention
 
 
 def test_static_without_warmup_leaves_no_product_behind():
@@ -299,6 +302,31 @@ def test_it_acts_only_where_it_may(options, words):
     got = run(build("llama"), steps(prompt(1, 9)), {**skipping(threshold=-1.0), **options})
     assert got.rewritten() == 0
     assert not words or any(words in r for r in got.refusals())
+
+
+def test_without_position_ids_the_cache_tells_the_position():
+    model = build("bloom", "eager", layers=3)
+    call = steps(prompt(2, 14), count=5)
+    with torch.no_grad(), without(model, lambda layer, step: step >= 3 and layer == 1):
+        want = call(model)
+    got = run(model, call, skipping(threshold=-1.0, warmup=3))
+    assert visible_error(got.value, want) < FP32
+    assert got.rewritten("ffn_skip") == 3 * (got.graphs - 1)
+
+
+def test_a_warm_up_needs_positions():
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+        def forward(self, x):
+            return x + self.down(torch.relu(self.up(x)))
+
+    for warmup in (3, 0):
+        got = run(Bare(), lambda m: m(torch.randn(2, 1, 8)), skipping(threshold=-1.0, warmup=warmup))
+        assert got.rewritten() == (warmup == 0)
+        assert any("no position" in r for r in got.refusals()) == (warmup > 0)
 
 
 def test_explain_names_the_blocks():

@@ -31,7 +31,8 @@ def spec(family: str, dtype: str = "bf16", rows: int = 16, arch: int = 90) -> Ff
     return FfnSpec(dtype, rows, tiling=tiling, **fields)
 
 
-def compiled(chosen: FfnSpec, arch: int) -> dict[str, Resources]:
+def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str, Resources]:
+    """ones: numbers that are 1 in the call, which Triton makes constants."""
     module = source.load(ffn_source(chosen), "ffn")
     found = {}
     for name in ("normalise", "widen", "narrow", "finish"):
@@ -39,6 +40,8 @@ def compiled(chosen: FfnSpec, arch: int) -> dict[str, Resources]:
             continue
         kernel = getattr(module, name)
         signature = {a: _NUMBERS.get(a) or "*" + _POINTERS.get(a, chosen.dtype) for a in kernel.arg_names}
+        constants = {a: 1 for a in ones if a in kernel.arg_names}
+        signature |= dict.fromkeys(constants, "constexpr")
         by_row = name in ("normalise", "finish")
         found[name] = compile_kernel(
             kernel,
@@ -46,6 +49,7 @@ def compiled(chosen: FfnSpec, arch: int) -> dict[str, Resources]:
             arch=arch,
             num_warps=8 if by_row else chosen.tiling.warps,
             num_stages=3,
+            constexprs=constants,
             divisible=[a for a in kernel.arg_names if a not in _NUMBERS],
         )
     return found
@@ -80,9 +84,17 @@ def test_other_architectures(arch):
         assert resources.shared <= SHARED_LIMIT[arch]
 
 
-def test_the_counters_kernel():
+def test_one_row():
+    for resources in compiled(spec("llama"), 90, ones=("rows", "skip_next")).values():
+        assert resources.spilled == 0
+
+
+@pytest.mark.parametrize("ones", [(), ("rows", "count", "warmup", "most", "length", "slot")])
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_counters_kernel(ones, reads, counts):
     kernel = source.load(START, "ffn_start").start
-    signature = {a: "i32" for a in kernel.arg_names} | {"positions": "*i64", "state": "*i64", "out": "*i32"}
-    constants = {"BLOCK": 16, "READS": True, "COUNTS": True}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"positions": "*i64", "state": "*i64", "out": "*i32"}
+    constants = {"BLOCK": 16, "READS": reads, "COUNTS": counts} | dict.fromkeys(ones, 1)
     signature |= dict.fromkeys(constants, "constexpr")
     assert compile_kernel(kernel, signature, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0
