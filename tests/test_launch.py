@@ -118,3 +118,18 @@ def test_reading_flags_once_finds_their_bounds():
 def test_torch_agrees_with_the_schema():
     args, keywords = operands(CASE)
     torch.library.opcheck(ops.attention, args, keywords, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_kernels_get_every_keyword_of_the_schema(monkeypatch):
+    """The dispatcher drops operands that equal their default; a kernel that looks one up must still find it."""
+    seen = {}
+
+    def kernel(query, key, value, **options):
+        seen.update(options)
+        return ops.empty_output(query, value, False), query.new_empty(query.shape[:3])
+
+    monkeypatch.setattr(launch, "_implementation", lambda op, kind: kernel)
+    query = torch.zeros(1, 2, 3, 4)
+    call = dict(scale=1.0, causal=True, windows=[], sinks=0, softcap=0.0, block_size=128, seq_major=False, version=ops.VERSION)
+    ops.attention(query, query, query, **call)
+    assert set(seen) == {argument.name for argument in ops.attention._schema.arguments if argument.kwarg_only}
