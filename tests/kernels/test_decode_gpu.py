@@ -1,0 +1,82 @@
+"""Decode kernels and a compiled model over a SparseCache on a real GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsify import SparseCache
+from sparsify.backends import reference_cache
+from sparsify.backends.triton_decode import cache_decode
+from tests.kernels.test_decode_interpreted import TOLERANCE
+from tests.tiny_models import VOCAB, build
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def layer(batch, kv_heads, capacity, dim, dtype, tokens, pinned):
+    """A layer in which row b holds tokens[b] tokens; reference stores on the device."""
+    ints = {"dtype": torch.int32, "device": "cuda"}
+    filled = torch.tensor(tokens, **ints).clamp(max=capacity)
+    slots = torch.arange(capacity, **ints)
+    keys, values = (torch.randn(batch, kv_heads, capacity, dim, device="cuda").to(dtype) for _ in range(2))
+    positions = torch.where(slots < filled[:, None], slots, -1)[:, None].expand(-1, kv_heads, -1).contiguous()
+    counts = torch.tensor(tokens, **ints)[:, None].expand(-1, kv_heads).contiguous()
+    return keys, values, positions, counts, torch.tensor(tokens, **ints), torch.tensor(max(tokens), device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim, group", [(128, 4), (64, 1), (80, 7), (256, 2)])
+@pytest.mark.parametrize("capacity, tokens", [(4096, (9000, 4095)), (300, (0, 299)), (20000, (12345, 20000))])
+def test_against_the_reference(capacity, tokens, dim, group, dtype):
+    torch.manual_seed(0)
+    ours = layer(2, 2, capacity, dim, dtype, tokens, 4)
+    theirs = tuple(t.clone() for t in ours)
+    options = {"pinned": 4, "scale": dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    for _ in range(3):
+        make = lambda heads: torch.randn(2, 1, heads, dim, device="cuda").to(dtype).transpose(1, 2)
+        call = make(2 * group), make(2), make(2)
+        got, want = cache_decode(*call, *ours, **options), reference_cache.cache_decode(*call, *theirs, **options)
+        torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_a_cuda_graph_replays_step_by_step():
+    state = layer(1, 2, 512, 128, torch.bfloat16, (100,), 4)
+    call = tuple(torch.randn(1, 1, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2))
+    options = {"pinned": 4, "scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    cache_decode(*call, *state, **options)  # compiled outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cache_decode(*call, *state, **options)
+    for _ in range(5):
+        twin = tuple(t.clone() for t in state)
+        graph.replay()
+        want = reference_cache.cache_decode(*call, *twin, **options)
+        torch.testing.assert_close(out.float(), want.float(), atol=3e-2, rtol=3e-2)
+        assert all(torch.equal(a, b) for a, b in zip(state, twin))
+
+
+@pytest.mark.parametrize("policy, budget", [("streaming_llm", 40), ("snapkv", 48), ("snapkv", 512)])
+@torch.no_grad()
+def test_reduce_overhead_gives_the_same_logits(policy, budget):
+    model = build("llama").to("cuda")
+    ids = torch.randint(3, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0)).to("cuda")
+
+    def run(forward):
+        cache = SparseCache(model.config, policy, budget, batch_size=2, device="cuda", dtype=torch.float32)
+        out = [model(ids[:, :60], past_key_values=cache).logits]
+        for i in range(60, 90):
+            torch.compiler.cudagraph_mark_step_begin()
+            out.append(forward(ids[:, i : i + 1], past_key_values=cache).logits.clone())
+        return torch.cat(out, 1)
+
+    want = run(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    forward = torch.compile(model, backend="sparsify", fullgraph=True, options={"mode": "reduce-overhead", "strict": True})
+    torch.testing.assert_close(run(forward), want, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(run(forward), want, atol=2e-3, rtol=2e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    torch._dynamo.reset()
