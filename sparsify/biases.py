@@ -9,7 +9,7 @@ from torch import fx
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.predicates import Extents
 from sparsify.reader import Reader
-from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
+from sparsify.symbolic import BATCH, CONDITION, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
 
 
 class _Reading:
@@ -25,12 +25,12 @@ class _Reading:
         return sympy.Integer(0) if self.facts.extents[symbol] == 1 else symbol
 
     def at(self, node: fx.Node, *indices: sympy.Expr) -> sympy.Expr | None:
-        """The element, where it is one expression over memory that nothing writes before the site has run."""
+        """The element, where it is one number over memory that nothing writes before the site has run."""
         try:
             element = self.reader.read(node).broadcast(len(indices))(*indices)
         except Unreadable:
             return None
-        if isinstance(element, Cases) or any(self.memory.written_between(n, None, self.site) for n in self.reader.nodes):
+        if isinstance(element, (Cases, *CONDITION)) or any(self.memory.written_between(n, None, self.site) for n in self.reader.nodes):
             return None
         return sympy.expand(element)
 
