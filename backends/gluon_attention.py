@@ -68,6 +68,11 @@ def triton_release() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def ready(device: torch.device) -> bool:
+    """Whether Hopper kernels can run on a CUDA device at all: its capability, and a Triton release that was tried."""
+    return torch.version.hip is None and _capability(device)[0] == 9 and triton_release() in DIALECTS
+
+
 def obstacle(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
     """`serves` for the device that the operands are on and the Triton that is installed; an untried Triton is logged once."""
     if query.device.type != "cuda" or torch.version.hip is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
-from sparsify import ops
-from sparsify.errors import ConfigError, UnsupportedError
+from sparsify import blockmask, ops
+from sparsify.errors import ConfigError, KernelError, UnsupportedError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,23 @@ _IMPLEMENTATIONS = {
 }
 
 _kernels = "auto"
+
+_strict: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_strict", default=False)
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """In this block a kernel that fails and an estimate that runs out of memory raise; elsewhere they cost a warning and time."""
+    token = _strict.set(True)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+def recovers(error: UnsupportedError | KernelError) -> bool:
+    """Whether the reference takes over from a kernel that failed so: never where Triton is demanded or, for failures, under `strict`."""
+    return _kernels != "triton" and (isinstance(error, UnsupportedError) or not (_strict.get() or _out_of_memory(error)))
 
 
 def use(kernels: str) -> None:
@@ -64,6 +85,13 @@ def available(device: torch.device | str, kernels: str | None = None) -> tuple[s
     if wanted == "triton":
         raise UnsupportedError(f"Triton kernels cannot run here: {obstacle}", where=str(device), hint="kernels = 'auto' uses the reference")
     return "reference", obstacle
+
+
+def attention_family(device: torch.device) -> str:
+    """The kernel family that serves long prefill on a device that Triton supports: "hopper" or "triton"."""
+    from sparsify.backends import gluon_attention
+
+    return "hopper" if device.type == "cuda" and gluon_attention.ready(device) else "triton"
 
 
 def _checked(kernels: str) -> str:
@@ -102,18 +130,13 @@ def _warn_once(op: str, reason: str) -> None:
 
 
 def _serve(op: str):
-    schema = getattr(torch.ops.sparsify, op).default._schema
-    # the dispatcher leaves out operands that have their default; kernels get every keyword
-    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.kwarg_only and argument.has_default_value()}
-
-    def call(query, *args, **given):
-        options = {**defaults, **given}
+    def call(query, *args, **options):
         kind, _ = available(query.device)
         if kind == "triton":
             try:
                 return _implementation(op, "triton")(query, *args, **options)
-            except UnsupportedError as error:
-                if _kernels == "triton":
+            except (UnsupportedError, KernelError) as error:
+                if not recovers(error):
                     raise
                 _warn_once(op, str(error))
         return _implementation(op, "reference")(query, *args, **options)
@@ -121,7 +144,46 @@ def _serve(op: str):
     return call
 
 
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
+
+
+@functools.cache
+def _warn_dense() -> None:
+    log.warning("select_blocks ran out of memory: every block is visited, so attention is dense (strict = true raises instead)")
+
+
+def _or_every_block(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Where there is no memory for an estimate, attention stays dense: right, and slower."""
+
+    @functools.wraps(select)
+    def call(query: Tensor, key: Tensor, **options):
+        try:
+            return select(query, key, **options)
+        except (torch.OutOfMemoryError, KernelError) as error:
+            if _strict.get() or not _out_of_memory(error):
+                raise
+        # here the error's frames, and what they hold on the device, are gone
+        _warn_dense()
+        return every_block(query, key, **options)
+
+    return call
+
+
+def every_block(
+    query: Tensor, key: Tensor, *, query_start: Tensor | None = None, causal: bool, block_size: int, **_: object
+) -> tuple[Tensor, Tensor]:
+    """Block lists of `select_blocks` that leave out nothing but what causality does; the attention op applies the other clauses."""
+    counts, indices = ops.empty_block_lists(query, key, block_size)
+    query_len, key_len = query.shape[2], key.shape[2]
+    start = key_len - query_len if query_start is None else query_start.reshape(())
+    indices.copy_(torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device))
+    if not causal:
+        return counts.fill_(indices.shape[-1]), indices
+    return counts.copy_(blockmask.causal_blocks(query_len, key_len, start, block_size, device=query.device)), indices
+
+
 for _op in _IMPLEMENTATIONS:
     for _device in ("CPU", "CUDA"):
-        _kernel = ops.observed_selection(_serve(_op)) if _op == "select_blocks" else _serve(_op)
+        _kernel = ops.observed_selection(_or_every_block(_serve(_op))) if _op == "select_blocks" else _serve(_op)
         ops.library.impl(_op, _kernel, _device)

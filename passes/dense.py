@@ -2,14 +2,16 @@
 
 Traced transformers hand SDPA a materialised 4-D mask and repeated keys and values, which shuts the fast kernels out. Where the
 mask is proved, both go: plain causal prefill becomes SDPA with is_causal and enable_gqa, everything else (offsets, windows,
-padding, documents) becomes sparsify's attention op with the mask's clauses as operands.
+padding, documents) becomes sparsify's attention op with the mask's clauses as operands. On Hopper the op serves long plain prefill too.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import dataclasses
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 
 from sparsify.costs import attention_seconds
 from sparsify.editor import Editor, attention_call
@@ -18,21 +20,40 @@ from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
 
 
+# From here on the Hopper kernel beats every kernel behind SDPA by more than a graph of its own costs to compile; below it the choice
+# would hardly show.
+_HOPPER_LENGTH = 16384
+
+
 class Dense(Pass):
     name: ClassVar[str] = "dense"
     lossy: ClassVar[bool] = False
 
-    def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
+    kernel: Literal["auto", "sdpa", "attention"] = Field(
+        "auto",
+        description="what computes plain causal or unmasked attention: SDPA, sparsify's attention op, or whichever is expected to be faster",
+    )
+
+    def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
         refusal = refuse_common(self, site)
         if refusal is not None:
             return refusal
-        kernel = "sdpa" if serves_sdpa(site) else "attention"
-        note = "exact; " + ("SDPA without mask" if kernel == "sdpa" else f"mask as operands of {context.kernels} attention")
-        return Proposal(self, attention_seconds(site, context.device, kernel=kernel), note=note)
+        operands = f"exact; mask as operands of {context.kernels} attention"
+        ours = Proposal(self._by("attention"), attention_seconds(site, context.device, kernel=context.family), note=operands)
+        if self.kernel == "attention" or not serves_sdpa(site):
+            return ours
+        sdpa = Proposal(self._by("sdpa"), attention_seconds(site, context.device, kernel="sdpa"), note="exact; SDPA without mask")
+        hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
+        if self.kernel == "sdpa" or not hopper:
+            return sdpa
+        return dataclasses.replace(ours, min_key_len=_HOPPER_LENGTH, note="exact; Hopper attention kernel"), sdpa
+
+    def _by(self, kernel: str) -> Dense:
+        return self.model_copy(update={"kernel": kernel})
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         editor.at(site)
-        if not serves_sdpa(site):
+        if self.kernel == "attention" or not serves_sdpa(site):
             editor.replace(site, attention_call(editor, site))
             return
         grouped = site.query_heads != site.kv_heads

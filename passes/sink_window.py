@@ -34,7 +34,7 @@ class SinkWindow(Pass):
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
         if site.mask.documents is not None and self.sinks:
             return self.refuse("packed documents have sinks of their own", "set sinks = 0")
-        seconds = attention_seconds(site, context.device, window=self.sinks + self.window)
+        seconds = attention_seconds(site, context.device, window=self.sinks + self.window, kernel=context.family)
         # at sinks + window keys the mask says nothing yet; a forced min_length still yields the same values
         start = self.sinks + self.window + 1 if context.min_length is None else context.min_length
         return Proposal(self, seconds, min_key_len=start, note=f"{self.sinks} sinks + window {self.window} by token")

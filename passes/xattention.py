@@ -84,9 +84,10 @@ class XAttention(Pass):
         start = context.min_length
         cost = self._stride_of_equal_cost(site)
         if start is None:
-            start = antidiagonal_crossover(context.device, cost, self.block, int(site.qk_head_dim), self.density)
+            start = antidiagonal_crossover(context.device, cost, self.block, int(site.qk_head_dim), self.density, context.family)
         share = self.density or _TYPICAL_DENSITY
-        seconds = estimate_seconds(site, context.device, cost, self.block) + attention_seconds(site, context.device, share=share)
+        attend = attention_seconds(site, context.device, share=share, kernel=context.family)
+        seconds = estimate_seconds(site, context.device, cost, self.block) + attend
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
         note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"
         return Proposal(self, seconds, density=self.density, min_key_len=start, note=note)

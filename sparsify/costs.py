@@ -14,7 +14,7 @@ from sparsify.hardware import Device
 from sparsify.sites import AttentionSite, FeedForwardSite
 
 # Share of the matrix ceiling that each kernel family sustains, from benchmarks/results on an H200.
-EFFICIENCY = {"sdpa": 0.86, "attention": 0.66, "estimate": 0.9}
+EFFICIENCY = {"sdpa": 0.86, "hopper": 0.95, "triton": 0.62, "reference": 0.05, "estimate": 0.9}
 
 _LENGTH = sympy.Symbol("n", integer=True, positive=True)
 
@@ -40,7 +40,7 @@ def operand_bytes(site: AttentionSite) -> sympy.Expr:
 
 
 def attention_seconds(
-    site: AttentionSite, device: Device, *, share: float = 1.0, window: int | None = None, kernel: str = "attention"
+    site: AttentionSite, device: Device, *, share: float = 1.0, window: int | None = None, kernel: str = "triton"
 ) -> sympy.Expr:
     """Attention over `share` of the visited pairs."""
     flops = 2 * site.batch * site.query_heads * visited(site, window) * (site.qk_head_dim + site.v_head_dim) * share
@@ -68,15 +68,15 @@ def expected_density(length: sympy.Expr) -> sympy.Expr:
 
 
 @functools.cache
-def antidiagonal_crossover(device: Device, stride: int, block: int, head_dim: int, density: float | None) -> int:
+def antidiagonal_crossover(device: Device, stride: int, block: int, head_dim: int, density: float | None, kernel: str = "triton") -> int:
     """Smallest prompt length (a multiple of 1024 tokens) from which estimate + block-sparse attention is expected to beat dense.
 
     Solved per head on the formulas above for a causal prefill of n tokens; launches are shared by 32 heads.
     """
     pairs = _LENGTH * _LENGTH / 2
-    dense = 4 * pairs * head_dim / (device.flops * EFFICIENCY["sdpa"])
+    dense = 4 * pairs * head_dim / (device.flops * max(EFFICIENCY["sdpa"], EFFICIENCY[kernel]))
     share = expected_density(_LENGTH) if density is None else sympy.Float(density)
-    sparse = 4 * pairs * head_dim * share / (device.flops * EFFICIENCY["attention"])
+    sparse = 4 * pairs * head_dim * share / (device.flops * EFFICIENCY[kernel])
     sparse += 2 * pairs * head_dim / stride / (device.flops * EFFICIENCY["estimate"]) + 3 * device.launch / 32
     gain = sympy.lambdify(_LENGTH, dense - sparse)
     low, high = 1, 4096

@@ -65,6 +65,7 @@ class Context:
     device: Device
     kernels: str  # "triton" or "reference": which backend will serve the custom ops
     min_length: int | None = None  # configured crossover; None: solve it from the costs
+    family: str = "triton"  # kernel family of the attention op, a key of costs.EFFICIENCY
 
 
 class Pass(BaseModel):
@@ -75,7 +76,8 @@ class Pass(BaseModel):
     lossy: ClassVar[bool] = True
     site_type: ClassVar[type] = AttentionSite
 
-    def propose(self, site: Any, context: Context) -> Proposal | Refusal:
+    def propose(self, site: Any, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
+        """What this method would do at a site; several proposals in order of preference, the first eligible one is taken."""
         raise NotImplementedError
 
     def rewrite(self, editor: Editor, site: Any) -> None:

@@ -52,8 +52,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         plan.fallback = _fall_back(error).fallback
         return lower(gm, example_inputs, config)
     if config.verify and kept is not None:
-        return _verify_first_call(compiled, pristine, kept, config, example_inputs)
-    return compiled
+        compiled = _verify_first_call(compiled, pristine, kept, config, example_inputs)
+    return _strict_calls(compiled) if config.strict else compiled
 
 
 def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
@@ -84,7 +84,8 @@ def _context(device: torch.device, config: Config) -> Context:
     if config.kernels != "auto":
         backends.use(config.kernels)
     log.debug("kernels: %s (%s)", kernels, reason)
-    return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length)
+    family = backends.attention_family(device) if kernels == "triton" else kernels
+    return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family)
 
 
 def apply(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> fx.GraphModule:
@@ -129,6 +130,16 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(example_inputs), config_patches=config.inductor_patches())
+
+
+def _strict_calls(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """At run time too, failures raise; other compiled models of the process keep their own ways."""
+
+    def call(*inputs: Any) -> Any:
+        with backends.strict():
+            return compiled(*inputs)
+
+    return call
 
 
 def _fall_back(error: Exception) -> Plan:

@@ -161,14 +161,16 @@ def _choose(site: AttentionSite | FeedForwardSite, candidates: list[Pass], conte
     decision.dense_seconds = number(dense, hints)
     for method in candidates:
         answer = Refusal(method.name, site.near_miss) if site.near_miss else method.propose(site, context)
-        if isinstance(answer, Proposal) and answer.min_key_len and not at_least(site.key, 2, answer.min_key_len):
-            answer = Refusal(method.name, f"key_len below {answer.min_key_len}, where it starts to pay", "set min_length to force it")
-        if isinstance(answer, Refusal):
-            decision.refusals.append(str(answer))
-            continue
-        decision.method, decision.options, decision.reason = method.name, method.options(), answer.note
-        decision.seconds, decision.density = number(answer.seconds, hints), answer.density
-        return Choice(site, answer, decision)
+        for proposal in answer if isinstance(answer, tuple) else (answer,):
+            if isinstance(proposal, Proposal) and proposal.min_key_len and not at_least(site.key, 2, proposal.min_key_len):
+                what = f"key_len below {proposal.min_key_len}, where it starts to pay"
+                proposal = Refusal(method.name, what, "set min_length to force it" if method.lossy else "")
+            if isinstance(proposal, Refusal):
+                decision.refusals.append(str(proposal))
+                continue
+            decision.method, decision.options, decision.reason = method.name, proposal.method.options(), proposal.note
+            decision.seconds, decision.density = number(proposal.seconds, hints), proposal.density
+            return Choice(site, proposal, decision)
     decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
     return Choice(site, None, decision)
 

@@ -39,6 +39,17 @@ def test_causal_prefill_becomes_sdpa_without_mask_or_repeat():
     check_equal(attention.causal, attention.operands())
 
 
+def test_the_attention_op_serves_plain_prefill_when_asked():
+    options = {**OPTIONS, "dense": {"kernel": "attention"}, "lower": "eager"}
+    inputs = attention.operands()
+    _, after, _ = rewritten_graph(attention.causal, inputs, options)
+    assert "sparsify.attention.default" in targets(after)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(attention.causal, backend="sparsify", options=options, fullgraph=True)(*inputs)
+    torch.testing.assert_close(got, attention.causal(*inputs), atol=1e-5, rtol=1e-5)
+
+
 def test_a_chunk_becomes_the_op_since_sdpa_aligns_top_left():
     after = check_equal(attention.causal, attention.operands(query_len=5, key_len=13))
     assert "sparsify.attention.default" in targets(after)

@@ -30,7 +30,8 @@ def site(query_len: int = 65536, key_len: int | None = None, *, name: str = "mod
         nodes[operand] = graph.placeholder(operand)
         nodes[operand].meta["example_value"] = torch.empty(1, heads, length, 128, device="meta")
     made = AttentionSite(
-        name=name, layer=3, index=3, output=graph.placeholder("output"), **nodes, mask_node=None, mask=CAUSAL, batch=1, query_heads=32, kv_heads=8,
+        name=name, layer=3, index=3, output=graph.placeholder("output"), **nodes, mask_node=None, mask=CAUSAL, batch=1, query_heads=32,
+        kv_heads=8,
         query_len=query_len, key_len=key_len, qk_head_dim=128, v_head_dim=128, scale=0.088, softcap=0.0, dropout=0.0, dtype=torch.bfloat16,
         device=torch.device("cuda"), needs_grad=False, output_stride_order="bqhd",
     )  # fmt: skip
@@ -85,6 +86,15 @@ def test_refusals_name_the_reason(fields, words):
     assert decision.method is None
     assert len(decision.refusals) == 3
     assert all(words in r for r in decision.refusals)
+
+
+def test_long_exact_prefill_takes_the_hopper_kernel_where_there_is_one():
+    hopper = Context(H200, "triton", family="hopper")
+    assert plan_for(site(65536), hopper, exact=True).options == {"kernel": "attention"}
+    assert plan_for(site(4096), hopper, exact=True).options == {"kernel": "sdpa"}
+    assert plan_for(site(65536), exact=True).options == {"kernel": "sdpa"}
+    assert plan_for(site(65536), hopper, exact=True, dense={"kernel": "sdpa"}).options == {"kernel": "sdpa"}
+    assert plan_for(site(1, 65536), hopper, exact=True).options == {"kernel": "sdpa"}
 
 
 def test_decode_is_never_estimated():
