@@ -200,10 +200,10 @@ def real_queries(call: Selection) -> Tensor | None:
 def keys_mean(call: Selection, keys: Tensor, real: Tensor | None) -> Tensor:
     """Mean of the keys that take part, fp32 [batch, kv_heads, head_dim]; 0 where it is not finite.
 
-    keys: [batch, kv_heads, key_len, head_dim], 0 where a key does not take part. real: as `real_keys`, of these batch rows.
+    keys: [batch, kv_heads, tokens, head_dim], 0 where a key does not take part. real: as `real_keys`, of these batch rows.
     Taking any one vector from all keys moves all logits of a row alike, so that it never changes the softmax, only what rounding loses.
     """
-    count = keys.shape[2] if real is None else real.sum(1).clamp(min=1)[:, None, None]
+    count = call.key_len if real is None else real.sum(1).clamp(min=1)[:, None, None]
     return (keys.sum(2, dtype=torch.float32) / count).nan_to_num(0.0, 0.0, 0.0).contiguous()
 
 

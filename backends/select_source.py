@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify.backends import select_choose_template, select_template
+from sparsify.backends import select_choose_template, select_round, select_template
 from sparsify.backends.reference_select import DENSITY_BITS
 from sparsify.backends.template import render
 from sparsify.errors import UnsupportedError
@@ -41,6 +41,7 @@ class SelectSpec:
     group: scored heads per KV head. shared: query heads that share a scored head; one of both is 1.
     window: "none", "one" or "per_head" (a tensor; 0 = none for that head).
     rule: "tau" (one threshold), "taus" (a tensor) or "density".
+    int8: cells are rounded to 8 bits before they are multiplied; `dtype` is what the op gets.
     wide: rows of key blocks do not fit in registers.
     importance: `choose` also stores importances, for tests.
     """
@@ -60,6 +61,7 @@ class SelectSpec:
     segments: bool = False
     has_start: bool = False
     rule: str = "tau"
+    int8: bool = False
     wide: bool = False
     importance: bool = False
 
@@ -88,7 +90,7 @@ class SelectSpec:
     @property
     def depth(self) -> int:
         """Numbers of a token per step: a swizzled row of 128 bytes, or of 64 when that wastes less of the head dim."""
-        full = 128 // ITEM_BYTES[self.dtype]
+        full = 128 // (1 if self.int8 else ITEM_BYTES[self.dtype])
         return min((full, full // 2), key=lambda d: (-(-self.head_dim // d) * d, -d))
 
     @property
@@ -106,6 +108,7 @@ class SelectSpec:
             "start from a tensor": self.has_start,
         }
         pool = self.reduce + (", half the query cells" if self.half else "") + (", shared by a group" if self.shared > 1 else "")
+        pool += ", 8 bits" if self.int8 else ""
         kept = ", ".join(name for name, on in clauses.items() if on) or "no mask"
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
@@ -121,7 +124,8 @@ def score_arguments(spec: SelectSpec) -> list[str]:
     masks = _mask_arguments(spec, ["key_first", "query_last", *sinks], ["query_low", "query_high", "key_low", "key_high"])
     strides = [] if spec.tiling.tma else ["q_b", "q_h", "q_n", "k_b", "k_h", "k_n"]
     numbers = ["scale", "batch", "scored_heads", "query_len", "key_len", "query_cells", "first_cell", "end_cell"]
-    return ["q", "k", "sums", "tops", *_start(spec), *masks, *strides, *numbers, *([] if spec.has_start else ["start"])]
+    scales = ["query_scales", "key_scales"] if spec.int8 else []
+    return ["q", "k", *scales, "sums", "tops", *_start(spec), *masks, *strides, *numbers, *([] if spec.has_start else ["start"])]
 
 
 def _start(spec: SelectSpec) -> list[str]:
@@ -171,6 +175,9 @@ def generate(spec: SelectSpec) -> str:
         "per_head": spec.rule == "taus",
         "density_bits": DENSITY_BITS,
         "span": spec.span,
+        # rounded cells lie side by side
+        "query_step": "STRIDE" if spec.int8 else "SPAN",
+        **select_round.constants(spec.head_dim, spec.stride),
         "candidate_arguments": ", ".join(candidate_arguments(spec)),
     }
     names = (
@@ -186,9 +193,12 @@ def generate(spec: SelectSpec) -> str:
         "segments",
         "has_start",
         "importance",
+        "int8",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
     parts = [(select_template.HEADER + select_template.WALK, []), (select_template.SCORE, score_arguments(spec))]
+    if spec.int8:
+        parts.append((select_round.ROUND, []))
     parts.append((select_template.CANDIDATES + select_choose_template.LOADS, []))
     if spec.wide:
         parts.append((select_choose_template.POOL, choose_arguments(spec, "pool")))

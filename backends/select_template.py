@@ -26,6 +26,11 @@ COL_CELLS = tl.constexpr(${col_cells})  # key cells of a block
 TILE_BLOCKS = tl.constexpr(${tile_blocks})  # key blocks of a column tile
 NEVER = tl.constexpr(1 << 30)  # a position that no token has
 TILE_SHIFT = tl.constexpr(${tile_shift})  # log2 of the keys of a column tile
+%if int8
+WIDTH = tl.constexpr(${width})  # numbers of a token that a program rounds, some past the head dim
+PITCH = tl.constexpr(${pitch})  # bytes of a rounded token
+CELLS = tl.constexpr(${part})  # cells that a program rounds
+%end
 '''
 
 WALK = '''
@@ -130,20 +135,20 @@ def score(${arguments}):
         steps = tl.where((window > 0) & ((n0 + COLS) * STRIDE - 1 <= m0 * SPAN + start - window), 0, steps)
 %end
 %if tma
-        acc = tl.zeros([ROWS, COLS], tl.float32)
+        acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
         for i in tl.range(0, steps, num_stages=STAGES):
             r = i // CHUNKS
             c = (i - r * CHUNKS) * DEPTH
             x = q.load([b, h, STRIDE - 1 - r, m0, c]).reshape(ROWS, DEPTH)
             y = k.load([b, h // GROUP, r, n0, c]).reshape(COLS, DEPTH)
-            acc = tl.dot(x, y.T, acc)
+            acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
 %else
         dims = tl.arange(0, DEPTH)
-        q_tile = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + rows.to(tl.int64)[:, None] * (SPAN * q_n) + dims[None, :]
+        q_tile = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + rows.to(tl.int64)[:, None] * (${query_step} * q_n) + dims[None, :]
         k_tile = k + b.to(tl.int64) * k_b + (h // GROUP).to(tl.int64) * k_h + cols.to(tl.int64)[:, None] * (STRIDE * k_n) + dims[None, :]
         row_mask = (rows < query_cells)[:, None]
         col_mask = (cols < key_cells)[:, None]
-        acc = tl.zeros([ROWS, COLS], tl.float32)
+        acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
         for i in tl.range(0, steps, num_stages=STAGES):
             r = i // CHUNKS
             c = (i - r * CHUNKS) * DEPTH
@@ -155,10 +160,16 @@ def score(${arguments}):
             x = tl.load(q_tile + (STRIDE - 1 - r) * q_n + c, mask=row_mask, other=0.0)
             y = tl.load(k_tile + r * k_n + c, mask=col_mask, other=0.0)
 %end
-            acc = tl.dot(x, y.T, acc)
+            acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
 %end
 
+%if int8
+        row_scale = tl.load(query_scales + head * query_cells + rows, mask=rows < query_cells, other=0.0) * scale
+        col_scale = tl.load(key_scales + head // GROUP * key_cells + cols, mask=cols < key_cells, other=0.0)
+        s = acc.to(tl.float32) * row_scale[:, None] * col_scale[None, :]
+%else
         s = acc * scale
+%end
         # makes NaN of what is not finite, so that `choose` keeps the whole row
         s += s * 0.0
 %if key_flags or segments or window != "none"

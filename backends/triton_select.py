@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends import select_inputs, select_source, source
+from sparsify.backends import select_inputs, select_round, select_source, source
 from sparsify.backends.reference_select import DENSITY_BITS
 from sparsify.backends.select_inputs import Selection
 from sparsify.backends.select_source import SelectSpec, Tiling
@@ -35,10 +35,10 @@ _INTERPRETER_PROGRAMS = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 17 MB, so that two launches serve 32 heads.
+    """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
     fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond."""
 
-    scratch_bytes: int = 512 << 20
+    scratch_bytes: int = 1 << 30
     fused_width: int = 8192
     part: int = 2048
 
@@ -119,8 +119,6 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
     """
     if call.query.dtype not in _DTYPES:
         raise UnsupportedError(f"dtype {call.query.dtype}", where=_WHERE, hint=f"one of {', '.join(map(str, _DTYPES))}")
-    if call.pool.int8:
-        raise UnsupportedError("no kernel rounds to 8 bits yet", where=_WHERE)
     head_dim = call.query.shape[3]
     if not 0 < head_dim <= _MAX_HEAD_DIM:
         raise UnsupportedError(f"head dim {head_dim}", where=_WHERE, hint=f"at most {_MAX_HEAD_DIM}")
@@ -137,6 +135,7 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
         half=call.pool.half,
         shared=call.group if call.pool.group else 1,
         reduce=call.pool.reduce,
+        int8=call.pool.int8,
         causal=call.causal,
         window="none" if not call.windows else "one" if len(set(call.windows)) == 1 else "per_head",
         key_flags=call.key_flags is not None,
@@ -157,16 +156,19 @@ def _run(call: Selection, spec: SelectSpec, counts: Tensor, indices: Tensor, imp
     chunks = list(chunks_of(call, spec, limits.scratch_bytes))
     tiles = -(-call.key_cells // spec.tiling.cols)
     sums = tops = None
-    masks, queries, keys, loaded = _masks(call, spec), None, None, None
+    masks, queries, keys, scales, loaded = _masks(call, spec), None, None, {}, None
     for chunk in chunks:
         if (chunk.batch, chunk.kv_heads) != loaded:
             loaded = (chunk.batch, chunk.kv_heads)
+            queries, keys, scales = None, None, {}  # the last chunk's copies make room for this one's
             queries, keys = _operands(call, spec, chunk)
+            if spec.int8:
+                queries, keys, scales = _rounded(call, module, chunk, queries, keys)
         heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
         if sums is None:  # no chunk is larger than the first
             sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
             tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
-        values = {"sums": sums, "tops": tops, **_sliced(masks, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
+        values = {"sums": sums, "tops": tops, **scales, **_sliced(masks, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
         grid = (min(_programs(call.query.device) * spec.tiling.per_sm, heads * -(-rows // spec.tiling.rows) * tiles),)
         scored = {**values, "windows": values.get("scored_windows")}
         _launch(module.score, grid, select_source.score_arguments(spec), scored, num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
@@ -241,6 +243,14 @@ def _operands(call: Selection, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor,
         _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride),
         _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride),
     )
+
+
+def _rounded(call: Selection, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The operands in 8 bits, cells side by side, and the arguments that scale them."""
+    mean = select_inputs.keys_mean(call, keys, _rows_of(select_inputs.real_keys(call), *chunk.batch))
+    queries, query_scales = select_round.launch(module, queries, None, call.query_cells, call.span, call.stride)
+    keys, key_scales = select_round.launch(module, keys, mean, call.key_cells, call.stride, call.stride)
+    return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
 
 
 def _rows_of(mask: Tensor | None, first: int, last: int) -> Tensor | None:
@@ -341,7 +351,7 @@ def _sliced(masks: dict[str, Any], call: Selection, chunk: _Chunk) -> dict[str, 
 def _numbers(call: Selection, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
     tiling, span, stride = spec.tiling, call.span, call.stride
     if tiling.tma:
-        q = _descriptor(queries, call.query_cells, span, stride, tiling.rows, spec.depth)
+        q = _descriptor(queries, call.query_cells, stride if spec.int8 else span, stride, tiling.rows, spec.depth)
         k = _descriptor(keys, call.key_cells, stride, stride, tiling.cols, spec.depth)
     else:
         q, k = queries, keys

@@ -31,7 +31,12 @@ def describe(query, key, **changes):
 
 @pytest.mark.parametrize(
     "name, changes",
-    [("causal", {}), ("masked_density", MASKS), ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"})],
+    [
+        ("causal", {}),
+        ("masked_density", MASKS),
+        ("int8", {"int8": True, "half": True}),
+        ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
+    ],
 )
 def test_golden_text(name, changes):
     text, golden = generate(spec(**changes)), GOLDENS / f"select_{name}.txt"
@@ -46,7 +51,7 @@ def test_golden_text(name, changes):
     st.sampled_from([TMA_TILING, POINTER_TILING]),
     st.fixed_dictionaries(
         {
-            **dict.fromkeys(("half", "causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
+            **dict.fromkeys(("half", "int8", "causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
             "window": st.sampled_from(["none", "one", "per_head"]),
             "rule": st.sampled_from(["tau", "taus", "density"]),
             "reduce": st.sampled_from(["sum", "max"]),
@@ -60,6 +65,7 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
     assert "${" not in text and "%if" not in text
     assert ("query_last" in text) == changes["key_flags"] and ("row_floor" in text) == (changes["window"] != "none")
     assert ("q.load(" in text) == tiling.tma
+    assert ("def round_cells" in text) == ("tl.load(query_scales" in text) == changes["int8"]
     assert all(len(line) <= 400 for line in text.splitlines())
 
 
@@ -119,7 +125,15 @@ def test_a_million_tokens_stay_within_the_scratch_budget():
     assert not chosen.wide
     chunk = next(triton_select.chunks_of(call, chosen, triton_select.LIMITS.scratch_bytes))
     tiles = -(-call.key_cells // TMA_TILING.cols)
-    assert 4 * (chunk.cells[1] - chunk.cells[0]) * tiles * (2 * chosen.tile_blocks + 4) <= 512 << 20
+    assert 4 * (chunk.cells[1] - chunk.cells[0]) * tiles * (2 * chosen.tile_blocks + 4) <= 1 << 30
+
+
+def test_one_launch_serves_a_whole_model_layer_at_128k():
+    query, key = torch.empty(1, 32, 131072, 128, device="meta"), torch.empty(1, 8, 131072, 128, device="meta")
+    for pool, stride, launches in (("max", 16, 1), ("max+half", 8, 1), ("max", 8, 2)):
+        call = describe(query, key, pool=pool, stride=stride)
+        chosen = triton_select.spec_of(call, TMA_TILING, triton_select.LIMITS.fused_width)
+        assert len(list(triton_select.chunks_of(call, chosen, triton_select.LIMITS.scratch_bytes))) == launches
 
 
 @pytest.mark.parametrize("length", [512, 509])

@@ -18,8 +18,11 @@ CLAUSES = {
     "not causal": {"causal": False},
     "everything": {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
     "shared": {"shared": 4, "group": 1, "half": True},
+    "int8": {"int8": True},
+    "int8 half": {"int8": True, "half": True, "key_flags": True},
 }
 POINTERS = {"sums": "*fp16", "tops": "*fp32", "counts": "*i32", "indices": "*i16", "importances": "*fp32"}
+POINTERS |= {"query_scales": "*fp32", "key_scales": "*fp32"}
 POINTERS |= {"start_at": "*i64", "thresholds": "*fp32"}
 INT_POINTERS = ["key_first", "query_last", "key_last", "sink_blocks", "windows"]
 INT_POINTERS += [f"{name}_{end}" for name in ("query", "key", "rows", "block") for end in ("low", "high")]
@@ -37,8 +40,9 @@ def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexpr
     signature = {name: TYPES.get(name, "i32") for name in names}
     if kernel == "score":
         tiling = chosen.tiling
+        operand = "i8" if chosen.int8 else chosen.dtype
         for name, cells in (("q", tiling.rows), ("k", tiling.cols)):
-            signature[name] = f"tensordesc<{chosen.dtype}[1,1,1,{cells},{chosen.depth}]>" if tiling.tma else f"*{chosen.dtype}"
+            signature[name] = f"tensordesc<{operand}[1,1,1,{cells},{chosen.depth}]>" if tiling.tma else f"*{operand}"
     divisible = [name for name in names if signature[name].startswith("*") or name in ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n")]
     return compile_kernel(
         getattr(source.load(generate(chosen), "select"), kernel),
@@ -61,6 +65,28 @@ def test_hopper_scores_without_spills(clause):
     assert used.shared < 4 * (128 + 256) * 64 * 2 + 1024
 
 
+@pytest.mark.parametrize("stride, head_dim", [(16, 128), (8, 64), (4, 40), (16, 256)])
+def test_hopper_rounds_without_spills(stride, head_dim):
+    chosen = spec("int8", stride=stride, head_dim=head_dim)
+    names = {"x": "*bf16", "out": "*i8", "scales": "*fp32", "mean": "*fp32"}
+    signature = {
+        **names,
+        **dict.fromkeys(("x_b", "x_h", "x_n", "heads", "length", "cells"), "i32"),
+        "APART": "constexpr",
+        "SHIFTED": "constexpr",
+    }
+    used = compile_kernel(
+        source.load(generate(chosen), "select").round_cells,
+        signature,
+        arch=90,
+        num_warps=8,
+        num_stages=3,
+        constexprs={"APART": stride, "SHIFTED": True},
+        divisible=[*names, "x_b", "x_h", "x_n"],
+    )
+    assert used.spilled == 0 and used.registers <= 128
+
+
 @pytest.mark.parametrize("clause, width", [("causal", 1024), ("density", 8192), ("everything", 8192), ("everything", 1024)])
 def test_hopper_chooses_without_spills(clause, width):
     chosen = spec(clause)
@@ -75,7 +101,7 @@ def test_long_rows_without_spills(clause):
     assert compiled(chosen, "pick", 90, 8, WIDTH=2048).spilled == 0
 
 
-@pytest.mark.parametrize("clause", ["causal", "everything"])
+@pytest.mark.parametrize("clause", ["causal", "everything", "int8"])
 @pytest.mark.parametrize("arch", [80, 100])
 def test_other_architectures(clause, arch):
     chosen = spec(clause, arch)

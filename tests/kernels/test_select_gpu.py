@@ -21,6 +21,7 @@ MASKS = {
     "window": {"windows": [700]},
     "half": {"pool": "max+half"},
     "shared": {"pool": "sum+group"},
+    "int8": {"pool": "max+int8"},
 }
 
 
@@ -88,7 +89,15 @@ def times() -> None:
 
     for length in (8192, 32768, 131072, 131072 - 5, 262144):
         query, key = inputs(length, heads=32, kv_heads=8, peak=1.0)
-        for stride, pool in ((16, "sum"), (16, "max"), (8, "max"), (8, "max+half"), (16, "max+group")):
+        for stride, pool in (
+            (16, "sum"),
+            (16, "max"),
+            (8, "max"),
+            (8, "max+half"),
+            (16, "max+group"),
+            (16, "max+int8"),
+            (16, "max+half+int8"),
+        ):
             once = functools.partial(triton_select.select_blocks, query, key, **call(stride=stride, pool=pool))
             ms = triton.testing.do_bench(once, warmup=50, rep=300, return_mode="median")
             print(json.dumps({"tokens": length, "stride": stride, "pool": pool, "ms": round(ms, 3)}), flush=True)

@@ -105,6 +105,32 @@ def test_a_chunk_and_a_start_from_a_tensor():
     compare(query[:, :, :100], key[:, :, :37])
 
 
+@pytest.mark.parametrize(
+    "tiling, changes, shape",
+    [
+        (TMA, {}, {}),
+        (POINTERS, {"pool": "max+half+int8", "windows": [100]}, {"query_len": 230, "dim": 40, "dtype": torch.float32}),
+        (TMA, {"pool": "max+group+int8", "density": 0.4}, {"heads": 4, "kv_heads": 2}),
+        (TMA, {"key_flags": True}, {"batch": 2, "kv_heads": 2}),
+    ],
+    ids=["causal", "half", "group", "flags"],
+)
+def test_eight_bits(tiling, changes, shape):
+    """Against the reference, which rounds in the same way; the mean that is taken from keys is far larger than what differs."""
+    changes = {"pool": "max+int8", **changes}
+    query, key = inputs(**shape)
+    key = key + torch.linspace(-8, 8, key.shape[3]).to(key.dtype)
+    if "key_flags" in changes:
+        changes["key_flags"] = flags()
+        key[0, :, :130], query[0, :, :130] = math.nan, math.nan
+    kept = compare(query, key, tiling=tiling, **changes)
+    assert kept.any() and not kept.all()
+    options = call(**changes)
+    exact = reference_select.importance(select_inputs.describe(query, key, **{**options, "pool": options["pool"].replace("+int8", "")}))
+    own = triton_select.importance(query, key, tiling=tiling, **options)
+    assert 0 < (own - exact).norm() / exact.norm() < 0.05
+
+
 def test_a_group_shares_one_estimate():
     query, key = inputs(heads=4, kv_heads=2)
     kept = compare(query, key, pool="max+group", threshold=[0.5, 0.5, 0.5, 0.9], windows=[0, 0, 0, 120])
@@ -134,14 +160,15 @@ def test_chunks_of_rows_and_heads_give_the_same_lists():
     assert torch.equal(blockmask.to_dense(counts, indices, one.key_blocks), whole)
 
 
+@pytest.mark.parametrize("pool", ["max", "max+int8"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rows_that_are_not_finite_keep_everything(value):
+def test_rows_that_are_not_finite_keep_everything(value, pool):
     query, key = inputs(256)
     query[0, 0, 70] = value
-    assert compare(query, key, threshold=[0.2])[0, 0, 1].tolist() == [True, True, False, False]
+    assert compare(query, key, threshold=[0.2], pool=pool)[0, 0, 1].tolist() == [True, True, False, False]
     query, key = inputs(256)
     key[0, 0, 200] = value
-    kept = compare(query, key, threshold=[0.0])
+    kept = compare(query, key, threshold=[0.0], pool=pool)
     assert kept[0, 0].sum(-1).tolist() == [1, 2, 2, 4]
 
 
