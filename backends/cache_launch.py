@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify import cache_ops
 from sparsify.backends import launch, reference_cache
-from sparsify.errors import UnsupportedError
+from sparsify.errors import KernelError, UnsupportedError
 from sparsify.ops import library
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,9 @@ def cache_decode(query: Tensor, *args: Tensor, **options) -> Tensor:
 
         try:
             return triton_decode.cache_decode(query, *args, **options)
-        except UnsupportedError as error:
+        except (UnsupportedError, KernelError) as error:
+            if isinstance(error, KernelError) and not launch.recovers(error):
+                raise
             _warn_once(str(error))
     return reference_cache.cache_decode(query, *args, **options)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify import ffn_ops
 from sparsify.backends import launch, reference_ffn
-from sparsify.errors import UnsupportedError
+from sparsify.errors import KernelError, UnsupportedError
 from sparsify.ops import library
 
 log = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ def ffn_start(like: Tensor, *args, **call) -> Tensor:
 
 
 def _serve(op: str, first: Tensor, *args, **call):
-    kind, reason = launch.available(first.device)
+    kind, _ = launch.available(first.device)
     if kind == "triton":
         from sparsify.backends import triton_ffn
 
         try:
             return getattr(triton_ffn, op)(first, *args, **call)
-        except UnsupportedError as error:
-            if reason == "asked for":
+        except (UnsupportedError, KernelError) as error:
+            if not launch.recovers(error):
                 raise
             _warn_once(op, str(error))
     return getattr(reference_ffn, op)(first, *args, **call)

@@ -130,7 +130,12 @@ def _warn_once(op: str, reason: str) -> None:
 
 
 def _serve(op: str):
-    def call(query, *args, **options):
+    schema = getattr(torch.ops.sparsify, op).default._schema
+    # the dispatcher leaves out operands that have their default; kernels get every keyword
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.kwarg_only and argument.has_default_value()}
+
+    def call(query, *args, **given):
+        options = {**defaults, **given}
         kind, _ = available(query.device)
         if kind == "triton":
             try:
