@@ -293,6 +293,9 @@ def attention_call(
     """Emits `ops.attention` for a site and returns its output node. `windows` replaces the mask's own window when given."""
     mask = editor.mask_operands(site, sinks=sinks)
     own = (mask.window,) if mask.window else ()
+    slopes = site.alibi_slopes
+    if slopes is not None and values(slopes).dim() == 1:
+        slopes = editor.method("unsqueeze", slopes, 0)  # one row of slopes serves every batch row
     result = editor.call(
         ops.attention,
         site.query,
@@ -304,7 +307,7 @@ def attention_call(
         block_counts=blocks[0] if blocks else None,
         block_indices=blocks[1] if blocks else None,
         sink_logits=site.sink_logits,
-        alibi_slopes=site.alibi_slopes,
+        alibi_slopes=slopes,
         scale=site.scale,
         causal=mask.causal,
         windows=list(own if windows is None else windows),
