@@ -290,7 +290,7 @@ def work(options: argparse.Namespace) -> None:
         record = records.append(options.out, "whole_op", **facts, **{name: value for name, value in values.items() if value is not None})
         print(line(record), flush=True)
 
-    with torch.no_grad():
+    with torch.no_grad(), sparsify.backends.strict():
         for length in options.lengths:
             try:
                 measure(length, options, keep)
