@@ -74,4 +74,8 @@ def serves_sdpa(site: AttentionSite) -> bool:
         return True
     if mask.window is not None or mask.padding is not None or mask.documents is not None or not mask.query_start.bottom_right:
         return False
-    return site.query_len == 1 or site.query_len == site.key_len
+    if site.query_len == 1:
+        return True
+    # torch's CPU kernel masks before it scales: with is_causal and a scale that is not positive its rows become NaN
+    positive = isinstance(site.scale, (int, float)) and site.scale > 0
+    return site.query_len == site.key_len and (positive or not mask.causal)
