@@ -112,7 +112,7 @@ class Matcher:
             return "keys and values differ in length or heads"
         if call.get("enable_gqa", False) not in (True, False) or call.get("is_causal", False) not in (True, False):
             return "a flag is decided at run time"
-        if not call.get("enable_gqa", False) and not self.same(q[1], k[1]):
+        if not call.get("enable_gqa", False) and not self.same(q[1], k[1]) and k[1] != 1:  # one head broadcasts as a group would
             return "the head dimension is broadcast"
         if not isinstance(call.get("dropout_p", 0.0), (int, float)):
             return "the dropout probability is decided at run time"

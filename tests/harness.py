@@ -66,27 +66,35 @@ def run(model: torch.nn.Module, call, options: dict[str, Any], dynamic: bool | N
 
 
 @torch.no_grad()
-def reference_run(model: torch.nn.Module, call, *, sinks: int | None = None, window: int = 0, **selection: Any) -> Any:
+def reference_run(
+    model: torch.nn.Module, call, *, sinks: int | None = None, window: int = 0, documents: bool = False, **selection: Any
+) -> Any:
     """`call(model)` eagerly, with attention replaced by a plain masked softmax in float64: the model's own mask, and the sparse
-    method's mask beside it, either sinks + window by token or a block selection (keywords of `ops.select_blocks`)."""
+    method's mask beside it, either sinks + window by token or a block selection (keywords of `ops.select_blocks`). documents: the
+    prompt is packed."""
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
         heads, kv_heads, query_len, key_len = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        visible = torch.ones(query_len, key_len, dtype=torch.bool).tril(key_len - query_len) if attention_mask is None else attention_mask
+        visible = attention_mask
+        if visible is None:  # transformers means SDPA's is_causal then, which counts from the top left; one row sees everything
+            visible = torch.ones(query_len, key_len, dtype=torch.bool).tril(0 if query_len > 1 else key_len)
         visible = visible.expand(query.shape[0], heads, query_len, key_len)
         flags = visible.any(1).any(1)  # a key that no row sees is padding
+        start = (visible[:, :, 0] * torch.arange(key_len)).amax()  # one row of every batch is without padding
         if query_len > 1 and selection:
+            # of each position the first key of its document
+            segments = visible[:, 0].int().argmax(-1).to(torch.int32) if documents else None
+            preallocated = start.reshape(1) if start != key_len - query_len else None
             counts, indices = ops.select_blocks(
-                query, key, key_flags=flags.to(torch.uint8), scale=scale, causal=True, windows=[], version=ops.VERSION, **selection
-            )
+                query, key, key_flags=flags.to(torch.uint8), segments=segments, query_start=preallocated,
+                scale=scale, causal=True, windows=[], version=ops.VERSION, **selection,
+            )  # fmt: skip
             block = selection["block_size"]
             dense = blockmask.to_dense(counts, indices, -(-key_len // block))
             visible = visible & dense.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :query_len, :key_len]
         if sinks is not None:
-            rank = visible[:, :, -1:].cumsum(-1)
-            position = torch.arange(query_len)[:, None] + key_len - query_len
-            visible = visible & ((rank <= sinks) | (torch.arange(key_len)[None] > position - window))
+            visible = visible & sink_window_mask(visible, sinks, window)
         group = heads // kv_heads
         key, value = key.repeat_interleave(group, 1).double(), value.repeat_interleave(group, 1).double()
         scores = (query.double() @ key.mT * scale).masked_fill(~visible, float("-inf"))
@@ -101,6 +109,17 @@ def reference_run(model: torch.nn.Module, call, *, sinks: int | None = None, win
         return call(model)
     finally:
         model.set_attn_implementation(before)
+
+
+def sink_window_mask(visible: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """Where `sinks` first keys and a window of last keys lie, [batch, heads, query_len, key_len], given what is visible (same shape).
+
+    Row 0 of the batch row without padding sees its own key last, which says where queries start."""
+    query_len, key_len = visible.shape[-2:]
+    keys = torch.arange(key_len)
+    start = (visible[:, :, 0] * keys).amax()
+    rank = visible[:, :, -1:].cumsum(-1)
+    return ((rank > 0) & (rank <= sinks)) | (keys[None] > torch.arange(query_len)[:, None] + start - window)
 
 
 def visible_error(got: torch.Tensor, want: torch.Tensor, attention_mask: torch.Tensor | None = None) -> float:

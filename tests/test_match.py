@@ -228,6 +228,11 @@ def test_grouped_queries_are_seen_through(name):
     assert (site.query_heads, site.kv_heads, site.key.op) == (4, 2, "placeholder")
 
 
+def test_one_key_head_broadcasts():
+    (site,) = captured(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1]), *tensors()).checked
+    assert (site.query_heads, site.kv_heads) == (4, 1)
+
+
 def test_other_head_orders_are_no_groups():
     """Tiled heads and heads repeated for keys alone keep their copies."""
     (site,) = captured(lambda q, k, v: sdpa(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)), *tensors(kv_heads=2)).checked
@@ -250,7 +255,7 @@ def test_keys_written_after_their_copy_stay_a_copy():
 NEAR_MISSES = {
     "three dimensions": lambda q, k, v: sdpa(q[0], k[0], v[0]),
     "batch broadcast": lambda q, k, v: sdpa(q, k[:1], v[:1]),
-    "heads broadcast": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
+    "query heads broadcast": lambda q, k, v: F.scaled_dot_product_attention(q[:, :1], k, v),
 }
 
 

@@ -54,6 +54,7 @@ _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", _GPT_LIKE),
     "opt": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 64}),
     "falcon": ("FalconConfig", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "falcon_mqa": ("FalconConfig", {**_FALCON, "new_decoder_architecture": False, "multi_query": True, "alibi": False}),
     "falcon_alibi": ("FalconConfig", {**_FALCON, "new_decoder_architecture": False, "multi_query": True, "alibi": True}),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_head": 4}),
     "gpt_oss": ("GptOssConfig", {**_LLAMA_LIKE, "head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
