@@ -250,14 +250,28 @@ class _Match:
                 raise NoMatch("baddbmm of another form")
             self.chain.bias, self.chain.bias_form = names["input"], "flat"
             self.chain.multiply(constant(names.get("alpha", 1)))
-            query, key = names["batch1"], names["batch2"]
-        else:
-            query, key = product.args[:2]
+        query, key, _ = self.factors(product)
         if key.target not in TRANSPOSE | {"permute"} or not swaps_last_two(key):
             raise NoMatch("keys are not transposed")
         self.chain.nodes.append(key)
         query, key = self.four(query), self.four(key.args[0])
         return self.uncast(query), self.uncast(key)
+
+    def factors(self, scores: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """What the two products multiply: query, transposed key, value."""
+        named = dict(zip(("input", "batch1", "batch2"), scores.args, strict=False)) | scores.kwargs
+        query, key = (named["batch1"], named["batch2"]) if scores.target in BADDBMM else scores.args[:2]
+        return query, key, self.product.args[1]
+
+    def unwritten(self, factor: fx.Node, operand: fx.Node, reader: fx.Node, output: fx.Node) -> bool:
+        """Whether the operand still holds, where the output is computed, what `reader` got of it: the factor, a copy or a view."""
+        memory, storage = self.matcher.memory, tensor_of(operand).untyped_storage()._cdata
+        here = factor
+        while here is not operand:
+            if tensor_of(here).untyped_storage()._cdata != storage and memory.written_between(here, None, output):
+                return False
+            reader, here = here, here.args[0]
+        return not memory.written_between(operand, reader, output)
 
     def four(self, node: fx.Node) -> fx.Node:
         """[batch, heads, length, dim], before batch and heads are merged."""
@@ -307,8 +321,9 @@ class _Match:
             raise NoMatch("the head dimension is broadcast")
         if len({tensor_of(n).dtype for n in (query, key_group.node, value_group.node)}) > 1:
             raise NoMatch("query, key and value differ in dtype")
-        if any(matcher.memory.written_between(n, scores, output) for n in (query, key)):
-            raise NoMatch("query or key is written before the output is computed")
+        readings = zip(self.factors(scores), (query, key, value), (scores, scores, self.product), strict=True)
+        if not all(self.unwritten(*reading, output) for reading in readings):
+            raise NoMatch("query, key or value is written before the output is computed")
         extents = Extents(q[0], q[1], q[2], k[2])
         slopes, proof = self.masks(extents, output)
         softcap = float(chain.softcap)
