@@ -22,6 +22,8 @@ def split(
     slot = tl.where(count < pinned, count, pinned + (count - pinned) % (capacity - pinned))
     slot = tl.where(is_real != 0, slot, -1)
     filled = tl.minimum(count, capacity)
+    # stretches share what is filled, not the capacity: a quarter full cache must cost a quarter
+    stretch_len = tl.cdiv(tl.cdiv(filled, KEYS), stretches) * KEYS
     begin = stretch * stretch_len
     end = tl.minimum(begin + stretch_len, filled)
     if stretch == 0:

@@ -84,8 +84,7 @@ def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
     logit = [Argument("tanh_scale", "fp32"), Argument("cap_log2", "fp32")] if spec.softcap else [Argument("scale", "fp32")]
     if kernel == "split":
         listed = [*data("query", "keys", "values"), pointer("positions", "i32"), pointer("counts", "i32"), pointer("seen", "i32"), *shared]
-        listed += [*strides("query_b", "query_h"), *sizes, Argument("pinned", "i32"), Argument("stretch_len", "i32", True)]
-        listed += [Argument("stretches", "i32"), *logit]
+        listed += [*strides("query_b", "query_h"), *sizes, Argument("pinned", "i32"), Argument("stretches", "i32"), *logit]
         listed += [Argument("real", "*u8"), Argument("real_b", "i32")] if spec.padded else []
         return tuple(listed + ([*data("turned"), Argument("sinks", "i32")] if spec.turning else []))
     listed = [*data("query", "key", "value", "keys", "values"), pointer("counts", "i32"), pointer("seen", "i32"), pointer("length", "i64")]
@@ -119,12 +118,11 @@ def decode_source(spec: DecodeSpec) -> str:
     return "\n\n".join([header, render(SPLIT, values), render(COMBINE, values)])
 
 
-def stretches(capacity: int, rows: int, processors: int, tiling: DecodeTiling) -> tuple[int, int]:
-    """How many stretches each of `rows` KV heads is cut into, and their length in slots: one full wave of thread blocks."""
+def stretches(capacity: int, rows: int, processors: int, tiling: DecodeTiling) -> int:
+    """How many stretches the filled slots of each of `rows` KV heads are cut into: one full wave of thread blocks, when the cache is full."""
     tiles = -(-capacity // tiling.keys)
     wanted = max(1, min(tiles, processors * tiling.programs // rows, 128))
-    length = -(-tiles // wanted) * tiling.keys
-    return -(-capacity // length), length
+    return -(-tiles // -(-tiles // wanted))
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,7 +173,7 @@ def cache_decode(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning
     )
     rows = query.shape[0] * kv_heads
-    count, stretch_len = stretches(capacity, rows, _processors(query.device), tiling)
+    count = stretches(capacity, rows, _processors(query.device), tiling)
     out = cache_ops.empty_output(query, values)
     part = torch.empty(rows * spec.group * count * (v_head_dim + 2), dtype=torch.float32, device=query.device)
     sums = rows * spec.group * count
@@ -184,7 +182,7 @@ def cache_decode(
         "seen": seen, "length": length, "out": out, "part_acc": part, "part_m": part[sums * v_head_dim :],
         "part_l": part[sums * (v_head_dim + 1) :],
         "slots": torch.empty(rows, dtype=torch.int32, device=query.device),
-        "kv_heads": kv_heads, "capacity": capacity, "pinned": pinned, "stretches": count, "stretch_len": stretch_len, "sinks": sinks,
+        "kv_heads": kv_heads, "capacity": capacity, "pinned": pinned, "stretches": count, "sinks": sinks,
         "scale": scale * _LOG2E, "STRETCHES": max(2, 1 << (count - 1).bit_length()),
     }
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):

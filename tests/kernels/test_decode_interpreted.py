@@ -122,8 +122,12 @@ def test_sizes_together(batch, kv_heads, group, capacity, pinned, tokens, paddin
     )
 
 
-def test_a_stretch_covers_every_slot_once():
+def test_stretches_cover_what_is_filled_and_share_it():
+    """The kernel cuts the filled slots, not the capacity: a cache that is a twentieth full costs a twentieth."""
     for capacity in (1, 63, 64, 65, 4096, 131072, 524288):
         for rows in (1, 8, 64, 1000):
-            count, length = stretches(capacity, rows, 132, DecodeTiling(64, 4, 3))
-            assert count * length >= capacity > (count - 1) * length and length % 64 == 0
+            count = stretches(capacity, rows, 132, DecodeTiling(64, 4, 3))
+            for filled in {0, 1, capacity // 20, capacity}:
+                length = -(-(-(-filled // 64)) // count) * 64  # as in the kernel's text
+                assert count * length >= filled
+                assert length <= max(64, -(-filled // count) + 64)
