@@ -132,7 +132,7 @@ def _warn_once(op: str, reason: str) -> None:
 def _serve(op: str):
     schema = getattr(torch.ops.sparsify, op).default._schema
     # the dispatcher leaves out operands that have their default; kernels get every keyword
-    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.kwarg_only and argument.has_default_value()}
+    defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only and a.has_default_value()}
 
     def call(query, *args, **given):
         options = {**defaults, **given}

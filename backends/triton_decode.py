@@ -119,7 +119,7 @@ def decode_source(spec: DecodeSpec) -> str:
 
 
 def stretches(capacity: int, rows: int, processors: int, tiling: DecodeTiling) -> int:
-    """How many stretches the filled slots of each of `rows` KV heads are cut into: one full wave of thread blocks, when the cache is full."""
+    """How many stretches the filled slots of each of `rows` KV heads are cut into: one wave of thread blocks when the cache is full."""
     tiles = -(-capacity // tiling.keys)
     wanted = max(1, min(tiles, processors * tiling.programs // rows, 128))
     return -(-tiles // -(-tiles // wanted))
@@ -178,12 +178,27 @@ def cache_decode(
     part = torch.empty(rows * spec.group * count * (v_head_dim + 2), dtype=torch.float32, device=query.device)
     sums = rows * spec.group * count
     given: dict[str, Any] = {
-        "query": query, "key": key, "value": value, "keys": keys, "values": values, "positions": positions, "counts": counts,
-        "seen": seen, "length": length, "out": out, "part_acc": part, "part_m": part[sums * v_head_dim :],
+        "query": query,
+        "key": key,
+        "value": value,
+        "keys": keys,
+        "values": values,
+        "positions": positions,
+        "counts": counts,
+        "seen": seen,
+        "length": length,
+        "out": out,
+        "part_acc": part,
+        "part_m": part[sums * v_head_dim :],
         "part_l": part[sums * (v_head_dim + 1) :],
         "slots": torch.empty(rows, dtype=torch.int32, device=query.device),
-        "kv_heads": kv_heads, "capacity": capacity, "pinned": pinned, "stretches": count, "sinks": sinks,
-        "scale": scale * _LOG2E, "STRETCHES": max(2, 1 << (count - 1).bit_length()),
+        "kv_heads": kv_heads,
+        "capacity": capacity,
+        "pinned": pinned,
+        "stretches": count,
+        "sinks": sinks,
+        "scale": scale * _LOG2E,
+        "STRETCHES": max(2, 1 << (count - 1).bit_length()),
     }
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
         given |= {f"{name}_b": tensor.stride(0), f"{name}_h": tensor.stride(1)}

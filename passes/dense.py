@@ -19,7 +19,6 @@ from sparsify.masks import MaskKind
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
 
-
 # From here on the Hopper kernel beats every kernel behind SDPA by more than a graph of its own costs to compile; below it the choice
 # would hardly show.
 _HOPPER_LENGTH = 16384
@@ -31,7 +30,7 @@ class Dense(Pass):
 
     kernel: Literal["auto", "sdpa", "attention"] = Field(
         "auto",
-        description="what computes plain causal or unmasked attention: SDPA, sparsify's attention op, or whichever is expected to be faster",
+        description="what computes plain causal or unmasked attention: SDPA, the attention op, or whichever is expected to be faster",
     )
 
     def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:

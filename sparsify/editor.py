@@ -167,7 +167,7 @@ class Editor:
         return flags
 
     def _segments(self, rows: fx.Node) -> fx.Node:
-        """int32 [batch, key_len], equal where `rows` is: 64-bit ids become ranks within their row, since a cast could make two of them equal."""
+        """int32 [batch, key_len], equal where `rows` is: 64-bit ids become ranks in their row, since a cast could make two equal."""
         if values(rows).dtype.itemsize <= 4:
             return self.method("to", rows, torch.int32)
         rows = self.method("contiguous", rows)
@@ -221,7 +221,7 @@ class Editor:
         return None
 
     def erase_orphans(self, sites: Iterable[AttentionSite]) -> None:
-        """Erases replaced outputs, the nodes that only computed them, and what computed only their inputs, as far as nothing else uses them.
+        """Erases replaced outputs, what only computed them, and what computed only their inputs, as far as nothing else uses it.
 
         Other mutating calls and graph inputs stay: a cache update has no user and must survive.
         """

@@ -23,7 +23,7 @@ _CEILINGS = {
 class Device:
     """What the cost formulas know of a device.
 
-    flops: sustained FLOP/s of a bf16 matrix product. bandwidth: bytes/s of a copy, read plus written. launch: seconds a kernel launch costs.
+    flops: sustained FLOP/s of a bf16 matrix product. bandwidth: bytes/s of a copy, read plus written. launch: seconds of a launch.
     """
 
     type: str

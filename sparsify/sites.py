@@ -130,7 +130,7 @@ class FeedForwardSite:
     hidden: Size = 0
     intermediate: Size = 0
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  (immutable)
     needs_grad: bool = False
     positions: fx.Node | None = None
     cached: fx.Node | None = None

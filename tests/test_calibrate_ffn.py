@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.harness import run, strict
-from tests.tiny_models import VOCAB, build
 
 from sparsify import calibrate, cli
 from sparsify.errors import UnsupportedError
+from tests.harness import run, strict
+from tests.tiny_models import VOCAB, build
 
 
 def test_similarities_are_those_of_the_residual_stream():

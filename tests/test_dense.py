@@ -71,7 +71,7 @@ def test_padding_becomes_key_flags():
 
 
 def test_a_mask_that_no_clause_says_is_refused():
-    before, after, decision = run(attention.prefix, attention.operands())
+    _, after, decision = run(attention.prefix, attention.operands())
     assert after is None
     assert decision.method is None
     check_golden("dense_refusal", "\n".join(decision.refusals) + "\n")

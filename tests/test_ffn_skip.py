@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.harness import compiled, run, strict, visible_error
-from tests.tiny_models import VOCAB, build
 from transformers import DynamicCache, StaticCache
 
 from sparsify import api, ffn_ops
 from sparsify.backends import reference_ffn
 from sparsify.plan import Plan
+from tests.harness import compiled, run, strict, visible_error
+from tests.tiny_models import VOCAB, build
 
 LAYERS = 5
 FP32 = 2e-5

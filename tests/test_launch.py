@@ -130,6 +130,6 @@ def test_kernels_get_every_keyword_of_the_schema(monkeypatch):
 
     monkeypatch.setattr(launch, "_implementation", lambda op, kind: kernel)
     query = torch.zeros(1, 2, 3, 4)
-    call = dict(scale=1.0, causal=True, windows=[], sinks=0, softcap=0.0, block_size=128, seq_major=False, version=ops.VERSION)
-    ops.attention(query, query, query, **call)
+    call = {"scale": 1.0, "causal": True, "windows": [], "sinks": 0, "softcap": 0.0, "block_size": 128, "seq_major": False}
+    ops.attention(query, query, query, version=ops.VERSION, **call)
     assert set(seen) == {argument.name for argument in ops.attention._schema.arguments if argument.kwarg_only}

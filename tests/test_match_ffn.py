@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.tiny_models import EAGER_ONLY, FAMILIES, VOCAB, build
 from torch import nn
 
 from sparsify.match import find_attention
 from sparsify.match_ffn import find_feed_forward
 from sparsify.sites import FeedForwardSite
+from tests.tiny_models import EAGER_ONLY, FAMILIES, VOCAB, build
 
 LAYERS = 2
 # family: layout, activation, norm, post-norm, terms of the sum beside the block

@@ -128,6 +128,7 @@ def test_stretches_cover_what_is_filled_and_share_it():
         for rows in (1, 8, 64, 1000):
             count = stretches(capacity, rows, 132, DecodeTiling(64, 4, 3))
             for filled in {0, 1, capacity // 20, capacity}:
-                length = -(-(-(-filled // 64)) // count) * 64  # as in the kernel's text
+                tiles = -(-filled // 64)
+                length = -(-tiles // count) * 64  # as in the kernel's text
                 assert count * length >= filled
                 assert length <= max(64, -(-filled // count) + 64)
