@@ -11,34 +11,69 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.tables import Record, latest, markdown
+from benchmarks.cells import PEERS, Record, conditions, failure, fastest_dense, groups, latest, markdown, size
 
-TITLE = "The whole op"
+TITLE = "The whole sparse attention call"
 
 
 def table(found: Iterable[Record]) -> str:
-    """One row a call, dense ones first at each length; failures stay visible."""
-    cells = _cells(found)
+    """One row a call, dense ones first at each length; failures stay visible. `kernels` records among `found` are compared with too."""
+    found = list(found)
+    return "\n\n".join(_device_table(cells, found) for cells in groups(_cells(found), lambda r: r["machine"]["gpu"] or "CPU"))
+
+
+def _device_table(cells: list[Record], found: list[Record]) -> str:
+    fastest = fastest_dense(found, cells[0]["machine"]["gpu"])
     rows = []
     for length in sorted({record["length"] for record in cells}):
         here = [record for record in cells if record["length"] == length]
         for record in (r for r in here if r["kind"] == "dense"):
-            rows.append([_tokens(length), record["name"], _milliseconds(record), "–", "–", "1", "–", "–"])
+            best = f"{fastest[length][0] / record['ms']:.2f}" if length in fastest and "ms" in record else "–"
+            rows.append([size(length), f"dense: {PEERS.get(record['name'], record['name'])}", _milliseconds(record),
+                         _over_peers(record, here), best, "1.0", "100.0%", "–", "–"])  # fmt: skip
         for record in sorted((r for r in here if r["kind"] == "sparse"), key=lambda r: (-r["stride"], r["pool"], r["target"])):
-            rows.append(_sparse_row(record))
-    header = ["tokens", "call", "ms", "× fastest dense", "bound", "density", "mass kept", "scratch MiB"]
-    return markdown(header, rows)
+            rows.append(_sparse_row(record, fastest.get(length)))
+    header = ["tokens", "call", "ms (select + attend)", "× peers of the run", "× fastest dense", "bound", "density", "mass kept"]
+    header.append("scratch MiB")
+    return "\n\n".join([_note(cells, fastest), markdown(header, rows)])
 
 
-def _sparse_row(record: Record) -> list[str]:
+def _note(cells: list[Record], fastest: dict[int, tuple[float, str, str]]) -> str:
+    lengths = sorted({record["length"] for record in cells})
+    absent = sorted({PEERS.get(r["name"], r["name"]) for r in cells if r["kind"] == "dense" and "error" in r})
+    known = [f"{size(n)}: {fastest[n][1]}, {fastest[n][0]:.1f} ms (`{fastest[n][2]}` records)" for n in lengths if n in fastest]
+    parts = [
+        "Estimate, selection, index building and attention timed as one call, on structured queries and keys; the parts in brackets are "
+        "timed apart and not added up. **Peers of the run**: over the fastest dense causal attention by others that ran beside it."
+    ]
+    parts += [f"**{', '.join(absent)} did not run there**, so that column flatters."] if absent else []
+    parts.append(
+        "**Fastest dense**: over the least time that any dense kernel, sparsify's own among them, took at this length in any recorded run, "
+        "which need not be this run nor these data" + (f" ({'; '.join(known)})." if known else ": none is recorded for this shape.")
+    )
+    parts.append(
+        "Bound: 1 / (density + the estimate's share of dense attention's operations), what arithmetic allows over dense attention at the "
+        "same rate; over a slower peer it can be passed. Mass kept: mean share of a row's softmax mass in the visited blocks. "
+        + conditions(cells)
+    )
+    return " ".join(parts)
+
+
+def _over_peers(record: Record, here: list[Record]) -> str:
+    peers = [r["ms"] for r in here if r["kind"] == "dense" and "ms" in r and not r["name"].startswith("ours")]
+    return f"{min(peers) / record['ms']:.2f}" if peers and "ms" in record else "–"
+
+
+def _sparse_row(record: Record, fastest: tuple[float, str, str] | None) -> list[str]:
     name = f"{record['pool']}, stride {record['stride']}"
     if "error" in record:
-        return [_tokens(record["length"]), name, _milliseconds(record), "–", "–", f"{record['target']:.1%}", "–", "–"]
+        return [size(record["length"]), name, failure(record["error"]), "–", "–", "–", f"{record['target']:.1%}", "–", "–"]
     return [
-        _tokens(record["length"]),
+        size(record["length"]),
         name,
         f"{record['ms']:.2f} ({record['select_ms']:.2f} + {record['attend_ms']:.2f})",
         f"{record['speedup']:.2f}" if "speedup" in record else "–",
+        f"{fastest[0] / record['ms']:.2f}" if fastest else "–",
         f"{record['bound']:.1f}",
         f"{record['density']:.1%}",
         f"{record['kept_mass']:.3f}",
@@ -51,20 +86,18 @@ def _cells(found: Iterable[Record]) -> list[Record]:
     return latest(chosen, "kind", "length", "name", "stride", "pool", "target", "heads", "kv_heads")
 
 
-def _tokens(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
-
-
 def _milliseconds(record: Record) -> str:
-    return f"{record['ms']:.2f}" if "ms" in record else "failed: " + record.get("error", "")[:60].replace("|", "/")
+    return f"{record['ms']:.2f}" if "ms" in record else failure(record.get("error", ""))
 
 
 def plot(folder: Path) -> list[Path]:
-    """Speed-up over length, one line a density, with the bound 1 / (density + estimate share) dashed; bars by estimate at one density.
+    """Speed-up over density, one line a length, with the bound 1 / (density + estimate share) dashed; bars by estimate at one density.
 
-    Needs matplotlib. Writes `whole_op.png` beside the records; nothing when there are none.
+    Over the fastest dense kernel of all records on the device where there is one for the shape, else over the run's fastest peer. Needs
+    matplotlib. Writes `whole_op.png` beside the records; nothing when there are none.
     """
-    sparse = [r for r in _cells(records.read(sorted(folder.glob("*.jsonl")))) if r["kind"] == "sparse" and "speedup" in r]
+    found = list(records.read(sorted(folder.glob("*.jsonl"))))
+    sparse = [r for r in _cells(found) if r["kind"] == "sparse" and "speedup" in r]
     if not sparse:
         return []
     import matplotlib
@@ -72,28 +105,38 @@ def plot(folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    _by_length(axes[0], [r for r in sparse if (r["stride"], r["pool"]) == (16, "max")])
-    longest = max(r["length"] for r in sparse)
-    _by_estimate(axes[1], [r for r in sparse if r["length"] == longest])
+    newest = max(sparse, key=lambda r: r["time"])["machine"]["gpu"]
+    fastest = fastest_dense(found, newest)
+    sparse = [r | {"best": fastest[r["length"]][0] / r["ms"] if r["length"] in fastest else r["speedup"]} for r in sparse]
+    sparse = [r for r in sparse if r["machine"]["gpu"] == newest]
+    lengths = sorted({r["length"] for r in sparse})
+    figure, axes = pyplot.subplots(1, 1 + len(lengths), figsize=(5.2 * (1 + len(lengths)), 4.6), squeeze=False, layout="constrained")
+    _by_density(axes[0][0], [r for r in sparse if (r["stride"], r["pool"]) == (16, "max")])
+    for axis, length in zip(axes[0][1:], lengths, strict=True):
+        _by_estimate(axis, [r for r in sparse if r["length"] == length])
+    widest = max(max(r["speedup"], r["bound"], r["best"]) for r in sparse)
+    for axis in axes[0][1:]:
+        axis.set_xlim(0, 1.25 * widest)  # room for the mass kept
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=3)
     path = folder / "whole_op.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return [path]
 
 
-def _by_length(axis: Any, found: list[Record]) -> None:
-    for number, density in enumerate(sorted({record["target"] for record in found})):
-        points = sorted((r["length"], r["speedup"], r["bound"]) for r in found if r["target"] == density)
-        lengths, speedups, bounds = zip(*points, strict=True)
-        axis.plot(lengths, speedups, marker="o", color=f"C{number}", label=f"density {density:.0%}")
-        axis.plot(lengths, bounds, linestyle="--", color=f"C{number}", linewidth=1)
-    axis.plot([], [], linestyle="--", color="grey", label="1 / (density + estimate share)")
-    lengths = sorted({record["length"] for record in found})
+def _by_density(axis: Any, found: list[Record]) -> None:
+    for number, length in enumerate(sorted({record["length"] for record in found})):
+        points = sorted((r["density"], r["best"], r["bound"]) for r in found if r["length"] == length)
+        densities, speedups, bounds = zip(*points, strict=True)
+        axis.plot(densities, speedups, marker="o", color=f"C{number}", label=f"{size(length)} tokens")
+        axis.plot(densities, bounds, linestyle="--", color="grey", linewidth=1, label="bound" if number == 0 else None)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [_tokens(length) for length in lengths])
-    axis.set(xlabel="tokens", ylabel="× the fastest dense causal attention", title="exact estimate, stride 16, everything counted")
+    ticks = sorted({record["target"] for record in found})
+    axis.set_xticks(ticks, [f"{density:.0%}" for density in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel="density", ylabel="× the fastest dense kernel measured", title="max, stride 16, everything counted")
     axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
 
@@ -102,12 +145,16 @@ def _by_estimate(axis: Any, found: list[Record]) -> None:
     for record in found:
         counts[record["target"]] = counts.get(record["target"], 0) + 1
     target = max(counts, key=counts.__getitem__)  # the density that all estimates were measured at
-    chosen = sorted((r for r in found if r["target"] == target), key=lambda r: r["speedup"])
+    chosen = sorted((r for r in found if r["target"] == target), key=lambda r: r["best"])
     names = [f"{r['pool']}, stride {r['stride']}" for r in chosen]
-    axis.barh(names, [r["speedup"] for r in chosen], color="C0")
+    axis.barh(names, [r["best"] for r in chosen], color="C0", label="× the fastest dense kernel measured")
+    axis.plot([r["speedup"] for r in chosen], names, "o", color="C1", markersize=4, label="× the run's fastest peer")
     axis.plot([r["bound"] for r in chosen], names, "k|", markersize=12, label="bound")
-    axis.set(xlabel="× the fastest dense causal attention", title=f"{_tokens(chosen[0]['length'])} tokens, density {target:.0%}")
-    axis.legend(fontsize=8)
+    for row, record in enumerate(chosen):
+        axis.text(record["best"] - 0.2, row, f"{record['best']:.1f}", va="center", ha="right", fontsize=8, color="white")
+        axis.text(0.99, row, f"{record['kept_mass']:.2f}", va="center", ha="right", fontsize=8, transform=axis.get_yaxis_transform())
+    axis.set(xlabel="speed-up (right column: mass kept)")
+    axis.set_title(f"{size(chosen[0]['length'])} tokens, density {target:.0%}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Tables and plots out of the recorded results: no number is typed by hand.
 
-    python -m benchmarks.tables             # writes results/README.md and results/*.png
-    python -m benchmarks.tables --check     # fails when results/README.md is not what the records say
+    python -m benchmarks.tables             # writes results/README.md, results/*.png, the marked parts of README.md and docs/benchmarks.md
+    python -m benchmarks.tables --check     # fails when one of the texts is not what the records say
 
 The latest record of a cell on a device counts; failures stay visible.
 """
@@ -10,33 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
+from benchmarks import ffn_plot, headlines, plots, plots_whole_op, records, tables_kernels
+from benchmarks.cells import Record, conditions, failure, groups, latest, markdown, short, size
 from benchmarks.needles import wilson
 
-Record = dict[str, Any]
-
-
-def latest(found: Iterable[Record], *keys: str) -> list[Record]:
-    """The last record of each cell, a cell being the values of `keys` and the device."""
-    cells: dict[str, Record] = {}
-    for record in found:
-        cell = repr([record.get(key) for key in keys] + [record["machine"]["gpu"]])
-        if cell not in cells or record["time"] >= cells[cell]["time"]:
-            cells[cell] = record
-    return list(cells.values())
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _size(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+ROOT = records.RESULTS.parent.parent
 
 
 def _method(record: Record) -> str:
@@ -54,27 +37,11 @@ def _rank(record: Record) -> tuple[Any, ...]:
     return order, parameters.get("pool", ""), parameters.get("stride", 0), parameters.get("threshold", 0), parameters.get("window", 0)
 
 
-def _conditions(found: Sequence[Record]) -> str:
-    """One line that says where a table's numbers come from; several machines or commits are all named."""
-    parts = []
-    for name, label in (("gpu", ""), ("driver", "driver "), ("torch", "torch "), ("triton", "triton "), ("transformers", "transformers ")):
-        values = sorted({str(record["machine"].get(name)) for record in found} - {"None"})
-        parts += [label + ", ".join(values)] if values else (["CPU"] if name == "gpu" else [])
-    commits = sorted({_short(record["machine"].get("commit") or "unknown") for record in found})
-    return "; ".join([*parts, "commit " + ", ".join(commits)]) + "."
-
-
-def _short(commit: str) -> str:
-    """Ten digits, and still saying when the code was not quite that commit's."""
-    name, plus, changes = commit.partition("+")
-    return name[:10] + plus + changes
-
-
 def answers_table(found: Iterable[Record]) -> str:
     """Share of needles right, its 95 % interval, density and NLL: one row a method, one column a length, one table a model and device."""
     cells = latest(found, "model_sha256", "text_sha256", "method", "parameters", "length", "needles", "seeds")
     parts = []
-    for group in _groups(
+    for group in groups(
         cells, lambda r: (r["model"], r["model_sha256"], r["text_sha256"], r["needles"], r["dtype"], r["machine"]["gpu"] or "CPU")
     ):
         lengths = sorted({record["length"] for record in group})
@@ -88,10 +55,10 @@ def answers_table(found: Iterable[Record]) -> str:
         head = (
             f"### {first['model']} ({first['dtype']}): {first['needles']} needles a prompt, {'/'.join(map(str, asked))} asked a cell\n\n"
             "Share right [95 % Wilson interval] · density over causal blocks (sink_window: tokens) · NLL in nats a byte. "
-            f"{_conditions(group)} "
+            f"{conditions(group)} "
             f"Model `{first['model_sha256'][:12]}`, text `{first['text_sha256'][:12]}`."
         )
-        parts.append(head + "\n\n" + markdown(["method", *(f"{_size(length)} bytes" for length in lengths)], rows))
+        parts.append(head + "\n\n" + markdown(["method", *(f"{size(length)} bytes" for length in lengths)], rows))
     return "\n\n".join(parts)
 
 
@@ -99,7 +66,7 @@ def _answer_cell(record: Record | None) -> str:
     if record is None:
         return "–"
     if "error" in record:
-        return "failed: " + record["error"].splitlines()[0][:60].replace("|", "/")
+        return failure(record["error"])
     low, high = wilson(record["right"], record["asked"])
     return f"{record['right'] / record['asked']:.3f} [{low:.2f}, {high:.2f}] · {record['density']:.1%} · {record['nll']:.3f}"
 
@@ -108,7 +75,7 @@ def prefill_table(found: Iterable[Record]) -> str:
     """Milliseconds, speed against eager and peak memory: one row a variant and length."""
     cells = latest(found, "shape", "layers", "variant", "length", "requested_density")
     parts = []
-    for group in _groups(cells, lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
+    for group in groups(cells, lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
         eager = {record["length"]: record["ms"] for record in group if record["variant"] == "eager" and "ms" in record}
         order = {"eager": 0, "inductor": 1, "dense": 2, "xattention": 3}
         rows = []
@@ -117,90 +84,108 @@ def prefill_table(found: Iterable[Record]) -> str:
             if record["variant"] == "xattention":
                 name += f", density {record['requested_density']:g}"
             if "error" in record:
-                rows.append([_size(record["length"]), name, _answer_cell(record), "–", "–", "–"])
+                rows.append([size(record["length"]), name, _answer_cell(record), *["–"] * 5, _commit(record)])
                 continue
             base = eager.get(record["length"])
             peak = f"{record['peak_bytes'] / 2**30:.1f}" if record["peak_bytes"] else "–"
             density = f"{record['density']:.1%}" if record["density"] is not None else "–"
-            rows.append(
-                [_size(record["length"]), name, f"{record['ms']:.1f}", f"{base / record['ms']:.2f}" if base else "–", peak, density]
-            )
+            ratio = f"{base / record['ms']:.2f}" if base else "–"
+            rows.append([size(record["length"]), name, f"{record['ms']:.1f}", ratio, peak, density, *_logits(record), _commit(record)])
         first = group[0]
         head = (
             f"### Prefill of one prompt, shape {first['shape']}, {first['layers']} layers, random weights\n\n"
-            f"Cache on, logits of the last token, medians. {_conditions(group)}"
+            "Cache on, logits of the last token, medians. Logits: the largest difference from eager's over their standard deviation, and "
+            f"whether the likeliest token is the same; random weights give flat logits, and ties turn on rounding. {conditions(group)}"
         )
-        parts.append(head + "\n\n" + markdown(["tokens", "variant", "ms", "× eager", "peak GiB", "density"], rows))
+        header = ["tokens", "variant", "ms", "× eager", "peak GiB", "density", "logits", "same token", "commit"]
+        parts.append(head + "\n\n" + markdown(header, rows))
     return "\n\n".join(parts)
 
 
-def _groups(cells: Iterable[Record], key: Any) -> list[list[Record]]:
-    groups: dict[Any, list[Record]] = {}
-    for record in cells:
-        groups.setdefault(key(record), []).append(record)
-    return [groups[name] for name in sorted(groups, key=repr)]
+def _commit(record: Record) -> str:
+    return short(record["machine"].get("commit") or "unknown")
 
 
-SECTIONS = {"answers": ("Answers", answers_table), "prefill": ("Prefill", prefill_table)}
+def _logits(record: Record) -> list[str]:
+    """Only exact variants are compared with eager."""
+    if record.get("logits_error") is None or record["variant"] == "eager":
+        return ["–", "–"]
+    return [f"{record['logits_error'] / record['logits_std']:.2f}", "yes" if record["same_token"] else "no"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: `table` gets the records of `names`, and of `beside` for comparison; shown when there are any of `names`."""
+
+    title: str
+    names: tuple[str, ...]
+    table: Callable[[Iterable[Record]], str]
+    pictures: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+
+SECTIONS = (
+    Section("Answers", ("answers",), answers_table, ("answers",)),
+    Section("Prefill", ("prefill",), prefill_table, ("prefill",)),
+    Section(plots_whole_op.TITLE, ("whole_op",), plots_whole_op.table, ("whole_op",), beside=("kernels",)),
+    Section("Attention kernels", ("kernels",), tables_kernels.kernels, ("kernels",)),
+    Section("Kernels under compute-sanitizer", ("sanitize",), tables_kernels.sanitize),
+    Section("Decode over kept keys", ("decode_kernel", "decode_store", "decode_model"), tables_kernels.decode),
+    Section("Feed-forward skipping at decode", ("ffn-model", "ffn-stack", "ffn-quality"), tables_kernels.ffn, ("ffn-time", "ffn-quality")),
+)
+WITHOUT_A_TABLE = {"ffn-tilings"}  # they choose what the other records of that benchmark then run with
 
 
 def page(folder: Path) -> str:
     """The whole README.md of the results folder."""
-    found = list(records.read(sorted(folder.glob("*.jsonl"))))
-    parts = ["# Results", "Made by `python -m benchmarks.tables` from the JSON lines in this folder; do not edit."]
-    for benchmark, (title, table) in SECTIONS.items():
-        chosen = [record for record in found if record["benchmark"] == benchmark]
-        if chosen:
-            parts += [f"## {title}", table(chosen)]
-            parts += [f"![{title}]({benchmark}.png)"] if (folder / f"{benchmark}.png").exists() else []
+    found = read(folder)
+    parts = ["# Results", "Made by `python -m benchmarks.tables` from the JSON lines in this folder; do not edit. "
+             "[docs/benchmarks.md](../../docs/benchmarks.md) says how each was measured and what falls short."]  # fmt: skip
+    for section in SECTIONS:
+        if any(record["benchmark"] in section.names for record in found):
+            parts += [
+                f"## {section.title}",
+                section.table([record for record in found if record["benchmark"] in section.names + section.beside]),
+            ]
+            parts += [f"![{name}]({name}.png)" for name in section.pictures if (folder / f"{name}.png").exists()]
+    shown = {name for section in SECTIONS for name in section.names} | WITHOUT_A_TABLE
+    if missed := sorted({record["benchmark"] for record in found} - shown):
+        parts += ["## Records without a table", ", ".join(f"`{name}`" for name in missed)]
     return "\n\n".join(parts) + "\n"
 
 
+def read(folder: Path) -> list[Record]:
+    return list(records.read(sorted(folder.glob("*.jsonl"))))
+
+
 def plot(folder: Path) -> list[Path]:
-    """Answers against density, and prefill time against length, as PNG files beside the records. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = list(records.read(sorted(folder.glob("*.jsonl"))))
-    made = []
-    answers = [
-        r
-        for r in latest((r for r in found if r["benchmark"] == "answers"), "model_sha256", "method", "parameters", "length")
-        if "right" in r
-    ]
-    if answers:
-        lengths = sorted({record["length"] for record in answers})
-        figure, axes = pyplot.subplots(1, len(lengths), figsize=(4.5 * len(lengths), 3.6), squeeze=False, sharey=True, layout="constrained")
-        for axis, length in zip(axes[0], lengths, strict=True):
-            _plot_answers(axis, [record for record in answers if record["length"] == length])
-            axis.set(title=f"{_size(length)} bytes", xlabel="density", xscale="log")
-        axes[0][0].set_ylabel("needles right")
-        axes[0][-1].legend(fontsize=7)
-        made.append(folder / "answers.png")
-        figure.savefig(made[-1], dpi=120)
-    prefill = [r for r in latest((r for r in found if r["benchmark"] == "prefill"), "shape", "layers", "variant", "length") if "ms" in r]
-    if prefill:
-        figure, axis = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
-        for variant in sorted({record["variant"] for record in prefill}):
-            points = sorted((record["length"], record["ms"]) for record in prefill if record["variant"] == variant)
-            axis.plot(*zip(*points, strict=True), marker="o", label=variant)
-        axis.set(xlabel="tokens", ylabel="prefill, ms", xscale="log", yscale="log")
-        axis.legend()
-        made.append(folder / "prefill.png")
-        figure.savefig(made[-1], dpi=120)
-    return made
+    """Every picture of the page, as PNG files beside the records. Needs matplotlib."""
+    found = read(folder)
+    return [*plots.plot(found, folder), *plots_whole_op.plot(folder), *ffn_plot.plot(found, folder)]
 
 
-def _plot_answers(axis: Any, found: list[Record]) -> None:
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for record in found:
-        parameters = record["parameters"]
-        name = f"{parameters['pool']}, stride {parameters['stride']}" if record["method"] == "xattention" else record["method"]
-        curves.setdefault(name, []).append((record["density"], record["right"] / record["asked"]))
-    for name in sorted(curves):
-        axis.plot(*zip(*sorted(curves[name]), strict=True), marker="o", label=name)
+def blocks(found: list[Record]) -> dict[Path, tuple[str, str]]:
+    """Files outside the results folder with a generated part: the part's name and its text."""
+    return {
+        ROOT / "README.md": ("results", headlines.table(found)),
+        ROOT / "docs" / "benchmarks.md": ("shortfalls", headlines.shortfalls(found)),
+    }
+
+
+def filled(text: str, name: str, part: str) -> str:
+    """`text` with `part` between `<!-- name -->` and `<!-- /name -->`. Raises ValueError where the marks are not there once each."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{begin} and {end} have to be there once each, in this order")
+    return f"{text[: text.index(begin)]}{begin}\n{part}\n{text[text.index(end) :]}"
+
+
+def texts(folder: Path) -> dict[Path, str]:
+    """Every generated text by file: the page and, for the repository's own results, the marked parts of other files."""
+    found = {folder / "README.md": page(folder)}
+    if folder.resolve() == records.RESULTS.resolve():
+        found |= {path: filled(path.read_text(), *part) for path, part in blocks(read(folder)).items()}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,15 +193,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=records.RESULTS)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    readme = options.folder / "README.md"
     if options.check:
-        if not readme.exists() or readme.read_text() != page(options.folder):
-            print(f"{readme} is not what the records say: run python -m benchmarks.tables", file=sys.stderr)
-            return 1
-        return 0
+        stale = [path for path, text in texts(options.folder).items() if not path.exists() or path.read_text() != text]
+        for path in stale:
+            print(f"{path} is not what the records say: run python -m benchmarks.tables", file=sys.stderr)
+        return 1 if stale else 0
     plot(options.folder)
-    readme.write_text(page(options.folder))
-    print(readme)
+    for path, text in texts(options.folder).items():
+        path.write_text(text)
+        print(path)
     return 0
 
 
