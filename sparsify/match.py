@@ -42,6 +42,15 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     return [replace(site, index=index) for index, site in enumerate(sites)]
 
 
+def _appended(key: fx.Node, query_len: sympy.Expr) -> bool:
+    """Whether there is one query and its key was put behind older ones. Cross-attention puts nothing anywhere."""
+    if query_len != 1 or key.target not in (torch.cat, "cat") or not key.args or not key.args[0]:
+        return False
+    dim = key.args[1] if len(key.args) > 1 else key.kwargs.get("dim", 0)
+    last = tensor_of(key.args[0][-1])
+    return dim in (2, -2) and last is not None and sizes(last)[2] == 1
+
+
 def is_sdpa(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SDPA
 
@@ -84,7 +93,7 @@ class Matcher:
         if call.get("is_causal", False):
             proof = predicates.top_left_causal(extents, self.shape_env)
         else:
-            proof = predicates.none() if mask is None else self.prove(mask, node, extents)
+            proof = predicates.unmasked(_appended(key_group.node, q[2])) if mask is None else self.prove(mask, node, extents)
         return self.site(
             node,
             query,

@@ -39,6 +39,12 @@ def none() -> MaskPredicate:
     return MaskPredicate(MaskKind.NONE)
 
 
+def unmasked(own_key_last: bool) -> MaskPredicate:
+    """No mask at all. own_key_last: there is one query, and its key is the last: the last row of causal attention, so keys have an order
+    for methods that need one."""
+    return MaskPredicate(MaskKind.PROVED, causal=True, condition="k <= q") if own_key_last else none()
+
+
 def opaque(reason: str, condition: str = "") -> MaskPredicate:
     return MaskPredicate(MaskKind.OPAQUE, reason=reason, condition=condition)
 

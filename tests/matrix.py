@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tests.harness import KEEP_ALL, Run, reference_run, run, strict, visible_error
+from tests.harness import KEEP_ALL, Run, reference_run, run, strict
 from tests.matrix_modes import MODES, Mode
 from tests.matrix_reference import sink_window_run
 from tests.tiny_models import EAGER_ONLY, FAMILIES, build
@@ -87,8 +87,8 @@ REFUSED: tuple[Refused, ...] = (
         "sdpa",
         "generate_static",
         "the mask is an input of the graph",
-        "`generate()` makes the mask of a static cache outside the graph and hands it over as a tensor: nothing can be proved of it, so decode "
-        "stays as it is. The prompt has no mask tensor and is rewritten. Own calls over a `StaticCache` are rewritten throughout.",
+        "`generate()` makes the mask of a static cache outside the graph and hands it over as a tensor: nothing can be proved of it, so "
+        "decode stays as it is. The prompt has no mask tensor and is rewritten. Own calls over a `StaticCache` are rewritten throughout.",
         sites="decode",
     ),
     Refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -9,8 +11,19 @@ from transformers import DynamicCache, StaticCache
 from tests.harness import KEEP_ALL, reference_run, run, strict, visible_error
 from tests.tiny_models import CORE_FAMILIES, VOCAB, build
 
+# The quick run has every family once in tests/test_matrix.py; here it has those that differ most, and the rest is slow.
+TELLING = ("llama", "gemma3", "mistral_window")
 LAYERS = 2
 FP32 = 2e-5
+
+
+def quick(cells, chosen):
+    """The cells as parameters, all but the chosen ones marked slow."""
+    return [pytest.param(*c, marks=() if c in chosen else pytest.mark.slow) for c in cells]
+
+
+def product(*axes):
+    return list(itertools.product(*axes))
 
 
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -32,8 +45,10 @@ def keep_all_options(*passes: str) -> dict:
     return strict(passes=[*passes, "dense"], **{p: KEEP_ALL[p] for p in passes})
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
-@pytest.mark.parametrize("method", ["dense", "xattention", "sink_window"])
+METHODS = ("dense", "xattention", "sink_window")
+
+
+@pytest.mark.parametrize(("family", "method"), quick(product(CORE_FAMILIES, METHODS), product(TELLING, METHODS)))
 def test_prefill_under_keep_all_equals_eager(family, method):
     model = build(family, layers=LAYERS)
     ids = prompt(2, 70)
@@ -49,8 +64,7 @@ def test_prefill_under_keep_all_equals_eager(family, method):
     assert torch.equal(got.value.argmax(-1), want.argmax(-1))
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("family", "side"), quick(product(CORE_FAMILIES, ("left", "right")), product(TELLING, ("right",))))
 def test_padded_batch_under_keep_all_equals_eager(family, side):
     model = build(family, layers=LAYERS)
     inputs = padded(3, 40, side)
@@ -64,9 +78,12 @@ def test_padded_batch_under_keep_all_equals_eager(family, side):
         assert visible_error(got.value, want, inputs["attention_mask"]) < FP32
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
-@pytest.mark.parametrize("inputs", [{"input_ids": prompt(1, 33)}, padded(2, 33, "left")], ids=["alone", "padded"])
-def test_generate_with_a_dynamic_cache(family, inputs):
+PROMPTS = {"alone": {"input_ids": prompt(1, 33)}, "padded": padded(2, 33, "left")}
+
+
+@pytest.mark.parametrize(("family", "prompts"), quick(product(CORE_FAMILIES, PROMPTS), [("llama", "alone"), *product(TELLING, ["padded"])]))
+def test_generate_with_a_dynamic_cache(family, prompts):
+    inputs = PROMPTS[prompts]
     model = build(family, layers=LAYERS)
     call = lambda m: m.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
     with torch.no_grad():
@@ -79,7 +96,7 @@ def test_generate_with_a_dynamic_cache(family, inputs):
     assert any("decode" in r for p in got.plans for d in p.decisions for r in d.refusals)
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
+@pytest.mark.parametrize("family", quick(product(CORE_FAMILIES), product(["llama"])))
 def test_generate_with_a_static_cache(family):
     """generate() hands static-cache graphs an opaque mask: refused, said so, and still token for token equal."""
     model = build(family, layers=LAYERS)
@@ -94,7 +111,7 @@ def test_generate_with_a_static_cache(family):
     assert len(decode.decisions) == LAYERS
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window"])
+@pytest.mark.parametrize("family", quick(product(["llama", "qwen3", "mistral_window"]), product(["mistral_window"])))
 def test_own_calls_with_a_static_cache(family):
     """Prefill, a chunk and decode into a preallocated cache: the start is the cache's length, not bottom-right."""
     model = build(family, layers=LAYERS)
@@ -112,7 +129,7 @@ def test_own_calls_with_a_static_cache(family):
     assert visible_error(got.value, want) < FP32
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
+@pytest.mark.parametrize("family", quick(product(CORE_FAMILIES), product(["llama", "gemma3"])))
 def test_chunked_prefill_and_second_turn(family):
     model = build(family, layers=LAYERS)
     ids = prompt(2, 60)
@@ -132,8 +149,7 @@ SPARSE = {"stride": 8, "block": 64, "threshold": 0.5, "pool": "max"}
 WIDE = {"hidden_size": 256, "head_dim": 64}
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
-@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize(("family", "side"), quick(product(CORE_FAMILIES, (None, "left")), [("llama", None), *product(TELLING, ["left"])]))
 def test_forced_xattention_equals_the_masked_reference(family, side):
     wide = {k: v for k, v in WIDE.items() if k != "head_dim" or family in ("qwen3", "gemma3")}
     extra = {"sliding_window": 4096} if family in ("gemma3", "mistral_window") else {}
@@ -151,8 +167,9 @@ def test_forced_xattention_equals_the_masked_reference(family, side):
     assert visible_error(got.value, dense, mask) > 100 * FP32
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
-@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize(
+    ("family", "side"), quick(product(("llama", "qwen2", "phi3"), (None, "left", "right")), product(["llama"], ("left", "right")))
+)
 def test_forced_sink_window_equals_the_masked_reference(family, side):
     model = build(family, layers=LAYERS)
     inputs = {"input_ids": prompt(2, 50)} if side is None else padded(2, 50, side)
