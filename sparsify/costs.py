@@ -16,6 +16,9 @@ from sparsify.sites import AttentionSite, FeedForwardSite
 # Share of the matrix ceiling that each kernel family sustains, from benchmarks/results on an H200.
 EFFICIENCY = {"sdpa": 0.86, "hopper": 0.95, "triton": 0.62, "reference": 0.05, "estimate": 0.9}
 
+# A lossy method acts by default only where it takes at most this share of dense attention's time: less is no price for an answer.
+_WORTH = 0.5
+
 _LENGTH = sympy.Symbol("n", integer=True, positive=True)
 
 
@@ -69,7 +72,8 @@ def expected_density(length: sympy.Expr) -> sympy.Expr:
 
 @functools.cache
 def antidiagonal_crossover(device: Device, stride: int, block: int, head_dim: int, density: float | None, kernel: str = "triton") -> int:
-    """Smallest prompt length (a multiple of 1024 tokens) from which estimate + block-sparse attention is expected to beat dense.
+    """Smallest prompt length (a multiple of 1024 tokens) from which estimate + block-sparse attention is expected to halve dense
+    attention's time; with a density given, to beat it.
 
     Solved per head on the formulas above for a causal prefill of n tokens; launches are shared by 32 heads.
     """
@@ -78,7 +82,8 @@ def antidiagonal_crossover(device: Device, stride: int, block: int, head_dim: in
     share = expected_density(_LENGTH) if density is None else sympy.Float(density)
     sparse = 4 * pairs * head_dim * share / (device.flops * EFFICIENCY[kernel])
     sparse += 2 * pairs * head_dim / stride / (device.flops * EFFICIENCY["estimate"]) + 3 * device.launch / 32
-    gain = sympy.lambdify(_LENGTH, dense - sparse)
+    worth = _WORTH if density is None else 1  # who asks for a density has decided what it is worth
+    gain = sympy.lambdify(_LENGTH, dense * worth - sparse)
     low, high = 1, 4096
     if gain(high * 1024) <= 0:
         return high * 1024
