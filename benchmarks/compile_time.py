@@ -1,0 +1,127 @@
+"""What sparsify adds to compiling: a small llama's prompt and next token, cold and with Inductor's caches warm, beside Inductor alone.
+
+    python -m benchmarks.compile_time [--layers 2] [--length 256] [--hidden 256]
+
+Every measurement is a fresh process with a cache folder of its own; warm runs come second in the same folder. CPU seconds of the process
+and its children (compilers), so that a busy machine changes little; Inductor compiles in one thread. Appends to
+results/compile_time.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+
+ROOT = Path(__file__).parent.parent
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def child(backend: str, layers: int, length: int, hidden: int) -> dict[str, float]:
+    """One process: seconds from the first call to the end of the second, and what of them sparsify's own stages and lowering took."""
+    import torch
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    from sparsify import pipeline
+
+    spent = {"compile": 0.0, "lower": 0.0}
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = _cpu_seconds()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] += _cpu_seconds() - start
+
+        return call
+
+    pipeline.lower = timed("lower", pipeline.lower)
+    pipeline.compile_graph = timed("compile", pipeline.compile_graph)
+    torch.manual_seed(0)
+    heads = hidden // 64
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=layers, **sizes)).eval()
+    ids = torch.randint(0, 512, (2, length))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    start, cpu = time.perf_counter(), _cpu_seconds()
+    model.compile(backend=backend)  # inside the clock: it imports Inductor for one backend, the first call does for the other
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        model(input_ids=ids[:, -1:], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=cache)
+    return {
+        "seconds": _cpu_seconds() - cpu,
+        "wall_s": time.perf_counter() - start,
+        "own_s": spent["compile"] - spent["lower"],
+        "lower_s": spent["lower"],
+    }
+
+
+def _run(backend: str, folder: str, sizes: list[str]) -> dict[str, float]:
+    variables = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--child", backend, *sizes]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise RuntimeError(f"{backend}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(layers: int = 2, length: int = 256, hidden: int = 256) -> dict[str, Any]:
+    """Seconds of CPU of both backends, cold and warm, sparsify's own stages among them, and the ratios."""
+    sizes = ["--layers", str(layers), "--length", str(length), "--hidden", str(hidden)]
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for backend in ("inductor", "sparsify"):
+        with tempfile.TemporaryDirectory() as folder:
+            for state in ("cold", "warm"):
+                times[backend, state] = _run(backend, folder, sizes)
+    record: dict[str, Any] = {"layers": layers, "length": length, "hidden": hidden}
+    for (backend, state), measured in times.items():
+        record[f"{backend}_{state}_s"] = measured["seconds"]
+        record[f"{backend}_{state}_wall_s"] = measured["wall_s"]
+    ours = times["sparsify", "cold"]
+    return record | {
+        "own_s": ours["own_s"],
+        "own_warm_s": times["sparsify", "warm"]["own_s"],
+        "sparsify_lower_s": ours["lower_s"],
+        "cold_ratio": record["sparsify_cold_s"] / record["inductor_cold_s"],
+        "warm_ratio": record["sparsify_warm_s"] / record["inductor_warm_s"],
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.child:
+        print(json.dumps(child(given.child, given.layers, given.length, given.hidden)))
+        return 0
+    record = measure(given.layers, given.length, given.hidden)
+    records.append(records.RESULTS / "compile_time.jsonl", "compile_time", **record)
+    print(json.dumps(record, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
