@@ -100,5 +100,5 @@ def test_our_stages_are_a_small_share_of_compiling():
     """Cold: matching, planning and rewriting take at most a tenth of what Inductor takes. Warm: no more than plain Inductor's start."""
     record = measure(layers=2)
     assert record["own_s"] <= 0.1 * record["sparsify_lower_s"], record
-    assert record["cold_ratio"] <= 1.1 + 0.15, record  # the ratio of two noisy times; own_s above is the exact claim
-    assert record["warm_ratio"] <= 1.15, record
+    assert record["cold_ratio"] <= 1.1, record
+    assert record["warm_ratio"] <= 1.1, record  # 1.0 is what is claimed, and two starts of the same program differ by several per cent
