@@ -31,7 +31,7 @@ EXPECTED = {
     "phi": ("plain", "gelu_tanh", "none", "none", 2),
     "stablelm": ("split", "silu", "layer", "none", 1),
 }
-REFUSED = {"falcon": "in place", "falcon_alibi": "in place", "gpt_oss": "experts", "qwen3_moe": "experts", "mixtral": "experts"}
+REFUSED = dict.fromkeys(("falcon", "falcon_mqa", "falcon_alibi"), "in place") | dict.fromkeys(("gpt_oss", "qwen3_moe", "mixtral"), "experts")
 
 
 def sites_of(function, *inputs, **keywords) -> list[FeedForwardSite]:
