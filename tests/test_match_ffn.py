@@ -31,7 +31,8 @@ EXPECTED = {
     "phi": ("plain", "gelu_tanh", "none", "none", 2),
     "stablelm": ("split", "silu", "layer", "none", 1),
 }
-REFUSED = dict.fromkeys(("falcon", "falcon_mqa", "falcon_alibi"), "in place") | dict.fromkeys(("gpt_oss", "qwen3_moe", "mixtral"), "experts")
+_IN_PLACE, _EXPERTS = ("falcon", "falcon_mqa", "falcon_alibi"), ("gpt_oss", "qwen3_moe", "mixtral")
+REFUSED = dict.fromkeys(_IN_PLACE, "in place") | dict.fromkeys(_EXPERTS, "experts")
 
 
 def sites_of(function, *inputs, **keywords) -> list[FeedForwardSite]:
