@@ -76,6 +76,11 @@ def alibi_slopes_flat(bias: fx.Node, site: fx.Node, extents: Extents, memory: Me
         if shape[2:] != sizes(tensor_of(bias))[1:]:
             return None
         return _slopes(reading, reading.at(source, *place.values()))
+    # transformers 5.17: [batch, heads, keys], which gets a dimension of one query
+    if bias.target in ("reshape", "view") and shape == (extents.batch, extents.heads, extents.key_len):
+        if sizes(tensor_of(bias))[1:] != (1, extents.key_len):
+            return None
+        return _slopes(reading, reading.at(source, place[BATCH], place[HEAD], place[KEY]))
     return None
 
 

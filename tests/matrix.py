@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from tests.harness import KEEP_ALL, Run, reference_run, run, strict
 from tests.matrix_modes import MODES, Mode
@@ -52,7 +53,8 @@ class Cell:
 @dataclass(frozen=True)
 class Refused:
     """Sites that stay as they are. families, attention, modes: where, as regular expressions. sites: "all", or of one phase, or the
-    sites of the graph of that number. reason: a part of the refusal's text. because: the sentence for the documentation."""
+    sites of the graph of that number. reason: a part of the refusal's text. because: the sentence for the documentation. release: the only
+    release of transformers where it is so, any if empty."""
 
     families: str
     attention: str
@@ -60,8 +62,15 @@ class Refused:
     reason: str
     because: str
     sites: str = "all"
+    release: str = ""
 
     def covers(self, cell: Cell) -> bool:
+        return self.is_of(transformers.__version__) and self.is_about(cell)
+
+    def is_of(self, release: str) -> bool:
+        return not self.release or release.startswith(f"{self.release}.")
+
+    def is_about(self, cell: Cell) -> bool:
         place = ((self.families, cell.family), (self.attention, cell.attention), (self.modes, cell.mode))
         return all(re.fullmatch(pattern, name) for pattern, name in place)
 
@@ -75,8 +84,9 @@ class Broken:
     modes: str
     message: str
     because: str
+    release: str = ""
 
-    covers = Refused.covers
+    covers, is_of, is_about = Refused.covers, Refused.is_of, Refused.is_about
 
 
 NOT_BLOOM = r"(?!bloom|falcon_alibi)\w+"  # bloom makes its mask inside the graph
@@ -107,6 +117,14 @@ REFUSED: tuple[Refused, ...] = (
         "position.",
     ),
     Refused(
+        "bloom",
+        "eager",
+        "generate|generate_static|second_turn|beam",
+        "the scores carry a bias that is not slope times key position",
+        "`generate()` hands over a mask of ones, and Bloom's alibi is counted from it.",
+        release="5.17",
+    ),
+    Refused(
         "falcon_alibi",
         "sdpa",
         "(?!.*static).*",
@@ -131,6 +149,14 @@ REFUSED: tuple[Refused, ...] = (
     ),
 )
 BROKEN: tuple[Broken, ...] = (
+    Broken(
+        "bloom",
+        "eager",
+        "static",
+        "expanded size",
+        "Bloom's alibi does not fit a preallocated cache.",
+        release="5.17",
+    ),
     Broken(
         "falcon_alibi",
         ".*",

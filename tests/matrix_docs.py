@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.matrix import BY_TOKEN, Broken, Cell, Refused, attentions, broken_by, refused_by
+from tests.matrix import BROKEN, BY_TOKEN, REFUSED, Broken, Cell, Refused, attentions
 from tests.matrix_modes import MODES
 from tests.tiny_models import CORE_FAMILIES, FAMILIES
 
@@ -28,6 +28,11 @@ def document() -> str:
             marks = [_mark(Cell(family, attention, mode, "keep_all"), notes) for mode in MODES]
             lines.append(f"| {family} | {attention} | " + " | ".join(marks) + " |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+    older = sorted({(e.release, e.families, e.modes.replace("|", ", "), e.because) for e in (*REFUSED, *BROKEN) if e.release})
+    if older:
+        lines += ["Only in older releases of transformers:", ""]
+        lines += [f"- {release}, {families}, {modes}: {because}" for release, families, modes, because in older]
+        lines.append("")
     lines += [
         f"The sparse runs force `xattention` everywhere but in {', '.join(BY_TOKEN)}, where they force `sink_window`: softcap, sink logits",
         "and alibi are outside `xattention`'s estimate, which says so and leaves those sites to the next method. Families that the first",
@@ -37,10 +42,10 @@ def document() -> str:
 
 
 def _mark(cell: Cell, notes: list[str]) -> str:
-    broken = broken_by(cell)
+    broken = next((b for b in BROKEN if not b.release and b.is_about(cell)), None)
     if broken is not None:
         return "–" + _note(broken, notes)
-    refused = refused_by(cell)
+    refused = [r for r in REFUSED if not r.release and r.is_about(cell)]
     if not refused:
         return "●"
     return ("○" if any(r.sites == "all" for r in refused) else "◐") + "".join(_note(r, notes) for r in refused)

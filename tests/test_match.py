@@ -327,6 +327,17 @@ def alibi(q, k, v):
     return torch.softmax(scores.masked_fill(~causal(scores), LOWEST), -1) @ v
 
 
+def counted_alibi(q, k, v):
+    """As Bloom in transformers 5.17: positions counted from a mask of ones, batch and heads merged."""
+    batch, heads, length, dim = q.shape
+    slopes = torch.pow(torch.tensor(0.5), torch.arange(1, 5))
+    positions = (torch.ones(batch, length, dtype=torch.int64).cumsum(-1) - 1)[:, None]
+    bias = (slopes[..., None] * positions).reshape(batch * heads, 1, length)
+    flat = lambda x: x.reshape(batch * heads, length, dim)
+    scores = bias.baddbmm(flat(q), flat(k).transpose(-1, -2), beta=1.0, alpha=0.3).view(batch, heads, length, length)
+    return torch.softmax(scores + torch.where(causal(scores), 0.0, LOWEST), -1) @ v
+
+
 def sinks(q, k, v):
     scores = q @ k.transpose(-1, -2) * 0.3
     scores = scores + torch.where(causal(scores), 0.0, LOWEST)
@@ -342,6 +353,7 @@ MATCHES = {
     "maximum subtracted": maximum_subtracted,
     "dropout off": lambda q, k, v: F.dropout(weights(q, k), 0.5, False) @ v,
     "slopes": alibi,
+    "counted slopes": counted_alibi,
     "sinks": sinks,
     "one key head": lambda q, k, v: weights(q, k[:, :1]) @ v[:, :1],
     "grouped": lambda q, k, v: weights(q, grouped(k[:, :2])) @ grouped(v[:, :2]),
