@@ -18,7 +18,8 @@ from tests.tiny_models import VOCAB, build
 
 LAYERS = 5
 FP32 = 2e-5
-FAMILIES = ("llama", "gemma3", "phi3", "gpt_neox", "gpt2", "olmo2")
+# the quick run has one with gates and norms on both sides, and one with neither
+FAMILIES = ("gemma3", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "phi3", "gpt_neox", "olmo2")))
 
 
 def skipping(**options) -> dict:
@@ -99,7 +100,7 @@ def test_a_threshold_above_one_is_dense(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("skip", [1, 3])
+@pytest.mark.parametrize("skip", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_threshold_minus_one_leaves_out_the_blocks_after_each_computed_one(family, skip):
     model = build(family, layers=LAYERS)
     call = steps(prompt(2, 13))
@@ -169,7 +170,7 @@ def test_real_similarity_decides_row_by_row():
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("length", [1, 9, 33])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 9, pytest.param(33, marks=pytest.mark.slow)])
 def test_generate_stays_dense_for_the_first_tokens(cache, length):
     model = build("llama", layers=LAYERS)
     warmup, tokens = 3, 7
