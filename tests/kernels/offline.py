@@ -6,6 +6,8 @@ ptxas and cuobjdump come in Triton's wheel. Triton does not reject too much shar
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import tempfile
@@ -27,6 +29,34 @@ class Resources:
     wgmma: int
     mma: int
     cp_async: int
+
+
+BUDGETS = Path(__file__).parents[1] / "goldens" / "kernels" / "budgets.json"
+
+
+def within_budget(name: str, used: Resources) -> None:
+    """Fails when a kernel takes more registers, spilled bytes or shared memory than tests/goldens/kernels/budgets.json allows it.
+
+    SPARSIFY_ACCEPT=1 writes what it takes; run that without -n, in one process. ptxas comes with Triton: another release's numbers are
+    not compared.
+    """
+    import triton
+
+    takes = {"registers": used.registers, "spilled": used.spilled, "shared": used.shared}
+    book = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"triton": triton.__version__, "kernels": {}}
+    if os.environ.get("SPARSIFY_ACCEPT") == "1":
+        book = {"triton": triton.__version__, "kernels": dict(sorted({**book["kernels"], name: takes}.items()))}
+        rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in book["kernels"].items())
+        BUDGETS.write_text(f'{{"triton": {json.dumps(book["triton"])}, "kernels": {{\n{rows}\n}}}}\n')
+        return
+    if book["triton"] != triton.__version__:
+        return
+    allowed = book["kernels"].get(name)
+    if allowed is None:
+        raise AssertionError(f"{name} has no budget: SPARSIFY_ACCEPT=1 writes one")
+    over = {key: f"{takes[key]} > {allowed[key]}" for key in takes if takes[key] > allowed[key]}
+    if over:
+        raise AssertionError(f"{name} outgrew its budget: {over}")
 
 
 def compile_kernel(

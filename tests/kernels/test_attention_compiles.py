@@ -7,7 +7,7 @@ import pytest
 from sparsify.backends import source
 from sparsify.backends.triton_attention import AttentionSpec, arguments, attention_source
 from tests.kernel_specs import CLAUSES, spec
-from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel
+from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
 pytest.importorskip("triton")
 
@@ -27,6 +27,7 @@ def compiled(chosen: AttentionSpec, arch: int) -> Resources:
 @pytest.mark.parametrize("clause", CLAUSES)
 def test_hopper_without_spills(clause):
     used = compiled(spec(clause), 90)
+    within_budget(f"attention {clause} sm_90", used)
     assert used.spilled == 0
     assert used.shared <= SHARED_LIMIT[90]
     # a decode tile has too few rows for a warpgroup's instruction

@@ -6,7 +6,7 @@ import pytest
 
 from sparsify.backends import source
 from sparsify.backends.triton_decode import DecodeSpec, arguments, choose_tiling, decode_source
-from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel
+from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
 pytest.importorskip("triton")
 
@@ -35,6 +35,7 @@ ALL = {"softcap": True, "sink_logits": True, "padded": True, "turning": True}
 @pytest.mark.parametrize("clauses", [{}, ALL], ids=["plain", "all"])
 def test_split(arch, clauses):
     used = compiled(spec(**clauses), arch, "split")
+    within_budget(f"decode split {'all' if clauses else 'plain'} sm_{arch}", used)
     assert used.spilled == 0 and used.mma > 0
     assert used.cp_async > 0, "loads run ahead of the arithmetic"
     # two thread blocks a multiprocessor share its memory

@@ -7,7 +7,7 @@ import pytest
 from sparsify.backends import source
 from sparsify.backends.ffn_source import FfnSpec, choose_tiling, ffn_source, needs_normalise
 from sparsify.backends.ffn_template import START
-from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel
+from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
 pytest.importorskip("triton")
 
@@ -60,6 +60,7 @@ def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str
 def test_hopper(family, rows):
     used = compiled(spec(family, rows=rows), 90)
     for name, resources in used.items():
+        within_budget(f"ffn {name} {family} {rows} rows sm_90", resources)
         assert resources.spilled == 0, name
         assert resources.shared <= SHARED_LIMIT[90]
     for name in ("widen", "narrow"):

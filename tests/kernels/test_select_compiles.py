@@ -6,7 +6,7 @@ import pytest
 
 from sparsify.backends import source
 from sparsify.backends.select_source import POINTER_TILING, TMA_TILING, SelectSpec, choose_arguments, generate, score_arguments
-from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel
+from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
 pytest.importorskip("triton")
 
@@ -58,6 +58,7 @@ def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexpr
 @pytest.mark.parametrize("clause", CLAUSES)
 def test_hopper_scores_without_spills(clause):
     used = compiled(spec(clause), "score", 90, 8)
+    within_budget(f"select score {clause} sm_90", used)
     assert used.spilled == 0
     assert used.shared <= SHARED_LIMIT[90]
     assert used.wgmma > 0
@@ -91,6 +92,7 @@ def test_hopper_rounds_without_spills(stride, head_dim):
 def test_hopper_chooses_without_spills(clause, width):
     chosen = spec(clause)
     used = compiled(chosen, "choose", 90, max(1, width // 1024), TILES=width // chosen.tile_blocks)
+    within_budget(f"select choose {clause} {width} sm_90", used)
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
 
 
