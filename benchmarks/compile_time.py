@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.cells import Record, markdown
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +107,21 @@ def measure(layers: int = 2, length: int = 256, hidden: int = 256) -> dict[str, 
         "cold_ratio": record["sparsify_cold_s"] / record["inductor_cold_s"],
         "warm_ratio": record["sparsify_warm_s"] / record["inductor_warm_s"],
     }
+
+
+def table(found: Iterable[Record]) -> str:
+    """One row per model; the latest record of each counts."""
+    last = {(r["layers"], r["hidden"], r["length"], r["machine"]["torch"]): r for r in found}
+    rows = [
+        [
+            f"{layers} layers, {hidden} wide, {length} tokens, torch {release}",
+            *(f"{r[f'{backend}_{state}_s']:.1f}" for state in ("cold", "warm") for backend in ("inductor", "sparsify")),
+            f"{r['own_s']:.2f}",
+        ]
+        for (layers, hidden, length, release), r in sorted(last.items())
+    ]
+    columns = [f"{backend}, {state}, s" for state in ("cold", "warm") for backend in ("Inductor", "sparsify")]
+    return markdown(["llama, prompt and next token", *columns, "own stages, s"], rows)
 
 
 def main(arguments: list[str]) -> int:
