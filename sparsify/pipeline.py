@@ -120,7 +120,22 @@ def copy_graph(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node] | None = None
     graph._codegen = gm.graph._codegen
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
+    _keep_sources(gm, copy, values)
     return copy
+
+
+def _keep_sources(gm: fx.GraphModule, copy: fx.GraphModule, mapping: dict[fx.Node, fx.Node]) -> None:
+    """What Dynamo knows of the inputs lies in attributes that fx does not copy.
+
+    Without it AOTAutograd takes no input for static: CUDA graphs then copy every weight on every call, and are given up where an input
+    such as a cache is changed. Duplicate inputs would go without a guard.
+    """
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    for node, twin in mapping.items():
+        if node.op == "placeholder" and hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:

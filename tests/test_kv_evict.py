@@ -147,6 +147,34 @@ def test_ordinary_caches_are_refused_with_the_hint(llama, ids):
         assert all(kind in d.reason and "sparsify.SparseCache(" in d.reason for d in plan.decisions)
 
 
+@torch.no_grad()
+def test_only_the_token_is_copied_into_a_cuda_graph(llama, ids):
+    """Weights and the cache keep their addresses: else each replay copies them, and a changed input rules CUDA graphs out."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    static = []
+
+    def look(gm, inputs):
+        static.append(len(inputs) - len(torch._guards.TracingContext.get().fw_metadata.static_input_indices))
+        return gm.forward
+
+    def backend(gm, inputs):
+        _, rewritten, _ = pipeline.rewrite_graph(gm, config.load({}, method_models=discover()), Trace(None))
+        assert count(rewritten, cache_ops.decode) == 2
+        return aot_autograd(fw_compiler=look)(rewritten, inputs)
+
+    cache = make(llama, batch_size=2, device="cpu", dtype=torch.float32)
+    reference.through(llama, cache, ids, [PROMPT])
+    torch._dynamo.reset()
+    forward = torch.compile(llama, backend=backend, fullgraph=True)
+    for again in (cache, make(llama, batch_size=2, device="cpu", dtype=torch.float32)):
+        if again is not cache:
+            reference.through(llama, again, ids, [PROMPT])
+        forward(ids[:, :1], past_key_values=again)
+    torch._dynamo.reset()
+    assert static == [1]
+
+
 def step(between=None, readers=1):
     """A hand-written decode step with an optional node between store and attention."""
     graph = fx.Graph()
