@@ -1,9 +1,11 @@
-"""How fast decode is over kept keys: the kernel alone beside SDPA, and a whole model a token at a time.
+"""How fast decode is over kept keys: the kernel alone beside SDPA, and a whole model a token at a time; and what evicting costs a prompt.
 
     python -m benchmarks.decode kernel --lengths 32768 131072 524288          # GB/s of K and V read, full and by share
     python -m benchmarks.decode kernel --sweep                               # the same for every tiling
     python -m benchmarks.decode store --lengths 131072                       # scoring and eviction of one layer after a prompt
+    python -m benchmarks.decode prefill --lengths 32768 131072               # a whole prompt: time, scoring and eviction in it, memory
     python -m benchmarks.decode model --prompt 131072 --budget 4096 --batch 1 8
+    python -m benchmarks.decode model --prompt 131072 --variants static+inductor   # every key kept, compiled: what it is compared with
 
 Shapes are Llama-3.1-8B's, bf16. Appends to results/decode.jsonl.
 """
@@ -12,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsify.backends.cache_launch  # noqa: F401  registers the ops
-from benchmarks import records
-from benchmarks.prefill import build
-from sparsify import SparseCache, cache_ops, policies
+from benchmarks import decode_model, records
+from sparsify import cache_ops, policies
 from sparsify.backends.triton_decode import DecodeTiling, cache_decode
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -139,67 +138,9 @@ def store(options: argparse.Namespace) -> None:
         records.append(options.out, "decode_store", **facts, ms=ms)
 
 
-@torch.no_grad()
-def model(options: argparse.Namespace) -> None:
-    """Milliseconds a token, of a compiled model over a SparseCache; with `--real` the prompt is run, else slots are filled at random."""
-    device = options.device
-    network = build(options.shape, options.layers, device)
-    for batch in options.batch:
-        dtype = next(network.parameters()).dtype
-        cache = SparseCache(network.config, options.policy, options.budget, batch_size=batch, device=device, dtype=dtype)
-        prefill_ms = None
-        if options.real:
-            ids = torch.randint(0, network.config.vocab_size, (batch, options.prompt), device=device)
-            start = time.perf_counter()
-            network(ids, past_key_values=cache, logits_to_keep=1).logits.sum().item()
-            prefill_ms = 1e3 * (time.perf_counter() - start)
-        else:
-            fill(cache, options.prompt)
-        torch._dynamo.reset()
-        settings = {"mode": options.mode} if options.mode else {}
-        forward = torch.compile(network, backend=options.backend, fullgraph=True, **backend_options(options.backend, settings))
-        token, times = torch.ones(batch, 1, dtype=torch.int64, device=device), []
-        for _ in range(options.warmup + options.tokens):
-            torch.compiler.cudagraph_mark_step_begin()
-            start = time.perf_counter()
-            token = forward(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-        values = {
-            "ms_per_token": statistics.median(times[options.warmup :]),
-            "prefill_ms": prefill_ms,
-            "kept_bytes": cache.kept_bytes(),
-            "kept_over_budget": cache.layers[0].keys.shape[2] / options.budget,
-            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-            "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
-        }
-        facts = {"backend": options.backend, "batch": batch, "prompt": options.prompt, "budget": options.budget, "policy": options.policy}
-        print(facts, values, flush=True)
-        records.append(options.out, "decode_model", **facts, shape=options.shape, mode=options.mode, **values)
-        del cache, forward
-
-
-def backend_options(backend: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """torch takes mode or options, but not both; sparsify takes the mode among its options."""
-    return {"options": {"strict": True, **settings}} if backend == "sparsify" else settings
-
-
-def fill(cache: SparseCache, tokens: int) -> None:
-    """Slots as after a prompt of `tokens` tokens, with random content."""
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.positions.copy_(torch.arange(layer.layout.capacity) + tokens - layer.layout.capacity)
-        layer.counts.fill_(layer.layout.capacity)
-        layer.seen.fill_(tokens)
-        layer.length.fill_(tokens)
-        layer.started = True
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["kernel", "store", "model"])
+    parser.add_argument("benchmark", choices=["kernel", "store", "prefill", "model"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 524288])
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.25, 0.05])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -208,8 +149,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policy", default="snapkv")
     parser.add_argument("--budget", type=int, default=4096)
     parser.add_argument("--prompt", type=int, default=131072)
-    parser.add_argument("--real", action="store_true", help="run the prompt instead of filling the cache at random")
-    parser.add_argument("--backend", default="sparsify", choices=["sparsify", "inductor"])
+    parser.add_argument("--variants", nargs="+", default=["sparsify"], choices=list(decode_model.VARIANTS))
     parser.add_argument("--mode", default="reduce-overhead")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--warmup", type=int, default=8)
@@ -222,7 +162,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    {"kernel": kernel, "store": store, "model": model}[options.benchmark](options)
+    {"kernel": kernel, "store": store, "prefill": decode_model.prefill, "model": decode_model.model}[options.benchmark](options)
     return 0
 
 

@@ -59,6 +59,7 @@ def test_a_cuda_graph_replays_step_by_step():
 
 @pytest.mark.parametrize("policy, budget", [("streaming_llm", 40), ("snapkv", 48), ("snapkv", 512)])
 @torch.no_grad()
+@torch._inductor.config.patch("triton.cudagraph_or_error", True)  # says why, where CUDA graphs are skipped
 def test_reduce_overhead_gives_the_same_logits(policy, budget):
     model = build("llama").to("cuda")
     ids = torch.randint(3, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0)).to("cuda")

@@ -1,0 +1,192 @@
+"""A whole model over a SparseCache, beside the same model over a cache of transformers: a token at a time, and a prompt. Run by
+`benchmarks.decode model` and `benchmarks.decode prefill`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
+
+from benchmarks import records
+from benchmarks.prefill import Clock, build
+from sparsify import SparseCache, cache_ops
+
+# what holds the keys, and what compiles the model
+VARIANTS = {"sparsify": ("sparse", "sparsify"), "sparse+inductor": ("sparse", "inductor"), "static+inductor": ("static", "inductor")}
+
+
+@torch.no_grad()
+def model(options: argparse.Namespace) -> None:
+    """Milliseconds a token of a compiled model; the cache is filled at random, which costs what a prompt's keys cost."""
+    network = build(options.shape, options.layers, options.device)
+    for variant in options.variants:
+        for batch in options.batch:
+            _model(options, network, variant, batch)
+
+
+def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str, batch: int) -> None:
+    _clean(options.device)
+    kind, backend = VARIANTS[variant]
+    make = _sparse if kind == "sparse" else _static
+    cache = make(options, network, batch)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # torch takes mode or options, but not both; sparsify takes the mode among its options
+    mode = {"mode": options.mode} if options.mode else {}
+    settings = {"options": {"strict": True, **mode}} if backend == "sparsify" else mode
+    forward = torch.compile(network, backend=backend, fullgraph=True, **settings)
+    token, times = torch.ones(batch, 1, dtype=torch.int64, device=options.device), []
+    started = time.perf_counter()
+    for _ in range(options.warmup + options.tokens):
+        torch.compiler.cudagraph_mark_step_begin()
+        start = time.perf_counter()
+        token = forward(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        _wait(options.device)
+        times.append(1e3 * (time.perf_counter() - start))
+    measured = times[options.warmup :]
+    values = {
+        "ms_per_token": statistics.median(measured),
+        "slowest_ms": max(measured),
+        "compile_s": time.perf_counter() - started - sum(measured) / 1e3,
+        "weight_bytes": _weights(network),
+        "cache_bytes": _cache_bytes(cache),
+        "kept_over_budget": _over_budget(cache, options.budget, batch),
+        "peak_bytes": _peak(options.device),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
+    }
+    facts = {"variant": variant, "batch": batch, "prompt": options.prompt, "budget": options.budget, "policy": options.policy}
+    if kind != "sparse":
+        facts |= {"budget": None, "policy": None}
+    print(facts, values, flush=True)
+    records.append(
+        options.out, "decode_model", **facts, shape=options.shape, layers=network.config.num_hidden_layers, mode=options.mode, **values
+    )
+
+
+def _sparse(options: argparse.Namespace, network: LlamaForCausalLM, batch: int) -> SparseCache:
+    cache = _empty(options, network, batch)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        capacity = layer.layout.capacity
+        layer.positions.copy_(torch.arange(capacity, device=layer.positions.device) + options.prompt - capacity)
+        layer.counts.fill_(capacity)
+        layer.seen.fill_(options.prompt)
+        layer.length.fill_(options.prompt)
+        layer.started = True
+    return cache
+
+
+def _empty(options: argparse.Namespace, network: LlamaForCausalLM, batch: int) -> SparseCache:
+    return SparseCache(network.config, options.policy, options.budget, batch_size=batch, device=options.device, dtype=network.dtype)
+
+
+def _static(options: argparse.Namespace, network: LlamaForCausalLM, batch: int) -> StaticCache:
+    config = network.config
+    cache = StaticCache(config=config, max_cache_len=options.prompt + options.warmup + options.tokens)
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, network.dtype, torch.device(options.device))
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(options.prompt)
+    return cache
+
+
+@torch.no_grad()
+def prefill(options: argparse.Namespace) -> None:
+    """Milliseconds of a whole prompt and of all layers' scoring and eviction in it, and the largest memory, beside a DynamicCache."""
+    network = build(options.shape, options.layers, options.device)
+    generator = torch.Generator().manual_seed(0)
+    for length in options.lengths:
+        ids = torch.randint(0, network.config.vocab_size, (1, length), generator=generator).to(options.device)
+        for policy in (*options.policies, None):
+            _prefill(options, network, ids, policy)
+
+
+def _prefill(options: argparse.Namespace, network: LlamaForCausalLM, ids: torch.Tensor, policy: str | None) -> None:
+    facts = {"policy": policy, "budget": options.budget if policy else None, "length": ids.shape[1], "batch": 1}
+    facts |= {"shape": options.shape, "layers": network.config.num_hidden_layers}
+    for last in (False, True):  # the first call compiles kernels and grows the allocator
+        cache = _empty(argparse.Namespace(**vars(options) | {"policy": policy}), network, 1) if policy else DynamicCache()
+        _clean(options.device)
+        with stores(options.device) as spent:
+            ms, logits = Clock(options.device)(lambda cache=cache: network(ids, past_key_values=cache, logits_to_keep=1).logits)
+        values = {
+            "ms": ms,
+            "store_ms": sum(spent()),
+            "peak_bytes": _peak(options.device),
+            "weight_bytes": _weights(network),
+            "cache_bytes": _cache_bytes(cache),
+            "kept_over_budget": _over_budget(cache, options.budget, 1),
+            "finite": bool(logits.isfinite().all()),
+        }
+        del cache, logits
+        if last:
+            print(facts, values, flush=True)
+            records.append(options.out, "cache_prefill", **facts, **values)
+
+
+@contextlib.contextmanager
+def stores(device: str) -> Iterator[Any]:
+    """Times every `cache_ops.store` of uncompiled code; calling what is yielded gives the milliseconds of each."""
+    original, marks = cache_ops.store, []
+    now = (lambda: torch.cuda.Event(enable_timing=True)) if device == "cuda" else time.perf_counter
+
+    def store(*args: Any, **options: Any) -> None:
+        before = now()
+        if device == "cuda":
+            before.record()
+        original(*args, **options)
+        after = now()
+        if device == "cuda":
+            after.record()
+        marks.append((before, after))
+
+    cache_ops.store = store
+    try:
+        yield lambda: [a.elapsed_time(b) if device == "cuda" else 1e3 * (b - a) for a, b in marks]
+    finally:
+        cache_ops.store = original
+
+
+def _cache_bytes(cache: Cache) -> int:
+    if isinstance(cache, SparseCache):
+        return cache.kept_bytes()
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def _over_budget(cache: Cache, budget: int, batch: int) -> float | None:
+    """All buffers' bytes over those of the keys and values of `budget` tokens."""
+    if not isinstance(cache, SparseCache):
+        return None
+    tokens = sum(layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers)
+    return cache.kept_bytes() / (batch * budget * tokens * cache.layers[0].keys.element_size())
+
+
+def _weights(network: LlamaForCausalLM) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+def _peak(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _clean(device: str) -> None:
+    torch._dynamo.reset()  # compiled code and recorded graphs hold memory
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
