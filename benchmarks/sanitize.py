@@ -2,9 +2,11 @@
 
     python -m benchmarks.sanitize --out benchmarks/results/sanitize.jsonl
 
-A reduced matrix of small calls for each family of kernels: Gluon attention, Triton attention, block selection. First every family runs
-alone, which compiles its kernels and must succeed; then each family runs under each tool, side by side in processes of their own that are
-killed when they take too long. The last line is a JSON summary; the exit status is 1 when a tool found something, 0 too when it is absent.
+A reduced matrix of small calls for each family of kernels: Gluon attention, Triton attention, block selection; and a control, a
+hand-over through shared memory that is in order by construction (sanitize_control.py), to judge what the tool says of the others by.
+First every family runs alone, which compiles its kernels and must succeed; then each family runs under each tool, side by side in
+processes of their own that are killed when they take too long. The last line is a JSON summary; the exit status is 1 when a tool found
+something, 0 too when it is absent.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 from benchmarks import records
 
 TOOLS = ("memcheck", "racecheck")
-FAMILIES = ("gluon", "triton", "select")
+FAMILIES = ("gluon", "triton", "select", "control")
 ATTENTION = ("lists_ragged", "window_sinks", "segments_padding", "lists_chunk", "dim_64_64_lists", "padding_left_lists", "softcap_lists")
 SELECTION: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -88,11 +90,25 @@ def selection_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield name, lambda changes=changes: run(**changes)
 
 
+def control_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from benchmarks import sanitize_control
+
+    yield "hand-over", sanitize_control.run
+
+
+CASES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {
+    "gluon": lambda: attention_cases("gluon"),
+    "triton": lambda: attention_cases("triton"),
+    "select": selection_cases,
+    "control": control_cases,
+}
+
+
 def work(family: str) -> None:
     """Runs one family's cases; says when each is done, as the tool's report may come in between."""
     import torch
 
-    for name, run in selection_cases() if family == "select" else attention_cases(family):
+    for name, run in CASES[family]():
         run()
         torch.cuda.synchronize()
         print("DONE", name, flush=True)
