@@ -8,6 +8,10 @@ from typing import Any
 Record = dict[str, Any]
 
 
+# what tells the cells of the feed-forward quality part apart, within a model
+QUALITY_KEYS = ("policy", "threshold", "skip", "probability", "layers", "seed", "length", "rows")
+
+
 def latest(found: Iterable[Record], *keys: str) -> list[Record]:
     """The last record of each cell, a cell being the values of `keys` and the device."""
     cells: dict[str, Record] = {}

@@ -10,34 +10,41 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.cells import Record, latest
+from benchmarks.cells import QUALITY_KEYS, Record, latest
 
-_COLOURS = {"similarity": "#14406b", "random": "#c0722a", "layers": "#7a9a4f"}
+_COLOURS = {
+    "similarity": ("#14406b", "similarity"),
+    "random": ("#c0722a", "at random"),
+    "layers": ("#7a9a4f", "the same blocks for all"),
+    "whole_layers": ("#8a4f7a", "whole layers"),
+}
 
 
 def time_plot(found: list[Record], path: Path) -> bool:
     """The whole model and the stack of blocks; dotted, what is left when skipped weights cost nothing at the rate they are read at.
 
-    That rate is the stack's own with nothing skipped. Of a whole model only the blocks' bytes count, at copy bandwidth.
+    That rate is the stack's own with nothing skipped. Of a whole model only the blocks' bytes count, at the run's bandwidth.
     """
     from matplotlib import pyplot
 
     runs = latest([r for r in found if r["benchmark"] in ("ffn-model", "ffn-stack")], "benchmark", "variant", "rows", "share", "pattern")
-    panels = [("whole model, 1 row", "ffn-model", 1)] + [
-        (f"32 blocks, {rows} row{'s' * (rows > 1)}", "ffn-stack", rows) for rows in (1, 8, 32)
-    ]
-    panels = [p for p in panels if any((r["benchmark"], r["rows"]) == p[1:] for r in runs)]
-    if not panels:
+    kinds = [("whole model", "ffn-model"), ("blocks alone", "ffn-stack")]
+    kinds = [kind for kind in kinds if any(r["benchmark"] == kind[1] for r in runs)]
+    batches = sorted({r["rows"] for r in runs})
+    if not kinds:
         return False
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False, layout="constrained")
-    for axis, (title, benchmark, rows) in zip(axes[0], panels, strict=True):
+    size = (4.2 * len(batches), 3.6 * len(kinds))
+    figure, axes = pyplot.subplots(len(kinds), len(batches), figsize=size, squeeze=False, layout="constrained")
+    panels = [(f"{what}, {rows} row{'s' * (rows > 1)}", benchmark, rows) for what, benchmark in kinds for rows in batches]
+    for axis, (title, benchmark, rows) in zip(axes.flat, panels, strict=True):
         _time_panel(axis, [r for r in runs if (r["benchmark"], r["rows"]) == (benchmark, rows)])
         axis.set(title=title, xlabel="share of blocks skipped")
         axis.xaxis.set_major_formatter("{x:.0%}")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower left")
-    axes[0][0].set_ylabel("ms a token")
+    for row in axes:
+        row[0].set_ylabel("ms a token")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
@@ -58,29 +65,43 @@ def _time_panel(axis: Any, mine: list[Record]) -> None:
 
 
 def quality_plot(found: list[Record], path: Path) -> bool:
+    """A row of panels for each model: NLL and answers over the share that was skipped."""
     from matplotlib import pyplot
 
-    runs = latest(
-        [r for r in found if r["benchmark"] == "ffn-quality"], "policy", "threshold", "skip", "probability", "layers", "seed", "length"
-    )
+    runs = latest([r for r in found if r["benchmark"] == "ffn-quality"], "model_sha256", *QUALITY_KEYS)
+    models = list(dict.fromkeys((r["model_sha256"], r["model"]) for r in runs))
     if not runs:
         return False
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    for policy, colour in _COLOURS.items():
-        mine = [r for r in runs if r["policy"] == policy]
-        axes[0].scatter([r["share"] for r in mine], [r["nll"] for r in mine], s=14, color=colour, label=policy)
-        axes[1].scatter([r["share"] for r in mine], [r["right"] / r["asked"] for r in mine], s=14, color=colour, label=policy)
-    for dense in (r for r in runs if r["policy"] == "dense"):
-        axes[0].axhline(dense["nll"], color="black", linewidth=0.8)
-        axes[1].axhline(dense["right"] / dense["asked"], color="black", linewidth=0.8)
-    axes[0].set_ylabel("NLL, nats a byte")
-    axes[1].set_ylabel("answers right")
-    for axis in axes:
-        axis.set_xlabel("share of blocks skipped (line: dense)")
-        axis.legend(fontsize=7)
+    figure, axes = pyplot.subplots(len(models), 2, figsize=(8, 3.4 * len(models)), squeeze=False, layout="constrained")
+    for (digest, name), pair in zip(models, axes, strict=True):
+        _quality_panels(pair, [r for r in runs if r["model_sha256"] == digest])
+        pair[0].set_title(name)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
+
+
+def _quality_panels(pair: Any, runs: list[Record]) -> None:
+    for policy, (colour, label) in _COLOURS.items():
+        for rows, marker in (("generated", "o"), ("all", "x")):
+            mine = [r for r in runs if r["policy"] == policy and (r.get("rows") or "generated") == rows]
+            if not mine:
+                continue
+            style = {"s": 14, "color": colour, "marker": marker, "label": label + (", prompt too" if rows == "all" else "")}
+            pair[0].scatter([r["share"] for r in mine], [r["nll"] for r in mine], **style)
+            pair[1].scatter([r["share"] for r in mine], [r["right"] / r["asked"] for r in mine], **style)
+    dense = [r for r in runs if r["policy"] == "dense"]
+    for record in dense:
+        pair[0].axhline(record["nll"], color="black", linewidth=0.8)
+        pair[1].axhline(record["right"] / record["asked"], color="black", linewidth=0.8)
+    if dense:  # what leaves no language is off the scale
+        low = min(r["nll"] for r in runs)
+        pair[0].set_ylim(low - 0.1, min(max(r["nll"] for r in runs), dense[0]["nll"] + 3) + 0.1)
+    pair[0].set_ylabel("NLL, nats a byte")
+    pair[1].set_ylabel("answers right")
+    for axis in pair:
+        axis.set_xlabel("share of blocks skipped (line: dense)")
+    pair[1].legend(fontsize=7)
 
 
 def plot(found: list[Record], folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.cells import PEERS, Record, conditions, dense_length, failure, groups, latest, markdown, size
+from benchmarks.cells import PEERS, QUALITY_KEYS, Record, conditions, dense_length, failure, groups, latest, markdown, size
 
 _RIVALS = ("fa4", "cudnn", "flex")
 _SECTIONS = {"table": "Long prompts", "short": "Short prompts", "dims": "Other head dims and fp16"}
@@ -152,7 +152,7 @@ def ffn_saved(cells: Iterable[Record], record: Record) -> float | None:
     """Time saved over the saved bytes' share of the time with nothing skipped: 1 where skipped weights cost nothing at all.
 
     Bytes are taken at the rate at which this call reads them when nothing is skipped. Of a whole model, only the blocks' own bytes count,
-    at copy bandwidth, since the rest of the model is in the time too.
+    at the run's bandwidth, since the rest of the model is in the time too.
     """
     if record["variant"] != "sparsify" or not record["share"]:
         return None
@@ -175,23 +175,35 @@ def _ffn_times(found: list[Record]) -> list[str]:
                      f"{record['ms'] / inductor[0]:.2f}" if inductor else "–", f"{saved:.0%}" if saved is not None else "–",
                      f"{1e3 * record['bytes'] * (1 - record['share']) / record['bandwidth']:.2f}"])  # fmt: skip
     copies = sorted({round(r["bandwidth"] / 1e9) for r in cells})
+    way = "the fastest of a copy, a sum and a matrix-vector product" if all("bandwidths" in r for r in cells) else "a copy's, no bound"
     note = (
         "Saved: time saved over the skipped bytes' own time"
-        + (" at the rate of the call with nothing skipped" if cells[0]["benchmark"] == "ffn-stack" else " at copy bandwidth")
-        + ". Bytes: milliseconds that the blocks' remaining weights take at the rate of a copy in the same run, "
-        f"{', '.join(map(str, copies))} GB/s, reads and writes together; reads alone are faster, so this is no bound. "
+        + (" at the rate of the call with nothing skipped" if cells[0]["benchmark"] == "ffn-stack" else " at the bandwidth")
+        + f". Bytes: milliseconds that the blocks' remaining weights take at the bandwidth of the same run, "
+        f"{', '.join(map(str, copies))} GB/s: {way}. "
         f"Where rows decide each by itself, a block's weights are saved only when all rows skip it. {conditions(cells)}"
     )
     return [note, markdown(["rows", "call", "skipped", "ms", "÷ Inductor", "saved", "bytes, ms"], rows)]
 
 
 def _ffn_quality(found: list[Record]) -> list[str]:
-    cells = latest(found, "policy", "threshold", "skip", "probability", "layers", "seed", "length")
+    cells = latest(found, *QUALITY_KEYS)
+    named: dict[tuple[str, str], list[Record]] = {}
+    for record in sorted(cells, key=lambda r: (r["policy"] != "dense", r["policy"], r.get("rows") or "", r["share"])):
+        name = record["policy"].replace("_", " ") + (", prompt too" if record.get("rows") == "all" else "")
+        # many sets of layers have one share
+        apart = record["policy"].endswith("layers") or f"{record.get('threshold')} {record.get('seed')}"
+        named.setdefault((name, f"{record['share']:.1%} {apart}"), []).append(record)
     rows = []
-    for record in sorted(cells, key=lambda r: (r["policy"] != "dense", r["policy"], r["share"])):
-        rows.append([record["policy"], f"{record['share']:.1%}", f"{record['nll']:.3f}", f"{record['right'] / record['asked']:.3f}"])
+    for (name, _), same in named.items():
+        ranked = sorted(same, key=lambda r: r["nll"])
+        picked = [("", ranked[0])] if len(ranked) < 3 else [(f", best of {len(ranked)}", ranked[0]), (", median", ranked[len(ranked) // 2])]
+        for suffix, record in picked:
+            right = f"{record['right'] / record['asked']:.3f}"
+            rows.append([name + suffix, f"{record['share']:.1%}", f"{record['nll']:.3f}", right])
     asked = ", ".join(sorted({str(record["asked"]) for record in cells}))
-    return [f"{asked} questions a row. {conditions(cells)}", markdown(["policy", "skipped", "NLL, nats a byte", "answers right"], rows)]
+    model = f"`{cells[0]['model']}`, {cells[0]['length']} bytes, {asked} questions a row. "
+    return [model + conditions(cells), markdown(["policy", "skipped", "NLL, nats a byte", "answers right"], rows)]
 
 
 def sanitize(found: Iterable[Record]) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_demo_model --out DIR --minutes 7             # several configurations at once, the best kept
     python -m benchmarks.train_demo_model --out DIR --minutes 1 --smoke     # a micro configuration on a CPU
+    python -m benchmarks.train_demo_model --out DIR --minutes 2.5 --setups deep-a,deep-b --keep 1    # 24 layers, for `benchmarks.ffn`
 
 The data are the source text of the Python standard library with facts ``\\n## key: value\\n`` written over random places and
 asked for later (see needles.py). The model is a plain LlamaForCausalLM; only the training forward is written out here, because it needs no
@@ -33,6 +34,7 @@ from benchmarks.needles import Score, score, stdlib_text
 EVENT_BYTES = 19  # "\n## qwerty: 314159\n"
 KEY, VALUE = slice(4, 10), slice(12, 18)
 MAX_BYTES = 2_000_000
+TEXT_BYTES = 12_000_000
 HELD_OUT = 400_000  # bytes at the end of the text that training never sees
 
 
@@ -54,6 +56,7 @@ class Setup:
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     facts: tuple[tuple[int, int], ...] = ((2, 4), (4, 8), (6, 16), (8, 24), (8, 40), (16, 48))
     seed: int = 0
+    max_bytes: int = MAX_BYTES  # of the saved files
 
 
 # Muon finds the copying circuit within some hundred steps where AdamW needs thousands, if it finds it at all
@@ -62,6 +65,12 @@ SETUPS = (
     Setup("b", muon=True, lr=4e-3, seed=1),
     Setup("c", muon=True, lr=2e-3, hidden=192, layers=3, heads=4, kv_heads=2, inner=256, seed=2),
     Setup("d", lr=1e-3, answer_weight=2.0, seed=3),
+)
+_LONG = {"lengths": (256, 512, 1024, 2048, 4096), "facts": ((2, 4), (4, 8), (6, 16), (8, 24), (8, 40))}
+# deep and narrow, not bundled: six layers are few to leave some out of
+DEEP = tuple(
+    Setup(name, muon=True, lr=lr, hidden=256, layers=24, inner=512, batch_bytes=65536, seed=seed, max_bytes=1 << 26, **_LONG)
+    for name, lr, seed in (("deep-a", 1e-3, 0), ("deep-b", 2e-3, 1))
 )
 SMOKE = Setup("smoke", hidden=64, layers=2, heads=2, kv_heads=1, inner=64, batch_bytes=2048, lengths=(128, 256), facts=((2, 2), (3, 4)))
 
@@ -227,7 +236,7 @@ class Curriculum:
             self.right = 0.9 * self.right + 0.1 * right
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
+def save(model: LlamaForCausalLM, folder: Path, max_bytes: int = MAX_BYTES) -> None:
     """Writes config.json and model.safetensors (bf16), and nothing else."""
     scratch = folder.with_suffix(".new")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -238,8 +247,8 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     for path in scratch.iterdir():
         path.chmod(0o644)
     size = sum(path.stat().st_size for path in scratch.iterdir())
-    if size > MAX_BYTES:
-        raise ValueError(f"{folder.name}: {size} bytes, more than {MAX_BYTES}")
+    if size > max_bytes:
+        raise ValueError(f"{folder.name}: {size} bytes, more than {max_bytes}")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 
@@ -261,7 +270,7 @@ def train(setup: Setup, out: Path, minutes: float, device: str) -> None:
     start = time.monotonic()
     torch.set_float32_matmul_precision("high")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    data = stdlib_text(12_000_000)
+    data = stdlib_text(TEXT_BYTES)
     held_out = data[-HELD_OUT:]
     text = torch.frombuffer(bytearray(data[:-HELD_OUT]), dtype=torch.uint8).to(device)
     model = build(setup).to(device)
@@ -302,7 +311,7 @@ def train(setup: Setup, out: Path, minutes: float, device: str) -> None:
             print(f"{setup.name}: {line}", flush=True)
             if mean > best:
                 best = mean
-                save(model, out / setup.name)
+                save(model, out / setup.name, setup.max_bytes)
                 (out / f"{setup.name}.best").write_text(f"{best}\n")
 
 
@@ -319,7 +328,7 @@ def worker(setup: Setup, out: Path, minutes: float, device: str) -> None:
 def final(folder: Path, device: str, lengths: tuple[int, ...], needles: tuple[int, ...], prompts: int) -> dict[str, str]:
     """What the saved files answer, through transformers alone."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device != "cpu" else torch.float32).to(device).eval()
-    text = stdlib_text(12_000_000)[-HELD_OUT:]
+    text = stdlib_text(TEXT_BYTES)[-HELD_OUT:]
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         return model(ids, use_cache=False).logits
@@ -358,7 +367,7 @@ def main() -> None:
     work.mkdir(parents=True)
     out.mkdir(parents=True, exist_ok=True)
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    setups = [SMOKE] if options.smoke else [setup for setup in SETUPS if setup.name in options.setups.split(",")]
+    setups = [SMOKE] if options.smoke else [setup for setup in (*SETUPS, *DEEP) if setup.name in options.setups.split(",")]
     if devices == ["cpu"] and not options.smoke:
         setups = [replace(setup, batch_bytes=4096) for setup in setups]
     spawn = multiprocessing.get_context("spawn")
@@ -372,6 +381,7 @@ def main() -> None:
             collect(work, out, options.keep)
             collected = time.monotonic()
     lengths, needles, prompts = ((256,), (4,), 2) if options.smoke else ((4096, 6000, 8192), (16, 32), 12)
+    lengths = tuple(n for n in lengths if n <= max(setup.lengths[-1] for setup in setups))
     for folder in collect(work, out, options.keep):
         print(json.dumps({"model": folder.name, **final(folder, devices[0], lengths, needles, prompts)}), flush=True)
     if any(run.exitcode for run in runs) and not list(work.glob("*.best")):

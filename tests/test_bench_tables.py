@@ -93,7 +93,7 @@ def test_saved_time_of_skipped_blocks() -> None:
     assert "| 1 | sparsify, all rows | 25% | 3.100 | 0.70 | 90% | 3.00 |" in text  # 0.9 ms of 1 ms
     assert "| 8 | sparsify, each row by itself | 25% | 3.990 | – | 1% |" in text
     model = [{**one, "benchmark": "ffn-model", "ms": one["ms"] + 5} for one in FFN[:3]]
-    assert "at copy bandwidth" in tables_kernels.ffn(model)
+    assert "at the bandwidth" in tables_kernels.ffn(model)
     assert tables_kernels.ffn_saved(model, model[2]) == pytest.approx(0.9)  # a quarter of 10 GB at 2.5 TB/s is 1 ms
 
 
