@@ -10,7 +10,6 @@ from torch import Tensor
 from sparsify import cache_ops
 from sparsify.backends import launch, reference_cache
 from sparsify.errors import KernelError, UnsupportedError
-from sparsify.ops import library
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ for _name, _function in (
     ("cache_decode", cache_decode),
     ("cache_length", Tensor.clone),
 ):
-    for _device in ("CPU", "CUDA"):
-        library.impl(_name, _function, _device)
+    launch.register(_name, _function)
 
 __all__ = ["cache_ops"]

@@ -10,7 +10,6 @@ from torch import Tensor
 from sparsify import ffn_ops
 from sparsify.backends import launch, reference_ffn
 from sparsify.errors import KernelError, UnsupportedError
-from sparsify.ops import library
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +44,5 @@ def _serve(op: str, first: Tensor, *args, **call):
     return getattr(reference_ffn, op)(first, *args, **call)
 
 
-for _device in ("CPU", "CUDA"):
-    library.impl("ffn", ffn, _device)
-    library.impl("ffn_start", ffn_start, _device)
+launch.register("ffn", ffn)
+launch.register("ffn_start", ffn_start)

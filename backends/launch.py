@@ -188,7 +188,17 @@ def every_block(
     return counts.copy_(blockmask.causal_blocks(query_len, key_len, start, block_size, device=query.device)), indices
 
 
+def register(op: str, kernel: Callable) -> None:
+    """Makes a function serve an op on CPU and CUDA devices, outside of the caller's autocast: that would round the products within it."""
+
+    @functools.wraps(kernel)
+    def call(*args, **options):
+        with torch._C._DisableAutocast():
+            return kernel(*args, **options)
+
+    for device in ("CPU", "CUDA"):
+        ops.library.impl(op, call, device)
+
+
 for _op in _IMPLEMENTATIONS:
-    for _device in ("CPU", "CUDA"):
-        _kernel = ops.observed_selection(_or_every_block(_serve(_op))) if _op == "select_blocks" else _serve(_op)
-        ops.library.impl(_op, _kernel, _device)
+    register(_op, ops.observed_selection(_or_every_block(_serve(_op))) if _op == "select_blocks" else _serve(_op))

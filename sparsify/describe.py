@@ -33,6 +33,17 @@ def needs_grad(*nodes: fx.Node) -> bool:
     return torch.is_grad_enabled() and any(tensor_of(n).requires_grad for n in nodes)
 
 
+def autocast_to(output: fx.Node, operands: tuple[fx.Node, ...], *products: fx.Node) -> torch.dtype | None:
+    """The dtype that attention computes in: its operands' own, or the one that autocast converts them to. None where dtypes differ for
+    another reason. products: other results that autocast would have rounded too."""
+    dtype = tensor_of(output).dtype
+    found = {tensor_of(n).dtype for n in operands}
+    if found == {dtype}:
+        return dtype
+    half = dtype in (torch.float16, torch.bfloat16) and all(tensor_of(n).dtype is dtype for n in products)
+    return dtype if half and found <= {torch.float32, dtype} else None
+
+
 def stride_order(tensor: torch.Tensor) -> str:
     """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter."""
     shape, strides = sizes(tensor), tuple(scalar(s) for s in tensor.stride())

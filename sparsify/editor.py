@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Editor:
     def _insert(self, kind: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
         if self._before is None:
             raise RewriteError("the editor has no position", hint="call editor.at(site) first")
+        # a site's operand may be an earlier site's output: left alone, the old attention would stay alive and be read
+        args, kwargs = fx.node.map_arg((args, kwargs), self.current)
         with self.graph.inserting_before(self._before):
             node = self.graph.create_node(kind, target, args, kwargs)
         # the graph's own fake mode: the tracing context may hold another one by now
@@ -72,6 +75,14 @@ class Editor:
                 node.meta[key] = self._output.meta[key]
         self.inserted.append(node)
         return node
+
+    def converted(self, site: Any) -> Any:
+        """The site with query, key and value in its dtype, as autocast hands them to attention."""
+        if not isinstance(site, AttentionSite):
+            return site
+        self.at(site)
+        names = [n for n in ("query", "key", "value") if values(getattr(site, n)).dtype != site.dtype]
+        return dataclasses.replace(site, **{n: self.method("to", getattr(site, n), site.dtype) for n in names})
 
     def items(self, pair: fx.Node, count: int) -> list[fx.Node]:
         """The elements of a node that returns a tuple."""

@@ -13,7 +13,7 @@ from torch import fx
 
 from sparsify import predicates
 from sparsify.aliasing import Memory, tensor_of
-from sparsify.describe import Grouped, bare_site, layer_of, needs_grad, only_for, stride_order, whole
+from sparsify.describe import Grouped, autocast_to, bare_site, layer_of, needs_grad, only_for, stride_order, whole
 from sparsify.eager_ops import is_softmax
 from sparsify.masks import MaskPredicate
 from sparsify.match_eager import find_eager
@@ -82,7 +82,7 @@ class Matcher:
     def sdpa(self, node: fx.Node) -> AttentionSite:
         call = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
         query, key, value, mask = (call.get(name) for name in _SDPA_PARAMETERS[:4])
-        near_miss = self.unfit(query, key, value, call)
+        near_miss = self.unfit(node, query, key, value, call)
         if near_miss:
             return bare_site(node, query, key, value, mask, near_miss)
         key_group, value_group = self.ungroup(key, node), self.ungroup(value, node)
@@ -105,14 +105,14 @@ class Matcher:
             dropout=call.get("dropout_p", 0.0),
         )
 
-    def unfit(self, query: fx.Node, key: fx.Node, value: fx.Node, call: dict) -> str:
+    def unfit(self, node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, call: dict) -> str:
         """Why the operands cannot be described, or nothing."""
         tensors = [tensor_of(x) for x in (query, key, value)]
         if any(t is None for t in tensors):
             return "an operand has no example value"
         if any(t.dim() != 4 for t in tensors):
             return f"operands of {tensors[0].dim()} dimensions instead of 4"
-        if len({t.dtype for t in tensors}) > 1:
+        if autocast_to(node, (query, key, value)) is None:
             return "query, key and value differ in dtype"
         q, k, v = map(sizes, tensors)
         if not (self.same(q[0], k[0]) and self.same(q[0], v[0])):
@@ -151,7 +151,7 @@ class Matcher:
             key_len=plain(k[2]),
             qk_head_dim=plain(q[3]),
             v_head_dim=plain(v[3]),
-            dtype=tensor.dtype,
+            dtype=tensor_of(output).dtype,
             device=tensor.device,
             needs_grad=needs_grad(query, key.node, value.node, *added),
             output_stride_order=stride_order(tensor_of(output)),

@@ -14,7 +14,7 @@ from torch import fx
 
 from sparsify import biases, predicates
 from sparsify.aliasing import tensor_of
-from sparsify.describe import bare_site, whole
+from sparsify.describe import autocast_to, bare_site, whole
 from sparsify.eager_ops import (
     ADD,
     BADDBMM,
@@ -319,7 +319,7 @@ class _Match:
             raise NoMatch("query, key and value differ in batch, heads or length")
         if not matcher.same(sympy.expand(k[1] * key_group.repeat), q[1]) and k[1] != 1:
             raise NoMatch("the head dimension is broadcast")
-        if len({tensor_of(n).dtype for n in (query, key_group.node, value_group.node)}) > 1:
+        if autocast_to(output, (query, key_group.node, value_group.node), scores) is None:
             raise NoMatch("query, key and value differ in dtype")
         readings = zip(self.factors(scores), (query, key, value), (scores, scores, self.product), strict=True)
         if not all(self.unwritten(*reading, output) for reading in readings):

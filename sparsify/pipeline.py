@@ -95,7 +95,7 @@ def apply(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> 
     editor = Editor(copy.graph)
     chosen = [c for c in choices if c.proposal is not None]
     for choice in chosen:
-        site = choice.site.mapped(mapping)
+        site = editor.converted(choice.site.mapped(mapping))
         method = choice.proposal.method.keep_all() if keep_all else choice.proposal.method
         try:
             method.rewrite(editor, site)

@@ -26,6 +26,7 @@ class AttentionSite:
     query: [batch, query_heads, query_len, qk_head_dim]; key, value: [batch, kv_heads, key_len, head_dim], *before* any repeat
         over the GQA group. Query head h reads KV head h // (query_heads // kv_heads).
     mask_node: the graph's own mask, None without one. mask: what it was proved to say.
+    dtype: what attention computes in; under autocast query, key and value may be float32 still, and are converted first.
     scale: float, or the node that holds it. softcap: c of c·tanh(s/c), 0 without. dropout: probability.
     output_stride_order: "bhqd" when the replaced value is contiguous as [batch, heads, query, dim], "bqhd" when it is the
         transpose of a contiguous [batch, query, heads, dim], else "other".
