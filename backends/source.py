@@ -7,37 +7,26 @@ the text that was generated, never what happens to lie on the disk: the file is 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import linecache
 import logging
-import os
-import stat
 import sys
 import tempfile
 import threading
 import types
 from pathlib import Path
 
+from sparsify import folders
 from sparsify.errors import CacheFolderError
+from sparsify.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
-_FOLDER_MODE = 0o700
 _DIGEST_DIGITS = 16
 
 _lock = threading.Lock()
 _modules: dict[str, types.ModuleType] = {}
 _private: tempfile.TemporaryDirectory[str] | None = None
-
-
-def cache_folder() -> Path:
-    """The folder for generated code: SPARSIFY_CACHE_DIR, else XDG_CACHE_HOME/sparsify, else ~/.cache/sparsify."""
-    if named := os.environ.get("SPARSIFY_CACHE_DIR"):
-        return Path(named).expanduser().absolute()
-    # the XDG base directory specification says that a relative path is to be ignored
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "sparsify"
 
 
 def load(text: str, stem: str) -> types.ModuleType:
@@ -81,7 +70,7 @@ def _store(text: str, name: str) -> Path:
     if _private is None:
         try:
             folder = cache_folder()
-            _secure(folder)
+            folders.secure(folder)
             return _write(text, folder / name)
         except (OSError, RuntimeError) as error:  # RuntimeError: no home folder can be found
             log.warning("generated code goes to a temporary folder: %s cannot be used: %s", folder or "the cache folder", error)
@@ -94,24 +83,6 @@ def _store(text: str, name: str) -> Path:
         raise CacheFolderError(f"no folder for generated code can be written: {error}", where=str(folder or name), hint=hint) from error
 
 
-def _secure(folder: Path) -> None:
-    """Makes `folder` or checks that it is a real folder of this user which nobody else can write to."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=_FOLDER_MODE)
-    found = folder.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        raise CacheFolderError("the cache folder is a symbolic link", where=str(folder), hint="name its target in SPARSIFY_CACHE_DIR")
-    if not stat.S_ISDIR(found.st_mode):
-        raise CacheFolderError("the cache folder is not a folder", where=str(folder), hint="set SPARSIFY_CACHE_DIR to a folder")
-    if found.st_uid != os.geteuid():
-        raise CacheFolderError(
-            "the cache folder belongs to another user", where=str(folder), hint="set SPARSIFY_CACHE_DIR to a folder of your own"
-        )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CacheFolderError("others can write to the cache folder", where=str(folder), hint=f"chmod 700 {folder}")
-
-
 def _write(text: str, path: Path) -> Path:
     """Writes atomically, so that a racing process sees no file or a whole one; a file that already holds `text` is left alone."""
     data = text.encode()
@@ -121,12 +92,5 @@ def _write(text: str, path: Path) -> Path:
         log.warning("%s did not hold the code that was generated for it: rewritten", path)
     except FileNotFoundError:
         pass
-    handle, temporary = tempfile.mkstemp(prefix=path.stem + ".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    folders.write(text, path)
     return path

@@ -13,15 +13,12 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from pydantic import Field
 
-from sparsify.costs import attention_seconds
+from sparsify.crossovers import kernel_from
 from sparsify.editor import Editor, attention_call
 from sparsify.masks import MaskKind
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
-
-# From here on the Hopper kernel beats every kernel behind SDPA by more than a graph of its own costs to compile; below it the choice
-# would hardly show.
-_HOPPER_LENGTH = 16384
+from sparsify.work import attention
 
 
 class Dense(Pass):
@@ -38,14 +35,16 @@ class Dense(Pass):
         if refusal is not None:
             return refusal
         operands = f"exact; mask as operands of {context.kernels} attention"
-        ours = Proposal(self._by("attention"), attention_seconds(site, context.device, kernel=context.family), note=operands)
+        on = lambda kernel: lambda sizes: (attention(sizes, kernel),)
+        ours = Proposal.of(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or not serves_sdpa(site):
             return ours
-        sdpa = Proposal(self._by("sdpa"), attention_seconds(site, context.device, kernel="sdpa"), note="exact; SDPA without mask")
+        sdpa = Proposal.of(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
         hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
         if self.kernel == "sdpa" or not hopper:
             return sdpa
-        return dataclasses.replace(ours, min_key_len=_HOPPER_LENGTH, note="exact; Hopper attention kernel"), sdpa
+        start = kernel_from(context.device, context.family, int(site.qk_head_dim), (int(site.query_heads), int(site.kv_heads)))
+        return dataclasses.replace(ours, min_key_len=start, note=f"exact; Hopper attention kernel, from {start} keys on"), sdpa
 
     def _by(self, kernel: str) -> Dense:
         return self.model_copy(update={"kernel": kernel})

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import sympy
 import torch
 from torch import fx
 
 from sparsify import cache_ops
 from sparsify.cache_sites import CacheSite
-from sparsify.costs import roofline
 from sparsify.editor import Editor
 from sparsify.method import Context, Pass, Proposal, Refusal
 from sparsify.sites import AttentionSite
+from sparsify.work import decode
 
 _HINT = "pass past_key_values=sparsify.SparseCache(model.config, policy=..., budget=...)"
 
@@ -37,11 +36,8 @@ class KvEvict(Pass):
             return self.refuse("a prompt: its attention is a site of its own, and the store after it scores and evicts")
         if site.phase == "chunk":
             return self.refuse("several tokens at once: attention over slots and the store stay two ops")
-        kept = site.batch * site.kv_heads * site.key_len * (site.qk_head_dim + site.v_head_dim)
-        size = sympy.sympify(kept * site.dtype.itemsize)
-        flops = sympy.sympify(2 * kept * site.query_heads / site.kv_heads)
-        seconds = roofline(flops, size, context.device, 0.5, 2)
-        return Proposal(self, seconds, note=f"store, evict and attend over {site.key_len} slots as one op ({context.kernels})")
+        note = f"store, evict and attend over {site.key_len} slots as one op ({context.kernels})"
+        return Proposal.of(self, site, context, lambda sizes: (decode(sizes, "cache"),), note=note)
 
     def rewrite(self, editor: Editor, site: CacheSite) -> None:
         store, attention = site.store.kwargs, site.output.kwargs

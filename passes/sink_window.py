@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from sparsify.costs import attention_seconds
 from sparsify.editor import Editor, attention_call
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
+from sparsify.work import attention
 
 
 class SinkWindow(Pass):
@@ -34,10 +34,11 @@ class SinkWindow(Pass):
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
         if site.mask.documents is not None and self.sinks:
             return self.refuse("packed documents have sinks of their own", "set sinks = 0")
-        seconds = attention_seconds(site, context.device, window=self.sinks + self.window, kernel=context.family)
+        works = lambda sizes: (attention(sizes, context.family, window=self.sinks + self.window),)
         # at sinks + window keys the mask says nothing yet; a forced min_length still yields the same values
         start = self.sinks + self.window + 1 if context.min_length is None else context.min_length
-        return Proposal(self, seconds, min_key_len=start, note=f"{self.sinks} sinks + window {self.window} by token")
+        note = f"{self.sinks} sinks + window {self.window} by token"
+        return Proposal.of(self, site, context, works, min_key_len=start, note=note)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         editor.replace(site, attention_call(editor.at(site), site, sinks=self.sinks, windows=(self.window,)))

@@ -10,22 +10,17 @@ logits of up to block - 1 rows before it.
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from sparsify import ops
-from sparsify.costs import antidiagonal_crossover, attention_seconds, estimate_seconds
+from sparsify.costs import antidiagonal_crossover, expected_density
 from sparsify.editor import Editor, attention_call
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
-
-# How much less time the estimate's variants take, as (numerator, denominator); for "group" it is the query heads per KV head. Products of
-# 8-bit numbers run at twice the rate, but rounding reads the operands once more.
-_CHEAPER = {"half": (2, 1), "int8": (3, 2)}
-
-# With this density expected, a proposal's time is computed; the realised one depends on the prompt.
-_TYPICAL_DENSITY = 0.2
+from sparsify.work import AttentionSizes, Work, attention, selection
 
 
 class XAttention(Pass):
@@ -82,27 +77,26 @@ class XAttention(Pass):
                 "no sparse kernel on this device: the plain reference is never faster than dense", "min_length = 0 forces it"
             )
         start = context.min_length
-        cost = self._stride_of_equal_cost(site)
         if start is None:
-            start = antidiagonal_crossover(context.device, cost, self.block, int(site.qk_head_dim), self.density, context.family)
-        share = self.density or _TYPICAL_DENSITY
-        attend = attention_seconds(site, context.device, share=share, kernel=context.family)
-        seconds = estimate_seconds(site, context.device, cost, self.block) + attend
+            heads = int(site.query_heads), int(site.kv_heads)
+            start = antidiagonal_crossover(
+                context.device, self.stride, self.block, int(site.qk_head_dim), self.density, context.family,
+                variants=self.estimate, heads=heads,
+            )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
         note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"
-        return Proposal(self, seconds, density=self.density, min_key_len=start, note=note)
+        works = functools.partial(self._works, context.family)
+        return Proposal.of(self, site, context, works, density=self.density, min_key_len=start, note=note)
+
+    def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
+        """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
+        share = self.density or expected_density(sizes.key_len)
+        return selection(sizes, self.stride, self.block, self.estimate), attention(sizes, kernel, share=share, listed=True)
 
     @property
     def op_pool(self) -> str:
         """The op's `pool`: how cells are combined, and the estimate's variants as suffixes."""
         return "+".join((self.pool, *(name for name in ("half", "group", "int8") if name in self.estimate)))
-
-    def _stride_of_equal_cost(self, site: AttentionSite) -> int:
-        """The stride at which the plain estimate costs as much as this one: work falls with the stride."""
-        stride = self.stride * (int(site.query_heads // site.kv_heads) if "group" in self.estimate else 1)
-        for name, (numerator, denominator) in _CHEAPER.items():
-            stride = stride * numerator // denominator if name in self.estimate else stride
-        return stride
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.at(site).mask_operands(site)

@@ -1,67 +1,92 @@
-"""FLOPs, bytes and seconds of every candidate at a site, as sympy expressions in batch and lengths.
+"""Seconds of every candidate at a site, as sympy expressions in batch, lengths, heads and density.
 
-A roofline: seconds = max(FLOPs / (ceiling · efficiency), bytes / bandwidth) + launches. Causal work counts half of the
-query × key rectangle plus what a chunk sees before its own keys.
+    seconds = call + rows · tiles / processors + work / efficiency + … , never less than the bytes that must move take
+
+`sparsify.work` counts what a candidate does; a device's profile says what that costs (`sparsify.profile` lists the terms). Estimate,
+selection and attention are works of their own. `sparsify.model_costs` adds up whole models, `sparsify.crossovers` solves for lengths.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import sympy
 
+from sparsify import work
 from sparsify.hardware import Device
 from sparsify.sites import AttentionSite, FeedForwardSite
+from sparsify.work import AttentionSizes, Work, operand_bytes, sizes_of
 
-# Share of the matrix ceiling that each kernel family sustains, from benchmarks/results on an H200.
-EFFICIENCY = {"sdpa": 0.86, "hopper": 0.95, "triton": 0.62, "reference": 0.05, "estimate": 0.9}
+__all__ = [
+    "AttentionSizes",
+    "antidiagonal_crossover",
+    "attention_seconds",
+    "decode_seconds",
+    "estimate_seconds",
+    "expected_density",
+    "ffn_seconds",
+    "formula",
+    "number",
+    "operand_bytes",
+    "roofline",
+    "seconds",
+    "visited",
+]
 
-# A lossy method acts by default only where it takes at most this share of dense attention's time: less is no price for an answer.
-_WORTH = 0.5
 
-_LENGTH = sympy.Symbol("n", integer=True, positive=True)
-
-
-def visited(site: AttentionSite, window: int | None = None) -> sympy.Expr:
-    """Query-key pairs a head computes: the causal part of the rectangle, or the band of a window."""
-    rows, keys = sympy.sympify(site.query_len), sympy.sympify(site.key_len)
-    pairs = rows * (keys - rows / 2) if site.mask.causal else rows * keys
-    band = window or site.mask.window
-    return sympy.Min(pairs, rows * sympy.Min(band, keys)) if band else pairs
+def seconds(works: Work | Iterable[Work], device: Device) -> sympy.Expr:
+    """Time of kernels that run one after the other."""
+    if not isinstance(works, Work):
+        return sympy.Add(*(seconds(one, device) for one in works))
+    coefficients = device.coefficients(works.family)
+    total = sympy.Add(*(coefficients[name] * term for name, term in works.features(device).items() if coefficients.get(name)))
+    if coefficients.get("bytes") or works.size == 0:
+        return total
+    return sympy.Max(total, works.size / device.bandwidth)
 
 
 def roofline(flops: sympy.Expr, size: sympy.Expr, device: Device, efficiency: float, launches: int) -> sympy.Expr:
-    """Seconds for `flops` FLOPs and `size` bytes in `launches` kernels."""
+    """Seconds for `flops` FLOPs and `size` bytes in `launches` kernels of a family that no profile knows."""
     return sympy.Max(flops / (device.flops * efficiency), size / device.bandwidth) + launches * device.launch
 
 
-def operand_bytes(site: AttentionSite) -> sympy.Expr:
-    """Bytes of Q, K, V and the output, each moved once."""
-    query = site.query_heads * site.query_len * (site.qk_head_dim + site.v_head_dim)
-    cache = site.kv_heads * site.key_len * (site.qk_head_dim + site.v_head_dim)
-    return sympy.sympify(site.batch * (query + cache) * site.dtype.itemsize)
+def visited(site: AttentionSite | AttentionSizes, window: int | None = None) -> sympy.Expr:
+    """Query-key pairs a head computes: the causal part of the rectangle, or the band of a window."""
+    return work.pairs(sizes_of(site), window)
 
 
 def attention_seconds(
-    site: AttentionSite, device: Device, *, share: float = 1.0, window: int | None = None, kernel: str = "triton"
+    site: AttentionSite | AttentionSizes,
+    device: Device,
+    *,
+    share: Any = 1,
+    window: Any = None,
+    kernel: str = "triton",
+    listed: bool | None = None,
 ) -> sympy.Expr:
-    """Attention over `share` of the visited pairs."""
-    flops = 2 * site.batch * site.query_heads * visited(site, window) * (site.qk_head_dim + site.v_head_dim) * share
-    return roofline(sympy.sympify(flops), operand_bytes(site), device, EFFICIENCY[kernel], 1)
+    """Attention over `share` of the blocks that a row could visit; by block lists (`listed`) where that is less than all of them."""
+    listed = share != 1 if listed is None else listed
+    return seconds(work.attention(site, kernel, share=share, window=window, listed=listed), device)
 
 
-def estimate_seconds(site: AttentionSite, device: Device, stride: int, block: int) -> sympy.Expr:
-    """Antidiagonal estimate and selection: 1/stride of QKᵀ, and block sums written and read once (fp16)."""
-    flops = 2 * site.batch * site.query_heads * visited(site) * site.qk_head_dim / stride
-    sums = 4 * site.batch * site.query_heads * visited(site) / (stride * block)
-    return roofline(sympy.sympify(flops), operand_bytes(site) + sums, device, EFFICIENCY["estimate"], 2)
+def decode_seconds(site: AttentionSite | AttentionSizes, device: Device, *, kernel: str = "cache", kept: Any = None) -> sympy.Expr:
+    """One query row of each sequence over `kept` keys; `kernel` "cache" is sparsify's step over a cache's slots, "sdpa" torch's own."""
+    return seconds(work.decode(site, kernel, kept), device)
 
 
-def ffn_seconds(site: FeedForwardSite, device: Device, share: float = 1.0) -> sympy.Expr:
-    """A feed-forward block of which `share` of the calls is computed: its weights are streamed once for all rows."""
-    size = sympy.sympify(site.weight_bytes) * share
-    flops = 2 * site.rows * size / site.dtype.itemsize
-    return roofline(sympy.sympify(flops), size, device, EFFICIENCY["sdpa"], 3)
+def estimate_seconds(
+    site: AttentionSite | AttentionSizes, device: Device, stride: int, block: int = 128, variants: Iterable[str] = ()
+) -> sympy.Expr:
+    """Antidiagonal scores, the choice of blocks and their lists; `variants` are the method's option `estimate`."""
+    return seconds(work.selection(site, stride, block, tuple(variants)), device)
+
+
+def ffn_seconds(site: FeedForwardSite, device: Device, share: Any = 1) -> sympy.Expr:
+    """A feed-forward block of which `share` of the calls is computed: few rows stream its weights once for all of them."""
+    streamed = seconds(work.skipped_ffn(site.rows, site.weight_bytes, site.dtype, share), device)
+    flops = Work("linear", site.dtype, flops=sympy.sympify(2 * site.rows * site.weight_bytes * share / site.dtype.itemsize))
+    return sympy.Max(streamed, seconds(flops, device))
 
 
 def expected_density(length: sympy.Expr) -> sympy.Expr:
@@ -70,30 +95,54 @@ def expected_density(length: sympy.Expr) -> sympy.Expr:
     return sympy.Min(1, sympy.Rational(44, 100) * (8192 / length) ** sympy.Rational(2, 3))
 
 
-@functools.cache
-def antidiagonal_crossover(device: Device, stride: int, block: int, head_dim: int, density: float | None, kernel: str = "triton") -> int:
-    """Smallest prompt length (a multiple of 1024 tokens) from which estimate + block-sparse attention is expected to halve dense
-    attention's time; with a density given, to beat it.
+def antidiagonal_crossover(
+    device: Device,
+    stride: int,
+    block: int,
+    head_dim: int,
+    density: float | None,
+    kernel: str = "triton",
+    *,
+    variants: tuple[str, ...] = (),
+    heads: tuple[int, int] = (32, 8),
+    batch: int = 1,
+    worth: float | None = None,
+) -> int:
+    """Smallest prompt length from which block-sparse attention pays; see `sparsify.crossovers.sparse_from`."""
+    from sparsify import crossovers
 
-    Solved per head on the formulas above for a causal prefill of n tokens; launches are shared by 32 heads.
-    """
-    pairs = _LENGTH * _LENGTH / 2
-    dense = 4 * pairs * head_dim / (device.flops * max(EFFICIENCY["sdpa"], EFFICIENCY[kernel]))
-    share = expected_density(_LENGTH) if density is None else sympy.Float(density)
-    sparse = 4 * pairs * head_dim * share / (device.flops * EFFICIENCY[kernel])
-    sparse += 2 * pairs * head_dim / stride / (device.flops * EFFICIENCY["estimate"]) + 3 * device.launch / 32
-    worth = _WORTH if density is None else 1  # who asks for a density has decided what it is worth
-    gain = sympy.lambdify(_LENGTH, dense * worth - sparse)
-    low, high = 1, 4096
-    if gain(high * 1024) <= 0:
-        return high * 1024
-    while high > low:  # the gain changes sign once: dense grows faster
-        middle = (low + high) // 2
-        low, high = (low, middle) if gain(middle * 1024) > 0 else (middle + 1, high)
-    return high * 1024
+    return crossovers.sparse_from(device, stride, block, head_dim, density, kernel, variants, heads, batch, worth)
 
 
 def number(expr: sympy.Expr, hints: dict[sympy.Symbol, int]) -> float | None:
     """The expression at the example's sizes; None when a symbol has no hint."""
     value = sympy.sympify(expr).subs(hints)
     return float(value) if value.is_number else None
+
+
+_NAMES = ("B", "H", "Hkv", "Q", "N")
+
+
+def formula(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSite | AttentionSizes, device: Device) -> str:
+    """A candidate's seconds in letters: B batch, H and Hkv query and KV heads, Q query length, N key length; N alone in a prefill.
+
+    Args:
+        build: the candidate's works from sizes.
+    """
+    s = sizes_of(site)
+    names = sympy.symbols(" ".join(_NAMES), integer=True, positive=True)
+    given = dict(zip(("batch", "query_heads", "kv_heads", "query_len", "key_len"), names, strict=True))
+    if s.query_len == s.key_len:
+        given["query_len"] = given["key_len"]
+    if s.query_len == 1:
+        given["query_len"] = 1
+    numbers = {name: getattr(s, name) for name in ("qk_head_dim", "v_head_dim", "dtype", "causal", "window")}
+    symbolic = AttentionSizes(**given, **numbers)
+    return " + ".join(f"{one.family}[{_short(seconds(one, device))}]" for one in build(symbolic))
+
+
+def _short(expr: sympy.Expr) -> str:
+    """An expression with three digits to a number."""
+    rounded = sympy.expand(expr) if not expr.has(sympy.Max, sympy.Min) else expr
+    rounded = rounded.xreplace({one: sympy.Float(one, 3) for one in rounded.atoms(sympy.Float)})
+    return str(sympy.N(rounded, 3)).replace("**2", "²").replace("*", "·")

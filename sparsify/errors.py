@@ -48,6 +48,10 @@ class CacheFolderError(KernelError):
     """The folder for generated code is not safe to load from, or cannot be written."""
 
 
+class ProfileError(SparsifyError):
+    """A device profile that cannot be read, or a calibration that cannot be done here."""
+
+
 class CacheError(SparsifyError):
     """A SparseCache was used in a way that it cannot follow exactly: another model or batch, a crop past what is kept."""
 

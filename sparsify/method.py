@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,10 +24,12 @@ import sympy
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from sparsify import costs
 from sparsify.editor import Editor
 from sparsify.errors import ConfigError
 from sparsify.hardware import Device
 from sparsify.sites import AttentionSite
+from sparsify.work import AttentionSizes, Work, sizes_of
 
 ENTRY_POINT_GROUP = "sparsify.methods"
 
@@ -49,6 +52,7 @@ class Proposal:
 
     seconds: expected time as an expression in the site's symbolic sizes. density: expected share of causal blocks, None when exact.
     min_key_len: key length from which the method is expected to pay; below it the site falls to the next candidate.
+    formula: the same seconds in letters, for reports.
     """
 
     method: Pass
@@ -56,6 +60,13 @@ class Proposal:
     density: float | None = None
     min_key_len: int = 0
     note: str = ""
+    formula: str = ""
+
+    @classmethod
+    def of(cls, method: Pass, site: Any, context: Context, works: Callable[[AttentionSizes], Iterable[Work]], **more: Any) -> Proposal:
+        """A proposal for an attention site from what it would do there, as kernels one after the other."""
+        sizes = sizes_of(site)
+        return cls(method, costs.seconds(works(sizes), context.device), formula=costs.formula(works, sizes, context.device), **more)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Context:
     device: Device
     kernels: str  # "triton" or "reference": which backend will serve the custom ops
     min_length: int | None = None  # configured crossover; None: solve it from the costs
-    family: str = "triton"  # kernel family of the attention op, a key of costs.EFFICIENCY
+    family: str = "triton"  # kernel family of the attention op, the first half of a family in a device profile
 
 
 class Pass(BaseModel):

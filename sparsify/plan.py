@@ -13,7 +13,8 @@ import torch
 from sparsify import ops
 from sparsify.compat import symbol_values
 from sparsify.config import Config
-from sparsify.costs import attention_seconds, ffn_seconds, number
+from sparsify import costs, work
+from sparsify.costs import number
 from sparsify.errors import PlanError
 from sparsify.method import Context, Pass, Proposal, Refusal, discover
 from sparsify.sites import AttentionSite, FeedForwardSite, Size
@@ -27,7 +28,7 @@ class Decision:
 
     method: None where the site stays as it is. refusals: one line per method that declined. seconds, dense_seconds: expected, at
     the example's sizes, None when unknown. density: share of causal blocks, expected before a run and realised after one.
-    kind: "attention" or "ffn".
+    formula, dense_formula: the same seconds in letters. kind: "attention" or "ffn".
     """
 
     site: str
@@ -44,6 +45,8 @@ class Decision:
     density: float | None = None
     realised_density: float | None = None
     kind: str = "attention"
+    formula: str = ""
+    dense_formula: str = ""
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Plan:
     decisions: list[Decision] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__, "ops": str(ops.VERSION)})
     fallback: str = ""  # why the whole graph was left untouched, empty otherwise
+    device: str = ""  # whose profile the seconds come from, and what that is worth
 
     @property
     def rewritten(self) -> list[Decision]:
@@ -118,7 +122,7 @@ def make_plan(sites: list[AttentionSite | FeedForwardSite], config: Config, cont
     """
     saved = {d.site: d for d in Plan.load(config.plan).decisions} if config.plan else None
     choices = [_choose(site, _candidates(site, config, saved), context) for site in sites]
-    return Plan([c.decision for c in choices]), choices
+    return Plan([c.decision for c in choices], device=context.device.describe()), choices
 
 
 _ATTENTION_SIZES = ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")
@@ -157,8 +161,12 @@ def _choose(site: AttentionSite | FeedForwardSite, candidates: list[Pass], conte
         kind="ffn" if ffn else "attention",
     )
     hints = size_hints(site)
-    dense = ffn_seconds(site, context.device) if ffn else attention_seconds(site, context.device, kernel="sdpa")
-    decision.dense_seconds = number(dense, hints)
+    if ffn:
+        decision.dense_seconds = number(costs.ffn_seconds(site, context.device), hints)
+    else:
+        dense = lambda sizes: (work.attention(sizes, "sdpa"),)
+        decision.dense_seconds = number(costs.seconds(dense(work.sizes_of(site)), context.device), hints)
+        decision.dense_formula = costs.formula(dense, site, context.device)
     for method in candidates:
         answer = Refusal(method.name, site.near_miss) if site.near_miss else method.propose(site, context)
         for proposal in answer if isinstance(answer, tuple) else (answer,):
@@ -169,7 +177,7 @@ def _choose(site: AttentionSite | FeedForwardSite, candidates: list[Pass], conte
                 decision.refusals.append(str(proposal))
                 continue
             decision.method, decision.options, decision.reason = method.name, proposal.method.options(), proposal.note
-            decision.seconds, decision.density = number(proposal.seconds, hints), proposal.density
+            decision.seconds, decision.density, decision.formula = number(proposal.seconds, hints), proposal.density, proposal.formula
             return Choice(site, proposal, decision)
     decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
     return Choice(site, None, decision)

@@ -26,6 +26,8 @@ def table(plan: Plan, width: int = 180) -> str:
         grid.add_row(*_row(group))
     console = Console(file=io.StringIO(), width=width)
     console.print(grid)
+    for line in _formulas(plan):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return console.file.getvalue().rstrip()
 
 
@@ -36,6 +38,17 @@ def _title(plan: Plan) -> str:
         if of_kind or kind == "attention":
             counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
     return ", ".join(counts)
+
+
+def _formulas(plan: Plan) -> list[str]:
+    """Formula and number of every distinct cost, and whose numbers they are."""
+    lines: dict[str, None] = {}
+    for d in plan.decisions:
+        for name, formula, seconds in (("dense", d.dense_formula, d.dense_seconds), (d.method, d.formula, d.seconds)):
+            if formula:
+                lines[f"{name}, {d.phase}: {_time(seconds) or '?'} = {formula}"] = None
+    letters = "B batch, H and Hkv query and KV heads, Q and N query and key length"
+    return [f"costs on {plan.device}; {letters}; seconds:", *lines] if lines else []
 
 
 def _folded(decisions: list[Decision]) -> list[list[Decision]]:

@@ -1,0 +1,229 @@
+"""What every candidate at a site does: FLOPs, bytes, tiles and launches as sympy expressions in batch, lengths, heads and density.
+
+Nothing here knows how fast a device is. `features` turns a candidate's work into the terms whose coefficients a profile holds, and
+`sparsify.costs` adds them up.
+
+Conventions: a head's keys and values are cut into blocks of 128, rows into tiles of 128; the diagonal is computed as whole blocks. FLOPs
+count both products, 2 · pairs · (qk_head_dim + v_head_dim). Causal pairs of Q rows over N keys, the last row on the last key: Q·(N - Q/2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from sparsify.hardware import Device
+
+TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
+_SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
+_ZERO = sympy.Integer(0)
+
+Size = int | sympy.Expr
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """The numbers of an attention that its cost depends on, with or without a graph around it.
+
+    batch, query_heads, kv_heads, query_len, key_len, qk_head_dim, v_head_dim: as in `AttentionSite`; integers or sympy expressions.
+    causal: the last row sees every key, the row before it one less. window: keys that a row sees, None for all.
+    """
+
+    batch: Size = 1
+    query_heads: Size = 32
+    kv_heads: Size = 8
+    query_len: Size = 1
+    key_len: Size = 1
+    qk_head_dim: Size = 128
+    v_head_dim: Size = 128
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    window: int | None = None
+
+
+def sizes_of(site: Any) -> AttentionSizes:
+    """The sizes of an `AttentionSite` or a cache's site; they stay what they are."""
+    if isinstance(site, AttentionSizes):
+        return site
+    names = [f.name for f in dataclasses.fields(AttentionSizes) if f.name not in ("causal", "window")]
+    return AttentionSizes(**{name: getattr(site, name) for name in names}, causal=site.mask.causal, window=site.mask.window)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel, or the kernels of one step, does.
+
+    family: whose coefficients apply, `kernel/kind`. dtype: of the operands. flops: matrix FLOPs of whole tiles. longest: those of the
+    longest tile, which one processor computes alone. scores: softmax entries. flops8: operations on 8-bit numbers. size: bytes that must
+    move. scratch, prepare: bytes of scratch, and of passes over the operands before the main kernel. rows: row tiles. kept: bytes of one KV
+    head's keys and values, which rows read again and again; 0 where nothing is read twice.
+    """
+
+    family: str
+    dtype: torch.dtype = torch.bfloat16
+    flops: sympy.Expr = _ZERO
+    longest: sympy.Expr = _ZERO
+    scores: sympy.Expr = _ZERO
+    flops8: sympy.Expr = _ZERO
+    size: sympy.Expr = _ZERO
+    scratch: sympy.Expr = _ZERO
+    prepare: sympy.Expr = _ZERO
+    rows: sympy.Expr = _ZERO
+    kept: sympy.Expr = _ZERO
+
+    def features(self, device: Device) -> dict[str, sympy.Expr]:
+        """The terms that a profile has coefficients for, in seconds but for `call` and `rows`; see `sparsify.profile`."""
+        ceiling = device.matrix_flops(self.dtype)
+        alone = self.longest * device.processors / ceiling
+        work = sympy.Max(self.flops / ceiling, alone) if self.longest != 0 else self.flops / ceiling
+        missed = sympy.Max(0, 1 - device.l2_bytes / self.kept) if self.kept != 0 else _ZERO
+        found = {
+            "call": sympy.Integer(1),
+            "work": work,
+            "scores": self.scores / ceiling,
+            "work8": self.flops8 / (2 * ceiling),
+            "bytes": self.size / device.bandwidth,
+            "scratch": self.scratch / device.bandwidth,
+            "prepare": self.prepare / device.bandwidth,
+            "rows": self.rows / device.processors,
+            "tail": alone,
+            "spill": work * missed,
+        }
+        return {name: term for name, term in found.items() if term != 0}
+
+
+def pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
+    """Query-key pairs of one head: the causal part of the rectangle, or the band of a window."""
+    rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
+    every = rows * (keys - rows / 2) if sizes.causal else rows * keys
+    band = window or sizes.window
+    return sympy.Min(every, rows * sympy.Min(band, keys)) if band else every
+
+
+def computed_pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
+    """Pairs of the blocks that a head visits: the diagonal and a window's edges count as whole blocks."""
+    rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
+    rows = sympy.Max(rows, TILE) if not rows.is_number or rows < TILE else rows
+    every = rows * (keys - rows / 2 + sympy.Rational(TILE, 2)) if sizes.causal else rows * keys
+    band = window or sizes.window
+    # both edges of a band cut blocks, and the sinks are one more
+    return sympy.Min(every, rows * (band + 2 * TILE)) if band else every
+
+
+def operand_bytes(site: Any) -> sympy.Expr:
+    """Bytes of Q, K, V and the output, each moved once."""
+    s = sizes_of(site)
+    query = s.query_heads * s.query_len * (s.qk_head_dim + s.v_head_dim)
+    return sympy.sympify(s.batch * (query + s.kv_heads * s.key_len * (s.qk_head_dim + s.v_head_dim)) * s.dtype.itemsize)
+
+
+def attention(site: Any, kernel: str, *, share: Any = 1, window: Size | None = None, listed: bool = False) -> Work:
+    """Attention over `share` of the blocks that a row could visit.
+
+    Args:
+        kernel: "sdpa", "hopper", "triton" or "reference". listed: along block lists, with `share` the density over causal blocks.
+        window: keys a row sees besides what the site's own mask says, sinks included.
+    """
+    s = sizes_of(site)
+    if s.query_len == 1:
+        return decode(s, kernel)
+    band = window or s.window
+    kind = "lists" if listed else "window" if band else "causal"
+    heads, dims = s.batch * s.query_heads, s.qk_head_dim + s.v_head_dim
+    visited = computed_pairs(s, window) * share
+    longest = sympy.Min(s.key_len, band + 2 * TILE) if band else sympy.sympify(s.key_len)
+    return Work(
+        family=f"{kernel}/{kind}",
+        dtype=s.dtype,
+        flops=sympy.sympify(2 * heads * visited * dims),
+        longest=sympy.sympify(2 * TILE * longest * dims * share),
+        scores=sympy.sympify(heads * visited),
+        size=operand_bytes(s),
+        rows=sympy.sympify(heads * s.query_len) / TILE,
+        kept=_ZERO if band else sympy.sympify(s.key_len * dims * s.dtype.itemsize),
+    )
+
+
+def decode(site: Any, kernel: str, kept: Size | None = None) -> Work:
+    """One query row of each sequence over `kept` keys (default: all of them): keys and values are read once."""
+    s = sizes_of(site)
+    slots = sympy.sympify(s.key_len if kept is None else kept)
+    slots = sympy.Min(slots, s.window) if s.window else slots
+    read = s.batch * s.kv_heads * slots * (s.qk_head_dim + s.v_head_dim)
+    kernel = "triton" if kernel == "hopper" else kernel  # a tile of 128 rows would be empty but for one
+    return Work(
+        family=f"{kernel}/decode",
+        dtype=s.dtype,
+        size=sympy.sympify(read * s.dtype.itemsize),
+        rows=sympy.sympify(s.batch * s.kv_heads),
+    )
+
+
+def selection(site: Any, stride: int, block: int = 128, variants: frozenset[str] | tuple[str, ...] = ()) -> Work:
+    """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428).
+
+    Args:
+        variants: any of "half" (every second query cell), "group" (one estimate per KV head) and "int8".
+    """
+    s = sizes_of(site)
+    span = stride * (2 if "half" in variants else 1)
+    scored = s.batch * (s.kv_heads if "group" in variants else s.query_heads)
+    rows, columns = sympy.sympify(s.query_len) / span, sympy.sympify(s.key_len) / stride
+    # causal cells; the column tile that the diagonal cuts is computed whole
+    start = columns - rows * span / stride
+    cells = rows * (start + (columns - start) / 2 + sympy.Rational(_SCORE_TILE[1], 2)) if s.causal else rows * columns
+    depth = stride * s.qk_head_dim
+    flops = sympy.sympify(2 * scored * cells * depth)
+    eight = "int8" in variants
+    blocks = sympy.sympify(s.query_len) / block
+    sums = scored * rows * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # fp16
+    lists = s.batch * s.query_heads * blocks * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # int16
+    tile = 2 * _SCORE_TILE[0] * _SCORE_TILE[1] * depth
+    return Work(
+        family="select",
+        dtype=s.dtype,
+        flops=_ZERO if eight else flops,
+        flops8=flops if eight else _ZERO,
+        longest=_ZERO if eight else sympy.sympify(tile),
+        size=operand_bytes(s) / 2,
+        scratch=2 * sums + lists,
+        prepare=_prepared(s, span // stride, scored, variants),
+        rows=sympy.sympify(s.batch * s.query_heads) * blocks,
+    )
+
+
+def _prepared(s: AttentionSizes, skipped: int, scored: Size, variants: frozenset[str] | tuple[str, ...]) -> sympy.Expr:
+    """Bytes that passes over queries and keys move before the product: the group's mean, and rounding to 8 bits."""
+    queries, keys = s.query_len * s.qk_head_dim, s.batch * s.kv_heads * s.key_len * s.qk_head_dim
+    item, moved = s.dtype.itemsize, _ZERO
+    if "group" in variants:
+        moved += (s.batch * s.query_heads + scored) * queries * item
+    if "int8" in variants:  # the keys are read twice, once for their mean
+        moved += scored * queries * (item + 1) / skipped + keys * (2 * item + 1)
+    return sympy.sympify(moved)
+
+
+def linear(rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> Work:
+    """A matrix product of activations [rows, inputs] with a weight [outputs, inputs] when there are many rows."""
+    moved = (rows * (inputs + outputs) + inputs * outputs) * dtype.itemsize
+    return Work("linear", dtype, flops=sympy.sympify(2 * rows * inputs * outputs), size=sympy.sympify(moved))
+
+
+def stream(rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> Work:
+    """The same with few rows: the weight is streamed from memory once for all of them."""
+    moved = (rows * (inputs + outputs) + inputs * outputs) * dtype.itemsize
+    return Work("stream", dtype, size=sympy.sympify(moved))
+
+
+def skipped_ffn(rows: Size, weight_bytes: Size, dtype: torch.dtype, share: Any = 1) -> Work:
+    """The kernels of `ffn_skip` on one block: its weights are streamed for `share` of the calls, its launches always happen."""
+    return Work("ffn/skip", dtype, size=sympy.sympify(weight_bytes * share), rows=sympy.sympify(rows * share))
+
+
+def elementwise(size: Size) -> Work:
+    """Norms, activations, rotations and sums: `size` bytes read and written."""
+    return Work("elementwise", size=sympy.sympify(size))
