@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 
 import sparsify.backends as backends
 from sparsify import hardware, verify
@@ -46,6 +47,10 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     pristine = copy_graph(gm) if config.verify else gm  # rewriting works on copies; only lowering consumes a graph
     try:
         compiled = lower(rewritten, example_inputs, config)
+    except RestartAnalysis:  # how lower stages ask Dynamo to trace again, knowing more: no failure
+        if plans is not None:
+            plans.pop()  # the next trace makes its own
+        raise
     except Exception as error:
         if config.strict:
             raise

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
-from sparsify import blockmask, ops
+from sparsify import blockmask, ops, pipeline
 from sparsify.backends import launch, reference_select, source
 from sparsify.errors import CacheFolderError, KernelError, UnsupportedError
 from tests.harness import compiled, run, strict, visible_error
@@ -328,3 +329,22 @@ def test_nothing_is_left_behind():
         with pytest.raises((TypeError, ValueError, RuntimeError)):
             model(input_ids=ids.float(), use_cache=False)
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, want)
+
+
+def test_a_restart_is_no_failure(monkeypatch, recwarn):
+    """Lower stages ask for a new trace by an exception, after which floats are constants: a graph must not stay dense for it."""
+    calls, lower = [], pipeline.lower
+
+    def restarts_once(*given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise TensorifyScalarRestartAnalysis
+        return lower(*given)
+
+    monkeypatch.setattr(pipeline, "lower", restarts_once)
+    model = build("llama")
+    ids = torch.arange(3, 99).reshape(1, -1)
+    found = run(model, lambda m: m(ids).logits, strict(strict=False, passes=["dense"]))
+    assert len(calls) == 2 and found.graphs == 1
+    assert found.rewritten() == found.sites > 0
+    assert not [w for w in recwarn if "untouched" in str(w.message)]
