@@ -4,7 +4,9 @@
     python -m benchmarks.eviction stream --model DIR --text FILE --bytes 200000
 
 needles: the prompt ends in one question, so that the last queries know what is asked; its answer is teacher-forced a byte at a time over
-what was kept. stream: NLL by stretch of text, under both position schemes. Appends to results/eviction.jsonl.
+what was kept. SnapKV smooths its scores over 5 tokens, which keep a word's neighbours where tokens are words: of bytes it takes some 15 to
+hold a fact together, and both are run. stream: NLL by stretch of text, under both position schemes and recomputed without a cache from as
+many bytes as a full cache holds, since text is harder here and easier there. Appends to results/eviction.jsonl.
 """
 
 from __future__ import annotations
@@ -55,9 +57,8 @@ def ask(model: LlamaForCausalLM, text: bytes, length: int, seed: int, make: Any)
 def run_needles(options: argparse.Namespace, model: LlamaForCausalLM, text: bytes, facts: dict[str, Any]) -> None:
     seeds = range(needles.FIRST_SEED, needles.FIRST_SEED + -(-options.questions // ASKS))
     for length in options.lengths:
-        for policy in options.policies:
+        for policy, extra in _settings(options):
             for share in options.shares:
-                extra = {"window": options.observe} if policy == "snapkv" else {}
 
                 def make(config: Any, prompt: int, policy: str = policy, share: float = share, extra: dict = extra) -> SparseCache:
                     return SparseCache(config, policy, int(prompt * share) + (8 if share == 1 else 0), **extra)
@@ -74,23 +75,48 @@ def run_needles(options: argparse.Namespace, model: LlamaForCausalLM, text: byte
                 )
 
 
+def _settings(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """Each policy with its options."""
+    snapkv = [{"window": options.observe, "kernel": kernel} for kernel in options.kernels]
+    return [(policy, extra) for policy in options.policies for extra in (snapkv if policy == "snapkv" else [{}])]
+
+
+def by_stretch(nll: list[float], length: int) -> list[float]:
+    """Means over stretches of `length` bytes; a shorter rest at the end is left out unless it is all there is."""
+    whole = range(0, max(1, len(nll) // length) * length, length)
+    return [sum(nll[i : i + length]) / len(nll[i : i + length]) for i in whole]
+
+
+@torch.no_grad()
+def recomputed(model: LlamaForCausalLM, ids: torch.Tensor, visible: int) -> list[float]:
+    """NLL of each byte of ids [1, n] after the first, from the `visible` to `visible + STREAM_CALL` bytes before it and nothing else."""
+    found: list[float] = []
+    for first in range(0, ids.shape[1] - 1, STREAM_CALL):
+        last = min(first + STREAM_CALL, ids.shape[1] - 1)
+        logits = model(ids[:, max(0, first - visible) : last], use_cache=False, logits_to_keep=last - first).logits[0].float()
+        found += F.cross_entropy(logits, ids[0, first + 1 : last + 1], reduction="none").tolist()
+    return found
+
+
 @torch.no_grad()
 def run_stream(options: argparse.Namespace, model: LlamaForCausalLM, text: bytes, facts: dict[str, Any]) -> None:
     ids = torch.frombuffer(bytearray(text[: options.bytes + 1]), dtype=torch.uint8).long()[None].to(model.device)
-    for positions in ("in_cache", "absolute"):
-        cache = SparseCache(model.config, "streaming_llm", sinks=options.sinks, window=options.window, positions=positions)
-        stretch: list[float] = []
-        for first in range(0, ids.shape[1] - 1, STREAM_CALL):
-            part = ids[:, first : first + STREAM_CALL]
-            part = part[:, : ids.shape[1] - 1 - first]
-            logits = model(part, past_key_values=cache).logits[0].float()
-            stretch += F.cross_entropy(logits, ids[0, first + 1 : first + 1 + part.shape[1]], reduction="none").tolist()
-        by_stretch = [
-            sum(stretch[i : i + options.stretch]) / len(stretch[i : i + options.stretch]) for i in range(0, len(stretch), options.stretch)
-        ]
-        print(positions, [round(x, 3) for x in by_stretch], flush=True)
+    for positions in ("recomputed", "in_cache", "absolute"):
+        started = time.monotonic()
+        if positions == "recomputed":
+            nll = recomputed(model, ids, options.sinks + options.window)
+        else:
+            cache = SparseCache(model.config, "streaming_llm", sinks=options.sinks, window=options.window, positions=positions)
+            nll = []
+            for first in range(0, ids.shape[1] - 1, STREAM_CALL):
+                last = min(first + STREAM_CALL, ids.shape[1] - 1)
+                logits = model(ids[:, first:last], past_key_values=cache).logits[0].float()
+                nll += F.cross_entropy(logits, ids[0, first + 1 : last + 1], reduction="none").tolist()
+        values = by_stretch(nll, options.stretch)
+        print(positions, [round(x, 3) for x in values], flush=True)
         parameters = {"positions": positions, "sinks": options.sinks, "window": options.window, "stretch": options.stretch}
-        records.append(options.out, "eviction_stream", **parameters, nll=by_stretch, **facts)
+        seconds = time.monotonic() - started
+        records.append(options.out, "eviction_stream", **parameters, bytes=len(nll), nll=values, seconds=seconds, **facts)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -101,7 +127,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.25, 0.1, 0.05])
     parser.add_argument("--policies", nargs="+", default=["snapkv", "streaming_llm"])
-    parser.add_argument("--observe", type=int, default=32, help="queries that score under snapkv; a question is 12 bytes long")
+    parser.add_argument("--observe", type=int, default=QUESTION, help="queries that score under snapkv: those of the question")
+    parser.add_argument("--kernels", type=int, nargs="+", default=[5, 15], help="keys that snapkv's smoothing spans")
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--bytes", type=int, default=200_000)
     parser.add_argument("--stretch", type=int, default=20_000, help="bytes that one NLL is taken over")
