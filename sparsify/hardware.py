@@ -62,7 +62,9 @@ class Device:
         return family in (self.profile or _shipped(self.capability)).families
 
     def matrix_flops(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a matrix product of this dtype."""
+        """FLOP/s of a matrix product of this dtype; a CPU's ceiling is one of fp32 already."""
+        if self.type != "cuda":
+            return self.flops
         return self.flops * _WIDE.get(dtype.itemsize, 1.0)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsify import ops
+from sparsify import costs, objective, ops, work
 from sparsify.compat import symbol_values
 from sparsify.config import Config
-from sparsify import costs, work
 from sparsify.costs import number
 from sparsify.errors import PlanError
 from sparsify.method import Context, Pass, Proposal, Refusal, discover
@@ -43,6 +44,9 @@ class Decision:
     seconds: float | None = None
     dense_seconds: float | None = None
     density: float | None = None
+    scratch: float | None = None
+    error: float | None = None
+    measured: list[dict[str, Any]] = field(default_factory=list)
     realised_density: float | None = None
     kind: str = "attention"
     formula: str = ""
@@ -121,8 +125,12 @@ def make_plan(sites: list[AttentionSite | FeedForwardSite], config: Config, cont
         PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
     """
     saved = {d.site: d for d in Plan.load(config.plan).decisions} if config.plan else None
-    choices = [_choose(site, _candidates(site, config, saved), context) for site in sites]
+    choices = [_choose(site, _candidates(site, config, saved), config, context, _measured(site, saved)) for site in sites]
     return Plan([c.decision for c in choices], device=context.device.describe()), choices
+
+
+def _measured(site: AttentionSite | FeedForwardSite, saved: dict[str, Decision] | None) -> list[dict[str, Any]]:
+    return saved[site.name].measured if saved is not None and site.name in saved else []
 
 
 _ATTENTION_SIZES = ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")
@@ -131,12 +139,15 @@ _FFN_SIZES = ("rows", "hidden", "intermediate")
 
 def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: dict[str, Decision] | None) -> list[Pass]:
     methods = discover()
+    kind = {name for name, method in methods.items() if isinstance(site, method.site_type)}
     if saved is None:
-        wanted = config.for_layer(site.name, site.layer, {name for name, method in methods.items() if isinstance(site, method.site_type)})
+        wanted = config.for_layer(site.name, site.layer, kind)
     elif site.name in saved:
         decision = saved[site.name]
         wanted = [(decision.method, decision.options)] if decision.method else []
-        if decision.method and methods.get(decision.method) and methods[decision.method].lossy and isinstance(site, AttentionSite):
+        if config.objective is not None:
+            wanted += _measured_first(config.for_layer(site.name, site.layer, kind), decision.measured)
+        elif decision.method and methods.get(decision.method) and methods[decision.method].lossy and isinstance(site, AttentionSite):
             wanted += [("dense", {})]
     else:
         raise PlanError(
@@ -145,11 +156,92 @@ def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: di
     unknown = [name for name, _ in wanted if name not in methods]
     if unknown:
         raise PlanError(f"unknown method {unknown[0]!r}", where=str(config.plan or site.name), hint="known: " + ", ".join(sorted(methods)))
-    made = [methods[name](**options) for name, options in wanted]
+    made = list(dict.fromkeys(methods[name](**options) for name, options in wanted))
     return [m for m in made if not (config.exact and m.lossy)]
 
 
-def _choose(site: AttentionSite | FeedForwardSite, candidates: list[Pass], context: Context) -> Choice:
+def _measured_first(configured: list[tuple[str, dict[str, Any]]], measured: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The configured methods, each with the options that were measured where any were."""
+    wanted = []
+    for name, options in configured:
+        wanted += [(name, one["options"]) for one in measured if one["method"] == name] or [(name, options)]
+    return wanted
+
+
+def _choose(
+    site: AttentionSite | FeedForwardSite, candidates: list[Pass], config: Config, context: Context, measured: list[dict[str, Any]]
+) -> Choice:
+    decision, dense = _described(site, context)
+    decision.measured = measured
+    proposed = _proposed(site, candidates, config, context, decision)
+    pending: list[Proposal] = []
+    while True:
+        pending += proposed if config.objective else [*itertools.islice(proposed, 1)]  # order asks no further than it must
+        if not pending:
+            break
+        proposal = pending.pop(_best(pending, site, config, dense))
+        if proposal.min_key_len and not at_least(site.key, 2, proposal.min_key_len):
+            what = f"key_len below {proposal.min_key_len}, where it starts to pay"
+            decision.refusals.append(str(proposal.method.refuse(what, "set min_length to force it" if proposal.method.lossy else "")))
+            continue
+        _take(decision, proposal, pending, size_hints(site), config)
+        return Choice(site, proposal, decision)
+    decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
+    return Choice(site, None, decision)
+
+
+def _proposed(
+    site: AttentionSite | FeedForwardSite, candidates: list[Pass], config: Config, context: Context, decision: Decision
+) -> Iterator[Proposal]:
+    """What the methods propose, in their order; who refuses is noted."""
+    for method in candidates:
+        refusal = Refusal(method.name, site.near_miss) if site.near_miss else None
+        refusal = refusal or objective.refuse_error(method, decision.measured, config.max_error)
+        answer = method.propose(site, context) if refusal is None else refusal
+        for one in answer if isinstance(answer, tuple) else (answer,):
+            if isinstance(one, Refusal):
+                decision.refusals.append(str(one))
+            else:
+                yield one
+
+
+def _best(proposals: list[Proposal], site: AttentionSite | FeedForwardSite, config: Config, dense: Any) -> int:
+    """Without an objective the first: order is preference."""
+    if config.objective is None or len(proposals) == 1:
+        return 0
+    ffn = isinstance(site, FeedForwardSite)
+    return objective.select(
+        proposals,
+        config.objective,
+        key_len=0 if ffn else site.key_len,
+        hints=size_hints(site),
+        operands=site.weight_bytes if ffn else work.operand_bytes(site),
+        dense=dense,
+        reaches=(lambda bound: False) if ffn else lambda bound: at_least(site.key, 2, bound),
+    )
+
+
+def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints: dict[Any, int], config: Config) -> None:
+    method = proposal.method
+    decision.method, decision.options, decision.reason = method.name, method.options(), proposal.note
+    decision.seconds, decision.scratch, decision.formula = (
+        number(proposal.seconds, hints),
+        number(proposal.scratch, hints),
+        proposal.formula,
+    )
+    decision.density = proposal.density
+    decision.error = objective.measured_error(method, decision.measured)
+    if config.max_error is not None:
+        decision.reason += f"; error {decision.error:.3g}, at most {config.max_error:g}"
+    if config.objective is not None:
+        decision.reason += f"; least {'time and memory' if config.objective == 'balanced' else config.objective}"
+        for other in others:
+            time, scratch = number(other.seconds, hints), number(other.scratch, hints)
+            decision.refusals.append(f"{other.method.name}: {other.note}: {objective.words(time, scratch)}, which is more")
+
+
+def _described(site: AttentionSite | FeedForwardSite, context: Context) -> tuple[Decision, Any]:
+    """The site as a decision that is still open, and dense seconds as an expression."""
     ffn = isinstance(site, FeedForwardSite)
     decision = Decision(
         site=site.name,
@@ -160,27 +252,14 @@ def _choose(site: AttentionSite | FeedForwardSite, candidates: list[Pass], conte
         method=None,
         kind="ffn" if ffn else "attention",
     )
-    hints = size_hints(site)
     if ffn:
-        decision.dense_seconds = number(costs.ffn_seconds(site, context.device), hints)
+        seconds = costs.ffn_seconds(site, context.device)
     else:
         dense = lambda sizes: (work.attention(sizes, "sdpa"),)
-        decision.dense_seconds = number(costs.seconds(dense(work.sizes_of(site)), context.device), hints)
+        seconds = costs.seconds(dense(work.sizes_of(site)), context.device)
         decision.dense_formula = costs.formula(dense, site, context.device)
-    for method in candidates:
-        answer = Refusal(method.name, site.near_miss) if site.near_miss else method.propose(site, context)
-        for proposal in answer if isinstance(answer, tuple) else (answer,):
-            if isinstance(proposal, Proposal) and proposal.min_key_len and not at_least(site.key, 2, proposal.min_key_len):
-                what = f"key_len below {proposal.min_key_len}, where it starts to pay"
-                proposal = Refusal(method.name, what, "set min_length to force it" if method.lossy else "")
-            if isinstance(proposal, Refusal):
-                decision.refusals.append(str(proposal))
-                continue
-            decision.method, decision.options, decision.reason = method.name, proposal.method.options(), proposal.note
-            decision.seconds, decision.density, decision.formula = number(proposal.seconds, hints), proposal.density, proposal.formula
-            return Choice(site, proposal, decision)
-    decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
-    return Choice(site, None, decision)
+    decision.dense_seconds = number(seconds, size_hints(site))
+    return decision, seconds
 
 
 def at_least(node: torch.fx.Node, dim: int, bound: int) -> bool:
