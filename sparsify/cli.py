@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     ffn.add_argument("--device", help="default: cuda where there is one")
     ffn.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
     ffn.set_defaults(run=_calibrate_ffn, attention="sdpa", length=None)
+    device = what_for.add_parser("device", help="ceilings and kernel efficiencies of the device here, for the cost model")
+    device.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    device.add_argument("--small", action="store_true", help="few and small calls: a trial of the calibration itself")
+    device.add_argument("--save", metavar="FILE", help="write the profile here instead of into the cache folder, which explain reads")
+    device.add_argument("--debug", action="store_true", help="show tracebacks")
+    device.set_defaults(run=_calibrate_device)
     config = commands.add_parser("config", parents=[common], help="print the configuration in effect")
     config.add_argument("--show", action="store_true", help="print the configuration in effect (this is what happens anyway)")
     config.add_argument("--markdown", action="store_true", help="print docs/configuration.md instead")
@@ -321,6 +327,31 @@ def _calibrate_ffn(given: argparse.Namespace) -> int:
             calibrate.plan_for(model, ids[:, : given.chunk], proposal, options, given.warmup).save(given.save)
         except OSError as error:
             raise UnsupportedError(f"cannot write the plan: {error.strerror}", where=given.save) from None
+    return SAME
+
+
+def _calibrate_device(given: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparsify import calibrate_device, hardware, profile_cache
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("compiling", total=None)
+        show = lambda done, calls, what: bar.update(task, completed=done, total=calls, description=what)
+        found = calibrate_device.calibrate(device, small=given.small, progress=show)
+    print(calibrate_device.table(found))
+    if given.save:
+        try:
+            Path(given.save).write_text(found.profile.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise UnsupportedError(f"cannot write the profile: {error.strerror}", where=given.save) from None
+        print(f"profile: {given.save}")
+        return SAME
+    print(f"profile: {profile_cache.store(found.profile, profile_cache.identity(device))}")
+    hardware.forget()
     return SAME
 
 
