@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import ClassVar, Literal
 
+import sympy
 from pydantic import Field, field_validator, model_validator
 
 from sparsify import ops
@@ -86,7 +87,14 @@ class XAttention(Pass):
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
         note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"
         works = functools.partial(self._works, context.family)
-        return Proposal.of(self, site, context, works, density=self.density, min_key_len=start, note=note)
+        return Proposal.of(self, site, context, works, density=self.density, min_key_len=start, note=note, scratch=self._scratch(site))
+
+    def _scratch(self, site: AttentionSite) -> sympy.Expr:
+        """Bytes of block lists (int16) and of the estimate's block sums (fp16), which launches share out beyond a GiB."""
+        rows, blocks = sympy.sympify(site.query_len) / self.block, sympy.sympify(site.key_len) / self.block
+        heads = site.kv_heads if "group" in self.estimate else site.query_heads
+        cells = sympy.sympify(site.query_len) / (self.stride * (2 if "half" in self.estimate else 1))
+        return 2 * site.batch * site.query_heads * rows * blocks + sympy.Min(2 * site.batch * heads * cells * blocks, 1 << 30)
 
     def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""

@@ -65,6 +65,14 @@ class Config(BaseModel):
     )
     rules: tuple[Rule, ...] = Field((), description="Methods for particular layers; the last rule that matches a site decides alone.")
     plan: Path | None = Field(None, description="A plan file whose decisions replace the choice made here.")
+    objective: Literal["time", "memory", "balanced"] | None = Field(
+        None,
+        description="What to minimise among the methods that may act: expected seconds, bytes of scratch, or both relative to dense "
+        "attention's. Unset: the first in order that is expected to pay.",
+    )
+    max_error: float | None = Field(
+        None, ge=0, description="Largest error that the plan file may have measured for a lossy method where it acts; needs `plan`."
+    )
     mode: str | None = Field(None, description="One of Inductor's modes, as `mode=` of `torch.compile`.")
     inductor: dict[str, Any] = Field(default_factory=dict, description="Inductor's own options, as `options=` of its backend takes them.")
     lower: Literal["inductor", "eager"] = Field(
@@ -150,6 +158,8 @@ def load(
             raise ConfigError(f"mode={mode!r} contradicts options' mode={given['mode']!r}", where="mode", hint="give one of them")
         given["mode"] = mode
     merger.add(given, "options", folder)
+    if merger.config.max_error is not None and merger.config.plan is None:
+        raise ConfigError("needs a plan file with measured errors", where="max_error", hint="`sparsify calibrate errors` writes one")
     return merger.config
 
 

@@ -111,7 +111,8 @@ def acts_on(site_type: type, config: Config) -> bool:
     methods = discover()
     named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
     if config.plan:
-        named = {d.method for d in Plan.load(config.plan).rewritten}
+        saved = {d.method for d in Plan.load(config.plan).rewritten}
+        named = saved | named if config.objective else saved
     return any(methods[name].site_type is site_type for name in named if name in methods)
 
 
