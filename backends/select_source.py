@@ -17,6 +17,9 @@ class Tiling:
     """How `score` cuts its work.
 
     rows, cols: query and key cells of a tile. warps, stages: Triton's launch options. per_sm: programs per multiprocessor.
+    fused: one loop runs through all tiles of a program, so that loads go on while a tile's scores are summed up; needs tma, and serves
+        masks of causality alone.
+    band: row tiles that are walked together, column by column, so that neighbours in time share the L2 cache.
     tma: operands come through tensor descriptors, which need compute capability 9.0, instead of pointers.
     """
 
@@ -26,6 +29,8 @@ class Tiling:
     stages: int
     per_sm: int
     tma: bool
+    fused: bool = False
+    band: int = 16
 
 
 # 128 x 256 runs at 94 % of cuBLAS on an H200 (registers 255, no spills); it needs 197 KB of shared memory.
@@ -43,6 +48,7 @@ class SelectSpec:
     rule: "tau" (one threshold), "taus" (a tensor) or "density".
     int8: cells are rounded to 8 bits before they are multiplied; `dtype` is what the op gets.
     wide: rows of key blocks do not fit in registers.
+    negative: the scale of the logits is below 0; `score` gets its size.
     importance: `choose` also stores importances, for tests.
     """
 
@@ -64,6 +70,7 @@ class SelectSpec:
     int8: bool = False
     wide: bool = False
     importance: bool = False
+    negative: bool = False
 
     def __post_init__(self):
         impossible = {
@@ -128,6 +135,12 @@ def score_arguments(spec: SelectSpec) -> list[str]:
     return ["q", "k", *scales, "sums", "tops", *_start(spec), *masks, *strides, *numbers, *([] if spec.has_start else ["start"])]
 
 
+def finish_arguments(spec: SelectSpec) -> list[str]:
+    """Arguments of `finish` after its tile."""
+    outside = ("q", "k", "start_at", "start", "batch", "q_b", "q_h", "q_n", "k_b", "k_h", "k_n")
+    return [*(name for name in score_arguments(spec) if name not in outside), "start"]
+
+
 def _start(spec: SelectSpec) -> list[str]:
     return ["start_at"] if spec.has_start else []
 
@@ -171,6 +184,10 @@ def generate(spec: SelectSpec) -> str:
         "tile_blocks": spec.tile_blocks,
         "tile_shift": (tiling.cols * spec.stride).bit_length() - 1,
         "tma": tiling.tma,
+        "band": tiling.band,
+        # other masks skip whole tiles, or need registers
+        "fused": tiling.fused and tiling.tma and not (spec.key_flags or spec.segments or spec.window != "none"),
+        "finish_arguments": ", ".join(finish_arguments(spec)),
         "density": spec.rule == "density",
         "per_head": spec.rule == "taus",
         "density_bits": DENSITY_BITS,
@@ -194,9 +211,10 @@ def generate(spec: SelectSpec) -> str:
         "has_start",
         "importance",
         "int8",
+        "negative",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
-    parts = [(select_template.HEADER + select_template.WALK, []), (select_template.SCORE, score_arguments(spec))]
+    parts = [(select_template.HEADER + select_template.WALK, []), (select_template.FINISH + select_template.SCORE, score_arguments(spec))]
     if spec.int8:
         parts.append((select_round.ROUND, []))
     parts.append((select_template.CANDIDATES + select_choose_template.LOADS, []))

@@ -20,7 +20,7 @@ COLS = tl.constexpr(${cols})  # key cells of a tile
 DEPTH = tl.constexpr(${depth})  # numbers of a token that one step multiplies
 CHUNKS = tl.constexpr(${chunks})  # steps per token
 STAGES = tl.constexpr(${stages})
-BAND = tl.constexpr(16)  # row tiles that are walked together, column by column, so that neighbours in time share the L2 cache
+BAND = tl.constexpr(${band})  # row tiles that are walked together, column by column, so that neighbours in time share the L2 cache
 ROW_CELLS = tl.constexpr(${row_cells})  # scored query cells of a block
 COL_CELLS = tl.constexpr(${col_cells})  # key cells of a block
 TILE_BLOCKS = tl.constexpr(${tile_blocks})  # key blocks of a column tile
@@ -86,6 +86,89 @@ def locate(band, offset, first_tile, end_tile, query_len, key_len, start):
     return row, col
 '''
 
+FINISH = '''
+
+@triton.jit
+def finish(acc, head, row_tile, col_tile, ${finish_arguments}):
+    """From a tile's products to each row's highest logit and each key block's sum."""
+    b = head // scored_heads
+    h = head % scored_heads
+    m0 = row_tile * ROWS
+    n0 = col_tile * COLS
+    rows = m0 + tl.arange(0, ROWS)
+    cols = n0 + tl.arange(0, COLS)
+    tiles = column_tiles(key_len)
+    key_cells = (key_len + STRIDE - 1) // STRIDE
+    row_count = end_cell - first_cell
+%if key_flags or segments
+    # masks per cell fill whole tiles
+    padded_rows = (query_cells + ROWS - 1) // ROWS * ROWS
+%end
+%if key_flags
+    cells_first = key_first + b * flags_batch * (tiles * COLS) + cols
+    cells_last = query_last + b * flags_batch * padded_rows + rows
+%end
+%if window == "per_head"
+    window = tl.load(windows + h)
+%end
+%if int8
+    row_scale = tl.load(query_scales + head * query_cells + rows, mask=rows < query_cells, other=0.0) * scale
+    col_scale = tl.load(key_scales + head // GROUP * key_cells + cols, mask=cols < key_cells, other=0.0)
+    s = acc.to(tl.float32) * col_scale[None, :]
+    factor = row_scale[:, None]
+%else
+    # makes NaN of what is not finite, so that `choose` keeps the whole row
+    s = acc + acc * 0.0
+    factor = scale
+%end
+%if negative
+    s = -s
+%end
+%if key_flags or segments or window != "none"
+    edge = True
+%elif causal
+    edge = (n0 + COLS > key_cells) | ((n0 + COLS - 1) * STRIDE > tl.minimum(m0 * SPAN + STRIDE, query_len) - 1 + start)
+%else
+    edge = n0 + COLS > key_cells
+%end
+    if edge:
+        # one comparison of a row's number with a column's after the other, as a tile's worth of masks needs many registers
+%if key_flags and not segments
+        # loaded again: registers are scarce while tiles are multiplied
+        col_first = tl.load(cells_first)
+        row_last = tl.load(cells_last)
+%else
+        col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
+        row_last = ${"tl.minimum(rows * SPAN + STRIDE, query_len) - 1 + start" if causal else "rows * 0"}
+%end
+        s = tl.where(col_first[None, :] <= row_last[:, None], s, float("-inf"))
+%if segments
+        # a cell of padding alone has an empty range
+        ours = b * segments_batch * padded_rows + rows
+        theirs = b * segments_batch * (tiles * COLS) + cols
+        s = tl.where(tl.load(query_low + ours)[:, None] <= tl.load(key_high + theirs)[None, :], s, float("-inf"))
+        s = tl.where(tl.load(query_high + ours)[:, None] >= tl.load(key_low + theirs)[None, :], s, float("-inf"))
+%end
+%if window != "none"
+        row_floor = tl.where(window > 0, rows * SPAN + start - window, -NEVER)
+%if key_flags
+        col_last = tl.load(key_last + b * flags_batch * (tiles * COLS) + cols)
+%else
+        col_last = tl.minimum((cols + 1) * STRIDE, key_len) - 1
+%end
+        s = tl.where(col_last[None, :] > row_floor[:, None], s, float("-inf"))
+%end
+    # multiplied after the maximum, and below beside the subtraction: one operation less for each score
+    top = tl.max(s, 1) * ${"row_scale" if int8 else "scale"}
+    base = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.sum(tl.reshape(tl.exp2(s * factor - base[:, None]), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+    kept = rows < end_cell
+    at = head.to(tl.int64) * row_count + rows - first_cell
+    tl.store(tops + (head * tiles + col_tile).to(tl.int64) * row_count + rows - first_cell, top, mask=kept)
+    blocks = col_tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+    tl.store(sums + at[:, None] * (tiles * TILE_BLOCKS) + blocks[None, :], p.to(tl.float16), mask=kept[:, None])
+'''
+
 SCORE = '''
 
 @triton.jit(do_not_specialize=[${unspecialized}])
@@ -100,26 +183,55 @@ def score(${arguments}):
     first_tile = first_cell // ROWS
     end_tile = (end_cell + ROWS - 1) // ROWS
     bands = (end_tile - first_tile + BAND - 1) // BAND
-    tiles = column_tiles(key_len)
-    key_cells = (key_len + STRIDE - 1) // STRIDE
-    row_count = end_cell - first_cell
-%if key_flags or segments
-    # masks per cell fill whole tiles
-    padded_rows = (query_cells + ROWS - 1) // ROWS * ROWS
-%end
     heads = batch * scored_heads
     size = band_tiles(bands - 1, first_tile, end_tile, query_len, key_len, start)
     head, band, offset, size = settle(
         tl.program_id(0) * 0, bands - 1, tl.program_id(0), size, bands, heads, first_tile, end_tile, query_len, key_len, start
     )
+%if fused
+    # one loop over the steps of all tiles of this program: the next tile's loads begin before this one's scores are summed up
+    each = 0
+    for i in range(bands):
+        each += band_tiles(i, first_tile, end_tile, query_len, key_len, start)
+    count = (heads * each - tl.program_id(0) + tl.num_programs(0) - 1) // tl.num_programs(0)
+    i = tl.program_id(0) * 0
+    row_tile = 0
+    col_tile = 0
+    acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
+    for step in tl.range(0, count * (STRIDE * CHUNKS), num_stages=STAGES):
+        if i == 0:
+            if step > 0:
+                offset += tl.num_programs(0)
+                head, band, offset, size = settle(
+                    head, band, offset, size, bands, heads, first_tile, end_tile, query_len, key_len, start
+                )
+            row_tile, col_tile = locate(band, offset, first_tile, end_tile, query_len, key_len, start)
+        r = i // CHUNKS
+        c = (i - r * CHUNKS) * DEPTH
+        b = head // scored_heads
+        h = head % scored_heads
+        x = q.load([b, h, STRIDE - 1 - r, row_tile * ROWS, c]).reshape(ROWS, DEPTH)
+        y = k.load([b, h // GROUP, r, col_tile * COLS, c]).reshape(COLS, DEPTH)
+        acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
+        if i == STRIDE * CHUNKS - 1:
+            finish(acc, head, row_tile, col_tile, ${finish_arguments})
+            acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
+        i = tl.where(i == STRIDE * CHUNKS - 1, 0, i + 1)
+%else
+    tiles = column_tiles(key_len)
+%if key_flags
+    padded_rows = (query_cells + ROWS - 1) // ROWS * ROWS
+%end
     while head < heads:
         row_tile, col_tile = locate(band, offset, first_tile, end_tile, query_len, key_len, start)
         b = head // scored_heads
         h = head % scored_heads
         m0 = row_tile * ROWS
         n0 = col_tile * COLS
+%if not tma or key_flags
         rows = m0 + tl.arange(0, ROWS)
         cols = n0 + tl.arange(0, COLS)
+%end
         steps = STRIDE * CHUNKS
 %if key_flags
         cells_first = key_first + b * flags_batch * (tiles * COLS) + cols
@@ -147,7 +259,7 @@ def score(${arguments}):
         q_tile = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + rows.to(tl.int64)[:, None] * (${query_step} * q_n) + dims[None, :]
         k_tile = k + b.to(tl.int64) * k_b + (h // GROUP).to(tl.int64) * k_h + cols.to(tl.int64)[:, None] * (STRIDE * k_n) + dims[None, :]
         row_mask = (rows < query_cells)[:, None]
-        col_mask = (cols < key_cells)[:, None]
+        col_mask = (cols < (key_len + STRIDE - 1) // STRIDE)[:, None]
         acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
         for i in tl.range(0, steps, num_stages=STAGES):
             r = i // CHUNKS
@@ -163,62 +275,13 @@ def score(${arguments}):
             acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
 %end
 
-%if int8
-        row_scale = tl.load(query_scales + head * query_cells + rows, mask=rows < query_cells, other=0.0) * scale
-        col_scale = tl.load(key_scales + head // GROUP * key_cells + cols, mask=cols < key_cells, other=0.0)
-        s = acc.to(tl.float32) * row_scale[:, None] * col_scale[None, :]
-%else
-        s = acc * scale
-%end
-        # makes NaN of what is not finite, so that `choose` keeps the whole row
-        s += s * 0.0
-%if key_flags or segments or window != "none"
-        edge = True
-%elif causal
-        edge = (n0 + COLS > key_cells) | ((n0 + COLS - 1) * STRIDE > tl.minimum(m0 * SPAN + STRIDE, query_len) - 1 + start)
-%else
-        edge = n0 + COLS > key_cells
-%end
-        if edge:
-            # one comparison of a row's number with a column's after the other, as a tile's worth of masks needs many registers
-%if key_flags and not segments
-            # loaded again: registers are scarce while tiles are multiplied
-            col_first = tl.load(cells_first)
-            row_last = tl.load(cells_last)
-%else
-            col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
-            row_last = ${"tl.minimum(rows * SPAN + STRIDE, query_len) - 1 + start" if causal else "rows * 0"}
-%end
-            s = tl.where(col_first[None, :] <= row_last[:, None], s, float("-inf"))
-%if segments
-            # a cell of padding alone has an empty range
-            ours = b * segments_batch * padded_rows + rows
-            theirs = b * segments_batch * (tiles * COLS) + cols
-            s = tl.where(tl.load(query_low + ours)[:, None] <= tl.load(key_high + theirs)[None, :], s, float("-inf"))
-            s = tl.where(tl.load(query_high + ours)[:, None] >= tl.load(key_low + theirs)[None, :], s, float("-inf"))
-%end
-%if window != "none"
-            row_floor = tl.where(window > 0, rows * SPAN + start - window, -NEVER)
-%if key_flags
-            col_last = tl.load(key_last + b * flags_batch * (tiles * COLS) + cols)
-%else
-            col_last = tl.minimum((cols + 1) * STRIDE, key_len) - 1
-%end
-            s = tl.where(col_last[None, :] > row_floor[:, None], s, float("-inf"))
-%end
-        top = tl.max(s, 1)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.sum(tl.reshape(tl.exp2(s - base[:, None]), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
-        kept = rows < end_cell
-        at = head.to(tl.int64) * row_count + rows - first_cell
-        tl.store(tops + (head * tiles + col_tile).to(tl.int64) * row_count + rows - first_cell, top, mask=kept)
-        blocks = col_tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-        tl.store(sums + at[:, None] * (tiles * TILE_BLOCKS) + blocks[None, :], p.to(tl.float16), mask=kept[:, None])
+        finish(acc, head, row_tile, col_tile, ${finish_arguments})
 
         offset += tl.num_programs(0)
         head, band, offset, size = settle(
             head, band, offset, size, bands, heads, first_tile, end_tile, query_len, key_len, start
         )
+%end
 '''
 
 CANDIDATES = '''

@@ -28,8 +28,8 @@ _LOG2E = math.log2(math.e)
 _MAX_HEAD_DIM = 512
 # a position that no token has, as in the kernels
 _NEVER = 1 << 30
-# row chunks begin where bands of row tiles do
-_BAND_TILES = 16
+# so that a masked logit, minus infinity, never meets a scale of 0
+_LEAST_SCALE = 1e-12
 _INTERPRETER_PROGRAMS = 3
 
 
@@ -142,6 +142,7 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
         segments=call.segments is not None,
         has_start=call.query_start is not None,
         rule=rule,
+        negative=call.scale < 0,
         wide=width > fused_width,
     )
 
@@ -222,7 +223,7 @@ def chunks_of(call: Selection, spec: SelectSpec, scratch_bytes: int) -> Iterator
     count = -(-call.kv_heads // -(-call.kv_heads // count))
     step = call.query_cells
     if kv_bytes > scratch_bytes:
-        unit = _BAND_TILES * spec.tiling.rows
+        unit = spec.tiling.band * spec.tiling.rows
         step = max(1, int(scratch_bytes * call.query_cells // (kv_bytes * unit))) * unit
     for b in range(call.batch):
         for g in range(0, call.kv_heads, count):
@@ -355,7 +356,8 @@ def _numbers(call: Selection, spec: SelectSpec, chunk: _Chunk, queries: Tensor, 
         k = _descriptor(keys, call.key_cells, stride, stride, tiling.cols, spec.depth)
     else:
         q, k = queries, keys
-    values = {"q": q, "k": k, "scale": call.scale * _LOG2E / stride, "batch": queries.shape[0], "scored_heads": queries.shape[1]}
+    scale = max(abs(call.scale), _LEAST_SCALE) * _LOG2E / stride
+    values = {"q": q, "k": k, "scale": scale, "batch": queries.shape[0], "scored_heads": queries.shape[1]}
     values |= dict(zip(("q_b", "q_h", "q_n"), queries.stride())) | dict(zip(("k_b", "k_h", "k_n"), keys.stride()))
     values |= {"query_len": call.query_len, "key_len": call.key_len, "query_cells": call.query_cells, "first_cell": chunk.cells[0]}
     values |= {"end_cell": chunk.cells[1], "row_count": chunk.cells[1] - chunk.cells[0], "counts_batch": call.heads * call.query_blocks}

@@ -3,7 +3,8 @@
     python -m benchmarks.kernels check tune table dims short --out results/kernels.jsonl
 
 Sections: `check` the correctness matrix; `tune` the kernel's variants; `table` block-sparse and dense attention at 64K and 128K tokens,
-sink + window, and chunks; `dims` other head dims and fp16; `short` prompts of 2K to 8K. Shapes are Llama-3.1-8B's: 32 query heads, 8 KV
+sink + window, and chunks; `dims` other head dims and fp16; `short` prompts of 2K to 8K; and, only when asked for, `lever_check`, `levers`
+and `estimate`: kernel variants beside each other (kernel_levers.py). Shapes are Llama-3.1-8B's: 32 query heads, 8 KV
 heads, head dim 128, bf16, batch 1. TFLOP/s count the visited blocks (4·128·128·D each), or half of N² for dense causal attention. Times
 are medians over two interleaved rounds. Peers that are not installed are recorded as such.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -25,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = ("check", "tune", "table", "dims", "short")
-PATIENCE = {"check": 120, "tune": 120, "table": 240, "dims": 240, "short": 180}  # seconds without a word
-SHARDS = {"check": 6}  # correctness does not mind company, and most of it is compilation
+LEVERS = ("lever_check", "levers", "estimate")  # not run unless asked for
+PATIENCE = {"check": 120, "tune": 120, "table": 240, "dims": 240, "short": 180, "lever_check": 60, "levers": 45, "estimate": 45}
+"""Seconds without a word."""
+SHARDS = {"check": 6, "lever_check": 12}  # correctness does not mind company, and most of it is compilation
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="any of " + ", ".join(SECTIONS))
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="any of " + ", ".join((*SECTIONS, *LEVERS)))
     parser.add_argument("--out", type=Path, help="append records here (default: results/kernels.jsonl)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=540, help="stop starting cases after this long, all in all")
@@ -41,7 +45,7 @@ def main() -> int:
     if arguments.worker:
         work(arguments.worker, arguments.cases)
         return 0
-    from benchmarks import kernel_timing, records
+    from benchmarks import kernel_levers, kernel_timing, records
 
     out = arguments.out or records.RESULTS / "kernels.jsonl"
     end = time.monotonic() + arguments.seconds
@@ -50,7 +54,10 @@ def main() -> int:
     def keep(section: str, values: dict[str, Any]) -> None:
         with lock:
             results.append({"section": section, **values})
-            print(kernel_timing.line(section, values), flush=True)
+            if section == "lever_check" and not values.get("ok"):
+                os.environ[kernel_levers.SKIP] = f"{os.environ.get(kernel_levers.SKIP, '')},{values['case']}"
+            show = kernel_levers.line if section in ("levers", "estimate") else kernel_timing.line
+            print(show(section, values), flush=True)
             records.append(out, "kernels", section=section, **values)
 
     for section in arguments.sections:
@@ -65,8 +72,10 @@ def main() -> int:
 
 
 def case_names(section: str) -> list[str]:
-    from benchmarks import kernel_checks, kernel_timing
+    from benchmarks import kernel_checks, kernel_levers, kernel_timing
 
+    if section in LEVERS:
+        return list(kernel_levers.cases(section))
     return [*kernel_checks.matrix(), "capture"] if section == "check" else list(kernel_timing.workloads(section))
 
 
@@ -118,14 +127,16 @@ def _pump(stream, lines: queue.Queue[str | None]) -> None:
 
 def work(section: str, names: list[str]) -> None:
     """One line when a case begins and one with its result."""
-    from benchmarks import kernel_checks, kernel_timing
+    from benchmarks import kernel_checks, kernel_levers, kernel_timing
 
     calls = kernel_checks.matrix()
     for name in names:
         print(json.dumps({"begins": name}), flush=True)
         start = time.monotonic()
         try:
-            if section != "check":
+            if section in LEVERS:
+                values = kernel_levers.cases(section)[name]()
+            elif section != "check":
                 values = kernel_timing.workloads(section)[name]()
             else:
                 values = kernel_checks.check_capture() if name == "capture" else kernel_checks.check(calls[name])

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.interpreter
 
 TMA = Tiling(32, 64, 4, 2, 1, True)
 POINTERS = Tiling(32, 64, 4, 2, 1, False)
+FUSED = Tiling(32, 64, 4, 2, 1, True, fused=True, band=2)
 LENGTH = 260
 
 
@@ -50,17 +51,18 @@ def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
     return got
 
 
-@pytest.mark.parametrize("tiling", [TMA, POINTERS], ids=["tma", "pointers"])
+@pytest.mark.parametrize("tiling", [TMA, FUSED, POINTERS], ids=["tma", "fused", "pointers"])
 @pytest.mark.parametrize(
     "changes",
     [
         {},
+        {"scale": -0.25},
         {"pool": "sum", "stride": 16, "density": 0.4},
         {"causal": False, "windows": [100]},
         {"windows": [0, 70], "threshold": [0.5, 0.9]},
         {"pool": "sum+half", "threshold": [0.0]},
     ],
-    ids=["causal", "density", "window", "per head", "half"],
+    ids=["causal", "negative", "density", "window", "per head", "half"],
 )
 def test_equals_the_reference(tiling, changes):
     kept = compare(*inputs(), tiling=tiling, **changes)
@@ -70,6 +72,22 @@ def test_equals_the_reference(tiling, changes):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_dtypes_and_odd_head_dims(dtype):
     compare(*inputs(200, dim=40, dtype=dtype))
+
+
+@pytest.mark.parametrize("changes", [{"scale": 0.0}, {"pool": "max+int8", "scale": 0.0}, {"pool": "max+int8"}])
+def test_scales_of_any_sign(changes):
+    compare(*inputs(140), tiling=FUSED, **changes)
+
+
+def test_one_loop_over_several_heads_and_chunks():
+    query, key = inputs(700, 700, batch=2, heads=4, kv_heads=2)
+    options = call()
+    expected = triton_select.select_blocks(query, key, tiling=TMA, **options)
+    limits = triton_select.Limits(scratch_bytes=2000)
+    found = triton_select.select_blocks(query, key, tiling=FUSED, limits=limits, **options)
+    assert blockmask.to_dense(*found, 11).equal(blockmask.to_dense(*expected, 11))
+    one = select_inputs.describe(query, key, **options)
+    assert any(chunk.cells[0] for chunk in triton_select.chunks_of(one, triton_select.spec_of(one, FUSED, 4096), limits.scratch_bytes))
 
 
 def test_real_tile_sizes():
