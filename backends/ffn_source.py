@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsify.backends import ffn_rows_template as for_rows
 from sparsify.backends.ffn_template import ACTIVATE, FINISH, FLAGS, NARROW, NORMALISE, WIDEN
 from sparsify.backends.template import render
 from sparsify.errors import UnsupportedError
 
 DTYPES = ("bf16", "fp16", "fp32")
+# `rows` of a spec whose kernels take any number: those that compute are compacted
+MANY = 0
 NORMS = ("none", "layer", "rms", "rms_fp32", "rms_offset")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 # one program of `finish` holds a row in registers
 MAX_HIDDEN = 16384
+# row tiles walked together, and rows that one program of `compact` places
+_BAND, STRETCH = 16, 4096
 # bytes of shared memory for one of two programs on a processor
 _SHARED = 112 * 1024
 
@@ -38,14 +43,29 @@ class FfnTiling:
 
 
 @dataclass(frozen=True)
+class RowsTiling:
+    """For many rows. row_tile, wide_tile, narrow_tile: rows and columns of a tile in `widen` and `narrow`; step: elements of the summed
+    dimension at a time; *_stages: depth of the pipeline; warps: of both; flatten: whether a tile's loads begin during the one before."""
+
+    row_tile: int = 128
+    wide_tile: int = 128
+    narrow_tile: int = 256
+    step: int = 64
+    wide_stages: int = 4
+    narrow_stages: int = 4
+    warps: int = 8
+    flatten: bool = False
+
+
+@dataclass(frozen=True)
 class FfnSpec:
-    """What decides the kernels' text. rows: rows of a tile, 16 or 32. wide_bias: on up and, where there is one, gate."""
+    """What decides the kernels' text. rows: rows of a tile, 16 or 32, or MANY. wide_bias: on up and, where there is one, gate."""
 
     dtype: str
     rows: int
     hidden: int
     intermediate: int
-    tiling: FfnTiling
+    tiling: FfnTiling | RowsTiling
     gated: bool = True
     transposed: bool = False
     activation: str = "silu"
@@ -62,7 +82,7 @@ class FfnSpec:
     def __post_init__(self):
         impossible = {
             f"dtype {self.dtype}": self.dtype not in DTYPES,
-            f"tile of {self.rows} rows": self.rows not in (16, 32),
+            f"tile of {self.rows} rows": self.rows not in (16, 32, MANY),
             f"hidden size {self.hidden}": not 0 < self.hidden <= MAX_HIDDEN,
             f"activation {self.activation!r}": self.activation not in ACTIVATIONS,
             f"norms {self.norm!r} and {self.post_norm!r}": self.norm not in NORMS or self.post_norm not in NORMS,
@@ -74,8 +94,8 @@ class FfnSpec:
     @property
     def fused_norm(self) -> bool:
         """An RMS norm is a factor per row and one per column, which the product takes along. In fp16, x · weight could overflow before
-        the row's factor makes it small; a layer norm subtracts a mean first."""
-        return self.norm.startswith("rms") and self.dtype != "fp16"
+        the row's factor makes it small; a layer norm subtracts a mean first. Many rows are normalised once, while they are compacted."""
+        return self.rows != MANY and self.norm.startswith("rms") and self.dtype != "fp16"
 
     @property
     def part(self) -> int:
@@ -93,7 +113,8 @@ class FfnSpec:
 
     def describe(self) -> str:
         kind = f"{'gated ' if self.gated else ''}{self.activation}"
-        return f"{self.dtype}, {self.hidden} to {self.intermediate}, {kind}, norm {self.norm}, up to {self.rows} rows"
+        rows = f"up to {self.rows}" if self.rows else "compacted"
+        return f"{self.dtype}, {self.hidden} to {self.intermediate}, {kind}, norm {self.norm}, {rows} rows"
 
 
 def ffn_source(spec: FfnSpec) -> str:
@@ -103,6 +124,7 @@ def ffn_source(spec: FfnSpec) -> str:
     narrow_strides = (1, spec.hidden) if spec.transposed else (spec.intermediate, 1)
     values = vars(spec) | {
         "flags": FLAGS.rstrip("\n"),
+        "many": False,
         "fused_norm": spec.fused_norm,
         "wide_stages": tiling.wide_stages,
         "narrow_stages": tiling.narrow_stages,
@@ -114,13 +136,28 @@ def ffn_source(spec: FfnSpec) -> str:
         "narrow_ragged": spec.hidden % tiling.narrow_tile != 0
         or spec.part % tiling.narrow_step != 0
         or spec.part * tiling.parts != spec.intermediate,
-        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
+        "precision": _precision(spec),
     }
     parts = [_header(spec), render(ACTIVATE, values)]
     if needs_normalise(spec):
         parts.append(render(NORMALISE, values))
     parts += [render(template, values) for template in (WIDEN, NARROW, FINISH)]
     return "\n\n".join(parts)
+
+
+def rows_source(spec: FfnSpec) -> str:
+    """Module text for many rows: the kernels `compact`, `normalise`, `widen`, `narrow` and `finish`, in the order in which they run.
+
+    Sizes of the products are known on the device alone, so `widen` and `narrow` are persistent: as many programs as the device holds,
+    each taking tiles until the computing rows are used up.
+    """
+    values = vars(spec) | vars(spec.tiling) | {"many": True, "precision": _precision(spec)}
+    templates = (ACTIVATE, for_rows.COMPACT, NORMALISE, for_rows.PLACE, for_rows.WIDEN, for_rows.NARROW, FINISH)
+    return "\n\n".join([_header(spec), *(render(template, values) for template in templates)])
+
+
+def _precision(spec: FfnSpec) -> str:
+    return ', input_precision="ieee"' if spec.dtype == "fp32" else ""
 
 
 def needs_normalise(spec: FfnSpec) -> bool:
@@ -130,20 +167,20 @@ def needs_normalise(spec: FfnSpec) -> bool:
 def _header(spec: FfnSpec) -> str:
     tiling = spec.tiling
     constants = {
-        "ROWS": spec.rows,
         "HIDDEN": spec.hidden,
         "HIDDEN_PADDED": 1 << (spec.hidden - 1).bit_length(),
         "INTERMEDIATE": spec.intermediate,
         "WIDE_TILE": tiling.wide_tile,
-        "WIDE_STEP": tiling.wide_step,
         "NARROW_TILE": tiling.narrow_tile,
-        "NARROW_STEP": tiling.narrow_step,
-        "PARTS": tiling.parts,
-        "PART": spec.part,
         "EPS": spec.eps,
         "POST_EPS": spec.post_eps,
         "SCALE": spec.scale,
     }
+    if isinstance(tiling, RowsTiling):
+        constants |= {"ROW_TILE": tiling.row_tile, "STEP": tiling.step, "BAND": _BAND, "STRETCH": STRETCH}
+    else:
+        constants |= {"ROWS": spec.rows, "WIDE_STEP": tiling.wide_step, "NARROW_STEP": tiling.narrow_step}
+        constants |= {"PARTS": tiling.parts, "PART": spec.part}
     lines = [
         f'"""Feed-forward block: {spec.describe()}. Generated by sparsify."""',
         "",
@@ -174,6 +211,13 @@ def choose_tiling(dtype: str, rows: int, hidden: int, intermediate: int, gated: 
     while -(-hidden // narrow_tile) * parts * 2 <= 3 * processors and intermediate // (2 * parts) >= 4 * narrow_step:
         parts *= 2
     return FfnTiling(wide_tile, wide_step, narrow_tile, narrow_step, parts, 4, wide_stages, narrow_stages)
+
+
+def choose_rows_tiling(dtype: str, gated: bool) -> RowsTiling:
+    """Tiles that fill the registers of two warp groups with sums, and as deep a pipeline as shared memory holds beside a tile's result."""
+    if dtype == "fp32":  # not for GPUs, where `triton_ffn_rows` refuses it
+        return RowsTiling(64, 64, 128, 32, 3, 3, 8)
+    return RowsTiling() if gated else RowsTiling(wide_tile=256, wide_stages=3)
 
 
 def _pipeline(step: int, width: int) -> tuple[int, int]:

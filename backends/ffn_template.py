@@ -1,4 +1,4 @@
-"""The text of the feed-forward kernels for few rows; `ffn_source` keeps the parts that a spec has."""
+"""The text of the feed-forward kernels for few rows, and what those for many share; `ffn_source` keeps the parts that a spec has."""
 
 FLAGS = """\
     row = tl.arange(0, ROWS)
@@ -12,15 +12,27 @@ FLAGS = """\
 
 NORMALISE = """\
 @triton.jit
+%if many
+def normalise(source, order, count, out, weight, bias):
+    \"\"\"One program a slot: the compacted row and its norm.\"\"\"
+    slot = tl.program_id(0)
+    if slot >= tl.load(count):
+        return
+    row = tl.load(order + slot).to(tl.int64)
+%else
 def normalise(source, remaining, out, weight, bias):
     \"\"\"One program a row: the block's norm, where it is not folded into the product.\"\"\"
     row = tl.program_id(0)
     if tl.load(remaining + row) > 0:
         return
+    slot = row
+%end
     column = tl.arange(0, HIDDEN_PADDED)
     inside = column < HIDDEN
     x = tl.load(source + row * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
+%if norm != "none"
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+%end
 %if norm == "layer"
     x = tl.where(inside, x - tl.sum(x, 0) / HIDDEN, 0.0)
     x = x / tl.sqrt(tl.sum(x * x, 0) / HIDDEN + EPS)
@@ -28,7 +40,7 @@ def normalise(source, remaining, out, weight, bias):
 %if norm_bias
     x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
 %end
-%else
+%elif norm != "none"
     x = x / tl.sqrt(tl.sum(x * x, 0) / HIDDEN + EPS)
 %if norm == "rms"
     x = x.to(out.dtype.element_ty).to(tl.float32) * scale
@@ -38,7 +50,7 @@ def normalise(source, remaining, out, weight, bias):
     x = x * scale
 %end
 %end
-    tl.store(out + row * HIDDEN + column, x.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + slot.to(tl.int64) * HIDDEN + column, x.to(out.dtype.element_ty), mask=inside)
 """
 
 ACTIVATE = """\
@@ -157,9 +169,15 @@ ${flags}
 
 FINISH = """\
 @triton.jit
+%if many
+def finish(residual, remaining, slots, updates, out, after, post_weight, post_bias, threshold, skip_next):
+    \"\"\"One program a row: adds the row's update to the residual and sets its counter; a row that skips keeps the residual.\"\"\"
+    row = tl.program_id(0).to(tl.int64)
+%else
 def finish(residual, remaining, partial, out, after, bias, post_weight, post_bias, threshold, skip_next, rows):
     \"\"\"One program a row: sums the parts in order, adds the residual, and sets the row's counter.\"\"\"
     row = tl.program_id(0)
+%end
     column = tl.arange(0, HIDDEN_PADDED)
     inside = column < HIDDEN
     kind = out.dtype.element_ty
@@ -169,6 +187,10 @@ def finish(residual, remaining, partial, out, after, bias, post_weight, post_bia
         tl.store(out + row * HIDDEN + column, before, mask=inside)
         tl.store(after + row, left - 1)
         return
+%if many
+    slot = tl.load(slots + row).to(tl.int64)
+    update = tl.load(updates + slot * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
+%else
     update = tl.zeros([HIDDEN_PADDED], tl.float32)
     for share in tl.static_range(PARTS):
         update += tl.load(partial + (share * rows + row) * HIDDEN + column, mask=inside, other=0.0)
@@ -176,6 +198,7 @@ def finish(residual, remaining, partial, out, after, bias, post_weight, post_bia
     update += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
 %end
     update = update.to(kind).to(tl.float32)
+%end
 %if scale != 1.0
     update = (update * SCALE).to(kind).to(tl.float32)
 %end
@@ -213,19 +236,17 @@ import triton.language as tl
 
 
 @triton.jit
-def start(positions, state, out, count, slot, rows, warmup, most, length, BLOCK: tl.constexpr, READS: tl.constexpr, COUNTS: tl.constexpr):
+def start(positions, state, out, count, slot, rows, warmup, most, length, BLOCK: tl.constexpr, READS: tl.constexpr):
     offset = tl.arange(0, BLOCK)
     position = tl.cast(slot, tl.int64)
     if READS:
         position = tl.max(tl.load(positions + offset, mask=offset < count, other=0).to(tl.int64), 0)
-    age = tl.cast(0, tl.int64)
-    if COUNTS:
-        last = tl.load(state)
-        first = tl.load(state + 1)
-        first = tl.where(position == last + 1, first, position)
-        tl.store(state, position)
-        tl.store(state + 1, first)
-        age = position - first
+    last = tl.load(state)
+    first = tl.load(state + 1)
+    first = tl.where(position == last + 1, first, position)
+    tl.store(state, position)
+    tl.store(state + 1, first)
+    age = position - first
     skipped = tl.cast(most, tl.int64)
     if length > 0:
         skipped = tl.minimum(age, length) * most // length

@@ -1,4 +1,5 @@
-"""Runs `sparsify::ffn` and `sparsify::ffn_start` by generated Triton kernels, for up to 32 rows. Nothing synchronises."""
+"""Runs `sparsify::ffn` and `sparsify::ffn_start` by generated Triton kernels: up to 32 rows share one stream of the weights here, more go
+to `triton_ffn_rows`. Nothing synchronises."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sparsify import ffn_ops
-from sparsify.backends import source
+from sparsify.backends import source, triton_ffn_rows
 from sparsify.backends.ffn_source import FfnSpec, FfnTiling, choose_tiling, ffn_source, needs_normalise
 from sparsify.backends.ffn_template import START
-from sparsify.errors import UnsupportedError
+from sparsify.errors import KernelError, SparsifyError, UnsupportedError
 
 MAX_ROWS = 32
 MAX_START_ROWS = 4096
@@ -25,20 +26,24 @@ tilings: dict[tuple[str, int, int], FfnTiling] = {}
 
 
 def ffn_start(like: Tensor, positions: Tensor | None, slot: int, *, warmup: int, most: int, length: int, key: int, version: int) -> Tensor:
-    """See `sparsify.ffn_ops`. Raises UnsupportedError for more than 4096 rows or positions."""
+    """See `sparsify.ffn_ops`. Raises UnsupportedError for more than 4096 rows or positions that are counted, KernelError for a failed
+    kernel."""
     rows = ffn_ops.rows_of(like)
+    if positions is None and slot < 0:
+        # nothing is counted: every run is in its first step
+        return like.new_full((rows,), -1 if warmup else 0 if length else most, dtype=torch.int32)
     count = 0 if positions is None else positions.numel()
     if max(rows, count) > MAX_START_ROWS:
         raise UnsupportedError(f"{max(rows, count)} rows", where="sparsify::ffn_start")
-    counts = positions is not None or slot >= 0
     out = like.new_empty(rows, dtype=torch.int32)
-    state = ffn_ops.run_state(like.device, key) if counts else out
+    state = ffn_ops.run_state(like.device, key)
     block = max(16, 1 << (max(rows, count) - 1).bit_length())
     read = positions.contiguous() if positions is not None else out
-    with _on(like):
-        _start_kernel()[(1,)](
-            read, state, out, count, slot, rows, warmup, most, length, BLOCK=block, READS=positions is not None, COUNTS=counts
-        )
+    try:
+        with _on(like):
+            _start_kernel()[(1,)](read, state, out, count, slot, rows, warmup, most, length, BLOCK=block, READS=positions is not None)
+    except Exception as error:
+        raise KernelError(f"{type(error).__name__}: {error}", where="sparsify::ffn_start") from error
     return out
 
 
@@ -51,28 +56,43 @@ def ffn(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, down: Te
     """See `sparsify.ffn_ops`; operands as in the reference.
 
     Raises:
-        UnsupportedError: more than 32 rows, another dtype, or weights that are not contiguous.
+        UnsupportedError: another dtype, weights that are not contiguous, or more than 32 rows where `triton_ffn_rows` does not take them.
+        KernelError: a kernel could not be compiled or launched.
     """
     rows = ffn_ops.rows_of(residual)
     weights = [w for w in (up, down, call.get("gate")) if w is not None]
-    if not 0 < rows <= MAX_ROWS:
-        raise UnsupportedError(f"{rows} rows; the kernels stream the weights for up to {MAX_ROWS}", where=_WHERE)
+    if rows == 0:
+        return torch.empty_like(residual), torch.empty_like(remaining)
     if residual.dtype not in _DTYPES or any(w.dtype != residual.dtype or not w.is_contiguous() for w in weights):
         raise UnsupportedError(f"weights are not contiguous {residual.dtype}", where=_WHERE)
     if (call.get("gate") is not None) and (call.get("up_bias") is None) != (call.get("gate_bias") is None):
         raise UnsupportedError("only one of gate and up has a bias", where=_WHERE)
-    spec = _spec(
-        _DTYPES[residual.dtype],
-        16 if rows <= 16 else 32,
-        residual.shape[-1],
-        down.shape[0] if call["transposed"] else down.shape[1],
-        _processors(residual.device),
-        call["layout"] != "plain",
-        tuple((name, call[name]) for name in ("transposed", "activation", "norm", "eps", "post_norm", "post_eps", "scale")),
-        tuple(call.get(name) is not None for name in ("norm_bias", "up_bias", "down_bias", "post_bias")),
-        tilings.get((_DTYPES[residual.dtype], residual.shape[-1], down.shape[0] if call["transposed"] else down.shape[1])),
+    spec = _spec_of(residual, down, rows, call)
+    operands = residual.contiguous(), input.contiguous(), remaining, *_halves(spec, up, call)
+    try:
+        with _on(residual):
+            if rows > MAX_ROWS:
+                return triton_ffn_rows.run(spec, *operands, down, _processors(residual.device), call)
+            return _run(spec, *operands, down, rows, call)
+    except SparsifyError:
+        raise
+    except Exception as error:
+        raise KernelError(f"{type(error).__name__}: {error}", where=f"{_WHERE} ({spec.describe()})") from error
+
+
+def _spec_of(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]) -> FfnSpec:
+    dtype, hidden = _DTYPES[residual.dtype], residual.shape[-1]
+    intermediate = down.shape[0] if call["transposed"] else down.shape[1]
+    gated = call["layout"] != "plain"
+    options = tuple((name, call[name]) for name in ("transposed", "activation", "norm", "eps", "post_norm", "post_eps", "scale"))
+    present = zip(("norm_bias", "wide_bias", "down_bias", "post_bias"), ("norm_bias", "up_bias", "down_bias", "post_bias"), strict=True)
+    options += tuple((field, call.get(operand) is not None) for field, operand in present)
+    if rows > MAX_ROWS:
+        return triton_ffn_rows.spec_of(dtype, hidden, intermediate, gated, options, triton_ffn_rows.tilings.get(dtype))
+    tile = 16 if rows <= 16 else 32
+    return _spec(
+        dtype, tile, hidden, intermediate, _processors(residual.device), gated, options, tilings.get((dtype, hidden, intermediate))
     )
-    return _run(spec, residual.contiguous(), input.contiguous(), remaining, up, down, rows, call)
 
 
 @functools.cache
@@ -89,12 +109,10 @@ def _spec(
     processors: int,
     gated: bool,
     options: tuple[tuple[str, Any], ...],
-    present: tuple[bool, ...],
     tiling: FfnTiling | None,
 ) -> FfnSpec:
-    biases = dict(zip(("norm_bias", "wide_bias", "down_bias", "post_bias"), present, strict=True))
     tiling = tiling or choose_tiling(dtype, rows, hidden, intermediate, gated, processors)
-    return FfnSpec(dtype, rows, hidden, intermediate, tiling, gated, **dict(options), **biases)
+    return FfnSpec(dtype, rows, hidden, intermediate, tiling, gated, **dict(options))
 
 
 @functools.lru_cache(maxsize=256)
@@ -104,38 +122,45 @@ def kernels(spec: FfnSpec) -> Any:
 
 
 def _run(
-    spec: FfnSpec, residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, down: Tensor, rows: int, call: dict[str, Any]
+    spec: FfnSpec,
+    residual: Tensor,
+    input: Tensor,
+    remaining: Tensor,
+    gates: tuple[Tensor, Tensor | None],
+    ups: tuple[Tensor, Tensor | None],
+    down: Tensor,
+    rows: int,
+    call: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     module, tiling = kernels(spec), spec.tiling
     wide = residual.new_empty(rows, spec.intermediate)
     partial = residual.new_empty(tiling.parts, rows, spec.hidden, dtype=torch.float32)
     out, after = torch.empty_like(residual), torch.empty_like(remaining)
-    (gate, gate_bias), (up, up_bias) = _halves(spec, up, call)
+    (gate, gate_bias), (up, up_bias) = gates, ups
     weight = call.get("norm_weight")
     row_warps = 8 if spec.hidden >= 2048 else 4
-    with _on(residual):
-        if needs_normalise(spec):
-            normal = torch.empty_like(input)
-            module.normalise[(rows,)](input, remaining, normal, weight, _or(call.get("norm_bias"), weight), num_warps=row_warps)
-            input = normal
-        module.widen[(spec.wide_programs,)](
-            input, remaining, wide, _or(weight, up), up, gate, _or(up_bias, up), _or(gate_bias, up), rows, num_warps=tiling.warps
-        )
-        module.narrow[(spec.narrow_programs,)](wide, remaining, partial, down, rows, num_warps=tiling.warps)
-        module.finish[(rows,)](
-            residual,
-            remaining,
-            partial,
-            out,
-            after,
-            _or(call.get("down_bias"), down),
-            _or(call.get("post_weight"), down),
-            _or(call.get("post_bias"), down),
-            call["threshold"],
-            call["skip_next"],
-            rows,
-            num_warps=row_warps,
-        )
+    if needs_normalise(spec):
+        normal = torch.empty_like(input)
+        module.normalise[(rows,)](input, remaining, normal, weight, _or(call.get("norm_bias"), weight), num_warps=row_warps)
+        input = normal
+    module.widen[(spec.wide_programs,)](
+        input, remaining, wide, _or(weight, up), up, gate, _or(up_bias, up), _or(gate_bias, up), rows, num_warps=tiling.warps
+    )
+    module.narrow[(spec.narrow_programs,)](wide, remaining, partial, down, rows, num_warps=tiling.warps)
+    module.finish[(rows,)](
+        residual,
+        remaining,
+        partial,
+        out,
+        after,
+        _or(call.get("down_bias"), down),
+        _or(call.get("post_weight"), down),
+        _or(call.get("post_bias"), down),
+        call["threshold"],
+        call["skip_next"],
+        rows,
+        num_warps=row_warps,
+    )
     return out, after
 
 

@@ -5,7 +5,8 @@ policy "similarity" (FFN-SkipLLM, arXiv 2404.03865): a row whose residual stream
 number of skipped blocks grows linearly with the generated token, the same for every row, and the top blocks always run. "static":
 the block is left out at every decode step; choose its layers with rules or a plan file.
 
-Prompts and the first `warmup` generated tokens stay dense. The KV cache stays complete under every policy.
+Prompts and the first `warmup` generated tokens stay dense. With `prefill`, rows of a prompt skip too, where the cost says that products
+over the rows that are left take less time than the dense block. The KV cache stays complete under every policy.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from sparsify import ffn_ops
+from sparsify import ffn_costs, ffn_ops
 from sparsify.costs import ffn_seconds
 from sparsify.editor import Editor
 from sparsify.method import Context, Pass, Proposal, Refusal
@@ -46,33 +47,58 @@ class FfnSkip(Pass):
     warmup: int = Field(16, ge=0, le=1 << 30, description="first generated tokens that stay dense")
     most: float = Field(0.5, ge=0, le=1, description="schedule: share of the blocks between the cold ones that is skipped at its end")
     length: int = Field(1024, ge=0, le=1 << 30, description="schedule: generated tokens until its end")
+    prefill: bool = Field(False, description="rows of a prompt skip too (similarity and static)")
+    prefill_share: float = Field(
+        0.25, ge=0, le=1, description="share of a prompt's rows that is expected to skip a block; whether that pays is decided with it"
+    )
 
     def propose(self, site: FeedForwardSite, context: Context) -> Proposal | Refusal:
         if site.needs_grad:
             return self.refuse("gradients are required", "run under torch.no_grad() or torch.inference_mode()")
         if site.dtype not in _DTYPES:
             return self.refuse(f"dtype {site.dtype} is not served", "use float32, float16 or bfloat16")
-        if site.phase != "decode":
+        if site.phase != "decode" and not self.prefill:
             return self.refuse("more than one token per row: prompts stay dense")
+        if site.phase != "decode" and self.policy == "schedule":
+            return self.refuse("a schedule counts generated tokens: prompts stay dense")
         if self.policy != "static" and (site.index < self.cold_first or site.index >= site.count - self.cold_last):
             return self.refuse("cold: one of the first or last blocks")
+        if context.min_length is None and context.kernels == "reference":
+            return self.refuse("no skipping kernel on this device: the plain reference saves nothing", "min_length = 0 forces it")
+        if site.phase != "decode":
+            return self._propose_prompt(site, context)
         if self._needs_position and site.positions is None and site.cached is None:
             return self.refuse("the graph shows no position to count generated tokens from", "set warmup = 0")
-        if context.min_length is None:
-            if context.kernels == "reference":
-                return self.refuse("no skipping kernel on this device: the plain reference saves nothing", "min_length = 0 forces it")
-            if isinstance(site.rows, int) and site.rows > MAX_ROWS:
-                return self.refuse(f"{site.rows} rows: more than {MAX_ROWS} rarely skip together, and one that does not reads the weights")
+        if context.min_length is None and isinstance(site.rows, int) and site.rows > MAX_ROWS:
+            return self.refuse(f"{site.rows} rows: more than {MAX_ROWS} rarely skip together, and one that does not reads the weights")
         share = {"similarity": 1 / (1 + self.skip), "schedule": 1 - self.most, "static": 0.0}[self.policy]
-        return Proposal(self, sympy.sympify(ffn_seconds(site, context.device, share)), note=self._note())
+        return Proposal(self, sympy.sympify(ffn_seconds(site, context.device, share)), note=self._note(self.warmup))
 
-    def _note(self) -> str:
+    def _propose_prompt(self, site: FeedForwardSite, context: Context) -> Proposal | Refusal:
+        """Asking for the number of rows installs a guard where it is symbolic: torch compiles one graph on each side of it."""
+        if self.policy == "static":
+            return Proposal(self, sympy.Integer(0), note="left out, of prompts too")
+        share = self.prefill_share
+        if context.min_length is None:
+            forced = "min_length = 0 forces it"
+            if site.dtype == torch.float32 or (context.device.capability or (0, 0)) < ffn_costs.MIN_CAPABILITY:
+                return self.refuse("prompts are compacted in half precision from compute capability 9.0 on", forced)
+            first = ffn_costs.rows_from(site, context.device, share)
+            if first is None:
+                even = ffn_costs.break_even(site, context.device)
+                return self.refuse(f"{share:.0%} of a prompt's rows skipping saves no time: it takes {even:.0%}", forced)
+            if not bool(site.output.meta["example_value"].numel() >= first * int(site.hidden)):
+                return self.refuse(f"fewer than {first} rows, from which on compacting a prompt pays", forced)
+        seconds = ffn_costs.compacted_seconds(site.rows, site, context.device, share)
+        return Proposal(self, seconds, note=f"{self._note(0)}, of prompts too")
+
+    def _note(self, warmup: int) -> str:
         what = {
             "similarity": f"cosine ≥ {self.threshold:g} skips the next {self.skip}",
             "schedule": f"up to {self.most:.0%} after {self.length} tokens",
             "static": "left out",
         }
-        return what[self.policy] + (f", dense for {self.warmup} tokens" if self.warmup else "")
+        return what[self.policy] + (f", dense for {warmup} tokens" if warmup else "")
 
     @property
     def _needs_position(self) -> bool:
@@ -83,25 +109,30 @@ class FfnSkip(Pass):
         residual, *others = (editor.current(term) for term in site.residuals)
         for term in others:
             residual = editor.call(torch.add, residual, term)
+        # a prompt is no generated token: it has no warm-up
+        warmup = self.warmup if site.phase == "decode" else 0
         if self.policy == "static":
-            if not self.warmup:
+            if not warmup:
                 # a copy, since the graph may write to the sum in place
                 editor.replace(site, editor.method("clone", residual, memory_format=torch.contiguous_format))
                 return
-            thread = ("ffn_skip", self.policy, self.warmup)
-            remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, 1, 0))
+            thread = ("ffn_skip", self.policy, warmup)
+            remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, warmup, 1, 0))
             editor.replace(site, self._block(editor, site, residual, remaining)[0])
             return
         most = round(self.most * max(0, site.count - self.cold_first - self.cold_last)) if self.policy == "schedule" else 0
-        thread = ("ffn_skip", self.policy, self.warmup, most, self.length)
-        remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, most, self.length if most else 0))
+        thread = ("ffn_skip", self.policy, warmup, most, self.length)
+        length = self.length if most else 0
+        remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, warmup, most, length))
         out, remaining = self._block(editor, site, residual, remaining)
         editor.share(thread, remaining)
         editor.replace(site, out)
 
-    def _start(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, thread: tuple, most: int, length: int) -> fx.Node:
+    def _start(
+        self, editor: Editor, site: FeedForwardSite, residual: fx.Node, thread: tuple, warmup: int, most: int, length: int
+    ) -> fx.Node:
         positions, slot = None, -1
-        if self.warmup or length:
+        if warmup or length:
             positions = site.positions
             if positions is None:
                 slot = editor.call(operator.sub, editor.length(site.cached, 2), 1)
@@ -109,7 +140,7 @@ class FfnSkip(Pass):
         key = zlib.crc32(f"{site.name.partition(str(site.layer))[0]} {site.count} {site.hidden} {site.intermediate} {thread}".encode())
         if positions is not None or slot != -1:
             ffn_ops.run_state(site.device, key)
-        call = {"warmup": self.warmup, "most": most, "length": length, "key": key, "version": ffn_ops.VERSION}
+        call = {"warmup": warmup, "most": most, "length": length, "key": key, "version": ffn_ops.VERSION}
         return editor.call(ffn_ops.ffn_start, residual, positions, slot, **call)
 
     def _block(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, remaining: fx.Node) -> tuple[fx.Node, fx.Node]:

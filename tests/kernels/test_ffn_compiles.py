@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from sparsify.backends import source
-from sparsify.backends.ffn_source import FfnSpec, choose_tiling, ffn_source, needs_normalise
+from sparsify.backends.ffn_source import MANY, FfnSpec, choose_rows_tiling, choose_tiling, ffn_source, needs_normalise, rows_source
 from sparsify.backends.ffn_template import START
 from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
 pytest.importorskip("triton")
 
 _PROCESSORS = {80: 108, 90: 132, 100: 148}
-_POINTERS = {"partial": "fp32", "remaining": "i32", "after": "i32"}
+_POINTERS = {"partial": "fp32", **dict.fromkeys(("remaining", "after", "order", "slots", "count"), "i32")}
 _NUMBERS = {"rows": "i32", "threshold": "fp32", "skip_next": "i32"}
 FAMILIES = {
     "llama": {},
@@ -90,12 +90,53 @@ def test_one_row():
         assert resources.spilled == 0
 
 
+def compiled_rows(family: str, arch: int) -> dict[str, Resources]:
+    """The kernels for many rows; all but `widen` and `narrow` read and write plain pointers."""
+    fields = {"hidden": 4096, "intermediate": 14336, "gated": True, **FAMILIES[family]}
+    tiling = choose_rows_tiling("bf16", fields["gated"])
+    chosen = FfnSpec("bf16", MANY, tiling=tiling, **fields)
+    module = source.load(rows_source(chosen), "ffn_rows")
+    box = lambda rows, columns: f"tensordesc<bf16[{rows},{columns}]>"
+    weight = (lambda rows, columns: box(columns, rows)) if chosen.transposed else box
+    operand = {"source": box(tiling.row_tile, tiling.step)}
+    boxes = {
+        "widen": operand | dict.fromkeys(("up", "gate"), weight(tiling.wide_tile, tiling.step)) | {"out": box(128, tiling.wide_tile)},
+        "narrow": operand | {"down": weight(tiling.narrow_tile, tiling.step), "out": box(128, tiling.narrow_tile // 2)},
+    }
+    found = {}
+    for name in ("compact", "normalise", "widen", "narrow", "finish"):
+        kernel = getattr(module, name)
+        plain = {a: _NUMBERS.get(a) or "*" + _POINTERS.get(a, "bf16") for a in kernel.arg_names}
+        signature = plain | boxes.get(name, {})
+        pointers = [a for a in kernel.arg_names if signature[a].startswith("*")]
+        warps = tiling.warps if name in boxes else 8
+        found[name] = compile_kernel(kernel, signature, arch=arch, num_warps=warps, num_stages=3, divisible=pointers)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_many_rows_on_hopper(family):
+    used = compiled_rows(family, 90)
+    for name, resources in used.items():
+        within_budget(f"ffn rows {name} {family} sm_90", resources)
+        assert resources.spilled == 0, name
+        assert resources.shared <= SHARED_LIMIT[90]
+    assert used["widen"].wgmma > 0 and used["narrow"].wgmma > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma", "neox"])
+def test_many_rows_on_blackwell(family):
+    used = compiled_rows(family, 100)
+    assert used["widen"].mma > 0 and used["narrow"].mma > 0
+    assert all(r.shared <= SHARED_LIMIT[100] for r in used.values())
+
+
 @pytest.mark.parametrize("ones", [(), ("rows", "count", "warmup", "most", "length", "slot")])
 @pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("counts", [True, False])
-def test_the_counters_kernel(ones, reads, counts):
+def test_the_counters_kernel(ones, reads):
     kernel = source.load(START, "ffn_start").start
     signature = dict.fromkeys(kernel.arg_names, "i32") | {"positions": "*i64", "state": "*i64", "out": "*i32"}
-    constants = {"BLOCK": 16, "READS": reads, "COUNTS": counts} | dict.fromkeys(ones, 1)
+    constants = {"BLOCK": 16, "READS": reads} | dict.fromkeys(ones, 1)
     signature |= dict.fromkeys(constants, "constexpr")
     assert compile_kernel(kernel, signature, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0

@@ -42,11 +42,32 @@ def test_like_the_reference(rows, sizes, dtype):
     assert (after[remaining > 0] == 1).all() and (after[remaining < 0] == -1).all()
 
 
-def test_flags_change_between_replays_of_one_graph():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(4096, 14336), (768, 3072), (1000, 2504)])
+@pytest.mark.parametrize("rows", [33, 1000, 5000])
+def test_many_rows_like_the_reference(rows, sizes, dtype):
     from sparsify.backends import triton_ffn
 
-    x, up, down, call = operands(2, 2048, 8192, torch.bfloat16)
-    flags = torch.zeros(2, device="cuda", dtype=torch.int32)
+    x, up, down, call = operands(rows, *sizes, dtype)
+    generator = torch.Generator(device="cuda").manual_seed(rows)
+    remaining = torch.randint(-1, 3, (rows,), device="cuda", dtype=torch.int32, generator=generator)
+    got, after = triton_ffn.ffn(x, x, remaining, up, down, **call)
+    wide = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    want, _ = reference_ffn.ffn(x.float(), x.float(), remaining, up.float(), down.float(), **wide)
+    assert (got.float() - want).abs().max() <= {torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype] * want.abs().max()
+    assert torch.equal(got[remaining > 0], x[remaining > 0])
+    assert torch.equal(after[remaining > 0], remaining[remaining > 0] - 1) and (after[remaining < 0] == -1).all()
+    # a row's sums do not depend on where it is compacted to
+    dense, _ = triton_ffn.ffn(x, x, torch.full_like(remaining, -1), up, down, **call)
+    assert torch.equal(got[remaining <= 0], dense[remaining <= 0])
+
+
+@pytest.mark.parametrize("rows", [2, 700])
+def test_flags_change_between_replays_of_one_graph(rows):
+    from sparsify.backends import triton_ffn
+
+    x, up, down, call = operands(rows, 2048, 8192, torch.bfloat16)
+    flags = torch.zeros(rows, device="cuda", dtype=torch.int32)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         triton_ffn.ffn(x, x, flags, up, down, **call)
@@ -56,9 +77,9 @@ def test_flags_change_between_replays_of_one_graph():
         out, after = triton_ffn.ffn(x, x, flags, up, down, **call)
     want, _ = triton_ffn.ffn(x, x, flags, up, down, **call)
     for values in ([0, 0], [1, 0], [3, 3], [0, 0], [-1, 2]):
-        flags.copy_(torch.tensor(values))
+        flags.copy_(torch.tensor(values).repeat(rows // 2))
         graph.replay()
         torch.cuda.synchronize()
-        for row, value in enumerate(values):
-            assert torch.equal(out[row], x[row] if value > 0 else want[row])
-            assert value <= 0 or after[row].item() == value - 1
+        skips = flags > 0
+        assert torch.equal(out[skips], x[skips]) and torch.equal(out[~skips], want[~skips])
+        assert torch.equal(after[skips], flags[skips] - 1)

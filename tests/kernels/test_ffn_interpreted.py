@@ -9,7 +9,8 @@ from sparsify import ffn_ops
 from sparsify.backends import reference_ffn
 
 triton_ffn = pytest.importorskip("sparsify.backends.triton_ffn")
-from sparsify.backends.ffn_source import FfnTiling  # noqa: E402
+from sparsify.backends import ffn_source, triton_ffn_rows  # noqa: E402
+from sparsify.backends.ffn_source import FfnTiling, RowsTiling  # noqa: E402
 from sparsify.errors import UnsupportedError  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
@@ -134,9 +135,68 @@ def test_rows_do_not_influence_each_other():
     assert got[1].isnan().all() and after[1] == 0
 
 
-def test_more_rows_than_a_tile_are_refused():
-    with pytest.raises(UnsupportedError, match="33 rows"):
-        (residual, source, up, down), call = operands("llama", 33, torch.float32)
+# -- many rows: those that compute are compacted -----------------------------------------------------------------------------------------
+
+ROWS_TILING = RowsTiling(row_tile=16, wide_tile=64, narrow_tile=64, step=32, wide_stages=2, narrow_stages=2, warps=4)
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Small tiles, three programs, and stretches of 32 rows, so that everything is ragged and walked more than once."""
+    for name in ("bf16", "fp16", "fp32"):
+        monkeypatch.setitem(triton_ffn_rows.tilings, name, ROWS_TILING)
+    monkeypatch.setattr(triton_ffn, "_processors", lambda device: 3)
+    for module in (ffn_source, triton_ffn_rows):
+        monkeypatch.setattr(module, "STRETCH", 32)
+    triton_ffn_rows.kernels.cache_clear()
+    yield
+    triton_ffn_rows.kernels.cache_clear()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_many_rows(many, case):
+    compare(case, 37, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_in_half_precision(many, dtype):
+    compare("gpt2" if dtype == torch.float16 else "gemma", 40, dtype, threshold=-1.0)
+
+
+@pytest.mark.parametrize(
+    "counters", [[0] * 70, [3] * 70, [2] * 69 + [0], [0] + [1] * 69, [i % 2 for i in range(70)], [-1, 0, 5, 0, 1] * 14]
+)
+def test_any_rows_may_skip(many, counters):
+    compare("phi3", 70, torch.float32, counters)
+
+
+def test_many_skipping_rows_read_no_weight_and_no_neighbour(many):
+    (residual, source, up, down), call = operands("llama", 40, torch.float32)
+    remaining = torch.tensor([0, 1] * 20, dtype=torch.int32)
+    want, after = triton_ffn.ffn(residual, source, remaining, up, down, **call)
+    source = source.clone()
+    source[1::2], source[4] = float("nan"), float("nan")
+    got, got_after = triton_ffn.ffn(residual, source, remaining, up, down, **call)
+    kept = torch.arange(40) != 4
+    assert torch.equal(got[kept], want[kept]) and torch.equal(got_after[kept], after[kept])
+    assert got[4].isnan().all() and got_after[4] == 0
+    nothing = torch.full_like(up, float("nan")), torch.full_like(down, float("nan"))
+    got, after = triton_ffn.ffn(residual, residual, remaining + 1, *nothing, **call)
+    assert torch.equal(got, residual) and torch.equal(after, remaining)
+
+
+def test_a_row_gives_the_same_wherever_it_is_compacted_to(many):
+    """Bit for bit: the sums of a row do not depend on which rows are computed beside it."""
+    (residual, source, up, down), call = operands("llama", 40, torch.bfloat16)
+    dense, _ = triton_ffn.ffn(residual, source, torch.full((40,), -1, dtype=torch.int32), up, down, **call)
+    remaining = torch.tensor([1, 0, 1, 1, 0] * 8, dtype=torch.int32)
+    got, _ = triton_ffn.ffn(residual, source, remaining, up, down, **call)
+    assert torch.equal(got[remaining == 0], dense[remaining == 0])
+
+
+def test_rows_that_descriptors_cannot_read_are_refused(many):
+    (residual, source, up, down), call = operands("llama", 33, torch.float32, hidden=66)
+    with pytest.raises(UnsupportedError, match="16 bytes"):
         triton_ffn.ffn(residual, source, torch.zeros(33, dtype=torch.int32), up, down, **call)
 
 

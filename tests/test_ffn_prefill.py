@@ -1,0 +1,160 @@
+"""Rows of a prompt that skip feed-forward blocks: only when asked for, only where the cost says that it pays, and then the right ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from sparsify import ffn_costs, ffn_ops
+from sparsify.hardware import Device
+from sparsify.method import Context, Proposal, Refusal
+from sparsify.passes.ffn_skip import FfnSkip
+from sparsify.sites import FeedForwardSite
+from tests.harness import run, strict, visible_error
+from tests.test_ffn_skip import FP32, prompt, without
+from tests.tiny_models import build
+
+H200 = Device("cuda", "H200", (9, 0), 680e12, 4.3e12, 8e-6)
+
+
+def options(**changes) -> dict:
+    return strict(passes=["ffn_skip"], ffn_skip={"cold_first": 0, "cold_last": 0, "warmup": 0, "prefill": True, **changes})
+
+
+@pytest.fixture(autouse=True)
+def fresh_runs():
+    ffn_ops.forget_runs()
+
+
+def prefill_and_a_token(ids: torch.Tensor):
+    def call(model):
+        cache = DynamicCache(config=model.config)
+        return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in ids.split([ids.shape[1] - 1, 1], 1)], 1)
+
+    return call
+
+
+def left_out_of_prompts(model, call, layers):
+    """The model's logits with some layers' blocks giving 0 for every row."""
+    handles = [model.model.layers[i].mlp.register_forward_hook(lambda m, inputs, out: torch.zeros_like(out)) for i in layers]
+    try:
+        with torch.no_grad():
+            return call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_threshold_minus_one_leaves_out_every_second_block_of_a_prompt():
+    """The warm-up counts generated tokens: the prompt skips from its first row on, the token after it not yet."""
+    model = build("llama", layers=4)
+    call = prefill_and_a_token(prompt(2, 12))
+    got = run(model, call, options(threshold=-1.0, skip=1, warmup=5))
+    assert got.rewritten("ffn_skip") == 4 * got.graphs
+    want = left_out_of_prompts(model, call, (1, 3))
+    assert visible_error(got.value[:, :-1], want[:, :-1]) < FP32
+    with torch.no_grad():
+        assert visible_error(call(model)[:, :-1], want[:, :-1]) > 1e-3
+    assert visible_error(got.value[:, -1:], want[:, -1:]) > 1e-3
+
+
+def test_a_threshold_above_one_is_dense():
+    model = build("llama", layers=3)
+    call = prefill_and_a_token(prompt(2, 9))
+    with torch.no_grad():
+        want = call(model)
+    assert torch.equal(run(model, call, options(threshold=1.5)).value, want)
+
+
+def test_static_layers_are_left_out_of_prompts_too():
+    model = build("llama", layers=3)
+    call = prefill_and_a_token(prompt(2, 9))
+    want = left_out_of_prompts(model, call, (1,))
+    rule = {"layers": "1", "method": "ffn_skip", "policy": "static", "warmup": 0, "prefill": True}
+    assert visible_error(run(model, call, strict(passes=[], rules=[rule])).value, want) < FP32
+
+
+def test_prompts_stay_dense_by_default_and_under_a_schedule():
+    model = build("llama", layers=3)
+    call = prefill_and_a_token(prompt(1, 9))
+    with torch.no_grad(), without(model, lambda layer, step: layer == 1):
+        want = call(model)
+    got = run(model, call, options(prefill=False, threshold=-1.0))
+    assert visible_error(got.value, want) < FP32
+    scheduled = run(model, call, options(policy="schedule", most=0.5, length=0))
+    assert any("a schedule counts generated tokens" in r for r in scheduled.refusals())
+
+
+# -- the cost ----------------------------------------------------------------------------------------------------------------------------
+
+
+def answer(rows: int, *, device: Device = H200, kernels: str = "triton", forced: int | None = None, **changes) -> Proposal | Refusal:
+    """What the method says to a block of an 8B model over a prompt of `rows` rows."""
+    graph = torch.fx.Graph()
+    output = graph.placeholder("output")
+    output.meta["example_value"] = torch.empty(1, rows, 4096, device="meta")
+    site = FeedForwardSite(
+        "model.layers.9.mlp", 9, 9, 32, output, residuals=(output,), layout="split", rows=rows, query_len=rows, hidden=4096,
+        intermediate=14336, dtype=torch.bfloat16,
+    )  # fmt: skip
+    site = dataclasses.replace(site, **{k: changes.pop(k) for k in ("dtype", "layout") if k in changes})
+    return FfnSkip(prefill=True, **changes).propose(site, Context(device, kernels, forced))
+
+
+def test_the_cost_takes_long_prompts_and_refuses_what_does_not_pay():
+    made = answer(16384, prefill_share=0.25)
+    assert isinstance(made, Proposal) and "of prompts too" in made.note
+    dense = ffn_costs.dense_seconds(16384, site_of(made), H200)
+    assert 0.5 * dense < made.seconds < dense
+    for rows, share, words in [(16384, 0.0, "saves no time"), (16, 0.25, "fewer than")]:
+        refused = answer(rows, prefill_share=share)
+        assert isinstance(refused, Refusal) and words in refused.reason, refused
+        assert isinstance(answer(rows, prefill_share=share, forced=0), Proposal)
+
+
+def site_of(made: Proposal) -> FeedForwardSite:
+    graph = torch.fx.Graph()
+    return FeedForwardSite("", 0, 0, 0, graph.placeholder("x"), layout="split", hidden=4096, intermediate=14336, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"device": dataclasses.replace(H200, capability=(8, 0))}, "compute capability 9.0"),
+        ({"device": dataclasses.replace(H200, type="cpu", capability=None)}, "compute capability 9.0"),
+        ({"dtype": torch.float32}, "half precision"),
+        ({"kernels": "reference"}, "saves nothing"),
+    ],
+)
+def test_what_no_kernel_serves_is_refused(changes, words):
+    refused = answer(16384, **changes)
+    assert isinstance(refused, Refusal) and words in refused.reason
+
+
+def test_break_even_is_where_the_cost_changes_its_mind(monkeypatch):
+    site = site_of(None)
+    for efficiency in (0.6, 0.8, 0.95):
+        monkeypatch.setattr(ffn_costs, "COMPACTED", efficiency)
+        even = ffn_costs.break_even(site, H200)
+        assert 0 <= even < 1
+        for share, pays in ((even + 0.02, True), (even - 0.02, False)):
+            if 0 < share < 1:
+                compacted = ffn_costs.compacted_seconds(1 << 18, site, H200, share)
+                assert (compacted < ffn_costs.dense_seconds(1 << 18, site, H200)) == pays
+                assert (ffn_costs.rows_from(site, H200, share) is not None) == pays
+    # a slower kernel asks for more skipping
+    monkeypatch.setattr(ffn_costs, "COMPACTED", 0.5)
+    assert ffn_costs.break_even(site, H200) > 0.4
+
+
+def test_more_rows_only_help():
+    site = site_of(None)
+    first = ffn_costs.rows_from(site, H200, 0.25)
+    gains = [
+        ffn_costs.dense_seconds(n, site, H200) - ffn_costs.compacted_seconds(n, site, H200, 0.25) for n in (first, 4 * first, 64 * first)
+    ]
+    assert 0 < gains[0] < gains[1] < gains[2]
+    assert ffn_costs.rows_from(site, H200, 0.5) <= first
