@@ -52,7 +52,7 @@ class Proposal:
 
     seconds: expected time as an expression in the site's symbolic sizes. density: expected share of causal blocks, None when exact.
     min_key_len: key length from which the method is expected to pay; below it the site falls to the next candidate.
-    works: what makes up those seconds, from sizes, for reports. scratch: bytes of memory that it needs for a while beside its operands.
+    formula: the same seconds in letters, for reports. scratch: bytes of memory that it needs for a while beside its operands.
     """
 
     method: Pass
@@ -60,13 +60,14 @@ class Proposal:
     density: float | None = None
     min_key_len: int = 0
     note: str = ""
-    works: Callable[[AttentionSizes], Iterable[Work]] | None = None
+    formula: str = ""
     scratch: sympy.Expr = sympy.S.Zero
 
     @classmethod
     def of(cls, method: Pass, site: Any, context: Context, works: Callable[[AttentionSizes], Iterable[Work]], **more: Any) -> Proposal:
         """A proposal for an attention site from what it would do there, as kernels one after the other."""
-        return cls(method, costs.seconds(works(sizes_of(site)), context.device), works=works, **more)
+        seconds = costs.seconds(works(sizes_of(site)), context.device)
+        return cls(method, seconds, formula=costs.formula(works, site, context.device), **more)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def _formulas(plan: Plan) -> list[str]:
     for d in plan.decisions:
         for name, formula, seconds in (("dense", d.dense_formula, d.dense_seconds), (d.method, d.formula, d.seconds)):
             if formula:
-                lines[f"{name}, {d.phase}: {_time(seconds) or '?'} = {formula}"] = None
-    letters = "B batch, H and Hkv query and KV heads, Q and N query and key length"
+                lines[f"  {name}, {d.phase} {d.sizes['query_len']}×{d.sizes['key_len']}: {_time(seconds) or '?'} = {formula}"] = None
+    letters = "B batch, H and G query and KV heads, Q and N query and key length"
     return [f"costs on {plan.device}; {letters}; seconds:", *lines] if lines else []
 
 
