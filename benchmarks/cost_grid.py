@@ -113,12 +113,12 @@ def _one(cell: Cell, run: str, options: argparse.Namespace) -> int:
 # -- fitting -------------------------------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[tuple[Sample, bool]]]:
-    """The newest run of a file: its ceilings, and its samples with whether they are for fitting."""
-    found = [record for record in records.read([path]) if record["benchmark"] == NAME]
+def newest_run(found: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[Sample, bool]]] | None:
+    """The newest run among records: its ceilings, and its samples with whether they are for fitting. None without one."""
+    found = [record for record in found if record["benchmark"] == NAME]
     runs = [record for record in found if record["part"] == "ceilings"]
     if not runs:
-        raise SystemExit(f"{path} holds no run of {NAME}")
+        return None
     newest = max(runs, key=lambda record: record["time"])
     samples = []
     for record in found:
@@ -146,6 +146,14 @@ def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
 def errors(samples: Iterable[Sample], device: Device) -> list[tuple[Sample, float]]:
     """Each sample with its relative error, positive where the model says too much."""
     return [(sample, predict(sample.cell, device) / sample.seconds - 1) for sample in samples]
+
+
+def grouped(found: Iterable[tuple[Sample, float]]) -> dict[str, list[tuple[Sample, float]]]:
+    """Samples by family, in order; the whole sparse call is one of its own."""
+    groups: dict[str, list[tuple[Sample, float]]] = {}
+    for sample, error in found:
+        groups.setdefault("whole sparse call" if sample.cell.kind == "whole" else sample.cell.works()[0].family, []).append((sample, error))
+    return dict(sorted(groups.items()))
 
 
 def summary(found: Sequence[tuple[Sample, float]]) -> dict[str, float]:
@@ -189,16 +197,16 @@ def _place(cell: Cell) -> tuple:
 
 def report(path: Path, save: Path | None, worst: int, everything: bool) -> int:
     """Fits on a file's fitting part, prints the errors on the other one and the choices; returns 0 when they are as asked."""
-    ceilings, samples = read(path)
+    run = newest_run(records.read([path]))
+    if run is None:
+        raise SystemExit(f"{path} holds no run of {NAME}")
+    ceilings, samples = run
     fitted = profile_of(ceilings, [sample for sample, part in samples if part or everything])
     device = Device.of("cuda" if fitted.capability else "cpu", fitted)
     for title, chosen in (("fitted on", True), ("tested on", False)):
         found = errors([sample for sample, part in samples if part == chosen], device)
-        by_family: dict[str, list[tuple[Sample, float]]] = {}
-        for sample, error in found:
-            by_family.setdefault("whole" if sample.cell.kind == "whole" else sample.cell.works()[0].family, []).append((sample, error))
-        for family in sorted(by_family):
-            print(f"{title} {family:16s} {_words(summary(by_family[family]))}")
+        for family, of_family in grouped(found).items():
+            print(f"{title} {family:16s} {_words(summary(of_family))}")
         if found:
             print(f"{title} {'all':16s} {_words(summary(found))}")
     for sample, error in sorted(errors([s for s, part in samples if not part], device), key=lambda pair: -abs(pair[1]))[:worst]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_time, ffn_plot, headlines, plots, plots_whole_op, records, tables_kernels
+from benchmarks import compile_time, cost_grid, ffn_plot, headlines, plots, plots_whole_op, records, tables_cost, tables_kernels
 from benchmarks.cells import Record, conditions, failure, groups, latest, markdown, short, size
 from benchmarks.needles import wilson
 
@@ -132,6 +132,7 @@ SECTIONS = (
     Section("Kernels under compute-sanitizer", ("sanitize",), tables_kernels.sanitize),
     Section("Decode over kept keys", ("decode_kernel", "decode_store", "decode_model"), tables_kernels.decode),
     Section("Feed-forward skipping at decode", ("ffn-model", "ffn-stack", "ffn-quality"), tables_kernels.ffn, ("ffn-time", "ffn-quality")),
+    Section(tables_cost.TITLE, (cost_grid.NAME,), tables_cost.table, ("cost_grid",), beside=("prefill", "decode_model")),
     Section("Time to compile, CPU seconds", ("compile_time",), compile_time.table),
 )
 WITHOUT_A_TABLE = {"ffn-tilings"}  # they choose what the other records of that benchmark then run with
@@ -162,7 +163,7 @@ def read(folder: Path) -> list[Record]:
 def plot(folder: Path) -> list[Path]:
     """Every picture of the page, as PNG files beside the records. Needs matplotlib."""
     found = read(folder)
-    return [*plots.plot(found, folder), *plots_whole_op.plot(folder), *ffn_plot.plot(found, folder)]
+    return [*plots.plot(found, folder), *plots_whole_op.plot(folder), *ffn_plot.plot(found, folder), *tables_cost.plot(found, folder)]
 
 
 def blocks(found: list[Record]) -> dict[Path, tuple[str, str]]:
