@@ -200,5 +200,18 @@ def register(op: str, kernel: Callable) -> None:
         ops.library.impl(op, call, device)
 
 
-for _op in _IMPLEMENTATIONS:
-    register(_op, ops.observed_selection(_or_every_block(_serve(_op))) if _op == "select_blocks" else _serve(_op))
+def offer(op: str, **implementations: tuple[str, str]) -> None:
+    """Makes kernels serve an op where Triton is available, else, and where a kernel that fails may be replaced, the reference.
+
+    Args:
+        implementations: module and function of `triton` and of `reference`, imported when first called.
+    """
+    _IMPLEMENTATIONS[op] = implementations
+    register(op, _serve(op))
+
+
+attend = _serve("attention")
+select_blocks = _or_every_block(_serve("select_blocks"))
+
+register("attention", attend)
+register("select_blocks", ops.observed_selection(select_blocks))

@@ -171,12 +171,7 @@ def cache_attention(
     batch, heads, query_len, _ = query.shape
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     output = cache_ops.empty_output(query, values)
-    if new_key is None:
-        asked = seen[:, None] - 1
-    elif real is None:
-        asked = seen[:, None] + torch.arange(query_len, device=query.device)
-    else:
-        asked = seen[:, None] + real.cumsum(-1) - 1
+    asked = asked_positions(seen, query_len, real, new_key is not None)
     if new_key is not None:
         at = asked if real is None else asked.masked_fill(~real, -1)
         keys, values = torch.cat((keys, new_key), 2), torch.cat((values, new_value), 2)
@@ -199,6 +194,18 @@ def cache_attention(
         weights = _softmax(logits, visible.expand_as(logits), softcap, sink_logits)
         output[:, :, part] = (weights @ values).flatten(1, 2).to(output.dtype)
     return output
+
+
+def asked_positions(seen: Tensor, query_len: int, real: Tensor | None, has_new: bool) -> Tensor:
+    """Position of each query of a call in its row, [batch, query_len]; padding has that of the real token before it.
+
+    `seen` counts the call's tokens when they are stored already, which only a call of one token is.
+    """
+    if not has_new:
+        return seen[:, None] - 1
+    if real is None:
+        return seen[:, None] + torch.arange(query_len, device=seen.device, dtype=seen.dtype)
+    return seen[:, None] + real.cumsum(-1, dtype=seen.dtype) - 1
 
 
 def turn(rows: Tensor, steps: Tensor, inverse_frequencies: Tensor) -> Tensor:

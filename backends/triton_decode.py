@@ -131,7 +131,7 @@ def _module(spec: DecodeSpec) -> ModuleType:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -173,7 +173,7 @@ def cache_decode(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning
     )
     rows = query.shape[0] * kv_heads
-    count = stretches(capacity, rows, _processors(query.device), tiling)
+    count = stretches(capacity, rows, processors(query.device), tiling)
     out = cache_ops.empty_output(query, values)
     part = torch.empty(rows * spec.group * count * (v_head_dim + 2), dtype=torch.float32, device=query.device)
     sums = rows * spec.group * count

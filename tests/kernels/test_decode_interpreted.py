@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsify import cache_ops, policies
-from sparsify.backends import reference_cache
+from sparsify.backends import reference_cache, triton_decode
 from sparsify.backends.triton_decode import DecodeTiling, cache_decode, stretches
+from sparsify.errors import KernelError
 
 pytestmark = pytest.mark.interpreter
 
@@ -114,12 +118,32 @@ def test_clauses_change_the_result():
     padding=st.booleans(),
     turning=st.booleans(),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_sizes_together(batch, kv_heads, group, capacity, pinned, tokens, padding, turning):
     pinned = min(pinned, capacity - 1)
     check(
         batch, kv_heads, group, capacity, (16, 16), tuple(tokens[:batch]), pinned, steps=2, padding=padding, turning=turning and pinned > 0
     )
+
+
+def test_the_reference_can_repeat_a_step_whose_second_kernel_fails(monkeypatch):
+    """The first kernel has written the new token's position by then, and nothing else."""
+    layout = policies.Layout(20, pinned=4, recent=16)
+    ours = filled_state(2, 1, 20, (16, 16), (30, 9), layout, torch.float32)
+    theirs = tuple(t.clone() for t in ours)
+    whole = triton_decode._module
+
+    def fail(**_):
+        raise RuntimeError("ptxas exploded")
+
+    monkeypatch.setattr(triton_decode, "_module", lambda spec: SimpleNamespace(split=whole(spec).split, combine=defaultdict(lambda: fail)))
+    query, key, value = (torch.randn(2, heads, 1, 16) for heads in (2, 1, 1))
+    options = {"pinned": 4, "scale": 0.3, "softcap": 0.0, "window": 16, "sinks": 4, "version": cache_ops.VERSION}
+    with pytest.raises(KernelError, match="ptxas exploded"):
+        cache_decode(query, key, value, *ours, tiling=SMALL, **options)
+    assert not torch.equal(ours[2], theirs[2]), "the first kernel ran"
+    got, want = (reference_cache.cache_decode(query, key, value, *state, **options) for state in (ours, theirs))
+    assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
 def test_stretches_cover_what_is_filled_and_share_it():
