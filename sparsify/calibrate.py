@@ -25,8 +25,8 @@ SKIPS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Proposal:
-    """Options of `ffn_skip` and what they do on the calibration text. share: of all blocks of all tokens; lost: mean 1 - cosine over
-    the skipped ones."""
+    """Options of `ffn_skip` and what they do on the calibration text. share: of all blocks of all tokens; lost: see `lost_turn`, by
+    skipped block. prefill_share: of the blocks between the cold ones, what the cost of skipping within prompts counts with."""
 
     cold_first: int
     cold_last: int
@@ -34,9 +34,10 @@ class Proposal:
     skip: int
     share: float
     lost: float
+    prefill_share: float
 
     def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("cold_first", "cold_last", "threshold", "skip")}
+        return {name: getattr(self, name) for name in ("cold_first", "cold_last", "threshold", "skip", "prefill_share")}
 
 
 @contextmanager
@@ -104,6 +105,18 @@ def simulate(table: Tensor, cold_first: int, cold_last: int, threshold: float, s
     return skipped
 
 
+def lost_turn(table: Tensor, skipped: Tensor) -> float:
+    """Mean over skipped blocks of half the squared angle that the stream did not turn, where the angles of blocks that are skipped in a row
+    add up: 1 - cosine for one block by itself, k times that by block for k alike ones. Two in a row lose more than two apart."""
+    angles = torch.sqrt(2 * (1 - table).clamp(min=0))
+    run, total = torch.zeros(table.shape[1]), torch.zeros(())
+    for block, left_out in enumerate(skipped):
+        total += (run[~left_out] ** 2).sum() / 2
+        run = torch.where(left_out, run + angles[block], 0.0)
+    total += (run**2).sum() / 2
+    return (total / skipped.sum().clamp(min=1)).item()
+
+
 def cold_regions(table: Tensor) -> tuple[int, int]:
     """Leading and trailing blocks that turn the stream more than the median block does: at least one each, at most a quarter."""
     means = table.mean(1)
@@ -134,7 +147,8 @@ def propose(table: Tensor, share: float, cold: tuple[int, int] | None = None) ->
         skipped = simulate(table, first, last, low, skip)
         reached = skipped.float().mean().item()
         if reached >= share:
-            tried.append(Proposal(first, last, low, skip, reached, (1 - table[skipped]).mean().item() if skipped.any() else 0.0))
+            warm = skipped[first : len(table) - last].float().mean().item()
+            tried.append(Proposal(first, last, low, skip, reached, lost_turn(table, skipped), round(warm, 4)))
     if not tried:
         reach = simulate(table, first, last, -1.0, SKIPS[-1]).float().mean().item()
         raise UnsupportedError(

@@ -318,7 +318,7 @@ def _calibrate_ffn(given: argparse.Namespace) -> int:
     proposal = calibrate.propose(table, given.share)
     for block, row in enumerate(table):
         print(f"block {block:3d}  mean cosine {row.mean():.4f}  10 % below {row.quantile(0.1):.4f}")
-    print(f"skips {proposal.share:.1%} of the blocks on this text; mean 1 - cosine of a skipped block {proposal.lost:.4f}")
+    print(f"skips {proposal.share:.1%} of the blocks on this text; a skipped one loses a turn of {proposal.lost:.4f} (1 - cosine)")
     print("\n[ffn_skip]", *(f"{key} = {value}" for key, value in (proposal.options() | {"warmup": given.warmup}).items()), sep="\n")
     if given.plot:
         calibrate.plot(table, proposal, given.plot)

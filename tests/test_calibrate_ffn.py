@@ -49,6 +49,18 @@ def test_a_proposal_reaches_its_share(share):
     skipped = calibrate.simulate(table, *(getattr(proposal, n) for n in ("cold_first", "cold_last", "threshold", "skip")))
     assert share <= skipped.float().mean() <= share + 0.05
     assert 1 <= proposal.cold_first <= 3 and 1 <= proposal.cold_last <= 3
+    assert proposal.prefill_share == pytest.approx(12 * proposal.share / (12 - proposal.cold_first - proposal.cold_last), abs=1e-3)
+
+
+def test_blocks_in_a_row_lose_more_than_blocks_apart():
+    table = torch.full((5, 2), 0.98)
+    apart = torch.tensor([[0, 0], [1, 0], [0, 0], [1, 0], [0, 0]], dtype=torch.bool)
+    in_a_row = torch.tensor([[0, 0], [0, 0], [0, 0], [1, 0], [1, 0]], dtype=torch.bool)
+    assert calibrate.lost_turn(table, apart) == pytest.approx(0.02, rel=1e-4)
+    assert calibrate.lost_turn(table, in_a_row) == pytest.approx(0.04, rel=1e-4)
+    assert calibrate.lost_turn(table, torch.zeros_like(apart)) == 0
+    # with blocks all alike, a quarter is skipped one by one
+    assert calibrate.propose(0.98 + 0.01 * torch.rand(12, 500), 0.25).skip == 1
 
 
 def test_too_large_a_share_says_what_is_possible():
