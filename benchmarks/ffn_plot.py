@@ -60,8 +60,9 @@ def _time_panel(axis: Any, mine: list[Record]) -> None:
         if line[0][0] == 0 and line[-1][0] > 0:
             one = mine[0]
             saved = line[0][1] if one["benchmark"] == "ffn-stack" else 1e3 * one["bytes"] / one["bandwidth"]
+            label = "skipped blocks cost nothing" if one["benchmark"] == "ffn-stack" else "skipped bytes at the bandwidth"
             ends = [line[0][1], line[0][1] - saved * line[-1][0]]
-            axis.plot([0, line[-1][0]], ends, linestyle=":", color="black", linewidth=1, label="skipped weights cost nothing")
+            axis.plot([0, line[-1][0]], ends, linestyle=":", color="black", linewidth=1, label=label)
 
 
 def quality_plot(found: list[Record], path: Path) -> bool:

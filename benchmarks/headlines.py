@@ -154,7 +154,7 @@ def _ffn(found: list[Record]) -> list[Row]:
     rows = []
     for record in (r for r in cells if (r["rows"], r["share"], r["variant"]) == (1, 0.25, "sparsify")):
         inductor = [r["ms"] for r in cells if (r["benchmark"], r["rows"], r["variant"]) == (record["benchmark"], 1, "inductor")]
-        saved = ffn_saved([r for r in cells if r["benchmark"] == record["benchmark"]], record)
+        saved = ffn_saved(cells, record)
         what = "feed-forward blocks alone" if record["benchmark"] == "ffn-stack" else "a whole model's token"
         beside = f"Inductor, nothing skipped: {inductor[0]:.2f} ms" if inductor else "–"
         beside += f"; {saved:.0%} of the skipped weights' time saved" if saved is not None else ""

@@ -73,11 +73,13 @@ def _prefill(pyplot: Any, found: list[Record]) -> Any:
         return None
     figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     eager = {record["length"]: record["ms"] for record in runs if record["variant"] == "eager"}
-    order = ("eager", "inductor", "dense", "xattention")
+    order = ("eager", "inductor", "default", "dense", "xattention")
     for variant, density in sorted({(r["variant"], r["requested_density"] or 0) for r in runs}, key=lambda v: (order.index(v[0]), v[1])):
         chosen = (r for r in runs if (r["variant"], r["requested_density"] or 0) == (variant, density))
         points = sorted((r["length"], r["ms"]) for r in chosen)
-        label = {"inductor": "Inductor", "dense": "sparsify, dense"}.get(variant, variant) + (f", density {density:g}" if density else "")
+        label = {"inductor": "Inductor", "dense": "sparsify, dense", "default": "sparsify, no options"}.get(variant, variant) + (
+            f", density {density:g}" if density else ""
+        )
         axes[0].plot(*zip(*points, strict=True), marker="o", label=label)
         ratios = [(length, eager[length] / ms) for length, ms in points if length in eager]
         if ratios:

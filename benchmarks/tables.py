@@ -77,10 +77,12 @@ def prefill_table(found: Iterable[Record]) -> str:
     parts = []
     for group in groups(cells, lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
         eager = {record["length"]: record["ms"] for record in group if record["variant"] == "eager" and "ms" in record}
-        order = {"eager": 0, "inductor": 1, "dense": 2, "xattention": 3}
+        order = {"eager": 0, "inductor": 1, "default": 2, "dense": 3, "xattention": 4}
         rows = []
         for record in sorted(group, key=lambda r: (r["length"], order[r["variant"]], r["requested_density"] or 0)):
-            name = {"dense": "sparsify, dense", "inductor": "Inductor"}.get(record["variant"], record["variant"])
+            name = {"dense": "sparsify, dense", "default": "sparsify, no options", "inductor": "Inductor"}.get(
+                record["variant"], record["variant"]
+            )
             if record["variant"] == "xattention":
                 name += f", density {record['requested_density']:g}"
             if "error" in record:
@@ -124,6 +126,7 @@ class Section:
     beside: tuple[str, ...] = ()
 
 
+_FFN = ("ffn-model", "ffn-stack", "ffn-prefill", "ffn-quality")
 SECTIONS = (
     Section("Answers", ("answers",), answers_table, ("answers",)),
     Section("Prefill", ("prefill",), prefill_table, ("prefill",)),
@@ -131,11 +134,11 @@ SECTIONS = (
     Section("Attention kernels", ("kernels",), tables_kernels.kernels, ("kernels",)),
     Section("Kernels under compute-sanitizer", ("sanitize",), tables_kernels.sanitize),
     Section("Decode over kept keys", ("decode_kernel", "decode_store", "decode_model"), tables_kernels.decode),
-    Section("Feed-forward skipping at decode", ("ffn-model", "ffn-stack", "ffn-quality"), tables_kernels.ffn, ("ffn-time", "ffn-quality")),
+    Section("Feed-forward skipping", _FFN, tables_kernels.ffn, ("ffn-time", "ffn-quality")),
     Section(tables_cost.TITLE, (cost_grid.NAME,), tables_cost.table, ("cost_grid",), beside=("prefill", "decode_model")),
     Section("Time to compile, CPU seconds", ("compile_time",), compile_time.table),
 )
-WITHOUT_A_TABLE = {"ffn-tilings"}  # they choose what the other records of that benchmark then run with
+WITHOUT_A_TABLE = {"ffn-tilings", "ffn-prefill-tilings"}  # they choose what the other records of that benchmark then run with
 
 
 def page(folder: Path) -> str:

@@ -113,10 +113,10 @@ def model_rows(found: Iterable[Record], device: Device) -> list[list[str]]:
             )
             rows.append(_row(f"prefill, {name}", size(record["length"]), record["ms"], seconds))
     decodes = latest(
-        [r for r in found if r["benchmark"] == "decode_model"], "shape", "backend", "batch", "prompt", "budget", "policy", "mode"
+        [r for r in found if r["benchmark"] == "decode_model"], "shape", "variant", "batch", "prompt", "budget", "policy", "mode"
     )
-    for record in sorted(decodes, key=lambda r: (r["backend"], r["prompt"], r["batch"])):
-        if record.get("ms_per_token") and record.get("backend") == "sparsify" and record.get("mode") == "reduce-overhead":
+    for record in sorted(decodes, key=lambda r: (r["variant"], r["prompt"], r["batch"])):
+        if record.get("ms_per_token") and record["variant"] == "sparsify" and record.get("mode") == "reduce-overhead":
             shape = shape_of(record["shape"])
             kept = costs.decode_seconds(shape.attention(1, record["budget"], record["batch"]), device)
             seconds = float(model_costs.model_decode_seconds(shape, device, record["budget"], batch=record["batch"], attention=kept))

@@ -128,12 +128,13 @@ def _decode_store(found: list[Record]) -> list[str]:
 
 
 def _decode_model(found: list[Record]) -> list[str]:
-    cells = latest(found, "backend", "batch", "prompt", "budget", "policy", "shape", "mode")
+    cells = latest(found, "variant", "batch", "prompt", "budget", "policy", "shape", "mode")
     rows = []
-    for r in sorted(cells, key=lambda r: (r["prompt"], r["batch"], r["backend"])):
-        rows.append([r["shape"], size(r["prompt"]), str(r["batch"]), r["backend"], f"{r['policy']}, {r['budget']}",
-                     f"{r['ms_per_token']:.2f}", f"{r['kept_over_budget']:.2f}"])  # fmt: skip
-    return [conditions(cells), markdown(["shape", "prompt", "batch", "backend", "policy, kept", "ms a token", "kept ÷ budget"], rows)]
+    for r in sorted(cells, key=lambda r: (r["prompt"], r["batch"], r["variant"])):
+        kept = f"{r['policy']}, {r['budget']}" if r["policy"] else "everything"
+        over = f"{r['kept_over_budget']:.2f}" if r.get("kept_over_budget") and r["policy"] else "–"
+        rows.append([r["shape"], size(r["prompt"]), str(r["batch"]), r["variant"], kept, f"{r['ms_per_token']:.2f}", over])
+    return [conditions(cells), markdown(["shape", "prompt", "batch", "call", "policy, kept", "ms a token", "kept ÷ budget"], rows)]
 
 
 def ffn(found: Iterable[Record]) -> str:
@@ -142,48 +143,62 @@ def ffn(found: Iterable[Record]) -> str:
     parts = []
     for name, title in (("ffn-model", "A whole model"), ("ffn-stack", "32 blocks alone")):
         for group in groups((r for r in found if r["benchmark"] == name), lambda r: r["machine"]["gpu"] or "CPU"):
-            parts += [f"### {title}", *_ffn_times(group)]
+            stacks = latest((r for r in found if r["benchmark"] == "ffn-stack"), "variant", "rows", "share", "pattern")
+            parts += [f"### {title}", *_ffn_times(group, stacks)]
+    for group in groups((r for r in found if r["benchmark"] == "ffn-prefill"), lambda r: r["machine"]["gpu"] or "CPU"):
+        parts += ["### One block over a prompt", *_ffn_prefill(group)]
     for group in groups((r for r in found if r["benchmark"] == "ffn-quality"), lambda r: (r["model_sha256"], r["machine"]["gpu"] or "CPU")):
         parts += ["### Answers and NLL", *_ffn_quality(group)]
     return "\n\n".join(parts)
 
 
 def ffn_saved(cells: Iterable[Record], record: Record) -> float | None:
-    """Time saved over the saved bytes' share of the time with nothing skipped: 1 where skipped weights cost nothing at all.
+    """Time saved over the saved blocks' share of the time that all blocks take: 1 where skipped weights cost nothing at all.
 
-    Bytes are taken at the rate at which this call reads them when nothing is skipped. Of a whole model, only the blocks' own bytes count,
-    at the run's bandwidth, since the rest of the model is in the time too.
+    That time is the one of the blocks alone with nothing skipped; of a whole model that was measured without them, the time of the blocks'
+    bytes at the run's bandwidth, which is less.
     """
     if record["variant"] != "sparsify" or not record["share"]:
         return None
-    shape = ("benchmark", "variant", "rows")
-    base = [r["ms"] for r in cells if not r["share"] and all(r[key] == record[key] for key in shape)]
+    same = [r for r in cells if r["variant"] == "sparsify" and r["rows"] == record["rows"] and not r["share"]]
+    base = [r["ms"] for r in same if r["benchmark"] == record["benchmark"]]
     if not base:
         return None
-    bytes_ms = base[0] if record["benchmark"] == "ffn-stack" else 1e3 * record["bytes"] / record["bandwidth"]
-    return (base[0] - record["ms"]) / (record["share"] * bytes_ms)
+    alone = [r["ms"] for r in same if r["benchmark"] == "ffn-stack" and r["bytes"] == record["bytes"] and r["machine"] == record["machine"]]
+    blocks = alone[0] if alone else 1e3 * record["bytes"] / record["bandwidth"]
+    return (base[0] - record["ms"]) / (record["share"] * blocks)
 
 
-def _ffn_times(found: list[Record]) -> list[str]:
+def _ffn_times(found: list[Record], stacks: list[Record]) -> list[str]:
     cells = latest(found, "variant", "rows", "share", "pattern")
     rows = []
     for record in sorted(cells, key=lambda r: (r["rows"], r["variant"], r["pattern"], r["share"])):
         inductor = [r["ms"] for r in cells if r["variant"] == "inductor" and r["rows"] == record["rows"]]
         name = "Inductor" if record["variant"] == "inductor" else f"sparsify, {record['pattern']}"
-        saved = ffn_saved(cells, record)
+        saved = ffn_saved([*cells, *stacks], record)
         rows.append([str(record["rows"]), name, f"{record['share']:.0%}", f"{record['ms']:.3f}",
                      f"{record['ms'] / inductor[0]:.2f}" if inductor else "–", f"{saved:.0%}" if saved is not None else "–",
                      f"{1e3 * record['bytes'] * (1 - record['share']) / record['bandwidth']:.2f}"])  # fmt: skip
     copies = sorted({round(r["bandwidth"] / 1e9) for r in cells})
     way = "the fastest of a copy, a sum and a matrix-vector product" if all("bandwidths" in r for r in cells) else "a copy's, no bound"
     note = (
-        "Saved: time saved over the skipped bytes' own time"
-        + (" at the rate of the call with nothing skipped" if cells[0]["benchmark"] == "ffn-stack" else " at the bandwidth")
-        + f". Bytes: milliseconds that the blocks' remaining weights take at the bandwidth of the same run, "
-        f"{', '.join(map(str, copies))} GB/s: {way}. "
+        "Saved: time saved over the time that the skipped blocks take when the blocks run alone. Bytes: milliseconds that the blocks' remaining "
+        f"weights take at the bandwidth of the same run, {', '.join(map(str, copies))} GB/s: {way}. "
         f"Where rows decide each by itself, a block's weights are saved only when all rows skip it. {conditions(cells)}"
     )
     return [note, markdown(["rows", "call", "skipped", "ms", "÷ Inductor", "saved", "bytes, ms"], rows)]
+
+
+def _ffn_prefill(found: list[Record]) -> list[str]:
+    cells = latest(found, "variant", "rows", "share")
+    rows = []
+    for record in sorted(cells, key=lambda r: (r["rows"], r["variant"], r["share"])):
+        name = "Inductor, dense" if record["variant"] == "inductor" else "sparsify, compacted"
+        error = f"{record['error']:.1e}" if "error" in record else "–"
+        rows.append([size(record["rows"]), name, f"{record['share']:.0%}", f"{record['ms']:.3f}", f"{record['over_dense']:.2f}",
+                     f"{record['tflops']:.0f}", error])  # fmt: skip
+    note = "Rows that skip are random; TFLOP/s count the computed rows. " + conditions(cells)
+    return [note, markdown(["rows", "call", "skipped", "ms", "÷ Inductor", "TFLOP/s", "largest error"], rows)]
 
 
 def _ffn_quality(found: list[Record]) -> list[str]:
