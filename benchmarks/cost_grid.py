@@ -12,6 +12,7 @@ densities .05, .1, .2 and .5 to fit on, and everything else, 256K and the whole 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def measure(options: argparse.Namespace) -> int:
     print({name: f"{value:.4g}" for name, value in found.items()}, flush=True)
     cells = cost_cells.grid(options.device, options.small)
     failed = 0
+    gc.freeze()  # each graph's capture collects garbage: what is here by now is none
     for done, cell in enumerate(cells):
         if time.monotonic() > end:
             print(f"out of time: {len(cells) - done} of {len(cells)} cells left out", flush=True)

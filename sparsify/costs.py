@@ -108,11 +108,12 @@ def antidiagonal_crossover(
     heads: tuple[int, int] = (32, 8),
     batch: int = 1,
     worth: float | None = None,
+    query_len: int | None = None,
 ) -> int:
     """Smallest prompt length from which block-sparse attention pays; see `sparsify.crossovers.sparse_from`."""
     from sparsify import crossovers
 
-    return crossovers.sparse_from(device, stride, block, head_dim, density, kernel, variants, heads, batch, worth)
+    return crossovers.sparse_from(device, stride, block, head_dim, density, kernel, variants, heads, batch, worth, query_len)
 
 
 def number(expr: sympy.Expr, hints: dict[sympy.Symbol, int]) -> float | None:

@@ -5,6 +5,7 @@ A difference of two costs without Max and Min is a polynomial in the length, and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -73,9 +74,9 @@ def _prompt(head_dim: int, heads: tuple[int, int], batch: int) -> AttentionSizes
 
 
 def fastest_dense(sizes: AttentionSizes, device: Device, kernel: str) -> sympy.Expr:
-    """Seconds of dense attention by SDPA or by our own kernel, whichever is faster at a length."""
-    rivals = [costs.attention_seconds(sizes, device, kernel=name) for name in dict.fromkeys(("sdpa", kernel))]
-    return sympy.Min(*rivals)
+    """Seconds of dense attention by SDPA or by our own kernel, whichever is faster at a length; SDPA has no causal chunks."""
+    names = dict.fromkeys(("sdpa", kernel) if sizes.query_len == sizes.key_len else (kernel,))
+    return sympy.Min(*(costs.attention_seconds(sizes, device, kernel=name) for name in names))
 
 
 @functools.cache
@@ -90,11 +91,18 @@ def sparse_from(
     heads: tuple[int, int] = (32, 8),
     batch: int = 1,
     worth: float | None = None,
+    query_len: int | None = None,
 ) -> int:
-    """Smallest prompt length (a multiple of 1024 tokens) from which estimate, selection and block-sparse attention together take at most
+    """Smallest key length (a multiple of 1024 tokens) from which estimate, selection and block-sparse attention together take at most
     `worth` of dense attention's time. By default that is WORTH, at the density expected for a length; with a density given, whatever
-    beats dense is worth it."""
+    beats dense is worth it.
+
+    Args:
+        query_len: rows of a chunk; None: a whole prompt.
+    """
     sizes = _prompt(head_dim, heads, batch)
+    if query_len is not None:
+        sizes = dataclasses.replace(sizes, query_len=sympy.Min(query_len, LENGTH))
     share = costs.expected_density(LENGTH) if density is None else sympy.Float(density)
     worth = (WORTH if density is None else 1.0) if worth is None else worth
     sparse = costs.seconds(work.selection(sizes, stride, block, variants), device)

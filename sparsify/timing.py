@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import statistics
@@ -65,8 +64,6 @@ def seconds(run: Callable[[], Any], device: str, *, replays: int = _REPLAYS) -> 
         return statistics.median([_events(run) for _ in range(2 if first > 0.2 else 3)])
     calls = max(1, min(_MOST_CALLS, int(_GRAPH_SECONDS / max(first, 1e-6))))
     graph = _graph(run, calls)
-    if graph is None:
-        return statistics.median(_events(lambda: [run() for _ in range(calls)]) / calls for _ in range(replays))
     graph.replay()
     return statistics.median(_events(graph.replay) for _ in range(replays)) / calls
 
@@ -87,33 +84,22 @@ def _events(run: Callable[[], Any]) -> float:
     return 1e-3 * begin.elapsed_time(end)
 
 
-@functools.cache
-def _pool() -> tuple[int, int]:
-    """One memory pool for all graphs, of which only one lives at a time."""
-    return torch.cuda.graph_pool_handle()
-
-
-def _graph(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph | None:
-    """A CUDA graph of some calls; None where they cannot be captured. Without torch's wrapper, which collects garbage first."""
+def _graph(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of some calls, which ran before. Raises ProfileError where they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a stream's first call allocates, such as a product's workspace
+        run()
+    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    capturing = False
     try:
-        with torch.cuda.stream(side):
-            run()
-            torch.cuda.synchronize()
-            graph.capture_begin(pool=_pool())
-            capturing = True
+        with torch.cuda.graph(graph):
             for _ in range(calls):
                 run()
-            graph.capture_end()
-    except RuntimeError:
-        if capturing:
-            with contextlib.suppress(RuntimeError):
-                graph.capture_end()
-        torch.cuda.synchronize()
-        return None
+    except RuntimeError as error:
+        # times of calls that are not captured hold the host's time: they say nothing about the kernels
+        raise ProfileError(f"cannot be captured in a CUDA graph: {str(error).splitlines()[0][:200]}", where="timing") from error
     return graph
 
 
@@ -131,8 +117,14 @@ def prepare(cell: Cell, device: str) -> Call:
     return makers[cell.kind](cell, device)
 
 
+@functools.cache
+def _generator(device: str) -> torch.Generator:
+    """One of our own, which no graph's capture knows of."""
+    return torch.Generator(device).manual_seed(0)
+
+
 def _random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=device, dtype=dtype)
+    return torch.randn(*shape, device=device, dtype=dtype, generator=_generator(device))
 
 
 def operands(cell: Cell, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,7 +137,7 @@ def random_lists(cell: Cell, device: str) -> tuple[Tensor, Tensor, float]:
     """Counts, rising indices and their density: the first block and the diagonal always, others at random."""
     rows, columns = -(-cell.query_len // BLOCK), -(-cell.key_len // BLOCK)
     offset = columns - rows
-    keep = torch.rand(cell.batch, cell.query_heads, rows, columns, device=device) < cell.density
+    keep = torch.rand(cell.batch, cell.query_heads, rows, columns, device=device, generator=_generator(device)) < cell.density
     keep |= torch.eye(rows, columns, dtype=torch.bool, device=device).roll(offset, -1)
     keep[..., 0] = True
     keep.tril_(offset)

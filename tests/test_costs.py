@@ -231,3 +231,9 @@ def test_a_linear_layer_is_a_product_or_a_stream():
     one, many = (float(model_costs.linear_seconds(H200, rows, 4096, 14336)) for rows in (1, 8192))
     assert one >= 0.9 * 4096 * 14336 * 2 / 4.8e12
     assert many >= 2 * 8192 * 4096 * 14336 / 989e12, "no H200 multiplies faster"
+
+
+def test_a_chunk_of_few_rows_pays_from_more_keys_on():
+    prefill, chunk, few = (costs.antidiagonal_crossover(H200, 8, 128, 128, 0.1, "hopper", query_len=rows) for rows in (None, 4096, 128))
+    assert prefill <= chunk <= few
+    assert prefill < few
