@@ -182,8 +182,8 @@ def _ffn_times(found: list[Record], stacks: list[Record]) -> list[str]:
     copies = sorted({round(r["bandwidth"] / 1e9) for r in cells})
     way = "the fastest of a copy, a sum and a matrix-vector product" if all("bandwidths" in r for r in cells) else "a copy's, no bound"
     note = (
-        "Saved: time saved over the time that the skipped blocks take when the blocks run alone. Bytes: milliseconds that the blocks' remaining "
-        f"weights take at the bandwidth of the same run, {', '.join(map(str, copies))} GB/s: {way}. "
+        "Saved: time saved over the time that the skipped blocks take when the blocks run alone. Bytes: milliseconds that the "
+        f"blocks' remaining weights take at the bandwidth of the same run, {', '.join(map(str, copies))} GB/s: {way}. "
         f"Where rows decide each by itself, a block's weights are saved only when all rows skip it. {conditions(cells)}"
     )
     return [note, markdown(["rows", "call", "skipped", "ms", "÷ Inductor", "saved", "bytes, ms"], rows)]
