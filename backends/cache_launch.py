@@ -8,7 +8,11 @@ from sparsify import cache_ops
 from sparsify.backends import launch, reference_cache
 
 # op -> module of its kernels; the function is named as the op
-_KERNELS = {"cache_attention": "sparsify.backends.triton_append", "cache_decode": "sparsify.backends.triton_decode"}
+_KERNELS = {
+    "cache_attention": "sparsify.backends.triton_append",
+    "cache_decode": "sparsify.backends.triton_decode",
+    "cache_mass": "sparsify.backends.triton_mass",
+}
 
 launch.register("cache_store", reference_cache.cache_store)
 launch.register("cache_length", Tensor.clone)

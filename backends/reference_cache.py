@@ -234,6 +234,24 @@ def _softmax(logits: Tensor, visible: Tensor, softcap: float, sink_logits: Tenso
     return weights / total.masked_fill(total == 0, 1)
 
 
+def cache_mass(
+    query: Tensor, keys: Tensor, positions: Tensor, query_positions: Tensor, *, scale: float, softcap: float, version: int
+) -> Tensor:
+    """Weights that keys get of the queries' attention; one KV head at a time bounds the logits to group x queries x keys."""
+    math = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group, found = query.shape[1] // keys.shape[1], []
+    for head in range(keys.shape[1]):
+        rows = query[:, head * group : (head + 1) * group].to(math)
+        at = positions[:, None, head : head + 1]
+        visible = (at >= 0) & (at <= query_positions[:, None, :, None])  # [batch, 1, queries, keys]
+        # a hidden key may hold anything
+        known = keys[:, head, None].to(math).masked_fill((at < 0).transpose(-1, -2), 0)
+        logits = scale * (rows @ known.transpose(-1, -2))
+        weights = _softmax(logits[:, :, None], visible[:, :, None], softcap, None)[:, :, 0]
+        found.append(weights.sum(2))
+    return torch.cat(found, 1).float()
+
+
 def cache_decode(query: Tensor, key: Tensor, value: Tensor, *state: Tensor, pinned: int, real: Tensor | None = None, **options) -> Tensor:
     """One token stored, then attention over the filled slots."""
     keys, values, positions, counts, seen, length = state

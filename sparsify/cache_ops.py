@@ -28,6 +28,10 @@ first 2 * len(inverse_frequencies) dimensions. A row without a visible key gives
 `cache_decode` is cache_store of one token, then cache_attention without new keys: the fusion that decode kernels serve. For it every
 filled slot is visible, which one-token stores guarantee (a ring of `window` slots holds exactly the window).
 
+`cache_mass` is what policies that look at queries score by: fp32 [batch, query_heads, keys], the sum over the queries (query [batch,
+query_heads, queries, head_dim] at query_positions int32 [batch, queries], -1 for none) of the weight that each key gets, of keys [batch,
+kv_heads, keys, head_dim] at positions int32 [batch, kv_heads, keys], those at 0 <= position <= the query's.
+
 `cache_length` copies the length. It is an op of its own because Inductor (torch 2.13) may inline a pointwise read of a tensor into a
 kernel that runs after a custom op has mutated that tensor; the output of an op is computed where it stands.
 """
@@ -61,6 +65,10 @@ library.define(
     "Tensor? inverse_frequencies=None, int pinned, float scale, float softcap, int window, int sinks, int version) -> Tensor",
     tags=_TAGS,
 )
+library.define(
+    "cache_mass(Tensor query, Tensor keys, Tensor positions, Tensor query_positions, *, float scale, float softcap, int version) -> Tensor",
+    tags=_TAGS,
+)
 library.define("cache_length(Tensor length) -> Tensor", tags=_TAGS)
 
 
@@ -82,6 +90,11 @@ def _decode_fake(query: Tensor, key: Tensor, value: Tensor, *state: Tensor, **op
     return _output(query, value)
 
 
+def _mass_fake(query: Tensor, keys: Tensor, *positions: Tensor, **options: object) -> Tensor:
+    return query.new_empty(*query.shape[:2], keys.shape[2], dtype=torch.float32)
+
+
+torch.library.register_fake(f"{NAMESPACE}::cache_mass", _mass_fake, lib=library)
 torch.library.register_fake(f"{NAMESPACE}::cache_length", torch.empty_like, lib=library)
 torch.library.register_fake(f"{NAMESPACE}::cache_store", _store_fake, lib=library)
 torch.library.register_fake(f"{NAMESPACE}::cache_attention", _attention_fake, lib=library)
@@ -90,5 +103,6 @@ torch.library.register_fake(f"{NAMESPACE}::cache_decode", _decode_fake, lib=libr
 empty_output = _output
 store = torch.ops.sparsify.cache_store.default
 attention = torch.ops.sparsify.cache_attention.default
+mass = torch.ops.sparsify.cache_mass.default
 length = torch.ops.sparsify.cache_length.default
 decode = torch.ops.sparsify.cache_decode.default

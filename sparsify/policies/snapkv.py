@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from sparsify import cache_ops
 from sparsify.policies.base import Candidates, Layout, Policy
 
 
@@ -54,27 +54,15 @@ class SnapKV(Policy):
         return Layout(budget, pinned=budget - ring, recent=self.window)
 
     def score(self, candidates: Candidates) -> Tensor:
-        heads = [self._score_head(candidates, head) for head in range(candidates.keys.shape[1])]
-        return torch.stack(heads, 1)
-
-    def _score_head(self, candidates: Candidates, head: int) -> Tensor:
-        """[batch, candidates]; one KV head at a time bounds the logits to group x window x candidates."""
-        queries, kv_heads = candidates.queries, candidates.keys.shape[1]
-        group = queries.shape[1] // kv_heads
-        rows = queries[:, head * group : (head + 1) * group].float() * candidates.scale
-        logits = rows @ candidates.keys[:, head].float().transpose(-1, -2)[:, None]  # [batch, group, window, candidates]
-        if candidates.softcap:
-            logits = candidates.softcap * torch.tanh(logits / candidates.softcap)
-        at, asked = candidates.positions[:, head], candidates.query_positions
-        visible = (at[:, None] >= 0) & (at[:, None] <= asked[:, :, None])  # [batch, window, candidates]
-        logits = logits.masked_fill(~visible[:, None], -torch.inf)
-        # a row with fewer real queries than the window: the missing ones look at nothing
-        weights = logits.softmax(-1).masked_fill(~visible[:, None], 0)
-        mass = weights.sum(2)
-        own = at > (candidates.newest - self.window)[:, None]
-        mass = mass.masked_fill(own[:, None], 0)  # the window's own keys stay anyway and must not smear into their neighbours
-        mass = self._smooth(mass)
-        return mass.mean(1) if self.group == "mean" else mass.amax(1)
+        keys, at = candidates.keys, candidates.positions
+        numbers = {"scale": candidates.scale, "softcap": candidates.softcap, "version": cache_ops.VERSION}
+        mass = cache_ops.mass(candidates.queries, keys, at, candidates.query_positions, **numbers)
+        batch, kv_heads, count = at.shape
+        own = at > (candidates.newest - self.window)[:, None, None]
+        # the window's own keys stay anyway and must not smear into their neighbours
+        mass = mass.view(batch, kv_heads, -1, count).masked_fill(own[:, :, None], 0)
+        mass = self._smooth(mass.flatten(0, 1)).view(mass.shape)
+        return mass.mean(2) if self.group == "mean" else mass.amax(2)
 
     def _smooth(self, mass: Tensor) -> Tensor:
         width = self.kernel or (5 if self.pool == "avg" else 7)

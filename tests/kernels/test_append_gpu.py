@@ -1,4 +1,4 @@
-"""Kernels for calls of several tokens over a cache on a real GPU."""
+"""Kernels for calls of several tokens over a cache, and for scoring what stays, on a real GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from sparsify.backends import reference_cache
 from sparsify.backends.triton_append import cache_attention
+from sparsify.backends.triton_mass import cache_mass
 from tests.kernels.test_decode_gpu import layer
 from tests.kernels.test_decode_interpreted import TOLERANCE
 
@@ -41,3 +42,22 @@ def test_against_the_reference(count, capacity, tokens, dim, group, dtype, padde
     want = reference_cache.cache_attention(*call, new_key=key, new_value=value, real=real, **options)
     got = cache_attention(*call, new_key=key, new_value=value, real=real, **options)
     torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize(
+    "dim, group, queries, dtype", [(128, 4, 32, torch.bfloat16), (64, 7, 12, torch.float16), (80, 1, 70, torch.float32)]
+)
+@pytest.mark.parametrize("count", [100, 33000])
+def test_what_keys_get_of_the_queries(count, dim, group, queries, dtype, softcap):
+    torch.manual_seed(0)
+    make = lambda heads, size: torch.randn(2, size, heads, dim, device="cuda").to(dtype).transpose(1, 2)
+    query, keys = make(2 * group, queries), make(2, count)
+    real = torch.rand(2, 1, count, device="cuda") > 0.1
+    positions = torch.where(real, real.cumsum(-1) - 1, -1).to(torch.int32).expand(-1, 2, -1)
+    asked = (positions[:, 0].amax(-1, keepdim=True) - queries + 1 + torch.arange(queries, device="cuda")).to(torch.int32)
+    options = {"scale": dim**-0.5, "softcap": softcap, "version": 1}
+    want = reference_cache.cache_mass(query, keys, positions, asked, **options)
+    got = cache_mass(query, keys, positions, asked, **options)
+    bound = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got, want, atol=bound * float(want.max()), rtol=bound)
