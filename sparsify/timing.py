@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -24,6 +25,7 @@ BLOCK = 128
 _PLAIN_SECONDS = 5e-3  # calls longer than this are timed one by one
 _GRAPH_SECONDS = 3e-3  # shorter ones so many in a graph that it takes about so long
 _MOST_CALLS = 64
+_LOAD_SECONDS = 0.04
 _REPLAYS = 5
 _CACHES = 3  # operands that a model would read from memory are copied until they fill the L2 cache so often
 _FFN_BLOCKS = 8
@@ -53,8 +55,13 @@ def measure(cell: Cell, device: str, *, replays: int = _REPLAYS) -> Sample:
 
 
 @torch.no_grad()
-def seconds(run: Callable[[], Any], device: str, *, replays: int = _REPLAYS) -> float:
-    """Median seconds of `run`, whatever it compiles or allocates at first left out."""
+def seconds(run: Callable[[], Any], device: str, *, replays: int = _REPLAYS, under_load: float = _LOAD_SECONDS) -> float:
+    """Median seconds of `run`, whatever it compiles or allocates at first left out.
+
+    Args:
+        under_load: on a GPU calls are repeated for so long, and the second half counts: at the power limit the clock falls within tens of
+            milliseconds, and a model keeps the device there.
+    """
     if device != "cuda":
         run()
         return statistics.median(_wall(run) for _ in range(replays))
@@ -65,7 +72,9 @@ def seconds(run: Callable[[], Any], device: str, *, replays: int = _REPLAYS) -> 
     calls = max(1, min(_MOST_CALLS, int(_GRAPH_SECONDS / max(first, 1e-6))))
     graph = _graph(run, calls)
     graph.replay()
-    return statistics.median(_events(graph.replay) for _ in range(replays)) / calls
+    replays = max(replays, int(under_load / (first * calls)))
+    times = _back_to_back(graph.replay, replays)
+    return statistics.median(times[len(times) // 2 :]) / calls
 
 
 def _wall(run: Callable[[], Any]) -> float:
@@ -82,6 +91,17 @@ def _events(run: Callable[[], Any]) -> float:
     end.record()
     torch.cuda.synchronize()
     return 1e-3 * begin.elapsed_time(end)
+
+
+def _back_to_back(run: Callable[[], Any], count: int) -> list[float]:
+    """Seconds of each of `count` runs, waited for at the end."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return [1e-3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(marks)]
 
 
 def _graph(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
@@ -299,7 +319,7 @@ def ceilings(device: str, *, small: bool = False) -> dict[str, float]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     side, size = (8192, 1 << 30) if not small else (256, 1 << 22)
     first, second = (_random(device, dtype, side, side) for _ in range(2))
-    product = seconds(lambda: torch.mm(first, second), device, replays=9)
+    product = seconds(lambda: torch.mm(first, second), device, replays=9, under_load=0.4)
     found = {"flops": 2 * side**3 / product}
     source = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
