@@ -21,14 +21,17 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # a call with at most this many (query, head of a group) rows shares one tile among the heads of a group
 _PACKED_QUERIES, _PACKED_ROWS = 16, 128
 _LONGEST_WINDOW = 1 << 30
-_OPERANDS = ("key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes")
+_OPERANDS = ("key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "key_bias")
+_BROADCAST = ("key_flags", "segments", "alibi_slopes", "key_bias")  # one batch row serves all
 _LOG2E = math.log2(math.e)
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, Tensor]:
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, into: tuple[Tensor, Tensor] | None = None, **options
+) -> tuple[Tensor, Tensor]:
     """`reference.attention` on checked operands."""
     check_operands(query, key, value, **options)
-    return reference.attention(query, key, value, **options)
+    return reference.attention(query, key, value, into=into, **options)
 
 
 def check_operands(
@@ -43,6 +46,7 @@ def check_operands(
     block_indices: Tensor | None = None,
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float,
     causal: bool,
     windows: list[int],
@@ -87,11 +91,14 @@ def check_operands(
         expected["block_counts"] = (block_counts, lists, False)
         need(block_indices.dim() == 4, f"block_indices have {block_indices.dim()} dimensions, not 4")
         expected["block_indices"] = (block_indices, (*lists, block_indices.shape[-1]), False)
+    if key_bias is not None:
+        shape = (batch, heads if key_bias.dim() != 3 or key_bias.shape[1] != 1 else 1, key_len)
+        expected["key_bias"] = (key_bias, shape, True)
     for name, (operand, shape, floating) in expected.items():
         if operand is None:
             continue
         found = tuple(operand.shape)
-        fits = found == shape or (len(shape) == 2 and found == (1, shape[1]))
+        fits = found == shape or (found[:1] == (1,) and found[1:] == shape[1:] and name in _BROADCAST)
         need(fits, f"{name} is {found}, not {shape}")
         need(operand.is_floating_point() == floating, f"{name} is {operand.dtype}", "floating point" if floating else "integers")
         need(operand.device == query.device, f"{name} is on {operand.device}, query on {query.device}")
@@ -104,11 +111,20 @@ def check_operands(
     need(key.device == value.device == query.device, f"query, key and value are on {query.device}, {key.device} and {value.device}")
 
 
-def triton_attention(query: Tensor, key: Tensor, value: Tensor, *, tiling: Tiling | None = None, **options) -> tuple[Tensor, Tensor]:
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    tiling: Tiling | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
     """The op by a generated kernel.
 
     Args:
         tiling: instead of the table's choice, for tests and tuning.
+        into: output and LSE to fill instead of new ones; the LSE contiguous.
 
     Raises:
         UnsupportedError: no kernel takes this call, or its operands do not fit together.
@@ -117,8 +133,10 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, *, tiling: Tilin
     check_operands(query, key, value, **options)
     # the dispatcher leaves out operands that have their default
     options = dict.fromkeys(_OPERANDS) | options
-    output = empty_output(query, value, options["seq_major"])
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    output, lse = into or (
+        empty_output(query, value, options["seq_major"]),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+    )
     if output.numel() == 0 or key.shape[2] == 0:
         return output.zero_(), lse.fill_(-torch.inf)
     spec = _spec(query, key, value, options, tiling)
@@ -170,6 +188,7 @@ def _spec(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], ti
         block_size=options["block_size"] if lists else 0,
         softcap=options["softcap"] > 0,
         alibi=options["alibi_slopes"] is not None,
+        key_bias=options["key_bias"] is not None,
         sink_logits=options["sink_logits"] is not None,
         packed=packed,
     )
@@ -218,6 +237,9 @@ def _values(
     if spec.alibi:
         slopes = options["alibi_slopes"].to(torch.float32).contiguous()
         values |= {"alibi_slopes": slopes, "alibi_b": _batch_stride(slopes)}
+    if spec.key_bias:
+        bias = options["key_bias"].to(torch.float32).contiguous()
+        values |= {"key_bias": bias, "bias_b": _batch_stride(bias), "bias_h": 0 if bias.shape[1] == 1 else bias.stride(1)}
     if spec.sink_logits:
         values["sink_logits"] = options["sink_logits"].to(torch.float32).contiguous()
     return values

@@ -51,6 +51,7 @@ def serves(
         "no keys": key.shape[2] == 0 or query.numel() == 0,
         f"lists of {options['block_size']}-key blocks": listed and options["block_size"] != BLOCK,
         "ALiBi": options["alibi_slopes"] is not None,
+        "a bias per key": options.get("key_bias") is not None,
         f"scale {options['scale']}": options["scale"] <= 0,
         "too many tiles": batch * heads * -(-query_len // QUERY_TILE) >= 1 << 30,
     }
@@ -83,8 +84,13 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any])
     return serves(query, key, value, options, capability, triton_release())
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, Tensor]:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, into: tuple[Tensor, Tensor] | None = None, **options
+) -> tuple[Tensor, Tensor]:
     """The op by the Gluon kernel where it serves the call, else by the plain Triton kernel.
+
+    Args:
+        into: output and LSE to fill instead of new ones; the LSE contiguous.
 
     Raises:
         UnsupportedError: no kernel takes this call, or its operands do not fit together.
@@ -94,8 +100,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Ten
 
     attention_launch.check_operands(query, key, value, **options)
     if obstacle(query, key, value, options) is not None:
-        return attention_launch.triton_attention(query, key, value, **options)
-    return launch(query, key, value, **options)
+        return attention_launch.triton_attention(query, key, value, into=into, **options)
+    return launch(query, key, value, into=into, **options)
 
 
 def launch(

@@ -91,6 +91,7 @@ def attention(
     block_indices: Tensor | None = None,
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float,
     causal: bool,
     windows: list[int],
@@ -99,8 +100,9 @@ def attention(
     block_size: int,
     seq_major: bool,
     version: int,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The attention op of `sparsify.ops`, which defines every argument.
+    """The attention op of `sparsify.ops`, which defines every argument but `into`: output and LSE to fill instead of new ones.
 
     Returns:
         output [batch, query_heads, query_len, v_head_dim] in query's dtype, and LSE (natural log) fp32 [batch, query_heads, query_len].
@@ -108,8 +110,7 @@ def attention(
     """
     batch, heads, query_len, _ = query.shape
     kv_heads, key_len = key.shape[1:3]
-    output = empty_output(query, value, seq_major)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    output, lse = into or (empty_output(query, value, seq_major), query.new_empty(query.shape[:3], dtype=torch.float32))
     if key_len == 0 or output.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
     start = key_len - query_len if query_start is None else int(query_start.item())
@@ -129,7 +130,9 @@ def attention(
             continue
         logits = (grouped[:, :, :, part].to(math) * scale) @ keys[..., begin:end, :].transpose(-1, -2)
         seen = mask.visible(torch.arange(first, part.stop, device=query.device), torch.arange(begin, end, device=query.device))
-        weights, lse[:, :, part] = _softmax(logits.flatten(1, 2), seen, end - 1, softcap, sink_logits, alibi_slopes)
+        bias = None if key_bias is None else key_bias[:, :, None, begin:end].to(math)
+        seen = seen if bias is None else seen & (bias != -torch.inf)
+        weights, lse[:, :, part] = _softmax(logits.flatten(1, 2), seen, end - 1, softcap, sink_logits, alibi_slopes, bias)
         result = weights.view_as(logits) @ values[..., begin:end, :]
         if tainted is not None:
             regrouped = seen.expand(batch, heads, -1, -1).reshape(logits.shape).to(math)
@@ -139,7 +142,13 @@ def attention(
 
 
 def _softmax(
-    logits: Tensor, seen: Tensor, anchor: int, softcap: float, sink_logits: Tensor | None, slopes: Tensor | None
+    logits: Tensor,
+    seen: Tensor,
+    anchor: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    slopes: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Weights [batch, heads, rows, keys] and LSE [batch, heads, rows] of logits whose last key is `anchor`; unseen rows get 0 and -inf."""
     slopes = None if slopes is None else slopes.to(logits.dtype)
@@ -152,6 +161,8 @@ def _softmax(
         logits = logits + slopes[..., None, None] * distance
         if sink_logits is not None:
             sink_logits = sink_logits - slopes[..., None] * anchor
+    if bias is not None:
+        logits = logits + bias
     logits = logits.masked_fill(~seen, -torch.inf)
     top = logits.amax(-1) if sink_logits is None else torch.maximum(logits.amax(-1), sink_logits)
     top = top.masked_fill(top == -torch.inf, 0)

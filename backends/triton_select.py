@@ -21,6 +21,7 @@ from sparsify.backends.select_inputs import Selection
 from sparsify.backends.select_source import SelectSpec, Tiling
 from sparsify.errors import KernelError, SparsifyError, UnsupportedError
 from sparsify.ops import empty_block_lists
+from sparsify.scratch import SUM_BYTES, WIDEST_ROW
 
 _WHERE = "sparsify::select_blocks"
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -35,11 +36,11 @@ _INTERPRETER_PROGRAMS = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
+    """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 28 heads.
     fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond."""
 
-    scratch_bytes: int = 1 << 30
-    fused_width: int = 8192
+    scratch_bytes: int = SUM_BYTES
+    fused_width: int = WIDEST_ROW
     part: int = 2048
 
 

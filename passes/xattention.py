@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import sympy
 from pydantic import Field, field_validator, model_validator
 
-from sparsify import ops
+from sparsify import ops, scratch
 from sparsify.costs import antidiagonal_crossover, expected_density
 from sparsify.editor import Editor, attention_call
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
@@ -69,13 +69,17 @@ class XAttention(Pass):
             return refusal
         if site.phase == "decode":
             return self.refuse("one query row: nothing to estimate, decode stays dense")
-        if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None:
-            return self.refuse("the estimate does not model softcap, sink logits or alibi")
+        if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None or site.key_bias:
+            return self.refuse("the estimate does not model softcap, sink logits, alibi or another bias")
         if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
             return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")
         if context.min_length is None and context.kernels == "reference":
             return self.refuse(
                 "no sparse kernel on this device: the plain reference is never faster than dense", "min_length = 0 forces it"
+            )
+        if context.min_length is None and site.mask.window is not None:
+            return self.refuse(
+                f"a window of {site.mask.window} tokens is attended in less time than it is estimated", "min_length = 0 forces it"
             )
         start = context.min_length
         if start is None:
@@ -90,11 +94,12 @@ class XAttention(Pass):
         return Proposal.of(self, site, context, works, density=self.density, min_key_len=start, note=note, scratch=self._scratch(site))
 
     def _scratch(self, site: AttentionSite) -> sympy.Expr:
-        """Bytes of block lists (int16) and of the estimate's block sums (fp16), which launches share out beyond a GiB."""
+        """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.scratch` counts all."""
         rows, blocks = sympy.sympify(site.query_len) / self.block, sympy.sympify(site.key_len) / self.block
         heads = site.kv_heads if "group" in self.estimate else site.query_heads
         cells = sympy.sympify(site.query_len) / (self.stride * (2 if "half" in self.estimate else 1))
-        return 2 * site.batch * site.query_heads * rows * blocks + sympy.Min(2 * site.batch * heads * cells * blocks, 1 << 30)
+        lists, sums = 2 * site.batch * site.query_heads * rows * blocks, 2 * site.batch * heads * cells * blocks
+        return sympy.Min(lists, scratch.LIST_BYTES) + sympy.Min(sums, scratch.SUM_BYTES)
 
     def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
@@ -109,25 +114,35 @@ class XAttention(Pass):
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.at(site).mask_operands(site)
         threshold = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        blocks = editor.call(
-            ops.select_blocks,
-            site.query,
-            site.key,
-            key_flags=mask.key_flags,
-            segments=mask.segments,
-            query_start=mask.query_start,
-            scale=site.scale,
-            causal=mask.causal,
-            windows=[mask.window] if mask.window else [],
-            pool=self.op_pool,
-            stride=self.stride,
-            block_size=self.block,
-            threshold=list(threshold),
-            density=self.density or 0.0,
-            version=ops.VERSION,
-        )
-        counts, indices = editor.items(blocks, 2)
+        selection = {
+            "key_flags": mask.key_flags,
+            "segments": mask.segments,
+            "query_start": mask.query_start,
+            "scale": site.scale,
+            "causal": mask.causal,
+            "windows": [mask.window] if mask.window else [],
+            "pool": self.op_pool,
+            "stride": self.stride,
+            "block_size": self.block,
+            "threshold": list(threshold),
+            "density": self.density or 0.0,
+            "version": ops.VERSION,
+        }
+        if self._lists_are_large(site):
+            seq_major = site.output_stride_order != "bhqd"
+            both = editor.call(ops.sparse_attention, site.query, site.key, site.value, seq_major=seq_major, **selection)
+            editor.replace(site, editor.items(both, 1)[0])
+            return
+        counts, indices = editor.items(editor.call(ops.select_blocks, site.query, site.key, **selection), 2)
         editor.replace(site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
+
+    def _lists_are_large(self, site: AttentionSite) -> bool:
+        """Or may become so: then one op makes and uses them, a part of the heads after the other. Else they can be looked at."""
+        sizes = (site.batch, site.query_heads, site.query_len, site.key_len)
+        if any(sympy.sympify(size).free_symbols for size in sizes):
+            return True
+        batch, heads, query_len, key_len = map(int, sizes)
+        return batch * heads * scratch.list_bytes(query_len, key_len, self.block) > scratch.LIST_BYTES
 
     def keep_all(self) -> XAttention:
         return self.model_copy(update={"threshold": 1.0, "density": None})

@@ -13,9 +13,14 @@ start = query_start (key_len - query_len when None), key k is visible when all o
 A sink is a key with bit 1 of key_flags set; without key_flags, a key k < sinks. `windows` is empty (none), one number for all
 heads, or one per query head (0 = none for that head). A row without a visible key gives output 0 and LSE -inf.
 
-    logit = softcap(scale · q·k) + alibi_slopes[b, h] · k;  softcap(x) = c · tanh(x / c) when softcap = c > 0
+    logit = softcap(scale · q·k) + alibi_slopes[b, h] · k + key_bias[b, h, k];  softcap(x) = c · tanh(x / c) when softcap = c > 0
+
+A batch of 1 broadcasts in key_flags, segments, alibi_slopes and key_bias, and one head in key_bias.
 
 `sink_logits[h]` joins the softmax's denominator (and the LSE) with no value.
+
+`select_blocks` makes block lists for it. `sparse_attention` is both in one call, for lists that are too large to exist at once: it serves
+some heads after the others (`sparsify.scratch`), with the same results.
 """
 
 from __future__ import annotations
@@ -36,13 +41,20 @@ library = torch.library.Library(NAMESPACE, "DEF")
 library.define(
     "attention(Tensor query, Tensor key, Tensor value, *, Tensor? key_flags=None, Tensor? segments=None, Tensor? query_start=None, "
     "Tensor? block_counts=None, Tensor? block_indices=None, Tensor? sink_logits=None, Tensor? alibi_slopes=None, "
-    "float scale, bool causal, int[] windows, int sinks, float softcap, int block_size, bool seq_major, int version) -> (Tensor, Tensor)",
+    "Tensor? key_bias=None, float scale, bool causal, int[] windows, int sinks, float softcap, int block_size, bool seq_major, "
+    "int version) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 library.define(
     "select_blocks(Tensor query, Tensor key, *, Tensor? key_flags=None, Tensor? segments=None, Tensor? query_start=None, "
     "float scale, bool causal, int[] windows, str pool, int stride, int block_size, float[] threshold, float density, "
     "int version) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+library.define(
+    "sparse_attention(Tensor query, Tensor key, Tensor value, *, Tensor? key_flags=None, Tensor? segments=None, "
+    "Tensor? query_start=None, float scale, bool causal, int[] windows, str pool, int stride, int block_size, float[] threshold, "
+    "float density, bool seq_major, int version) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -59,6 +71,7 @@ def _attention_fake(
     block_indices: Tensor | None = None,
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float,
     causal: bool,
     windows: list[int],
@@ -99,6 +112,10 @@ def _select_blocks_fake(
     return empty_block_lists(query, key, block_size)
 
 
+def _sparse_attention_fake(query: Tensor, key: Tensor, value: Tensor, *, seq_major: bool, **options: Any) -> tuple[Tensor, Tensor]:
+    return empty_output(query, value, seq_major), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
 def empty_block_lists(query: Tensor, key: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Counts int32 [batch, query_heads, query_blocks] and rising indices int16 [batch, query_heads, query_blocks, key_blocks].
 
@@ -113,9 +130,11 @@ def empty_block_lists(query: Tensor, key: Tensor, block_size: int) -> tuple[Tens
 
 torch.library.register_fake(f"{NAMESPACE}::attention", _attention_fake, lib=library)
 torch.library.register_fake(f"{NAMESPACE}::select_blocks", _select_blocks_fake, lib=library)
+torch.library.register_fake(f"{NAMESPACE}::sparse_attention", _sparse_attention_fake, lib=library)
 
 attention = torch.ops.sparsify.attention.default
 select_blocks = torch.ops.sparsify.select_blocks.default
+sparse_attention = torch.ops.sparsify.sparse_attention.default
 
 # Called as observer(query, key, counts, indices, **keywords of select_blocks) after each block selection; reading the block lists
 # costs a device synchronisation, so the list is empty unless a tool asks.

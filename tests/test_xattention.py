@@ -13,7 +13,8 @@ from torch import fx
 from transformers import DynamicCache
 
 import sparsify.backends  # noqa: F401  (registers kernels)
-from sparsify import blockmask, config, hardware, ops, pipeline
+from sparsify import blockmask, config, hardware, ops, pipeline, scratch
+from sparsify.backends import sparse_attention
 from sparsify.masks import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.method import Context, Proposal, Refusal, discover
 from sparsify.passes.xattention import XAttention
@@ -185,6 +186,42 @@ def test_golden_of_the_rewritten_region():
     counts = [sum(node.target is op for node in found.graph.nodes) for op in (ops.select_blocks, ops.attention)]
     assert counts == [2, 2]
     assert not any("scaled_dot_product" in str(node.target) for node in found.graph.nodes)
+
+
+def test_large_lists_are_made_and_used_by_one_op(monkeypatch):
+    options, inputs = {"xattention": {"block": 64, "stride": 8, "threshold": 0.5}}, {"input_ids": prompt(2, 200)}
+    model = sharp("llama")
+    apart = rewritten(model, options, **inputs)
+    monkeypatch.setattr(scratch, "LIST_BYTES", 100)
+    joined = rewritten(model, options, **inputs)
+    targets = [node.target for node in joined.graph.nodes]
+    assert targets.count(ops.sparse_attention) == 2 and ops.select_blocks not in targets and ops.attention not in targets
+    one, other = (
+        next(node for node in gm.graph.nodes if node.target is op) for gm, op in ((apart, ops.attention), (joined, ops.sparse_attention))
+    )
+    assert one.kwargs["seq_major"] == other.kwargs["seq_major"]
+
+
+@pytest.mark.parametrize("length, large", [(65536, False), (1 << 20, True), (None, True)])
+def test_lists_are_large_by_the_limit_or_when_it_is_unknown(length, large):
+    sizes = {} if length is None else {"query_len": length, "key_len": length}
+    assert XAttention()._lists_are_large(site(**sizes)) == large
+
+
+@pytest.mark.parametrize("limit", [100, 10**9])
+def test_a_prompt_of_unknown_length_gives_the_same_logits(monkeypatch, limit):
+    model, options = sharp("llama"), {"passes": ["xattention"], "min_length": 0, "lower": "eager", "strict": True}
+    options["xattention"] = {"block": 64, "stride": 8, "threshold": 0.5}
+    ids = prompt(2, 200)
+    fixed, open_ended = (torch.compile(model, backend="sparsify", options=options, dynamic=dynamic) for dynamic in (False, True))
+    with torch.no_grad():
+        want = fixed(input_ids=ids, use_cache=False).logits
+        torch._dynamo.reset()
+        monkeypatch.setattr(sparse_attention.sparse_attention, "__kwdefaults__", {"limit": limit})
+        torch.testing.assert_close(open_ended(input_ids=ids, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
+        dense = model(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    assert not torch.allclose(want, dense, atol=1e-3)
 
 
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
