@@ -36,8 +36,13 @@ def cache_store(
 ) -> None:
     """Adds key and value [batch, kv_heads, query_len, head_dim] to the state; see `sparsify.cache_ops`.
 
-    real: bool [batch, query_len], False for padding. empty: nothing is stored yet. policy: `Policy.describe`'s text.
+    real: bool [batch, query_len], False for padding. empty: nothing is stored yet, whatever a call that failed may have left behind.
+    policy: `Policy.describe`'s text.
     """
+    if empty:
+        positions.fill_(-1)
+        for state in (counts, seen, length):
+            state.zero_()
     if key.shape[2] == 1:
         _append(key, value, keys, values, positions, counts, seen, real, pinned)
     else:

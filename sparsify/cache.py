@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparsify import cache_attention, policies
 from sparsify.cache_layer import MASK_SIZE, SparseLayer, StockMask
-from sparsify.errors import ConfigError, UnsupportedError
+from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.policies import Policy
 from sparsify.rope import inverse_frequencies
 
@@ -65,8 +67,6 @@ class SparseCache(Cache):
         config._attn_implementation = cache_attention.NAMES.get(base or "sdpa", base)
         super().__init__(layers=layers)
         self.config, self.policy = config, policy
-        for layer in layers:
-            layer.handoff = cache_attention.handoff
         if batch_size is not None:
             heads, head_dim = _heads(config)
             self.early_initialization(batch_size, heads, head_dim, dtype or getattr(config, "dtype", None) or torch.float32, device)
@@ -74,6 +74,36 @@ class SparseCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> StockMask:
         """Only ordinary masks need it, and a SparseCache has none; reading the length here would synchronise with the device."""
         return MASK_SIZE
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
+        """A cache of its own for the same model, with what was stored so far: one prompt, many continuations."""
+        for shared in (self.config, *(layer.policy for layer in self.layers)):
+            memo[id(shared)] = shared
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `SparseLayer.update`.
+
+        Raises:
+            CacheError: also when an earlier call stopped between two layers (checked in uncompiled code; where that takes a
+                synchronisation, only for calls of several tokens).
+        """
+        if layer_idx == 0 and not torch.compiler.is_compiling():
+            self._check_whole(key_states.shape[2] > 1)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_whole(self, lengths: bool) -> None:
+        held = {layer.started for layer in self.layers}
+        if lengths and held == {True}:
+            held = {int(layer.length) for layer in self.layers}
+        if len(held) > 1:
+            raise CacheError(
+                "an earlier call failed halfway: some layers hold its tokens and others do not",
+                where="SparseCache",
+                hint="reset() the cache, or make a new one, and give it the whole text",
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.layers[layer_idx].get_seq_length()

@@ -19,13 +19,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsify import cache_ops, ops
-from sparsify.cache_layer import Handoff, SparseLayer, StockMask
+from sparsify.cache_layer import HANDOFF as handoff
+from sparsify.cache_layer import SparseLayer, StockMask
 from sparsify.errors import CacheError, UnsupportedError
 
 # implementation that a model was loaded with -> the name under which sparsify serves it
 NAMES = {"sdpa": "sparsify", "eager": "sparsify_eager"}
-
-handoff = Handoff()
 
 _IGNORED = ("is_causal", "output_attentions", "position_ids", "use_cache", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 

@@ -42,6 +42,13 @@ class Handoff:
         self.layer: SparseLayer | None = None
         self.key: Tensor | None = None
 
+    def __reduce__(self) -> str:
+        """There is one: a copied or loaded cache must reach the attention that looks there."""
+        return "HANDOFF"
+
+
+HANDOFF = Handoff()
+
 
 class SparseLayer(CacheLayerMixin):
     """Slots of one attention layer; see `sparsify.cache_ops` for the state.
@@ -59,7 +66,7 @@ class SparseLayer(CacheLayerMixin):
         self.is_sliding, self.inverse_frequencies = sliding, frequencies
         self.policy_text = policy.describe()
         self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
-        self.handoff: Handoff | None = None
+        self.handoff = HANDOFF
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -123,7 +130,7 @@ class SparseLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         """Tokens so far, padding included: an int, or within a compiled graph a tensor."""
-        if not self.is_initialized:
+        if not self.started:  # whatever a prompt that failed may have left in the buffers
             return 0
         return cache_ops.length(self.length) if torch.compiler.is_compiling() else int(self.length)
 
@@ -167,15 +174,16 @@ class SparseLayer(CacheLayerMixin):
             self._mark_static()
 
     def offload(self) -> None:
-        self._move("cpu")
+        # an asynchronous copy to the CPU could be read, to reorder rows or for the length, before it is there
+        self._move("cpu", non_blocking=False)
 
     def prefetch(self) -> None:
-        self._move(self.device if self.is_initialized else None)
+        self._move(self.device if self.is_initialized else None, non_blocking=True)
 
-    def _move(self, device: Any) -> None:
+    def _move(self, device: Any, non_blocking: bool) -> None:
         if self.is_initialized and self.keys.device != torch.device(device):
             for name in _STATE:
-                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+                setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
             self._mark_static()
 
     def check_crop(self, tokens: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.tiny_models import VOCAB
+
 NAME = "cache_reference"
 
 # what the reference attention does now: called with (layer index, query, key, scale), gives logits [batch, heads, queries, keys]
@@ -105,3 +107,13 @@ def through(model, cache, ids, cuts, mask=None, position_ids=None):
         found.append(model(ids[:, part], past_key_values=cache, attention_mask=seen, **more).logits)
         at += cut
     return torch.cat(found, 1)
+
+
+def text(rows, tokens, seed=0):
+    return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(lengths):
+    """Attention mask of rows with so many real tokens, padded on the left."""
+    width = max(lengths)
+    return torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
