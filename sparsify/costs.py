@@ -8,7 +8,8 @@ selection and attention are works of their own. `sparsify.model_costs` adds up w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -38,18 +39,21 @@ __all__ = [
 
 def seconds(works: Work | Iterable[Work], device: Device) -> sympy.Expr:
     """Time of kernels that run one after the other."""
-    if not isinstance(works, Work):
-        return sympy.Add(*(seconds(one, device) for one in works))
-    coefficients = device.coefficients(works.family)
-    total = sympy.Add(*(coefficients[name] * term for name, term in works.features(device).items() if coefficients.get(name)))
-    if coefficients.get("bytes") or works.size == 0:
+    return _seconds(works, device) if isinstance(works, Work) else sympy.Add(*(_seconds(one, device) for one in works))
+
+
+@functools.lru_cache(maxsize=4096)
+def _seconds(one: Work, device: Device) -> sympy.Expr:
+    coefficients = device.coefficients(one.family)
+    total = sympy.Add(*(coefficients[name] * term for name, term in one.features(device).items() if coefficients.get(name)))
+    if coefficients.get("bytes") or one.size == 0:
         return total
-    return sympy.Max(total, works.size / device.bandwidth)
+    return work.largest(total, one.size / device.bandwidth)
 
 
 def roofline(flops: sympy.Expr, size: sympy.Expr, device: Device, efficiency: float, launches: int) -> sympy.Expr:
     """Seconds for `flops` FLOPs and `size` bytes in `launches` kernels of a family that no profile knows."""
-    return sympy.Max(flops / (device.flops * efficiency), size / device.bandwidth) + launches * device.launch
+    return work.largest(flops / (device.flops * efficiency), size / device.bandwidth) + launches * device.launch
 
 
 def visited(site: AttentionSite | AttentionSizes, window: int | None = None) -> sympy.Expr:
@@ -87,13 +91,14 @@ def ffn_seconds(site: FeedForwardSite, device: Device, share: Any = 1) -> sympy.
     """A feed-forward block of which `share` of the calls is computed: few rows stream its weights once for all of them."""
     streamed = seconds(work.skipped_ffn(site.rows, site.weight_bytes, site.dtype, share), device)
     flops = Work("linear", site.dtype, flops=sympy.sympify(2 * site.rows * site.weight_bytes * share / site.dtype.itemsize))
-    return sympy.Max(streamed, seconds(flops, device))
+    return work.largest(streamed, seconds(flops, device))
 
 
+@functools.lru_cache(maxsize=1024)
 def expected_density(length: sympy.Expr) -> sympy.Expr:
     """Share of causal blocks kept at a threshold of .95: a power law through the densities published for stride 8 between 8K and 128K
     tokens (arXiv 2503.16428, table of RULER densities: 43.8 % to 6.9 %)."""
-    return sympy.Min(1, sympy.Rational(44, 100) * (8192 / length) ** sympy.Rational(2, 3))
+    return work.smallest(1, sympy.Rational(44, 100) * (8192 / length) ** sympy.Rational(2, 3))
 
 
 def antidiagonal_crossover(
@@ -118,8 +123,13 @@ def antidiagonal_crossover(
 
 def number(expr: sympy.Expr, hints: dict[sympy.Symbol, int]) -> float | None:
     """The expression at the example's sizes; None when a symbol has no hint."""
-    value = sympy.sympify(expr).subs(hints)
+    value = _at(sympy.sympify(expr), hints)
     return float(value) if value.is_number else None
+
+
+def _at(expr: sympy.Expr, values: Mapping[sympy.Symbol, float]) -> sympy.Expr:
+    """The expression with all symbols replaced at once, which never compares half of a maximum's arguments with the rest."""
+    return expr.xreplace({symbol: sympy.sympify(value) for symbol, value in values.items()})
 
 
 LETTERS = {"batch": "B", "query_heads": "H", "kv_heads": "G", "query_len": "Q", "key_len": "N"}
@@ -143,11 +153,13 @@ def formula(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSi
         letters["query_len"] = sympy.Integer(1)
     at = {letter: example[name] for name, letter in letters.items()}
     fixed = {name: getattr(s, name) for name in ("qk_head_dim", "v_head_dim", "dtype", "causal", "window")}
-    words = []
-    for one in build(AttentionSizes(**letters, **fixed)):
-        cost = seconds(one, device)
-        words.append(f"{one.family} {in_units(float(cost.subs(at)))}: {_short(_settled(cost, at))}")
-    return "; ".join(words)
+    return "; ".join(_words(one, device, tuple(at.items())) for one in build(AttentionSizes(**letters, **fixed)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _words(one: Work, device: Device, example: tuple[tuple[sympy.Symbol, float], ...]) -> str:
+    cost, at = seconds(one, device), dict(example)
+    return f"{one.family} {in_units(float(_at(cost, at)))}: {_short(_settled(cost, at))}"
 
 
 def _example(site: Any) -> dict[str, float]:
@@ -170,7 +182,7 @@ def _settled(expr: sympy.Expr, at: dict[sympy.Symbol, float]) -> sympy.Expr:
     args = [_settled(arg, at) for arg in expr.args]
     if isinstance(expr, sympy.Max | sympy.Min):
         choose = max if isinstance(expr, sympy.Max) else min
-        return choose(args, key=lambda arg: float(arg.subs(at)))
+        return choose(args, key=lambda arg: float(_at(arg, at)))
     return expr.func(*args)
 
 

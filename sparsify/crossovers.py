@@ -76,7 +76,7 @@ def _prompt(head_dim: int, heads: tuple[int, int], batch: int) -> AttentionSizes
 def fastest_dense(sizes: AttentionSizes, device: Device, kernel: str) -> sympy.Expr:
     """Seconds of dense attention by SDPA or by our own kernel, whichever is faster at a length; SDPA has no causal chunks."""
     names = dict.fromkeys(("sdpa", kernel) if sizes.query_len == sizes.key_len else (kernel,))
-    return sympy.Min(*(costs.attention_seconds(sizes, device, kernel=name) for name in names))
+    return work.smallest(*(costs.attention_seconds(sizes, device, kernel=name) for name in names))
 
 
 @functools.cache
@@ -102,7 +102,7 @@ def sparse_from(
     """
     sizes = _prompt(head_dim, heads, batch)
     if query_len is not None:
-        sizes = dataclasses.replace(sizes, query_len=sympy.Min(query_len, LENGTH))
+        sizes = dataclasses.replace(sizes, query_len=work.smallest(query_len, LENGTH))
     share = costs.expected_density(LENGTH) if density is None else sympy.Float(density)
     worth = (WORTH if density is None else 1.0) if worth is None else worth
     sparse = costs.seconds(work.selection(sizes, stride, block, variants), device)

@@ -91,7 +91,9 @@ class ModelShape:
 
 def linear_seconds(device: Device, rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> sympy.Expr:
     """One linear layer over `rows` tokens: a matrix product, or the stream of its weight where there are few rows."""
-    return sympy.Max(seconds(work.linear(rows, inputs, outputs, dtype), device), seconds(work.stream(rows, inputs, outputs, dtype), device))
+    return work.largest(
+        seconds(work.linear(rows, inputs, outputs, dtype), device), seconds(work.stream(rows, inputs, outputs, dtype), device)
+    )
 
 
 def _elements(shape: ModelShape, compiled: bool) -> int:

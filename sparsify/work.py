@@ -10,6 +10,8 @@ count both products, 2 · pairs · (qk_head_dim + v_head_dim). Causal pairs of Q
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,21 @@ _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's prod
 _ZERO = sympy.Integer(0)
 
 Size = int | sympy.Expr
+
+
+def largest(*args: Any) -> sympy.Expr:
+    """The maximum, without the simplification that takes sympy milliseconds to seconds."""
+    return _extreme(sympy.Max, args)
+
+
+def smallest(*args: Any) -> sympy.Expr:
+    """The minimum, likewise."""
+    return _extreme(sympy.Min, args)
+
+
+def _extreme(kind: type, args: tuple[Any, ...]) -> sympy.Expr:
+    terms = [sympy.sympify(arg) for arg in args]
+    return kind(*terms, evaluate=all(term.is_number for term in terms))
 
 
 @dataclass(frozen=True)
@@ -79,8 +96,8 @@ class Work:
         """The terms that a profile has coefficients for, in seconds but for `call` and `rows`; see `sparsify.profile`."""
         ceiling = device.matrix_flops(self.dtype)
         alone = self.longest * device.processors / ceiling
-        work = sympy.Max(self.flops / ceiling, alone) if self.longest != 0 else self.flops / ceiling
-        missed = sympy.Max(0, 1 - device.l2_bytes / self.kept) if self.kept != 0 else _ZERO
+        work = largest(self.flops / ceiling, alone) if self.longest != 0 else self.flops / ceiling
+        missed = largest(0, 1 - device.l2_bytes / self.kept) if self.kept != 0 else _ZERO
         found = {
             "call": sympy.Integer(1),
             "work": work,
@@ -101,17 +118,17 @@ def pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
     rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
     every = rows * (keys - rows / 2) if sizes.causal else rows * keys
     band = window or sizes.window
-    return sympy.Min(every, rows * sympy.Min(band, keys)) if band else every
+    return smallest(every, rows * smallest(band, keys)) if band else every
 
 
 def computed_pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
     """Pairs of the blocks that a head visits: the diagonal and a window's edges count as whole blocks."""
     rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
-    rows = sympy.Max(rows, TILE) if not rows.is_number or rows < TILE else rows
+    rows = largest(rows, TILE) if not rows.is_number or rows < TILE else rows
     every = rows * (keys - rows / 2 + sympy.Rational(TILE, 2)) if sizes.causal else rows * keys
     band = window or sizes.window
     # both edges of a band cut blocks, and the sinks are one more
-    return sympy.Min(every, rows * (band + 2 * TILE)) if band else every
+    return smallest(every, rows * (band + 2 * TILE)) if band else every
 
 
 def operand_bytes(site: Any) -> sympy.Expr:
@@ -128,14 +145,19 @@ def attention(site: Any, kernel: str, *, share: Any = 1, window: Size | None = N
         kernel: "sdpa", "hopper", "triton" or "reference". listed: along block lists, with `share` the density over causal blocks.
         window: keys a row sees besides what the site's own mask says, sinks included.
     """
-    s = sizes_of(site)
+    return _attention(sizes_of(site), kernel, share, window, listed)
+
+
+# sympy's Max takes milliseconds, and the layers of a model are alike
+@functools.lru_cache(maxsize=1024)
+def _attention(s: AttentionSizes, kernel: str, share: Any, window: Size | None, listed: bool) -> Work:
     if s.query_len == 1:
         return decode(s, kernel)
     band = window or s.window
     kind = "lists" if listed else "window" if band else "causal"
     heads, dims = s.batch * s.query_heads, s.qk_head_dim + s.v_head_dim
     visited = computed_pairs(s, window) * share
-    longest = sympy.Min(s.key_len, band + 2 * TILE) if band else sympy.sympify(s.key_len)
+    longest = smallest(s.key_len, band + 2 * TILE) if band else sympy.sympify(s.key_len)
     return Work(
         family=f"{kernel}/{kind}",
         dtype=s.dtype,
@@ -152,7 +174,7 @@ def decode(site: Any, kernel: str, kept: Size | None = None) -> Work:
     """One query row of each sequence over `kept` keys (default: all of them): keys and values are read once."""
     s = sizes_of(site)
     slots = sympy.sympify(s.key_len if kept is None else kept)
-    slots = sympy.Min(slots, s.window) if s.window else slots
+    slots = smallest(slots, s.window) if s.window else slots
     read = s.batch * s.kv_heads * slots * (s.qk_head_dim + s.v_head_dim)
     kernel = "triton" if kernel == "hopper" else kernel  # a tile of 128 rows would be empty but for one
     return Work(
@@ -163,13 +185,17 @@ def decode(site: Any, kernel: str, kept: Size | None = None) -> Work:
     )
 
 
-def selection(site: Any, stride: int, block: int = 128, variants: frozenset[str] | tuple[str, ...] = ()) -> Work:
+def selection(site: Any, stride: int, block: int = 128, variants: Iterable[str] = ()) -> Work:
     """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428).
 
     Args:
         variants: any of "half" (every second query cell), "group" (one estimate per KV head) and "int8".
     """
-    s = sizes_of(site)
+    return _selection(sizes_of(site), stride, block, tuple(variants))
+
+
+@functools.lru_cache(maxsize=1024)
+def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, ...]) -> Work:
     span = stride * (2 if "half" in variants else 1)
     scored = s.batch * (s.kv_heads if "group" in variants else s.query_heads)
     rows, columns = sympy.sympify(s.query_len) / span, sympy.sympify(s.key_len) / stride
@@ -196,7 +222,7 @@ def selection(site: Any, stride: int, block: int = 128, variants: frozenset[str]
     )
 
 
-def _prepared(s: AttentionSizes, skipped: int, scored: Size, variants: frozenset[str] | tuple[str, ...]) -> sympy.Expr:
+def _prepared(s: AttentionSizes, skipped: int, scored: Size, variants: tuple[str, ...]) -> sympy.Expr:
     """Bytes that passes over queries and keys move before the product: the group's mean, and rounding to 8 bits."""
     queries, keys = s.query_len * s.qk_head_dim, s.batch * s.kv_heads * s.key_len * s.qk_head_dim
     item, moved = s.dtype.itemsize, _ZERO
