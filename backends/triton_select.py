@@ -198,7 +198,7 @@ def _choose(
     padded = 1 << (tiles - 1).bit_length()
     if not spec.wide:
         values["importances"] = None if importances is None else importances[b0:b1, heads]
-        warps = min(8, max(1, padded * spec.tile_blocks // 1024))
+        warps = min(8, max(1, padded * spec.tile_blocks // spec.tiling.columns))
         _launch(module.choose, grid, select_source.choose_arguments(spec), values, TILES=padded, num_warps=warps)
         return
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)

@@ -6,8 +6,13 @@ timed. `levers` times the attention variants, `estimate` those of block scoring,
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
 import os
+import random
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,14 +21,14 @@ import torch
 
 from benchmarks import kernel_checks
 from benchmarks.whole_op_data import structured
-from sparsify import blockmask
-from sparsify.backends import gluon_attention, reference_select, select_inputs, triton_select
+from sparsify import blockmask, ops, scratch
+from sparsify.backends import gluon_attention, reference_select, select_inputs, sparse_attention, triton_select
 from sparsify.backends.gluon_source import GluonTuning
-from sparsify.backends.select_source import TMA_TILING, Tiling
+from sparsify.backends.select_source import Tiling
 
 SKIP = "SPARSIFY_LEVERS_SKIP"  # variants that failed their check, by comma
-ROUNDS = 3
-_SAMPLE_MS = 25.0
+ROUNDS = 2
+_WARM_MS, _SAMPLE_MS = 120.0, 180.0  # at the power limit clocks fall within tens of milliseconds
 
 _V3 = GluonTuning(output_in_query=True, value_stages=3)
 _WALK = GluonTuning(walker=True)
@@ -31,41 +36,36 @@ _ACROSS = replace(_WALK, across_tiles=True)
 ATTENTION = {
     "default": GluonTuning(),
     "v3": _V3,
-    "walker": _WALK,
-    "walker4": replace(_WALK, walk_stages=4),
+    "k3": GluonTuning(output_in_query=True, key_stages=3),
+    "snake": GluonTuning(order="snake"),
     "walker16": replace(_WALK, walk_stages=16),
-    "walker_v3": replace(_V3, walker=True),
     "across": GluonTuning(across_tiles=True),
-    "walker_across": _ACROSS,
+    "walker_across": replace(_WALK, across_tiles=True),
     "walker_across_v3": replace(_V3, walker=True, across_tiles=True),
-    "rotate_snake_v3": replace(_V3, rotate=True, order="snake"),
-    "snake_v3": replace(_V3, order="snake"),
-    "walker_rotate": replace(_WALK, rotate=True),
-    "walker_rotate_snake": replace(_WALK, rotate=True, order="snake"),
-    "walker_rotate_snake_v3": replace(_V3, walker=True, rotate=True, order="snake"),
-    "all": replace(_ACROSS, rotate=True, order="snake"),
-    "all_v3": replace(_V3, walker=True, across_tiles=True, rotate=True, order="snake"),
-    "all_v3_232": replace(_V3, walker=True, across_tiles=True, rotate=True, order="snake", consumer_registers=232, producer_registers=40),
-    "all_k3": GluonTuning(walker=True, across_tiles=True, rotate=True, order="snake", output_in_query=True, key_stages=3),
+    "rotate": GluonTuning(rotate=True),
 }
 # without lists a walk is neither rotated nor slowed by reading
-DENSE = ("default", "v3", "walker_v3", "across", "walker_across", "walker_across_v3", "snake_v3")
+DENSE = ("default", "v3", "walker_across", "walker_across_v3")
+_WIDE = Tiling(128, 256, 8, 4, 1, True)
+_CHOICE = {"columns": 256, "unrolled": True, "early": True}
 SCORE = {
-    "base": replace(TMA_TILING, fused=False, band=16),
-    "fused": Tiling(128, 256, 8, 4, 1, True, fused=True),
-    "fused_3_stages": Tiling(128, 256, 8, 3, 1, True, fused=True),
-    "fused_band_8": Tiling(128, 256, 8, 4, 1, True, fused=True, band=8),
-    "fused_band_32": Tiling(128, 256, 8, 4, 1, True, fused=True, band=32),
-    "tall_fused": Tiling(256, 128, 8, 4, 1, True, fused=True),
+    "base": _WIDE,
+    "band_32": replace(_WIDE, band=32),
+    "fused_band_32": replace(_WIDE, fused=True, band=32),
+    "fused_band_16": replace(_WIDE, fused=True),
     "two": Tiling(128, 128, 4, 3, 2, True),
-    "two_fused": Tiling(128, 128, 4, 3, 2, True, fused=True),
+    "two_band_32": Tiling(128, 128, 4, 3, 2, True, band=32),
+    "early": replace(_WIDE, early=True),
+    "early_256": replace(_WIDE, early=True, columns=256),
+    "early_unrolled_256": replace(_WIDE, **_CHOICE),
+    "early_unrolled_512": replace(_WIDE, **{**_CHOICE, "columns": 512}),
+    "fused_early_unrolled_256": replace(_WIDE, fused=True, band=32, **_CHOICE),
 }
 _WORKLOADS = {
     "sparse_128k_.05": (131072, 0.05),
     "sparse_64k_.02": (65536, 0.02),
     "sparse_64k_.05": (65536, 0.05),
     "dense_64k": (65536, None),
-    "sparse_128k_.5": (131072, 0.5),
 }
 
 
@@ -75,7 +75,7 @@ def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
         attention = {f"attention {name}": lambda one=one: _check_attention(one) for name, one in ATTENTION.items()}
         return attention | {f"score {name}": lambda one=one: _check_score(one) for name, one in SCORE.items()}
     if section == "estimate":
-        return {"estimate_128k_stride_16": lambda: _estimate(131072, 16, "max")}
+        return {"matrix_product": _ceiling, "estimate_128k_stride_16": lambda: _estimate(131072, 16, "max"), "memory": _memory}
     return {name: lambda shape=shape: _attention(*shape) for name, shape in _WORKLOADS.items()}
 
 
@@ -85,8 +85,9 @@ def line(section: str, values: dict[str, Any]) -> str:
     for name, value in values.items():
         if name.endswith("_tflops"):
             variant = name.removesuffix("_tflops")
-            rows.append(f"{variant:>24} {value:8.1f} TFLOP/s {values[variant + '_ms']:9.3f} ms")
-        elif not name.endswith("_ms") and name not in ("case", "seconds"):
+            more = " ".join(f"{values[f'{variant}_{key}']:>7} {key}" for key in ("mhz", "watts", "busy"))
+            rows.append(f"{variant:>24} {value:8.1f} TFLOP/s {values[variant + '_ms']:9.3f} ms {more}")
+        elif not name.endswith(("_ms", "_mhz", "_watts", "_busy")) and name not in ("case", "seconds"):
             rows.append(f"{name:>24} {value}")
     return "\n".join(rows)
 
@@ -130,33 +131,71 @@ def _check_score(tiling: Tiling) -> dict[str, Any]:
     return {"served": True, "ok": not problems, "problems": "; ".join(problems), "error": largest}
 
 
-def _milliseconds(runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Samples of each run over interleaved rounds, back to back within one."""
-
-    def samples(run: Callable[[], Any], count: int) -> list[float]:
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        run()
-        for begin, end in pairs:
-            begin.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in pairs]
-
-    first = {name: samples(run, 1)[0] for name, run in runs.items()}
-    counts = {name: min(8, max(1, round(_SAMPLE_MS / milliseconds))) for name, milliseconds in first.items()}
-    found: dict[str, list[float]] = {name: [] for name in runs}
+def _milliseconds(runs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+    """Of each run under its own sustained load: milliseconds, and the clock and power meanwhile. Rounds in random orders."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    draw = random.Random(0)
     for _ in range(ROUNDS):
-        for name, run in runs.items():
-            found[name] += samples(run, counts[name])
-    return found
+        for name in draw.sample(list(runs), len(runs)):
+            found[name].append(_sustained(runs[name]))
+    return {name: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]} for name, rounds in found.items()}
 
 
-def _table(found: dict[str, list[float]], flops: float, differences: dict[str, float]) -> dict[str, Any]:
+def _sustained(run: Callable[[], Any]) -> dict[str, float]:
+    begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    once = max(begin.elapsed_time(end), 1e-3)
+    for _ in range(max(1, round(_WARM_MS / once))):
+        run()
+    middle.record()
+    count = max(2, round(_SAMPLE_MS / once))
+    for _ in range(count):
+        run()
+    end.record()
+    clocks, watts = [], []
+    while not end.query():
+        if middle.query():
+            clock, power = _gpu_state()
+            clocks.append(clock)
+            watts.append(power)
+        time.sleep(0.003)
+    state = {"mhz": statistics.mean(clocks), "watts": statistics.mean(watts)} if clocks else {"mhz": math.nan, "watts": math.nan}
+    return {"ms": middle.elapsed_time(end) / count} | state
+
+
+@functools.cache
+def _nvml():
+    library = ctypes.CDLL("libnvidia-ml.so.1")
+    library.nvmlInit_v2()
+    device = ctypes.c_void_p()
+    library.nvmlDeviceGetHandleByIndex_v2(torch.cuda.current_device(), ctypes.byref(device))
+    return library, device
+
+
+def _gpu_state() -> tuple[float, float]:
+    """The multiprocessors' clock in MHz and the board's power in watts; NaN where NVML cannot say."""
+    try:
+        library, device = _nvml()
+        clock, power = ctypes.c_uint(), ctypes.c_uint()
+        failed = library.nvmlDeviceGetClockInfo(device, 1, ctypes.byref(clock)) or library.nvmlDeviceGetPowerUsage(
+            device, ctypes.byref(power)
+        )
+    except (OSError, AttributeError):
+        return math.nan, math.nan
+    return (math.nan, math.nan) if failed else (float(clock.value), power.value / 1000)
+
+
+def _table(found: dict[str, dict[str, float]], flops: float, differences: dict[str, float]) -> dict[str, Any]:
+    """`busy`: share of the cycles in which the tensor cores could not have done less: products over what the clock allows."""
     values: dict[str, Any] = {}
-    for name in sorted(found, key=lambda name: statistics.median(found[name])):
-        milliseconds = statistics.median(found[name])
-        values |= {f"{name}_ms": round(milliseconds, 4), f"{name}_tflops": round(flops / milliseconds / 1e9, 1)}
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for name, one in sorted(found.items(), key=lambda item: item[1]["ms"]):
+        rate = flops / one["ms"] / 1e9
+        values |= {f"{name}_ms": round(one["ms"], 4), f"{name}_mhz": round(one["mhz"], 1), f"{name}_watts": round(one["watts"], 1)}
+        values |= {f"{name}_busy": round(rate * 1e12 / (processors * 4096 * one["mhz"] * 1e6), 3), f"{name}_tflops": round(rate, 1)}
     return values | {f"{name}_difference": value for name, value in differences.items() if not value < 0.02}
 
 
@@ -172,7 +211,7 @@ def _attention(length: int, density: float | None) -> dict[str, Any]:
     call = kernel_timing.options(query, lists)
     variants = {name: one for name, one in _kept(ATTENTION, "attention").items() if density is not None or name in DENSE}
     if density is not None and density > 0.2:
-        variants = {name: one for name, one in variants.items() if name in DENSE or name.startswith("all")}
+        variants = {name: one for name, one in variants.items() if name in DENSE}
     runs = {name: lambda one=one: gluon_attention.launch(query, key, value, tuning=one, **call)[0] for name, one in variants.items()}
     expected, differences, absent = None, {}, {}
     for name, run in list(runs.items()):
@@ -202,20 +241,57 @@ def _estimate(length: int, stride: int, pool: str) -> dict[str, Any]:
     first = next(iter(kept.values()))
     differences = {name: abs(count / first - 1) for name, count in kept.items()}
     values = _table(_milliseconds(runs), length * length * 128 * 32 / stride, differences)
-    fastest = min(runs, key=lambda name: values[f"{name}_ms"])
-    return values | absent | _apart(runs[fastest])
+    for name, run in runs.items():
+        values |= {f"{name} {kernel}": milliseconds for kernel, milliseconds in _apart(run).items()}
+    return values | absent
+
+
+def _memory() -> dict[str, Any]:
+    """Bytes that the whole call takes beside its output at a million tokens, beside the formula; and whether parts change bits."""
+    options = {"scale": 128**-0.5, "causal": True, "windows": [], "stride": 16, "block_size": 128, "threshold": [0.5], "density": 0.0}
+    options |= {"seq_major": False, "version": ops.VERSION, "key_flags": None, "segments": None, "query_start": None}
+    values: dict[str, Any] = {}
+    inputs = structured(32768)
+    for pool in ("max", "max+group+int8"):
+        whole = sparse_attention.sparse_attention(*inputs, pool=pool, **options)
+        parts = sparse_attention.sparse_attention(*inputs, pool=pool, limit=1 << 22, **options)
+        values[f"same_bits {pool}"] = all(torch.equal(one, other) for one, other in zip(whole, parts))
+        del whole, parts
+    inputs = structured(1 << 20)
+    for pool in ("max", "max+half", "max+int8", "max+group"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        found = sparse_attention.sparse_attention(*inputs, pool=pool, **options)
+        end.record()
+        torch.cuda.synchronize()
+        taken = torch.cuda.max_memory_allocated() - before - sum(one.nbytes for one in found)
+        foretold = scratch.scratch_bytes(1, 32, 8, 1 << 20, 1 << 20, 128, stride=16, block=128, variants=tuple(pool.split("+")[1:]))
+        values[f"1m {pool}"] = f"{taken / 1e9:.2f} GB, foretold {foretold / 1e9:.2f}, {begin.elapsed_time(end):.0f} ms"
+        del found
+    return values
+
+
+def _ceiling() -> dict[str, Any]:
+    """A large matrix product of the vendor's library, for the clock and the power that it gets."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return _table(_milliseconds({"8192^3": lambda: a @ b}), 2 * 8192**3, {})
 
 
 def _apart(run: Callable[[], Any]) -> dict[str, float]:
     """Device milliseconds of each kernel of a call."""
     from torch.profiler import ProfilerActivity, profile
 
+    for _ in range(12):  # under load
+        run()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(4):
+        for _ in range(12):
             run()
         torch.cuda.synchronize()
     return {
-        f"kernel_{event.key[:24].replace(' ', '_')}": round(event.device_time_total / 4000, 4)
+        event.key[:24]: round(event.device_time_total / 12000, 4)
         for event in found.key_averages()
-        if event.device_time_total / 4000 > 0.02
+        if event.device_time_total / 12000 > 0.02
     }

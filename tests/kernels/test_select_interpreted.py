@@ -16,7 +16,7 @@ pytestmark = pytest.mark.interpreter
 
 TMA = Tiling(32, 64, 4, 2, 1, True)
 POINTERS = Tiling(32, 64, 4, 2, 1, False)
-FUSED = Tiling(32, 64, 4, 2, 1, True, fused=True, band=2)
+FUSED = Tiling(32, 64, 4, 2, 1, True, fused=True, band=2, unrolled=True, early=True)
 LENGTH = 260
 
 
