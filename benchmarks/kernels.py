@@ -28,7 +28,7 @@ from typing import Any
 
 SECTIONS = ("check", "tune", "table", "dims", "short")
 LEVERS = ("lever_check", "levers", "estimate")  # not run unless asked for
-PATIENCE = {"check": 120, "tune": 120, "table": 240, "dims": 240, "short": 180, "lever_check": 60, "levers": 45, "estimate": 45}
+PATIENCE = {"check": 120, "tune": 120, "table": 240, "dims": 240, "short": 180, "lever_check": 60, "levers": 60, "estimate": 100}
 """Seconds without a word."""
 SHARDS = {"check": 6, "lever_check": 12}  # correctness does not mind company, and most of it is compilation
 
