@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import sympy
 from pydantic import Field
 
 from sparsify.editor import Editor, attention_call
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
-from sparsify.work import attention
+from sparsify.work import attention, decode
 
 
 class SinkWindow(Pass):
@@ -34,9 +35,13 @@ class SinkWindow(Pass):
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
         if site.mask.documents is not None and self.sinks:
             return self.refuse("packed documents have sinks of their own", "set sinks = 0")
-        works = lambda sizes: (attention(sizes, context.family, window=self.sinks + self.window),)
+        band = self.sinks + self.window
+        step = site.query_len == 1
+        works = lambda sizes: (
+            decode(sizes, context.family, sympy.Min(band, sizes.key_len)) if step else attention(sizes, context.family, window=band),
+        )
         # at sinks + window keys the mask says nothing yet; a forced min_length still yields the same values
-        start = self.sinks + self.window + 1 if context.min_length is None else context.min_length
+        start = band + 1 if context.min_length is None else context.min_length
         note = f"{self.sinks} sinks + window {self.window} by token"
         return Proposal.of(self, site, context, works, min_key_len=start, note=note)
 

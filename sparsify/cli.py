@@ -1,4 +1,4 @@
-"""`sparsify explain | diff | calibrate | config | methods`.
+"""`sparsify explain | cost | diff | calibrate | config | methods`.
 
 Exit codes: 0 done, or the same; 1 differs, or the graph was left untouched after a failure; 2 wrong usage, configuration or model.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsify import cost_command
 from sparsify.errors import ConfigError, SparsifyError, UnsupportedError
 
 SAME, DIFFERS, FAILED = 0, 1, 2
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", parents=[model, common], help="what sparsify would do with a model, and why")
     explain.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     explain.set_defaults(run=_explain)
+    cost_command.add(commands, common, lambda given: _load_config(given)[0])
     diff = commands.add_parser("diff", parents=[model, common], help="eager against compiled; names the first site that differs")
     diff.add_argument("--keep-all", action="store_true", help="with settings under which every lossy method must equal dense")
     diff.add_argument("--tolerance", metavar="X", type=float, help="largest relative error of the logits (default: by dtype)")

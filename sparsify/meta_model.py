@@ -53,11 +53,11 @@ class Calls:
 
 @dataclass(frozen=True)
 class Weights:
-    """What one layer multiplies with, in elements. matrices: of everything but routed experts. expert: of one routed expert.
+    """What one layer multiplies with. matrices: (inputs, outputs) of everything but routed experts. expert: those of one routed expert.
     experts, active: how many there are, and how many a token takes."""
 
-    matrices: int
-    expert: int = 0
+    matrices: tuple[tuple[int, int], ...]
+    expert: tuple[tuple[int, int], ...] = ()
     experts: int = 0
     active: int = 0
 
@@ -81,6 +81,18 @@ class MetaModel:
     head: int
     tied: bool
     assumptions: tuple[str, ...] = ()
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config.vocab_size)
 
     @property
     def layers(self) -> tuple[Weights, ...]:
@@ -171,8 +183,12 @@ def resized(calls: Calls, old: int, new: int, cache_bytes: tuple[int, ...] | Non
 def _resized(site: Site, old: int, new: int) -> Site:
     if isinstance(site, FeedForwardSite):
         length = new if site.query_len == old else site.query_len
-        rows = site.rows // site.query_len * length if site.query_len else site.rows
-        return dataclasses.replace(site, query_len=length, rows=rows)
+        if length == site.query_len:
+            return site
+        rows = site.rows // site.query_len * length
+        shape = site.output.meta["example_value"].shape
+        output = _stand_in(site.output, {dim: {old: new, site.rows: rows}.get(size, size) for dim, size in enumerate(shape[:-1])})
+        return dataclasses.replace(site, query_len=length, rows=rows, output=output)
     query_len, key_len = (new if length == old else length for length in (site.query_len, site.key_len))
     changes: dict[str, Any] = {"query_len": query_len, "key_len": key_len}
     if isinstance(site, AttentionSite) and (query_len, key_len) != (site.query_len, site.key_len):
@@ -294,20 +310,22 @@ def _signature(layer: nn.Module) -> str:
 
 
 def _weights(layer: nn.Module, config: Any) -> Weights:
-    matrices = routed = experts = 0
-    numbers = set()
+    matrices, expert, experts, numbers = [], [], 0, set()
     for name, parameter in layer.named_parameters():
         inside = re.search(r"(?:^|\.)experts\.(?:(\d+)\.)?", name)
         if inside is None:
-            matrices += parameter.numel() if parameter.dim() > 1 else 0
-            continue
-        routed += parameter.numel()
-        numbers.add(inside[1])
-        experts = max(experts, len(numbers) if inside[1] else parameter.shape[0])
-    if not experts:
-        return Weights(matrices)
+            if parameter.dim() == 2:
+                matrices.append((parameter.shape[1], parameter.shape[0]))
+        elif inside[1] is None and parameter.dim() == 3:  # all experts in one parameter
+            expert.append((parameter.shape[2], parameter.shape[1]))
+            experts = parameter.shape[0]
+        elif inside[1] is not None and parameter.dim() == 2:
+            numbers.add(inside[1])
+            if len(numbers) == 1:
+                expert.append((parameter.shape[1], parameter.shape[0]))
+    experts = experts or len(numbers)
     active = next((int(value) for key in _ACTIVE if (value := getattr(config, key, None))), 1)
-    return Weights(matrices, routed // experts, experts, min(active, experts))
+    return Weights(tuple(matrices), tuple(expert), experts, min(active, experts))
 
 
 def _renumbered(name: str, old: int, new: int) -> str:

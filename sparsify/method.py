@@ -67,7 +67,8 @@ class Proposal:
     def of(cls, method: Pass, site: Any, context: Context, works: Callable[[AttentionSizes], Iterable[Work]], **more: Any) -> Proposal:
         """A proposal for an attention site from what it would do there, as kernels one after the other."""
         seconds = costs.seconds(works(sizes_of(site)), context.device)
-        return cls(method, seconds, formula=costs.formula(works, site, context.device), **more)
+        formula = costs.formula(works, site, context.device) if context.formulas else ""
+        return cls(method, seconds, formula=formula, **more)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Context:
     kernels: str  # "triton" or "reference": which backend will serve the custom ops
     min_length: int | None = None  # configured crossover; None: solve it from the costs
     family: str = "triton"  # kernel family of the attention op, the first half of a family in a device profile
+    formulas: bool = True  # whether costs are wanted in letters too, which takes longer than all else
 
 
 class Pass(BaseModel):

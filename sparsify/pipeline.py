@@ -70,7 +70,7 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     if not sites:
         log.info("no site in this graph")
         return Plan(), None, None
-    context = _context(sites[0].device, config)
+    context = context_of(sites[0].device, config)
     plan, choices = make_plan(sites, config, context)
     trace.plan(plan)
     log.info("%d of %d sites will be rewritten", len(plan.rewritten), len(plan.decisions))
@@ -84,7 +84,7 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     return plan, rewritten, kept
 
 
-def _context(device: torch.device, config: Config) -> Context:
+def context_of(device: torch.device, config: Config) -> Context:
     kernels, reason = backends.available(device, config.kernels)
     if config.kernels != "auto":
         backends.use(config.kernels)

@@ -258,7 +258,7 @@ def _described(site: AttentionSite | FeedForwardSite, context: Context) -> tuple
     else:
         dense = lambda sizes: (work.attention(sizes, "sdpa"),)
         seconds = costs.seconds(dense(work.sizes_of(site)), context.device)
-        decision.dense_formula = costs.formula(dense, site, context.device)
+        decision.dense_formula = costs.formula(dense, site, context.device) if context.formulas else ""
     decision.dense_seconds = number(seconds, size_hints(site))
     return decision, seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -103,9 +104,11 @@ def test_parameters_and_experts_are_those_of_the_real_model():
         if family in ("qwen3_moe", "mixtral"):
             assert (experts.experts, experts.active) == (4, 2)
             inside = sum(p.numel() for n, p in real.named_parameters() if ".layers.1." in n and ".experts." in n)
-            assert experts.expert * 4 == inside
+            assert 4 * sum(i * o for i, o in experts.expert) == inside
         else:
             assert experts.experts == 0
+            inside = sum(p.numel() for n, p in real.named_parameters() if re.search(r"\.1\.", n) and p.dim() == 2)
+            assert sum(i * o for i, o in experts.matrices) == inside
 
 
 def test_a_missing_configuration_is_an_error_of_one_line(tmp_path):
