@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
+import torch
 from torch import Tensor
 
 from sparsify import ffn_ops
@@ -30,6 +31,11 @@ def ffn_start(like: Tensor, *args, **call) -> Tensor:
     return _serve("ffn_start", like, *args, **call)
 
 
+def ffn_prompt(like: Tensor, *, key: int, version: int) -> Tensor:
+    ffn_ops.end_run(like.device, key)
+    return like.clone(memory_format=torch.contiguous_format)
+
+
 def _serve(op: str, first: Tensor, *args, **call):
     kind, _ = launch.available(first.device)
     if kind == "triton":
@@ -45,4 +51,5 @@ def _serve(op: str, first: Tensor, *args, **call):
 
 
 launch.register("ffn", ffn)
+launch.register("ffn_prompt", ffn_prompt)
 launch.register("ffn_start", ffn_start)

@@ -53,8 +53,8 @@ class RowsTiling:
     wide_tile: int = 128
     narrow_tile: int = 256
     step: int = 64
-    wide_stages: int = 4
-    narrow_stages: int = 4
+    wide_stages: int = 3
+    narrow_stages: int = 3
     warps: int = 8
     flatten: bool = False
 
@@ -215,10 +215,10 @@ def choose_tiling(dtype: str, rows: int, hidden: int, intermediate: int, gated: 
 
 
 def choose_rows_tiling(dtype: str, gated: bool) -> RowsTiling:
-    """Tiles that fill the registers of two warp groups with sums, and as deep a pipeline as shared memory holds beside a tile's result."""
+    """Tiles that fill the registers of two warp groups with sums. On an H200 three stages are faster than four, which would fit."""
     if dtype == "fp32":  # not for GPUs, where `triton_ffn_rows` refuses it
         return RowsTiling(64, 64, 128, 32, 3, 3, 8)
-    return RowsTiling() if gated else RowsTiling(wide_tile=256, wide_stages=3)
+    return RowsTiling() if gated else RowsTiling(wide_tile=256)
 
 
 def _pipeline(weights: int, rows: int, most: int) -> tuple[int, int]:

@@ -27,8 +27,8 @@ def candidates() -> dict[str, dict[str, Any]]:
     return {
         "chosen": {},
         "flatten": {"flatten": True},
-        "3 stages": {"wide_stages": 3, "narrow_stages": 3},
-        "3 stages, flatten": {"wide_stages": 3, "narrow_stages": 3, "flatten": True},
+        "4 stages": {"wide_stages": 4, "narrow_stages": 4},
+        "4 stages, flatten": {"wide_stages": 4, "narrow_stages": 4, "flatten": True},
         "narrow 128, flatten": {"narrow_tile": 128, "flatten": True},
     }
 

@@ -57,10 +57,9 @@ class FfnSkip(Pass):
             return self.refuse("gradients are required", "run under torch.no_grad() or torch.inference_mode()")
         if site.dtype not in _DTYPES:
             return self.refuse(f"dtype {site.dtype} is not served", "use float32, float16 or bfloat16")
-        if site.phase != "decode" and not self.prefill:
-            return self.refuse("more than one token per row: prompts stay dense")
-        if site.phase != "decode" and self.policy == "schedule":
-            return self.refuse("a schedule counts generated tokens: prompts stay dense")
+        if site.phase != "decode" and (not self.prefill or self.policy == "schedule"):
+            why = "a schedule counts generated tokens" if self.prefill else "more than one token per row"
+            return self._dense_prompt(site, context, f"{why}: prompts stay dense")
         if self.policy != "static" and (site.index < self.cold_first or site.index >= site.count - self.cold_last):
             return self.refuse("cold: one of the first or last blocks")
         if context.min_length is None and context.kernels == "reference":
@@ -82,15 +81,25 @@ class FfnSkip(Pass):
         if context.min_length is None:
             forced = "min_length = 0 forces it"
             if site.dtype == torch.float32 or (context.device.capability or (0, 0)) < ffn_costs.MIN_CAPABILITY:
-                return self.refuse("prompts are compacted in half precision from compute capability 9.0 on", forced)
+                return self._dense_prompt(site, context, "prompts are compacted in half precision from compute capability 9.0 on", forced)
             first = ffn_costs.rows_from(site, context.device, share)
             if first is None:
                 even = ffn_costs.break_even(site, context.device)
-                return self.refuse(f"{share:.0%} of a prompt's rows skipping saves no time: it takes {even:.0%}", forced)
+                return self._dense_prompt(
+                    site, context, f"{share:.0%} of a prompt's rows skipping saves no time: it takes {even:.0%}", forced
+                )
             if not bool(site.output.meta["example_value"].numel() >= first * int(site.hidden)):
-                return self.refuse(f"fewer than {first} rows, from which on compacting a prompt pays", forced)
+                return self._dense_prompt(site, context, f"fewer than {first} rows, from which on compacting a prompt pays", forced)
         seconds = ffn_costs.compacted_seconds(site.rows, site, context.device, share)
         return Proposal(self, seconds, note=f"{self._note(0)}, of prompts too")
+
+    def _dense_prompt(self, site: FeedForwardSite, context: Context, reason: str, hint: str = "") -> Proposal | Refusal:
+        """Refused, except where generated tokens are counted: there the first block that may skip ends the run before."""
+        nothing_skips = context.min_length is None and context.kernels == "reference"
+        if nothing_skips or not self._counts_from(site):
+            return self.refuse(reason, hint)
+        dense = self.model_copy(update={"prefill": False})
+        return Proposal(dense, sympy.Integer(0), note=f"{reason}; generated tokens are counted from its end")
 
     def _note(self, warmup: int) -> str:
         what = {
@@ -104,11 +113,21 @@ class FfnSkip(Pass):
     def _needs_position(self) -> bool:
         return self.warmup > 0 or (self.policy == "schedule" and self.length > 0)
 
+    def _counts_from(self, site: FeedForwardSite) -> bool:
+        """Whether this block of a prompt ends the run before. Which blocks rules leave to "static" is not known: there each does."""
+        first = site.index == self.cold_first < site.count - self.cold_last
+        return self._needs_position and (self.policy == "static" or first)
+
     def rewrite(self, editor: Editor, site: FeedForwardSite) -> None:
         editor.at(site)
+        if site.phase != "decode" and not self.prefill:
+            editor.replace(site, self._after_prompt(editor, site))
+            return
         residual, *others = (editor.current(term) for term in site.residuals)
         for term in others:
             residual = editor.call(torch.add, residual, term)
+        if site.phase != "decode" and self._counts_from(site):
+            residual = editor.call(ffn_ops.ffn_prompt, residual, key=self._key(site), version=ffn_ops.VERSION)
         # a prompt is no generated token: it has no warm-up
         warmup = self.warmup if site.phase == "decode" else 0
         if self.policy == "static":
@@ -117,30 +136,43 @@ class FfnSkip(Pass):
                 editor.replace(site, editor.method("clone", residual, memory_format=torch.contiguous_format))
                 return
             thread = ("ffn_skip", self.policy, warmup)
-            remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, warmup, 1, 0))
+            remaining = editor.shared(thread, lambda: self._start(editor, site, residual, warmup, 1, 0))
             editor.replace(site, self._block(editor, site, residual, remaining)[0])
             return
-        most = round(self.most * max(0, site.count - self.cold_first - self.cold_last)) if self.policy == "schedule" else 0
+        most = self._most(site)
         thread = ("ffn_skip", self.policy, warmup, most, self.length)
         length = self.length if most else 0
-        remaining = editor.shared(thread, lambda: self._start(editor, site, residual, thread, warmup, most, length))
+        remaining = editor.shared(thread, lambda: self._start(editor, site, residual, warmup, most, length))
         out, remaining = self._block(editor, site, residual, remaining)
         editor.share(thread, remaining)
         editor.replace(site, out)
 
-    def _start(
-        self, editor: Editor, site: FeedForwardSite, residual: fx.Node, thread: tuple, warmup: int, most: int, length: int
-    ) -> fx.Node:
+    def _after_prompt(self, editor: Editor, site: FeedForwardSite) -> fx.Node:
+        """The block's sum as it was, over a copy of one term that ends the run."""
+        output = site.output
+        first = next(i for i, argument in enumerate(output.args) if isinstance(argument, fx.Node))
+        copied = editor.call(ffn_ops.ffn_prompt, output.args[first], key=self._key(site), version=ffn_ops.VERSION)
+        arguments = (*output.args[:first], copied, *output.args[first + 1 :])
+        return (editor.method if output.op == "call_method" else editor.call)(output.target, *arguments, **output.kwargs)
+
+    def _most(self, site: FeedForwardSite) -> int:
+        """Blocks that a schedule skips at its end."""
+        return round(self.most * max(0, site.count - self.cold_first - self.cold_last)) if self.policy == "schedule" else 0
+
+    def _key(self, site: FeedForwardSite) -> int:
+        """Of the run: the same for all graphs of one model, and from process to process, so that compiled graphs are found again."""
+        thread = (self.policy, self.warmup, self._most(site), self.length)
+        key = zlib.crc32(f"{site.name.partition(str(site.layer))[0]} {site.count} {site.hidden} {site.intermediate} {thread}".encode())
+        ffn_ops.run_state(site.device, key)
+        return key
+
+    def _start(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, warmup: int, most: int, length: int) -> fx.Node:
         positions, slot = None, -1
         if warmup or length:
             positions = site.positions
             if positions is None:
                 slot = editor.call(operator.sub, editor.length(site.cached, 2), 1)
-        # the same for all graphs of one model, and from run to run, so that compiled graphs are found again
-        key = zlib.crc32(f"{site.name.partition(str(site.layer))[0]} {site.count} {site.hidden} {site.intermediate} {thread}".encode())
-        if positions is not None or slot != -1:
-            ffn_ops.run_state(site.device, key)
-        call = {"warmup": warmup, "most": most, "length": length, "key": key, "version": ffn_ops.VERSION}
+        call = {"warmup": warmup, "most": most, "length": length, "key": self._key(site), "version": ffn_ops.VERSION}
         return editor.call(ffn_ops.ffn_start, residual, positions, slot, **call)
 
     def _block(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, remaining: fx.Node) -> tuple[fx.Node, fx.Node]:

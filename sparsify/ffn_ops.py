@@ -22,6 +22,7 @@ run, anything else (a prompt came between, or another sequence) starts a new one
                    active ones are the top ones and their sets nest (SkipDecode, arXiv 2307.02628)
 
 The run's two numbers are kept on the device under `key`. Sequences that take turns under one key look like new runs: they stay dense.
+`ffn_prompt` copies what it is given and ends the run of `key`, so that tokens after a prompt are a new run wherever they stand.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ library.define(
 )
 
 
+library.define("ffn_prompt(Tensor like, *, int key, int version) -> Tensor", tags=_TAGS)
+
+
 def rows_of(hidden: Tensor) -> int:
     """Rows of [..., hidden]."""
     rows = 1
@@ -69,16 +73,20 @@ def _ffn_fake(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, do
     return residual.new_empty(residual.shape), torch.empty_like(remaining)
 
 
+torch.library.register_fake(f"{NAMESPACE}::ffn_prompt", lambda like, *, key, version: torch.empty_like(like), lib=library)
 torch.library.register_fake(f"{NAMESPACE}::ffn_start", _start_fake, lib=library)
 torch.library.register_fake(f"{NAMESPACE}::ffn", _ffn_fake, lib=library)
 
 ffn_start = torch.ops.sparsify.ffn_start.default
+ffn_prompt = torch.ops.sparsify.ffn_prompt.default
 ffn = torch.ops.sparsify.ffn.default
 
 # Called as observer(remaining before, remaining after) after each block; reading them synchronises, so the list is empty unless a tool
 # asks.
 observers: list[Callable[[Tensor, Tensor], None]] = []
 
+# no position follows it
+_NO_POSITION = -2
 _runs: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -89,11 +97,16 @@ def run_state(device: torch.device, key: int) -> Tensor:
     """
     if (device, key) not in _runs:
         with torch.utils._python_dispatch._disable_current_modes():
-            _runs[device, key] = torch.tensor([-2, 0], dtype=torch.int64, device=device)
+            _runs[device, key] = torch.full((2,), _NO_POSITION, dtype=torch.int64, device=device)
     return _runs[device, key]
 
 
 def forget_runs() -> None:
     """The next decode step of every model starts a new run."""
     for state in _runs.values():
-        state.copy_(torch.tensor([-2, 0]))
+        state.fill_(_NO_POSITION)
+
+
+def end_run(device: torch.device, key: int) -> None:
+    """The next decode step under `key` starts a new run. Asks nothing of the device, so that a CUDA graph may record it."""
+    run_state(device, key).fill_(_NO_POSITION)

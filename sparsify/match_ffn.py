@@ -327,8 +327,9 @@ def _tail(node: fx.Node) -> _Tail:
             other = _other_term(user, here)
             if other is None or (other is here and len(user.args) == 2):
                 break
-            if kind == "iadd":
-                return done("the block's output is summed in place")
+            # in place, a value of the block's own may be written, as nothing else reads it
+            if kind == "iadd" and user.args[0] is not here:
+                return done("the block's output is summed into another tensor in place")
             residuals.append(other)
         else:
             break

@@ -10,11 +10,13 @@ from transformers import DynamicCache
 
 from sparsify import ffn_costs, ffn_ops
 from sparsify.hardware import Device
+from sparsify.match_ffn import find_feed_forward
 from sparsify.method import Context, Proposal, Refusal
 from sparsify.passes.ffn_skip import FfnSkip
 from sparsify.sites import FeedForwardSite
 from tests.harness import run, strict, visible_error
 from tests.test_ffn_skip import FP32, prompt, without
+from tests.test_match_ffn import Block
 from tests.tiny_models import build
 
 H200 = Device("cuda", "H200", (9, 0), 680e12, 4.3e12, 8e-6)
@@ -148,6 +150,26 @@ def test_break_even_is_where_the_cost_changes_its_mind(monkeypatch):
     # a slower kernel asks for more skipping
     monkeypatch.setattr(ffn_costs, "COMPACTED", 0.5)
     assert ffn_costs.break_even(site, H200) > 0.4
+
+
+def test_prompts_of_any_length_get_a_graph_on_each_side_of_where_it_pays(monkeypatch):
+    monkeypatch.setattr(ffn_costs, "rows_from", lambda site, device, share: 64)
+    answers = []
+
+    def backend(gm, example_inputs):
+        (site,) = find_feed_forward(gm)
+        method = FfnSkip(prefill=True, cold_first=0, cold_last=0, warmup=0)
+        answers.append(method.propose(site, Context(H200, "triton")))
+        return gm.forward
+
+    torch._dynamo.reset()
+    block = torch.compile(Block().bfloat16(), backend=backend, dynamic=True)
+    with torch.no_grad():
+        for rows in (7, 30, 100, 200, 9, 64):
+            block(torch.randn(2, rows, 8, dtype=torch.bfloat16))
+    torch._dynamo.reset()
+    assert [isinstance(a, Proposal) for a in answers] == [False, True]  # 2 x 30 is too few, 2 x 64 is not
+    assert answers[1].seconds.free_symbols
 
 
 def test_more_rows_only_help():
