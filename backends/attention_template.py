@@ -27,6 +27,14 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
     s = ${"s" if softcap else "s * scale"} + (slope * (keys - anchor))[None, :]
 %end
 %end
+%if key_bias
+%if packed
+    bias = tl.load(bias_row[:, None] + keys[None, :], mask=(keys < end)[None, :], other=0.0)
+%else
+    bias = tl.load(bias_row + keys, mask=keys < end, other=0.0)[None, :]
+%end
+    s = ${"s" if softcap or alibi else "s * scale"} + bias * LOG2E
+%end
 
 %if key_flags
     flags = tl.load(flags_row + keys, mask=keys < end, other=0).to(tl.int32)
@@ -63,7 +71,7 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
     m_new = tl.maximum(m, tl.max(s, 1))
 %end
     base = m_new
-%if key_flags
+%if key_flags or key_bias
     # a row may have seen nothing yet: -inf - -inf is NaN
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
 %else
@@ -152,6 +160,9 @@ def attention(
     # a softmax does not feel a constant: counting from the tile's last key keeps slope * k small
     slope = tl.load(alibi_slopes + batch_wide * alibi_b + head) * LOG2E
     anchor = tl.minimum(last_query + start, key_len - 1)
+%end
+%if key_bias
+    bias_row = key_bias + batch_wide * bias_b + head * bias_h
 %end
 
     # some row may see keys [begin, end); every row sees keys [full_begin, full_end)

@@ -56,6 +56,7 @@ class AttentionSpec:
     block_size: int = 0
     softcap: bool = False
     alibi: bool = False
+    key_bias: bool = False
     sink_logits: bool = False
     packed: bool = False
 
@@ -89,6 +90,7 @@ class AttentionSpec:
             f"lists of {self.block_size}-key blocks": self.block_lists,
             "softcap": self.softcap,
             "ALiBi": self.alibi,
+            "bias per key": self.key_bias,
             "sink logits": self.sink_logits,
             "packed heads": self.packed,
         }
@@ -129,6 +131,9 @@ def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
         (spec.block_lists, Argument("list_len", "i32", True)),
         (spec.alibi, pointer("alibi_slopes", "fp32")),
         (spec.alibi, Argument("alibi_b", "i32")),
+        (spec.key_bias, pointer("key_bias", "fp32")),
+        (spec.key_bias, Argument("bias_b", "i32")),
+        (spec.key_bias, Argument("bias_h", "i32")),
         (spec.sink_logits, pointer("sink_logits", "fp32")),
     ]
     return tuple(listed + [argument for present, argument in optional if present])
@@ -153,6 +158,7 @@ def attention_source(spec: AttentionSpec) -> str:
         (spec.segments, "has_segment"),
         (spec.alibi, "slope"),
         (spec.alibi, "anchor"),
+        (spec.key_bias, "bias_row"),
     ]
     context += [name for present, name in needed if present]
     qk_dim, v_dim = _padded(spec.qk_head_dim), _padded(spec.v_head_dim)
@@ -166,7 +172,7 @@ def attention_source(spec: AttentionSpec) -> str:
         "flags_note": "; flags always count" if spec.key_flags else "",
         "windowed": windowed,
         "exposed": exposed,
-        "raw": not (spec.softcap or spec.alibi),
+        "raw": not (spec.softcap or spec.alibi or spec.key_bias),
         "per_row_window": spec.window == "per_head" and spec.packed,
         "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
         "qk_guard": f" & (qk_dims < {spec.qk_head_dim})[None, :]" if qk_dim != spec.qk_head_dim else "",

@@ -66,7 +66,9 @@ def serves_sdpa(site: AttentionSite) -> bool:
     SDPA's is_causal is aligned top-left, so a chunk (query_len < key_len) needs the op's bottom-right offset.
     """
     mask = site.mask
-    if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None or site.qk_head_dim != site.v_head_dim:
+    if site.softcap or site.sink_logits is not None or site.qk_head_dim != site.v_head_dim:
+        return False
+    if site.alibi_slopes is not None or site.key_bias:
         return False
     if mask.kind is MaskKind.NONE:
         return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+
 import sympy
 import torch
 from torch import fx
@@ -10,6 +13,8 @@ from sparsify.aliasing import Memory, tensor_of
 from sparsify.predicates import Extents
 from sparsify.reader import Reader
 from sparsify.symbolic import BATCH, CONDITION, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
+
+_SUMS = (operator.add, torch.add, "add")
 
 
 class _Reading:
@@ -47,10 +52,13 @@ class _Reading:
         return None
 
 
-def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
+def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object, flat: bool = False) -> fx.Node | None:
     """The slopes, [query_heads] or [batch, query_heads], where `bias` is provably slope · (k + c) with c the same for all keys of a
-    row: softmax does not see c. None otherwise. Bias is broadcastable to [batch, query_heads, query_len, key_len].
+    row: softmax does not see c. None otherwise. Bias is broadcastable to [batch, query_heads, query_len, key_len]; flat: batch and
+    heads are merged.
     """
+    if flat:
+        return alibi_slopes_flat(bias, site, extents, memory, shape_env)
     reading = _Reading(site, extents, memory, shape_env)
     if not 2 <= tensor_of(bias).dim() <= 4:
         return None
@@ -84,6 +92,15 @@ def alibi_slopes_flat(bias: fx.Node, site: fx.Node, extents: Extents, memory: Me
     return None
 
 
+def per_key(bias: torch.Tensor, extents: Extents, flat: bool = False) -> bool:
+    """Whether a float tensor that is added to the scores is one number per (batch row, head and) key by its very shape."""
+    shape = sizes(bias)
+    if flat:
+        return shape == (sympy.expand(extents.batch * extents.heads), 1, extents.key_len)
+    padded = (1,) * (4 - len(shape)) + shape
+    return len(padded) == 4 and padded[2] == 1 and padded[3] == extents.key_len
+
+
 def _slopes(reading: _Reading, element: sympy.Expr | None) -> fx.Node | None:
     found = loads(element) if element is not None else set()
     if len(found) != 1:
@@ -105,6 +122,36 @@ def per_head(column: fx.Node, site: fx.Node, extents: Extents, memory: Memory, s
         return None
     node = reading.of_head(element)
     return node if node is not None and tensor_of(node).dim() == 1 else None
+
+
+def parts(mask: fx.Node, shape_env: object) -> Iterator[tuple[fx.Node, tuple[fx.Node, str] | None]]:
+    """Ways to see a float mask as a bias and a condition: (bias, (condition, form) or None). Not all of them need hold."""
+    dtype, whole = tensor_of(mask).dtype, mask
+    while _only_broadcasts(mask):
+        mask = mask.args[0]
+    if mask.target in _SUMS and not mask.kwargs and all(tensor_of(a) is not None for a in mask.args[:2]):
+        left, right = mask.args[:2]
+        yield left, (right, "mask")
+        yield right, (left, "mask")
+    elif mask.target in (torch.masked_fill, "masked_fill") and not mask.kwargs and hides(mask.args[2], dtype, shape_env):
+        yield mask.args[0], (mask.args[1], "hidden")
+    elif mask.target is torch.where and len(mask.args) == 3:
+        condition, then, otherwise = mask.args
+        for bias, low, form in ((then, otherwise, "mask"), (otherwise, then, "hidden")):
+            if tensor_of(bias) is not None and hides(low, dtype, shape_env):
+                yield bias, (condition, form)
+    yield whole, None
+
+
+def _only_broadcasts(node: fx.Node) -> bool:
+    """Whether a view does no more than broadcasting would: dimensions of size 1 in front, or a wider shape."""
+    if node.op == "call_method" and node.target == "unsqueeze":
+        return node.args[1:] == (0,)
+    if node.target is operator.getitem and tensor_of(node.args[0]) is not None:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        leading = index[: len(index) - next((n for n, i in enumerate(reversed(index)) if i is None), len(index))]
+        return all(i is None for i in leading) and all(i is Ellipsis or i == slice(None) for i in index[len(leading) :])
+    return node.op == "call_method" and node.target == "expand"
 
 
 def hides(value: object, dtype: torch.dtype, shape_env: object) -> bool:

@@ -20,7 +20,14 @@ SOFTMAX = {F.softmax, torch.softmax, "softmax"}
 CAST = {"to", "type", "float", "half", "bfloat16", "double", "type_as"}
 SAME = {"contiguous", "clone"}
 VIEW = {"view", "reshape", torch.reshape}
-TRANSPOSE = {"transpose", torch.transpose, "swapaxes"}
+TRANSPOSE = {"transpose", torch.transpose, "swapaxes", "swapdims"}
+PERMUTE = {"permute", torch.permute}
+PRODUCTS = MATMUL | BADDBMM
+# what reads a tensor's shape, dtype and device alone
+SHAPE_ONLY = {
+    *(torch.ones_like, torch.zeros_like, torch.empty_like, torch.full_like),
+    *("new_ones", "new_zeros", "new_empty", "new_full", "size", "dim"),
+}
 
 
 class NoMatch(Exception):
@@ -29,7 +36,7 @@ class NoMatch(Exception):
 
 def is_softmax(node: fx.Node) -> bool:
     """A softmax over the last dimension of something of 3 or 4 dimensions."""
-    if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
+    if not node.args or node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     return tensor_of(node).dim() in (3, 4) and dim in (-1, tensor_of(node).dim() - 1)
@@ -56,9 +63,19 @@ def leads_to_product(node: object, depth: int = 16) -> bool:
         return True
     if node.target is torch.cat or node.target == "cat":
         return any(leads_to_product(x, depth - 1) for x in node.args[0])
-    known = ADD | MUL | DIV | CAST | SAME | VIEW | {operator.sub, torch.tanh, "tanh", torch.where, "where", "masked_fill"}
-    known |= {torch.masked_fill, "masked_fill_", torch.max, "clamp"}
+    known = ADD | MUL | DIV | CAST | SAME | VIEW | {operator.sub, operator.neg, torch.neg, "neg", torch.tanh, "tanh", torch.where, "where"}
+    known |= {"masked_fill", torch.masked_fill, "masked_fill_", torch.max, "clamp"}
     return node.target in known and any(leads_to_product(a, depth - 1) for a in node.args)
+
+
+def of_sequences(node: fx.Node, depth: int = 16) -> bool:
+    """Whether the product that a value leads back to has two factors of 3 or 4 dimensions: activations, not a weight matrix."""
+    if not isinstance(node, fx.Node) or depth == 0:
+        return False
+    if node.target in PRODUCTS:
+        factors = [tensor_of(a) for a in (*node.args, *node.kwargs.values())]
+        return sum(t is not None and t.dim() >= 3 for t in factors) >= 2
+    return any(of_sequences(a, depth - 1) for a in node.args if leads_to_product(a))
 
 
 def constant(value: object) -> float | fx.Node:
@@ -72,9 +89,14 @@ def constant(value: object) -> float | fx.Node:
 
 
 def swaps_last_two(node: fx.Node) -> bool:
+    """Whether a node is a tensor with its last two dimensions swapped."""
+    if node.target is getattr:
+        return node.args[1] == "mT"
+    if tensor_of(node) is None or node.target not in TRANSPOSE | PERMUTE:
+        return False
     rank = tensor_of(node).dim()
-    if node.target == "permute":
-        dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    if node.target in PERMUTE:
+        dims = node.args[1] if len(node.args) == 2 else node.args[1:] or node.kwargs.get("dims")
         return [d % rank for d in dims] == [*range(rank - 2), rank - 1, rank - 2]
     dims = [*node.args[1:], *(node.kwargs.get(n) for n in ("dim0", "dim1") if n in node.kwargs)]
     return sorted(d % rank for d in dims) == [rank - 2, rank - 1]

@@ -113,7 +113,7 @@ class Editor:
         flags = segments = None
         if mask.padding is not None:
             key = ("flags", mask.padding, sinks, str(site.key_len), str(site.batch))
-            flags = self._once(key, lambda: self._key_flags(self._rows(site, mask.padding), sinks))
+            flags = self._once(key, lambda: self._key_flags(self._rows(site, mask.padding), mask.padding, sinks))
         if mask.documents is not None:
             key = ("segments", mask.documents, str(site.key_len), str(site.batch))
             segments = self._once(key, lambda: self._segments(self._rows(site, mask.documents)))
@@ -146,7 +146,11 @@ class Editor:
             end = key_len
         else:
             end = begin + key_len if isinstance(begin, int) and isinstance(key_len, int) else self.call(operator.add, begin, key_len)
-        part = self.call(operator.getitem, self._snapshot(leaf.node), (slice(None), slice(begin, end)))
+        whole = self._snapshot(leaf.node)
+        rank = values(whole).dim()
+        if rank != 2:
+            whole = self.method("unsqueeze", whole, 0) if rank == 1 else self.method("flatten", whole, 1)
+        part = self.call(operator.getitem, whole, (slice(None), slice(begin, end)))
         return self.method("expand", part, self.length(site.query, 0), -1)
 
     def _snapshot(self, leaf: fx.Node) -> fx.Node:
@@ -167,9 +171,9 @@ class Editor:
 
         return self._once(("snapshot", leaf), copy)
 
-    def _key_flags(self, rows: fx.Node, sinks: int) -> fx.Node:
-        """uint8 [batch, key_len]: bit 0 where `rows` is nonzero, bit 1 on the first `sinks` of those."""
-        visible = self.call(operator.ne, rows, 0)
+    def _key_flags(self, rows: fx.Node, leaf: Leaf, sinks: int) -> fx.Node:
+        """uint8 [batch, key_len]: bit 0 where `rows` compares as the leaf says, bit 1 on the first `sinks` of those."""
+        visible = self.call(getattr(operator, leaf.relation), rows, leaf.number)
         flags = self.method("to", visible, torch.uint8)
         if sinks:
             first = self.call(operator.le, self.method("cumsum", visible, -1), sinks)
@@ -292,6 +296,22 @@ def mutates(node: fx.Node) -> bool:
     return node.op == "call_module"
 
 
+def _key_bias(editor: Editor, site: AttentionSite) -> fx.Node | None:
+    """The sum of what is added per key, [batch or 1, query_heads or 1, key_len]."""
+    total = None
+    for one in site.key_bias:
+        bias = one.node
+        if one.flat:
+            bias = editor.method("reshape", bias, editor.length(site.query, 0), editor.length(site.query, 1), -1)
+        else:
+            for _ in range(4 - values(bias).dim()):
+                bias = editor.method("unsqueeze", bias, 0)
+            bias = editor.method("select", bias, 2, 0)
+        bias = bias if one.scale == 1.0 else editor.call(operator.mul, bias, one.scale)
+        total = bias if total is None else editor.call(operator.add, total, bias)
+    return total
+
+
 def attention_call(
     editor: Editor,
     site: AttentionSite,
@@ -319,6 +339,7 @@ def attention_call(
         block_indices=blocks[1] if blocks else None,
         sink_logits=site.sink_logits,
         alibi_slopes=slopes,
+        key_bias=_key_bias(editor, site),
         scale=site.scale,
         causal=mask.causal,
         windows=list(own if windows is None else windows),

@@ -5,7 +5,7 @@ record holds:
 
     causal      k <= q + query_start
     window      k >  q + query_start - window
-    padding     padding[b, k + shift] != 0
+    padding     padding[b, k + shift] != 0, or another comparison with a number
     documents   documents[b, k] == documents[b, q + query_start]
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal
 
 import sympy
 from torch import fx
@@ -42,10 +43,16 @@ class QueryStart:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of the graph, [batch, at least key_len + shift], read at [b, k + shift]. A batch of 1 broadcasts."""
+    """A tensor of the graph, [batch, at least key_len + shift], read at [b, k + shift]. A batch of 1 broadcasts, and so does a tensor of
+    one dimension; between batch and keys there may be dimensions of size 1.
+
+    relation, number: for padding, the comparison that is true of a visible key; a name of `operator`.
+    """
 
     node: fx.Node
     shift: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+    relation: Literal["ne", "eq", "gt", "ge", "lt", "le"] = "ne"
+    number: int = 0
 
 
 @dataclass(frozen=True)

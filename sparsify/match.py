@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify import predicates
+from sparsify import biases, predicates
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.describe import Grouped, autocast_to, bare_site, layer_of, needs_grad, only_for, stride_order, whole
 from sparsify.eager_ops import is_softmax
 from sparsify.masks import MaskPredicate
 from sparsify.match_eager import find_eager
 from sparsify.predicates import Extents
-from sparsify.sites import AttentionSite
+from sparsify.sites import AttentionSite, KeyBias
 from sparsify.symbolic import Facts, plain, scalar, shape_env_of, sizes
 
 _SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
@@ -51,6 +52,15 @@ def _appended(key: fx.Node, query_len: sympy.Expr) -> bool:
     return dim in (2, -2) and last is not None and sizes(last)[2] == 1
 
 
+@dataclass(frozen=True)
+class Bias:
+    """What a float mask adds to the scores, and the conditions that it hides by, as (condition, form, reader)."""
+
+    slopes: fx.Node | None = None
+    per_key: tuple[KeyBias, ...] = ()
+    masks: tuple[tuple[fx.Node, predicates.Form, fx.Node], ...] = ()
+
+
 def is_sdpa(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SDPA
 
@@ -71,10 +81,11 @@ class Matcher:
     def differ(self, left: sympy.Expr, right: sympy.Expr) -> bool:
         return self.facts.holds(sympy.Ne(left, right))
 
-    def prove(self, mask: fx.Node, site: fx.Node, extents: Extents, form: predicates.Form = "mask") -> MaskPredicate:
-        key = (mask, extents, form)
-        if key not in self._proofs or self.memory.written_between(mask, None, site):
-            self._proofs[key] = predicates.prove(mask, site, extents, self.memory, self.shape_env, form)
+    def prove(self, masks: Sequence[tuple[fx.Node, predicates.Form, fx.Node]], extents: Extents) -> MaskPredicate:
+        """What the masks say together; each comes with its form and the node that reads it."""
+        key = (tuple((mask, form) for mask, form, _ in masks), extents)
+        if key not in self._proofs or any(self.memory.written_between(mask, None, reader) for mask, _, reader in masks):
+            self._proofs[key] = predicates.prove(masks, extents, self.memory, self.shape_env)
         return self._proofs[key]
 
     # -- scaled_dot_product_attention --------------------------------------------------------------------------------------------
@@ -93,7 +104,12 @@ class Matcher:
         if call.get("is_causal", False):
             proof = predicates.top_left_causal(extents, self.shape_env)
         else:
-            proof = predicates.unmasked(_appended(key_group.node, q[2])) if mask is None else self.prove(mask, node, extents)
+            proof = predicates.unmasked(_appended(key_group.node, q[2])) if mask is None else self.prove([(mask, "mask", node)], extents)
+        bias = Bias()
+        # autocast would round the mask's numbers too
+        apart = mask is not None and proof.opaque and tensor_of(mask).dtype is tensor_of(node).dtype
+        if apart and (found := self.biased(mask, node, extents)) is not None:
+            bias, proof = found, self.prove(found.masks, extents) if found.masks else predicates.none()
         return self.site(
             node,
             query,
@@ -103,7 +119,24 @@ class Matcher:
             mask=proof,
             scale=_number(call.get("scale"), q[3]),
             dropout=call.get("dropout_p", 0.0),
+            alibi_slopes=bias.slopes,
+            key_bias=bias.per_key,
         )
+
+    def biased(self, mask: fx.Node, reader: fx.Node, extents: Extents) -> Bias | None:
+        """A float mask taken apart into a position bias, or one number per key, and what hides."""
+        if not tensor_of(mask).dtype.is_floating_point or self.memory.written_between(mask, None, reader):
+            return None
+        for node, condition in biases.parts(mask, self.shape_env):
+            masks = ((*condition, mask),) if condition is not None else ()
+            if masks and self.prove(masks, extents).opaque:
+                continue
+            slopes = biases.alibi_slopes(node, reader, extents, self.memory, self.shape_env)
+            if slopes is not None:
+                return Bias(slopes, (), masks)
+            if biases.per_key(tensor_of(node), extents) and not self.memory.written_between(node, None, reader):
+                return Bias(None, (KeyBias(node),), masks)
+        return None
 
     def unfit(self, node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, call: dict) -> str:
         """Why the operands cannot be described, or nothing."""
@@ -135,6 +168,7 @@ class Matcher:
         tensor = tensor_of(query)
         name, layer = layer_of(output)
         added = [fields[n] for n in ("sink_logits", "alibi_slopes") if fields.get(n) is not None]
+        added += [one.node for one in fields.get("key_bias", ())]
         between = (*fields.pop("between", ()), *key.between, *value.between)
         return AttentionSite(
             name=name,

@@ -6,6 +6,8 @@ left over makes the mask OPAQUE, with the reason.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,10 +21,11 @@ import sparsify.readings  # noqa: F401  (registers how operators are read)
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.masks import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.reader import Reader
-from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Cases, Element, Facts, Unreadable, as_condition, cases, loads, shape_env_of, sizes
+from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Cases, Element, Facts, Unreadable, as_condition, cases, loads, sizes
 
 _ORDER = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 _INDICES = (BATCH, HEAD, QUERY, KEY)
+_RELATIONS = {sympy.Ne: "ne", sympy.Eq: "eq", sympy.Gt: "gt", sympy.Ge: "ge", sympy.Lt: "lt", sympy.Le: "le"}
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,18 @@ def top_left_causal(extents: Extents, shape_env: object) -> MaskPredicate:
 Form = Literal["mask", "hidden"]
 
 
-def prove(
-    mask: fx.Node, site: fx.Node, extents: Extents, memory: Memory | None = None, shape_env: object = None, form: Form = "mask"
-) -> MaskPredicate:
-    """What `mask` says as read by `site`.
+def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object) -> MaskPredicate:
+    """What the masks say together: a key is visible where all of them let it be.
 
     Args:
-        mask: boolean [.., query_len, key_len] (True: visible) or float (0: visible, -inf or the dtype's minimum: hidden),
-            broadcastable to [batch, query_heads, query_len, key_len].
-        site: the node that consumes the mask.
-        extents: the site's sizes. Where the mask's own last two sizes are not 1 they replace query_len and key_len: the
+        masks: (mask, form, reader) each. mask: boolean [.., query_len, key_len] (True: visible; form "hidden": True hides) or float
+            (0: visible, -inf or the dtype's minimum: hidden), broadcastable to [batch, query_heads, query_len, key_len].
+            reader: the node that consumes it.
+        extents: the site's sizes. Where a mask's own last two sizes are not 1 they replace query_len and key_len: the
             attention would fail if they differed.
-        form: "hidden" for a boolean mask whose True hides.
     """
     try:
-        return _Proof(mask, site, extents, memory or Memory(mask.graph), shape_env or shape_env_of(mask.graph)).run(form)
+        return _Proof(masks, extents, memory, shape_env).run()
     except Unreadable as why:
         return opaque(str(why))
 
@@ -90,39 +90,42 @@ class _Clauses:
 
 
 class _Proof:
-    def __init__(self, mask: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object):
-        self.mask, self.site, self.memory = mask, site, memory
-        self.shape = sizes(tensor_of(mask))
-        if not 2 <= len(self.shape) <= 4:
-            raise Unreadable(f"a mask of {len(self.shape)} dimensions")
-        batch, heads, query_len, key_len = extents.batch, extents.heads, extents.query_len, extents.key_len
-        self.query_len = query_len if self.shape[-2] == 1 else self.shape[-2]
-        self.key_len = key_len if self.shape[-1] == 1 else self.shape[-1]
+    def __init__(self, masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object):
+        self.masks, self.memory = masks, memory
+        shapes = [sizes(tensor_of(mask)) for mask, _, _ in masks]
+        wrong = [shape for shape in shapes if not 2 <= len(shape) <= 4]
+        if wrong:
+            raise Unreadable(f"a mask of {len(wrong[0])} dimensions")
+        batch, heads = extents.batch, extents.heads
+        self.query_len = next((shape[-2] for shape in shapes if shape[-2] != 1), extents.query_len)
+        self.key_len = next((shape[-1] for shape in shapes if shape[-1] != 1), extents.key_len)
         self.facts = Facts(shape_env, dict(zip(_INDICES, (batch, heads, self.query_len, self.key_len), strict=True)))
         self.reader = Reader(self.facts)
         self.bottom_right = sympy.expand(self.key_len - self.query_len)
 
-    def element(self) -> Element:
-        """The mask at (b, h, q, k)."""
+    def element(self, mask: fx.Node, reader: fx.Node) -> Element:
+        """A mask at (b, h, q, k)."""
         at = [sympy.Integer(0) if self.facts.extents[s] == 1 else s for s in _INDICES]
-        element = self.reader.read(self.mask).broadcast(4)(*at)
-        changed = self.memory.written_while_read(self.reader.nodes, self.site)
+        element = self.reader.read(mask).broadcast(4)(*at)
+        changed = self.memory.written_while_read(self.reader.nodes, reader)
         if changed is not None:
             raise Unreadable(f"{changed.name} is written while the mask is made")
         return element
 
-    def run(self, form: Form) -> MaskPredicate:
-        element = self.element()
-        dtype = tensor_of(self.mask).dtype
+    def run(self) -> MaskPredicate:
+        return self.classify(sympy.And(*(self.condition(*mask) for mask in self.masks)))
+
+    def condition(self, mask: fx.Node, form: Form, reader: fx.Node) -> Boolean:
+        """Where one mask lets keys be seen."""
+        element = self.element(mask, reader)
+        dtype = tensor_of(mask).dtype
         if dtype.is_floating_point:
             if isinstance(element, AppliedUndef):
                 raise Unreadable(self.why(element))
-            condition = additive(element, dtype)
-        elif dtype is torch.bool:
-            condition = as_condition(element) if form == "mask" else sympy.Not(as_condition(element))
-        else:
+            return additive(element, dtype)
+        if dtype is not torch.bool:
             raise Unreadable(f"a mask of {dtype}")
-        return self.classify(condition)
+        return as_condition(element) if form == "mask" else sympy.Not(as_condition(element))
 
     def classify(self, condition: Boolean) -> MaskPredicate:
         text = str(condition)[:400]
@@ -313,10 +316,11 @@ class _Proof:
         wanted = sympy.And(*dict.fromkeys(clauses.padding))
         if wanted is sympy.true:
             return None
-        if isinstance(wanted, sympy.Ne) and isinstance(wanted.lhs, AppliedUndef) and wanted.rhs == 0:
+        relation = _RELATIONS.get(wanted.func)
+        if relation is not None and isinstance(wanted.lhs, AppliedUndef) and wanted.rhs.is_Integer:
             leaf = self.rows(wanted.lhs, KEY, self.key_len)
             if leaf is not None:
-                return leaf
+                return dataclasses.replace(leaf, relation=relation, number=int(wanted.rhs))
         for node in reversed(self.reader.nodes):
             tensor = tensor_of(node)
             if tensor.dim() == 2 and tensor.dtype is torch.bool and self.wide_enough(node, self.key_len):
@@ -329,23 +333,26 @@ class _Proof:
     def rows(self, load: AppliedUndef, index: sympy.Symbol, length: sympy.Expr) -> Leaf | None:
         """The leaf that `load` reads at [b, index + shift]."""
         node = self.reader.leaves[load.func.__name__]
-        if tensor_of(node).dim() != 2 or tensor_of(node).dtype.is_floating_point:
+        if tensor_of(node).dtype.is_floating_point or tensor_of(node).dim() == 0:
             return None
-        row, column = load.args
+        # without a batch dimension one row serves all; dimensions of size 1 may lie between batch and keys
+        (row, *between, column) = load.args if len(load.args) > 1 else (sympy.Integer(0), *load.args)
+        if any(size != 1 for size in sizes(tensor_of(node))[1:-1]) or any(index != 0 for index in between):
+            return None
         shift = sympy.expand(column - (sympy.Integer(0) if index in self.fixed() else index))
         if shift.has(*_INDICES) or loads(shift) or not self.facts.holds(sympy.Ge(shift, 0)):
             return None
-        single = row == 0 and (tensor_of(node).shape[0] == 1 or BATCH in self.fixed())
+        single = row == 0 and (tensor_of(node).dim() == 1 or tensor_of(node).shape[0] == 1 or BATCH in self.fixed())
         if not (row == BATCH or single) or not self.wide_enough(node, shift + length):
             return None
         return Leaf(node, shift)
 
     def wide_enough(self, node: fx.Node, width: sympy.Expr) -> bool:
         """Whether the leaf is not known to have fewer columns; the graph itself would fail if it had."""
-        return not self.facts.holds(sympy.Lt(sizes(tensor_of(node))[1], width))
+        return not self.facts.holds(sympy.Lt(sizes(tensor_of(node))[-1], width))
 
     def documents(self, clauses: _Clauses, offset: sympy.Expr) -> Leaf | None:
-        pairs = list(dict.fromkeys(clauses.documents))
+        pairs = list({frozenset(pair): pair for pair in clauses.documents}.values())
         if not pairs:
             return None
         if len(pairs) > 1 or pairs[0][0].func != pairs[0][1].func:

@@ -6,6 +6,7 @@ about the result holds whatever the tensor contains. Integers are taken as unbou
 
 from __future__ import annotations
 
+import builtins
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         for name in names:
             HANDLERS[name] = handler
-            for space in (operator, torch, torch.nn.functional):
+            for space in (operator, torch, torch.nn.functional, builtins):
                 if hasattr(space, name):
                     _NAMES[getattr(space, name)] = name
         return handler

@@ -13,7 +13,7 @@ from torch import fx
 from sparsify.aliasing import tensor_of
 from sparsify.compat import operator_word
 from sparsify.reader import Reader, argument, arithmetic, cast, checked_index, handles, no_more, relation, rounded
-from sparsify.symbolic import CONDITION, Cases, Element, Unreadable, as_condition, as_number, choose, number, scalar, sizes
+from sparsify.symbolic import CONDITION, Cases, Element, Unreadable, as_condition, as_number, choose, lift, number, scalar, sizes
 
 At = Callable[..., Element]
 _DEVICE = ("device", "dtype", "layout", "requires_grad", "pin_memory", "names", "memory_format", "non_blocking", "copy")
@@ -49,6 +49,14 @@ def _rsub(reader: Reader, node: fx.Node) -> At:
 def _neg(reader: Reader, node: fx.Node) -> At:
     dtype, source = tensor_of(node).dtype, reader.read(node.args[0])
     return lambda *i: arithmetic("mul", source.at(*i), sympy.Integer(-1), dtype)
+
+
+@handles("abs", "absolute")
+def _abs(reader: Reader, node: fx.Node) -> At:
+    source = reader.read(node.args[0])
+    if tensor_of(node).dtype not in (torch.int32, torch.int64):
+        raise Unreadable("the absolute value of floats")
+    return lambda *i: lift(sympy.Abs, as_number(source.at(*i)))
 
 
 @handles("le", "lt", "ge", "gt", "eq", "ne")
@@ -185,6 +193,16 @@ def _transpose(reader: Reader, node: fx.Node) -> At:
     a, b = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
     order[a], order[b] = order[b], order[a]
     return lambda *i: source.at(*(i[d] for d in order))
+
+
+@handles("getattr")
+def _attribute(reader: Reader, node: fx.Node) -> At:
+    """A view that is written as an attribute."""
+    rank, name = tensor_of(node).dim(), node.args[1]
+    if name != "mT" and (name != "T" or rank != 2):
+        raise Unreadable(f"the attribute {name}")
+    source = reader.read(node.args[0])
+    return lambda *i: source.at(*i[:-2], i[-1], i[-2])
 
 
 @handles("permute")

@@ -17,6 +17,16 @@ Phase = Literal["prefill", "chunk", "decode"]
 
 
 @dataclass(frozen=True)
+class KeyBias:
+    """scale · node is added to the scores. node: float, broadcastable to [batch, query_heads, 1, key_len]; flat: [batch · query_heads, 1,
+    key_len]."""
+
+    node: fx.Node
+    scale: float = 1.0
+    flat: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention in a Dynamo graph.
 
@@ -25,7 +35,7 @@ class AttentionSite:
     output: the node whose value is the attention's output, [batch, query_heads, query_len, v_head_dim]: the node a pass replaces.
     query: [batch, query_heads, query_len, qk_head_dim]; key, value: [batch, kv_heads, key_len, head_dim], *before* any repeat
         over the GQA group. Query head h reads KV head h // (query_heads // kv_heads).
-    mask_node: the graph's own mask, None without one. mask: what it was proved to say.
+    mask_node: the graph's own mask, None without one and where there are several. mask: what it was proved to say.
     dtype: what attention computes in; under autocast query, key and value may be float32 still, and are converted first.
     scale: float, or the node that holds it. softcap: c of c·tanh(s/c), 0 without. dropout: probability.
     output_stride_order: "bhqd" when the replaced value is contiguous as [batch, heads, query, dim], "bqhd" when it is the
@@ -59,6 +69,7 @@ class AttentionSite:
     source: Literal["sdpa", "eager"] = "sdpa"
     sink_logits: fx.Node | None = None  # [query_heads], one extra logit per head in the softmax's denominator
     alibi_slopes: fx.Node | None = None  # [query_heads] or [batch, query_heads], float: adds slope · key position
+    key_bias: tuple[KeyBias, ...] = ()  # what else is added to the scores, the same for every query row
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)  # nodes that only compute this attention, output included
 
@@ -161,6 +172,6 @@ def _mapped(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
         return mapping[value]
     if isinstance(value, tuple):
         return tuple(_mapped(v, mapping) for v in value)
-    if isinstance(value, Leaf | QueryStart | MaskPredicate | Norm):
+    if isinstance(value, Leaf | QueryStart | MaskPredicate | Norm | KeyBias):
         return dataclasses.replace(value, **{f.name: _mapped(getattr(value, f.name), mapping) for f in dataclasses.fields(value)})
     return value

@@ -95,12 +95,20 @@ def choose(condition: Boolean, then: Element, otherwise: Element) -> Element:
 
 
 def compare(relation: type[Relational], left: sympy.Expr, right: sympy.Expr) -> Boolean:
-    """A relation between plain expressions, decided where the difference is a number."""
+    """A relation between plain expressions, decided where the difference is a number; |x| < c becomes x < c and -x < c."""
     if left.is_infinite or right.is_infinite:
         return relation(left, right)
     difference = sympy.expand(left - right)
     if difference.is_number:
         return relation(difference, 0)
+    distances = difference.atoms(sympy.Abs)
+    if len(distances) == 1 and relation in (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge):
+        (distance,) = distances
+        factor, inner = difference.coeff(distance, 1), distance.args[0]
+        rest = sympy.expand(difference - factor * distance)
+        if factor.is_Integer and not rest.has(sympy.Abs):
+            sides = [compare(relation, rest + sign * factor * inner, sympy.Integer(0)) for sign in (1, -1)]
+            return sympy.And(*sides) if (factor > 0) == (relation in (sympy.Lt, sympy.Le)) else sympy.Or(*sides)
     return relation(left, right)
 
 

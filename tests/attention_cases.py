@@ -30,6 +30,7 @@ class Case:
     lists: bool = False
     softcap: float = 0.0
     alibi: bool = False
+    key_bias: tuple[int, int] = (0, 0)  # its batch rows and heads
     sink_logits: bool = False
     block_size: int = 16
     seq_major: bool = False
@@ -51,6 +52,8 @@ CLAUSES = {
     "lists": {"lists": True},
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi": True},
+    "key_bias": {"key_bias": (2, 4)},
+    "one_key_bias": {"key_bias": (1, 1)},
     "sink_logits": {"sink_logits": True},
     "not_causal": {"causal": False},
     "start": {"start": 3},
@@ -80,6 +83,7 @@ def operands(case: Case) -> tuple[tuple, dict]:
         "block_indices": indices if case.lists else None,
         "sink_logits": torch.randn(case.heads) if case.sink_logits else None,
         "alibi_slopes": torch.rand(case.batch, case.heads) * 0.5 if case.alibi else None,
+        "key_bias": torch.randn(*case.key_bias, case.key_len) if all(case.key_bias) else None,
         "scale": default_scale(case.qk_head_dim) * 1.5,
         "causal": case.causal,
         "windows": list(case.windows),

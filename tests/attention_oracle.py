@@ -19,6 +19,7 @@ def attention_exact(
     block_indices=None,
     sink_logits=None,
     alibi_slopes=None,
+    key_bias=None,
     scale,
     causal=True,
     windows=(),
@@ -63,6 +64,8 @@ def attention_exact(
                     logits = softcap * torch.tanh(logits / softcap)
                 if alibi_slopes is not None:
                     logits = logits + alibi_slopes[b, h].double() * torch.tensor(keys, dtype=torch.float64)
+                if key_bias is not None:
+                    logits = logits + key_bias[min(b, len(key_bias) - 1), min(h, key_bias.shape[1] - 1), keys].double()
                 every = logits if sink_logits is None else torch.cat([logits, sink_logits[h : h + 1].double()])
                 lse[b, h, q] = torch.logsumexp(every, 0)
                 output[b, h, q] = torch.exp(logits - lse[b, h, q]) @ value[b, h // group, keys]

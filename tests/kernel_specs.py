@@ -18,7 +18,9 @@ CLAUSES = {
     "block_lists_padded": {"block_lists": True, "block_size": 128, "key_flags": True},
     "block_lists_and_windows": {"block_lists": True, "block_size": 128, "window": "per_head", "sinks": "flags", "key_flags": True},
     "logits": {"softcap": True, "alibi": True, "sink_logits": True},
+    "key_bias": {"key_bias": True},
     "softcap_window": {"softcap": True, "window": "one"},
+    "decode_key_bias": {"packed": True, "key_bias": True, "key_flags": True},
     "decode": {"packed": True, "has_start": True},
     "decode_window": {"packed": True, "window": "per_head", "sinks": "flags", "key_flags": True, "alibi": True, "sink_logits": True},
 }

@@ -6,6 +6,7 @@ graph itself computes. A record that is wrong in any field fails here.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,14 +38,19 @@ def evaluate(mask: MaskPredicate, values: dict[fx.Node, torch.Tensor], symbols: 
     if mask.padding is not None:
         shift = number(mask.padding.shift)
         assert shift >= 0
-        rows = values[mask.padding.node][:, shift : shift + key_len].expand(batch, key_len)
-        visible &= (rows != 0)[:, None]
+        rows = _rows(values[mask.padding.node])[:, shift : shift + key_len].expand(batch, key_len)
+        visible &= getattr(operator, mask.padding.relation)(rows, mask.padding.number)[:, None]
     if mask.documents is not None:
         shift = number(mask.documents.shift)
-        of_key = values[mask.documents.node][:, shift : shift + key_len].expand(batch, key_len)
-        of_query = values[mask.documents.node][:, shift + start : shift + start + query_len].expand(batch, query_len)
+        of_key = _rows(values[mask.documents.node])[:, shift : shift + key_len].expand(batch, key_len)
+        of_query = _rows(values[mask.documents.node])[:, shift + start : shift + start + query_len].expand(batch, query_len)
         visible &= of_key[:, None] == of_query[:, :, None]
     return visible
+
+
+def _rows(leaf: torch.Tensor) -> torch.Tensor:
+    """[batch or 1, keys]."""
+    return leaf[None] if leaf.dim() == 1 else leaf.reshape(leaf.shape[0], -1)
 
 
 def attention(site: AttentionSite, operands: dict[str, Any], visible: torch.Tensor) -> torch.Tensor:
@@ -58,6 +64,9 @@ def attention(site: AttentionSite, operands: dict[str, Any], visible: torch.Tens
     if operands["alibi_slopes"] is not None:
         slopes = operands["alibi_slopes"].double().reshape(-1, query.shape[1], 1, 1)
         logits = logits + slopes * torch.arange(key.shape[2])
+    for one, bias in zip(site.key_bias, operands["key_bias"], strict=True):
+        shape = (*query.shape[:2], 1, key.shape[2])
+        logits = logits + (bias.double().reshape(shape) if one.flat else bias.double().expand(shape)) * one.scale
     logits = logits.masked_fill(~visible[:, None], -torch.inf)
     if operands["sink_logits"] is not None:
         sinks = operands["sink_logits"].double().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
@@ -126,7 +135,8 @@ class _Checker(fx.Interpreter):
     def operands(self, site: AttentionSite) -> dict[str, Any]:
         at = lambda n: self.env[n] if isinstance(n, fx.Node) else n
         names = ("query", "key", "value", "scale", "sink_logits", "alibi_slopes")
-        return {n: v.clone() if isinstance(v := at(getattr(site, n)), torch.Tensor) else v for n in names}
+        found = {n: v.clone() if isinstance(v := at(getattr(site, n)), torch.Tensor) else v for n in names}
+        return found | {"key_bias": [self.env[one.node].clone() for one in site.key_bias]}
 
     def check(self, site: AttentionSite, operands: dict[str, Any], result: torch.Tensor) -> None:
         query, key = operands["query"], operands["key"]
@@ -144,7 +154,7 @@ class _Checker(fx.Interpreter):
         self.capture.checked.append(site)
 
     def check_mask(self, site: AttentionSite, visible: torch.Tensor) -> None:
-        if site.mask_node is None:
+        if site.mask_node is None or site.alibi_slopes is not None or site.key_bias:
             return
         mask = self.env[site.mask_node]
         if site.source == "eager" and mask.dtype is torch.bool:

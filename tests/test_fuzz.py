@@ -141,8 +141,8 @@ def test_a_failure_is_shrunk_and_its_script_runs_alone(tmp_path, monkeypatch):
     """A product that sees one key too many is found, and the smallest program is written down."""
     real = predicates.prove
 
-    def broken(mask, site, extents, *rest):
-        found = real(mask, site, extents, *rest)
+    def broken(masks, extents, *rest):
+        found = real(masks, extents, *rest)
         is_plain = found.causal and found.query_start.bottom_right
         return (
             type(found)(**{**vars(found), "query_start": QueryStart(constant=extents.key_len - extents.query_len + 1)})

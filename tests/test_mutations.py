@@ -70,8 +70,8 @@ def proof(**changes: Callable) -> Callable:
     """`predicates.prove` with some fields of its records replaced, as functions of the record and of the site's sizes."""
     real = predicates.prove
 
-    def broken(mask, site, extents, *rest):
-        found = real(mask, site, extents, *rest)
+    def broken(masks, extents, *rest):
+        found = real(masks, extents, *rest)
         return found if found.opaque else dataclasses.replace(found, **{name: f(found, extents) for name, f in changes.items()})
 
     return broken
@@ -223,6 +223,7 @@ IGNORED = {
     "lists": {"block_counts": None, "block_indices": None},
     "softcap": {"softcap": 0.0},
     "alibi": {"alibi_slopes": None},
+    "key_bias": {"key_bias": None},
     "sink_logits": {"sink_logits": None},
     "not_causal": {"causal": True},
     "start": {"query_start": None},
@@ -264,7 +265,7 @@ def test_other_heads_of_a_group_are_caught(monkeypatch):
 def test_sinks_counted_from_key_zero_are_caught(monkeypatch):
     """With padding on the left, sinks are the first real keys."""
 
-    def broken(self, rows, sinks):
+    def broken(self, rows, leaf, sinks):
         flags = self.method("to", self.call(torch.ne, rows, 0), torch.uint8)
         if not sinks:
             return flags
