@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from benchmarks import tables_cache
 from benchmarks.cells import PEERS, Record, conditions, fastest_dense, latest, markdown, size
 from benchmarks.needles import wilson
 from benchmarks.tables_kernels import ffn_saved, full_read, rate_beside_dense
@@ -16,7 +17,16 @@ Row = list[str]
 def table(found: list[Record]) -> str:
     """One row a result, on the device of the newest GPU record; a row whose records are absent is left out."""
     mine = _newest_gpu(found)
-    parts: list[Callable[[list[Record]], list[Row]]] = [_whole_op, _prefill, _answers, _kernels, _decode, _ffn, _checks]
+    parts: list[Callable[[list[Record]], list[Row]]] = [
+        _whole_op,
+        _prefill,
+        _answers,
+        _kernels,
+        _decode,
+        tables_cache.headlines,
+        _ffn,
+        _checks,
+    ]
     rows = [row for part in parts for row in part(mine)]
     if not rows:
         return "No results are recorded yet."
@@ -29,7 +39,7 @@ def shortfalls(found: list[Record]) -> str:
     """What is slower, worse or missing, as a list, on the device of the newest GPU record."""
     mine = _newest_gpu(found)
     parts: list[Callable[[list[Record]], list[str]]] = [_short_kernels, _short_whole_op, _short_prefill]
-    parts += [_short_answers, _short_decode, _short_ffn]
+    parts += [_short_answers, _short_decode, tables_cache.shortfalls, _short_ffn]
     lines = [line for part in parts for line in part(mine)]
     return "\n".join(f"- {line}" for line in lines) or "No results are recorded yet."
 

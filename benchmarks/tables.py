@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_time, cost_grid, ffn_plot, headlines, plots, plots_whole_op, records, tables_cost, tables_kernels
+from benchmarks import (
+    compile_time,
+    cost_grid,
+    ffn_plot,
+    headlines,
+    plots,
+    plots_whole_op,
+    records,
+    tables_cache,
+    tables_cost,
+    tables_kernels,
+)
 from benchmarks.cells import Record, conditions, failure, groups, latest, markdown, short, size
 from benchmarks.needles import wilson
 
@@ -133,7 +144,8 @@ SECTIONS = (
     Section(plots_whole_op.TITLE, ("whole_op",), plots_whole_op.table, ("whole_op",), beside=("kernels",)),
     Section("Attention kernels", ("kernels",), tables_kernels.kernels, ("kernels",)),
     Section("Kernels under compute-sanitizer", ("sanitize",), tables_kernels.sanitize),
-    Section("Decode over kept keys", ("decode_kernel", "decode_store", "decode_model"), tables_kernels.decode),
+    Section("Decode over kept keys", ("decode_kernel",), tables_kernels.decode),
+    Section(tables_cache.TITLE, tables_cache.NAMES, tables_cache.table, beside=("prefill",)),
     Section("Feed-forward skipping", _FFN, tables_kernels.ffn, ("ffn-time", "ffn-quality")),
     Section(tables_cost.TITLE, (cost_grid.NAME,), tables_cost.table, ("cost_grid",), beside=("prefill", "decode_model")),
     Section("Time to compile, CPU seconds", ("compile_time",), compile_time.table),

@@ -84,16 +84,10 @@ def rate_beside_dense(found: Iterable[Record]) -> list[tuple[Record, float, floa
 
 
 def decode(found: Iterable[Record]) -> str:
-    """The kernel's bandwidth beside SDPA's, scoring and eviction of a layer, and a whole model a token at a time: what was recorded."""
-    found = list(found)
+    """The kernel's bandwidth beside SDPA's."""
     parts = []
-    for name, title, table in (
-        ("decode_kernel", "One layer's attention over kept keys", _decode_kernel),
-        ("decode_store", "Scoring and eviction after a prompt, one layer", _decode_store),
-        ("decode_model", "A whole model, a token at a time", _decode_model),
-    ):
-        for group in groups((r for r in found if r["benchmark"] == name), lambda r: r["machine"]["gpu"] or "CPU"):
-            parts += [f"### {title}", *table(group)]
+    for group in groups(found, lambda r: r["machine"]["gpu"] or "CPU"):
+        parts += ["### One layer's attention over kept keys", *_decode_kernel(group)]
     return "\n\n".join(parts)
 
 
@@ -119,22 +113,6 @@ def full_read(cells: Iterable[Record], record: Record) -> float | None:
     """Milliseconds of the fastest decode call of the record's shape that reads every key."""
     same = [r["ms"] for r in cells if (r["length"], r["batch"], r["share"]) == (record["length"], record["batch"], 1.0)]
     return min(same, default=None)
-
-
-def _decode_store(found: list[Record]) -> list[str]:
-    cells = latest(found, "policy", "batch", "length", "budget")
-    rows = [[size(r["length"]), str(r["batch"]), r["policy"], str(r["budget"]), f"{r['ms']:.2f}"] for r in cells]
-    return [conditions(cells), markdown(["tokens", "batch", "policy", "kept", "ms"], sorted(rows))]
-
-
-def _decode_model(found: list[Record]) -> list[str]:
-    cells = latest(found, "variant", "batch", "prompt", "budget", "policy", "shape", "mode")
-    rows = []
-    for r in sorted(cells, key=lambda r: (r["prompt"], r["batch"], r["variant"])):
-        kept = f"{r['policy']}, {r['budget']}" if r["policy"] else "everything"
-        over = f"{r['kept_over_budget']:.2f}" if r.get("kept_over_budget") and r["policy"] else "–"
-        rows.append([r["shape"], size(r["prompt"]), str(r["batch"]), r["variant"], kept, f"{r['ms_per_token']:.2f}", over])
-    return [conditions(cells), markdown(["shape", "prompt", "batch", "call", "policy, kept", "ms a token", "kept ÷ budget"], rows)]
 
 
 def ffn(found: Iterable[Record]) -> str:
