@@ -7,7 +7,6 @@ Tables merge key by key; everything else, the list of rules too, is replaced as 
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sparsify import inductor_options
+from sparsify import inductor_options, layer_patterns
 from sparsify.errors import ConfigError, nearest
 
 FILE_NAME = "sparsify.toml"
@@ -43,7 +42,7 @@ class Rule(BaseModel):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def matches(self, name: str, layer: int | None) -> bool:
-        return any(_pattern_matches(pattern, name, layer) for pattern in self.layers)
+        return any(layer_patterns.matches(pattern, name, layer) for pattern in self.layers)
 
 
 class Config(BaseModel):
@@ -64,7 +63,10 @@ class Config(BaseModel):
         "auto", description="Key length, in tokens, from which lossy prefill methods act. `auto`: solved from the cost model."
     )
     rules: tuple[Rule, ...] = Field((), description="Methods for particular layers; the last rule that matches a site decides alone.")
-    plan: Path | None = Field(None, description="A plan file whose decisions replace the choice made here.")
+    plan: Path | None = Field(
+        None,
+        description="A plan file. Its decisions replace the choice made here; with `objective` or `max_error` it tells what was measured.",
+    )
     objective: Literal["time", "memory", "balanced"] | None = Field(
         None,
         description="What to minimise among the methods that may act: expected seconds, bytes of scratch, or both relative to dense "
@@ -249,7 +251,7 @@ class _Merger:
                 label = f"not an option of {' or '.join(methods)}" if methods else "an option without a method"
                 raise ConfigError(label, where=f"{where}.{key}", hint=nearest(key, ["layers", "method", *known]))
         options = {name: {key: flat[key] for key in flat if key in fields[name]} | own.get(name, {}) for name in methods}
-        return {"layers": _patterns(rule["layers"], f"{where}.layers"), "method": methods, "options": options}
+        return {"layers": layer_patterns.parse(rule["layers"], f"{where}.layers"), "method": methods, "options": options}
 
     def _known_method(self, name: Any, where: str) -> None:
         if not isinstance(name, str):
@@ -364,34 +366,3 @@ def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def _patterns(layers: Any, where: str) -> list[str]:
-    patterns = [piece.strip() for item in (layers if isinstance(layers, list) else [layers]) for piece in _pieces(item, where)]
-    for pattern in patterns:
-        bounds = re.fullmatch(r"(\d+)\s*-\s*(\d+)", pattern)
-        if bounds and int(bounds[1]) > int(bounds[2]):
-            raise ConfigError(f"the range {pattern!r} is empty", where=where, hint=f"write '{bounds[2]}-{bounds[1]}'")
-        if not bounds and not pattern.isdecimal() and not re.search(r"[A-Za-z_*?\[]", pattern):
-            raise ConfigError(
-                f"{pattern!r} is not a layer pattern",
-                where=where,
-                hint="'3', '4-27', '0,2,5-7' or a glob such as 'model.layers.*.self_attn'",
-            )
-        if pattern.count("[") != pattern.count("]"):
-            raise ConfigError(f"{pattern!r} has an unbalanced bracket", where=where)
-    if not patterns:
-        raise ConfigError("names no layer", where=where, hint="'*' matches every site")
-    return patterns
-
-
-def _pieces(item: Any, where: str) -> list[str]:
-    if isinstance(item, bool) or not isinstance(item, str | int):
-        raise ConfigError(f"must be a layer pattern or a list of them, not {_show(item)}", where=where)
-    return str(item).split(",")
-
-
-def _pattern_matches(pattern: str, name: str, layer: int | None) -> bool:
-    if bounds := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", pattern):
-        return layer is not None and int(bounds[1]) <= layer <= int(bounds[2] or bounds[1])
-    return fnmatch.fnmatchcase(name, pattern)

@@ -1,4 +1,5 @@
-"""`sparsify cost`: what a model's prefill, decode and memory would be at which length, and what would be chosen. Nothing is run."""
+"""`sparsify cost`: what a model's prefill, decode and memory would be at which length, and what would be chosen; nothing is run.
+`sparsify calibrate errors`: what `max_error` is compared with."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from sparsify.errors import ConfigError
+from sparsify.errors import ConfigError, UnsupportedError
 
 DEFAULT_LENGTHS = "4K..1M"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -60,6 +62,46 @@ def run(given: argparse.Namespace, load_config: Callable[[argparse.Namespace], A
     else:
         width = 160 if not sys.stdout.isatty() else None
         print(forecast_report.table(found, width, given.why))
+    return 0
+
+
+def add_errors(commands: Any, common: argparse.ArgumentParser, load_config: Callable, load_model_and_tokens: Callable) -> None:
+    """The arguments of `calibrate errors`. The callables take the parsed arguments, as `sparsify.cli` has them."""
+    errors = commands.add_parser("errors", parents=[common], help="how far each lossy attention method leaves the exact result, by site")
+    errors.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
+    errors.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the prompts to come")
+    errors.add_argument("--chunk", metavar="N", type=int, default=4096, help="tokens a prompt (default: %(default)s)")
+    errors.add_argument("--max-tokens", metavar="N", type=int, default=32768, help="of the text (default: %(default)s)")
+    errors.add_argument("--save", metavar="FILE", help="write a plan file, or add to one")
+    errors.add_argument("--device", help="default: cuda where there is one")
+    errors.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
+    loaders = (load_config, load_model_and_tokens)
+    errors.set_defaults(run=lambda given: run_errors(given, *loaders), attention="sdpa", length=None)
+
+
+def run_errors(given: argparse.Namespace, load_config: Callable, load_model_and_tokens: Callable) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparsify import calibrate_errors
+    from sparsify.plan import Plan
+
+    if given.chunk < 1 or given.max_tokens < 1:
+        raise ConfigError("--chunk and --max-tokens are at least 1", where="calibrate errors")
+    _, options = load_config(given)
+    before = Plan.load(given.save) if given.save and Path(given.save).exists() else None
+    model, ids = load_model_and_tokens(given)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("errors", total=None)
+        show = lambda done, whole: bar.update(task, completed=done, total=whole)
+        errors = calibrate_errors.measure(model, ids, options, chunk=given.chunk, progress=show)
+    print(calibrate_errors.table(errors))
+    if given.save:
+        plan = calibrate_errors.plan_for(model, ids[:, : given.chunk], options, errors, before)
+        try:
+            plan.save(given.save)
+        except OSError as error:
+            raise UnsupportedError(f"cannot write the plan: {error.strerror}", where=given.save) from None
     return 0
 
 

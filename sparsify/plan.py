@@ -112,7 +112,7 @@ def acts_on(site_type: type, config: Config) -> bool:
     named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
     if config.plan:
         saved = {d.method for d in Plan.load(config.plan).rewritten}
-        named = saved | named if config.objective else saved
+        named = saved | named if config.objective is not None or config.max_error is not None else saved
     return any(methods[name].site_type is site_type for name in named if name in methods)
 
 
@@ -146,8 +146,10 @@ def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: di
     elif site.name in saved:
         decision = saved[site.name]
         wanted = [(decision.method, decision.options)] if decision.method else []
-        if config.objective is not None:
-            wanted += _measured_first(config.for_layer(site.name, site.layer, kind), decision.measured)
+        if config.objective is not None or config.max_error is not None:
+            configured = config.for_layer(site.name, site.layer, kind)
+            extra = [one for one in wanted if one[0] not in dict(configured)]
+            wanted = extra + _with_measured(configured, decision.measured)
         elif decision.method and methods.get(decision.method) and methods[decision.method].lossy and isinstance(site, AttentionSite):
             wanted += [("dense", {})]
     else:
@@ -161,11 +163,11 @@ def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: di
     return [m for m in made if not (config.exact and m.lossy)]
 
 
-def _measured_first(configured: list[tuple[str, dict[str, Any]]], measured: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The configured methods, each with the options that were measured where any were."""
+def _with_measured(configured: list[tuple[str, dict[str, Any]]], measured: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The configured methods, each followed by the other options of it that were measured."""
     wanted = []
     for name, options in configured:
-        wanted += [(name, one["options"]) for one in measured if one["method"] == name] or [(name, options)]
+        wanted += [(name, options), *((name, one["options"]) for one in measured if one["method"] == name)]
     return wanted
 
 
@@ -258,7 +260,7 @@ def _described(site: AttentionSite | FeedForwardSite, context: Context) -> tuple
     else:
         dense = lambda sizes: (work.attention(sizes, "sdpa"),)
         seconds = costs.seconds(dense(work.sizes_of(site)), context.device)
-        decision.dense_formula = costs.formula(dense, site, context.device) if context.formulas else ""
+        decision.dense_formula = costs.formula(dense, site, context.device) if context.formulas and not site.near_miss else ""
     decision.dense_seconds = number(seconds, size_hints(site))
     return decision, seconds
 

@@ -111,8 +111,15 @@ def test_a_method_beyond_the_error_is_refused_with_both_numbers(plan_file):
 def test_an_error_holds_for_the_options_that_it_was_measured_with(plan_file):
     file = plan_file(("xattention", {"stride": 16}, 0.01))
     decision = plan_for(site(131072), plan=file, max_error=0.05)
-    assert decision.method == "dense"
+    assert (decision.method, decision.options["stride"], decision.error) == ("xattention", 16, 0.01)
     assert decision.refusals[0].startswith("xattention: the plan has no measured error for it with these options here")
+    assert plan_for(site(131072), plan=file, max_error=0.001).method == "dense"
+
+
+def test_a_plan_without_bound_or_objective_decides_alone(plan_file):
+    file = plan_file(("sink_window", {}, 0.0))
+    assert plan_for(site(131072), passes=["sink_window"], plan=file).method == "xattention"
+    assert plan_for(site(131072), passes=["sink_window"], plan=file, max_error=0.1).method == "sink_window"
 
 
 def test_the_objective_takes_the_cheapest_of_what_the_error_allows(plan_file):

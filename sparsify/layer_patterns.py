@@ -1,0 +1,46 @@
+"""Patterns that say which layers a rule is for: `3`, `4-27`, `0,2,5-7`, or a glob on the site's path."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import Any
+
+from sparsify.errors import ConfigError
+
+
+def parse(layers: Any, where: str) -> list[str]:
+    """The single patterns of a rule's `layers`: a pattern, several with commas, or a list of these.
+
+    Raises:
+        ConfigError: something that is no pattern, at `where`.
+    """
+    patterns = [piece.strip() for item in (layers if isinstance(layers, list) else [layers]) for piece in _pieces(item, where)]
+    for pattern in patterns:
+        bounds = re.fullmatch(r"(\d+)\s*-\s*(\d+)", pattern)
+        if bounds and int(bounds[1]) > int(bounds[2]):
+            raise ConfigError(f"the range {pattern!r} is empty", where=where, hint=f"write '{bounds[2]}-{bounds[1]}'")
+        if not bounds and not pattern.isdecimal() and not re.search(r"[A-Za-z_*?\[]", pattern):
+            raise ConfigError(
+                f"{pattern!r} is not a layer pattern",
+                where=where,
+                hint="'3', '4-27', '0,2,5-7' or a glob such as 'model.layers.*.self_attn'",
+            )
+        if pattern.count("[") != pattern.count("]"):
+            raise ConfigError(f"{pattern!r} has an unbalanced bracket", where=where)
+    if not patterns:
+        raise ConfigError("names no layer", where=where, hint="'*' matches every site")
+    return patterns
+
+
+def _pieces(item: Any, where: str) -> list[str]:
+    if isinstance(item, bool) or not isinstance(item, str | int):
+        raise ConfigError(f"must be a layer pattern or a list of them, not {item!r}", where=where)
+    return str(item).split(",")
+
+
+def matches(pattern: str, name: str, layer: int | None) -> bool:
+    """Whether a site with this path and this number in it is meant."""
+    if bounds := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", pattern):
+        return layer is not None and int(bounds[1]) <= layer <= int(bounds[2] or bounds[1])
+    return fnmatch.fnmatchcase(name, pattern)
