@@ -18,13 +18,15 @@ FEATURES = {
     "causal": ("call", "work", "scores", "rows", "tail", "spill"),
     "lists": ("call", "work", "scores", "rows", "tail", "spill"),
     "window": ("call", "work", "rows", "tail"),
-    "decode": ("call", "bytes", "rows"),
-    "select": ("call", "work", "work8", "scratch", "prepare", "rows"),
+    "decode": ("call", "bytes", "rows", "tail"),
+    "select": ("call", "work", "work8", "scratch", "prepare", "passes", "rows"),
     "skip": ("call", "bytes", "rows"),
     "linear": ("call", "work", "bytes"),
     "stream": ("call", "bytes"),
     "elementwise": ("call", "bytes"),
 }
+# Not fitted: scratch grows with the estimate's work, so that times cannot tell them apart, and moves at the speed of a copy.
+_FIXED = {"scratch": 1.0}
 _ROUNDS = 6
 _HUBER = 0.05  # relative errors beyond this count linearly
 _PRIOR = 1e-3  # how much an earlier profile's coefficients weigh: a term that the calls do not tell apart stays where it was
@@ -57,16 +59,18 @@ def fit_family(family: str, samples: Sequence[Sample], device: Device, prior: di
     """Coefficients of one family by feature, those that are not zero."""
     rows = [sample.cell.works()[0].features(device) for sample in samples]
     allowed = FEATURES[family.rpartition("/")[2]]
-    names = [name for name in allowed if any(name in row for row in rows)]
+    fixed = {name: value for name, value in _FIXED.items() if name in allowed}
+    names = [name for name in allowed if name not in fixed and any(name in row for row in rows)]
     table = torch.tensor([[float(row.get(name, 0)) for name in names] for row in rows], dtype=torch.float64)
     seconds = torch.tensor([sample.seconds for sample in samples], dtype=torch.float64)
+    left = seconds - torch.tensor([sum(value * float(row.get(name, 0)) for name, value in fixed.items()) for row in rows])
     known = torch.tensor([prior.get(name, 0.0) for name in names], dtype=torch.float64)
-    found = relative_least_squares(table, seconds, known)
-    return {name: float(f"{value:.6g}") for name, value in zip(names, found.tolist(), strict=True) if value > 0}
+    found = relative_least_squares(table, seconds, known, left)
+    return fixed | {name: float(f"{value:.6g}") for name, value in zip(names, found.tolist(), strict=True) if value > 0}
 
 
-def relative_least_squares(table: Tensor, seconds: Tensor, prior: Tensor) -> Tensor:
-    """Coefficients x ≥ 0 with table · x near `seconds`, by relative error.
+def relative_least_squares(table: Tensor, seconds: Tensor, prior: Tensor, left: Tensor | None = None) -> Tensor:
+    """Coefficients x ≥ 0 with table · x near `left` (default: `seconds`), errors relative to `seconds`.
 
     Args:
         table: fp64 [samples, features]. seconds: fp64 [samples], positive. prior: fp64 [features], 0 where nothing is known.
@@ -75,7 +79,7 @@ def relative_least_squares(table: Tensor, seconds: Tensor, prior: Tensor) -> Ten
     size = scaled.norm(dim=0).clamp(min=1e-30)
     # in units of each feature's own size, and pulled a little towards the prior
     matrix = torch.cat([scaled / size, torch.diag(torch.full((len(size),), _PRIOR**0.5, dtype=torch.float64))])
-    wanted = torch.cat([torch.ones(len(seconds), dtype=torch.float64), _PRIOR**0.5 * prior * size])
+    wanted = torch.cat([(seconds if left is None else left) / seconds, _PRIOR**0.5 * prior * size])
     weights = torch.ones(len(wanted), dtype=torch.float64)
     best = torch.zeros(len(size), dtype=torch.float64)
     for _ in range(_ROUNDS):

@@ -17,6 +17,11 @@ from sparsify.costs import seconds
 from sparsify.hardware import Device
 from sparsify.work import AttentionSizes, Size
 
+# What the host needs, in launches' times. Eager: an operator of transformers' layers takes about three, for Python around it (8B prefills
+# of 1K tokens in benchmarks/results, which wait for the host). Compiled, a decode step that is waited for: guards, the graph's launch and
+# the token's way back (8B decode there, beside the same steps in one go).
+_EAGER_LAYER, _STEP = 130, 120
+
 # Kernels between the matrix products of a layer's decode step: two norms with their residual sums, the rotation, the cache's store and
 # the activation.
 _SMALL_KERNELS = 5
@@ -128,7 +133,8 @@ def model_prefill_seconds(
     layer = sympy.Add(*(linear_seconds(device, tokens, i, o, shape.dtype) for i, o in shape.attention_matrices + shape.ffn_matrices))
     layer += seconds(work.elementwise(tokens * _elements(shape, compiled) * shape.dtype.itemsize), device)
     head = linear_seconds(device, batch, shape.hidden, shape.vocab, shape.dtype)
-    return sympy.sympify(shape.layers * layer + head + _attention(shape, device, attention, length, length, batch))
+    total = sympy.sympify(shape.layers * layer + head + _attention(shape, device, attention, length, length, batch))
+    return total if compiled else work.largest(total, shape.layers * _EAGER_LAYER * device.launch)
 
 
 def model_decode_seconds(
@@ -140,11 +146,13 @@ def model_decode_seconds(
     attention: Any = None,
     ffn_share: Any = 1,
     skipping: bool = False,
+    waited: bool = True,
 ) -> sympy.Expr:
     """Seconds of one decode step in a CUDA graph, each of `batch` sequences having `key_len` keys.
 
     Args:
         attention: as in `model_prefill_seconds`; `costs.decode_seconds(shape.attention(1, n), device, kept=budget)` is one over a cache.
+        waited: the host waits for every token, as `generate` does; False: the device's time alone.
         ffn_share, skipping: share of the feed-forward blocks that is computed; `skipping` says that ffn_skip's kernels run them.
     """
     step = sympy.Add(*(linear_seconds(device, batch, i, o, shape.dtype) for i, o in shape.attention_matrices))
@@ -156,7 +164,8 @@ def model_decode_seconds(
     small = seconds(work.elementwise(batch * _elements(shape, True) * shape.dtype.itemsize / _SMALL_KERNELS), device)
     step += _SMALL_KERNELS * small
     head = linear_seconds(device, batch, shape.hidden, shape.vocab, shape.dtype)
-    return sympy.sympify(shape.layers * step + head + _attention(shape, device, attention, 1, key_len, batch))
+    host = _STEP * device.launch if waited else 0
+    return sympy.sympify(shape.layers * step + head + host + _attention(shape, device, attention, 1, key_len, batch))
 
 
 def _attention(shape: ModelShape, device: Device, given: Any, query_len: Size, key_len: Size, batch: Size) -> sympy.Expr:

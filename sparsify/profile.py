@@ -5,15 +5,17 @@ coefficients and a formula stays short enough to print:
 
     feature   is                                                                          coefficient
     call      1                                                                           seconds of a call, however small
-    work      FLOPs of whole tiles / matrix ceiling, at least the longest tile's          1 / efficiency
+    work      FLOPs of whole tiles / matrix ceiling, in whole waves over the processors   1 / efficiency
     scores    softmax entries / matrix ceiling                                            FLOPs that an entry costs
     work8     8-bit operations / twice the matrix ceiling                                 1 / efficiency
     bytes     bytes that must move / bandwidth                                            1 / efficiency
     scratch   bytes of scratch written and read / bandwidth                               1 / efficiency
     prepare   bytes moved by passes before the main kernel / bandwidth                    1 / efficiency
+    passes    passes over the operands before the main kernel                              seconds of a pass, however small
     rows      row tiles / processors                                                      seconds of a tile beside its work
-    tail      FLOPs of the longest tile / one processor's ceiling                         share of it that others wait for
-    spill     work · share of a KV head's keys and values that the L2 cache cannot hold   share of it that is added
+    tail      time that others wait for the longest tile, or for what one processor reads alone, share of that wait
+              at worst
+    spill     work · log2(a KV head's keys and values / half of the L2 cache), 3 at most  share of it that is added
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sparsify.errors import ProfileError
 
 FORMAT = 1
-FEATURES = ("call", "work", "scores", "work8", "bytes", "scratch", "prepare", "rows", "tail", "spill")
+FEATURES = ("call", "work", "scores", "work8", "bytes", "scratch", "prepare", "passes", "rows", "tail", "spill")
 _MOST = 1e6  # no coefficient of a real device comes near
 
 

@@ -25,7 +25,8 @@ BLOCK = 128
 _PLAIN_SECONDS = 5e-3  # calls longer than this are timed one by one
 _GRAPH_SECONDS = 3e-3  # shorter ones so many in a graph that it takes about so long
 _MOST_CALLS = 64
-_LOAD_SECONDS = 0.04
+_LOAD_SECONDS = 0.15
+_MOST_RUNS = 24
 _REPLAYS = 5
 _CACHES = 3  # operands that a model would read from memory are copied until they fill the L2 cache so often
 _FFN_BLOCKS = 8
@@ -51,14 +52,18 @@ def measure(cell: Cell, device: str, *, replays: int = _REPLAYS) -> Sample:
         ProfileError: nothing here runs this call.
     """
     call = prepare(cell, device)
-    return Sample(call.cell, seconds(call.run, device, replays=replays) / call.count)
+    load = _LOAD_SECONDS if any(one.flops != 0 or one.flops8 != 0 for one in cell.works()) else 0.0
+    return Sample(call.cell, seconds(call.run, device, replays=replays, under_load=load, short=call.count > 1) / call.count)
 
 
 @torch.no_grad()
-def seconds(run: Callable[[], Any], device: str, *, replays: int = _REPLAYS, under_load: float = _LOAD_SECONDS) -> float:
+def seconds(
+    run: Callable[[], Any], device: str, *, replays: int = _REPLAYS, under_load: float = _LOAD_SECONDS, short: bool = False
+) -> float:
     """Median seconds of `run`, whatever it compiles or allocates at first left out.
 
     Args:
+        short: a graph is made however long the call takes at first: many small kernels wait for the host.
         under_load: on a GPU calls are repeated for so long, and the second half counts: at the power limit the clock falls within tens of
             milliseconds, and a model keeps the device there.
     """
@@ -67,14 +72,12 @@ def seconds(run: Callable[[], Any], device: str, *, replays: int = _REPLAYS, und
         return statistics.median(_wall(run) for _ in range(replays))
     run()
     first = _events(run)
-    if first >= _PLAIN_SECONDS:
-        return statistics.median([_events(run) for _ in range(2 if first > 0.2 else 3)])
+    if first >= _PLAIN_SECONDS and not short:
+        return _settled(run, max(2, min(_MOST_RUNS, math.ceil(under_load / first))))
     calls = max(1, min(_MOST_CALLS, int(_GRAPH_SECONDS / max(first, 1e-6))))
     graph = _graph(run, calls)
     graph.replay()
-    replays = max(replays, int(under_load / (first * calls)))
-    times = _back_to_back(graph.replay, replays)
-    return statistics.median(times[len(times) // 2 :]) / calls
+    return _settled(graph.replay, max(replays, int(under_load / _events(graph.replay)))) / calls
 
 
 def _wall(run: Callable[[], Any]) -> float:
@@ -91,6 +94,12 @@ def _events(run: Callable[[], Any]) -> float:
     end.record()
     torch.cuda.synchronize()
     return 1e-3 * begin.elapsed_time(end)
+
+
+def _settled(run: Callable[[], Any], count: int) -> float:
+    """Median seconds over the second half of `count` runs."""
+    times = _back_to_back(run, count)
+    return statistics.median(times[len(times) // 2 :])
 
 
 def _back_to_back(run: Callable[[], Any], count: int) -> list[float]:

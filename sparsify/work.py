@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,12 @@ import torch
 from sparsify.hardware import Device
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
+# kernels that a variant of the estimate launches besides: the mean over a group; the keys' mean, and rounding of queries and of keys
+_PASSES = {"group": 1, "int8": 3}
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
+# kernels whose decode step cuts the keys of one head into stretches for many processors
+_SPLITTING = {"sdpa", "cache"}
+_MOST_SPILL = 8
 _ZERO = sympy.Integer(0)
 
 Size = int | sympy.Expr
@@ -76,8 +82,9 @@ class Work:
 
     family: whose coefficients apply, `kernel/kind`. dtype: of the operands. flops: matrix FLOPs of whole tiles. longest: those of the
     longest tile, which one processor computes alone. scores: softmax entries. flops8: operations on 8-bit numbers. size: bytes that must
-    move. scratch, prepare: bytes of scratch, and of passes over the operands before the main kernel. rows: row tiles. kept: bytes of one KV
-    head's keys and values, which rows read again and again; 0 where nothing is read twice.
+    move. stream: of those, what one processor reads alone. scratch: bytes of scratch. prepare, passes: bytes that passes over the operands
+    move before the main kernel, and how many there are. rows: row tiles. tiles: tiles that all take as long as the longest, one at a
+    time on a processor. kept: bytes of one KV head's keys and values, which rows read again and again; 0 where nothing is read twice.
     """
 
     family: str
@@ -87,17 +94,26 @@ class Work:
     scores: sympy.Expr = _ZERO
     flops8: sympy.Expr = _ZERO
     size: sympy.Expr = _ZERO
+    stream: sympy.Expr = _ZERO
     scratch: sympy.Expr = _ZERO
     prepare: sympy.Expr = _ZERO
+    passes: int = 0
     rows: sympy.Expr = _ZERO
+    tiles: sympy.Expr = _ZERO
     kept: sympy.Expr = _ZERO
 
     def features(self, device: Device) -> dict[str, sympy.Expr]:
         """The terms that a profile has coefficients for, in seconds but for `call` and `rows`; see `sparsify.profile`."""
         ceiling = device.matrix_flops(self.dtype)
-        alone = self.longest * device.processors / ceiling
-        work = largest(self.flops / ceiling, alone) if self.longest != 0 else self.flops / ceiling
-        missed = largest(0, 1 - device.l2_bytes / self.kept) if self.kept != 0 else _ZERO
+        even, alone = self.flops / ceiling, self.longest * device.processors / ceiling
+        work, tail = even, self.stream * device.processors / device.bandwidth
+        if self.tiles != 0:
+            work = sympy.ceiling(self.tiles / device.processors) * alone
+        elif alone != 0:
+            work, tail = largest(even, alone), _tail(even, alone, self.rows / device.processors)
+        # half of the cache: the other half holds what else is in flight; at eight times that, all that can miss does
+        times = 2 * self.kept / device.l2_bytes
+        missed = sympy.log(largest(1, smallest(_MOST_SPILL, times))) / math.log(2) if self.kept != 0 else _ZERO
         found = {
             "call": sympy.Integer(1),
             "work": work,
@@ -106,19 +122,39 @@ class Work:
             "bytes": self.size / device.bandwidth,
             "scratch": self.scratch / device.bandwidth,
             "prepare": self.prepare / device.bandwidth,
+            "passes": sympy.Integer(self.passes),
             "rows": self.rows / device.processors,
-            "tail": alone,
+            "tail": tail,
             "spill": work * missed,
         }
         return {name: term for name, term in found.items() if term != 0}
+
+
+def _tail(even: sympy.Expr, alone: sympy.Expr, waves: sympy.Expr) -> sympy.Expr:
+    """How long processors wait at the end of a causal launch, at worst: the longest tile's time, less the fewer tiles a processor has.
+
+    even: seconds when all processors share the work. alone: of the longest tile. waves: tiles a processor; with one or none, `alone` is all
+    the launch takes. Rows of a causal tile grow evenly, so that one wave holds half of its longest tile's work on average.
+    """
+    return largest(0, alone * (1 - 1 / (2 * waves)) - largest(0, alone - even))
 
 
 def pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
     """Query-key pairs of one head: the causal part of the rectangle, or the band of a window."""
     rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
     every = rows * (keys - rows / 2) if sizes.causal else rows * keys
-    band = window or sizes.window
-    return smallest(every, rows * smallest(band, keys)) if band else every
+    return every - _beyond(sizes, window or sizes.window, 0)
+
+
+def _beyond(sizes: AttentionSizes, band: Size | None, margin: Size) -> sympy.Expr:
+    """Pairs that a band of keys takes from the causal ones: those further back than `band + margin` keys."""
+    if not band:
+        return _ZERO
+    rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
+    past = lambda position: largest(0, position - band - margin)
+    if not sizes.causal:
+        return rows * past(keys)
+    return (past(keys) ** 2 - past(keys - rows) ** 2) / 2
 
 
 def computed_pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
@@ -126,9 +162,8 @@ def computed_pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.E
     rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
     rows = largest(rows, TILE) if not rows.is_number or rows < TILE else rows
     every = rows * (keys - rows / 2 + sympy.Rational(TILE, 2)) if sizes.causal else rows * keys
-    band = window or sizes.window
-    # both edges of a band cut blocks, and the sinks are one more
-    return smallest(every, rows * (band + 2 * TILE)) if band else every
+    # both edges of a band cut blocks, and the sinks are one more; the diagonal's half block is in `every`
+    return every - _beyond(sizes, window or sizes.window, 2 * TILE - TILE // 2)
 
 
 def operand_bytes(site: Any) -> sympy.Expr:
@@ -181,6 +216,7 @@ def decode(site: Any, kernel: str, kept: Size | None = None) -> Work:
         family=f"{kernel}/decode",
         dtype=s.dtype,
         size=sympy.sympify(read * s.dtype.itemsize),
+        stream=_ZERO if kernel in _SPLITTING else sympy.sympify(slots * (s.qk_head_dim + s.v_head_dim) * s.dtype.itemsize),
         rows=sympy.sympify(s.batch * s.kv_heads),
     )
 
@@ -215,9 +251,11 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
         flops=_ZERO if eight else flops,
         flops8=flops if eight else _ZERO,
         longest=_ZERO if eight else sympy.sympify(tile),
+        tiles=_ZERO if eight else sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
         size=operand_bytes(s) / 2,
         scratch=2 * sums + lists,
         prepare=_prepared(s, span // stride, scored, variants),
+        passes=sum(_PASSES.get(variant, 0) for variant in variants),
         rows=sympy.sympify(s.batch * s.query_heads) * blocks,
     )
 
