@@ -149,8 +149,12 @@ def _serve(op: str):
     return call
 
 
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
+def _out_of_memory(error: BaseException | None) -> bool:
+    """torch has an error of its own for devices; its CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, KernelError):
+        return _out_of_memory(error.__cause__)
+    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 @functools.cache
@@ -165,7 +169,7 @@ def _or_every_block(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..
     def call(query: Tensor, key: Tensor, **options):
         try:
             return select(query, key, **options)
-        except (torch.OutOfMemoryError, KernelError) as error:
+        except (RuntimeError, MemoryError, KernelError) as error:
             if _strict.get() or not _out_of_memory(error):
                 raise
         # here the error's frames, and what they hold on the device, are gone

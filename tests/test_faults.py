@@ -112,6 +112,34 @@ def test_an_estimate_without_memory_leaves_attention_dense(broken, caplog, error
         attend(inputs, strict=True)
 
 
+@pytest.mark.parametrize("error", [None, MemoryError("17 GiB")], ids=["allocator", "python"])
+def test_an_estimate_without_memory_on_a_cpu_leaves_attention_dense(monkeypatch, caplog, error):
+    """torch's CPU allocator raises a plain RuntimeError."""
+    launch._warn_dense.cache_clear()
+
+    def greedy(call):
+        if error is not None:
+            raise error
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    inputs = operands()
+    dense = attention(*inputs)
+    monkeypatch.setattr(reference_select, "importance", greedy)
+    torch.testing.assert_close(attend(inputs), dense, atol=1e-5, rtol=1e-5)
+    assert caplog.text.count("every block is visited") == 1
+    with pytest.raises((RuntimeError, MemoryError), match="allocate memory|17 GiB"):
+        attend(inputs, strict=True)
+
+
+def test_other_errors_of_an_estimate_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    def broken(call):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(reference_select, "importance", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        attend(operands())
+
+
 def test_strict_models_and_others_live_in_one_process(broken):
     """Being strict is a matter of the model that is called, not of the one that was compiled last."""
     broken["select_blocks"] = torch.OutOfMemoryError("no")
