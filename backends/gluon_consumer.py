@@ -95,6 +95,11 @@ def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, rel
 #else
     top, total, p, shrink = _softmax(s, top, total, scale, MASKED)
 #end
+#if pinned
+    # never true, which ptxas cannot know: where a basic block ends, it does not move the wait up before the exponentials
+    while message < 0:
+        message = _read(block_message.index(key_stage))
+#end
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     mbarrier.arrive(value_empty.index(value_stage), count=1)
     value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
@@ -243,6 +248,12 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
                 follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, release, True, False)
             while follows == 2:
                 follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, release, False, False)
+#if twice
+                if follows == 2:
+                    follows, state = _turn(
+                        query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, release, False, False
+                    )
+#end
         key_stage, key_phase, value_stage, value_phase, top, total, acc, weights = state
         before = query_stage
         query_stage, query_phase = _next(query_stage, query_phase, QUERY_STAGES)
@@ -268,6 +279,10 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         mbarrier.arrive(key_empty.index(key_stage), count=1)
         key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
         top, total, next_weights = _first_softmax(s, message >> 2, rows, key_len, clauses, scale, cap)
+#if pinned
+        while message < 0:
+            message = _read(block_message.index(key_stage))
+#end
 #end
         acc = warpgroup_mma_wait(0, deps=[acc_token])
         mbarrier.arrive(value_empty.index(value_stage), count=1)

@@ -29,6 +29,7 @@ class GluonTuning:
     walker: a warp of its own draws tiles and reads block lists, up to `walk_stages` blocks ahead of the loads.
     across_tiles: a tile's first Q·K runs beside the last P·V of the tile before.
     rotate: a tile's walk along its list begins where the tiles that run beside it are by then, and wraps around.
+    pinned: exponentials are computed while the last block's P·V runs, whatever ptxas prefers.
     order: "heads" finishes all rows of a KV head before the next (K and V stay in L2), long rows first; "snake" begins every other KV
         head with its short rows, so that tiles do not fall into step; "rows" takes the long rows of all heads first.
     consumer_registers, producer_registers: registers of a thread after the kernel's redistribution (setmaxnreg).
@@ -44,6 +45,8 @@ class GluonTuning:
     walk_stages: int = 8
     across_tiles: bool = False
     rotate: bool = False
+    pinned: bool = False
+    twice: bool = False
     order: str = "heads"
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -141,6 +144,8 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "rows_first": tuning.order == "rows",
         "walker": tuning.walker,
         "across_tiles": tuning.across_tiles,
+        "pinned": tuning.pinned,
+        "twice": tuning.twice,
         "rotate": tuning.rotate and spec.lists,
         "snake": tuning.order == "snake",
     }

@@ -33,19 +33,30 @@ _WARM_MS, _SAMPLE_MS = 120.0, 180.0  # at the power limit clocks fall within ten
 _V3 = GluonTuning(output_in_query=True, value_stages=3)
 _WALK = GluonTuning(walker=True)
 _ACROSS = replace(_WALK, across_tiles=True)
+_PINNED = replace(_V3, pinned=True)
+_64 = GluonTuning(key_stages=4, value_stages=4)
 ATTENTION = {
     "default": GluonTuning(),
     "v3": _V3,
     "k3": GluonTuning(output_in_query=True, key_stages=3),
     "snake": GluonTuning(order="snake"),
-    "walker16": replace(_WALK, walk_stages=16),
-    "across": GluonTuning(across_tiles=True),
     "walker_across": replace(_WALK, across_tiles=True),
-    "walker_across_v3": replace(_V3, walker=True, across_tiles=True),
-    "rotate": GluonTuning(rotate=True),
+    "pinned": GluonTuning(pinned=True),
+    "pinned_v3": _PINNED,
+    "pinned_k3": GluonTuning(output_in_query=True, key_stages=3, pinned=True),
+    "twice_pinned": GluonTuning(pinned=True, twice=True),
+    "twice_pinned_v3": replace(_PINNED, twice=True),
+    "pinned_walker_across": replace(_WALK, across_tiles=True, pinned=True),
+    "pinned_v3_no_delay": replace(_PINNED, value_delay=0),
+}
+ATTENTION_64 = {
+    "k4v4": _64,
+    "k4v4_pinned": replace(_64, pinned=True),
+    "k4v4_twice_pinned": replace(_64, pinned=True, twice=True),
+    "k3v3_pinned": GluonTuning(key_stages=3, value_stages=3, pinned=True),
 }
 # without lists a walk is neither rotated nor slowed by reading
-DENSE = ("default", "v3", "walker_across", "walker_across_v3")
+DENSE = ("default", "v3", "walker_across", "pinned", "pinned_v3", "twice_pinned", "twice_pinned_v3")
 _WIDE = Tiling(128, 256, 8, 4, 1, True)
 _CHOICE = {"columns": 256, "unrolled": True, "early": True}
 SCORE = {
@@ -62,10 +73,13 @@ SCORE = {
     "fused_early_unrolled_256": replace(_WIDE, fused=True, band=32, **_CHOICE),
 }
 _WORKLOADS = {
-    "sparse_128k_.05": (131072, 0.05),
-    "sparse_64k_.02": (65536, 0.02),
-    "sparse_64k_.05": (65536, 0.05),
-    "dense_64k": (65536, None),
+    "sparse_128k_.05": (131072, 0.05, 128),
+    "sparse_64k_.02": (65536, 0.02, 128),
+    "sparse_64k_.05": (65536, 0.05, 128),
+    "dense_64k": (65536, None, 128),
+    "dense_8k": (8192, None, 128),
+    "dense_32k_dim_64": (32768, None, 64),
+    "sparse_64k_.05_dim_64": (65536, 0.05, 64),
 }
 
 
@@ -73,6 +87,7 @@ def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
     """Cases by name, as `kernel_timing.workloads`."""
     if section == "lever_check":
         attention = {f"attention {name}": lambda one=one: _check_attention(one) for name, one in ATTENTION.items()}
+        attention |= {f"attention {name}": lambda one=one: _check_attention(one, 64) for name, one in ATTENTION_64.items()}
         return attention | {f"score {name}": lambda one=one: _check_score(one) for name, one in SCORE.items()}
     if section == "estimate":
         return {"matrix_product": _ceiling, "estimate_128k_stride_16": lambda: _estimate(131072, 16, "max"), "memory": _memory}
@@ -97,13 +112,13 @@ def _kept(variants: dict[str, Any], kind: str) -> dict[str, Any]:
     return {name: one for name, one in variants.items() if f"{kind} {name}" not in skipped}
 
 
-def _check_attention(tuning: GluonTuning) -> dict[str, Any]:
+def _check_attention(tuning: GluonTuning, dim: int = 128) -> dict[str, Any]:
     calls = {
         "lists": kernel_checks.Call(heads=32, kv_heads=8, query_len=3000, key_len=3000, density=0.2, tuning=tuning),
         "dense": kernel_checks.Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, tuning=tuning),
         "empty": kernel_checks.Call(heads=8, kv_heads=2, query_len=1000, key_len=1000, density=0.03, tuning=tuning),
     }
-    found = {name: kernel_checks.check(call) for name, call in calls.items()}
+    found = {name: kernel_checks.check(replace(call, head_dim=dim)) for name, call in calls.items()}
     problems = [f"{name}: {values['problems']}" for name, values in found.items() if not values.get("ok")]
     return {"served": True, "ok": not problems, "problems": "; ".join(problems), "error": max(v.get("error", 0.0) for v in found.values())}
 
@@ -199,18 +214,18 @@ def _table(found: dict[str, dict[str, float]], flops: float, differences: dict[s
     return values | {f"{name}_difference": value for name, value in differences.items() if not value < 0.02}
 
 
-def _attention(length: int, density: float | None) -> dict[str, Any]:
+def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
     from benchmarks import kernel_timing
 
-    query, key, value = kernel_timing.inputs(length)
-    flops, lists = 4 * length * length * 128 * 32 / 2, None
+    query, key, value = kernel_timing.inputs(length, dim)
+    flops, lists = 4 * length * length * dim * 32 / 2, None
     if density is not None:
         keep = kernel_timing.random_blocks(length, density)
-        lists, flops = kernel_checks.block_lists(keep), 4 * 128 * 128 * 128 * int(keep.sum())
+        lists, flops = kernel_checks.block_lists(keep), 4 * 128 * 128 * dim * int(keep.sum())
         del keep
     call = kernel_timing.options(query, lists)
-    variants = {name: one for name, one in _kept(ATTENTION, "attention").items() if density is not None or name in DENSE}
-    if density is not None and density > 0.2:
+    variants = _kept(ATTENTION if dim == 128 else ATTENTION_64, "attention")
+    if dim == 128 and density is None:
         variants = {name: one for name, one in variants.items() if name in DENSE}
     runs = {name: lambda one=one: gluon_attention.launch(query, key, value, tuning=one, **call)[0] for name, one in variants.items()}
     expected, differences, absent = None, {}, {}
