@@ -157,16 +157,25 @@ def propose(table: Tensor, share: float, cold: tuple[int, int] | None = None) ->
     return min(tried, key=lambda one: one.lost)
 
 
-def plan_for(model: nn.Module, ids: Tensor, proposal: Proposal, options: dict[str, Any], warmup: int) -> Plan:
-    """A plan with the configured methods on attention and the proposal on every feed-forward block that it may act on."""
+def plan_for(model: nn.Module, ids: Tensor, proposal: Proposal, options: dict[str, Any], warmup: int, table: Tensor | None = None) -> Plan:
+    """A plan with the configured methods on attention and the proposal on every feed-forward block that it may act on.
+
+    table: from `similarities`; each block's error is then recorded for `max_error`: the mean of 1 - cosine over the tokens that skip it.
+    """
     passes = [name for name in options.get("passes", ("xattention", "dense")) if name != "ffn_skip"]
     plan = api.explain(model, options={**options, "passes": [*passes, "ffn_skip"]}, input_ids=ids, use_cache=False)
     blocks = [d for d in plan.decisions if d.kind == "ffn"]
+    chosen = proposal.options() | {"warmup": warmup}
+    skipped = None if table is None else simulate(table, proposal.cold_first, proposal.cold_last, proposal.threshold, proposal.skip)
     for index, decision in enumerate(blocks):
         if proposal.cold_first <= index < len(blocks) - proposal.cold_last:
-            chosen = proposal.options() | {"warmup": warmup}
+            measured = []
+            if skipped is not None:
+                error = (1 - table[index][skipped[index]]).mean().item() if skipped[index].any() else 0.0
+                measured = [{"method": "ffn_skip", "options": chosen, "error": error}]
+            reason = f"calibrated for a skip share of {proposal.share:.0%}"
             plan.decisions[plan.decisions.index(decision)] = dataclasses.replace(
-                decision, method="ffn_skip", options=chosen, reason=f"calibrated for a skip share of {proposal.share:.0%}", refusals=[]
+                decision, method="ffn_skip", options=chosen, reason=reason, refusals=[], measured=measured
             )
     return plan
 

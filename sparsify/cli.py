@@ -327,7 +327,7 @@ def _calibrate_ffn(given: argparse.Namespace) -> int:
         calibrate.plot(table, proposal, given.plot)
     if given.save:
         try:
-            calibrate.plan_for(model, ids[:, : given.chunk], proposal, options, given.warmup).save(given.save)
+            calibrate.plan_for(model, ids[:, : given.chunk], proposal, options, given.warmup, table).save(given.save)
         except OSError as error:
             raise UnsupportedError(f"cannot write the plan: {error.strerror}", where=given.save) from None
     return SAME

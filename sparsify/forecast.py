@@ -24,6 +24,8 @@ from sparsify.plan import Decision, acts_on, make_plan
 from sparsify.sites import AttentionSite, FeedForwardSite
 
 PREFILL, DECODE = "prefill", "decode"
+# Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
+_STORE_LAUNCHES = (30, 90)
 _SMALL_KERNELS = 5  # between the products of a layer's decode step: two norms with their sums, rotation, the cache's store, activation
 
 
@@ -247,10 +249,13 @@ class Forecaster:
         return kernels * float(costs.seconds(work.elementwise(size), self.context.device))
 
     def _store(self, site: CacheSite) -> float:
-        """A prompt's keys scored, and what stays of keys and values copied."""
-        scored = site.batch * site.kv_heads * site.query_len * site.qk_head_dim
+        """A prompt's keys scored, where the policy looks at them, and what stays of keys and values copied."""
+        observed = site.store.args[0] is not None
+        keys = site.batch * site.kv_heads * site.query_len * site.qk_head_dim
         kept = site.batch * site.kv_heads * site.key_len * (site.qk_head_dim + site.v_head_dim)
-        return float(costs.seconds(work.elementwise((scored + 2 * kept) * site.dtype.itemsize), self.context.device))
+        moved = (2 * keys * observed + 2 * kept) * site.dtype.itemsize
+        device = self.context.device
+        return float(costs.seconds(work.elementwise(moved), device)) + _STORE_LAUNCHES[observed] * device.launch
 
     def _windowed(self, site: CacheSite) -> float:
         """A prompt's attention under a policy whose rows see sinks and a window."""

@@ -7,6 +7,7 @@ import torch
 
 from sparsify import calibrate, cli
 from sparsify.errors import UnsupportedError
+from sparsify.plan import Plan
 from tests.harness import run, strict
 from tests.tiny_models import VOCAB, build
 
@@ -80,6 +81,12 @@ def test_the_command_writes_a_plan_that_acts(tmp_path, capsys):
     assert (tmp_path / "plot.png").stat().st_size > 1000
     got = run(model, lambda m: m(input_ids=torch.tensor([[5]]), use_cache=False), strict(plan=str(tmp_path / "plan.json")))
     assert 2 <= got.rewritten("ffn_skip") <= 4
+    errors = [one["error"] for d in Plan.load(tmp_path / "plan.json").decisions for one in d.measured]
+    assert len(errors) == got.rewritten("ffn_skip") and all(0 <= error < 2 for error in errors) and max(errors) > 0
+    least = strict(plan=str(tmp_path / "plan.json"), max_error=sorted(errors)[0])
+    bounded = run(model, lambda m: m(input_ids=torch.tensor([[5]]), use_cache=False), least)
+    assert 1 <= bounded.rewritten("ffn_skip") < got.rewritten("ffn_skip")
+    assert any("exceeds max_error" in refusal for refusal in bounded.refusals())
 
 
 def test_a_bad_share_is_refused(tmp_path, capsys):
