@@ -6,12 +6,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._inductor import list_mode_options
 from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from benchmarks import records
@@ -41,10 +43,7 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
     cache = make(options, network, batch)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # torch takes mode or options, but not both; sparsify takes the mode among its options
-    mode = {"mode": options.mode} if options.mode else {}
-    settings = {"options": {"strict": True, **mode}} if backend == "sparsify" else mode
-    forward = torch.compile(network, backend=backend, fullgraph=True, **settings)
+    forward = torch.compile(network, backend=backend, fullgraph=True, options=_compile_options(options, backend))
     token = torch.ones(batch, 1, dtype=torch.int64, device=options.device)
 
     def step(token: torch.Tensor) -> torch.Tensor:
@@ -63,6 +62,8 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
                 token = step(token)
             _wait(options.device)
             times.append(1e3 * (time.perf_counter() - start) / every)
+    if options.profile and options.device == "cuda":
+        profile(step, token)
     values = {
         "ms_per_token": statistics.median(loop),
         "ms_per_token_read_back": statistics.median(read),
@@ -75,13 +76,48 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
     }
-    facts = {"variant": variant, "batch": batch, "prompt": options.prompt, "budget": options.budget, "policy": options.policy}
+    facts = {
+        "variant": variant,
+        "tuned": options.tune,
+        "batch": batch,
+        "prompt": options.prompt,
+        "budget": options.budget,
+        "policy": options.policy,
+    }
     if kind != "sparse":
         facts |= {"budget": None, "policy": None}
     print(facts, values, flush=True)
     records.append(
         options.out, "decode_model", **facts, shape=options.shape, layers=network.config.num_hidden_layers, mode=options.mode, **values
     )
+
+
+def _compile_options(options: argparse.Namespace, backend: str) -> dict[str, Any]:
+    """With `tune`, Inductor turns the products of one row into reductions of its own, fused with what surrounds them, and tunes those."""
+    tuned = {"coordinate_descent_tuning": True} if options.tune else {}
+    if backend == "sparsify":
+        return {"strict": True, **({"mode": options.mode} if options.mode else {}), "inductor": tuned}
+    # torch takes a mode or options, but not both
+    return {**(list_mode_options(options.mode) if options.mode else {}), **tuned}
+
+
+def profile(step: Callable[[torch.Tensor], torch.Tensor], token: torch.Tensor) -> None:
+    """Prints the kernels of one token by their time, and what the device waited between them."""
+    runs, spans, found = 4, [], {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            token = step(token)
+        torch.cuda.synchronize()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end))
+            count, spent = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, spent + event.time_range.elapsed_us()
+    spans.sort()
+    busy, gaps = sum(end - start for start, end in spans), sum(max(0, b[0] - a[1]) for a, b in itertools.pairwise(spans))
+    print(f"busy {busy / runs / 1e3:.2f} ms a token, {gaps / runs / 1e3:.2f} ms between {len(spans) / runs:.0f} kernels")
+    for name, (count, spent) in sorted(found.items(), key=lambda entry: -entry[1][1])[:25]:
+        print(f"{count / runs:6.1f} a token, {spent / count:8.2f} us each, {spent / runs / 1e3:6.3f} ms  {name[:100]}")
 
 
 def _sparse(options: argparse.Namespace, network: LlamaForCausalLM, batch: int) -> SparseCache:

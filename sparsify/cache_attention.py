@@ -152,7 +152,8 @@ def _attend(
 ) -> Tensor:
     """Output [batch, query_heads, query_len, v_head_dim]; the call's tokens are stored after their queries attended."""
     layout, empty = layer.layout, not layer.started
-    layer.started = True
+    if empty:  # compiled code would write it back at every token
+        layer.started = True
     shape = {"window": layout.window, "sinks": layout.sinks if layout.window else 0}
     how = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
     turning = {"inverse_frequencies": layer.inverse_frequencies if layout.turn_sinks else None}
