@@ -84,9 +84,7 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any])
     return serves(query, key, value, options, capability, triton_release())
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, into: tuple[Tensor, Tensor] | None = None, **options
-) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, *, into: tuple[Tensor, Tensor] | None = None, **options) -> tuple[Tensor, Tensor]:
     """The op by the Gluon kernel where it serves the call, else by the plain Triton kernel.
 
     Args:
@@ -309,16 +307,25 @@ def _descriptors(spec: GluonSpec, query: Tensor, key: Tensor, value: Tensor, out
 
 def _descriptor(tensor: Tensor, rows: int, columns: int):
     """A descriptor for tiles of `rows` by `columns` of one head of [batch, heads, length, dim]."""
+    if not copyable(tensor):
+        tensor = tensor.contiguous()
+    kind, fields = _descriptor_fields(tuple(tensor.shape), tensor.stride(), tensor.dtype, rows, columns)
+    descriptor = object.__new__(kind)  # its fields were checked when they were made, and `copyable` checks the address
+    descriptor.__dict__.update(fields, base=tensor)
+    return descriptor
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptor_fields(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int):
+    """The descriptor's class and all its fields but the tensor: checking them takes longer than a short prompt's attention."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    if not copyable(tensor):
-        tensor = tensor.contiguous()
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    shape = list(tensor.shape)
     # the stride of a dimension of size one is never used, yet must be a multiple of 16 bytes
-    strides = [8 * columns if size == 1 and i < 3 else stride for i, (size, stride) in enumerate(zip(shape, tensor.stride()))]
-    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, columns], layout)
+    valid = [8 * columns if size == 1 and i < 3 else stride for i, (size, stride) in enumerate(zip(shape, strides))]
+    like = torch.empty(0, dtype=dtype)
+    return TensorDescriptor, dict(vars(TensorDescriptor(like, list(shape), valid, [1, 1, rows, columns], layout)))
 
 
 def copyable(tensor: Tensor) -> bool:

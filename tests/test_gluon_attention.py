@@ -132,3 +132,15 @@ def test_layouts_that_the_copy_engine_takes():
     assert not gluon_attention.copyable(tensor.transpose(2, 3))
     assert not gluon_attention.copyable(tensor[:1].expand(2, -1, -1, -1))
     assert not gluon_attention.copyable(torch.empty(1, 1, 100, 100, dtype=torch.bfloat16)[..., :96])
+
+
+@pytest.mark.skipif(gluon_attention.triton_release() not in DIALECTS, reason="a Triton that was not tried")
+def test_descriptors_are_those_that_their_class_makes():
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    tensor = torch.empty(2, 100, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
+    for one in (tensor, tensor.clone(), tensor[:1]):
+        found = gluon_attention._descriptor(one, 64, 128)
+        strides = [1024, *one.stride()[1:]] if one.shape[0] == 1 else list(one.stride())
+        assert found == TensorDescriptor(one, list(one.shape), strides, [1, 1, 64, 128], found.layout)
+        assert found.base is one
