@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from pydantic import Field
 
+from sparsify.costs import example
 from sparsify.crossovers import kernel_from
 from sparsify.editor import Editor, attention_call
 from sparsify.masks import MaskKind
@@ -43,7 +44,8 @@ class Dense(Pass):
         hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
         if self.kernel == "sdpa" or not hopper:
             return sdpa
-        start = kernel_from(context.device, context.family, int(site.qk_head_dim), (int(site.query_heads), int(site.kv_heads)))
+        known = example(site)
+        start = kernel_from(context.device, context.family, known["qk_head_dim"], (known["query_heads"], known["kv_heads"]))
         return dataclasses.replace(ours, min_key_len=start, note=f"exact; Hopper attention kernel, from {start} keys on"), sdpa
 
     def _by(self, kernel: str) -> Dense:

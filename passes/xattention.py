@@ -17,7 +17,7 @@ import sympy
 from pydantic import Field, field_validator, model_validator
 
 from sparsify import ops, scratch
-from sparsify.costs import antidiagonal_crossover, expected_density
+from sparsify.costs import antidiagonal_crossover, example, expected_density
 from sparsify.editor import Editor, attention_call
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
@@ -83,10 +83,11 @@ class XAttention(Pass):
             )
         start = context.min_length
         if start is None:
-            heads = int(site.query_heads), int(site.kv_heads)
+            known = example(site)
             start = antidiagonal_crossover(
-                context.device, self.stride, self.block, int(site.qk_head_dim), self.density, context.family,
-                variants=self.estimate, heads=heads,
+                context.device, self.stride, self.block, known["qk_head_dim"], self.density, context.family,
+                variants=self.estimate, heads=(known["query_heads"], known["kv_heads"]), worth=1.0 if self.density else context.worth,
+                query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
         note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"

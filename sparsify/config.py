@@ -62,6 +62,13 @@ class Config(BaseModel):
     min_length: Literal["auto"] | int = Field(
         "auto", description="Key length, in tokens, from which lossy prefill methods act. `auto`: solved from the cost model."
     )
+    worth: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Largest share of dense attention's time that a lossy method may be expected to take where it acts without being asked "
+        'for a density: with `min_length = "auto"`, less saved is no price for an answer.',
+    )
     rules: tuple[Rule, ...] = Field((), description="Methods for particular layers; the last rule that matches a site decides alone.")
     plan: Path | None = Field(
         None,

@@ -26,6 +26,7 @@ __all__ = [
     "attention_seconds",
     "decode_seconds",
     "estimate_seconds",
+    "example",
     "expected_density",
     "ffn_seconds",
     "formula",
@@ -135,6 +136,9 @@ def _at(expr: sympy.Expr, values: Mapping[sympy.Symbol, float]) -> sympy.Expr:
 LETTERS = {"batch": "B", "query_heads": "H", "kv_heads": "G", "query_len": "Q", "key_len": "N"}
 
 
+_DIMS = ("qk_head_dim", "v_head_dim")
+
+
 def formula(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSite | AttentionSizes, device: Device) -> str:
     """A candidate's seconds in letters and in numbers, kernel by kernel: B batch, H and G query and KV heads, Q and N query and key length.
 
@@ -143,16 +147,16 @@ def formula(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSi
     Args:
         build: the candidate's works from sizes. site: one whose example sizes are known; else there is no text.
     """
-    s, example = sizes_of(site), _example(site)
-    if set(example) < set(LETTERS):
+    s, known = sizes_of(site), example(site)
+    if not {*LETTERS, *_DIMS} <= set(known):
         return ""
     letters = {name: sympy.Symbol(letter, positive=True) for name, letter in LETTERS.items()}
-    if example["query_len"] == example["key_len"]:
+    if known["query_len"] == known["key_len"]:
         letters["query_len"] = letters["key_len"]
-    if example["query_len"] == 1:
+    if known["query_len"] == 1:
         letters["query_len"] = sympy.Integer(1)
-    at = {letter: example[name] for name, letter in letters.items()}
-    fixed = {name: getattr(s, name) for name in ("qk_head_dim", "v_head_dim", "dtype", "causal", "window")}
+    at = {letter: known[name] for name, letter in letters.items()}
+    fixed = {name: known[name] for name in _DIMS} | {"dtype": s.dtype, "causal": s.causal, "window": s.window}
     return "; ".join(_words(one, device, tuple(at.items())) for one in build(AttentionSizes(**letters, **fixed)))
 
 
@@ -162,15 +166,21 @@ def _words(one: Work, device: Device, example: tuple[tuple[sympy.Symbol, float],
     return f"{one.family} {in_units(float(_at(cost, at)))}: {_short(_settled(cost, at))}"
 
 
-def _example(site: Any) -> dict[str, float]:
-    """The example's batch, heads and lengths by name, of those that it tells: a symbolic size by its hint."""
-    found = {name: value for name in LETTERS if isinstance(value := getattr(site, name), int)}
+def example(site: Any) -> dict[str, int]:
+    """The example's batch, heads, lengths and head dims by field, of those that the site tells: a symbolic size by its hint.
+
+    Reading a hint installs no guard, so that what follows from it must not change a result.
+    """
+    found = {name: value for name in (*LETTERS, *_DIMS) if isinstance(value := getattr(site, name), int)}
     if isinstance(site, AttentionSizes):
         return found
-    for node, names in ((site.query, ("batch", "query_heads", "query_len")), (site.key, ("batch", "kv_heads", "key_len"))):
-        for name, size in zip(names, node.meta["example_value"].shape, strict=False):
+    heads = {"query": "query_heads", "key": "kv_heads", "value": "kv_heads"}
+    lengths, dims = {"query": "query_len", "key": "key_len"}, {"query": "qk_head_dim", "value": "v_head_dim"}
+    for operand in heads:
+        names = ("batch", heads[operand], lengths.get(operand), dims.get(operand))
+        for name, size in zip(names, getattr(site, operand).meta["example_value"].shape, strict=False):
             hint = size.node.hint if isinstance(size, torch.SymInt) else size
-            if name not in found and hint is not None:
+            if name and name not in found and hint is not None:
                 found[name] = int(hint)
     return found
 

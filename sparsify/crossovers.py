@@ -18,7 +18,8 @@ from sparsify.work import AttentionSizes
 LONGEST = 4096 * 1024  # tokens: where block lists' int16 indices end
 STEP = 1024  # lengths are multiples of this, so that measuring noise does not move a guard
 
-# A lossy method acts by default only where it takes at most this share of dense attention's time: less is no price for an answer.
+# A lossy method acts by default only where it takes at most this share of dense attention's time (`worth` in the configuration): less is
+# no price for an answer.
 WORTH = 0.5
 
 # Another exact kernel is worth a compiled graph of its own where it saves at least this share of attention's time.

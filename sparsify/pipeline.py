@@ -90,7 +90,7 @@ def context_of(device: torch.device, config: Config) -> Context:
         backends.use(config.kernels)
     log.debug("kernels: %s (%s)", kernels, reason)
     family = backends.attention_family(device) if kernels == "triton" else kernels
-    return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family)
+    return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family, config.worth)
 
 
 def apply(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> fx.GraphModule:

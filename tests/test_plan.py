@@ -162,5 +162,5 @@ def test_expected_density_follows_the_published_table():
 
 def test_dense_seconds_match_the_counted_flops():
     flops = 4 * 32 * 128 * 65536**2 / 2
-    efficiency = 1 / H200.coefficients("sdpa/causal")["work"]
-    assert float(attention_seconds(site(), H200, kernel="sdpa")) == pytest.approx(flops / (680e12 * efficiency), rel=0.03)
+    seconds = float(attention_seconds(site(), H200, kernel="sdpa"))
+    assert flops / 800e12 < seconds < flops / 450e12, "no H200 is faster, and cuDNN is not slower"
