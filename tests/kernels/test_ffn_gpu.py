@@ -83,3 +83,58 @@ def test_flags_change_between_replays_of_one_graph(rows):
         skips = flags > 0
         assert torch.equal(out[skips], x[skips]) and torch.equal(out[~skips], want[~skips])
         assert torch.equal(after[skips], flags[skips] - 1)
+
+
+def generated(model, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Logits of a prompt's last row and of `tokens` given tokens after it."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    parts = ids.split([ids.shape[1] - tokens] + [1] * tokens, 1)
+    found = []
+    for part in parts:
+        if ids.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        found.append(model(input_ids=part, past_key_values=cache).logits[:, -1].float().clone())
+    return torch.stack(found, 1)
+
+
+def whole_model(device: str, dtype: torch.dtype, mode: dict) -> None:
+    """Every second block left out of a prompt of 80 rows and of tokens after the second, twice: runs do not go on from prompt to prompt."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=128, head_dim=64, **sizes, initializer_range=0.08)
+    model = LlamaForCausalLM(config).eval().to(device, dtype)
+    prompts = [torch.randint(3, 128, (2, length), device=device) for length in (45, 49)]
+    step = [0]
+
+    def leave_out(module, inputs, output):
+        return torch.zeros_like(output) if output.shape[1] > 1 or step[0] >= 2 else output
+
+    def count(module, inputs, output):
+        step[0] = 0 if inputs[0].shape[1] > 1 else step[0] + 1
+
+    handles = [model.model.layers[i].mlp.register_forward_hook(leave_out) for i in (1, 3)]
+    handles.append(model.lm_head.register_forward_hook(count))
+    with torch.no_grad():
+        want = [generated(model, ids, 5) for ids in prompts]
+        for handle in handles:
+            handle.remove()
+        dense = [generated(model, ids, 5) for ids in prompts]
+        skip = {"cold_first": 0, "cold_last": 0, "warmup": 2, "threshold": -1.0, "prefill": True}
+        options = {"passes": ["ffn_skip"], "ffn_skip": skip, "min_length": 0, "strict": True, **mode}
+        torch._dynamo.reset()
+        ffn_ops.forget_runs()
+        model.compile(backend="sparsify", options=options)
+        got = [generated(model, ids, 5) for ids in prompts]
+    bound = 0.06 if dtype == torch.bfloat16 else 1e-4
+    for mine, theirs, other in zip(got, want, dense, strict=True):
+        assert (mine - theirs).abs().max() <= bound * theirs.abs().max()
+        assert (other - theirs).abs().max() > 4 * bound * theirs.abs().max()
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "reduce-overhead"}], ids=["", "graphs"])
+def test_a_whole_model_skips_in_prompt_and_tokens(mode):
+    whole_model("cuda", torch.bfloat16, mode)
