@@ -177,8 +177,9 @@ def example(site: Any) -> dict[str, int]:
     heads = {"query": "query_heads", "key": "kv_heads", "value": "kv_heads"}
     lengths, dims = {"query": "query_len", "key": "key_len"}, {"query": "qk_head_dim", "value": "v_head_dim"}
     for operand in heads:
+        value = getattr(site, operand).meta.get("example_value")
         names = ("batch", heads[operand], lengths.get(operand), dims.get(operand))
-        for name, size in zip(names, getattr(site, operand).meta["example_value"].shape, strict=False):
+        for name, size in zip(names, () if value is None else value.shape, strict=False):
             hint = size.node.hint if isinstance(size, torch.SymInt) else size
             if name and name not in found and hint is not None:
                 found[name] = int(hint)
