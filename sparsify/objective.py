@@ -15,7 +15,7 @@ Score = tuple[float, float]
 
 # Graphs per site: more would cost more in compiling than their lengths are worth.
 MOST_REGIMES = 3
-_STEP, _LONGEST = 1024, 4 << 20  # tokens between which winners are looked up
+_STEP, _LONGEST = 64, 4 << 20  # tokens between which winners are looked up
 _NEVER: Score = (math.inf, math.inf)
 
 

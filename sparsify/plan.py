@@ -238,9 +238,10 @@ def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints:
         decision.reason += f"; error {decision.error:.3g}, at most {config.max_error:g}"
     if config.objective is not None:
         decision.reason += f"; least {'time and memory' if config.objective == 'balanced' else config.objective}"
+        cost = f"{method.name} {objective.words(decision.seconds, decision.scratch)}"
         for other in others:
             time, scratch = number(other.seconds, hints), number(other.scratch, hints)
-            decision.refusals.append(f"{other.method.name}: {other.note}: {objective.words(time, scratch)}, which is more")
+            decision.refusals.append(f"{other.method.name}: {other.note}: {objective.words(time, scratch)} against {cost}")
 
 
 def _described(site: AttentionSite | FeedForwardSite, context: Context) -> tuple[Decision, Any]:
