@@ -92,9 +92,9 @@ def predicted_prefill(record: Record, device: Device) -> float | None:
     exact = [costs.attention_seconds(sizes, device, kernel=kernel) for kernel in ("sdpa", "hopper")]
     if record["variant"] == "eager":
         return float(model_costs.model_prefill_seconds(shape, device, n, attention=exact[0], compiled=False))
-    if record["variant"] == "dense":
+    if record["variant"] in ("dense", "default") and not record.get("density"):
         return float(model_costs.model_prefill_seconds(shape, device, n, attention=min(exact, key=float)))
-    if record["variant"] == "xattention" and record.get("density"):
+    if record["variant"] in ("xattention", "default") and record.get("density"):
         sparse = costs.attention_seconds(sizes, device, kernel="hopper", share=record["density"], listed=True)
         return float(model_costs.model_prefill_seconds(shape, device, n, attention=sparse + costs.estimate_seconds(sizes, device, 8)))
     return None
@@ -108,9 +108,8 @@ def model_rows(found: Iterable[Record], device: Device) -> list[list[str]]:
     for record in sorted(prefills, key=lambda r: (r["variant"], r["length"])):
         seconds = predicted_prefill(record, device) if "ms" in record else None
         if seconds is not None:
-            name = {"dense": "sparsify, dense", "xattention": f"xattention, density {record.get('requested_density')}"}.get(
-                record["variant"], "eager"
-            )
+            name = {"dense": "sparsify, dense", "eager": "eager"}.get(record["variant"], f"sparsify, {record['variant']}")
+            name += f", density {record['density']:.2g}" if record.get("density") else ""
             rows.append(_row(f"prefill, {name}", size(record["length"]), record["ms"], seconds))
     decodes = latest(
         [r for r in found if r["benchmark"] == "decode_model"], "shape", "variant", "batch", "prompt", "budget", "policy", "mode"
