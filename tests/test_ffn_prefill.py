@@ -39,6 +39,10 @@ def prefill_and_a_token(ids: torch.Tensor):
     return call
 
 
+def prefill(ids: torch.Tensor):
+    return lambda model: model(input_ids=ids, use_cache=False).logits
+
+
 def left_out_of_prompts(model, call, layers):
     """The model's logits with some layers' blocks giving 0 for every row."""
     handles = [model.model.layers[i].mlp.register_forward_hook(lambda m, inputs, out: torch.zeros_like(out)) for i in layers]
@@ -65,7 +69,7 @@ def test_threshold_minus_one_leaves_out_every_second_block_of_a_prompt():
 
 def test_a_threshold_above_one_is_dense():
     model = build("llama", layers=3)
-    call = prefill_and_a_token(prompt(2, 9))
+    call = prefill(prompt(2, 9))
     with torch.no_grad():
         want = call(model)
     assert torch.equal(run(model, call, options(threshold=1.5)).value, want)
@@ -73,7 +77,7 @@ def test_a_threshold_above_one_is_dense():
 
 def test_static_layers_are_left_out_of_prompts_too():
     model = build("llama", layers=3)
-    call = prefill_and_a_token(prompt(2, 9))
+    call = prefill(prompt(2, 9))
     want = left_out_of_prompts(model, call, (1,))
     rule = {"layers": "1", "method": "ffn_skip", "policy": "static", "warmup": 0, "prefill": True}
     assert visible_error(run(model, call, strict(passes=[], rules=[rule])).value, want) < FP32
