@@ -36,7 +36,7 @@ _INTERPRETER_PROGRAMS = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 28 heads.
+    """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
     fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond."""
 
     scratch_bytes: int = SUM_BYTES

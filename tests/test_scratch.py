@@ -47,4 +47,4 @@ def test_two_gigabytes_are_enough_for_a_million_tokens(stride, variants, kv_head
 
 def test_memory_grows_with_the_prompt_until_it_is_parted():
     needed = [scratch_bytes(1, 32, 8, n, n, 128, stride=16, block=128) for n in (1 << 14, 1 << 17, 1 << 18, 1 << 20)]
-    assert needed[0] < 20e6 < needed[1] and max(needed) < 1.2e9
+    assert needed[0] < 20e6 < needed[1] and max(needed) < 1.4e9
