@@ -70,7 +70,7 @@ def _cells(
         found += [prompt("attention", n, kernel, density=d) for n, d in itertools.product(ends, (0.05, 0.3))]
         found += [prompt("attention", n, kernel, window=lengths[0] // 2, sinks=4) for n in ends]
     if own:
-        found += [prompt("select", n, stride=stride) for n in ends for stride in (8, 16)]
+        found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
     for kernel, n, batch in itertools.product(("sdpa", *(["cache"] if own else []), *own[-1:]), ends, (1, 8)):
         found.append(Cell("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
     wide = hidden * 7 // 2

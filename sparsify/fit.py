@@ -19,7 +19,7 @@ FEATURES = {
     "lists": ("call", "work", "scores", "rows", "tail", "spill"),
     "window": ("call", "work", "rows", "tail"),
     "decode": ("call", "bytes", "rows", "tail"),
-    "select": ("call", "work", "work8", "scratch", "prepare", "passes", "rows"),
+    "select": ("call", "work", "work8", "scratch", "prepare", "passes", "steps", "rows"),
     "skip": ("call", "bytes", "rows"),
     "linear": ("call", "work", "bytes"),
     "stream": ("call", "bytes"),
@@ -56,7 +56,7 @@ def fit(samples: Sequence[Sample], device: Device, prior: Profile) -> Profile:
 
 
 def fit_family(family: str, samples: Sequence[Sample], device: Device, prior: dict[str, float]) -> dict[str, float]:
-    """Coefficients of one family by feature, those that are not zero."""
+    """Coefficients of one family by feature, those that are not zero; `prior`'s for features that no sample has."""
     rows = [sample.cell.works()[0].features(device) for sample in samples]
     allowed = FEATURES[family.rpartition("/")[2]]
     fixed = {name: value for name, value in _FIXED.items() if name in allowed}
@@ -66,7 +66,8 @@ def fit_family(family: str, samples: Sequence[Sample], device: Device, prior: di
     left = seconds - torch.tensor([sum(value * float(row.get(name, 0)) for name, value in fixed.items()) for row in rows])
     known = torch.tensor([prior.get(name, 0.0) for name in names], dtype=torch.float64)
     found = relative_least_squares(table, seconds, known, left)
-    return fixed | {name: float(f"{value:.6g}") for name, value in zip(names, found.tolist(), strict=True) if value > 0}
+    kept = {name: value for name, value in prior.items() if name in allowed and name not in names}
+    return kept | fixed | {name: float(f"{value:.6g}") for name, value in zip(names, found.tolist(), strict=True) if value > 0}
 
 
 def relative_least_squares(table: Tensor, seconds: Tensor, prior: Tensor, left: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ coefficients and a formula stays short enough to print:
     scratch   bytes of scratch written and read / bandwidth                               1 / efficiency
     prepare   bytes moved by passes before the main kernel / bandwidth                    1 / efficiency
     passes    passes over the operands before the main kernel                              seconds of a pass, however small
+    steps     loads that a program waits for one after the other                          seconds of a load
     rows      row tiles / processors                                                      seconds of a tile beside its work
     tail      time that others wait for the longest tile, or for what one processor reads alone, share of that wait
               at worst
@@ -31,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sparsify.errors import ProfileError
 
 FORMAT = 1
-FEATURES = ("call", "work", "scores", "work8", "bytes", "scratch", "prepare", "passes", "rows", "tail", "spill")
+FEATURES = ("call", "work", "scores", "work8", "bytes", "scratch", "prepare", "passes", "steps", "rows", "tail", "spill")
 _MOST = 1e6  # no coefficient of a real device comes near
 
 

@@ -22,8 +22,8 @@ import torch
 from sparsify.hardware import Device
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
-# kernels that a variant of the estimate launches besides: the mean over a group; the keys' mean, and rounding of queries and of keys
-_PASSES = {"group": 1, "int8": 3}
+# passes before rounded cells are multiplied: the keys' mean, and rounding of queries and of keys
+_ROUNDING_PASSES = 3
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
 # kernels whose decode step cuts the keys of one head into stretches for many processors
 _SPLITTING = {"sdpa", "cache"}
@@ -83,8 +83,9 @@ class Work:
     family: whose coefficients apply, `kernel/kind`. dtype: of the operands. flops: matrix FLOPs of whole tiles. longest: those of the
     longest tile, which one processor computes alone. scores: softmax entries. flops8: operations on 8-bit numbers. size: bytes that must
     move. stream: of those, what one processor reads alone. scratch: bytes of scratch. prepare, passes: bytes that passes over the operands
-    move before the main kernel, and how many there are. rows: row tiles. tiles: tiles that all take as long as the longest, one at a
-    time on a processor. kept: bytes of one KV head's keys and values, which rows read again and again; 0 where nothing is read twice.
+    move before the main kernel, and how many there are. steps: loads that a program waits for one after the other. rows: row tiles.
+    tiles: tiles that all take as long as the longest, one at a time on a processor. kept: bytes of one KV head's keys and values, which
+    rows read again and again; 0 where nothing is read twice.
     """
 
     family: str
@@ -98,6 +99,7 @@ class Work:
     scratch: sympy.Expr = _ZERO
     prepare: sympy.Expr = _ZERO
     passes: int = 0
+    steps: int = 0
     rows: sympy.Expr = _ZERO
     tiles: sympy.Expr = _ZERO
     kept: sympy.Expr = _ZERO
@@ -106,9 +108,10 @@ class Work:
         """The terms that a profile has coefficients for, in seconds but for `call` and `rows`; see `sparsify.profile`."""
         ceiling = device.matrix_flops(self.dtype)
         even, alone = self.flops / ceiling, self.longest * device.processors / ceiling
-        work, tail = even, self.stream * device.processors / device.bandwidth
+        work, eight, tail = even, self.flops8 / (2 * ceiling), self.stream * device.processors / device.bandwidth
         if self.tiles != 0:
-            work = sympy.ceiling(self.tiles / device.processors) * alone
+            waves = sympy.ceiling(self.tiles / device.processors) * alone
+            work, eight = (_ZERO, waves / 2) if self.flops8 != 0 else (waves, _ZERO)
         elif alone != 0:
             work, tail = largest(even, alone), _tail(even, alone, self.rows / device.processors)
         # half of the cache: the other half holds what else is in flight; at eight times that, all that can miss does
@@ -118,11 +121,12 @@ class Work:
             "call": sympy.Integer(1),
             "work": work,
             "scores": self.scores / ceiling,
-            "work8": self.flops8 / (2 * ceiling),
+            "work8": eight,
             "bytes": self.size / device.bandwidth,
             "scratch": self.scratch / device.bandwidth,
             "prepare": self.prepare / device.bandwidth,
             "passes": sympy.Integer(self.passes),
+            "steps": sympy.Integer(self.steps),
             "rows": self.rows / device.processors,
             "tail": tail,
             "spill": work * missed,
@@ -250,12 +254,13 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
         dtype=s.dtype,
         flops=_ZERO if eight else flops,
         flops8=flops if eight else _ZERO,
-        longest=_ZERO if eight else sympy.sympify(tile),
-        tiles=_ZERO if eight else sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
+        longest=sympy.sympify(tile),
+        tiles=sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
         size=operand_bytes(s) / 2,
         scratch=2 * sums + lists,
         prepare=_prepared(s, span // stride, scored, variants),
-        passes=sum(_PASSES.get(variant, 0) for variant in variants),
+        passes=_ROUNDING_PASSES if eight else 0,
+        steps=block // span,
         rows=sympy.sympify(s.batch * s.query_heads) * blocks,
     )
 

@@ -237,3 +237,37 @@ def test_a_chunk_of_few_rows_pays_from_more_keys_on():
     prefill, chunk, few = (costs.antidiagonal_crossover(H200, 8, 128, 128, 0.1, "hopper", query_len=rows) for rows in (None, 4096, 128))
     assert prefill <= chunk <= few
     assert prefill < few
+
+
+@pytest.mark.parametrize("query_len, key_len", [(1024, 1024), (1000, 1000), (128, 4096), (300, 1000)])
+@pytest.mark.parametrize("window", [1, 64, 128, 500, 4096])
+def test_a_band_has_the_pairs_that_rows_see(query_len, key_len, window):
+    seen = sum(min(key_len - query_len + row + 1, window) for row in range(query_len))
+    counted = float(costs.visited(AttentionSizes(query_len=query_len, key_len=key_len), window))
+    assert counted == pytest.approx(seen, abs=query_len)  # half a pair a row
+
+
+def test_one_tile_takes_as_long_on_one_processor_as_it_must():
+    """A chunk of 128 rows of one head runs on one processor, however many there are."""
+    one = AttentionSizes(query_heads=1, kv_heads=1, query_len=128, key_len=65536)
+    alone = 4 * 128 * 128 * 65536 / (H200.flops / H200.processors)
+    assert attention(one, kernel="hopper") > 0.5 * alone
+    spread = dataclasses.replace(one, query_heads=128, kv_heads=128)
+    assert attention(spread, kernel="hopper") < 4 * attention(one, kernel="hopper")
+
+
+def test_a_decode_step_without_splitting_waits_for_one_head():
+    step = AttentionSizes(query_len=1, key_len=131072)
+    assert work.decode(step, "triton").stream == 131072 * 256 * 2
+    assert work.decode(step, "sdpa").stream == work.decode(step, "cache").stream == 0
+
+
+def test_the_estimate_is_computed_in_whole_waves():
+    features = lambda n: float(work.selection(prompt(n), 16).features(H200)["work"])
+    assert features(2048) == features(4096), "32 or 64 tiles are one wave of 132"
+    assert features(8192) == pytest.approx(2 * features(4096))
+
+
+def test_a_step_that_nobody_waits_for_is_shorter():
+    waited, alone = (float(model_decode_seconds(LLAMA_8B, H200, 4096, waited=one)) for one in (True, False))
+    assert waited > alone

@@ -104,3 +104,13 @@ def test_terms_that_calls_do_not_tell_apart_stay_near_the_prior():
     found = fit.fit(timed(cells, truth), truth, prior).families["hopper/causal"]
     assert found["work"] == pytest.approx(1.1, rel=0.1)
     assert found["scores"] == pytest.approx(10.0, rel=0.6)
+
+
+def test_features_that_no_call_has_keep_their_coefficients():
+    truth = device_with(select={"work": 1.3, "steps": 1e-6, "rows": 1e-7, "scratch": 1.0, "work8": 1.7, "prepare": 1.5, "passes": 4e-6})
+    cells = [Cell("select", query_len=n, key_len=n, stride=stride) for n in (2048, 8192, 65536) for stride in (8, 16)]
+    found = fit.fit(timed(cells, truth), truth, truth.profile).families["select"]
+    assert {name: found[name] for name in ("work8", "prepare", "passes", "scratch")} == {
+        "work8": 1.7, "prepare": 1.5, "passes": 4e-6, "scratch": 1.0,
+    }  # fmt: skip
+    assert found["work"] == pytest.approx(1.3, rel=0.05)
