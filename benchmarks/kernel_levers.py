@@ -90,7 +90,12 @@ def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
         attention |= {f"attention {name}": lambda one=one: _check_attention(one, 64) for name, one in ATTENTION_64.items()}
         return attention | {f"score {name}": lambda one=one: _check_score(one) for name, one in SCORE.items()}
     if section == "estimate":
-        return {"matrix_product": _ceiling, "estimate_128k_stride_16": lambda: _estimate(131072, 16, "max"), "memory": _memory}
+        return {
+            "matrix_product": _ceiling,
+            "estimate_128k_stride_16": lambda: _estimate(131072, 16, "max"),
+            "estimate_128k_int8": _int8,
+            "memory": _memory,
+        }
     return {name: lambda shape=shape: _attention(*shape) for name, shape in _WORKLOADS.items()}
 
 
@@ -240,13 +245,19 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
     return _table(_milliseconds(runs), flops, differences) | absent
 
 
-def _estimate(length: int, stride: int, pool: str) -> dict[str, Any]:
-    """Scoring and choosing together, and apart for the first variant."""
+def _int8() -> dict[str, Any]:
+    return _estimate(131072, 16, "max+int8", ("base", "early_unrolled_256", "two_band_32"))
+
+
+def _estimate(length: int, stride: int, pool: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Scoring and choosing together, then each kernel's own time. names: of variants, all when empty."""
     query, key, _ = structured(length)
     options = _score_call(stride, pool, 0.9)
     kept: dict[str, float] = {}
     runs, absent = {}, {}
     for name, tiling in _kept(SCORE, "score").items():
+        if names and name not in names:
+            continue
         runs[name] = lambda tiling=tiling: triton_select.select_blocks(query, key, tiling=tiling, **options)
         try:
             kept[name] = runs[name]()[0].sum().item()
