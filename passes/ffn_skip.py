@@ -99,7 +99,8 @@ class FfnSkip(Pass):
         if nothing_skips or not self._counts_from(site):
             return self.refuse(reason, hint)
         dense = self.model_copy(update={"prefill": False})
-        return Proposal(dense, sympy.Integer(0), note=f"{reason}; generated tokens are counted from its end")
+        seconds = ffn_costs.dense_seconds(site.rows, site, context.device)
+        return Proposal(dense, seconds, note=f"{reason}; generated tokens are counted from its end")
 
     def _note(self, warmup: int) -> str:
         what = {

@@ -121,6 +121,15 @@ def test_the_cost_takes_long_prompts_and_refuses_what_does_not_pay():
         assert isinstance(answer(rows, prefill_share=share, forced=0), Proposal)
 
 
+def test_a_refused_prompt_still_ends_the_run_before_it():
+    """The first block that may skip keeps its sum, over a copy; the others are left alone."""
+    marks = answer(16384, prefill_share=0.0, cold_first=9)
+    assert isinstance(marks, Proposal) and "saves no time" in marks.note and "counted from its end" in marks.note
+    assert not marks.method.prefill and marks.seconds == ffn_costs.dense_seconds(16384, site_of(marks), H200)
+    assert isinstance(answer(16384, prefill_share=0.0, cold_first=9, warmup=0), Refusal)
+    assert isinstance(answer(16384, prefill_share=0.0, cold_first=9, cold_last=23), Refusal)
+
+
 def site_of(made: Proposal) -> FeedForwardSite:
     graph = torch.fx.Graph()
     return FeedForwardSite("", 0, 0, 0, graph.placeholder("x"), layout="split", hidden=4096, intermediate=14336, dtype=torch.bfloat16)
