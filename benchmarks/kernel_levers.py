@@ -46,8 +46,8 @@ ATTENTION = {
     "pinned_k3": GluonTuning(output_in_query=True, key_stages=3, pinned=True),
     "twice_pinned": GluonTuning(pinned=True, twice=True),
     "twice_pinned_v3": replace(_PINNED, twice=True),
+    "pinned_across": GluonTuning(across_tiles=True, pinned=True),
     "pinned_walker_across": replace(_WALK, across_tiles=True, pinned=True),
-    "pinned_v3_no_delay": replace(_PINNED, value_delay=0),
 }
 ATTENTION_64 = {
     "k4v4": _64,
