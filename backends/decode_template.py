@@ -1,5 +1,80 @@
 """The text of the decode kernels; `triton_decode` keeps the clauses that a spec has."""
 
+FINISH = '''\
+@triton.jit
+def finish(
+    row, slot, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out, ${finish_context},
+    query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, stretches, STRETCHES: tl.constexpr, MEMBERS: tl.constexpr,
+):
+    """The last program of a KV head joins the head's stretches with the new token and stores it; that of the last head counts the token."""
+    batch = row // kv_heads
+    kv_head = row % kv_heads
+    batch_wide = tl.cast(batch, tl.int64)
+    qk_dims = tl.arange(0, QK_DIM)
+    v_dims = tl.arange(0, V_DIM)
+    position = tl.load(seen + batch)
+    if slot >= 0:
+        tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, position)
+        tl.store(counts + row, tl.load(counts + row) + 1)
+    # the sum waits for `position`, which is never below 0: the last head changes `seen` only when all heads have read it
+    rows = tl.num_programs(1)
+    if tl.atomic_add(tickets + rows, tl.where(position < 0, 0, 1), sem="acq_rel") == rows - 1:
+        tl.store(tickets + rows, 0)
+        for one in tl.range(0, rows // kv_heads):
+%if padded
+            tl.store(seen + one, tl.load(seen + one) + tl.where(tl.load(real + one * real_b) != 0, 1, 0))
+%else
+            tl.store(seen + one, tl.load(seen + one) + 1)
+%end
+        tl.store(length, tl.load(length) + 1)
+
+    k = tl.load(key + batch_wide * key_b + kv_head * key_h + qk_dims${qk_mask})
+    v = tl.load(value + batch_wide * value_b + kv_head * value_h + v_dims${v_mask})
+    members = tl.arange(0, MEMBERS)
+    stretch = tl.arange(0, STRETCHES)
+    for first in tl.static_range(0, GROUP, MEMBERS):
+        member = first + members
+        inside = member < GROUP
+        held = inside[:, None] & (stretch < stretches)[None, :]
+        part = (tl.cast(row, tl.int64) * GROUP + member)[:, None] * stretches + stretch[None, :]
+        # written by other multiprocessors: not from this one's own cache
+        m = tl.load(part_m + part, mask=held, other=float("-inf"), cache_modifier=".cg")
+        l = tl.load(part_l + part, mask=held, other=0.0, cache_modifier=".cg")
+        acc_at = part[:, :, None] * ${v_head_dim} + v_dims[None, None, :]
+        acc = tl.load(part_acc + acc_at, mask=held[:, :, None]${v_guard3}, other=0.0, cache_modifier=".cg")
+        heads = kv_head * GROUP + member
+        query_row = batch_wide * query_b + heads * query_h
+        q = tl.load(query + query_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
+        s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
+%if softcap
+        s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
+%else
+        s = s * scale
+%end
+        s = tl.where(slot >= 0, s, float("-inf"))
+        top = tl.maximum(tl.max(m, 1), s)
+%if sink_logits
+        sink = tl.load(sink_logits + heads, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+%end
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(m - top[:, None])
+        own = tl.exp2(s - top)
+        total = tl.sum(l * weight, 1) + own
+%if sink_logits
+        total += tl.exp2(sink - top)
+%end
+        # a padding token's value may be anything; its weight is 0
+        fresh = tl.where(slot >= 0, own[:, None] * v.to(tl.float32)[None, :], 0.0)
+        result = (tl.sum(acc * weight[:, :, None], 1) + fresh) / tl.where(total == 0.0, 1.0, total)[:, None]
+        out_row = batch_wide * out_b + heads * out_h
+        tl.store(out + out_row[:, None] + v_dims[None, :], result.to(out.dtype.element_ty), mask=inside[:, None]${v_guard})
+    if slot >= 0:
+        place = tl.cast(row, tl.int64) * capacity + slot
+        tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
+        tl.store(values + place * ${v_head_dim} + v_dims, v${v_store})
+'''
+
 SPLIT = '''\
 @triton.jit
 def split(
@@ -7,7 +82,8 @@ def split(
 ):
     """One program folds one stretch of one KV head's slots into a softmax of its own, for all query heads of the group.
 
-    The slot that the new token is about to take is left out: `combine` adds that token and writes it, after every read is done.
+    The slot that the new token is about to take is left out: `${"finish" if fused else "combine"}` adds that token and writes it, after
+    every read is done.
     """
     stretch = tl.program_id(0)
     row = tl.program_id(1)  # batch row and KV head
@@ -26,10 +102,12 @@ def split(
     stretch_len = tl.cdiv(tl.cdiv(filled, KEYS), stretches) * KEYS
     begin = stretch * stretch_len
     end = tl.minimum(begin + stretch_len, filled)
+%if not fused
     if stretch == 0:
         tl.store(slots + row, slot)
         if is_real != 0:
             tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, tl.load(seen + batch))
+%end
 
     members = tl.arange(0, ROWS)
     heads = kv_head * GROUP + members
@@ -77,6 +155,16 @@ def split(
     tl.store(part_m + part, m, mask=inside)
     tl.store(part_l + part, l, mask=inside)
     tl.store(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], acc, mask=inside[:, None]${v_guard})
+%if fused
+    # all threads have written before one of them takes the ticket, whose order makes that visible to the program with the last one
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + row, 1, sem="acq_rel") == stretches - 1:
+        tl.store(tickets + row, 0)
+        finish(
+            row, slot, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out, ${finish_context},
+            query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, stretches, STRETCHES, MEMBERS,
+        )
+%end
 '''
 
 COMBINE = '''\

@@ -26,6 +26,7 @@ def cache_store(
     length: Tensor,
     *,
     real: Tensor | None = None,
+    tickets: Tensor | None = None,
     pinned: int,
     recent: int,
     empty: bool,
@@ -257,7 +258,16 @@ def cache_mass(
     return torch.cat(found, 1).float()
 
 
-def cache_decode(query: Tensor, key: Tensor, value: Tensor, *state: Tensor, pinned: int, real: Tensor | None = None, **options) -> Tensor:
+def cache_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *state: Tensor,
+    pinned: int,
+    real: Tensor | None = None,
+    tickets: Tensor | None = None,
+    **options,
+) -> Tensor:
     """One token stored, then attention over the filled slots."""
     keys, values, positions, counts, seen, length = state
     _append(key, value, keys, values, positions, counts, seen, real, pinned)

@@ -1,5 +1,6 @@
-"""Decode attention over an evicting cache by two generated kernels: split-K over the slots (Flash-Decoding, Dao et al. 2023), then a join
-that also stores the new token. Nothing is read back to the host and the grid depends on shapes alone, so CUDA graphs can hold both.
+"""Decode attention over an evicting cache by generated kernels: split-K over the slots (Flash-Decoding, Dao et al. 2023), then a join that
+also stores the new token, by a kernel of its own or, where the cache brings tickets, by the last program of each KV head. Nothing is read
+back to the host and the grid depends on shapes alone, so CUDA graphs can hold both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sparsify import cache_ops
 from sparsify.backends import source
-from sparsify.backends.decode_template import COMBINE, SPLIT
+from sparsify.backends.decode_template import COMBINE, FINISH, SPLIT
 from sparsify.backends.reference_cache import turn
 from sparsify.backends.template import render
 from sparsify.errors import KernelError, SparsifyError, UnsupportedError
@@ -24,6 +25,8 @@ from sparsify.errors import KernelError, SparsifyError, UnsupportedError
 _WHERE = "sparsify::cache_decode"
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LOG2E = math.log2(math.e)
+# Up to so many stretches the program that joins them holds all in registers, and a launch is saved; long caches feel neither.
+_FUSED_STRETCHES = 32
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class DecodeTiling:
 @dataclass(frozen=True)
 class DecodeSpec:
     """What decides the kernels' text. group: query heads per KV head. padded: tokens may be padding. turning: sinks stand directly before
-    the window, so that they are seen by turned queries."""
+    the window, so that they are seen by turned queries. fused: the last program of a KV head joins its stretches."""
 
     dtype: str
     qk_head_dim: int
@@ -50,6 +53,7 @@ class DecodeSpec:
     sink_logits: bool = False
     padded: bool = False
     turning: bool = False
+    fused: bool = False
 
     def __post_init__(self):
         if not 0 < max(self.qk_head_dim, self.v_head_dim) <= 256:
@@ -78,23 +82,29 @@ def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "split" or "combine", in order."""
     pointer = lambda name, type: Argument(name, "*" + type, True)
     data = lambda *names: [pointer(name, spec.dtype) for name in names]
-    shared = [pointer("slots", "i32"), pointer("part_m", "fp32"), pointer("part_l", "fp32"), pointer("part_acc", "fp32")]
+    shared = [] if spec.fused else [pointer("slots", "i32")]
+    shared += [pointer("part_m", "fp32"), pointer("part_l", "fp32"), pointer("part_acc", "fp32")]
     strides = lambda *names: [Argument(name, "i32", True) for name in names]
     sizes = [Argument("kv_heads", "i32"), Argument("capacity", "i32", True)]
     logit = [Argument("tanh_scale", "fp32"), Argument("cap_log2", "fp32")] if spec.softcap else [Argument("scale", "fp32")]
+    token = strides("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h")
+    sink = [pointer("sink_logits", "fp32")] if spec.sink_logits else []
     if kernel == "split":
         listed = [*data("query", "keys", "values"), pointer("positions", "i32"), pointer("counts", "i32"), pointer("seen", "i32"), *shared]
-        listed += [*strides("query_b", "query_h"), *sizes, Argument("pinned", "i32"), Argument("stretches", "i32"), *logit]
+        listed += [*(token if spec.fused else token[:2]), *sizes, Argument("pinned", "i32"), Argument("stretches", "i32"), *logit]
         listed += [Argument("real", "*u8"), Argument("real_b", "i32")] if spec.padded else []
-        return tuple(listed + ([*data("turned"), Argument("sinks", "i32")] if spec.turning else []))
+        listed += [*data("turned"), Argument("sinks", "i32")] if spec.turning else []
+        if not spec.fused:
+            return tuple(listed)
+        listed += [*data("key", "value", "out"), pointer("length", "i64"), pointer("tickets", "i32"), *sink]
+        return (*listed, Argument("STRETCHES", "constexpr"), Argument("MEMBERS", "constexpr"))
     listed = [*data("query", "key", "value", "keys", "values"), pointer("counts", "i32"), pointer("seen", "i32"), pointer("length", "i64")]
-    listed += [*shared, *data("out"), *strides("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h")]
-    listed += [*sizes, Argument("stretches", "i32"), *logit]
-    return tuple(listed + ([pointer("sink_logits", "fp32")] if spec.sink_logits else []) + [Argument("STRETCHES", "constexpr")])
+    listed += [*shared, *data("out"), *token, *sizes, Argument("stretches", "i32"), *logit, *sink]
+    return (*listed, Argument("STRETCHES", "constexpr"))
 
 
 def decode_source(spec: DecodeSpec) -> str:
-    """Module text with the kernels `split` (grid: stretches, batch * kv_heads) and `combine` (grid: group, batch * kv_heads)."""
+    """Module text with `split` (grid: stretches, batch * kv_heads) and, unless `fused`, `combine` (grid: group, batch * kv_heads)."""
     padded = lambda size: max(16, 1 << (size - 1).bit_length())
     qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
     qk_whole, v_whole = qk_dim == spec.qk_head_dim, v_dim == spec.v_head_dim
@@ -109,13 +119,20 @@ def decode_source(spec: DecodeSpec) -> str:
         "v_mask": "" if v_whole else f", mask=v_dims < {spec.v_head_dim}, other=0.0",
         "qk_store": "" if qk_whole else f", mask=qk_dims < {spec.qk_head_dim}",
         "v_store": "" if v_whole else f", mask=v_dims < {spec.v_head_dim}",
+        "v_guard3": "" if v_whole else f" & (v_dims < {spec.v_head_dim})[None, None, :]",
+        "finish_context": ", ".join(
+            (["tanh_scale", "cap_log2"] if spec.softcap else ["scale"])
+            + (["real", "real_b"] if spec.padded else [])
+            + (["sink_logits"] if spec.sink_logits else [])
+        ),
         "split_parameters": parameters("split"),
         "combine_parameters": parameters("combine"),
     }
     constants = {"GROUP": spec.group, "ROWS": padded(spec.group), "KEYS": spec.tiling.keys, "QK_DIM": qk_dim, "V_DIM": v_dim}
     lines = [f"{name} = tl.constexpr({value})" for name, value in constants.items()] + [f"LOG2E = tl.constexpr({_LOG2E!r})"]
     header = '"""Generated by sparsify: decode attention."""\n\nimport triton\nimport triton.language as tl\n\n' + "\n".join(lines) + "\n"
-    return "\n\n".join([header, render(SPLIT, values), render(COMBINE, values)])
+    texts = [FINISH, SPLIT] if spec.fused else [SPLIT, COMBINE]
+    return "\n\n".join([header, *(render(text, values) for text in texts)])
 
 
 def stretches(capacity: int, rows: int, processors: int, tiling: DecodeTiling) -> int:
@@ -155,6 +172,7 @@ def cache_decode(
     window: int,
     sinks: int,
     version: int,
+    tickets: Tensor | None = None,
     tiling: DecodeTiling | None = None,
 ) -> Tensor:
     """The op by generated kernels; see `sparsify.cache_ops`.
@@ -169,11 +187,12 @@ def cache_decode(
     dtype = _DTYPES[query.dtype]
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
     turning = inverse_frequencies is not None
-    spec = DecodeSpec(
-        dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning
-    )
     rows = query.shape[0] * kv_heads
     count = stretches(capacity, rows, processors(query.device), tiling)
+    spec = DecodeSpec(
+        dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning,
+        tickets is not None and count <= _FUSED_STRETCHES,
+    )  # fmt: skip
     out = cache_ops.empty_output(query, values)
     part = torch.empty(rows * spec.group * count * (v_head_dim + 2), dtype=torch.float32, device=query.device)
     sums = rows * spec.group * count
@@ -191,15 +210,19 @@ def cache_decode(
         "part_acc": part,
         "part_m": part[sums * v_head_dim :],
         "part_l": part[sums * (v_head_dim + 1) :],
-        "slots": torch.empty(rows, dtype=torch.int32, device=query.device),
+        "tickets": tickets,
         "kv_heads": kv_heads,
         "capacity": capacity,
         "pinned": pinned,
         "stretches": count,
         "sinks": sinks,
         "scale": scale * _LOG2E,
-        "STRETCHES": max(2, 1 << (count - 1).bit_length()),
+        "STRETCHES": (up := max(2, 1 << (count - 1).bit_length())),
+        # partial sums of so many heads are registers of the joining program at a time
+        "MEMBERS": max(1, min(1 << (spec.group - 1).bit_length(), 16384 // (up << max(4, (v_head_dim - 1).bit_length())))),
     }
+    if not spec.fused:
+        given["slots"] = torch.empty(rows, dtype=torch.int32, device=query.device)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
         given |= {f"{name}_b": tensor.stride(0), f"{name}_h": tensor.stride(1)}
     if spec.softcap:
@@ -222,7 +245,8 @@ def _launch(spec: DecodeSpec, given: dict[str, Any], split_grid: tuple[int, int]
             module = _module(spec)
             of = lambda kernel: {a.name: given[a.name] for a in arguments(spec, kernel)}
             module.split[split_grid](**of("split"), num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
-            module.combine[combine_grid](**of("combine"), num_warps=4)
+            if not spec.fused:
+                module.combine[combine_grid](**of("combine"), num_warps=4)
     except SparsifyError:
         raise
     except Exception as error:

@@ -48,6 +48,7 @@ class KvEvict(Pass):
             site.value,
             *site.state,
             real=store.get("real"),
+            tickets=store.get("tickets"),
             sink_logits=attention.get("sink_logits"),
             inverse_frequencies=attention.get("inverse_frequencies"),
             pinned=store["pinned"],

@@ -126,7 +126,7 @@ class SparseCache(Cache):
 
     def kept_bytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in layer.state)
+        return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in (*layer.state, layer.tickets))
 
 
 def _checked_budget(budget: int | float | None, prompt_len: int | None) -> int | float | None:

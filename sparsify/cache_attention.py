@@ -166,7 +166,7 @@ def _attend(
         "version": cache_ops.VERSION,
     }
     if query.shape[2] == 1:
-        cache_ops.store(None, key, value, *layer.state, real=real, empty=empty, **stored)
+        cache_ops.store(None, key, value, *layer.state, real=real, empty=empty, tickets=layer.tickets, **stored)
         keys, values, positions, _, seen, _ = layer.state
         return cache_ops.attention(query, keys, values, positions, seen, **how, **shape, **turning, version=cache_ops.VERSION)
     if empty and not layout.turn_sinks:

@@ -13,6 +13,7 @@ from sparsify.errors import CacheError
 from sparsify.policies import Layout, Policy
 
 _STATE = ("keys", "values", "positions", "counts", "seen", "length")
+_BUFFERS = (*_STATE, "tickets")
 
 
 class StockMask:
@@ -82,6 +83,7 @@ class SparseLayer(CacheLayerMixin):
         self.counts = key_states.new_zeros(batch, kv_heads, dtype=torch.int32)
         self.seen = key_states.new_zeros(batch, dtype=torch.int32)
         self.length = key_states.new_zeros((), dtype=torch.int64)
+        self.tickets = key_states.new_zeros(batch * kv_heads + 1, dtype=torch.int32)
         if self.inverse_frequencies is not None:
             self.inverse_frequencies = self.inverse_frequencies.to(self.device)
         self.is_initialized = True
@@ -90,7 +92,7 @@ class SparseLayer(CacheLayerMixin):
     def _mark_static(self) -> None:
         """Without this, CUDA graphs are skipped because inputs are mutated. Unguarded: another cache re-records, and never recompiles."""
         if not torch.compiler.is_compiling():
-            for name in _STATE:
+            for name in _BUFFERS:
                 torch._dynamo.mark_static_address(getattr(self, name), guard=False)
 
     @property
@@ -171,6 +173,7 @@ class SparseLayer(CacheLayerMixin):
             for name in _STATE[:-1]:
                 setattr(self, name, change(getattr(self, name)))
             self.batch_size = self.keys.shape[0]
+            self.tickets = self.tickets.new_zeros(self.batch_size * self.keys.shape[1] + 1)
             self._mark_static()
 
     def offload(self) -> None:
@@ -182,7 +185,7 @@ class SparseLayer(CacheLayerMixin):
 
     def _move(self, device: Any, non_blocking: bool) -> None:
         if self.is_initialized and self.keys.device != torch.device(device):
-            for name in _STATE:
+            for name in _BUFFERS:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
             self._mark_static()
 

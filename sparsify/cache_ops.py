@@ -51,7 +51,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 library.define(
     f"cache_store(Tensor? query, Tensor key, Tensor value, {_STATE}, *, Tensor? real=None, "
-    "int pinned, int recent, bool empty, str policy, float scale, float softcap, int version) -> ()",
+    "Tensor? tickets=None, int pinned, int recent, bool empty, str policy, float scale, float softcap, int version) -> ()",
     tags=_TAGS,
 )
 library.define(
@@ -62,7 +62,8 @@ library.define(
 )
 library.define(
     f"cache_decode(Tensor query, Tensor key, Tensor value, {_STATE}, *, Tensor? real=None, Tensor? sink_logits=None, "
-    "Tensor? inverse_frequencies=None, int pinned, float scale, float softcap, int window, int sinks, int version) -> Tensor",
+    "Tensor? inverse_frequencies=None, Tensor(g!)? tickets=None, int pinned, float scale, float softcap, int window, int sinks, "
+    "int version) -> Tensor",
     tags=_TAGS,
 )
 library.define(

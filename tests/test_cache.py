@@ -322,9 +322,11 @@ def test_rows_move_with_all_their_state(llama, policy):
 def test_offloading_moves_everything(llama):
     cache = SparseCache(llama.config, policy="snapkv", budget=40, batch_size=2, device="cpu")
     layer = cache.layers[1]
+    layer.batch_repeat_interleave(2)
+    assert layer.keys.shape == (4, 2, 40, 16) and layer.tickets.shape == (9,)
     layer.device = torch.device("meta")
     layer.prefetch()
-    assert all(t.is_meta for t in layer.state) and layer.keys.shape == (2, 2, 40, 16)
+    assert all(t.is_meta for t in (*layer.state, layer.tickets)) and layer.keys.shape == (4, 2, 40, 16)
 
 
 @pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])

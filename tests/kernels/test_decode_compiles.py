@@ -19,7 +19,7 @@ def compiled(spec: DecodeSpec, arch: int, kernel: str) -> Resources:
         arch=arch,
         num_warps=spec.tiling.warps if kernel == "split" else 4,
         num_stages=spec.tiling.stages if kernel == "split" else 3,
-        constexprs={"STRETCHES": 64} if kernel == "combine" else {},
+        constexprs={"STRETCHES": 64} if kernel == "combine" else {"STRETCHES": 32, "MEMBERS": 4} if spec.fused else {},
         divisible=[argument.name for argument in listed if argument.aligned],
     )
 
@@ -33,9 +33,11 @@ ALL = {"softcap": True, "sink_logits": True, "padded": True, "turning": True}
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("clauses", [{}, ALL], ids=["plain", "all"])
-def test_split(arch, clauses):
-    used = compiled(spec(**clauses), arch, "split")
-    within_budget(f"decode split {'all' if clauses else 'plain'} sm_{arch}", used)
+@pytest.mark.parametrize("fused", [False, True])
+def test_split(arch, clauses, fused):
+    used = compiled(spec(**clauses, fused=fused), arch, "split")
+    within_budget(f"decode split {'all' if clauses else 'plain'}{' fused' if fused else ''} sm_{arch}", used)
+    assert used.registers * spec().tiling.warps * 32 * spec().tiling.programs <= 65536
     assert used.spilled == 0 and used.mma > 0
     assert used.cp_async > 0, "loads run ahead of the arithmetic"
     # two thread blocks a multiprocessor share its memory

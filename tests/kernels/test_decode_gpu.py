@@ -27,12 +27,13 @@ def layer(batch, kv_heads, capacity, dim, dtype, tokens, pinned):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim, group", [(128, 4), (64, 1), (80, 7), (256, 2)])
-@pytest.mark.parametrize("capacity, tokens", [(4096, (9000, 4095)), (300, (0, 299)), (20000, (12345, 20000))])
+@pytest.mark.parametrize("capacity, tokens", [(1024, (9000, 1023)), (300, (0, 299)), (20000, (12345, 20000))])
 def test_against_the_reference(capacity, tokens, dim, group, dtype):
     torch.manual_seed(0)
     ours = layer(2, 2, capacity, dim, dtype, tokens, 4)
     theirs = tuple(t.clone() for t in ours)
     options = {"pinned": 4, "scale": dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    options["tickets"] = torch.zeros(2 * 2 + 1, dtype=torch.int32, device="cuda")
     for _ in range(3):
         make = lambda heads: torch.randn(2, 1, heads, dim, device="cuda").to(dtype).transpose(1, 2)
         call = make(2 * group), make(2), make(2)
@@ -41,10 +42,29 @@ def test_against_the_reference(capacity, tokens, dim, group, dtype):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_a_cuda_graph_replays_step_by_step():
+def test_joining_in_the_last_program_loses_nothing():
+    """One kernel against two, over many tokens: a program that joins before the others have written would show sooner or later."""
+    torch.manual_seed(0)
+    ours = layer(2, 8, 1024, 128, torch.bfloat16, (5000, 700), 4)
+    theirs = tuple(t.clone() for t in ours)
+    options = {"pinned": 4, "scale": 0.2, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    tickets = torch.zeros(17, dtype=torch.int32, device="cuda")
+    pairs = []
+    for i in range(400):
+        call = tuple(torch.randn(2, 1, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8, 8))
+        real = {"real": torch.tensor([[True], [i % 3 > 0]], device="cuda")} if i >= 200 else {}
+        pairs.append((cache_decode(*call, *ours, tickets=tickets, **options, **real), cache_decode(*call, *theirs, **options, **real)))
+    got, want = (torch.stack(outputs) for outputs in zip(*pairs))
+    torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and not tickets.any()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_cuda_graph_replays_step_by_step(fused):
     state = layer(1, 2, 512, 128, torch.bfloat16, (100,), 4)
     call = tuple(torch.randn(1, 1, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2))
     options = {"pinned": 4, "scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    options["tickets"] = torch.zeros(3, dtype=torch.int32, device="cuda") if fused else None
     cache_decode(*call, *state, **options)  # compiled outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -58,6 +58,7 @@ def check(
     if clauses.pop("turning", False):
         options["inverse_frequencies"] = 1.0 / 10.0 ** torch.linspace(0, 2, dims[0] // 4)
     padding = clauses.pop("padding", False)
+    tickets = torch.zeros(batch * kv_heads + 1, dtype=torch.int32) if clauses.pop("fused", True) else None
     assert not clauses
     for step in range(steps):
         # as a model hands them over: the transpose of [batch, 1, heads, dim]
@@ -68,7 +69,8 @@ def check(
             options["real"] = mask[:, -1:]
             value[~mask[:, -1]] = torch.nan
         want = reference_cache.cache_decode(query, key, value, *theirs, **options)
-        got = cache_decode(query, key, value, *ours, tiling=SMALL, **options)
+        got = cache_decode(query, key, value, *ours, tiling=SMALL, tickets=tickets, **options)
+        assert tickets is None or not tickets.any(), "the next token needs zeros"
         bound = TOLERANCE[dtype]
         torch.testing.assert_close(got.float(), want.float(), atol=bound, rtol=bound)
         assert got.stride() == want.stride()
@@ -81,6 +83,8 @@ def check(
     "clauses",
     [
         {},
+        {"fused": False},
+        {"fused": False, "padding": True, "turning": True, "sink_logits": True, "softcap": 3.0},
         {"softcap": 5.0},
         {"sink_logits": True},
         {"turning": True},
@@ -117,13 +121,13 @@ def test_clauses_change_the_result():
     tokens=st.lists(st.integers(0, 90), min_size=3, max_size=3),
     padding=st.booleans(),
     turning=st.booleans(),
+    fused=st.booleans(),
 )
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_sizes_together(batch, kv_heads, group, capacity, pinned, tokens, padding, turning):
+def test_sizes_together(batch, kv_heads, group, capacity, pinned, tokens, padding, turning, fused):
     pinned = min(pinned, capacity - 1)
-    check(
-        batch, kv_heads, group, capacity, (16, 16), tuple(tokens[:batch]), pinned, steps=2, padding=padding, turning=turning and pinned > 0
-    )
+    more = {"padding": padding, "turning": turning and pinned > 0, "fused": fused}
+    check(batch, kv_heads, group, capacity, (16, 16), tuple(tokens[:batch]), pinned, steps=2, **more)
 
 
 def test_the_reference_can_repeat_a_step_whose_second_kernel_fails(monkeypatch):
