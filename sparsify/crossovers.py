@@ -22,8 +22,9 @@ STEP = 1024  # lengths are multiples of this, so that measuring noise does not m
 # no price for an answer.
 WORTH = 0.5
 
-# Another exact kernel is worth a compiled graph of its own where it saves at least this share of attention's time.
-EXACT_WORTH = 0.97
+# Another exact kernel is worth a compiled graph of its own where it takes at most this share of attention's time, and saves what the host
+# needs more for it: so many launches' time, since it is launched from Python.
+EXACT_WORTH, EXACT_LAUNCHES = 0.97, 3
 
 LENGTH = sympy.Symbol("n", integer=True, positive=True)
 
@@ -116,4 +117,4 @@ def kernel_from(device: Device, kernel: str, head_dim: int, heads: tuple[int, in
     """Smallest prompt length from which our exact kernel is enough faster than SDPA to deserve a graph of its own."""
     sizes = _prompt(head_dim, heads, batch)
     ours, sdpa = (costs.attention_seconds(sizes, device, kernel=name) for name in (kernel, "sdpa"))
-    return solve_from(EXACT_WORTH * sdpa - ours)
+    return solve_from(EXACT_WORTH * sdpa - ours - EXACT_LAUNCHES * device.launch)
