@@ -10,7 +10,8 @@ import dataclasses
 import string
 from dataclasses import dataclass, field
 
-from sparsify.backends.gluon_consumer import CONSUMER, KERNEL
+from sparsify.backends.gluon_consumer import CONSUMER
+from sparsify.backends.gluon_kernel import KERNEL
 from sparsify.backends.gluon_producer import PRODUCER
 from sparsify.errors import KernelError
 
