@@ -19,7 +19,8 @@ TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def structure(before: fx.GraphModule, after: fx.GraphModule, editor: Editor, expected: int) -> None:
-    """Lints the graph; every replaced value keeps shape, dtype, device and strides; no mutation is lost; every site is accounted for.
+    """Lints the graph; every replaced value keeps shape, dtype, device and strides, and is gone itself; no mutation is lost; every site
+    is accounted for.
 
     Raises:
         VerifyError: naming the first check that failed.
@@ -31,6 +32,8 @@ def structure(before: fx.GraphModule, after: fx.GraphModule, editor: Editor, exp
     if len(editor.replaced) != expected:
         raise VerifyError(f"{expected} sites were to be rewritten, {len(editor.replaced)} were")
     for old, new in editor.replaced.items():
+        if not old._erased:
+            raise VerifyError("what was replaced is still read", where=old.name)
         want, got = old.meta["example_value"], new.meta["example_value"]
         for what in ("shape", "dtype", "device"):
             if getattr(want, what) != getattr(got, what):

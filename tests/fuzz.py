@@ -25,6 +25,8 @@ from torch import fx
 
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import config, method, pipeline
+from sparsify.eager_ops import is_softmax
+from sparsify.match import is_sdpa
 from sparsify.plan import Plan
 from sparsify.trace import Trace
 from tests.fuzz_graphs import Program, programs
@@ -90,7 +92,16 @@ def check(program: Program, tally: Tally | None = None, methods: dict[str, dict[
             if len(plan.decisions) < program.sdpa:
                 raise Wrong(f"{program.sdpa} attentions, {len(plan.decisions)} in the plan")
             if rewritten is not None:
+                if len(plan.rewritten) == len(plan.decisions) and name != "dense":
+                    _alone(rewritten, name)
                 compare(graph.run(rewritten.forward), want, rows, name)
+
+
+def _alone(rewritten: fx.GraphModule, name: str) -> None:
+    """Where every attention was replaced none is left: keep-all settings would not show an old one that is still read."""
+    left = [n.name for n in rewritten.graph.nodes if is_sdpa(n) or is_softmax(n)]
+    if left:
+        raise Wrong(f"{name}: {left[0]} is still computed")
 
 
 class Invalid(Exception):

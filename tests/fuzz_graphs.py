@@ -246,6 +246,11 @@ def _written_out(draw, build: Build, kind: str, query: str, out: str) -> None:
     _tamper(draw, build, "after the scores", ["raw_key", "raw_query", "raw_value"])
     if rarely(draw, 6):
         body.append("scores = torch.tanh(scores / 3.0) * 3.0")
+    if rarely(draw, 8):
+        body.append("scores.mul_(0.5)")
+    if rarely(draw, 6):
+        build.inputs["extra"] = pick(draw, "draw(B, 1, 1, K)", "draw(H * G, 1, K)", "draw(1, K)", "draw(Q, K)")
+        body.append(pick(draw, "scores = scores + extra", "scores = (scores + extra) * 0.5", "scores = extra + scores"))
     if rarely(draw, 5):
         build.inputs["slopes"] = pick(draw, "torch.rand(H * G, generator=generator).to(DTYPE)", "draw(B, H * G)")
         body += ["slope = slopes[..., :, None, None]", f"scores = scores + {pick(draw, *_SLOPES)}"]
