@@ -101,3 +101,46 @@ def test_reduce_overhead_gives_the_same_logits(policy, budget):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("policy, budget", [("streaming_llm", 40), ("snapkv", 48)])
+@torch.no_grad()
+@torch._inductor.config.patch("triton.cudagraph_or_error", True)
+def test_prompts_and_later_turns_in_cuda_graphs(policy, budget):
+    model = build("llama").to("cuda")
+    ids = torch.randint(3, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0)).to("cuda")
+
+    def run(forward):
+        cache, out, first = SparseCache(model.config, policy, budget, batch_size=2, device="cuda", dtype=torch.float32), [], 0
+        for size in [60] + [1] * 6 + [7] + [1] * 6:
+            torch.compiler.cudagraph_mark_step_begin()
+            out.append(forward(ids[:, first : first + size], past_key_values=cache).logits.clone())
+            first += size
+        return torch.cat(out, 1)
+
+    want = run(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    forward = torch.compile(model, backend="sparsify", fullgraph=True, options={"mode": "reduce-overhead", "strict": True})
+    for _ in range(4):  # warmed up, recorded, replayed
+        torch.testing.assert_close(run(forward), want, atol=2e-3, rtol=2e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_offloaded_and_fetched_back():
+    model = build("llama").to("cuda")
+    ids = torch.randint(3, VOCAB, (2, 70), generator=torch.Generator().manual_seed(0)).to("cuda")
+    caches = [SparseCache(model.config, "snapkv", 48) for _ in range(2)]
+    for cache in caches:
+        model(ids[:, :60], past_key_values=cache)
+    for layer in caches[0].layers:
+        layer.offload()
+        assert all(t.device.type == "cpu" for t in (*layer.state, layer.tickets))
+    caches[0].reorder_cache(torch.tensor([1, 0], device="cuda"))
+    for layer in caches[0].layers:
+        layer.prefetch()
+    caches[1].reorder_cache(torch.tensor([1, 0], device="cuda"))
+    got, want = (model(ids[:, 60:], past_key_values=cache).logits for cache in caches)
+    torch.testing.assert_close(got, want)
