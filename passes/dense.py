@@ -46,7 +46,7 @@ class Dense(Pass):
             return sdpa
         known = example(site)
         start = kernel_from(context.device, context.family, known["qk_head_dim"], (known["query_heads"], known["kv_heads"]))
-        return dataclasses.replace(ours, min_key_len=start, note=f"exact; Hopper attention kernel, from {start} keys on"), sdpa
+        return dataclasses.replace(ours, min_key_len=start, solved=True, note=f"exact; Hopper attention kernel, from {start} keys on"), sdpa
 
     def _by(self, kernel: str) -> Dense:
         return self.model_copy(update={"kernel": kernel})

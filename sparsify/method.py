@@ -51,7 +51,8 @@ class Proposal:
     """What a method would do at a site.
 
     seconds: expected time as an expression in the site's symbolic sizes. density: expected share of causal blocks, None when exact.
-    min_key_len: key length from which the method is expected to pay; below it the site falls to the next candidate.
+    min_key_len: key length from which the method is expected to pay; below it the site falls to the next candidate. solved: whether it
+        comes from the costs, so that a nearby length that other sites ask for does as well.
     formula: the same seconds in letters, for reports. scratch: bytes of memory that it needs for a while beside its operands.
     """
 
@@ -59,6 +60,7 @@ class Proposal:
     seconds: sympy.Expr
     density: float | None = None
     min_key_len: int = 0
+    solved: bool = False
     note: str = ""
     formula: str = ""
     scratch: sympy.Expr = sympy.S.Zero

@@ -126,7 +126,8 @@ def make_plan(sites: list[AttentionSite | FeedForwardSite], config: Config, cont
         PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
     """
     saved = {d.site: d for d in Plan.load(config.plan).decisions} if config.plan else None
-    choices = [_choose(site, _candidates(site, config, saved), config, context, _measured(site, saved)) for site in sites]
+    regimes = _Regimes()
+    choices = [_choose(site, _candidates(site, config, saved), config, context, _measured(site, saved), regimes) for site in sites]
     return Plan([c.decision for c in choices], device=context.device.describe()), choices
 
 
@@ -171,8 +172,33 @@ def _with_measured(configured: list[tuple[str, dict[str, Any]]], measured: list[
     return wanted
 
 
+class _Regimes:
+    """Solved crossovers that a graph's sites ask a symbolic length for: two, so that there are three regimes, however shapes differ."""
+
+    def __init__(self) -> None:
+        self._asked: dict[str, list[int]] = {}
+
+    def start(self, site: AttentionSite | FeedForwardSite, proposal: Proposal) -> int | None:
+        """The length from which the proposal is eligible: its own, or the next that another site asked for; None beyond the last."""
+        if not proposal.solved or not proposal.min_key_len:
+            return proposal.min_key_len
+        size = site.key.meta["example_value"].shape[2]
+        asked = self._asked.setdefault(str(size), [])
+        if isinstance(size, int) or proposal.min_key_len in asked:
+            return proposal.min_key_len
+        if len(asked) < objective.MOST_REGIMES - 1:
+            asked.append(proposal.min_key_len)
+            return proposal.min_key_len
+        return min((bound for bound in asked if bound > proposal.min_key_len), default=None)
+
+
 def _choose(
-    site: AttentionSite | FeedForwardSite, candidates: list[Pass], config: Config, context: Context, measured: list[dict[str, Any]]
+    site: AttentionSite | FeedForwardSite,
+    candidates: list[Pass],
+    config: Config,
+    context: Context,
+    measured: list[dict[str, Any]],
+    regimes: _Regimes,
 ) -> Choice:
     decision, dense = _described(site, context)
     decision.measured = measured
@@ -183,8 +209,9 @@ def _choose(
         if not pending:
             break
         proposal = pending.pop(_best(pending, site, config, dense))
-        if proposal.min_key_len and not at_least(site.key, 2, proposal.min_key_len):
-            what = f"key_len below {proposal.min_key_len}, where it starts to pay"
+        start = regimes.start(site, proposal)
+        if start is None or (start and not at_least(site.key, 2, start)):
+            what = f"key_len below {proposal.min_key_len if start is None else start}, where it starts to pay"
             decision.refusals.append(str(proposal.method.refuse(what, "set min_length to force it" if proposal.method.lossy else "")))
             continue
         _take(decision, proposal, pending, size_hints(site), config)

@@ -87,8 +87,8 @@ def test_a_compiled_model_gets_one_graph_for_each_winner(monkeypatch):
             before = len(plans)
             model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False, logits_to_keep=1)
             chosen[length] = plans[-1].decisions[0].method if len(plans) > before else None
-    assert chosen[40] == "dense" and chosen[4000] == "sink_window"
-    assert [chosen[length] for length in (300, 200, 3000, 500)] == [None] * 4
+    assert chosen[40] == "dense"
+    assert [method for method in chosen.values() if method] == ["dense", "sink_window"], "one graph on each side, wherever that is"
 
 
 def measured(*found: tuple[str, dict, float]) -> Plan:

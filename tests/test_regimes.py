@@ -67,3 +67,36 @@ def test_a_crossover_belongs_to_the_regime_above(hopper, length, chosen):
     (decision,) = plan.decisions
     assert decision.options.get("kernel") == chosen
     assert (decision.method == "xattention") == (chosen is None)
+
+
+class Two(torch.nn.Module):
+    """Two attentions whose heads differ, so that their crossovers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for heads in (2, 1):
+            y = x.unflatten(-1, (heads, 128 // heads)).transpose(1, 2)
+            y = F.scaled_dot_product_attention(y, y.roll(1, -1), y.flip(-1), is_causal=True)
+            x = y.transpose(1, 2).flatten(-2)
+        return x
+
+
+def test_layers_that_differ_share_three_regimes(hopper, monkeypatch):
+    monkeypatch.setattr(crossovers, "sparse_from", lambda device, stride, block, head_dim, *_, **__: {64: 1024, 128: 700}[head_dim])
+    monkeypatch.setattr("sparsify.passes.dense.kernel_from", lambda device, kernel, head_dim, *_: {64: 256, 128: 400}[head_dim])
+    graphs = []
+
+    def backend(gm, inputs):
+        with collect_plans() as plans:
+            compiled = sparsify.backend.sparsify(gm, inputs, options={"lower": "eager", "strict": True})
+        graphs.extend(tuple(d.method + ":" + str(d.options.get("kernel", "")) for d in plan.decisions) for plan in plans)
+        return compiled
+
+    compiled = torch.compile(Two(), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for length in (200, 300, 500, 800, 1100, 260, 399, 401, 699, 701, 1023, 1500):
+            x = prompt(length)
+            torch._dynamo.mark_dynamic(x, 1)
+            compiled(x)
+    assert len(graphs) == 3
+    assert ("dense:sdpa", "dense:sdpa") in graphs
+    assert ("xattention:", "xattention:") in graphs
