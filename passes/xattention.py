@@ -81,7 +81,7 @@ class XAttention(Pass):
             return self.refuse(
                 f"a window of {site.mask.window} tokens is attended in less time than it is estimated", "min_length = 0 forces it"
             )
-        start = context.min_length
+        start, solved = context.min_length, context.min_length is None
         if start is None:
             known = example(site)
             start = antidiagonal_crossover(
@@ -92,7 +92,8 @@ class XAttention(Pass):
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
         note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"
         works = functools.partial(self._works, context.family)
-        return Proposal.of(self, site, context, works, density=self.density, min_key_len=start, note=note, scratch=self._scratch(site))
+        limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
+        return Proposal.of(self, site, context, works, note=note, **limits)
 
     def _scratch(self, site: AttentionSite) -> sympy.Expr:
         """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.scratch` counts all."""
