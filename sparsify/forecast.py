@@ -17,109 +17,15 @@ import sympy
 from sparsify import costs, work
 from sparsify.cache_sites import CacheSite
 from sparsify.config import Config
+from sparsify.forecast_records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
 from sparsify.meta_model import Call, Calls, MetaModel, Site, Weights, resized
 from sparsify.method import Context
-from sparsify.model_costs import linear_seconds
+from sparsify.model_costs import SMALL_KERNELS, STEP_LAUNCHES, linear_seconds
 from sparsify.plan import Decision, acts_on, make_plan
 from sparsify.sites import AttentionSite, FeedForwardSite
 
-PREFILL, DECODE = "prefill", "decode"
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
 _STORE_LAUNCHES = (30, 90)
-_SMALL_KERNELS = 5  # between the products of a layer's decode step: two norms with their sums, rotation, the cache's store, activation
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Where the time of one call goes."""
-
-    attention: float = 0.0
-    feed_forward: float = 0.0
-    projections: float = 0.0
-    elementwise: float = 0.0
-    cache: float = 0.0
-    head: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(dataclasses.astuple(self))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes. cache: after the prompt. scratch: the most that prefill needs at once beside weights and cache."""
-
-    weights: int
-    cache: int
-    scratch: int
-
-    @property
-    def peak(self) -> int:
-        return self.weights + self.cache + self.scratch
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers at which the same is done for the same reasons.
-
-    what: "attention", "cache" or "ffn". sees: what tells their attention from other layers'. choice: in one word or two. density: expected
-    share of causal blocks, None when exact.
-    """
-
-    phase: str
-    what: str
-    layers: tuple[int, ...]
-    sees: str
-    choice: str
-    reason: str
-    density: float | None = None
-    refusals: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to run the model: exact attention alone, or what the configuration chooses."""
-
-    prefill: Seconds
-    decode: Seconds
-    memory: Memory
-    groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    length: int
-    dense: Side
-    chosen: Side
-
-
-@dataclass(frozen=True)
-class Crossover:
-    """From `length` tokens on `after` is chosen instead of `before`."""
-
-    phase: str
-    layers: tuple[int, ...]
-    sees: str
-    length: int
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Rows by length, crossovers, and in words what the numbers rest on."""
-
-    model: str
-    parameters: int
-    dtype: str
-    batch: int
-    device: str
-    measured: bool
-    cache: str
-    layers: int
-    rows: tuple[Row, ...]
-    crossovers: tuple[Crossover, ...]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +50,7 @@ class Forecaster:
     make_cache: Callable[[Any], Any] | None = None
     _plans: dict[Any, Decision] = field(default_factory=dict)
     _shapes: dict[int, _LayerShape] = field(default_factory=dict)
+    _latent: int = 0  # width of what a cache holds instead of keys and values, which each call rebuilds from it
 
     def __post_init__(self) -> None:
         exact = {"passes": ("dense",), "rules": (), "plan": None, "exact": True, "objective": None, "max_error": None, "methods": {}}
@@ -155,7 +62,9 @@ class Forecaster:
         """Raises UnsupportedError where the model or its cache cannot be captured."""
         plain = self.model.at_lengths(lengths, self.batch)
         kept = self.model.at_lengths(lengths, self.batch, self.make_cache) if self.make_cache else plain
-        self._shapes = self._layer_shapes(next(iter(plain.values())).prefill)
+        first = next(iter(plain))
+        self._shapes = self._layer_shapes(plain[first].prefill)
+        self._latent = self._cached_latent(plain[first], first)
         rows = tuple(Row(n, self._side(plain[n], n, self.exact), self._side(kept[n], n, self.config)) for n in plain)
         device = self.context.device
         return Forecast(
@@ -200,9 +109,9 @@ class Forecaster:
         scratch = self._activations(length) + max((_scratch(site, d) for site, d in prefill), default=0)
         memory = Memory(self.model.weight_bytes, sum(calls.cache_bytes), scratch)
         groups = (*grouped(PREFILL, prefill, length, self.context), *grouped(DECODE, decode, length + 1, self.context))
-        return Side(self._seconds(prefill, length), self._seconds(decode, 1), memory, groups)
+        return Side(self._seconds(prefill, length, length), self._seconds(decode, 1, length + 1), memory, groups)
 
-    def _seconds(self, decided: list[tuple[Site, Decision]], tokens: int) -> Seconds:
+    def _seconds(self, decided: list[tuple[Site, Decision]], tokens: int, keys: int) -> Seconds:
         attention = cache = feed_forward = other = elementwise = 0.0
         skipped: dict[int | None, float] = {}
         attended = {site.layer for site, _ in decided if isinstance(site, AttentionSite)}
@@ -218,13 +127,14 @@ class Forecaster:
         rows = self.batch * tokens
         for layer, weights in enumerate(self.model.layers):
             blocks = self._shapes[self.model.kinds[layer]].blocks
-            whole = sum(self._linear(rows, *pair) for pair in weights.matrices)
+            whole = sum(self._linear(self.batch * keys if pair[0] == self._latent else rows, *pair) for pair in weights.matrices)
             block = sum(self._linear(rows, *pair) for pair in blocks)
             other += whole - block
             feed_forward += skipped.get(layer, block) + self._routed(rows, weights)
             elementwise += self._between(self.model.kinds[layer], rows, tokens)
         head = self._linear(self.batch, self.model.hidden, self.model.head // self.model.hidden) if self.model.head else 0.0
-        return Seconds(attention, feed_forward, other, elementwise, cache, head)
+        host = STEP_LAUNCHES * self.context.device.launch if tokens == 1 else 0.0
+        return Seconds(attention, feed_forward, other, elementwise, cache, head, host)
 
     def _linear_seconds(self, rows: int, inputs: int, outputs: int) -> float:
         return float(linear_seconds(self.context.device, rows, inputs, outputs, self.model.dtype))
@@ -244,7 +154,7 @@ class Forecaster:
         """Norms, sums, rotation, activation and the cache's store, fused as Inductor fuses them: each operand read or written once."""
         shape = self._shapes[kind]
         elements = 8 * self.model.hidden + 2 * (shape.query_width + shape.kv_width) + 4 * shape.kv_width + 3 * shape.intermediate
-        kernels = _SMALL_KERNELS if tokens == 1 else 1
+        kernels = SMALL_KERNELS if tokens == 1 else 1
         size = rows * elements * self.model.dtype.itemsize / kernels
         return kernels * float(costs.seconds(work.elementwise(size), self.context.device))
 
@@ -286,6 +196,11 @@ class Forecaster:
             )
         return shapes
 
+    def _cached_latent(self, calls: Calls, length: int) -> int:
+        latent = int(getattr(self.model.config, "kv_lora_rank", None) or 0)
+        whole = sum(2 * self._shapes[kind].kv_width for kind in self.model.kinds) * self.batch * length * self.model.dtype.itemsize
+        return latent if sum(calls.cache_bytes) < whole / 2 else 0
+
     def _remarks(self, calls: dict[int, Calls]) -> Iterator[str]:
         routed = [w for w in self.model.layers if w.experts]
         if routed:
@@ -293,6 +208,8 @@ class Forecaster:
                 f"{len(routed)} layers route each token to {routed[0].active} of {routed[0].experts} experts: products of the active ones, "
                 "weights of all that the batch is expected to touch"
             )
+        if self._latent:
+            yield "the cache holds latents: each step rebuilds all keys and values from them, as the model's code does"
         if self.model.tied:
             yield "the output matrix is the embedding: counted once in memory, read once a step"
         if any(call.graphs > 1 for one in calls.values() for call in (one.prefill, one.decode)):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsify.errors import UnsupportedError
-from sparsify.forecast import DECODE, PREFILL, Forecast, Group, Row, Side
+from sparsify.forecast_records import DECODE, PREFILL, Forecast, Group, Row, Side
 
 _COLUMNS = (
     *("length", "prefill\ndense", "\nchosen", "\ngain", "ms/token\ndense", "\nchosen"),

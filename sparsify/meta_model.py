@@ -258,6 +258,8 @@ def build(name: str, *, config: Any = None, dtype: torch.dtype | None = None, at
     text = model.config.get_text_config(decoder=True)
     if getattr(model.config, "quantization_config", None):
         assumptions.append(f"quantisation is not modelled: weights count as {str(dtype).removeprefix('torch.')}")
+    if text is not model.config:
+        assumptions.append("weights of other modalities count in memory alone")
     parameters = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
@@ -339,11 +341,12 @@ def _bytes(layer: Any) -> int:
 
 def _growing(config: Any) -> Any:
     """An ordinary cache. Its layers begin with no tokens instead of with no dimensions, which meta tensors cannot be appended to."""
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=config)
     for layer in cache.layers:
-        layer.__class__ = _empty_at_first(type(layer))
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layer.__class__ = _empty_at_first(type(layer))
     return cache
 
 

@@ -20,11 +20,11 @@ from sparsify.work import AttentionSizes, Size
 # What the host needs, in launches' times. Eager: an operator of transformers' layers takes about three, for Python around it (8B prefills
 # of 1K tokens in benchmarks/results, which wait for the host). Compiled, a decode step that is waited for: guards, the graph's launch and
 # the token's way back (8B decode there, beside the same steps in one go).
-_EAGER_LAYER, _STEP = 130, 120
+_EAGER_LAYER, STEP_LAUNCHES = 130, 120
 
 # Kernels between the matrix products of a layer's decode step: two norms with their residual sums, the rotation, the cache's store and
 # the activation.
-_SMALL_KERNELS = 5
+SMALL_KERNELS = 5
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ def model_decode_seconds(
         step += seconds(work.skipped_ffn(batch, size, shape.dtype, ffn_share), device)
     else:
         step += sympy.Add(*(linear_seconds(device, batch, i, o, shape.dtype) for i, o in shape.ffn_matrices))
-    small = seconds(work.elementwise(batch * _elements(shape, True) * shape.dtype.itemsize / _SMALL_KERNELS), device)
-    step += _SMALL_KERNELS * small
+    small = seconds(work.elementwise(batch * _elements(shape, True) * shape.dtype.itemsize / SMALL_KERNELS), device)
+    step += SMALL_KERNELS * small
     head = linear_seconds(device, batch, shape.hidden, shape.vocab, shape.dtype)
-    host = _STEP * device.launch if waited else 0
+    host = STEP_LAUNCHES * device.launch if waited else 0
     return sympy.sympify(shape.layers * step + head + host + _attention(shape, device, attention, 1, key_len, batch))
 
 

@@ -155,6 +155,14 @@ def test_experts_cost_what_is_active():
     assert "2 layers route each token to 4 of 64 experts" in remark
 
 
+def test_keys_rebuilt_from_latents_are_paid_at_every_step():
+    model = meta_model.build("mla", config=build("deepseek_v3").config, dtype=torch.bfloat16)
+    found = forecaster(model).forecast([1024, 262144])
+    short, long = (row.dense.decode.projections for row in found.rows)
+    assert found.rows[0].dense.memory.cache < 1024 * 2 * 4 * (24 + 16) * 2 / 2 and long > 1.5 * short
+    assert any("latents" in note for note in found.notes)
+
+
 def test_rules_show_as_groups_of_layers(llama):
     options = {"rules": [{"layers": "0-3", "method": "sink_window", "window": 1024}]}
     row = forecaster(llama, **options).forecast([32768]).rows[0]
