@@ -59,7 +59,7 @@ def fold(
     kv_head = row % kv_heads
     flat = tile * ROWS + tl.arange(0, ROWS)
     i = flat // GROUP
-    head = kv_head * GROUP + flat % GROUP
+    head = tl.cast(kv_head, tl.int64) * GROUP + flat % GROUP
     inside = i < query_len
     qk_dims = tl.arange(0, QK_DIM)
     v_dims = tl.arange(0, V_DIM)
@@ -86,8 +86,8 @@ def fold(
             ${qk_head_dim}, ${v_head_dim}, positions + slot_row, first, end, p, ${context},
         )
 %if has_new
-    new_key_head = new_key + batch * key_b + kv_head * key_h
-    new_value_head = new_value + batch * value_b + kv_head * value_h
+    new_key_head = new_key + batch * key_b + tl.cast(kv_head, tl.int64) * key_h
+    new_value_head = new_value + batch * value_b + tl.cast(kv_head, tl.int64) * value_h
     at_row = at + batch * query_len
     stop = tl.minimum((tile * ROWS + ROWS - 1) // GROUP + 1, query_len)
     stop = tl.where(stretch == stretches - 1, stop, 0)
@@ -135,7 +135,7 @@ def join(
     flat = tl.program_id(0)
     row = tl.program_id(1)
     batch = tl.cast(row // kv_heads, tl.int64)
-    head = row % kv_heads * GROUP + flat % GROUP
+    head = tl.cast(row % kv_heads, tl.int64) * GROUP + flat % GROUP
     v_dims = tl.arange(0, V_DIM)
     stretch = tl.arange(0, STRETCHES)
     held = stretch < stretches

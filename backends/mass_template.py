@@ -30,7 +30,7 @@ def spread(
     own = tl.cast(row, tl.int64) * GROUP * query_len + flat
     q = tl.load(query + own[:, None] * ${head_dim} + dims[None, :], mask=inside[:, None]${guard}, other=0.0)
     p = tl.load(asked + batch * query_len + flat % query_len, mask=inside, other=-1)
-    key_head = keys + batch * key_b + row % kv_heads * key_h
+    key_head = keys + batch * key_b + tl.cast(row % kv_heads, tl.int64) * key_h
     at_head = positions + tl.cast(row, tl.int64) * key_len
     offsets = tl.arange(0, KEYS)
     begin = stretch * stretch_len
@@ -65,7 +65,7 @@ def gather(
     rows = tl.arange(0, WINDOW)
     dims = tl.arange(0, DIM)
     readable = first + offsets < key_len
-    key_head = keys + batch * key_b + row % kv_heads * key_h
+    key_head = keys + batch * key_b + tl.cast(row % kv_heads, tl.int64) * key_h
     tile = key_head + tl.cast(first, tl.int64) * key_n + offsets[:, None] * key_n + dims[None, :]
     k = tl.load(tile, mask=readable[:, None]${guard}, other=0.0)
     at = tl.load(positions + tl.cast(row, tl.int64) * key_len + first + offsets, mask=readable, other=-1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 import tests.cache_reference as reference
 from sparsify import SparseCache
@@ -188,6 +189,16 @@ def test_an_own_loop_without_position_ids(llama):
     plain = torch.arange(30)[None]
     want = reference.run(llama, ids, reference.streaming(mask, 2, 8), plain)
     got = reference.through(llama, SparseCache(llama.config, sinks=2, window=8), ids, [12] + [1] * 18, mask)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@torch.no_grad()
+def test_an_own_loop_with_turns_equals_an_ordinary_cache(llama, policy):
+    """A padded batch without position_ids, and a second turn in it, with a budget that holds everything."""
+    ids, mask, cuts = text(2, 34), left_padded([34, 25]), [12, 1, 1, 9, 1, 10]
+    got = reference.through(llama, SparseCache(llama.config, policy, 40), ids, cuts, mask)
+    want = reference.through(llama, DynamicCache(config=llama.config), ids, cuts, mask)
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], **CLOSE)
 
 
