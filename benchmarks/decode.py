@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode kernel --lengths 32768 131072 524288          # GB/s of K and V read, full and by share
     python -m benchmarks.decode kernel --sweep                               # the same for every tiling
+    python -m benchmarks.decode append --lengths 4096 131072 --counts 5 512  # several tokens over kept keys: later turns, verified drafts
     python -m benchmarks.decode store --lengths 131072                       # scoring and eviction of one layer after a prompt
     python -m benchmarks.decode prefill --lengths 32768 131072               # a whole prompt: time, scoring and eviction in it, memory
     python -m benchmarks.decode model --prompt 131072 --budget 4096 --batch 1 8
@@ -26,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sparsify.backends.cache_launch  # noqa: F401  registers the ops
 from benchmarks import decode_model, records
 from sparsify import backends, cache_ops, policies
+from sparsify.backends import triton_append
 from sparsify.backends.triton_decode import DecodeTiling, cache_decode
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -119,6 +121,34 @@ def write(options: argparse.Namespace, benchmark: str, variant: str, ms: float, 
     records.append(options.out, f"decode_{benchmark}", variant=variant, **facts, **values)
 
 
+def append(options: argparse.Namespace) -> None:
+    """Milliseconds of one layer's attention of several tokens over a full cache, beside SDPA over keys that were put together before."""
+    for batch, count, length in itertools.product(options.batch, options.counts, options.lengths):
+        keys, values, positions, _, seen, _ = state(batch, length, length)
+        make = lambda heads, batch=batch, count=count: torch.randn(batch, count, heads, DIM, dtype=torch.bfloat16, device="cuda").transpose(
+            1, 2
+        )
+        query, key, value = make(HEADS), make(KV_HEADS), make(KV_HEADS)
+        call = {"scale": DIM**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
+        whole = [torch.cat(pair, 2) for pair in ((keys, key), (values, value))]
+
+        def ours(query=query, key=key, value=value, held=(keys, values, positions, seen), call=call) -> torch.Tensor:
+            return triton_append.cache_attention(query, *held, new_key=key, new_value=value, **call)
+
+        def peer(query=query, whole=whole) -> torch.Tensor:
+            return F.scaled_dot_product_attention(query, *whole, enable_gqa=True)
+
+        rows = query[:, :, -1:].float()  # the last token sees everything
+        want = F.scaled_dot_product_attention(rows, *(t.float() for t in whole), enable_gqa=True)
+        error = (ours()[:, :, -1:].float() - want).abs().max().item()
+        for name, function in (("sparsify", ours), ("sdpa", peer)):
+            ms = milliseconds(function)
+            tflops = 4 * batch * HEADS * DIM * count * (length + count / 2) / ms / 1e9
+            print(f"{name:9} {count} tokens over {length}, batch {batch}: {ms:.4f} ms, {tflops:.0f} TFLOP/s, error {error:.1e}", flush=True)
+            facts = {"variant": name, "batch": batch, "count": count, "length": length}
+            records.append(options.out, "decode_append", **facts, ms=ms, tflops=tflops, **({"error": error} if name == "sparsify" else {}))
+
+
 def store(options: argparse.Namespace) -> None:
     """Milliseconds that a policy's scoring and eviction take after a prompt, one layer."""
     for batch, length, name in itertools.product(options.batch, options.lengths, options.policies):
@@ -141,10 +171,11 @@ def store(options: argparse.Namespace) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["kernel", "store", "prefill", "model"])
+    parser.add_argument("benchmark", choices=["kernel", "append", "store", "prefill", "model"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 524288])
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.25, 0.05])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--counts", type=int, nargs="+", default=[5, 512], help="tokens of an append")
     parser.add_argument("--sweep", action="store_true", help="every tiling instead of the table's choice")
     parser.add_argument("--policies", nargs="+", default=["snapkv", "streaming_llm"])
     parser.add_argument("--policy", default="snapkv")
@@ -165,7 +196,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    {"kernel": kernel, "store": store, "prefill": decode_model.prefill, "model": decode_model.model}[options.benchmark](options)
+    parts = {"kernel": kernel, "append": append, "store": store, "prefill": decode_model.prefill, "model": decode_model.model}
+    parts[options.benchmark](options)
     return 0
 
 

@@ -8,7 +8,7 @@ from benchmarks.cells import Record, conditions, groups, latest, markdown, size
 from benchmarks.needles import wilson
 
 TITLE = "A cache that evicts"
-NAMES = ("decode_model", "cache_prefill", "decode_store", "eviction_needles", "eviction_stream")
+NAMES = ("decode_model", "cache_prefill", "decode_store", "decode_append", "eviction_needles", "eviction_stream")
 TOKEN_MS, STORE_SHARE, KEPT = 5.5, 0.03, 1.05  # goals: a token at batch 1 on an 8B model, of a prefill, of the budget's bytes
 _MODEL = ("shape", "layers", "variant", "tuned", "batch", "prompt", "budget", "policy", "mode")
 _PROMPT = ("shape", "layers", "policy", "budget", "length", "batch")
@@ -24,6 +24,7 @@ def table(found: Iterable[Record]) -> str:
         ("decode_model", "A whole model, a token at a time", _model),
         ("cache_prefill", "A whole prompt, uncompiled", _prefill),
         ("decode_store", "Scoring and eviction of one layer", _store),
+        ("decode_append", "Several tokens over kept keys, one layer", _append),
         ("eviction_needles", "One needle, asked at the end of the prompt", _needles),
         ("eviction_stream", "Text under StreamingLLM", _stream),
     ):
@@ -91,6 +92,17 @@ def _store(found: list[Record], beside: list[Record]) -> list[str]:
     cells = latest(found, "policy", "batch", "length", "budget")
     rows = [[size(r["length"]), str(r["batch"]), r["policy"], str(r["budget"]), f"{r['ms']:.2f}"] for r in cells]
     return [conditions(cells), markdown(["tokens", "batch", "policy", "kept", "ms"], sorted(rows))]
+
+
+def _append(found: list[Record], beside: list[Record]) -> list[str]:
+    cells = latest(found, "variant", "batch", "count", "length")
+    rows = []
+    for r in sorted(cells, key=lambda r: (r["length"], r["count"], r["batch"], r["variant"])):
+        error = f"{r['error']:.1e}" if "error" in r else "–"
+        call = {"sdpa": "SDPA, every key visible"}.get(r["variant"], r["variant"])
+        rows.append([size(r["length"]), str(r["count"]), str(r["batch"]), call, f"{r['ms']:.3f}", f"{r['tflops']:.0f}", error])
+    header = ["kept", "tokens", "batch", "call", "ms", "TFLOP/s", "largest error"]
+    return [f"SDPA gets keys that were put together before. {conditions(cells)}", markdown(header, rows)]
 
 
 def _needles(found: list[Record], beside: list[Record]) -> list[str]:

@@ -211,7 +211,8 @@ class SparseLayer(CacheLayerMixin):
             CacheError: something was evicted already, or the batch is padded.
         """
         if tokens_to_remove > 0:
-            raise CacheError("crop takes a negative number of tokens to remove", hint=f"crop({-tokens_to_remove}) removes that many")
+            hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
+            raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         self.check_crop(-tokens_to_remove)

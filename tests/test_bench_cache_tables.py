@@ -56,6 +56,14 @@ def test_scoring_is_a_share_of_its_own_and_of_the_fastest_prefill() -> None:
     assert "| 32K | everything | 1000 | – | – | – | 5.0 | 0.50 |" in text
 
 
+def test_several_tokens_beside_sdpa() -> None:
+    facts = {"batch": 1, "count": 5, "length": 131072, "ms": 0.25, "tflops": 40.0}
+    text = tables_cache.table(
+        [record("decode_append", variant="sparsify", error=1e-3, **facts), record("decode_append", variant="sdpa", **facts)]
+    )
+    assert "| 128K | 5 | 1 | sparsify | 0.250 | 40 | 1.0e-03 |" in text and "| 128K | 5 | 1 | SDPA, every key visible |" in text
+
+
 def test_answers_by_share_and_text_over_its_recomputation() -> None:
     text = tables_cache.table([needles(1.0, 46, 5), needles(0.05, 24, 5), needles(0.05, 40, 15)])
     assert "| 32K | snapkv, window 12, kernel 5 | 0.96 [0.86, 0.99] | 0.50 [0.36, 0.64] |" in text
