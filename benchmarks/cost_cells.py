@@ -56,6 +56,16 @@ def decode(kernels: tuple[str, ...]) -> list[Cell]:
     return cells + [Cell("decode", kernel, key_len=n, batch=4) for n in (8 * K, 32 * K) for kernel in kernels]
 
 
+def masked() -> list[Cell]:
+    """Decode steps of SDPA with a mask tensor, which a static cache or padding gives eager models."""
+    return [
+        Cell("decode", "masked", key_len=n, batch=batch)
+        for n in (4 * K, 8 * K, 32 * K, 128 * K)
+        for batch in (1, 8)
+        if n * batch <= 256 * K
+    ]
+
+
 def layers() -> list[Cell]:
     """What a model does beside attention: skipped blocks, linear layers of many and of few rows, sums."""
     cells = [Cell("ffn", rows=rows, inputs=4096, outputs=14336, skipped=share) for rows in (1, 8, 32) for share in (0.0, 0.25, 0.5)]
@@ -73,7 +83,7 @@ def grid(device: str, small: bool = False) -> list[Cell]:
     if device != "cuda" or small:
         return _tiny("hopper" if device == "cuda" else "reference")
     kernels = ("sdpa", "hopper", "triton")
-    cells = layers() + decode(("sdpa", "cache", "triton")) + dense(kernels) + sparse(kernels)
+    cells = layers() + decode(("sdpa", "cache", "triton")) + masked() + dense(kernels) + sparse(kernels)
     return sorted(cells, key=weight)
 
 
@@ -118,7 +128,7 @@ def compile_jobs(cells: list[Cell]) -> list[list[Cell]]:
     """Cells grouped so that every kernel that the grid needs is compiled by one of the groups, which may run side by side."""
     jobs: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        if cell.kind in ("linear", "elementwise") or cell.kernel == "sdpa":
+        if cell.kind in ("linear", "elementwise") or cell.kernel in ("sdpa", "masked"):
             continue
         if cell.kind in ("select", "whole"):
             # kernels depend on the length and on query heads per KV head, not on how many heads there are

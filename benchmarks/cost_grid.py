@@ -178,7 +178,7 @@ def choices(samples: Sequence[Sample], device: Device) -> list[dict[str, Any]]:
     places: list[tuple[tuple, list[Sample]]] = []
     for sample in samples:
         cell = sample.cell
-        if cell.kind in ("attention", "decode") and cell.density is None and not cell.window:
+        if cell.kind in ("attention", "decode") and cell.density is None and not cell.window and cell.kernel != "masked":
             exact.setdefault(_place(cell), []).append(sample)
     places += [(place, found) for place, found in exact.items() if len(found) > 1]
     for sample in samples:

@@ -13,13 +13,13 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from pydantic import Field
 
-from sparsify.costs import example
+from sparsify.costs import example, expected, in_units
 from sparsify.crossovers import kernel_from
 from sparsify.editor import Editor, attention_call
 from sparsify.masks import MaskKind
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
-from sparsify.work import attention
+from sparsify.work import attention, decode
 
 
 class Dense(Pass):
@@ -39,7 +39,7 @@ class Dense(Pass):
         on = lambda kernel: lambda sizes: (attention(sizes, kernel),)
         ours = Proposal.of(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or not serves_sdpa(site):
-            return ours
+            return (self._slow_decode(site, context) if self.kernel == "auto" else None) or ours
         sdpa = Proposal.of(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
         hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
         if self.kernel == "sdpa" or not hopper:
@@ -47,6 +47,18 @@ class Dense(Pass):
         known = example(site)
         start = kernel_from(context.device, context.family, known["qk_head_dim"], (known["query_heads"], known["kv_heads"]))
         return dataclasses.replace(ours, min_key_len=start, solved=True, note=f"exact; Hopper attention kernel, from {start} keys on"), sdpa
+
+    def _slow_decode(self, site: AttentionSite, context: Context) -> Refusal | None:
+        """A decode step through the op has one program for each KV head: few of them read slower than SDPA with a mask tensor does."""
+        if site.phase != "decode" or context.kernels == "reference" or context.min_length is not None:
+            return None
+        ours, masked = (expected(lambda s, k=kernel: (decode(s, k),), site, context.device) for kernel in (context.family, "masked"))
+        if ours is None or masked is None or ours <= masked:
+            return None
+        return self.refuse(
+            f"a decode step over {site.key_len} keys with a mask: as it is {in_units(masked)}, by the op {in_units(ours)}",
+            "dense.kernel = 'attention' forces it",
+        )
 
     def _by(self, kernel: str) -> Dense:
         return self.model_copy(update={"kernel": kernel})

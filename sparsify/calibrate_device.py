@@ -71,7 +71,7 @@ def _cells(
         found += [prompt("attention", n, kernel, window=lengths[0] // 2, sinks=4) for n in ends]
     if own:
         found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
-    for kernel, n, batch in itertools.product(("sdpa", *(["cache"] if own else []), *own[-1:]), ends, (1, 8)):
+    for kernel, n, batch in itertools.product(("sdpa", "masked", *(["cache"] if own else []), *own[-1:]), ends, (1, 8)):
         found.append(Cell("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
     wide = hidden * 7 // 2
     if own:
@@ -162,7 +162,7 @@ def _kernels_of(wanted: Sequence[Cell]) -> list[Cell]:
     """One cell for each kernel text: time does not matter here, so few heads where the kernel does not depend on them."""
     chosen: dict[tuple, Cell] = {}
     for cell in wanted:
-        if cell.kernel == "sdpa" or cell.kind in ("linear", "elementwise"):
+        if cell.kernel in ("sdpa", "masked") or cell.kind in ("linear", "elementwise"):
             continue
         few = replace(cell, query_heads=cell.query_heads // cell.kv_heads, kv_heads=1) if cell.kind == "select" else cell
         by_length = cell.key_len if cell.kind == "select" or cell.kernel == "hopper" else 0

@@ -27,6 +27,7 @@ __all__ = [
     "decode_seconds",
     "estimate_seconds",
     "example",
+    "expected",
     "expected_density",
     "ffn_seconds",
     "formula",
@@ -158,6 +159,14 @@ def formula(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSi
     at = {letter: known[name] for name, letter in letters.items()}
     fixed = {name: known[name] for name in _DIMS} | {"dtype": s.dtype, "causal": s.causal, "window": s.window}
     return "; ".join(_words(one, device, tuple(at.items())) for one in build(AttentionSizes(**letters, **fixed)))
+
+
+def expected(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSite | AttentionSizes, device: Device) -> float | None:
+    """A candidate's seconds at the example's sizes; None where the site does not tell them. Installs no guard."""
+    s, known = sizes_of(site), example(site)
+    if not {*LETTERS, *_DIMS} <= set(known):
+        return None
+    return float(seconds(build(AttentionSizes(**known, dtype=s.dtype, causal=s.causal, window=s.window)), device))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -23,10 +23,10 @@ class Cell:
 
     kind: "attention" (prefill or chunk), "select" (estimate, choice and lists), "whole" (selection, then attention along its lists),
         "decode" (one row of each sequence), "ffn" (blocks of ffn_skip), "linear" (one weight), "elementwise" (a sum of two tensors).
-    kernel: whose, as in `sparsify.work`. density: of block lists over causal blocks, None without lists. window, sinks: tokens, 0: none.
+    kernel: whose, as in `sparsify.work`; in a decode step "masked" is SDPA with a mask tensor.
+    density: of block lists over causal blocks, None without lists. window, sinks: tokens, 0: none.
     stride, variants: of the estimate. rows, inputs, outputs: activations and weight; a feed-forward block is gated and goes
-        inputs → outputs → inputs.
-    skipped: share of the feed-forward calls that is left out. size: bytes that an elementwise call moves.
+        inputs → outputs → inputs. skipped: share of the feed-forward calls that is left out. size: bytes that an elementwise call moves.
     """
 
     kind: Kind

@@ -264,6 +264,12 @@ def _decode(cell: Cell, device: str) -> Call:
     if cell.kernel == "sdpa":
         grouped = cell.query_heads != cell.kv_heads
         return Call(lambda: [F.scaled_dot_product_attention(query, k, v, enable_gqa=grouped) for k, v in caches], count, cell)
+    if cell.kernel == "masked":  # as transformers calls it: a mask tensor, keys and values repeated for the query heads
+        group, mask = cell.query_heads // cell.kv_heads, torch.zeros(cell.batch, 1, 1, cell.key_len, dtype=dtype, device=device)
+        repeated = lambda t: t[:, :, None].expand(-1, -1, group, -1, -1).reshape(cell.batch, cell.query_heads, *t.shape[2:])
+        return Call(
+            lambda: [F.scaled_dot_product_attention(query, repeated(k), repeated(v), attn_mask=mask) for k, v in caches], count, cell
+        )
     if cell.kernel != "cache":
         clauses, kernel = _clauses(cell), _kernel(cell.kernel)
         return Call(lambda: [kernel(query, k, v, **clauses) for k, v in caches], count, cell)

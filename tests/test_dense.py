@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import sympy
 import torch
 from torch._dynamo.utils import counters
 
-from sparsify import api, pipeline
+from sparsify import api, pipeline, profile
+from sparsify.hardware import Device
+from sparsify.masks import MaskKind, MaskPredicate, QueryStart
+from sparsify.method import Context, Proposal, Refusal
+from sparsify.passes.dense import Dense
 from tests import attention_functions as attention
 from tests.ir import changed_region, check_golden, rewritten_graph
+from tests.test_plan import site
 
 OPTIONS = {"passes": ["dense"], "strict": True}
 
@@ -173,3 +181,16 @@ def test_verify_compares_numbers_on_the_first_call(monkeypatch):
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(VerifyError, match="differs"):
         torch.compile(attention.causal, backend="sparsify", options=options)(*inputs)
+
+
+def test_a_masked_decode_step_is_left_alone_where_the_op_reads_slower():
+    """One program for each KV head reads a long cache slower than SDPA with a mask tensor; many heads read it faster."""
+    context = Context(Device.of("cuda", profile.shipped("sm_90")), "triton", family="hopper")
+    masked = MaskPredicate(MaskKind.PROVED, causal=True, query_start=QueryStart(constant=sympy.Integer(77)))
+    one = site(1, 131072, mask=masked)
+    refusal = Dense().propose(one, context)
+    assert isinstance(refusal, Refusal)
+    assert "as it is" in refusal.reason
+    assert isinstance(Dense(kernel="attention").propose(one, context), Proposal)
+    assert isinstance(Dense().propose(dataclasses.replace(one, batch=8), context), Proposal)
+    assert isinstance(Dense().propose(one, dataclasses.replace(context, min_length=0)), Proposal)
