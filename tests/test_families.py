@@ -48,7 +48,7 @@ def keep_all_options(*passes: str) -> dict:
 METHODS = ("dense", "xattention", "sink_window")
 
 
-@pytest.mark.parametrize(("family", "method"), quick(product(CORE_FAMILIES, METHODS), product(TELLING, METHODS)))
+@pytest.mark.parametrize(("family", "method"), quick(product(CORE_FAMILIES, METHODS), product(["gemma3"], METHODS)))
 def test_prefill_under_keep_all_equals_eager(family, method):
     model = build(family, layers=LAYERS)
     ids = prompt(2, 70)
@@ -64,7 +64,7 @@ def test_prefill_under_keep_all_equals_eager(family, method):
     assert torch.equal(got.value.argmax(-1), want.argmax(-1))
 
 
-@pytest.mark.parametrize(("family", "side"), quick(product(CORE_FAMILIES, ("left", "right")), product(TELLING, ("right",))))
+@pytest.mark.parametrize(("family", "side"), quick(product(CORE_FAMILIES, ("left", "right")), product(["gemma3"], ("right",))))
 def test_padded_batch_under_keep_all_equals_eager(family, side):
     model = build(family, layers=LAYERS)
     inputs = padded(3, 40, side)
@@ -81,7 +81,7 @@ def test_padded_batch_under_keep_all_equals_eager(family, side):
 PROMPTS = {"alone": {"input_ids": prompt(1, 33)}, "padded": padded(2, 33, "left")}
 
 
-@pytest.mark.parametrize(("family", "prompts"), quick(product(CORE_FAMILIES, PROMPTS), [("llama", "alone"), *product(TELLING, ["padded"])]))
+@pytest.mark.parametrize(("family", "prompts"), quick(product(CORE_FAMILIES, PROMPTS), [("llama", "alone"), ("gemma3", "padded")]))
 def test_generate_with_a_dynamic_cache(family, prompts):
     inputs = PROMPTS[prompts]
     model = build(family, layers=LAYERS)
@@ -129,7 +129,7 @@ def test_own_calls_with_a_static_cache(family):
     assert visible_error(got.value, want) < FP32
 
 
-@pytest.mark.parametrize("family", quick(product(CORE_FAMILIES), product(["llama", "gemma3"])))
+@pytest.mark.parametrize("family", quick(product(CORE_FAMILIES), product(["gemma3"])))
 def test_chunked_prefill_and_second_turn(family):
     model = build(family, layers=LAYERS)
     ids = prompt(2, 60)
