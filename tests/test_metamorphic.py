@@ -166,6 +166,20 @@ def test_appended_tokens_change_xattention_within_the_last_block_only():
     assert differs(long[:, :, whole:length], short[:, :, whole:])
 
 
+def test_appended_keys_of_another_kind_move_the_choice_of_an_estimate_in_8_bits():
+    """Keys are rounded after the mean of them all is taken away, so later keys that lie elsewhere cost earlier ones their bits. An
+    estimate without `int8` does not see them."""
+    length, generator = 8 * BLOCK, torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, heads, length + BLOCK, 16, generator=generator) for heads in (4, 2, 2))
+    for estimate, away, moves in ([], 300.0, False), (["int8"], 3.0, False), (["int8"], 300.0, True):
+        far = key.clone()
+        far[:, :, length:] += away
+        options = strict(passes=["xattention"], xattention=XATTENTION | {"estimate": estimate, "threshold": 0.7})
+        short, long = attend(options, tuple(x[:, :, :length] for x in (query, key, value)), (query, far, value))
+        assert differs(long[:, :, :length], short) == moves
+        assert moves or difference(long[:, :, :length], short) < CLOSE
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_permuting_heads_permutes_outputs(method):
     query, key, value = operands()
