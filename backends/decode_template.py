@@ -98,10 +98,16 @@ def split(
     slot = tl.where(count < pinned, count, pinned + (count - pinned) % (capacity - pinned))
     slot = tl.where(is_real != 0, slot, -1)
     filled = tl.minimum(count, capacity)
+%if whole
+    # a short cache is read whole: no load of keys waits for the count; empty slots hold zeros
+    extent = capacity
+%else
     # stretches share what is filled, not the capacity: a quarter full cache must cost a quarter
-    stretch_len = tl.cdiv(tl.cdiv(filled, KEYS), stretches) * KEYS
+    extent = filled
+%end
+    stretch_len = tl.cdiv(tl.cdiv(extent, KEYS), stretches) * KEYS
     begin = stretch * stretch_len
-    end = tl.minimum(begin + stretch_len, filled)
+    end = tl.minimum(begin + stretch_len, extent)
 %if not fused
     if stretch == 0:
         tl.store(slots + row, slot)
@@ -143,7 +149,7 @@ def split(
 %else
         s = s * scale
 %end
-        s = tl.where((readable & (at != slot))[None, :], s, float("-inf"))
+        s = tl.where((readable${" & (at < filled)" if whole else ""} & (at != slot))[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s - base[:, None])

@@ -42,7 +42,7 @@ def cache_store(
     """
     if empty:
         positions.fill_(-1)
-        for state in (counts, seen, length):
+        for state in (values, counts, seen, length):
             state.zero_()
     if key.shape[2] == 1:
         _append(key, value, keys, values, positions, counts, seen, real, pinned)

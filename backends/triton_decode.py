@@ -27,6 +27,8 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LOG2E = math.log2(math.e)
 # Up to so many stretches the program that joins them holds all in registers, and a launch is saved; long caches feel neither.
 _FUSED_STRETCHES = 32
+# What so many slots hold is read in about the time that a load of their count takes.
+_WHOLE_SLOTS = 8192
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class DecodeTiling:
 @dataclass(frozen=True)
 class DecodeSpec:
     """What decides the kernels' text. group: query heads per KV head. padded: tokens may be padding. turning: sinks stand directly before
-    the window, so that they are seen by turned queries. fused: the last program of a KV head joins its stretches."""
+    the window, so that they are seen by turned queries. fused: the last program of a KV head joins its stretches. whole: empty slots are
+    read, too."""
 
     dtype: str
     qk_head_dim: int
@@ -54,6 +57,7 @@ class DecodeSpec:
     padded: bool = False
     turning: bool = False
     fused: bool = False
+    whole: bool = False
 
     def __post_init__(self):
         if not 0 < max(self.qk_head_dim, self.v_head_dim) <= 256:
@@ -191,7 +195,7 @@ def cache_decode(
     count = stretches(capacity, rows, processors(query.device), tiling)
     spec = DecodeSpec(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning,
-        tickets is not None and count <= _FUSED_STRETCHES,
+        tickets is not None and count <= _FUSED_STRETCHES, capacity <= _WHOLE_SLOTS,
     )  # fmt: skip
     out = cache_ops.empty_output(query, values)
     part = torch.empty(rows * spec.group * count * (v_head_dim + 2), dtype=torch.float32, device=query.device)

@@ -105,8 +105,10 @@ def kernel(options: argparse.Namespace) -> None:
             # tokens that count as padding are not stored, so that repeated calls do not fill the cache
             real = {} if share == 1 else {"real": torch.zeros(batch, 1, dtype=torch.bool, device="cuda")}
 
-            def run(filled: Any = filled, real: Any = real, tiling: Any = tiling) -> None:
-                cache_decode(*call, *filled, tiling=tiling, **real, **options_of())  # noqa: B023  runs now
+            tickets = torch.zeros(batch * KV_HEADS + 1, dtype=torch.int32, device="cuda")
+
+            def run(filled: Any = filled, real: Any = real, tiling: Any = tiling, tickets: Any = tickets) -> None:
+                cache_decode(*call, *filled, tiling=tiling, tickets=tickets, **real, **options_of())  # noqa: B023  runs now
 
             error = check(batch, length, tokens, tiling)
             ms = milliseconds(run)

@@ -219,7 +219,9 @@ class SparseLayer(CacheLayerMixin):
         self.length += tokens_to_remove
         self.seen += tokens_to_remove
         self.counts += tokens_to_remove
-        self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
+        gone = self.positions >= self.seen[:, None, None]
+        self.positions.masked_fill_(gone, -1)
+        self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
         self.started = int(self.length) > 0
 
     def activate_past_recording(self) -> None:

@@ -10,7 +10,8 @@ State of one layer (`sparsify.cache_layer`), all on one device, changed in place
     length          int64 []                           tokens so far, padding included: what transformers calls the sequence length
 
 The first `pinned` slots are written once, the others are a ring: slot_of(n) = n for n < pinned, else
-pinned + (n - pinned) mod (capacity - pinned). Slots below min(counts, capacity) are filled. Padding never takes a slot.
+pinned + (n - pinned) mod (capacity - pinned). Slots below min(counts, capacity) are filled, the others hold
+zeros. Padding never takes a slot.
 
 `cache_store` adds query_len tokens. One token overwrites the ring's oldest slot. Of more, while they fit, slots stay in order of
 position; beyond that the newest `recent` tokens stay, the policy's scores choose the rest, the best `pinned` of those go to the pinned

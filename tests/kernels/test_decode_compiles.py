@@ -35,7 +35,7 @@ ALL = {"softcap": True, "sink_logits": True, "padded": True, "turning": True}
 @pytest.mark.parametrize("clauses", [{}, ALL], ids=["plain", "all"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_split(arch, clauses, fused):
-    used = compiled(spec(**clauses, fused=fused), arch, "split")
+    used = compiled(spec(**clauses, fused=fused, whole=fused), arch, "split")
     within_budget(f"decode split {'all' if clauses else 'plain'}{' fused' if fused else ''} sm_{arch}", used)
     assert used.registers * spec().tiling.warps * 32 * spec().tiling.programs <= 65536
     assert used.spilled == 0 and used.mma > 0

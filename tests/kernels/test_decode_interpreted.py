@@ -58,6 +58,8 @@ def check(
     if clauses.pop("turning", False):
         options["inverse_frequencies"] = 1.0 / 10.0 ** torch.linspace(0, 2, dims[0] // 4)
     padding = clauses.pop("padding", False)
+    limit = triton_decode._WHOLE_SLOTS
+    triton_decode._WHOLE_SLOTS = limit if clauses.pop("whole", True) else 0
     tickets = torch.zeros(batch * kv_heads + 1, dtype=torch.int32) if clauses.pop("fused", True) else None
     assert not clauses
     for step in range(steps):
@@ -76,6 +78,7 @@ def check(
         assert got.stride() == want.stride()
         for name, a, b in zip(("keys", "values", "positions", "counts", "seen", "length"), ours, theirs):
             assert torch.equal(a, b), f"{name} after step {step}"
+    triton_decode._WHOLE_SLOTS = limit
     return got
 
 
@@ -84,7 +87,8 @@ def check(
     [
         {},
         {"fused": False},
-        {"fused": False, "padding": True, "turning": True, "sink_logits": True, "softcap": 3.0},
+        {"whole": False},
+        {"whole": False, "fused": False, "padding": True, "turning": True, "sink_logits": True, "softcap": 3.0},
         {"softcap": 5.0},
         {"sink_logits": True},
         {"turning": True},
