@@ -10,6 +10,8 @@ from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, withi
 
 pytest.importorskip("triton")
 
+ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+
 ALL = {"windowed": True, "padded": True, "turning": True, "softcap": True, "sink_logits": True}
 
 
@@ -30,7 +32,7 @@ def spec(rows: int, dtype: str = "bf16", dim: int = 128, arch: int = 90, **claus
     return AppendSpec(dtype, dim, dim, 4, choose_tiling(dtype, dim, rows, divmod(arch, 10), clauses.get("turning", False)), **clauses)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [20, 4096])
 def test_fold(rows, arch):
     used = compiled(spec(rows, arch=arch, single=rows > 128), arch)

@@ -10,6 +10,8 @@ from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, withi
 
 pytest.importorskip("triton")
 
+ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+
 
 def compiled(spec: DecodeSpec, arch: int, kernel: str) -> Resources:
     listed = arguments(spec, kernel)
@@ -31,7 +33,7 @@ def spec(dtype="bf16", dim=128, group=4, **clauses) -> DecodeSpec:
 ALL = {"softcap": True, "sink_logits": True, "padded": True, "turning": True}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("clauses", [{}, ALL], ids=["plain", "all"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_split(arch, clauses, fused):
@@ -45,7 +47,7 @@ def test_split(arch, clauses, fused):
     assert used.shared <= SHARED_LIMIT[arch]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_combine(arch):
     used = compiled(spec(**ALL), arch, "combine")
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[arch]

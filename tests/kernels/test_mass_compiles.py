@@ -10,6 +10,8 @@ from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, withi
 
 pytest.importorskip("triton")
 
+ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+
 
 def compiled(spec: MassSpec, arch: int, kernel: str) -> Resources:
     listed = arguments(spec, kernel)
@@ -23,7 +25,7 @@ def compiled(spec: MassSpec, arch: int, kernel: str) -> Resources:
     )
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["spread", "gather"])
 def test_snapkv_of_an_8b_shape(kernel, arch):
     used = compiled(MassSpec("bf16", 128, 4, choose_tiling("bf16", 128, 4, 32)), arch, kernel)
