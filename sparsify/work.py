@@ -112,7 +112,7 @@ class Work:
         if self.tiles != 0:
             waves = sympy.ceiling(self.tiles / device.processors) * alone
             work, eight = (_ZERO, waves / 2) if self.flops8 != 0 else (waves, _ZERO)
-        elif alone != 0:
+        elif alone != 0 and self.rows != 0:  # an empty batch has no rows
             work, tail = largest(even, alone), _tail(even, alone, self.rows / device.processors)
         # half of the cache: the other half holds what else is in flight; at eight times that, all that can miss does
         times = 2 * self.kept / device.l2_bytes
