@@ -72,7 +72,8 @@ class Forecaster:
             parameters=self.model.parameters,
             dtype=str(self.model.dtype).removeprefix("torch."),
             batch=self.batch,
-            device=device.describe(),
+            device=device.name,
+            source=device.source,
             measured=device.measured,
             cache=cache,
             layers=len(self.model.kinds),
@@ -208,6 +209,9 @@ class Forecaster:
                 f"{len(routed)} layers route each token to {routed[0].active} of {routed[0].experts} experts: products of the active ones, "
                 "weights of all that the batch is expected to touch"
             )
+        other = sum(not self._shapes[kind].query_width for kind in self.model.kinds)
+        if other:
+            yield f"{other} layers have no attention that the compiler sees: their matrix products and elementwise work alone count"
         if self._latent:
             yield "the cache holds latents: each step rebuilds all keys and values from them, as the model's code does"
         if self.model.tied:

@@ -88,13 +88,14 @@ class Crossover:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Rows by length, crossovers, and in words what the numbers rest on."""
+    """Rows by length, crossovers, and in words what the numbers rest on. source: of the device's numbers."""
 
     model: str
     parameters: int
     dtype: str
     batch: int
     device: str
+    source: str
     measured: bool
     cache: str
     layers: int

@@ -37,7 +37,8 @@ def table(forecast: Forecast, width: int = 160, why: bool = False) -> str:
 def _title(forecast: Forecast) -> str:
     batch = f", batch {forecast.batch}" if forecast.batch > 1 else ""
     cache = f", {forecast.cache}" if forecast.cache else ""
-    return f"{forecast.model}: {forecast.parameters / 1e9:.2f} B parameters in {forecast.dtype}{batch}{cache}, on {forecast.device}"
+    device = forecast.device + ("" if forecast.measured else " (estimate)")
+    return f"{forecast.model}: {forecast.parameters / 1e9:.2f} B parameters in {forecast.dtype}{batch}{cache}, on {device}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -92,8 +93,9 @@ def _reasons(forecast: Forecast) -> list[str]:
 
 
 def _notes(forecast: Forecast) -> list[str]:
-    kind = "measured on such a device" if forecast.measured else "estimates: `sparsify calibrate device` measures them"
-    lines = [f"device numbers are {kind}; times and memory are predictions, and nothing was run"]
+    kind = "measured" if forecast.measured else "estimates, `sparsify calibrate device` measures them"
+    source = f" ({forecast.source})" if forecast.source else ""
+    lines = [f"the device's numbers are {kind}{source}; times and memory are predictions, and nothing was run"]
     if any(group.density is not None for row in forecast.rows for group in row.chosen.groups):
         lines.append("density is what published prompts keep on average (arXiv 2503.16428), or what was asked for; yours may differ")
     return lines + list(forecast.notes)
@@ -173,7 +175,7 @@ def plot(forecast: Forecast, path: str | Path) -> None:
         axis.minorticks_off()
         axis.set_xlabel("prompt length, tokens")
         axis.legend(fontsize=8, loc="upper left")
-    figure.suptitle(_title(forecast) + ("" if forecast.measured else " (estimate)"), fontsize=9)
+    figure.suptitle(_title(forecast), fontsize=9)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
