@@ -90,8 +90,15 @@ def test_decode_is_one_op_and_the_prompt_stays_open(llama, ids, policy):
     assert [tuple(n.meta["example_value"].shape) for n in state] == [(2, 2, 48, 16)] * 2 + [(2, 2, 48), (2, 2), (2,), ()]
 
 
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
-@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@pytest.mark.parametrize(
+    "policy, lower",
+    [
+        ("streaming_llm", "eager"),
+        ("snapkv", "eager"),
+        ("snapkv", "inductor"),
+        pytest.param("streaming_llm", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_are_those_of_the_uncompiled_cache(llama, ids, policy, lower):
     with torch.no_grad():
         want = llama.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=make(llama, policy))
