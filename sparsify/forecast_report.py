@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsify.errors import UnsupportedError
-from sparsify.forecast_records import DECODE, PREFILL, Forecast, Group, Row, Side
+from sparsify.forecast_records import DECODE, PREFILL, Forecast, Row, Side
 
 _COLUMNS = (
     *("length", "prefill\ndense", "\nchosen", "\ngain", "ms/token\ndense", "\nchosen"),
@@ -61,18 +61,19 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def choices(side: Side, phase: str) -> str:
     """The choices of a phase; with the number of layers where they differ."""
-    groups = [group for group in side.groups if group.phase == phase]
-    attention = [group for group in groups if group.what != "ffn"]
-    words = [_choice(group, len(attention) > 1) for group in attention]
-    if not words:
-        words = ["the cache's policy"] if phase == PREFILL else []
-    words += [f"{group.choice} ×{len(group.layers)}" for group in groups if group.what == "ffn" and group.choice != "as it is"]
-    return "\n".join(dict.fromkeys(words))
-
-
-def _choice(group: Group, several: bool) -> str:
-    sees = f" ({group.sees})" if several and group.sees else ""
-    return group.choice + (f" ×{len(group.layers)}{sees}" if several else "")
+    counts: dict[tuple[bool, str, str], int] = {}
+    for group in side.groups:
+        if group.phase == phase:
+            key = (group.what == "ffn", group.choice, group.sees)
+            counts[key] = counts.get(key, 0) + len(group.layers)
+    attention = {key: count for key, count in counts.items() if not key[0]}
+    if len(attention) == 1:
+        words = [choice for _, choice, _ in attention]
+    else:
+        words = [f"{choice} ×{count}" + (f" ({sees})" if sees else "") for (_, choice, sees), count in attention.items()]
+    if not words and phase == PREFILL:
+        words = ["the cache's policy"]
+    return "\n".join([*words, *(f"{choice} ×{count}" for (ffn, choice, _), count in counts.items() if ffn and choice != "as it is")])
 
 
 def _crossovers(forecast: Forecast) -> list[str]:
@@ -109,7 +110,7 @@ def length_words(length: int) -> str:
 
 
 def layers_words(layers: tuple[int, ...]) -> str:
-    """`0-4, 6-10, 12`; a list that goes on evenly is `every 6th from 5 (5)`."""
+    """`0-4, 6-10, 12`."""
     ranges: list[list[int]] = []
     for layer in layers:
         if ranges and layer == ranges[-1][1] + 1:

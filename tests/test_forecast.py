@@ -15,6 +15,7 @@ import sparsify
 from sparsify import SparseCache, cli, config, cost_command, forecast, forecast_device, forecast_report, meta_model, method, pipeline
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.model_costs import ModelShape, model_decode_seconds, model_prefill_seconds
+from sparsify.plan import Decision, Plan
 from tests.test_plan import plan_for, site
 from tests.tiny_models import build
 
@@ -169,6 +170,16 @@ def test_rules_show_as_groups_of_layers(llama):
     prefill = {group.choice: group.layers for group in row.chosen.groups if group.phase == "prefill"}
     assert prefill == {"sink_window": (0, 1, 2, 3), "xattention": tuple(range(4, 32))}
     assert forecast_report.choices(row.chosen, "prefill") == "sink_window ×4\nxattention ×28"
+
+
+def test_a_bound_on_the_error_shows_by_layer(llama, tmp_path):
+    measured = lambda error: [{"method": "xattention", "options": {}, "error": error}]
+    sites = [f"model.layers.{i}.self_attn" for i in range(32)]
+    decisions = [Decision(name, i, "prefill", {}, "", "xattention", {}, measured=measured(i / 100)) for i, name in enumerate(sites)]
+    Plan(decisions).save(tmp_path / "plan.json")
+    row = forecaster(llama, plan=str(tmp_path / "plan.json"), max_error=0.105).forecast([65536]).rows[0]
+    assert forecast_report.choices(row.chosen, "prefill") == "xattention ×11\ndense (hopper) ×21"
+    assert row.chosen.prefill.attention > 0.6 * row.dense.prefill.attention
 
 
 def test_feed_forward_skipping_shows_in_decode(llama):
