@@ -158,8 +158,8 @@ def _key_cells(call: Selection) -> Tensor:
 
 def _rounded(cells: Tensor) -> Tensor:
     """Each cell [..., numbers] rounded to 255 steps between minus and plus its largest size; NaN when one of them is not finite."""
-    scale = cells.abs().amax(-1, keepdim=True).clamp(min=1e-20) / 127
-    return (cells / scale + 0.5).floor() * torch.where(scale.isfinite(), scale, torch.nan)
+    size = cells.abs().amax(-1, keepdim=True).clamp(min=1e-20)
+    return (cells * (127 / size)).round() * torch.where(size.isfinite(), size / 127, torch.nan)
 
 
 def _cells(values: Tensor, size: int) -> Tensor:

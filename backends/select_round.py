@@ -30,14 +30,15 @@ def round_cells(x, out, scales, mean, x_b, x_h, x_n, heads, length, cells, APART
     y = tl.load(head + token.to(tl.int64)[:, :, None] * x_n + d[None, None, :], mask=real, other=0.0).to(tl.float32)
     if SHIFTED:
         y -= tl.load(mean + bh * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)[None, None, :]
-    size = tl.max(tl.max(tl.abs(y), 2), 1)
-    # a maximum may lose NaN, a sum does not
-    broken = tl.sum(tl.sum(y * 0.0, 2), 1)
-    step = tl.maximum(size, 1e-20) / 127.0
-    y = tl.floor(y / step[:, None, None] + 0.5)
+    # sizes as integers are in the order of the numbers, and whatever is not finite lies above them all
+    size = tl.max(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2), 1)
+    whole = size < 0x7F800000
+    size = tl.where(whole, tl.maximum(size.to(tl.float32, bitcast=True), 1e-20), 1.0)
+    # 1.5 · 2^23 leaves no room for a fraction: the sum's last byte is the number, rounded to nearest even, without a conversion
+    y = y * (127.0 / size)[:, None, None] + 12582912.0
     at = (bh.to(tl.int64) * cells + cell)[:, None, None] * (STRIDE * PITCH) + r[None, :, None] * PITCH + d[None, None, :]
-    tl.store(out + at, y.to(tl.int8), mask=(cell < cells)[:, None, None] & (d < PITCH)[None, None, :])
-    tl.store(scales + bh.to(tl.int64) * cells + cell, step + broken, mask=cell < cells)
+    tl.store(out + at, y.to(tl.int32, bitcast=True).to(tl.int8), mask=(cell < cells)[:, None, None] & (d < PITCH)[None, None, :])
+    tl.store(scales + bh.to(tl.int64) * cells + cell, tl.where(whole, size / 127.0, float("nan")), mask=cell < cells)
 '''
 
 # what a program holds in registers: 32 numbers a thread
