@@ -12,12 +12,16 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparsify import folders, profile
 from sparsify.errors import CacheFolderError, ProfileError
 from sparsify.profile import Profile
+
+# of the memory's own rate, what a copy reaches: 4.13 of 4.8 TB/s on an H200
+_REACHED = 0.86
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +129,11 @@ def default(kind: str, index: int | None = None) -> Profile:
     if kind != "cuda":
         return profile.shipped("cpu").model_copy(update={"device": kind})
     properties = torch.cuda.get_device_properties(index)
-    facts = {"device": properties.name, "processors": properties.multi_processor_count}
+    facts: dict[str, Any] = {"device": properties.name, "processors": properties.multi_processor_count}
+    # in kHz and bits, of releases of torch that tell them; two transfers a clock
+    clock, width = (getattr(properties, name, 0) or 0 for name in ("memory_clock_rate", "memory_bus_width"))
+    if clock and width:
+        facts["bandwidth"] = 2e3 * clock * width / 8 * _REACHED
     if getattr(properties, "L2_cache_size", 0):
         facts["l2_bytes"] = properties.L2_cache_size
     return profile.for_capability((properties.major, properties.minor), **facts)

@@ -165,3 +165,20 @@ def test_a_disk_that_is_full_leaves_the_old_profile(folder, monkeypatch):
     monkeypatch.undo()
     assert path.read_text() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "found, bandwidth",
+    [
+        ({"name": "NVIDIA H100 PCIe", "memory_clock_rate": 1593000, "memory_bus_width": 5120}, 2.04e12 * 0.86),
+        ({"name": "NVIDIA H100 PCIe"}, H200.bandwidth),
+        ({"name": H200.device, "memory_clock_rate": 1, "memory_bus_width": 1}, H200.bandwidth),
+    ],
+)
+def test_an_unmeasured_gpu_tells_what_it_can(monkeypatch, found, bandwidth):
+    properties = type("Properties", (), {"major": 9, "minor": 0, "multi_processor_count": 114, "L2_cache_size": 50 << 20, **found})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    default = profile_cache.default("cuda")
+    assert default.bandwidth == pytest.approx(bandwidth, rel=0.01)
+    assert default.measured == (found["name"] == H200.device)
+    assert default.processors == (H200.processors if default.measured else 114)
