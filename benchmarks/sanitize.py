@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks import records
 
 TOOLS = ("memcheck", "racecheck")
-FAMILIES = ("gluon", "triton", "select", "control")
+FAMILIES = ("gluon", "triton", "select", "cache", "control")
 ATTENTION = ("lists_ragged", "window_sinks", "segments_padding", "lists_chunk", "dim_64_64_lists", "padding_left_lists", "softcap_lists")
 SELECTION: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -96,10 +96,17 @@ def control_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "hand-over", sanitize_control.run
 
 
+def cache_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from benchmarks import sanitize_cache
+
+    yield from sanitize_cache.cases()
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {
     "gluon": lambda: attention_cases("gluon"),
     "triton": lambda: attention_cases("triton"),
     "select": selection_cases,
+    "cache": cache_cases,
     "control": control_cases,
 }
 
