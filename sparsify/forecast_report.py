@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,18 @@ def _notes(forecast: Forecast) -> list[str]:
     lines = [f"the device's numbers are {kind}{source}; times and memory are predictions, and nothing was run"]
     if any(group.density is not None for row in forecast.rows for group in row.chosen.groups):
         lines.append("density is what published prompts keep on average (arXiv 2503.16428), or what was asked for; yours may differ")
-    return lines + list(forecast.notes)
+    return [*lines, *_eviction(forecast.rows[-1]), *forecast.notes]
+
+
+def _eviction(row: Row) -> list[str]:
+    """From which generated token on a cache with a budget has paid for choosing what to keep."""
+    paid, saved = row.chosen.prefill.cache, row.dense.decode.total - row.chosen.decode.total
+    if not paid:
+        return []
+    what = f"after a prompt of {length_words(row.length)} tokens choosing what to keep takes {time_words(paid)}"
+    if saved <= 0:
+        return [f"{what} and saves no time"]
+    return [f"{what} and saves {time_words(saved)} a token: it pays from token {math.ceil(paid / saved)} on"]
 
 
 def length_words(length: int) -> str:

@@ -353,9 +353,9 @@ def _growing(config: Any) -> Any:
 @functools.cache
 def _empty_at_first(layer_type: type) -> type:
     class Layer(layer_type):
-        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-            super().lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        def lazy_initialization(self, key_states: torch.Tensor, *rest: torch.Tensor) -> None:
+            super().lazy_initialization(key_states, *rest)
+            self.keys, self.values = (states[..., :0, :] for states in (key_states, rest[0] if rest else key_states))
 
     return Layer
 

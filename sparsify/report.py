@@ -37,6 +37,10 @@ def _title(plan: Plan) -> str:
         of_kind = [d for d in plan.decisions if d.kind == kind]
         if of_kind or kind == "attention":
             counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
+    known = [d for d in plan.decisions if d.dense_seconds is not None]
+    if known:
+        chosen = sum(d.dense_seconds if d.method is None or d.seconds is None else d.seconds for d in known)
+        counts.append(f"{_time(sum(d.dense_seconds for d in known))} expected dense, {_time(chosen)} as chosen")
     return ", ".join(counts)
 
 

@@ -144,6 +144,8 @@ def test_the_table_shows_every_site():
     settings = config.load({}, method_models=method.discover(), environ={})
     plan, _ = make_plan([site(name=f"model.layers.{i}.self_attn") for i in (3, 5)], settings, Context(H200, "triton"))
     assert "2 of 2 attention sites rewritten" in str(plan)
+    dense, chosen = (sum(getattr(d, name) for d in plan.decisions) for name in ("dense_seconds", "seconds"))
+    assert f"{dense * 1e3:.2f} ms expected dense, {chosen * 1e3:.2f} ms as chosen" in str(plan)
     assert "xattention" in str(plan)
 
 
