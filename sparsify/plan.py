@@ -142,13 +142,14 @@ _FFN_SIZES = ("rows", "hidden", "intermediate")
 def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: dict[str, Decision] | None) -> list[Pass]:
     methods = discover()
     kind = {name for name, method in methods.items() if isinstance(site, method.site_type)}
-    if saved is None:
-        wanted = config.for_layer(site.name, site.layer, kind)
+    configured = config.for_layer(site.name, site.layer, kind)
+    # a plan is made for a prompt with an ordinary cache; a SparseCache's sites come on top of it
+    if saved is None or (site.name not in saved and site.name.removesuffix(".cache") in saved):
+        wanted = configured
     elif site.name in saved:
         decision = saved[site.name]
         wanted = [(decision.method, decision.options)] if decision.method else []
         if config.objective is not None or config.max_error is not None:
-            configured = config.for_layer(site.name, site.layer, kind)
             extra = [one for one in wanted if one[0] not in dict(configured)]
             wanted = extra + _with_measured(configured, decision.measured)
         elif decision.method and methods.get(decision.method) and methods[decision.method].lossy and isinstance(site, AttentionSite):

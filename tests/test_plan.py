@@ -8,7 +8,7 @@ import pytest
 import sympy
 import torch
 
-from sparsify import config, hardware, method
+from sparsify import SparseCache, config, explain, hardware, method
 from sparsify.costs import antidiagonal_crossover, attention_seconds, expected_density
 from sparsify.errors import PlanError
 from sparsify.hardware import Device
@@ -16,6 +16,8 @@ from sparsify.masks import MaskKind, MaskPredicate
 from sparsify.method import Context
 from sparsify.plan import Decision, Plan, make_plan
 from sparsify.sites import AttentionSite
+from tests.harness import run, strict
+from tests.tiny_models import build
 
 H200 = Device("cuda", "test", (9, 0), 680e12, 4.3e12, 8e-6)
 CAUSAL = MaskPredicate(MaskKind.PROVED, causal=True)
@@ -126,6 +128,19 @@ def test_a_saved_plan_decides(tmp_path):
     plan.save(tmp_path / "plan.json")
     decision = plan_for(site(), plan=str(tmp_path / "plan.json"))
     assert (decision.method, decision.options) == ("sink_window", {"sinks": 1, "window": 7})
+
+
+def test_a_plan_made_without_a_sparse_cache_serves_with_one(tmp_path):
+    model, ids = build("llama", layers=1), torch.ones(1, 40, dtype=torch.int64)
+    explain(model, input_ids=ids, use_cache=False, options={"passes": ["dense"]}).save(tmp_path / "plan.json")
+
+    def prompt_and_token(model):
+        cache = SparseCache(model.config, "snapkv", 16, window=4)
+        model(input_ids=ids, past_key_values=cache)
+        return model(input_ids=ids[:, :1], past_key_values=cache).logits
+
+    got = run(model, prompt_and_token, strict(plan=str(tmp_path / "plan.json")))
+    assert [d.method for plan in got.plans for d in plan.decisions] == ["dense", None, "kv_evict"]
 
 
 def test_a_plan_for_another_model_is_refused(tmp_path):
