@@ -32,6 +32,34 @@ def test_a_budget_below_sinks_and_window(llama):
         SparseCache(llama.config, policy="snapkv", budget=64, windw=3)
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"budget": 0}, "at least 1 token, not 0"),
+        ({"budget": True}, "tokens or a share, not True"),
+        ({"budget": "4k"}, "tokens or a share, not '4k'"),
+        ({"budget": 64, "batch_size": 2}, "both or neither"),
+        ({"budget": 64, "device": "cpu"}, "both or neither"),
+        ({}, "neither a budget nor a window"),
+        ({"policy": "snapkv"}, "no budget is given"),
+        ({"policy": "snapkv", "budget": 64, "recent_share": 2}, r"recent_share.*less than or equal to 1"),
+        ({"budget": 64, "positions": "relative"}, r"positions.*'absolute' or 'in_cache'"),
+    ],
+    ids=str,
+)
+def test_impossible_options(llama, options, words):
+    with pytest.raises(ConfigError, match=words):
+        SparseCache(llama.config, **options)
+
+
+@torch.no_grad()
+def test_another_dtype(llama):
+    cache = SparseCache(llama.config, budget=16, batch_size=1, device="cpu", dtype=torch.float16)
+    with pytest.raises(CacheError, match=r"float32 on cpu, the cache holds torch.float16"):
+        llama(text(1, 4), past_key_values=cache)
+    assert not cache.layers[0].keys.any() and cache.get_seq_length() == 0
+
+
 @torch.no_grad()
 def test_another_batch_size_or_model(llama):
     cache = SparseCache(llama.config, budget=16)
