@@ -126,6 +126,9 @@ class SparseLayer(CacheLayerMixin):
             found = f"{key.shape[1]} KV heads of {key.shape[3]} and {value.shape[3]}"
             kept = f"{self.keys.shape[1]} of {self.keys.shape[3]} and {self.values.shape[3]}"
             raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
+        if not torch.compiler.is_compiling() and self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            what = "the cache was allocated under torch.inference_mode(), whose tensors cannot change outside of it"
+            raise CacheError(what, where=where, hint="run all calls under inference_mode, or none (generate() runs under no_grad)")
         if key.dtype != self.dtype or key.device != self.keys.device:
             found, kept = f"{key.dtype} on {key.device}", f"{self.dtype} on {self.keys.device}"
             raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)

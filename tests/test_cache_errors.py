@@ -60,6 +60,17 @@ def test_another_dtype(llama):
     assert not cache.layers[0].keys.any() and cache.get_seq_length() == 0
 
 
+def test_a_cache_from_inference_mode(llama):
+    cache = SparseCache(llama.config, budget=16)
+    with torch.inference_mode():
+        llama(text(1, 10), past_key_values=cache)
+    with torch.no_grad(), pytest.raises(CacheError, match="under inference_mode, or none"):
+        llama(text(1, 1), past_key_values=cache)
+    with torch.inference_mode():
+        llama(text(1, 1), past_key_values=cache)
+        assert cache.get_seq_length() == 11
+
+
 @torch.no_grad()
 def test_another_batch_size_or_model(llama):
     cache = SparseCache(llama.config, budget=16)
