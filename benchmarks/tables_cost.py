@@ -101,7 +101,7 @@ def predicted_prefill(record: Record, device: Device) -> float | None:
 
 
 def model_rows(found: Iterable[Record], device: Device) -> list[list[str]]:
-    """Prefill by variant and length, and the stack of feed-forward blocks at decode."""
+    """Prefill by variant and length, and decode steps."""
     found = [record for record in found if record["machine"]["gpu"] == device.name]
     rows = []
     prefills = latest([r for r in found if r["benchmark"] == "prefill"], "shape", "layers", "variant", "length", "requested_density")
@@ -111,22 +111,22 @@ def model_rows(found: Iterable[Record], device: Device) -> list[list[str]]:
             name = {"dense": "sparsify, dense", "eager": "eager"}.get(record["variant"], f"sparsify, {record['variant']}")
             name += f", density {record['density']:.2g}" if record.get("density") else ""
             rows.append(_row(f"prefill, {name}", size(record["length"]), record["ms"], seconds))
-    decodes = latest(
-        [r for r in found if r["benchmark"] == "decode_model"], "shape", "variant", "batch", "prompt", "budget", "policy", "mode"
-    )
-    for record in sorted(decodes, key=lambda r: (r["variant"], r["prompt"], r["batch"])):
-        if record.get("ms_per_token") and record["variant"] == "sparsify" and record.get("mode") == "reduce-overhead":
-            shape = shape_of(record["shape"])
-            kept = costs.decode_seconds(shape.attention(1, record["budget"], record["batch"]), device)
-            seconds = float(model_costs.model_decode_seconds(shape, device, record["budget"], batch=record["batch"], attention=kept))
-            rows.append(
-                _row(
-                    f"decode over {record['budget']} kept keys, batch {record['batch']}",
-                    size(record["prompt"]),
-                    record["ms_per_token"],
-                    seconds,
-                )
-            )
+    return rows + _decode_rows([record for record in found if record["benchmark"] == "decode_model"], device)
+
+
+def _decode_rows(found: list[Record], device: Device) -> list[list[str]]:
+    """Steps over a SparseCache: in a loop that feeds itself, and with each token read back, which older records have alone."""
+    rows = []
+    keys = ("shape", "variant", "batch", "prompt", "budget", "policy", "mode")
+    served = [r for r in found if r["variant"] == "sparsify" and r.get("mode") == "reduce-overhead" and not r.get("tuned")]
+    for record in sorted(latest(served, *keys), key=lambda r: (r["prompt"], r["batch"])):
+        shape, budget, batch = shape_of(record["shape"], record["layers"]), record["budget"], record["batch"]
+        kept = costs.decode_seconds(shape.attention(1, budget, batch), device)
+        loop = "ms_per_token_read_back" in record
+        for waited, key in ((False, "ms_per_token"), (True, "ms_per_token_read_back")) if loop else ((True, "ms_per_token"),):
+            seconds = model_costs.model_decode_seconds(shape, device, budget, batch=batch, attention=kept, waited=waited)
+            what = f"decode over {budget} kept keys, batch {batch}" + (", each token read back" if waited else "")
+            rows.append(_row(what, size(record["prompt"]), record[key], float(seconds)))
     return rows
 
 
