@@ -17,7 +17,7 @@ from sparsify.costs import seconds
 from sparsify.hardware import Device
 from sparsify.work import AttentionSizes, Size
 
-# What the host needs, in launches' times. Eager: an operator of transformers' layers takes about three, for Python around it (8B prefills
+# What the host needs, in launches' times. Eager: an operator of transformers' layers takes about four, for Python around it (8B prefills
 # of 1K tokens in benchmarks/results, which wait for the host). Compiled, a decode step that is waited for: guards, the graph's launch and
 # the token's way back (8B decode there, beside the same steps in one go).
 _EAGER_LAYER, STEP_LAUNCHES = 130, 120
