@@ -15,7 +15,20 @@ from torch import fx
 from sparsify import biases, predicates
 from sparsify.aliasing import tensor_of
 from sparsify.describe import autocast_to, bare_site, whole
-from sparsify.eager_ops import BADDBMM, CAST, VIEW, NoMatch, constant, leads_to_product, of_sequences, products, swaps_last_two
+from sparsify.eager_ops import (
+    BADDBMM,
+    CAST,
+    EINSUM,
+    VIEW,
+    NoMatch,
+    constant,
+    einsum_of,
+    factors_of,
+    leads_to_product,
+    of_sequences,
+    products,
+    swaps_last_two,
+)
 from sparsify.predicates import Extents
 from sparsify.scores import Chain, ScoreWalk, Term, flat_heads
 from sparsify.sites import AttentionSite, KeyBias
@@ -31,7 +44,7 @@ def find_eager(matcher: object, softmax: fx.Node) -> AttentionSite | None:
         scores = softmax.args[0]
         why = "the weights do not reach a product with the values"
         return bare_site(softmax, scores, scores, scores, None, why, source="eager") if of_sequences(scores) else None
-    value = product.args[1]
+    value = factors_of(product)[1]
     try:
         return _Match(matcher, softmax, product).site()
     except NoMatch as why:
@@ -105,17 +118,19 @@ class _Match:
             self.chain.terms.append(Term(names["input"], product, self.chain.factor, flat=True))
             self.chain.multiply(constant(names.get("alpha", 1)))
         query, key, _ = self.factors(product)
-        if not swaps_last_two(key):
-            raise NoMatch("keys are not transposed")
-        self.chain.nodes.append(key)
-        query, key = self.four(query), self.four(key.args[0])
+        if product.target not in EINSUM:
+            if not swaps_last_two(key):
+                raise NoMatch("keys are not transposed")
+            self.chain.nodes.append(key)
+            key = key.args[0]
+        elif einsum_of(product) != "scores":
+            raise NoMatch("keys are transposed")
+        query, key = self.four(query), self.four(key)
         return self.uncast(query), self.uncast(key)
 
     def factors(self, scores: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         """What the two products multiply: query, transposed key, value."""
-        named = dict(zip(("input", "batch1", "batch2"), scores.args, strict=False)) | scores.kwargs
-        query, key = (named["batch1"], named["batch2"]) if scores.target in BADDBMM else scores.args[:2]
-        return query, key, self.product.args[1]
+        return *factors_of(scores), factors_of(self.product)[1]
 
     def unwritten(self, factor: fx.Node, operand: fx.Node, reader: fx.Node, output: fx.Node) -> bool:
         """Whether the operand still holds, where the output is computed, what `reader` got of it: the factor, a copy or a view."""
@@ -139,7 +154,7 @@ class _Match:
 
     def uncast(self, node: fx.Node) -> fx.Node:
         """Query and key before a conversion to float32: kernels accumulate in float32 anyway."""
-        value = tensor_of(self.product.args[1])
+        value = tensor_of(factors_of(self.product)[1])
         while node.op == "call_method" and node.target in CAST and tensor_of(node).dtype is torch.float32:
             source = tensor_of(node.args[0])
             if source.dtype is not value.dtype:
@@ -149,7 +164,7 @@ class _Match:
         return node
 
     def value_and_output(self) -> tuple[fx.Node, fx.Node]:
-        value, output = self.product.args[1], self.product
+        value, output = factors_of(self.product)[1], self.product
         if tensor_of(output).dim() == 4:
             return value, output
         users = list(output.users)

@@ -11,7 +11,7 @@ from torch import fx
 
 from sparsify import biases, predicates
 from sparsify.aliasing import tensor_of, written
-from sparsify.eager_ops import ADD, CAST, DIV, MUL, PRODUCTS, SAME, SHAPE_ONLY, VIEW, NoMatch, constant, leads_to_product
+from sparsify.eager_ops import ADD, CAST, DIV, MUL, SAME, SHAPE_ONLY, VIEW, NoMatch, constant, is_product, leads_to_product
 from sparsify.symbolic import sizes
 
 _FILLS = (torch.where, "where", torch.masked_fill, "masked_fill", "masked_fill_")
@@ -90,7 +90,7 @@ class ScoreWalk:
                 if edit.users or self.step(edit) is not here:
                     raise NoMatch("the attention scores are used elsewhere too")
             self.chain.nodes.append(here)
-            if here.target in PRODUCTS:
+            if is_product(here):
                 return here
             here, reader = self.step(here), here
 

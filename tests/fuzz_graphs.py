@@ -218,6 +218,7 @@ _PRODUCTS = (
     "{q} @ key.transpose(-1, -2)",
     "{q} @ key.permute(0, 1, 3, 2)",
     "({q} * 0.5) @ key.mT",
+    "torch.einsum('bhid,bhjd->bhij', {q}, key)",
 )
 _SCALES = ("scores * {s}", "{s} * scores", "scores / {s}", "scores.mul({s})", "scores.mul_({s})", "scores.div_({s})", "scores")
 _SLOPES = ("slope * k", "slope * (k - q)", "slope * (1 - K + k)", "slope * (k - q).abs()", "-slope * (q - k)")

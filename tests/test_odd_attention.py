@@ -218,6 +218,16 @@ REWRITTEN = {
     "a mask shaped like the scores": (mask_shaped_like_the_scores, "causal", True),
     "minus": (lambda q, k, v: hidden(-(q @ k.mT) / 4).softmax(-1) @ v, "causal", True),
     "scaled twice": (lambda q, k, v: hidden((q / 2) @ k.mT / 4 * 0.5).softmax(-1) @ v, "causal", True),
+    "einsum": (
+        lambda q, k, v: torch.einsum("bhij,bhjd->bhid", hidden(torch.einsum("b h i d, b h j d -> b h i j", q, k) / 4).softmax(-1), v),
+        "causal",
+        True,
+    ),
+    "keywords": (
+        lambda q, k, v: torch.matmul(hidden(torch.matmul(input=q, other=k.mT) / 4).softmax(-1), v),
+        "causal",
+        True,
+    ),
     "two masks": (two_masks, "causal, window 9", False),
     "alibi in the mask": (alibi_in_the_mask, "causal", True),
     "alibi filled": (alibi_filled, "causal", True),
@@ -321,6 +331,11 @@ def sums(query, key, value):
 
 
 REFUSED = {
+    "einsum over the queries": (
+        lambda q, k, v: torch.einsum("bhij,bhid->bhjd", hidden(torch.einsum("bhid,bhjd->bhij", q, k) / 4).softmax(-1), v),
+        "do not reach a product",
+    ),
+    "keys transposed twice": (lambda q, k, v: hidden(torch.einsum("bhid,bhdj->bhij", q, k.mT) / 4).softmax(-1) @ v, "keys are transposed"),
     "weights returned": (lambda q, k, v: ((w := hidden(scores(q, k)).softmax(-1)) @ v, w.mean(1)), "weights are used elsewhere"),
     "scores edited through a view": (edited_through_a_view, "scores are used elsewhere"),
     "scores edited after reading": (edited_after_reading, "scores are used elsewhere"),
