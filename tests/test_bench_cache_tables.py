@@ -50,6 +50,14 @@ def test_a_record_that_read_every_token_back_is_not_shown_as_a_loop() -> None:
     assert "| – | 6.40 |" in tables_cache.table([old])
 
 
+def test_early_records_give_way_to_later_ones_of_their_cell() -> None:
+    later = {"time": "2026-01-02T00:00:00+00:00"}
+    found = [token("sparsify", 6.4), token("sparsify", 5.6, tuned=False) | later, needles(0.05, 20, 5), needles(0.05, 24, 5) | later]
+    del found[2]["kernel"]
+    text = tables_cache.table(found)
+    assert "| 5.60 | 6.60 |" in text and "6.40" not in text and text.count("kernel 5") == 1 and "| 0.50 [" in text
+
+
 def test_scoring_is_a_share_of_its_own_and_of_the_fastest_prefill() -> None:
     text = tables_cache.table([prompt("snapkv", 20.0), prompt(None, 0.0), PREFILL])
     assert "| 32K | snapkv, 4096 | 1000 | 20.0 | 2.0% | 4.0% (xattention) | 5.0 | 0.50 |" in text
