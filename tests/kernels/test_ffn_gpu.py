@@ -89,7 +89,10 @@ def generated(model, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     """Logits of a prompt's last row and of `tokens` given tokens after it."""
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=128)
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=128)
+    # tensors that the first compiled call makes would lie in its CUDA graph's pool, which the next step reuses
+    cache.early_initialization(ids.shape[0], config.num_key_value_heads, config.head_dim, model.dtype, ids.device)
     parts = ids.split([ids.shape[1] - tokens] + [1] * tokens, 1)
     found = []
     for part in parts:
