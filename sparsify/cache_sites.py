@@ -73,6 +73,16 @@ def find_cache(gm: fx.GraphModule) -> list[CacheSite]:
     return [_site(index, store, readers, order) for index, store in enumerate(stores)]
 
 
+def made_inside(gm: fx.GraphModule) -> fx.Node | None:
+    """The first cache op on a CUDA device whose buffers this very graph makes: CUDA graphs would take their memory back."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in (cache_ops.store, cache_ops.decode) and node.args[3].op != "placeholder":
+            tensor = node.args[1].meta.get("example_value")
+            if tensor is not None and tensor.device.type == "cuda":
+                return node
+    return None
+
+
 def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Node, int]) -> CacheSite:
     query, key, value = store.args[:3]
     state = tuple(store.args[_STATE])

@@ -14,10 +14,10 @@ from torch._dynamo.exc import RestartAnalysis
 
 import sparsify.backends as backends
 from sparsify import hardware, verify
-from sparsify.cache_sites import find_cache
+from sparsify.cache_sites import find_cache, made_inside
 from sparsify.config import Config
 from sparsify.editor import Editor
-from sparsify.errors import RewriteError, SparsifyError
+from sparsify.errors import RewriteError, SparsifyError, UnsupportedError
 from sparsify.match import find_attention
 from sparsify.match_ffn import find_feed_forward
 from sparsify.method import Context
@@ -144,9 +144,17 @@ def _keep_sources(gm: fx.GraphModule, copy: fx.GraphModule, mapping: dict[fx.Nod
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    """Hands a graph to Inductor with the configured mode and options, or runs it as it is with `lower = "eager"`."""
+    """Hands a graph to Inductor with the configured mode and options, or runs it as it is with `lower = "eager"`.
+
+    Raises:
+        UnsupportedError: CUDA graphs are asked for, and a SparseCache makes its buffers within the graph.
+    """
     if config.lower == "eager":
         return gm.forward
+    if config.inductor_patches().get("triton.cudagraphs") and (node := made_inside(gm)) is not None:
+        what = "a SparseCache that is allocated within a compiled call would live in memory that CUDA graphs take back"
+        hint = "make it with SparseCache(model.config, ..., batch_size=..., device=..., dtype=...), or run the prompt uncompiled"
+        raise UnsupportedError(what, where=node.name, hint=hint)
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(example_inputs), config_patches=config.inductor_patches())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from sparsify import SparseCache, cache_ops, config, ops, pipeline, verify
 from sparsify.api import collect_plans
 from sparsify.cache_sites import find_cache
 from sparsify.editor import Editor
-from sparsify.errors import VerifyError
+from sparsify.errors import UnsupportedError, VerifyError
 from sparsify.method import discover
 from sparsify.passes.kv_evict import KvEvict
 from sparsify.trace import Trace
@@ -180,6 +183,26 @@ def test_only_the_token_is_copied_into_a_cuda_graph(llama, ids):
         forward(ids[:, :1], past_key_values=again)
     torch._dynamo.reset()
     assert static == [1]
+
+
+@torch.no_grad()
+def test_buffers_made_within_cuda_graphs_are_refused(llama, ids, monkeypatch):
+    """CUDA graphs take back what a call allocated, and with it a cache that was not given its sizes."""
+    options = config.load({"mode": "reduce-overhead"}, method_models=discover())
+
+    def backend(gm, inputs, inside):
+        for node in gm.graph.nodes:
+            if node.target is cache_ops.store:  # this machine has no such device
+                node.args[1].meta["example_value"] = SimpleNamespace(device=torch.device("cuda"))
+        with pytest.raises(UnsupportedError, match=r"CUDA graphs take back.*batch_size=") if inside else contextlib.nullcontext():
+            pipeline.lower(gm, inputs, options)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
+    for inside, cache in ((True, make(llama)), (False, make(llama, batch_size=2, device="cpu", dtype=torch.float32))):
+        torch._dynamo.reset()
+        torch.compile(llama, backend=functools.partial(backend, inside=inside), fullgraph=True)(ids, past_key_values=cache)
+    torch._dynamo.reset()
 
 
 def step(between=None, readers=1):
