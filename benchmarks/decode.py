@@ -187,7 +187,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", default="reduce-overhead")
     parser.add_argument("--tune", action="store_true", help="Inductor's coordinate descent, which compiles for minutes")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a token")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--shape", default="8b", choices=["8b", "tiny"])
     parser.add_argument("--layers", type=int)

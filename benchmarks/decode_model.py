@@ -23,7 +23,7 @@ from sparsify import SparseCache, backends, cache_ops
 # what holds the keys, and what compiles the model
 VARIANTS = {"sparsify": ("sparse", "sparsify"), "sparse+inductor": ("sparse", "inductor"), "static+inductor": ("static", "inductor")}
 
-RUN = 16  # tokens decoded between two looks at the clock
+RUN = 64  # tokens decoded between two looks at the clock: the first of them waits for the host
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
     _wait(options.device)
     compiled = time.perf_counter()
     for times, every in ((loop := [], RUN), (read := [], 1)):  # the next token needs no read-back; stopping at a token does
-        for _ in range(options.tokens // every):
+        for _ in range(max(1, options.tokens // every)):
             start = time.perf_counter()
             for _ in range(every):
                 token = step(token)
@@ -140,7 +140,7 @@ def _empty(options: argparse.Namespace, network: LlamaForCausalLM, batch: int) -
 
 def _static(options: argparse.Namespace, network: LlamaForCausalLM, batch: int) -> StaticCache:
     config = network.config
-    cache = StaticCache(config=config, max_cache_len=options.prompt + options.warmup + 2 * options.tokens)
+    cache = StaticCache(config=config, max_cache_len=options.prompt + options.warmup + 2 * max(RUN, options.tokens))
     cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, network.dtype, torch.device(options.device))
     for layer in cache.layers:
         layer.keys.normal_()
