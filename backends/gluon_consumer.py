@@ -1,4 +1,4 @@
-"""Template of the Hopper kernel's consumer warpgroups. `gluon_source` expands it."""
+"""Templates of the Hopper kernel's consumer warpgroups and of the kernel that starts all. `gluon_source` expands them."""
 
 CONSUMER = '''@gluon.jit
 def _read(message):
@@ -69,7 +69,7 @@ def _softmax(s, top, total, scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, release, MASKED: gl.constexpr, RELEASES: gl.constexpr):
+def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, MASKED: gl.constexpr):
     """This block's Q·K and the last block's P·V, together in flight."""
     key_ring, value_ring, block_message = rings
     key_full, key_empty, value_full, value_empty = barriers
@@ -80,8 +80,6 @@ def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, rel
     s_token = warpgroup_mma(query, key_ring.index(key_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(value_full.index(value_stage), value_phase)
     acc_token = warpgroup_mma(weights, value_ring.index(value_stage), acc, is_async=True)
-    if RELEASES:
-        _release_query(release)
     s = warpgroup_mma_wait(1, deps=[s_token])
     mbarrier.arrive(key_empty.index(key_stage), count=1)
     key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
@@ -95,11 +93,6 @@ def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, rel
 #else
     top, total, p, shrink = _softmax(s, top, total, scale, MASKED)
 #end
-#if pinned
-    # never true, which ptxas cannot know: where a basic block ends, it does not move the wait up before the exponentials
-    while message < 0:
-        message = _read(block_message.index(key_stage))
-#end
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     mbarrier.arrive(value_empty.index(value_stage), count=1)
     value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
@@ -109,86 +102,10 @@ def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, rel
 
 
 @gluon.jit
-def _release_query(release):
-    """Gives back a query slot once the output that leaves through it is gone."""
-    query_empty, stage = release
-    tma.store_wait(0)
-    $BARRIER()
-    mbarrier.arrive(query_empty.index(gl.maximum(stage, 0)), count=1, pred=stage >= 0)
-
-
-@gluon.jit
-def _first_softmax(s, block, rows, key_len, clauses, scale, cap):
-    """The online softmax's beginning, from a tile's first block."""
-    top = gl.full([64], float("-inf"), gl.float32, ROWS)
-    total = gl.zeros([64], gl.float32, ROWS)
-#if softcap
-    s = _masked(_capped(s, scale, cap), block, rows, key_len, clauses)
-    top, total, p, shrink = _softmax(s, top, total, 1.0, True)
-#else
-    s = _masked(s, block, rows, key_len, clauses)
-    top, total, p, shrink = _softmax(s, top, total, scale, True)
-#end
-    return top, total, gl.convert_layout(p.to(DTYPE), WEIGHTS)
-
-
-@gluon.jit
-def _rows_of(PART: gl.constexpr, t, sizes, start, operands):
-    """This warpgroup's share of a tile: its place in the output, its rows' positions, and the clauses of their mask."""
-    query_len, key_len, batch, heads, kv_heads = sizes
-    lse, flags, segments, windows, sinks, sink_logits, scale, cap = operands
-    batch_row, query_block, head, kv_head = _tile(t, sizes)
-    row = query_block * 128 + PART * 64
-    rows = row + start + gl.arange(0, 64, layout=ROWS)
-    padded_len = ((key_len + KEY_TILE - 1) // KEY_TILE + 1) * KEY_TILE  # of flags and segments, so that no load needs a mask
-    clause_flags = 0
-    clause_segments = 0
-    clause_window = 0
-#if key_flags
-    clause_flags = flags + batch_row * padded_len
-#end
-#if segments
-    clause_segments = segments + batch_row * padded_len
-#end
-#if window
-#if window_per_head
-    window = gl.load(windows + head)
-    window = gl.where(window > 0, window, 1 << 30)
-#else
-    window = windows
-#end
-    clause_window = (window, sinks)
-#end
-    return (batch_row, head, row), rows, (clause_flags, clause_segments, clause_window)
-
-
-@gluon.jit
-def _factor_and_lse(top, total, place, query_len, heads, lse, sink_logits):
-    """What the accumulator is multiplied with at a tile's end; writes the LSE."""
-    batch_row, head, row = place
-#if sink_logits
-    # one more logit in the denominator; a row that sees no key stays empty
-    sink = gl.load(sink_logits + head) * 1.4426950408889634
-    new_top = gl.where(top == float("-inf"), top, gl.maximum(top, sink))
-    safe = gl.where(top == float("-inf"), 0.0, new_top)
-    shrink = gl.exp2(top - safe)
-    total = gl.where(top == float("-inf"), 0.0, total * shrink + gl.exp2(sink - safe))
-    top = new_top
-    factor = gl.where(total > 0.0, shrink / total, 0.0)
-#else
-    factor = gl.where(total > 0.0, 1.0 / total, 0.0)
-#end
-    lse_rows = row + gl.arange(0, 64, layout=ROWS)
-    lse_at = lse + (batch_row * heads + head).to(gl.int64) * query_len
-    gl.store(lse_at + lse_rows, (top + gl.log2(total)) * 0.6931471805599453, mask=lse_rows < query_len)
-    return factor
-
-
-@gluon.jit
 def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, operands):
     """One warpgroup: 64 query rows of each tile. While its softmax runs, the other warpgroup's products do."""
-    query_ring, key_ring, value_ring, output_ring, tile_message, block_message, walk_ring = rings
-    query_full, query_empty, key_full, key_empty, value_full, value_empty, walk_full, walk_empty = barriers
+    query_ring, key_ring, value_ring, output_ring, tile_message, block_message = rings
+    query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     queries, keys, values, outputs = descriptors
     query_len, key_len, batch, heads, kv_heads = sizes
     lse, flags, segments, windows, sinks, sink_logits, scale, cap = operands
@@ -198,24 +115,35 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
     key_stage, key_phase = 0, 0
     value_stage, value_phase = 0, 0
     query_stage, query_phase = 0, 0
-    before = -1  # the stage of the tile before this one
+#if late_release
+    before = -1
+#end
     mbarrier.wait(query_full.index(0), 0)
     t = _read(tile_message.index(0))
-#if across_tiles
-    place, rows, clauses = _rows_of(PART, t, sizes, start, operands)
-    query = query_ring.index(PART)
-    mbarrier.wait(key_full.index(0), 0)
-    message = _read(block_message.index(0))
-    zero = gl.zeros([64, KEY_TILE], gl.float32, SCORES)
-    s_token = warpgroup_mma(query, key_ring.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s_token])
-    mbarrier.arrive(key_empty.index(0), count=1)
-    key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
-    top, total, weights = _first_softmax(s, message >> 2, rows, key_len, clauses, scale, cap)
-#end
     while t < tiles:
-#if not across_tiles
-        place, rows, clauses = _rows_of(PART, t, sizes, start, operands)
+        batch_row, query_block, head, kv_head = _tile(t, sizes)
+        row = query_block * 128 + PART * 64
+        rows = row + start + gl.arange(0, 64, layout=ROWS)
+        padded_len = ((key_len + KEY_TILE - 1) // KEY_TILE + 1) * KEY_TILE  # of flags and segments, so that no load needs a mask
+        clause_flags = 0
+        clause_segments = 0
+        clause_window = 0
+#if key_flags
+        clause_flags = flags + batch_row * padded_len
+#end
+#if segments
+        clause_segments = segments + batch_row * padded_len
+#end
+#if window
+#if window_per_head
+        window = gl.load(windows + head)
+        window = gl.where(window > 0, window, 1 << 30)
+#else
+        window = windows
+#end
+        clause_window = (window, sinks)
+#end
+        clauses = (clause_flags, clause_segments, clause_window)
         query = query_ring.index(2 * query_stage + PART)
         # the tile's first block: the only one without a P·V beside it
         mbarrier.wait(key_full.index(key_stage), key_phase)
@@ -223,67 +151,53 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         zero = gl.zeros([64, KEY_TILE], gl.float32, SCORES)
         s_token = warpgroup_mma(query, key_ring.index(key_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
 #if late_release
-        _release_query((query_empty, before))
+        tma.store_wait(0)  # the last tile's output has left the query's slot
+        $BARRIER()
+        mbarrier.arrive(query_empty.index(gl.maximum(before, 0)), count=1, pred=before >= 0)
+        before = query_stage
 #end
         s = warpgroup_mma_wait(0, deps=[s_token])
         mbarrier.arrive(key_empty.index(key_stage), count=1)
         key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
-        top, total, weights = _first_softmax(s, message >> 2, rows, key_len, clauses, scale, cap)
+        top = gl.full([64], float("-inf"), gl.float32, ROWS)
+        total = gl.zeros([64], gl.float32, ROWS)
+#if softcap
+        s = _masked(_capped(s, scale, cap), message >> 2, rows, key_len, clauses)
+        top, total, p, shrink = _softmax(s, top, total, 1.0, True)
+#else
+        s = _masked(s, message >> 2, rows, key_len, clauses)
+        top, total, p, shrink = _softmax(s, top, total, scale, True)
 #end
+        weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
         acc = gl.zeros([64, VALUE_DIM], gl.float32, OUTPUT)
         follows = message & 3
         state = (key_stage, key_phase, value_stage, value_phase, top, total, acc, weights)
-        release = (query_empty, before)
-#if across_tiles
-#if output_in_query
-        # the output of the tile before leaves its slot while this tile's first products run
-        if follows != 0:
-            follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, release, True, True)
-        else:
-            _release_query(release)
-#end
-#end
         while follows != 0:
             while follows == 1:
-                follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, release, True, False)
+                follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, True)
             while follows == 2:
-                follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, release, False, False)
-#if twice
-                if follows == 2:
-                    follows, state = _turn(
-                        query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, release, False, False
-                    )
-#end
+                follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, False)
         key_stage, key_phase, value_stage, value_phase, top, total, acc, weights = state
-        before = query_stage
-        query_stage, query_phase = _next(query_stage, query_phase, QUERY_STAGES)
 #if not output_in_query
-        mbarrier.arrive(query_empty.index(before), count=1)
-#end
-#if across_tiles
-        # the next tile's first Q·K beside this tile's last P·V; past the last tile both are of no use to anyone
-        mbarrier.wait(query_full.index(query_stage), query_phase)
-        t = _read(tile_message.index(query_stage))
-        next_place, rows, clauses = _rows_of(PART, gl.minimum(t, tiles - 1), sizes, start, operands)
-        next_query = query_ring.index(2 * query_stage + PART)
-        mbarrier.wait(key_full.index(key_stage), key_phase)
-        message = _read(block_message.index(key_stage))
-        zero = gl.zeros([64, KEY_TILE], gl.float32, SCORES)
-        s_token = warpgroup_mma(next_query, key_ring.index(key_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.arrive(query_empty.index(query_stage), count=1)
 #end
         mbarrier.wait(value_full.index(value_stage), value_phase)
         acc_token = warpgroup_mma(weights, value_ring.index(value_stage), acc, is_async=True)
-        factor = _factor_and_lse(top, total, place, query_len, heads, lse, sink_logits)
-#if across_tiles
-        s = warpgroup_mma_wait(1, deps=[s_token])
-        mbarrier.arrive(key_empty.index(key_stage), count=1)
-        key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
-        top, total, next_weights = _first_softmax(s, message >> 2, rows, key_len, clauses, scale, cap)
-#if pinned
-        while message < 0:
-            message = _read(block_message.index(key_stage))
+#if sink_logits
+        # one more logit in the denominator; a row that sees no key stays empty
+        sink = gl.load(sink_logits + head) * 1.4426950408889634
+        new_top = gl.where(top == float("-inf"), top, gl.maximum(top, sink))
+        safe = gl.where(top == float("-inf"), 0.0, new_top)
+        shrink = gl.exp2(top - safe)
+        total = gl.where(top == float("-inf"), 0.0, total * shrink + gl.exp2(sink - safe))
+        top = new_top
+        factor = gl.where(total > 0.0, shrink / total, 0.0)
+#else
+        factor = gl.where(total > 0.0, 1.0 / total, 0.0)
 #end
-#end
+        lse_rows = row + gl.arange(0, 64, layout=ROWS)
+        lse_at = lse + (batch_row * heads + head).to(gl.int64) * query_len
+        gl.store(lse_at + lse_rows, (top + gl.log2(total)) * 0.6931471805599453, mask=lse_rows < query_len)
         acc = warpgroup_mma_wait(0, deps=[acc_token])
         mbarrier.arrive(value_empty.index(value_stage), count=1)
         value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
@@ -297,23 +211,17 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         output.store((acc * gl.convert_layout(factor, OUTPUT_ROWS)[:, None]).to(DTYPE))
         fence_async_shared()
         $BARRIER()
-        batch_row, head, row = place
         $STORE(outputs, [batch_row, head, row, 0], output$VIEW(DTYPE, [1, 1, 64, VALUE_DIM], SHARED4))
 #if output_in_query
 #if not late_release
         tma.store_wait(0)
         $BARRIER()
-        mbarrier.arrive(query_empty.index(before), count=1)
+        mbarrier.arrive(query_empty.index(query_stage), count=1)
 #end
 #end
-#if across_tiles
-        place = next_place
-        query = next_query
-        weights = next_weights
-#else
+        query_stage, query_phase = _next(query_stage, query_phase, QUERY_STAGES)
         mbarrier.wait(query_full.index(query_stage), query_phase)
         t = _read(tile_message.index(query_stage))
-#end
     tma.store_wait(0)
 
 
@@ -328,3 +236,135 @@ def _second_consumer(rings, barriers, descriptors, sizes, start, operands):
 
 
 '''
+
+KERNEL = """@gluon.jit(do_not_specialize=[$RUNTIME])
+def attention(
+    queries,
+    keys,
+    values,
+    outputs,
+    lse,
+    counter,
+#if lists
+    counts,
+    indices,
+#end
+#if key_flags
+    flags,
+    flag_tiles,
+#end
+#if flag_sinks
+    sink_tiles,
+#end
+#if segments
+    segments,
+    segment_low,
+    segment_high,
+#end
+#if window_per_head
+    windows,
+#end
+#if start
+    starts,
+#end
+#if sink_logits
+    sink_logits,
+#end
+    query_len,
+    key_len,
+    batch,
+    heads,
+    kv_heads,
+#if lists
+    list_len,
+#end
+#if not start
+    start,
+#end
+#if window
+#if not window_per_head
+    window,
+#end
+#end
+#if sinks
+    sinks,
+#end
+    scale,
+#if softcap
+    cap,
+#end
+):
+    query_ring = gl.allocate_shared_memory(DTYPE, [2 * QUERY_STAGES, 64, HEAD_DIM], SHARED)
+    key_ring = gl.allocate_shared_memory(DTYPE, [KEY_STAGES, KEY_TILE, HEAD_DIM], SHARED)
+    value_ring = gl.allocate_shared_memory(DTYPE, [VALUE_STAGES, KEY_TILE, VALUE_DIM], SHARED)
+#if output_in_query
+    output_ring = query_ring
+#else
+    output_ring = gl.allocate_shared_memory(DTYPE, [2, 64, VALUE_DIM], SHARED)
+#end
+    tile_message = gl.allocate_shared_memory(gl.int32, [QUERY_STAGES, 1], MESSAGE)
+    block_message = gl.allocate_shared_memory(gl.int32, [KEY_STAGES, 1], MESSAGE)
+    query_full = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    query_empty = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
+    value_empty = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
+    # full: the producer arrives; empty: each consumer does
+    for i in gl.static_range(QUERY_STAGES):
+        mbarrier.init(query_full.index(i), count=1)
+        mbarrier.init(query_empty.index(i), count=2)
+    for i in gl.static_range(KEY_STAGES):
+        mbarrier.init(key_full.index(i), count=1)
+        mbarrier.init(key_empty.index(i), count=2)
+    for i in gl.static_range(VALUE_STAGES):
+        mbarrier.init(value_full.index(i), count=1)
+        mbarrier.init(value_empty.index(i), count=2)
+#if start
+    start = gl.load(starts).to(gl.int32)
+#end
+    rings = (query_ring, key_ring, value_ring, output_ring, tile_message, block_message)
+    barriers = (query_full, query_empty, key_full, key_empty, value_full, value_empty)
+    descriptors = (queries, keys, values, outputs)
+    sizes = (query_len, key_len, batch, heads, kv_heads)
+#if not lists
+    counts, indices, list_len = 0, 0, 0
+#end
+#if not key_flags
+    flags, flag_tiles = 0, 0
+#end
+#if not flag_sinks
+    sink_tiles = 0
+#end
+#if not segments
+    segments, segment_low, segment_high = 0, 0, 0
+#end
+#if not window_per_head
+#if window
+    windows = window
+#else
+    windows = 0
+#end
+#end
+#if not sinks
+    sinks = 0
+#end
+#if not sink_logits
+    sink_logits = 0
+#end
+#if not softcap
+    cap = 0.0
+#end
+    lists = (counts, indices, list_len)
+    produced = (counter, lists, flag_tiles, sink_tiles, (segment_low, segment_high), windows, sinks)
+    consumed = (lse, flags, segments, windows, sinks, sink_logits, scale, cap)
+    gl.warp_specialize(
+        [
+            (_first_consumer, (rings, barriers, descriptors, sizes, start, consumed)),
+            (_second_consumer, (rings, barriers, descriptors, sizes, start, consumed)),
+            (_producer, (rings, barriers, descriptors, sizes, start, produced)),
+        ],
+        [4, 1],
+        [$CONSUMER_REGISTERS, $PRODUCER_REGISTERS],
+    )
+"""

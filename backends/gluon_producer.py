@@ -12,7 +12,6 @@ KEY_TILE = gl.constexpr($KEY_TILE)
 KEY_STAGES = gl.constexpr($KEY_STAGES)
 VALUE_STAGES = gl.constexpr($VALUE_STAGES)
 QUERY_STAGES = gl.constexpr($QUERY_STAGES)
-WALK_STAGES = gl.constexpr($WALK_STAGES)
 DTYPE = gl.constexpr(gl.$DTYPE)
 # layouts: of a tile in shared memory, seen flat and through a rank-4 descriptor; of S, O and P in registers
 SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -42,11 +41,7 @@ def _tile(t, sizes):
     turn = t % (query_blocks * group)
     outer = t // (query_blocks * group)
     kv_head = outer % kv_heads
-    query_block = query_blocks - 1 - turn // group
-#if snake
-    query_block = gl.where((batch * kv_heads - 1 - outer) % 2 == 1, turn // group, query_block)
-#end
-    return outer // kv_heads, query_block, kv_head * group + turn % group, kv_head
+    return outer // kv_heads, query_blocks - 1 - turn // group, kv_head * group + turn % group, kv_head
 #end
 
 
@@ -106,17 +101,10 @@ def _step(j, count, first, last, key_len, entries, clauses):
     while (kind == 0) & (j < count):
 #if lists
         i = count - 1 - j
-#if rotate
-        i = i - entries[1]
-        i = gl.where(i < 0, i + count, i)
-        listed = entries[0]
-#else
-        listed = entries
-#end
 #if halves
-        block = gl.load(listed + i // 2).to(gl.int32) * 2 + i % 2
+        block = gl.load(entries + i // 2).to(gl.int32) * 2 + i % 2
 #else
-        block = gl.load(listed + i).to(gl.int32)
+        block = gl.load(entries + i).to(gl.int32)
 #end
 #else
 #if any_sinks
@@ -152,180 +140,87 @@ def _open(queries, slots, full, empty, stage, phase, batch_row, head, query_bloc
 
 
 @gluon.jit
-def _walk(t, query_block, batch_row, head, sizes, start, operands):
-    """Where a tile's walk goes: its first and last position, how many key tiles there are to look at, and how to find them."""
+def _producer(rings, barriers, descriptors, sizes, start, operands):
+    """One warp. Draws tiles from the counter; loads Q and, along the tile's walk, K and V; says with each K what follows it."""
+    query_ring, key_ring, value_ring, output_ring, tile_message, block_message = rings
+    query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    queries, keys, values, outputs = descriptors
     query_len, key_len, batch, heads, kv_heads = sizes
     counter, lists, flag_tiles, sink_tiles, segments, windows, sinks = operands
     query_blocks = (query_len + 127) // 128
     key_tiles = (key_len + KEY_TILE - 1) // KEY_TILE
-    first = query_block * 128 + start
-    last = gl.minimum(query_block * 128 + 127, query_len - 1) + start
-    clause_flags = 0
-    clause_segments = 0
-    clause_window = 0
-#if key_flags
-    clause_flags = flag_tiles + batch_row * key_tiles
-#end
-#if segments
-    segment_low = segments[0] + batch_row * key_tiles
-    segment_high = segments[1] + batch_row * key_tiles
-    own = gl.minimum(gl.maximum(first, 0), key_len - 1) // KEY_TILE
-    own_last = gl.minimum(gl.maximum(last, 0), key_len - 1) // KEY_TILE
-    lowest = gl.load(segment_low + own)
-    highest = gl.load(segment_high + own)
-    while own < own_last:
-        own = own + 1
-        lowest = gl.minimum(lowest, gl.load(segment_low + own))
-        highest = gl.maximum(highest, gl.load(segment_high + own))
-    clause_segments = (segment_low, segment_high, lowest, highest)
-#end
-#if window
-#if window_per_head
-    window = gl.load(windows + head)
-    window = gl.where(window > 0, window, 1 << 30)
-#else
-    window = windows
-#end
-    clause_window = (window, sinks)
-#end
-    clauses = (clause_flags, clause_segments, clause_window)
-#if lists
-    counts, indices, list_len = lists
-    list_row = (batch_row * heads + head) * query_blocks + query_block
-    entries = indices + list_row.to(gl.int64) * list_len
-    count = gl.load(counts + list_row)
-#if halves
-    count = count * 2
-#end
-#if rotate
-    # tiles that run at the same time go through the keys together, so that they find them in the L2 cache
-    entries = (entries, t % gl.num_programs(0) * count // gl.num_programs(0))
-#end
-#else
-#if causal
-    highest_tile = gl.minimum(gl.maximum(last, 0), key_len - 1) // KEY_TILE
-#else
-    highest_tile = key_tiles - 1
-#end
-    count = highest_tile + 1
-    entries = (highest_tile, count, 0)
-#if window
-    lowest_tile = gl.minimum(gl.maximum(first - window + 1, 0) // KEY_TILE, highest_tile)
-    count = highest_tile - lowest_tile + 1
-#if any_sinks
-#if flag_sinks
-    far = gl.minimum(gl.load(sink_tiles + batch_row), lowest_tile)
-#else
-    far = gl.minimum((sinks + KEY_TILE - 1) // KEY_TILE, lowest_tile)
-#end
-    entries = (highest_tile, count, far)
-    count = count + far
-#end
-#end
-#end
-    return first, last, count, entries, clauses
-
-
-#if walker
-@gluon.jit
-def _walker(rings, barriers, descriptors, sizes, start, operands):
-    """One warp. Draws tiles from the counter and walks them, some blocks ahead of the loads: reading lists takes time."""
-    walk_ring, walk_full, walk_empty = rings[6], barriers[6], barriers[7]
-    query_len, key_len, batch, heads, kv_heads = sizes
-    tiles = (query_len + 127) // 128 * batch * heads
-    stage, phase = 0, 0
-    t = gl.program_id(0)
-    while t < tiles:
-        after_t = gl.atomic_add(operands[0], 1, sem="relaxed") + gl.num_programs(0)
-        batch_row, query_block, head, kv_head = _tile(t, sizes)
-        first, last, count, entries, clauses = _walk(t, query_block, batch_row, head, sizes, start, operands)
-        j = 0
-        block, kind, j = _step(j, count, first, last, key_len, entries, clauses)
-        block = gl.where(kind == 0, (key_len + KEY_TILE - 1) // KEY_TILE, block)  # nothing to see: a tile past the last key, all masked
-        live = 1
-        while live != 0:
-            after, live, j = _step(j, count, first, last, key_len, entries, clauses)
-            mbarrier.wait(walk_empty.index(stage), phase ^ 1)
-            walk_ring.index(2 * stage).store(gl.full([1], block * 4 + live, gl.int32, ONE_WARP))
-            walk_ring.index(2 * stage + 1).store(gl.full([1], t, gl.int32, ONE_WARP))
-            $BARRIER()
-            mbarrier.arrive(walk_full.index(stage), count=1)
-            stage, phase = _next(stage, phase, WALK_STAGES)
-            block = after
-        t = after_t
-    mbarrier.wait(walk_empty.index(stage), phase ^ 1)
-    walk_ring.index(2 * stage + 1).store(gl.full([1], tiles, gl.int32, ONE_WARP))
-    $BARRIER()
-    mbarrier.arrive(walk_full.index(stage), count=1)
-
-
-@gluon.jit
-def _walked(walk_ring, full, empty, stage, phase):
-    """The walk's next message and its tile."""
-    mbarrier.wait(full.index(stage), phase)
-    message = gl.max(walk_ring.index(2 * stage).load(ONE_WARP), 0)
-    t = gl.max(walk_ring.index(2 * stage + 1).load(ONE_WARP), 0)
-    $BARRIER()
-    mbarrier.arrive(empty.index(stage), count=1)
-    stage, phase = _next(stage, phase, WALK_STAGES)
-    return message, t, stage, phase
-
-
-#end
-@gluon.jit
-def _load_key(keys, ring, messages, full, stage, batch_row, kv_head, message):
-    """Into a slot that is known to be empty."""
-    messages.index(stage).store(gl.full([1], message, gl.int32, ONE_WARP))
-    $BARRIER()
-    mbarrier.expect(full.index(stage), KEY_TILE * HEAD_DIM * 2)
-    slot = ring.index(stage)$VIEW(DTYPE, [1, 1, KEY_TILE, HEAD_DIM], SHARED4)
-    $LOAD(keys, [batch_row, kv_head, (message >> 2) * KEY_TILE, 0], full.index(stage), slot)
-
-
-@gluon.jit
-def _producer(rings, barriers, descriptors, sizes, start, operands):
-    """One warp. Loads Q and, along the tile's walk, K and V; says with each K what follows it."""
-    query_ring, key_ring, value_ring, output_ring, tile_message, block_message, walk_ring = rings
-    query_full, query_empty, key_full, key_empty, value_full, value_empty, walk_full, walk_empty = barriers
-    queries, keys, values, outputs = descriptors
-    query_len, key_len, batch, heads, kv_heads = sizes
-    key_tiles = (key_len + KEY_TILE - 1) // KEY_TILE
-    tiles = (query_len + 127) // 128 * batch * heads
+    tiles = query_blocks * batch * heads
     key_stage, key_phase = 0, 0
     value_stage, value_phase = 0, 0
     query_stage, query_phase = 0, 0
 #if value_delay
     held, held_row, held_head, held_block = 0, 0, 0, 0
 #end
-#if walker
-    walk_stage, walk_phase = 0, 0
-    current, batch_row, kv_head = -1, 0, 0
-    message, t, walk_stage, walk_phase = _walked(walk_ring, walk_full, walk_empty, walk_stage, walk_phase)
-    while t < tiles:
-        if t != current:
-            batch_row, query_block, head, kv_head = _tile(t, sizes)
-            _open(queries, (query_ring, tile_message), query_full, query_empty, query_stage, query_phase, batch_row, head, query_block, t)
-            query_stage, query_phase = _next(query_stage, query_phase, QUERY_STAGES)
-            current = t
-        mbarrier.wait(key_empty.index(key_stage), key_phase ^ 1)
-        _load_key(keys, key_ring, block_message, key_full, key_stage, batch_row, kv_head, message)
-        key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
-#if value_delay
-        if held != 0:
-            _load_value(values, value_ring, value_full, value_empty, value_stage, value_phase, held_row, held_head, held_block)
-            value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
-        held, held_row, held_head, held_block = 1, batch_row, kv_head, message >> 2
-#else
-        _load_value(values, value_ring, value_full, value_empty, value_stage, value_phase, batch_row, kv_head, message >> 2)
-        value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
-#end
-        message, t, walk_stage, walk_phase = _walked(walk_ring, walk_full, walk_empty, walk_stage, walk_phase)
-#else
     t = gl.program_id(0)
     while t < tiles:
         batch_row, query_block, head, kv_head = _tile(t, sizes)
-        after_t = gl.atomic_add(operands[0], 1, sem="relaxed") + gl.num_programs(0)
-        first, last, count, entries, clauses = _walk(t, query_block, batch_row, head, sizes, start, operands)
+        after_t = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
+        first = query_block * 128 + start
+        last = gl.minimum(query_block * 128 + 127, query_len - 1) + start
+        clause_flags = 0
+        clause_segments = 0
+        clause_window = 0
+#if key_flags
+        clause_flags = flag_tiles + batch_row * key_tiles
+#end
+#if segments
+        segment_low = segments[0] + batch_row * key_tiles
+        segment_high = segments[1] + batch_row * key_tiles
+        own = gl.minimum(gl.maximum(first, 0), key_len - 1) // KEY_TILE
+        own_last = gl.minimum(gl.maximum(last, 0), key_len - 1) // KEY_TILE
+        lowest = gl.load(segment_low + own)
+        highest = gl.load(segment_high + own)
+        while own < own_last:
+            own = own + 1
+            lowest = gl.minimum(lowest, gl.load(segment_low + own))
+            highest = gl.maximum(highest, gl.load(segment_high + own))
+        clause_segments = (segment_low, segment_high, lowest, highest)
+#end
+#if window
+#if window_per_head
+        window = gl.load(windows + head)
+        window = gl.where(window > 0, window, 1 << 30)
+#else
+        window = windows
+#end
+        clause_window = (window, sinks)
+#end
+        clauses = (clause_flags, clause_segments, clause_window)
+#if lists
+        counts, indices, list_len = lists
+        list_row = (batch_row * heads + head) * query_blocks + query_block
+        entries = indices + list_row.to(gl.int64) * list_len
+        count = gl.load(counts + list_row)
+#if halves
+        count = count * 2
+#end
+#else
+#if causal
+        highest_tile = gl.minimum(gl.maximum(last, 0), key_len - 1) // KEY_TILE
+#else
+        highest_tile = key_tiles - 1
+#end
+        count = highest_tile + 1
+        entries = (highest_tile, count, 0)
+#if window
+        lowest_tile = gl.minimum(gl.maximum(first - window + 1, 0) // KEY_TILE, highest_tile)
+        count = highest_tile - lowest_tile + 1
+#if any_sinks
+#if flag_sinks
+        far = gl.minimum(gl.load(sink_tiles + batch_row), lowest_tile)
+#else
+        far = gl.minimum((sinks + KEY_TILE - 1) // KEY_TILE, lowest_tile)
+#end
+        entries = (highest_tile, count, far)
+        count = count + far
+#end
+#end
+#end
         j = 0
         block, kind, j = _step(j, count, first, last, key_len, entries, clauses)
         block = gl.where(kind == 0, key_tiles, block)  # nothing to see: a tile past the last key, where all is masked
@@ -334,7 +229,11 @@ def _producer(rings, barriers, descriptors, sizes, start, operands):
         while live != 0:
             after, live, j = _step(j, count, first, last, key_len, entries, clauses)
             mbarrier.wait(key_empty.index(key_stage), key_phase ^ 1)
-            _load_key(keys, key_ring, block_message, key_full, key_stage, batch_row, kv_head, block * 4 + live)
+            block_message.index(key_stage).store(gl.full([1], block * 4 + live, gl.int32, ONE_WARP))
+            $BARRIER()
+            mbarrier.expect(key_full.index(key_stage), KEY_TILE * HEAD_DIM * 2)
+            slot = key_ring.index(key_stage)$VIEW(DTYPE, [1, 1, KEY_TILE, HEAD_DIM], SHARED4)
+            $LOAD(keys, [batch_row, kv_head, block * KEY_TILE, 0], key_full.index(key_stage), slot)
             key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
 #if value_delay
             if held != 0:
@@ -353,7 +252,6 @@ def _producer(rings, barriers, descriptors, sizes, start, operands):
             opens = 0
         query_stage, query_phase = _next(query_stage, query_phase, QUERY_STAGES)
         t = after_t
-#end
 #if value_delay
     if held != 0:
         _load_value(values, value_ring, value_full, value_empty, value_stage, value_phase, held_row, held_head, held_block)
@@ -363,13 +261,6 @@ def _producer(rings, barriers, descriptors, sizes, start, operands):
     tile_message.index(query_stage).store(gl.full([1], tiles, gl.int32, ONE_WARP))
     $BARRIER()
     mbarrier.arrive(query_full.index(query_stage), count=1)
-#if across_tiles
-    # the last tile's end multiplies with a next tile's first keys: what lies in the slot does
-    mbarrier.wait(key_empty.index(key_stage), key_phase ^ 1)
-    block_message.index(key_stage).store(gl.full([1], 0, gl.int32, ONE_WARP))
-    $BARRIER()
-    mbarrier.arrive(key_full.index(key_stage), count=1)
-#end
 
 
 '''

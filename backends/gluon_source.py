@@ -10,8 +10,7 @@ import dataclasses
 import string
 from dataclasses import dataclass, field
 
-from sparsify.backends.gluon_consumer import CONSUMER
-from sparsify.backends.gluon_kernel import KERNEL
+from sparsify.backends.gluon_consumer import CONSUMER, KERNEL
 from sparsify.backends.gluon_producer import PRODUCER
 from sparsify.errors import KernelError
 
@@ -27,12 +26,7 @@ class GluonTuning:
     key_stages, value_stages, query_stages: depth of the rings in shared memory.
     value_delay: turns that V's load is issued after K's of the same block (0 or 1), so that the next K never waits for V's slot.
     output_in_query: the output leaves through the query's slot instead of a buffer of its own, which buys one more stage.
-    walker: a warp of its own draws tiles and reads block lists, up to `walk_stages` blocks ahead of the loads.
-    across_tiles: a tile's first Q·K runs beside the last P·V of the tile before.
-    rotate: a tile's walk along its list begins where the tiles that run beside it are by then, and wraps around.
-    pinned: exponentials are computed while the last block's P·V runs, whatever ptxas prefers.
-    order: "heads" finishes all rows of a KV head before the next (K and V stay in L2), long rows first; "snake" begins every other KV
-        head with its short rows, so that tiles do not fall into step; "rows" takes the long rows of all heads first.
+    order: "heads" finishes all rows of a KV head before the next (K and V stay in L2), "rows" takes the long rows of all heads first.
     consumer_registers, producer_registers: registers of a thread after the kernel's redistribution (setmaxnreg).
     """
 
@@ -42,12 +36,6 @@ class GluonTuning:
     query_stages: int = 2
     value_delay: int = 1
     output_in_query: bool = False
-    walker: bool = False
-    walk_stages: int = 8
-    across_tiles: bool = False
-    rotate: bool = False
-    pinned: bool = False
-    twice: bool = False
     order: str = "heads"
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -143,12 +131,6 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "output_in_query": tuning.output_in_query,
         "late_release": tuning.output_in_query and tuning.query_stages > 1,
         "rows_first": tuning.order == "rows",
-        "walker": tuning.walker,
-        "across_tiles": tuning.across_tiles,
-        "pinned": tuning.pinned,
-        "twice": tuning.twice,
-        "rotate": tuning.rotate and spec.lists,
-        "snake": tuning.order == "snake",
     }
     names = DIALECTS[triton_release] | {
         "DESCRIPTION": spec.describe(),
@@ -159,7 +141,6 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "KEY_STAGES": tuning.key_stages,
         "VALUE_STAGES": tuning.value_stages,
         "QUERY_STAGES": tuning.query_stages,
-        "WALK_STAGES": tuning.walk_stages,
         "CONSUMER_REGISTERS": tuning.consumer_registers,
         "PRODUCER_REGISTERS": tuning.producer_registers,
         # lengths change from call to call: one binary serves them all
@@ -231,9 +212,7 @@ def _check(spec: GluonSpec) -> None:
         raise KernelError(f"the rings need {spec.shared_bytes()} bytes of shared memory", where=spec.describe(), hint="fewer stages")
     if tuning.output_in_query and spec.head_dim != spec.value_dim:
         raise KernelError("an output of another width than the query's does not fit in its slot", where=spec.describe())
-    if tuning.across_tiles and tuning.query_stages < 2:
-        raise KernelError("the next tile's queries need a slot of their own", where=spec.describe())
-    if tuning.value_delay not in (0, 1) or tuning.key_tile not in (64, 128) or tuning.order not in ("heads", "snake", "rows"):
+    if tuning.value_delay not in (0, 1) or tuning.key_tile not in (64, 128) or tuning.order not in ("heads", "rows"):
         raise KernelError(f"a tuning that the template does not know: {dataclasses.asdict(tuning)}")
     if min(tuning.key_stages, tuning.value_stages) < 2:
         raise KernelError("rings of one stage would stall the producer behind its own delay", where=spec.describe())

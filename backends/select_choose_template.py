@@ -36,7 +36,7 @@ def choose(${arguments}, TILES: tl.constexpr):
     col = t[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]
     mass = tl.zeros([TILES, TILE_BLOCKS], tl.float32)
     broken = 0
-    for r in ${"tl.static_range" if unrolled else "range"}(ROW_CELLS):
+    for r in range(ROW_CELLS):
         cell = block * ROW_CELLS + r
         inside = (t < seen) & (cell < query_cells)
         factor = tile_scale(tops, scratch_head, cell - first_cell, inside, row_count, tiles, TILES)
@@ -65,26 +65,22 @@ def choose(${arguments}, TILES: tl.constexpr):
     bits = tl.where(other, mass.to(tl.int32, bitcast=True), -1)
     low = 0
     high = tl.max(bits) + 1
-%if early
     # candidates at or above each bound: with one left between them, it is the cutoff
     above_low = tl.sum((bits >= 0).to(tl.int32))
     above_high = 0
-%end
 %if density
     # a density is a fixed-point number of ${density_bits} bits
     wanted = (tl.sum(possible.to(tl.int64)) * share + ((1 << ${density_bits}) - 1)) >> ${density_bits}
     wanted = (wanted - tl.sum(forced.to(tl.int64))).to(tl.int32)
-    while ${going}:  # at least `wanted` are >= low, or low = 0; fewer are >= high
+    while (high - low > 1) & (above_low - above_high > 1):  # at least `wanted` are >= low, or low = 0; fewer are >= high
         middle = low + (high - low) // 2
         count = tl.sum((bits >= middle).to(tl.int32))
         enough = count >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-%if early
         above_low = tl.where(enough, count, above_low)
         above_high = tl.where(enough, above_high, count)
     low = tl.maximum(low, tl.max(tl.where(bits < high, bits, -1)))
-%end
     # when nothing is wanted, low is the highest and no equal one passes either
     equal = (bits == low).to(tl.int32)
     missing = wanted - tl.sum((bits > low).to(tl.int32))
@@ -96,19 +92,15 @@ def choose(${arguments}, TILES: tl.constexpr):
 %end
     gain = tl.where(other, mass, 0.0)
     need = tau * tl.sum(mass) - tl.sum(tl.where(forced, mass, 0.0))
-    while ${going}:  # those >= low have the mass needed, or low = 0; those >= high have not
+    while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, or low = 0; those >= high have not
         middle = low + (high - low) // 2
         enough = tl.sum(tl.where(bits >= middle, gain, 0.0)) >= need
-%if early
         count = tl.sum((bits >= middle).to(tl.int32))
         above_low = tl.where(enough, count, above_low)
         above_high = tl.where(enough, above_high, count)
-%end
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-%if early
     low = tl.maximum(low, tl.max(tl.where(bits < high, bits, -1)))
-%end
     equal = (bits == low).to(tl.int32)
     before = tl.sum(tl.where(bits > low, gain, 0.0)) + (tl.cumsum(equal, 0) - 1).to(tl.float32) * gain
     keep = (gain > 0.0) & ((bits > low) | ((equal > 0) & (before < need)))

@@ -188,36 +188,6 @@ def score(${arguments}):
     head, band, offset, size = settle(
         tl.program_id(0) * 0, bands - 1, tl.program_id(0), size, bands, heads, first_tile, end_tile, query_len, key_len, start
     )
-%if fused
-    # one loop over the steps of all tiles of this program: the next tile's loads begin before this one's scores are summed up
-    each = 0
-    for i in range(bands):
-        each += band_tiles(i, first_tile, end_tile, query_len, key_len, start)
-    count = (heads * each - tl.program_id(0) + tl.num_programs(0) - 1) // tl.num_programs(0)
-    i = tl.program_id(0) * 0
-    row_tile = 0
-    col_tile = 0
-    acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
-    for step in tl.range(0, count * (STRIDE * CHUNKS), num_stages=STAGES):
-        if i == 0:
-            if step > 0:
-                offset += tl.num_programs(0)
-                head, band, offset, size = settle(
-                    head, band, offset, size, bands, heads, first_tile, end_tile, query_len, key_len, start
-                )
-            row_tile, col_tile = locate(band, offset, first_tile, end_tile, query_len, key_len, start)
-        r = i // CHUNKS
-        c = (i - r * CHUNKS) * DEPTH
-        b = head // scored_heads
-        h = head % scored_heads
-        x = q.load([b, h, STRIDE - 1 - r, row_tile * ROWS, c]).reshape(ROWS, DEPTH)
-        y = k.load([b, h // GROUP, r, col_tile * COLS, c]).reshape(COLS, DEPTH)
-        acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
-        if i == STRIDE * CHUNKS - 1:
-            finish(acc, head, row_tile, col_tile, ${finish_arguments})
-            acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
-        i = tl.where(i == STRIDE * CHUNKS - 1, 0, i + 1)
-%else
     tiles = column_tiles(key_len)
 %if key_flags
     padded_rows = (query_cells + ROWS - 1) // ROWS * ROWS
@@ -281,7 +251,6 @@ def score(${arguments}):
         head, band, offset, size = settle(
             head, band, offset, size, bands, heads, first_tile, end_tile, query_len, key_len, start
         )
-%end
 '''
 
 CANDIDATES = '''

@@ -75,7 +75,7 @@ def select_blocks(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, l
     counts, indices = empty_block_lists(query, key, call.block)
     if call.empty:
         return counts.zero_(), indices
-    spec = spec_of(call, tiling or _tiling(query.device), limits.fused_width)
+    spec = spec_of(call, tiling or _tiling(query.device, call.pool.int8), limits.fused_width)
     try:
         with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
             _run(call, spec, counts, indices, None, limits)
@@ -91,25 +91,26 @@ def importance(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, **op
     call = select_inputs.describe(query, key, **options)
     counts, indices = empty_block_lists(query, key, call.block)
     result = torch.zeros(indices.shape, dtype=torch.float32, device=query.device)
-    spec = replace(spec_of(call, tiling or _tiling(query.device), LIMITS.fused_width), importance=True)
+    spec = replace(spec_of(call, tiling or _tiling(query.device, call.pool.int8), LIMITS.fused_width), importance=True)
     _run(call, spec, counts, indices, result, LIMITS)
     return result
 
 
 @functools.cache
-def _device_tiling(index: int | None) -> Tiling:
-    return tiling_for(torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+def _device_tiling(index: int | None, int8: bool) -> Tiling:
+    shared_bytes = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return tiling_for(torch.cuda.get_device_capability(index), shared_bytes, int8)
 
 
-def tiling_for(capability: tuple[int, int], shared_bytes: int) -> Tiling:
+def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = False) -> Tiling:
     """The tiling for a device with this compute capability and this much shared memory per thread block; its name never matters."""
     if capability >= (9, 0) and shared_bytes >= 200 * 1024:
-        return select_source.TMA_TILING
+        return select_source.INT8_TILING if int8 else select_source.TMA_TILING
     return select_source.POINTER_TILING
 
 
-def _tiling(device: torch.device) -> Tiling:
-    return _device_tiling(device.index) if device.type == "cuda" else select_source.POINTER_TILING
+def _tiling(device: torch.device, int8: bool) -> Tiling:
+    return _device_tiling(device.index, int8) if device.type == "cuda" else select_source.POINTER_TILING
 
 
 def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
@@ -198,7 +199,7 @@ def _choose(
     padded = 1 << (tiles - 1).bit_length()
     if not spec.wide:
         values["importances"] = None if importances is None else importances[b0:b1, heads]
-        warps = min(8, max(1, padded * spec.tile_blocks // spec.tiling.columns))
+        warps = min(8, max(1, padded * spec.tile_blocks // 1024))
         _launch(module.choose, grid, select_source.choose_arguments(spec), values, TILES=padded, num_warps=warps)
         return
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)

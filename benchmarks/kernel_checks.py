@@ -27,13 +27,6 @@ TUNINGS = {
     "q1_k3": GluonTuning(query_stages=1, key_stages=3),
     "more_producer": GluonTuning(consumer_registers=232, producer_registers=40),
     "rows": GluonTuning(order="rows"),
-    "walker": GluonTuning(walker=True),
-    "across": GluonTuning(across_tiles=True),
-    "walker_across": GluonTuning(walker=True, across_tiles=True),
-    "walker_across_v3": GluonTuning(walker=True, across_tiles=True, output_in_query=True, value_stages=3),
-    "rotate": GluonTuning(rotate=True),
-    "rotate_snake": GluonTuning(walker=True, rotate=True, order="snake"),
-    "keys64_rotate": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5, walker=True, rotate=True),
     "keys64": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5),
 }
 

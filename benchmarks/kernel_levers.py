@@ -24,53 +24,29 @@ from benchmarks.whole_op_data import structured
 from sparsify import blockmask, ops, scratch
 from sparsify.backends import gluon_attention, reference_select, select_inputs, sparse_attention, triton_select
 from sparsify.backends.gluon_source import GluonTuning
-from sparsify.backends.select_source import Tiling
+from sparsify.backends.select_source import INT8_TILING, TMA_TILING, Tiling
 
 SKIP = "SPARSIFY_LEVERS_SKIP"  # variants that failed their check, by comma
 ROUNDS = 2
 _WARM_MS, _SAMPLE_MS = 120.0, 180.0  # at the power limit clocks fall within tens of milliseconds
 
 _V3 = GluonTuning(output_in_query=True, value_stages=3)
-_WALK = GluonTuning(walker=True)
-_ACROSS = replace(_WALK, across_tiles=True)
-_PINNED = replace(_V3, pinned=True)
-_64 = GluonTuning(key_stages=4, value_stages=4)
 ATTENTION = {
     "default": GluonTuning(),
     "v3": _V3,
     "k3": GluonTuning(output_in_query=True, key_stages=3),
-    "snake": GluonTuning(order="snake"),
-    "walker_across": replace(_WALK, across_tiles=True),
-    "pinned": GluonTuning(pinned=True),
-    "pinned_v3": _PINNED,
-    "pinned_k3": GluonTuning(output_in_query=True, key_stages=3, pinned=True),
-    "twice_pinned": GluonTuning(pinned=True, twice=True),
-    "twice_pinned_v3": replace(_PINNED, twice=True),
-    "pinned_across": GluonTuning(across_tiles=True, pinned=True),
-    "pinned_walker_across": replace(_WALK, across_tiles=True, pinned=True),
+    "no_delay": GluonTuning(value_delay=0),
+    "v3_232": replace(_V3, consumer_registers=232, producer_registers=40),
 }
 ATTENTION_64 = {
-    "k4v4": _64,
-    "k4v4_pinned": replace(_64, pinned=True),
-    "k4v4_twice_pinned": replace(_64, pinned=True, twice=True),
-    "k3v3_pinned": GluonTuning(key_stages=3, value_stages=3, pinned=True),
+    "k4v4": GluonTuning(key_stages=4, value_stages=4),
+    "k3v3": GluonTuning(key_stages=3, value_stages=3),
 }
-# without lists a walk is neither rotated nor slowed by reading
-DENSE = ("default", "v3", "walker_across", "pinned", "pinned_v3", "twice_pinned", "twice_pinned_v3")
-_WIDE = Tiling(128, 256, 8, 4, 1, True)
-_CHOICE = {"columns": 256, "unrolled": True, "early": True}
 SCORE = {
-    "base": _WIDE,
-    "band_32": replace(_WIDE, band=32),
-    "fused_band_32": replace(_WIDE, fused=True, band=32),
-    "fused_band_16": replace(_WIDE, fused=True),
-    "two": Tiling(128, 128, 4, 3, 2, True),
-    "two_band_32": Tiling(128, 128, 4, 3, 2, True, band=32),
-    "early": replace(_WIDE, early=True),
-    "early_256": replace(_WIDE, early=True, columns=256),
-    "early_unrolled_256": replace(_WIDE, **_CHOICE),
-    "early_unrolled_512": replace(_WIDE, **{**_CHOICE, "columns": 512}),
-    "fused_early_unrolled_256": replace(_WIDE, fused=True, band=32, **_CHOICE),
+    "wide": TMA_TILING,
+    "wide_band_32": replace(TMA_TILING, band=32),
+    "two_band_16": replace(INT8_TILING, band=16),
+    "two_band_32": INT8_TILING,
 }
 _WORKLOADS = {
     "sparse_128k_.05": (131072, 0.05, 128),
@@ -93,7 +69,7 @@ def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
         return {
             "matrix_product": _ceiling,
             "estimate_128k_stride_16": lambda: _estimate(131072, 16, "max"),
-            "estimate_128k_int8": _int8,
+            "estimate_128k_int8": lambda: _estimate(131072, 16, "max+int8"),
             "memory": _memory,
         }
     return {name: lambda shape=shape: _attention(*shape) for name, shape in _WORKLOADS.items()}
@@ -230,8 +206,6 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
         del keep
     call = kernel_timing.options(query, lists)
     variants = _kept(ATTENTION if dim == 128 else ATTENTION_64, "attention")
-    if dim == 128 and density is None:
-        variants = {name: one for name, one in variants.items() if name in DENSE}
     runs = {name: lambda one=one: gluon_attention.launch(query, key, value, tuning=one, **call)[0] for name, one in variants.items()}
     expected, differences, absent = None, {}, {}
     for name, run in list(runs.items()):
@@ -245,19 +219,13 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
     return _table(_milliseconds(runs), flops, differences) | absent
 
 
-def _int8() -> dict[str, Any]:
-    return _estimate(131072, 16, "max+int8", ("base", "early_unrolled_256", "two_band_32"))
-
-
-def _estimate(length: int, stride: int, pool: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Scoring and choosing together, then each kernel's own time. names: of variants, all when empty."""
+def _estimate(length: int, stride: int, pool: str) -> dict[str, Any]:
+    """Scoring and choosing together, then each kernel's own time."""
     query, key, _ = structured(length)
     options = _score_call(stride, pool, 0.9)
     kept: dict[str, float] = {}
     runs, absent = {}, {}
     for name, tiling in _kept(SCORE, "score").items():
-        if names and name not in names:
-            continue
         runs[name] = lambda tiling=tiling: triton_select.select_blocks(query, key, tiling=tiling, **options)
         try:
             kept[name] = runs[name]()[0].sum().item()

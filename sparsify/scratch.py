@@ -13,7 +13,7 @@ from dataclasses import dataclass
 LIST_BYTES = 9 << 26  # a group of four heads at a million tokens, counts included
 SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
 WIDEST_ROW = 8192  # key blocks of a row that the choice keeps in registers
-_CELL_TILE = 256  # key cells of a tile of the estimate
+_CELL_TILE = 128  # key cells of the estimate's smallest tile
 _BAND_CELLS = 16 * 128  # the fewest query cells that are served at once
 
 

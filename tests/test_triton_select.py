@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.backends import select_inputs, triton_select
-from sparsify.backends.select_source import POINTER_TILING, TMA_TILING, SelectSpec, generate
+from sparsify.backends.select_source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, generate
 from sparsify.errors import UnsupportedError
 
 GOLDENS = Path(__file__).parent / "goldens" / "kernels"
@@ -87,6 +87,8 @@ def test_impossible_specs_are_refused(changes, match):
 def test_capability_decides_and_never_the_name():
     assert triton_select.tiling_for((9, 0), 232448) is TMA_TILING
     assert triton_select.tiling_for((10, 0), 232448) is TMA_TILING
+    assert triton_select.tiling_for((9, 0), 232448, int8=True) is INT8_TILING
+    assert triton_select.tiling_for((8, 0), 166912, int8=True) is POINTER_TILING
     assert triton_select.tiling_for((8, 0), 166912) is POINTER_TILING
     assert triton_select.tiling_for((12, 0), 101376) is POINTER_TILING
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsify.backends import source
-from sparsify.backends.select_source import POINTER_TILING, TMA_TILING, SelectSpec, choose_arguments, generate, score_arguments
+from sparsify.backends.select_source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, choose_arguments, generate, score_arguments
 from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
 pytest.importorskip("triton")
@@ -20,6 +20,7 @@ CLAUSES = {
     "shared": {"shared": 4, "group": 1, "half": True},
     "int8": {"int8": True},
     "int8 half": {"int8": True, "half": True, "key_flags": True},
+    "int8 everything": {"int8": True, "key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
 }
 POINTERS = {"sums": "*fp16", "tops": "*fp32", "counts": "*i32", "indices": "*i16", "importances": "*fp32"}
 POINTERS |= {"query_scales": "*fp32", "key_scales": "*fp32"}
@@ -30,7 +31,7 @@ TYPES = {**POINTERS, **dict.fromkeys(INT_POINTERS, "*i32"), "block_bits": "*u8",
 
 
 def spec(clause="causal", arch=90, **changes):
-    tiling = POINTER_TILING if arch < 90 else TMA_TILING
+    tiling = POINTER_TILING if arch < 90 else INT8_TILING if CLAUSES[clause].get("int8") else TMA_TILING
     base = {"dtype": "bf16", "head_dim": 128, "group": 4, "stride": 8, "block": 128, "tiling": tiling}
     return SelectSpec(**{**base, **CLAUSES[clause], **changes})
 
@@ -57,7 +58,8 @@ def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexpr
 
 @pytest.mark.parametrize("clause", CLAUSES)
 def test_hopper_scores_without_spills(clause):
-    used = compiled(spec(clause), "score", 90, 8)
+    chosen = spec(clause)
+    used = compiled(chosen, "score", 90, chosen.tiling.warps)
     within_budget(f"select score {clause} sm_90", used)
     assert used.spilled == 0
     assert used.shared <= SHARED_LIMIT[90]
@@ -107,7 +109,7 @@ def test_long_rows_without_spills(clause):
 @pytest.mark.parametrize("arch", [80, 100])
 def test_other_architectures(clause, arch):
     chosen = spec(clause, arch)
-    used = compiled(chosen, "score", arch, 8)
+    used = compiled(chosen, "score", arch, chosen.tiling.warps)
     assert used.mma > 0
     assert used.shared <= (99 * 1024 if arch == 80 else SHARED_LIMIT[arch])
     compiled(chosen, "choose", arch, 1, TILES=64)
