@@ -140,7 +140,16 @@ def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
     versions = {name: str(machine[name]) for name in ("driver", "torch", "triton", "sparsify") if machine.get(name)}
     source = f"benchmarks/cost_grid.py, {ceilings['time'][:10]}, commit {str(machine.get('commit'))[:10]}"
     found = prior.model_copy(
-        update={**numbers, "device": ceilings["device"], "capability": capability, "measured": True, "source": source, "versions": versions}
+        # no earlier coefficients, which other runs' cells were fitted to: what is tested on must not be known
+        update={
+            "families": {},
+            **numbers,
+            "device": ceilings["device"],
+            "capability": capability,
+            "measured": True,
+            "source": source,
+            "versions": versions,
+        }
     )
     return fit.fit(samples, Device.of("cuda" if capability else "cpu", found), found)
 

@@ -27,9 +27,12 @@ FEATURES = {
 }
 # Not fitted: scratch grows with the estimate's work, so that times cannot tell them apart, and moves at the speed of a copy.
 _FIXED = {"scratch": 1.0}
+# How large a coefficient may easily be that an earlier profile of the family does without: seconds, and shares.
+_SCALE = {"call": 1e-5, "passes": 1e-6, "steps": 1e-6, "rows": 1e-6, "scores": 30.0}
+_SCALE_OF_SHARES = 0.1
 _ROUNDS = 6
 _HUBER = 0.05  # relative errors beyond this count linearly
-_PRIOR = 1e-3  # how much an earlier profile's coefficients weigh: a term that the calls do not tell apart stays where it was
+_PRIOR = 0.02  # how much an earlier profile's coefficients weigh: a term that the calls do not tell apart stays where it was
 
 
 def fit(samples: Sequence[Sample], device: Device, prior: Profile) -> Profile:
@@ -65,22 +68,27 @@ def fit_family(family: str, samples: Sequence[Sample], device: Device, prior: di
     seconds = torch.tensor([sample.seconds for sample in samples], dtype=torch.float64)
     left = seconds - torch.tensor([sum(value * float(row.get(name, 0)) for name, value in fixed.items()) for row in rows])
     known = torch.tensor([prior.get(name, 0.0) for name in names], dtype=torch.float64)
-    found = relative_least_squares(table, seconds, known, left)
+    scale = torch.tensor([_SCALE.get(name, _SCALE_OF_SHARES) for name in names], dtype=torch.float64)
+    found = relative_least_squares(table, seconds, known, torch.where(known > 0, known, scale) if prior else None, left)
     kept = {name: value for name, value in prior.items() if name in allowed and name not in names}
     return kept | fixed | {name: float(f"{value:.6g}") for name, value in zip(names, found.tolist(), strict=True) if value > 0}
 
 
-def relative_least_squares(table: Tensor, seconds: Tensor, prior: Tensor, left: Tensor | None = None) -> Tensor:
+def relative_least_squares(
+    table: Tensor, seconds: Tensor, prior: Tensor, scale: Tensor | None = None, left: Tensor | None = None
+) -> Tensor:
     """Coefficients x ≥ 0 with table · x near `left` (default: `seconds`), errors relative to `seconds`.
 
     Args:
         table: fp64 [samples, features]. seconds: fp64 [samples], positive. prior: fp64 [features], 0 where nothing is known.
+        scale: fp64 [features], how far from its prior a coefficient may easily be; None: nothing is known of any.
     """
     scaled = table / seconds[:, None]
     size = scaled.norm(dim=0).clamp(min=1e-30)
-    # in units of each feature's own size, and pulled a little towards the prior
-    matrix = torch.cat([scaled / size, torch.diag(torch.full((len(size),), _PRIOR**0.5, dtype=torch.float64))])
-    wanted = torch.cat([(seconds if left is None else left) / seconds, _PRIOR**0.5 * prior * size])
+    # in units of each feature's own size; a coefficient that is `scale` away from its prior costs as much as an error of _PRIOR
+    pull = torch.ones_like(size) if scale is None else 1 / (scale * size).clamp(min=1e-30)
+    matrix = torch.cat([scaled / size, torch.diag(_PRIOR * pull)])
+    wanted = torch.cat([(seconds if left is None else left) / seconds, _PRIOR * pull * prior * size])
     weights = torch.ones(len(wanted), dtype=torch.float64)
     best = torch.zeros(len(size), dtype=torch.float64)
     for _ in range(_ROUNDS):

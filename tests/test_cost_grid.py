@@ -71,7 +71,7 @@ def records_of(device: Device, cells, run: str = "2026-01-01T00:00:00+00:00", fa
     return [{"benchmark": cost_grid.NAME, "machine": machine, **record} for record in found]
 
 
-SOME = [c for c in GRID if c.kind in ("attention", "whole", "decode")]
+SOME = [c for c in GRID if c.kind in ("attention", "select", "whole", "decode")]
 
 
 def test_a_device_that_follows_the_formulas_is_predicted():
