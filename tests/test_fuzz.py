@@ -67,7 +67,7 @@ MUST_NOT_MATCH = {
     "strided": "return F.scaled_dot_product_attention(query, key, value, attn_mask=((q - k) % 2 == 0) & (k <= q)),",
     "a mask per head": "mask = k <= q + torch.arange(H)[:, None, None]; "
     "return F.scaled_dot_product_attention(query, key, value, attn_mask=mask),",
-    "a bias": "return F.scaled_dot_product_attention(query, key, value, attn_mask=torch.where(k <= q, 0.1 * k, float('-inf'))),",
+    "a bias": "return F.scaled_dot_product_attention(query, key, value, attn_mask=torch.where(k <= q, 0.1 * k * q, float('-inf'))),",
     "hidden only so far": "return F.scaled_dot_product_attention(query, key, value, attn_mask=torch.where(k <= q, 0.0, -3.0)),",
     "a mask edited afterwards": "mask = (k <= q).clone(); mask[:, :2] = True; "
     "return F.scaled_dot_product_attention(query, key, value, attn_mask=mask),",
