@@ -1,6 +1,6 @@
 """What runs the ops of `sparsify.ops`. Importing this package registers them."""
 
-import sparsify.backends.ffn_launch  # noqa: F401  (registers the feed-forward ops)
+import sparsify.backends.ffn_launch
 import sparsify.backends.sparse_attention  # noqa: F401  (registers selection and attention in one)
 from sparsify.backends.launch import attention_family, available, strict, use
 

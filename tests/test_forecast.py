@@ -12,7 +12,19 @@ import torch
 pytest.importorskip("transformers")
 
 import sparsify
-from sparsify import SparseCache, cli, config, cost_command, forecast, forecast_device, forecast_report, meta_model, method, pipeline
+from sparsify import (
+    SparseCache,
+    cli,
+    config,
+    cost_command,
+    forecast,
+    forecast_device,
+    forecast_report,
+    meta_model,
+    method,
+    pipeline,
+    profile,
+)
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.model_costs import ModelShape, model_decode_seconds, model_prefill_seconds
 from sparsify.plan import Decision, Plan
@@ -223,7 +235,7 @@ def test_budgets():
 
 
 def test_devices_by_name(tmp_path, monkeypatch):
-    assert forecast_device.named("H200").measured and not forecast_device.named("h100").measured
+    assert forecast_device.named("H200").profile == profile.shipped("sm_90") and not forecast_device.named("h100").measured
     assert forecast_device.context(forecast_device.named("a100"), settings()).family == "triton"
     speeds = [forecast_device.named(name).flops for name in ("a100", "h100", "b200")]
     assert speeds == sorted(speeds)
