@@ -98,8 +98,8 @@ REFUSED: tuple[Refused, ...] = (
         "generate_static",
         "the mask is an input of the graph",
         "`generate()` makes the mask of a static cache outside the graph and hands it over as a tensor. Of one row it says no more than "
-        "which keys are visible, and decode is rewritten; written-out attention gets such a tensor for the prompt too, of which nothing can be "
-        "proved. Own calls over a `StaticCache` are rewritten throughout.",
+        "which keys are visible, and decode is rewritten; written-out attention gets such a tensor for the prompt too, of which "
+        "nothing can be proved. Own calls over a `StaticCache` are rewritten throughout.",
         sites="graph 0",
     ),
     Refused(
