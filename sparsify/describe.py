@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Max
 
 from sparsify import predicates
 from sparsify.aliasing import tensor_of
@@ -48,12 +49,14 @@ def stride_order(tensor: torch.Tensor) -> str:
     """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter."""
     shape, strides = sizes(tensor), tuple(scalar(s) for s in tensor.stride())
     for name, order in (("bhqd", (0, 1, 2, 3)), ("bqhd", (0, 2, 1, 3))):
-        expected, running = {}, sympy.Integer(1)
-        for dimension in reversed(order):
-            expected[dimension] = running
-            running = running * shape[dimension]
-        if all(shape[d] == 1 or sympy.expand(strides[d] - expected[d]) == 0 for d in range(4)):
-            return name
+        # torch writes the strides over a size that might be 0 with Max(1, size)
+        for size in (lambda n: n, lambda n: n if n.is_number else Max(1, n)):
+            expected, running = {}, sympy.Integer(1)
+            for dimension in reversed(order):
+                expected[dimension] = running
+                running = running * size(shape[dimension])
+            if all(shape[d] == 1 or sympy.expand(strides[d] - expected[d]) == 0 for d in range(4)):
+                return name
     return "other"
 
 
