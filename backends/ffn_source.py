@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sparsify.backends import ffn_rows_template as for_rows
 from sparsify.backends.ffn_template import ACTIVATE, FINISH, FLAGS, NARROW, NORMALISE, WIDEN
-from sparsify.backends.template import render
+from sparsify.backends.template import padded, render
 from sparsify.errors import UnsupportedError
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -206,8 +206,8 @@ def choose_tiling(dtype: str, rows: int, hidden: int, intermediate: int, gated: 
         wide_tile //= 2
     while narrow_tile > 16 and hidden * 8 // narrow_tile < processors:
         narrow_tile //= 2
-    wide_step, wide_stages = _pipeline(wide_tile * matrices * element, rows * element, _power(hidden))
-    narrow_step, narrow_stages = _pipeline(narrow_tile * element, rows * element, _power(intermediate))
+    wide_step, wide_stages = _pipeline(wide_tile * matrices * element, rows * element, padded(hidden))
+    narrow_step, narrow_stages = _pipeline(narrow_tile * element, rows * element, padded(intermediate))
     parts = 1
     while -(-hidden // narrow_tile) * parts * 2 <= 3 * processors and intermediate // (2 * parts) >= 4 * narrow_step:
         parts *= 2
@@ -226,11 +226,7 @@ def _pipeline(weights: int, rows: int, most: int) -> tuple[int, int]:
 
     weights, rows: bytes of an element of the step. most: the longest step that there is.
     """
-    step = min(most, _power(_STAGE // weights))
+    step = min(most, padded(_STAGE // weights))
     while step > 32 and 4 * step * (weights + rows) > _SHARED:
         step //= 2
     return step, max(2, min(4, _SHARED // (step * (weights + rows))))
-
-
-def _power(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.backends.attention_template import KERNEL, VISIT
-from sparsify.backends.template import render
+from sparsify.backends.template import Argument, padded, render
 from sparsify.errors import UnsupportedError
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -98,15 +98,6 @@ class AttentionSpec:
         return f"{self.dtype}, head dim {dims}, {self.group} query heads per KV head; {named or 'every key visible'}"
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A kernel argument. type: as Triton writes it. aligned: a multiple of 16 in ordinary calls, which Triton specialises on."""
-
-    name: str
-    type: str
-    aligned: bool = False
-
-
 def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
     """The kernel's arguments in order."""
     pointer = lambda name, type: Argument(name, "*" + type, True)
@@ -161,7 +152,7 @@ def attention_source(spec: AttentionSpec) -> str:
         (spec.key_bias, "bias_row"),
     ]
     context += [name for present, name in needed if present]
-    qk_dim, v_dim = _padded(spec.qk_head_dim), _padded(spec.v_head_dim)
+    qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
     edges = [name for present, name in ((spec.sinks != "none", "sinks below the window"), (windowed, "the window's lower edge")) if present]
     values = vars(spec) | {
         "split": spec.block_size // spec.tiling.keys,
@@ -208,11 +199,6 @@ def _header(spec: AttentionSpec, qk_dim: int, v_dim: int) -> str:
     return "\n".join(lines + [f"{name} = tl.constexpr({value})" for name, value in constants.items()]) + "\n"
 
 
-def _padded(head_dim: int) -> int:
-    """The next power of two that `tl.dot` takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def programs(spec: AttentionSpec, batch: int, kv_heads: int, query_len: int) -> int:
     """Length of the launch grid."""
     if spec.packed:
@@ -242,7 +228,7 @@ def choose_tiling(
         packed_rows: query rows times group of a call with few queries, or 0.
         segments: every tile needs the mask, so query tiles are kept small.
     """
-    widest = max(_padded(qk_head_dim), _padded(v_head_dim))
+    widest = max(padded(qk_head_dim), padded(v_head_dim))
     element = 4 if dtype == "fp32" else 2
     hopper = capability >= (9, 0)
     if dtype == "fp32":  # exact products run on the ordinary cores, unrolled: more than this spills
@@ -251,21 +237,21 @@ def choose_tiling(
         queries, keys, warps, stages, edge_keys = 128, 64, 4, 3, 16
     elif widest <= 128:
         queries, keys, warps, stages, edge_keys = (128, 128, 8, 2, 32) if hopper else (128, 64, 8, 3, 32)
-        if (qk_head_dim, v_head_dim) != (_padded(qk_head_dim), _padded(v_head_dim)):
+        if (qk_head_dim, v_head_dim) != (padded(qk_head_dim), padded(v_head_dim)):
             edge_keys = 16  # guarding padded dims takes registers, too
     else:
         queries, keys, warps, stages, edge_keys = (128, 32, 8, 3, 16) if hopper else (64, 32, 8, 2, 16)
     if packed_rows:
-        queries, keys = min(queries, max(16, 1 << (packed_rows - 1).bit_length())), min(keys, 64)
+        queries, keys = min(queries, padded(packed_rows)), min(keys, 64)
     if segments:
         queries = min(queries, 64)
     if block_size:
         queries, keys = min(queries, block_size), min(keys, block_size)
     if queries <= 64 and dtype != "fp32":
         warps, edge_keys = 4 if widest <= 128 else 8, 16
-    dims = _padded(qk_head_dim) + _padded(v_head_dim)
+    dims = padded(qk_head_dim) + padded(v_head_dim)
     limit = _SHARED.get(capability, 99) * 1024
-    held = queries * max(_padded(qk_head_dim), _padded(v_head_dim)) * element
+    held = queries * max(padded(qk_head_dim), padded(v_head_dim)) * element
     while stages > 1 and held + stages * keys * dims * element > limit:
         stages -= 1
     return Tiling(queries, keys, warps, stages, edge_keys)

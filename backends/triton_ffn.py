@@ -14,6 +14,7 @@ from sparsify import ffn_ops
 from sparsify.backends import source, triton_ffn_rows
 from sparsify.backends.ffn_source import FfnSpec, FfnTiling, choose_tiling, ffn_source, needs_normalise
 from sparsify.backends.ffn_template import START
+from sparsify.backends.template import padded
 from sparsify.errors import KernelError, SparsifyError, UnsupportedError
 
 MAX_ROWS = 32
@@ -37,7 +38,7 @@ def ffn_start(like: Tensor, positions: Tensor | None, slot: int, *, warmup: int,
         raise UnsupportedError(f"{max(rows, count)} rows", where="sparsify::ffn_start")
     out = like.new_empty(rows, dtype=torch.int32)
     state = ffn_ops.run_state(like.device, key)
-    block = max(16, 1 << (max(rows, count) - 1).bit_length())
+    block = padded(max(rows, count))
     read = positions.contiguous() if positions is not None else out
     try:
         with _on(like):

@@ -3,9 +3,7 @@ each key's weights summed over the queries. The keys are read twice and no matri
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,14 +12,13 @@ import torch
 from torch import Tensor
 
 from sparsify.backends import source
+from sparsify.backends.cache_kernels import DTYPES, launching, logit_arguments, logit_values, picked
 from sparsify.backends.mass_template import GATHER, LOGITS, SPREAD
-from sparsify.backends.template import render
-from sparsify.backends.triton_decode import Argument, DecodeTiling, processors, stretches
-from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+from sparsify.backends.template import Argument, padded, parameters, render
+from sparsify.backends.triton_decode import DecodeTiling, processors, stretches
+from sparsify.errors import UnsupportedError
 
 _WHERE = "sparsify::cache_mass"
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class MassSpec:
 
 def choose_tiling(dtype: str, head_dim: int, group: int, query_len: int) -> MassTiling:
     """All rows of SnapKV's 32 queries and 4 heads in one tile, so that `spread` reads keys once."""
-    up = lambda size, most: min(most, max(16, 1 << (size - 1).bit_length()))
+    up = lambda size, most: min(most, padded(size))
     if dtype == "fp32":
         small = head_dim <= 64
         return MassTiling(up(group * query_len, 32), 32 if small else 16, up(query_len, 32), 4 if small else 8)
@@ -66,7 +63,7 @@ def arguments(spec: MassSpec, kernel: str) -> tuple[Argument, ...]:
     listed = [pointer("query", spec.dtype), pointer("keys", spec.dtype), pointer("positions", "i32"), pointer("asked", "i32")]
     listed += [Argument(name, "i32", True) for name in ("key_b", "key_h", "key_n")]
     listed += [Argument("kv_heads", "i32"), Argument("query_len", "i32"), Argument("key_len", "i32")]
-    listed += [Argument("tanh_scale", "fp32"), Argument("cap_log2", "fp32")] if spec.softcap else [Argument("scale", "fp32")]
+    listed += logit_arguments(spec.softcap)
     if kernel == "spread":
         parts = [pointer("part_m", "fp32"), pointer("part_l", "fp32")]
         return (*listed, Argument("stretches", "i32"), Argument("stretch_len", "i32", True), *parts)
@@ -75,13 +72,13 @@ def arguments(spec: MassSpec, kernel: str) -> tuple[Argument, ...]:
 
 def mass_source(spec: MassSpec) -> str:
     """Module text with `spread` (grid: stretches, row tiles * batch * kv_heads) and `gather` (grid: key tiles, batch * kv_heads)."""
-    dim = max(16, 1 << (spec.head_dim - 1).bit_length())
+    dim = padded(spec.head_dim)
     values = vars(spec) | {
         "context": "tanh_scale, cap_log2" if spec.softcap else "scale",
         "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
         "guard": "" if dim == spec.head_dim else f" & (dims < {spec.head_dim})[None, :]",
-        "spread_parameters": ",\n    ".join(a.name for a in arguments(spec, "spread")),
-        "gather_parameters": ",\n    ".join(a.name for a in arguments(spec, "gather")),
+        "spread_parameters": parameters(arguments(spec, "spread")),
+        "gather_parameters": parameters(arguments(spec, "gather")),
     }
     tiling = spec.tiling
     constants = {"GROUP": spec.group, "ROWS": tiling.rows, "KEYS": tiling.keys, "WINDOW": tiling.window, "DIM": dim}
@@ -114,10 +111,10 @@ def cache_mass(
         KernelError: a kernel could not be compiled or launched.
     """
     (batch, heads, query_len, head_dim), (_, kv_heads, key_len, _) = query.shape, keys.shape
-    if query.dtype not in _DTYPES or keys.dtype != query.dtype or keys.stride(-1) != 1 or scale <= 0 or query_len == 0:
+    if query.dtype not in DTYPES or keys.dtype != query.dtype or keys.stride(-1) != 1 or scale <= 0 or query_len == 0:
         what = f"{query.dtype} queries, {keys.dtype} keys of strides {keys.stride()}, scale {scale}"
         raise UnsupportedError(what, where=_WHERE, hint="the reference serves it")
-    dtype, group, rows = _DTYPES[query.dtype], heads // kv_heads, batch * kv_heads
+    dtype, group, rows = DTYPES[query.dtype], heads // kv_heads, batch * kv_heads
     tiling = tiling or choose_tiling(dtype, head_dim, group, query_len)
     spec = MassSpec(dtype, head_dim, group, tiling, softcap > 0)
     tiles = -(-group * query_len // tiling.rows)
@@ -127,25 +124,15 @@ def cache_mass(
         "query": query.contiguous(), "keys": keys, "positions": positions.to(torch.int32).contiguous(),
         "asked": query_positions.to(torch.int32).contiguous(), "kv_heads": kv_heads, "query_len": query_len, "key_len": key_len,
         "stretches": count, "stretch_len": -(-key_len // (count * tiling.keys)) * tiling.keys, "part_m": part[0], "part_l": part[1],
-        "scale": scale * _LOG2E, "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device),
+        "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device), **logit_values(scale, softcap),
     }  # fmt: skip
     given |= {f"key_{axis}": stride for axis, stride in zip("bhn", keys.stride())}
-    if spec.softcap:
-        given |= {"tanh_scale": 2 * _LOG2E * scale / softcap, "cap_log2": softcap * _LOG2E}
-    try:
-        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-            module = _module(spec)
-            of = lambda kernel: {a.name: given[a.name] for a in arguments(spec, kernel)}
-            module.spread[(count, tiles * rows)](**of("spread"), num_warps=tiling.warps, num_stages=3)
-            given["lse"] = _lse(*part)
-            module.gather[(-(-key_len // tiling.keys), rows)](**of("gather"), num_warps=tiling.warps, num_stages=1)
-    except SparsifyError:
-        raise
-    except Exception as error:
-        last = (str(error).strip().splitlines() or [""])[-1]
-        raise KernelError(
-            f"{type(error).__name__}: {last}", where=f"mass kernel ({spec})", hint="kernels = 'reference' is exact"
-        ) from error
+    with launching(f"mass kernel ({spec})", query):
+        module = _module(spec)
+        of = lambda kernel: picked(given, arguments(spec, kernel))
+        module.spread[(count, tiles * rows)](**of("spread"), num_warps=tiling.warps, num_stages=3)
+        given["lse"] = _lse(*part)
+        module.gather[(-(-key_len // tiling.keys), rows)](**of("gather"), num_warps=tiling.warps, num_stages=1)
     return given["mass"]
 
 
