@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cost_cells, records
+from benchmarks import cost_cells, records, warming
 from sparsify import fit, profile, profile_cache
 from sparsify.hardware import Device
 from sparsify.profile import Profile
@@ -41,18 +40,7 @@ def compile_kernels(options: argparse.Namespace) -> None:
     """Every kernel of the grid into Triton's cache; a job that fails or takes too long is told and left."""
     count = len(cost_cells.compile_jobs(cost_cells.grid(options.device)))
     base = [sys.executable, "-m", "benchmarks.cost_grid", "measure", "--warm"]
-    started = [
-        (job, subprocess.Popen([*base, str(job)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)) for job in range(count)
-    ]
-    end = time.monotonic() + options.compile_seconds
-    for job, process in started:
-        try:
-            _, complaints = process.communicate(timeout=max(1, end - time.monotonic()))
-            if process.returncode:
-                print(f"compiling job {job}: {complaints.strip().splitlines()[-1:]}", flush=True)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            print(f"compiling job {job}: took too long", flush=True)
+    warming.compile_side_by_side({f"job {job}": [*base, str(job)] for job in range(count)}, options.compile_seconds)
 
 
 @torch.no_grad()

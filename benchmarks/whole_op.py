@@ -31,7 +31,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsify.backends
-from benchmarks import records
+from benchmarks import records, warming
 from benchmarks.whole_op_data import find_threshold, structured
 from sparsify import blockmask, ops
 
@@ -313,16 +313,7 @@ def compile_kernels(options: argparse.Namespace) -> None:
     estimates = sorted({(cell.stride, cell.pool) for length in options.lengths for cell in cells(length)})
     jobs = ["attention", *(f"{stride} {pool}" for stride, pool in estimates)]
     base = [sys.executable, "-m", "benchmarks.whole_op", "--lengths", *map(str, options.lengths)]
-    started = [subprocess.Popen([*base, "--warm", job], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for job in jobs]
-    end = time.monotonic() + 100
-    for job, process in zip(jobs, started, strict=True):
-        try:
-            _, complaints = process.communicate(timeout=max(1, end - time.monotonic()))
-            if process.returncode:
-                print(f"compiling {job}: {complaints.strip().splitlines()[-1:]}", flush=True)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            print(f"compiling {job}: took too long", flush=True)
+    warming.compile_side_by_side({job: [*base, "--warm", job] for job in jobs}, 100)
 
 
 @torch.no_grad()
