@@ -59,7 +59,13 @@ def _masked(s, block, rows, key_len, clauses):
 @gluon.jit
 def _softmax(s, top, total, scale, MASKED: gl.constexpr):
     """One step of the online softmax in units of log2: new maximum, new sum, weights, and what the past shrinks by."""
+#if lazy
+    # weights may be up to 2**8 over the reference, so that few blocks move it, and the past shrinks with few
+    peak = gl.max(s, 1) * scale
+    new_top = gl.where(peak > top + 8.0, peak, top)
+#else
     new_top = gl.maximum(top, gl.max(s, 1) * scale)
+#end
     safe = new_top
     if MASKED:  # a row that has seen no key yet
         safe = gl.where(new_top == float("-inf"), 0.0, new_top)
@@ -68,6 +74,17 @@ def _softmax(s, top, total, scale, MASKED: gl.constexpr):
     return new_top, total * shrink + gl.sum(p, 1), p, shrink
 
 
+#if lazy
+@gluon.jit
+def _shrunk(acc, shrink):
+    """acc · shrink, left out by warps in which every row's factor is 1."""
+    moved = gl.inline_asm_elementwise("$MOVED", "$MOVED_OPERANDS", [shrink], gl.int32, is_pure=False, pack=2)
+    factor, acc = gl.broadcast(shrink[:, None], acc)
+    moved, acc = gl.broadcast(moved[:, None], acc)
+    return gl.inline_asm_elementwise("$SHRINK", "$SHRINK_OPERANDS", [acc, factor, moved], gl.float32, is_pure=False, pack=$SHRINK_PACK)
+
+
+#end
 @gluon.jit
 def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, MASKED: gl.constexpr):
     """This block's Q·K and the last block's P·V, together in flight."""
@@ -96,7 +113,11 @@ def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, MAS
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     mbarrier.arrive(value_empty.index(value_stage), count=1)
     value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
+#if lazy
+    acc = _shrunk(acc, gl.convert_layout(shrink, OUTPUT_ROWS))
+#else
     acc = acc * gl.convert_layout(shrink, OUTPUT_ROWS)[:, None]
+#end
     weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
     return message & 3, (key_stage, key_phase, value_stage, value_phase, top, total, acc, weights)
 
@@ -145,11 +166,16 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
 #end
         clauses = (clause_flags, clause_segments, clause_window)
         query = query_ring.index(2 * query_stage + PART)
+#if query_registers
+        left = query.load(QUERY)
+#else
+        left = query
+#end
         # the tile's first block: the only one without a P·V beside it
         mbarrier.wait(key_full.index(key_stage), key_phase)
         message = _read(block_message.index(key_stage))
         zero = gl.zeros([64, KEY_TILE], gl.float32, SCORES)
-        s_token = warpgroup_mma(query, key_ring.index(key_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s_token = warpgroup_mma(left, key_ring.index(key_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
 #if late_release
         tma.store_wait(0)  # the last tile's output has left the query's slot
         $BARRIER()
@@ -174,9 +200,9 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         state = (key_stage, key_phase, value_stage, value_phase, top, total, acc, weights)
         while follows != 0:
             while follows == 1:
-                follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, True)
+                follows, state = _turn(left, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, True)
             while follows == 2:
-                follows, state = _turn(query, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, False)
+                follows, state = _turn(left, turn_rings, turn_barriers, state, rows, key_len, clauses, scale, cap, False)
         key_stage, key_phase, value_stage, value_phase, top, total, acc, weights = state
 #if not output_in_query
         mbarrier.arrive(query_empty.index(query_stage), count=1)

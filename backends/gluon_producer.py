@@ -19,6 +19,9 @@ SHARED4 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitw
 SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, $KEY_TILE, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, $VALUE_DIM, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=OUTPUT.value, k_width=2))
+#if query_registers
+QUERY = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=SCORES.value, k_width=2))
+#end
 MESSAGE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))

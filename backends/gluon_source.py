@@ -26,6 +26,8 @@ class GluonTuning:
     key_stages, value_stages, query_stages: depth of the rings in shared memory.
     value_delay: turns that V's load is issued after K's of the same block (0 or 1), so that the next K never waits for V's slot.
     output_in_query: the output leaves through the query's slot instead of a buffer of its own, which buys one more stage.
+    query_registers: Q waits in registers, which saves its reads from shared memory with every block.
+    lazy: the softmax's reference moves only where it would be outgrown by 2**8, and warps in which none does leave the output as it is.
     order: "heads" finishes all rows of a KV head before the next (K and V stay in L2), "rows" takes the long rows of all heads first.
     consumer_registers, producer_registers: registers of a thread after the kernel's redistribution (setmaxnreg).
     """
@@ -36,6 +38,8 @@ class GluonTuning:
     query_stages: int = 2
     value_delay: int = 1
     output_in_query: bool = False
+    query_registers: bool = False
+    lazy: bool = False
     order: str = "heads"
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -130,6 +134,8 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "value_delay": tuning.value_delay == 1,
         "output_in_query": tuning.output_in_query,
         "late_release": tuning.output_in_query and tuning.query_stages > 1,
+        "query_registers": tuning.query_registers,
+        "lazy": tuning.lazy,
         "rows_first": tuning.order == "rows",
     }
     names = DIALECTS[triton_release] | {
@@ -146,7 +152,26 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         # lengths change from call to call: one binary serves them all
         "RUNTIME": ", ".join(f'"{name}"' for name, type_ in argument_types(spec).items() if type_ == "i32"),
     }
+    names |= _assembly(spec.value_dim // 2)
     return string.Template(expand(PRODUCER + CONSUMER + KERNEL, flags)).substitute(names)
+
+
+def _assembly(count: int) -> dict[str, str]:
+    """PTX that Gluon has no words for: a branch that a warp takes by itself. count: a thread's elements of the output tile."""
+    moved = (
+        "{.reg .pred p, q; setp.neu.f32 p, $2, 0f3F800000; setp.neu.or.f32 q, $3, 0f3F800000, p; "
+        "vote.sync.any.pred q, q, 0xffffffff; selp.u32 $0, 1, 0, q; mov.u32 $1, $0;}"
+    )
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    shrink = f"{{.reg .pred p; setp.eq.u32 p, ${3 * count}, 0; @p bra.uni KEEP; {products} KEEP: }}"
+    operands = ["=f"] * count + [str(i) for i in range(count)] + ["f"] * count + ["r"] * count
+    return {
+        "MOVED": moved,
+        "MOVED_OPERANDS": "=r,=r,f,f",
+        "SHRINK": shrink,
+        "SHRINK_OPERANDS": ",".join(operands),
+        "SHRINK_PACK": str(count),
+    }
 
 
 def expand(template: str, flags: dict[str, bool]) -> str:

@@ -32,15 +32,17 @@ _WARM_MS, _SAMPLE_MS = 120.0, 180.0  # at the power limit clocks fall within ten
 
 _V3 = GluonTuning(output_in_query=True, value_stages=3)
 ATTENTION = {
-    "default": GluonTuning(),
     "v3": _V3,
-    "k3": GluonTuning(output_in_query=True, key_stages=3),
-    "no_delay": GluonTuning(value_delay=0),
-    "v3_232": replace(_V3, consumer_registers=232, producer_registers=40),
+    "lazy": replace(_V3, lazy=True),
+    "query_registers": replace(_V3, query_registers=True),
+    "lazy_query_registers": replace(_V3, lazy=True, query_registers=True),
+    "lazy_k3": GluonTuning(output_in_query=True, key_stages=3, lazy=True, query_registers=True),
 }
+_K4 = GluonTuning(key_stages=4, value_stages=4)
 ATTENTION_64 = {
-    "k4v4": GluonTuning(key_stages=4, value_stages=4),
-    "k3v3": GluonTuning(key_stages=3, value_stages=3),
+    "k4v4": _K4,
+    "lazy": replace(_K4, lazy=True),
+    "lazy_query_registers": replace(_K4, lazy=True, query_registers=True),
 }
 SCORE = {
     "wide": TMA_TILING,

@@ -102,6 +102,15 @@ def _copy_out(descriptor, coordinates, slot):
     part.copy_(slot.data[where])
 
 
+def _assembly(text, constraints, args, dtype, is_pure, pack):
+    """The two pieces of PTX that the templates have: whether a warp's 16 rows shrink, and the product where they do."""
+    if len(args) == 1:
+        moved = (args[0] != 1).view(-1, 16).any(1, keepdim=True)
+        return moved.expand(-1, 16).reshape(-1).int()
+    acc, factor, moved = args
+    return torch.where(moved != 0, acc * factor, acc)
+
+
 def _mma(a, b, acc, use_acc=True, is_async=False):
     a, b = (x.data if isinstance(x, Shared) else x for x in (a, b))
     product = a.float() @ b.float()
@@ -132,6 +141,7 @@ class Launch:
             static_range=range, thread_barrier=lambda: None, barrier=lambda: None, 
             program_id=lambda axis: torch.tensor(self.local.block),
             num_programs=lambda axis: self.blocks, atomic_add=self.add,
+            inline_asm_elementwise=_assembly, broadcast=torch.broadcast_tensors,
             allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
         )  # fmt: skip
         mbarrier = SimpleNamespace(
