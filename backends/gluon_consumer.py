@@ -71,7 +71,14 @@ def _softmax(s, top, total, scale, MASKED: gl.constexpr):
         safe = gl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = gl.exp2(top - safe)
     p = gl.exp2(s * scale - safe[:, None])
+#if late_sums
+    # each thread sums its own columns; the four threads of a row meet at the tile's end
+    columns = gl.reshape(p, [64, KEY_TILE // 8, 4, 2])
+    own = gl.convert_layout(gl.sum(gl.sum(columns, 3), 1), QUADS)
+    return new_top, total * gl.convert_layout(shrink, QUAD_ROWS)[:, None] + own, p, shrink
+#else
     return new_top, total * shrink + gl.sum(p, 1), p, shrink
+#end
 
 
 #if lazy
@@ -186,7 +193,11 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         mbarrier.arrive(key_empty.index(key_stage), count=1)
         key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
         top = gl.full([64], float("-inf"), gl.float32, ROWS)
+#if late_sums
+        total = gl.zeros([64, 4], gl.float32, QUADS)
+#else
         total = gl.zeros([64], gl.float32, ROWS)
+#end
 #if softcap
         s = _masked(_capped(s, scale, cap), message >> 2, rows, key_len, clauses)
         top, total, p, shrink = _softmax(s, top, total, 1.0, True)
@@ -209,6 +220,9 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
 #end
         mbarrier.wait(value_full.index(value_stage), value_phase)
         acc_token = warpgroup_mma(weights, value_ring.index(value_stage), acc, is_async=True)
+#if late_sums
+        total = gl.convert_layout(gl.sum(total, 1), ROWS)
+#end
 #if sink_logits
         # one more logit in the denominator; a row that sees no key stays empty
         sink = gl.load(sink_logits + head) * 1.4426950408889634

@@ -28,6 +28,7 @@ class GluonTuning:
     output_in_query: the output leaves through the query's slot instead of a buffer of its own, which buys one more stage.
     query_registers: Q waits in registers, which saves its reads from shared memory with every block.
     lazy: the softmax's reference moves only where it would be outgrown by 2**8, and warps in which none does leave the output as it is.
+    late_sums: the softmax's sums stay apart by thread until the tile's end.
     order: "heads" finishes all rows of a KV head before the next (K and V stay in L2), "rows" takes the long rows of all heads first.
     consumer_registers, producer_registers: registers of a thread after the kernel's redistribution (setmaxnreg).
     """
@@ -40,6 +41,7 @@ class GluonTuning:
     output_in_query: bool = False
     query_registers: bool = False
     lazy: bool = False
+    late_sums: bool = False
     order: str = "heads"
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -136,6 +138,7 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "late_release": tuning.output_in_query and tuning.query_stages > 1,
         "query_registers": tuning.query_registers,
         "lazy": tuning.lazy,
+        "late_sums": tuning.late_sums,
         "rows_first": tuning.order == "rows",
     }
     names = DIALECTS[triton_release] | {

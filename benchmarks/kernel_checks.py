@@ -30,6 +30,7 @@ TUNINGS = {
     "lazy": GluonTuning(output_in_query=True, value_stages=3, lazy=True),
     "query_registers": GluonTuning(output_in_query=True, value_stages=3, query_registers=True),
     "lazy_query_registers": GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=True),
+    "all": GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=True, late_sums=True),
     "keys64": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5),
 }
 

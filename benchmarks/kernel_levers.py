@@ -27,8 +27,8 @@ from sparsify.backends.gluon_source import GluonTuning
 from sparsify.backends.select_source import INT8_TILING, TMA_TILING, Tiling
 
 SKIP = "SPARSIFY_LEVERS_SKIP"  # variants that failed their check, by comma
-ROUNDS = 2
-_WARM_MS, _SAMPLE_MS = 120.0, 180.0  # at the power limit clocks fall within tens of milliseconds
+ROUNDS = 4
+_WARM_MS, _SAMPLE_MS = 120.0, 160.0  # at the power limit clocks fall within tens of milliseconds
 
 _V3 = GluonTuning(output_in_query=True, value_stages=3)
 ATTENTION = {
@@ -36,13 +36,16 @@ ATTENTION = {
     "lazy": replace(_V3, lazy=True),
     "query_registers": replace(_V3, query_registers=True),
     "lazy_query_registers": replace(_V3, lazy=True, query_registers=True),
-    "lazy_k3": GluonTuning(output_in_query=True, key_stages=3, lazy=True, query_registers=True),
+    "lazy_late": replace(_V3, lazy=True, late_sums=True),
+    "all": replace(_V3, lazy=True, query_registers=True, late_sums=True),
 }
 _K4 = GluonTuning(key_stages=4, value_stages=4)
 ATTENTION_64 = {
     "k4v4": _K4,
-    "lazy": replace(_K4, lazy=True),
-    "lazy_query_registers": replace(_K4, lazy=True, query_registers=True),
+    "late_sums": replace(_K4, late_sums=True),
+    "query_registers": replace(_K4, query_registers=True),
+    "late_query_registers": replace(_K4, late_sums=True, query_registers=True),
+    "all": replace(_K4, lazy=True, query_registers=True, late_sums=True),
 }
 SCORE = {
     "wide": TMA_TILING,

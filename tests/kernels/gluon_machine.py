@@ -141,7 +141,8 @@ class Launch:
             static_range=range, thread_barrier=lambda: None, barrier=lambda: None, 
             program_id=lambda axis: torch.tensor(self.local.block),
             num_programs=lambda axis: self.blocks, atomic_add=self.add,
-            inline_asm_elementwise=_assembly, broadcast=torch.broadcast_tensors,
+            inline_asm_elementwise=_assembly, broadcast=torch.broadcast_tensors, reshape=torch.reshape,
+            DistributedLinearLayout=layout,
             allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
         )  # fmt: skip
         mbarrier = SimpleNamespace(
