@@ -177,9 +177,9 @@ def choose_tuning(head_dim: int, value_dim: int, many_clauses: bool, cached: boo
     if max(head_dim, value_dim) == 256:
         return GluonTuning(key_tile=64, query_stages=1, output_in_query=head_dim == value_dim, **common)
     if head_dim == value_dim == 64:
-        return GluonTuning(key_stages=4, value_stages=4, **common)
+        return GluonTuning(key_stages=4, value_stages=4, query_registers=not many_clauses, late_sums=True, **common)
     if head_dim == value_dim:  # the query's slot takes the output, and a third V stage its room: 1 to 4 % on an H200, dense and sparse
-        return GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=not many_clauses, late_sums=True, **common)
+        return GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=not many_clauses, **common)
     return GluonTuning(**common)
 
 

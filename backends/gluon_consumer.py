@@ -60,12 +60,20 @@ def _masked(s, block, rows, key_len, clauses):
 def _softmax(s, top, total, scale, MASKED: gl.constexpr):
     """One step of the online softmax in units of log2: new maximum, new sum, weights, and what the past shrinks by."""
 #if lazy
-    # weights may be up to 2**8 over the reference, so that few blocks move it, and the past shrinks with few
-    peak = gl.max(s, 1) * scale
-    new_top = gl.where(peak > top + 8.0, peak, top)
+    # A row's reference moves only when it is outgrown by 2**8, which few blocks do: its four threads compare their own columns, and
+    # only in a warp where one of them is too large do they tell each other.
+    columns = gl.convert_layout(gl.reshape(s, [64, KEY_TILE // 8, 4, 2]), COLUMNS_APART)
+    peak = gl.max(gl.max(columns, 3), 1) * scale
+    new_top, moved = gl.inline_asm_elementwise("$MOVE", "$MOVE_OPERANDS", [peak, top], (gl.float32, gl.int32), is_pure=False, pack=2)
+    safe = new_top
+    if MASKED:  # a row that has seen no key yet
+        safe = gl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = gl.exp2(top - safe)
+    p = gl.exp2(columns * scale - safe[:, None, :][:, :, :, None])
+    total = total * shrink + gl.sum(gl.sum(p, 3), 1)
+    return new_top, total, gl.reshape(p.to(DTYPE), [64, KEY_TILE]), (shrink, moved)
 #else
     new_top = gl.maximum(top, gl.max(s, 1) * scale)
-#end
     safe = new_top
     if MASKED:  # a row that has seen no key yet
         safe = gl.where(new_top == float("-inf"), 0.0, new_top)
@@ -73,25 +81,33 @@ def _softmax(s, top, total, scale, MASKED: gl.constexpr):
     p = gl.exp2(s * scale - safe[:, None])
 #if late_sums
     # each thread sums its own columns; the four threads of a row meet at the tile's end
-    columns = gl.reshape(p, [64, KEY_TILE // 8, 4, 2])
-    own = gl.convert_layout(gl.sum(gl.sum(columns, 3), 1), QUADS)
-    return new_top, total * gl.convert_layout(shrink, QUAD_ROWS)[:, None] + own, p, shrink
+    columns = gl.convert_layout(gl.reshape(p, [64, KEY_TILE // 8, 4, 2]), COLUMNS_APART)
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None] + gl.sum(gl.sum(columns, 3), 1)
 #else
-    return new_top, total * shrink + gl.sum(p, 1), p, shrink
+    total = total * shrink + gl.sum(p, 1)
+#end
+    return new_top, total, p.to(DTYPE), shrink
 #end
 
 
-#if lazy
 @gluon.jit
 def _shrunk(acc, shrink):
-    """acc · shrink, left out by warps in which every row's factor is 1."""
-    moved = gl.inline_asm_elementwise("$MOVED", "$MOVED_OPERANDS", [shrink], gl.int32, is_pure=False, pack=2)
-    factor, acc = gl.broadcast(shrink[:, None], acc)
-    moved, acc = gl.broadcast(moved[:, None], acc)
-    return gl.inline_asm_elementwise("$SHRINK", "$SHRINK_OPERANDS", [acc, factor, moved], gl.float32, is_pure=False, pack=$SHRINK_PACK)
-
-
+    """What the output so far becomes when its rows' reference moves."""
+#if lazy
+    factor, moved = shrink
+    columns = gl.convert_layout(gl.reshape(acc, [64, VALUE_DIM // 8, 4, 2]), OUTPUT_APART)
+    factor = gl.convert_layout(factor, OUTPUT_SUMS)[:, None, :][:, :, :, None]
+    moved = gl.convert_layout(moved, OUTPUT_SUMS)[:, None, :][:, :, :, None]
+    factor, columns = gl.broadcast(factor, columns)
+    moved, columns = gl.broadcast(moved, columns)
+    operands = [columns, factor, moved]
+    columns = gl.inline_asm_elementwise("$SHRINK", "$SHRINK_OPERANDS", operands, gl.float32, is_pure=False, pack=$SHRINK_PACK)
+    return gl.convert_layout(gl.reshape(columns, [64, VALUE_DIM]), OUTPUT)
+#else
+    return acc * gl.convert_layout(shrink, OUTPUT_ROWS)[:, None]
 #end
+
+
 @gluon.jit
 def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, MASKED: gl.constexpr):
     """This block's Q·K and the last block's P·V, together in flight."""
@@ -120,12 +136,8 @@ def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, MAS
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     mbarrier.arrive(value_empty.index(value_stage), count=1)
     value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
-#if lazy
-    acc = _shrunk(acc, gl.convert_layout(shrink, OUTPUT_ROWS))
-#else
-    acc = acc * gl.convert_layout(shrink, OUTPUT_ROWS)[:, None]
-#end
-    weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+    acc = _shrunk(acc, shrink)
+    weights = gl.convert_layout(p, WEIGHTS)
     return message & 3, (key_stage, key_phase, value_stage, value_phase, top, total, acc, weights)
 
 
@@ -192,9 +204,13 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         s = warpgroup_mma_wait(0, deps=[s_token])
         mbarrier.arrive(key_empty.index(key_stage), count=1)
         key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
+#if lazy
+        top = gl.full([64, 4], float("-inf"), gl.float32, SUMS)
+#else
         top = gl.full([64], float("-inf"), gl.float32, ROWS)
+#end
 #if late_sums
-        total = gl.zeros([64, 4], gl.float32, QUADS)
+        total = gl.zeros([64, 4], gl.float32, SUMS)
 #else
         total = gl.zeros([64], gl.float32, ROWS)
 #end
@@ -205,7 +221,7 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         s = _masked(s, message >> 2, rows, key_len, clauses)
         top, total, p, shrink = _softmax(s, top, total, scale, True)
 #end
-        weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+        weights = gl.convert_layout(p, WEIGHTS)
         acc = gl.zeros([64, VALUE_DIM], gl.float32, OUTPUT)
         follows = message & 3
         state = (key_stage, key_phase, value_stage, value_phase, top, total, acc, weights)
@@ -222,6 +238,9 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         acc_token = warpgroup_mma(weights, value_ring.index(value_stage), acc, is_async=True)
 #if late_sums
         total = gl.convert_layout(gl.sum(total, 1), ROWS)
+#end
+#if lazy
+        top = gl.convert_layout(gl.max(top, 1), ROWS)
 #end
 #if sink_logits
         # one more logit in the denominator; a row that sees no key stays empty

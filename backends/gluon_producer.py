@@ -20,11 +20,13 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, $VALUE_DIM, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=OUTPUT.value, k_width=2))
 #if late_sums
-# a number of each row for each of the four threads that hold its columns
-QUADS = gl.constexpr(
-    gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
-)
-QUAD_ROWS = gl.constexpr(gl.SliceLayout(1, QUADS.value))
+# S as [rows, eights of columns, threads of a row, neighbours], and a number for each row and thread; nothing moves between registers
+COLUMNS_APART = gl.constexpr($COLUMNS_APART)
+SUMS = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(3, COLUMNS_APART.value)))
+#end
+#if lazy
+OUTPUT_APART = gl.constexpr($OUTPUT_APART)
+OUTPUT_SUMS = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(3, OUTPUT_APART.value)))
 #end
 #if query_registers
 QUERY = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=SCORES.value, k_width=2))

@@ -138,7 +138,7 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "late_release": tuning.output_in_query and tuning.query_stages > 1,
         "query_registers": tuning.query_registers,
         "lazy": tuning.lazy,
-        "late_sums": tuning.late_sums,
+        "late_sums": tuning.late_sums or tuning.lazy,
         "rows_first": tuning.order == "rows",
     }
     names = DIALECTS[triton_release] | {
@@ -156,22 +156,34 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "RUNTIME": ", ".join(f'"{name}"' for name, type_ in argument_types(spec).items() if type_ == "i32"),
     }
     names |= _assembly(spec.value_dim // 2)
+    names |= {"COLUMNS_APART": _apart(tuning.key_tile), "OUTPUT_APART": _apart(spec.value_dim)}
     return string.Template(expand(PRODUCER + CONSUMER + KERNEL, flags)).substitute(names)
 
 
+def _apart(columns: int) -> str:
+    """The layout of a product's 64 x columns as [64, columns / 8, 4, 2]: as the warpgroup's products leave it (PTX ISA, wgmma.mma_async)."""
+    eights = [[0, 1 << bit, 0, 0] for bit in range((columns // 8).bit_length() - 1)]
+    registers = [[0, 0, 0, 1], [8, 0, 0, 0], *eights]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    return f"gl.DistributedLinearLayout({registers}, {lanes}, [[16, 0, 0, 0], [32, 0, 0, 0]], [], [64, {columns // 8}, 4, 2])"
+
+
 def _assembly(count: int) -> dict[str, str]:
-    """PTX that Gluon has no words for: a branch that a warp takes by itself. count: a thread's elements of the output tile."""
-    moved = (
-        "{.reg .pred p, q; setp.neu.f32 p, $2, 0f3F800000; setp.neu.or.f32 q, $3, 0f3F800000, p; "
-        "vote.sync.any.pred q, q, 0xffffffff; selp.u32 $0, 1, 0, q; mov.u32 $1, $0;}"
+    """PTX that Gluon has no words for: branches that a warp takes by itself. count: a thread's elements of the output tile."""
+    outgrown = "add.f32 a, $6, 0f41000000; setp.gt.f32 p, $4, a; add.f32 b, $7, 0f41000000; setp.gt.or.f32 q, $5, b, p; "
+    moved = "mov.f32 $0, $6; mov.f32 $1, $7; vote.sync.any.pred q, q, 0xffffffff; selp.u32 $2, 1, 0, q; mov.u32 $3, $2; "
+    join = "".join(
+        f"mov.f32 c, ${4 + row}; "
+        + "".join(f"shfl.sync.bfly.b32 d, c, {lane}, 31, 0xffffffff; max.f32 c, c, d; " for lane in (1, 2))
+        + f"setp.gt.f32 p, c, {bound}; selp.f32 ${row}, c, ${6 + row}, p; "
+        for row, bound in enumerate("ab")
     )
     products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
-    shrink = f"{{.reg .pred p; setp.eq.u32 p, ${3 * count}, 0; @p bra.uni KEEP; {products} KEEP: }}"
     operands = ["=f"] * count + [str(i) for i in range(count)] + ["f"] * count + ["r"] * count
     return {
-        "MOVED": moved,
-        "MOVED_OPERANDS": "=r,=r,f,f",
-        "SHRINK": shrink,
+        "MOVE": f"{{.reg .pred p, q; .reg .f32 a, b, c, d; {outgrown}{moved}@!q bra.uni KEEP; {join}KEEP: }}",
+        "MOVE_OPERANDS": "=&f,=&f,=&r,=&r,f,f,f,f",
+        "SHRINK": f"{{.reg .pred p; setp.eq.u32 p, ${3 * count}, 0; @p bra.uni KEEP; {products} KEEP: }}",
         "SHRINK_OPERANDS": ",".join(operands),
         "SHRINK_PACK": str(count),
     }

@@ -28,9 +28,9 @@ TUNINGS = {
     "more_producer": GluonTuning(consumer_registers=232, producer_registers=40),
     "rows": GluonTuning(order="rows"),
     "lazy": GluonTuning(output_in_query=True, value_stages=3, lazy=True),
+    "late_sums": GluonTuning(output_in_query=True, value_stages=3, late_sums=True),
     "query_registers": GluonTuning(output_in_query=True, value_stages=3, query_registers=True),
-    "lazy_query_registers": GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=True),
-    "all": GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=True, late_sums=True),
+    "all": GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=True),
     "keys64": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5),
 }
 

@@ -31,21 +31,22 @@ ROUNDS = 4
 _WARM_MS, _SAMPLE_MS = 120.0, 160.0  # at the power limit clocks fall within tens of milliseconds
 
 _V3 = GluonTuning(output_in_query=True, value_stages=3)
+_ALL = replace(_V3, lazy=True, query_registers=True)
 ATTENTION = {
     "v3": _V3,
     "lazy": replace(_V3, lazy=True),
-    "query_registers": replace(_V3, query_registers=True),
-    "lazy_query_registers": replace(_V3, lazy=True, query_registers=True),
-    "lazy_late": replace(_V3, lazy=True, late_sums=True),
-    "all": replace(_V3, lazy=True, query_registers=True, late_sums=True),
+    "late_query_registers": replace(_V3, late_sums=True, query_registers=True),
+    "all": _ALL,
+    "all_k3": replace(_ALL, value_stages=2, key_stages=3),
+    "all_no_delay": replace(_ALL, value_delay=0),
 }
 _K4 = GluonTuning(key_stages=4, value_stages=4)
+_LATE_64 = replace(_K4, late_sums=True, query_registers=True)
 ATTENTION_64 = {
     "k4v4": _K4,
-    "late_sums": replace(_K4, late_sums=True),
-    "query_registers": replace(_K4, query_registers=True),
-    "late_query_registers": replace(_K4, late_sums=True, query_registers=True),
-    "all": replace(_K4, lazy=True, query_registers=True, late_sums=True),
+    "late_query_registers": _LATE_64,
+    "late_query_registers_k5": replace(_LATE_64, key_stages=5, value_stages=5),
+    "all": replace(_LATE_64, lazy=True),
 }
 SCORE = {
     "wide": TMA_TILING,

@@ -103,10 +103,12 @@ def _copy_out(descriptor, coordinates, slot):
 
 
 def _assembly(text, constraints, args, dtype, is_pure, pack):
-    """The two pieces of PTX that the templates have: whether a warp's 16 rows shrink, and the product where they do."""
-    if len(args) == 1:
-        moved = (args[0] != 1).view(-1, 16).any(1, keepdim=True)
-        return moved.expand(-1, 16).reshape(-1).int()
+    """The two pieces of PTX that the templates have, as the reference of rows and as the product that warps of 16 rows may leave out."""
+    if len(args) == 2:
+        peak, top = args
+        moved = (peak > top + 8).view(-1, 16, 4).any(2).any(1)[:, None, None].expand(-1, 16, 4).reshape(-1, 4)
+        joined = peak.amax(1, keepdim=True).expand(-1, 4)
+        return torch.where(joined > top + 8, joined, top), moved.int()
     acc, factor, moved = args
     return torch.where(moved != 0, acc * factor, acc)
 
