@@ -145,7 +145,8 @@ def make_spec(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     head_dim, value_dim = _padded(query.shape[-1]), _padded(value.shape[-1])
     if tuning is None:
         kept = key.shape[0] * key.shape[1] * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
-        tuning = choose_tuning(head_dim, value_dim, flags or segments or any(windows), kept <= _ROWS_FIRST_BYTES)
+        many, lists = flags or segments or any(windows), options["block_counts"] is not None
+        tuning = choose_tuning(head_dim, value_dim, many, kept <= _ROWS_FIRST_BYTES, lists)
     return GluonSpec(
         dtype=_DTYPES[query.dtype],
         head_dim=head_dim,
@@ -164,22 +165,24 @@ def make_spec(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 
 
 @functools.cache
-def choose_tuning(head_dim: int, value_dim: int, many_clauses: bool, cached: bool) -> GluonTuning:
+def choose_tuning(head_dim: int, value_dim: int, many_clauses: bool, cached: bool, lists: bool = False) -> GluonTuning:
     """The table of tunings.
 
     Args:
         many_clauses: key flags, segments or windows, whose walk needs more registers in the producer.
         cached: K and V of all heads fit in the L2 cache together, so that the order of tiles is free to balance the load.
+        lists: block lists, which leave a tile few blocks; its last V then comes a turn earlier.
     """
     order = "rows" if cached else "heads"
     registers = (232, 40) if many_clauses or max(head_dim, value_dim) == 256 else (240, 24)
-    common = {"order": order, "consumer_registers": registers[0], "producer_registers": registers[1]}
+    common = {"order": order, "consumer_registers": registers[0], "producer_registers": registers[1], "lazy": True}
     if max(head_dim, value_dim) == 256:
         return GluonTuning(key_tile=64, query_stages=1, output_in_query=head_dim == value_dim, **common)
+    common["query_registers"] = not many_clauses
     if head_dim == value_dim == 64:
-        return GluonTuning(key_stages=4, value_stages=4, query_registers=not many_clauses, late_sums=True, **common)
+        return GluonTuning(key_stages=4, value_stages=4, **common)
     if head_dim == value_dim:  # the query's slot takes the output, and a third V stage its room: 1 to 4 % on an H200, dense and sparse
-        return GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=not many_clauses, **common)
+        return GluonTuning(output_in_query=True, value_stages=3, value_delay=0 if lists else 1, **common)
     return GluonTuning(**common)
 
 

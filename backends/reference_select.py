@@ -15,6 +15,9 @@ the column of the first visible key is forced, not a row. With S = stride, per h
 
 A query block with a visible logit that is not finite keeps every block it may see.
 
+With pool suffix +pair the mean of tokens 2·t and 2·t + 1 stands for both, among queries and among keys, so that a score is a sum over S / 2
+products of means and logit = score · scale · 2 / S: the mean over S · 2 products of tokens instead of S.
+
 With pool suffix +int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own,
 after the keys' mean is taken from every token of every key cell. The mean moves all logits of a row alike (Zhang et al.,
 "SageAttention", arXiv 2410.02367, smooth their keys in this way).
@@ -135,25 +138,34 @@ def choose(importance: Tensor, possible: Tensor, forced: Tensor, threshold: tupl
 
 
 def _query_cells(call: Selection) -> Tensor:
-    """fp32 [batch, query_heads (KV heads with pool +group), query_cells, stride · head_dim], tokens reversed, scaled."""
-    values = call.query.float() * (call.scale / call.stride)
+    """fp32 [batch, query_heads (KV heads with pool +group), query_cells, steps · head_dim], tokens reversed, scaled."""
+    values = call.query.float()
     if call.pool.group:
         values = values.unflatten(1, (call.kv_heads, -1)).mean(2)
     real = select_inputs.real_queries(call)
     values = values if real is None else values.where(real[:, None, :, None], 0)
-    cells = _cells(values, call.span)[..., : call.stride, :].flip(3).flatten(3)
+    cells = _paired(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3) * (call.scale / call.steps)
     return _rounded(cells) if call.pool.int8 else cells
 
 
 def _key_cells(call: Selection) -> Tensor:
-    """fp32 [batch, kv_heads, key_cells, stride · head_dim]."""
+    """fp32 [batch, kv_heads, key_cells, steps · head_dim]."""
     real = select_inputs.real_keys(call)
     values = call.key.float()
     values = values if real is None else values.where(real[:, None, :, None], 0)
     cells = _cells(values, call.stride)
     if call.pool.int8:
-        return _rounded((cells - select_inputs.keys_mean(call, values, real)[:, :, None, None]).flatten(3))
-    return cells.flatten(3)
+        cells = cells - select_inputs.keys_mean(call, values, real)[:, :, None, None]
+        return _rounded(_paired(call, cells).flatten(3))
+    return _paired(call, cells).flatten(3)
+
+
+def _paired(call: Selection, cells: Tensor) -> Tensor:
+    """Cells [..., tokens, head_dim] as what scores multiply: tokens, or the means of neighbours, which have the operands' dtype without int8."""
+    if not call.pool.pair:
+        return cells
+    means = cells.unflatten(-2, (-1, 2)).mean(-2)
+    return means if call.pool.int8 else means.to(call.key.dtype).float()
 
 
 def _rounded(cells: Tensor) -> Tensor:

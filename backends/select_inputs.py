@@ -17,27 +17,28 @@ _WHERE = "sparsify::select_blocks"
 _FAR = (1 << 31) - 1
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
-_VARIANTS = ("half", "group", "int8")
+_VARIANTS = ("half", "group", "pair", "int8")
 
 
 @dataclass(frozen=True)
 class Pool:
-    """How the estimate is made: the op's `pool` string, `sum` or `max` with any of the suffixes `+half`, `+group`, `+int8`.
+    """How the estimate is made: the op's `pool` string, `sum` or `max` with any of the suffixes `+half`, `+group`, `+pair`, `+int8`.
 
     reduce: over a query block's cells. half: score every second query cell only. group: one estimate per KV head, from the mean of
-    its query heads. int8: cells are rounded to 8 bits, each with a scale of its own, keys after their mean is taken away.
+    its query heads. pair: the mean of two neighbouring tokens stands for both, of queries and of keys. int8: cells are rounded to 8 bits, each with a scale of its own, keys after their mean is taken away.
     """
 
     reduce: str
     half: bool = False
     group: bool = False
+    pair: bool = False
     int8: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Pool:
         reduce, *suffixes = text.split("+")
         if reduce not in ("sum", "max") or len(set(suffixes)) != len(suffixes) or not set(suffixes) <= set(_VARIANTS):
-            raise UnsupportedError(f"unknown pool {text!r}", where=_WHERE, hint="sum or max, then any of +half, +group, +int8")
+            raise UnsupportedError(f"unknown pool {text!r}", where=_WHERE, hint="sum or max, then any of +half, +group, +pair, +int8")
         return cls(reduce, *(name in suffixes for name in _VARIANTS))
 
 
@@ -88,6 +89,11 @@ class Selection:
     def span(self) -> int:
         """Query rows from one scored query cell to the next."""
         return self.stride * (2 if self.pool.half else 1)
+
+    @property
+    def steps(self) -> int:
+        """Products of tokens, or of pairs of tokens, in one score."""
+        return self.stride // (2 if self.pool.pair else 1)
 
     @property
     def query_cells(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify.backends import select_choose_template, select_round, select_template
+from sparsify.backends import select_choose_template, select_prepare, select_template
 from sparsify.backends.reference_select import DENSITY_BITS
 from sparsify.backends.template import render
 from sparsify.errors import UnsupportedError
@@ -45,6 +45,7 @@ class SelectSpec:
     group: scored heads per KV head. shared: query heads that share a scored head; one of both is 1.
     window: "none", "one" or "per_head" (a tensor; 0 = none for that head).
     rule: "tau" (one threshold), "taus" (a tensor) or "density".
+    pair: the mean of two neighbouring tokens stands for both.
     int8: cells are rounded to 8 bits before they are multiplied; `dtype` is what the op gets.
     wide: rows of key blocks do not fit in registers.
     negative: the scale of the logits is below 0; `score` gets its size.
@@ -66,6 +67,7 @@ class SelectSpec:
     segments: bool = False
     has_start: bool = False
     rule: str = "tau"
+    pair: bool = False
     int8: bool = False
     wide: bool = False
     importance: bool = False
@@ -94,6 +96,16 @@ class SelectSpec:
         return self.stride * (2 if self.half else 1)
 
     @property
+    def steps(self) -> int:
+        """Products of tokens, or of pairs of tokens, in one score."""
+        return self.stride // (2 if self.pair else 1)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a kernel makes cells of their own before they are multiplied, side by side."""
+        return self.pair or self.int8
+
+    @property
     def depth(self) -> int:
         """Numbers of a token per step: a swizzled row of 128 bytes, or of 64 when that wastes less of the head dim."""
         full = 128 // (1 if self.int8 else ITEM_BYTES[self.dtype])
@@ -114,7 +126,7 @@ class SelectSpec:
             "start from a tensor": self.has_start,
         }
         pool = self.reduce + (", half the query cells" if self.half else "") + (", shared by a group" if self.shared > 1 else "")
-        pool += ", 8 bits" if self.int8 else ""
+        pool += (", means of two tokens" if self.pair else "") + (", 8 bits" if self.int8 else "")
         kept = ", ".join(name for name, on in clauses.items() if on) or "no mask"
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
@@ -189,9 +201,11 @@ def generate(spec: SelectSpec) -> str:
         "per_head": spec.rule == "taus",
         "density_bits": DENSITY_BITS,
         "span": spec.span,
-        # rounded cells lie side by side
-        "query_step": "STRIDE" if spec.int8 else "SPAN",
-        **select_round.constants(spec.head_dim, spec.stride),
+        "steps": spec.steps,
+        "prepared": spec.prepared,
+        "query_step": "STEPS" if spec.prepared else "SPAN",
+        "number": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[spec.dtype],
+        **select_prepare.constants(spec.head_dim, spec.steps),
         "candidate_arguments": ", ".join(candidate_arguments(spec)),
     }
     names = (
@@ -207,13 +221,14 @@ def generate(spec: SelectSpec) -> str:
         "segments",
         "has_start",
         "importance",
+        "pair",
         "int8",
         "negative",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
     parts = [(select_template.HEADER + select_template.WALK, []), (select_template.FINISH + select_template.SCORE, score_arguments(spec))]
-    if spec.int8:
-        parts.append((select_round.ROUND, []))
+    if spec.prepared:
+        parts.append((select_prepare.PREPARE, []))
     parts.append((select_template.CANDIDATES + select_choose_template.LOADS, []))
     if spec.wide:
         parts.append((select_choose_template.POOL, choose_arguments(spec, "pool")))

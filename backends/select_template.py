@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 STRIDE = tl.constexpr(${stride})
+STEPS = tl.constexpr(${steps})  # tokens of a cell that are multiplied, or means of two
 SPAN = tl.constexpr(${span})
 BLOCK = tl.constexpr(${block})
 HEAD_DIM = tl.constexpr(${head_dim})
@@ -26,10 +27,10 @@ COL_CELLS = tl.constexpr(${col_cells})  # key cells of a block
 TILE_BLOCKS = tl.constexpr(${tile_blocks})  # key blocks of a column tile
 NEVER = tl.constexpr(1 << 30)  # a position that no token has
 TILE_SHIFT = tl.constexpr(${tile_shift})  # log2 of the keys of a column tile
-%if int8
-WIDTH = tl.constexpr(${width})  # numbers of a token that a program rounds, some past the head dim
-PITCH = tl.constexpr(${pitch})  # bytes of a rounded token
-CELLS = tl.constexpr(${part})  # cells that a program rounds
+%if prepared
+WIDTH = tl.constexpr(${width})  # numbers of a token that a program prepares, some past the head dim
+PITCH = tl.constexpr(${pitch})  # numbers from one prepared token to the next
+CELLS = tl.constexpr(${part})  # cells that a program prepares
 %end
 '''
 
@@ -202,7 +203,7 @@ def score(${arguments}):
         rows = m0 + tl.arange(0, ROWS)
         cols = n0 + tl.arange(0, COLS)
 %end
-        steps = STRIDE * CHUNKS
+        steps = STEPS * CHUNKS
 %if key_flags
         cells_first = key_first + b * flags_batch * (tiles * COLS) + cols
         cells_last = query_last + b * flags_batch * padded_rows + rows
@@ -221,13 +222,13 @@ def score(${arguments}):
         for i in tl.range(0, steps, num_stages=STAGES):
             r = i // CHUNKS
             c = (i - r * CHUNKS) * DEPTH
-            x = q.load([b, h, STRIDE - 1 - r, m0, c]).reshape(ROWS, DEPTH)
+            x = q.load([b, h, STEPS - 1 - r, m0, c]).reshape(ROWS, DEPTH)
             y = k.load([b, h // GROUP, r, n0, c]).reshape(COLS, DEPTH)
             acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
 %else
         dims = tl.arange(0, DEPTH)
         q_tile = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + rows.to(tl.int64)[:, None] * (${query_step} * q_n) + dims[None, :]
-        k_tile = k + b.to(tl.int64) * k_b + (h // GROUP).to(tl.int64) * k_h + cols.to(tl.int64)[:, None] * (STRIDE * k_n) + dims[None, :]
+        k_tile = k + b.to(tl.int64) * k_b + (h // GROUP).to(tl.int64) * k_h + cols.to(tl.int64)[:, None] * (STEPS * k_n) + dims[None, :]
         row_mask = (rows < query_cells)[:, None]
         col_mask = (cols < (key_len + STRIDE - 1) // STRIDE)[:, None]
         acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
@@ -236,10 +237,10 @@ def score(${arguments}):
             c = (i - r * CHUNKS) * DEPTH
 %if chunks * depth != head_dim
             inside = (dims < HEAD_DIM - c)[None, :]
-            x = tl.load(q_tile + (STRIDE - 1 - r) * q_n + c, mask=row_mask & inside, other=0.0)
+            x = tl.load(q_tile + (STEPS - 1 - r) * q_n + c, mask=row_mask & inside, other=0.0)
             y = tl.load(k_tile + r * k_n + c, mask=col_mask & inside, other=0.0)
 %else
-            x = tl.load(q_tile + (STRIDE - 1 - r) * q_n + c, mask=row_mask, other=0.0)
+            x = tl.load(q_tile + (STEPS - 1 - r) * q_n + c, mask=row_mask, other=0.0)
             y = tl.load(k_tile + r * k_n + c, mask=col_mask, other=0.0)
 %end
             acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends import select_inputs, select_round, select_source, source
+from sparsify.backends import select_inputs, select_prepare, select_source, source
 from sparsify.backends.reference_select import DENSITY_BITS
 from sparsify.backends.select_inputs import Selection
 from sparsify.backends.select_source import SelectSpec, Tiling
@@ -137,6 +137,7 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
         half=call.pool.half,
         shared=call.group if call.pool.group else 1,
         reduce=call.pool.reduce,
+        pair=call.pool.pair,
         int8=call.pool.int8,
         causal=call.causal,
         window="none" if not call.windows else "one" if len(set(call.windows)) == 1 else "per_head",
@@ -165,8 +166,8 @@ def _run(call: Selection, spec: SelectSpec, counts: Tensor, indices: Tensor, imp
             loaded = (chunk.batch, chunk.kv_heads)
             queries, keys, scales = None, None, {}  # the last chunk's copies make room for this one's
             queries, keys = _operands(call, spec, chunk)
-            if spec.int8:
-                queries, keys, scales = _rounded(call, module, chunk, queries, keys)
+            if spec.prepared:
+                queries, keys, scales = _prepared(call, spec, module, chunk, queries, keys)
         heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
         if sums is None:  # no chunk is larger than the first
             sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
@@ -248,11 +249,14 @@ def _operands(call: Selection, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor,
     )
 
 
-def _rounded(call: Selection, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The operands in 8 bits, cells side by side, and the arguments that scale them."""
-    mean = select_inputs.keys_mean(call, keys, _rows_of(select_inputs.real_keys(call), *chunk.batch))
-    queries, query_scales = select_round.launch(module, queries, None, call.query_cells, call.span, call.stride)
-    keys, key_scales = select_round.launch(module, keys, mean, call.key_cells, call.stride, call.stride)
+def _prepared(
+    call: Selection, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """The operands as means of two tokens, in 8 bits, or both, cells side by side, and the arguments that scale them."""
+    mean = select_inputs.keys_mean(call, keys, _rows_of(select_inputs.real_keys(call), *chunk.batch)) if spec.int8 else None
+    make = functools.partial(select_prepare.launch, module, steps=spec.steps, int8=spec.int8)
+    queries, query_scales = make(queries, None, call.query_cells, call.span)
+    keys, key_scales = make(keys, mean, call.key_cells, call.stride)
     return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
 
 
@@ -352,13 +356,13 @@ def _sliced(masks: dict[str, Any], call: Selection, chunk: _Chunk) -> dict[str, 
 
 
 def _numbers(call: Selection, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
-    tiling, span, stride = spec.tiling, call.span, call.stride
+    tiling, span, steps = spec.tiling, call.span, call.steps
     if tiling.tma:
-        q = _descriptor(queries, call.query_cells, stride if spec.int8 else span, stride, tiling.rows, spec.depth)
-        k = _descriptor(keys, call.key_cells, stride, stride, tiling.cols, spec.depth)
+        q = _descriptor(queries, call.query_cells, steps if spec.prepared else span, steps, tiling.rows, spec.depth)
+        k = _descriptor(keys, call.key_cells, steps, steps, tiling.cols, spec.depth)
     else:
         q, k = queries, keys
-    scale = max(abs(call.scale), _LEAST_SCALE) * _LOG2E / stride
+    scale = max(abs(call.scale), _LEAST_SCALE) * _LOG2E / steps
     values = {"q": q, "k": k, "scale": scale, "batch": queries.shape[0], "scored_heads": queries.shape[1]}
     values |= dict(zip(("q_b", "q_h", "q_n"), queries.stride())) | dict(zip(("k_b", "k_h", "k_n"), keys.stride()))
     values |= {"query_len": call.query_len, "key_len": call.key_len, "query_cells": call.query_cells, "first_cell": chunk.cells[0]}

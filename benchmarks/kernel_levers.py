@@ -76,6 +76,7 @@ def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
             "matrix_product": _ceiling,
             "estimate_128k_stride_16": lambda: _estimate(131072, 16, "max"),
             "estimate_128k_int8": lambda: _estimate(131072, 16, "max+int8"),
+            "estimate_128k_pair_int8": lambda: _estimate(131072, 16, "max+pair+int8"),
             "memory": _memory,
         }
     return {name: lambda shape=shape: _attention(*shape) for name, shape in _WORKLOADS.items()}
@@ -258,7 +259,7 @@ def _memory() -> dict[str, Any]:
         values[f"same_bits {pool}"] = all(torch.equal(one, other) for one, other in zip(whole, parts))
         del whole, parts
     inputs = structured(1 << 20)
-    for pool in ("max", "max+half", "max+int8", "max+group"):
+    for pool in ("max", "max+half", "max+int8", "max+pair+int8", "max+group"):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -34,6 +34,7 @@ SELECTION: dict[str, dict[str, Any]] = {
     "plain": {},
     "ragged, stride 8": {"length": 1001, "stride": 8},
     "half": {"pool": "max+half"},
+    "pair": {"pool": "max+pair"},
     "group, density": {"pool": "sum+group", "density": 0.3},
     "int8": {"pool": "max+int8", "length": 1001},
     "flags, window": {"flags": True, "windows": [300]},

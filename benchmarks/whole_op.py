@@ -38,8 +38,16 @@ from sparsify import blockmask, ops
 LENGTHS = (131072, 262144, 32768, 65536)  # what matters most first, should time run out
 DENSITIES = (0.05, 0.07, 0.1, 0.2)
 TARGET = {32768: 0.2, 65536: 0.1, 131072: 0.07, 262144: 0.05}  # density at which estimates are compared
-ESTIMATES = ((16, "sum"), (16, "max+half"), (16, "max+group"), (16, "max+int8"), (16, "max+half+int8"), (8, "max"), (8, "sum"))
-ESTIMATES += ((8, "max+half"), (8, "max+group"), (8, "max+int8"), (8, "max+half+int8"))
+ESTIMATES = (
+    (16, "max+pair+int8"),
+    (8, "max+pair+int8"),
+    (16, "max+int8"),
+    (8, "max+int8"),
+    (16, "max+pair"),
+    (16, "sum"),
+    (16, "max+half"),
+)
+ESTIMATES += ((16, "max+group"), (16, "max+half+int8"), (8, "max"), (8, "sum"), (8, "max+pair"), (8, "max+half+int8"))
 MAIN = (16, "max")
 BLOCK = 128
 ROUNDS = 3
@@ -81,7 +89,7 @@ def cells(length: int) -> list[Cell]:
 def estimate_share(stride: int, pool: str, group: int) -> float:
     """The estimate's operations as a share of dense causal attention's, 8-bit ones counted half: what no kernel can save."""
     share = 1 / (2 * stride)
-    for variant, factor in (("half", 2), ("group", group), ("int8", 2)):
+    for variant, factor in (("half", 2), ("group", group), ("pair", 2), ("int8", 2)):
         share /= factor if variant in pool.split("+") else 1
     return share
 

@@ -35,7 +35,9 @@ def test_lists_that_fit_are_made_at_once():
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16])
-@pytest.mark.parametrize("variants", [(), ("half",), ("group",), ("int8",), ("half", "int8"), ("group", "int8")])
+@pytest.mark.parametrize(
+    "variants", [(), ("half",), ("group",), ("int8",), ("half", "int8"), ("group", "int8"), ("pair",), ("pair", "int8")]
+)
 @pytest.mark.parametrize("kv_heads", [1, 8, 32])
 def test_two_gigabytes_are_enough_for_a_million_tokens(stride, variants, kv_heads):
     needed = scratch_bytes(1, 32, kv_heads, 1 << 20, 1 << 20, 128, stride=stride, block=128, variants=variants)

@@ -45,6 +45,7 @@ CASES = {
     "one row of padding": {"key_flags": flags(1), "segments": SEGMENTS},
     "group": {"pool": "max+group", "density": 0.4},
     "8 bits": {"pool": "sum+half+int8"},
+    "pairs": {"pool": "max+pair"},
     "start": {"query_start": torch.tensor(20)},
 }
 

@@ -40,7 +40,9 @@ def test_a_density_out_of_reach_is_reported_as_it_is():
     assert find_threshold(lambda threshold: 0.5 + threshold / 2, 0.1) == (0.0, 0.5)
 
 
-@pytest.mark.parametrize("pool, share", [("max", 1 / 32), ("max+half", 1 / 64), ("sum+group", 1 / 128), ("max+half+int8", 1 / 128)])
+@pytest.mark.parametrize(
+    "pool, share", [("max", 1 / 32), ("max+half", 1 / 64), ("sum+group", 1 / 128), ("max+half+int8", 1 / 128), ("max+pair", 1 / 64)]
+)
 def test_estimate_share(pool, share):
     assert whole_op.estimate_share(16, pool, 4) == share
 

@@ -26,7 +26,7 @@ from tests.tiny_models import VOCAB, build
 FP32 = 2e-5
 HOPPER = hardware.Device("cuda", "test", (9, 0), 680e12, 4.3e12, 8e-6)
 CONTEXT = Context(HOPPER, "triton")
-ESTIMATES = [(), ("half",), ("group",), ("int8",), ("half", "group", "int8")]
+ESTIMATES = [(), ("half",), ("group",), ("pair",), ("int8",), ("pair", "int8"), ("half", "group", "int8")]
 names = lambda estimate: "+".join(estimate) or "exact"
 
 
@@ -279,7 +279,7 @@ def test_variants_choose_other_blocks():
     for estimate in ESTIMATES:
         counts, indices, length = compare(sharp(), call, block=64, estimate=list(estimate), density=0.4)[0]
         found[estimate] = blockmask.to_dense(counts, indices, -(-length // 64))
-    assert all(not torch.equal(found[()], found[estimate]) for estimate in (("half",), ("group",)))
+    assert all(not torch.equal(found[()], found[estimate]) for estimate in (("half",), ("group",), ("pair",)))
     assert torch.equal(found[("group",)][:, 0], found[("group",)][:, 1]), "query heads of a group share one estimate"
     assert (found[()] ^ found[("int8",)]).float().mean() < 0.02, "8 bits change little"
 

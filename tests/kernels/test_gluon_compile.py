@@ -17,7 +17,12 @@ from tests.kernels.offline import SHARED_LIMIT, _usage
 def _spec(head_dim=128, value_dim=None, **clauses):
     value_dim = value_dim or head_dim
     many = any(clauses.get(name) for name in ("key_flags", "segments", "windows"))
-    return GluonSpec(head_dim=head_dim, value_dim=value_dim, tuning=choose_tuning(head_dim, value_dim, many, False), **clauses)
+    return GluonSpec(
+        head_dim=head_dim,
+        value_dim=value_dim,
+        tuning=choose_tuning(head_dim, value_dim, many, False, clauses.get("lists", False)),
+        **clauses,
+    )
 
 
 SPECS = {

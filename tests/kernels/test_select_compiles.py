@@ -19,6 +19,8 @@ CLAUSES = {
     "everything": {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
     "shared": {"shared": 4, "group": 1, "half": True},
     "int8": {"int8": True},
+    "pair": {"pair": True},
+    "pair int8": {"pair": True, "int8": True},
     "int8 half": {"int8": True, "half": True, "key_flags": True},
     "int8 everything": {"int8": True, "key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
 }
@@ -68,10 +70,11 @@ def test_hopper_scores_without_spills(clause):
     assert used.shared < 4 * (128 + 256) * 64 * 2 + 1024
 
 
+@pytest.mark.parametrize("clause", ["int8", "pair int8", "pair"])
 @pytest.mark.parametrize("stride, head_dim", [(16, 128), (8, 64), (4, 40), (16, 256)])
-def test_hopper_rounds_without_spills(stride, head_dim):
-    chosen = spec("int8", stride=stride, head_dim=head_dim)
-    names = {"x": "*bf16", "out": "*i8", "scales": "*fp32", "mean": "*fp32"}
+def test_hopper_prepares_without_spills(stride, head_dim, clause):
+    chosen = spec(clause, stride=stride, head_dim=head_dim)
+    names = {"x": "*bf16", "out": "*i8" if chosen.int8 else "*bf16", "scales": "*fp32", "mean": "*fp32"}
     signature = {
         **names,
         **dict.fromkeys(("x_b", "x_h", "x_n", "heads", "length", "cells"), "i32"),
@@ -79,12 +82,12 @@ def test_hopper_rounds_without_spills(stride, head_dim):
         "SHIFTED": "constexpr",
     }
     used = compile_kernel(
-        source.load(generate(chosen), "select").round_cells,
+        source.load(generate(chosen), "select").prepare_cells,
         signature,
         arch=90,
         num_warps=8,
         num_stages=3,
-        constexprs={"APART": stride, "SHIFTED": True},
+        constexprs={"APART": stride, "SHIFTED": chosen.int8},
         divisible=[*names, "x_b", "x_h", "x_n"],
     )
     assert used.spilled == 0 and used.registers <= 128

@@ -22,6 +22,8 @@ MASKS = {
     "half": {"pool": "max+half"},
     "shared": {"pool": "sum+group"},
     "int8": {"pool": "max+int8"},
+    "pair": {"pool": "max+pair"},
+    "pair int8": {"pool": "max+half+pair+int8"},
 }
 
 
@@ -96,6 +98,8 @@ def times() -> None:
             (8, "max+half"),
             (16, "max+group"),
             (16, "max+int8"),
+            (16, "max+pair+int8"),
+            (8, "max+pair+int8"),
             (16, "max+half+int8"),
         ):
             once = functools.partial(triton_select.select_blocks, query, key, **call(stride=stride, pool=pool))
