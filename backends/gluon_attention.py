@@ -175,7 +175,7 @@ def choose_tuning(head_dim: int, value_dim: int, many_clauses: bool, cached: boo
     """
     order = "rows" if cached else "heads"
     registers = (232, 40) if many_clauses or max(head_dim, value_dim) == 256 else (240, 24)
-    common = {"order": order, "consumer_registers": registers[0], "producer_registers": registers[1], "lazy": True}
+    common = {"order": order, "consumer_registers": registers[0], "producer_registers": registers[1]}
     if max(head_dim, value_dim) == 256:
         return GluonTuning(key_tile=64, query_stages=1, output_in_query=head_dim == value_dim, **common)
     common["query_registers"] = not many_clauses

@@ -58,10 +58,11 @@ def _masked(s, block, rows, key_len, clauses):
 
 @gluon.jit
 def _softmax(s, top, total, scale, MASKED: gl.constexpr):
-    """One step of the online softmax in units of log2: new maximum, new sum, weights, and what the past shrinks by."""
-#if lazy
-    # A row's reference moves only when it is outgrown by 2**8, which few blocks do: its four threads compare their own columns, and
-    # only in a warp where one of them is too large do they tell each other.
+    """One step of the online softmax in units of log2: the rows' references, their sums by thread, weights, and how the past shrinks.
+
+    A row's reference moves only when it is outgrown by 2**8, which few blocks do. Its four threads compare their own columns, and only in
+    a warp where one of them is too large do they tell each other.
+    """
     columns = gl.convert_layout(gl.reshape(s, [64, KEY_TILE // 8, 4, 2]), COLUMNS_APART)
     peak = gl.max(gl.max(columns, 3), 1) * scale
     new_top, moved = gl.inline_asm_elementwise("$MOVE", "$MOVE_OPERANDS", [peak, top], (gl.float32, gl.int32), is_pure=False, pack=2)
@@ -71,41 +72,20 @@ def _softmax(s, top, total, scale, MASKED: gl.constexpr):
     shrink = gl.exp2(top - safe)
     p = gl.exp2(columns * scale - safe[:, None, :][:, :, :, None])
     total = total * shrink + gl.sum(gl.sum(p, 3), 1)
-    return new_top, total, gl.reshape(p.to(DTYPE), [64, KEY_TILE]), (shrink, moved)
-#else
-    new_top = gl.maximum(top, gl.max(s, 1) * scale)
-    safe = new_top
-    if MASKED:  # a row that has seen no key yet
-        safe = gl.where(new_top == float("-inf"), 0.0, new_top)
-    shrink = gl.exp2(top - safe)
-    p = gl.exp2(s * scale - safe[:, None])
-#if late_sums
-    # each thread sums its own columns; the four threads of a row meet at the tile's end
-    columns = gl.convert_layout(gl.reshape(p, [64, KEY_TILE // 8, 4, 2]), COLUMNS_APART)
-    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None] + gl.sum(gl.sum(columns, 3), 1)
-#else
-    total = total * shrink + gl.sum(p, 1)
-#end
-    return new_top, total, p.to(DTYPE), shrink
-#end
+    return new_top, total, gl.reshape(p.to(DTYPE), [64, KEY_TILE]), shrink, moved
 
 
 @gluon.jit
-def _shrunk(acc, shrink):
-    """What the output so far becomes when its rows' reference moves."""
-#if lazy
-    factor, moved = shrink
+def _shrunk(acc, shrink, moved):
+    """acc · shrink, left out by warps in which no row's reference moved."""
     columns = gl.convert_layout(gl.reshape(acc, [64, VALUE_DIM // 8, 4, 2]), OUTPUT_APART)
-    factor = gl.convert_layout(factor, OUTPUT_SUMS)[:, None, :][:, :, :, None]
+    shrink = gl.convert_layout(shrink, OUTPUT_SUMS)[:, None, :][:, :, :, None]
     moved = gl.convert_layout(moved, OUTPUT_SUMS)[:, None, :][:, :, :, None]
-    factor, columns = gl.broadcast(factor, columns)
+    shrink, columns = gl.broadcast(shrink, columns)
     moved, columns = gl.broadcast(moved, columns)
-    operands = [columns, factor, moved]
+    operands = [columns, shrink, moved]
     columns = gl.inline_asm_elementwise("$SHRINK", "$SHRINK_OPERANDS", operands, gl.float32, is_pure=False, pack=$SHRINK_PACK)
     return gl.convert_layout(gl.reshape(columns, [64, VALUE_DIM]), OUTPUT)
-#else
-    return acc * gl.convert_layout(shrink, OUTPUT_ROWS)[:, None]
-#end
 
 
 @gluon.jit
@@ -129,14 +109,14 @@ def _turn(query, rings, barriers, state, rows, key_len, clauses, scale, cap, MAS
     if MASKED:
         s = _masked(s, message >> 2, rows, key_len, clauses)
 #if softcap
-    top, total, p, shrink = _softmax(s, top, total, 1.0, MASKED)
+    top, total, p, shrink, moved = _softmax(s, top, total, 1.0, MASKED)
 #else
-    top, total, p, shrink = _softmax(s, top, total, scale, MASKED)
+    top, total, p, shrink, moved = _softmax(s, top, total, scale, MASKED)
 #end
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     mbarrier.arrive(value_empty.index(value_stage), count=1)
     value_stage, value_phase = _next(value_stage, value_phase, VALUE_STAGES)
-    acc = _shrunk(acc, shrink)
+    acc = _shrunk(acc, shrink, moved)
     weights = gl.convert_layout(p, WEIGHTS)
     return message & 3, (key_stage, key_phase, value_stage, value_phase, top, total, acc, weights)
 
@@ -204,22 +184,14 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
         s = warpgroup_mma_wait(0, deps=[s_token])
         mbarrier.arrive(key_empty.index(key_stage), count=1)
         key_stage, key_phase = _next(key_stage, key_phase, KEY_STAGES)
-#if lazy
         top = gl.full([64, 4], float("-inf"), gl.float32, SUMS)
-#else
-        top = gl.full([64], float("-inf"), gl.float32, ROWS)
-#end
-#if late_sums
         total = gl.zeros([64, 4], gl.float32, SUMS)
-#else
-        total = gl.zeros([64], gl.float32, ROWS)
-#end
 #if softcap
         s = _masked(_capped(s, scale, cap), message >> 2, rows, key_len, clauses)
-        top, total, p, shrink = _softmax(s, top, total, 1.0, True)
+        top, total, p, shrink, moved = _softmax(s, top, total, 1.0, True)
 #else
         s = _masked(s, message >> 2, rows, key_len, clauses)
-        top, total, p, shrink = _softmax(s, top, total, scale, True)
+        top, total, p, shrink, moved = _softmax(s, top, total, scale, True)
 #end
         weights = gl.convert_layout(p, WEIGHTS)
         acc = gl.zeros([64, VALUE_DIM], gl.float32, OUTPUT)
@@ -236,12 +208,8 @@ def _consumer(PART: gl.constexpr, rings, barriers, descriptors, sizes, start, op
 #end
         mbarrier.wait(value_full.index(value_stage), value_phase)
         acc_token = warpgroup_mma(weights, value_ring.index(value_stage), acc, is_async=True)
-#if late_sums
         total = gl.convert_layout(gl.sum(total, 1), ROWS)
-#end
-#if lazy
         top = gl.convert_layout(gl.max(top, 1), ROWS)
-#end
 #if sink_logits
         # one more logit in the denominator; a row that sees no key stays empty
         sink = gl.load(sink_logits + head) * 1.4426950408889634

@@ -19,15 +19,11 @@ SHARED4 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitw
 SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, $KEY_TILE, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, $VALUE_DIM, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=OUTPUT.value, k_width=2))
-#if late_sums
 # S as [rows, eights of columns, threads of a row, neighbours], and a number for each row and thread; nothing moves between registers
 COLUMNS_APART = gl.constexpr($COLUMNS_APART)
 SUMS = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(3, COLUMNS_APART.value)))
-#end
-#if lazy
 OUTPUT_APART = gl.constexpr($OUTPUT_APART)
 OUTPUT_SUMS = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(3, OUTPUT_APART.value)))
-#end
 #if query_registers
 QUERY = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=SCORES.value, k_width=2))
 #end

@@ -27,8 +27,6 @@ class GluonTuning:
     value_delay: turns that V's load is issued after K's of the same block (0 or 1), so that the next K never waits for V's slot.
     output_in_query: the output leaves through the query's slot instead of a buffer of its own, which buys one more stage.
     query_registers: Q waits in registers, which saves its reads from shared memory with every block.
-    lazy: the softmax's reference moves only where it would be outgrown by 2**8, and warps in which none does leave the output as it is.
-    late_sums: the softmax's sums stay apart by thread until the tile's end.
     order: "heads" finishes all rows of a KV head before the next (K and V stay in L2), "rows" takes the long rows of all heads first.
     consumer_registers, producer_registers: registers of a thread after the kernel's redistribution (setmaxnreg).
     """
@@ -40,8 +38,6 @@ class GluonTuning:
     value_delay: int = 1
     output_in_query: bool = False
     query_registers: bool = False
-    lazy: bool = False
-    late_sums: bool = False
     order: str = "heads"
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -137,8 +133,6 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         "output_in_query": tuning.output_in_query,
         "late_release": tuning.output_in_query and tuning.query_stages > 1,
         "query_registers": tuning.query_registers,
-        "lazy": tuning.lazy,
-        "late_sums": tuning.late_sums or tuning.lazy,
         "rows_first": tuning.order == "rows",
     }
     names = DIALECTS[triton_release] | {
@@ -161,7 +155,7 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
 
 
 def _apart(columns: int) -> str:
-    """The layout of a product's 64 x columns as [64, columns / 8, 4, 2]: as the warpgroup's products leave it (PTX ISA, wgmma.mma_async)."""
+    """The layout of a product's 64 x columns as [64, columns / 8, 4, 2]: as wgmma leaves it (PTX ISA, wgmma.mma_async)."""
     eights = [[0, 1 << bit, 0, 0] for bit in range((columns // 8).bit_length() - 1)]
     registers = [[0, 0, 0, 1], [8, 0, 0, 0], *eights]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]

@@ -161,7 +161,7 @@ def _key_cells(call: Selection) -> Tensor:
 
 
 def _paired(call: Selection, cells: Tensor) -> Tensor:
-    """Cells [..., tokens, head_dim] as what scores multiply: tokens, or the means of neighbours, which have the operands' dtype without int8."""
+    """Cells [..., tokens, head_dim] as scores multiply them: tokens, or neighbours' means, in the operands' dtype without int8."""
     if not call.pool.pair:
         return cells
     means = cells.unflatten(-2, (-1, 2)).mean(-2)

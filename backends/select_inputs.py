@@ -25,7 +25,8 @@ class Pool:
     """How the estimate is made: the op's `pool` string, `sum` or `max` with any of the suffixes `+half`, `+group`, `+pair`, `+int8`.
 
     reduce: over a query block's cells. half: score every second query cell only. group: one estimate per KV head, from the mean of
-    its query heads. pair: the mean of two neighbouring tokens stands for both, of queries and of keys. int8: cells are rounded to 8 bits, each with a scale of its own, keys after their mean is taken away.
+    its query heads. pair: the mean of two neighbouring tokens stands for both, of queries and of keys. int8: cells are rounded to
+    8 bits, each with a scale of its own, keys after their mean is taken away.
     """
 
     reduce: str

@@ -27,10 +27,7 @@ TUNINGS = {
     "q1_k3": GluonTuning(query_stages=1, key_stages=3),
     "more_producer": GluonTuning(consumer_registers=232, producer_registers=40),
     "rows": GluonTuning(order="rows"),
-    "lazy": GluonTuning(output_in_query=True, value_stages=3, lazy=True),
-    "late_sums": GluonTuning(output_in_query=True, value_stages=3, late_sums=True),
     "query_registers": GluonTuning(output_in_query=True, value_stages=3, query_registers=True),
-    "all": GluonTuning(output_in_query=True, value_stages=3, lazy=True, query_registers=True),
     "keys64": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5),
 }
 
@@ -109,6 +106,11 @@ def matrix() -> dict[str, Call]:
         "huge": replace(ragged, inputs="huge"),
         "equal": replace(ragged, inputs="equal", density=0.3),
         "rising": replace(ragged, inputs="rising"),
+        "rising_window": replace(ragged, inputs="rising", windows=(100,), sinks=4),
+        "rising_fp16": replace(ragged, inputs="rising", dtype=torch.float16),
+        "rising_64": replace(ragged, inputs="rising", head_dim=64),
+        "rising_256": replace(ragged, inputs="rising", head_dim=256),
+        "huge_fp16": replace(ragged, inputs="huge", dtype=torch.float16),
         "rising_lists": replace(ragged, inputs="rising", density=0.4),
         "minus_100": replace(ragged, inputs="low", density=0.3),
         "many_tiles": Call(heads=32, kv_heads=8, query_len=4096, key_len=4096, density=0.1),
@@ -128,10 +130,6 @@ def matrix() -> dict[str, Call]:
     cases["dim_256_flags"] = replace(ragged, head_dim=256, padding="left", density=0.5)
     for name, tuning in TUNINGS.items():
         cases[f"tuning_{name}"] = Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, density=0.2, tuning=tuning)
-        if tuning.lazy:
-            cases[f"tuning_{name}_rising"] = Call(query_len=1000, key_len=1000, inputs="rising", tuning=tuning)
-            cases[f"tuning_{name}_huge"] = Call(query_len=1000, key_len=1000, inputs="huge", tuning=tuning)
-            cases[f"tuning_{name}_window"] = Call(query_len=1000, key_len=1000, windows=(100,), sinks=4, inputs="rising", tuning=tuning)
         cases[f"tuning_{name}_dense"] = Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, tuning=tuning)
     return cases | {f"fuzz_{seed}": _fuzz(seed) for seed in range(24)}
 
@@ -186,7 +184,7 @@ def operands(call: Call, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, 
     if call.inputs == "equal":
         key = torch.ones_like(key)
     if call.inputs == "rising":  # along the walk, from the last keys to the first: every block outgrows the softmax's reference
-        query, key = query.abs(), key.abs() * torch.linspace(6, 0.1, call.key_len, device=device)[:, None].to(call.dtype)
+        query, key = query.abs(), key.abs() * torch.linspace(30, 0.1, call.key_len, device=device)[:, None].to(call.dtype)
     if call.inputs == "low":
         query, key = query.abs() * -3, key.abs() * 3
     blocks = (call.batch, call.heads, -(-call.query_len // 128), -(-call.key_len // 128))

@@ -30,23 +30,19 @@ SKIP = "SPARSIFY_LEVERS_SKIP"  # variants that failed their check, by comma
 ROUNDS = 4
 _WARM_MS, _SAMPLE_MS = 120.0, 160.0  # at the power limit clocks fall within tens of milliseconds
 
-_V3 = GluonTuning(output_in_query=True, value_stages=3)
-_ALL = replace(_V3, lazy=True, query_registers=True)
+_BEST = GluonTuning(output_in_query=True, value_stages=3, query_registers=True)
 ATTENTION = {
-    "v3": _V3,
-    "lazy": replace(_V3, lazy=True),
-    "late_query_registers": replace(_V3, late_sums=True, query_registers=True),
-    "all": _ALL,
-    "all_k3": replace(_ALL, value_stages=2, key_stages=3),
-    "all_no_delay": replace(_ALL, value_delay=0),
+    "best": _BEST,
+    "no_delay": replace(_BEST, value_delay=0),
+    "k3": replace(_BEST, value_stages=2, key_stages=3),
+    "query_in_memory": replace(_BEST, query_registers=False),
+    "own_output": GluonTuning(query_registers=True),
 }
-_K4 = GluonTuning(key_stages=4, value_stages=4)
-_LATE_64 = replace(_K4, late_sums=True, query_registers=True)
+_K4 = GluonTuning(key_stages=4, value_stages=4, query_registers=True)
 ATTENTION_64 = {
     "k4v4": _K4,
-    "late_query_registers": _LATE_64,
-    "late_query_registers_k5": replace(_LATE_64, key_stages=5, value_stages=5),
-    "all": replace(_LATE_64, lazy=True),
+    "query_in_memory": replace(_K4, query_registers=False),
+    "k3v3": replace(_K4, key_stages=3, value_stages=3),
 }
 SCORE = {
     "wide": TMA_TILING,
@@ -174,7 +170,10 @@ def _nvml():
     library = ctypes.CDLL("libnvidia-ml.so.1")
     library.nvmlInit_v2()
     device = ctypes.c_void_p()
-    library.nvmlDeviceGetHandleByIndex_v2(torch.cuda.current_device(), ctypes.byref(device))
+    # NVML counts all GPUs, whatever CUDA_VISIBLE_DEVICES leaves
+    name = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
+    if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(device)):
+        raise OSError("NVML does not know this GPU")
     return library, device
 
 

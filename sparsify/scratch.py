@@ -82,8 +82,9 @@ def scratch_bytes(
 ) -> int:
     """Bytes of device memory that xattention needs at most at a site beside query, key, value, output and LSE.
 
-    The block lists of one part, and what its estimate needs: block sums and maxima, a group's mean queries, means of two tokens, copies in 8 bits. Masks of
-    padding and segments, some bytes for each key, and copies of operands whose strides kernels cannot read are not counted.
+    The block lists of one part, and what its estimate needs: block sums and maxima, a group's mean queries, means of two tokens, copies
+    in 8 bits. Masks of padding and segments, some bytes for each key, and copies of operands whose strides kernels cannot read are not
+    counted.
 
     Args:
         variants: of the estimate: any of "half", "group", "pair", "int8".

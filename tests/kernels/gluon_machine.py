@@ -6,6 +6,7 @@ deadlock. It does not show that memory is ordered on the device: copies and prod
 
 from __future__ import annotations
 
+import struct
 import threading
 from types import SimpleNamespace
 
@@ -103,14 +104,83 @@ def _copy_out(descriptor, coordinates, slot):
 
 
 def _assembly(text, constraints, args, dtype, is_pure, pack):
-    """The two pieces of PTX that the templates have, as the reference of rows and as the product that warps of 16 rows may leave out."""
-    if len(args) == 2:
-        peak, top = args
-        moved = (peak > top + 8).view(-1, 16, 4).any(2).any(1)[:, None, None].expand(-1, 16, 4).reshape(-1, 4)
-        joined = peak.amax(1, keepdim=True).expand(-1, 4)
-        return torch.where(joined > top + 8, joined, top), moved.int()
-    acc, factor, moved = args
-    return torch.where(moved != 0, acc * factor, acc)
+    """Inline PTX over a warpgroup's tiles, [64, 4] or [64, eights, 4, 2] with rows and columns as wgmma leaves them to threads."""
+    several = isinstance(dtype, tuple)
+    shape = args[0].shape
+    held = [_by_thread(arg) for arg in args]
+    if any(one.shape[0] != pack for one in held):
+        raise AssertionError(f"a thread holds {held[0].shape[0]} numbers, not {pack}")
+    outputs = pack * (len(dtype) if several else 1)
+    codes = constraints.split(",")
+    operands = [torch.full((4, 32), torch.nan)] * outputs + [row for one in held for row in one]
+    if len(codes) != len(operands):
+        raise AssertionError(f"{len(operands)} operands, {len(codes)} constraints")
+    for at, code in enumerate(codes):
+        if code.isdigit():  # an input in an output's register
+            operands[int(code)] = operands[at]
+    _ptx(text, operands)
+    found = [_from_threads(torch.stack(operands[i : i + pack]), shape) for i in range(0, outputs, pack)]
+    return tuple(found) if several else found[0]
+
+
+def _by_thread(tile):
+    """[numbers of a thread, warps, lanes]: registers count neighbours in a row, then rows 8 apart, then eights of columns."""
+    if tile.dim() == 2:
+        return tile.reshape(4, 2, 8, 4).permute(1, 0, 2, 3).reshape(2, 4, 32)
+    return tile.reshape(4, 2, 8, -1, 4, 2).permute(3, 1, 5, 0, 2, 4).reshape(-1, 4, 32)
+
+
+def _from_threads(numbers, shape):
+    if len(shape) == 2:
+        return numbers.reshape(2, 4, 8, 4).permute(1, 0, 2, 3).reshape(shape)
+    return numbers.reshape(-1, 2, 2, 4, 8, 4).permute(3, 1, 4, 0, 5, 2).reshape(shape)
+
+
+def _ptx(text, operands):
+    """Runs a block of PTX for four warps. It knows forward branches to the block's end and the instructions below."""
+    registers, active = {}, torch.ones(4, 1, dtype=torch.bool)
+    lanes = torch.arange(32)
+
+    def value(name):
+        if name.startswith("$"):
+            return operands[int(name[1:])]
+        if name.startswith("0f"):
+            return torch.tensor(struct.unpack(">f", bytes.fromhex(name[2:]))[0])
+        return registers[name] if name in registers else torch.tensor(float(int(name, 0)))
+
+    for statement in text.strip("{} ").split(";"):
+        words = statement.replace(",", " ").split()
+        if not words or words[0] in (".reg", "KEEP:"):
+            continue
+        if words[0].startswith("@"):
+            taken = value(words[0].strip("@!"))
+            active = active & (taken if words[0][1] == "!" else ~taken)  # what follows runs where the branch is not taken
+            if (taken != taken[:, :1]).any():
+                raise AssertionError("lanes of a warp part")
+            continue
+        name, target, *sources = words
+        mnemonic, given = name.split(".")[0], [value(source) for source in sources]
+        result = {
+            "add": lambda: given[0] + given[1],
+            "mul": lambda: given[0] * given[1],
+            "max": lambda: torch.maximum(given[0], given[1]),
+            "mov": lambda: given[0],
+            "selp": lambda: torch.where(given[2], given[0], given[1]),
+            "setp": lambda: _compared(name, given),
+            "vote": lambda: given[0].any(1, keepdim=True).expand(4, 32),
+            "shfl": lambda: given[0][:, lanes ^ int(sources[1])],
+        }[mnemonic]()
+        before = operands[int(target[1:])] if target.startswith("$") else registers.get(target, torch.zeros(4, 32, dtype=result.dtype))
+        result = torch.where(active, result, before)
+        if target.startswith("$"):
+            operands[int(target[1:])] = result
+        else:
+            registers[target] = result
+
+
+def _compared(name, given):
+    found = {"gt": torch.gt, "eq": torch.eq}[name.split(".")[1]](given[0], given[1])
+    return found | given[2] if ".or." in name else found
 
 
 def _mma(a, b, acc, use_acc=True, is_async=False):

@@ -25,7 +25,7 @@ QUICK = (
     "ragged_not_causal", "chunk", "more_queries", "lists_chunk", "lists_mostly_empty", "window_sinks_130", "window_per_head",
     "window_lists", "sink_logits_empty_rows", "softcap_lists", "segments_chunk", "padding_left_window", "padding_holes_lists",
     "padding_row", "everything", "seq_major", "dim_192_128_lists", "dim_64_128", "tuning_q1_k3v3", "tuning_no_delay",
-    "tuning_keys64", "fuzz_0",
+    "tuning_keys64", "tuning_query_registers", "rising", "rising_lists", "huge_fp16", "fuzz_0",
 )  # fmt: skip
 
 
@@ -62,6 +62,30 @@ def test_a_kernel_that_forgets_the_causal_clause_is_found():
     output, _ = _simulate(query, key, value, options, None, broken)
     expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
     assert (output.double() - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("0f41000000", "0f7F000000"),  # a reference that is never outgrown
+        ("shfl.sync.bfly.b32 d, c, 2", "shfl.sync.bfly.b32 d, c, 1"),  # half of a row's threads
+        ("setp.gt.or.f32 q, $5, b, p", "setp.gt.f32 q, $4, a"),  # the other row of a thread
+        ("@p bra.uni KEEP", "@!p bra.uni KEEP"),  # the past shrinks where nothing moved, and not where something did
+    ],
+)
+def test_assembly_that_keeps_a_wrong_reference_is_found(right, wrong):
+    found = []
+    for name in ("rising", "huge"):
+        call = dataclasses.replace(CASES[name], heads=2, kv_heads=1)
+        query, key, value, options = kernel_checks.operands(call, device="cpu")
+        text = generate(gluon_attention.make_spec(query, key, value, options))
+        assert right in text
+        expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
+        outputs = [_simulate(query, key, value, options, None, one)[0] for one in (text, text.replace(right, wrong))]
+        errors = [(output.double() - expected).norm() / expected.norm() for output in outputs]
+        assert errors[0] < kernel_checks.ERROR_LIMIT[call.dtype]
+        found.append(not errors[1] < 2 * errors[0])
+    assert any(found)
 
 
 def _simulate(query, key, value, options, tuning, text=None):
