@@ -146,7 +146,7 @@ def make_spec(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     if tuning is None:
         kept = key.shape[0] * key.shape[1] * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
         many, lists = flags or segments or any(windows), options["block_counts"] is not None
-        tuning = choose_tuning(head_dim, value_dim, many, kept <= _ROWS_FIRST_BYTES, lists)
+        tuning = choose_tuning(head_dim, value_dim, many, kept <= _ROWS_FIRST_BYTES, lists, triton_release())
     return GluonSpec(
         dtype=_DTYPES[query.dtype],
         head_dim=head_dim,
@@ -165,20 +165,23 @@ def make_spec(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 
 
 @functools.cache
-def choose_tuning(head_dim: int, value_dim: int, many_clauses: bool, cached: bool, lists: bool = False) -> GluonTuning:
+def choose_tuning(
+    head_dim: int, value_dim: int, many_clauses: bool, cached: bool, lists: bool = False, release: tuple[int, int] = (3, 6)
+) -> GluonTuning:
     """The table of tunings.
 
     Args:
         many_clauses: key flags, segments or windows, whose walk needs more registers in the producer.
         cached: K and V of all heads fit in the L2 cache together, so that the order of tiles is free to balance the load.
         lists: block lists, which leave a tile few blocks; its last V then comes a turn earlier.
+        release: of Triton. From 3.9 on it has no registers left for the queries.
     """
     order = "rows" if cached else "heads"
     registers = (232, 40) if many_clauses or max(head_dim, value_dim) == 256 else (240, 24)
     common = {"order": order, "consumer_registers": registers[0], "producer_registers": registers[1]}
     if max(head_dim, value_dim) == 256:
         return GluonTuning(key_tile=64, query_stages=1, output_in_query=head_dim == value_dim, **common)
-    common["query_registers"] = not many_clauses
+    common["query_registers"] = not many_clauses and release < (3, 9)
     if head_dim == value_dim == 64:
         return GluonTuning(key_stages=4, value_stages=4, **common)
     if head_dim == value_dim:  # the query's slot takes the output, and a third V stage its room: 1 to 4 % on an H200, dense and sparse

@@ -139,7 +139,6 @@ def _from_threads(numbers, shape):
 def _ptx(text, operands):
     """Runs a block of PTX for four warps. It knows forward branches to the block's end and the instructions below."""
     registers, active = {}, torch.ones(4, 1, dtype=torch.bool)
-    lanes = torch.arange(32)
 
     def value(name):
         if name.startswith("$"):
@@ -160,16 +159,7 @@ def _ptx(text, operands):
             continue
         name, target, *sources = words
         mnemonic, given = name.split(".")[0], [value(source) for source in sources]
-        result = {
-            "add": lambda: given[0] + given[1],
-            "mul": lambda: given[0] * given[1],
-            "max": lambda: torch.maximum(given[0], given[1]),
-            "mov": lambda: given[0],
-            "selp": lambda: torch.where(given[2], given[0], given[1]),
-            "setp": lambda: _compared(name, given),
-            "vote": lambda: given[0].any(1, keepdim=True).expand(4, 32),
-            "shfl": lambda: given[0][:, lanes ^ int(sources[1])],
-        }[mnemonic]()
+        result = _INSTRUCTIONS[mnemonic](statement, given)
         before = operands[int(target[1:])] if target.startswith("$") else registers.get(target, torch.zeros(4, 32, dtype=result.dtype))
         result = torch.where(active, result, before)
         if target.startswith("$"):
@@ -178,9 +168,21 @@ def _ptx(text, operands):
             registers[target] = result
 
 
-def _compared(name, given):
-    found = {"gt": torch.gt, "eq": torch.eq}[name.split(".")[1]](given[0], given[1])
-    return found | given[2] if ".or." in name else found
+def _compared(statement, given):
+    found = torch.gt(given[0], given[1]) if ".gt." in statement else torch.eq(given[0], given[1])
+    return found | given[2] if ".or." in statement else found
+
+
+_INSTRUCTIONS = {
+    "add": lambda _, given: given[0] + given[1],
+    "mul": lambda _, given: given[0] * given[1],
+    "max": lambda _, given: torch.maximum(given[0], given[1]),
+    "mov": lambda _, given: given[0],
+    "selp": lambda _, given: torch.where(given[2], given[0], given[1]),
+    "setp": _compared,
+    "vote": lambda _, given: given[0].any(1, keepdim=True).expand(4, 32),
+    "shfl": lambda _, given: given[0][:, torch.arange(32) ^ int(given[1])],
+}
 
 
 def _mma(a, b, acc, use_acc=True, is_async=False):

@@ -17,12 +17,8 @@ from tests.kernels.offline import SHARED_LIMIT, _usage
 def _spec(head_dim=128, value_dim=None, **clauses):
     value_dim = value_dim or head_dim
     many = any(clauses.get(name) for name in ("key_flags", "segments", "windows"))
-    return GluonSpec(
-        head_dim=head_dim,
-        value_dim=value_dim,
-        tuning=choose_tuning(head_dim, value_dim, many, False, clauses.get("lists", False)),
-        **clauses,
-    )
+    tuning = choose_tuning(head_dim, value_dim, many, False, clauses.get("lists", False), triton_release())
+    return GluonSpec(head_dim=head_dim, value_dim=value_dim, tuning=tuning, **clauses)
 
 
 SPECS = {
@@ -73,7 +69,7 @@ def test_compiles_for_hopper(name, tmp_path, monkeypatch):
     ptx = built.asm["ptx"]
     assert built.metadata.shared <= SHARED_LIMIT[90]
     # with these clauses ptxas keeps a few of a tile's scalars in memory, outside of the loops
-    spilled = 256 if spec.key_flags or spec.segments else 0
+    spilled = 256 if spec.key_flags or spec.segments else 64 if triton_release() >= (3, 9) else 0
     assert _usage(built.asm["cubin"])[1] <= spilled, "registers spill"
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor.4d.shared" in ptx and "cp.async.bulk.tensor.4d.global" in ptx

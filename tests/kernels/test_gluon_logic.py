@@ -69,23 +69,20 @@ def test_a_kernel_that_forgets_the_causal_clause_is_found():
     [
         ("0f41000000", "0f7F000000"),  # a reference that is never outgrown
         ("shfl.sync.bfly.b32 d, c, 2", "shfl.sync.bfly.b32 d, c, 1"),  # half of a row's threads
-        ("setp.gt.or.f32 q, $5, b, p", "setp.gt.f32 q, $4, a"),  # the other row of a thread
+        ("setp.gt.or.f32 q, $5, b, p", "setp.gt.f32 q, $5, b"),  # one row of a thread
+        ("max.f32 c, c, d", "mov.f32 c, d"),  # a thread's own columns
         ("@p bra.uni KEEP", "@!p bra.uni KEEP"),  # the past shrinks where nothing moved, and not where something did
     ],
 )
 def test_assembly_that_keeps_a_wrong_reference_is_found(right, wrong):
-    found = []
-    for name in ("rising", "huge"):
-        call = dataclasses.replace(CASES[name], heads=2, kv_heads=1)
-        query, key, value, options = kernel_checks.operands(call, device="cpu")
-        text = generate(gluon_attention.make_spec(query, key, value, options))
-        assert right in text
-        expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
-        outputs = [_simulate(query, key, value, options, None, one)[0] for one in (text, text.replace(right, wrong))]
-        errors = [(output.double() - expected).norm() / expected.norm() for output in outputs]
-        assert errors[0] < kernel_checks.ERROR_LIMIT[call.dtype]
-        found.append(not errors[1] < 2 * errors[0])
-    assert any(found)
+    call = dataclasses.replace(CASES["rising"], heads=2, kv_heads=1)
+    query, key, value, options = kernel_checks.operands(call, device="cpu")
+    text = generate(gluon_attention.make_spec(query, key, value, options))
+    assert right in text
+    expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
+    outputs = [_simulate(query, key, value, options, None, one)[0] for one in (text, text.replace(right, wrong))]
+    errors = [(output.double() - expected).norm() / expected.norm() for output in outputs]
+    assert errors[0] < kernel_checks.ERROR_LIMIT[call.dtype] and not errors[1] < 2 * errors[0]
 
 
 def _simulate(query, key, value, options, tuning, text=None):
