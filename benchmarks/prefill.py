@@ -173,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "dynamic": not options.static,
             }
             requested = options.density if name == "xattention" else None
+            if name in ("xattention", "default"):
+                facts["estimate"] = list(XAttention().estimate)
             record = records.append(
                 options.out, "prefill", variant=name, length=length, requested_density=requested, seed=0, **found, **facts
             )

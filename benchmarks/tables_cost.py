@@ -96,7 +96,9 @@ def predicted_prefill(record: Record, device: Device) -> float | None:
         return float(model_costs.model_prefill_seconds(shape, device, n, attention=min(exact, key=float)))
     if record["variant"] in ("xattention", "default") and record.get("density"):
         sparse = costs.attention_seconds(sizes, device, kernel="hopper", share=record["density"], listed=True)
-        return float(model_costs.model_prefill_seconds(shape, device, n, attention=sparse + costs.estimate_seconds(sizes, device, 8)))
+        # records from before the estimate was named ran the 8-bit one
+        estimate = costs.estimate_seconds(sizes, device, 8, variants=record.get("estimate", ("int8",)))
+        return float(model_costs.model_prefill_seconds(shape, device, n, attention=sparse + estimate))
     return None
 
 

@@ -34,7 +34,7 @@ class XAttention(Pass):
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
     pool: Literal["sum", "max"] = Field("max", description="how a query block's cells are combined; sum is the published rule")
     estimate: tuple[Literal["half", "group", "pair", "int8"], ...] = Field(
-        ("int8",),
+        ("pair", "int8"),
         description="ways to make the estimate cheaper, any of them together: every second query cell, one estimate per KV head, "
         "the mean of two neighbouring tokens for both, 8 bits",
     )

@@ -19,7 +19,7 @@ FEATURES = {
     "lists": ("call", "work", "scores", "rows", "tail", "spill"),
     "window": ("call", "work", "rows", "tail"),
     "decode": ("call", "bytes", "rows", "tail"),
-    "select": ("call", "work", "work8", "scratch", "prepare", "passes", "steps", "rows"),
+    "select": ("call", "work", "work8", "scores", "scratch", "prepare", "passes", "steps", "rows"),
     "skip": ("call", "bytes", "rows"),
     "linear": ("call", "work", "bytes"),
     "stream": ("call", "bytes"),

@@ -21,6 +21,9 @@ from sparsify.work import AttentionSizes, Size
 # of 1K tokens in benchmarks/results, which wait for the host). Compiled, a decode step that is waited for: guards, the graph's launch and
 # the token's way back (8B decode there, beside the same steps in one go).
 _EAGER_LAYER, STEP_LAUNCHES = 130, 120
+# Operators that run one by one over broadcast and transposed operands reach two thirds of the bandwidth of Inductor's fused kernels (8B
+# prefills of 4K and 16K tokens in eager mode, there; other lengths agree).
+_EAGER_BYTES = 1.5
 
 # Kernels between the matrix products of a layer's decode step: two norms with their residual sums, the rotation, the cache's store and
 # the activation.
@@ -131,7 +134,8 @@ def model_prefill_seconds(
     """
     tokens = batch * length
     layer = sympy.Add(*(linear_seconds(device, tokens, i, o, shape.dtype) for i, o in shape.attention_matrices + shape.ffn_matrices))
-    layer += seconds(work.elementwise(tokens * _elements(shape, compiled) * shape.dtype.itemsize), device)
+    moved = _elements(shape, compiled) * (1 if compiled else _EAGER_BYTES) * shape.dtype.itemsize
+    layer += seconds(work.elementwise(tokens * moved), device)
     head = linear_seconds(device, batch, shape.hidden, shape.vocab, shape.dtype)
     total = sympy.sympify(shape.layers * layer + head + _attention(shape, device, attention, length, length, batch))
     return total if compiled else work.largest(total, shape.layers * _EAGER_LAYER * device.launch)

@@ -11,7 +11,7 @@ coefficients and a formula stays short enough to print:
     bytes     bytes that must move / bandwidth                                            1 / efficiency
     scratch   bytes of scratch written and read / bandwidth                               1 / efficiency
     prepare   bytes moved by passes before the main kernel / bandwidth                    1 / efficiency
-    passes    passes over the operands before the main kernel                              seconds of a pass, however small
+    passes    kernels over the operands before the main one                                seconds of one, however small
     steps     loads that a program waits for one after the other                          seconds of a load
     rows      row tiles / processors                                                      seconds of a tile beside its work
     tail      time that others wait for the longest tile, or for what one processor reads alone, share of that wait

@@ -22,8 +22,8 @@ import torch
 from sparsify.hardware import Device
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
-# passes before prepared cells are multiplied: over queries and over keys, and the keys' mean before 8 bits
-_ROUNDING_PASSES, _PAIRING_PASSES = 3, 2
+# kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
+_ROUNDING_PASSES, _PAIRING_PASSES = 6, 2
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
 # kernels whose decode step cuts the keys of one head into stretches for many processors
 _SPLITTING = {"sdpa", "cache", "masked"}
@@ -82,8 +82,8 @@ class Work:
 
     family: whose coefficients apply, `kernel/kind`. dtype: of the operands. flops: matrix FLOPs of whole tiles. longest: those of the
     longest tile, which one processor computes alone. scores: softmax entries. flops8: operations on 8-bit numbers. size: bytes that must
-    move. stream: of those, what one processor reads alone. scratch: bytes of scratch. prepare, passes: bytes that passes over the operands
-    move before the main kernel, and how many there are. steps: loads that a program waits for one after the other. rows: row tiles.
+    move. stream: of those, what one processor reads alone. scratch: bytes of scratch. prepare, passes: bytes that kernels over the
+    operands move before the main one, and how many there are. steps: loads that a program waits for one after the other. rows: row tiles.
     tiles: tiles that all take as long as the longest, one at a time on a processor. kept: bytes of one KV head's keys and values, which
     rows read again and again; 0 where nothing is read twice.
     """
@@ -255,6 +255,7 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
         dtype=s.dtype,
         flops=_ZERO if eight else flops,
         flops8=flops if eight else _ZERO,
+        scores=sympy.sympify(scored * cells),
         longest=sympy.sympify(tile),
         tiles=sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
         size=operand_bytes(s) / 2,

@@ -228,7 +228,7 @@ def _masked(cell: Cell, model: torch.nn.Module, call: Callable) -> Any:
         # a row of a static cache's mask gives keys no order
         prompts_only = cell.mode == "generate_static" and cell.family != "bloom"
         return sink_window_run(model, call, prompts_only=prompts_only, **options_of(cell)["sink_window"])
-    selection = {"pool": "max+int8", "stride": 8, "block_size": 64, "threshold": [0.5], "density": 0.0}
+    selection = {"pool": "max+pair+int8", "stride": 8, "block_size": 64, "threshold": [0.5], "density": 0.0}
     return reference_run(model, call, documents=cell.mode == "packed", **selection)
 
 

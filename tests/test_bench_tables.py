@@ -28,7 +28,7 @@ WHOLE = [
     record("whole_op", **SHAPE, kind="dense", name="fa4", error="ModuleNotFoundError: no flash_attn"),
     record("whole_op", **SHAPE, kind="dense", name="cudnn", ms=250.0),
     record("whole_op", **SHAPE, kind="dense", name="ours, dense", ms=210.0),
-    record("whole_op", **SHAPE, kind="sparse", stride=8, pool="max+int8", target=0.07, threshold=0.9, density=0.07, ms=25.0, select_ms=8.0,
+    record("whole_op", **SHAPE, kind="sparse", stride=8, pool="max+pair+int8", target=0.07, threshold=0.9, density=0.07, ms=25.0, select_ms=8.0,
            attend_ms=16.0, speedup=10.0, speedups={"cudnn": 10.0}, bound=9.9, kept_mass=0.88, scratch_bytes=1 << 26),
 ]  # fmt: skip
 DECODE = [
@@ -106,7 +106,7 @@ def test_headlines_quote_the_stricter_speed_up_and_only_estimates_with_known_ans
     assert "max+group" not in text
     assert "4000 GB/s | cuDNN 5000 |" in text and "0.91 × the fastest peer" in text
     lines = headlines.shortfalls(found)
-    assert "effect on answers is not recorded: max+group at stride 8, max+int8 at stride 8." in lines
+    assert "effect on answers is not recorded: max+group at stride 8, max+pair+int8 at stride 8." in lines
     assert (
         "`sparse_128k_.05` (5.4% of the blocks): 528 TFLOP/s, 75% of the rate of the fastest dense kernel (704). No block-sparse" in lines
     )
@@ -120,7 +120,7 @@ def test_headlines_quote_the_stricter_speed_up_and_only_estimates_with_known_ans
 def test_lost_answers_are_a_shortfall() -> None:
     facts = {"model_sha256": "a", "length": 8192, "seeds": [0, 1], "asked": 100, "density": 0.2}
     eager = record("answers", method="eager", parameters={}, right=90, **facts)
-    lossy = record("answers", method="xattention", parameters={"stride": 8, "pool": "max+int8", "threshold": 0.95}, right=80, **facts)
+    lossy = record("answers", method="xattention", parameters={"stride": 8, "pool": "max+pair+int8", "threshold": 0.95}, right=80, **facts)
     assert "80 of 100" in headlines.shortfalls([eager, lossy])
     assert headlines.shortfalls([eager, {**lossy, "right": 90}]) == "No results are recorded yet."
     assert "| 90 of 100" in headlines.table([eager, {**lossy, "right": 90}])
@@ -136,14 +136,14 @@ def test_the_defaults_that_headlines_quote_are_the_methods() -> None:
 
 def test_a_quick_estimate_is_quoted_only_when_it_keeps_the_exact_ones_answers() -> None:
     facts = {"method": "xattention", "model_sha256": "a", "length": 8192, "seeds": [0, 1], "asked": 100, "density": 0.2}
-    right = {"max": 90, "max+int8": 90, "max+group": 88}
+    right = {"max": 90, "max+pair+int8": 90, "max+group": 88}
     answers = [
         record("answers", parameters={"stride": 8, "pool": pool, "threshold": 0.95}, right=count, **facts) for pool, count in right.items()
     ]
-    cells = [{**WHOLE[3], "pool": pool, "ms": ms} for pool, ms in (("max", 30.0), ("max+int8", 25.0), ("max+group", 20.0))]
-    assert headlines._keeping(answers) == {("max", 8), ("max+int8", 8)}
+    cells = [{**WHOLE[3], "pool": pool, "ms": ms} for pool, ms in (("max", 30.0), ("max+pair+int8", 25.0), ("max+group", 20.0))]
+    assert headlines._keeping(answers) == {("max", 8), ("max+pair+int8", 8)}
     text = headlines.table([*WHOLE[:3], *cells, *answers])
-    assert "25.0 ms, max+int8, stride 8 (default estimate)" in text and "max+group" not in text
+    assert "25.0 ms, max+pair+int8, stride 8 (default estimate)" in text and "max+group" not in text
     assert "lose more than one answer in a hundred to the exact one of their stride: max+group" in headlines.shortfalls(
         [*WHOLE[:3], *cells, *answers]
     )

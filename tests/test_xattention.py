@@ -70,7 +70,7 @@ def proposal(method=None, at=None, context=CONTEXT) -> Proposal:
 
 def test_a_proposal_costs_less_than_dense_when_long_and_says_what_it_is():
     found = proposal()
-    assert found.note == "stride 8, max+int8, τ 0.95, block 128"
+    assert found.note == "stride 8, max+pair+int8, τ 0.95, block 128"
     assert 1024 < found.min_key_len < 131072
     assert (
         proposal(XAttention(density=0.1, pool="sum", estimate=("int8", "half"))).note == "stride 8, sum+half+int8, density 0.1, block 128"
