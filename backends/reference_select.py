@@ -15,8 +15,9 @@ the column of the first visible key is forced, not a row. With S = stride, per h
 
 A query block with a visible logit that is not finite keeps every block it may see.
 
-With pool suffix +pair the mean of tokens 2·t and 2·t + 1 stands for both, among queries and among keys, so that a score is a sum over S / 2
-products of means and logit = score · scale · 2 / S: the mean over S · 2 products of tokens instead of S.
+With pool suffix +pair (+quad) the mean of M = 2 (4) neighbouring tokens, counted from the cell's first, stands for them, among queries and
+among keys, so that a score is a sum over S / M products of means and logit = score · scale · M / S: a mean over S · M products of tokens
+instead of S.
 
 With pool suffix +int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own,
 after the keys' mean is taken from every token of every key cell. The mean moves all logits of a row alike (Zhang et al.,
@@ -144,7 +145,7 @@ def _query_cells(call: Selection) -> Tensor:
         values = values.unflatten(1, (call.kv_heads, -1)).mean(2)
     real = select_inputs.real_queries(call)
     values = values if real is None else values.where(real[:, None, :, None], 0)
-    cells = _paired(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3) * (call.scale / call.steps)
+    cells = _merged(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3) * (call.scale / call.steps)
     return _rounded(cells) if call.pool.int8 else cells
 
 
@@ -156,15 +157,15 @@ def _key_cells(call: Selection) -> Tensor:
     cells = _cells(values, call.stride)
     if call.pool.int8:
         cells = cells - select_inputs.keys_mean(call, values, real)[:, :, None, None]
-        return _rounded(_paired(call, cells).flatten(3))
-    return _paired(call, cells).flatten(3)
+        return _rounded(_merged(call, cells).flatten(3))
+    return _merged(call, cells).flatten(3)
 
 
-def _paired(call: Selection, cells: Tensor) -> Tensor:
+def _merged(call: Selection, cells: Tensor) -> Tensor:
     """Cells [..., tokens, head_dim] as scores multiply them: tokens, or neighbours' means, in the operands' dtype without int8."""
-    if not call.pool.pair:
+    if call.pool.merged == 1:
         return cells
-    means = cells.unflatten(-2, (-1, 2)).mean(-2)
+    means = cells.unflatten(-2, (-1, call.pool.merged)).mean(-2)
     return means if call.pool.int8 else means.to(call.key.dtype).float()
 
 

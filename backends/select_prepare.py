@@ -1,9 +1,10 @@
-"""Cells as the estimate multiplies them where those are not the tokens as they lie: means of two neighbours, 8 bits, or both.
+"""Cells as the estimate multiplies them where those are not the tokens as they lie: means of neighbours, 8 bits, or both.
 
-The mean of two neighbouring tokens stands for both, among queries and among keys: half the products, each of which speaks of four pairs of
-tokens. 8-bit products run at twice the rate of 16 bits. There a cell gets a scale of its own, so that one large token does not cost its
-neighbours their bits, and of keys a mean is taken away first: many models give all keys of a head a common offset, large in a few
-channels, and taking it away changes no softmax over keys (Zhang et al., "SageAttention", arXiv 2410.02367).
+The mean of two or four neighbouring tokens stands for them all, among queries and among keys: a half or a quarter of the products, each
+of which speaks of four or sixteen pairs of tokens. 8-bit products run at twice the rate of 16 bits. There a cell gets a scale of its own,
+so that one large token does not cost its neighbours their bits, and of keys a mean is taken away first: many models give all keys of a
+head a common offset, large in a few channels, and taking it away changes no softmax over keys (Zhang et al., "SageAttention", arXiv
+2410.02367).
 """
 
 from __future__ import annotations
@@ -36,12 +37,11 @@ def prepare_cells(x, out, scales, mean, x_b, x_h, x_n, heads, length, cells, APA
     r = tl.arange(0, STEPS)
     d = tl.arange(0, WIDTH)
     head = x + (bh // heads).to(tl.int64) * x_b + (bh % heads).to(tl.int64) * x_h
-%if pair
-    token = cell[:, None] * APART + 2 * r[None, :]
-    y = (tokens_of(head, token, d, x_n, length) + tokens_of(head, token + 1, d, x_n, length)) * 0.5
-%else
-    y = tokens_of(head, cell[:, None] * APART + r[None, :], d, x_n, length)
-%end
+    token = cell[:, None] * APART + MERGED * r[None, :]
+    y = tokens_of(head, token, d, x_n, length)
+    for i in tl.static_range(1, MERGED):
+        y += tokens_of(head, token + i, d, x_n, length)
+    y *= 1.0 / MERGED
     if SHIFTED:
         y -= tl.load(mean + bh * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)[None, None, :]
     at = (bh.to(tl.int64) * cells + cell)[:, None, None] * (STEPS * PITCH) + r[None, :, None] * PITCH + d[None, None, :]

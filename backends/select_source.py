@@ -45,7 +45,7 @@ class SelectSpec:
     group: scored heads per KV head. shared: query heads that share a scored head; one of both is 1.
     window: "none", "one" or "per_head" (a tensor; 0 = none for that head).
     rule: "tau" (one threshold), "taus" (a tensor) or "density".
-    pair: the mean of two neighbouring tokens stands for both.
+    merged: neighbouring tokens whose mean stands for them all; 1: none are merged.
     int8: cells are rounded to 8 bits before they are multiplied; `dtype` is what the op gets.
     wide: rows of key blocks do not fit in registers.
     negative: the scale of the logits is below 0; `score` gets its size.
@@ -67,7 +67,7 @@ class SelectSpec:
     segments: bool = False
     has_start: bool = False
     rule: str = "tau"
-    pair: bool = False
+    merged: int = 1
     int8: bool = False
     wide: bool = False
     importance: bool = False
@@ -81,6 +81,7 @@ class SelectSpec:
             f"window {self.window!r}": self.window not in ("none", "one", "per_head"),
             f"rule {self.rule!r}": self.rule not in ("tau", "taus", "density"),
             f"pooling by {self.reduce!r}": self.reduce not in ("sum", "max"),
+            f"means of {self.merged} tokens": self.merged not in (1, 2, 4),
             "heads that are both shared and grouped": self.shared > 1 and self.group > 1,
             f"tiles of {self.tiling.rows} x {self.tiling.cols} cells": self.tiling.rows % max(1, self.block // self.span) != 0
             or self.tiling.cols * self.stride % self.block != 0,
@@ -97,13 +98,13 @@ class SelectSpec:
 
     @property
     def steps(self) -> int:
-        """Products of tokens, or of pairs of tokens, in one score."""
-        return self.stride // (2 if self.pair else 1)
+        """Products of tokens, or of neighbours' means, in one score."""
+        return self.stride // self.merged
 
     @property
     def prepared(self) -> bool:
         """Whether a kernel makes cells of their own before they are multiplied, side by side."""
-        return self.pair or self.int8
+        return self.merged > 1 or self.int8
 
     @property
     def depth(self) -> int:
@@ -126,7 +127,7 @@ class SelectSpec:
             "start from a tensor": self.has_start,
         }
         pool = self.reduce + (", half the query cells" if self.half else "") + (", shared by a group" if self.shared > 1 else "")
-        pool += (", means of two tokens" if self.pair else "") + (", 8 bits" if self.int8 else "")
+        pool += (f", means of {self.merged} tokens" if self.merged > 1 else "") + (", 8 bits" if self.int8 else "")
         kept = ", ".join(name for name, on in clauses.items() if on) or "no mask"
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
@@ -221,7 +222,7 @@ def generate(spec: SelectSpec) -> str:
         "segments",
         "has_start",
         "importance",
-        "pair",
+        "merged",
         "int8",
         "negative",
     )

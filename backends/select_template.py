@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 STRIDE = tl.constexpr(${stride})
-STEPS = tl.constexpr(${steps})  # tokens of a cell that are multiplied, or means of two
+STEPS = tl.constexpr(${steps})  # tokens of a cell that are multiplied, or means of neighbours
 SPAN = tl.constexpr(${span})
 BLOCK = tl.constexpr(${block})
 HEAD_DIM = tl.constexpr(${head_dim})
@@ -28,6 +28,7 @@ TILE_BLOCKS = tl.constexpr(${tile_blocks})  # key blocks of a column tile
 NEVER = tl.constexpr(1 << 30)  # a position that no token has
 TILE_SHIFT = tl.constexpr(${tile_shift})  # log2 of the keys of a column tile
 %if prepared
+MERGED = tl.constexpr(${merged})  # tokens that one mean stands for
 WIDTH = tl.constexpr(${width})  # numbers of a token that a program prepares, some past the head dim
 PITCH = tl.constexpr(${pitch})  # numbers from one prepared token to the next
 CELLS = tl.constexpr(${part})  # cells that a program prepares

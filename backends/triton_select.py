@@ -137,7 +137,7 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
         half=call.pool.half,
         shared=call.group if call.pool.group else 1,
         reduce=call.pool.reduce,
-        pair=call.pool.pair,
+        merged=call.pool.merged,
         int8=call.pool.int8,
         causal=call.causal,
         window="none" if not call.windows else "one" if len(set(call.windows)) == 1 else "per_head",
@@ -252,7 +252,7 @@ def _operands(call: Selection, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor,
 def _prepared(
     call: Selection, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-    """The operands as means of two tokens, in 8 bits, or both, cells side by side, and the arguments that scale them."""
+    """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them."""
     mean = select_inputs.keys_mean(call, keys, _rows_of(select_inputs.real_keys(call), *chunk.batch)) if spec.int8 else None
     make = functools.partial(select_prepare.launch, module, steps=spec.steps, int8=spec.int8)
     queries, query_scales = make(queries, None, call.query_cells, call.span)

@@ -147,7 +147,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=needles.FIRST_SEED, help="first prompt's seed; the others follow")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--strides", type=int, nargs="*", default=[8, 16])
-    parser.add_argument("--pools", nargs="*", default=["sum", "max"], help="sum or max, then any of +half, +group, +pair, +int8")
+    parser.add_argument("--pools", nargs="*", default=["sum", "max"], help="sum or max, then any of +half, +group, +pair or +quad, +int8")
     parser.add_argument("--sinks", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--methods", nargs="+", default=["eager", "dense", "xattention", "sink_window"])

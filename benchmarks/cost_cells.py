@@ -13,7 +13,9 @@ FITTED_LENGTHS = {1 * K, 4 * K, 16 * K, 64 * K, 128 * K}  # the others, and the 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
 OTHER_DENSITIES = (0.03, 0.15, 0.35)  # only predicted
 ESTIMATES = tuple(
-    (stride, variants) for stride in (8, 16) for variants in ((), ("half",), ("group",), ("int8",), ("pair",), ("pair", "int8"))
+    (stride, variants)
+    for stride in (8, 16)
+    for variants in ((), ("half",), ("group",), ("int8",), ("pair",), ("pair", "int8"), ("quad", "int8"))
 )
 MATRICES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 VOCAB = 128256

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import records
 from sparsify.api import record_density
+from sparsify.method import discover
 
 # Llama-3.1-8B's published configuration, but for its scaled rotary embedding, which costs the same
 SHAPES = {
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
             requested = options.density if name == "xattention" else None
             if name in ("xattention", "default"):
-                facts["estimate"] = list(XAttention().estimate)
+                facts["estimate"] = list(discover()["xattention"]().estimate)
             record = records.append(
                 options.out, "prefill", variant=name, length=length, requested_density=requested, seed=0, **found, **facts
             )

@@ -41,6 +41,8 @@ TARGET = {32768: 0.2, 65536: 0.1, 131072: 0.07, 262144: 0.05}  # density at whic
 ESTIMATES = (
     (16, "max+pair+int8"),
     (8, "max+pair+int8"),
+    (16, "max+quad+int8"),
+    (8, "max+quad+int8"),
     (16, "max+int8"),
     (8, "max+int8"),
     (16, "max+pair"),
@@ -89,7 +91,7 @@ def cells(length: int) -> list[Cell]:
 def estimate_share(stride: int, pool: str, group: int) -> float:
     """The estimate's operations as a share of dense causal attention's, 8-bit ones counted half: what no kernel can save."""
     share = 1 / (2 * stride)
-    for variant, factor in (("half", 2), ("group", group), ("pair", 2), ("int8", 2)):
+    for variant, factor in (("half", 2), ("group", group), ("pair", 2), ("quad", 4), ("int8", 2)):
         share /= factor if variant in pool.split("+") else 1
     return share
 

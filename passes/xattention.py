@@ -33,10 +33,10 @@ class XAttention(Pass):
     stride: Literal[4, 8, 16] = Field(8, description="tokens that one score of the estimate spans; smaller is finer and slower")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
     pool: Literal["sum", "max"] = Field("max", description="how a query block's cells are combined; sum is the published rule")
-    estimate: tuple[Literal["half", "group", "pair", "int8"], ...] = Field(
+    estimate: tuple[Literal["half", "group", "pair", "quad", "int8"], ...] = Field(
         ("pair", "int8"),
         description="ways to make the estimate cheaper, any of them together: every second query cell, one estimate per KV head, "
-        "the mean of two neighbouring tokens for both, 8 bits",
+        "the mean of two (pair) or four (quad) neighbouring tokens for them all, 8 bits",
     )
     threshold: float | tuple[float, ...] = Field(
         0.95, description="share of a row's estimated mass to keep; a list gives one per query head"
@@ -56,6 +56,8 @@ class XAttention(Pass):
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) != len(value):
             raise ValueError("names a variant twice")
+        if {"pair", "quad"} <= set(value):
+            raise ValueError("pair and quad exclude each other")
         return value
 
     @model_validator(mode="after")
@@ -112,7 +114,7 @@ class XAttention(Pass):
     @property
     def op_pool(self) -> str:
         """The op's `pool`: how cells are combined, and the estimate's variants as suffixes."""
-        return "+".join((self.pool, *(name for name in ("half", "group", "pair", "int8") if name in self.estimate)))
+        return "+".join((self.pool, *(name for name in ("half", "group", "pair", "quad", "int8") if name in self.estimate)))
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.at(site).mask_operands(site)

@@ -82,12 +82,12 @@ def scratch_bytes(
 ) -> int:
     """Bytes of device memory that xattention needs at most at a site beside query, key, value, output and LSE.
 
-    The block lists of one part, and what its estimate needs: block sums and maxima, a group's mean queries, means of two tokens, copies
+    The block lists of one part, and what its estimate needs: block sums and maxima, a group's mean queries, means of neighbours, copies
     in 8 bits. Masks of padding and segments, some bytes for each key, and copies of operands whose strides kernels cannot read are not
     counted.
 
     Args:
-        variants: of the estimate: any of "half", "group", "pair", "int8".
+        variants: of the estimate: any of "half", "group", "pair" or "quad", "int8".
         item_bytes: of a number of query and key.
     """
     group, shared = heads // kv_heads, "group" in variants
@@ -104,8 +104,9 @@ def scratch_bytes(
     band = owner_sums * min(1.0, _BAND_CELLS / cells)
     sums = at_once * owner_sums if owner_sums <= SUM_BYTES else int(max(SUM_BYTES, band))
     copies = at_once * scored * query_len * head_dim * item_bytes if shared else 0
-    if "int8" in variants or "pair" in variants:
-        numbers = stride // (2 if "pair" in variants else 1) * -(-head_dim // 16) * 16
+    merged = 4 if "quad" in variants else 2 if "pair" in variants else 1
+    if "int8" in variants or merged > 1:
+        numbers = stride // merged * -(-head_dim // 16) * 16
         key_cells = -(-key_len // stride)
         copies += at_once * (scored * cells + key_cells) * (numbers + 4 if "int8" in variants else numbers * item_bytes)
     return lists + sums + copies

@@ -23,7 +23,7 @@ from sparsify.hardware import Device
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
-_ROUNDING_PASSES, _PAIRING_PASSES = 6, 2
+_ROUNDING_PASSES, _MERGING_PASSES = 6, 2
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
 # kernels whose decode step cuts the keys of one head into stretches for many processors
 _SPLITTING = {"sdpa", "cache", "masked"}
@@ -229,8 +229,8 @@ def selection(site: Any, stride: int, block: int = 128, variants: Iterable[str] 
     """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428).
 
     Args:
-        variants: any of "half" (every second query cell), "group" (one estimate per KV head), "pair" (means of two tokens)
-            and "int8".
+        variants: any of "half" (every second query cell), "group" (one estimate per KV head), "pair" or "quad" (means of two or
+            four tokens) and "int8".
     """
     return _selection(sizes_of(site), stride, block, tuple(variants))
 
@@ -243,7 +243,8 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
     # causal cells; the column tile that the diagonal cuts is computed whole
     start = columns - rows * span / stride
     cells = rows * (start + (columns - start) / 2 + sympy.Rational(_SCORE_TILE[1], 2)) if s.causal else rows * columns
-    depth = sympy.Rational(stride, 2 if "pair" in variants else 1) * s.qk_head_dim
+    merged = _merged(variants)
+    depth = sympy.Rational(stride, merged) * s.qk_head_dim
     flops = sympy.sympify(2 * scored * cells * depth)
     eight = "int8" in variants
     blocks = sympy.sympify(s.query_len) / block
@@ -261,21 +262,26 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
         size=operand_bytes(s) / 2,
         scratch=2 * sums + lists,
         prepare=_prepared(s, span // stride, scored, variants),
-        passes=_ROUNDING_PASSES if eight else _PAIRING_PASSES if "pair" in variants else 0,
+        passes=_ROUNDING_PASSES if eight else _MERGING_PASSES if merged > 1 else 0,
         steps=block // span,
         rows=sympy.sympify(s.batch * s.query_heads) * blocks,
     )
 
 
+def _merged(variants: tuple[str, ...]) -> int:
+    """Tokens whose mean stands for them all."""
+    return 4 if "quad" in variants else 2 if "pair" in variants else 1
+
+
 def _prepared(s: AttentionSizes, skipped: int, scored: Size, variants: tuple[str, ...]) -> sympy.Expr:
-    """Bytes that passes over queries and keys move before the product: the group's mean, means of two tokens and rounding to 8 bits."""
+    """Bytes that passes over queries and keys move before the product: the group's mean, means of neighbours and rounding to 8 bits."""
     queries, keys = s.query_len * s.qk_head_dim, s.batch * s.kv_heads * s.key_len * s.qk_head_dim
     item, moved = s.dtype.itemsize, _ZERO
     if "group" in variants:
         moved += (s.batch * s.query_heads + scored) * queries * item
-    eight, pair = "int8" in variants, "pair" in variants
-    if eight or pair:  # with 8 bits the keys are read twice, once for their mean
-        written = sympy.Rational(1 if eight else item, 2 if pair else 1)
+    eight, merged = "int8" in variants, _merged(variants)
+    if eight or merged > 1:  # with 8 bits the keys are read twice, once for their mean
+        written = sympy.Rational(1 if eight else item, merged)
         moved += scored * queries * (item + written) / skipped + keys * ((2 if eight else 1) * item + written)
     return sympy.sympify(moved)
 

@@ -15,7 +15,8 @@ class Oracle:
     ):
         self.query, self.key = query.double(), key.double()
         self.scale, self.causal, self.windows, self.stride, self.block = scale, causal, windows, stride, block_size
-        self.reduce, self.half, self.pair = pool.split("+")[0], "+half" in pool, "+pair" in pool
+        self.reduce, self.half = pool.split("+")[0], "+half" in pool
+        self.merged = 4 if "+quad" in pool else 2 if "+pair" in pool else 1
         self.threshold, self.density = threshold, density
         self.flags, self.segments = masks.get("key_flags"), masks.get("segments")
         (self.batch, self.heads, self.query_len, _), self.key_len = query.shape, key.shape[2]
@@ -63,10 +64,10 @@ class Oracle:
                 keys = range(j * s, min(j * s + s, self.key_len))
                 if not any(self.real_query(b, q) for q in rows) or not self.possible(b, h, rows, keys):
                     continue
-                pairs = [(i * span + s - 1 - r, j * s + r) for r in range(s)]
-                if self.pair:  # every token of two neighbours with every token of the two that they meet
-                    near = [(a, b) for a in (0, 1) for b in (0, 1)]
-                    pairs = [(i * span + s - 2 - r + a, j * s + r + b) for r in range(0, s, 2) for a, b in near]
+                # every token of some neighbours with every token of those that they meet
+                m = self.merged
+                near = [(a, b) for a in range(m) for b in range(m)]
+                pairs = [(i * span + s - m - r + a, j * s + r + b) for r in range(0, s, m) for a, b in near]
                 count = len(pairs)
                 pairs = [(q, k) for q, k in pairs if q in rows and k in keys and self.real_query(b, q) and self.real_key(b, k)]
                 logits[j] = sum(float(self.query[b, h, q] @ self.key[b, kv, k]) for q, k in pairs) * self.scale / count

@@ -49,7 +49,9 @@ def test_a_listed_call_computes_its_share_of_them():
     assert tenth.size == dense.size, "queries and outputs move whatever is skipped"
 
 
-@pytest.mark.parametrize("variants, divided", [((), 1), (("half",), 2), (("group",), 4), (("half", "group"), 8), (("pair",), 2)])
+@pytest.mark.parametrize(
+    "variants, divided", [((), 1), (("half",), 2), (("group",), 4), (("half", "group"), 8), (("pair",), 2), (("quad",), 4)]
+)
 def test_estimate_flops_match_the_paper(variants, divided):
     """arXiv 2503.16428: antidiagonal scores cost 1/stride of the products that QKᵀ costs; the diagonal's tiles are on top."""
     length, stride = 131072, 16

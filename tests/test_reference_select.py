@@ -49,7 +49,7 @@ def problems(draw):
     options = {
         "causal": draw(st.booleans()),
         "windows": draw(st.sampled_from([[], [40], [0, 20][: heads[0]]])),
-        "pool": draw(st.sampled_from(["sum", "max", "sum+half", "max+half", "max+pair", "sum+half+pair"])),
+        "pool": draw(st.sampled_from(["sum", "max", "sum+half", "max+half", "max+pair", "sum+half+pair", "max+quad"])),
         "stride": draw(st.sampled_from([4, 8, 16])),
         "threshold": draw(st.sampled_from([[0.0], [0.5], [0.9], [1.0], [0.3, 0.97][: heads[0]]])),
         "density": draw(st.sampled_from([0.0, 0.0, 0.25, 0.6])),

@@ -36,7 +36,7 @@ def test_lists_that_fit_are_made_at_once():
 
 @pytest.mark.parametrize("stride", [4, 8, 16])
 @pytest.mark.parametrize(
-    "variants", [(), ("half",), ("group",), ("int8",), ("half", "int8"), ("group", "int8"), ("pair",), ("pair", "int8")]
+    "variants", [(), ("half",), ("group",), ("int8",), ("half", "int8"), ("group", "int8"), ("pair",), ("pair", "int8"), ("quad", "int8")]
 )
 @pytest.mark.parametrize("kv_heads", [1, 8, 32])
 def test_two_gigabytes_are_enough_for_a_million_tokens(stride, variants, kv_heads):

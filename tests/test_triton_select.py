@@ -35,7 +35,7 @@ def describe(query, key, **changes):
         ("causal", {}),
         ("masked_density", MASKS),
         ("int8", {"int8": True, "half": True}),
-        ("pair", {"pair": True}),
+        ("pair", {"merged": 2}),
         ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
     ],
 )
@@ -52,7 +52,8 @@ def test_golden_text(name, changes):
     st.sampled_from([TMA_TILING, POINTER_TILING]),
     st.fixed_dictionaries(
         {
-            **dict.fromkeys(("half", "pair", "int8", "causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
+            **dict.fromkeys(("half", "int8", "causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
+            "merged": st.sampled_from([1, 2, 4]),
             "window": st.sampled_from(["none", "one", "per_head"]),
             "rule": st.sampled_from(["tau", "taus", "density"]),
             "reduce": st.sampled_from(["sum", "max"]),
@@ -66,7 +67,7 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
     assert "${" not in text and "%if" not in text
     assert ("query_last" in text) == changes["key_flags"] and ("row_floor" in text) == (changes["window"] != "none")
     assert ("q.load(" in text) == tiling.tma
-    assert ("def prepare_cells" in text) == (changes["int8"] or changes["pair"])
+    assert ("def prepare_cells" in text) == (changes["int8"] or changes["merged"] > 1)
     assert ("tl.load(query_scales" in text) == changes["int8"]
     assert all(len(line) <= 400 for line in text.splitlines())
 

@@ -41,7 +41,15 @@ def test_a_density_out_of_reach_is_reported_as_it_is():
 
 
 @pytest.mark.parametrize(
-    "pool, share", [("max", 1 / 32), ("max+half", 1 / 64), ("sum+group", 1 / 128), ("max+half+int8", 1 / 128), ("max+pair", 1 / 64)]
+    "pool, share",
+    [
+        ("max", 1 / 32),
+        ("max+half", 1 / 64),
+        ("sum+group", 1 / 128),
+        ("max+half+int8", 1 / 128),
+        ("max+pair", 1 / 64),
+        ("max+quad", 1 / 128),
+    ],
 )
 def test_estimate_share(pool, share):
     assert whole_op.estimate_share(16, pool, 4) == share

@@ -26,7 +26,7 @@ from tests.tiny_models import VOCAB, build
 FP32 = 2e-5
 HOPPER = hardware.Device("cuda", "test", (9, 0), 680e12, 4.3e12, 8e-6)
 CONTEXT = Context(HOPPER, "triton")
-ESTIMATES = [(), ("half",), ("group",), ("pair",), ("int8",), ("pair", "int8"), ("half", "group", "int8")]
+ESTIMATES = [(), ("half",), ("group",), ("pair",), ("int8",), ("pair", "int8"), ("quad", "int8"), ("half", "group", "int8")]
 names = lambda estimate: "+".join(estimate) or "exact"
 
 
@@ -121,6 +121,7 @@ def test_thresholds_per_head_must_fit_the_site():
         ({"density": 0.0}, "greater than 0"),
         ({"estimate": ("half", "half")}, "twice"),
         ({"estimate": ("quarter",)}, "half"),
+        ({"estimate": ("pair", "quad")}, "exclude"),
         ({"estimat": ()}, "estimat"),
     ],
 )

@@ -19,8 +19,9 @@ CLAUSES = {
     "everything": {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
     "shared": {"shared": 4, "group": 1, "half": True},
     "int8": {"int8": True},
-    "pair": {"pair": True},
-    "pair int8": {"pair": True, "int8": True},
+    "pair": {"merged": 2},
+    "pair int8": {"merged": 2, "int8": True},
+    "quad int8": {"merged": 4, "int8": True},
     "int8 half": {"int8": True, "half": True, "key_flags": True},
     "int8 everything": {"int8": True, "key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
 }
@@ -70,7 +71,7 @@ def test_hopper_scores_without_spills(clause):
     assert used.shared < 4 * (128 + 256) * 64 * 2 + 1024
 
 
-@pytest.mark.parametrize("clause", ["int8", "pair int8", "pair"])
+@pytest.mark.parametrize("clause", ["int8", "pair int8", "pair", "quad int8"])
 @pytest.mark.parametrize("stride, head_dim", [(16, 128), (8, 64), (4, 40), (16, 256)])
 def test_hopper_prepares_without_spills(stride, head_dim, clause):
     chosen = spec(clause, stride=stride, head_dim=head_dim)

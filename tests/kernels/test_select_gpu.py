@@ -23,6 +23,8 @@ MASKS = {
     "shared": {"pool": "sum+group"},
     "int8": {"pool": "max+int8"},
     "pair": {"pool": "max+pair"},
+    "quad": {"pool": "max+quad"},
+    "quad int8": {"pool": "max+quad+int8"},
     "pair int8": {"pool": "max+half+pair+int8"},
 }
 
@@ -100,6 +102,7 @@ def times() -> None:
             (16, "max+int8"),
             (16, "max+pair+int8"),
             (8, "max+pair+int8"),
+            (8, "max+quad+int8"),
             (16, "max+half+int8"),
         ):
             once = functools.partial(triton_select.select_blocks, query, key, **call(stride=stride, pool=pool))

@@ -43,7 +43,7 @@ def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
     wanted = reference_select.importance(one)
     assert torch.equal(own.isnan().any(-1), wanted.isnan().any(-1))
     # means are rounded to 16 bits: a group's in another order than the reference's, pairs' towards zero by the interpreter
-    rounded = one.pool.group or (one.pool.pair and not one.pool.int8)
+    rounded = one.pool.group or (one.pool.merged > 1 and not one.pool.int8)
     assert (own - wanted).nan_to_num().abs().max() < (5e-3 if rounded else 5e-4)
     possible, forced = reference_select.candidates(one)
     chosen = reference_select.choose(own, possible, forced, one.threshold, one.density)
@@ -64,8 +64,9 @@ def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
         {"windows": [0, 70], "threshold": [0.5, 0.9]},
         {"pool": "sum+half", "threshold": [0.0]},
         {"pool": "max+pair"},
+        {"pool": "max+quad"},
     ],
-    ids=["causal", "negative", "density", "window", "per head", "half", "pair"],
+    ids=["causal", "negative", "density", "window", "per head", "half", "pair", "quad"],
 )
 def test_equals_the_reference(tiling, changes):
     kept = compare(*inputs(), tiling=tiling, **changes)
@@ -134,9 +135,10 @@ def test_a_chunk_and_a_start_from_a_tensor():
         (TMA, {"pool": "max+group+int8", "density": 0.4}, {"heads": 4, "kv_heads": 2}),
         (TMA, {"key_flags": True}, {"batch": 2, "kv_heads": 2}),
         (TMA, {"pool": "max+pair+int8"}, {"query_len": 250}),
+        (TMA, {"pool": "max+quad+int8"}, {"query_len": 250}),
         (POINTERS, {"pool": "max+half+pair+int8", "key_flags": True}, {"batch": 2, "kv_heads": 2}),
     ],
-    ids=["causal", "half", "group", "flags", "pair", "pair flags"],
+    ids=["causal", "half", "group", "flags", "pair", "quad", "pair flags"],
 )
 def test_eight_bits(tiling, changes, shape):
     """Against the reference, which rounds in the same way; the mean that is taken from keys is far larger than what differs."""
