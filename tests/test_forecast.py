@@ -98,7 +98,7 @@ def test_whole_models_cost_what_the_cost_model_says(llama, of_8b):
 
 def test_predictions_are_near_what_was_measured(of_8b):
     """Medians of the compiled exact model on an H200, and its peak of memory."""
-    measured = {4096: (0.0989, 17.0e9), 32768: (1.222, 23.35e9), 131072: (11.0, 45.1e9)}
+    measured = {4096: (0.0989, 17.0e9), 32768: (1.222, 23.35e9), 131072: (10.08, 45.1e9)}
     for row in of_8b.rows:
         seconds, peak = measured[row.length]
         assert row.dense.prefill.total == pytest.approx(seconds, rel=0.12)
