@@ -70,25 +70,26 @@ def _estimate(record: Record) -> tuple[str, int]:
     return record["pool"], record["stride"]
 
 
-def _answered(found: list[Record]) -> set[tuple[str, int]]:
-    """Estimates whose effect on answers is recorded."""
-    return {_estimate(r["parameters"]) for r in found if r["benchmark"] == "answers" and r["method"] == "xattention" and "right" in r}
-
-
-def _keeping(found: list[Record]) -> set[tuple[str, int]]:
-    """Estimates that lose at most one answer in a hundred to the exact one of the same stride, over the cells that both were asked."""
+def _lost(found: list[Record]) -> dict[tuple[str, int], float]:
+    """For each estimate that was asked the exact one's longest prompts of its stride: the share of answers that it loses to it."""
     cells = [r for r in _of(found, "answers", "model_sha256", "method", "parameters", "length", "seeds") if r["method"] == "xattention"]
     right: dict[tuple[str, int], dict[tuple, Record]] = {}
     for record in (r for r in cells if "right" in r):
         cell = (record["model_sha256"], record["length"], record["parameters"]["threshold"], *record["seeds"])
         right.setdefault(_estimate(record["parameters"]), {})[cell] = record
-    kept = set()
+    lost = {}
     for (pool, stride), mine in right.items():
         exact = right.get((pool.split("+")[0], stride), {})
         shared = [(mine[cell], exact[cell]) for cell in mine.keys() & exact.keys()]
-        if shared and sum(e["right"] - m["right"] for m, e in shared) <= 0.01 * sum(e["asked"] for _, e in shared):
-            kept.add((pool, stride))
-    return kept
+        longest = max((one["length"] for one in exact.values()), default=None)
+        if longest in {one["length"] for _, one in shared}:
+            lost[pool, stride] = sum(e["right"] - m["right"] for m, e in shared) / sum(e["asked"] for _, e in shared)
+    return lost
+
+
+def _keeping(found: list[Record]) -> set[tuple[str, int]]:
+    """Estimates that lose at most one answer in a hundred."""
+    return {estimate for estimate, lost in _lost(found).items() if lost <= 0.01}
 
 
 def _whole_op(found: list[Record]) -> list[Row]:
@@ -229,13 +230,14 @@ def _short_whole_op(found: list[Record]) -> list[str]:
                     f"{record['select_ms']:.1f} ms of {record['ms']:.1f} are estimate and selection, and "
                     f"{1 - record['kept_mass']:.0%} of the softmax mass is lost."
                 )
-    unknown = {_estimate(r) for cells in _sparse(found).values() for r in cells} - _answered(found)
-    if lossy := {_estimate(r) for cells in _sparse(found).values() for r in cells} - unknown - _keeping(found):
+    timed, lost = {_estimate(r) for cells in _sparse(found).values() for r in cells}, _lost(found)
+    unknown = timed - lost.keys()
+    if lossy := (timed & lost.keys()) - _keeping(found):
         names = ", ".join(f"{pool} at stride {stride}" for pool, stride in sorted(lossy))
         lines.append(f"Estimates that lose more than one answer in a hundred to the exact one of their stride: {names}.")
     if unknown:
         names = ", ".join(f"{pool} at stride {stride}" for pool, stride in sorted(unknown))
-        lines.append(f"Estimates that were timed, but whose effect on answers is not recorded: {names}.")
+        lines.append(f"Estimates that were timed, but whose effect on the answers of long prompts is not recorded: {names}.")
     return lines
 
 

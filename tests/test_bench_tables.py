@@ -106,7 +106,7 @@ def test_headlines_quote_the_stricter_speed_up_and_only_estimates_with_known_ans
     assert "max+group" not in text
     assert "4000 GB/s | cuDNN 5000 |" in text and "0.91 × the fastest peer" in text
     lines = headlines.shortfalls(found)
-    assert "effect on answers is not recorded: max+group at stride 8, max+pair+int8 at stride 8." in lines
+    assert "effect on the answers of long prompts is not recorded: max+group at stride 8, max+pair+int8 at stride 8." in lines
     assert (
         "`sparse_128k_.05` (5.4% of the blocks): 528 TFLOP/s, 75% of the rate of the fastest dense kernel (704). No block-sparse" in lines
     )
@@ -142,6 +142,8 @@ def test_a_quick_estimate_is_quoted_only_when_it_keeps_the_exact_ones_answers() 
     ]
     cells = [{**WHOLE[3], "pool": pool, "ms": ms} for pool, ms in (("max", 30.0), ("max+pair+int8", 25.0), ("max+group", 20.0))]
     assert headlines._keeping(answers) == {("max", 8), ("max+pair+int8", 8)}
+    longer = record("answers", parameters={"stride": 8, "pool": "max", "threshold": 0.95}, right=90, **{**facts, "length": 16384})
+    assert headlines._keeping([*answers, longer]) == {("max", 8)}, "the longest prompts were not asked of the others"
     text = headlines.table([*WHOLE[:3], *cells, *answers])
     assert "25.0 ms, max+pair+int8, stride 8 (default estimate)" in text and "max+group" not in text
     assert "lose more than one answer in a hundred to the exact one of their stride: max+group" in headlines.shortfalls(
