@@ -236,13 +236,15 @@ def chunks_of(call: Selection, spec: SelectSpec, scratch_bytes: int) -> Iterator
 
 def _operands(call: Selection, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     """[batch, scored heads, query_len, head_dim] and [batch, kv_heads, key_len, head_dim] of a chunk, copied only where kernels need it:
-    to zero what is padding, to fill the last cell, or because of strides."""
+    to zero what is padding, to fill the last cell, or because of strides. Cells that are prepared are filled up by what prepares them."""
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     queries = call.query[b0:b1, g0 * call.group : g1 * call.group]
     if call.pool.group:
         queries = queries.unflatten(1, (g1 - g0, -1)).mean(2)
     keys = call.key[b0:b1, g0:g1]
     real_queries, real_keys = select_inputs.real_queries(call), select_inputs.real_keys(call)
+    if spec.prepared and real_queries is None and real_keys is None and queries.stride(-1) == keys.stride(-1) == 1:
+        return queries, keys
     return (
         _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride),
         _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride),

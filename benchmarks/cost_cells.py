@@ -51,6 +51,7 @@ def sparse(kernels: tuple[str, ...]) -> list[Cell]:
     estimates += [prompt("select", n, stride=stride, batch=4) for n in (4 * K, 8 * K) for stride in (8, 16)]
     whole = [prompt("whole", n, main, stride=stride, density=d) for n in LENGTHS[2:] for stride in (8, 16) for d in (0.05, 0.1, 0.2)]
     whole += [prompt("whole", n, main, stride=16, variants=("half",), density=0.1) for n in LENGTHS[3:]]
+    whole += [prompt("whole", n, main, stride=8, variants=("pair", "int8"), density=0.1) for n in LENGTHS[2:]]
     whole += [prompt("whole", n, main, stride=8, density=0.1, batch=4) for n in (4 * K, 8 * K)]
     return lists + windows + estimates + whole
 

@@ -193,7 +193,12 @@ def _ffn(found: list[Record]) -> list[Row]:
 def _checks(found: list[Record]) -> list[Row]:
     checks = [r for r in latest((r for r in found if r["benchmark"] == "kernels"), "section", "case") if r["section"] == "check"]
     passed = sum(bool(r.get("ok")) for r in checks)
-    return [["Hopper attention kernel against the reference", f"{passed} of {len(checks)} checks passed", "–"]] if checks else []
+    commits = ", ".join(sorted({str(r["machine"].get("commit") or "unknown")[:10] for r in checks}))
+    return (
+        [["Hopper attention kernel against the reference", f"{passed} of {len(checks)} checks passed", f"commit {commits}"]]
+        if checks
+        else []
+    )
 
 
 def _short_kernels(found: list[Record]) -> list[str]:

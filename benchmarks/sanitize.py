@@ -35,6 +35,8 @@ SELECTION: dict[str, dict[str, Any]] = {
     "ragged, stride 8": {"length": 1001, "stride": 8},
     "half": {"pool": "max+half"},
     "pair": {"pool": "max+pair"},
+    "pair, int8": {"pool": "max+pair+int8", "length": 1001},
+    "quad, int8": {"pool": "max+quad+int8"},
     "group, density": {"pool": "sum+group", "density": 0.3},
     "int8": {"pool": "max+int8", "length": 1001},
     "flags, window": {"flags": True, "windows": [300]},

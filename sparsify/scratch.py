@@ -83,8 +83,8 @@ def scratch_bytes(
     """Bytes of device memory that xattention needs at most at a site beside query, key, value, output and LSE.
 
     The block lists of one part, and what its estimate needs: block sums and maxima, a group's mean queries, means of neighbours, copies
-    in 8 bits. Masks of padding and segments, some bytes for each key, and copies of operands whose strides kernels cannot read are not
-    counted.
+    in 8 bits. Not counted: masks of padding and segments, some bytes for each key, and copies of queries and keys where there is padding,
+    where kernels cannot read their strides, or where the exact estimate's last cell is not whole.
 
     Args:
         variants: of the estimate: any of "half", "group", "pair" or "quad", "int8".

@@ -23,7 +23,7 @@ from sparsify.hardware import Device
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
-_ROUNDING_PASSES, _MERGING_PASSES = 6, 2
+_ROUNDING_PASSES, _MERGING_PASSES = 5, 2
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
 # kernels whose decode step cuts the keys of one head into stretches for many processors
 _SPLITTING = {"sdpa", "cache", "masked"}

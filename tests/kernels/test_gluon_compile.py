@@ -68,7 +68,7 @@ def test_compiles_for_hopper(name, tmp_path, monkeypatch):
     )
     ptx = built.asm["ptx"]
     assert built.metadata.shared <= SHARED_LIMIT[90]
-    # with these clauses ptxas keeps a few of a tile's scalars in memory, outside of the loops
+    # with these clauses ptxas keeps a few of a tile's scalars in memory, outside of the loops; Triton 3.9's does so with any
     spilled = 256 if spec.key_flags or spec.segments else 64 if triton_release() >= (3, 9) else 0
     assert _usage(built.asm["cubin"])[1] <= spilled, "registers spill"
     assert "wgmma.mma_async" in ptx
