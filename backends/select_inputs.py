@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import UnsupportedError
+from sparsify.estimates import VARIANTS, merged
 
 _WHERE = "sparsify::select_blocks"
 _FAR = (1 << 31) - 1
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
 _POOLS = "sum or max, then any of +half, +group, +pair or +quad, +int8"
-_VARIANTS = ("half", "group", "pair", "quad", "int8")
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,24 @@ class Pool:
     """How the estimate is made: the op's `pool` string, `sum` or `max` with any of the suffixes of `_POOLS`.
 
     reduce: over a query block's cells. half: score every second query cell only. group: one estimate per KV head, from the mean of
-    its query heads. pair, quad: the mean of two or four neighbouring tokens stands for them all, of queries and of keys. int8: cells are
-    rounded to 8 bits, each with a scale of its own, keys after their mean is taken away.
+    its query heads. merged: so many neighbouring tokens' mean stands for them all, of queries and of keys. int8: cells are rounded to
+    8 bits, each with a scale of its own, keys after their mean is taken away.
     """
 
     reduce: str
     half: bool = False
     group: bool = False
-    pair: bool = False
-    quad: bool = False
+    merged: int = 1
     int8: bool = False
-
-    @property
-    def merged(self) -> int:
-        """Neighbouring tokens that one vector stands for."""
-        return 4 if self.quad else 2 if self.pair else 1
 
     @classmethod
     def parse(cls, text: str) -> Pool:
         reduce, *suffixes = text.split("+")
-        if reduce not in ("sum", "max") or len(set(suffixes)) != len(suffixes) or not set(suffixes) <= set(_VARIANTS):
+        if reduce not in ("sum", "max") or len(set(suffixes)) != len(suffixes) or not set(suffixes) <= set(VARIANTS):
             raise UnsupportedError(f"unknown pool {text!r}", where=_WHERE, hint=_POOLS)
         if {"pair", "quad"} <= set(suffixes):
             raise UnsupportedError(f"pool {text!r} merges tokens twice", where=_WHERE, hint=_POOLS)
-        return cls(reduce, *(name in suffixes for name in _VARIANTS))
+        return cls(reduce, "half" in suffixes, "group" in suffixes, merged(suffixes), "int8" in suffixes)
 
 
 @dataclass(frozen=True)

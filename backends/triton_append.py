@@ -17,8 +17,17 @@ from torch import Tensor
 from sparsify import cache_ops
 from sparsify.backends import source
 from sparsify.backends.append_template import FOLD, JOIN, VISIT
-from sparsify.backends.cache_kernels import DTYPES, LOG2E, launching, logit_arguments, logit_values, partial_sums, picked
-from sparsify.backends.reference_cache import asked_positions, turn
+from sparsify.backends.cache_kernels import (
+    DTYPES,
+    LOG2E,
+    launch_in_turn,
+    logit_arguments,
+    logit_values,
+    partial_sums,
+    stride_values,
+    turned_queries,
+)
+from sparsify.backends.reference_cache import asked_positions
 from sparsify.backends.template import Argument, padded, parameters, render
 from sparsify.backends.triton_decode import processors, stretches
 from sparsify.errors import UnsupportedError
@@ -173,26 +182,23 @@ def cache_attention(
         "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "stretches": count, "window": min(window, 1 << 30),
         "sinks": sinks, "STRETCHES": max(2, 1 << (count - 1).bit_length()), **logit_values(scale, softcap),
     }  # fmt: skip
-    _strides(given, query=(query, "bhm"), out=(out, "bhm"))
+    given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
     if has_new:
         given |= {"new_key": new_key, "new_value": new_value, "at": asked if real is None else asked.masked_fill(~real, -1)}
-        _strides(given, key=(new_key, "bhn"), value=(new_value, "bhn"))
+        given |= stride_values(key=(new_key, "bhn"), value=(new_value, "bhn"))
         if window:
             given["bounds"] = _bounds(asked, tiles, tiling.rows, group, given["window"], sinks)
     if sink_logits is not None:
         given["sink_logits"] = sink_logits.float().contiguous()
     if turning:
-        steps = -(asked + 1 - sinks - window).clamp(min=0)[:, None]
-        given["turned"] = turn(query.float(), steps, inverse_frequencies).to(query.dtype).contiguous()
+        given["turned"] = turned_queries(query, asked, sinks, window, inverse_frequencies)
     if count > 1:
         given |= partial_sums(rows * query_len * group * count, v_head_dim, query.device)
-    _launch(spec, given, (tiles * count, rows), (query_len * group, rows), query)
+    fold = ("fold", (tiles * count, rows), {"num_warps": tiling.warps, "num_stages": tiling.stages})
+    join = ("join", (query_len * group, rows), {"num_warps": 4})
+    kernels = (fold,) if spec.single else (fold, join)
+    launch_in_turn(f"append kernel ({spec})", query, lambda: _module(spec), functools.partial(arguments, spec), given, *kernels)
     return out
-
-
-def _strides(given: dict[str, Any], **tensors: tuple[Tensor, str]) -> None:
-    for name, (tensor, axes) in tensors.items():
-        given |= {f"{name}_{axis}": stride for axis, stride in zip(axes, tensor.stride())}
 
 
 def _bounds(asked: Tensor, tiles: int, rows: int, group: int, window: int, sinks: int) -> Tensor:
@@ -204,15 +210,6 @@ def _bounds(asked: Tensor, tiles: int, rows: int, group: int, window: int, sinks
     start = torch.searchsorted(asked, (lowest - window).contiguous(), right=True)
     sinks_end = torch.searchsorted(asked, torch.full_like(asked[:, :1], sinks))
     return torch.stack((start, torch.minimum(start, sinks_end)), -1).to(torch.int32)
-
-
-def _launch(spec: AppendSpec, given: dict[str, Any], fold_grid: tuple[int, int], join_grid: tuple[int, int], query: Tensor) -> None:
-    with launching(f"append kernel ({spec})", query):
-        module = _module(spec)
-        of = lambda kernel: picked(given, arguments(spec, kernel))
-        module.fold[fold_grid](**of("fold"), num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
-        if not spec.single:
-            module.join[join_grid](**of("join"), num_warps=4)
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, new_key: Tensor | None, new_value: Tensor | None, scale: float) -> None:

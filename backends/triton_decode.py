@@ -15,9 +15,17 @@ from torch import Tensor
 
 from sparsify import cache_ops
 from sparsify.backends import source
-from sparsify.backends.cache_kernels import DTYPES, LOG2E, launching, logit_arguments, logit_values, partial_sums, picked
+from sparsify.backends.cache_kernels import (
+    DTYPES,
+    LOG2E,
+    launch_in_turn,
+    logit_arguments,
+    logit_values,
+    partial_sums,
+    stride_values,
+    turned_queries,
+)
 from sparsify.backends.decode_template import COMBINE, FINISH, SPLIT
-from sparsify.backends.reference_cache import turn
 from sparsify.backends.template import Argument, padded, parameters, render
 from sparsify.errors import UnsupportedError
 
@@ -206,27 +214,19 @@ def cache_decode(
     given |= partial_sums(rows * spec.group * count, v_head_dim, query.device) | logit_values(scale, softcap)
     if not spec.fused:
         given["slots"] = torch.empty(rows, dtype=torch.int32, device=query.device)
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
-        given |= {f"{name}_b": tensor.stride(0), f"{name}_h": tensor.stride(1)}
+    given |= stride_values(query=(query, "bh"), key=(key, "bh"), value=(value, "bh"), out=(out, "bh"))
     if sink_logits is not None:
         given["sink_logits"] = sink_logits.float().contiguous()
     if real is not None:
         given |= {"real": real.view(torch.uint8), "real_b": real.stride(0)}
     if turning:
         at = seen if real is None else seen - 1 + real[:, 0].to(seen.dtype)
-        steps = -(at + 1 - sinks - window).clamp(min=0)[:, None, None]
-        given["turned"] = turn(query.float(), steps, inverse_frequencies).to(query.dtype).contiguous()
-    _launch(spec, given, (count, rows), (spec.group, rows), query)
+        given["turned"] = turned_queries(query, at[:, None], sinks, window, inverse_frequencies)
+    split = ("split", (count, rows), {"num_warps": tiling.warps, "num_stages": tiling.stages})
+    combine = ("combine", (spec.group, rows), {"num_warps": 4})
+    kernels = (split,) if spec.fused else (split, combine)
+    launch_in_turn(f"decode kernel ({spec})", query, lambda: _module(spec), functools.partial(arguments, spec), given, *kernels)
     return out
-
-
-def _launch(spec: DecodeSpec, given: dict[str, Any], split_grid: tuple[int, int], combine_grid: tuple[int, int], query: Tensor) -> None:
-    with launching(f"decode kernel ({spec})", query):
-        module = _module(spec)
-        of = lambda kernel: picked(given, arguments(spec, kernel))
-        module.split[split_grid](**of("split"), num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
-        if not spec.fused:
-            module.combine[combine_grid](**of("combine"), num_warps=4)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pinned: int, scale: float) -> None:

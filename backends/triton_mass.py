@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.backends import source
-from sparsify.backends.cache_kernels import DTYPES, launching, logit_arguments, logit_values, picked
+from sparsify.backends.cache_kernels import DTYPES, launching, logit_arguments, logit_values, picked, stride_values
 from sparsify.backends.mass_template import GATHER, LOGITS, SPREAD
 from sparsify.backends.template import Argument, padded, parameters, render
 from sparsify.backends.triton_decode import DecodeTiling, processors, stretches
@@ -126,7 +126,7 @@ def cache_mass(
         "stretches": count, "stretch_len": -(-key_len // (count * tiling.keys)) * tiling.keys, "part_m": part[0], "part_l": part[1],
         "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device), **logit_values(scale, softcap),
     }  # fmt: skip
-    given |= {f"key_{axis}": stride for axis, stride in zip("bhn", keys.stride())}
+    given |= stride_values(key=(keys, "bhn"))
     with launching(f"mass kernel ({spec})", query):
         module = _module(spec)
         of = lambda kernel: picked(given, arguments(spec, kernel))

@@ -243,11 +243,9 @@ def _operands(call: Selection, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor,
         queries = queries.unflatten(1, (g1 - g0, -1)).mean(2)
     keys = call.key[b0:b1, g0:g1]
     real_queries, real_keys = select_inputs.real_queries(call), select_inputs.real_keys(call)
-    if spec.prepared and real_queries is None and real_keys is None and queries.stride(-1) == keys.stride(-1) == 1:
-        return queries, keys
     return (
-        _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride),
-        _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride),
+        _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride, spec.prepared),
+        _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride, spec.prepared),
     )
 
 
@@ -266,9 +264,13 @@ def _rows_of(mask: Tensor | None, first: int, last: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[first:last]
 
 
-def _ready(values: Tensor, real: Tensor | None, cells: int, span: int, used: int) -> Tensor:
-    """`values`, or a copy with whole cells and strides that tensor descriptors take, in which everything else is zero."""
-    if real is None and (cells - 1) * span + used <= values.shape[2] and _aligned(values):
+def _ready(values: Tensor, real: Tensor | None, cells: int, span: int, used: int, prepared: bool) -> Tensor:
+    """`values`, or a copy with whole cells and strides that tensor descriptors take, in which everything else is zero.
+
+    prepared: what reads them fills up the last cell and takes any stride of tokens.
+    """
+    readable = values.stride(-1) == 1 if prepared else (cells - 1) * span + used <= values.shape[2] and _aligned(values)
+    if real is None and readable:
         return values
     batch, heads, length, dim = values.shape
     unit = 16 // values.element_size()

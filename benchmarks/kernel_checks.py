@@ -63,7 +63,26 @@ class Call:
 def matrix() -> dict[str, Call]:
     """Every clause alone, the combinations that share code, and a fuzzed rest."""
     base, ragged = Call(), Call(query_len=1000, key_len=1000)
-    cases = {
+    cases = _clauses(base, ragged)
+    for where in ("left", "right", "holes", "row"):
+        cases[f"padding_{where}"] = replace(ragged, padding=where, batch=2)
+        cases[f"padding_{where}_window"] = replace(ragged, padding=where, batch=2, windows=(200,), sinks=4)
+        cases[f"padding_{where}_lists"] = replace(ragged, padding=where, batch=2, density=0.4)
+    for head_dim, value_dim in ((64, 64), (96, 96), (192, 192), (256, 256), (192, 128), (80, 80), (64, 128), (128, 64)):
+        call = replace(ragged, head_dim=head_dim, value_dim=value_dim)
+        cases[f"dim_{head_dim}_{value_dim}"] = call
+        cases[f"dim_{head_dim}_{value_dim}_lists"] = replace(call, density=0.4, batch=2)
+    cases["dim_64_many"] = Call(heads=32, kv_heads=8, query_len=4096, key_len=4096, density=0.1, head_dim=64)
+    cases["dim_256_flags"] = replace(ragged, head_dim=256, padding="left", density=0.5)
+    for name, tuning in TUNINGS.items():
+        cases[f"tuning_{name}"] = Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, density=0.2, tuning=tuning)
+        cases[f"tuning_{name}_dense"] = Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, tuning=tuning)
+    return cases | {f"fuzz_{seed}": _fuzz(seed) for seed in range(24)}
+
+
+def _clauses(base: Call, ragged: Call) -> dict[str, Call]:
+    """Clauses alone and by hand combined; a table, so as long as there are cases."""
+    return {
         "causal": base,
         "not_causal": replace(base, causal=False),
         "ragged": ragged,
@@ -118,20 +137,6 @@ def matrix() -> dict[str, Call]:
         "many_short_tiles": Call(heads=32, kv_heads=8, query_len=4096, key_len=4096, density=0.02),
         "many_windows": Call(heads=32, kv_heads=8, query_len=4096, key_len=4096, windows=(300,), sinks=4),
     }
-    for where in ("left", "right", "holes", "row"):
-        cases[f"padding_{where}"] = replace(ragged, padding=where, batch=2)
-        cases[f"padding_{where}_window"] = replace(ragged, padding=where, batch=2, windows=(200,), sinks=4)
-        cases[f"padding_{where}_lists"] = replace(ragged, padding=where, batch=2, density=0.4)
-    for head_dim, value_dim in ((64, 64), (96, 96), (192, 192), (256, 256), (192, 128), (80, 80), (64, 128), (128, 64)):
-        call = replace(ragged, head_dim=head_dim, value_dim=value_dim)
-        cases[f"dim_{head_dim}_{value_dim}"] = call
-        cases[f"dim_{head_dim}_{value_dim}_lists"] = replace(call, density=0.4, batch=2)
-    cases["dim_64_many"] = Call(heads=32, kv_heads=8, query_len=4096, key_len=4096, density=0.1, head_dim=64)
-    cases["dim_256_flags"] = replace(ragged, head_dim=256, padding="left", density=0.5)
-    for name, tuning in TUNINGS.items():
-        cases[f"tuning_{name}"] = Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, density=0.2, tuning=tuning)
-        cases[f"tuning_{name}_dense"] = Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, tuning=tuning)
-    return cases | {f"fuzz_{seed}": _fuzz(seed) for seed in range(24)}
 
 
 def _fuzz(seed: int) -> Call:

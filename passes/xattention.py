@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from sparsify import ops, scratch
 from sparsify.costs import antidiagonal_crossover, example, expected_density
 from sparsify.editor import Editor, attention_call
+from sparsify.estimates import VARIANTS, Variant
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
 from sparsify.work import AttentionSizes, Work, attention, selection
@@ -33,7 +34,7 @@ class XAttention(Pass):
     stride: Literal[4, 8, 16] = Field(8, description="tokens that one score of the estimate spans; smaller is finer and slower")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
     pool: Literal["sum", "max"] = Field("max", description="how a query block's cells are combined; sum is the published rule")
-    estimate: tuple[Literal["half", "group", "pair", "quad", "int8"], ...] = Field(
+    estimate: tuple[Variant, ...] = Field(
         ("pair", "int8"),
         description="ways to make the estimate cheaper, any of them together: every second query cell, one estimate per KV head, "
         "the mean of two (pair) or four (quad) neighbouring tokens for them all, 8 bits",
@@ -114,7 +115,7 @@ class XAttention(Pass):
     @property
     def op_pool(self) -> str:
         """The op's `pool`: how cells are combined, and the estimate's variants as suffixes."""
-        return "+".join((self.pool, *(name for name in ("half", "group", "pair", "quad", "int8") if name in self.estimate)))
+        return "+".join((self.pool, *(name for name in VARIANTS if name in self.estimate)))
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.at(site).mask_operands(site)

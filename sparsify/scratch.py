@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sparsify import estimates
+
 LIST_BYTES = 9 << 26  # a group of four heads at a million tokens, counts included
 SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
 WIDEST_ROW = 8192  # key blocks of a row that the choice keeps in registers
@@ -104,7 +106,7 @@ def scratch_bytes(
     band = owner_sums * min(1.0, _BAND_CELLS / cells)
     sums = at_once * owner_sums if owner_sums <= SUM_BYTES else int(max(SUM_BYTES, band))
     copies = at_once * scored * query_len * head_dim * item_bytes if shared else 0
-    merged = 4 if "quad" in variants else 2 if "pair" in variants else 1
+    merged = estimates.merged(variants)
     if "int8" in variants or merged > 1:
         numbers = stride // merged * -(-head_dim // 16) * 16
         key_cells = -(-key_len // stride)

@@ -19,6 +19,7 @@ from typing import Any
 import sympy
 import torch
 
+from sparsify import estimates
 from sparsify.hardware import Device
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
@@ -243,7 +244,7 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
     # causal cells; the column tile that the diagonal cuts is computed whole
     start = columns - rows * span / stride
     cells = rows * (start + (columns - start) / 2 + sympy.Rational(_SCORE_TILE[1], 2)) if s.causal else rows * columns
-    merged = _merged(variants)
+    merged = estimates.merged(variants)
     depth = sympy.Rational(stride, merged) * s.qk_head_dim
     flops = sympy.sympify(2 * scored * cells * depth)
     eight = "int8" in variants
@@ -268,18 +269,13 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
     )
 
 
-def _merged(variants: tuple[str, ...]) -> int:
-    """Tokens whose mean stands for them all."""
-    return 4 if "quad" in variants else 2 if "pair" in variants else 1
-
-
 def _prepared(s: AttentionSizes, skipped: int, scored: Size, variants: tuple[str, ...]) -> sympy.Expr:
     """Bytes that passes over queries and keys move before the product: the group's mean, means of neighbours and rounding to 8 bits."""
     queries, keys = s.query_len * s.qk_head_dim, s.batch * s.kv_heads * s.key_len * s.qk_head_dim
     item, moved = s.dtype.itemsize, _ZERO
     if "group" in variants:
         moved += (s.batch * s.query_heads + scored) * queries * item
-    eight, merged = "int8" in variants, _merged(variants)
+    eight, merged = "int8" in variants, estimates.merged(variants)
     if eight or merged > 1:  # with 8 bits the keys are read twice, once for their mean
         written = sympy.Rational(1 if eight else item, merged)
         moved += scored * queries * (item + written) / skipped + keys * ((2 if eight else 1) * item + written)
