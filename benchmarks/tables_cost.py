@@ -96,8 +96,9 @@ def predicted_prefill(record: Record, device: Device) -> float | None:
         return float(model_costs.model_prefill_seconds(shape, device, n, attention=min(exact, key=float)))
     if record["variant"] in ("xattention", "default") and record.get("density"):
         sparse = costs.attention_seconds(sizes, device, kernel="hopper", share=record["density"], listed=True)
-        # records from before the estimate was named ran the 8-bit one
-        estimate = costs.estimate_seconds(sizes, device, 8, variants=record.get("estimate", ("int8",)))
+        # of the records that do not name their estimate, those of `xattention` are from before the 8-bit one was the default
+        unnamed = () if record["variant"] == "xattention" else ("int8",)
+        estimate = costs.estimate_seconds(sizes, device, 8, variants=record.get("estimate", unnamed))
         return float(model_costs.model_prefill_seconds(shape, device, n, attention=sparse + estimate))
     return None
 
