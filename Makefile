@@ -8,18 +8,40 @@ JOBS ?= 2
 N ?= 10000
 SEED ?= 0
 
-.PHONY: demo test test-all interpreter gpu fuzz lint bench clean
+# What a release of transformers breaks first: families once each, site names, caches, generate() and the commands.
+HF_TESTS := tests/test_families.py tests/test_match.py tests/test_cache.py tests/test_cache_errors.py tests/test_kv_evict.py tests/test_encoders.py \
+	tests/test_calibrate_errors.py tests/test_cli.py tests/test_meta_model.py
+QUICK := not gpu and not slow and not interpreter
 
-$(VENV)/.done: pyproject.toml tools/setup_venv.sh
-	PYTHON=$(PYTHON) bash tools/setup_venv.sh $(VENV)
+.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz lint bench clean
+
+# .venv holds the versions that last passed, .venv-KIND those that tools/setup_venv.sh says
+%/.done: pyproject.toml tools/setup_venv.sh tools/constraints/tested.txt tools/constraints/oldest.txt
+	PYTHON=$(PYTHON) bash tools/setup_venv.sh $* $(or $(patsubst .venv-%,%,$(filter .venv-%,$*)),tested)
 	touch $@
 
 demo: $(VENV)/.done
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/.done
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow and not interpreter"
-	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels -m "interpreter and not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "$(QUICK)" $(RECORD)
+	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels -m "interpreter and not slow" $(RECORD)
+
+# The same on the newest releases that the registry has, and on the oldest that are promised; each in an environment of its own.
+test-newest: .venv-newest/.done
+	$(MAKE) test VENV=.venv-newest
+
+test-oldest: .venv-oldest/.done
+	$(MAKE) test VENV=.venv-oldest
+
+# The newest transformers on the tested torch, with the tests that its releases break: short enough for every run of CI.
+test-newest-transformers: .venv-newest-transformers/.done
+	$(TEST_ENV) .venv-newest-transformers/bin/python -m pytest -n $(JOBS) -m "$(QUICK)" $(HF_TESTS) $(RECORD)
+
+# Renews tools/constraints/tested.txt: the newest releases, frozen once the tests have passed on them.
+constraints: test-newest-transformers
+	$(MAKE) test VENV=.venv-newest-transformers
+	.venv-newest-transformers/bin/python tools/freeze_constraints.py
 
 test-all: $(VENV)/.done
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not interpreter"
@@ -37,4 +59,4 @@ lint: $(VENV)/.done
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache demo-out
+	rm -rf .venv* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache demo-out

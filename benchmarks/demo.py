@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if importlib.util.find_spec("matplotlib") is None:
-        print('the demo draws a picture and needs matplotlib: pip install "torch-sparsify[plot,hf]"', file=sys.stderr)
+        print('the demo draws a picture and needs matplotlib: pip install "sparsify-compiler[plot,hf]"', file=sys.stderr)
         return 2
     import sparsify
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__distribution__ = "sparsify-compiler"  # its name on PyPI, where another project is called sparsify
 
 if TYPE_CHECKING:
     from sparsify.api import compile, explain

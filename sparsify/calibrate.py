@@ -189,7 +189,7 @@ def plot(table: Tensor, proposal: Proposal, path: str | Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UnsupportedError("a plot needs matplotlib", hint='pip install "torch-sparsify[plot]"') from None
+        raise UnsupportedError("a plot needs matplotlib", hint='pip install "sparsify-compiler[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -148,7 +148,7 @@ def _load_model(given: argparse.Namespace) -> Any:
     try:
         import transformers
     except ImportError:
-        raise UnsupportedError("transformers is not installed", hint='pip install "torch-sparsify[hf]"') from None
+        raise UnsupportedError("transformers is not installed", hint='pip install "sparsify-compiler[hf]"') from None
     transformers.utils.logging.disable_progress_bar()
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)

@@ -159,7 +159,7 @@ def plot(forecast: Forecast, path: str | Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UnsupportedError("a plot needs matplotlib", hint='pip install "torch-sparsify[plot]"') from None
+        raise UnsupportedError("a plot needs matplotlib", hint='pip install "sparsify-compiler[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

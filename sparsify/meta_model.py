@@ -241,7 +241,7 @@ def build(name: str, *, config: Any = None, dtype: torch.dtype | None = None, at
     try:
         import transformers
     except ImportError:
-        raise UnsupportedError("transformers is not installed", hint='pip install "torch-sparsify[hf]"') from None
+        raise UnsupportedError("transformers is not installed", hint='pip install "sparsify-compiler[hf]"') from None
     assumptions = []
     try:
         config = transformers.AutoConfig.from_pretrained(name) if config is None else copy.deepcopy(config)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparsify import folders, profile
+from sparsify import __distribution__, folders, profile
 from sparsify.errors import CacheFolderError, ProfileError
 from sparsify.profile import Profile
 
@@ -44,8 +44,7 @@ class Identity:
 
 def identity(kind: str = "cuda", index: int | None = None) -> Identity:
     """The device of torch's type `kind`, as it is now; CUDA is not touched for a CPU."""
-    found = {name: _version(name) for name in ("torch", "triton", "torch-sparsify")}
-    versions = {"torch": found["torch"], "triton": found["triton"], "sparsify": found["torch-sparsify"]}
+    versions = {"torch": _version("torch"), "triton": _version("triton"), "sparsify": _version(__distribution__)}
     if kind != "cuda":
         return Identity(_cpu_name() if kind == "cpu" else kind, None, "none", **versions)
     return Identity(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), _driver(), **versions)

@@ -33,16 +33,36 @@ def test_a_wheel_has_every_module(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("torch_sparsify-*.whl")
+    (wheel,) = tmp_path.glob("sparsify_compiler-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert modules() - names == set()
     assert not any(n.startswith(("tests/", "benchmarks/", "passes/", "backends/")) for n in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    assert "sparsify = sparsify.backend:sparsify" in entry_points
+    assert "sparsify = sparsify_entry:backend" in entry_points
 
 
 def test_torch_lists_the_backend():
     assert "sparsify" in torch._dynamo.list_backends()
+
+
+@pytest.mark.parametrize("foreign", ["", "__distribution__ = 'another'", "from sparsify.backend import sparsify"])
+def test_a_foreign_package_of_our_name_is_told(tmp_path, foreign):
+    (tmp_path / "sparsify").mkdir()
+    (tmp_path / "sparsify" / "__init__.py").write_text(foreign)
+    (tmp_path / "sparsify" / "backend.py").write_text("def sparsify(*args): raise AssertionError")
+    code = f"""if True:
+        import sys
+        sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
+        import sparsify_entry
+        for entry in (sparsify_entry.main, lambda: sparsify_entry.backend(None, [])):
+            try:
+                entry()
+            except ImportError as error:
+                assert "is not sparsify-compiler's" in str(error) and {str(tmp_path)!r} in str(error), error
+            else:
+                raise AssertionError(entry)
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
 
 
 def test_methods_are_discovered():

@@ -1,13 +1,24 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with sparsify in it, ready for tests and the demo.
+#
+#   setup_venv.sh FOLDER [tested|oldest|newest|newest-transformers]
+#
+# tested: exactly the versions that last passed (tools/constraints/tested.txt). oldest: the oldest that are promised. newest: whatever the
+# registry has. newest-transformers: likewise, but torch and triton as tested, since another torch is gigabytes and rarely what changed.
 set -euo pipefail
-venv=$1
+venv=$1 kind=${2:-tested}
+here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sparsify needs Python 3.11 or newer; set PYTHON=" >&2; exit 1; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-# A plain `torch` may pull gigabytes of CUDA: without a GPU the version that the tests run on is taken first.
-if ! "$venv/bin/python" -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null 2>&1; then
-    pip install -q 'torch==2.13.0'
-fi
-pip install -q -e '.[test,lint]'
+constraints=$venv/constraints.txt
+case $kind in
+    tested | oldest) cp "$here/constraints/$kind.txt" "$constraints" ;;
+    newest-transformers) grep -E '^(torch|triton)==' "$here/constraints/tested.txt" > "$constraints" ;;
+    newest) : > "$constraints" ;;
+    *) echo "unknown kind of environment: $kind" >&2; exit 2 ;;
+esac
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --upgrade --upgrade-strategy eager -c "$constraints" "$@"; }
+# torch by itself first: where a CPU build of the constrained release is at hand, pip then takes it before triton's CUDA packages come in
+pip torch
+pip -e "$here/..[test,lint]"
