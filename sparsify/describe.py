@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import sympy
@@ -10,8 +9,9 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import Max
 
-from sparsify import predicates
+from sparsify import compat, predicates
 from sparsify.aliasing import tensor_of
+from sparsify.module_paths import module_path
 from sparsify.sites import AttentionSite
 from sparsify.symbolic import plain, scalar, sizes
 
@@ -61,16 +61,13 @@ def stride_order(tensor: torch.Tensor) -> str:
 
 
 def layer_of(node: fx.Node) -> tuple[str, int | None]:
-    """Layer path and number from `nn_module_stack`; empty without one."""
+    """Path and number of the layer from `nn_module_stack`, the path from the model that was compiled; empty without a stack."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return "", None
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['self'\]\.?|^self\.?", "", path)
-    path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", lambda m: "." + (m[1] or m[2]), path)
-    path = re.sub(r"\.+", ".", path).strip(".")
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
-    return path, int(numbers[-1]) if numbers else None
+    path = module_path(list(stack.values())[-1][0], compat.frame_scopes())
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    return path, numbers[-1] if numbers else None
 
 
 def only_for(core: tuple[fx.Node, ...], more: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
