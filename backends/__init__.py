@@ -2,6 +2,6 @@
 
 import sparsify.backends.ffn_launch
 import sparsify.backends.sparse_attention  # noqa: F401  (registers selection and attention in one)
-from sparsify.backends.launch import attention_family, available, strict, use
+from sparsify.backends.launch import attention_family, available, serving, strict, use
 
-__all__ = ["attention_family", "available", "strict", "use"]
+__all__ = ["attention_family", "available", "serving", "strict", "use"]

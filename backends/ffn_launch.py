@@ -22,7 +22,7 @@ def _warn_once(op: str, reason: str) -> None:
 
 def ffn(residual: Tensor, input: Tensor, remaining: Tensor, *args: Tensor, **call) -> tuple[Tensor, Tensor]:
     out, after = _serve("ffn", residual, input, remaining, *args, **call)
-    for observer in ffn_ops.observers:
+    for observer in ffn_ops.observers():
         observer(remaining, after)
     return out, after
 

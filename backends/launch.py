@@ -34,28 +34,48 @@ _IMPLEMENTATIONS = {
     },
 }
 
+# what serves calls of which nothing else is said, in every thread
 _kernels = "auto"
 
+# what the compiled model that runs here asked for, None where it left that open
+_kernels_here: contextvars.ContextVar[str | None] = contextvars.ContextVar("sparsify_kernels", default=None)
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_strict", default=False)
 
 
 @contextlib.contextmanager
-def strict() -> Iterator[None]:
-    """In this block a kernel that fails and an estimate that runs out of memory raise; elsewhere they cost a warning and time."""
-    token = _strict.set(True)
+def serving(kernels: str = "auto", strict: bool = False) -> Iterator[None]:
+    """In this block, in this thread: what serves the ops, and whether failures raise; everything else keeps its own ways.
+
+    Args:
+        kernels: as `use` takes it; "auto" leaves what is said outside.
+        strict: a kernel that fails and an estimate that runs out of memory raise; otherwise they cost a warning and time. False leaves
+            what is said outside.
+    """
+    kernels_token = _kernels_here.set(_kernels_here.get() if _checked(kernels) == "auto" else kernels)
+    strict_token = _strict.set(strict or _strict.get())
     try:
         yield
     finally:
-        _strict.reset(token)
+        _strict.reset(strict_token)
+        _kernels_here.reset(kernels_token)
+
+
+def strict() -> contextlib.AbstractContextManager[None]:
+    """In this block a kernel that fails and an estimate that runs out of memory raise; elsewhere they cost a warning and time."""
+    return serving(strict=True)
+
+
+def _wanted() -> str:
+    return _kernels_here.get() or _kernels
 
 
 def recovers(error: UnsupportedError | KernelError) -> bool:
     """Whether the reference takes over from a kernel that failed so: never where Triton is demanded or, for failures, under `strict`."""
-    return _kernels != "triton" and (isinstance(error, UnsupportedError) or not (_strict.get() or _out_of_memory(error)))
+    return _wanted() != "triton" and (isinstance(error, UnsupportedError) or not (_strict.get() or _out_of_memory(error)))
 
 
 def use(kernels: str) -> None:
-    """Says what serves the ops from now on, in this process.
+    """Says what serves the ops from now on, in this process, but for compiled models that say it themselves.
 
     Args:
         kernels: "auto" (Triton on CUDA devices that it supports, the reference elsewhere and for calls that Triton kernels do not
@@ -69,13 +89,13 @@ def use(kernels: str) -> None:
 
 
 def available(device: torch.device | str, kernels: str | None = None) -> tuple[str, str]:
-    """("triton" | "reference", reason): what serves the ops on `device` when `kernels` (default: what `use` said) is asked for.
+    """("triton" | "reference", reason): what serves the ops on `device` where `kernels` is asked for (default: as `serving` or `use` say).
 
     Raises:
         UnsupportedError: "triton" is asked for and cannot run there.
         ConfigError: `kernels` is not one of `KERNELS`.
     """
-    wanted = _kernels if kernels is None else _checked(kernels)
+    wanted = _wanted() if kernels is None else _checked(kernels)
     device = torch.device(device)
     if wanted == "reference":
         return "reference", "asked for"

@@ -6,6 +6,7 @@ parts follow from shapes alone, so that a CUDA graph can hold the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *, limit: int = 
     each = scratch.list_bytes(query_len, key_len, options["block_size"])
     parts = list(scratch.parts(batch, heads, kv_heads, each, limit, "group" not in options["pool"].split("+")))
     if len(parts) <= 1:
-        return _both(query, key, value, options, None, ops.select_observers)
+        return _both(query, key, value, options, None, ops.select_observers())
     output = ops.empty_output(query, value, options["seq_major"])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     seen: list[tuple[Tensor, Tensor]] = []
-    collect = [lambda *call, **_: seen.append(call[2:])] if ops.select_observers else []
+    collect = [lambda *call, **_: seen.append(call[2:])] if ops.select_observers() else []
     for part in parts:
         rows, owners, served = (slice(*bounds) for bounds in (part.batch, part.kv_heads, part.heads))
         into = output[rows, served], lse[rows, served]
@@ -43,7 +44,7 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *, limit: int = 
     return output, lse
 
 
-def _both(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], into: tuple[Tensor, Tensor] | None, observers: list):
+def _both(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], into: tuple[Tensor, Tensor] | None, observers: Sequence):
     common = {name: option for name, option in options.items() if name not in (*_SELECTION, "seq_major")}
     call = common | {name: options[name] for name in _SELECTION}
     counts, indices = launch.select_blocks(query, key, **call)
@@ -70,7 +71,7 @@ def _observe(query: Tensor, key: Tensor, options: dict[str, Any], parts: list[sc
         counts[slice(*part.batch), slice(*part.heads)] = some_counts
         indices[slice(*part.batch), slice(*part.heads)] = some_indices
     call = {name: option for name, option in options.items() if name != "seq_major"}
-    for observer in ops.select_observers:
+    for observer in ops.select_observers():
         observer(query, key, counts, indices, **call)
 
 

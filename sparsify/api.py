@@ -82,8 +82,5 @@ def record_density() -> Iterator[list[float]]:
     def observe(query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, indices: torch.Tensor, **call: Any) -> None:
         densities.append(float(blockmask.call_density(query, key, counts, **call)))
 
-    ops.select_observers.append(observe)
-    try:
+    with ops.observing(observe):
         yield densities
-    finally:
-        ops.select_observers.remove(observe)

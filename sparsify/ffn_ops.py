@@ -27,7 +27,9 @@ The run's two numbers are kept on the device under `key`. Sequences that take tu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -81,9 +83,24 @@ ffn_start = torch.ops.sparsify.ffn_start.default
 ffn_prompt = torch.ops.sparsify.ffn_prompt.default
 ffn = torch.ops.sparsify.ffn.default
 
-# Called as observer(remaining before, remaining after) after each block; reading them synchronises, so the list is empty unless a tool
-# asks.
-observers: list[Callable[[Tensor, Tensor], None]] = []
+Observer = Callable[[Tensor, Tensor], None]
+_observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("sparsify_ffn_observers", default=())
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Calls `observer(remaining before, remaining after)` after each feed-forward block that runs here. Reading them synchronises."""
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def observers() -> tuple[Observer, ...]:
+    """Who observes feed-forward blocks here."""
+    return _observers.get()
+
 
 # no position follows it
 _NO_POSITION = -2

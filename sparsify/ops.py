@@ -25,8 +25,10 @@ some heads after the others (`sparsify.scratch`), with the same results.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -136,9 +138,25 @@ attention = torch.ops.sparsify.attention.default
 select_blocks = torch.ops.sparsify.select_blocks.default
 sparse_attention = torch.ops.sparsify.sparse_attention.default
 
-# Called as observer(query, key, counts, indices, **keywords of select_blocks) after each block selection; reading the block lists
-# costs a device synchronisation, so the list is empty unless a tool asks.
-select_observers: list[Callable[..., None]] = []
+_observers: contextvars.ContextVar[tuple[Callable[..., None], ...]] = contextvars.ContextVar("sparsify_select_observers", default=())
+
+
+@contextlib.contextmanager
+def observing(observer: Callable[..., None]) -> Iterator[None]:
+    """Calls `observer(query, key, counts, indices, **keywords of select_blocks)` after each block selection of this block and thread.
+
+    Reading the block lists costs a device synchronisation, so nobody observes unless a tool asks.
+    """
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def select_observers() -> tuple[Callable[..., None], ...]:
+    """Who observes block selections here."""
+    return _observers.get()
 
 
 def observed_selection(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -147,7 +165,7 @@ def observed_selection(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable
     @functools.wraps(select)
     def wrapped(query: Tensor, key: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
         counts, indices = select(query, key, **call)
-        for observer in select_observers:
+        for observer in select_observers():
             observer(query, key, counts, indices, **call)
         return counts, indices
 

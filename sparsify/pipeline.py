@@ -58,7 +58,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         return lower(gm, example_inputs, config)
     if config.verify and kept is not None:
         compiled = _verify_first_call(compiled, pristine, kept, config, example_inputs)
-    return _strict_calls(compiled) if config.strict else compiled
+    return _served(compiled, config)
 
 
 def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
@@ -86,8 +86,6 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
 
 def context_of(device: torch.device, config: Config) -> Context:
     kernels, reason = backends.available(device, config.kernels)
-    if config.kernels != "auto":
-        backends.use(config.kernels)
     log.debug("kernels: %s (%s)", kernels, reason)
     family = backends.attention_family(device) if kernels == "triton" else kernels
     return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family, config.worth)
@@ -160,20 +158,23 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     return compile_fx(gm, list(example_inputs), config_patches=config.inductor_patches())
 
 
-def _strict_calls(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """At run time too, failures raise; other compiled models of the process keep their own ways."""
+def _served(compiled: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    """At run time too, `kernels` and `strict` hold for this callable alone; other compiled models of the process keep their own ways."""
+    if config.kernels == "auto" and not config.strict:
+        return compiled
 
     def call(*inputs: Any) -> Any:
-        with backends.strict():
+        with backends.serving(config.kernels, config.strict):
             return compiled(*inputs)
 
     return call
 
 
 def _fall_back(error: Exception) -> Plan:
-    reason = f"{type(error).__name__}: {error}".strip()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch's errors may hold whole tracebacks
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     warnings.warn(f"sparsify left a graph untouched: {reason} (strict = true raises instead)", stacklevel=2)
-    log.warning("graph left untouched", exc_info=error)
+    log.debug("graph left untouched", exc_info=error)
     return Plan(fallback=reason)
 
 

@@ -114,11 +114,8 @@ def record_blocks() -> Iterator[list[Selection]]:
         density = blockmask.call_density(query, key, counts, **call)
         selections.append(Selection(counts.detach().cpu().clone(), indices.detach().cpu().clone(), call["block_size"], float(density)))
 
-    ops.select_observers.append(observe)
-    try:
+    with ops.observing(observe):
         yield selections
-    finally:
-        ops.select_observers.remove(observe)
 
 
 @torch.no_grad()

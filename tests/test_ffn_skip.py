@@ -56,11 +56,8 @@ ONE_TOKEN = lambda model: model(input_ids=torch.tensor([[5]]), use_cache=False).
 def observed():
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     observer = lambda before, after: seen.append((before.clone(), after.clone()))
-    ffn_ops.observers.append(observer)
-    try:
+    with ffn_ops.observing(observer):
         yield seen
-    finally:
-        ffn_ops.observers.remove(observer)
 
 
 @contextlib.contextmanager

@@ -242,11 +242,8 @@ def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
     """Compiled against the masked reference with the same selection, and visibly unlike dense. Returns the block lists seen."""
     seen = []
     observer = lambda query, key, counts, indices, **options: seen.append((counts.clone(), indices.clone(), key.shape[2]))
-    ops.select_observers.append(observer)
-    try:
+    with ops.observing(observer):
         got = run(model, call, strict(passes=["xattention"], xattention=chosen))
-    finally:
-        ops.select_observers.remove(observer)
     method = XAttention(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
     threshold = method.threshold if isinstance(method.threshold, tuple) else (method.threshold,)
     selection = {"pool": method.op_pool, "stride": method.stride, "block_size": method.block, "threshold": list(threshold)}

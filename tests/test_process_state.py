@@ -1,0 +1,112 @@
+"""No state of ours is shared by calls: what one compiled model, thread or tool asks for is nobody else's."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsify import backends, ops
+from sparsify.api import record_density
+from sparsify.backends import launch
+from sparsify.errors import ConfigError, UnsupportedError
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What serves each attention op that runs, in order."""
+    seen = []
+    true = launch.available
+
+    def available(device, kernels=None):
+        kind, reason = true(device, kernels)
+        if kernels is None:  # asked at run time
+            seen.append((launch._wanted(), launch._strict.get()))
+        return kind, reason
+
+    monkeypatch.setattr(launch, "available", available)
+    return seen
+
+
+def compiled(**options):
+    """Attention of a code object of its own, so that no other compiled function's entries are met."""
+    scope = {"F": F}
+    exec("def attend(q, k, v):\n    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=-0.5)\n", scope)
+    return torch.compile(scope["attend"], backend="sparsify", options={"passes": ["dense"], "lower": "eager", **options})
+
+
+X = torch.randn(3, 1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_kernels_and_strict_belong_to_the_compiled_model(served):
+    before, reference, strict = compiled(), compiled(kernels="reference"), compiled(strict=True)
+    for call in (before, reference, compiled(), strict, before, reference):
+        call(*X)
+    assert served == [("auto", False), ("reference", False), ("auto", False), ("auto", True), ("auto", False), ("reference", False)]
+    assert launch._kernels == "auto"
+
+
+@torch.no_grad()
+def test_the_process_default_serves_models_that_say_nothing(served):
+    model, other = compiled(), compiled(kernels="reference")
+    backends.use("triton")
+    try:
+        with pytest.raises(UnsupportedError, match="no GPU"):
+            model(*X)
+        other(*X)
+    finally:
+        backends.use("auto")
+    assert [wanted for wanted, _ in served][-1] == "reference"
+
+
+def test_threads_keep_what_is_said_in_them():
+    gate, found = threading.Barrier(2), []
+
+    def inside(kernels):
+        with backends.serving(kernels):
+            gate.wait()  # both are inside of their calls at once
+            found.append((kernels, launch._wanted()))
+            gate.wait()
+
+    threads = [threading.Thread(target=inside, args=(kernels,)) for kernels in ("auto", "reference")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(wanted == kernels for kernels, wanted in found) and len(found) == 2
+
+
+def test_an_error_ends_what_a_call_asked_for():
+    with pytest.raises(ZeroDivisionError), backends.serving("reference", strict=True):
+        raise ZeroDivisionError
+    assert (launch._wanted(), launch._strict.get()) == ("auto", False)
+
+
+def test_what_is_said_outside_holds_where_nothing_is_said_inside():
+    with backends.serving("reference", strict=True), backends.serving():
+        assert (launch._wanted(), launch._strict.get()) == ("reference", True)
+    with pytest.raises(ConfigError, match="must be one of"), backends.serving("fast"):
+        pass
+
+
+def select():
+    ops.select_blocks(
+        *torch.randn(2, 1, 1, 256, 16), scale=1.0, causal=True, windows=[], pool="sum", stride=16, block_size=64, threshold=[0.9],
+        density=0.0, version=ops.VERSION,
+    )  # fmt: skip
+
+
+def test_a_recording_does_not_see_other_threads():
+    with record_density() as densities:
+        thread = threading.Thread(target=select)
+        thread.start()
+        thread.join()
+        assert densities == []
+        select()
+        with record_density() as inner:
+            select()
+    select()
+    assert (len(densities), len(inner)) == (2, 1)
