@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparsify import cache_attention, policies
-from sparsify.cache_layer import MASK_SIZE, SparseLayer, StockMask
+from sparsify.cache_layer import MASK_SIZE, SparseLayer, StockMask, chain
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.policies import Policy
 from sparsify.rope import inverse_frequencies
@@ -66,7 +66,7 @@ class SparseCache(Cache):
         cache_attention.install()
         config._attn_implementation = cache_attention.NAMES.get(base or "sdpa", base)
         super().__init__(layers=layers)
-        self.config, self.policy = config, policy
+        self.config, self.policy, self.call = config, policy, chain(layers)
         if batch_size is not None:
             heads, head_dim = _heads(config)
             self.early_initialization(batch_size, heads, head_dim, dtype or getattr(config, "dtype", None) or torch.float32, device)
@@ -87,33 +87,51 @@ class SparseCache(Cache):
         """As `SparseLayer.update`.
 
         Raises:
-            CacheError: also when an earlier call stopped between two layers (checked in uncompiled code; where that takes a
-                synchronisation, only for calls of several tokens).
+            CacheError: also when an earlier call stopped between two layers. Layers that were compiled as one graph change no Python
+                state when the graph fails: then lengths tell, which are compared in uncompiled code where that takes no
+                synchronisation of its own.
         """
-        if layer_idx == 0 and not torch.compiler.is_compiling():
-            self._check_whole(key_states.shape[2] > 1)
+        if layer_idx == 0:
+            self._check_whole(key_states.shape[2] > 1 or key_states.device.type == "cpu")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check_whole(self, lengths: bool) -> None:
-        held = {layer.started for layer in self.layers}
-        if lengths and held == {True}:
-            held = {int(layer.length) for layer in self.layers}
-        if len(held) > 1:
+    def _check_whole(self, read: bool) -> None:
+        """Raises CacheError when layers hold different tokens, as far as that shows; with `read`, uncompiled code reads their lengths."""
+        whole = self.call.idle
+        if whole and not torch.compiler.is_dynamo_compiling():
+            started = {layer.started for layer in self.layers}
+            whole = len(started) == 1 and not (read and started == {True} and len(set(self._lengths())) > 1)
+        if not whole:
             raise CacheError(
                 "an earlier call failed halfway: some layers hold its tokens and others do not",
                 where="SparseCache",
                 hint="reset() the cache, or make a new one, and give it the whole text",
             )
 
+    def _lengths(self) -> list[int]:
+        """Tokens that each layer's buffers have seen, padding included."""
+        lengths = [layer.length for layer in self.layers]
+        if len({length.device for length in lengths}) == 1:
+            return torch.stack(lengths).tolist()
+        return [int(length) for length in lengths]
+
     def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens so far, padding included: an int, or within a compiled graph a tensor.
+
+        Raises:
+            CacheError: between calls, when an earlier one stopped between two layers.
+        """
+        if self.call.idle and not torch.compiler.is_dynamo_compiling():
+            self._check_whole(True)
         return self.layers[layer_idx].get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove tokens from every layer, or from none.
 
         Raises:
-            CacheError: something was evicted already, or the batch is padded.
+            CacheError: something was evicted already, the batch is padded, or an earlier call failed halfway.
         """
+        self._check_whole(True)
         for layer in self.layers:
             if layer.is_initialized and tokens_to_remove < 0:
                 layer.check_crop(-tokens_to_remove)
@@ -121,8 +139,7 @@ class SparseCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        # a call that failed between a layer's update and its attention leaves its layer behind
-        cache_attention.handoff.layer = cache_attention.handoff.key = None
+        self.call.forget()
 
     def kept_bytes(self) -> int:
         """Bytes of all buffers."""

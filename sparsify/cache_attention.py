@@ -1,7 +1,7 @@
 """Attention of models that hold a SparseCache: two functions that transformers calls by the name `sparsify` (or `sparsify_eager`).
 
-transformers tells attention nothing about the cache, so a layer's `update` leaves itself in a hand-off and the attention that follows
-takes it. Without a hand-off both functions are the implementation that the model was loaded with.
+transformers tells attention nothing about the cache: the keys that a layer's `update` gives out say whose they are. For other keys both
+functions are the implementation that the model was loaded with.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsify import cache_ops, ops
-from sparsify.cache_layer import HANDOFF as handoff
-from sparsify.cache_layer import SparseLayer, StockMask
+from sparsify.cache_layer import SparseLayer, StockMask, layer_of
 from sparsify.errors import CacheError, UnsupportedError
 
 # implementation that a model was loaded with -> the name under which sparsify serves it
@@ -73,20 +72,22 @@ def attention_forward(
     Raises:
         CacheError, UnsupportedError: the call cannot be served exactly.
     """
-    layer = handoff.layer
+    layer = layer_of(key)
     if layer is None:
         given = {"softcap": softcap, "sliding_window": sliding_window, "s_aux": s_aux}
         given = {name: value for name, value in given.items() if value is not None}
         function = _base_attention(base, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **given, **kwargs)
-    same = handoff.key is key
-    handoff.layer = handoff.key = None
-    if not same:
-        raise CacheError("attention got other keys than the cache did", where=f"layer {layer.index}", hint="use an ordinary cache")
+    layer.call.waiting = None
     _check(layer, module, query, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     real = None if attention_mask is None else _real(layer, attention_mask, query.shape[2])
-    return _attend(layer, query, key, value, real, scale, softcap or 0.0, s_aux).transpose(1, 2), None
+    if layer.is_first:
+        layer.call.storing = True
+    output = _attend(layer, query, key, value, real, scale, softcap or 0.0, s_aux)
+    if layer.is_last:
+        layer.call.storing = False
+    return output.transpose(1, 2), None
 
 
 def _base_attention(base: str, module: torch.nn.Module) -> Callable[..., Any]:
@@ -129,7 +130,7 @@ def _real(layer: SparseLayer, mask: Tensor, query_len: int) -> Tensor:
     width = mask.shape[1]
     if (width <= query_len) if layer.started else (width != query_len):
         raise CacheError(f"attention_mask has {width} columns for {query_len} new tokens", where=where, hint=hint)
-    if layer.started and query_len > 1 and layer.index == 0 and not torch.compiler.is_compiling():
+    if layer.started and query_len > 1 and layer.index == 0 and not torch.compiler.is_dynamo_compiling():
         before = mask[:, :-query_len]
         if before.shape[1] != int(layer.length):
             raise CacheError(f"attention_mask covers {before.shape[1]} earlier tokens of {int(layer.length)}", where=where, hint=hint)
@@ -206,7 +207,7 @@ def _prompt(
 ) -> Tensor:
     """The first call: nothing is stored yet, so this is ordinary attention, which other passes may make sparse."""
     plain = not window and not softcap and sink_logits is None
-    if plain and (real is None or torch.compiler.is_compiling()):
+    if plain and (real is None or torch.compiler.is_dynamo_compiling()):
         seen = None
         if real is not None:  # written as transformers does, so that matchers read it and other methods may act on the prompt
             at = torch.arange(query.shape[2], device=query.device)

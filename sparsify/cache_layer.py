@@ -36,19 +36,48 @@ class StockMask:
 MASK_SIZE = StockMask()
 
 
-class Handoff:
-    """The layer whose `update` ran last, until its attention takes it: transformers passes keys to attention, but no cache."""
+class Call:
+    """What a SparseCache and its layers know of the call that runs, on the host, so that asking costs no synchronisation.
+
+    waiting: the layer whose keys were given out and have not been attended to yet. storing: the first layer may hold the call's tokens,
+    the last one does not.
+    """
 
     def __init__(self) -> None:
-        self.layer: SparseLayer | None = None
-        self.key: Tensor | None = None
+        self.waiting: SparseLayer | None = None
+        self.storing = False
 
-    def __reduce__(self) -> str:
-        """There is one: a copied or loaded cache must reach the attention that looks there."""
-        return "HANDOFF"
+    def forget(self) -> None:
+        self.waiting, self.storing = None, False
+
+    @property
+    def idle(self) -> bool:
+        return self.waiting is None and not self.storing
 
 
-HANDOFF = Handoff()
+# Keys on their way from `update` to attention carry their layer under this name: transformers passes attention no cache, and what hangs on
+# the call's own tensor cannot be taken by another thread's call, nor outlive it.
+_LAYER = "_sparsify_layer"
+
+
+def layer_of(key: Tensor) -> SparseLayer | None:
+    """The layer whose `update` gave out these keys, None for keys of a call without SparseCache.
+
+    Raises:
+        CacheError: they were attended to already.
+    """
+    layer = getattr(key, _LAYER, None)
+    if layer is not None and layer.call.waiting is not layer:
+        raise CacheError("the keys of one call are attended to twice", where=f"layer {layer.index}", hint="use an ordinary cache")
+    return layer
+
+
+def chain(layers: list[SparseLayer]) -> Call:
+    """Makes layers those of one cache, in this order. Flags, because compiled code specialises on every integer that it compares."""
+    call = Call()
+    for layer in layers:
+        layer.call, layer.is_first, layer.is_last = call, layer is layers[0], layer is layers[-1]
+    return call
 
 
 class SparseLayer(CacheLayerMixin):
@@ -67,7 +96,7 @@ class SparseLayer(CacheLayerMixin):
         self.is_sliding, self.inverse_frequencies = sliding, frequencies
         self.policy_text = policy.describe()
         self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
-        self.handoff = HANDOFF
+        self.call, self.is_first, self.is_last = Call(), True, True  # as `chain` says for the layers of a cache
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -91,7 +120,7 @@ class SparseLayer(CacheLayerMixin):
 
     def _mark_static(self) -> None:
         """Without this, CUDA graphs are skipped because inputs are mutated. Unguarded: another cache re-records, and never recompiles."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             for name in _BUFFERS:
                 torch._dynamo.mark_static_address(getattr(self, name), guard=False)
 
@@ -105,17 +134,19 @@ class SparseLayer(CacheLayerMixin):
         Raises:
             CacheError: they do not fit this cache, or the model's previous layer did not use sparsify's attention.
         """
-        if self.handoff.layer is not None:
-            other, self.handoff.layer, self.handoff.key = self.handoff.layer, None, None
+        waiting = self.call.waiting
+        if waiting is not None:
             raise CacheError(
                 "the model's attention did not take the keys that it gave to the cache",
-                where=f"layer {other.index}",
-                hint="make it with SparseCache(model.config, ...) of this very model, whose attention must go through AttentionInterface",
+                where=f"layer {waiting.index}",
+                hint="make it with SparseCache(model.config, ...) of this very model, whose attention must go through AttentionInterface; "
+                "reset() the cache first",
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
-        self.handoff.layer, self.handoff.key = self, key_states
+        self.call.waiting = self
+        setattr(key_states, _LAYER, self)
         return key_states, value_states
 
     def _check(self, key: Tensor, value: Tensor) -> None:
@@ -126,7 +157,7 @@ class SparseLayer(CacheLayerMixin):
             found = f"{key.shape[1]} KV heads of {key.shape[3]} and {value.shape[3]}"
             kept = f"{self.keys.shape[1]} of {self.keys.shape[3]} and {self.values.shape[3]}"
             raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
-        if not torch.compiler.is_compiling() and self.keys.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_dynamo_compiling() and self.keys.is_inference() and not torch.is_inference_mode_enabled():
             what = "the cache was allocated under torch.inference_mode(), whose tensors cannot change outside of it"
             raise CacheError(what, where=where, hint="run all calls under inference_mode, or none (generate() runs under no_grad)")
         if key.dtype != self.dtype or key.device != self.keys.device:
@@ -137,7 +168,7 @@ class SparseLayer(CacheLayerMixin):
         """Tokens so far, padding included: an int, or within a compiled graph a tensor."""
         if not self.started:  # whatever a prompt that failed may have left in the buffers
             return 0
-        return cache_ops.length(self.length) if torch.compiler.is_compiling() else int(self.length)
+        return cache_ops.length(self.length) if torch.compiler.is_dynamo_compiling() else int(self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         return MASK_SIZE, MASK_SIZE
