@@ -10,11 +10,13 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify import blockmask, ops
+from sparsify.backends import empty_rows
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ _IMPLEMENTATIONS = {
         "triton": ("sparsify.backends.triton_select", "select_blocks"),
     },
 }
+
+# operands of the attention op that no attention kernel reads
+_FILLED_BY = ("empty_rows", "lowest", "hidden_bias")
+_OPERANDS = ("key_flags", "segments", "query_start", "block_counts", "block_indices", "key_bias")
 
 # what serves calls of which nothing else is said, in every thread
 _kernels = "auto"
@@ -151,8 +157,8 @@ def _warn_once(op: str, reason: str) -> None:
 
 def _serve(op: str):
     schema = getattr(torch.ops.sparsify, op).default._schema
-    # the dispatcher leaves out operands that have their default; kernels get every keyword
-    defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only and a.has_default_value()}
+    # the dispatcher leaves out operands that have their default; kernels get every keyword that is theirs
+    defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only and a.has_default_value() and a.name not in _FILLED_BY}
 
     def call(query, *args, **given):
         options = {**defaults, **given}
@@ -234,7 +240,22 @@ def offer(op: str, **implementations: tuple[str, str]) -> None:
     register(op, _serve(op))
 
 
-attend = _serve("attention")
+def _filled(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Attention, and after it what rows that see no key hold."""
+
+    @functools.wraps(attention)
+    def filled(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        form = {name: options.pop(name) for name in _FILLED_BY if name in options}
+        output, lse = attention(query, key, value, **options)
+        if form.get("empty_rows", "zero") != "zero":
+            form = {"hidden_bias": None, "lowest": 0.0} | form
+            empty_rows.fill(output, lse, query, key, value, options=dict.fromkeys(_OPERANDS) | options, **form)
+        return output, lse
+
+    return filled
+
+
+attend = _filled(_serve("attention"))
 select_blocks = _or_every_block(_serve("select_blocks"))
 
 register("attention", attend)

@@ -14,11 +14,11 @@ from torch import Tensor
 from sparsify.ops import empty_output
 
 # elements of one chunk's score matrix over all heads: 64 MB in fp32
-_CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
-class _Mask:
+class Mask:
     """The clauses of `sparsify.ops` that say which keys a query row sees."""
 
     key_flags: Tensor | None  # [batch or 1, key_len] integers
@@ -114,14 +114,14 @@ def attention(
     if key_len == 0 or output.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
     start = key_len - query_len if query_start is None else int(query_start.item())
-    mask = _Mask(key_flags, segments, block_counts, block_indices, start, causal, tuple(windows), sinks, block_size, key_len)
+    mask = Mask(key_flags, segments, block_counts, block_indices, start, causal, tuple(windows), sinks, block_size, key_len)
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     # [batch, kv_heads, group, rows, dim] against [batch, kv_heads, 1, keys, dim]: KV heads are never repeated
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, query_len, -1)
     keys, values = key.to(math).unsqueeze(2), value.to(math).unsqueeze(2)
     tainted = ~values.isfinite() if not values.isfinite().all() else None
     values = values if tainted is None else values.masked_fill(tainted, 0)
-    chunk = max(1, min(query_len, _CHUNK_ELEMENTS // (batch * heads * key_len)))
+    chunk = max(1, min(query_len, CHUNK_ELEMENTS // (batch * heads * key_len)))
     for first in range(0, query_len, chunk):
         part = slice(first, min(first + chunk, query_len))
         begin, end = mask.key_range(first, part.stop - 1)

@@ -16,6 +16,7 @@ from sparsify import ops, scratch
 from sparsify.backends import launch
 
 _SELECTION = ("pool", "stride", "threshold", "density")
+_ATTENTION = ("seq_major", "empty_rows", "lowest")  # what selection does not read
 _ROWS = ("key_flags", "segments")  # operands with a batch row, or one for all
 
 
@@ -45,12 +46,13 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *, limit: int = 
 
 
 def _both(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], into: tuple[Tensor, Tensor] | None, observers: Sequence):
-    common = {name: option for name, option in options.items() if name not in (*_SELECTION, "seq_major")}
+    common = {name: option for name, option in options.items() if name not in (*_SELECTION, *_ATTENTION)}
     call = common | {name: options[name] for name in _SELECTION}
     counts, indices = launch.select_blocks(query, key, **call)
     for observer in observers:
         observer(query, key, counts, indices, **call)
-    attend = common | {"block_counts": counts, "block_indices": indices, "seq_major": options["seq_major"]}
+    attend = common | {name: options[name] for name in _ATTENTION if name in options}
+    attend |= {"block_counts": counts, "block_indices": indices}
     return launch.attend(query, key, value, sinks=0, softcap=0.0, into=into, **attend)
 
 
@@ -70,7 +72,7 @@ def _observe(query: Tensor, key: Tensor, options: dict[str, Any], parts: list[sc
     for part, (some_counts, some_indices) in zip(parts, seen, strict=True):
         counts[slice(*part.batch), slice(*part.heads)] = some_counts
         indices[slice(*part.batch), slice(*part.heads)] = some_indices
-    call = {name: option for name, option in options.items() if name != "seq_major"}
+    call = {name: option for name, option in options.items() if name not in _ATTENTION}
     for observer in ops.select_observers():
         observer(query, key, counts, indices, **call)
 

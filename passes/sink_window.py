@@ -35,6 +35,8 @@ class SinkWindow(Pass):
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
         if site.mask.documents is not None and self.sinks:
             return self.refuse("packed documents have sinks of their own", "set sinks = 0")
+        if site.empty_rows in ("mean", "nan") and not self.sinks:
+            return self.refuse("rows beyond every window cannot be told from rows that the mask leaves without a key", "set sinks = 1")
         band = self.sinks + self.window
         step = site.query_len == 1
         works = lambda sizes: (

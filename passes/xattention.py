@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sparsify import ops, scratch
 from sparsify.costs import antidiagonal_crossover, example, expected_density
-from sparsify.editor import Editor, attention_call
+from sparsify.editor import Editor, attention_call, empty_row_operands
 from sparsify.estimates import VARIANTS, Variant
 from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
 from sparsify.sites import AttentionSite
@@ -136,7 +136,9 @@ class XAttention(Pass):
         }
         if self._lists_are_large(site):
             seq_major = site.output_stride_order != "bhqd"
-            both = editor.call(ops.sparse_attention, site.query, site.key, site.value, seq_major=seq_major, **selection)
+            both = editor.call(
+                ops.sparse_attention, site.query, site.key, site.value, seq_major=seq_major, **selection, **empty_row_operands(editor, site)
+            )
             editor.replace(site, editor.items(both, 1)[0])
             return
         counts, indices = editor.items(editor.call(ops.select_blocks, site.query, site.key, **selection), 2)

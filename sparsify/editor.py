@@ -17,7 +17,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min
 from sparsify import ops
 from sparsify.errors import RewriteError
 from sparsify.masks import Leaf
-from sparsify.sites import AttentionSite, FeedForwardSite, Size
+from sparsify.sites import AttentionSite, FeedForwardSite, KeyBias, Size
 
 
 @dataclass(frozen=True)
@@ -296,10 +296,10 @@ def mutates(node: fx.Node) -> bool:
     return node.op == "call_module"
 
 
-def _key_bias(editor: Editor, site: AttentionSite) -> fx.Node | None:
+def _key_bias(editor: Editor, site: AttentionSite, biases: Iterable[KeyBias]) -> fx.Node | None:
     """The sum of what is added per key, [batch or 1, query_heads or 1, key_len]."""
     total = None
-    for one in site.key_bias:
+    for one in biases:
         bias = one.node
         if one.flat:
             bias = editor.method("reshape", bias, editor.length(site.query, 0), editor.length(site.query, 1), -1)
@@ -310,6 +310,19 @@ def _key_bias(editor: Editor, site: AttentionSite) -> fx.Node | None:
         bias = bias if one.scale == 1.0 else editor.call(operator.mul, bias, one.scale)
         total = bias if total is None else editor.call(operator.add, total, bias)
     return total
+
+
+def empty_row_operands(editor: Editor, site: AttentionSite, key_bias: fx.Node | None = None) -> dict[str, Any]:
+    """What the attention ops are told of rows that see no key; nothing where such rows are 0 or do not exist."""
+    if site.empty_rows in ("impossible", "zero"):
+        return {}
+    if site.empty_rows == "nan":
+        return {"empty_rows": "nan"}
+    found: dict[str, Any] = {"empty_rows": "mean", "lowest": site.lowest}
+    reaching = [one for one in site.key_bias if one.on_hidden]
+    if reaching:
+        found["hidden_bias"] = key_bias if len(reaching) == len(site.key_bias) else _key_bias(editor, site, reaching)
+    return found
 
 
 def attention_call(
@@ -327,6 +340,7 @@ def attention_call(
     slopes = site.alibi_slopes
     if slopes is not None and values(slopes).dim() == 1:
         slopes = editor.method("unsqueeze", slopes, 0)  # one row of slopes serves every batch row
+    key_bias = _key_bias(editor, site, site.key_bias)
     result = editor.call(
         ops.attention,
         site.query,
@@ -339,7 +353,7 @@ def attention_call(
         block_indices=blocks[1] if blocks else None,
         sink_logits=site.sink_logits,
         alibi_slopes=slopes,
-        key_bias=_key_bias(editor, site),
+        key_bias=key_bias,
         scale=site.scale,
         causal=mask.causal,
         windows=list(own if windows is None else windows),
@@ -348,5 +362,6 @@ def attention_call(
         block_size=block_size,
         seq_major=site.output_stride_order != "bhqd",
         version=ops.VERSION,
+        **empty_row_operands(editor, site, key_bias),
     )
     return editor.items(result, 1)[0]

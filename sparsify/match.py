@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify import biases, predicates
+from sparsify import biases, empty_rows, predicates
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.describe import Grouped, autocast_to, bare_site, layer_of, needs_grad, only_for, stride_order, whole
-from sparsify.eager_ops import is_softmax
+from sparsify.eager_ops import NoMatch, is_softmax
 from sparsify.masks import MaskPredicate
 from sparsify.match_eager import find_eager
 from sparsify.predicates import Extents
@@ -74,6 +74,7 @@ class Matcher:
         self.shape_env = shape_env_of(graph)
         self.facts = Facts(self.shape_env)
         self._proofs: dict[tuple, MaskPredicate] = {}
+        self.hidden: dict[tuple, set[float]] = {}  # of `empty_rows`: by mask, the numbers that hide
 
     def same(self, left: object, right: object) -> bool:
         return left == right or self.facts.holds(sympy.Eq(sympy.sympify(left), sympy.sympify(right)))
@@ -110,6 +111,10 @@ class Matcher:
         apart = mask is not None and proof.opaque and tensor_of(mask).dtype is tensor_of(node).dtype
         if apart and (found := self.biased(mask, node, extents)) is not None:
             bias, proof = found, self.prove(found.masks, extents) if found.masks else predicates.none()
+        try:
+            empty = empty_rows.of_sdpa(self, node, mask, proof, bias, extents)
+        except NoMatch as why:
+            return bare_site(node, query, key, value, mask, str(why))
         return self.site(
             node,
             query,
@@ -121,6 +126,7 @@ class Matcher:
             dropout=call.get("dropout_p", 0.0),
             alibi_slopes=bias.slopes,
             key_bias=bias.per_key,
+            **vars(empty),
         )
 
     def biased(self, mask: fx.Node, reader: fx.Node, extents: Extents) -> Bias | None:
@@ -135,7 +141,8 @@ class Matcher:
             if slopes is not None:
                 return Bias(slopes, (), masks)
             if biases.per_key(tensor_of(node), extents) and not self.memory.written_between(node, None, reader):
-                return Bias(None, (KeyBias(node),), masks)
+                filled = bool(masks) and not tensor_of(masks[0][0]).dtype.is_floating_point
+                return Bias(None, (KeyBias(node, on_hidden=not filled),), masks)
         return None
 
     def unfit(self, node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, call: dict) -> str:

@@ -5,14 +5,14 @@ a near miss with its reason; nothing is matched whose weights are read by anythi
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify import biases, predicates
+from sparsify import biases, empty_rows, predicates
 from sparsify.aliasing import tensor_of
 from sparsify.describe import autocast_to, bare_site, whole
 from sparsify.eager_ops import (
@@ -199,20 +199,23 @@ class _Match:
         factor = chain.factor * softcap if softcap else chain.factor
         between = tuple(chain.nodes)
         masks = chain.masks + added.masks
+        mask = matcher.prove(masks, extents) if masks else predicates.none()
+        empty, per_key = empty_rows.of_written_out(matcher, chain, self.softmax, masks, added, mask, extents)
         return matcher.site(
             output,
             query,
             key_group,
             value_group,
             mask_node=masks[0][0] if len(masks) == 1 else None,
-            mask=matcher.prove(masks, extents) if masks else predicates.none(),
+            mask=mask,
             scale=factor,
             softcap=softcap,
             dropout=self.dropout,
             source="eager",
             sink_logits=self.sink_logits(extents, output),
             alibi_slopes=added.slopes,
-            key_bias=tuple(added.per_key),
+            key_bias=per_key,
+            **vars(empty),
             between=between,
         )
 
@@ -228,12 +231,12 @@ class _Match:
             elif not term.flat and not scaled and not matcher.prove([whole], extents).opaque:
                 found.masks.append(whole)
             elif self.is_key_bias(term, extents, output):
-                found.per_key.append(KeyBias(term.node, term.factor, term.flat))
+                found.per_key.append(KeyBias(term.node, term.factor, term.flat, term.reader))
             elif not term.flat and not scaled and (parts := matcher.biased(term.node, term.reader, extents)) is not None:
                 if parts.slopes is not None and found.slopes is not None:
                     raise NoMatch("two position biases are added to the scores")
                 found.slopes = parts.slopes or found.slopes
-                found.per_key += parts.per_key
+                found.per_key += [replace(one, reader=term.reader) for one in parts.per_key]
                 found.masks += parts.masks
             elif scaled:
                 raise NoMatch("a mask or bias is added before the scale")

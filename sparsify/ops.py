@@ -11,11 +11,19 @@ start = query_start (key_len - query_len when None), key k is visible when all o
     block lists           k // block_size is among block_indices[b, h, q // block_size, :block_counts[b, h, q // block_size]]
 
 A sink is a key with bit 1 of key_flags set; without key_flags, a key k < sinks. `windows` is empty (none), one number for all
-heads, or one per query head (0 = none for that head). A row without a visible key gives output 0 and LSE -inf.
+heads, or one per query head (0 = none for that head). A row without a visible key has LSE -inf and holds what `empty_rows` says:
+
+    zero    0, as scaled_dot_product_attention gives it for a boolean mask
+    nan     NaN, as the softmax of -inf alone
+    mean    the average of all keys' values: `lowest`, the finite number that hides, swallows every score beside it. With key_bias, rows
+            whose visible keys all have such a bias (LSE below SUNK) are among them, and the average is weighted by the softmax of
+            key_bias over visible keys and lowest + hidden_bias over the others
+
+Rows that only block lists leave without a key hold 0 in any case.
 
     logit = softcap(scale · q·k) + alibi_slopes[b, h] · k + key_bias[b, h, k];  softcap(x) = c · tanh(x / c) when softcap = c > 0
 
-A batch of 1 broadcasts in key_flags, segments, alibi_slopes and key_bias, and one head in key_bias.
+A batch of 1 broadcasts in key_flags, segments, alibi_slopes, key_bias and hidden_bias, and one head in the last two.
 
 `sink_logits[h]` joins the softmax's denominator (and the LSE) with no value.
 
@@ -35,7 +43,10 @@ import torch
 from torch import Tensor
 
 # Inductor and AOTAutograd cache compiled graphs by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 1
+VERSION = 2
+
+# a log of a sum of exponentials below this is made of numbers that hide, not of scores
+SUNK = -1e30
 
 NAMESPACE = "sparsify"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -43,8 +54,8 @@ library = torch.library.Library(NAMESPACE, "DEF")
 library.define(
     "attention(Tensor query, Tensor key, Tensor value, *, Tensor? key_flags=None, Tensor? segments=None, Tensor? query_start=None, "
     "Tensor? block_counts=None, Tensor? block_indices=None, Tensor? sink_logits=None, Tensor? alibi_slopes=None, "
-    "Tensor? key_bias=None, float scale, bool causal, int[] windows, int sinks, float softcap, int block_size, bool seq_major, "
-    "int version) -> (Tensor, Tensor)",
+    "Tensor? key_bias=None, Tensor? hidden_bias=None, float scale, bool causal, int[] windows, int sinks, float softcap, int block_size, "
+    'bool seq_major, int version, str empty_rows="zero", float lowest=0.0) -> (Tensor, Tensor)',
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 library.define(
@@ -56,7 +67,7 @@ library.define(
 library.define(
     "sparse_attention(Tensor query, Tensor key, Tensor value, *, Tensor? key_flags=None, Tensor? segments=None, "
     "Tensor? query_start=None, float scale, bool causal, int[] windows, str pool, int stride, int block_size, float[] threshold, "
-    "float density, bool seq_major, int version) -> (Tensor, Tensor)",
+    'float density, bool seq_major, int version, str empty_rows="zero", float lowest=0.0) -> (Tensor, Tensor)',
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -74,6 +85,7 @@ def _attention_fake(
     sink_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     key_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
     scale: float,
     causal: bool,
     windows: list[int],
@@ -82,6 +94,8 @@ def _attention_fake(
     block_size: int,
     seq_major: bool,
     version: int,
+    empty_rows: str = "zero",
+    lowest: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return empty_output(query, value, seq_major), query.new_empty(query.shape[:3], dtype=torch.float32)
 

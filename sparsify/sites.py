@@ -19,11 +19,13 @@ Phase = Literal["prefill", "chunk", "decode"]
 @dataclass(frozen=True)
 class KeyBias:
     """scale · node is added to the scores. node: float, broadcastable to [batch, query_heads, 1, key_len]; flat: [batch · query_heads, 1,
-    key_len]."""
+    key_len]. reader: the node that adds it, in written-out attention. on_hidden: scores that the mask hides get it, too."""
 
     node: fx.Node
     scale: float = 1.0
     flat: bool = False
+    reader: fx.Node | None = None
+    on_hidden: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class AttentionSite:
     mask_node: the graph's own mask, None without one and where there are several. mask: what it was proved to say.
     dtype: what attention computes in; under autocast query, key and value may be float32 still, and are converted first.
     scale: float, or the node that holds it. softcap: c of c·tanh(s/c), 0 without. dropout: probability.
+    empty_rows: what a row that sees no key holds, as `sparsify.ops` says; "impossible" where every row was proved to see one.
+        lowest: the finite number that hides, where it is "mean".
     output_stride_order: "bhqd" when the replaced value is contiguous as [batch, heads, query, dim], "bqhd" when it is the
         transpose of a contiguous [batch, query, heads, dim], else "other".
     near_miss: why a site that looks like attention cannot be described further; every pass refuses with it.
@@ -70,6 +74,8 @@ class AttentionSite:
     sink_logits: fx.Node | None = None  # [query_heads], one extra logit per head in the softmax's denominator
     alibi_slopes: fx.Node | None = None  # [query_heads] or [batch, query_heads], float: adds slope · key position
     key_bias: tuple[KeyBias, ...] = ()  # what else is added to the scores, the same for every query row
+    empty_rows: Literal["impossible", "zero", "mean", "nan"] = "zero"
+    lowest: float = 0.0
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)  # nodes that only compute this attention, output included
 

@@ -245,7 +245,7 @@ def test_a_kernel_without_masks_is_caught_end_to_end(mask, monkeypatch):
     checked = program(mask)
     checked()
     everything = lambda self, rows, keys: torch.ones(1, 1, rows.numel(), keys.numel(), dtype=torch.bool)
-    monkeypatch.setattr(reference._Mask, "visible", everything)
+    monkeypatch.setattr(reference.Mask, "visible", everything)
     with pytest.raises(Wrong):
         checked()
 

@@ -37,11 +37,11 @@ def test_matches_the_oracle(case):
 def test_chunks_do_not_change_the_answer(case):
     args, keywords = operands(case)
     whole = reference.attention(*args, **keywords)
-    kept, reference._CHUNK_ELEMENTS = reference._CHUNK_ELEMENTS, 3 * case.batch * case.heads * case.key_len
+    kept, reference.CHUNK_ELEMENTS = reference.CHUNK_ELEMENTS, 3 * case.batch * case.heads * case.key_len
     try:
         chunked = reference.attention(*args, **keywords)
     finally:
-        reference._CHUNK_ELEMENTS = kept
+        reference.CHUNK_ELEMENTS = kept
     torch.testing.assert_close(chunked, whole, atol=tolerance(case.dtype), rtol=1e-4)
 
 
