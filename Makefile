@@ -51,7 +51,7 @@ gpu: $(VENV)/.done
 	$(BIN)/python -m pytest -m gpu
 
 fuzz: $(VENV)/.done
-	$(TEST_ENV) $(BIN)/python -m tests.fuzz --examples $(N) --seed $(SEED)
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz --examples $(N) --seed $(SEED) --jobs $(JOBS) $(if $(RECORD),--record)
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

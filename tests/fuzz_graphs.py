@@ -7,15 +7,21 @@ towards plain attention.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-from tests.fuzz_masks import Build, mask, pick, positions, rarely
+from tests.fuzz_around import PLAIN, Around, around
+from tests.fuzz_calls import respell
+from tests.fuzz_masks import Build, mask, pick, positions, rarely, tamper
+from tests.fuzz_scores import attend
 
 _HEADER = '''\
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -23,13 +29,27 @@ B, H, G, Q, K, D, V = {B}, {H}, {G}, {Q}, {K}, {D}, {V}  # batch, KV heads, grou
 DTYPE = torch.{dtype}
 
 
-def inputs():
-    generator = torch.Generator().manual_seed({seed})
+def inputs(seed={seed}):
+    generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(DTYPE)
     whole = lambda high, *shape: torch.randint(0, high, shape, generator=generator)
-    return {{
+    made = {{
 {inputs}
     }}
+    for name in {leaves}:
+        made[name].requires_grad_()
+    return made
+
+
+@contextlib.contextmanager
+def both(one, other):
+    with one, other:
+        yield
+
+
+def around():
+    """The context of every run."""
+    return {context}
 
 
 def mark(tensors):
@@ -43,10 +63,15 @@ def mark(tensors):
 
 @dataclass(frozen=True)
 class Program:
-    """source: as the module says. sdpa: calls of scaled_dot_product_attention in it."""
+    """source: as the module says. sdpa: calls of scaled_dot_product_attention in it. around: as `fuzz_around.Around`."""
 
     source: str
     sdpa: int
+    around: Around = PLAIN
+
+    @property
+    def digest(self) -> int:
+        return int(hashlib.sha256(self.source.encode()).hexdigest()[:8], 16)
 
     def __repr__(self) -> str:
         return f"Program(source:\n{textwrap.indent(self.source, '    ')})"
@@ -65,13 +90,14 @@ def programs(draw) -> Program:
     _operands(draw, build)
     positions(draw, build)
     kind = mask(draw, build)
-    _tamper(draw, build, "after the mask", ["keep", "documents", "mask"])
-    _attend(draw, build, kind, "query", "out")
+    tamper(draw, build, "after the mask", ["keep", "documents", "mask"])
+    attend(draw, build, kind, "query", "out")
     if build.sizes["D"] == build.sizes["V"] and rarely(draw, 6):  # a second layer over the same keys, values and mask
-        _attend(draw, build, kind, "out", "second")
+        attend(draw, build, kind, "out", "second")
         build.results.append("second")
     _epilogue(draw, build)
-    return _render(build, seed=draw(st.integers(0, 3)), dynamic=rarely(draw, 5))
+    program = _render(build, around(draw, build), seed=draw(st.integers(0, 3)), dynamic=rarely(draw, 5))
+    return replace(program, source=respell(draw, program.source))
 
 
 def _sizes(draw) -> dict[str, int]:
@@ -95,13 +121,13 @@ def _operands(draw, build: Build) -> None:
     origins += ["alias"] if build.square and build.sizes["D"] == build.sizes["V"] and not build.grouped else []
     origin = pick(draw, *origins)
     _ORIGINS[origin](build)
-    _tamper(draw, build, "before the group", ["query", "key", "value"])
+    tamper(draw, build, "before the group", ["query", "key", "value"])
     build.body.append("raw_key, raw_value, raw_query = key, value, query")
     if build.grouped:
         _repeat(draw, build)
     if build.written and build.dtype != "float32" and draw(st.booleans()):
         build.body.append("query, key = query.float(), key.float()")
-    _tamper(draw, build, "after the group", ["raw_key", "raw_value", "raw_query"])
+    tamper(draw, build, "after the group", ["raw_key", "raw_value", "raw_query"])
 
 
 def _plain(build: Build) -> None:
@@ -195,125 +221,7 @@ def _repeat(draw, build: Build) -> None:
     build.body += [key.format(x="key", d="D"), value.format(x="value", d="V")]
 
 
-# -- the attention ---------------------------------------------------------------------------------------------------------------------
-
-
-def _attend(draw, build: Build, kind: str, query: str, out: str) -> None:
-    if not build.written:
-        arguments = dict(build.arguments)
-        if kind in ("bool", "float", "bias"):
-            arguments["attn_mask"] = "mask"
-        if rarely(draw, 3):
-            arguments["scale"] = pick(draw, "0.3", "1.0", "1.0 / D", "-0.5")
-        call = ", ".join([query, "key", "value", *(f"{name}={text}" for name, text in arguments.items())])
-        build.body.append(f"{out} = F.scaled_dot_product_attention({call})")
-        build.sdpa += 1
-    else:
-        _written_out(draw, build, kind, query, out)
-    _tamper(draw, build, "after the output", ["raw_key", "raw_value", out, out])
-
-
-_PRODUCTS = (
-    "torch.matmul({q}, key.transpose(2, 3))",
-    "{q} @ key.transpose(-1, -2)",
-    "{q} @ key.permute(0, 1, 3, 2)",
-    "({q} * 0.5) @ key.mT",
-    "torch.einsum('bhid,bhjd->bhij', {q}, key)",
-)
-_SCALES = ("scores * {s}", "{s} * scores", "scores / {s}", "scores.mul({s})", "scores.mul_({s})", "scores.div_({s})", "scores")
-_SLOPES = ("slope * k", "slope * (k - q)", "slope * (1 - K + k)", "slope * (k - q).abs()", "-slope * (q - k)")
-_HIDDEN = (
-    "scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)",
-    "scores = torch.where(mask, scores, float('-inf'))",
-    "scores = torch.where(~mask, torch.finfo(scores.dtype).min, scores)",
-    "scores = scores + torch.where(mask, 0.0, torch.finfo(scores.dtype).min)",
-    "scores += torch.where(mask, 0.0, float('-inf'))",
-    "scores = scores.masked_fill(~mask, -50.0)",
-    "scores.masked_fill_(~mask, float('-inf'))",
-)
-_SOFTMAXES = (
-    "torch.softmax(scores, -1).to(value.dtype)",
-    "F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)",
-    "scores.softmax(3).to(value.dtype)",
-)
-_HARMLESS = ("weights", "F.dropout(weights, 0.1, training=False)", "F.dropout(weights, 0.0)", "weights.contiguous()")
-_HARMFUL = ("weights = weights * 2", "weights = weights * weights", "weights *= 0.5", "weights[..., 0] = 0.25")
-
-
-def _written_out(draw, build: Build, kind: str, query: str, out: str) -> None:
-    """matmul, scale, softcap, mask, softmax, dropout, matmul, in one of many spellings."""
-    body, flat = build.body, rarely(draw, 6)
-    _scores(draw, build, query, pick(draw, "0.3", "D ** -0.5", "-0.5", "2.0"), flat)
-    _tamper(draw, build, "after the scores", ["raw_key", "raw_query", "raw_value"])
-    if rarely(draw, 6):
-        body.append("scores = torch.tanh(scores / 3.0) * 3.0")
-    if rarely(draw, 8):
-        body.append("scores.mul_(0.5)")
-    if rarely(draw, 6):
-        build.inputs["extra"] = pick(draw, "draw(B, 1, 1, K)", "draw(H * G, 1, K)", "draw(1, K)", "draw(Q, K)")
-        body.append(pick(draw, "scores = scores + extra", "scores = (scores + extra) * 0.5", "scores = extra + scores"))
-    if rarely(draw, 5):
-        build.inputs["slopes"] = pick(draw, "torch.rand(H * G, generator=generator).to(DTYPE)", "draw(B, H * G)")
-        body += ["slope = slopes[..., :, None, None]", f"scores = scores + {pick(draw, *_SLOPES)}"]
-        if kind == "none":
-            build.mask, kind = [f"q, k = torch.arange(Q)[:, None] + {build.offset}, torch.arange(K)[None]"], "positions"
-    if kind in ("bool", "float", "bias"):
-        body.append(pick(draw, *_HIDDEN) if kind == "bool" else "scores = scores + mask")
-    _weights(draw, build)
-    _tamper(draw, build, "after the weights", ["raw_key", "raw_value"])
-    body.append(f"{out} = (weights.view(-1, Q, K) @ flat_value).view(B, H * G, Q, V)" if flat else f"{out} = weights @ value")
-
-
-def _scores(draw, build: Build, query: str, scale: str, flat: bool) -> None:
-    body = build.body
-    if not flat:
-        body.append("scores = " + pick(draw, *_PRODUCTS).format(q=query))
-        body.append(f"scores = {pick(draw, *_SCALES)}".format(s=scale))
-        return
-    body.append(f"flat_query, flat_key, flat_value = {query}.reshape(B * H * G, Q, D), key.reshape(-1, K, D), value.reshape(-1, K, V)")
-    _tamper(draw, build, "after the merge", ["raw_key", "raw_query", "raw_value"])
-    if rarely(draw, 3):  # as bloom does it
-        build.inputs["slopes"] = "draw(H * G)"
-        body.append("bias = (slopes[:, None, None] * torch.arange(K)).to(flat_query.dtype).repeat(B, 1, 1)")
-        body.append(f"scores = bias.baddbmm(batch1=flat_query, batch2=flat_key.transpose(1, 2), beta=1.0, alpha={scale})")
-    else:
-        body.append("scores = torch.bmm(flat_query, flat_key.transpose(1, 2)) * " + scale)
-    body.append("scores = scores.view(B, H * G, Q, K)")
-
-
-def _weights(draw, build: Build) -> None:
-    body, sink = build.body, rarely(draw, 6)
-    if sink:
-        build.inputs["sinks"] = "draw(H * G)"
-        body.append("scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(B, -1, Q, -1)], -1)")
-    if rarely(draw, 8):
-        body.append("scores = scores - scores.max(-1, keepdim=True).values")
-    body.append(f"weights = {pick(draw, *_SOFTMAXES)}")
-    if sink:
-        body.append("weights = weights[..., :-1]")
-    body.append(f"weights = {pick(draw, *_HARMLESS)}")
-    if rarely(draw, 10):
-        body.append(pick(draw, *_HARMFUL))
-    if rarely(draw, 6):
-        build.results.append(pick(draw, "weights", "scores", "weights.sum()"))
-
-
-# -- around it -------------------------------------------------------------------------------------------------------------------------
-
-
-def _tamper(draw, build: Build, point: str, names: list[str]) -> None:
-    """Now and then writes to a tensor in place."""
-    if not rarely(draw, 14):
-        return
-    known = "\n".join(build.body + build.mask)
-    names = [n for n in names if n in build.inputs or f"{n} =" in known or f"{n}," in known]
-    if not names:
-        return
-    name = pick(draw, *names)
-    whole = name in ("keep", "documents", "mask")
-    build.body.append(
-        f"{name}[..., :1] = {1 if whole else 0.5}  # {point}" if whole or draw(st.booleans()) else f"{name}.mul_(2.0)  # {point}"
-    )
+# -- the whole -------------------------------------------------------------------------------------------------------------------------
 
 
 def _epilogue(draw, build: Build) -> None:
@@ -322,31 +230,34 @@ def _epilogue(draw, build: Build) -> None:
         build.results.append(pick(draw, "key", "out[:, :, ::2]", "out"))
 
 
-_MASK_INPUTS = ("keep", "documents", "positions", "noise", "start")
+_MASK_INPUTS = ("keep", "documents", "positions", "noise", "start", "spare")
 
 
-def _render(build: Build, seed: int, dynamic: bool) -> Program:
+def _render(build: Build, outer: Around, seed: int, dynamic: bool) -> Program:
     masked = any("mask =" in line for line in build.mask)
     marked = {name: _dynamic_sizes(name, text) for name, text in build.inputs.items()} if dynamic else {}
+    marked |= {"spare": (0,)} if "spare" in build.inputs else {}
     made = "\n".join(f'        "{n}": {t},' for n, t in build.inputs.items())
-    header = _HEADER.format(**build.sizes, dtype=build.dtype, seed=seed, inputs=made, dynamic=marked)
+    settings = {"dtype": build.dtype, "seed": seed, "inputs": made, "dynamic": marked, "leaves": outer.leaves, "context": outer.context}
+    header = _HEADER.format(**build.sizes, **settings)
     names = [n for n in _MASK_INPUTS if n in build.inputs]
     grids = ["b, h = torch.arange(B)[:, None, None, None], torch.arange(H * G)[:, None, None]"] if build.mask else []
+    grids += ["s = spare.shape[0]"] if "spare" in build.inputs else []
     takes = ", ".join(["B, H, G, Q, K", *names])
     lines = [header, "", f"def masks({takes}):", *(f"    {x}" for x in grids + build.mask)]
     lines += [f"    return {'q, k, mask' if masked else 'q, k, None' if build.mask else 'None, None, None'}", "", ""]
     given = ", ".join(["B, H, G, Q, K", *(f'x["{n}"]' for n in names)])
     lines += ["def visible(x):", f"    mask = masks({given})[2]"]
     lines += ["    return torch.ones(B, H * G, Q, dtype=torch.bool) if mask is None else mask.expand(B, H * G, Q, K).any(-1)", "", ""]
-    lines += [f"def program({', '.join(build.inputs)}):"]
+    lines += [f"def attend({', '.join(build.inputs)}):"]
     body = list(build.body)
     at = next((i for i, line in enumerate(body) if "mask" in line or "slope *" in line), None)
     if build.mask and at is not None:
         body.insert(at, f"q, k, mask = masks({takes})")
     elif build.mask:
         body.append(f"q, k, mask = masks({takes})")
-    lines += [f"    {x}" for x in ([build.symbols] if dynamic else []) + body] + [f"    return {', '.join(build.results)}", ""]
-    return Program("\n".join(lines), build.sdpa)
+    lines += [f"    {x}" for x in ([build.symbols] if dynamic else []) + body] + [f"    return {', '.join(build.results)},", "", ""]
+    return Program("\n".join([*lines, *outer.lines, ""]), build.sdpa * outer.calls, outer)
 
 
 def _dynamic_sizes(name: str, text: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ class Build:
     results: list[str] = field(default_factory=list)
     arguments: dict[str, str] = field(default_factory=dict)  # of the SDPA call
     sdpa: int = 0
+    odd: bool = False  # q is no longer the row plus an offset, or no valid index
     offset: str = "K - Q"
     symbols: str = "B, Q, K = query.shape[0], query.shape[2], key.shape[2]"  # sizes read off the graph inputs
 
@@ -40,10 +41,58 @@ def rarely(draw, chance: int = 8) -> bool:
     return draw(st.integers(0, chance - 1)) == chance - 1
 
 
+def tamper(draw, build: Build, point: str, names: list[str]) -> None:
+    """Now and then writes to a tensor in place."""
+    if not rarely(draw, 14):
+        return
+    known = "\n".join(build.body + build.mask)
+    names = [n for n in names if n in build.inputs or f"{n} =" in known or f"{n}," in known]
+    if not names:
+        return
+    name = pick(draw, *names)
+    whole = name in ("keep", "documents", "mask")
+    build.body.append(
+        f"{name}[..., :1] = {1 if whole else 0.5}  # {point}" if whole or draw(st.booleans()) else f"{name}.mul_(2.0)  # {point}"
+    )
+
+
+_PLACES = (
+    "torch.arange({o}, {o} + Q)[:, None]",
+    "torch.arange({o}, end={o} + Q)[:, None]",
+    "torch.arange(end={o} + Q, start={o}).unsqueeze(-1)",
+    "torch.arange({o}, {o} + 3 * Q, 3).view(Q, 1)",
+    "(torch.arange({o}, {o} + 2 * Q, step=2) - torch.arange(Q))[:, None]",
+    "torch.arange(Q, dtype=torch.int32)[:, None] + {o}",
+    "torch.arange(Q).view(Q, 1).add({o})",
+    "torch.arange(0.5, Q + 0.5, dtype=torch.int64)[:, None] + {o}",
+    "(torch.arange(0.5, Q + 0.5, dtype=torch.int64) + torch.tensor(1.5, dtype=torch.int64))[:, None] + {o}",
+    "torch.arange(0, Q + 0.9, 1.0).long()[:Q, None] + {o}",
+    "torch.arange(Q)[:, None] + torch.full((), 1.7, dtype=torch.int64) + {o}",
+    "torch.arange(Q)[:, None] + torch.full((1, 1), -1.5, dtype=torch.int32) + {o}",
+    "torch.arange(Q)[:, None] + {o} + torch.tensor(True, dtype=torch.int64)",
+    "(torch.ones(Q, dtype=torch.int64).cumsum(0) - 1)[:, None] + {o}",
+    "(torch.ones(Q, dtype=torch.int32).cumsum(0, dtype=torch.int32) - 1)[:, None] + {o}",
+    "(torch.arange(Q, dtype=torch.int32) + 2147483647)[:, None] + {o}",
+    "(torch.arange(Q) * 4294967296)[:, None].int() + {o}",
+    "torch.rsub(torch.arange(Q), Q - 1).flip(0)[:, None] + {o}",
+    "torch.sub(torch.arange(Q)[:, None], -1, alpha=2) + {o}",
+    "torch.arange(2 * Q, dtype=torch.int32).view(torch.int64)[:, None] + {o}",
+    "torch.arange(Q).view(torch.int32)[::2, None] + {o}",
+    "-(-torch.arange(Q))[:, None] + {o}",
+    "torch.arange(Q, dtype=torch.int16)[:, None].long() + {o}",
+    "torch.arange(Q, dtype=torch.uint8)[:, None] - 3 + {o}",
+    "torch.arange(Q, dtype=torch.float32)[:, None] + {o}",
+    "torch.arange(Q, dtype=torch.float16)[:, None] + 2048 + {o}",
+)
+
+
 def positions(draw, build: Build) -> None:
     choices = [build.offset] * 4 + ["0", "1"] + (["K - Q"] if build.sizes["K"] >= build.sizes["Q"] else [])
     build.offset = pick(draw, *choices)
-    build.mask += [f"q, k = torch.arange(Q)[:, None] + {build.offset}, torch.arange(K)[None]"]
+    usual = "torch.arange(Q)[:, None] + {o}"
+    text = usual if not rarely(draw, 4) else pick(draw, *(_PLACES if build.offset != "start" else _PLACES[5:]))
+    build.odd = text != usual
+    build.mask += [f"q, k = {text.format(o=build.offset)}, torch.arange(K)[None]"]
 
 
 def mask(draw, build: Build) -> str:
@@ -56,6 +105,8 @@ def mask(draw, build: Build) -> str:
         if kind == "is_causal":
             build.arguments["is_causal"] = "True"
         return kind
+    if rarely(draw, 12):
+        build.arguments["is_causal"] = "True"  # beside a mask
     count = draw(st.integers(1, 3))
     text = _clause(draw, build)
     for _ in range(count - 1):
@@ -75,7 +126,7 @@ def mask(draw, build: Build) -> str:
         form = pick(draw, *(forms[:2] if low == "float('-inf')" else forms))
         build.body.append(form.format(low=low))
     if kind == "bias":
-        shape = pick(draw, "B, 1, Q, K", "H * G, Q, K", "Q, K")
+        shape = pick(draw, "B, 1, Q, K", "H * G, Q, K", "Q, K", "B, 1, 1, K", "1, K", "B, 1, Q, 1", "H * G, 1, 1", "1, 1")
         build.inputs["bias"] = f"draw({shape})"
         build.body.append(
             pick(draw, "mask = torch.where(mask, bias, float('-inf'))", "mask = bias.masked_fill(~mask, torch.finfo(DTYPE).min)")
@@ -95,13 +146,14 @@ _EDITS = (
 
 def _clause(draw, build: Build) -> str:
     readable = ["causal", "window", "padding", "documents", "packed"]
-    name = pick(draw, "causal", *readable * 2, "prefix", "chunk", "random", "length", "head", "row")
+    odd = ("prefix", "chunk", "random", "length", "head", "row", "shifted", "integers", "triangle", "left")
+    name = pick(draw, "causal", *readable * 2, *odd)
     return _CLAUSES[name](draw, build)
 
 
 def _causal(draw, build: Build) -> str:
     forms = ["k <= q", "q >= k", "~(k > q)", "(k - q) <= 0", "k < q + 1", "k <= q + 1", "k < q"]
-    if build.offset != "start":
+    if build.offset != "start" and not build.odd:
         o = build.offset
         forms += [
             f"torch.ones(Q, K, dtype=torch.bool).tril({o})",
@@ -153,7 +205,110 @@ def _row(draw, build: Build) -> str:
     return pick(draw, "q > 1", "q % 2 == 0", "(q + k) % 2 == 0", "b > 0", "(b + k) > 0")
 
 
+_SHIFTED = (
+    "k <= q + s",
+    "k <= q - s",
+    "(k - q - s).abs() < 5",
+    "(k - q + s).abs() < {n}",
+    "k > q - s",
+    "(k - q < s) & (k - q > -s)",
+    "k < s",
+    "(k <= q) & (k - q > {n} - s)",
+    "(k <= q) & ((k - q - s).abs() < 5)",
+    "(k - q <= s) & (k - q > s - {n})",
+)
+
+
+def _shifted(draw, build: Build) -> str:
+    """A shift that is a symbolic size."""
+    build.inputs["spare"] = "torch.zeros(" + pick(draw, "2", "3", "5") + ")"
+    return pick(draw, *_SHIFTED).format(n=draw(st.integers(1, 6)))
+
+
+_INTEGERS = (
+    "(k.int() + 2147483647) > 0",
+    "(k.int() * 1073741824) <= q",
+    "(k * 9223372036854775807) <= q",
+    "k <= q.to(torch.int32) + torch.tensor(1.9, dtype=torch.int32)",
+    "k < torch.full((Q, 1), 2.9, dtype=torch.int64)",
+    "k.float() <= q.float() + 0.5",
+    "(k - q).to(torch.int8) <= 0",
+    "((k - q) * 64).to(torch.int8) <= 0",
+    "(q - k).to(torch.uint8) < 4",
+    "(k + 0.5).long() <= q",
+    "(k - 0.5).int() <= q - 1",
+    "k <= torch.full_like(q, 3.7)",
+    "k <= q.new_full((Q, 1), 2.5)",
+    "k.add(-1, alpha=2) <= q",
+    "torch.sub(q, k, alpha=2) >= 0",
+    "(q - k).bool() & (k <= q)",
+    "((k <= q).int() * 2).bool()",
+    "((k <= q) * 1.5).long() > 0",
+    "((k > q).to(torch.float16) * -70000.0) == 0",
+    "(k.half() + 2048) <= (q.half() + 2048)",
+    "torch.where(k <= q, 1.5, 0.0).to(torch.int64) == 1",
+    "torch.where(k <= q, 0.5, 0.0).to(torch.int64) == 1",
+    "torch.where(k <= q, k.int(), 2147483647 + k.int()) < K",
+    "(k <= q).view(torch.int8) > 0",
+    "(k <= q) == torch.ones(Q, K).bool()",
+    "torch.zeros(Q, K).bool().masked_fill(k <= q, 0.5)",
+    "torch.zeros(Q, K, dtype=torch.int64).masked_fill(k <= q, 3.0) > 2",
+    "(torch.arange(K, 0, -1) - 1).flip(0)[None] <= q",
+    "torch.arange(K - 1, -1, step=-1)[None] <= q",
+    "torch.abs(q - k) <= 2",
+    "((q - k).int() * 65536).abs() < 300000",
+    "torch.le(k, other=q)",
+    "k.le(q).logical_and(other=k > 0)",
+    "torch.logical_xor(k <= q, other=k < 1)",
+    "torch.ne(k, q) & k.le(q)",
+    "torch.cumsum(torch.ones(Q, K), dim=-1) <= q + 1",
+    "torch.cumsum(torch.ones(Q, K, dtype=torch.bool), 1) <= q + 1",
+    "torch.cumsum(torch.ones(Q, K, dtype=torch.int64), 0) > k",
+)
+
+
+def _integers(draw, build: Build) -> str:
+    """Dtypes, fractions, overflow and odd spellings."""
+    return pick(draw, *_INTEGERS)
+
+
+_TRIANGLES = (
+    "torch.tril(input=torch.ones(Q, K, dtype=torch.bool))",
+    "torch.tril(torch.ones(Q, K, dtype=torch.bool), diagonal=K - Q)",
+    "torch.triu(diagonal=-2, input=torch.ones(Q, K)).bool()",
+    "torch.ones(K, Q, dtype=torch.bool).triu().transpose(0, 1)",
+    "torch.ones(K, Q, dtype=torch.bool).triu().transpose(dim0=-1, dim1=-2)",
+    "torch.ones(K, Q, dtype=torch.bool).triu(1).T.logical_not()",
+    "torch.ones(K, Q).tril(-1).mT == 0",
+    "torch.ones(K + 2, K + 2, dtype=torch.bool).tril()[K - Q + 1:K + 1, :K]",
+    "torch.ones(K + 1, K + 1, dtype=torch.bool).tril()[-Q - 1:-1, :-1]",
+    "torch.ones(Q + K, Q + K, dtype=torch.bool).tril().narrow(0, K, Q).narrow(dim=-1, start=0, length=K)",
+    "torch.ones(Q + K, Q + K, dtype=torch.bool).tril().narrow(-2, -Q, Q)[:, :K]",
+    "torch.ones(3, Q, K, dtype=torch.bool).tril().select(0, -1)",
+    "torch.ones(Q, 3, K, dtype=torch.bool).tril().select(dim=-2, index=1)",
+    "torch.full((Q, K), True).tril(diagonal=-1)",
+    "torch.full((Q, K), 2.0).triu(1).to(torch.int32) == 0",
+    "torch.zeros(1, 1, Q, K).add(1).tril().squeeze(0).squeeze(dim=0) > 0",
+    "torch.ones(Q * K, dtype=torch.bool).view(Q, K).tril()",
+    "torch.ones(Q, 1, K, dtype=torch.bool).tril().flatten(0, 1)",
+    "torch.arange(Q * K).view(Q, K) % K <= q",
+    "torch.ones(Q, K, dtype=torch.bool).tril()[..., torch.arange(K)]",
+    "torch.ones(Q, K, dtype=torch.bool).tril()[torch.arange(Q)[:, None], torch.arange(K) - 1]",
+    "torch.ones(Q, K, dtype=torch.bool).tril_()",
+)
+
+
+def _left(draw, build: Build) -> str:
+    """Left padding: with a causal mask, whole rows see no key."""
+    build.inputs["keep"] = pick(draw, "(torch.arange(K) >= whole(K, B, 1)).long()", "(torch.arange(K) >= whole(K, B, 1)).to(torch.int32)")
+    return pick(draw, "(keep[:, None, None, :] != 0) & (k <= q)", "keep.bool()[:, None, None] & (k <= q)", "keep[:, None, None].bool()")
+
+
 _CLAUSES = {
+    "shifted": _shifted,
+    "integers": _integers,
+    "triangle": lambda draw, build: pick(draw, *_TRIANGLES),
+    "left": _left,
     "causal": _causal,
     "window": _window,
     "padding": _padding,
@@ -170,5 +325,7 @@ _CLAUSES = {
 
 def _inside(build: Build) -> bool:
     """Whether every query position is a key position."""
+    if build.odd:
+        return False
     first = {"K - Q": build.sizes["K"] - build.sizes["Q"], "0": 0, "1": 1, "start": max(0, build.sizes["K"] - build.sizes["Q"] - 1)}
     return first[build.offset] >= 0 and first[build.offset] + build.sizes["Q"] <= build.sizes["K"]
