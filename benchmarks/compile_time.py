@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.cells import Record, markdown
+from sparsify.compat_hf import with_cache
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,8 +69,8 @@ def child(backend: str, layers: int, length: int, hidden: int) -> dict[str, floa
 
     def calls() -> None:
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        model(input_ids=ids[:, -1:], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=cache)
+        model(input_ids=ids, attention_mask=mask, **with_cache(model, cache))
+        model(input_ids=ids[:, -1:], attention_mask=torch.cat([mask, mask[:, -1:]], 1), **with_cache(model, cache))
 
     spans = []
     for first in (True, False):  # the second time nothing is compiled: what is left over is compiling

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 from benchmarks import records
 from benchmarks.prefill import Clock, build
 from sparsify import SparseCache, backends, cache_ops
+from sparsify.compat_hf import with_cache
 
 # what holds the keys, and what compiles the model
 VARIANTS = {"sparsify": ("sparse", "sparsify"), "sparse+inductor": ("sparse", "inductor"), "static+inductor": ("static", "inductor")}
@@ -44,11 +45,11 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     forward = torch.compile(network, backend=backend, fullgraph=True, options=_compile_options(options, backend))
-    token = torch.ones(batch, 1, dtype=torch.int64, device=options.device)
+    token, kept = torch.ones(batch, 1, dtype=torch.int64, device=options.device), with_cache(network, cache)
 
     def step(token: torch.Tensor) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return forward(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        return forward(token, **kept).logits[:, -1:].argmax(-1)
 
     started = time.perf_counter()
     for _ in range(options.warmup):
@@ -165,9 +166,10 @@ def _prefill(options: argparse.Namespace, network: LlamaForCausalLM, ids: torch.
     facts |= {"shape": options.shape, "layers": network.config.num_hidden_layers}
     for last in (False, True):  # the first call compiles kernels and grows the allocator
         cache = _empty(argparse.Namespace(**vars(options) | {"policy": policy}), network, 1) if policy else DynamicCache()
+        kept = with_cache(network, cache)
         _clean(options.device)
         with stores(options.device) as spent, backends.strict():  # a reference in a kernel's place would be timed as one
-            ms, logits = Clock(options.device)(lambda cache=cache: network(ids, past_key_values=cache, logits_to_keep=1).logits)
+            ms, logits = Clock(options.device)(lambda kept=kept: network(ids, **kept, logits_to_keep=1).logits)
         values = {
             "ms": ms,
             "store_ms": sum(spent()),

@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM
 from benchmarks import needles, records
 from benchmarks.answers import ASKS, load
 from sparsify import SparseCache
+from sparsify.compat_hf import with_cache
 
 QUESTION = len("\n?? abcdef: ")
 STREAM_CALL = 512  # bytes a call; StreamingLLM's result does not depend on it
@@ -32,11 +33,11 @@ STREAM_CALL = 512  # bytes a call; StreamingLLM's result does not depend on it
 @torch.no_grad()
 def answer(model: LlamaForCausalLM, prompt: torch.Tensor, wanted: torch.Tensor, cache: SparseCache) -> bool:
     """Whether each byte of `wanted` [n] is the argmax after prompt [1, length] and the bytes before it."""
-    logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    logits = model(prompt, **with_cache(model, cache), logits_to_keep=1).logits[0, -1]
     for byte in wanted:
         if int(logits.argmax()) != int(byte):
             return False
-        logits = model(byte.view(1, 1), past_key_values=cache).logits[0, -1]
+        logits = model(byte.view(1, 1), **with_cache(model, cache)).logits[0, -1]
     return True
 
 
@@ -110,7 +111,7 @@ def run_stream(options: argparse.Namespace, model: LlamaForCausalLM, text: bytes
             nll = []
             for first in range(0, ids.shape[1] - 1, STREAM_CALL):
                 last = min(first + STREAM_CALL, ids.shape[1] - 1)
-                logits = model(ids[:, first:last], past_key_values=cache).logits[0].float()
+                logits = model(ids[:, first:last], **with_cache(model, cache)).logits[0].float()
                 nll += F.cross_entropy(logits, ids[0, first + 1 : last + 1], reduction="none").tolist()
         values = by_stretch(nll, options.stretch)
         print(positions, [round(x, 3) for x in values], flush=True)

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, StaticCache
 from benchmarks.ffn_timing import Shape, graphed, milliseconds, note
 from benchmarks.prefill import build
 from sparsify.api import collect_plans
+from sparsify.compat_hf import with_cache
 
 SHARES = (0.0, 0.1, 0.25, 0.5)
 _ROOM = 1024  # cache places after the prompt: each replay fills one
@@ -46,7 +47,7 @@ def filled_cache(model: LlamaForCausalLM, prompt: int, rows: int, device: str) -
     cache = StaticCache(config=model.config, max_cache_len=prompt + _ROOM)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=device)
     model._compiled_call_impl = None  # what `model.compile` sets; None is the model as it was
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **with_cache(model, cache), logits_to_keep=1)
     for layer in cache.layers:
         layer.batch_size = rows
         layer.keys, layer.values = (t.expand(rows, -1, -1, -1).contiguous() for t in (layer.keys, layer.values))
@@ -60,7 +61,8 @@ def captured(model: LlamaForCausalLM, name: str, cache: StaticCache, prompt: int
     torch._dynamo.reset()
     model.compile(**VARIANTS[name], dynamic=False)
     token, position = (torch.full((rows, 1), value, device=device) for value in (5, prompt))
-    step: Callable[[], Any] = lambda: model(token, past_key_values=cache, position_ids=position).logits
+    kept = with_cache(model, cache)
+    step: Callable[[], Any] = lambda: model(token, **kept, position_ids=position).logits
     began = time.monotonic()
     with collect_plans() as plans:
         graph = graphed(step)

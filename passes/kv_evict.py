@@ -18,7 +18,7 @@ from sparsify.method import Context, Pass, Proposal, Refusal
 from sparsify.sites import AttentionSite
 from sparsify.work import decode
 
-_HINT = "pass past_key_values=sparsify.SparseCache(model.config, policy=..., budget=...)"
+_HINT = "pass a sparsify.SparseCache(model.config, policy=..., budget=...) as the model's cache"
 
 
 class KvEvict(Pass):

@@ -23,7 +23,7 @@ class SparseCache(Cache):
     """A cache for `model(...)` and `model.generate(...)` that stores at most `budget` tokens per KV head in preallocated buffers.
 
         cache = sparsify.SparseCache(model.config, policy="snapkv", budget=4096)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)    # past_key_values=cache before transformers 5.24
 
     It reports the logical length, padding included, so that positions, later turns and own loops need no care. Layers with a sliding
     window of the model's own keep exactly that window. Making one sets the attention implementation of `config` to sparsify's, which

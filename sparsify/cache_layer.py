@@ -88,7 +88,6 @@ class SparseLayer(CacheLayerMixin):
     """
 
     is_compileable = False  # generate() would then build 4-D masks and compile by itself
-    is_croppable = False  # only while nothing was evicted
 
     def __init__(self, index: int, config: Any, policy: Policy, budget: Any, *, sliding: bool, frequencies: Tensor | None):
         super().__init__()
@@ -222,6 +221,16 @@ class SparseLayer(CacheLayerMixin):
             for name in _BUFFERS:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
             self._mark_static()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last tokens can be taken back; assisted decoding asks after the prompt. Reads lengths from the device."""
+        try:
+            if self.is_initialized:
+                self.check_crop(0)
+        except CacheError:
+            return False
+        return True
 
     def check_crop(self, tokens: int) -> None:
         """Raises CacheError when the last `tokens` tokens cannot be taken back exactly; changes nothing."""

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.cache_sites import CacheSite, find_cache
+from sparsify.compat_hf import with_cache
 from sparsify.errors import UnsupportedError
 from sparsify.match import find_attention
 from sparsify.match_ffn import find_feed_forward
@@ -145,7 +146,7 @@ class MetaModel:
         graphs.clear()
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
         try:
-            forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            forward(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(self.model, cache))
         except UnsupportedError:
             raise
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.harness import holding
 from tests.tiny_models import VOCAB
 
 NAME = "cache_reference"
@@ -104,7 +105,7 @@ def through(model, cache, ids, cuts, mask=None, position_ids=None):
         part = slice(at, at + cut)
         more = {} if position_ids is None else {"position_ids": position_ids[:, part]}
         seen = None if mask is None else mask[:, : at + cut]
-        found.append(model(ids[:, part], past_key_values=cache, attention_mask=seen, **more).logits)
+        found.append(model(ids[:, part], **holding(cache), attention_mask=seen, **more).logits)
         at += cut
     return torch.cat(found, 1)
 

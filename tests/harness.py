@@ -7,14 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import api, blockmask, ops
+from sparsify.compat_hf import with_cache
 from sparsify.plan import Plan
 
 KEEP_ALL = {"xattention": {"threshold": 1.0}, "sink_window": {"sinks": 4, "window": 1 << 20}}
+
+
+def holding(cache: Any) -> dict[str, Any]:
+    """The keyword argument by which calls of the installed transformers' models, and `generate`, take a cache."""
+    return with_cache(LlamaForCausalLM, cache)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.harness import visible_error
+from tests.harness import holding, visible_error
 from tests.tiny_models import VOCAB
 
 
@@ -67,7 +67,7 @@ def pieces(model, tokens, cache, sizes, mask=None):
     results, start = [], 0
     for size in sizes:
         seen = {} if mask is None else {"attention_mask": mask[:, : start + size]}
-        results.append(model(input_ids=tokens[:, start : start + size], past_key_values=cache, **seen).logits)
+        results.append(model(input_ids=tokens[:, start : start + size], **holding(cache), **seen).logits)
         start += size
     return torch.cat(results, 1)
 
@@ -111,8 +111,8 @@ def generate_static(model, length):
 
 def second_turn(model, length):
     cache = DynamicCache(config=model.config)
-    first = generate(model, length, past_key_values=cache)
-    return generate(model, length, input_ids=torch.cat([first.sequences, prompt(1, 6, seed=1)], 1), past_key_values=cache)
+    first = generate(model, length, **holding(cache))
+    return generate(model, length, input_ids=torch.cat([first.sequences, prompt(1, 6, seed=1)], 1), **holding(cache))
 
 
 def beam(model, length):

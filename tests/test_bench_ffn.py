@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from benchmarks import ffn, ffn_quality
 from benchmarks.ffn_quality import Skipper
 from sparsify import ffn_ops
-from tests.harness import run, strict, visible_error
+from tests.harness import holding, run, strict, visible_error
 from tests.tiny_models import VOCAB, build
 
 LAYERS = 5
@@ -38,7 +38,7 @@ def test_rows_skip_as_the_op_does(model: torch.nn.Module, rows: str) -> None:
 
     def call(m: torch.nn.Module) -> torch.Tensor:
         cache = DynamicCache(config=m.config)
-        return torch.cat([m(input_ids=part, past_key_values=cache).logits for part in ids.split([8] + [1] * 8, 1)], 1)
+        return torch.cat([m(input_ids=part, **holding(cache)).logits for part in ids.split([8] + [1] * 8, 1)], 1)
 
     ffn_ops.forget_runs()
     options = {"threshold": 0.97, "skip": 2, "cold_first": 1, "cold_last": 1, "warmup": 0, "prefill": rows == "all"}

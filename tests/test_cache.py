@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 import tests.cache_reference as reference
 from sparsify import SparseCache
-from sparsify.errors import CacheError
 from tests.cache_reference import left_padded, text
+from tests.harness import holding
 from tests.tiny_models import build
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -38,7 +38,7 @@ def cuts_of(total, at):
 # --- exactness: whole budget ---
 
 
-FAMILIES = ("qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "olmo2", "mixtral", "cohere", "granite", "gemma")
+FAMILIES = ("qwen2", "qwen3", "gptj", "mistral", "phi3", "gpt_neox", "olmo2", "mixtral", "cohere", "granite", "gemma")
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,11 @@ FAMILIES = ("qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "olmo2", "mixtral",
 @torch.no_grad()
 def test_a_budget_that_holds_the_text_gives_the_same_tokens(family, policy):
     model, ids, mask = build(family), text(2, 40), left_padded([40, 33])
+    if not model._supports_attention_backend:
+        pytest.skip("this release's model does not go through AttentionInterface")
     want = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
     cache = SparseCache(model.config, policy=policy, budget=64)
-    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, past_key_values=cache), want)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **holding(cache)), want)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
@@ -158,7 +160,7 @@ def test_snapkv_decodes_over_what_it_kept(llama, padded):
 @torch.no_grad()
 def llama_step(model, cache, ids, mask, at, step):
     part = slice(step, step + 1)
-    return model(ids[:, part], past_key_values=cache, attention_mask=mask[:, : step + 1], position_ids=at[:, part]).logits
+    return model(ids[:, part], **holding(cache), attention_mask=mask[:, : step + 1], position_ids=at[:, part]).logits
 
 
 # --- ways to call ---
@@ -170,10 +172,10 @@ def llama_step(model, cache, ids, mask, at, step):
 def test_a_second_turn_on_the_same_cache(llama, policy, budget):
     first, second = text(1, 40), text(1, 15, seed=1)
     cache = SparseCache(llama.config, policy=policy, budget=budget, **({"window": 8} if policy == "snapkv" else {}))
-    said = llama.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    said = llama.generate(first, **holding(cache), max_new_tokens=6, do_sample=False)
     assert cache.get_seq_length() == 45
     whole = torch.cat((said, second), 1)
-    got = llama.generate(whole, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    got = llama.generate(whole, **holding(cache), max_new_tokens=6, do_sample=False)
     assert cache.get_seq_length() == whole.shape[1] + 5
     if budget == 200:
         assert torch.equal(got, llama.generate(whole, max_new_tokens=6, do_sample=False))
@@ -208,10 +210,10 @@ def test_beam_search(llama, policy):
     ids = text(2, 20)
     options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
     cache = SparseCache(llama.config, policy=policy, budget=40)
-    assert torch.equal(llama.generate(ids, past_key_values=cache, **options), llama.generate(ids, **options))
+    assert torch.equal(llama.generate(ids, **holding(cache), **options), llama.generate(ids, **options))
     if policy == "streaming_llm":
         small = SparseCache(llama.config, budget=12)
-        got = llama.generate(ids, past_key_values=small, output_scores=True, return_dict_in_generate=True, **options)
+        got = llama.generate(ids, **holding(small), output_scores=True, return_dict_in_generate=True, **options)
         rows = got.sequences
         logits = reference.run(llama, rows, reference.streaming(torch.ones_like(rows), 4, 8))
         logp = logits.log_softmax(-1)[:, 19:-1].gather(-1, rows[:, 20:, None]).sum((1, 2)) / (rows.shape[1] - 20)
@@ -224,11 +226,11 @@ def test_prefill_in_chunks(llama, policy):
     ids = text(1, 50)
     options = {"max_new_tokens": 6, "do_sample": False}
     cache = SparseCache(llama.config, policy=policy, budget=64)
-    assert torch.equal(llama.generate(ids, past_key_values=cache, prefill_chunk_size=16, **options), llama.generate(ids, **options))
+    assert torch.equal(llama.generate(ids, **holding(cache), prefill_chunk_size=16, **options), llama.generate(ids, **options))
     if policy == "streaming_llm":
         at_once, cut = (SparseCache(llama.config, budget=20) for _ in range(2))
-        want = llama.generate(ids, past_key_values=at_once, **options)
-        assert torch.equal(llama.generate(ids, past_key_values=cut, prefill_chunk_size=16, **options), want)
+        want = llama.generate(ids, **holding(at_once), **options)
+        assert torch.equal(llama.generate(ids, **holding(cut), prefill_chunk_size=16, **options), want)
         for a, b in zip(at_once.layers, cut.layers):
             assert torch.equal(a.positions.sort(-1).values, b.positions.sort(-1).values)
 
@@ -239,17 +241,6 @@ def test_a_prompt_shorter_than_the_sinks(llama):
     want = reference.run(llama, ids, reference.streaming(torch.ones_like(ids), 6, 5))
     got = reference.through(llama, SparseCache(llama.config, sinks=6, window=5), ids, [3] + [1] * 22)
     torch.testing.assert_close(got, want, **CLOSE)
-
-
-@torch.no_grad()
-def test_assisted_decoding_works_while_all_is_kept_and_raises_after(llama):
-    ids, helper = text(1, 20), build("llama", layers=1, seed=3)
-    options = {"max_new_tokens": 10, "do_sample": False}
-    cache = SparseCache(llama.config, budget=64)
-    got = llama.generate(ids, past_key_values=cache, assistant_model=helper, **options)
-    assert torch.equal(got, llama.generate(ids, **options))
-    with pytest.raises(CacheError, match="evicted"):
-        llama.generate(ids, past_key_values=SparseCache(llama.config, budget=12), assistant_model=helper, **options)
 
 
 @torch.no_grad()
@@ -294,7 +285,7 @@ def test_rows_move_with_all_their_state(llama, policy):
 
     def step(cache, more, after, start, i):
         part = slice(i, i + 1)
-        return llama(more[:, part], past_key_values=cache, attention_mask=after[:, : 41 + i], position_ids=start[:, part]).logits
+        return llama(more[:, part], **holding(cache), attention_mask=after[:, : 41 + i], position_ids=start[:, part]).logits
 
     def finish(cache, rows):
         after = torch.cat((mask[rows], torch.ones(len(rows), 9, dtype=torch.long)), 1)
@@ -364,29 +355,16 @@ def test_keys_live_no_longer_than_their_layer(llama):
     for layer in cache.layers:
         update = layer.update
 
-        def watched(keys, values, *args, update=update):
+        def watched(keys, values, *args, update=update, **given_too):
             nonlocal most
             most = max(most, sum(held() is not None for held in given))
             given.extend(map(weakref.ref, (keys, values)))
-            return update(keys, values, *args)
+            return update(keys, values, *args, **given_too)
 
         layer.update = watched
-    llama(text(1, 90), past_key_values=cache)
+    llama(text(1, 90), **holding(cache))
     assert len(given) == 4 and most == 0
     assert all(held() is None for held in given)
-
-
-@torch.no_grad()
-def test_crop_takes_back_exactly(llama):
-    ids = text(1, 30)
-    cache = SparseCache(llama.config, policy="snapkv", budget=40)
-    reference.through(llama, cache, ids, [20, 5])
-    cache.crop(-7)
-    assert cache.get_seq_length() == 18
-    torch.testing.assert_close(reference.through(llama, cache, ids[:, 18:], [4, 1, 7]), llama(ids).logits[:, 18:], **CLOSE)
-    cache.crop(-30)
-    assert cache.get_seq_length() == 0
-    torch.testing.assert_close(reference.through(llama, cache, ids, [30]), llama(ids).logits, **CLOSE)
 
 
 # --- torch.compile ---
@@ -401,14 +379,14 @@ def test_compiled_whole_and_never_again(llama, policy, padded):
     ids = text(2, 40)
     options = {"max_new_tokens": 24, "do_sample": False} | ({"attention_mask": left_padded([40, 31])} if padded else {})
     make = lambda: SparseCache(llama.config, policy=policy, budget=48)
-    want = llama.generate(ids, past_key_values=make(), **options)
+    want = llama.generate(ids, **holding(make()), **options)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     llama.compile(backend=counter, fullgraph=True)
     try:
-        assert torch.equal(llama.generate(ids, past_key_values=make(), **options), want)
+        assert torch.equal(llama.generate(ids, **holding(make()), **options), want)
         assert counter.frame_count == 2  # one graph for the prompt, one for all later tokens
-        assert torch.equal(llama.generate(ids, past_key_values=make(), **options), want)
+        assert torch.equal(llama.generate(ids, **holding(make()), **options), want)
         assert counter.frame_count == 2
     finally:
         llama._compiled_call_impl = None
@@ -428,7 +406,7 @@ def test_compiled_buffers_change_in_place(llama):
     forward = torch.compile(llama, backend="inductor", fullgraph=True)
 
     def step(i):
-        logits.append(forward(ids[:, i : i + 1], past_key_values=cache).logits)
+        logits.append(forward(ids[:, i : i + 1], **holding(cache)).logits)
 
     _, code = run_and_get_code(step, 50)
     for i in range(51, 60):

@@ -9,6 +9,7 @@ import tests.cache_reference as reference
 from sparsify import SparseCache
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from tests.cache_reference import left_padded, text
+from tests.harness import holding
 from tests.tiny_models import build
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -56,18 +57,18 @@ def test_impossible_options(llama, options, words):
 def test_another_dtype(llama):
     cache = SparseCache(llama.config, budget=16, batch_size=1, device="cpu", dtype=torch.float16)
     with pytest.raises(CacheError, match=r"float32 on cpu, the cache holds torch.float16"):
-        llama(text(1, 4), past_key_values=cache)
+        llama(text(1, 4), **holding(cache))
     assert not cache.layers[0].keys.any() and cache.get_seq_length() == 0
 
 
 def test_a_cache_from_inference_mode(llama):
     cache = SparseCache(llama.config, budget=16)
     with torch.inference_mode():
-        llama(text(1, 10), past_key_values=cache)
+        llama(text(1, 10), **holding(cache))
     with torch.no_grad(), pytest.raises(CacheError, match="under inference_mode, or none"):
-        llama(text(1, 1), past_key_values=cache)
+        llama(text(1, 1), **holding(cache))
     with torch.inference_mode():
-        llama(text(1, 1), past_key_values=cache)
+        llama(text(1, 1), **holding(cache))
         assert cache.get_seq_length() == 11
 
 
@@ -77,13 +78,13 @@ def test_another_batch_size_or_model(llama):
     reference.through(llama, cache, text(2, 10), [10])
     before = [t.clone() for t in cache.layers[0].state]
     with pytest.raises(CacheError, match="batch of 2"):
-        llama(text(1, 1), past_key_values=cache)
+        llama(text(1, 1), **holding(cache))
     other = build("llama")
     with pytest.raises(CacheError, match=r"SparseCache\(model.config"):
-        other(text(2, 3), past_key_values=cache)
+        other(text(2, 3), **holding(cache))
     SparseCache(other.config, budget=16)
     with pytest.raises(CacheError, match="another model"):
-        other(text(2, 3), past_key_values=cache)
+        other(text(2, 3), **holding(cache))
     assert all(torch.equal(a, b) for a, b in zip(before, cache.layers[0].state))
     reference.through(llama, cache, text(2, 3), [3])  # the cache still works
 
@@ -94,7 +95,7 @@ def test_a_model_that_does_not_use_the_caches_attention_fails(llama, tokens):
     cache, other = SparseCache(llama.config, budget=16), build("llama")
     for mask in (None, torch.ones(2, tokens, dtype=torch.long)):
         with pytest.raises(CacheError, match=r"SparseCache\(model.config"):
-            other(text(2, tokens), past_key_values=cache, attention_mask=mask)
+            other(text(2, tokens), **holding(cache), attention_mask=mask)
         cache.reset()
 
 
@@ -107,11 +108,11 @@ def test_a_call_that_fails_halfway_is_noticed(llama, monkeypatch):
         if cuts:
             reference.through(llama, cache, ids, cuts)
         with monkeypatch.context() as patched:
-            patched.setattr(cache.layers[1], "update", lambda *_: 1 / 0)
+            patched.setattr(cache.layers[1], "update", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                llama(ids[:, sum(cuts) :][:, :6], past_key_values=cache)
+                llama(ids[:, sum(cuts) :][:, :6], **holding(cache))
         with pytest.raises(CacheError, match=r"failed halfway.*reset"):
-            llama(ids[:, 16:20], past_key_values=cache)
+            llama(ids[:, 16:20], **holding(cache))
         cache.reset()
         torch.testing.assert_close(reference.through(llama, cache, ids, [20, 4]), want)
 
@@ -150,30 +151,28 @@ def test_masks_that_do_not_fit(llama):
     cache = SparseCache(llama.config, budget=32)
     mask = left_padded([10, 6])
     with pytest.raises(CacheError, match="columns"):
-        llama(text(2, 8), past_key_values=cache, attention_mask=mask)
+        llama(text(2, 8), **holding(cache), attention_mask=mask)
     cache.reset()
     reference.through(llama, cache, text(2, 10), [10], mask)
     with pytest.raises(CacheError, match="columns"):
-        llama(text(2, 1), past_key_values=cache, attention_mask=torch.ones(2, 1, dtype=torch.long))
+        llama(text(2, 1), **holding(cache), attention_mask=torch.ones(2, 1, dtype=torch.long))
     cache = SparseCache(llama.config, budget=32)
     reference.through(llama, cache, text(2, 10), [10])
     with pytest.raises(CacheError, match="hides"):
-        llama(text(2, 3), past_key_values=cache, attention_mask=torch.cat((mask, torch.ones(2, 3, dtype=torch.long)), 1))
+        llama(text(2, 3), **holding(cache), attention_mask=torch.cat((mask, torch.ones(2, 3, dtype=torch.long)), 1))
     cache = SparseCache(llama.config, budget=32)
     with pytest.raises(UnsupportedError, match="four dimensions"):
-        llama(text(1, 4), past_key_values=cache, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+        llama(text(1, 4), **holding(cache), attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
 
 def test_gradients_are_refused(llama):
     with pytest.raises(UnsupportedError, match="no_grad"):
-        llama(text(1, 4), past_key_values=SparseCache(llama.config, budget=32))
+        llama(text(1, 4), **holding(SparseCache(llama.config, budget=32)))
 
 
-@pytest.mark.parametrize(
-    "family, reason", [("bloom", "AttentionInterface"), ("gptj", "AttentionInterface"), ("falcon_alibi", "."), ("deepseek_v3", "MLA")]
-)
+@pytest.mark.parametrize("family, reason", [("bloom", "AttentionInterface"), ("falcon_alibi", "."), ("deepseek_v3", "MLA")])
 def test_models_that_cannot_be_served(family, reason):
-    model = build(family, "eager" if family in ("bloom", "gptj") else "sdpa")
+    model = build(family, "eager" if family == "bloom" else "sdpa")
     with pytest.raises(UnsupportedError, match=reason):
         SparseCache(model.config, budget=32)
 
@@ -193,4 +192,4 @@ def test_length_dependent_rope_is_absolute_or_refused(kind):
     ids = text(1, 20)
     want = model.generate(ids, max_new_tokens=12, do_sample=False)
     cache = SparseCache(model.config, budget=40)
-    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache), want)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, **holding(cache)), want)

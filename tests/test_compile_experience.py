@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 from benchmarks.compile_time import measure
-from tests.harness import compiled, strict
+from tests.harness import compiled, holding, strict
 from tests.matrix_modes import prompt
 from tests.tiny_models import build
 
@@ -39,7 +39,7 @@ def decode(model, cache, tokens: int, prompt_len: int = 20) -> list[int]:
     """Greedy decoding by own calls; the number of graphs after each step."""
     ids, graphs = prompt(1, prompt_len), []
     for _ in range(tokens):
-        logits = model(input_ids=ids, past_key_values=cache).logits
+        logits = model(input_ids=ids, **holding(cache)).logits
         ids = logits[:, -1:].argmax(-1)
         graphs.append(counters["stats"]["unique_graphs"])
     return graphs

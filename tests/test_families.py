@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.harness import KEEP_ALL, reference_run, run, strict, visible_error
+from tests.harness import KEEP_ALL, holding, reference_run, run, strict, visible_error
 from tests.tiny_models import CORE_FAMILIES, VOCAB, build
 
 # The quick run has every family once in tests/test_matrix.py; here it has those that differ most, and the rest is slow.
@@ -121,7 +121,7 @@ def test_own_calls_with_a_static_cache(family):
     def call(m):
         cache = StaticCache(config=m.config, max_cache_len=64)
         steps = [ids[:, :20], ids[:, 20:29], ids[:, 29:]]
-        return torch.cat([m(input_ids=s, past_key_values=cache).logits for s in steps], 1)
+        return torch.cat([m(input_ids=s, **holding(cache)).logits for s in steps], 1)
 
     with torch.no_grad():
         want = call(model)
@@ -137,7 +137,7 @@ def test_chunked_prefill_and_second_turn(family):
 
     def call(m):
         cache = DynamicCache(config=m.config)
-        return torch.cat([m(input_ids=s, past_key_values=cache).logits for s in (ids[:, :32], ids[:, 32:57], ids[:, 57:])], 1)
+        return torch.cat([m(input_ids=s, **holding(cache)).logits for s in (ids[:, :32], ids[:, 32:57], ids[:, 57:])], 1)
 
     with torch.no_grad():
         want = call(model)

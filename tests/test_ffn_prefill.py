@@ -14,7 +14,7 @@ from sparsify.match_ffn import find_feed_forward
 from sparsify.method import Context, Proposal, Refusal
 from sparsify.passes.ffn_skip import FfnSkip
 from sparsify.sites import FeedForwardSite
-from tests.harness import run, strict, visible_error
+from tests.harness import holding, run, strict, visible_error
 from tests.test_ffn_skip import FP32, prompt, without
 from tests.test_match_ffn import Block
 from tests.tiny_models import build
@@ -34,7 +34,7 @@ def fresh_runs():
 def prefill_and_a_token(ids: torch.Tensor):
     def call(model):
         cache = DynamicCache(config=model.config)
-        return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in ids.split([ids.shape[1] - 1, 1], 1)], 1)
+        return torch.cat([model(input_ids=part, **holding(cache)).logits for part in ids.split([ids.shape[1] - 1, 1], 1)], 1)
 
     return call
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from sparsify import api, ffn_ops
 from sparsify.backends import reference_ffn
 from sparsify.plan import Plan
-from tests.harness import compiled, run, strict, visible_error
+from tests.harness import compiled, holding, run, strict, visible_error
 from tests.tiny_models import VOCAB, build
 
 LAYERS = 4
@@ -44,7 +44,7 @@ def steps(ids: torch.Tensor, count: int = 4):
     def call(model):
         cache = DynamicCache(config=model.config)
         lengths = [ids.shape[1] - count] + [1] * count
-        return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in ids.split(lengths, 1)], 1)
+        return torch.cat([model(input_ids=part, **holding(cache)).logits for part in ids.split(lengths, 1)], 1)
 
     return call
 
@@ -208,11 +208,11 @@ def test_a_second_prompt_starts_anew_and_turns_stay_dense():
         for length in (9, 12):
             steps(prompt(1, length + 4, seed=length))(model)
         one, other = (DynamicCache(config=model.config) for _ in range(2))
-        model(input_ids=prompt(1, 5), past_key_values=one)
-        model(input_ids=prompt(1, 30), past_key_values=other)
+        model(input_ids=prompt(1, 5), **holding(one))
+        model(input_ids=prompt(1, 30), **holding(other))
         for step in range(4):
             for cache in (one, other):
-                model(input_ids=prompt(1, 1, seed=step), past_key_values=cache)
+                model(input_ids=prompt(1, 1, seed=step), **holding(cache))
     dense = [bool((before < 0).all()) for before, _ in seen[::2]]
     assert dense == [True, True, False, False] * 2 + [True] * 8
 
@@ -241,7 +241,7 @@ def test_own_calls_with_a_static_cache():
 
     def call(m):
         cache = StaticCache(config=m.config, max_cache_len=32)
-        return torch.cat([m(input_ids=part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 1, 1, 1], 1)], 1)
+        return torch.cat([m(input_ids=part, **holding(cache)).logits for part in ids.split([9, 1, 1, 1, 1, 1], 1)], 1)
 
     with torch.no_grad(), without(model, lambda layer, step: step >= 3 and layer % 2 == 1):
         want = call(model)
@@ -381,8 +381,8 @@ def test_a_batch_of_any_size_in_one_graph():
         for batch in (3, 2, 5):
             cache = DynamicCache(config=m.config)
             ids = prompt(batch, 10)
-            m(input_ids=ids[:, :9], past_key_values=cache)
-            outputs.append(m(input_ids=ids[:, 9:], past_key_values=cache).logits)
+            m(input_ids=ids[:, :9], **holding(cache))
+            outputs.append(m(input_ids=ids[:, 9:], **holding(cache)).logits)
         return torch.cat(outputs)
 
     with torch.no_grad(), without(model, lambda layer, step: layer == 1):

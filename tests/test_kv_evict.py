@@ -16,11 +16,13 @@ import tests.cache_reference as reference
 from sparsify import SparseCache, cache_ops, config, ops, pipeline, verify
 from sparsify.api import collect_plans
 from sparsify.cache_sites import find_cache
+from sparsify.compat_hf import cache_of
 from sparsify.editor import Editor
 from sparsify.errors import UnsupportedError, VerifyError
 from sparsify.method import discover
 from sparsify.passes.kv_evict import KvEvict
 from sparsify.trace import Trace
+from tests.harness import holding
 from tests.tiny_models import VOCAB, build
 
 PROMPT, TOKENS = 40, 12
@@ -48,7 +50,7 @@ def generate(model, ids, cache, inputs=(), **options):
     model.compile(backend="sparsify", fullgraph=True, options={"strict": True, "lower": "eager", **options})
     try:
         with collect_plans() as plans:
-            return model.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=cache, **dict(inputs)), plans
+            return model.generate(ids, max_new_tokens=TOKENS, do_sample=False, **holding(cache), **dict(inputs)), plans
     finally:
         model._compiled_call_impl = None
         torch._dynamo.reset()
@@ -81,7 +83,7 @@ def count(gm, target):
 def test_decode_is_one_op_and_the_prompt_stays_open(llama, ids, policy):
     cache = make(llama, policy)
     (prompt, first), (decode, second) = graphs(
-        llama, [{"input_ids": ids, "past_key_values": cache}, {"input_ids": ids[:, :1], "past_key_values": cache}], min_length=0
+        llama, [{"input_ids": ids, **holding(cache)}, {"input_ids": ids[:, :1], **holding(cache)}], min_length=0
     )
     assert count(decode, cache_ops.decode) == 2 and not count(decode, cache_ops.store) and not count(decode, cache_ops.attention)
     assert count(prompt, cache_ops.store) == 2 and not count(prompt, cache_ops.decode)
@@ -104,7 +106,7 @@ def test_decode_is_one_op_and_the_prompt_stays_open(llama, ids, policy):
 )
 def test_tokens_are_those_of_the_uncompiled_cache(llama, ids, policy, lower):
     with torch.no_grad():
-        want = llama.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=make(llama, policy))
+        want = llama.generate(ids, max_new_tokens=TOKENS, do_sample=False, **holding(make(llama, policy)))
     got, plans = generate(llama, ids, make(llama, policy), verify=True, lower=lower)
     assert torch.equal(got, want)
     assert len(plans) == 2 and not any(p.fallback for p in plans)
@@ -115,7 +117,7 @@ def test_sparse_prompt_and_eviction_compose(llama, ids, padded):
     """A block selection that keeps everything, then eviction: the tokens are those of dense attention, then eviction."""
     mask = {"attention_mask": torch.tensor([[1] * PROMPT, [0] * 9 + [1] * (PROMPT - 9)])} if padded else {}
     with torch.no_grad():
-        want = llama.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=make(llama, budget=24), **mask)
+        want = llama.generate(ids, max_new_tokens=TOKENS, do_sample=False, **holding(make(llama, budget=24)), **mask)
     options = {"passes": ["xattention", "kv_evict"], "min_length": 0, "xattention": {"threshold": 1.0}}
     got, plans = generate(llama, ids, make(llama, budget=24), mask, **options)
     assert torch.equal(got, want)
@@ -130,7 +132,7 @@ def test_sink_logits_softcap_and_turned_sinks_reach_the_op(ids):
     ):
         model = build(family, "eager" if family == "gpt_oss" else "sdpa")
         cache = make(model, **options)
-        calls = [{"input_ids": ids, "past_key_values": cache}, {"input_ids": ids[:, :1], "past_key_values": cache}]
+        calls = [{"input_ids": ids, **holding(cache)}, {"input_ids": ids[:, :1], **holding(cache)}]
         decode = graphs(model, calls)[1][0]
         nodes = [n for n in decode.graph.nodes if n.target is cache_ops.decode]
         assert nodes and all(isinstance(n.kwargs[name], fx.Node) for name in names for n in nodes)
@@ -139,7 +141,7 @@ def test_sink_logits_softcap_and_turned_sinks_reach_the_op(ids):
 @torch.no_grad()
 def test_several_tokens_stay_two_ops(llama, ids):
     cache = make(llama)
-    calls = [{"input_ids": ids, "past_key_values": cache}, {"input_ids": ids[:, :5], "past_key_values": cache}]
+    calls = [{"input_ids": ids, **holding(cache)}, {"input_ids": ids[:, :5], **holding(cache)}]
     gm, plan = graphs(llama, calls)[1]
     assert count(gm, cache_ops.store) == 2 and count(gm, cache_ops.attention) == 2
     assert all("several tokens" in d.reason for d in plan.decisions)
@@ -149,10 +151,10 @@ def test_several_tokens_stay_two_ops(llama, ids):
 def test_ordinary_caches_are_refused_with_the_hint(llama, ids):
     for kind, cache in (("DynamicCache", None), ("StaticCache", StaticCache(config=llama.config, max_cache_len=64))):
         if cache is None:
-            cache = llama(ids, use_cache=True).past_key_values
+            cache = cache_of(llama(ids, use_cache=True))
         else:
-            llama(ids, past_key_values=cache)
-        _, plan = graphs(llama, [{"input_ids": ids[:, :1], "past_key_values": cache}], passes=["kv_evict"])[0]
+            llama(ids, **holding(cache))
+        _, plan = graphs(llama, [{"input_ids": ids[:, :1], **holding(cache)}], passes=["kv_evict"])[0]
         assert plan.decisions and not plan.rewritten
         assert all(kind in d.reason and "sparsify.SparseCache(" in d.reason for d in plan.decisions)
 
@@ -180,7 +182,7 @@ def test_only_the_token_is_copied_into_a_cuda_graph(llama, ids):
     for again in (cache, make(llama, batch_size=2, device="cpu", dtype=torch.float32)):
         if again is not cache:
             reference.through(llama, again, ids, [PROMPT])
-        forward(ids[:, :1], past_key_values=again)
+        forward(ids[:, :1], **holding(again))
     torch._dynamo.reset()
     assert static == [1]
 
@@ -201,7 +203,7 @@ def test_buffers_made_within_cuda_graphs_are_refused(llama, ids, monkeypatch):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
     for inside, cache in ((True, make(llama)), (False, make(llama, batch_size=2, device="cpu", dtype=torch.float32))):
         torch._dynamo.reset()
-        torch.compile(llama, backend=functools.partial(backend, inside=inside), fullgraph=True)(ids, past_key_values=cache)
+        torch.compile(llama, backend=functools.partial(backend, inside=inside), fullgraph=True)(ids, **holding(cache))
     torch._dynamo.reset()
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
+from tests.harness import holding
 from tests.soundness import Capture
 from tests.tiny_models import CORE_FAMILIES, EAGER_ONLY, FAMILIES, VOCAB, build
 
@@ -48,17 +49,17 @@ def phases():
 
     def continued(model, capture, dynamic, tokens, mask):
         cache = DynamicCache(config=model.config)
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **holding(cache))
         mask = torch.cat([mask, mask.new_ones(2, tokens)], 1) if mask is not None else None
         compiled = torch.compile(model, backend=capture, dynamic=dynamic, fullgraph=True)
-        compiled(prompt(2, tokens), past_key_values=cache, attention_mask=mask)
+        compiled(prompt(2, tokens), **holding(cache), attention_mask=mask)
 
     def static(model, capture, dynamic, mask):
         cache = StaticCache(config=model.config, max_cache_len=32)
         compiled = torch.compile(model, backend=capture, dynamic=dynamic, fullgraph=True)
         tokens = prompt()
         for _ in range(3):
-            compiled(tokens, past_key_values=cache, attention_mask=mask)
+            compiled(tokens, **holding(cache), attention_mask=mask)
             tokens = tokens[:, -1:]
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1) if mask is not None else None
 

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from sparsify import SparseCache, meta_model
 from sparsify.errors import UnsupportedError
 from sparsify.sites import AttentionSite, FeedForwardSite
+from tests.harness import holding
 from tests.tiny_models import build
 
 _SIZES = (
@@ -39,7 +40,7 @@ def compiled(model: torch.nn.Module, length: int, cache) -> list[list[dict]]:
     with torch.no_grad(), meta_model._capture(model) as (forward, graphs):
         for tokens in (length, 1):
             graphs.clear()
-            forward(input_ids=torch.zeros(2, tokens, dtype=torch.int64), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            forward(input_ids=torch.zeros(2, tokens, dtype=torch.int64), **holding(cache), use_cache=True, logits_to_keep=1)
             sites = [site for graph in graphs for site in graph]
             attention = tuple(s for s in sites if isinstance(s, AttentionSite))
             blocks = tuple(s for s in sites if isinstance(s, FeedForwardSite))

@@ -16,7 +16,7 @@ from sparsify.masks import MaskKind, MaskPredicate
 from sparsify.method import Context
 from sparsify.plan import Decision, Plan, make_plan
 from sparsify.sites import AttentionSite
-from tests.harness import run, strict
+from tests.harness import holding, run, strict
 from tests.tiny_models import build
 
 H200 = Device("cuda", "test", (9, 0), 680e12, 4.3e12, 8e-6)
@@ -136,8 +136,8 @@ def test_a_plan_made_without_a_sparse_cache_serves_with_one(tmp_path):
 
     def prompt_and_token(model):
         cache = SparseCache(model.config, "snapkv", 16, window=4)
-        model(input_ids=ids, past_key_values=cache)
-        return model(input_ids=ids[:, :1], past_key_values=cache).logits
+        model(input_ids=ids, **holding(cache))
+        return model(input_ids=ids[:, :1], **holding(cache)).logits
 
     got = run(model, prompt_and_token, strict(plan=str(tmp_path / "plan.json")))
     assert [d.method for plan in got.plans for d in plan.decisions] == ["dense", None, "kv_evict"]

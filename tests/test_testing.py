@@ -6,6 +6,7 @@ from sparsify import ops, testing
 from sparsify.errors import ConfigError, UnsupportedError
 from sparsify.plan import Plan
 from sparsify.testing import Comparison, Selection, Tokens, bisect, compare, compare_tokens, record_blocks, visible_rows
+from tests.harness import holding
 
 EAGER = {"lower": "eager", "min_length": 0}
 SPARSE = {**EAGER, "strict": True, "passes": ["xattention"], "xattention": {"block": 64, "density": 0.3}}
@@ -117,8 +118,8 @@ def test_a_cache_in_the_inputs_is_not_shared_by_the_two_runs(llama):
     transformers = pytest.importorskip("transformers")
     cache = transformers.DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(input_ids=tokens(1, 30), past_key_values=cache)
-    result = compare(llama, {"input_ids": tokens(1, 5), "past_key_values": cache}, options={**EAGER, "passes": ["dense"], "strict": True})
+        llama(input_ids=tokens(1, 30), **holding(cache))
+    result = compare(llama, {"input_ids": tokens(1, 5), **holding(cache)}, options={**EAGER, "passes": ["dense"], "strict": True})
     assert result.close and result.rows == 5
     assert cache.get_seq_length() == 30
 

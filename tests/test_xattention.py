@@ -20,7 +20,7 @@ from sparsify.method import Context, Proposal, Refusal, discover
 from sparsify.passes.xattention import XAttention
 from sparsify.sites import AttentionSite
 from sparsify.trace import Trace
-from tests.harness import reference_run, run, strict, visible_error
+from tests.harness import holding, reference_run, run, strict, visible_error
 from tests.tiny_models import VOCAB, build
 
 FP32 = 2e-5
@@ -299,7 +299,7 @@ def test_chunks_start_where_the_cache_ends():
 
     def call(m):
         cache = DynamicCache(config=m.config)
-        return torch.cat([m(input_ids=part, past_key_values=cache).logits for part in ids.split([200, 130, 90], 1)], 1)
+        return torch.cat([m(input_ids=part, **holding(cache)).logits for part in ids.split([200, 130, 90], 1)], 1)
 
     seen = compare(sharp(), call, block=64, threshold=0.4)
     assert [length for _, _, length in seen] == [200, 200, 330, 330, 420, 420]

@@ -8,6 +8,7 @@ import torch
 from sparsify import SparseCache
 from sparsify.backends import reference_cache
 from sparsify.backends.triton_decode import cache_decode
+from tests.harness import holding
 from tests.kernels.test_decode_interpreted import TOLERANCE
 from tests.tiny_models import VOCAB, build
 
@@ -86,10 +87,10 @@ def test_reduce_overhead_gives_the_same_logits(policy, budget):
 
     def run(forward):
         cache = SparseCache(model.config, policy, budget, batch_size=2, device="cuda", dtype=torch.float32)
-        out = [model(ids[:, :60], past_key_values=cache).logits]
+        out = [model(ids[:, :60], **holding(cache)).logits]
         for i in range(60, 90):
             torch.compiler.cudagraph_mark_step_begin()
-            out.append(forward(ids[:, i : i + 1], past_key_values=cache).logits.clone())
+            out.append(forward(ids[:, i : i + 1], **holding(cache)).logits.clone())
         return torch.cat(out, 1)
 
     want = run(model)
@@ -114,7 +115,7 @@ def test_prompts_and_later_turns_in_cuda_graphs(policy, budget):
         cache, out, first = SparseCache(model.config, policy, budget, batch_size=2, device="cuda", dtype=torch.float32), [], 0
         for size in [60] + [1] * 6 + [7] + [1] * 6:
             torch.compiler.cudagraph_mark_step_begin()
-            out.append(forward(ids[:, first : first + size], past_key_values=cache).logits.clone())
+            out.append(forward(ids[:, first : first + size], **holding(cache)).logits.clone())
             first += size
         return torch.cat(out, 1)
 
@@ -134,7 +135,7 @@ def test_offloaded_and_fetched_back():
     ids = torch.randint(3, VOCAB, (2, 70), generator=torch.Generator().manual_seed(0)).to("cuda")
     caches = [SparseCache(model.config, "snapkv", 48) for _ in range(2)]
     for cache in caches:
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :60], **holding(cache))
     for layer in caches[0].layers:
         layer.offload()
         assert all(t.device.type == "cpu" for t in (*layer.state, layer.tickets))
@@ -142,5 +143,5 @@ def test_offloaded_and_fetched_back():
     for layer in caches[0].layers:
         layer.prefetch()
     caches[1].reorder_cache(torch.tensor([1, 0], device="cuda"))
-    got, want = (model(ids[:, 60:], past_key_values=cache).logits for cache in caches)
+    got, want = (model(ids[:, 60:], **holding(cache)).logits for cache in caches)
     torch.testing.assert_close(got, want)

@@ -7,6 +7,7 @@ import torch
 
 from sparsify import ffn_ops
 from sparsify.backends import reference_ffn
+from tests.harness import holding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -98,7 +99,7 @@ def generated(model, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     for part in parts:
         if ids.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        found.append(model(input_ids=part, past_key_values=cache).logits[:, -1].float().clone())
+        found.append(model(input_ids=part, **holding(cache)).logits[:, -1].float().clone())
     return torch.stack(found, 1)
 
 
