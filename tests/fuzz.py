@@ -24,7 +24,7 @@ import hypothesis
 import torch
 
 from benchmarks import records
-from tests.fuzz_check import BOUND, METHODS, STRICT, Invalid, Tally, check
+from tests.fuzz_check import BOUND, METHODS, STRICT, Invalid, Slack, Tally, check
 from tests.fuzz_graphs import Program, programs
 
 FOLDER = Path("build/fuzz")
@@ -103,7 +103,8 @@ def write_script(program: Program, error: Exception, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"repro_{hashlib.sha256(program.source.encode()).hexdigest()[:12]}.py"
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300].replace('"""', "'''")
-    path.write_text(_SCRIPT.format(summary=summary, source=program.source, methods=METHODS, strict=STRICT, bound=BOUND))
+    bounds = {dtype: Slack(program.around)(dtype) for dtype in BOUND}
+    path.write_text(_SCRIPT.format(summary=summary, source=program.source, methods=METHODS, strict=STRICT, bound=bounds))
     return path.absolute()
 
 
@@ -144,8 +145,9 @@ def main() -> int:
                 wrong = 1
                 print(f"{{name}}: {{len(got)}} tensors, not {{len(want)}}")
             for place, (a, b) in enumerate(zip(got, want)):
-                error = (a.double() - b.double()).abs().nan_to_num(torch.inf).max().item() if b.numel() else 0.0
-                bound = BOUND.get(b.dtype, 0.0) * max(1.0, b.abs().max().item())
+                a, b, dtype = a.double(), b.double(), b.dtype
+                error = (a - b).abs().masked_fill(a.isnan() & b.isnan(), 0.0).nan_to_num(torch.inf).max().item() if b.numel() else 0.0
+                bound = BOUND.get(dtype, 0.0) * max(1.0, b.nan_to_num(0.0).abs().max().item() if b.numel() else 0.0)
                 if error > bound:
                     wrong = 1
                     print(f"{{name}}: tensor {{place}} differs by {{error:.2e}}, {{bound:.0e}} is allowed")
