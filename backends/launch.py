@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify import blockmask, ops
+from sparsify import blockmask, gradients, ops
 from sparsify.backends import empty_rows
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 
@@ -223,6 +223,7 @@ def register(op: str, kernel: Callable) -> None:
 
     @functools.wraps(kernel)
     def call(*args, **options):
+        gradients.refuse(op, args, options)
         with torch._C._DisableAutocast():
             return kernel(*args, **options)
 

@@ -42,7 +42,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.ops import NAMESPACE, library
+from sparsify.ops import library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 1
@@ -96,11 +96,11 @@ def _mass_fake(query: Tensor, keys: Tensor, *positions: Tensor, **options: objec
     return query.new_empty(*query.shape[:2], keys.shape[2], dtype=torch.float32)
 
 
-torch.library.register_fake(f"{NAMESPACE}::cache_mass", _mass_fake, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::cache_length", torch.empty_like, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::cache_store", _store_fake, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::cache_attention", _attention_fake, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::cache_decode", _decode_fake, lib=library)
+traced("cache_mass", _mass_fake)
+traced("cache_length", torch.empty_like)
+traced("cache_store", _store_fake)
+traced("cache_attention", _attention_fake)
+traced("cache_decode", _decode_fake)
 
 empty_output = _output
 store = torch.ops.sparsify.cache_store.default

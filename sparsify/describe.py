@@ -1,8 +1,8 @@
-"""Facts about a site that are read off its nodes: layer, strides, gradients, and which nodes serve nothing else."""
+"""Facts about a site that are read off its nodes: layer, strides, and which nodes serve nothing else."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -28,10 +28,6 @@ class Grouped:
 def whole(node: fx.Node) -> Grouped:
     """Keys or values that were not repeated."""
     return Grouped(node, sympy.Integer(1), ())
-
-
-def needs_grad(*nodes: fx.Node) -> bool:
-    return torch.is_grad_enabled() and any(tensor_of(n).requires_grad for n in nodes)
 
 
 def autocast_to(output: fx.Node, operands: tuple[fx.Node, ...], *products: fx.Node) -> torch.dtype | None:
@@ -81,6 +77,11 @@ def only_for(core: tuple[fx.Node, ...], more: tuple[fx.Node, ...]) -> tuple[fx.N
                 covered.add(node)
                 grown = True
     return tuple(n for n in core[0].graph.nodes if n in covered)
+
+
+def missed(site: AttentionSite, reason: str) -> AttentionSite:
+    """The site, refused for a reason."""
+    return replace(site, near_miss=reason, mask=predicates.opaque(reason))
 
 
 def bare_site(

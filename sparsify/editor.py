@@ -68,7 +68,8 @@ class Editor:
         # the graph's own fake mode: the tracing context may hold another one by now
         fake_mode = getattr(self._output.meta["example_value"], "fake_mode", None)
         function = target if kind == "call_function" else lambda self_, *a, **k: getattr(self_, target)(*a, **k)
-        with fake_mode or contextlib.nullcontext():
+        # sites lie where no gradient is followed, whatever mode the graph is compiled in
+        with fake_mode or contextlib.nullcontext(), torch.no_grad():
             node.meta["example_value"] = function(*values(args), **values(kwargs))
         for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
             if key in self._output.meta:

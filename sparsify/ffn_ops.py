@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparsify.ops import NAMESPACE, library
+from sparsify.ops import library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 1
@@ -75,9 +75,9 @@ def _ffn_fake(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, do
     return residual.new_empty(residual.shape), torch.empty_like(remaining)
 
 
-torch.library.register_fake(f"{NAMESPACE}::ffn_prompt", lambda like, *, key, version: torch.empty_like(like), lib=library)
-torch.library.register_fake(f"{NAMESPACE}::ffn_start", _start_fake, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::ffn", _ffn_fake, lib=library)
+traced("ffn_prompt", lambda like, *, key, version: torch.empty_like(like))
+traced("ffn_start", _start_fake)
+traced("ffn", _ffn_fake)
 
 ffn_start = torch.ops.sparsify.ffn_start.default
 ffn_prompt = torch.ops.sparsify.ffn_prompt.default

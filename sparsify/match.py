@@ -14,8 +14,9 @@ from torch import fx
 
 from sparsify import biases, empty_rows, predicates
 from sparsify.aliasing import Memory, tensor_of
-from sparsify.describe import Grouped, autocast_to, bare_site, layer_of, needs_grad, only_for, stride_order, whole
+from sparsify.describe import Grouped, autocast_to, bare_site, layer_of, missed, only_for, stride_order, whole
 from sparsify.eager_ops import NoMatch, is_softmax
+from sparsify.gradients import TRANSFORMED, Modes
 from sparsify.masks import MaskPredicate
 from sparsify.match_eager import find_eager
 from sparsify.predicates import Extents
@@ -40,7 +41,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
             sites.append(matcher.sdpa(node))
         elif is_softmax(node) and (site := find_eager(matcher, node)) is not None:
             sites.append(site)
-    return [replace(site, index=index) for index, site in enumerate(sites)]
+    return [replace(matcher.untransformed(site), index=index) for index, site in enumerate(sites)]
 
 
 def _appended(key: fx.Node, query_len: sympy.Expr) -> bool:
@@ -71,6 +72,7 @@ class Matcher:
     def __init__(self, graph: fx.Graph):
         self.graph = graph
         self.memory = Memory(graph)
+        self.modes = Modes(graph)
         self.shape_env = shape_env_of(graph)
         self.facts = Facts(self.shape_env)
         self._proofs: dict[tuple, MaskPredicate] = {}
@@ -81,6 +83,10 @@ class Matcher:
 
     def differ(self, left: sympy.Expr, right: sympy.Expr) -> bool:
         return self.facts.holds(sympy.Ne(left, right))
+
+    def untransformed(self, site: AttentionSite) -> AttentionSite:
+        """The site, refused where torch.func looks at what happens inside of it."""
+        return missed(site, TRANSFORMED) if self.modes.transformed((site.output, *site.covered)) else site
 
     def prove(self, masks: Sequence[tuple[fx.Node, predicates.Form, fx.Node]], extents: Extents) -> MaskPredicate:
         """What the masks say together; each comes with its form and the node that reads it."""
@@ -147,6 +153,8 @@ class Matcher:
 
     def unfit(self, node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, call: dict) -> str:
         """Why the operands cannot be described, or nothing."""
+        if self.modes.transformed([node]):
+            return TRANSFORMED
         tensors = [tensor_of(x) for x in (query, key, value)]
         if any(t is None for t in tensors):
             return "an operand has no example value"
@@ -176,7 +184,7 @@ class Matcher:
         name, layer = layer_of(output)
         added = [fields[n] for n in ("sink_logits", "alibi_slopes") if fields.get(n) is not None]
         added += [one.node for one in fields.get("key_bias", ())]
-        between = (*fields.pop("between", ()), *key.between, *value.between)
+        covered = only_for((output,), (*fields.pop("between", ()), *key.between, *value.between))
         return AttentionSite(
             name=name,
             layer=layer,
@@ -194,9 +202,9 @@ class Matcher:
             v_head_dim=plain(v[3]),
             dtype=tensor_of(output).dtype,
             device=tensor.device,
-            needs_grad=needs_grad(query, key.node, value.node, *added),
+            needs_grad=self.modes.needs_grad(output, (query, key.node, value.node, *added), covered),
             output_stride_order=stride_order(tensor_of(output)),
-            covered=only_for((output,), between),
+            covered=covered,
             **{"softcap": 0.0, **fields},
         )
 

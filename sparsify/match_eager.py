@@ -29,6 +29,7 @@ from sparsify.eager_ops import (
     products,
     swaps_last_two,
 )
+from sparsify.gradients import TRANSFORMED
 from sparsify.predicates import Extents
 from sparsify.scores import Chain, ScoreWalk, Term, flat_heads
 from sparsify.sites import AttentionSite, KeyBias
@@ -71,6 +72,8 @@ class _Match:
         self.dropped_column = False
 
     def site(self) -> AttentionSite:
+        if self.matcher.modes.transformed([self.softmax, self.product]):
+            raise NoMatch(TRANSFORMED)
         self.weights()
         scores = ScoreWalk(self.matcher, self.chain).product(self.softmax)
         if self.dropped_column != (self.chain.sinks is not None):

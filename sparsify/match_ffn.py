@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from sparsify.aliasing import Memory, tensor_of
-from sparsify.match import layer_of, needs_grad
+from sparsify.describe import layer_of
+from sparsify.gradients import TRANSFORMED, Modes
 from sparsify.pointwise import CASTS, VIEWS, activation_of, inert, is_parameter, kind_of, norm_of, scalar_of
 from sparsify.sites import AttentionSite, FeedForwardSite, Norm
 from sparsify.symbolic import plain, sizes
@@ -73,6 +74,7 @@ class _Matcher:
     def __init__(self, graph: fx.Graph, attention: list[AttentionSite]):
         self.graph = graph
         self.memory = Memory(graph)
+        self.modes = Modes(graph)
         self.attention = attention
 
     def site(self, node: fx.Node) -> FeedForwardSite | None:
@@ -84,6 +86,7 @@ class _Matcher:
         norm, source, norm_nodes = self._own_norm(core)
         tensor = tensor_of(tail.output)
         shape = sizes(tensor)
+        covered = tuple(dict.fromkeys((*norm_nodes, *core.nodes, *tail.nodes)))
         intermediate = sizes(tensor_of(core.down.weight))[0 if core.down.transposed else 1]
         parameters = (core.up.weight, core.down.weight, *((core.gate.weight,) if core.gate else ()))
         site = FeedForwardSite(
@@ -111,8 +114,8 @@ class _Matcher:
             intermediate=plain(intermediate),
             dtype=tensor.dtype,
             device=tensor.device,
-            needs_grad=needs_grad(source, *parameters, *tail.residuals),
-            covered=tuple(dict.fromkeys((*norm_nodes, *core.nodes, *tail.nodes))),
+            needs_grad=self.modes.needs_grad(tail.output, (source, *parameters, *tail.residuals), covered),
+            covered=covered,
         )
         positions, cached = self._positions(site)
         site = dataclasses.replace(site, positions=positions, cached=cached)
@@ -128,6 +131,8 @@ class _Matcher:
 
     def _trouble(self, site: FeedForwardSite, core: _Core) -> str:
         """Why a block with a residual cannot be replaced, or nothing."""
+        if self.modes.transformed((site.output, site.input, *site.covered)):
+            return TRANSFORMED
         tensors = [tensor_of(n) for n in (site.output, site.input, site.up, site.down, *site.residuals)]
         if len({t.dtype for t in tensors}) > 1:
             return "weights and residual differ in dtype"

@@ -42,6 +42,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify import gradients
+
 # Inductor and AOTAutograd cache compiled graphs by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 2
 
@@ -144,9 +146,20 @@ def empty_block_lists(query: Tensor, key: Tensor, block_size: int) -> tuple[Tens
     return counts, query.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.int16)
 
 
-torch.library.register_fake(f"{NAMESPACE}::attention", _attention_fake, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::select_blocks", _select_blocks_fake, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::sparse_attention", _sparse_attention_fake, lib=library)
+def traced(op: str, fake: Callable[..., Any]) -> None:
+    """Says how an op is traced. Tracing refuses what running does: derivatives, and transforms of torch.func."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        gradients.refuse(op, args, options)
+        return fake(*args, **options)
+
+    torch.library.register_fake(f"{NAMESPACE}::{op}", call, lib=library)
+    gradients.refuse_transforms(op, library)
+
+
+traced("attention", _attention_fake)
+traced("select_blocks", _select_blocks_fake)
+traced("sparse_attention", _sparse_attention_fake)
 
 attention = torch.ops.sparsify.attention.default
 select_blocks = torch.ops.sparsify.select_blocks.default
