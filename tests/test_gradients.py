@@ -85,9 +85,15 @@ def compiled(function, *inputs):
     return result, [d.method for plan in plans for d in plan.decisions]
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(
-    ("attend", "transform"), [(fused, name) for name in FOLLOWED] + [(written_out, name) for name in (*FOLLOWED, *FORWARD)]
+    ("attend", "transform", "mode"),
+    [
+        *((fused, name, torch.no_grad) for name in FOLLOWED),
+        *((written_out, name, torch.no_grad) for name in (*FOLLOWED, *FORWARD)),
+        (fused, "grad", torch.enable_grad),
+        (written_out, "vmap", torch.enable_grad),
+    ],
 )
 def test_within_transforms_nothing_is_rewritten(attend, transform, mode):
     function = (FOLLOWED | FORWARD)[transform]
