@@ -20,8 +20,8 @@ from torch import fx
 import sparsify.readings  # noqa: F401  (registers how operators are read)
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.masks import Leaf, MaskKind, MaskPredicate, QueryStart
-from sparsify.reader import Reader
-from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Cases, Element, Facts, Unreadable, as_condition, cases, loads, sizes
+from sparsify.reader import Reader, reason_of
+from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Cases, Element, Facts, Unreadable, as_condition, cases, limits, loads, sizes
 
 _ORDER = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 _INDICES = (BATCH, HEAD, QUERY, KEY)
@@ -74,8 +74,8 @@ def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memo
     """
     try:
         return _Proof(masks, extents, memory, shape_env).run()
-    except Unreadable as why:
-        return opaque(str(why))
+    except Exception as why:
+        return opaque(reason_of(why))
 
 
 @dataclass
@@ -106,7 +106,7 @@ class _Proof:
     def element(self, mask: fx.Node, reader: fx.Node) -> Element:
         """A mask at (b, h, q, k)."""
         at = [sympy.Integer(0) if self.facts.extents[s] == 1 else s for s in _INDICES]
-        element = self.reader.read(mask).broadcast(4)(*at)
+        element = self.reader.spread(mask, tuple(self.facts.extents.values()))(*at)
         changed = self.memory.written_while_read(self.reader.nodes, reader)
         if changed is not None:
             raise Unreadable(f"{changed.name} is written while the mask is made")
@@ -138,8 +138,8 @@ class _Proof:
             offset = self.offset(start)
             self.check_limits(clauses, causal, offset)
             padding, documents = self.padding(clauses), self.documents(clauses, offset)
-        except Unreadable as why:
-            return opaque(str(why), text)
+        except Exception as why:
+            return opaque(reason_of(why), text)
         if not causal and window is None and padding is None and documents is None:
             return MaskPredicate(MaskKind.NONE, condition=text)
         return MaskPredicate(MaskKind.PROVED, causal, start, window, padding, documents, condition=text)
@@ -286,14 +286,13 @@ class _Proof:
         return found
 
     def window(self, clauses: _Clauses, causal: bool, start: QueryStart, offset: sympy.Expr) -> tuple[int | None, QueryStart]:
-        """k - q >= L is a window of offset + 1 - L tokens."""
+        """k - q >= L is a window of offset + 1 - L tokens: it is measured from the causal bound, in whichever form that gives a number."""
         furthest = sympy.expand(1 - self.query_len)
         lower = [bound for bound in clauses.lower if not self.facts.holds(sympy.Le(bound, furthest))]
         bound = self.tightest(lower, upper=False)
         if bound is None:
             return None, start
-        upper = clauses.upper if causal and start.bottom_right else []
-        for origin in (offset, *upper):
+        for origin in (offset, *(u for u in clauses.upper if self.facts.holds(sympy.Eq(u, offset)))):
             width = sympy.expand(origin + 1 - bound)
             if width.is_Integer:
                 break
@@ -313,9 +312,11 @@ class _Proof:
                 raise Unreadable(f"keys end at {limit}, which the causal clause does not imply")
 
     def padding(self, clauses: _Clauses) -> Leaf | None:
-        wanted = sympy.And(*dict.fromkeys(clauses.padding))
+        wanted = sympy.And(*dict.fromkeys(self.held(clause) for clause in clauses.padding))
         if wanted is sympy.true:
             return None
+        if wanted is sympy.false:
+            raise Unreadable("it hides every key")
         relation = _RELATIONS.get(wanted.func)
         if relation is not None and isinstance(wanted.lhs, AppliedUndef) and wanted.rhs.is_Integer:
             leaf = self.rows(wanted.lhs, KEY, self.key_len)
@@ -329,6 +330,16 @@ class _Proof:
                 if as_condition(self.reader.read(node).at(row, key)) == wanted:
                     return Leaf(node)
         raise Unreadable(self.why(wanted))
+
+    def held(self, clause: Boolean) -> Boolean:
+        """Decides a comparison of integers with a number that their dtype cannot hold, and that would wrap around in it."""
+        if clause.func not in _RELATIONS or not isinstance(clause.lhs, AppliedUndef) or not clause.rhs.is_Integer:
+            return clause
+        dtype = tensor_of(self.reader.leaves[clause.lhs.func.__name__]).dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            return clause
+        least, largest = limits(dtype)
+        return clause if least <= clause.rhs <= largest else clause.func(0, clause.rhs)
 
     def rows(self, load: AppliedUndef, index: sympy.Symbol, length: sympy.Expr) -> Leaf | None:
         """The leaf that `load` reads at [b, index + shift]."""

@@ -1,12 +1,13 @@
 """Reads a mask's FX subgraph: every tensor becomes a function from indices to a symbolic element.
 
-What has no reading (graph inputs, unknown operators) becomes an uninterpreted function of its indices, so that a statement proved
-about the result holds whatever the tensor contains. Integers are taken as unbounded; narrow integer types are left unread.
+What has no reading (graph inputs, unknown operators, calls of another form) becomes an uninterpreted function of its indices, so that
+a statement proved about the result holds whatever the tensor contains.
 """
 
 from __future__ import annotations
 
 import builtins
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,34 +19,20 @@ from torch import fx
 
 from sparsify.aliasing import tensor_of
 from sparsify.compat import operator_word
-from sparsify.symbolic import (
-    CONDITION,
-    Cases,
-    Element,
-    Facts,
-    Unreadable,
-    as_condition,
-    as_number,
-    cases,
-    compare,
-    lift,
-    loads,
-    number,
-    scalar,
-    sizes,
-)
+from sparsify.numerics import FLOATS, WIDE
+from sparsify.symbolic import CONDITION, Cases, Element, Facts, Unreadable, loads, scalar, sizes
 
-_WIDE = (torch.bool, torch.int32, torch.int64)
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+At = Callable[..., Element]
+Handler = Callable[..., At]
 
 
 @dataclass(frozen=True)
 class TensorFunction:
     shape: tuple[sympy.Expr, ...]
     dtype: torch.dtype
-    at: Callable[..., Element]
+    at: At
 
-    def broadcast(self, rank: int) -> Callable[..., Element]:
+    def broadcast(self, rank: int) -> At:
         """`at` for the indices of a tensor of higher rank, by the broadcasting rules."""
         skip = rank - len(self.shape)
         return lambda *i: self.at(*(sympy.Integer(0) if size == 1 else i[skip + d] for d, size in enumerate(self.shape)))
@@ -62,7 +49,7 @@ class Reader:
         self.facts = facts
         self.leaves: dict[str, fx.Node] = {}
         self.reasons: dict[str, str] = {}
-        self.runs: dict[str, Callable[..., Element]] = {}
+        self.runs: dict[str, At] = {}
         self._read: dict[fx.Node, TensorFunction] = {}
 
     @property
@@ -71,17 +58,24 @@ class Reader:
         return list(self._read)
 
     def read(self, value: Any) -> TensorFunction:
-        """A tensor node, or a Python number as a tensor of rank 0."""
-        tensor = tensor_of(value)
-        if tensor is None:
-            constant = scalar(value)
-            example = value.meta.get("example_value") if isinstance(value, fx.Node) else value
-            whole = isinstance(example, (int, torch.SymInt)) or constant.is_Integer
-            kind = torch.bool if isinstance(constant, CONDITION) else torch.int64 if whole else torch.float64
-            return TensorFunction((), kind, lambda: constant)
+        """A tensor node, or a Python number as a tensor of rank 0: of int64, float64 or bool."""
+        if tensor_of(value) is None:
+            constant, whole = scalar(value), isinstance(example_of(value), (int, torch.SymInt))
+            dtype = torch.bool if isinstance(constant, CONDITION) else torch.int64 if whole else torch.float64
+            if dtype is torch.int64 and not self.facts.fits(constant, dtype):
+                raise Unreadable(f"{constant} may not fit into {dtype}")
+            return TensorFunction((), dtype, lambda: constant)
         if value not in self._read:
             self._read[value] = self._interpret(value)
         return self._read[value]
+
+    def spread(self, value: Any, shape: tuple[sympy.Expr, ...]) -> At:
+        """The reading of an operand at the indices of a result of this shape, to which torch broadcasts it."""
+        source = self.read(value)
+        for size, wide in zip(reversed(source.shape), reversed(shape), strict=False):
+            if size not in (1, wide) and not self.facts.holds(sympy.Ne(size, 1)) and not self.facts.holds(sympy.Eq(size, wide)):
+                raise Unreadable(f"a dimension of size {size}, which may be 1 and broadcast")
+        return source.broadcast(len(shape))
 
     def leaf(self, node: fx.Node, reason: str = "") -> TensorFunction:
         """The node as an uninterpreted function of its indices."""
@@ -93,6 +87,7 @@ class Reader:
 
         def at(*indices: sympy.Expr) -> Element:
             self.leaves[node.name] = node
+            self.facts.data[node.name] = tensor.dtype
             if any(isinstance(i, Cases) for i in indices):
                 raise Unreadable(f"{node.name} is read at a conditional index")
             element = function(*(sympy.expand(i) for i in indices)) if indices else function(sympy.Integer(0))
@@ -106,120 +101,112 @@ class Reader:
             return self.leaf(node, "it is an input of the graph")
         if node.op not in ("call_function", "call_method"):
             return self.leaf(node, f"{node.op} is not read")
-        name = node.target if node.op == "call_method" else _NAMES.get(node.target)
-        handler = HANDLERS.get(name) or (HANDLERS.get(operator_word(node)) if node.op == "call_method" else None)
-        if handler is None:
-            return self.leaf(node, f"{name or getattr(node.target, '__name__', node.target)} is not read")
-        if tensor.dtype not in _WIDE + _FLOATS:
+        reading = reading_of(node)
+        if reading is None:
+            return self.leaf(node, f"{getattr(node.target, '__name__', node.target)} is not read")
+        if tensor.dtype not in WIDE + FLOATS:
             return self.leaf(node, f"{tensor.dtype} is not read")
         try:
-            at = handler(self, node)
-        except Unreadable as why:
-            return self.leaf(node, str(why))
+            at = reading.handler(self, node, **reading.bind(node))
+        except Exception as why:
+            return self.leaf(node, reason_of(why))
         fallback = self.leaf(node)
 
         def safely(*indices: sympy.Expr) -> Element:
             try:
                 return at(*indices)
-            except Unreadable as why:
-                self.reasons.setdefault(node.name, str(why))
+            except Exception as why:
+                self.reasons.setdefault(node.name, reason_of(why))
                 return fallback.at(*indices)
 
         return TensorFunction(fallback.shape, tensor.dtype, safely)
 
 
-Handler = Callable[[Reader, fx.Node], Callable[..., Element]]
-HANDLERS: dict[str, Handler] = {}
+def reason_of(why: Exception) -> str:
+    """For people: why a node has no reading. Whatever is no `Unreadable` is a form that its reading did not foresee."""
+    return str(why) if isinstance(why, Unreadable) else f"a form that is not foreseen ({type(why).__name__}: {str(why)[:80]})"
+
+
+def example_of(value: Any) -> Any:
+    """The example value of a node; anything else itself."""
+    return value.meta.get("example_value") if isinstance(value, fx.Node) else value
+
+
+# -- how calls are bound -------------------------------------------------------------------------------------------------------------------
+
 _NAMES: dict[Any, str] = {}
+_READINGS: dict[str, Reading] = {}
+# torch takes NumPy's names of some arguments too
+_ALIASES = {"axis": "dim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 
 
-def handles(*names: str) -> Callable[[Handler], Handler]:
-    """Registers a reading for methods, torch functions and operators of these names."""
+@dataclass(frozen=True)
+class Reading:
+    """How calls of some name are read. signatures: tried in turn, as torch tries its overloads; other calls are unreadable."""
+
+    handler: Handler
+    function: tuple[inspect.Signature, ...]
+    method: tuple[inspect.Signature, ...]
+
+    def bind(self, node: fx.Node) -> dict[str, Any]:
+        """The call's arguments by name, without those that the signature marks as not needed.
+
+        Raises:
+            Unreadable: an argument is left over or missing in all signatures.
+        """
+        for signature in self.method if node.op == "call_method" else self.function:
+            names = signature.parameters
+            keywords = {next((n for n in (k, f"_{k}", _ALIASES.get(k)) if n in names), k): v for k, v in node.kwargs.items()}
+            try:
+                bound = signature.bind(*node.args, **keywords)
+            except TypeError:
+                continue
+            bound.apply_defaults()
+            return {name: value for name, value in bound.arguments.items() if not name.startswith("_")}
+        given = [type(example_of(a)).__name__ for a in node.args] + sorted(node.kwargs)
+        raise Unreadable(f"{operator_word(node)} is called in another form: {', '.join(given)}")
+
+
+def handles(*names: str, signature: str, method: str = "") -> Callable[[Handler], Handler]:
+    """Registers a reading for methods, torch functions and operators of these names.
+
+    signature: the parameters of torch, overloads apart by "|". The handler gets them by name, except names that begin with an
+        underscore: their effect is known from the example value (its shape, its dtype) or there is none. What is not in a signature
+        is refused. method: likewise where the method takes others than the function; its receiver comes first.
+    """
+    function, of_method = _signatures(signature), _signatures(method or signature)
 
     def register(handler: Handler) -> Handler:
+        taken = set(inspect.signature(handler).parameters)
+        missing = {name for s in (*function, *of_method) for name in s.parameters if not name.startswith("_")} - taken
+        if missing:
+            raise TypeError(f"the reading of {names[0]} ignores {sorted(missing)}")
         for name in names:
-            HANDLERS[name] = handler
+            _READINGS[name] = Reading(handler, function, of_method)
             for space in (operator, torch, torch.nn.functional, builtins):
-                if hasattr(space, name):
+                if callable(getattr(space, name, None)):
                     _NAMES[getattr(space, name)] = name
         return handler
 
     return register
 
 
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+def _signatures(text: str) -> tuple[inspect.Signature, ...]:
+    return tuple(inspect.signature(eval(f"lambda {part}: None")) for part in text.split("|"))
 
 
-def no_more(node: fx.Node, *names: str) -> None:
-    """Refuses keyword arguments that the reading does not know."""
-    unknown = set(node.kwargs) - set(names)
-    if unknown:
-        raise Unreadable(f"{node.name} has arguments {sorted(unknown)}")
+def reading_of(node: fx.Node) -> Reading | None:
+    """How a call is read, by its name; None where no reading is registered."""
+    if node.op != "call_method":
+        return _READINGS.get(_NAMES.get(node.target, ""))
+    return _READINGS.get(node.target) or _READINGS.get(operator_word(node))
 
 
-def rounded(value: float, dtype: torch.dtype) -> sympy.Basic:
-    """The number that a dtype holds."""
-    return number(torch.tensor(value, dtype=dtype).item())
-
-
-def cast(element: Element, source: torch.dtype, target: torch.dtype) -> Element:
-    """An element after conversion; refuses conversions that could change the value unnoticed."""
-    if target is torch.bool:
-        return as_condition(element)
-    element = as_number(element)
-    if target in (torch.int32, torch.int64):
-        if source.is_floating_point:
-            raise Unreadable("a float becomes an integer")
-        if source is torch.int64 and target is torch.int32 and any(loads(value) for _, value in cases(element)):
-            raise Unreadable("data loses its upper bits")
-        return element
-    if not target.is_floating_point:
-        raise Unreadable(f"a conversion to {target}")
-
-    def convert(value: sympy.Expr) -> sympy.Basic:
-        if value.is_number:
-            return rounded(float(value), target)
-        if source.is_floating_point and torch.promote_types(source, target) is target:
-            return value
-        if target in (torch.float32, torch.float64):
-            return value
-        raise Unreadable(f"a value rounded to {target}")
-
-    return lift(convert, element)
-
-
-_ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
-
-
-def arithmetic(name: str, left: Element, right: Element, dtype: torch.dtype) -> Element:
-    """add, sub or mul of two elements in the result's dtype."""
-    compute = _ARITHMETIC[name]
-
-    def apply(x: sympy.Expr, y: sympy.Expr) -> sympy.Basic:
-        if dtype.is_floating_point:
-            if x.is_number and y.is_number:
-                return number(compute(torch.tensor(float(x), dtype=dtype), torch.tensor(float(y), dtype=dtype)).item())
-            if dtype not in (torch.float32, torch.float64) or x.is_infinite or y.is_infinite:
-                raise Unreadable(f"{dtype} arithmetic on positions")
-        return sympy.expand(compute(x, y))
-
-    return lift(apply, as_number(left), as_number(right))
-
-
-def relation(name: str, left: Element, right: Element, dtypes: tuple[torch.dtype, ...]) -> Element:
-    """A comparison. Floats are compared only where both are constants: positions may have been rounded."""
-    kind = {"le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, "eq": sympy.Eq, "ne": sympy.Ne}[name]
-    floats = any(d.is_floating_point for d in dtypes)
-    if not floats and not set(dtypes) <= set(_WIDE):
-        raise Unreadable("a comparison of narrow integers")
-
-    def apply(x: sympy.Expr, y: sympy.Expr) -> sympy.Basic:
-        if floats and not (x.is_number and y.is_number):
-            raise Unreadable("a comparison of floats")
-        return compare(kind, x, y)
-
-    return lift(apply, as_number(left), as_number(right))
+def call_of(node: Any, *names: str) -> dict[str, Any] | None:
+    """The bound arguments of a node that calls one of these; None where it is something else."""
+    if not isinstance(node, fx.Node) or operator_word(node) not in names or (reading := reading_of(node)) is None:
+        return None
+    return reading.bind(node)
 
 
 def checked_index(reader: Reader, index: Element) -> sympy.Expr:

@@ -1,9 +1,11 @@
-"""How each tensor operator of a mask is read. One function per group of operators; `reader` finds them by name."""
+"""How each tensor operator of a mask is read. One function per group of operators; `reader` finds them by name.
+
+Arguments come bound to the names that torch gives them. Where an argument is not handed on, the example value's shape and dtype say
+what it does.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -12,166 +14,212 @@ from torch import fx
 
 from sparsify.aliasing import tensor_of
 from sparsify.compat import operator_word
-from sparsify.reader import Reader, argument, arithmetic, cast, checked_index, handles, no_more, relation, rounded
-from sparsify.symbolic import CONDITION, Cases, Element, Unreadable, as_condition, as_number, choose, lift, number, scalar, sizes
+from sparsify.numerics import INTEGERS, arithmetic, cast, relation, truth
+from sparsify.reader import At, Reader, TensorFunction, call_of, checked_index, example_of, handles
+from sparsify.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, lift, number, scalar, sizes
 
-At = Callable[..., Element]
-_DEVICE = ("device", "dtype", "layout", "requires_grad", "pin_memory", "names", "memory_format", "non_blocking", "copy")
-
-
-def _pair(reader: Reader, node: fx.Node, rank: int) -> tuple[At, At]:
-    other = argument(node, 1, "other")
-    return reader.read(node.args[0]).broadcast(rank), reader.read(other).broadcast(rank)
+_FACTORY = "*, _dtype=None, _device=None, _layout=None, _pin_memory=False, _requires_grad=False"
+_LIKE = f"{_FACTORY}, _memory_format=None"
+_BINARY = "input, other"
 
 
-@handles("add", "sub", "mul")
-def _arithmetic(reader: Reader, node: fx.Node) -> At:
-    no_more(node, "other")
-    tensor = tensor_of(node)
+def _pair(reader: Reader, node: fx.Node, left: Any, right: Any) -> tuple[At, At]:
+    shape = sizes(tensor_of(node))
+    return reader.spread(left, shape), reader.spread(right, shape)
+
+
+def _dtypes(reader: Reader, *operands: Any) -> list[torch.dtype]:
+    return [reader.read(operand).dtype for operand in operands]
+
+
+@handles("add", "sub", signature="input, other, *, alpha=1 | input, alpha, other")
+def _sum(reader: Reader, node: fx.Node, input: Any, other: Any, alpha: Any) -> At:
     name = operator_word(node)
-    left, right = _pair(reader, node, tensor.dim())
-    if tensor.dtype is torch.bool:
-        if name != "mul":
-            raise Unreadable(f"{name} of booleans")
+    if tensor_of(node).dtype is torch.bool:
+        raise Unreadable(f"{name} of booleans")
+    return _scaled_sum(reader, node, name, input, other, alpha)
+
+
+@handles("rsub", signature="input, other, *, alpha=1")
+def _rsub(reader: Reader, node: fx.Node, input: Any, other: Any, alpha: Any) -> At:
+    return _scaled_sum(reader, node, "sub", other, input, alpha)
+
+
+def _scaled_sum(reader: Reader, node: fx.Node, name: str, first: Any, second: Any, alpha: Any) -> At:
+    """first ± alpha · second"""
+    dtype, (left, right) = tensor_of(node).dtype, _pair(reader, node, first, second)
+    kinds, factor = _dtypes(reader, first, second), reader.read(alpha)
+    if factor.shape or (dtype.is_floating_point and factor.at() != 1):
+        raise Unreadable("a scaled sum")
+
+    def at(*i: sympy.Expr) -> Element:
+        term = (right(*i), kinds[1])
+        if factor.at() != 1:
+            term = arithmetic(reader.facts, "mul", term, (factor.at(), factor.dtype), dtype), dtype
+        return arithmetic(reader.facts, name, (left(*i), kinds[0]), term, dtype)
+
+    return at
+
+
+@handles("mul", signature=_BINARY)
+def _product(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
+    dtype, (left, right) = tensor_of(node).dtype, _pair(reader, node, input, other)
+    if dtype is torch.bool:
         return lambda *i: sympy.And(as_condition(left(*i)), as_condition(right(*i)))
-    return lambda *i: arithmetic(name, left(*i), right(*i), tensor.dtype)
+    kinds = _dtypes(reader, input, other)
+    return lambda *i: arithmetic(reader.facts, "mul", (left(*i), kinds[0]), (right(*i), kinds[1]), dtype)
 
 
-@handles("rsub")
-def _rsub(reader: Reader, node: fx.Node) -> At:
-    no_more(node, "other")
-    tensor = tensor_of(node)
-    left, right = _pair(reader, node, tensor.dim())
-    return lambda *i: arithmetic("sub", right(*i), left(*i), tensor.dtype)
+@handles("neg", "negative", signature="input")
+def _neg(reader: Reader, node: fx.Node, input: Any) -> At:
+    dtype, source = tensor_of(node).dtype, reader.read(input)
+    return lambda *i: arithmetic(reader.facts, "mul", (source.at(*i), source.dtype), (sympy.Integer(-1), torch.int64), dtype)
 
 
-@handles("neg")
-def _neg(reader: Reader, node: fx.Node) -> At:
-    dtype, source = tensor_of(node).dtype, reader.read(node.args[0])
-    return lambda *i: arithmetic("mul", source.at(*i), sympy.Integer(-1), dtype)
-
-
-@handles("abs", "absolute")
-def _abs(reader: Reader, node: fx.Node) -> At:
-    source = reader.read(node.args[0])
-    if tensor_of(node).dtype not in (torch.int32, torch.int64):
+@handles("abs", "absolute", signature="input")
+def _abs(reader: Reader, node: fx.Node, input: Any) -> At:
+    source, dtype = reader.read(input), tensor_of(node).dtype
+    if dtype not in INTEGERS:
         raise Unreadable("the absolute value of floats")
-    return lambda *i: lift(sympy.Abs, as_number(source.at(*i)))
+
+    def distance(value: sympy.Expr) -> sympy.Expr:
+        if not reader.facts.fits(value, dtype):
+            raise Unreadable(f"the absolute value of {value} may overflow {dtype}")
+        return sympy.Abs(value)
+
+    return lambda *i: lift(distance, as_number(source.at(*i)))
 
 
-@handles("le", "lt", "ge", "gt", "eq", "ne")
-def _compare(reader: Reader, node: fx.Node) -> At:
-    no_more(node, "other")
-    name = operator_word(node)
-    rank, other = tensor_of(node).dim(), argument(node, 1, "other")
-    left, right = _pair(reader, node, rank)
-    dtypes = (reader.read(node.args[0]).dtype, reader.read(other).dtype)
-    if dtypes == (torch.bool, torch.bool) and name in ("eq", "ne"):
+@handles("le", "lt", "ge", "gt", "eq", "ne", signature=_BINARY)
+def _compare(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
+    name, kinds = operator_word(node), _dtypes(reader, input, other)
+    left, right = _pair(reader, node, input, other)
+    if kinds == [torch.bool, torch.bool] and name in ("eq", "ne"):
         agree = sympy.Equivalent if name == "eq" else sympy.Xor
         return lambda *i: agree(as_condition(left(*i)), as_condition(right(*i)))
-    return lambda *i: relation(name, left(*i), right(*i), dtypes)
+    common = torch.result_type(*(_plain_example(operand) for operand in (input, other)))
+    return lambda *i: relation(reader.facts, name, (left(*i), kinds[0]), (right(*i), kinds[1]), common)
 
 
-@handles("and_", "or_", "__and__", "__or__", "xor", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor")
-def _connect(reader: Reader, node: fx.Node) -> At:
-    no_more(node, "other")
+def _plain_example(operand: Any) -> Any:
+    """What decides the common dtype: a tensor, or a Python number of the operand's type."""
+    example = example_of(operand)
+    return {torch.SymInt: 1, torch.SymFloat: 1.0, torch.SymBool: True}.get(type(example), example)
+
+
+@handles(
+    *("and_", "or_", "xor", "__and__", "__or__", "__xor__"),
+    *("logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor"),
+    signature=_BINARY,
+)
+def _connect(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
     name = operator_word(node)
     if tensor_of(node).dtype is not torch.bool:
         raise Unreadable(f"{name} of integers")
-    left, right = _pair(reader, node, tensor_of(node).dim())
+    (left, right), kinds = _pair(reader, node, input, other), _dtypes(reader, input, other)
     join = sympy.And if "and" in name else sympy.Xor if "xor" in name else sympy.Or
-    return lambda *i: join(as_condition(left(*i)), as_condition(right(*i)))
+    return lambda *i: join(truth(left(*i), kinds[0]), truth(right(*i), kinds[1]))
 
 
-@handles("invert", "__invert__", "logical_not", "bitwise_not")
-def _not(reader: Reader, node: fx.Node) -> At:
+@handles("invert", "__invert__", "logical_not", "bitwise_not", signature="input")
+def _not(reader: Reader, node: fx.Node, input: Any) -> At:
     if tensor_of(node).dtype is not torch.bool:
         raise Unreadable("the bitwise complement of integers")
-    source = reader.read(node.args[0])
-    return lambda *i: sympy.Not(as_condition(source.at(*i)))
+    source = reader.read(input)
+    return lambda *i: sympy.Not(truth(source.at(*i), source.dtype))
 
 
-@handles("where")
-def _where(reader: Reader, node: fx.Node) -> At:
-    tensor = tensor_of(node)
-    first, second, third = (argument(node, n, name) for n, name in enumerate(("condition", "input", "other")))
-    # the method's receiver is the value, the function's first argument the condition
-    condition, then, otherwise = (second, first, third) if node.op == "call_method" else (first, second, third)
-    chosen = [reader.read(x) for x in (condition, then, otherwise)]
-    c, x, y = (f.broadcast(tensor.dim()) for f in chosen)
-    kinds = [f.dtype for f in chosen]
-    return lambda *i: choose(as_condition(c(*i)), cast(x(*i), kinds[1], tensor.dtype), cast(y(*i), kinds[2], tensor.dtype))
+# the method's receiver is the value, the function's first argument the condition
+@handles("where", signature="condition, input, other", method="input, condition, other")
+def _where(reader: Reader, node: fx.Node, condition: Any, input: Any, other: Any) -> At:
+    shape, dtype = sizes(tensor_of(node)), tensor_of(node).dtype
+    c, x, y = (reader.spread(operand, shape) for operand in (condition, input, other))
+    kinds = _dtypes(reader, condition, input, other)
+    if kinds[0] is not torch.bool:
+        raise Unreadable("a condition that is not boolean")
+    convert = lambda element, kind: cast(reader.facts, element, kind, dtype)
+    return lambda *i: choose(as_condition(c(*i)), convert(x(*i), kinds[1]), convert(y(*i), kinds[2]))
 
 
-@handles("masked_fill")
-def _masked_fill(reader: Reader, node: fx.Node) -> At:
-    tensor = tensor_of(node)
-    source, condition, value = (reader.read(argument(node, n, name)) for n, name in enumerate(("input", "mask", "value")))
-    s, c, v = (f.broadcast(tensor.dim()) for f in (source, condition, value))
-    return lambda *i: choose(as_condition(c(*i)), cast(v(*i), value.dtype, tensor.dtype), s(*i))
+@handles("masked_fill", signature="input, mask, value")
+def _masked_fill(reader: Reader, node: fx.Node, input: Any, mask: Any, value: Any) -> At:
+    shape, dtype = sizes(tensor_of(node)), tensor_of(node).dtype
+    s, c, v = (reader.spread(operand, shape) for operand in (input, mask, value))
+    kinds = _dtypes(reader, input, mask, value)
+    if kinds[:2] != [dtype, torch.bool]:
+        raise Unreadable("a mask that is not boolean")
+    return lambda *i: choose(as_condition(c(*i)), cast(reader.facts, v(*i), kinds[2], dtype), s(*i))
 
 
-@handles("arange")
-def _arange(reader: Reader, node: fx.Node) -> At:
-    no_more(node, *_DEVICE, "start", "end", "step")
-    if tensor_of(node).dtype.is_floating_point:
-        raise Unreadable("a float range")
-    bounds = [scalar(a) for a in node.args]
-    start = bounds[0] if len(bounds) > 1 else scalar(node.kwargs.get("start", 0))
-    step = bounds[2] if len(bounds) > 2 else scalar(node.kwargs.get("step", 1))
-    return lambda i: sympy.expand(start + i * step)
-
-
-@handles("ones", "zeros", "new_ones", "new_zeros", "ones_like", "zeros_like")
-def _constant(reader: Reader, node: fx.Node) -> At:
-    name = operator_word(node)
+@handles("arange", signature=f"_end, {_FACTORY} | start, _end, step=1, {_FACTORY}")
+def _arange(reader: Reader, node: fx.Node, start: Any = 0, step: Any = 1) -> At:
     dtype = tensor_of(node).dtype
-    value = number(bool("ones" in name)) if dtype is torch.bool else sympy.Integer(int("ones" in name))
+    first, by = reader.read(start), reader.read(step)
+    if {dtype, first.dtype, by.dtype} - set(INTEGERS) or first.shape or by.shape:
+        raise Unreadable("a range that is not of integers")
+
+    def at(i: sympy.Expr) -> Element:
+        value = sympy.expand(first.at() + i * by.at())
+        return cast(reader.facts, value, torch.int64, dtype)
+
+    return at
+
+
+@handles("ones", "zeros", signature=f"_size, {_FACTORY} | *_size, _dtype=None, _device=None, _layout=None, _requires_grad=False")
+@handles("new_ones", "new_zeros", signature=f"_input, _size, {_FACTORY} | _input, *_size, _dtype=None, _device=None, _requires_grad=False")
+@handles("ones_like", "zeros_like", signature=f"_input, {_LIKE}")
+def _constant(reader: Reader, node: fx.Node) -> At:
+    one = "ones" in operator_word(node)
+    value = number(one) if tensor_of(node).dtype is torch.bool else sympy.Integer(int(one))
     return lambda *i: value
 
 
-@handles("full", "new_full", "full_like")
-def _full(reader: Reader, node: fx.Node) -> At:
-    dtype = tensor_of(node).dtype
-    value = scalar(argument(node, 1, "fill_value") if node.target is torch.full or len(node.args) < 3 else node.args[2])
-    if not (dtype.is_floating_point or isinstance(value, CONDITION) or value.is_integer):
-        raise Unreadable("a fraction becomes an integer")
-    return lambda *i: cast(value, torch.float64, dtype) if dtype.is_floating_point else cast(value, torch.int64, dtype)
-
-
-@handles("tensor", "scalar_tensor")
-def _literal(reader: Reader, node: fx.Node) -> At:
-    if tensor_of(node).dim() != 0 or not isinstance(node.args[0], (bool, int, float)):
+@handles("full", signature=f"_size, fill_value, {_FACTORY}")
+@handles("new_full", signature=f"_input, _size, fill_value, {_FACTORY}")
+@handles("full_like", signature=f"_input, fill_value, {_LIKE}")
+@handles("tensor", signature=f"fill_value, {_FACTORY} | data, {_FACTORY}")
+@handles("scalar_tensor", signature=f"fill_value, {_FACTORY} | s, {_FACTORY}")
+def _full(reader: Reader, node: fx.Node, fill_value: Any = None, data: Any = None, s: Any = None) -> At:
+    source = reader.read(next(value for value in (fill_value, data, s) if value is not None))
+    if source.shape:
         raise Unreadable("a literal tensor")
-    dtype = tensor_of(node).dtype
-    value = rounded(float(node.args[0]), dtype) if dtype.is_floating_point else cast(number(node.args[0]), torch.int64, dtype)
-    return lambda: value
+    value = cast(reader.facts, source.at(), source.dtype, tensor_of(node).dtype)
+    return lambda *i: value
 
 
-@handles("to", "type", "float", "double", "half", "bfloat16", "bool", "int", "long", "type_as", "contiguous", "clone", "detach", "_to_copy")
-def _convert(reader: Reader, node: fx.Node) -> At:
-    source, target = reader.read(node.args[0]), tensor_of(node).dtype
-    if source.dtype is target:
-        return source.at
-    return lambda *i: cast(source.at(*i), source.dtype, target)
+@handles("to", signature="input, *_target, _dtype=None, _device=None, _other=None, _non_blocking=False, _copy=False, _memory_format=None")
+@handles("type", signature="input, _dtype=None, _non_blocking=False")
+@handles("type_as", signature="input, _other")
+@handles("float", "double", "half", "bfloat16", "bool", "int", "long", "contiguous", "clone", signature="input, _memory_format=None")
+@handles("detach", signature="input")
+def _convert(reader: Reader, node: fx.Node, input: Any) -> At:
+    source, target = reader.read(input), tensor_of(node).dtype
+    return lambda *i: cast(reader.facts, source.at(*i), source.dtype, target)
 
 
-@handles("expand", "expand_as", "broadcast_to")
-def _expand(reader: Reader, node: fx.Node) -> At:
-    return reader.read(node.args[0]).broadcast(tensor_of(node).dim())
+@handles("expand", "broadcast_to", signature="input, _size | input, *_sizes")
+@handles("expand_as", signature="input, _other")
+def _expand(reader: Reader, node: fx.Node, input: Any) -> At:
+    return reader.spread(input, sizes(tensor_of(node)))
 
 
-@handles("unsqueeze")
-def _unsqueeze(reader: Reader, node: fx.Node) -> At:
-    source = reader.read(node.args[0])
-    place = argument(node, 1, "dim") % tensor_of(node).dim()
+@handles("unsqueeze", signature="input, dim")
+def _unsqueeze(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
+    source, place = reader.read(input), dim % tensor_of(node).dim()
     return lambda *i: source.at(*i[:place], *i[place + 1 :])
 
 
-@handles("squeeze", "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
-def _reshape(reader: Reader, node: fx.Node) -> At:
+@handles("squeeze", signature="input, _dim=None")
+@handles("view", signature="input, _size | input, *_sizes | input, _dtype")
+@handles("reshape", signature="input, _shape | input, *_sizes")
+@handles("flatten", signature="input, _start_dim=0, _end_dim=-1")
+@handles("unflatten", signature="input, _dim, _sizes")
+@handles("view_as", "reshape_as", signature="input, _other")
+def _reshape(reader: Reader, node: fx.Node, input: Any) -> At:
     """Only where the shapes differ in dimensions of size 1: then no element moves."""
-    source, target = reader.read(node.args[0]), sizes(tensor_of(node))
+    source, target = reader.read(input), sizes(tensor_of(node))
+    if source.dtype is not tensor_of(node).dtype:
+        raise Unreadable("a view as another dtype")
     old = [d for d, size in enumerate(source.shape) if size != 1]
     new = [d for d, size in enumerate(target) if size != 1]
     if [source.shape[d] for d in old] != [target[d] for d in new]:
@@ -186,41 +234,41 @@ def _reshape(reader: Reader, node: fx.Node) -> At:
     return at
 
 
-@handles("transpose", "swapaxes")
-def _transpose(reader: Reader, node: fx.Node) -> At:
-    source, rank = reader.read(node.args[0]), tensor_of(node).dim()
+@handles("transpose", "swapdims", signature="input, dim0, dim1")
+@handles("swapaxes", signature="input, dim0, dim1 | input, axis0, axis1")
+def _transpose(
+    reader: Reader, node: fx.Node, input: Any, dim0: int = 0, dim1: int = 0, axis0: int | None = None, axis1: int | None = None
+) -> At:
+    source, rank = reader.read(input), tensor_of(node).dim()
+    a, b = (dim0, dim1) if axis0 is None else (axis0, axis1)
     order = list(range(rank))
-    a, b = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
     order[a], order[b] = order[b], order[a]
     return lambda *i: source.at(*(i[d] for d in order))
 
 
-@handles("getattr")
-def _attribute(reader: Reader, node: fx.Node) -> At:
+@handles("getattr", signature="input, name")
+def _attribute(reader: Reader, node: fx.Node, input: Any, name: str) -> At:
     """A view that is written as an attribute."""
-    rank, name = tensor_of(node).dim(), node.args[1]
-    if name != "mT" and (name != "T" or rank != 2):
+    if name != "mT" and (name != "T" or tensor_of(node).dim() != 2):
         raise Unreadable(f"the attribute {name}")
-    source = reader.read(node.args[0])
+    source = reader.read(input)
     return lambda *i: source.at(*i[:-2], i[-1], i[-2])
 
 
-@handles("permute")
-def _permute(reader: Reader, node: fx.Node) -> At:
-    source, rank = reader.read(node.args[0]), tensor_of(node).dim()
-    order = argument(node, 1, "dims")
-    order = [d % rank for d in (order if isinstance(order, (tuple, list)) else node.args[1:])]
+@handles("permute", signature="input, dims | input, *dims")
+def _permute(reader: Reader, node: fx.Node, input: Any, dims: Any) -> At:
+    source, rank = reader.read(input), tensor_of(node).dim()
+    order = [d % rank for d in dims]
     return lambda *i: source.at(*(i[order.index(d)] for d in range(rank)))
 
 
-@handles("getitem")
-def _getitem(reader: Reader, node: fx.Node) -> At:
-    if tensor_of(node.args[0]) is None:
+@handles("getitem", signature="input, index")
+def _getitem(reader: Reader, node: fx.Node, input: Any, index: Any) -> At:
+    if tensor_of(input) is None:
         raise Unreadable("an item of a tuple")
-    source, index = reader.read(node.args[0]), node.args[1]
-    index = list(index) if isinstance(index, tuple) else [index]
+    source, index = reader.read(input), list(index) if isinstance(index, tuple) else [index]
     if any(tensor_of(j) is not None for j in index):
-        return _gather(reader, node, index)
+        return _gather(reader, node, source, index)
     if any(j is Ellipsis for j in index):
         place = next(n for n, j in enumerate(index) if j is Ellipsis)
         used = sum(j is not None for j in index) - 1
@@ -258,8 +306,8 @@ def _step(reader: Reader, index: Any, size: sympy.Expr) -> tuple[str, sympy.Expr
 
 def _place(reader: Reader, index: Any, size: sympy.Expr, clamps: bool) -> sympy.Expr:
     place, holds = scalar(index), reader.facts.holds
-    if isinstance(place, CONDITION):
-        raise Unreadable("a boolean index")
+    if not place.is_integer:
+        raise Unreadable("an index that is no integer")
     if holds(sympy.Lt(place, 0)):
         place = sympy.expand(place + size)
     if not holds(sympy.Ge(place, 0)) or (clamps and not holds(sympy.Le(place, size))):
@@ -267,96 +315,102 @@ def _place(reader: Reader, index: Any, size: sympy.Expr, clamps: bool) -> sympy.
     return place
 
 
-def _gather(reader: Reader, node: fx.Node, index: list[Any]) -> At:
-    source, rank = reader.read(node.args[0]), tensor_of(node).dim()
+def _gather(reader: Reader, node: fx.Node, source: TensorFunction, index: list[Any]) -> At:
     if len(index) != len(source.shape) or any(tensor_of(j) is None and not isinstance(j, (int, fx.Node)) for j in index):
         raise Unreadable("a partial advanced index")
-    parts = [reader.read(j) for j in index]
-    if any(p.dtype not in (torch.int32, torch.int64) for p in parts):
+    if set(_dtypes(reader, *index)) - set(INTEGERS):
         raise Unreadable("a boolean index")
-    places = [p.broadcast(rank) for p in parts]
+    places = [reader.spread(j, sizes(tensor_of(node))) for j in index]
     return lambda *i: source.at(*(checked_index(reader, place(*i)) for place in places))
 
 
-@handles("select", "narrow")
-def _select(reader: Reader, node: fx.Node) -> At:
-    source = reader.read(node.args[0])
-    dimension = argument(node, 1, "dim") % len(source.shape)
-    keep = (node.target if isinstance(node.target, str) else node.target.__name__) == "narrow"
-    place = _place(reader, argument(node, 2, "start" if keep else "index"), source.shape[dimension], clamps=False)
+@handles("select", signature="input, dim, index")
+def _select(reader: Reader, node: fx.Node, input: Any, dim: int, index: Any) -> At:
+    source = reader.read(input)
+    dimension = dim % len(source.shape)
+    place = _place(reader, index, source.shape[dimension], clamps=False)
+    return lambda *i: source.at(*i[:dimension], place, *i[dimension:])
+
+
+@handles("narrow", signature="input, dim, start, _length")
+def _narrow(reader: Reader, node: fx.Node, input: Any, dim: int, start: Any) -> At:
+    source = reader.read(input)
+    dimension = dim % len(source.shape)
+    place = _place(reader, start, source.shape[dimension], clamps=False)
+    return lambda *i: source.at(*i[:dimension], sympy.expand(i[dimension] + place), *i[dimension + 1 :])
+
+
+@handles("triu", "tril", signature="input, diagonal=0")
+def _triangle(reader: Reader, node: fx.Node, input: Any, diagonal: Any) -> At:
+    source, dtype, border = reader.read(input), tensor_of(node).dtype, reader.read(diagonal)
+    if border.shape or border.dtype is not torch.int64:
+        raise Unreadable("a diagonal that is no integer")
+    upper = operator_word(node) == "triu"
 
     def at(*i: sympy.Expr) -> Element:
-        if keep:
-            return source.at(*i[:dimension], sympy.expand(i[dimension] + place), *i[dimension + 1 :])
-        return source.at(*i[:dimension], place, *i[dimension:])
-
-    return at
-
-
-@handles("triu", "tril")
-def _triangle(reader: Reader, node: fx.Node) -> At:
-    source, dtype = reader.read(node.args[0]), tensor_of(node).dtype
-    diagonal = scalar(argument(node, 1, "diagonal", 0))
-    upper = (node.target if isinstance(node.target, str) else node.target.__name__) == "triu"
-
-    def at(*i: sympy.Expr) -> Element:
-        distance = sympy.expand(i[-1] - i[-2] - diagonal)
+        distance = arithmetic(reader.facts, "sub", (i[-1] - i[-2], torch.int64), (border.at(), torch.int64), torch.int64)
         kept = sympy.Ge(distance, 0) if upper else sympy.Le(distance, 0)
         return choose(kept, source.at(*i), sympy.false if dtype is torch.bool else sympy.Integer(0))
 
     return at
 
 
-@handles("diff")
-def _diff(reader: Reader, node: fx.Node) -> At:
+@handles("diff", signature="input, n=1, dim=-1, prepend=None, append=None")
+def _diff(reader: Reader, node: fx.Node, input: Any, n: int, dim: int, prepend: Any, append: Any) -> At:
     """Along the last dimension; the first difference is taken with `prepend`, of length 1."""
-    no_more(node, "prepend", "dim", "n")
-    tensor = tensor_of(node)
-    prepend = argument(node, 3, "prepend")
-    if argument(node, 1, "n", 1) != 1 or argument(node, 2, "dim", -1) not in (-1, tensor.dim() - 1) or tensor_of(prepend) is None:
+    source, dtype = reader.read(input), tensor_of(node).dtype
+    if not _first_differences(tensor_of(node), n, dim, prepend, append):
         raise Unreadable("a difference of another form")
-    source, before = reader.read(node.args[0]), reader.read(prepend)
-    if before.shape[-1] != 1 or tensor.dtype not in (torch.int32, torch.int64):
-        raise Unreadable("a difference of another form")
+    before = reader.read(prepend)
 
     def at(*i: sympy.Expr) -> Element:
         *row, last = i
-        first = arithmetic("sub", source.at(*row, sympy.Integer(0)), before.at(*row, sympy.Integer(0)), tensor.dtype)
-        other = arithmetic("sub", source.at(*row, last), source.at(*row, last - 1), tensor.dtype)
+        subtract = lambda x, y: arithmetic(reader.facts, "sub", (x, source.dtype), y, dtype)
+        first = subtract(source.at(*row, sympy.Integer(0)), (before.at(*row, sympy.Integer(0)), before.dtype))
+        other = subtract(source.at(*row, last), (source.at(*row, last - 1), source.dtype))
         return first if first == other else choose(sympy.Eq(last, 0), first, other)
 
     return at
 
 
-@handles("cumsum")
-def _cumsum(reader: Reader, node: fx.Node) -> At:
-    """Sums of a constant along the last dimension; sums of `diff(p) != 1` are kept as the run numbers of p."""
-    no_more(node, "dim", "dtype")
-    tensor = tensor_of(node)
-    if argument(node, 1, "dim") not in (-1, tensor.dim() - 1):
+def _first_differences(tensor: torch.Tensor, n: Any, dim: Any, prepend: Any, append: Any) -> bool:
+    """Whether `diff` subtracts from every integer the one before it in its row, with one value put in front of the row."""
+    before = tensor_of(prepend)
+    return (
+        (n, append) == (1, None)
+        and dim in (-1, tensor.dim() - 1)
+        and tensor.dtype in INTEGERS
+        and before is not None
+        and before.dim() == tensor.dim()
+        and before.shape[-1] == 1
+    )
+
+
+@handles("cumsum", signature="input, dim, *, _dtype=None")
+def _cumsum(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
+    """Sums of an integer along the last dimension; sums of `diff(p) != 1` are kept as the run numbers of p."""
+    tensor, source = tensor_of(node), reader.read(input)
+    if dim not in (-1, tensor.dim() - 1):
         raise Unreadable("a cumulative sum over another dimension")
-    source = reader.read(node.args[0])
     probe = sympy.symbols(f"i:{tensor.dim()}", integer=True, nonnegative=True)
-    term = as_number(source.at(*probe))
+    term = cast(reader.facts, as_number(source.at(*probe)), source.dtype, tensor.dtype)
     if not isinstance(term, Cases) and term.is_Integer:
-        return lambda *i: sympy.expand(term * (i[-1] + 1))
-    if _counts_breaks(node.args[0]):
-        reader.runs[node.name] = reader.read(node.args[0].args[0].args[0]).at
+        places = lambda i: (sympy.expand(i + 1), torch.int64)
+        return lambda *i: arithmetic(reader.facts, "mul", (term, tensor.dtype), places(i[-1]), tensor.dtype)
+    positions = _positions_of_breaks(input)
+    if positions is not None:
+        reader.runs[node.name] = reader.read(positions).at
     raise Unreadable("a cumulative sum of data")
 
 
-def _counts_breaks(node: Any) -> bool:
-    """Whether the node is `diff(p, prepend=one value per row) != 1` along the last dimension: its sums number the runs of p."""
-    if not isinstance(node, fx.Node) or node.target not in (operator.ne, torch.ne, "ne") or node.args[1:] != (1,):
-        return False
-    difference = node.args[0]
-    if not isinstance(difference, fx.Node) or difference.target not in (torch.diff, "diff"):
-        return False
-    tensor, prepend = tensor_of(difference), tensor_of(argument(difference, 3, "prepend"))
-    return (
-        not set(difference.kwargs) - {"prepend", "dim", "n"}
-        and prepend is not None
-        and prepend.shape[-1] == 1
-        and argument(difference, 1, "n", 1) == 1
-        and argument(difference, 2, "dim", -1) in (-1, tensor.dim() - 1)
-    )
+def _positions_of_breaks(node: Any) -> fx.Node | None:
+    """p where the node is `diff(p, prepend=one value per row) != 1` along the last dimension: its sums number the runs of p."""
+    unequal = call_of(node, "ne")
+    if unequal is None or type(unequal["other"]) is not int or unequal["other"] != 1:
+        return None
+    difference = call_of(unequal["input"], "diff")
+    if difference is None:
+        return None
+    positions = difference.pop("input")
+    whole = tensor_of(unequal["input"]), tensor_of(positions)
+    return positions if whole[1].dtype is torch.int64 and _first_differences(whole[0], **difference) else None

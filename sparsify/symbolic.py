@@ -17,9 +17,13 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanAtom, BooleanFunction
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 BATCH, HEAD, QUERY, KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
 MAX_CASES = 32
+# What is taken for granted where nothing narrower is known, so that overflow can be excluded: a symbolic size stays below LONGEST,
+# another symbolic integer below MOST, and so do 64-bit integers read from tensors.
+LONGEST, MOST = 2**28, 2**61
 # sympy's symbols are Booleans too, so `Boolean` itself does not tell conditions from numbers
 CONDITION = (BooleanAtom, BooleanFunction, Relational)
 
@@ -36,6 +40,8 @@ class Cases:
 
 
 Element = sympy.Basic | Cases
+# functions of integers whose value is no larger than the largest of their arguments
+_NO_LARGER = (sympy.Abs, sympy.Max, sympy.Min, Max, Min, FloorDiv, Mod, PythonMod)
 
 
 def cases(element: Element) -> tuple[tuple[Boolean, sympy.Basic], ...]:
@@ -129,11 +135,22 @@ def scalar(value: Any) -> sympy.Basic:
     """A size, a Python number or the node of one, as an expression."""
     if isinstance(value, fx.Node):
         value = value.meta.get("example_value")
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(value, torch.SymFloat):
+        if not value.node.expr.is_number:
+            raise Unreadable("a float that depends on sizes")
+        return number(float(value.node.expr))
+    if isinstance(value, (torch.SymInt, torch.SymBool)):
         return value.node.expr
     if isinstance(value, (bool, int, float)):
         return number(value)
     raise Unreadable(f"a {type(value).__name__} where a number was expected")
+
+
+def limits(dtype: torch.dtype) -> tuple[int, int]:
+    """The least and the largest value of an integer dtype."""
+    if dtype is torch.bool:
+        return 0, 1
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
 
 
 def sizes(tensor: torch.Tensor) -> tuple[sympy.Expr, ...]:
@@ -165,10 +182,14 @@ def shape_env_of(graph: fx.Graph) -> Any | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about sizes: Dynamo's ranges and guards, and extents of the index symbols b, h, q, k."""
+    """What is known about sizes: Dynamo's ranges and guards, and extents of the index symbols b, h, q, k.
+
+    data: dtypes of the graph tensors that expressions read, by the name of the function that stands for them.
+    """
 
     shape_env: Any | None
     extents: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+    data: dict[str, torch.dtype] = field(default_factory=dict)
 
     def holds(self, statement: sympy.Basic | bool) -> bool:
         """True only where the statement about sizes is proved. Installs no guard."""
@@ -194,6 +215,38 @@ class Facts:
                 return None
             expr = rest + coefficient * (extent - 1 if (coefficient > 0) == highest else 0)
         return expr
+
+    def fits(self, expr: sympy.Expr, dtype: torch.dtype) -> bool:
+        """Whether an integer dtype holds the expression at every index."""
+        return self.magnitude(expr) <= torch.iinfo(dtype).max
+
+    def magnitude(self, expr: sympy.Expr) -> int:
+        """What the absolute value of an integer expression never exceeds."""
+        if expr.is_number:
+            return abs(math.ceil(abs(expr)))
+        if expr in self.extents:
+            return self.magnitude(self.extents[expr])
+        if expr.is_Symbol:
+            return self._largest(expr)
+        if isinstance(expr, AppliedUndef):
+            return min(MOST, max(map(abs, limits(self.data[expr.func.__name__]))))
+        parts = [self.magnitude(part) for part in expr.args]
+        if expr.is_Add:
+            return sum(parts)
+        if expr.is_Mul:
+            return math.prod(parts)
+        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+            return parts[0] ** int(expr.exp)
+        if expr.func in _NO_LARGER:
+            return max(parts)
+        raise Unreadable(f"how large {expr} is cannot be said")
+
+    def _largest(self, symbol: sympy.Symbol) -> int:
+        known = self.shape_env.bound_sympy(symbol) if self.shape_env is not None else None
+        if known is None:
+            return LONGEST
+        most = LONGEST if known.lower >= 0 else MOST
+        return int(max(abs(max(known.lower, -most)), abs(min(known.upper, most))))
 
     def always(self, statement: Relational) -> bool:
         """Whether an inequality holds at every index."""
