@@ -72,7 +72,7 @@ def unlisted(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
     shown = torch.ones_like(ids, dtype=torch.bool) if flags is None else flags & 1 != 0
     batch = max(ids.shape[0], shown.shape[0])
     ids, shown = (x.expand(batch, -1).contiguous() for x in (ids, shown))
-    ordered, order = ids.sort(-1, stable=True)
+    ordered, order = ids.sort(dim=-1, stable=True)
     at = torch.arange(key_len, device=key.device).expand(batch, -1)
     last = torch.where(shown.gather(1, order), at, -1).cummax(-1).values
     position = torch.arange(query_len, device=key.device) + (key_len - query_len if start is None else start.reshape(()))

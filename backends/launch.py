@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sparsify import blockmask, gradients, ops
-from sparsify.backends import empty_rows
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,12 @@ _IMPLEMENTATIONS = {
         "reference": ("sparsify.backends.reference_select", "select_blocks"),
         "triton": ("sparsify.backends.triton_select", "select_blocks"),
     },
+}
+
+# not an op: what follows attention where a mask may leave rows without a key
+_IMPLEMENTATIONS["empty_rows"] = {
+    "reference": ("sparsify.backends.empty_rows", "fill"),
+    "triton": ("sparsify.backends.triton_empty_rows", "fill"),
 }
 
 # operands of the attention op that no attention kernel reads
@@ -156,9 +161,9 @@ def _warn_once(op: str, reason: str) -> None:
 
 
 def _serve(op: str):
-    schema = getattr(torch.ops.sparsify, op).default._schema
     # the dispatcher leaves out operands that have their default; kernels get every keyword that is theirs
-    defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only and a.has_default_value() and a.name not in _FILLED_BY}
+    schema = getattr(torch.ops.sparsify, op).default._schema.arguments if op != "empty_rows" else ()
+    defaults = {a.name: a.default_value for a in schema if a.kwarg_only and a.has_default_value() and a.name not in _FILLED_BY}
 
     def call(query, *args, **given):
         options = {**defaults, **given}
@@ -243,6 +248,7 @@ def offer(op: str, **implementations: tuple[str, str]) -> None:
 
 def _filled(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """Attention, and after it what rows that see no key hold."""
+    fill = _serve("empty_rows")
 
     @functools.wraps(attention)
     def filled(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -250,7 +256,7 @@ def _filled(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
         output, lse = attention(query, key, value, **options)
         if form.get("empty_rows", "zero") != "zero":
             form = {"hidden_bias": None, "lowest": 0.0} | form
-            empty_rows.fill(output, lse, query, key, value, options=dict.fromkeys(_OPERANDS) | options, **form)
+            fill(output, lse, query, key, value, options=dict.fromkeys(_OPERANDS) | options, **form)
         return output, lse
 
     return filled

@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsify import api
+import sparsify.backends  # noqa: F401  (registers kernels)
+from sparsify import api, ops
+from sparsify.errors import UnsupportedError
 from tests.attention_functions import operands, repeat
+from tests.empty_rows_oracle import BIASED, CALLS, make
 from tests.harness import strict
 
 LENGTH, HEADS, KV_HEADS, DIM = 12, 4, 2, 16
@@ -119,3 +122,44 @@ def test_every_form_of_mask(form, dtype, clause, padding):
         mean = repeat(inputs[2], 2).float().mean(2, keepdim=True).expand(2, HEADS, LENGTH, DIM)[empty]
         found = {"nan": held.isnan().all(), "zero": (held == 0).all(), "mean": (held - mean).abs().max() < 2e-2}[expected]
         assert found, "the test's own expectation"
+
+
+# -- the op --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["mean", "nan", "zero"])
+@pytest.mark.parametrize("name", CALLS | BIASED)
+def test_the_op_equals_written_out_attention(name, form):
+    call = make(form, **(CALLS | BIASED)[name])
+    output, lse = ops.attention(*call.tensors, **call.options)
+    want = call.written_out()
+    empty = lse < ops.SUNK
+    assert empty.any() and torch.equal(output.isnan(), want.isnan().to(output.device))
+    if form == "zero":
+        assert (output[lse == -torch.inf] == 0).all()
+        want = torch.where(empty[..., None], output.float(), want)
+    torch.testing.assert_close(output.float(), want, atol=BOUND[call.tensors[0].dtype], rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", ["mean", "nan"])
+@pytest.mark.parametrize("name", ["padding", "window", "documents", "documents, not causal", "before the first key"])
+def test_rows_that_only_block_lists_leave_without_a_key_are_zero(name, form):
+    call = make(form, **{**CALLS[name], "query_len": 40, "key_len": 40})
+    batch, heads, query_len, _ = call.tensors[0].shape
+    blocks = -(-query_len // 8)
+    lists = {"block_counts": torch.ones(batch, heads, blocks, dtype=torch.int32)}
+    lists["block_indices"] = torch.full((batch, heads, blocks, 1), 3, dtype=torch.int16)
+    options = call.options | lists | {"block_size": 8}
+    output, lse = ops.attention(*call.tensors, **options)
+    without, hidden = (lse == -torch.inf), ~call.seen.any(-1)
+    assert (without & ~hidden).any() and hidden.any()
+    assert (output[without & ~hidden] == 0).all()
+    want = call.written_out()
+    torch.testing.assert_close(output[hidden], want[hidden], atol=1e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("form", "lowest"), [("other", 0.0), ("mean", 0.0), ("mean", -torch.inf)])
+def test_words_that_mean_nothing_are_refused(form, lowest):
+    call = make("nan")
+    with pytest.raises(UnsupportedError, match="empty rows hold"):
+        ops.attention(*call.tensors, **call.options | {"empty_rows": form, "lowest": lowest})
