@@ -62,9 +62,7 @@ class SparseCache(Cache):
         layers = [_layer(i, stock, config, policy, budget) for i, stock in enumerate(DynamicCache(config=config).layers)]
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
-        base = config._attn_implementation
-        cache_attention.install()
-        config._attn_implementation = cache_attention.NAMES.get(base or "sdpa", base)
+        cache_attention.serve(config)
         super().__init__(layers=layers)
         self.config, self.policy, self.call = config, policy, chain(layers)
         if batch_size is not None:
@@ -75,13 +73,36 @@ class SparseCache(Cache):
         """Only ordinary masks need it, and a SparseCache has none; reading the length here would synchronise with the device."""
         return MASK_SIZE
 
+    def attach(self, config: Any) -> SparseCache:
+        """Lets the model of `config` use this cache, and returns it: for one that was loaded where no SparseCache was made for the model.
+
+        Raises:
+            CacheError: the cache was made for another model.
+            UnsupportedError: as for a new cache.
+        """
+        config = config.get_text_config(decoder=True)
+        _check_model(config)
+        if not cache_attention.same_model(config, self.config):
+            raise CacheError(
+                "this cache was made for another model", where="SparseCache", hint="make one with SparseCache(model.config, ...)"
+            )
+        cache_attention.serve(config)
+        for holder in (self, *self.layers):
+            holder.config = config
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
-        """A cache of its own for the same model, with what was stored so far: one prompt, many continuations."""
-        for shared in (self.config, *(layer.policy for layer in self.layers)):
-            memo[id(shared)] = shared
+        """A cache of its own, with what was stored so far, for the same model: one prompt, many continuations."""
+        memo = {**memo, **{id(layer.policy): layer.policy for layer in self.layers}}  # the caller's may go on to copy the model
+        memo.setdefault(id(self.config), self.config)
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Loaded together with its model, a cache goes on serving it."""
+        self.__dict__.update(state)
+        cache_attention.serve(self.config)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As `SparseLayer.update`.

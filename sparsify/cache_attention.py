@@ -19,11 +19,47 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsify import cache_ops, ops
-from sparsify.cache_layer import SparseLayer, StockMask, layer_of
+from sparsify.cache_layer import SparseLayer, StockMask, autocast_dtype, layer_of
 from sparsify.errors import CacheError, UnsupportedError
 
+
+class Implementation(str):
+    """Name of one of the two functions, as it stands in a model's configuration. It is pickled as `base`, what the model was loaded with:
+    a model that was saved works where sparsify is not imported, too, until a SparseCache is made for it there."""
+
+    base: str
+
+    def __new__(cls, name: str, base: str) -> Implementation:
+        self = super().__new__(cls, name)
+        self.base = base
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return str, (self.base,)
+
+    def __deepcopy__(self, memo: Any) -> Implementation:
+        """Copies of a model are used with copies of its cache."""
+        return self
+
+
 # implementation that a model was loaded with -> the name under which sparsify serves it
-NAMES = {"sdpa": "sparsify", "eager": "sparsify_eager"}
+NAMES = {"sdpa": Implementation("sparsify", "sdpa"), "eager": Implementation("sparsify_eager", "eager")}
+
+# What tells two models' configurations apart as far as a cache is concerned; names and paths of files differ between copies of one model.
+_SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "layer_types",
+    "sliding_window",
+    "max_position_embeddings",
+)
 
 _IGNORED = ("is_causal", "output_attentions", "position_ids", "use_cache", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -35,6 +71,21 @@ def install() -> None:
         if name not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(attention_forward, base))
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, functools.partial(mask_function, base))
+
+
+def serve(config: Any) -> None:
+    """Makes the model of `config` call sparsify's attention, which is its own one for calls without a SparseCache."""
+    install()
+    base = config._attn_implementation or "sdpa"
+    if base in NAMES:
+        config._attn_implementation = NAMES[base]
+
+
+def same_model(one: Any, other: Any) -> bool:
+    """Whether two configurations are those of one model, of a copy of it or of the same model loaded again."""
+    if one is other:
+        return True
+    return type(one) is type(other) and all(getattr(one, name, None) == getattr(other, name, None) for name in _SHAPE)
 
 
 def mask_function(base: str, *, kv_length: Any, attention_mask: Tensor | None = None, **call: Any) -> Any:
@@ -84,7 +135,12 @@ def attention_forward(
     real = None if attention_mask is None else _real(layer, attention_mask, query.shape[2])
     if layer.is_first:
         layer.call.storing = True
+    wanted = autocast_dtype(query)
+    if wanted is not None:
+        query = query.to(key.dtype)
     output = _attend(layer, query, key, value, real, scale, softcap or 0.0, s_aux)
+    if wanted is not None:
+        output = output.to(wanted)
     if layer.is_last:
         layer.call.storing = False
     return output.transpose(1, 2), None
@@ -100,7 +156,7 @@ def _check(
     layer: SparseLayer, module: Any, query: Tensor, mask: Tensor | None, dropout: float, window: int | None, kwargs: dict[str, Any]
 ) -> None:
     where = f"layer {layer.index}"
-    if getattr(module, "config", layer.config) is not layer.config:
+    if not same_model(getattr(module, "config", layer.config), layer.config):
         raise CacheError("this cache was made for another model", where=where, hint="make one with SparseCache(model.config, ...)")
     if torch.is_grad_enabled() and query.requires_grad:
         raise UnsupportedError("gradients do not flow through a SparseCache", where=where, hint="run under torch.no_grad()")

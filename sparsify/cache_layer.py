@@ -25,7 +25,8 @@ class StockMask:
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise CacheError(
             "the model builds an ordinary attention mask for a SparseCache",
-            hint="make the cache with SparseCache(model.config, ...) of this very model, after any set_attn_implementation",
+            hint="make the cache with SparseCache(model.config, ...) of this very model, after any set_attn_implementation; one that was "
+            "loaded needs cache.attach(model.config)",
         )
 
     __torch_function__ = classmethod(_refuse)
@@ -70,6 +71,14 @@ def layer_of(key: Tensor) -> SparseLayer | None:
     if layer is not None and layer.call.waiting is not layer:
         raise CacheError("the keys of one call are attended to twice", where=f"layer {layer.index}", hint="use an ordinary cache")
     return layer
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What attention over such tensors is computed in under autocast; None outside of it, and for float64, which it leaves alone."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def chain(layers: list[SparseLayer]) -> Call:
@@ -117,6 +126,18 @@ class SparseLayer(CacheLayerMixin):
         self.is_initialized = True
         self._mark_static()
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.is_initialized and self.keys.device == self.device:
+            state["device"] = None  # where they are put when they are loaded
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.is_initialized:
+            self.device = self.device or self.keys.device
+            self._mark_static()
+
     def _mark_static(self) -> None:
         """Without this, CUDA graphs are skipped because inputs are mutated. Unguarded: another cache re-records, and never recompiles."""
         if not torch.compiler.is_dynamo_compiling():
@@ -128,7 +149,8 @@ class SparseLayer(CacheLayerMixin):
         return self.keys, self.values, self.positions, self.counts, self.seen, self.length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Checks the new keys and values and returns them as they are; the attention that follows stores them.
+        """Checks the new keys and values and returns them as they are, under autocast in the cache's dtype; the attention that follows
+        stores them.
 
         Raises:
             CacheError: they do not fit this cache, or the model's previous layer did not use sparsify's attention.
@@ -141,6 +163,12 @@ class SparseLayer(CacheLayerMixin):
                 hint="make it with SparseCache(model.config, ...) of this very model, whose attention must go through AttentionInterface; "
                 "reset() the cache first",
             )
+        wanted = autocast_dtype(key_states)
+        if wanted is not None:  # as attention itself would at every call: rotary embeddings give float32 keys beside bfloat16 values
+            wanted = self.dtype if self.is_initialized else wanted
+            key_states, value_states = key_states.to(wanted), value_states.to(wanted)
+        if key_states.dtype != value_states.dtype:
+            raise CacheError(f"keys are {key_states.dtype}, values {value_states.dtype}", where=f"layer {self.index}")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)

@@ -79,7 +79,7 @@ def test_another_batch_size_or_model(llama):
     before = [t.clone() for t in cache.layers[0].state]
     with pytest.raises(CacheError, match="batch of 2"):
         llama(text(1, 1), **holding(cache))
-    other = build("llama")
+    other = build("llama", max_position_embeddings=256)
     with pytest.raises(CacheError, match=r"SparseCache\(model.config"):
         other(text(2, 3), **holding(cache))
     SparseCache(other.config, budget=16)
