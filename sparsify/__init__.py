@@ -15,9 +15,9 @@ __distribution__ = "sparsify-compiler"  # its name on PyPI, where another projec
 if TYPE_CHECKING:
     from sparsify.api import compile, explain
     from sparsify.cache import SparseCache
-    from sparsify.plan import Plan
+    from sparsify.plan_file import Plan
 
-_HOME = {"compile": "sparsify.api", "explain": "sparsify.api", "Plan": "sparsify.plan", "SparseCache": "sparsify.cache"}
+_HOME = {"compile": "sparsify.api", "explain": "sparsify.api", "Plan": "sparsify.plan_file", "SparseCache": "sparsify.cache"}
 __all__ = ["Plan", "SparseCache", "compile", "explain"]
 
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sparsify import blockmask, config, method, ops, pipeline
+from sparsify import apart, blockmask, config, method, ops, pipeline
 from sparsify.errors import UnsupportedError
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan, follow
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,11 +27,12 @@ def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = Non
 
     Raises:
         ConfigError: unknown or impossible options.
+        PlanError: a plan file that is none, or that nobody could follow.
         UnsupportedError: `model` is the wrapper that torch.compile returns.
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
-    config.load(options, mode=mode, method_models=method.discover())
+    follow(config.load(options, mode=mode, method_models=method.discover()).plan)
     if mode is not None:
         options["mode"] = mode
     model.compile(backend="sparsify", options=options or None, dynamic=dynamic, fullgraph=fullgraph)
@@ -53,24 +54,22 @@ def collect_plans() -> Iterator[list[Plan]]:
 def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Plan:
     """What sparsify would do with one call `model(*args, **inputs)`: a plan that prints as a table.
 
-    Runs the model once on these inputs, without Inductor, and leaves it as it was; densities are the realised ones.
+    Runs the model once on these inputs, without Inductor; densities are the realised ones. The model and all that is compiled stay as they
+    were.
 
     Raises:
-        ConfigError: as `compile`.
+        ConfigError, PlanError: as `compile`.
     """
-    settings = {**(options or {}), "lower": "eager"}
-    config.load(settings, method_models=method.discover())
-    torch._dynamo.reset()
-    forward = torch.compile(model.forward, backend="sparsify", options=settings)
-    try:
-        with collect_plans() as plans, record_density() as densities:
-            forward(*args, **inputs)
-    finally:
-        torch._dynamo.reset()
+    settings = config.load({**(options or {}), "lower": "eager"}, method_models=method.discover())
+    follow(settings.plan)
+    backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings)
+    with apart.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
+        forward(*args, **inputs)
     merged = Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(p.fallback for p in plans if p.fallback))
     selecting = [d for d in merged.decisions if d.kind == "attention" and d.method is not None and "threshold" in d.options]
-    for decision, density in zip(selecting, densities, strict=False):
-        decision.realised_density = density
+    if len(selecting) == len(densities):  # else a graph ran more than once, or not to its end: which is whose cannot be told
+        for decision, density in zip(selecting, densities, strict=True):
+            decision.realised_density = density
     return merged
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import api
+from sparsify import apart, api
 from sparsify.backends.reference_ffn import similarity
 from sparsify.errors import UnsupportedError
 from sparsify.match import find_attention
 from sparsify.match_ffn import find_feed_forward
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 
 # Skips per trigger that are tried.
 SKIPS = (1, 2, 3, 4)
@@ -63,11 +62,8 @@ def _recording(model: nn.Module) -> Iterator[tuple[Callable[..., Any], dict[int,
         gm.recompile()
         return gm.forward
 
-    torch._dynamo.reset()
-    try:
-        yield torch.compile(model.forward, backend=backend, fullgraph=True), found
-    finally:
-        torch._dynamo.reset()
+    with apart.compiled(model.forward, backend, fullgraph=True) as forward:
+        yield forward, found
 
 
 @torch.no_grad()
@@ -174,9 +170,8 @@ def plan_for(model: nn.Module, ids: Tensor, proposal: Proposal, options: dict[st
                 error = (1 - table[index][skipped[index]]).mean().item() if skipped[index].any() else 0.0
                 measured = [{"method": "ffn_skip", "options": chosen, "error": error}]
             reason = f"calibrated for a skip share of {proposal.share:.0%}"
-            plan.decisions[plan.decisions.index(decision)] = dataclasses.replace(
-                decision, method="ffn_skip", options=chosen, reason=reason, refusals=[], measured=measured
-            )
+            decision.method, decision.options, decision.reason = "ffn_skip", chosen, reason
+            decision.refusals, decision.measured = [], measured
     return plan
 
 

@@ -7,6 +7,8 @@ Every site is given the exact model's own operands, so that its error is its own
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import api, config, method, pipeline
+from sparsify import apart, api, backends, config, method, pipeline
 from sparsify.config import Config
 from sparsify.editor import Editor
 from sparsify.errors import UnsupportedError
 from sparsify.match import find_attention
 from sparsify.method import Context, Pass, Refusal
-from sparsify.plan import Plan
+from sparsify.plan_file import Place, Plan, places
 from sparsify.sites import AttentionSite
 
 # what decides a choice has no say in what is measured
@@ -29,23 +31,26 @@ _NEUTRAL = {"min_length": 0, "objective": None, "max_error": None, "plan": None,
 
 @dataclass
 class Errors:
-    """Sums of squares by site and method; refusals likewise, in words."""
+    """Sums of squares by graph, place and method; refusals by place, in words."""
 
-    sums: dict[tuple[str, Pass], list[float]] = field(default_factory=dict)
-    refusals: dict[str, list[str]] = field(default_factory=dict)
+    sums: dict[tuple[int, Place, Pass], list[float]] = field(default_factory=dict)
+    refusals: dict[Place, list[str]] = field(default_factory=dict)
 
-    def add(self, site: str, tried: Pass, exact: Tensor, lossy: Tensor) -> None:
+    def add(self, graph: int, place: Place, tried: Pass, exact: Tensor, lossy: Tensor) -> None:
         exact, lossy = exact.float(), lossy.float()
-        found = self.sums.setdefault((site, tried), [0.0, 0.0])
+        found = self.sums.setdefault((graph, place, tried), [0.0, 0.0])
         found[0] += float((lossy - exact).square().sum())
         found[1] += float(exact.square().sum())
 
-    def of(self, site: str) -> list[dict[str, Any]]:
-        """As `Decision.measured` holds them."""
+    def of(self, site: str, ordinal: int = 0) -> list[dict[str, Any]]:
+        """As `Decision.measured` holds them: the worst of the graphs that have such a site. What is not finite is not recorded."""
+        worst: dict[Pass, float] = {}
+        for (_, place, tried), (off, whole) in self.sums.items():
+            if (place.name, place.ordinal) == (site, ordinal):
+                error = (off / whole) ** 0.5 if whole else 0.0 if not off else math.inf
+                worst[tried] = max(worst.get(tried, 0.0), error if math.isfinite(error) else math.inf)
         return [
-            {"method": tried.name, "options": tried.options(), "error": (off / whole) ** 0.5 if whole else 0.0}
-            for (name, tried), (off, whole) in self.sums.items()
-            if name == site
+            {"method": tried.name, "options": tried.options(), "error": error} for tried, error in worst.items() if math.isfinite(error)
         ]
 
 
@@ -73,48 +78,44 @@ def measure(
     """
     settings = config.load({**options, **_NEUTRAL}, method_models=method.discover())
     pieces = [piece for piece in ids.split(chunk, 1) if piece.shape[1] == min(chunk, ids.shape[1])]
-    errors, tried = Errors(), []
+    errors, tried, graphs = Errors(), [], itertools.count()
 
     def record(index: int, exact: Tensor, lossy: Tensor) -> None:
         errors.add(*tried[index], exact, lossy)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         sites = find_attention(gm)
-        editor = _Observer(gm.graph)
-        for site in sites:
-            for one in _lossy(site, settings, pipeline.context_of(sites[0].device, settings), errors):
+        editor, graph = _Observer(gm.graph), next(graphs)
+        for site, place in zip(sites, places(sites), strict=True):
+            for one in _lossy(site, place, settings, pipeline.context_of(sites[0].device, settings), errors):
                 one.rewrite(editor, editor.converted(site))
-                tried.append((site.name, one))
+                tried.append((graph, place, one))
                 with gm.graph.inserting_after(site.output):
                     gm.graph.call_function(record, (len(tried) - 1, site.output, editor.made))
         gm.recompile()
         return gm.forward
 
-    torch._dynamo.reset()
-    try:
-        forward = torch.compile(model.forward, backend=backend, dynamic=False)
+    with apart.compiled(model.forward, backend, dynamic=False) as forward, backends.serving(settings.kernels):
         for done, piece in enumerate(pieces, 1):
             forward(input_ids=piece, use_cache=False)
             if progress is not None:
                 progress(done, len(pieces))
-    finally:
-        torch._dynamo.reset()
     if not errors.sums:
         reasons = sorted({reason for found in errors.refusals.values() for reason in found})
         raise UnsupportedError(f"nothing to measure: {reasons[0] if reasons else 'no lossy attention method is configured'}")
     return errors
 
 
-def _lossy(site: AttentionSite, settings: Config, context: Context, errors: Errors) -> Iterator[Pass]:
+def _lossy(site: AttentionSite, place: Place, settings: Config, context: Context, errors: Errors) -> Iterator[Pass]:
     """The configured lossy methods that take a site."""
     known = method.discover()
     kind = {name for name, one in known.items() if isinstance(site, one.site_type) and one.lossy}
-    for name, options in settings.for_layer(site.name, site.layer, kind):
+    for name, options in settings.for_layer(site.name, site.layer, kind, place.ordinal):
         one = known[name](**options)
         answer = one.refuse(site.near_miss) if site.near_miss else one.propose(site, context)
         answer = answer[0] if isinstance(answer, tuple) else answer
         if isinstance(answer, Refusal):
-            errors.refusals.setdefault(site.name, []).append(str(answer))
+            errors.refusals.setdefault(place, []).append(str(answer))
         else:
             yield answer.method
 
@@ -125,12 +126,13 @@ def plan_for(model: nn.Module, ids: Tensor, options: dict[str, Any], errors: Err
     before: a plan whose errors are kept, but for those that were measured again.
     """
     plan = api.explain(model, options=options, input_ids=ids, use_cache=False)
-    kept = {d.site: d.measured for d in before.decisions} if before else {}
+    kept = {(d.kind, d.site, d.ordinal): d.measured for d in before.decisions} if before else {}
     decisions = []
     for decision in plan.decisions:
-        new = errors.of(decision.site)
+        new = errors.of(decision.site, decision.ordinal) if decision.kind == "attention" else []
         again = [(one["method"], one["options"]) for one in new]
-        old = [one for one in kept.get(decision.site, []) if (one["method"], one["options"]) not in again]
+        before_now = kept.get((decision.kind, decision.site, decision.ordinal), [])
+        old = [one for one in before_now if (one["method"], one["options"]) not in again]
         decisions.append(dataclasses.replace(decision, measured=[*old, *new]))
     return dataclasses.replace(plan, decisions=decisions)
 
@@ -139,9 +141,9 @@ def table(errors: Errors) -> str:
     """One line per method: the median over the sites, the worst site, and who refused."""
     lines = []
     by_method: dict[str, list[tuple[float, str]]] = {}
-    for site in dict.fromkeys(site for site, _ in errors.sums):
-        for one in errors.of(site):
-            by_method.setdefault(f"{one['method']} {one['options']}", []).append((one["error"], site))
+    for place in dict.fromkeys(place for _, place, _ in errors.sums):
+        for one in errors.of(place.name, place.ordinal):
+            by_method.setdefault(f"{one['method']} {one['options']}", []).append((one["error"], str(place)))
     for name, found in by_method.items():
         worst, site = max(found)
         lines.append(f"{name}: median {sorted(found)[len(found) // 2][0]:.4f}, worst {worst:.4f} at {site} ({len(found)} sites)")

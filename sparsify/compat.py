@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
-from torch._dynamo import symbolic_convert
+from torch._dynamo import convert_frame, eval_frame, symbolic_convert
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 
 def operator_word(node: fx.Node) -> str:
@@ -24,3 +29,23 @@ def frame_scopes() -> dict[str, Any]:
     """Locals ("L") and globals ("G") of the frame that Dynamo compiles at the moment in this thread; empty outside of a compilation."""
     frame = getattr(symbolic_convert.tls, "current_tx", None)
     return {"L": frame.f_locals, "G": frame.f_globals} if frame is not None else {}
+
+
+# keywords of torch.compile under which a function's other compilations do not count towards its limit of recompilations; not in torch 2.11
+ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+
+
+def after_compiling(hook: Callable[[types.CodeType, types.CodeType], None]) -> Any:
+    """Calls `hook(code, compiled code)` after each frame that Dynamo compiles in any thread, until `remove()` of what is returned."""
+    return convert_frame.register_bytecode_hook(hook)
+
+
+def forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
+    """Takes away what was compiled of `code` with this very backend."""
+    entries = eval_frame._debug_get_cache_entry_list(code)
+    mine = [entry for entry in entries if getattr(entry.backend, "compiler_fn", entry.backend) is backend]
+    if len(mine) == len(entries):
+        eval_frame.reset_code(code)
+        return
+    for entry in mine:
+        entry.guard_manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("compiled for one call"))

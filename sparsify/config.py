@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,7 +30,8 @@ class Rule(BaseModel):
     """Which methods are tried, in order, on the layers that a pattern names.
 
     layers: patterns; a layer matches when any of them does. `3` and `4-27` (both ends included) compare with the layer's number; any
-        other pattern is a glob on the site's path, such as `model.layers.*.self_attn`.
+        other pattern is a glob on the site's path, such as `model.layers.*.self_attn`; with `#1` at its end it means the second site only
+        where several have one path.
     method: method names; an empty tuple leaves those sites as they are.
     options: by method, overrides of its own table. In files they stand beside `method`, where each goes to every listed method that
         has it, or in a subtable named like the method.
@@ -41,8 +42,9 @@ class Rule(BaseModel):
     method: tuple[str, ...]
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
-    def matches(self, name: str, layer: int | None) -> bool:
-        return any(layer_patterns.matches(pattern, name, layer) for pattern in self.layers)
+    def matches(self, name: str, layer: int | None, ordinal: int = 0) -> bool:
+        """Whether a site of this path, with this number in it, is meant; ordinal: its place among the graph's sites of this path."""
+        return any(layer_patterns.matches(pattern, name, layer, ordinal) for pattern in self.layers)
 
 
 class Config(BaseModel):
@@ -92,7 +94,9 @@ class Config(BaseModel):
         default_factory=dict, description="Options of each method. In files and options these are tables at the top level, by method name."
     )
 
-    def for_layer(self, name: str, layer: int | None, kind: Container[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
+    def for_layer(
+        self, name: str, layer: int | None, kind: Container[str] | None = None, ordinal: int = 0
+    ) -> list[tuple[str, dict[str, Any]]]:
         """Methods to try on a site, in order, each with the options that differ from its defaults.
 
         The last rule that matches decides alone; without one, `passes` does. Lossy methods are not left out here.
@@ -101,10 +105,11 @@ class Config(BaseModel):
             name: the site's path, such as `model.layers.3.self_attn`.
             layer: the last integer in that path, None without one.
             kind: the methods that exist for this kind of site; rules that name only others are passed over. None: all.
+            ordinal: the site's place among the graph's sites of this path, from 0.
         """
         for rule in reversed(self.rules):
             methods = [m for m in rule.method if kind is None or m in kind]
-            if rule.matches(name, layer) and (methods or not rule.method):
+            if rule.matches(name, layer, ordinal) and (methods or not rule.method):
                 return [(method, _merge(self.methods.get(method, {}), rule.options.get(method, {}))) for method in methods]
         return [(method, _merge(self.methods.get(method, {}), {})) for method in self.passes if kind is None or method in kind]
 
@@ -294,8 +299,8 @@ def validate(model: type[BaseModel], table: Mapping[str, Any], source: str, key:
         key = (key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)).lstrip(".")
     place = f"{source}: {key}" if key else source
     kind = same[0]["type"]
-    if kind == "extra_forbidden":
-        raise ConfigError("unknown key", where=place, hint=nearest(str(path[-1]), model.model_fields)) from None
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        raise ConfigError("unknown key", where=place, hint=nearest(str(path[-1]), _fields(model, path[:-1]))) from None
     if kind == "missing":
         raise ConfigError(f"needs the key {same[0]['loc'][-1]!r}", where=place) from None
     words = list(dict.fromkeys(_words(error["msg"]) for error in same))
@@ -304,6 +309,14 @@ def validate(model: type[BaseModel], table: Mapping[str, Any], source: str, key:
     suffix = f", not {_show(given)}" if path and kind not in ("value_error", "assertion_error") else ""
     message = " or ".join([words[0], *(word.removeprefix("must be ") for word in words[1:])])
     raise ConfigError(message + suffix, where=place, hint=hint) from None
+
+
+def _fields(model: Any, path: tuple[int | str, ...]) -> list[str]:
+    """The keys of a model, or of the class that a path within it leads to."""
+    for step in path:
+        if isinstance(step, str) and model is not None:
+            model = next((one for one in get_args(get_type_hints(model).get(step)) if isinstance(one, type)), None)
+    return [*(getattr(model, "model_fields", None) or getattr(model, "__annotations__", ()))]
 
 
 def _place(table: Any, location: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -84,7 +84,7 @@ def run_errors(given: argparse.Namespace, load_config: Callable, load_model_and_
     from rich.progress import Progress
 
     from sparsify import calibrate_errors
-    from sparsify.plan import Plan
+    from sparsify.plan_file import Plan
 
     if given.chunk < 1 or given.max_tokens < 1:
         raise ConfigError("--chunk and --max-tokens are at least 1", where="calibrate errors")

@@ -21,7 +21,8 @@ from sparsify.forecast_records import DECODE, PREFILL, Crossover, Forecast, Grou
 from sparsify.meta_model import Call, Calls, MetaModel, Site, Weights, resized
 from sparsify.method import Context
 from sparsify.model_costs import SMALL_KERNELS, STEP_LAUNCHES, linear_seconds
-from sparsify.plan import Decision, acts_on, make_plan
+from sparsify.plan import acts_on, make_plan
+from sparsify.plan_file import Decision, Place, places
 from sparsify.sites import AttentionSite, FeedForwardSite
 
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
@@ -88,19 +89,19 @@ class Forecaster:
         if acts_on(FeedForwardSite, config):
             sites += call.feed_forward
         found = []
-        for site in sites:
+        for site, at in zip(sites, places(sites), strict=True):
             place = (site.index, site.count) if isinstance(site, FeedForwardSite) else ()
-            asked = self.asked(site, config)
+            asked = self.asked(site, config, at)
             sizes = (site.query_len, getattr(site, "key_len", 0))
             key = repr((config is self.exact, type(site).__name__, self.model.kinds[site.layer], sizes, place, asked))
             if key not in self._plans:
-                self._plans[key] = make_plan([site], config, self.context)[0].decisions[0]
-            found.append((site, dataclasses.replace(self._plans[key], site=site.name, layer=site.layer)))
+                self._plans[key] = make_plan([site], config, self.context, [at])[0].decisions[0]
+            found.append((site, dataclasses.replace(self._plans[key], site=site.name, layer=site.layer, ordinal=at.ordinal)))
         return found
 
-    def asked(self, site: Site, config: Config) -> Any:
+    def asked(self, site: Site, config: Config, at: Place) -> Any:
         """What the configuration says of a site's place in the model."""
-        return config.for_layer(site.name, site.layer), site.name if config.plan else ""
+        return config.for_layer(site.name, site.layer, ordinal=at.ordinal), at if config.plan else ""
 
     # -- one length --------------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Patterns that say which layers a rule is for: `3`, `4-27`, `0,2,5-7`, or a glob on the site's path."""
+"""Patterns that say which layers a rule is for: `3`, `4-27`, `0,2,5-7`, or a glob on the site's path (`path#1`: the second site there)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parse(layers: Any, where: str) -> list[str]:
         bounds = re.fullmatch(r"(\d+)\s*-\s*(\d+)", pattern)
         if bounds and int(bounds[1]) > int(bounds[2]):
             raise ConfigError(f"the range {pattern!r} is empty", where=where, hint=f"write '{bounds[2]}-{bounds[1]}'")
-        if not bounds and not pattern.isdecimal() and not re.search(r"[A-Za-z_*?\[]", pattern):
+        if not bounds and not pattern.isdecimal() and not re.search(r"[A-Za-z_*?\[#]", pattern):
             raise ConfigError(
                 f"{pattern!r} is not a layer pattern",
                 where=where,
@@ -39,8 +39,11 @@ def _pieces(item: Any, where: str) -> list[str]:
     return str(item).split(",")
 
 
-def matches(pattern: str, name: str, layer: int | None) -> bool:
-    """Whether a site with this path and this number in it is meant."""
+def matches(pattern: str, name: str, layer: int | None, ordinal: int = 0) -> bool:
+    """Whether a site with this path and this number in it is meant, the ordinal-th of its path."""
     if bounds := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", pattern):
         return layer is not None and int(bounds[1]) <= layer <= int(bounds[2] or bounds[1])
+    path, numbered, number = pattern.rpartition("#")
+    if numbered and number.isdecimal():
+        return int(number) == ordinal and fnmatch.fnmatchcase(name, path)
     return fnmatch.fnmatchcase(name, pattern)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify import apart
 from sparsify.cache_sites import CacheSite, find_cache
 from sparsify.compat_hf import with_cache
 from sparsify.errors import UnsupportedError
@@ -374,9 +375,8 @@ def _capture(model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[list[S
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints every error that is handled above it
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    torch._dynamo.reset()
     try:
-        yield torch.compile(model.forward, backend=backend, dynamic=False), graphs
+        with apart.compiled(model.forward, backend, dynamic=False) as forward:
+            yield forward, graphs
     finally:
-        torch._dynamo.reset()
         logger.setLevel(level)

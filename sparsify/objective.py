@@ -29,7 +29,7 @@ def refuse_error(method: Pass, measured: Sequence[dict[str, Any]], max_error: fl
     error = measured_error(method, measured)
     if error is None:
         return method.refuse(f"the plan has no measured error for it here{_with(method)}", "sparsify calibrate errors")
-    if error > max_error:
+    if not error <= max_error:
         return method.refuse(f"measured error {error:.3g} exceeds max_error {max_error:g}{_with(method)}")
     return None
 

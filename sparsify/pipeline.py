@@ -21,7 +21,8 @@ from sparsify.errors import RewriteError, SparsifyError, UnsupportedError
 from sparsify.match import find_attention
 from sparsify.match_ffn import find_feed_forward
 from sparsify.method import Context
-from sparsify.plan import Choice, Plan, acts_on, make_plan
+from sparsify.plan import Choice, acts_on, make_plan
+from sparsify.plan_file import Plan
 from sparsify.sites import FeedForwardSite
 from sparsify.trace import Trace
 

@@ -1,100 +1,21 @@
-"""Every site exactly once: rewritten by which method with which options, or left as it is and why. Prints, saves and loads."""
+"""Which method acts at which site: what the configuration and a plan file say, what the methods propose, and what that costs."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sparsify import costs, objective, ops, work
+from sparsify import costs, objective, work
 from sparsify.compat import symbol_values
 from sparsify.config import Config
 from sparsify.costs import number
-from sparsify.errors import PlanError
 from sparsify.method import Context, Pass, Proposal, Refusal, discover
+from sparsify.plan_file import Decision, Followed, Place, Plan, follow, places
 from sparsify.sites import AttentionSite, FeedForwardSite, Size
-
-FORMAT = 1
-
-
-@dataclass
-class Decision:
-    """What happens at one site, in words and numbers that survive a round trip through JSON.
-
-    method: None where the site stays as it is. refusals: one line per method that declined. seconds, dense_seconds: expected, at
-    the example's sizes, None when unknown. density: share of causal blocks, expected before a run and realised after one.
-    formula, dense_formula: the same seconds in letters. kind: "attention" or "ffn".
-    """
-
-    site: str
-    layer: int | None
-    phase: str
-    sizes: dict[str, str]
-    mask: str
-    method: str | None
-    options: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
-    refusals: list[str] = field(default_factory=list)
-    seconds: float | None = None
-    dense_seconds: float | None = None
-    density: float | None = None
-    scratch: float | None = None
-    error: float | None = None
-    measured: list[dict[str, Any]] = field(default_factory=list)
-    realised_density: float | None = None
-    kind: str = "attention"
-    formula: str = ""
-    dense_formula: str = ""
-
-
-@dataclass
-class Plan:
-    """The decisions for one graph, in graph order."""
-
-    decisions: list[Decision] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__, "ops": str(ops.VERSION)})
-    fallback: str = ""  # why the whole graph was left untouched, empty otherwise
-    device: str = ""  # whose profile the seconds come from, and what that is worth
-
-    @property
-    def rewritten(self) -> list[Decision]:
-        return [d for d in self.decisions if d.method is not None]
-
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str, where: str = "plan") -> Plan:
-        """Raises PlanError for text that is not a plan of this format."""
-        try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise PlanError("plan of another format", where=where, hint=f"this version reads format {FORMAT}")
-            decisions = [Decision(**d) for d in data.pop("decisions")]
-            return cls(decisions=decisions, **data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"not a plan file: {error}", where=where, hint="save one with Plan.save") from error
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        try:
-            return cls.from_json(Path(path).read_text(), str(path))
-        except OSError as error:
-            raise PlanError(f"cannot read the plan: {error.strerror}", where=str(path)) from error
-
-    def __str__(self) -> str:
-        from sparsify.report import table
-
-        return table(self)
 
 
 @dataclass
@@ -111,56 +32,61 @@ def acts_on(site_type: type, config: Config) -> bool:
     methods = discover()
     named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
     if config.plan:
-        saved = {d.method for d in Plan.load(config.plan).rewritten}
+        saved = {d.method for d in follow(config.plan).plan.rewritten}
         named = saved | named if config.objective is not None or config.max_error is not None else saved
     return any(methods[name].site_type is site_type for name in named if name in methods)
 
 
-def make_plan(sites: list[AttentionSite | FeedForwardSite], config: Config, context: Context) -> tuple[Plan, list[Choice]]:
+def make_plan(
+    sites: list[AttentionSite | FeedForwardSite], config: Config, context: Context, at: Sequence[Place] | None = None
+) -> tuple[Plan, list[Choice]]:
     """Asks the configured methods at every site and chooses.
 
     Order in the configuration is preference; a proposal with `min_key_len` is eligible from that key length on, and asking a
     symbolic length installs a guard, so that torch compiles one graph on each side of it.
 
+    Args:
+        at: the sites' places, where they are not those of a whole graph.
+
     Raises:
         PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
     """
-    saved = {d.site: d for d in Plan.load(config.plan).decisions} if config.plan else None
+    followed = follow(config.plan)
     regimes = _Regimes()
-    choices = [_choose(site, _candidates(site, config, saved), config, context, _measured(site, saved), regimes) for site in sites]
+    choices = []
+    for site, place in zip(sites, places(sites) if at is None else at, strict=True):
+        saved = _saved(place, followed)
+        candidates, measured = _candidates(site, place, config, saved), saved.measured if saved else []
+        choices.append(_choose(site, place, candidates, config, context, measured, regimes))
     return Plan([c.decision for c in choices], device=context.device.describe()), choices
 
 
-def _measured(site: AttentionSite | FeedForwardSite, saved: dict[str, Decision] | None) -> list[dict[str, Any]]:
-    return saved[site.name].measured if saved is not None and site.name in saved else []
+def _saved(place: Place, followed: Followed | None) -> Decision | None:
+    """What a plan file says of a site. It is made for a prompt with an ordinary cache; a SparseCache's sites come on top of it."""
+    if followed is None:
+        return None
+    if not followed.has(place) and followed.has(place._replace(name=place.name.removesuffix(".cache"))):
+        return None
+    return followed.find(place)
 
 
 _ATTENTION_SIZES = ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")
 _FFN_SIZES = ("rows", "hidden", "intermediate")
 
 
-def _candidates(site: AttentionSite | FeedForwardSite, config: Config, saved: dict[str, Decision] | None) -> list[Pass]:
+def _candidates(site: AttentionSite | FeedForwardSite, place: Place, config: Config, saved: Decision | None) -> list[Pass]:
     methods = discover()
     kind = {name for name, method in methods.items() if isinstance(site, method.site_type)}
-    configured = config.for_layer(site.name, site.layer, kind)
-    # a plan is made for a prompt with an ordinary cache; a SparseCache's sites come on top of it
-    if saved is None or (site.name not in saved and site.name.removesuffix(".cache") in saved):
+    configured = config.for_layer(site.name, site.layer, kind, place.ordinal)
+    if saved is None:
         wanted = configured
-    elif site.name in saved:
-        decision = saved[site.name]
-        wanted = [(decision.method, decision.options)] if decision.method else []
+    else:
+        wanted = [(saved.method, saved.options)] if saved.method else []
         if config.objective is not None or config.max_error is not None:
             extra = [one for one in wanted if one[0] not in dict(configured)]
-            wanted = extra + _with_measured(configured, decision.measured)
-        elif decision.method and methods.get(decision.method) and methods[decision.method].lossy and isinstance(site, AttentionSite):
+            wanted = extra + _with_measured(configured, saved.measured)
+        elif saved.method and methods[saved.method].lossy and isinstance(site, AttentionSite):
             wanted += [("dense", {})]
-    else:
-        raise PlanError(
-            f"the plan has no entry for site {site.name}", where=str(config.plan), hint="make a plan for this model with sparsify.explain"
-        )
-    unknown = [name for name, _ in wanted if name not in methods]
-    if unknown:
-        raise PlanError(f"unknown method {unknown[0]!r}", where=str(config.plan or site.name), hint="known: " + ", ".join(sorted(methods)))
     made = list(dict.fromkeys(methods[name](**options) for name, options in wanted))
     return [m for m in made if not (config.exact and m.lossy)]
 
@@ -195,13 +121,14 @@ class _Regimes:
 
 def _choose(
     site: AttentionSite | FeedForwardSite,
+    place: Place,
     candidates: list[Pass],
     config: Config,
     context: Context,
     measured: list[dict[str, Any]],
     regimes: _Regimes,
 ) -> Choice:
-    decision, dense = _described(site, context)
+    decision, dense = _described(site, place, context)
     decision.measured = measured
     proposed = _proposed(site, candidates, config, context, decision)
     pending: list[Proposal] = []
@@ -272,17 +199,18 @@ def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints:
             decision.refusals.append(f"{other.method.name}: {other.note}: {objective.words(time, scratch)} against {cost}")
 
 
-def _described(site: AttentionSite | FeedForwardSite, context: Context) -> tuple[Decision, Any]:
+def _described(site: AttentionSite | FeedForwardSite, place: Place, context: Context) -> tuple[Decision, Any]:
     """The site as a decision that is still open, and dense seconds as an expression."""
     ffn = isinstance(site, FeedForwardSite)
     decision = Decision(
         site=site.name,
+        ordinal=place.ordinal,
         layer=site.layer,
         phase=site.phase,
         sizes={n: str(getattr(site, n)) for n in (_FFN_SIZES if ffn else _ATTENTION_SIZES)},
         mask="" if ffn else site.mask.describe(),
         method=None,
-        kind="ffn" if ffn else "attention",
+        kind=place.kind,
     )
     if ffn:
         seconds = costs.ffn_seconds(site, context.device)

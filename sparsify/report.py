@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from sparsify.plan import Decision, Plan
+    from sparsify.plan_file import Decision, Plan
 
 
 def table(plan: Plan, width: int = 180) -> str:
@@ -22,8 +22,9 @@ def table(plan: Plan, width: int = 180) -> str:
     for name, justify in (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
                           ("dense", "right"), ("chosen", "right"), ("density", "right")):  # fmt: skip
         grid.add_column(name, justify=justify, overflow="fold")
+    labels = dict(zip(map(id, plan.decisions), plan.labels(), strict=True))
     for group in _folded(plan.decisions):
-        grid.add_row(*_row(group))
+        grid.add_row(*_row(group, labels[id(group[0])], labels[id(group[-1])]))
     console = Console(file=io.StringIO(), width=width)
     console.print(grid)
     for line in _formulas(plan):
@@ -67,9 +68,10 @@ def _folded(decisions: list[Decision]) -> list[list[Decision]]:
     return groups
 
 
-def _row(group: list[Decision]) -> tuple[str, ...]:
+def _row(group: list[Decision], label: str, last_label: str) -> tuple[str, ...]:
     first, last, s = group[0], group[-1], group[0].sizes
-    name = first.site if len(group) == 1 else f"{first.site} … {last.layer if last.layer is not None else last.site} ({len(group)})"
+    until = last_label if last.layer is None or last.layer == first.layer else last.layer
+    name = label if len(group) == 1 else f"{label} … {until} ({len(group)})"
     if first.kind == "ffn":
         sizes = f"{s['rows']} rows·{s['hidden']}→{s['intermediate']} {first.phase}"
     else:

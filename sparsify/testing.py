@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import api, blockmask, config, method, ops
+from sparsify import apart, api, blockmask, config, method, ops, pipeline
 from sparsify.errors import UnsupportedError
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 from sparsify.verify import TOLERANCE
 
 _ROWS = 512  # rows compared at once: a vocabulary of 128K in float32 is 0.5 MB a row
@@ -149,13 +149,12 @@ def compare(
 def _against(
     eager: Tensor, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any], tolerance: float | None, fullgraph: bool = False
 ) -> Comparison:
-    torch._dynamo.reset()
-    forward = torch.compile(model.forward, backend="sparsify", options=options, fullgraph=fullgraph)
-    try:
-        with api.collect_plans() as plans, record_blocks() as selections:
-            compiled = _logits(forward(**_fresh(inputs)))
-    finally:
-        torch._dynamo.reset()
+    with (
+        apart.compiled(model.forward, _backend(options), fullgraph=fullgraph) as forward,
+        api.collect_plans() as plans,
+        record_blocks() as selections,
+    ):
+        compiled = _logits(forward(**_fresh(inputs)))
     bound = TOLERANCE.get(eager.dtype, 1e-6) if tolerance is None else tolerance
     measured = _difference(eager, compiled, visible_rows(eager, inputs.get("attention_mask")))
     density = sum(s.density for s in selections) / len(selections) if selections else None
@@ -179,14 +178,20 @@ def compare_tokens(
     before, model._compiled_call_impl = model._compiled_call_impl, None
     try:
         eager = model.generate(**_fresh(inputs), **_fresh(call))[:, prompt_len:]
-        with settings(options, keep_all) as chosen, api.collect_plans() as plans:
-            torch._dynamo.reset()
-            api.compile(model, **chosen)
+        with (
+            settings(options, keep_all) as chosen,
+            apart.compiled(model._call_impl, _backend(chosen)) as model._compiled_call_impl,
+            api.collect_plans() as plans,
+        ):
             compiled = model.generate(**_fresh(inputs), **_fresh(call))[:, prompt_len:]
     finally:
         model._compiled_call_impl = before
-        torch._dynamo.reset()
     return Tokens(eager, compiled, merge_plans(plans))
+
+
+def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
+    loaded = config.load(options, method_models=method.discover())
+    return lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, loaded)
 
 
 def merge_plans(plans: list[Plan]) -> Plan:
@@ -344,13 +349,14 @@ def bisect(
         close = test(f"first {middle} of {len(decisions)} sites", decisions[:middle])[1].close
         good, bad = (middle, bad) if close else (good, middle)
     last = decisions[bad - 1]
-    found, result = test(f"{last.site} alone", [last])
+    name = next(label for one, label in zip(whole.plan.decisions, whole.plan.labels(), strict=True) if one is last)
+    found, result = test(f"{name} alone", [last])
     alone = not result.close
     if not alone:
-        found, result = test(f"{last.site} and those before it", decisions[:bad])
-    return Culprit("site", found, result, last.method, last.site, alone), whole
+        found, result = test(f"{name} and those before it", decisions[:bad])
+    return Culprit("site", found, result, last.method, name, alone), whole
 
 
 def _only(decision: Any) -> dict[str, Any]:
-    # escaped: a site's path is a name here, not a pattern
-    return {"layers": [glob.escape(decision.site)], "method": [decision.method], decision.method: decision.options}
+    # escaped: a site's path is a name here, not a pattern; numbered: another site may have the same
+    return {"layers": [f"{glob.escape(decision.site)}#{decision.ordinal}"], "method": [decision.method], decision.method: decision.options}

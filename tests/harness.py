@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import api, blockmask, ops
 from sparsify.compat_hf import with_cache
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 
 KEEP_ALL = {"xattention": {"threshold": 1.0}, "sink_window": {"sinks": 4, "window": 1 << 20}}
 

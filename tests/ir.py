@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsify import pipeline
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 
 GOLDENS = Path(__file__).parent / "goldens" / "ir"
 

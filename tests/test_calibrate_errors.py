@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from sparsify import calibrate_errors, cli
 from sparsify.errors import UnsupportedError
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 from tests.harness import run, strict
 from tests.tiny_models import VOCAB, build
 

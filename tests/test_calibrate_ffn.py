@@ -7,7 +7,7 @@ import torch
 
 from sparsify import calibrate, cli
 from sparsify.errors import UnsupportedError
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 from tests.harness import run, strict
 from tests.tiny_models import VOCAB, build
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from sparsify import api, ffn_ops
 from sparsify.backends import reference_ffn
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 from tests.harness import compiled, holding, run, strict, visible_error
 from tests.tiny_models import VOCAB, build
 

@@ -27,7 +27,7 @@ from sparsify import (
 )
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.model_costs import ModelShape, model_decode_seconds, model_prefill_seconds
-from sparsify.plan import Decision, Plan
+from sparsify.plan_file import Decision, Plan
 from tests.test_plan import plan_for, site
 from tests.tiny_models import build
 

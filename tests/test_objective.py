@@ -18,7 +18,8 @@ from sparsify.method import Context
 from sparsify.passes.dense import Dense
 from sparsify.passes.sink_window import SinkWindow
 from sparsify.passes.xattention import XAttention
-from sparsify.plan import Decision, Plan, make_plan
+from sparsify.plan import make_plan
+from sparsify.plan_file import Decision, Plan
 from tests.harness import compiled
 from tests.test_plan import H200, plan_for, site
 from tests.tiny_models import build

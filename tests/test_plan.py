@@ -14,7 +14,8 @@ from sparsify.errors import PlanError
 from sparsify.hardware import Device
 from sparsify.masks import MaskKind, MaskPredicate
 from sparsify.method import Context
-from sparsify.plan import Decision, Plan, make_plan
+from sparsify.plan import make_plan
+from sparsify.plan_file import Decision, Plan
 from sparsify.sites import AttentionSite
 from tests.harness import holding, run, strict
 from tests.tiny_models import build

@@ -4,7 +4,7 @@ from torch import nn
 
 from sparsify import ops, testing
 from sparsify.errors import ConfigError, UnsupportedError
-from sparsify.plan import Plan
+from sparsify.plan_file import Plan
 from sparsify.testing import Comparison, Selection, Tokens, bisect, compare, compare_tokens, record_blocks, visible_rows
 from tests.harness import holding
 
