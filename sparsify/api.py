@@ -62,7 +62,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     """
     settings = config.load({**(options or {}), "lower": "eager"}, method_models=method.discover())
     follow(settings.plan)
-    backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings)
+    backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with apart.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
         forward(*args, **inputs)
     merged = Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(p.fallback for p in plans if p.fallback))

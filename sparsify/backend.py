@@ -22,4 +22,4 @@ def sparsify(
     """
     given = {**(options or {}), **unknown} if unknown else options
     settings = config.load(given, mode=mode, method_models=method.discover())
-    return pipeline.compile_graph(gm, example_inputs, settings)
+    return pipeline.compile_graph(gm, example_inputs, settings, options)

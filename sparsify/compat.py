@@ -49,3 +49,8 @@ def forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
         return
     for entry in mine:
         entry.guard_manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("compiled for one call"))
+
+
+def graph_breaks_after(gm: fx.GraphModule) -> bool:
+    """Whether the call that Dynamo captures goes on after this graph, in another one."""
+    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))

@@ -13,7 +13,7 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis
 
 import sparsify.backends as backends
-from sparsify import hardware, verify
+from sparsify import hardware, unmatched, verify
 from sparsify.cache_sites import find_cache, made_inside
 from sparsify.config import Config
 from sparsify.editor import Editor
@@ -32,11 +32,15 @@ log = logging.getLogger(__name__)
 collector: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("sparsify_plans", default=None)
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    """Compiles one Dynamo graph. A failure inside our stages leaves the graph untouched, with one warning; `strict` raises instead."""
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, asked: Any = None) -> Callable[..., Any]:
+    """Compiles one Dynamo graph. A failure inside our stages leaves the graph untouched, with one warning; `strict` raises instead.
+
+    asked: an object that the graphs of one call of torch.compile share, such as its options.
+    """
     trace = Trace(config.trace)
     try:
         plan, rewritten, kept = rewrite_graph(gm, config, trace)
+        unmatched.warn(gm, plan, config, asked)
     except Exception as error:
         if config.strict:
             raise

@@ -191,7 +191,7 @@ def compare_tokens(
 
 def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
     loaded = config.load(options, method_models=method.discover())
-    return lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, loaded)
+    return lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, loaded, loaded)
 
 
 def merge_plans(plans: list[Plan]) -> Plan:
