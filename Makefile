@@ -13,7 +13,7 @@ HF_TESTS := tests/test_families.py tests/test_match.py tests/test_cache.py tests
 	tests/test_calibrate_errors.py tests/test_cli.py tests/test_meta_model.py
 QUICK := not gpu and not slow and not interpreter
 
-.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz lint bench clean
+.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak lint bench clean
 
 # .venv holds the versions that last passed, .venv-KIND those that tools/setup_venv.sh says
 %/.done: pyproject.toml tools/setup_venv.sh tools/constraints/tested.txt tools/constraints/oldest.txt
@@ -52,6 +52,9 @@ gpu: $(VENV)/.done
 
 fuzz: $(VENV)/.done
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz --examples $(N) --seed $(SEED) --jobs $(JOBS) $(if $(RECORD),--record)
+
+soak: $(VENV)/.done
+	$(TEST_ENV) $(BIN)/python -m tests.soak $(if $(RECORD),--record)
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
