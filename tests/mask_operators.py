@@ -78,12 +78,12 @@ def _times(x: Scalar, y: Scalar) -> Scalar:
     return x * y if isinstance(x, (bool, int)) or isinstance(y, (bool, int)) or (x == x and y == y) else math.nan
 
 
-@operates("neg", "abs", "absolute")
+@operates("neg", "negative", "abs", "absolute")
 def _sign(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
     source = bind(node, args, kwargs, "input")["input"]
     if source.dtype is torch.bool:
         raise Unevaluable("the sign of booleans")
-    return elementwise(operator.neg if word(node) == "neg" else abs, source.dtype, [source], source.dtype)
+    return elementwise(operator.neg if word(node).startswith("neg") else abs, source.dtype, [source], source.dtype)
 
 
 @operates("le", "lt", "ge", "gt", "eq", "ne")
