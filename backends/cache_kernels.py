@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.reference_cache import turn
 from sparsify.backends.template import Argument
 from sparsify.errors import KernelError, SparsifyError
 
@@ -43,6 +42,8 @@ def stride_values(**tensors: tuple[Tensor, str]) -> dict[str, int]:
 def turned_queries(query: Tensor, at: Tensor, sinks: int, window: int, inverse_frequencies: Tensor) -> Tensor:
     """Queries [batch, heads, query_len, head_dim] as sinks see them that stand directly before a window. at: their positions, [batch,
     query_len]."""
+    from sparsify.backends.reference_cache import turn  # brings the policies, which attention without a cache does without
+
     steps = -(at + 1 - sinks - window).clamp(min=0)[:, None]
     return turn(query.float(), steps, inverse_frequencies).to(query.dtype).contiguous()
 
