@@ -1,4 +1,4 @@
-"""What differs between the torch releases that sparsify supports (2.11 to 2.13). Nothing else may ask for a version."""
+"""What differs between the torch releases that sparsify supports (2.11 to 2.14). Nothing else may ask for a version."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from torch import fx
 from torch._dynamo import convert_frame, eval_frame, symbolic_convert
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
+# the operators behind the views that are written as attributes
+_ATTRIBUTES = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT", torch.ops.aten.matrix_H: "H", torch.ops.aten.mH: "mH"}
+
 
 def operator_word(node: fx.Node) -> str:
     """The operator of a call in one word: `eq` for `operator.eq`, for the method `eq`, and for the method `__eq__` that torch 2.11 traces
     where later releases trace the operator."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name[2:-2] if name.startswith("__") and name.endswith("__") else name
+
+
+def attribute(node: fx.Node) -> str:
+    """The attribute of a tensor that a node reads, `mT` of `getattr(x, "mT")`; empty for any other node. For T, mT, H and mH torch 2.14
+    traces the operator behind them."""
+    if node.op != "call_function" or node.kwargs:
+        return ""
+    return node.args[1] if node.target is getattr else _ATTRIBUTES.get(node.target, "")
 
 
 def symbol_values(shape_env: Any) -> dict[Any, Any]:

@@ -20,8 +20,6 @@ SOFTMAX = {F.softmax, torch.softmax, "softmax"}
 CAST = {"to", "type", "float", "half", "bfloat16", "double", "type_as"}
 SAME = {"contiguous", "clone"}
 VIEW = {"view", "reshape", torch.reshape}
-TRANSPOSE = {"transpose", torch.transpose, "swapaxes", "swapdims"}
-PERMUTE = {"permute", torch.permute}
 EINSUM = {torch.einsum, torch.functional.einsum}
 # what reads a tensor's shape, dtype and device alone
 SHAPE_ONLY = {
@@ -120,17 +118,3 @@ def constant(value: object) -> float | fx.Node:
     if isinstance(example, (torch.SymFloat, torch.SymInt)):
         return float(example.node.expr) if example.node.expr.is_number else value
     raise NoMatch("scores are scaled by a tensor")
-
-
-def swaps_last_two(node: fx.Node) -> bool:
-    """Whether a node is a tensor with its last two dimensions swapped."""
-    if node.target is getattr:
-        return node.args[1] == "mT"
-    if tensor_of(node) is None or node.target not in TRANSPOSE | PERMUTE:
-        return False
-    rank = tensor_of(node).dim()
-    if node.target in PERMUTE:
-        dims = node.args[1] if len(node.args) == 2 else node.args[1:] or node.kwargs.get("dims")
-        return [d % rank for d in dims] == [*range(rank - 2), rank - 1, rank - 2]
-    dims = [*node.args[1:], *(node.kwargs.get(n) for n in ("dim0", "dim1") if n in node.kwargs)]
-    return sorted(d % rank for d in dims) == [rank - 2, rank - 1]

@@ -27,13 +27,13 @@ from sparsify.eager_ops import (
     leads_to_product,
     of_sequences,
     products,
-    swaps_last_two,
 )
 from sparsify.gradients import TRANSFORMED
 from sparsify.predicates import Extents
 from sparsify.scores import Chain, ScoreWalk, Term, flat_heads
 from sparsify.sites import AttentionSite, KeyBias
 from sparsify.symbolic import sizes
+from sparsify.views import transposed
 
 
 def find_eager(matcher: object, softmax: fx.Node) -> AttentionSite | None:
@@ -122,10 +122,10 @@ class _Match:
             self.chain.multiply(constant(names.get("alpha", 1)))
         query, key, _ = self.factors(product)
         if product.target not in EINSUM:
-            if not swaps_last_two(key):
+            turned, key = key, transposed(key)
+            if key is None:
                 raise NoMatch("keys are not transposed")
-            self.chain.nodes.append(key)
-            key = key.args[0]
+            self.chain.nodes.append(turned)
         elif einsum_of(product) != "scores":
             raise NoMatch("keys are transposed")
         query, key = self.four(query), self.four(key)

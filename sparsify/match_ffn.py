@@ -15,6 +15,7 @@ from sparsify.gradients import TRANSFORMED, Modes
 from sparsify.pointwise import CASTS, VIEWS, activation_of, inert, is_parameter, kind_of, norm_of, scalar_of
 from sparsify.sites import AttentionSite, FeedForwardSite, Norm
 from sparsify.symbolic import plain, sizes
+from sparsify.views import transposed
 
 _SUMS = ("add", "iadd")
 
@@ -219,10 +220,7 @@ def _linear(node: fx.Node) -> _Product | None:
         arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
         return _made(arguments["input"], arguments["weight"], arguments.get("bias"), False, (node,))
     if kind == "matmul" and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
-        turned = node.args[1]
-        if kind_of(turned) == "getattr" and turned.args[1] in ("T", "mT"):
-            return _made(node.args[0], turned.args[0], None, False, (node,))
-        return None
+        return _made(node.args[0], transposed(node.args[1]), None, False, (node,))
     if kind in VIEWS and isinstance(node.args[0], fx.Node) and kind_of(node.args[0]) == "addmm":
         inner = node.args[0]
         before = inner.args[1]

@@ -21,7 +21,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.pow: "pow", torch.tanh: "tanh", torch.rsqrt: "rsqrt", operator.getitem: "getitem", torch.chunk: "chunk", torch.split: "split",
     F.silu: "silu", F.gelu: "gelu", torch._C._nn.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.dropout: "dropout",
     torch.dropout: "dropout", F.layer_norm: "layer_norm", torch.layer_norm: "layer_norm", F.rms_norm: "rms_norm",
-    torch.reshape: "reshape", torch.topk: "topk", torch.mean: "mean", getattr: "getattr", operator.truediv: "truediv",
+    torch.reshape: "reshape", torch.topk: "topk", torch.mean: "mean", operator.truediv: "truediv",
 }  # fmt: skip
 _METHODS = {
     "add", "addmm", "chunk", "float", "getitem", "matmul", "mean", "mul", "pow", "relu", "reshape", "rsqrt", "split", "tanh", "to", "topk",

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sparsify.aliasing import tensor_of
-from sparsify.compat import operator_word
+from sparsify.compat import attribute, operator_word
 from sparsify.numerics import FLOATS, WIDE
 from sparsify.symbolic import CONDITION, Cases, Element, Facts, Unreadable, loads, scalar, sizes
 
@@ -198,7 +198,7 @@ def _signatures(text: str) -> tuple[inspect.Signature, ...]:
 def reading_of(node: fx.Node) -> Reading | None:
     """How a call is read, by its name; None where no reading is registered."""
     if node.op != "call_method":
-        return _READINGS.get(_NAMES.get(node.target, ""))
+        return _READINGS.get(attribute(node) or _NAMES.get(node.target, ""))
     return _READINGS.get(node.target) or _READINGS.get(operator_word(node))
 
 

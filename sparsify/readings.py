@@ -17,6 +17,7 @@ from sparsify.compat import operator_word
 from sparsify.numerics import INTEGERS, arithmetic, cast, relation, truth
 from sparsify.reader import At, Reader, TensorFunction, call_of, checked_index, example_of, handles
 from sparsify.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, lift, number, scalar, sizes
+from sparsify.views import PERMUTATIONS, permutation
 
 _FACTORY = "*, _dtype=None, _device=None, _layout=None, _pin_memory=False, _requires_grad=False"
 _LIKE = f"{_FACTORY}, _memory_format=None"
@@ -234,32 +235,13 @@ def _reshape(reader: Reader, node: fx.Node, input: Any) -> At:
     return at
 
 
-@handles("transpose", "swapdims", signature="input, dim0, dim1")
-@handles("swapaxes", signature="input, dim0, dim1 | input, axis0, axis1")
-def _transpose(
-    reader: Reader, node: fx.Node, input: Any, dim0: int = 0, dim1: int = 0, axis0: int | None = None, axis1: int | None = None
-) -> At:
-    source, rank = reader.read(input), tensor_of(node).dim()
-    a, b = (dim0, dim1) if axis0 is None else (axis0, axis1)
-    order = list(range(rank))
-    order[a], order[b] = order[b], order[a]
-    return lambda *i: source.at(*(i[d] for d in order))
-
-
-@handles("getattr", signature="input, name")
-def _attribute(reader: Reader, node: fx.Node, input: Any, name: str) -> At:
-    """A view that is written as an attribute."""
-    if name != "mT" and (name != "T" or tensor_of(node).dim() != 2):
-        raise Unreadable(f"the attribute {name}")
-    source = reader.read(input)
-    return lambda *i: source.at(*i[:-2], i[-1], i[-2])
-
-
-@handles("permute", signature="input, dims | input, *dims")
-def _permute(reader: Reader, node: fx.Node, input: Any, dims: Any) -> At:
-    source, rank = reader.read(input), tensor_of(node).dim()
-    order = [d % rank for d in dims]
-    return lambda *i: source.at(*(i[order.index(d)] for d in range(rank)))
+@handles(*PERMUTATIONS, signature="*_positional, **_named")
+def _permute(reader: Reader, node: fx.Node) -> At:
+    found = permutation(node)
+    if found is None:
+        raise Unreadable("dimensions reordered in a form that is not read")
+    source, order = reader.read(found[0]), found[1]
+    return lambda *i: source.at(*(i[order.index(d)] for d in range(len(order))))
 
 
 @handles("getitem", signature="input, index")
