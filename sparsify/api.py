@@ -65,7 +65,9 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with apart.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
         forward(*args, **inputs)
-    merged = Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(p.fallback for p in plans if p.fallback))
+    device = next((plan.device for plan in plans if plan.device), "")
+    fallback = "; ".join(dict.fromkeys(plan.fallback for plan in plans if plan.fallback))
+    merged = Plan([d for plan in plans for d in plan.decisions], fallback=fallback, device=device)
     selecting = [d for d in merged.decisions if d.kind == "attention" and d.method is not None and "threshold" in d.options]
     if len(selecting) == len(densities):  # else a graph ran more than once, or not to its end: which is whose cannot be told
         for decision, density in zip(selecting, densities, strict=True):

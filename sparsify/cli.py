@@ -1,4 +1,4 @@
-"""`sparsify explain | cost | diff | calibrate | config | methods`.
+"""`sparsify explain | cost | diff | calibrate | config | methods | --version`.
 
 Exit codes: 0 done, or the same; 1 differs, or the graph was left untouched after a failure; 2 wrong usage, configuration or model.
 """
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify import cost_command
+from sparsify import arguments, cost_command
 from sparsify.errors import ConfigError, SparsifyError, UnsupportedError
 
 SAME, DIFFERS, FAILED = 0, 1, 2
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+def main(words: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(words)
     try:
         return given.run(given)
     except Exception as error:
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsify", description="A torch.compile backend for sparse long context.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of sparsify, torch, triton and transformers")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
@@ -44,8 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
     what = model.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="FILE", help="text to run the model on; bytes become tokens where the model has no tokenizer")
-    what.add_argument("--length", metavar="N", type=_positive, default=1024, help="run on N random tokens (default: %(default)s)")
-    model.add_argument("--max-tokens", metavar="N", type=_positive, help="only the prompt's first N tokens")
+    what.add_argument(
+        "--length",
+        metavar="N",
+        type=arguments.tokens,
+        help=f"run on N random tokens, as 4K (default: {arguments.LENGTH}, if they fit)",
+    )
+    model.add_argument("--max-tokens", metavar="N", type=arguments.tokens, help="only the prompt's first N tokens")
     model.add_argument("--device", help="default: cuda where there is one")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
     model.add_argument("--attention", metavar="NAME", default="sdpa", help="transformers' attention implementation (default: %(default)s)")
@@ -65,9 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     ffn.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
     ffn.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the one that the model will generate")
     ffn.add_argument("--share", metavar="X", type=float, default=0.25, help="share of all blocks to skip (default: %(default)s)")
-    ffn.add_argument("--warmup", metavar="N", type=int, default=16, help="generated tokens that stay dense (default: %(default)s)")
-    ffn.add_argument("--chunk", metavar="N", type=_positive, default=1024, help="tokens a piece (default: %(default)s)")
-    ffn.add_argument("--max-tokens", metavar="N", type=_positive, default=32768, help="of the text (default: %(default)s)")
+    ffn.add_argument("--warmup", metavar="N", type=arguments.tokens_or_none, default=16, help="generated tokens that stay dense")
+    ffn.add_argument("--chunk", metavar="N", type=arguments.tokens, default=1024, help="tokens a piece (default: %(default)s)")
+    ffn.add_argument("--max-tokens", metavar="N", type=arguments.tokens, default=32768, help="of the text (default: %(default)s)")
     ffn.add_argument("--save", metavar="FILE", help="write a plan file")
     ffn.add_argument("--plot", metavar="FILE", help="draw similarity over blocks")
     ffn.add_argument("--device", help="default: cuda where there is one")
@@ -89,10 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(arguments.versions())
+        parser.exit()
 
 
 def _one_line(error: BaseException) -> str:
@@ -145,12 +151,13 @@ def _load_config(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def _load_model(given: argparse.Namespace) -> Any:
     import torch
 
+    arguments.check_model(given.model)
+    device = arguments.device(given.device)
     try:
         import transformers
     except ImportError:
         raise UnsupportedError("transformers is not installed", hint='pip install "sparsify-compiler[hf]"') from None
     transformers.utils.logging.disable_progress_bar()
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, attn_implementation=given.attention)
@@ -159,7 +166,7 @@ def _load_model(given: argparse.Namespace) -> Any:
         raise UnsupportedError(f"cannot load the model: {reason[0] if reason else type(error).__name__}", where=given.model) from error
     try:
         return model.to(device).eval()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(f"cannot use device {device!r}: {str(error).splitlines()[0]}", where="--device") from error
 
 
@@ -171,13 +178,19 @@ def _load_model_and_tokens(given: argparse.Namespace) -> tuple[Any, Any]:
     model = _load_model(given)
     vocabulary = model.get_input_embeddings().num_embeddings
     if data is None:
-        ids = torch.randint(vocabulary, (given.length,), generator=torch.Generator().manual_seed(0))
+        length = given.length or min(arguments.LENGTH, arguments.positions(model) or arguments.LENGTH)
+        ids = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
     else:
         ids = torch.tensor(_encode(given.model, data, vocabulary), dtype=torch.int64)
     if given.max_tokens:
         ids = ids[: given.max_tokens]
     if ids.numel() == 0:
         raise UnsupportedError("the prompt has no tokens", where=given.prompt)
+    chunk = getattr(given, "chunk", None)
+    at_once, most = min(ids.numel(), chunk or ids.numel()), arguments.positions(model)
+    if most is not None and at_once > most:
+        flag = "--chunk" if chunk else "--length" if data is None else "--max-tokens"
+        raise UnsupportedError(f"{at_once} tokens are more than the model's {most} positions", where=given.model, hint=f"{flag} {most}")
     return model, ids[None].to(model.device)
 
 
@@ -307,10 +320,8 @@ def _calibrate_ffn(given: argparse.Namespace) -> int:
 
     from sparsify import calibrate
 
-    if not 0 < given.share < 1 or given.warmup < 0:
-        raise ConfigError(
-            f"--share lies between 0 and 1 and --warmup is not negative, not {given.share} and {given.warmup}", where="calibrate"
-        )
+    if not 0 < given.share < 1:
+        raise ConfigError(f"lies between 0 and 1, not at {given.share}", where="--share")
     _, options = _load_config(given)
     model, ids = _load_model_and_tokens(given)
     with Progress(console=Console(stderr=True)) as bar:
@@ -334,13 +345,12 @@ def _calibrate_ffn(given: argparse.Namespace) -> int:
 
 
 def _calibrate_device(given: argparse.Namespace) -> int:
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
     from sparsify import calibrate_device, hardware, profile_cache
 
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device(given.device)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("compiling", total=None)
         show = lambda done, calls, what: bar.update(task, completed=done, total=calls, description=what)

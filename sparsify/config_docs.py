@@ -26,7 +26,7 @@ _INTRODUCTION = """\
 Every setting can come from five places. Later ones win, key by key inside tables; lists, `rules` too, are replaced as a whole.
 
 1. the defaults below
-2. `sparsify.toml` in the working folder
+2. `sparsify.toml` in the working folder; that it was used is said once
 3. the file that the variable `SPARSIFY_CONFIG` names; then `SPARSIFY_TRACE`, which sets `trace`
 4. the file that `options={"config": "FILE"}` names
 5. the rest of `options={...}`
@@ -60,7 +60,12 @@ max_autotune = true
 ```
 
 A pattern in `layers` is a number (`3`), a range with both ends (`4-27`), several of those with commas, a glob on the site's path
-(`model.layers.*.self_attn`), or a list of these. `method = []` leaves those sites as they are.
+(`model.layers.*.self_attn`), or a list of these. `method = []` leaves those sites as they are. Where several sites have one path (tied
+layers, two attentions of one module), `path#0` is the first of them. A rule that matches no site is named in a warning.
+
+A site's path is its module's path in the model that is compiled, whoever calls it: `model.layers.0.self_attn` for a whole decoder,
+`layers.0.self_attn` for its body, `self_attn` for a layer by itself. After a graph break inside a module, the module whose code goes on
+is what is compiled.
 """
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sparsify import arguments
 from sparsify.errors import ConfigError, UnsupportedError
 
 DEFAULT_LENGTHS = "4K..1M"
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 _LONGEST, _MOST = 1 << 24, 64
 
 
@@ -42,6 +42,7 @@ def run(given: argparse.Namespace, load_config: Callable[[argparse.Namespace], A
     if given.batch < 1:
         raise ConfigError(f"must be at least 1, not {given.batch}", where="--batch")
     budget = parse_budget(given.budget)
+    arguments.check_model(given.model)
 
     import torch
 
@@ -70,8 +71,8 @@ def add_errors(commands: Any, common: argparse.ArgumentParser, load_config: Call
     errors = commands.add_parser("errors", parents=[common], help="how far each lossy attention method leaves the exact result, by site")
     errors.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
     errors.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the prompts to come")
-    errors.add_argument("--chunk", metavar="N", type=int, default=4096, help="tokens a prompt (default: %(default)s)")
-    errors.add_argument("--max-tokens", metavar="N", type=int, default=32768, help="of the text (default: %(default)s)")
+    errors.add_argument("--chunk", metavar="N", type=arguments.tokens, default=4096, help="tokens a prompt (default: %(default)s)")
+    errors.add_argument("--max-tokens", metavar="N", type=arguments.tokens, default=32768, help="of the text (default: %(default)s)")
     errors.add_argument("--save", metavar="FILE", help="write a plan file, or add to one")
     errors.add_argument("--device", help="default: cuda where there is one")
     errors.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
@@ -86,8 +87,6 @@ def run_errors(given: argparse.Namespace, load_config: Callable, load_model_and_
     from sparsify import calibrate_errors
     from sparsify.plan_file import Plan
 
-    if given.chunk < 1 or given.max_tokens < 1:
-        raise ConfigError("--chunk and --max-tokens are at least 1", where="calibrate errors")
     _, options = load_config(given)
     before = Plan.load(given.save) if given.save and Path(given.save).exists() else None
     model, ids = load_model_and_tokens(given)
@@ -130,11 +129,10 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def _length(text: str, whole: str) -> int:
-    match = re.fullmatch(r"\s*(\d+)\s*([kKmM]?)\s*", text)
+    length = arguments.count(text)
     where = f"--lengths {whole}"
-    if not match:
+    if length is None:
         raise ConfigError(f"{text.strip()!r} is not a length", where=where, hint="for example 4K..1M or 8192,32K")
-    length = int(match[1]) * _UNITS[match[2].lower()]
     if not 2 <= length <= _LONGEST:
         raise ConfigError(f"{text.strip()!r} lies outside 2 to 16M tokens", where=where)
     return length
@@ -150,7 +148,7 @@ def parse_budget(text: str | None) -> int | float | None:
         return None
     if re.fullmatch(r"0?\.\d+|1\.0*", text) and float(text) > 0:
         return float(text)
-    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
-    if not match or int(match[1]) < 1:
+    found = arguments.count(text)
+    if not found:
         raise ConfigError(f"{text!r} is no budget", where="--budget", hint="tokens such as 4096 or 4K, or a share such as 0.1")
-    return int(match[1]) * _UNITS[match[2].lower()]
+    return found

@@ -1,3 +1,5 @@
+import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -7,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify import cli, config_docs, method
+import sparsify
+from sparsify import arguments, cli, config_docs, method
 
 ROOT = Path(__file__).parent.parent
 SINK_WINDOW = ["-o", "lower=eager", "-o", "min_length=0"]
@@ -78,7 +81,15 @@ def test_debug_shows_the_traceback():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["explain"], ["explain", "m", "--length", "0"], ["explain", "m", "--prompt", "a", "--length", "3"]]
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["explain"],
+        ["explain", "m", "--length", "0"],
+        ["explain", "m", "--length", "4Q"],
+        ["explain", "m", "--prompt", "a", "--length", "3"],
+    ],
 )
 def test_wrong_usage_exits_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
@@ -131,7 +142,22 @@ def test_explain_reads_bytes_where_there_is_no_tokenizer(capsys, model_folder, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["explain", "no/such/folder/at-all"], "sparsify: no/such/folder/at-all: cannot load the model: "),
+        (["explain", "no/such/folder/at-all"], "sparsify: no/such/folder/at-all: cannot load the model: there is no such folder\n"),
+        (["explain", "/nonexistent"], "sparsify: /nonexistent: cannot load the model: there is no such folder\n"),
+        (["cost", "/nonexistent"], "sparsify: /nonexistent: cannot load the model: there is no such folder\n"),
+        (["calibrate", "ffn", "./no", "--text", "empty.txt"], "sparsify: ./no: cannot load the model: there is no such folder\n"),
+        (["explain", "."], "sparsify: .: cannot load the model: the folder has no config.json\n"),
+        (["explain", "empty.txt"], "sparsify: empty.txt: cannot load the model: it is a file: name its folder\n"),
+        (["explain", "no-such-model"], "sparsify: no-such-model: cannot load the model: "),
+        (["explain", "MODEL", "--length", "4K"], "sparsify: MODEL: 4096 tokens are more than the model's 1024 positions (--length 1024)\n"),
+        (["diff", "MODEL", "--prompt", "long.txt"], "sparsify: MODEL: 2000 tokens are more than the model's 1024 positions (--max-tokens"),
+        (
+            ["calibrate", "errors", "MODEL", "--text", "long.txt", "--chunk", "2k"],
+            "sparsify: MODEL: 2000 tokens are more than the model's 1024 positions (--chunk 1024)\n",
+        ),
+        (["explain", "MODEL", "--device", "cuda"], "sparsify: --device: cannot use device 'cuda': there is no CUDA device here"),
+        (["explain", "MODEL", "--device", "cuda:7"], "sparsify: --device: cannot use device 'cuda:7': there is no CUDA device here"),
+        (["calibrate", "device", "--device", "cuda"], "sparsify: --device: cannot use device 'cuda': there is no CUDA device here"),
         (["diff", "MODEL", "--prompt", "absent.txt"], "sparsify: absent.txt: cannot be read: No such file or directory\n"),
         (["diff", "MODEL", "--prompt", "empty.txt"], "sparsify: empty.txt: the prompt has no tokens\n"),
         (["diff", "MODEL", "--tolerance", "-1"], "sparsify: --tolerance: must be at least 0, not -1.0\n"),
@@ -140,10 +166,43 @@ def test_explain_reads_bytes_where_there_is_no_tokenizer(capsys, model_folder, t
 )
 def test_models_and_prompts_that_cannot_be_used(capsys, model_folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty.txt").write_bytes(b"")
-    code, _, err = run(capsys, *[model_folder if argument == "MODEL" else argument for argument in arguments])
-    assert code == 2
-    assert err.startswith(message) and err.count("\n") == 1
+    (tmp_path / "long.txt").write_bytes(b"a" * 2000)
+    code, out, err = run(capsys, *[model_folder if argument == "MODEL" else argument for argument in arguments])
+    assert (code, out) == (2, "")
+    assert err.startswith(message.replace("MODEL", model_folder)) and err.count("\n") == 1
+
+
+def test_lengths_have_suffixes():
+    assert [arguments.tokens(text) for text in ("7", "4K", "4k", "1M", " 32 ")] == [7, 4096, 4096, 1 << 20, 32]
+    assert arguments.tokens_or_none("0") == 0
+    for text in ("0", "", "K", "4KB", "-4", "1.5K", "1e3", "٤"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a number of tokens"):
+            arguments.tokens(text)
+
+
+def test_a_model_of_few_positions_is_explained_with_as_many_tokens(capsys, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 64, "n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 32}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "model")
+    code, out, _ = run(capsys, "explain", tmp_path / "model", "--device", "cpu")
+    assert code == 0 and "32×32" in out and "costs on cpu" in out
+
+
+def test_versions_are_those_of_what_matters(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and out.count("\n") == 1
+    assert [piece.split()[0] for piece in out.split(", ")] == ["sparsify", "torch", "triton", "transformers"]
+    assert f"sparsify {sparsify.__version__}, torch {torch.__version__}, " in out
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert "triton not installed" in arguments.versions()
 
 
 def test_diff_exits_0_when_nothing_differs(capsys, model_folder, tmp_path):
