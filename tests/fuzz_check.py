@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -97,6 +98,8 @@ def check(program: Program, tally: Tally | None = None, methods: dict[str, dict[
             tally.add(name, plan)
             if len(plan.decisions) < program.sdpa:
                 raise Wrong(f"{program.sdpa} attentions, {len(plan.decisions)} in the plan")
+            if name == "dense" and len(plan.decisions) > 1:
+                _follow(graph, plan)
             if rewritten is not None:
                 if len(plan.rewritten) == len(plan.decisions) and name != "dense":
                     _alone(rewritten, name)
@@ -104,6 +107,20 @@ def check(program: Program, tally: Tally | None = None, methods: dict[str, dict[
         if program.around.kind == "threads" or program.digest % 8 == 0:
             tally.reran += 1
             _compiled(program, names, every_row, slack)
+
+
+def _follow(graph: Captured, plan: Plan) -> None:
+    """A plan that leaves every second site alone is followed site by site, whatever the sites are called."""
+    plan = Plan.from_json(plan.to_json())
+    for decision in plan.decisions[::2]:
+        decision.method, decision.options = None, {}
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save(path := f"{folder}/plan.json")
+        settings = config.load({**STRICT, "plan": path}, method_models=method.discover(), environ={})
+        followed, _, _ = pipeline.rewrite_graph(pipeline.copy_graph(graph.module), settings, Trace(None))
+    got, want = ([d.method for d in p.decisions] for p in (followed, plan))
+    if got != want:
+        raise Wrong(f"a plan of {want} is followed as {got}")
 
 
 @contextlib.contextmanager
