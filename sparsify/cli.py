@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify import arguments, cost_command
+from sparsify import arguments, cost_command, folders
 from sparsify.errors import ConfigError, SparsifyError, UnsupportedError
 
 SAME, DIFFERS, FAILED = 0, 1, 2
@@ -308,7 +308,7 @@ def _write_repro(given: argparse.Namespace, ids: Any, culprit: Any) -> None:
         device=str(ids.device),
     )
     try:
-        Path(given.repro).write_text(text, encoding="utf-8")
+        folders.write(text, Path(given.repro))
     except OSError as error:
         raise UnsupportedError(f"cannot write the repro script: {error.strerror}", where=given.repro) from None
     print(f"repro script: {given.repro}")

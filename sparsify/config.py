@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tomllib
@@ -21,9 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sparsify import inductor_options, layer_patterns
 from sparsify.errors import ConfigError, nearest
 
+log = logging.getLogger(__name__)
+
 FILE_NAME = "sparsify.toml"
 CONFIG_VARIABLE = "SPARSIFY_CONFIG"
 TRACE_VARIABLE = "SPARSIFY_TRACE"
+
+_said: set[str] = set()  # files of which it was said in this process that they are used
 
 
 class Rule(BaseModel):
@@ -156,6 +161,7 @@ def load(
     environ = os.environ if environ is None else environ
     if os.path.lexists(folder / FILE_NAME):  # a link to nowhere is an error, not an absent file
         merger.add_file(folder / FILE_NAME, FILE_NAME)
+        _say_found(folder / FILE_NAME, merger.raw)
     if environ.get(CONFIG_VARIABLE):
         merger.add_file(folder / Path(environ[CONFIG_VARIABLE]).expanduser(), f"{CONFIG_VARIABLE}={environ[CONFIG_VARIABLE]}")
     if environ.get(TRACE_VARIABLE):
@@ -175,6 +181,13 @@ def load(
     if merger.config.max_error is not None and merger.config.plan is None:
         raise ConfigError("needs a plan file with measured errors", where="max_error", hint="`sparsify calibrate errors` writes one")
     return merger.config
+
+
+def _say_found(path: Path, table: Mapping[str, Any]) -> None:
+    """Nobody asked for a file that happens to lie in the working folder, and it may turn lossy methods on and name folders to write to."""
+    if (name := os.path.abspath(path)) not in _said:  # noqa: PTH100  (resolving would follow links)
+        _said.add(name)
+        log.warning("the configuration in the working folder is used: %s sets %s", name, ", ".join(sorted(table)) or "nothing")
 
 
 class _Merger:

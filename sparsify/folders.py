@@ -1,4 +1,5 @@
-"""The cache folder, which only its user can write: generated code and measured device profiles live there as plain text."""
+"""Folders that files are written to: the cache, which only its user can write, and those that the user names. No file is written through a
+link."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from sparsify.errors import CacheFolderError
@@ -47,6 +49,32 @@ def check(folder: Path) -> None:
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CacheFolderError("others can write to the cache folder", where=str(folder), hint=f"chmod 700 {folder}")
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder that the user named, made when missing, for `create`.
+
+    Raises:
+        CacheFolderError: it is a link that another user made. OSError: it cannot be made, or is no folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = folder.lstat()
+    link = stat.S_ISLNK(found.st_mode)
+    if link and found.st_uid not in (os.geteuid(), 0):
+        raise CacheFolderError("the folder is a link that belongs to another user", where=str(folder), hint="name its target")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if link else os.O_NOFOLLOW))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def create(descriptor: int, name: str, text: str) -> None:
+    """Writes a new file in a folder that is open. Raises FileExistsError where anything has that name, a link to nowhere too."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(name, flags, 0o666, dir_fd=descriptor), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write(text: str, path: Path) -> None:

@@ -1,13 +1,15 @@
 """Readable dumps of every stage, for people who ask what happened to their graph. A dump that fails never fails the compile.
 
 With a folder (the setting `trace` or the variable `SPARSIFY_TRACE`) each stage of each compiled graph becomes
-`FOLDER/<graph>-<stage>.txt`; numbers continue where the folder's files end, so processes and runs may share one. The plan goes to
+`FOLDER/<graph>-<stage>.txt`; numbers continue where the folder's files end, so processes and runs may share one. Files are new: nothing is
+written over or through a link. The plan goes to
 torch's structured log (`TORCH_TRACE`, read by tlparse) as well.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsify import folders
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +59,21 @@ class Trace:
             self._warn("structured log", error)
 
     def _write(self, name: str, content: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.number is not None:
-            path = self.folder / f"{self.number:03d}-{name}"
-            path.write_text(content, encoding="utf-8")
-            return path
-        taken = [int(found[1]) for entry in self.folder.iterdir() if (found := re.match(r"(\d+)-", entry.name))]
-        number = max(taken, default=-1) + 1
-        while True:  # exclusive creation settles a race between processes: the loser takes the next number
-            path = self.folder / f"{number:03d}-{name}"
-            try:
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(content)
-            except FileExistsError:
-                number += 1
-                continue
-            self.number = number
-            return path
+        with folders.opened(self.folder) as folder:
+            if self.number is not None:
+                folders.create(folder, f"{self.number:03d}-{name}", content)
+                return self.folder / f"{self.number:03d}-{name}"
+            entries = os.listdir(folder)  # noqa: PTH208  (of the folder that is open, whatever has its name now)
+            taken = [int(found[1]) for entry in entries if (found := re.match(r"(\d+)-", entry))]
+            number = max(taken, default=-1) + 1
+            while True:  # exclusive creation settles a race between processes: the loser takes the next number
+                try:
+                    folders.create(folder, f"{number:03d}-{name}", content)
+                except FileExistsError:
+                    number += 1
+                    continue
+                self.number = number
+                return self.folder / f"{number:03d}-{name}"
 
     def _warn(self, name: str, error: Exception) -> None:
         log.debug("stage %s could not be traced", name, exc_info=error)

@@ -321,3 +321,19 @@ def test_any_options_give_a_config_or_a_config_error(options):
         return
     found.for_layer("model.layers.3.self_attn", 3)
     assert len(found.digest()) == 64
+
+
+def test_a_file_of_the_working_folder_is_mentioned_once(tmp_path, caplog):
+    (tmp_path / "sparsify.toml").write_text('passes = ["sink_window"]\ntrace = "dumps"\n')
+    for _ in range(3):
+        config.load({}, method_models=MODELS, cwd=tmp_path, environ={})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and str(tmp_path / "sparsify.toml") in record.getMessage()
+    assert record.getMessage().endswith("sets passes, trace")
+
+
+def test_files_that_somebody_asked_for_are_not_mentioned(tmp_path, caplog):
+    (tmp_path / "asked.toml").write_text('passes = ["dense"]\n')
+    config.load({"config": "asked.toml"}, method_models=MODELS, cwd=tmp_path, environ={})
+    config.load({}, method_models=MODELS, cwd=tmp_path, environ={"SPARSIFY_CONFIG": "asked.toml"})
+    assert caplog.records == []

@@ -47,7 +47,7 @@ def test_a_later_run_overwrites_nothing(tmp_path):
 
 def test_a_race_is_settled_by_exclusive_creation(tmp_path, monkeypatch):
     first = Trace(tmp_path)
-    monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: iter(()))  # both processes saw an empty folder
+    monkeypatch.setattr(os, "listdir", lambda folder: [])  # both processes saw an empty folder
     first.stage("captured", "first")
     Trace(tmp_path).stage("captured", "second")
     assert (tmp_path / "000-captured.txt").read_text() == "first\n"
@@ -107,3 +107,34 @@ def test_torch_trace_gets_the_plan(tmp_path):
     run_python(code, TORCH_TRACE=str(tmp_path))
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "sparsify_plan" in text and '"marker": 1' in text
+
+
+def test_nothing_is_written_over_or_through_a_link(tmp_path):
+    folder, elsewhere = tmp_path / "trace", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.write_text("untouched")
+    (folder / "000-captured.txt").symlink_to(elsewhere)
+    (folder / "001-captured.txt").symlink_to(tmp_path / "nowhere")
+    trace = Trace(folder)
+    trace.stage("captured", "graph")
+    assert trace.number == 2 and (folder / "002-captured.txt").read_text() == "graph\n"
+    (folder / "002-plan.txt").symlink_to(elsewhere)
+    (folder / "002-rewritten.txt").write_text("another's")
+    with pytest.warns(UserWarning, match="could not write its trace of plan"):
+        trace.stage("plan", "secret")
+    trace.stage("rewritten", "secret")
+    assert elsewhere.read_text() == "untouched" and not (tmp_path / "nowhere").exists()
+    assert (folder / "002-rewritten.txt").read_text() == "another's"
+
+
+def test_a_folder_that_is_a_link_is_followed_only_if_it_is_ours(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    Trace(tmp_path / "link").stage("captured", "graph")
+    assert (tmp_path / "real" / "000-captured.txt").exists()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if (tmp_path / "link").lstat().st_uid == 0:  # root's links are trusted: pretend that it is somebody else's
+        os.lchown(tmp_path / "link", 54321, 54321)
+    with pytest.warns(UserWarning, match="link that belongs to another user"):
+        Trace(tmp_path / "link").stage("captured", "graph")
+    assert len(list((tmp_path / "real").iterdir())) == 1
