@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import sympy
 import torch
 from torch import fx
 
 from sparsify.aliasing import Memory, tensor_of
+from sparsify.calls import Unbound, bind
 from sparsify.predicates import Extents
 from sparsify.reader import Reader
 from sparsify.symbolic import BATCH, CONDITION, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
@@ -52,10 +55,18 @@ class _Reading:
         return None
 
 
-def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object, flat: bool = False) -> fx.Node | None:
-    """The slopes, [query_heads] or [batch, query_heads], where `bias` is provably slope · (k + c) with c the same for all keys of a
-    row: softmax does not see c. None otherwise. Bias is broadcastable to [batch, query_heads, query_len, key_len]; flat: batch and
-    heads are merged.
+@dataclass(frozen=True)
+class Slopes:
+    """A bias of slope · (k + constant). node: the slopes, [query_heads] or [batch, query_heads]. constant: the same for all keys of a row,
+    so that softmax alone does not see it; who drops it looks at what else is there."""
+
+    node: fx.Node
+    constant: sympy.Expr
+
+
+def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object, flat: bool = False) -> Slopes | None:
+    """The slopes of what is provably a bias by key position, None of anything else. Bias is broadcastable to [batch, query_heads,
+    query_len, key_len]; flat: batch and heads are merged.
     """
     if flat:
         return alibi_slopes_flat(bias, site, extents, memory, shape_env)
@@ -65,7 +76,7 @@ def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory,
     return _slopes(reading, reading.at(bias, *(reading.index(s) for s in (BATCH, HEAD, QUERY, KEY))))
 
 
-def alibi_slopes_flat(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
+def alibi_slopes_flat(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> Slopes | None:
     """Likewise for a bias [batch · query_heads, 1 or query_len, key_len] made by repeating one per head, or by a reshape."""
     reading = _Reading(site, extents, memory, shape_env)
     place = {s: reading.index(s) for s in (BATCH, HEAD, QUERY, KEY)}
@@ -76,8 +87,8 @@ def alibi_slopes_flat(bias: fx.Node, site: fx.Node, extents: Extents, memory: Me
         return None
     shape = sizes(tensor_of(source))
     if bias.target == "repeat" and len(shape) == 3 and shape[0] == extents.heads:
-        repeats = bias.args[1] if isinstance(bias.args[1], (tuple, list)) else bias.args[1:]
-        if len(repeats) != 3 or repeats[1:] not in ((1, 1), [1, 1]) or sympy.expand(scalar(repeats[0]) - extents.batch) != 0:
+        repeats = bind(bias, "input, *repeats").repeats
+        if len(repeats) != 3 or repeats[1:] != (1, 1) or sympy.expand(scalar(repeats[0]) - extents.batch) != 0:
             return None
         return _slopes(reading, reading.at(source, place[HEAD], place[QUERY], place[KEY]))
     if bias.target in ("reshape", "view") and len(shape) == 4 and shape[:2] == (extents.batch, extents.heads):
@@ -98,10 +109,11 @@ def per_key(bias: torch.Tensor, extents: Extents, flat: bool = False) -> bool:
     if flat:
         return shape == (sympy.expand(extents.batch * extents.heads), 1, extents.key_len)
     padded = (1,) * (4 - len(shape)) + shape
-    return len(padded) == 4 and padded[2] == 1 and padded[3] == extents.key_len
+    leads = len(padded) == 4 and padded[0] in (1, extents.batch) and padded[1] in (1, extents.heads)
+    return leads and padded[2] == 1 and padded[3] == extents.key_len
 
 
-def _slopes(reading: _Reading, element: sympy.Expr | None) -> fx.Node | None:
+def _slopes(reading: _Reading, element: sympy.Expr | None) -> Slopes | None:
     found = loads(element) if element is not None else set()
     if len(found) != 1:
         return None
@@ -111,7 +123,8 @@ def _slopes(reading: _Reading, element: sympy.Expr | None) -> fx.Node | None:
     constant = sympy.expand(position - reading.index(KEY))
     if not exact or constant.has(KEY) or loads(constant):
         return None
-    return reading.of_head(load)
+    node = reading.of_head(load)
+    return Slopes(node, constant) if node is not None else None
 
 
 def per_head(column: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
@@ -129,18 +142,26 @@ def parts(mask: fx.Node, shape_env: object) -> Iterator[tuple[fx.Node, tuple[fx.
     dtype, whole = tensor_of(mask).dtype, mask
     while _only_broadcasts(mask):
         mask = mask.args[0]
-    if mask.target in _SUMS and not mask.kwargs and all(tensor_of(a) is not None for a in mask.args[:2]):
-        left, right = mask.args[:2]
-        yield left, (right, "mask")
-        yield right, (left, "mask")
-    elif mask.target in (torch.masked_fill, "masked_fill") and not mask.kwargs and hides(mask.args[2], dtype, shape_env):
-        yield mask.args[0], (mask.args[1], "hidden")
-    elif mask.target is torch.where and len(mask.args) == 3:
-        condition, then, otherwise = mask.args
-        for bias, low, form in ((then, otherwise, "mask"), (otherwise, then, "hidden")):
-            if tensor_of(bias) is not None and hides(low, dtype, shape_env):
-                yield bias, (condition, form)
+    with contextlib.suppress(Unbound):  # a call of another form is not taken apart
+        yield from _halves(mask, dtype, shape_env)
     yield whole, None
+
+
+def _halves(mask: fx.Node, dtype: torch.dtype, shape_env: object) -> Iterator[tuple[fx.Node, tuple[fx.Node, str]]]:
+    if mask.target in _SUMS:
+        call = bind(mask, "input: tensor, other: tensor, *, alpha=1")
+        if call.alpha == 1:
+            yield call.input, (call.other, "mask")
+            yield call.other, (call.input, "mask")
+    elif mask.target in (torch.masked_fill, "masked_fill"):
+        call = bind(mask, "input: tensor, mask: tensor, value")
+        if hides(call.value, dtype, shape_env):
+            yield call.input, (call.mask, "hidden")
+    elif mask.target in (torch.where, "where"):
+        call = bind(mask, "condition, input, other" if mask.target is torch.where else "input, condition, other")
+        for bias, low, form in ((call.input, call.other, "mask"), (call.other, call.input, "hidden")):
+            if tensor_of(bias) is not None and hides(low, dtype, shape_env):
+                yield bias, (call.condition, form)
 
 
 def _only_broadcasts(node: fx.Node) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from sparsify.aliasing import tensor_of
+from sparsify.calls import Unbound, bind
 
 ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+SUB = {operator.sub, torch.sub, "sub"}
 DIV = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_", "true_divide"}
 MATMUL = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
 BADDBMM = {torch.baddbmm, "baddbmm"}
@@ -20,6 +23,8 @@ SOFTMAX = {F.softmax, torch.softmax, "softmax"}
 CAST = {"to", "type", "float", "half", "bfloat16", "double", "type_as"}
 SAME = {"contiguous", "clone"}
 VIEW = {"view", "reshape", torch.reshape}
+DROPOUT = {F.dropout, torch.dropout}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EINSUM = {torch.einsum, torch.functional.einsum}
 # what reads a tensor's shape, dtype and device alone
 SHAPE_ONLY = {
@@ -32,25 +37,47 @@ class NoMatch(Exception):
     """The chain looks like attention but cannot be described; the message says why."""
 
 
+def named(node: fx.Node, *signatures: str) -> SimpleNamespace:
+    """The arguments of a call that belongs to attention.
+
+    Raises:
+        NoMatch: the call has another form.
+    """
+    try:
+        return bind(node, *signatures)
+    except Unbound as why:
+        raise NoMatch(str(why)) from why
+
+
+def baddbmm_of(node: fx.Node) -> SimpleNamespace:
+    return named(node, "input: tensor, batch1: tensor, batch2: tensor, *, beta=1, alpha=1")
+
+
 def factors_of(product: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """What a product multiplies, without what baddbmm adds; (None, None) for anything else."""
-    if product.target in BADDBMM:
-        named = dict(zip(("input", "batch1", "batch2"), product.args, strict=False)) | product.kwargs
-        return named["batch1"], named["batch2"]
-    if product.target in MATMUL and "out" not in product.kwargs:
-        named = dict(zip(("input", "other"), product.args, strict=False)) | product.kwargs
-        return named.get("input"), named.get("other", named.get("mat2"))
-    if product.target in EINSUM and einsum_of(product):
-        return product.args[1:] if len(product.args) == 3 else tuple(product.args[1])
+    try:
+        if product.target in BADDBMM:
+            call = baddbmm_of(product)
+            return call.batch1, call.batch2
+        if product.target in MATMUL:
+            call = named(product, "input: tensor, other: tensor", "input: tensor, mat2: tensor")
+            return call.input, getattr(call, "other", None) or call.mat2
+        if product.target in EINSUM and einsum_of(product):
+            return named(product, "equation: str, *operands").operands
+    except NoMatch:
+        pass
     return None, None
 
 
 def einsum_of(node: fx.Node) -> str:
     """ "scores" for queries times keys that are not transposed, "values" for weights times values, both with every leading dimension in
     common; empty for other sums of products."""
-    operands = node.args[1:] if len(node.args) != 2 else node.args[1]
-    equation = str(node.args[0]).replace(" ", "")
-    if node.kwargs or len(operands) != 2 or "." in equation or "->" not in equation:
+    try:
+        call = named(node, "equation: str, *operands")
+    except NoMatch:
+        return ""
+    equation = call.equation.replace(" ", "")
+    if len(call.operands) != 2 or any(tensor_of(o) is None for o in call.operands) or "." in equation or "->" not in equation:
         return ""
     (left, _, right), result = equation.split("->")[0].partition(","), equation.split("->")[1]
     same_rank = len(left) == len(right) == len(result) in (3, 4) and "," not in right
@@ -68,11 +95,20 @@ def is_product(node: fx.Node) -> bool:
 
 
 def is_softmax(node: fx.Node) -> bool:
-    """A softmax over the last dimension of something of 3 or 4 dimensions."""
-    if not node.args or node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
+    """A softmax over the last dimension of something of 3 or 4 dimensions; in a form that is not known, maybe one."""
+    if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
         return False
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    try:
+        dim = softmax_of(node).dim
+    except NoMatch:
+        dim = -1
     return tensor_of(node).dim() in (3, 4) and dim in (-1, tensor_of(node).dim() - 1)
+
+
+def softmax_of(node: fx.Node) -> SimpleNamespace:
+    """Its input, dim and dtype. _stacklevel: where a warning is said to come from."""
+    middle = "_stacklevel: int = 3, " if node.target is F.softmax else ""
+    return named(node, f"input: tensor, dim: int, {middle}dtype: dtype = None")
 
 
 def products(node: fx.Node) -> Iterator[fx.Node]:
@@ -83,7 +119,7 @@ def products(node: fx.Node) -> Iterator[fx.Node]:
         elif (
             user.args
             and user.args[0] is node
-            and (user.target in CAST | SAME | VIEW | {F.dropout, torch.dropout, operator.getitem} and tensor_of(user) is not None)
+            and (user.target in CAST | SAME | VIEW | DROPOUT | {operator.getitem} and tensor_of(user) is not None)
         ):
             yield from products(user)
 
@@ -94,11 +130,9 @@ def leads_to_product(node: object, depth: int = 16) -> bool:
         return False
     if is_product(node):
         return True
-    if node.target is torch.cat or node.target == "cat":
-        return any(leads_to_product(x, depth - 1) for x in node.args[0])
-    known = ADD | MUL | DIV | CAST | SAME | VIEW | {operator.sub, operator.neg, torch.neg, "neg", torch.tanh, "tanh", torch.where, "where"}
-    known |= {"masked_fill", torch.masked_fill, "masked_fill_", torch.max, "clamp"}
-    return node.target in known and any(leads_to_product(a, depth - 1) for a in node.args)
+    known = ADD | MUL | DIV | SUB | CAST | SAME | VIEW | {operator.neg, torch.neg, "neg", torch.tanh, "tanh", torch.where, "where"}
+    known |= {"masked_fill", torch.masked_fill, "masked_fill_", torch.max, "clamp", torch.cat, "cat"}
+    return node.target in known and any(leads_to_product(a, depth - 1) for a in node.all_input_nodes)
 
 
 def of_sequences(node: fx.Node, depth: int = 16) -> bool:
@@ -107,7 +141,7 @@ def of_sequences(node: fx.Node, depth: int = 16) -> bool:
         return False
     if is_product(node):
         return all(tensor_of(a) is not None and tensor_of(a).dim() >= 3 for a in factors_of(node))
-    return any(of_sequences(a, depth - 1) for a in node.args if leads_to_product(a))
+    return any(of_sequences(a, depth - 1) for a in node.all_input_nodes if leads_to_product(a))
 
 
 def constant(value: object) -> float | fx.Node:

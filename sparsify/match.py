@@ -6,14 +6,16 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify import biases, empty_rows, predicates
+from sparsify import biases, empty_rows, predicates, unforeseen
 from sparsify.aliasing import Memory, tensor_of
+from sparsify.calls import Unbound, bind
 from sparsify.describe import Grouped, autocast_to, bare_site, layer_of, missed, only_for, stride_order, whole
 from sparsify.eager_ops import NoMatch, is_softmax
 from sparsify.gradients import TRANSFORMED, Modes
@@ -24,7 +26,9 @@ from sparsify.sites import AttentionSite, KeyBias
 from sparsify.symbolic import Facts, plain, scalar, shape_env_of, sizes
 
 _SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
-_SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SDPA_CALL = (
+    "query: tensor, key: tensor, value: tensor, attn_mask: tensor = None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False"
+)
 _COPIES = {"contiguous", "clone"}
 
 
@@ -37,20 +41,21 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     matcher = Matcher(gm.graph)
     sites: list[AttentionSite] = []
     for node in gm.graph.nodes:
-        if is_sdpa(node):
-            sites.append(matcher.sdpa(node))
-        elif is_softmax(node) and (site := find_eager(matcher, node)) is not None:
+        if (is_sdpa(node) or is_softmax(node)) and (site := matcher.site_of(node)) is not None:
             sites.append(site)
     return [replace(matcher.untransformed(site), index=index) for index, site in enumerate(sites)]
 
 
 def _appended(key: fx.Node, query_len: sympy.Expr) -> bool:
     """Whether there is one query and its key was put behind older ones. Cross-attention puts nothing anywhere."""
-    if query_len != 1 or key.target not in (torch.cat, "cat") or not key.args or not key.args[0]:
+    if query_len != 1 or key.target not in (torch.cat, "cat"):
         return False
-    dim = key.args[1] if len(key.args) > 1 else key.kwargs.get("dim", 0)
-    last = tensor_of(key.args[0][-1])
-    return dim in (2, -2) and last is not None and sizes(last)[2] == 1
+    try:
+        call = bind(key, "tensors, dim=0")
+    except Unbound:
+        return False
+    last = tensor_of(call.tensors[-1])
+    return call.dim in (2, -2) and last is not None and sizes(last)[2] == 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,17 @@ class Matcher:
         """The site, refused where torch.func looks at what happens inside of it."""
         return missed(site, TRANSFORMED) if self.modes.transformed((site.output, *site.covered)) else site
 
+    def site_of(self, node: fx.Node) -> AttentionSite | None:
+        """The attention that a call of scaled_dot_product_attention is, or a softmax belongs to."""
+        try:
+            return self.sdpa(node) if is_sdpa(node) else find_eager(self, node)
+        except Unbound as why:
+            trouble = str(why)
+        except Exception as error:
+            trouble = unforeseen.reason(error, node.name)
+        operands = ((*node.all_input_nodes, node) * 3)[:3]
+        return bare_site(node, *operands, None, trouble, source="sdpa" if is_sdpa(node) else "eager")
+
     def prove(self, masks: Sequence[tuple[fx.Node, predicates.Form, fx.Node]], extents: Extents) -> MaskPredicate:
         """What the masks say together; each comes with its form and the node that reads it."""
         key = (tuple((mask, form) for mask, form, _ in masks), extents)
@@ -98,9 +114,9 @@ class Matcher:
     # -- scaled_dot_product_attention --------------------------------------------------------------------------------------------
 
     def sdpa(self, node: fx.Node) -> AttentionSite:
-        call = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
-        query, key, value, mask = (call.get(name) for name in _SDPA_PARAMETERS[:4])
-        near_miss = self.unfit(node, query, key, value, call)
+        call = bind(node, _SDPA_CALL)
+        query, key, value, mask = call.query, call.key, call.value, call.attn_mask
+        near_miss = self.unfit(node, call)
         if near_miss:
             return bare_site(node, query, key, value, mask, near_miss)
         key_group, value_group = self.ungroup(key, node), self.ungroup(value, node)
@@ -108,7 +124,7 @@ class Matcher:
             key_group, value_group = whole(key), whole(value)
         q, k = sizes(tensor_of(query)), sizes(tensor_of(key_group.node))
         extents = Extents(q[0], q[1], q[2], k[2])
-        if call.get("is_causal", False):
+        if call.is_causal:
             proof = predicates.top_left_causal(extents, self.shape_env)
         else:
             proof = predicates.unmasked(_appended(key_group.node, q[2])) if mask is None else self.prove([(mask, "mask", node)], extents)
@@ -128,15 +144,15 @@ class Matcher:
             value_group,
             mask_node=mask,
             mask=proof,
-            scale=_number(call.get("scale"), q[3]),
-            dropout=call.get("dropout_p", 0.0),
+            scale=_number(call.scale, q[3]),
+            dropout=call.dropout_p,
             alibi_slopes=bias.slopes,
             key_bias=bias.per_key,
             **vars(empty),
         )
 
-    def biased(self, mask: fx.Node, reader: fx.Node, extents: Extents) -> Bias | None:
-        """A float mask taken apart into a position bias, or one number per key, and what hides."""
+    def biased(self, mask: fx.Node, reader: fx.Node, extents: Extents, felt: str = "") -> Bias | None:
+        """A float mask taken apart into a position bias, or one number per key, and what hides. felt: as in `scores.Term`."""
         if not tensor_of(mask).dtype.is_floating_point or self.memory.written_between(mask, None, reader):
             return None
         for node, condition in biases.parts(mask, self.shape_env):
@@ -144,36 +160,39 @@ class Matcher:
             if masks and self.prove(masks, extents).opaque:
                 continue
             slopes = biases.alibi_slopes(node, reader, extents, self.memory, self.shape_env)
-            if slopes is not None:
-                return Bias(slopes, (), masks)
+            if slopes is not None and (slopes.constant == 0 or not felt):
+                return Bias(slopes.node, (), masks)
             if biases.per_key(tensor_of(node), extents) and not self.memory.written_between(node, None, reader):
                 filled = bool(masks) and not tensor_of(masks[0][0]).dtype.is_floating_point
                 return Bias(None, (KeyBias(node, on_hidden=not filled),), masks)
         return None
 
-    def unfit(self, node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, call: dict) -> str:
+    def unfit(self, node: fx.Node, call: SimpleNamespace) -> str:
         """Why the operands cannot be described, or nothing."""
         if self.modes.transformed([node]):
             return TRANSFORMED
-        tensors = [tensor_of(x) for x in (query, key, value)]
-        if any(t is None for t in tensors):
-            return "an operand has no example value"
+        operands = (call.query, call.key, call.value)
+        tensors = [tensor_of(x) for x in operands]
         if any(t.dim() != 4 for t in tensors):
             return f"operands of {tensors[0].dim()} dimensions instead of 4"
-        if autocast_to(node, (query, key, value)) is None:
+        if autocast_to(node, operands) is None:
             return "query, key and value differ in dtype"
         q, k, v = map(sizes, tensors)
         if not (self.same(q[0], k[0]) and self.same(q[0], v[0])):
             return "the batch dimension is broadcast"
         if self.differ(k[2], v[2]) or not self.same(k[1], v[1]):
             return "keys and values differ in length or heads"
-        if call.get("enable_gqa", False) not in (True, False) or call.get("is_causal", False) not in (True, False):
+        if call.enable_gqa not in (True, False) or call.is_causal not in (True, False):
             return "a flag is decided at run time"
-        if not call.get("enable_gqa", False) and not self.same(q[1], k[1]) and k[1] != 1:  # one head broadcasts as a group would
+        if call.is_causal and call.attn_mask is not None:
+            return "a mask beside is_causal, which kernels take differently"
+        if any(size == 1 != out for size, out in zip((q[0], q[1], q[2]), sizes(tensor_of(node)))):
+            return "the mask broadcasts the queries"
+        if not call.enable_gqa and not self.same(q[1], k[1]) and k[1] != 1:  # one head broadcasts as a group would
             return "the head dimension is broadcast"
-        if not isinstance(call.get("dropout_p", 0.0), (int, float)):
+        if not isinstance(call.dropout_p, (int, float)):
             return "the dropout probability is decided at run time"
-        if call.get("scale") is None and not q[3].is_Integer:
+        if call.scale is None and not q[3].is_Integer:
             return "the head dimension, which the default scale depends on, is symbolic"
         return ""
 
@@ -228,12 +247,13 @@ class Matcher:
         return Grouped(found.node, found.repeat, (*chain, *found.between))
 
     def _repeat_interleave(self, node: fx.Node) -> Grouped | None:
-        if node.target not in (torch.repeat_interleave, "repeat_interleave") or set(node.kwargs) - {"dim", "repeats"}:
+        if node.target not in (torch.repeat_interleave, "repeat_interleave"):
             return None
-        arguments = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
-        if arguments.get("dim") not in (1, -3) or tensor_of(arguments["repeats"]) is not None:
+        try:
+            call = bind(node, "input: tensor, repeats: int, dim: int")
+        except Unbound:
             return None
-        return Grouped(arguments["input"], scalar(arguments["repeats"]), (node,))
+        return Grouped(call.input, scalar(call.repeats), (node,)) if call.dim in (1, -3) else None
 
     def _expanded(self, node: fx.Node) -> Grouped | None:
         """`x[:, :, None].expand(batch, heads, repeat, length, dim).reshape(batch, heads * repeat, length, dim)`."""
@@ -241,14 +261,14 @@ class Matcher:
             return self._single_head(node)
         if node.target not in ("reshape", "view", "flatten", torch.reshape, torch.flatten):
             return None
-        chain, here = [node], node.args[0]
+        chain, here = [node], node.all_input_nodes[0]
         while isinstance(here, fx.Node) and here.op == "call_method" and here.target in _COPIES:
             chain.append(here)
             here = here.args[0]
         if not isinstance(here, fx.Node) or here.target not in ("expand", "broadcast_to", torch.broadcast_to):
             return None
         chain.append(here)
-        lifted = here.args[0]
+        lifted = here.all_input_nodes[0]
         if not isinstance(lifted, fx.Node) or not _inserts_third_dimension(lifted):
             return None
         chain.append(lifted)
@@ -256,7 +276,7 @@ class Matcher:
         before, wide, after = sizes(tensor_of(source)), sizes(tensor_of(here)), sizes(tensor_of(node))
         if len(before) != 4 or len(wide) != 5 or len(after) != 4:
             return None
-        fits = wide[:2] == before[:2] and wide[3:] == before[2:]
+        fits = wide[:2] == before[:2] and wide[3:] == before[2:] and tensor_of(source).dtype is tensor_of(node).dtype
         fits = fits and after == (wide[0], sympy.expand(wide[1] * wide[2]), *wide[3:])
         return Grouped(source, wide[2], tuple(chain)) if fits else None
 
@@ -271,8 +291,7 @@ class Matcher:
 
 def _inserts_third_dimension(node: fx.Node) -> bool:
     if node.target in ("unsqueeze", torch.unsqueeze):
-        place = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return place in (2, -3)
+        return bind(node, "input, dim").dim in (2, -3)
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
         return False
     index = node.args[1]

@@ -12,25 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify import biases, empty_rows, predicates
+from sparsify import biases, empty_rows, predicates, unforeseen
 from sparsify.aliasing import tensor_of
 from sparsify.describe import autocast_to, bare_site, whole
 from sparsify.eager_ops import (
     BADDBMM,
     CAST,
+    DROPOUT,
     EINSUM,
+    SAME,
     VIEW,
     NoMatch,
+    baddbmm_of,
     constant,
     einsum_of,
     factors_of,
     leads_to_product,
+    named,
     of_sequences,
     products,
 )
 from sparsify.gradients import TRANSFORMED
 from sparsify.predicates import Extents
-from sparsify.scores import Chain, ScoreWalk, Term, flat_heads
+from sparsify.scores import Chain, ScoreWalk, Term, check_cast, flat_heads, is_flat
 from sparsify.sites import AttentionSite, KeyBias
 from sparsify.symbolic import sizes
 from sparsify.views import transposed
@@ -38,21 +42,20 @@ from sparsify.views import transposed
 
 def find_eager(matcher: object, softmax: fx.Node) -> AttentionSite | None:
     """The attention around a softmax: a site, a near miss, or None where it is no attention at all. `matcher` is `match.Matcher`."""
-    if not leads_to_product(softmax.args[0]):
+    scores = softmax.all_input_nodes[0]
+    if not leads_to_product(scores):
         return None
     product = next(products(softmax), None)
     if product is None:
-        scores = softmax.args[0]
         why = "the weights do not reach a product with the values"
         return bare_site(softmax, scores, scores, scores, None, why, source="eager") if of_sequences(scores) else None
     value = factors_of(product)[1]
     try:
         return _Match(matcher, softmax, product).site()
     except NoMatch as why:
-        return bare_site(product, softmax.args[0], value, value, None, str(why), source="eager")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a call in a form that nobody thought of
-        why = f"a form that is not read: {type(error).__name__}: {error}"
-        return bare_site(product, softmax.args[0], value, value, None, why, source="eager")
+        return bare_site(product, scores, value, value, None, str(why), source="eager")
+    except Exception as error:
+        return bare_site(product, scores, value, value, None, unforeseen.reason(error, product.name), source="eager")
 
 
 @dataclass
@@ -93,8 +96,10 @@ class _Match:
             user = next(iter(here.users))
             if tensor_of(user) is None or not tensor_of(user).dtype.is_floating_point:
                 raise NoMatch("the weights become integers")
-            if user.target in (F.dropout, torch.dropout):
+            if user.target in DROPOUT:
                 self.drop(user)
+            elif user.target in CAST | SAME:
+                check_cast(user)
             elif user.target is operator.getitem:
                 if user.args[1] not in ((Ellipsis, slice(None, -1, None)), (Ellipsis, slice(0, -1, None))):
                     raise NoMatch("a part of the weights is taken")
@@ -104,8 +109,11 @@ class _Match:
             here = user
 
     def drop(self, node: fx.Node) -> None:
-        names = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
-        probability, training = names.get("p", 0.5), names.get("training", names.get("train", True))
+        if node.target is F.dropout:
+            call = named(node, "input, p=0.5, training=True, inplace=False")
+        else:
+            call = named(node, "input, p, train")
+        probability, training = call.p, call.training if node.target is F.dropout else call.train
         if training is not False and probability != 0:
             if not isinstance(probability, (int, float)):
                 raise NoMatch("the dropout probability is decided at run time")
@@ -115,11 +123,11 @@ class _Match:
 
     def operands(self, product: fx.Node) -> tuple[fx.Node, fx.Node]:
         if product.target in BADDBMM:
-            names = dict(zip(("input", "batch1", "batch2"), product.args, strict=False)) | product.kwargs
-            if constant(names.get("beta", 1)) != 1.0 or self.chain.softcap:
+            call = baddbmm_of(product)
+            if constant(call.beta) != 1.0 or self.chain.softcap:
                 raise NoMatch("baddbmm of another form")
-            self.chain.terms.append(Term(names["input"], product, self.chain.factor, flat=True))
-            self.chain.multiply(constant(names.get("alpha", 1)))
+            self.chain.terms.append(Term(call.input, product, self.chain.factor, is_flat(call.input, product), self.chain.felt))
+            self.chain.multiply(constant(call.alpha))
         query, key, _ = self.factors(product)
         if product.target not in EINSUM:
             turned, key = key, transposed(key)
@@ -197,6 +205,8 @@ class _Match:
         if not all(self.unwritten(*reading, output) for reading in readings):
             raise NoMatch("query, key or value is written before the output is computed")
         extents = Extents(q[0], q[1], q[2], k[2])
+        if not all(self.reads_as_one(*mask, extents) for mask in chain.masks):
+            raise NoMatch("a mask differs by merged batch and heads")
         added = self.added(extents, output)
         softcap = float(chain.softcap)
         factor = chain.factor * softcap if softcap else chain.factor
@@ -231,11 +241,11 @@ class _Match:
             whole = (term.node, "mask", term.reader)
             if slopes is not None:
                 found.slopes = slopes
-            elif not term.flat and not scaled and not matcher.prove([whole], extents).opaque:
+            elif not scaled and self.reads_as_one(*whole, extents) and not matcher.prove([whole], extents).opaque:
                 found.masks.append(whole)
             elif self.is_key_bias(term, extents, output):
                 found.per_key.append(KeyBias(term.node, term.factor, term.flat, term.reader))
-            elif not term.flat and not scaled and (parts := matcher.biased(term.node, term.reader, extents)) is not None:
+            elif not term.flat and not scaled and (parts := matcher.biased(term.node, term.reader, extents, term.felt)) is not None:
                 if parts.slopes is not None and found.slopes is not None:
                     raise NoMatch("two position biases are added to the scores")
                 found.slopes = parts.slopes or found.slopes
@@ -249,18 +259,30 @@ class _Match:
                 found.masks.append(whole)
         return found
 
+    def reads_as_one(self, mask: fx.Node, form: predicates.Form, reader: fx.Node, extents: Extents) -> bool:
+        """Whether a mask may be read by batch row and head: one over merged batch and heads only where it is the same for all."""
+        if not is_flat(mask, reader):
+            return True
+        merged = Extents(sympy.Integer(1), sympy.expand(extents.batch * extents.heads), extents.query_len, extents.key_len)
+        proof = self.matcher.prove([(mask, form, reader)], merged)
+        return not proof.opaque and proof.padding is None and proof.documents is None
+
     def slopes(self, term: Term, extents: Extents, output: fx.Node) -> fx.Node | None:
-        return biases.alibi_slopes(term.node, output, extents, self.matcher.memory, self.matcher.shape_env, term.flat)
+        found = biases.alibi_slopes(term.node, output, extents, self.matcher.memory, self.matcher.shape_env, term.flat)
+        return found.node if found is not None and (found.constant == 0 or not term.felt) else None
 
     def is_key_bias(self, term: Term, extents: Extents, output: fx.Node) -> bool:
         """One row of a mask that is made in the graph is taken apart instead: it may say which keys come first."""
-        one_row = extents.query_len == 1 and term.factor == 1.0 and not term.flat and self.matcher.biased(term.node, term.reader, extents)
+        one_row = extents.query_len == 1 and term.factor == 1.0 and not term.flat
+        one_row = one_row and self.matcher.biased(term.node, term.reader, extents, term.felt)
         unwritten = not self.matcher.memory.written_between(term.node, None, output)
         return not one_row and unwritten and isinstance(term.factor, float) and biases.per_key(tensor_of(term.node), extents, term.flat)
 
     def sink_logits(self, extents: Extents, output: fx.Node) -> fx.Node | None:
         if self.chain.sinks is None:
             return None
+        if tensor_of(self.chain.sinks).dim() == 3 and extents.batch != 1:
+            raise NoMatch("the extra column is over merged batch and heads")
         node = biases.per_head(self.chain.sinks, output, extents, self.matcher.memory, self.matcher.shape_env)
         if node is None:
             raise NoMatch("the extra column is no number per head")

@@ -12,7 +12,7 @@ from torch import fx
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.describe import layer_of
 from sparsify.gradients import TRANSFORMED, Modes
-from sparsify.pointwise import CASTS, VIEWS, activation_of, inert, is_parameter, kind_of, norm_of, scalar_of
+from sparsify.pointwise import CASTS, VIEWS, activation_of, form, inert, is_parameter, kind_of, norm_of, pair, scalar_of
 from sparsify.sites import AttentionSite, FeedForwardSite, Norm
 from sparsify.symbolic import plain, sizes
 from sparsify.views import transposed
@@ -178,12 +178,12 @@ class _Matcher:
         """One refused site per layer that chooses experts."""
         found: dict[object, FeedForwardSite] = {}
         for node in self.graph.nodes:
-            if kind_of(node) != "topk" or not isinstance(node.args[0], fx.Node):
+            if kind_of(node) != "topk" or not node.all_input_nodes:
                 continue
             name, layer = layer_of(node)
             if layer is None:
                 continue
-            scores = node.args[0]
+            scores = node.all_input_nodes[0]
             tensor = tensor_of(scores)
             reason = "the block routes tokens to experts: which weights are read depends on the token already"
             path = name.rpartition(".")[0] or name
@@ -217,26 +217,37 @@ def _linear(node: fx.Node) -> _Product | None:
     """A product with a two-dimensional parameter: F.linear, matmul with a transposed weight, or addmm between views."""
     kind = kind_of(node)
     if kind == "linear":
-        arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-        return _made(arguments["input"], arguments["weight"], arguments.get("bias"), False, (node,))
-    if kind == "matmul" and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
+        call = form(node, "input: tensor, weight: tensor, bias: tensor = None")
+        return _made(call.input, call.weight, call.bias, False, (node,)) if call is not None else None
+    if kind == "matmul" and len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], fx.Node):
         return _made(node.args[0], transposed(node.args[1]), None, False, (node,))
     if kind in VIEWS and isinstance(node.args[0], fx.Node) and kind_of(node.args[0]) == "addmm":
         inner = node.args[0]
-        before = inner.args[1]
-        if inner.kwargs or not isinstance(before, fx.Node) or kind_of(before) not in VIEWS or set(inner.users) != {node}:
+        call = form(inner, _ADDMM)
+        if call is None or kind_of(call.mat1) not in VIEWS or set(inner.users) != {node}:
             return None
+        before = call.mat1
         source = before.args[0]
         if set(before.users) != {inner} or sizes(tensor_of(source))[:-1] != sizes(tensor_of(node))[:-1]:
             return None
-        return _made(source, inner.args[2], inner.args[0], True, (before, inner, node))
-    if kind == "addmm" and not node.kwargs and not any(kind_of(u) in VIEWS for u in node.users):
-        return _made(node.args[1], node.args[2], node.args[0], True, (node,))
+        return _made(source, call.mat2, call.input, True, (before, inner, node))
+    if kind == "addmm" and not any(kind_of(u) in VIEWS for u in node.users):
+        call = form(node, _ADDMM)
+        return _made(call.mat1, call.mat2, call.input, True, (node,)) if call is not None else None
     return None
 
 
+_ADDMM = "input: tensor, mat1: tensor, mat2: tensor"
+
+
 def _made(source: object, weight: object, bias: object, transposed: bool, nodes: tuple[fx.Node, ...]) -> _Product | None:
-    if not isinstance(source, fx.Node) or not is_parameter(weight, 2) or not (bias is None or is_parameter(bias, 1)):
+    if tensor_of(source) is None or not is_parameter(weight, 2) or not (bias is None or is_parameter(bias, 1)):
+        return None
+    # views between them may have cut rows in another way, or read other bits
+    rows, columns = sizes(tensor_of(weight))[:: -1 if transposed else 1]
+    read, made = tensor_of(source), tensor_of(nodes[-1])
+    views = ((source, nodes[0]), (nodes[1], nodes[2])) if len(nodes) == 3 else ()
+    if (sizes(read)[-1], sizes(made)[-1]) != (columns, rows) or any(tensor_of(a).dtype is not tensor_of(b).dtype for a, b in views):
         return None
     return _Product(source, weight, bias, transposed, nodes)
 
@@ -248,9 +259,12 @@ def _half(node: fx.Node) -> tuple[_Product, int, tuple[fx.Node, ...]] | None:
     parts = node.args[0]
     if kind_of(parts) not in ("chunk", "split") or len(parts.meta["example_value"]) != 2:
         return None
-    dim = parts.kwargs.get("dim", parts.args[2] if len(parts.args) > 2 else 0)
-    product = _linear(parts.args[0])
-    if product is None or dim not in (-1, tensor_of(parts.args[0]).dim() - 1):
+    call = form(parts, "input: tensor, chunks, dim=0", "tensor: tensor, split_size_or_sections, dim=0", "input: tensor, split_size, dim=0")
+    if call is None:
+        return None
+    whole = getattr(call, "input", None) or call.tensor
+    product = _linear(whole)
+    if product is None or call.dim not in (-1, tensor_of(whole).dim() - 1):
         return None
     halves = [sizes(t)[-1] for t in parts.meta["example_value"]]
     return (product, node.args[1], (parts, node)) if halves[0] == halves[1] else None
@@ -279,9 +293,10 @@ def _core(node: fx.Node) -> _Core | None:
 
 def _gated(node: fx.Node) -> tuple | None:
     """`act(gate) · up`: source, up, gate, layout, activation, nodes."""
-    if kind_of(node) != "mul" or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+    factors = pair(node) if kind_of(node) == "mul" else None
+    if factors is None or not all(isinstance(a, fx.Node) for a in factors):
         return None
-    for active, other in (node.args, node.args[::-1]):
+    for active, other in (factors, factors[::-1]):
         found = activation_of(active)
         if found is None:
             continue
@@ -349,9 +364,10 @@ def _tail(node: fx.Node) -> _Tail:
 
 def _other_term(node: fx.Node, term: fx.Node) -> fx.Node | None:
     """The other tensor of a sum of two; None for anything else."""
-    if node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+    terms = pair(node)
+    if terms is None or not all(isinstance(a, fx.Node) for a in terms):
         return None
-    other = node.args[1] if node.args[0] is term else node.args[0]
+    other = terms[1] if terms[0] is term else terms[0]
     return other if tensor_of(other) is not None and tensor_of(other).is_floating_point() else None
 
 

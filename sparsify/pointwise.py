@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from types import SimpleNamespace
 from typing import Any
 
 import sympy
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparsify.aliasing import tensor_of, written
+from sparsify.calls import Unbound, bind
 from sparsify.sites import Norm
 from sparsify.symbolic import sizes
 
@@ -44,6 +46,20 @@ def kind_of(node: Any) -> str:
     return node.target if node.op == "call_method" and node.target in _METHODS else ""
 
 
+def form(node: fx.Node, *signatures: str) -> SimpleNamespace | None:
+    """The arguments of a call, None where it has another form."""
+    try:
+        return bind(node, *signatures)
+    except Unbound:
+        return None
+
+
+def pair(node: fx.Node) -> tuple[Any, Any] | None:
+    """The two terms of a sum, or factors of a product."""
+    call = form(node, "input, other, *, alpha=1")
+    return (call.input, call.other) if call is not None and call.alpha == 1 else None
+
+
 def is_parameter(node: Any, dims: int) -> bool:
     """Whether a node is a graph input or attribute of so many dimensions, of a floating dtype."""
     tensor = tensor_of(node)
@@ -52,17 +68,16 @@ def is_parameter(node: Any, dims: int) -> bool:
 
 def inert(node: fx.Node) -> bool:
     """Whether a dropout does nothing."""
-    arguments = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
-    # torch.dropout(input, p, train) and F.dropout(input, p=0.5, training=True)
-    training = arguments.get("training", arguments.get("train", True))
-    return training is False or arguments.get("p", 0.5) == 0
+    call = form(node, "input, p, train" if node.target is torch.dropout else "input, p=0.5, training=True, inplace=False")
+    return call is not None and (getattr(call, "training", getattr(call, "train", True)) is False or call.p == 0)
 
 
 def scalar_of(node: fx.Node, factor: fx.Node) -> float | None:
     """The number that a product multiplies `factor` with."""
-    if node.kwargs or len(node.args) != 2:
+    factors = pair(node)
+    if factors is None:
         return None
-    other = node.args[1] if node.args[0] is factor else node.args[0]
+    other = factors[1] if factors[0] is factor else factors[0]
     return float(other) if isinstance(other, (int, float)) and not isinstance(other, bool) else None
 
 
@@ -72,12 +87,13 @@ def scalar_of(node: fx.Node, factor: fx.Node) -> float | None:
 def activation_of(node: Any) -> tuple[str, fx.Node, tuple[fx.Node, ...]] | None:
     """(name, argument, nodes) when a node is silu, gelu, gelu_tanh or relu of its argument."""
     kind = kind_of(node)
-    if kind in ("silu", "relu") and isinstance(node.args[0], fx.Node) and not written(node):
-        return kind, node.args[0], (node,)
-    if kind == "gelu" and isinstance(node.args[0], fx.Node):
-        approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-        return (name, node.args[0], (node,)) if name else None
+    if kind in ("silu", "relu") and not written(node):
+        call = form(node, "input: tensor, inplace=False")
+        return (kind, call.input, (node,)) if call is not None else None
+    if kind == "gelu":
+        call = form(node, "input: tensor, approximate: str = 'none'")
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(call.approximate) if call is not None else None
+        return (name, call.input, (node,)) if name else None
     return _tanh_polynomial(node) if kind == "mul" else None
 
 
@@ -92,10 +108,11 @@ def _tanh_polynomial(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] 
             return sympy.Float(here)
         if here not in values:
             kind = kind_of(here)
-            if kind in ("add", "mul", "pow") and not here.kwargs and len(here.args) == 2 and len(values) < 16:
-                left, right = map(read, here.args)
+            operands = _operands(here) if kind in ("add", "mul", "pow") and len(values) < 16 else None
+            if operands is not None:
+                left, right = map(read, operands)
                 values[here] = {"add": left + right, "mul": left * right}.get(kind) if kind != "pow" else left**right
-            elif kind == "tanh":
+            elif kind == "tanh" and len(here.args) == 1 and not here.kwargs:
                 values[here] = sympy.tanh(read(here.args[0]))
             else:
                 sources.add(here)
@@ -114,6 +131,11 @@ def _tanh_polynomial(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] 
     if not (_close(outer, wanted[0]) and _close(inner, wanted[1])):
         return None
     return "gelu_tanh", sources.pop(), tuple(values)
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any] | None:
+    call = form(node, "input, exponent") if kind_of(node) == "pow" else None
+    return (call.input, call.exponent) if call is not None else pair(node) if kind_of(node) != "pow" else None
 
 
 def _coefficients(expr: sympy.Expr, *symbols: sympy.Symbol) -> dict[tuple[int, ...], float] | None:
@@ -135,15 +157,16 @@ def norm_of(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
     if kind_of(node) in ("layer_norm", "rms_norm"):
         return _library_norm(node)
     cast, body = _uncast(node)
-    if kind_of(body) != "mul" or len(body.args) != 2:
-        return None
-    for left, right in (body.args, body.args[::-1]):
+    factors = pair(body) if kind_of(body) == "mul" else None
+    for left, right in (factors, factors[::-1]) if factors else ():
         weight = _norm_weight(left)
         unit = _unit(right) if weight else None
         if weight is None or unit is None:
             continue
         parameter, offset, weight_nodes = weight
         source, eps, inner_cast, unit_nodes = unit
+        if inner_cast and tensor_of(right).dtype is not tensor_of(source).dtype:
+            return None
         exact = tensor_of(source).dtype == torch.float32
         if tensor_of(node).dtype != tensor_of(source).dtype or (offset and inner_cast and not exact):
             return None
@@ -155,19 +178,15 @@ def norm_of(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
 
 
 def _library_norm(node: fx.Node) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
-    names = (
-        ("input", "normalized_shape", "weight", "bias", "eps")
-        if kind_of(node) == "layer_norm"
-        else ("input", "normalized_shape", "weight", "eps")
-    )
-    call = dict(zip(names, node.args, strict=False)) | node.kwargs
-    weight, bias, eps = call.get("weight"), call.get("bias"), call.get("eps")
-    if len(call["normalized_shape"]) != 1 or not is_parameter(weight, 1) or not (bias is None or is_parameter(bias, 1)):
+    layer = kind_of(node) == "layer_norm"
+    more = "bias=None, eps=1e-5, cudnn_enable=True" if layer else "eps=None"
+    call = form(node, f"input: tensor, normalized_shape, weight=None, {more}")
+    if call is None or not isinstance(call.normalized_shape, (tuple, list)) or len(call.normalized_shape) != 1:
         return None
-    if kind_of(node) == "rms_norm" and eps is None:
+    bias = call.bias if layer else None
+    if not isinstance(call.eps, float) or not is_parameter(call.weight, 1) or not (bias is None or is_parameter(bias, 1)):
         return None
-    kind = "layer" if kind_of(node) == "layer_norm" else "rms_fp32"
-    return Norm(kind, weight, bias, 1e-5 if eps is None else float(eps)), call["input"], (node,)
+    return Norm("layer" if layer else "rms_fp32", call.weight, bias, call.eps), call.input, (node,)
 
 
 def _uncast(node: Any) -> tuple[bool, Any]:
@@ -182,12 +201,13 @@ def _norm_weight(node: Any) -> tuple[fx.Node, bool, tuple[fx.Node, ...]] | None:
     """(parameter, whether 1 is added, nodes)."""
     nodes: list[fx.Node] = []
     offset = False
-    if kind_of(node) == "add" and len(node.args) == 2 and 1.0 in (node.args[0], node.args[1]):
+    terms = pair(node) if kind_of(node) == "add" else None
+    if terms is not None and 1.0 in terms:
         offset = True
         nodes.append(node)
-        node = node.args[1] if node.args[0] == 1.0 else node.args[0]
+        node = terms[1] if terms[0] == 1.0 else terms[0]
     cast, inner = _uncast(node)
-    if cast and isinstance(inner, fx.Node):
+    if cast and isinstance(inner, fx.Node) and tensor_of(node).dtype is torch.float32:
         nodes.append(node)
         node = inner
     return (node, offset, tuple(nodes)) if is_parameter(node, 1) else None
@@ -196,17 +216,19 @@ def _norm_weight(node: Any) -> tuple[fx.Node, bool, tuple[fx.Node, ...]] | None:
 def _unit(node: Any) -> tuple[fx.Node, float, bool, tuple[fx.Node, ...]] | None:
     """x · rsqrt(mean(x²) + eps) in float32: (x, eps, whether the result is cast before the weight, nodes)."""
     cast, body = _uncast(node)
-    if kind_of(body) != "mul" or len(body.args) != 2:
-        return None
-    for wide, root in (body.args, body.args[::-1]):
-        if kind_of(root) != "rsqrt" or kind_of(root.args[0]) != "add":
+    factors = pair(body) if kind_of(body) == "mul" else None
+    for wide, root in (factors, factors[::-1]) if factors else ():
+        if kind_of(root) != "rsqrt" or len(root.args) != 1 or root.kwargs or kind_of(root.args[0]) != "add":
             continue
         total = root.args[0]
-        mean, eps = total.args if isinstance(total.args[0], fx.Node) else total.args[::-1]
-        if kind_of(mean) != "mean" or not isinstance(eps, (int, float)) or not _last_dim_kept(mean):
+        terms = pair(total)
+        if terms is None:
             continue
-        square = mean.args[0]
-        if kind_of(square) != "pow" or square.args[0] is not wide or square.args[1] != 2 or tensor_of(wide).dtype != torch.float32:
+        mean, eps = terms if isinstance(terms[0], fx.Node) else terms[::-1]
+        square = _mean_of_last(mean) if kind_of(mean) == "mean" else None
+        if square is None or not isinstance(eps, (int, float)):
+            continue
+        if kind_of(square) != "pow" or _operands(square) != (wide, 2) or tensor_of(wide).dtype != torch.float32:
             continue
         widened, source = _uncast(wide)
         nodes = [square, mean, total, root, body]
@@ -215,6 +237,7 @@ def _unit(node: Any) -> tuple[fx.Node, float, bool, tuple[fx.Node, ...]] | None:
     return None
 
 
-def _last_dim_kept(node: fx.Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return dim in (-1, (-1,), [-1]) and node.kwargs.get("keepdim", False) is True
+def _mean_of_last(node: fx.Node) -> fx.Node | None:
+    """What is averaged over its last dimension, which is kept."""
+    call = form(node, "input: tensor, dim, keepdim=False")
+    return call.input if call is not None and call.dim in (-1, (-1,), [-1]) and call.keepdim is True else None
