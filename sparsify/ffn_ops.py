@@ -21,7 +21,8 @@ run, anything else (a prompt came between, or another sequence) starts a new one
     otherwise      remaining = most · min(age, length) // length  (most where length is 0): the first blocks are skipped, so the
                    active ones are the top ones and their sets nest (SkipDecode, arXiv 2307.02628)
 
-The run's two numbers are kept on the device under `key`. Sequences that take turns under one key look like new runs: they stay dense.
+The run's two numbers are kept on the device under `key`, for each model and thread (`counting`). Sequences that take turns there look like
+new runs: they stay dense.
 `ffn_prompt` copies what it is given and ends the run of `key`, so that tokens after a prompt are a new run wherever they stand.
 """
 
@@ -29,10 +30,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsify.ops import library, traced
 
@@ -104,24 +107,52 @@ def observers() -> tuple[Observer, ...]:
 
 # no position follows it
 _NO_POSITION = -2
-_runs: dict[tuple[torch.device, int], Tensor] = {}
+Runs = dict[tuple[torch.device, int], Tensor]
+
+
+class _Thread(threading.local):
+    """A thread's runs, by a weight of the model, and those of calls outside of any compiled model."""
+
+    def __init__(self) -> None:
+        self.by_weight = WeakTensorKeyDictionary()
+        self.other: Runs = {}
+
+
+_thread = _Thread()
+_here: contextvars.ContextVar[Runs | None] = contextvars.ContextVar("sparsify_ffn_runs", default=None)
+
+
+@contextlib.contextmanager
+def counting(weight: Tensor | None, keys: Iterable[tuple[torch.device, int]]) -> Iterator[None]:
+    """In this block, in this thread, generated tokens of the model with this weight are counted; None: of no model in particular.
+
+    keys: device and key of the runs that are needed, so that they lie outside of the memory of a CUDA graph that is recorded here.
+    """
+    runs = _thread.other if weight is None else _thread.by_weight.setdefault(weight, {})
+    token = _here.set(runs)
+    try:
+        for device, key in keys:
+            run_state(device, key)
+        yield
+    finally:
+        _here.reset(token)
 
 
 def run_state(device: torch.device, key: int) -> Tensor:
-    """int64 [2] on `device`: the last decode step's position and its run's first position.
-
-    Made before a CUDA graph is recorded, so that it lies outside of the graph's memory.
-    """
-    if (device, key) not in _runs:
+    """int64 [2] on `device`: the last decode step's position and its run's first position."""
+    found = _here.get()
+    runs = _thread.other if found is None else found
+    if (device, key) not in runs:
         with torch.utils._python_dispatch._disable_current_modes():
-            _runs[device, key] = torch.full((2,), _NO_POSITION, dtype=torch.int64, device=device)
-    return _runs[device, key]
+            runs[device, key] = torch.full((2,), _NO_POSITION, dtype=torch.int64, device=device)
+    return runs[device, key]
 
 
 def forget_runs() -> None:
-    """The next decode step of every model starts a new run."""
-    for state in _runs.values():
-        state.fill_(_NO_POSITION)
+    """The next decode step of every model in this thread starts a new run."""
+    for runs in (_thread.other, *_thread.by_weight.values()):
+        for state in runs.values():
+            state.fill_(_NO_POSITION)
 
 
 def end_run(device: torch.device, key: int) -> None:

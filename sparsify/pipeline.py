@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import warnings
@@ -13,7 +14,7 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis
 
 import sparsify.backends as backends
-from sparsify import hardware, unmatched, verify
+from sparsify import ffn_runs, hardware, unmatched, verify
 from sparsify.cache_sites import find_cache, made_inside
 from sparsify.config import Config
 from sparsify.editor import Editor
@@ -49,6 +50,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         plans.append(plan)
     if rewritten is None:
         return lower(gm, example_inputs, config)
+    runs = ffn_runs.owner(gm, rewritten)
     pristine = copy_graph(gm) if config.verify else gm  # rewriting works on copies; only lowering consumes a graph
     try:
         compiled = lower(rewritten, example_inputs, config)
@@ -63,7 +65,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         return lower(gm, example_inputs, config)
     if config.verify and kept is not None:
         compiled = _verify_first_call(compiled, pristine, kept, config, example_inputs)
-    return _served(compiled, config)
+    return _served(compiled, config, runs)
 
 
 def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
@@ -163,13 +165,13 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     return compile_fx(gm, list(example_inputs), config_patches=config.inductor_patches())
 
 
-def _served(compiled: Callable[..., Any], config: Config) -> Callable[..., Any]:
-    """At run time too, `kernels` and `strict` hold for this callable alone; other compiled models of the process keep their own ways."""
-    if config.kernels == "auto" and not config.strict:
+def _served(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:
+    """At run time too, `kernels` and `strict` hold for this callable alone, and tokens are counted for its model alone."""
+    if config.kernels == "auto" and not config.strict and runs is None:
         return compiled
 
     def call(*inputs: Any) -> Any:
-        with backends.serving(config.kernels, config.strict):
+        with backends.serving(config.kernels, config.strict), runs.counting(inputs) if runs else contextlib.nullcontext():
             return compiled(*inputs)
 
     return call

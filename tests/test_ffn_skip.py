@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -469,3 +471,63 @@ def test_fake_kernels_agree_with_the_real_ones():
     )
     start = {"warmup": 1, "most": 2, "length": 3, "key": 1, "version": 1}
     torch.library.opcheck(ffn_ops.ffn_start, (x, None, -1), start, test_utils=("test_schema", "test_faketensor"))
+
+
+def take_turns(turns, tokens=5):
+    """Decode steps of several (run, model, prompt length), a token each in turn; which of them were dense, by turn."""
+    caches = [DynamicCache(config=model.config) for _, model, _ in turns]
+    dense = [[] for _ in turns]
+
+    @torch.no_grad()
+    def step(i, count, seed):
+        with observed() as seen:
+            turns[i][1](input_ids=prompt(1, count, seed=seed), **holding(caches[i]))
+        if count == 1:
+            dense[i].append(all(bool((before < 0).all()) for before, _ in seen))
+
+    for i, (run_in, _, length) in enumerate(turns):
+        run_in(step, i, length, i)
+    for seed in range(tokens):
+        for i, (run_in, _, _) in enumerate(turns):
+            run_in(step, i, 1, seed)
+    return dense
+
+
+ALONE = [True, True, False, False, False]
+HERE = lambda call, *args: call(*args)
+
+
+@pytest.mark.parametrize("second", [10, 30])  # the positions of one continue those of the other, or do not
+def test_models_of_one_shape_count_for_themselves(second):
+    models = [build("llama", layers=2, seed=seed) for seed in range(2)]
+    with compiled(models[0], skipping(threshold=-1.0, warmup=2)), compiled(models[1], skipping(threshold=-1.0, warmup=2)):
+        assert take_turns([(HERE, models[0], 9), (HERE, models[1], second)]) == [ALONE, ALONE]
+
+
+def test_threads_count_for_themselves():
+    model = build("llama", layers=2)
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as one,
+        concurrent.futures.ThreadPoolExecutor(1) as other,
+        compiled(model, skipping(threshold=-1.0, warmup=2)),
+    ):
+        inside = lambda pool: lambda call, *args: pool.submit(call, *args).result()
+        assert take_turns([(inside(one), model, 9), (inside(other), model, 10)]) == [ALONE, ALONE]
+
+
+def test_counts_go_with_their_model():
+    weight = torch.nn.Parameter(torch.ones(2))
+    place = (torch.device("cpu"), 7)
+    with ffn_ops.counting(weight, [place]):
+        ffn_ops.run_state(*place).fill_(5)
+        with ffn_ops.counting(torch.nn.Parameter(torch.ones(2)), []):
+            assert ffn_ops.run_state(*place).tolist() == [-2, -2]
+        assert ffn_ops.run_state(*place).tolist() == [5, 5]
+    assert ffn_ops.run_state(*place).tolist() == [-2, -2]
+    ffn_ops.forget_runs()
+    with ffn_ops.counting(weight, []):
+        assert ffn_ops.run_state(*place).tolist() == [-2, -2]
+    before = len(ffn_ops._thread.by_weight)
+    del weight
+    gc.collect()
+    assert len(ffn_ops._thread.by_weight) < before
