@@ -1,5 +1,8 @@
 """Settings for all tests."""
 
+import logging
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.run_records import pytest_addoption, pytest_terminal_summary
@@ -9,3 +12,31 @@ __all__ = ["pytest_addoption", "pytest_terminal_summary"]
 # How fast an example is drawn says more about the machine's load than about the code.
 settings.register_profile("sparsify", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sparsify")
+
+
+class _Deprecations(logging.Handler):
+    """transformers only logs some deprecations, once a process."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message and not message.startswith(LOGGED_BY_ITSELF):
+            self.found.append(message)
+
+
+# what transformers does by itself: assisted decoding calls `generate` of the assistant so
+LOGGED_BY_ITSELF = ("Passing `generation_config` together with generation-related arguments",)
+
+
+@pytest.fixture(autouse=True)
+def no_logged_deprecation():
+    """As pyproject's filterwarnings, for deprecations that are logged."""
+    handler = _Deprecations()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.found
