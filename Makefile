@@ -9,8 +9,8 @@ N ?= 10000
 SEED ?= 0
 
 # What a release of transformers breaks first: families once each, site names, caches, generate() and the commands.
-HF_TESTS := tests/test_families.py tests/test_match.py tests/test_cache.py tests/test_cache_errors.py tests/test_kv_evict.py tests/test_encoders.py \
-	tests/test_calibrate_errors.py tests/test_cli.py tests/test_meta_model.py
+HF_TESTS := tests/test_families.py tests/test_match.py tests/test_cache.py tests/test_cache_errors.py tests/test_cache_transformers.py tests/test_kv_evict.py tests/test_encoders.py \
+	tests/test_calibrate_errors.py tests/test_cli.py tests/test_meta_model.py tests/test_module_paths.py
 QUICK := not gpu and not slow and not interpreter
 
 .PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak lint bench clean

@@ -76,7 +76,8 @@ def picture(maps: list[torch.Tensor], path: Path, title: str) -> None:
             blocks = chosen[0, head]
             causal = torch.ones_like(blocks).tril()
             axis = axes[layer][head]
-            axis.imshow(causal.int() + (blocks & causal).int(), cmap=ListedColormap(["white", "#d8e2ee", "#14406b"]), vmin=0, vmax=2)
+            shown = (causal.int() + (blocks & causal).int()).numpy()
+            axis.imshow(shown, cmap=ListedColormap(["white", "#d8e2ee", "#14406b"]), vmin=0, vmax=2)
             share = float((blocks & causal).sum() / causal.sum())
             axis.set_title(f"layer {layer}, head {head}: {share:.0%}", fontsize=8)
             axis.set_xticks([])
