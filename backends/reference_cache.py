@@ -51,9 +51,16 @@ def cache_store(
         kept = _Merge(key, value, old, seen, real, keys.shape[2])
         if kept.candidates > kept.capacity:
             kept.score(policies.parse(policy), query, scale, softcap, recent)
-        for state, chosen in zip((keys, values, positions), kept.arranged(pinned, recent)):
-            state[:, :, : chosen.shape[2]] = chosen
-        counts.copy_(kept.total.clamp(max=kept.capacity))
+        # in a row to which padding leaves one token or none it is a call of that one token
+        several = None if empty or real is None else real.sum(-1) > 1
+        held = (keys, values, positions, counts)
+        for state, chosen in zip(held, (*kept.arranged(pinned, recent), kept.total.clamp(max=kept.capacity))):
+            part = state[:, :, : chosen.shape[2]] if state.dim() > 2 else state
+            part.copy_(chosen if several is None else torch.where(_like(several, part), chosen, part))
+        if several is not None:
+            first = real.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, key.shape[1], -1)
+            single = (real.any(-1) & ~several)[:, None]
+            _append(_take(key, first), _take(value, first), *held, seen, single, pinned)
     seen += key.shape[2] if real is None else real.sum(-1, dtype=seen.dtype)
     length += key.shape[2]
 
@@ -70,20 +77,24 @@ def _append(
     pinned: int,
 ) -> None:
     """One token per row; padding writes back what is there."""
-    ring = keys.shape[2] - pinned
-    slot = torch.where(counts < pinned, counts, pinned + (counts - pinned) % max(ring, 1)).long()[..., None]
+    slot = cache_ops.next_slot(counts, keys.shape[2], pinned)
     fresh = (key, value, seen[:, None, None].expand_as(slot).to(positions.dtype))
     for state, new in zip((keys, values, positions), fresh):
         index = slot if state.dim() == 3 else slot[..., None].expand(-1, -1, -1, state.shape[-1])
         if real is not None:
-            keep = real.view(-1, 1, 1) if state.dim() == 3 else real.view(-1, 1, 1, 1)
-            new = torch.where(keep, new, state.gather(2, index))
+            new = torch.where(_like(real[:, 0], state), new, state.gather(2, index))
         state.scatter_(2, index, new)
     counts += 1 if real is None else real.to(counts.dtype)
 
 
+def _like(rows: Tensor, state: Tensor) -> Tensor:
+    """[batch] as [batch, 1, ...], to go with a tensor of the state."""
+    return rows.view(-1, *(1,) * (state.dim() - 1))
+
+
 class _Merge:
-    """The tokens of a layer and those of a call, in order of position, of which a cache keeps as many as it has slots."""
+    """The tokens of a layer and those of a call, of which a cache keeps as many as it has slots: empty slots and padding first, then the
+    tokens side by side in order of position."""
 
     def __init__(
         self, key: Tensor, value: Tensor, old: tuple[Tensor, Tensor, Tensor] | None, seen: Tensor, real: Tensor | None, capacity: int
@@ -97,13 +108,12 @@ class _Merge:
         self.call_positions = at.to(torch.int32)  # [batch, query_len], -1 for padding
         self.newest = seen - 1 + (count if real is None else real.sum(-1, dtype=seen.dtype))
         at = self.call_positions[:, None].expand(-1, kv_heads, -1)
-        if old is None:
-            self.keys, self.values, self.positions = key, value, at
-        else:
-            order = old[2].argsort(-1)
-            self.keys = torch.cat((_take(old[0], order), key), 2)
-            self.values = torch.cat((_take(old[1], order), value), 2)
-            self.positions = torch.cat((_take(old[2], order), at), 2)
+        self.keys, self.values, self.positions = key, value, at
+        if old is not None:
+            self.keys, self.values, self.positions = (torch.cat(parts, 2) for parts in zip(old, (key, value, at)))
+        if old is not None or real is not None:
+            order = self.positions.argsort(dim=-1, stable=True)
+            self.keys, self.values, self.positions = (_take(held, order) for held in (self.keys, self.values, self.positions))
         self.candidates = self.keys.shape[2]
         self.total = (self.positions >= 0).sum(-1, dtype=torch.int32)  # [batch, kv_heads]
         self.scores: Tensor | None = None
@@ -119,7 +129,7 @@ class _Merge:
                 queries, asked = _take(query, last[:, None].expand(-1, query.shape[1], -1)), asked.gather(1, last)
         found = policy.score(Candidates(self.keys, self.values, self.positions, queries, asked, self.newest, scale, softcap))
         newest = self.positions > (self.newest - recent)[:, None, None]
-        # a NaN score would win every comparison in topk; the policy's word counts only between tokens that exist
+        # a NaN score would win every comparison; the policy's word counts only between tokens that exist
         found = found.float().nan_to_num(nan=-3e38, neginf=-3e38, posinf=3e38).clamp(-3e38, 3e38)
         self.scores = found.masked_fill(newest, torch.inf).masked_fill(self.positions < 0, -torch.inf)
 
@@ -137,7 +147,8 @@ class _Merge:
 
     def _by_slot(self, pinned: int, recent: int) -> Tensor:
         """Candidate of each slot, [batch, kv_heads, capacity]; the order is described in `sparsify.cache_ops`."""
-        kept = self.scores.topk(self.capacity, -1).indices  # the recent ones first, then by falling score
+        # the recent ones first, then by falling score; of equal ones the older, so that padding around them cannot decide
+        kept = self.scores.argsort(dim=-1, descending=True, stable=True)[..., : self.capacity]
         at = _take(self.positions, kept)
         rank = torch.arange(self.capacity, device=at.device) - recent
         ring = self.capacity - recent + pinned - 1 - rank  # worst first

@@ -133,6 +133,8 @@ def attention_forward(
     _check(layer, module, query, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     real = None if attention_mask is None else _real(layer, attention_mask, query.shape[2])
+    if not layer.is_initialized:
+        layer.allocate(key, value, _tokens(query, real))
     if layer.is_first:
         layer.call.storing = True
     wanted = autocast_dtype(query)
@@ -197,6 +199,11 @@ def _real(layer: SparseLayer, mask: Tensor, query_len: int) -> Tensor:
     return (mask[:, -query_len:] if layer.started else mask).to(torch.bool)
 
 
+def _tokens(query: Tensor, real: Tensor | None) -> int:
+    """Tokens of a call's longest row; compiled code has to know them beforehand and counts padding too."""
+    return query.shape[2] if real is None or torch.compiler.is_dynamo_compiling() else int(real.sum(-1).max())
+
+
 def _attend(
     layer: SparseLayer,
     query: Tensor,
@@ -230,6 +237,10 @@ def _attend(
         output = _prompt(query, key, value, real, **how, **shape)
     else:
         keys, values, positions, _, seen, _ = layer.state
+        if empty:  # whatever a prompt that failed may have left in the buffers
+            positions, seen = torch.full_like(positions, -1), torch.zeros_like(seen)
+        elif real is not None and not layout.window:
+            positions = _before_single_tokens(layer, real)
         output = cache_ops.attention(
             query,
             keys,
@@ -247,6 +258,13 @@ def _attend(
     observed = query if layer.policy.observed else None
     cache_ops.store(observed, key, value, *layer.state, real=real, empty=empty, **stored)
     return output
+
+
+def _before_single_tokens(layer: SparseLayer, real: Tensor) -> Tensor:
+    """The slots' positions, in rows to which padding leaves one token without what it overwrites: it is stored before it is attended to."""
+    slot = cache_ops.next_slot(layer.counts, layer.layout.capacity, layer.layout.pinned)
+    gone = (torch.arange(layer.layout.capacity, device=slot.device) == slot) & (real.sum(-1) == 1)[:, None, None]
+    return layer.positions.masked_fill(gone, -1)
 
 
 def _prompt(
@@ -270,8 +288,12 @@ def _prompt(
             seen = (at[None, :] <= at[:, None])[None, None] & real[:, None, None, :]
         grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, **grouped)
-    flags = None
+    order = flags = None
     if real is not None:
+        if window:  # counted in tokens, and the op counts columns: tokens come to stand side by side, padding behind them
+            order = real.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+            query, key, value = (_columns(tensor, order) for tensor in (query, key, value))
+            real = real.gather(1, order)
         flags = real.to(torch.uint8)
         if sinks:
             flags = flags + 2 * (real & (real.cumsum(-1) <= sinks)).to(torch.uint8)
@@ -290,4 +312,10 @@ def _prompt(
         seq_major=True,
         version=ops.VERSION,
     )
-    return output
+    return output if order is None else _columns(output, order.argsort(-1))
+
+
+def _columns(tensor: Tensor, order: Tensor) -> Tensor:
+    """tensor [batch, heads, n, dim] with its columns in the order [batch, n], as the transpose of a contiguous [batch, n, heads, dim]."""
+    rows = tensor.transpose(1, 2)
+    return rows.gather(1, order[:, :, None, None].expand_as(rows)).transpose(1, 2)

@@ -92,7 +92,7 @@ def chain(layers: list[SparseLayer]) -> Call:
 class SparseLayer(CacheLayerMixin):
     """Slots of one attention layer; see `sparsify.cache_ops` for the state.
 
-    policy: decides what stays. layout: None while a budget given as a share waits for the first call's length.
+    policy: decides what stays. layout: None while a budget given as a share waits for the first call's tokens.
     sliding: the model's own window, kept exactly, whatever the policy of the other layers.
     """
 
@@ -108,9 +108,13 @@ class SparseLayer(CacheLayerMixin):
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates all slots, for the batch, heads, dtype and device of `key_states` [batch, kv_heads, any, head_dim]."""
+        """Allocates all slots, for the batch, heads, dtype and device of `key_states` [batch, kv_heads, tokens, head_dim]."""
+        self.allocate(key_states, value_states, key_states.shape[2])
+
+    def allocate(self, key_states: Tensor, value_states: Tensor, tokens: int) -> None:
+        """As `lazy_initialization`; `tokens` is what a budget given as a share refers to."""
         if self.layout is None:
-            self.layout = self.policy.layout(max(1, -(-key_states.shape[2] * round(self.budget * 10**6) // 10**6)))
+            self.layout = self.policy.layout(max(1, -(-tokens * round(self.budget * 10**6) // 10**6)))
         batch, kv_heads, _, head_dim = key_states.shape
         capacity = self.layout.capacity
         self.batch_size, self.dtype, self.device = batch, key_states.dtype, key_states.device
@@ -169,9 +173,10 @@ class SparseLayer(CacheLayerMixin):
             key_states, value_states = key_states.to(wanted), value_states.to(wanted)
         if key_states.dtype != value_states.dtype:
             raise CacheError(f"keys are {key_states.dtype}, values {value_states.dtype}", where=f"layer {self.index}")
-        if not self.is_initialized:
+        if self.layout is not None and not self.is_initialized:  # a share waits for the mask, which attention gets
             self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
+        if self.is_initialized:
+            self._check(key_states, value_states)
         self.call.waiting = self
         setattr(key_states, _LAYER, self)
         return key_states, value_states

@@ -15,7 +15,9 @@ zeros. Padding never takes a slot.
 
 `cache_store` adds query_len tokens. One token overwrites the ring's oldest slot. Of more, while they fit, slots stay in order of
 position; beyond that the newest `recent` tokens stay, the policy's scores choose the rest, the best `pinned` of those go to the pinned
-slots and the others to the ring's start, worst first, so that later tokens replace the worst first.
+slots and the others to the ring's start, worst first, so that later tokens replace the worst first. What is counted is tokens, never
+columns: a row to which padding leaves one token, or none, is served as a call of one token would be (callers of `cache_attention` hide what
+that token overwrites).
 
 `cache_attention` attends to the filled slots and, when `new_key` is given, to the tokens that are about to be stored. For a query at
 position p of its row, a key at position k is visible when
@@ -45,7 +47,7 @@ from torch import Tensor
 from sparsify.ops import library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 1
+VERSION = 2
 
 _STATE = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, Tensor(d!) counts, Tensor(e!) seen, Tensor(f!) length"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -101,6 +103,13 @@ traced("cache_length", torch.empty_like)
 traced("cache_store", _store_fake)
 traced("cache_attention", _attention_fake)
 traced("cache_decode", _decode_fake)
+
+
+def next_slot(counts: Tensor, capacity: int, pinned: int) -> Tensor:
+    """Slot that the next token of each row takes, int64 [batch, kv_heads, 1]."""
+    ring = max(capacity - pinned, 1)
+    return torch.where(counts < pinned, counts, pinned + (counts - pinned) % ring).long()[..., None]
+
 
 empty_output = _output
 store = torch.ops.sparsify.cache_store.default

@@ -35,7 +35,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All tokens that could stay, in order of position.
+    """All tokens that could stay, side by side in order of position, behind what is no token.
 
     keys: [batch, kv_heads, candidates, head_dim]. values: likewise with v_head_dim.
     positions: int32 [batch, kv_heads, candidates], -1 where there is no token (padding, empty slots).
