@@ -32,8 +32,8 @@ class SparseCache(Cache):
     Args:
         config: `model.config` of the model that will use the cache: this object, not a copy.
         policy: name or instance of an eviction policy; `options` go to the named one.
-        budget: tokens kept per KV head, padding not counted; a float is a share of `prompt_len` or, without that, of the first
-            call's length. None where the policy's options say it all.
+        budget: tokens kept per KV head, padding not counted; a float is a share of `prompt_len` or, without that, of the
+            tokens of the first call's longest row (in compiled code of its columns). None where the policy's options say it all.
         prompt_len: tokens that a budget given as a share refers to.
         batch_size, dtype, device: given together, allocate at once. CUDA graphs (`mode="reduce-overhead"`) need that when the first
             call is compiled too.

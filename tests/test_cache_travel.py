@@ -73,6 +73,7 @@ def test_a_model_and_its_cache_move_together(moved, first):
     pair = moved((model, cache) if first == "model" else (cache, model))
     other, held = pair if first == "model" else pair[::-1]
     assert other.config is not model.config and held is not cache
+    assert held.config is other.config or (first, moved) == ("cache", copy.deepcopy)
     assert torch.equal(reference.through(other, held, MORE, CUTS), want)
     assert torch.equal(reference.through(model, cache, MORE, CUTS), want)
 
@@ -103,7 +104,11 @@ def test_state_that_hangs_on_a_cache_moves_with_it():
     offloaded, meta = copy.deepcopy(loaded).layers[0], torch.device("meta")
     offloaded.device = meta
     assert through_pickle(offloaded).device == meta, "buffers that were offloaded go back to their device"
-    assert through_pickle(loaded).layers[0].device == torch.device("cpu")
+    file = io.BytesIO()
+    torch.save(loaded, file)
+    file.seek(0)
+    elsewhere = torch.load(file, weights_only=False, map_location="meta").layers[0]
+    assert elsewhere.keys.is_meta and elsewhere.device == meta
     empty = through_disk(SparseCache(model.config, "snapkv", 0.5))
     reference.through(model, empty, text(1, 80), [80])
     assert empty.layers[0].keys.shape[2] == 40
@@ -182,14 +187,15 @@ def autocast():
 @torch.no_grad()
 def test_autocast_rounds_no_more_than_with_an_ordinary_cache(policy, early, implementation):
     model, ids, cuts = build("llama", implementation), text(2, 40), [30, 1, 1, 7, 1]
-    exact = model(ids).logits
+    exact, given = model(ids).logits, []
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].dtype))
     with autocast():
         ordinary = reference.through(model, DynamicCache(config=model.config), ids, cuts)
         early = {**early, "batch_size": 2, "device": "cpu"} if early else {}
         cache = SparseCache(model.config, policy, 64, **early)
         got = reference.through(model, cache, ids, cuts)
     assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == early.get("dtype", torch.bfloat16)
-    assert got.dtype == ordinary.dtype
+    assert got.dtype == ordinary.dtype and set(given) == {torch.bfloat16} and len(given) == 2 * len(cuts)
     assert (got - exact).norm() < 1.3 * (ordinary - exact).norm()
 
 
