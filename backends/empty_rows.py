@@ -33,17 +33,17 @@ def fill(
     check(empty_rows, lowest)
     if empty_rows == "zero" or output.numel() == 0 or key.shape[2] == 0:
         return
-    empty = unseen(lse, query, key, empty_rows, options)
+    empty = unseen(lse, query, key, options)
     if output.device.type == "cpu" and not empty.any():  # elsewhere asking costs a synchronisation
         return
-    if empty_rows == "nan":
+    if options["key_bias"] is not None:
+        _fill_weighted(output, empty, value, lowest if empty_rows == "mean" else -torch.inf, hidden_bias, options)
+    elif empty_rows == "nan":
         output.masked_fill_(empty[..., None], torch.nan)
-    elif options["key_bias"] is None:
+    else:
         mean = value.mean(2, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32)
         mean = mean.repeat_interleave(output.shape[1] // value.shape[1], 1)[:, :, None]
         output.copy_(torch.where(empty[..., None], mean.to(output.dtype), output))
-    else:
-        _fill_weighted(output, empty, value, lowest, hidden_bias, options)
 
 
 def check(empty_rows: str, lowest: float) -> None:
@@ -51,9 +51,9 @@ def check(empty_rows: str, lowest: float) -> None:
         raise UnsupportedError(f"empty rows hold {empty_rows!r}, hidden by {lowest}", where="sparsify::attention")
 
 
-def unseen(lse: Tensor, query: Tensor, key: Tensor, empty_rows: str, options: dict[str, Any]) -> Tensor:
-    """Bool like the LSE: rows to fill."""
-    if options["key_bias"] is not None and empty_rows == "mean":
+def unseen(lse: Tensor, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+    """Bool like the LSE: rows to fill. Kernels in base 2 take the lowest finite bias for -inf."""
+    if options["key_bias"] is not None:
         return lse < SUNK
     empty = lse == -torch.inf
     if options["block_counts"] is not None:

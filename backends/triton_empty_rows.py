@@ -119,16 +119,17 @@ def fill(
     if empty_rows == "zero" or output.numel() == 0 or key.shape[2] == 0:
         return
     (batch, heads, query_len, head_dim), (kv_heads, key_len) = output.shape, value.shape[1:3]
-    biased = empty_rows == "mean" and options["key_bias"] is not None
+    biased = options["key_bias"] is not None
     if value.dtype not in DTYPES or output.stride(-1) != 1 or (biased and len({*options["windows"]}) > 1):
         raise UnsupportedError(f"{value.dtype} values, windows {options['windows'][:4]}", where=_WHERE, hint="the reference serves it")
     spec = EmptyRowsSpec(DTYPES[value.dtype], head_dim, heads // kv_heads, "weighted" if biased else empty_rows)
-    empty = unseen(lse, query, key, empty_rows, options).contiguous()
+    empty = unseen(lse, query, key, options).contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
     stretches = min(_MOST_STRETCHES, -(-key_len // (4 * spec.keys)))
     given: dict[str, Any] = {
         "value": value, "out": output, "empty": empty.view(torch.int8), "heads": heads, "kv_heads": kv_heads, "query_len": query_len,
-        "key_len": key_len, "stretches": stretches, "lowest": lowest, **stride_values(value=(value, "bhn"), out=(output, "bhm")),
+        "key_len": key_len, "stretches": stretches, "lowest": lowest if empty_rows == "mean" else -torch.inf,
+        **stride_values(value=(value, "bhn"), out=(output, "bhm")),
     }  # fmt: skip
     kernels = [("write", (-(-query_len // spec.rows), batch * heads), {"num_warps": _WARPS, "num_stages": 1})]
     if biased:

@@ -15,9 +15,10 @@ heads, or one per query head (0 = none for that head). A row without a visible k
 
     zero    0, as scaled_dot_product_attention gives it for a boolean mask
     nan     NaN, as the softmax of -inf alone
-    mean    the average of all keys' values: `lowest`, the finite number that hides, swallows every score beside it. With key_bias, rows
-            whose visible keys all have such a bias (LSE below SUNK) are among them, and the average is weighted by the softmax of
-            key_bias over visible keys and lowest + hidden_bias over the others
+    mean    the average of all keys' values: `lowest`, the finite number that hides, swallows every score beside it
+
+With "nan" or "mean" and key_bias, rows whose visible keys all have a bias that hides (LSE below SUNK) are among them: they hold the average
+that is weighted by the softmax of key_bias over visible keys and of lowest + hidden_bias (-inf for "nan") over the others.
 
 Rows that only block lists leave without a key hold 0 in any case.
 
