@@ -87,14 +87,15 @@ class Memory:
         self._born: dict[Any, int] = {}
         self._writes: dict[Any, list[int]] = defaultdict(list)
         for node, i in self.position.items():
-            for storage in self._storages(node):
+            for storage in self.storages(node):
                 self._born.setdefault(storage, i)
             for target in written(node):
-                for storage in self._storages(target):
+                for storage in self.storages(target):
                     self._writes[storage].append(i)
 
     @staticmethod
-    def _storages(node: fx.Node) -> list[Any]:
+    def storages(node: fx.Node) -> list[Any]:
+        """Keys of the memory that a node's tensors lie in."""
         value = node.meta.get("example_value")
         tensors = [t for t in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(t, torch.Tensor)]
         found = []
@@ -108,7 +109,7 @@ class Memory:
     def written_between(self, node: fx.Node, first: fx.Node | None, last: fx.Node) -> bool:
         """Whether the node's memory may be written after `first` (None: its making) and before `last` runs."""
         end = self.position[last]
-        for storage in self._storages(node):
+        for storage in self.storages(node):
             start = self._born.get(storage, -1) if first is None else self.position[first]
             if any(start < i < end for i in self._writes.get(storage, ())):
                 return True

@@ -62,6 +62,11 @@ class Config(BaseModel):
     )
     exact: bool = Field(False, description="Only methods that keep the result: everything lossy is left out, whatever else asks for it.")
     strict: bool = Field(False, description="Raise where sparsify would otherwise warn and fall back to the untouched graph.")
+    validation: bool = Field(
+        True,
+        description="Run what was proved about a site before it is rewritten: the mask's own nodes against the rewriting, on small random "
+        "inputs. A site whose claim does not hold stays as it is.",
+    )
     verify: bool = Field(False, description="Also run the rewritten graph on the example inputs with keep-all settings and compare.")
     kernels: Literal["auto", "triton", "reference"] = Field(
         "auto", description="What serves the attention ops. `auto`: Triton on CUDA, the PyTorch reference elsewhere."

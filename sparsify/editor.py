@@ -18,6 +18,7 @@ from sparsify import ops
 from sparsify.errors import RewriteError
 from sparsify.masks import Leaf
 from sparsify.sites import AttentionSite, FeedForwardSite, KeyBias, Size
+from sparsify.symbolic import scalar
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Editor:
         elif site.output_stride_order == "bqhd" and not new.transpose(1, 2).is_contiguous():
             value = self.method("transpose", self.method("contiguous", self.method("transpose", value, 1, 2)), 1, 2)
         elif site.output_stride_order == "other":
-            empty = self.call(torch.empty_strided, tuple(old.shape), old.stride(), dtype=old.dtype, device=old.device)
+            shape, strides = (tuple(self.size(site, scalar(n)) for n in numbers) for numbers in (old.shape, old.stride()))
+            empty = self.call(torch.empty_strided, shape, strides, dtype=old.dtype, device=old.device)
             value = self.method("copy_", empty, value)
         site.output.replace_all_uses_with(value)
         self.replaced[site.output] = value

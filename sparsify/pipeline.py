@@ -15,10 +15,10 @@ from torch._dynamo.exc import RestartAnalysis
 
 import sparsify.backends as backends
 from sparsify import ffn_runs, hardware, unmatched, verify
-from sparsify.cache_sites import find_cache, made_inside
+from sparsify.cache_sites import CacheSite, find_cache, made_inside
 from sparsify.config import Config
 from sparsify.editor import Editor
-from sparsify.errors import RewriteError, SparsifyError, UnsupportedError
+from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.match import find_attention
 from sparsify.match_ffn import find_feed_forward
 from sparsify.method import Context
@@ -26,6 +26,7 @@ from sparsify.plan import Choice, acts_on, make_plan
 from sparsify.plan_file import Plan
 from sparsify.sites import FeedForwardSite
 from sparsify.trace import Trace
+from sparsify.validate import Validator
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,10 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
         log.info("no site in this graph")
         return Plan(), None, None
     context = context_of(sites[0].device, config)
+    validator = Validator(gm.graph)
     plan, choices = make_plan(sites, config, context)
+    if config.validation:
+        validate(choices, validator, config.strict)
     trace.plan(plan)
     log.info("%d of %d sites will be rewritten", len(plan.rewritten), len(plan.decisions))
     for decision in plan.decisions:
@@ -89,6 +93,27 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
     kept = apply(gm, choices, keep_all=True) if config.verify else None
     return plan, rewritten, kept
+
+
+def validate(choices: list[Choice], validator: Validator, strict: bool) -> None:
+    """Runs what was proved about every site that is to be rewritten; a site whose claim does not hold, or cannot be run, stays as it is.
+
+    Raises:
+        VerifyError: with `strict`, a claim does not hold: a proof of ours is wrong.
+    """
+    for choice in choices:
+        if choice.proposal is None or isinstance(choice.site, CacheSite):  # a cache's own ops: nothing about them was proved
+            continue
+        outcome = validator.check(choice.site, choice.proposal.method)
+        choice.decision.validation = outcome.words()
+        if outcome.verdict == "agrees":
+            continue
+        if strict and outcome.verdict == "differs":
+            raise VerifyError(choice.decision.validation, where=choice.site.name)
+        choice.proposal = None
+        choice.decision.method, choice.decision.options, choice.decision.reason = None, {}, choice.decision.validation
+        choice.decision.refusals.append(f"validation: {choice.decision.validation}")
+        log.warning("%s: %s", choice.site.name or "attention", choice.decision.validation)
 
 
 def context_of(device: torch.device, config: Config) -> Context:

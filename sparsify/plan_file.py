@@ -57,7 +57,7 @@ class Decision:
     site, ordinal, kind: see `Place`. method: None where the site stays as it is. refusals: one line per method that declined.
     measured: {"method", "options", "error"} of everything that calibration tried here. seconds, dense_seconds: expected, at the example's
     sizes, None when unknown. density: share of causal blocks, expected before a run and realised after one. formula, dense_formula: the
-    same seconds in letters.
+    same seconds in letters. validation: what running the claim about this site showed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -81,6 +81,7 @@ class Decision:
     formula: str = ""
     dense_formula: str = ""
     ordinal: int = 0
+    validation: str = ""
 
 
 @dataclass
