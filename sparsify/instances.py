@@ -1,8 +1,8 @@
 """Small instances of a region: numbers for its sizes and contents for the tensors that it begins at.
 
-Symbolic sizes get small numbers that the graph's guards allow. Numbers that the graph has fixed (a prompt of 32768 tokens, a window of 4096)
-are mapped to small ones, in sizes, literals and guards alike, so that neighbours stay neighbours, sums stay sums and the order stays the order:
-`q - 4095` beside a window of 4096 becomes `q - 11` beside a window of 12.
+Symbolic sizes get small numbers that the graph's guards allow. Numbers that the graph has fixed (a prompt of 32768 tokens, a window of
+4096) are mapped to small ones, in sizes, literals and guards alike, so that neighbours stay neighbours, sums stay sums and the order stays
+the order: `q - 4095` beside a window of 4096 becomes `q - 11` beside a window of 12.
 """
 
 from __future__ import annotations

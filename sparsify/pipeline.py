@@ -111,8 +111,7 @@ def validate(choices: list[Choice], validator: Validator, strict: bool) -> None:
         if strict and outcome.verdict == "differs":
             raise VerifyError(choice.decision.validation, where=choice.site.name)
         choice.proposal = None
-        choice.decision.method, choice.decision.options, choice.decision.reason = None, {}, choice.decision.validation
-        choice.decision.refusals.append(f"validation: {choice.decision.validation}")
+        choice.decision.leave(choice.decision.validation, f"validation: {choice.decision.validation}")
         log.warning("%s: %s", choice.site.name or "attention", choice.decision.validation)
 
 

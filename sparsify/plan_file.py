@@ -83,6 +83,13 @@ class Decision:
     ordinal: int = 0
     validation: str = ""
 
+    def leave(self, reason: str, refusal: str) -> None:
+        """Takes back what was decided: the site stays as it is."""
+        self.method, self.options, self.reason = None, {}, reason
+        self.seconds = self.density = self.scratch = self.error = None
+        self.formula = ""
+        self.refusals.append(refusal)
+
 
 @dataclass
 class Plan:

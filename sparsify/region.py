@@ -1,8 +1,8 @@
 """A site's region: the part of a graph that computes a site's output from its operands, as a graph of its own that can be executed.
 
-A region begins at the site's operands (query, key, value, weights ...), at the graph's inputs, and at sizes; it holds what lies between those
-and the output, the mask's whole subgraph included, and every call that writes to memory which the region reads, in the graph's order. Views
-that share memory in the graph share it when the region runs.
+A region begins at the site's operands (query, key, value, weights ...), at the graph's inputs, and at sizes; it holds what lies between
+those and the output, the mask's whole subgraph included, and every call that writes to memory which the region reads, in the graph's
+order. Views that share memory in the graph share it when the region runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sparsify.aliasing import Memory, written
 MOST_NODES = 400
 # What changes the dtype of the calls after it.
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+_NOT_OF_A_KIND = {"name", "layer", "index", "count", "covered"}
 _NOT_OPERANDS = {"output", "mask_node", "mask", "covered"}
 
 
@@ -139,8 +140,8 @@ class Regions:
             inside = all(n in number for n in node.all_input_nodes) and node.op not in ("placeholder", "get_attr")
             call = (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: _Numbered(number[n]))) if inside else "given"
             lines.append(f"{described} {shared} {call}")
-        fields = {f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name not in ("name", "layer", "index", "covered", "count")}
-        lines += [f"{name}: {_shown(value, number)}" for name, value in fields.items()]
+        told = [f.name for f in dataclasses.fields(site) if f.name not in _NOT_OF_A_KIND]
+        lines += [f"{name}: {_shown(getattr(site, name), number)}" for name in told]
         return names.sub(lambda m: symbols.get(m[0], m[0]), "\n".join(lines))
 
     def region(self, site: Any, nodes: list[fx.Node], kind: str) -> Region:

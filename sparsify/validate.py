@@ -1,11 +1,11 @@
 """Translation validation: before a site is rewritten, what was proved about it is run.
 
-A site's region (`sparsify.region`) and its rewriting, with settings under which the method must equal dense attention, are executed in eager
-PyTorch on the CPU over small random instances (`sparsify.instances`) and compared element by element. One site of a kind stands for all: sites
-are of a kind when their regions do the same with inputs of the same dtypes and sizes, and the same method serves them.
+A site's region (`sparsify.region`) and its rewriting, with settings under which the method must equal dense attention, are executed in
+eager PyTorch on the CPU over small random instances (`sparsify.instances`) and compared element by element. One site of a kind stands for
+all: sites are of a kind when their regions do the same with inputs of the same dtypes and sizes, and the same method serves them.
 
-The idea is translation validation (Pnueli, Siegel, Singerman: Translation Validation, TACAS 1998): not the compiler is proved once, but each of
-its translations is checked when it is made.
+The idea is translation validation (Pnueli, Siegel, Singerman: Translation Validation, TACAS 1998): not the compiler is proved once, but
+each of its translations is checked when it is made.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _SEEDS = 3  # draws of sizes for one style of contents
 class Outcome:
     """What running a site's claim showed.
 
-    agrees: as many instances as were compared agreed. differs: one did not, and `why` names it. unchecked: none could be run, and `why` says
-    what stood in the way.
+    verdict: agrees, as many instances as were compared did; differs, one did not; unchecked, none could be run.
+    why: the element that differs, or what stood in the way.
+    instances: how many were compared.
     """
 
     verdict: Literal["agrees", "differs", "unchecked"]
@@ -77,6 +78,9 @@ class Validator:
                 self._known[kind] = contextvars.Context().run(self._run, self._regions.region(site, nodes, kind), exact)
         except RegionError as error:
             return Outcome("unchecked", str(error))
+        except Exception as error:  # a graph that nobody thought of costs this site alone
+            log.debug("validation failed", exc_info=error)
+            return Outcome("unchecked", f"{type(error).__name__}: {error}")
         return self._known[kind]
 
     def _run(self, region: Region, method: Any) -> Outcome:
@@ -190,9 +194,8 @@ def _quiet(output: fx.Node) -> Iterator[None]:
     device = output.meta["example_value"].device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     half = torch.get_autocast_dtype(device) if casts else None
-    with _disable_current_modes(), torch.no_grad():
-        with torch.autocast("cpu", dtype=half, enabled=half is not None, cache_enabled=False):
-            yield
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", dtype=half, enabled=half is not None, cache_enabled=False):
+        yield
 
 
 def execute(graph: fx.Graph, target: fx.Node, values: dict[str, Any], numbers: Numbers) -> torch.Tensor:

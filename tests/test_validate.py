@@ -202,7 +202,8 @@ def large(window):
 def test_large_fixed_sizes_are_made_small(lengths):
     with torch.device("meta"):  # nothing of that size is made
         query_len, key_len = lengths
-        arguments = (*(torch.empty(1, h, n, 64) for h, n in ((4, query_len), (2, key_len), (2, key_len))), torch.ones(1, key_len).long(), None, None)
+        shapes = [(1, 4, query_len, 64), (1, 2, key_len, 64), (1, 2, key_len, 64)]
+        arguments = (*map(torch.empty, shapes), torch.ones(1, key_len).long(), None, None)
         gm, site = captured(large(500), False, arguments)
     assert site.mask.window == 500 and site.mask.padding is not None
     outcome = verdict(gm, site)
@@ -248,7 +249,7 @@ def test_a_wrong_proof_costs_its_site_alone(monkeypatch):
 def test_a_wrong_proof_is_an_error_under_strict(monkeypatch):
     wrong_windows(monkeypatch)
     torch._dynamo.reset()
-    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="VerifyError: .*does not hold when it is run"):
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=r"VerifyError: .*does not hold when it is run"):
         torch.compile(Two(), backend="sparsify", options=strict(passes=["dense"]))(*inputs())
 
 
@@ -303,7 +304,7 @@ def test_writes_are_run_in_the_graphs_order():
     (refused,) = find_attention(graphs[0])
     assert refused.near_miss  # the matcher sees it too
     nodes = {n.name: n for n in graphs[0].graph.nodes}
-    product, weights = (n for n in nodes.values() if n.target is operator.matmul)
+    weights = [n for n in nodes.values() if n.target is operator.matmul][-1]
     query, key, value = (nodes[f"l_{name}_"] for name in ("query", "key", "value"))
     gm, other = captured(lambda q, k, v, keep, slopes, counter: (q @ repeated(k, q).transpose(-1, -2)).softmax(-1) @ repeated(v, q), False)
     moved = {f.name: getattr(other, f.name) for f in dataclasses.fields(AttentionSite)}
