@@ -182,15 +182,14 @@ def plot(table: Tensor, proposal: Proposal, path: str | Path) -> None:
         UnsupportedError: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot, which would choose a window system for the whole process
     except ImportError:
         raise UnsupportedError("a plot needs matplotlib", hint='pip install "sparsify-compiler[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     blocks = range(len(table))
     low, high = table.quantile(torch.tensor([0.1, 0.9]), dim=1)
-    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axis = figure.subplots()
     axis.fill_between(blocks, low, high, alpha=0.25, label="80 % of the tokens")
     axis.plot(blocks, table.mean(1), marker="o", markersize=3, label="mean")
     axis.axhline(proposal.threshold, linestyle="--", color="black", linewidth=1, label=f"threshold {proposal.threshold:.4f}")
@@ -200,4 +199,3 @@ def plot(table: Tensor, proposal: Proposal, path: str | Path) -> None:
     axis.set_ylabel("cosine before and after")
     axis.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -157,13 +157,11 @@ def plot(forecast: Forecast, path: str | Path) -> None:
         UnsupportedError: matplotlib is not installed, or the file cannot be written.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot, which would choose a window system for the whole process
     except ImportError:
         raise UnsupportedError("a plot needs matplotlib", hint='pip install "sparsify-compiler[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     lengths = [row.length for row in forecast.rows]
     for axis, phase, scale, unit in ((axes[0], PREFILL, 1.0, "s"), (axes[1], DECODE, 1e3, "ms per token")):
         for name, style in (("dense", "o--"), ("chosen", "o-")):
@@ -193,5 +191,3 @@ def plot(forecast: Forecast, path: str | Path) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise UnsupportedError(f"cannot write the plot: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
-    finally:
-        pyplot.close(figure)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -373,10 +374,11 @@ def _capture(model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[list[S
         return gm.forward
 
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints every error that is handled above it
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    here = threading.get_ident()
+    others = lambda record: record.thread != here
+    logger.addFilter(others)
     try:
         with apart.compiled(model.forward, backend, dynamic=False) as forward:
             yield forward, graphs
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(others)

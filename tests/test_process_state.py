@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +113,32 @@ def test_a_recording_does_not_see_other_threads():
             select()
     select()
     assert (len(densities), len(inner)) == (2, 1)
+
+
+MADE = {"dict", "set", "list", "bytearray"}
+
+
+def state_of(path):
+    """Module-level names that may change after the import: lower-case ones that hold containers or objects, and `global` ones."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            made = ast.unparse(node.value.func).split(".")[-1] if isinstance(node.value, ast.Call) else ""
+            container = isinstance(node.value, ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp)
+            instance = made in MADE or made == "count" or (made.lstrip("_")[:1].isupper() and made not in ("ContextVar", "TypeVar"))
+            if name.isidentifier() and not name.strip("_").isupper() and not name.startswith("__") and (container or instance):
+                yield name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield from node.names
+
+
+def test_every_state_of_the_process_is_written_down():
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "how-it-works.md").read_text().partition("## State of the process")[2].partition("\n## ")[0]
+    files = [path for folder in ("sparsify", "backends", "passes", "sparsify/policies") for path in sorted((root / folder).glob("*.py"))]
+    found = {f"{path.stem}.{name}" for path in files for name in state_of(path)}
+    assert {"launch._kernels", "source._modules", "ffn_ops._thread", "trace._warned"} <= found
+    short = set(re.findall(r"`([\w.]+)`", text))
+    assert [name for name in sorted(found) if name not in short and name.partition(".")[2] not in short] == []
