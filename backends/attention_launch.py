@@ -15,6 +15,7 @@ from sparsify.backends import reference, source
 from sparsify.backends.triton_attention import AttentionSpec, Tiling, arguments, attention_source, choose_tiling, programs
 from sparsify.errors import KernelError, SparsifyError, UnsupportedError
 from sparsify.ops import empty_output
+from sparsify.releases import triton_release
 
 _WHERE = "sparsify::attention"
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -267,7 +268,7 @@ def _flag_bounds(flags: Tensor, batch: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _kernel(spec: AttentionSpec) -> Callable[..., Any]:
-    return source.load(attention_source(spec), "attention").attention
+    return source.load(attention_source(spec, triton_release()), "attention").attention
 
 
 def _failure(spec: AttentionSpec, error: Exception) -> KernelError:

@@ -37,7 +37,14 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
 %end
 
 %if key_flags
+%if lean
+    if EDGE:
+        flags = tl.load(flags_row + keys, mask=keys < end, other=0).to(tl.int32)
+    else:
+        flags = tl.load(flags_row + keys).to(tl.int32)
+%else
     flags = tl.load(flags_row + keys, mask=keys < end, other=0).to(tl.int32)
+%end
     readable = (flags & 1) != 0
 %else
     readable = keys < end

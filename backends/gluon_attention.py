@@ -18,6 +18,7 @@ from sparsify.backends import source
 from sparsify.backends.gluon_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, argument_types, generate
 from sparsify.errors import KernelError
 from sparsify.ops import empty_output
+from sparsify.releases import triton_release
 
 log = logging.getLogger(__name__)
 
@@ -56,17 +57,6 @@ def serves(
         "too many tiles": batch * heads * -(-query_len // QUERY_TILE) >= 1 << 30,
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
-
-
-@functools.cache
-def triton_release() -> tuple[int, int]:
-    """Major and minor number of the installed Triton; (0, 0) without one."""
-    try:
-        import triton
-    except ImportError:
-        return (0, 0)
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def ready(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify import blockmask, gradients, ops
+from sparsify import blockmask, gradients, ops, releases
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ def _obstacle(device_type: str, index: int | None, wanted: str) -> str | None:
     """Why Triton kernels cannot run on a device when `wanted` is asked for; None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if old := releases.obstacle("triton"):
+        return old
     if device_type == "cpu":
         # the interpreter is for tests: it must be asked for twice
         return None if os.environ.get("TRITON_INTERPRET") == "1" and wanted == "triton" else "no GPU"

@@ -185,8 +185,8 @@ def pick(${arguments}, WIDTH: tl.constexpr):
     low = 0
     broken = 0
 %if density
-    wanted = tl.zeros([], tl.int64)
-    must = tl.zeros([], tl.int64)
+    wanted = 0
+    must = 0
 %else
     total = 0.0
     must = 0.0
@@ -196,14 +196,14 @@ def pick(${arguments}, WIDTH: tl.constexpr):
         high = tl.maximum(high, tl.max(bits) + 1)
         broken = tl.maximum(broken, bad)
 %if density
-        wanted += tl.sum(possible.to(tl.int64))
-        must += tl.sum(forced.to(tl.int64))
+        wanted += tl.sum(possible.to(tl.int32))
+        must += tl.sum(forced.to(tl.int32))
 %else
         total += tl.sum(mass)
         must += tl.sum(tl.where(forced, mass, 0.0))
 %end
 %if density
-    need = (((wanted * share + ((1 << ${density_bits}) - 1)) >> ${density_bits}) - must).to(tl.int32)
+    need = ((wanted.to(tl.int64) * share + ((1 << ${density_bits}) - 1)) >> ${density_bits}).to(tl.int32) - must
     everything = broken
 %else
 %if per_head

@@ -133,8 +133,12 @@ def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
 _STRIDES = [(name, axis) for name, axes in (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), ("out", "bhm")) for axis in axes]
 
 
-def attention_source(spec: AttentionSpec) -> str:
-    """Module text with the kernel `attention`. Grid: one axis, `programs(...)` long; launch with the spec's warps and stages."""
+def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
+    """Module text with the kernel `attention`. Grid: one axis, `programs(...)` long; launch with the spec's warps and stages.
+
+    Args:
+        triton_release: major and minor number.
+    """
     windowed = spec.window != "none"
     exposed = spec.causal or windowed or spec.segments
     state = "acc, m, l" + (", poisoned" if exposed else "")
@@ -163,6 +167,8 @@ def attention_source(spec: AttentionSpec) -> str:
         "flags_note": "; flags always count" if spec.key_flags else "",
         "windowed": windowed,
         "exposed": exposed,
+        # one comparison less in whole tiles, which leaves Triton 3.8's compiler the registers that 3.6's has anyway
+        "lean": triton_release >= (3, 8),
         "raw": not (spec.softcap or spec.alibi or spec.key_bias),
         "per_row_window": spec.window == "per_head" and spec.packed,
         "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparsify import releases
+
 __version__ = "0.1.0"
 __distribution__ = "sparsify-compiler"  # its name on PyPI, where another project is called sparsify
 
@@ -26,4 +28,9 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOME:
         raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
+    if name == "SparseCache":
+        releases.require("transformers")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+releases.check()

@@ -57,7 +57,7 @@ class CacheError(SparsifyError):
 
 
 class UnsupportedError(SparsifyError):
-    """A device, dtype or shape that an operator does not serve."""
+    """A device, dtype or shape that an operator does not serve, or a release of a package that sparsify does not."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

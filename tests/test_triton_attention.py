@@ -56,6 +56,13 @@ def test_a_clause_is_in_the_text_only_where_it_is_asked_for(word, clause):
     assert word not in attention_source(spec("everything_visible"))
 
 
+def test_only_newer_compilers_get_whole_tiles_without_a_bound_on_their_flags():
+    unbounded = "flags = tl.load(flags_row + keys).to(tl.int32)"
+    for clause in CLAUSES:
+        assert (unbounded in attention_source(spec(clause), (3, 8))) == CLAUSES[clause].get("key_flags", False)
+        assert unbounded not in attention_source(spec(clause), (3, 7))
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 128), (256, 256)])
 def test_head_dims_are_padded_and_guarded(dims):
     text = attention_source(spec("causal", dims=dims))

@@ -6,6 +6,7 @@ import pytest
 
 from sparsify.backends import source
 from sparsify.backends.triton_attention import AttentionSpec, arguments, attention_source
+from sparsify.releases import triton_release
 from tests.kernel_specs import CLAUSES, spec
 from tests.kernels.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 def compiled(chosen: AttentionSpec, arch: int) -> Resources:
     listed = arguments(chosen)
     return compile_kernel(
-        source.load(attention_source(chosen), "attention").attention,
+        source.load(attention_source(chosen, triton_release()), "attention").attention,
         {argument.name: argument.type for argument in listed},
         arch=arch,
         num_warps=chosen.tiling.warps,
