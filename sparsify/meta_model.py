@@ -21,6 +21,8 @@ import torch
 from torch import fx, nn
 
 from sparsify import apart
+from sparsify.cache import SparseCache
+from sparsify.cache_layer import chain
 from sparsify.cache_sites import CacheSite, find_cache
 from sparsify.compat_hf import with_cache
 from sparsify.errors import UnsupportedError
@@ -113,6 +115,9 @@ class MetaModel:
         implementation = self.config._attn_implementation
         try:
             cache = _growing(self.config) if make_cache is None else make_cache(self.config)
+            if isinstance(cache, SparseCache):  # of the layers that were cut away nothing is stored: the last one left ends a call
+                del cache.layers[max(self.kinds) + 1 :]
+                cache.call = chain(cache.layers)
             with _capture(self.model) as (forward, graphs):
                 prefill = self._call(forward, graphs, length, batch, cache)
                 filled = {kind: _bytes(cache.layers[kind]) if kind < len(cache.layers) else 0 for kind in set(self.kinds)}
