@@ -324,8 +324,8 @@ class _Proof:
                 return dataclasses.replace(leaf, relation=relation, number=int(wanted.rhs))
         for node in reversed(self.reader.nodes):
             tensor = tensor_of(node)
-            if tensor.dim() == 2 and tensor.dtype is torch.bool and self.wide_enough(node, self.key_len):
-                row = sympy.Integer(0) if tensor.shape[0] == 1 or BATCH in self.fixed() else BATCH
+            if tensor.dim() == 2 and tensor.dtype is torch.bool and self.rows_of_batch(node) and self.is_wide(node, self.key_len):
+                row = sympy.Integer(0) if tensor.shape[0] == 1 else BATCH
                 key = sympy.Integer(0) if KEY in self.fixed() else KEY
                 if as_condition(self.reader.read(node).at(row, key)) == wanted:
                     return Leaf(node)
@@ -353,10 +353,18 @@ class _Proof:
         shift = sympy.expand(column - (sympy.Integer(0) if index in self.fixed() else index))
         if shift.has(*_INDICES) or loads(shift) or not self.facts.holds(sympy.Ge(shift, 0)):
             return None
-        single = row == 0 and (tensor_of(node).dim() == 1 or tensor_of(node).shape[0] == 1 or BATCH in self.fixed())
-        if not (row == BATCH or single) or not self.wide_enough(node, shift + length):
+        single = row == 0 and (tensor_of(node).dim() == 1 or tensor_of(node).shape[0] == 1)
+        if not (single or (row == BATCH and self.rows_of_batch(node))) or not self.wide_enough(node, shift + length):
             return None
         return Leaf(node, shift)
+
+    def rows_of_batch(self, node: fx.Node) -> bool:
+        """Whether a tensor has one row, or exactly those of the batch: a part of a larger tensor is no leaf."""
+        rows = sizes(tensor_of(node))[0]
+        return rows == 1 or self.facts.holds(sympy.Eq(rows, self.facts.extents[BATCH]))
+
+    def is_wide(self, node: fx.Node, width: sympy.Expr) -> bool:
+        return self.facts.holds(sympy.Ge(sizes(tensor_of(node))[-1], width))
 
     def wide_enough(self, node: fx.Node, width: sympy.Expr) -> bool:
         """Whether the leaf is not known to have fewer columns; the graph itself would fail if it had."""

@@ -24,7 +24,7 @@ Table = dict[str, tuple[Callable, str]]
 
 def attend(masks, query, key, value, *extra):
     q, k = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])[None]
-    return [F.scaled_dot_product_attention(query, key, value, attn_mask=make(q, k, *extra)) for make in masks]
+    return [F.scaled_dot_product_attention(query, key, value, attn_mask=make(q, k, *extra), scale=0.4) for make in masks]
 
 
 @torch.no_grad()
