@@ -52,6 +52,11 @@ def bind(node: fx.Node, *signatures: str) -> SimpleNamespace:
     raise why
 
 
+def names(signature: str) -> tuple[str, ...]:
+    """The names of a signature's parameters."""
+    return tuple(p.name for p in _parameters(signature))
+
+
 def _bound(node: fx.Node, parameters: tuple[_Parameter, ...]) -> SimpleNamespace:
     known = {p.name: p for p in parameters}
     given: dict[str, Any] = {}

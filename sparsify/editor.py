@@ -12,13 +12,12 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from sparsify import ops
 from sparsify.errors import RewriteError
 from sparsify.masks import Leaf
 from sparsify.sites import AttentionSite, FeedForwardSite, KeyBias, Size
-from sparsify.symbolic import scalar
+from sparsify.symbolic import COMPUTED, FURTHEST, scalar
 
 
 @dataclass(frozen=True)
@@ -193,12 +192,18 @@ class Editor:
         return self.call(torch.searchsorted, ordered, rows, out_int32=True)
 
     def _query_start(self, site: AttentionSite) -> fx.Node:
+        """int64 []: kernels count in 32 bits, and beyond `FURTHEST` no position is another's neighbour."""
         start = site.mask.query_start
-        if start.leaf is None:
-            return self.call(torch.full, (), self.size(site, start.constant), dtype=torch.int64, device=values(site.query).device)
-        node = self.method("to", self.method("reshape", self._snapshot(start.leaf), ()), torch.int64)
         constant = 0 if start.constant is None else self.size(site, start.constant)
-        return node if constant == 0 else self.call(operator.add, node, constant)
+        if start.leaf is None and isinstance(constant, int):
+            constant = max(-FURTHEST, min(constant, FURTHEST))
+            return self.call(torch.full, (), constant, dtype=torch.int64, device=values(site.query).device)
+        if start.leaf is None:
+            node = self.call(torch.full, (), constant, dtype=torch.int64, device=values(site.query).device)
+        else:
+            node = self.method("to", self.method("reshape", self._snapshot(start.leaf), ()), torch.int64)
+            node = node if start.constant is None else self.call(operator.add, node, constant)
+        return self.method("clamp", node, -FURTHEST, FURTHEST)
 
     def length(self, node: fx.Node, dim: int) -> int | fx.Node:
         """The size of one dimension: an int, or a node that computes it."""
@@ -216,12 +221,12 @@ class Editor:
         found = self._size_node(expr)
         if found is not None:
             return found
-        if expr.func not in _ARITHMETIC:
+        if expr.func not in COMPUTED:
             raise RewriteError(f"no node holds the size {expr}", where=site.name)
-        operands = [self.size(site, part) for part in expr.args]
+        operands = [self.size(site, part) for part in ([expr.base] * int(expr.exp) if expr.is_Pow else expr.args)]
         result = operands[0]
         for operand in operands[1:]:
-            result = self.call(_ARITHMETIC[expr.func], result, operand)
+            result = self.call(COMPUTED[expr.func], result, operand)
         return result
 
     def _size_node(self, expr: sympy.Expr) -> fx.Node | None:
@@ -260,17 +265,6 @@ class Editor:
                 continue
             pending.extend(node.all_input_nodes)
             self.graph.erase_node(node)
-
-
-_ARITHMETIC = {
-    sympy.Add: operator.add,
-    sympy.Mul: operator.mul,
-    sympy.Max: torch.sym_max,
-    sympy.Min: torch.sym_min,
-    Max: torch.sym_max,
-    Min: torch.sym_min,
-    FloorDiv: operator.floordiv,
-}
 
 
 def values(tree: Any) -> Any:

@@ -21,7 +21,23 @@ import sparsify.readings  # noqa: F401  (registers how operators are read)
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.masks import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.reader import Reader, reason_of
-from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Cases, Element, Facts, Unreadable, as_condition, cases, limits, loads, sizes
+from sparsify.symbolic import (
+    BATCH,
+    COMPUTED,
+    FURTHEST,
+    HEAD,
+    KEY,
+    QUERY,
+    Cases,
+    Element,
+    Facts,
+    Unreadable,
+    as_condition,
+    cases,
+    limits,
+    loads,
+    sizes,
+)
 
 _ORDER = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 _INDICES = (BATCH, HEAD, QUERY, KEY)
@@ -255,7 +271,7 @@ class _Proof:
             return True, QueryStart()
         found = loads(bound)
         if not found:
-            return True, QueryStart(constant=bound)
+            return True, QueryStart(constant=computed(bound))
         load = next(iter(found))
         constant = sympy.expand(bound - load)
         node = self.reader.leaves[load.func.__name__]
@@ -263,7 +279,7 @@ class _Proof:
             raise Unreadable(f"the causal offset {bound} is no single number")
         if tensor_of(node).dtype not in (torch.int32, torch.int64):
             raise Unreadable(f"the causal offset is {tensor_of(node).dtype}")
-        return True, QueryStart(leaf=node, constant=constant if constant != 0 else None)
+        return True, QueryStart(leaf=node, constant=computed(constant) if constant != 0 else None)
 
     def offset(self, start: QueryStart) -> sympy.Expr:
         """The query start as an expression."""
@@ -302,6 +318,10 @@ class _Proof:
             width, start = sympy.expand(1 - bound), QueryStart(constant=sympy.Integer(0))
         if width <= 0:
             raise Unreadable("the window hides every key")
+        if width > self.facts.magnitude(sympy.expand(self.query_len + self.offset(start))):
+            return None, start  # it reaches further back than any row stands
+        if width > FURTHEST:
+            raise Unreadable(f"a window of {width} tokens")
         return int(width), start
 
     def check_limits(self, clauses: _Clauses, causal: bool, offset: sympy.Expr) -> None:
@@ -356,7 +376,7 @@ class _Proof:
         single = row == 0 and (tensor_of(node).dim() == 1 or tensor_of(node).shape[0] == 1)
         if not (single or (row == BATCH and self.rows_of_batch(node))) or not self.wide_enough(node, shift + length):
             return None
-        return Leaf(node, shift)
+        return Leaf(node, computed(shift))
 
     def rows_of_batch(self, node: fx.Node) -> bool:
         """Whether a tensor has one row, or exactly those of the batch: a part of a larger tensor is no leaf."""
@@ -380,8 +400,11 @@ class _Proof:
             leaf, place = self.rows(of_key, KEY, self.key_len), self.rows(of_query, QUERY, self.query_len)
             if QUERY in of_key.free_symbols or KEY in of_query.free_symbols or leaf is None or place is None:
                 continue
-            if self.facts.holds(sympy.Eq(sympy.expand(place.shift - leaf.shift - offset), 0)):
-                return leaf
+            if not self.facts.holds(sympy.Eq(sympy.expand(place.shift - leaf.shift - offset), 0)):
+                continue
+            if not self.facts.holds(sympy.Ge(offset, 0)) or not self.facts.holds(sympy.Le(offset + self.query_len, self.key_len)):
+                raise Unreadable("documents of queries that have no key of their own")
+            return leaf
         raise Unreadable("documents are compared at other positions than the causal clause's")
 
 
@@ -397,6 +420,14 @@ def additive(element: Element, dtype: torch.dtype) -> Boolean:
         elif not (value == -sympy.oo or (value.is_finite and value <= sympy.Rational(lowest))):
             raise Unreadable(f"the mask adds {float(value):g}")
     return sympy.Or(*visible)
+
+
+def computed(size: sympy.Expr) -> sympy.Expr:
+    """The expression, where a graph's own sizes can be made into it at run time."""
+    parts = list(sympy.preorder_traversal(size))
+    if all(part.is_Integer or part.is_Symbol or part.func in COMPUTED for part in parts) and size.is_integer is not False:
+        return size
+    raise Unreadable(f"the size {size} is computed from none")
 
 
 def _is_load(clause: Boolean) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from sparsify import calls
 from sparsify.aliasing import tensor_of
 from sparsify.compat import attribute, operator_word
 from sparsify.numerics import FLOATS, WIDE
@@ -123,8 +125,10 @@ class Reader:
 
 
 def reason_of(why: Exception) -> str:
-    """For people: why a node has no reading. Whatever is no `Unreadable` is a form that its reading did not foresee."""
-    return str(why) if isinstance(why, Unreadable) else f"a form that is not foreseen ({type(why).__name__}: {str(why)[:80]})"
+    """For people: why a node has no reading. Whatever neither refusal is, is a form that its reading did not foresee."""
+    return (
+        str(why) if isinstance(why, (Unreadable, calls.Unbound)) else f"a form that is not foreseen ({type(why).__name__}: {str(why)[:80]})"
+    )
 
 
 def example_of(value: Any) -> Any:
@@ -136,63 +140,53 @@ def example_of(value: Any) -> Any:
 
 _NAMES: dict[Any, str] = {}
 _READINGS: dict[str, Reading] = {}
-# torch takes NumPy's names of some arguments too
-_ALIASES = {"axis": "dim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How calls of some name are read. signatures: tried in turn, as torch tries its overloads; other calls are unreadable."""
+    """How calls of some name are read. function, method: the signatures of its forms; settled: the arguments that nobody need look at."""
 
     handler: Handler
-    function: tuple[inspect.Signature, ...]
-    method: tuple[inspect.Signature, ...]
+    function: tuple[str, ...]
+    method: tuple[str, ...]
+    settled: frozenset[str]
 
     def bind(self, node: fx.Node) -> dict[str, Any]:
-        """The call's arguments by name, without those that the signature marks as not needed.
+        """The call's arguments by name, without the settled ones.
 
         Raises:
-            Unreadable: an argument is left over or missing in all signatures.
+            calls.Unbound: an argument is left over or missing in all signatures.
         """
-        for signature in self.method if node.op == "call_method" else self.function:
-            names = signature.parameters
-            keywords = {next((n for n in (k, f"_{k}", _ALIASES.get(k)) if n in names), k): v for k, v in node.kwargs.items()}
-            try:
-                bound = signature.bind(*node.args, **keywords)
-            except TypeError:
-                continue
-            bound.apply_defaults()
-            return {name: value for name, value in bound.arguments.items() if not name.startswith("_")}
-        given = [type(example_of(a)).__name__ for a in node.args] + sorted(node.kwargs)
-        raise Unreadable(f"{operator_word(node)} is called in another form: {', '.join(given)}")
+        signatures = self.method if node.op == "call_method" else self.function
+        arguments = vars(calls.bind(node, *signatures)) if signatures else {}
+        return {name: value for name, value in arguments.items() if name not in self.settled}
 
 
 def handles(*names: str, signature: str, method: str = "") -> Callable[[Handler], Handler]:
     """Registers a reading for methods, torch functions and operators of these names.
 
-    signature: the parameters of torch, overloads apart by "|". The handler gets them by name, except names that begin with an
-        underscore: their effect is known from the example value (its shape, its dtype) or there is none. What is not in a signature
-        is refused. method: likewise where the method takes others than the function; its receiver comes first.
+    signature: the parameters of torch as `calls.bind` takes them, overloads apart by "|". The handler gets them by name, except those
+        written with an underscore in front: what they do is known from the example value (its shape, its dtype), or they do nothing.
+        A call that has others is unreadable. Empty: the handler binds the call itself.
+    method: likewise where the method takes others than the function; its receiver comes first.
     """
-    function, of_method = _signatures(signature), _signatures(method or signature)
+    forms = tuple(tuple(part.strip() for part in text.split("|") if part.strip()) for text in (signature, method or signature))
+    written = {name for form in forms for part in form for name in calls.names(part)}
+    settled = frozenset(name[1:] for name in written if name.startswith("_"))
+    function, of_method = (tuple(re.sub(r"\b_(?=\w)", "", part) for part in form) for form in forms)
 
     def register(handler: Handler) -> Handler:
-        taken = set(inspect.signature(handler).parameters)
-        missing = {name for s in (*function, *of_method) for name in s.parameters if not name.startswith("_")} - taken
+        missing = {name for name in written if not name.startswith("_")} - set(inspect.signature(handler).parameters)
         if missing:
             raise TypeError(f"the reading of {names[0]} ignores {sorted(missing)}")
         for name in names:
-            _READINGS[name] = Reading(handler, function, of_method)
+            _READINGS[name] = Reading(handler, function, of_method, settled)
             for space in (operator, torch, torch.nn.functional, builtins):
                 if callable(getattr(space, name, None)):
                     _NAMES[getattr(space, name)] = name
         return handler
 
     return register
-
-
-def _signatures(text: str) -> tuple[inspect.Signature, ...]:
-    return tuple(inspect.signature(eval(f"lambda {part}: None")) for part in text.split("|"))
 
 
 def reading_of(node: fx.Node) -> Reading | None:

@@ -19,8 +19,10 @@ from sparsify.reader import At, Reader, TensorFunction, call_of, checked_index, 
 from sparsify.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, lift, number, scalar, sizes
 from sparsify.views import PERMUTATIONS, permutation
 
-_FACTORY = "*, _dtype=None, _device=None, _layout=None, _pin_memory=False, _requires_grad=False"
+_OPTIONS = "_dtype=None, _device=None, _layout=None, _pin_memory=False, _requires_grad=False"
+_FACTORY = f"*, {_OPTIONS}"
 _LIKE = f"{_FACTORY}, _memory_format=None"
+_TO = "_dtype=None, _device=None, _other=None, _non_blocking=False, _copy=False, _memory_format=None"
 _BINARY = "input, other"
 
 
@@ -33,7 +35,7 @@ def _dtypes(reader: Reader, *operands: Any) -> list[torch.dtype]:
     return [reader.read(operand).dtype for operand in operands]
 
 
-@handles("add", "sub", signature="input, other, *, alpha=1 | input, alpha, other")
+@handles("add", "sub", signature="input, other, *, alpha=1 | input, alpha: number, other: tensor")
 def _sum(reader: Reader, node: fx.Node, input: Any, other: Any, alpha: Any) -> At:
     name = operator_word(node)
     if tensor_of(node).dtype is torch.bool:
@@ -166,8 +168,8 @@ def _arange(reader: Reader, node: fx.Node, start: Any = 0, step: Any = 1) -> At:
     return at
 
 
-@handles("ones", "zeros", signature=f"_size, {_FACTORY} | *_size, _dtype=None, _device=None, _layout=None, _requires_grad=False")
-@handles("new_ones", "new_zeros", signature=f"_input, _size, {_FACTORY} | _input, *_size, _dtype=None, _device=None, _requires_grad=False")
+@handles("ones", "zeros", signature=f"*_size, {_OPTIONS}")
+@handles("new_ones", "new_zeros", signature=f"_input, *_size, {_OPTIONS}")
 @handles("ones_like", "zeros_like", signature=f"_input, {_LIKE}")
 def _constant(reader: Reader, node: fx.Node) -> At:
     one = "ones" in operator_word(node)
@@ -188,7 +190,7 @@ def _full(reader: Reader, node: fx.Node, fill_value: Any = None, data: Any = Non
     return lambda *i: value
 
 
-@handles("to", signature="input, *_target, _dtype=None, _device=None, _other=None, _non_blocking=False, _copy=False, _memory_format=None")
+@handles("to", signature=f"input, *, {_TO} | input, *_target, {_TO}")
 @handles("type", signature="input, _dtype=None, _non_blocking=False")
 @handles("type_as", signature="input, _other")
 @handles("float", "double", "half", "bfloat16", "bool", "int", "long", "contiguous", "clone", signature="input, _memory_format=None")
@@ -198,7 +200,7 @@ def _convert(reader: Reader, node: fx.Node, input: Any) -> At:
     return lambda *i: cast(reader.facts, source.at(*i), source.dtype, target)
 
 
-@handles("expand", "broadcast_to", signature="input, _size | input, *_sizes")
+@handles("expand", "broadcast_to", signature="input, *_size")
 @handles("expand_as", signature="input, _other")
 def _expand(reader: Reader, node: fx.Node, input: Any) -> At:
     return reader.spread(input, sizes(tensor_of(node)))
@@ -211,8 +213,8 @@ def _unsqueeze(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
 
 
 @handles("squeeze", signature="input, _dim=None")
-@handles("view", signature="input, _size | input, *_sizes | input, _dtype")
-@handles("reshape", signature="input, _shape | input, *_sizes")
+@handles("view", signature="input, *_size | input, _dtype: dtype")
+@handles("reshape", signature="input, *_shape")
 @handles("flatten", signature="input, _start_dim=0, _end_dim=-1")
 @handles("unflatten", signature="input, _dim, _sizes")
 @handles("view_as", "reshape_as", signature="input, _other")
@@ -235,7 +237,7 @@ def _reshape(reader: Reader, node: fx.Node, input: Any) -> At:
     return at
 
 
-@handles(*PERMUTATIONS, signature="*_positional, **_named")
+@handles(*PERMUTATIONS, signature="")
 def _permute(reader: Reader, node: fx.Node) -> At:
     found = permutation(node)
     if found is None:

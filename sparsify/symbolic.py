@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ MAX_CASES = 32
 # What is taken for granted where nothing narrower is known, so that overflow can be excluded: a symbolic size stays below LONGEST,
 # another symbolic integer below MOST, and so do 64-bit integers read from tensors.
 LONGEST, MOST = 2**28, 2**61
+# Farther away than this no position matters: positions, windows and their sums fit into 32 bits.
+FURTHEST = 2**30
 # sympy's symbols are Booleans too, so `Boolean` itself does not tell conditions from numbers
 CONDITION = (BooleanAtom, BooleanFunction, Relational)
 
@@ -42,6 +45,19 @@ class Cases:
 Element = sympy.Basic | Cases
 # functions of integers whose value is no larger than the largest of their arguments
 _NO_LARGER = (sympy.Abs, sympy.Max, sympy.Min, Max, Min, FloorDiv, Mod, PythonMod)
+# how sizes are computed at run time, by the functions of their expressions; a power is a product
+COMPUTED = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    sympy.Pow: operator.mul,
+    sympy.Max: torch.sym_max,
+    sympy.Min: torch.sym_min,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+}
 
 
 def cases(element: Element) -> tuple[tuple[Boolean, sympy.Basic], ...]:

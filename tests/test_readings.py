@@ -5,6 +5,7 @@ A table of masks is one graph with one attention for every mask.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsify import api, reader
+from sparsify.backends import reference
 from tests.harness import strict
 
 LENGTH = 12
@@ -173,7 +175,7 @@ def test_an_error_in_a_reading_costs_its_own_site(error, late, monkeypatch):
         return at if late else at()
 
     real = reader._READINGS["tril"]
-    monkeypatch.setitem(reader._READINGS, "tril", reader.Reading(broken, real.function, real.method))
+    monkeypatch.setitem(reader._READINGS, "tril", dataclasses.replace(real, handler=broken))
     first, second = outcomes([lambda q, k: torch.ones(12, 12, dtype=torch.bool).tril(), lambda q, k: k <= q])
     assert "not foreseen" in first[0] and error.__name__ in first[0] and second[0] == "causal"
     assert max(first[1], second[1]) < 1e-5
@@ -263,3 +265,99 @@ def test_a_number_that_the_padding_cannot_hold(dtype):
         "beyond": (lambda q, k, p: (k <= q) & (row(p) <= min(limits.max + 1, 2**63 - 1)), "causal"),
     }
     check(table, padding)
+
+
+# -- what the clauses are measured from ----------------------------------------------------------------------------------------------------
+
+BOUNDS: Table = {
+    "around another place": (lambda q, k, s: (k <= q) & ((k - q - s.shape[0]).abs() < 5), "opaque: the window"),
+    "below another place": (lambda q, k, s: (k <= q) & (k > q + s.shape[0] - 5), "opaque: the window"),
+    "a looser bound beside it": (lambda q, k, s: (k <= q) & (k <= q + s.shape[0]) & (k > q + s.shape[0] - 5), "opaque: the window"),
+    "from the causal bound": (lambda q, k, s: (k <= q + s.shape[0]) & (k > q + s.shape[0] - 5), "causal from s"),
+    "around a shifted place": (lambda q, k, s: (k - q - s.shape[0]).abs() < 5, "causal from s"),
+    "from the queries": (lambda q, k, s: (k <= q) & ((k - q).abs() < 5) & (k <= q + s.shape[0]), "causal, window 5"),
+    "without order": (lambda q, k, s: (k > q - 5) & (k < s.shape[0] + 5), "opaque"),
+    "of a size": (lambda q, k, s: (k <= q) & (k > q - s.shape[0]), "opaque: the window"),
+    "a product of sizes": (lambda q, k, s: k <= q + (s.shape[0] + 1) * (s.shape[0] - 1) + 1, "causal from s"),
+    "a remainder": (lambda q, k, s: k <= q + s.shape[0] % 5, "causal from"),
+}
+
+
+@pytest.mark.parametrize("query_len", [LENGTH, 7, 1])
+def test_a_window_is_measured_from_the_causal_bound(query_len):
+    shift = torch.zeros(2)
+    torch._dynamo.mark_dynamic(shift, 0)
+    table = BOUNDS if query_len == LENGTH else {name: (make, "") for name, (make, _) in BOUNDS.items()}
+    check(table, shift, query_len=query_len, batch=1)
+
+
+FAR: Table = {
+    "window": (lambda q, k: (k <= q) & (k > q - 2**40), "causal"),
+    "start": (lambda q, k: k <= q + 2**40, "causal from"),
+    "start far below": (lambda q, k: k <= q - 2**40, "causal from"),
+    "product of sizes": (lambda q, k: k <= q + k.shape[1] * k.shape[1] - 100, "causal from"),
+    "too large a product": (lambda q, k: k <= q - k.shape[1] ** 3, "opaque"),
+}
+
+
+def test_places_beyond_32_bits_of_symbolic_lengths():
+    """Lengths are not known, so nothing is left out as farther than the row is long."""
+    check(FAR, dynamic=True)
+
+
+@pytest.mark.parametrize("start", [0, 3, 2**31 + 1, 2**40, -(2**40)])
+def test_places_beyond_32_bits_in_a_tensor(start, monkeypatch):
+    """The query start is handed to the op within 32 bits: kernels cut off what is above."""
+    table = {
+        "start": (lambda q, k, s: k <= q + s, "causal from"),
+        "window": (lambda q, k, s: (k <= q + s) & (k > q + s - 4), "causal from"),
+        "wide window": (lambda q, k, s: (k <= q + s) & (k > q + s - 2**40), "opaque"),
+    }
+    given = []
+    real = reference.attention
+    monkeypatch.setattr(reference, "attention", lambda *args, **call: given.append(call["query_start"]) or real(*args, **call))
+    check(table, torch.tensor(start), batch=1)
+    assert [int(x) for x in given] == [max(-(2**30), min(start, 2**30))] * 2
+
+
+def test_a_leaf_has_one_row_or_those_of_the_batch():
+    rows = torch.tensor([[0] * 3 + [1] * 9, [1] * 12, [0] * 5 + [1] * 7])
+    pad = lambda p: p[:, None, None, :] != 0
+    same = lambda d: d[:, None, :, None] == d[:, None, None, :]
+    table = {
+        "padding of the first row": (lambda q, k, p: (k <= q) & pad(p[:1]), ""),
+        "padding of the first row, without a batch": (lambda q, k, p: (k <= q) & (p[0][None] != 0), "causal, padding"),
+        "padding of another row": (lambda q, k, p: (k <= q) & (p[1][None] != 0), "causal, padding"),
+        "documents of the first row": (lambda q, k, p: (k <= q) & same(p[:1]), ""),
+        "documents of a row": (lambda q, k, p: (k <= q) & (p[0][:, None] == p[0][None]), ""),
+        "a row for every query": (lambda q, k, p: (k <= q) & (k > 1).expand(12, 12), "causal, padding"),
+        "a copied row for every query": (lambda q, k, p: (k <= q) & (k > 1).expand(12, 12).clone(), "causal, padding"),
+    }
+    check(table, rows, batch=1)
+    check({name: form for name, form in table.items() if "first row" not in name} | {
+        "padding of the first rows": (lambda q, k, p: (k <= q) & pad(p[:2]), ""),
+        "padding of the last rows": (lambda q, k, p: (k <= q) & pad(p[1:]), ""),
+        "documents of the first rows": (lambda q, k, p: (k <= q) & same(p[:2]), ""),
+    }, rows, batch=2)  # fmt: skip
+    check({"one key": (lambda q, k, p: (k <= q) & pad(p[:2, :1]), "")}, rows, batch=2, key_len=1)
+
+
+@pytest.mark.parametrize(("query_len", "key_len"), [(LENGTH, 1), (1, LENGTH), (1, 1), (5, 3)])
+def test_rows_and_columns_of_one(query_len, key_len):
+    """A dimension of size 1 has no index left in the condition."""
+    d = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4]])
+    masks = [
+        lambda q, k, d: k <= q - 2,
+        lambda q, k, d: k >= q - 2,
+        lambda q, k, d: (q >= 2) & (k <= q),
+        lambda q, k, d: (k == 0) | (q < 1),
+        lambda q, k, d: (k >= 5) | (k <= q),
+        lambda q, k, d: (k <= 3) & (k >= 1 - q),
+        lambda q, k, d: (k <= q) & (d[:, None, : q.shape[0], None] == d[:, None, None, : k.shape[1]]),
+        lambda q, k, d: d[:, None, : q.shape[0], None] == d[:, None, None, : k.shape[1]],
+        lambda q, k, d: d[:, None, None, : k.shape[1]] == d[:, None, None, 3:4],
+        lambda q, k, d: k + torch.arange(2)[:, None, None, None] <= q,
+        lambda q, k, d: (k <= q) & (torch.arange(2)[:, None, None, None] + k > 0),
+        lambda q, k, d: (k <= q) & (torch.arange(2)[:, None, None] + k > 0),
+    ]
+    check({str(n): (make, "") for n, make in enumerate(masks)}, d, query_len=query_len, key_len=key_len)
