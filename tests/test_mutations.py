@@ -17,7 +17,7 @@ from sparsify.backends import reference, reference_select
 from sparsify.masks import QueryStart
 from tests import attention_cases, test_fuzz, test_metamorphic
 from tests.attention_oracle import attention_exact, tolerance
-from tests.fuzz import Wrong, check
+from tests.fuzz_check import Wrong, check
 from tests.fuzz_graphs import Program
 from tests.select_oracle import assert_selection
 
