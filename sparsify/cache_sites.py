@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from sparsify import cache_ops
+from sparsify import cache_ops, unforeseen
 from sparsify.describe import layer_of
 from sparsify.masks import MaskKind, MaskPredicate
 from sparsify.sites import Phase, Size
@@ -70,13 +70,21 @@ def find_cache(gm: fx.GraphModule) -> list[CacheSite]:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     stores = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is cache_ops.store]
     readers = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is cache_ops.attention]
-    return [_site(index, store, readers, order) for index, store in enumerate(stores)]
+    sites = []
+    for index, store in enumerate(stores):
+        try:
+            sites.append(_site(index, store, readers, order))
+        except Exception as error:  # called by hand, in another form than ours: it runs as it stands
+            unforeseen.reason(error, store.name)
+    return sites
 
 
 def made_inside(gm: fx.GraphModule) -> fx.Node | None:
     """The first cache op on a CUDA device whose buffers this very graph makes: CUDA graphs would take their memory back."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in (cache_ops.store, cache_ops.decode) and node.args[3].op != "placeholder":
+        if node.op == "call_function" and node.target in (cache_ops.store, cache_ops.decode):
+            if len(node.args) < 4 or node.args[3].op == "placeholder":
+                continue
             tensor = node.args[1].meta.get("example_value")
             if tensor is not None and tensor.device.type == "cuda":
                 return node

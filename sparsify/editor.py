@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,11 +14,11 @@ import sympy
 import torch
 from torch import fx
 
-from sparsify import ops
+from sparsify import operands, ops
 from sparsify.errors import RewriteError
 from sparsify.masks import Leaf
 from sparsify.sites import AttentionSite, FeedForwardSite, KeyBias, Size
-from sparsify.symbolic import COMPUTED, FURTHEST, scalar
+from sparsify.symbolic import COMPUTED, FURTHEST, scalar, shape_env_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Editor:
     _before: fx.Node | None = None  # where nodes go
     _output: fx.Node | None = None  # the site's output
 
+    @functools.cached_property
+    def shape_env(self) -> Any | None:
+        return shape_env_of(self.graph)
+
     def at(self, site: AttentionSite | FeedForwardSite) -> Editor:
         self._before = self._output = site.output
         return self
@@ -67,6 +72,8 @@ class Editor:
             node = self.graph.create_node(kind, target, args, kwargs)
         # the graph's own fake mode: the tracing context may hold another one by now
         fake_mode = getattr(self._output.meta["example_value"], "fake_mode", None)
+        if getattr(target, "namespace", "") == ops.NAMESPACE:
+            operands.check(target, values(args), values(kwargs), self.shape_env)
         function = target if kind == "call_function" else lambda self_, *a, **k: getattr(self_, target)(*a, **k)
         # sites lie where no gradient is followed, whatever mode the graph is compiled in
         with fake_mode or contextlib.nullcontext(), torch.no_grad():

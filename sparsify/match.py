@@ -21,6 +21,7 @@ from sparsify.eager_ops import NoMatch, is_softmax
 from sparsify.gradients import TRANSFORMED, Modes
 from sparsify.masks import MaskPredicate
 from sparsify.match_eager import find_eager
+from sparsify.operands import plain_tensor
 from sparsify.predicates import Extents
 from sparsify.sites import AttentionSite, KeyBias
 from sparsify.symbolic import Facts, plain, scalar, shape_env_of, sizes
@@ -173,6 +174,8 @@ class Matcher:
             return TRANSFORMED
         operands = (call.query, call.key, call.value)
         tensors = [tensor_of(x) for x in operands]
+        if odd := [type(t).__name__ for t in tensors if not plain_tensor(t)]:
+            return f"an operand is a {odd[0]}, not a plain tensor"
         if any(t.dim() != 4 for t in tensors):
             return f"operands of {tensors[0].dim()} dimensions instead of 4"
         if autocast_to(node, operands) is None:

@@ -33,6 +33,7 @@ from sparsify.eager_ops import (
     products,
 )
 from sparsify.gradients import TRANSFORMED
+from sparsify.operands import plain_tensor
 from sparsify.predicates import Extents
 from sparsify.scores import Chain, ScoreWalk, Term, check_cast, flat_heads, is_flat
 from sparsify.sites import AttentionSite, KeyBias
@@ -193,6 +194,8 @@ class _Match:
         if not matcher.same(key_group.repeat, value_group.repeat):
             key_group, value_group = whole(key), whole(value)
         q, k, v = (sizes(tensor_of(n)) for n in (query, key_group.node, value_group.node))
+        if not all(plain_tensor(tensor_of(n)) for n in (query, key_group.node, value_group.node)):
+            raise NoMatch("an operand is no plain tensor")
         if any(len(s) != 4 for s in (q, k, v)):
             raise NoMatch("operands do not have 4 dimensions")
         if not (matcher.same(q[0], k[0]) and matcher.same(q[0], v[0]) and matcher.same(k[1], v[1])) or matcher.differ(k[2], v[2]):

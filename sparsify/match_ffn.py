@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from sparsify import unforeseen
 from sparsify.aliasing import Memory, tensor_of
 from sparsify.describe import layer_of
 from sparsify.gradients import TRANSFORMED, Modes
+from sparsify.operands import plain_tensor
 from sparsify.pointwise import CASTS, VIEWS, activation_of, form, inert, is_parameter, kind_of, norm_of, pair, scalar_of
 from sparsify.sites import AttentionSite, FeedForwardSite, Norm
 from sparsify.symbolic import plain, sizes
@@ -27,7 +29,7 @@ def find_feed_forward(gm: fx.GraphModule, attention: list[AttentionSite] = ()) -
     cannot be read. attention: the graph's attention sites, which tell the sequence's length where no position is an input.
     """
     matcher = _Matcher(gm.graph, attention)
-    found = [site for node in gm.graph.nodes if (site := matcher.site(node)) is not None]
+    found = [site for node in gm.graph.nodes if (site := matcher.site_of(node)) is not None]
     routed = matcher.routed()
     layers = {site.layer for site in routed}
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -77,6 +79,15 @@ class _Matcher:
         self.memory = Memory(graph)
         self.modes = Modes(graph)
         self.attention = attention
+
+    def site_of(self, node: fx.Node) -> FeedForwardSite | None:
+        try:
+            return self.site(node)
+        except Exception as error:
+            reason, tensor = unforeseen.reason(error, node.name), tensor_of(node)
+            if tensor is None:
+                return None
+            return FeedForwardSite(*_name(node), 0, 0, node, dtype=tensor.dtype, device=tensor.device, near_miss=reason)
 
     def site(self, node: fx.Node) -> FeedForwardSite | None:
         """The block whose down projection ends at `node`, or None."""
@@ -134,6 +145,10 @@ class _Matcher:
         """Why a block with a residual cannot be replaced, or nothing."""
         if self.modes.transformed((site.output, site.input, *site.covered)):
             return TRANSFORMED
+        read = (site.input, site.up, site.gate, site.down, site.up_bias, site.gate_bias, site.down_bias, site.norm.weight, site.norm.bias)
+        for node in (*read, site.post_norm.weight, *site.residuals):
+            if node is not None and not plain_tensor(tensor_of(node)):
+                return f"it reads a {type(tensor_of(node)).__name__}, not a plain tensor"
         tensors = [tensor_of(n) for n in (site.output, site.input, site.up, site.down, *site.residuals)]
         if len({t.dtype for t in tensors}) > 1:
             return "weights and residual differ in dtype"
@@ -146,7 +161,6 @@ class _Matcher:
         inner = set(site.covered) - {site.output}
         if any(set(n.users) - set(site.covered) for n in inner):
             return "a value inside the block is used elsewhere too"
-        read = (site.input, site.up, site.gate, site.down, site.up_bias, site.gate_bias, site.down_bias, site.norm.weight, site.norm.bias)
         for node in (*read, site.post_norm.weight, *site.residuals):
             if node is not None and self.memory.written_between(node, None, site.output):
                 return "an operand is written in place before the block ends"

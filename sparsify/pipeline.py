@@ -89,7 +89,9 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
         log.debug("%s: %s; %s", decision.site, decision.method or "left as is", decision.reason)
     if not plan.rewritten:
         return plan, None, None
-    rewritten = apply(gm, choices)
+    rewritten = carry_out(gm, choices, config.strict)
+    if rewritten is None:
+        return plan, None, None
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
     kept = apply(gm, choices, keep_all=True) if config.verify else None
     return plan, rewritten, kept
@@ -122,24 +124,65 @@ def context_of(device: torch.device, config: Config) -> Context:
     return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family, config.worth)
 
 
+class _SiteFailed(Exception):
+    def __init__(self, choice: Choice, error: SparsifyError):
+        super().__init__(str(error))
+        self.choice, self.error = choice, error
+
+
+def carry_out(gm: fx.GraphModule, choices: list[Choice], strict: bool) -> fx.GraphModule | None:
+    """`apply`, again without the sites where it fails: those stay as they are, as their decisions then say. None where no other is left.
+
+    Raises:
+        SparsifyError: a method failed, under `strict`. Operands that an op does not take refuse their site there too.
+    """
+    while any(choice.proposal is not None for choice in choices):
+        try:
+            return _attempt(gm, choices, False)
+        except _SiteFailed as failed:
+            if isinstance(failed.error, UnsupportedError):
+                log.info("%s: %s", failed.choice.site.name, failed.error)
+            elif strict:
+                raise failed.error from failed.error.__cause__
+            else:
+                warnings.warn(f"sparsify left a site untouched: {failed.error} (strict = true raises instead)", stacklevel=2)
+                log.debug("site left untouched", exc_info=failed.error)
+            failed.choice.leave(str(failed.error))
+    return None
+
+
 def apply(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> fx.GraphModule:
     """A copy of the graph in which every chosen proposal is carried out; verified for structure."""
+    try:
+        return _attempt(gm, choices, keep_all)
+    except _SiteFailed as failed:
+        raise failed.error from failed.error.__cause__
+
+
+def _attempt(gm: fx.GraphModule, choices: list[Choice], keep_all: bool) -> fx.GraphModule:
     mapping: dict[fx.Node, fx.Node] = {}
     copy = copy_graph(gm, mapping)
     editor = Editor(copy.graph)
     chosen = [c for c in choices if c.proposal is not None]
     for choice in chosen:
-        site = editor.converted(choice.site.mapped(mapping))
         method = choice.proposal.method.keep_all() if keep_all else choice.proposal.method
         try:
-            method.rewrite(editor, site)
-        except SparsifyError:
-            raise
+            method.rewrite(editor, editor.converted(choice.site.mapped(mapping)))
+        except SparsifyError as error:
+            raise _SiteFailed(choice, error) from error
         except Exception as error:
-            raise RewriteError(f"{method.name} failed: {type(error).__name__}: {error}", where=site.name) from error
+            what = RewriteError(f"{method.name} failed: {type(error).__name__}: {error}", where=choice.site.name)
+            what.__cause__ = error
+            raise _SiteFailed(choice, what) from error
     editor.erase_orphans([c.site.mapped(mapping) for c in chosen])
     copy.recompile()
-    verify.structure(gm, copy, editor, len(chosen))
+    try:
+        verify.structure(gm, copy, editor, len(chosen))
+    except VerifyError as error:
+        for choice in chosen:
+            if choice.site.output.name == error.where:
+                raise _SiteFailed(choice, error) from error
+        raise
     return copy
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from sparsify import costs, objective, work
+from sparsify import costs, objective, unforeseen, work
 from sparsify.compat import symbol_values
 from sparsify.config import Config
 from sparsify.costs import number
+from sparsify.errors import SparsifyError
 from sparsify.method import Context, Pass, Proposal, Refusal, discover
 from sparsify.plan_file import Decision, Followed, Place, Plan, follow, places
 from sparsify.sites import AttentionSite, FeedForwardSite, Size
@@ -25,6 +26,12 @@ class Choice:
     site: AttentionSite | FeedForwardSite
     proposal: Proposal | None
     decision: Decision
+
+    def leave(self, reason: str) -> None:
+        """After all, the site stays as it is."""
+        decision = self.decision
+        decision.refusals.append(f"{decision.method}: {reason}")
+        self.proposal, decision.method, decision.options, decision.reason = None, None, {}, reason
 
 
 def acts_on(site_type: type, config: Config) -> bool:
@@ -57,7 +64,14 @@ def make_plan(
     for site, place in zip(sites, places(sites) if at is None else at, strict=True):
         saved = _saved(place, followed)
         candidates, measured = _candidates(site, place, config, saved), saved.measured if saved else []
-        choices.append(_choose(site, place, candidates, config, context, measured, regimes))
+        try:
+            choices.append(_choose(site, place, candidates, config, context, measured, regimes))
+        except SparsifyError:
+            raise
+        except Exception as error:
+            reason = unforeseen.reason(error, site.name)
+            choices.append(Choice(site, None, Decision(site.name, site.layer, "", {}, "", None, kind=place.kind, ordinal=place.ordinal)))
+            choices[-1].decision.reason = reason
     return Plan([c.decision for c in choices], device=context.device.describe()), choices
 
 
@@ -155,12 +169,21 @@ def _proposed(
     for method in candidates:
         refusal = Refusal(method.name, site.near_miss) if site.near_miss else None
         refusal = refusal or objective.refuse_error(method, decision.measured, config.max_error)
-        answer = method.propose(site, context) if refusal is None else refusal
+        answer = _asked(method, site, context) if refusal is None else refusal
         for one in answer if isinstance(answer, tuple) else (answer,):
             if isinstance(one, Refusal):
                 decision.refusals.append(str(one))
             else:
                 yield one
+
+
+def _asked(method: Pass, site: AttentionSite | FeedForwardSite, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
+    try:
+        return method.propose(site, context)
+    except SparsifyError:
+        raise
+    except Exception as error:
+        return Refusal(method.name, unforeseen.reason(error, site.name))
 
 
 def _best(proposals: list[Proposal], site: AttentionSite | FeedForwardSite, config: Config, dense: Any) -> int:

@@ -5,6 +5,7 @@ import logging
 import pytest
 from hypothesis import HealthCheck, settings
 
+from sparsify import unforeseen
 from tests.run_records import pytest_addoption, pytest_terminal_summary
 
 __all__ = ["pytest_addoption", "pytest_terminal_summary"]
@@ -40,3 +41,19 @@ def no_logged_deprecation():
     yield
     logger.removeHandler(handler)
     assert not handler.found
+
+
+@pytest.fixture(autouse=True)
+def nothing_unforeseen(request):
+    """An exception that costs a user one site is a failure here, except in tests that ask for it."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = records.append
+    level = unforeseen.log.level
+    unforeseen.log.addHandler(handler)
+    unforeseen.log.setLevel(logging.INFO)
+    yield records
+    unforeseen.log.removeHandler(handler)
+    unforeseen.log.setLevel(level)
+    if records and not request.node.get_closest_marker("unforeseen"):
+        raise records[0].exc_info[1]
