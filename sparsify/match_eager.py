@@ -230,7 +230,7 @@ class _Match:
             source="eager",
             sink_logits=self.sink_logits(extents, output),
             alibi_slopes=added.slopes,
-            key_bias=per_key,
+            key_bias=tuple(replace(one, reader=None) for one in per_key),  # whatever node a site names is an operand
             **vars(empty),
             between=between,
         )

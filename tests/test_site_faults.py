@@ -28,10 +28,13 @@ def two(q, k, v):
 
 
 @torch.no_grad()
-def compiled(function, arguments, **options):
+def compiled(function, arguments, validation=False, **options):
+    """Validation, which would try a rewriting before it counts, stays off but where it is asked for."""
     torch._dynamo.reset()
     with api.collect_plans() as plans:
-        got = torch.compile(function, backend="sparsify", options={**strict(passes=["dense"]), **options})(*arguments)
+        got = torch.compile(function, backend="sparsify", options={**strict(passes=["dense"]), "validation": validation, **options})(
+            *arguments
+        )
     (plan,) = plans
     torch.testing.assert_close(got, function(*arguments), atol=2e-5, rtol=2e-5)
     assert not plan.fallback
@@ -114,12 +117,14 @@ def test_a_rewriting_that_changes_a_shape_costs_one_site(monkeypatch):
         assert [d.method for d in compiled(two, inputs(), strict=False)] == [None, "dense"]
 
 
-def test_every_site_may_fail(monkeypatch):
+@pytest.mark.parametrize("validation", [False, True])
+def test_every_site_may_fail(monkeypatch, validation):
     def rewrite(self, editor, site):
         raise UnsupportedError("no such thing")
 
     monkeypatch.setattr(Dense, "rewrite", rewrite)
-    assert [d.reason for d in compiled(two, inputs())] == ["no such thing"] * 2
+    decisions = compiled(two, inputs(), validation)
+    assert [d.method for d in decisions] == [None] * 2 and all("no such thing" in d.reason for d in decisions)
 
 
 # -- operands ------------------------------------------------------------------------------------------------------------------------------
