@@ -147,7 +147,8 @@ def carry_out(gm: fx.GraphModule, choices: list[Choice], strict: bool) -> fx.Gra
             else:
                 warnings.warn(f"sparsify left a site untouched: {failed.error} (strict = true raises instead)", stacklevel=2)
                 log.debug("site left untouched", exc_info=failed.error)
-            failed.choice.leave(str(failed.error))
+            decision, failed.choice.proposal = failed.choice.decision, None
+            decision.leave(str(failed.error), f"{decision.method}: {failed.error}")
     return None
 
 

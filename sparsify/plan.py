@@ -27,12 +27,6 @@ class Choice:
     proposal: Proposal | None
     decision: Decision
 
-    def leave(self, reason: str) -> None:
-        """After all, the site stays as it is."""
-        decision = self.decision
-        decision.refusals.append(f"{decision.method}: {reason}")
-        self.proposal, decision.method, decision.options, decision.reason = None, None, {}, reason
-
 
 def acts_on(site_type: type, config: Config) -> bool:
     """Whether the configuration, or its plan file, names a method for this type of site."""
