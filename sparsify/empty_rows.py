@@ -89,7 +89,8 @@ def of_written_out(
     Raises:
         NoMatch: rows may see no key, and what they hold cannot be said.
     """
-    per_key = tuple(added.per_key)
+    places = tuple(added.per_key)
+    per_key = tuple(replace(one, reader=None) for one in places)  # no operand of the site
     # one more logit in the denominator outweighs everything hidden
     if proof.opaque or chain.sinks is not None or (impossible(proof, extents, matcher.facts) and not per_key):
         return IMPOSSIBLE if chain.sinks is None else ZERO, per_key
@@ -99,11 +100,11 @@ def of_written_out(
     for mask, form, reader in added.masks:
         sums.setdefault(adders.get(reader, reader), set()).update(_hidden(matcher, mask, form, reader, extents))
     levels = _levels(matcher, chain, softmax, fills, sums, {*adders.values()})
-    if per_key and any(not _swallows(torch.finfo(tensor_of(one.reader).dtype).min, tensor_of(one.reader).dtype) for one in per_key):
+    if per_key and any(not _swallows(torch.finfo(tensor_of(one.reader).dtype).min, tensor_of(one.reader).dtype) for one in places):
         raise NoMatch("a bias per key may hide every key of a row, and float16 keeps scores beside it")
     if not masks:
         return NAN, per_key
-    return _decided(matcher, levels), tuple(replace(one, on_hidden=_reaches(matcher, one, [*fills])) for one in per_key)
+    return _decided(matcher, levels), tuple(replace(one, reader=None, on_hidden=_reaches(matcher, one, [*fills])) for one in places)
 
 
 def _levels(

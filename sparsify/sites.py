@@ -19,7 +19,7 @@ Phase = Literal["prefill", "chunk", "decode"]
 @dataclass(frozen=True)
 class KeyBias:
     """scale · node is added to the scores. node: float, broadcastable to [batch, query_heads, 1, key_len]; flat: [batch · query_heads, 1,
-    key_len]. reader: the node that adds it, in written-out attention. on_hidden: scores that the mask hides get it, too."""
+    key_len]. reader: the node that adds it, while the site is described. on_hidden: scores that the mask hides get it, too."""
 
     node: fx.Node
     scale: float = 1.0
