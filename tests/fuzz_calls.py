@@ -161,7 +161,7 @@ def _spelled(name: str, given: dict[str, ast.expr], variant: int) -> ast.Call:
     only_by_name = [n for n in given if n not in _SIGNATURES[name]]
     ordered = [n for n in _SIGNATURES[name] if n in given]
     whole_prefix = [n for n, m in zip(ordered, _SIGNATURES[name], strict=False) if n == m] if name != "arange" else ordered
-    if name == "arange" and "step" not in given and variant % 3 == 0:
+    if name == "arange" and "start" in given and "step" not in given and variant % 3 == 0:
         given, ordered = given | {"step": ast.Constant(1)}, [*ordered, "step"]
     by_position = min((variant // 2) % (len(ordered) + 1), len(whole_prefix))
     if name == "arange" and "start" not in given:

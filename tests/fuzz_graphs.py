@@ -78,7 +78,7 @@ class Program:
 
     def load(self) -> dict:
         """The text's names."""
-        namespace: dict = {}
+        namespace: dict = {"__name__": "fuzzed"}
         exec(compile(self.source, "<fuzzed program>", "exec"), namespace)
         return namespace
 
@@ -215,7 +215,8 @@ def _repeat(draw, build: Build) -> None:
         build.arguments["enable_gqa"] = "True"
         return
     if build.written and build.sizes["H"] == 1 and draw(st.booleans()):
-        return  # broadcast by the product
+        build.broadcast = True
+        return
     key = pick(draw, *forms)
     value = key if not rarely(draw) else pick(draw, *forms)
     build.body += [key.format(x="key", d="D"), value.format(x="value", d="V")]

@@ -20,6 +20,7 @@ class Build:
     results: list[str] = field(default_factory=list)
     arguments: dict[str, str] = field(default_factory=dict)  # of the SDPA call
     sdpa: int = 0
+    broadcast: bool = False  # one key head for all query heads, by the product
     odd: bool = False  # q is no longer the row plus an offset, or no valid index
     offset: str = "K - Q"
     symbols: str = "B, Q, K = query.shape[0], query.shape[2], key.shape[2]"  # sizes read off the graph inputs
@@ -191,7 +192,8 @@ def _packed(draw, build: Build) -> str:
     if build.mask[-1] != f"runs = {runs}":
         build.mask.append(f"runs = {runs}")
     places = "positions[:, None, None, :] <= positions[:, None, :, None]"
-    same = pick(draw, "runs[b, q] == runs[b, k]", "runs[:, None, None, :] == runs[:, None, :, None]")
+    spread = "runs[:, None, None, :] == runs[:, None, :, None]"
+    same = spread if build.odd else pick(draw, "runs[b, q] == runs[b, k]", spread)
     return pick(draw, same, f"({same}) & ({places})", f"({same}) & (k <= q)", places)
 
 

@@ -102,7 +102,7 @@ def _bias(draw, build: Build, flat: bool) -> None:
 
 def _written_out(draw, build: Build, kind: str, query: str, out: str) -> None:
     """matmul, scale, softcap, mask, softmax, dropout, matmul, in one of many spellings, now and then in another order."""
-    body, flat = build.body, rarely(draw, 6)
+    body, flat = build.body, not build.broadcast and rarely(draw, 6)
     _scores(draw, build, query, pick(draw, "0.3", "D ** -0.5", "-0.5", "2.0"), flat)
     tamper(draw, build, "after the scores", ["raw_key", "raw_query", "raw_value"])
     steps: list[list[str]] = []
