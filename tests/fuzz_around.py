@@ -21,7 +21,7 @@ class Around:
 
 
 def around(draw, build: Build) -> Around:
-    kind = pick(draw, *["plain"] * 16, *_KINDS)
+    kind = pick(draw, *["plain"] * 22, *_KINDS)
     given = ", ".join(build.inputs)
     first = pick(draw, *[n for n in build.inputs if n in ("query", "key", "x", "old_key", "value", "new_key", "extra", "sinks", "slopes")])
     if kind == "plain":

@@ -91,7 +91,7 @@ def positions(draw, build: Build) -> None:
     choices = [build.offset] * 4 + ["0", "1"] + (["K - Q"] if build.sizes["K"] >= build.sizes["Q"] else [])
     build.offset = pick(draw, *choices)
     usual = "torch.arange(Q)[:, None] + {o}"
-    text = usual if not rarely(draw, 4) else pick(draw, *(_PLACES if build.offset != "start" else _PLACES[5:]))
+    text = usual if not rarely(draw, 8) else pick(draw, *(_PLACES if build.offset != "start" else _PLACES[5:]))
     build.odd = text != usual
     build.mask += [f"q, k = {text.format(o=build.offset)}, torch.arange(K)[None]"]
 
@@ -148,7 +148,7 @@ _EDITS = (
 def _clause(draw, build: Build) -> str:
     readable = ["causal", "window", "padding", "documents", "packed"]
     odd = ("prefix", "chunk", "random", "length", "head", "row", "shifted", "integers", "triangle", "left")
-    name = pick(draw, "causal", *readable * 2, *odd)
+    name = pick(draw, "causal", *readable * 5, *odd)
     return _CLAUSES[name](draw, build)
 
 

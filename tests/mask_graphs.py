@@ -192,6 +192,8 @@ def changed(b: Builder, x: fx.Node) -> fx.Node:
         lambda: b.call("type_as", x, b.call(torch.tensor, 1, dtype=wide)),
         lambda: b.call(b.pick(*names), x),
         lambda: b.spell("transpose", b.spell("transpose", x, dim0=-1, dim1=dim), dim0=dim, dim1=-1),
+        lambda: b.spell(b.pick("movedim", "moveaxis"), x, source=dim, destination=b.pick(0, -1, dim)),
+        lambda: b.spell("adjoint", x),
         lambda: b.spell(b.pick("transpose", "swapaxes"), x, **b.pick({"dim0": -1, "dim1": -2}, {"dim1": dim, "dim0": -1})),
         lambda: b.spell("squeeze", b.spell("unsqueeze", x, dim=dim), dim=dim),
         lambda: b.call("squeeze", b.call("unsqueeze", x, dim), *b.pick((), (dim,), ((dim, -1),))),

@@ -116,6 +116,22 @@ def _transpose(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
     return _permuted(source, order)
 
 
+@operates("adjoint")
+def _adjoint(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
+    source = bind(node, args, kwargs, "input")["input"]
+    rank = len(source.shape)
+    return _permuted(source, [*range(rank - 2), rank - 1, rank - 2])
+
+
+@operates("movedim", "moveaxis")
+def _movedim(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
+    given = bind(node, args, kwargs, "input", "source", "destination")
+    rank = len(given["input"].shape)
+    source, target = ([d % rank for d in (x if isinstance(x, (list, tuple)) else [x])] for x in (given["source"], given["destination"]))
+    rest = iter([d for d in range(rank) if d not in source])
+    return _permuted(given["input"], [source[target.index(d)] if d in target else next(rest) for d in range(rank)])
+
+
 @operates("t")
 def _t(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
     source = bind(node, args, kwargs, "input")["input"]

@@ -15,14 +15,12 @@ from tests import fuzz, fuzz_check
 from tests.fuzz_graphs import Program
 
 
-@pytest.mark.xfail(reason="the grammar is ahead of the readers", strict=False)
 def test_random_programs_equal_eager_or_are_refused(tmp_path):
-    checker = functools.partial(fuzz_check.check, every_row=False)
-    tally, failure = fuzz.fuzz(200, seed=0, folder=tmp_path, say=lambda text: None, checker=checker)
+    tally, failure = fuzz.fuzz(120, seed=0, folder=tmp_path, say=lambda text: None)
     assert failure is None, f"{failure.error}\n{failure.program}\nrepro: {failure.script}"
     # without rewritten sites of every kind the run would say nothing
-    assert tally.programs >= 150 and tally.sites >= 150
-    assert all(tally.rewritten[name] > tally.sites / 10 for name in fuzz_check.METHODS), str(tally)
+    assert tally.programs == 120 and tally.sites >= 100
+    assert all(tally.rewritten[name] > tally.sites / 20 for name in fuzz_check.METHODS), str(tally)
 
 
 SOURCE = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis
@@ -13,6 +13,7 @@ import torch
 from hypothesis import Phase, given, settings
 from torch import fx, nn
 
+from sparsify import predicates
 from sparsify.masks import Leaf, MaskPredicate
 from sparsify.match import find_attention
 from sparsify.reader import _READINGS
@@ -117,7 +118,7 @@ class Counts:
     proved: int = 0
 
 
-def run(examples: int, seed: int, proofs: bool) -> Counts:
+def run(examples: int, seed: int, proofs: bool, phases: tuple[Phase, ...] = (Phase.generate, Phase.shrink)) -> Counts:
     counts = Counts()
 
     @hypothesis.seed(seed)
@@ -126,7 +127,7 @@ def run(examples: int, seed: int, proofs: bool) -> Counts:
         database=None,
         deadline=None,
         report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink],
+        phases=phases,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @given(mask_graphs())
@@ -154,6 +155,25 @@ def test_what_is_proved_of_a_mask_equals_the_evaluator():
     assert counts.proved > counts.graphs / 10, counts
 
 
+def _wider(proof: MaskPredicate) -> MaskPredicate:
+    return replace(proof, window=proof.window + 1) if proof.window else replace(proof, window=1)
+
+
+_SPOILED = {
+    "window": _wider,
+    "padding": lambda proof: replace(proof, padding=None),
+    "causal": lambda proof: replace(proof, causal=False),
+}
+
+
+@pytest.mark.parametrize("clause", _SPOILED)
+def test_a_wrong_proof_is_found(monkeypatch, clause):
+    real = predicates.prove
+    monkeypatch.setattr(predicates, "prove", lambda *given: real(*given) if real(*given).opaque else _SPOILED[clause](real(*given)))
+    with pytest.raises(AssertionError, match="proved"):
+        run(400, seed=0, proofs=True, phases=(Phase.generate,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
 @pytest.mark.parametrize("proofs", [False, True])
@@ -163,5 +183,5 @@ def test_many_masks(seed, proofs):
 
 def test_every_operator_that_is_read_is_interpreted():
     words = {name.strip("_") if name.startswith("__") else name for name in _READINGS}
-    known = {*OPERATORS, "and", "or"}
+    known = {*OPERATORS, "and", "or", "T", "mT", "H", "mH"}  # attributes go through getattr
     assert words <= known, words - known
