@@ -82,7 +82,7 @@ def refuse(op: str, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
 def _check(op: str, operand: torch.Tensor) -> None:
     if torch.is_grad_enabled() and operand.requires_grad:
         raise UnsupportedError("it has no gradient, and an operand requires one", where=f"sparsify::{op}", hint=_HINT)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(operand).tangent is not None:
+    if forward_ad._current_level >= 0 and torch._VF._unpack_dual(operand, level=forward_ad._current_level).tangent is not None:
         raise UnsupportedError("it has no derivative, and an operand carries a tangent", where=f"sparsify::{op}", hint=_HINT)
 
 
