@@ -90,12 +90,12 @@ def integers(graph: fx.Graph) -> Iterator[int]:
 
 
 def symbols(graph: fx.Graph) -> set[sympy.Symbol]:
-    """The symbols in sizes and numbers of a graph."""
+    """The symbols in sizes, strides and numbers of a graph."""
     found: set[sympy.Symbol] = set()
     for node in graph.nodes:
         example = node.meta.get("example_value")
         for value in example if isinstance(example, (tuple, list)) else (example,):
-            for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            for size in (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,):
                 if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                     found |= size.node.expr.free_symbols
     return found

@@ -22,6 +22,8 @@ MOST_NODES = 400
 # What changes the dtype of the calls after it.
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _NOT_OF_A_KIND = {"name", "layer", "index", "count", "covered"}
+# Operands whose making the region holds: a wrong one is found by what it is made of.
+_MADE_IN_REGION = {"sink_logits", "alibi_slopes", "key_bias", "output", "mask_node", "mask", "covered"}
 _NOT_OPERANDS = {"output", "mask_node", "mask", "covered"}
 
 
@@ -64,24 +66,29 @@ class Regions:
         self.modes = [node for node in graph.nodes if node.target in AUTOCAST]
         self.writers = [(node, target) for node in graph.nodes for target in written(node)]
 
-    def cut(self, site: Any) -> list[fx.Node]:
-        """The region's nodes, what it begins at included: its operands, then the rest in the graph's order.
+    def cut(self, site: Any) -> tuple[list[fx.Node], set[fx.Node]]:
+        """The region's nodes, and those of them whose value it takes as given although the graph computes it.
+
+        Nodes: what the site reads in every form first, then the rest in the graph's order.
 
         Raises:
             RegionError: the region has more than MOST_NODES nodes even where it begins at the mask's own tensors.
         """
-        operands = set(_operands(site))
+        operands = _operands(site)
+        streams = {n for f in dataclasses.fields(site) if f.name not in _MADE_IN_REGION for n in nodes_in(getattr(site, f.name))}
         leaves = set(nodes_in(getattr(site, "mask", ())))
-        for begins, cut_writes in ((operands, False), (operands, True), (operands | leaves, True)):
-            found = self._closure(site.output, begins, leaves, cut_writes)
+        for begins, cut_writes in ((streams, False), (streams, True), ({*operands, *leaves}, True)):
+            found = self._closure(site.output, begins - {site.output}, {*operands, *leaves}, cut_writes)
             if found is not None:
-                end = self.order[site.output]
-                found |= {node for node in self.modes if self.order[node] < end}
-                first = [n for n in dict.fromkeys(_operands(site)) if n is not site.output]
-                return first + sorted(found - set(first), key=self.order.__getitem__)
+                nodes, given = found
+                nodes |= {node for node in self.modes if self.order[node] < self.order[site.output]}
+                first = [n for n in dict.fromkeys(operands) if n in given]
+                return first + sorted(nodes - set(first), key=self.order.__getitem__), given
         raise RegionError(f"it takes more than {MOST_NODES} nodes to compute its mask")
 
-    def _closure(self, output: fx.Node, begins: set[fx.Node], more: Iterable[fx.Node], cut_writes: bool) -> set[fx.Node] | None:
+    def _closure(
+        self, output: fx.Node, begins: set[fx.Node], more: Iterable[fx.Node], cut_writes: bool
+    ) -> tuple[set[fx.Node], set[fx.Node]] | None:
         found: set[fx.Node] = set()
         pending = [output, *begins, *more]
         while pending:
@@ -100,7 +107,7 @@ class Regions:
                 # what is written is given; where it is written belongs to the region
                 begins = begins | {n for n in writer.all_input_nodes if not held & set(self.memory.storages(n))}
             pending = writers
-        return found
+        return found, begins & found
 
     def begins_at(self, node: fx.Node, begins: set[fx.Node]) -> bool:
         """Whether a region takes the node's value as given: operands, inputs of the graph, and whatever is no tensor."""
@@ -126,7 +133,7 @@ class Regions:
             if self.order[writer] < end and any(self.order[writer] > since.get(s, end) for s in self.memory.storages(target))
         ]
 
-    def kind(self, site: Any, nodes: list[fx.Node], also: object) -> str:
+    def kind(self, site: Any, nodes: list[fx.Node], given: set[fx.Node], also: object) -> str:
         """What two sites must have in common for one to stand for both."""
         number = {node: i for i, node in enumerate(nodes)}
         storages: dict[Any, int] = {}
@@ -137,16 +144,16 @@ class Regions:
             value = node.meta.get("example_value")
             described = names.sub(lambda m: symbols.setdefault(m[0], f"s{len(symbols)}"), _description(value))
             shared = [storages.setdefault(s, len(storages)) for s in self.memory.storages(node)]
-            inside = all(n in number for n in node.all_input_nodes) and node.op not in ("placeholder", "get_attr")
+            inside = all(n in number for n in node.all_input_nodes) and not self.begins_at(node, given)
             call = (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: _Numbered(number[n]))) if inside else "given"
             lines.append(f"{described} {shared} {call}")
         told = [f.name for f in dataclasses.fields(site) if f.name not in _NOT_OF_A_KIND]
         lines += [f"{name}: {_shown(getattr(site, name), number)}" for name in told]
         return names.sub(lambda m: symbols.get(m[0], m[0]), "\n".join(lines))
 
-    def region(self, site: Any, nodes: list[fx.Node], kind: str) -> Region:
+    def region(self, site: Any, nodes: list[fx.Node], given: set[fx.Node], kind: str) -> Region:
         """The nodes as a graph, and the site in it."""
-        members, given = set(nodes), set(_operands(site)) - {site.output}
+        members = set(nodes)
         graph, mapping = fx.Graph(), {}
         for node in nodes:
             if any(n not in members for n in node.all_input_nodes) or self.begins_at(node, given):

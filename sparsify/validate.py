@@ -71,11 +71,11 @@ class Validator:
             self._regions = Regions(self.graph)
         exact = method.keep_all()
         try:
-            nodes = self._regions.cut(site)
-            kind = self._regions.kind(site, nodes, (type(exact), exact))
+            nodes, given = self._regions.cut(site)
+            kind = self._regions.kind(site, nodes, given, (type(exact), exact))
             if kind not in self._known:
                 # a context of its own: whoever observes selections or skipped blocks here must not see those of small instances
-                self._known[kind] = contextvars.Context().run(self._run, self._regions.region(site, nodes, kind), exact)
+                self._known[kind] = contextvars.Context().run(self._run, self._regions.region(site, nodes, given, kind), exact)
         except RegionError as error:
             return Outcome("unchecked", str(error))
         except Exception as error:  # a graph that nobody thought of costs this site alone
@@ -267,7 +267,18 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], numbers: Numbers) -> Any:
         kwargs = {**kwargs, "windows": [numbers.of(w) for w in kwargs["windows"]]}
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
+    if _plain_causal(node):
+        # torch's fused CPU kernel masks before it scales: a scale below 0 makes its rows NaN, on the CPU alone
+        return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
     return node.target(*args, **kwargs)
+
+
+def _plain_causal(node: fx.Node) -> bool:
+    """Whether the call is scaled_dot_product_attention with is_causal and no mask."""
+    if getattr(node.target, "__name__", "") != "scaled_dot_product_attention":
+        return False
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return mask is None and (node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)) is True
 
 
 def different(want: torch.Tensor, got: torch.Tensor) -> str:

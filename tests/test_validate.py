@@ -27,7 +27,8 @@ DENSE = Dense(kernel="attention")
 
 def positions(query, key):
     """Rows, as positions among the keys, and keys."""
-    return torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2], torch.arange(key.shape[2])[None]
+    rows, keys = (torch.arange(x.shape[2], device=x.device) for x in (query, key))
+    return rows[:, None] + key.shape[2] - query.shape[2], keys[None]
 
 
 def repeated(x, query):
@@ -200,11 +201,11 @@ def large(window):
 
 @pytest.mark.parametrize("lengths", [(4096, 4096), (1000, 1037), (4096, 32768)])
 def test_large_fixed_sizes_are_made_small(lengths):
-    with torch.device("meta"):  # nothing of that size is made
-        query_len, key_len = lengths
-        shapes = [(1, 4, query_len, 64), (1, 2, key_len, 64), (1, 2, key_len, 64)]
-        arguments = (*map(torch.empty, shapes), torch.ones(1, key_len).long(), None, None)
-        gm, site = captured(large(500), False, arguments)
+    query_len, key_len = lengths
+    shapes = [(1, 4, query_len, 64), (1, 2, key_len, 64), (1, 2, key_len, 64)]
+    # nothing of that size is made
+    arguments = (*(torch.empty(s, device="meta") for s in shapes), torch.ones(1, key_len, dtype=torch.int64, device="meta"), None, None)
+    gm, site = captured(large(500), False, arguments)
     assert site.mask.window == 500 and site.mask.padding is not None
     outcome = verdict(gm, site)
     assert outcome.verdict == "agrees" and outcome.instances >= 2, outcome
