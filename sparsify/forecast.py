@@ -115,12 +115,11 @@ class Forecaster:
 
     def _seconds(self, decided: list[tuple[Site, Decision]], tokens: int, keys: int) -> Seconds:
         attention = cache = feed_forward = other = elementwise = 0.0
-        skipped: dict[int | None, float] = {}
+        blocks_of: dict[int | None, list[Decision]] = {}  # several feed-forward blocks may lie in one layer
         attended = {site.layer for site, _ in decided if isinstance(site, AttentionSite)}
         for site, decision in decided:
             if isinstance(site, FeedForwardSite):
-                if decision.method is not None:
-                    skipped[site.layer] = decision.seconds
+                blocks_of.setdefault(site.layer, []).append(decision)
             elif isinstance(site, CacheSite) and site.phase != DECODE:
                 cache += self._store(site)
                 attention += 0.0 if site.layer in attended else self._windowed(site)
@@ -132,7 +131,10 @@ class Forecaster:
             whole = sum(self._linear(self.batch * keys if pair[0] == self._latent else rows, *pair) for pair in weights.matrices)
             block = sum(self._linear(rows, *pair) for pair in blocks)
             other += whole - block
-            feed_forward += skipped.get(layer, block) + self._routed(rows, weights)
+            decisions = blocks_of.get(layer, [])
+            skips = any(one.method is not None for one in decisions)
+            chosen = sum((one.dense_seconds or 0.0) if one.method is None else one.seconds for one in decisions) if skips else block
+            feed_forward += chosen + self._routed(rows, weights)
             elementwise += self._between(self.model.kinds[layer], rows, tokens)
         head = self._linear(self.batch, self.model.hidden, self.model.head // self.model.hidden) if self.model.head else 0.0
         host = STEP_LAUNCHES * self.context.device.launch if tokens == 1 else 0.0
