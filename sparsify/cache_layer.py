@@ -208,8 +208,6 @@ class SparseLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length
-
     def reset(self) -> None:
         """Empties the layer. A budget given as a share is taken anew from the next call, and any batch size may follow."""
         if not self.is_initialized:

@@ -10,8 +10,3 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """The keyword argument by which a model takes a cache: `cache` since transformers 5.24, `past_key_values` before that and in code that
     came with a checkpoint."""
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
-
-
-def cache_of(output: Any) -> Any:
-    """The cache that a model returned."""
-    return output["cache"] if "cache" in output else output["past_key_values"]

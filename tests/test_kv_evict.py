@@ -16,7 +16,6 @@ import tests.cache_reference as reference
 from sparsify import SparseCache, cache_ops, config, ops, pipeline, verify
 from sparsify.api import collect_plans
 from sparsify.cache_sites import find_cache
-from sparsify.compat_hf import cache_of
 from sparsify.editor import Editor
 from sparsify.errors import UnsupportedError, VerifyError
 from sparsify.method import discover
@@ -151,7 +150,7 @@ def test_several_tokens_stay_two_ops(llama, ids):
 def test_ordinary_caches_are_refused_with_the_hint(llama, ids):
     for kind, cache in (("DynamicCache", None), ("StaticCache", StaticCache(config=llama.config, max_cache_len=64))):
         if cache is None:
-            cache = cache_of(llama(ids, use_cache=True))
+            _, cache = llama(ids, use_cache=True, return_dict=False)
         else:
             llama(ids, **holding(cache))
         _, plan = graphs(llama, [{"input_ids": ids[:, :1], **holding(cache)}], passes=["kv_evict"])[0]
