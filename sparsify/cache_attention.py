@@ -6,6 +6,7 @@ functions are the implementation that the model was loaded with.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import sys
@@ -23,27 +24,33 @@ from sparsify.cache_layer import SparseLayer, StockMask, autocast_dtype, layer_o
 from sparsify.errors import CacheError, UnsupportedError
 
 
-class Implementation(str):
-    """Name of one of the two functions, as it stands in a model's configuration. It is pickled as `base`, what the model was loaded with:
-    a model that was saved works where sparsify is not imported, too, until a SparseCache is made for it there."""
+class _Saved(str):
+    """The name of one of the two functions in a configuration that is copied or pickled: a deep copy of a model is used with its caches,
+    and a model that is loaded elsewhere finds `base`, which it was loaded with, and needs no sparsify there."""
 
     base: str
 
-    def __new__(cls, name: str, base: str) -> Implementation:
-        self = super().__new__(cls, name)
-        self.base = base
-        return self
+    def __deepcopy__(self, memo: Any) -> str:
+        return str(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return str, (self.base,)
 
-    def __deepcopy__(self, memo: Any) -> Implementation:
-        """Copies of a model are used with copies of its cache."""
-        return self
+
+# implementation that a model was loaded with -> the name under which sparsify serves it; plain strings, which compiled code compares
+NAMES = {"sdpa": "sparsify", "eager": "sparsify_eager"}
 
 
-# implementation that a model was loaded with -> the name under which sparsify serves it
-NAMES = {"sdpa": Implementation("sparsify", "sdpa"), "eager": Implementation("sparsify_eager", "eager")}
+def _reduced(config: Any) -> Any:
+    """How configurations are copied and pickled: as always, but for the name of their attention."""
+    make, arguments, state, *rest = config.__reduce_ex__(4)
+    for base, name in NAMES.items():
+        if config._attn_implementation == name:
+            saved = _Saved(name)
+            saved.base = base
+            state = {**state, "_attn_implementation_internal": saved}
+    return make, arguments, state, *rest
+
 
 # What tells two models' configurations apart as far as a cache is concerned; names and paths of files differ between copies of one model.
 _SHAPE = (
@@ -79,6 +86,7 @@ def serve(config: Any) -> None:
     base = config._attn_implementation or "sdpa"
     if base in NAMES:
         config._attn_implementation = NAMES[base]
+    copyreg.pickle(type(config), _reduced)
 
 
 def same_model(one: Any, other: Any) -> bool:

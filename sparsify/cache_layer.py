@@ -76,7 +76,7 @@ def layer_of(key: Tensor) -> SparseLayer | None:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What attention over such tensors is computed in under autocast; None outside of it, and for float64, which it leaves alone."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
