@@ -123,11 +123,7 @@ class SparseCache(Cache):
             started = {layer.started for layer in self.layers}
             whole = len(started) == 1 and not (read and started == {True} and len(set(self._lengths())) > 1)
         if not whole:
-            raise CacheError(
-                "an earlier call failed halfway: some layers hold its tokens and others do not",
-                where="SparseCache",
-                hint="reset() the cache, or make a new one, and give it the whole text",
-            )
+            _refuse_halfway()
 
     def _lengths(self) -> list[int]:
         """Tokens that each layer's buffers have seen, padding included."""
@@ -165,6 +161,15 @@ class SparseCache(Cache):
     def kept_bytes(self) -> int:
         """Bytes of all buffers."""
         return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in (*layer.state, layer.tickets))
+
+
+@torch.compiler.disable  # torch 2.11 fails where compiled code raises
+def _refuse_halfway() -> None:
+    raise CacheError(
+        "an earlier call failed halfway: some layers hold its tokens and others do not",
+        where="SparseCache",
+        hint="reset() the cache, or make a new one, and give it the whole text",
+    )
 
 
 def _checked_budget(budget: int | float | None, prompt_len: int | None) -> int | float | None:
