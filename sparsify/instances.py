@@ -21,8 +21,8 @@ from torch.utils._sympy.numbers import int_oo
 from sparsify.compat import symbol_values
 from sparsify.region import Region
 
-# Fixed numbers from here on are mapped to smaller ones.
-LARGE = 32
+# Fixed numbers from here on are mapped to smaller ones; beyond any number of tokens they are what they are, so that integers still overflow.
+LARGE, HUGE = 32, 1 << 26
 _NEAR = 4  # numbers that are no further apart keep their distance
 _TRIES = 40
 STYLES = ("ones", "left", "random", "right", "documents")
@@ -109,7 +109,7 @@ def shrink(numbers: Iterable[int], keep: set[int], draw: random.Random) -> dict[
     last = max([4, *(n for n in small if n not in keep)])
     mapped: dict[int, int] = {}
     anchor = None
-    for number in sorted(n for n in every if n not in known):
+    for number in sorted(n for n in every if n not in known and n < HUGE):
         if anchor is not None and number - anchor <= _NEAR:
             mapped[number] = mapped[anchor] + number - anchor
         else:
