@@ -40,7 +40,7 @@ def child(backend: str, layers: int, length: int, hidden: int) -> dict[str, floa
 
     from sparsify import pipeline
 
-    spent = {"compile": 0.0, "lower": 0.0}
+    spent = {"compile": 0.0, "lower": 0.0, "validate": 0.0}
 
     def timed(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -53,6 +53,7 @@ def child(backend: str, layers: int, length: int, hidden: int) -> dict[str, floa
         return call
 
     pipeline.lower = timed("lower", pipeline.lower)
+    pipeline.validate = timed("validate", pipeline.validate)
     pipeline.compile_graph = timed("compile", pipeline.compile_graph)
     torch.manual_seed(0)
     heads = hidden // 64
@@ -86,6 +87,7 @@ def child(backend: str, layers: int, length: int, hidden: int) -> dict[str, floa
         "run_s": spans[1][0],
         "own_s": spent["compile"] - spent["lower"],
         "lower_s": spent["lower"],
+        "validate_s": spent["validate"],
     }
 
 
@@ -119,6 +121,9 @@ def measure(layers: int = 2, length: int = 256, hidden: int = 256, repeats: int 
         "own_s": ours["own_s"],
         "own_warm_s": times["sparsify", "warm"]["own_s"],
         "sparsify_lower_s": ours["lower_s"],
+        "validate_s": ours["validate_s"],
+        "validate_share": ours["validate_s"] / record["sparsify_cold_s"],
+        "validate_warm_share": times["sparsify", "warm"]["validate_s"] / record["sparsify_warm_s"],
         "cold_ratio": record["sparsify_cold_s"] / record["inductor_cold_s"],
         "warm_ratio": record["sparsify_warm_s"] / record["inductor_warm_s"],
     }
@@ -132,11 +137,12 @@ def table(found: Iterable[Record]) -> str:
             f"{layers} layers, {hidden} wide, {length} tokens, torch {release}",
             *(f"{r[f'{backend}_{state}_s']:.1f}" for state in ("cold", "warm") for backend in ("inductor", "sparsify")),
             f"{r['own_s']:.2f}",
+            f"{r['validate_s']:.2f}, {r['validate_share']:.1%} / {r['validate_warm_share']:.1%}" if "validate_s" in r else "–",
         ]
         for (layers, hidden, length, release), r in sorted(last.items())
     ]
     columns = [f"{backend}, {state}, s" for state in ("cold", "warm") for backend in ("Inductor", "sparsify")]
-    return markdown(["llama, prompt and next token", *columns, "own stages, s"], rows)
+    return markdown(["llama, prompt and next token", *columns, "own stages, s", "of them validation, s, share of cold / warm"], rows)
 
 
 def main(arguments: list[str]) -> int:

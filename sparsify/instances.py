@@ -21,7 +21,7 @@ from torch.utils._sympy.numbers import int_oo
 from sparsify.compat import symbol_values
 from sparsify.region import Region
 
-# Fixed numbers from here on are mapped to smaller ones; beyond any number of tokens they are what they are, so that integers still overflow.
+# Fixed numbers between these are mapped to smaller ones; what counts no tokens stays what it is, so that integers overflow as ever.
 LARGE, HUGE = 32, 1 << 26
 _NEAR = 4  # numbers that are no further apart keep their distance
 _TRIES = 40

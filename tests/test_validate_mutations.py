@@ -1,8 +1,8 @@
 """With the mend of a fault taken out, the proof is wrong again, and running it finds that.
 
-Each entry is one fault of the past: an argument that nobody looked at, a shortcut that a later step can feel, a bound that is not the bound,
-an integer that torch would have truncated. The program is right with the mend; with it broken, validation alone stands between a wrong proof
-and a wrong result.
+Each entry is one fault of the past: an argument that nobody looked at, a shortcut that a later step can feel, a bound that is not the
+bound, an integer that torch would have truncated. The program is right with the mend; with it broken, validation alone stands between a
+wrong proof and a wrong result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def keys(key):
     return torch.arange(key.shape[2])[None]
 
 
-# -- the programs --------------------------------------------------------------------------------------------------------------------------
+# -- the programs ----------------------------------------------------------------------------------------------------------------------
 
 
 def scaled_sum(query, key, value, more):
@@ -77,7 +77,7 @@ def mask_beside_is_causal(query, key, value, more):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, is_causal=True)
 
 
-# -- the mends, taken out --------------------------------------------------------------------------------------------------------------------
+# -- the mends, taken out --------------------------------------------------------------------------------------------------------------
 
 
 def reading(name, handler):
