@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.perf_counter() - begin
     print(summary(tally, wrong), f"{seconds:.0f} s", sep="\n")
     if given.record is not None:
-        counts = {name: dict(v.most_common()) if isinstance(v, collections.Counter) else v for name, v in vars(tally).items()}
+        counts = {name: dict(v.most_common(100)) if isinstance(v, collections.Counter) else v for name, v in vars(tally).items()}
         asked = {"examples": given.examples, "seed": given.seed, "jobs": given.jobs, "every_row": not given.skip_empty_rows}
         records.append(given.record, "fuzz", **asked, seconds=round(seconds), **counts, wrong=wrong)
     return 1 if wrong else 0
