@@ -26,6 +26,7 @@ from benchmarks import (
     tables_cache,
     tables_cost,
     tables_kernels,
+    tables_sound,
 )
 from benchmarks.cells import Record, conditions, failure, groups, latest, markdown, short, size
 from benchmarks.needles import wilson
@@ -149,6 +150,7 @@ SECTIONS = (
     Section("Feed-forward skipping", _FFN, tables_kernels.ffn, ("ffn-time", "ffn-quality")),
     Section(tables_cost.TITLE, (cost_grid.NAME,), tables_cost.table, ("cost_grid",), beside=("prefill", "decode_model")),
     Section("Time to compile, CPU seconds", ("compile_time",), compile_time.table),
+    Section(tables_sound.TITLE, tables_sound.NAMES, tables_sound.table),
 )
 WITHOUT_A_TABLE = {"ffn-tilings", "ffn-prefill-tilings"}  # they choose what the other records of that benchmark then run with
 
