@@ -42,7 +42,8 @@ def outcomes(masks: list[Callable], *extra, query_len: int = LENGTH, key_len: in
     with warnings.catch_warnings(), api.collect_plans() as plans:
         warnings.simplefilter("ignore")
         want = function(*operands, *extra)
-        compiled = torch.compile(function, backend="sparsify", options=strict(exact=True, validation=False), dynamic=dynamic, fullgraph=True)
+        options = strict(exact=True, validation=False)
+        compiled = torch.compile(function, backend="sparsify", options=options, dynamic=dynamic, fullgraph=True)
         got = compiled(*operands, *extra)
     (plan,) = plans
     assert len(plan.decisions) == len(masks)
