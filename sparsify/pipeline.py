@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
         log.info("no site in this graph")
         return Plan(), None, None
     context = context_of(sites[0].device, config)
-    validator = Validator(gm.graph)
+    validator = Validator(gm.graph, functools.partial(backends.serving, "reference"))
     plan, choices = make_plan(sites, config, context)
     if config.validation:
         validate(choices, validator, config.strict)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,8 +60,9 @@ class Outcome:
 class Validator:
     """Runs the claims about one graph's sites. Made before anything is planned: what planning assumes about sizes is no part of a proof."""
 
-    def __init__(self, graph: fx.Graph):
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, serving: Callable[[], AbstractContextManager] = contextlib.nullcontext):
+        """serving: a context in which our ops run their plain references, whatever the process or the caller chose."""
+        self.graph, self.serving = graph, serving
         self.guards = Guards(shape_env_of(graph))
         self._regions: Regions | None = None
         self._known: dict[str, Outcome] = {}
@@ -96,7 +98,8 @@ class Validator:
         except SparsifyError as error:
             return Outcome("unchecked", f"its region cannot be rewritten by itself: {error}")
         pair = _Pair(region, original, rewritten, region.site.output, editor.replaced[site.output], self.guards)
-        return pair.compare()
+        with self.serving():
+            return pair.compare()
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,25 @@ import torch
 
 from sparsify import aliasing, editor, match_eager, predicates
 from sparsify.backends import reference, reference_select
+from sparsify.errors import VerifyError
 from sparsify.masks import QueryStart
-from tests import attention_cases, test_fuzz, test_metamorphic
+from tests import attention_cases, fuzz_check, test_fuzz, test_metamorphic
 from tests.attention_oracle import attention_exact, tolerance
 from tests.fuzz_check import Wrong, check
 from tests.fuzz_graphs import Program
 from tests.select_oracle import assert_selection
 
 PROGRAM = """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
 B, H, Q, K, D = 2, 2, 9, 12, 4
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(0)
+def inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
     draw = lambda length: torch.randn(B, H, length, D, generator=generator)
     keep = torch.ones(B, K, dtype=torch.long)
     keep[0, :3] = 0
@@ -38,6 +41,10 @@ def inputs():
 
 def mark(tensors):
     return tensors
+
+
+def around():
+    return contextlib.nullcontext()
 
 
 def masks(keep, documents):
@@ -61,6 +68,15 @@ WRITTEN = "return torch.softmax((query @ key.transpose(-1, -2) * 0.7).masked_fil
 def program(mask: str = "k <= q", body: str = SDPA) -> Callable[[], None]:
     """Checks one fixed program as the fuzzer checks its random ones."""
     return lambda: check(Program(PROGRAM.format(mask=mask, body=body), 0))
+
+
+def caught_twice(checked: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation finds the mistake when the site is compiled; without it, the fuzzer finds the result wrong."""
+    with pytest.raises(VerifyError, match="does not hold when it is run"):
+        checked()
+    monkeypatch.setattr(fuzz_check, "STRICT", {**fuzz_check.STRICT, "validation": False})
+    with pytest.raises(Wrong):
+        checked()
 
 
 # -- what a mask says ------------------------------------------------------------------------------------------------------------------
@@ -99,8 +115,7 @@ def test_a_wrong_proof_is_caught(name, monkeypatch):
     checked, broken = PROOFS[name]
     checked()
     monkeypatch.setattr(predicates, "prove", broken)
-    with pytest.raises(Wrong):
-        checked()
+    caught_twice(checked, monkeypatch)
 
 
 WRITES = {
@@ -116,15 +131,13 @@ def test_an_unseen_write_is_caught(name, monkeypatch):
     checked = program(body=WRITES[name])
     checked()
     monkeypatch.setattr(aliasing.Memory, "written_between", lambda self, node, first, last: False)
-    with pytest.raises(Wrong):
-        checked()
+    caught_twice(checked, monkeypatch)
 
 
 @pytest.mark.parametrize("name", test_fuzz.COPIES)
 def test_a_copy_taken_for_its_original_is_caught(name, monkeypatch):
     monkeypatch.setattr(match_eager._Match, "unwritten", lambda *reading: True)
-    with pytest.raises(Wrong):
-        test_fuzz.check_copies(name, "bfloat16")
+    caught_twice(lambda: test_fuzz.check_copies(name, "bfloat16"), monkeypatch)
 
 
 # -- which blocks are chosen -----------------------------------------------------------------------------------------------------------
@@ -243,6 +256,7 @@ def test_a_kernel_that_ignores_a_clause_is_caught(clause, monkeypatch):
 @pytest.mark.parametrize("mask", ["k <= q", "(k <= q) & keep", "(k <= q) & documents", "(k <= q) & (k > q - 3)"])
 def test_a_kernel_without_masks_is_caught_end_to_end(mask, monkeypatch):
     checked = program(mask)
+    monkeypatch.setattr(fuzz_check, "STRICT", {**fuzz_check.STRICT, "validation": False})  # which runs the reference, broken here
     checked()
     everything = lambda self, rows, keys: torch.ones(1, 1, rows.numel(), keys.numel(), dtype=torch.bool)
     monkeypatch.setattr(reference.Mask, "visible", everything)
