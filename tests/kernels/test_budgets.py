@@ -19,12 +19,12 @@ def used(**changes: int) -> Resources:
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     monkeypatch.delenv("SPARSIFY_ACCEPT", raising=False)
-    monkeypatch.setattr(offline, "BUDGETS", tmp_path / "budgets.json")
-    return offline.BUDGETS
+    monkeypatch.setattr(offline, "BUDGETS", tmp_path)
+    return tmp_path
 
 
 def write(book, release: str) -> None:
-    book.write_text(json.dumps({"triton": release, "kernels": {"a": {"registers": 100, "spilled": 0, "shared": 1000}}}))
+    (book / f"{release}.json").write_text(json.dumps({"a": {"registers": 100, "spilled": 0, "shared": 1000}}))
 
 
 @pytest.mark.parametrize("more", [{"registers": 101}, {"spilled": 8}, {"shared": 1001}])
@@ -54,4 +54,4 @@ def test_accepting_writes_the_book(book, monkeypatch):
     within_budget("a", used(registers=120))
     monkeypatch.delenv("SPARSIFY_ACCEPT")
     within_budget("a", used(registers=120))
-    assert json.loads(book.read_text())["kernels"]["b"]["shared"] == 7
+    assert json.loads((book / f"{triton.__version__}.json").read_text())["b"]["shared"] == 7
