@@ -49,7 +49,8 @@ class Modes:
 
     def needs_grad(self, output: fx.Node, operands: Iterable[fx.Node], inner: Iterable[fx.Node] = ()) -> bool:
         """Whether autograd follows something from the operands to the output, over the nodes in between."""
-        followed = any(_requires_grad(node) for node in (output, *inner))
+        # a conversion that changes nothing gives the parameter itself, which requires a gradient in every mode
+        followed = any(_requires_grad(node) and not tensor_of(node).is_leaf for node in (output, *inner))
         return followed or (self._grad[output] and any(_requires_grad(node) for node in operands))
 
 

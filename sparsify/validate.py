@@ -175,7 +175,7 @@ class _Pair:
         """
         with _quiet(self.output):
             try:
-                want = execute(self.original, self.output, values, numbers)
+                want = execute(self.original, self.output, values, numbers, finite=True)
             except InstanceError:
                 raise
             except Exception as error:
@@ -184,7 +184,12 @@ class _Pair:
                 got = execute(self.rewritten, self.replaced, values, numbers)
             except Exception as error:
                 return f"the rewriting fails where the graph does not: {type(error).__name__}: {error}"
-        return different(want, got)
+        return different(want, got, self.tolerance())
+
+    def tolerance(self) -> float:
+        """That of the least exact dtype that the graph computes in."""
+        values = (n.meta.get("example_value") for n in self.original.nodes)
+        return max(TOLERANCE.get(v.dtype, 1e-4) for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
 
 
 class _CannotRun(Exception):
@@ -201,10 +206,13 @@ def _quiet(output: fx.Node) -> Iterator[None]:
         yield
 
 
-def execute(graph: fx.Graph, target: fx.Node, values: dict[str, Any], numbers: Numbers) -> torch.Tensor:
+def execute(graph: fx.Graph, target: fx.Node, values: dict[str, Any], numbers: Numbers, finite: bool = False) -> torch.Tensor:
     """The value of a region's node: every node that it needs and every write to memory before it, in order.
 
     values: of the placeholders by name; they are copied, since a region may write to them.
+
+    Raises:
+        InstanceError: a shape or dtype is not the graph's, or, where `finite` is asked for, contents that nobody means overflow to +inf.
     """
     needed = _needed(graph, target)
     env: dict[fx.Node, Any] = {}
@@ -212,6 +220,8 @@ def execute(graph: fx.Graph, target: fx.Node, values: dict[str, Any], numbers: N
     try:
         for node in (n for n in graph.nodes if n in needed):
             env[node] = _value(node, env, values, numbers)
+            if finite and isinstance(env[node], torch.Tensor) and env[node].is_floating_point() and bool((env[node] == torch.inf).any()):
+                raise InstanceError(f"{node.name} overflows")
             if node.target in AUTOCAST:
                 entered.append(env[node]) if env[node] is not None else entered.pop()
             if node is target:
@@ -270,29 +280,33 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], numbers: Numbers) -> Any:
         kwargs = {**kwargs, "windows": [numbers.of(w) for w in kwargs["windows"]]}
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
-    if _plain_causal(node):
-        # torch's fused CPU kernel masks before it scales: a scale below 0 makes its rows NaN, on the CPU alone
+    if _turned_over(node, kwargs):
         return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
     return node.target(*args, **kwargs)
 
 
-def _plain_causal(node: fx.Node) -> bool:
-    """Whether the call is scaled_dot_product_attention with is_causal and no mask."""
-    if getattr(node.target, "__name__", "") != "scaled_dot_product_attention":
-        return False
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    return mask is None and (node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)) is True
+def _turned_over(node: fx.Node, kwargs: dict[str, Any]) -> bool:
+    """Whether the call is causal attention with a scale that is not positive: torch's fused CPU kernel, and it alone, masks before it scales,
+    and gives NaN."""
+    name, scale = getattr(node.target, "__name__", ""), kwargs.get("scale")
+    return (
+        name == "scaled_dot_product_attention"
+        and scale is not None
+        and scale <= 0
+        and kwargs.get("attn_mask") is None
+        and len(node.args) < 4
+    )
 
 
-def different(want: torch.Tensor, got: torch.Tensor) -> str:
-    """The first element in which two outputs differ by more than their dtype's tolerance, in words; empty without one."""
+def different(want: torch.Tensor, got: torch.Tensor, tolerance: float) -> str:
+    """The first element in which two outputs differ by more than the tolerance, in words; empty without one."""
     if want.shape != got.shape or want.dtype is not got.dtype:
         return f"{tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)} {want.dtype}"
     if want.numel() == 0:
         return ""
     one, other = want.double(), got.double()
     finite = one[one.isfinite()]
-    bound = TOLERANCE.get(want.dtype, 1e-4) * max(1.0, finite.abs().max().item() if finite.numel() else 1.0)
+    bound = tolerance * max(1.0, finite.abs().max().item() if finite.numel() else 1.0)
     equal = torch.isclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
     if bool(equal.all()):
         return ""
