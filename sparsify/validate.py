@@ -286,16 +286,12 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], numbers: Numbers) -> Any:
 
 
 def _turned_over(node: fx.Node, kwargs: dict[str, Any]) -> bool:
-    """Whether the call is causal attention with a scale that is not positive: torch's fused CPU kernel, and it alone, masks before it scales,
-    and gives NaN."""
-    name, scale = getattr(node.target, "__name__", ""), kwargs.get("scale")
-    return (
-        name == "scaled_dot_product_attention"
-        and scale is not None
-        and scale <= 0
-        and kwargs.get("attn_mask") is None
-        and len(node.args) < 4
-    )
+    """Whether the call is causal attention with a scale that is not positive: torch's fused CPU kernel, and it alone, masks before it
+    scales, and gives NaN."""
+    if getattr(node.target, "__name__", "") != "scaled_dot_product_attention" or len(node.args) > 3:
+        return False
+    scale = kwargs.get("scale")
+    return scale is not None and scale <= 0 and kwargs.get("attn_mask") is None
 
 
 def different(want: torch.Tensor, got: torch.Tensor, tolerance: float) -> str:

@@ -60,7 +60,7 @@ def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexpr
     )
 
 
-# Triton 3.7 alone keeps eight registers of a tile in memory where flags, documents, windows, sinks and a start come together: bytes a thread
+# Bytes a thread: Triton 3.7 alone keeps eight registers of a tile in memory where flags, documents, windows and a start come together.
 SPILLED = {(3, 7): {"everything": 32, "int8 everything": 32}}
 
 
