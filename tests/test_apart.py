@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import sparsify
-from sparsify import apart, calibrate, calibrate_errors, config, meta_model, method, pipeline, testing
+from sparsify import apart, calibrate, calibrate_errors, compat, config, meta_model, method, pipeline, testing
 from sparsify.api import collect_plans
 from tests.tiny_models import build
 
@@ -126,7 +126,8 @@ def test_graph_breaks_leave_nothing_behind():
     assert len(first.rewritten) >= 2 and entries() == 0
     assert run() > 0
     before = entries()
-    with torch._dynamo.config.patch(recompile_limit=before + 1):
+    # before torch 2.12 what was compiled apart in an inner frame still counts towards the limit after a graph break
+    with torch._dynamo.config.patch(recompile_limit=before + (1 if compat.ISOLATED else 4)):
         assert all(sparsify.explain(model, options=OPTIONS, x=x) == first for _ in range(3))
     assert run() == 0
     alive = [e for e in torch._dynamo.eval_frame._debug_get_cache_entry_list(Broken.half.__code__) if e.code is not None]

@@ -154,9 +154,20 @@ def run(program, **options):
         return compiled(*inputs), program(*inputs)
 
 
+def refused_by_torch() -> bool:
+    """Whether the fused call refuses a mask beside is_causal, as torch does from 2.14 on."""
+    try:
+        mask_beside_is_causal(*operands())
+    except RuntimeError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_validation_finds_what_the_mend_prevents(fault, monkeypatch):
     program, broken = FAULTS[fault]
+    if program is mask_beside_is_causal and refused_by_torch():
+        pytest.skip("this torch refuses the pair itself")
     torch.testing.assert_close(*run(program))
     broken(monkeypatch)
     got, want = run(program, validation=False)
