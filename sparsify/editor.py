@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from sparsify import operands, ops
+from sparsify.aliasing import written
 from sparsify.errors import RewriteError
 from sparsify.masks import Leaf
 from sparsify.sites import AttentionSite, FeedForwardSite, KeyBias, Size
@@ -279,25 +280,9 @@ def values(tree: Any) -> Any:
     return fx.node.map_arg(tree, lambda node: node.meta["example_value"])
 
 
-_IN_PLACE = {
-    f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "concat")
-}
-
-
 def mutates(node: fx.Node) -> bool:
     """Whether a node may write to one of its inputs. Unknown callables count as mutating."""
-    if node.op == "call_method":
-        return node.target == "__setitem__" or (node.target.endswith("_") and not node.target.endswith("__"))
-    if node.op == "call_function":
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None:
-            return schema.is_mutable
-        name = getattr(node.target, "__name__", "")
-        if getattr(node.target, "__module__", "") == "_operator":  # and_, or_, not_ are no mutations for all their underscores
-            return name in _IN_PLACE or name == "setitem"
-        in_place = name.endswith("_") and not name.endswith("__")
-        return in_place or "out" in node.kwargs or node.kwargs.get("inplace", False) is True
-    return node.op == "call_module"
+    return node.op == "call_module" or bool(written(node))
 
 
 def _key_bias(editor: Editor, site: AttentionSite, biases: Iterable[KeyBias]) -> fx.Node | None:

@@ -195,7 +195,9 @@ def tensor(node: fx.Node, numbers: Numbers, style: str, generator: torch.Generat
 
 def _contents(shape: list[int], dtype: torch.dtype, style: str, generator: torch.Generator) -> torch.Tensor:
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+        # what is no query, key or value may go through a logarithm or a root
+        return (drawn if len(shape) > 3 or style == STYLES[0] else drawn.abs()).to(dtype)
     if not shape or not any(size != 1 for size in shape):  # a counter or an offset
         return torch.randint(0, 4, shape, generator=generator).to(dtype)
     draws = lambda high: torch.randint(0, high, shape, generator=generator)

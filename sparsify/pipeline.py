@@ -1,4 +1,4 @@
-"""capture → match → plan → rewrite → verify → lower: the stages in order, and the safety net under them."""
+"""capture → match → plan → validate → rewrite → verify → lower: the stages in order, and the safety net under them."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from sparsify.aliasing import Memory, written
 MOST_NODES = 400
 # What changes the dtype of the calls after it.
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+_IN_PLACE_DRAWS = {"uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_"}
 _NOT_OF_A_KIND = {"name", "layer", "index", "count", "covered"}
 # Operands whose making the region holds: a wrong one is found by what it is made of.
 _MADE_IN_REGION = {"sink_logits", "alibi_slopes", "key_bias", "output", "mask_node", "mask", "covered"}
@@ -65,6 +66,7 @@ class Regions:
         self.order = self.memory.position
         self.modes = [node for node in graph.nodes if node.target in AUTOCAST]
         self.writers = [(node, target) for node in graph.nodes for target in written(node)]
+        self._writing = {writer for writer, _ in self.writers}
 
     def cut(self, site: Any) -> tuple[list[fx.Node], set[fx.Node]]:
         """The region's nodes, and those of them whose value it takes as given although the graph computes it.
@@ -112,7 +114,7 @@ class Regions:
     def begins_at(self, node: fx.Node, begins: set[fx.Node]) -> bool:
         """Whether a region takes the node's value as given: operands, inputs of the graph, and whatever is no tensor."""
         value = node.meta.get("example_value")
-        if node.target in AUTOCAST:
+        if node.target in AUTOCAST or node in self._writing:  # `x[i] = y` has no value of its own
             return False
         return node in begins or node.op in ("placeholder", "get_attr") or not isinstance(value, (torch.Tensor, tuple, list))
 
@@ -156,7 +158,12 @@ class Regions:
         members = set(nodes)
         graph, mapping = fx.Graph(), {}
         for node in nodes:
-            if any(n not in members for n in node.all_input_nodes) or self.begins_at(node, given):
+            cut = any(n not in members for n in node.all_input_nodes)
+            if cut and node in self._writing:
+                raise RegionError(f"{node.name} writes what is made outside of the region")
+            if _draws(node):
+                raise RegionError(f"{node.name} draws random numbers")
+            if cut or self.begins_at(node, given):
                 copy = graph.placeholder(node.name)
                 copy.meta = dict(node.meta)
             else:
@@ -167,6 +174,14 @@ class Regions:
 
 def _operands(site: Any) -> list[fx.Node]:
     return [n for f in dataclasses.fields(site) if f.name not in _NOT_OPERANDS for n in nodes_in(getattr(site, f.name))]
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a call takes numbers from a generator: the caller's, were it run."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if "dropout" in name:
+        return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) != 0 and node.kwargs.get("training", True) is not False
+    return name.startswith(("rand", "bernoulli", "multinomial", "normal", "poisson")) or name in _IN_PLACE_DRAWS
 
 
 @dataclasses.dataclass(frozen=True)

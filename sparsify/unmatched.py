@@ -75,12 +75,20 @@ def _compilation(rules: tuple[Rule, ...], asked: Any) -> _Compilation:
     found = _compilations.get(id(owner))
     alive = found.owner() if found is not None and isinstance(found.owner, weakref.ref) else found and found.owner
     if owner is None or found is None or alive is not owner or found.rules != rules:
-        held = weakref.ref(owner) if asked is None and owner is not None else owner
+        held = _weakly(owner) if asked is None and owner is not None else owner
         found = _compilations[id(owner)] = _Compilation(held, rules)
     _compilations.move_to_end(id(owner))
     while len(_compilations) > _MOST:
         _compilations.popitem(last=False)
     return found
+
+
+def _weakly(owner: Any) -> Any:
+    """A weak reference, or the object itself where it takes none."""
+    try:
+        return weakref.ref(owner)
+    except TypeError:
+        return owner
 
 
 def _feed_forward(gm: fx.GraphModule) -> list[tuple[Place, int | None]]:

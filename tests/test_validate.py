@@ -328,3 +328,75 @@ def test_writes_are_run_in_the_graphs_order():
     site = AttentionSite(**{**moved, "output": weights, "query": query, "key": key, "value": value, "covered": ()})
     assert verdict(gm, other).verdict == "agrees"
     assert verdict(graphs[0], site).verdict == "differs"
+
+
+# -- what a region must not leave out ----------------------------------------------------------------------------------------------------
+
+
+def opened(write):
+    """Causal attention whose mask is opened at three keys by a write of its own."""
+
+    def program(query, key, value, keep, slopes, counter):
+        rows, keys = positions(query, key)
+        mask = torch.where(keys <= rows, 0.0, LOWEST)
+        write(mask)
+        return F.scaled_dot_product_attention(query, repeated(key, query), repeated(value, query), attn_mask=mask[None, None])
+
+    return program
+
+
+def item(mask):
+    mask[:, -3:] = 0.0
+
+
+def in_place(mask):
+    mask.__imul__(0.0)
+
+
+def flagged(mask):
+    F.threshold(mask, 1.0, 0.0, True)
+
+
+@pytest.mark.parametrize("write", [item, in_place, flagged])
+def test_writes_without_a_value_or_a_telling_name_are_run(write):
+    gm, site = captured(opened(write), False)
+    _, causal = captured(opened(lambda mask: None), False)
+    claimed = dataclasses.replace(site, mask=causal.mask, near_miss="", empty_rows="impossible", scale=0.25)
+    assert causal.mask.causal and verdict(gm, claimed).verdict == "differs"
+
+
+def test_an_instance_with_nothing_to_compare_is_none():
+    def merged(query, key, value, keep, slopes, counter):
+        scores = query @ repeated(key, query).transpose(-1, -2) * 0.3 + keep.float()[:, None, None, :].sub(2.0).log()
+        return scores.softmax(-1) @ repeated(value, query)
+
+    gm, site = captured(merged, False)
+    assert verdict(gm, dataclasses.replace(site, scale=7.0)).verdict == "unchecked"
+
+
+def test_random_numbers_are_the_callers():
+    def noisy(query, key, value, keep, slopes, counter):
+        rows, keys = positions(query, key)
+        mask = torch.where(keys <= rows, 0.0, LOWEST) * torch.rand(())
+        return F.scaled_dot_product_attention(query, repeated(key, query), repeated(value, query), attn_mask=mask[None, None])
+
+    gm, site = captured(noisy, False)
+    state = torch.get_rng_state()
+    assert "random" in verdict(gm, site).why
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_rows_that_only_the_cpu_averages_are_not_compared(monkeypatch):
+    """Fused kernels of GPUs take the lowest finite number for -inf."""
+
+    def added(query, key, value, keep, slopes, counter):
+        rows, keys = positions(query, key)
+        mask = torch.where((keys <= rows)[None, None] & keep.bool()[:, None, None, :], 0.0, LOWEST)
+        return F.scaled_dot_product_attention(query, repeated(key, query), repeated(value, query), attn_mask=mask)
+
+    gm, site = captured(added, False)
+    there = dataclasses.replace(site, empty_rows="zero")
+    assert verdict(gm, there).verdict == "differs"  # on the CPU
+    monkeypatch.setattr(validate._Pair, "cpu_alone_averages", lambda pair: True)
+    assert verdict(gm, there).verdict == "agrees"
+    assert verdict(gm, mask(padding=None)(there)).verdict == "differs"

@@ -19,6 +19,8 @@ case $kind in
     *) echo "unknown kind of environment: $kind" >&2; exit 2 ;;
 esac
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --upgrade --upgrade-strategy eager -c "$constraints" "$@"; }
-# torch by itself first: where a CPU build of the constrained release is at hand, pip then takes it before triton's CUDA packages come in
+# torch by itself first, free of triton's constraint: a CPU build has no triton of its own, and a CUDA build brings the one that it needs
+sed -i.all '/^triton==/d' "$constraints"
 pip torch
+"$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' || mv "$constraints.all" "$constraints"
 pip -e "$here/..[test,lint]"
