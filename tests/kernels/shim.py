@@ -1,6 +1,7 @@
-"""Mends Triton 3.6's interpreter for tests; import it before any kernel runs.
+"""Mends Triton's interpreter for tests; import it before any kernel runs.
 
-With numpy >= 2.4 every loop with a run-time bound fails, and a bf16 `tl.dot` multiplies the raw 16-bit patterns.
+With numpy >= 2.4 every loop with a run-time bound fails, and a bf16 `tl.dot` multiplies the raw 16-bit patterns. From 3.7 on the product of a
+constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from triton.language.semantic import TritonSemantic
 
 
 def install() -> None:
@@ -32,5 +34,12 @@ def install() -> None:
     def dot(self, a, b, accumulator, precision, max_imprecise):
         return create_dot(self, float_operand(a), float_operand(b), accumulator, precision, max_imprecise)
 
+    to_tensor = TritonSemantic.to_tensor
+
+    def unwrapped(self, value, check_type=True):
+        held = value.value if isinstance(value, tl.constexpr) else value
+        return held if isinstance(held, tl.tensor) else to_tensor(self, value, check_type)
+
+    TritonSemantic.to_tensor = unwrapped
     interpreter._patch_lang_tensor = patched
     interpreter.InterpreterBuilder.create_dot = dot
