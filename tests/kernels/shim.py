@@ -1,7 +1,7 @@
 """Mends Triton's interpreter for tests; import it before any kernel runs.
 
-With numpy >= 2.4 every loop with a run-time bound fails, and a bf16 `tl.dot` multiplies the raw 16-bit patterns. From 3.7 on the product of a
-constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take.
+With numpy >= 2.4 every loop with a run-time bound fails, and a bf16 `tl.dot` multiplies the raw 16-bit patterns. From 3.7 on the product of
+a constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take.
 """
 
 from __future__ import annotations
