@@ -180,7 +180,8 @@ def _draws(node: fx.Node) -> bool:
     """Whether a call takes numbers from a generator: the caller's, were it run."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if "dropout" in name:
-        return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) != 0 and node.kwargs.get("training", True) is not False
+        given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+        return given.get("p", 0.5) != 0 and given.get("training", given.get("train", True)) is not False
     return name.startswith(("rand", "bernoulli", "multinomial", "normal", "poisson")) or name in _IN_PLACE_DRAWS
 
 
