@@ -25,6 +25,7 @@ SAME = {"contiguous", "clone"}
 VIEW = {"view", "reshape", torch.reshape}
 DROPOUT = {F.dropout, torch.dropout}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FILLS = {torch.where, "where", torch.masked_fill, "masked_fill", "masked_fill_"}
 EINSUM = {torch.einsum, torch.functional.einsum}
 # what reads a tensor's shape, dtype and device alone
 SHAPE_ONLY = {

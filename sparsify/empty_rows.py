@@ -17,7 +17,7 @@ from torch import fx
 
 from sparsify import biases, predicates
 from sparsify.aliasing import tensor_of
-from sparsify.eager_ops import NoMatch
+from sparsify.eager_ops import FILLS, NoMatch
 from sparsify.masks import MaskKind, MaskPredicate
 from sparsify.predicates import Extents
 from sparsify.reader import Reader
@@ -26,7 +26,6 @@ from sparsify.sites import KeyBias
 from sparsify.symbolic import BATCH, HEAD, KEY, QUERY, Facts, Unreadable, cases
 
 Masks = tuple[tuple[fx.Node, predicates.Form, fx.Node], ...]
-_FILLS = (torch.where, "where", torch.masked_fill, "masked_fill", "masked_fill_")
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def _hidden(matcher: Any, mask: fx.Node, form: str, reader: fx.Node, extents: Ex
 
 def _filled(matcher: Any, node: fx.Node) -> float:
     """The number that a fill, or a mask that is a broadcast of one, puts at hidden places."""
-    while node.target not in _FILLS:
+    while node.target not in FILLS:
         node = node.args[0]
     dtype = tensor_of(node).dtype
     for operand in (*node.args, *node.kwargs.values()):

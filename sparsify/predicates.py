@@ -1,8 +1,8 @@
 """Proves what an attention mask says: its subgraph is read as a condition on (b, h, q, k) and split into the clauses of `masks`.
 
 A fact is used only when it is an identity, or when Dynamo's ranges and guards already decide it, but for the bounds on sizes and data that
-`symbolic` takes for granted so that overflow can be excluded; no guard is installed. Whatever is
-left over makes the mask OPAQUE, with the reason.
+`symbolic` takes for granted so that overflow can be excluded; no guard is installed. Whatever is left over makes the mask OPAQUE, with the
+reason.
 """
 
 from __future__ import annotations

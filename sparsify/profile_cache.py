@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsify import __distribution__, folders, profile
+from sparsify import __distribution__, folders, profile, releases
 from sparsify.errors import CacheFolderError, ProfileError
 from sparsify.profile import Profile
 
@@ -44,19 +43,11 @@ class Identity:
 
 def identity(kind: str = "cuda", index: int | None = None) -> Identity:
     """The device of torch's type `kind`, as it is now; CUDA is not touched for a CPU."""
-    versions = {"torch": _version("torch"), "triton": _version("triton"), "sparsify": _version(__distribution__)}
+    found = {"torch": "torch", "triton": "triton", "sparsify": __distribution__}
+    versions = {name: str(releases.installed(distribution) or "none") for name, distribution in found.items()}
     if kind != "cuda":
         return Identity(_cpu_name() if kind == "cpu" else kind, None, "none", **versions)
     return Identity(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), _driver(), **versions)
-
-
-def _version(distribution: str) -> str:
-    if distribution == "torch":
-        return str(torch.__version__)
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def _cpu_name() -> str:

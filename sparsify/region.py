@@ -38,12 +38,10 @@ class Region:
 
     graph: placeholders for what the region begins at, then its nodes in the original's order; no output node.
     site: the site, its nodes those of `graph`.
-    kind: equal for two regions that do the same with inputs of the same dtypes, sizes and strides.
     """
 
     graph: fx.Graph
     site: Any
-    kind: str
 
 
 def nodes_in(value: Any) -> Iterator[fx.Node]:
@@ -136,7 +134,7 @@ class Regions:
         ]
 
     def kind(self, site: Any, nodes: list[fx.Node], given: set[fx.Node], also: object) -> str:
-        """What two sites must have in common for one to stand for both."""
+        """Equal for two sites whose regions do the same with inputs of the same dtypes, sizes and strides: one then stands for both."""
         number = {node: i for i, node in enumerate(nodes)}
         storages: dict[Any, int] = {}
         symbols: dict[str, str] = {}  # layers differ in the symbols of their cached keys
@@ -153,7 +151,7 @@ class Regions:
         lines += [f"{name}: {_shown(getattr(site, name), number)}" for name in told]
         return names.sub(lambda m: symbols.get(m[0], m[0]), "\n".join(lines))
 
-    def region(self, site: Any, nodes: list[fx.Node], given: set[fx.Node], kind: str) -> Region:
+    def region(self, site: Any, nodes: list[fx.Node], given: set[fx.Node]) -> Region:
         """The nodes as a graph, and the site in it."""
         members = set(nodes)
         graph, mapping = fx.Graph(), {}
@@ -169,7 +167,7 @@ class Regions:
             else:
                 copy = graph.node_copy(node, mapping.__getitem__)
             mapping[node] = copy
-        return Region(graph, dataclasses.replace(site, covered=()).mapped(mapping), kind)
+        return Region(graph, dataclasses.replace(site, covered=()).mapped(mapping))
 
 
 def _operands(site: Any) -> list[fx.Node]:

@@ -15,6 +15,7 @@ from sparsify.eager_ops import (
     ADD,
     CAST,
     DIV,
+    FILLS,
     FLOATS,
     MUL,
     SAME,
@@ -30,7 +31,6 @@ from sparsify.eager_ops import (
 )
 from sparsify.symbolic import sizes
 
-_FILLS = (torch.where, "where", torch.masked_fill, "masked_fill", "masked_fill_")
 _MAXIMA = (torch.max, "max", torch.amax, "amax")
 _NAMES = {torch.where: "condition, input, other", "where": "input, condition, other"}
 
@@ -169,7 +169,7 @@ class ScoreWalk:
             return named(here, "input").input
         if target in ADD:
             return self.add(here)
-        if target in _FILLS:
+        if target in FILLS:
             return self.fill(here)
         if target in SUB:
             return self.without_row_maximum(here)

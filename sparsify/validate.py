@@ -77,7 +77,7 @@ class Validator:
             kind = self._regions.kind(site, nodes, given, (type(exact), exact))
             if kind not in self._known:
                 # a context of its own: whoever observes selections or skipped blocks here must not see those of small instances
-                self._known[kind] = contextvars.Context().run(self._run, self._regions.region(site, nodes, given, kind), exact)
+                self._known[kind] = contextvars.Context().run(self._run, self._regions.region(site, nodes, given), exact)
         except RegionError as error:
             return Outcome("unchecked", str(error))
         except Exception as error:  # a graph that nobody thought of costs this site alone
