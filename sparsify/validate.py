@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,14 +21,12 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsify import instances
+from sparsify import instances, unforeseen
 from sparsify.editor import Editor, mutates
 from sparsify.errors import SparsifyError
 from sparsify.instances import STYLES, Guards, InstanceError, Numbers
 from sparsify.region import AUTOCAST, Region, RegionError, Regions
 from sparsify.symbolic import shape_env_of
-
-log = logging.getLogger(__name__)
 
 # Largest difference allowed, relative to the largest value of the output (at least 1). Eager rounds scores and weights in half precision.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -80,9 +77,8 @@ class Validator:
                 self._known[kind] = contextvars.Context().run(self._run, self._regions.region(site, nodes, given), exact)
         except RegionError as error:
             return Outcome("unchecked", str(error))
-        except Exception as error:  # a graph that nobody thought of costs this site alone
-            log.debug("validation failed", exc_info=error)
-            return Outcome("unchecked", f"{type(error).__name__}: {error}")
+        except Exception as error:
+            return Outcome("unchecked", unforeseen.reason(error, site.name))
         return self._known[kind]
 
     def _run(self, region: Region, method: Any) -> Outcome:
