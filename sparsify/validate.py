@@ -171,15 +171,20 @@ class _Pair:
         """
         with _quiet(self.output):
             try:
-                want = execute(self.original, self.output, values, numbers, finite=True)
+                want = execute(self.original, self.output, values, numbers, checked=True)
             except InstanceError:
                 raise
             except Exception as error:
                 raise _CannotRun(f"the graph itself fails on a small instance: {type(error).__name__}: {error}") from error
             try:
                 got = execute(self.rewritten, self.replaced, values, numbers)
+            except InstanceError:
+                raise
             except Exception as error:
-                return f"the rewriting fails where the graph does not: {type(error).__name__}: {error}"
+                what = f"the rewriting fails where the graph does not: {type(error).__name__}: {error}"
+                if numbers.fixed:  # it may hold a number that was made of the graph's and is not made small with them
+                    raise _CannotRun(what) from error
+                return what
         if self.cpu_alone_averages():
             seen = ~(got == 0).all(-1, keepdim=True)
             want, got = want * seen, got * seen
@@ -215,14 +220,14 @@ def _quiet(output: fx.Node) -> Iterator[None]:
         yield
 
 
-def execute(graph: fx.Graph, target: fx.Node, values: dict[str, Any], numbers: Numbers, finite: bool = False) -> torch.Tensor:
+def execute(graph: fx.Graph, target: fx.Node, values: dict[str, Any], numbers: Numbers, checked: bool = False) -> torch.Tensor:
     """The value of a region's node: every node that it needs and every write to memory before it, in order.
 
     values: of the placeholders by name; they are copied, since a region may write to them.
+    checked: whether every value must be as the graph says. A rewriting's own values need not: its blocks are not made small as sizes are.
 
     Raises:
-        InstanceError: a shape or dtype is not the graph's, or, where `finite` is asked for, random contents overflow to +inf, as real ones
-            would not.
+        InstanceError: as `_check`, where `checked`.
     """
     needed = _needed(graph, target)
     env: dict[fx.Node, Any] = {}
@@ -230,8 +235,8 @@ def execute(graph: fx.Graph, target: fx.Node, values: dict[str, Any], numbers: N
     try:
         for node in (n for n in graph.nodes if n in needed):
             env[node] = _value(node, env, values, numbers)
-            if finite and isinstance(env[node], torch.Tensor) and env[node].is_floating_point() and bool((env[node] == torch.inf).any()):
-                raise InstanceError(f"{node.name} overflows")
+            if checked and isinstance(env[node], torch.Tensor):
+                _check(node, env[node], numbers)
             if node.target in AUTOCAST:
                 entered.append(env[node]) if env[node] is not None else entered.pop()
             if node is target:
@@ -250,13 +255,20 @@ def _value(node: fx.Node, env: dict[fx.Node, Any], values: dict[str, Any], numbe
     if isinstance(example, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)):
         return numbers.of(example)
     value = _call(node, env, numbers)
-    if isinstance(example, torch.Tensor) and tuple(value.shape) != numbers.of(example.shape):
-        raise InstanceError(f"{node.name} has the shape {tuple(value.shape)} instead of {numbers.of(example.shape)}")
     if isinstance(example, torch.Tensor) and value.dtype.is_floating_point and torch.is_autocast_enabled("cpu"):
         value = value.to(example.dtype)  # devices differ in what autocast keeps in float32
-    if isinstance(example, torch.Tensor) and value.dtype is not example.dtype:
-        raise InstanceError(f"{node.name} is {value.dtype} on the CPU instead of {example.dtype}")
     return value
+
+
+def _check(node: fx.Node, value: torch.Tensor, numbers: Numbers) -> None:
+    """Raises InstanceError where a shape or dtype is not the graph's, or random contents overflow to +inf, as real ones would not."""
+    example = node.meta["example_value"]
+    if tuple(value.shape) != numbers.of(example.shape):
+        raise InstanceError(f"{node.name} has the shape {tuple(value.shape)} instead of {numbers.of(example.shape)}")
+    if value.dtype is not example.dtype:
+        raise InstanceError(f"{node.name} is {value.dtype} on the CPU instead of {example.dtype}")
+    if value.is_floating_point() and bool((value == torch.inf).any()):
+        raise InstanceError(f"{node.name} overflows")
 
 
 def _needed(graph: fx.Graph, target: fx.Node) -> set[fx.Node]:

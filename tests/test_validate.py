@@ -18,6 +18,8 @@ from sparsify.backends import launch
 from sparsify.masks import Leaf, QueryStart
 from sparsify.match import find_attention
 from sparsify.passes.dense import Dense
+from sparsify.passes.sink_window import SinkWindow
+from sparsify.passes.xattention import XAttention
 from sparsify.sites import AttentionSite, KeyBias
 from sparsify.validate import Validator
 from tests.harness import strict
@@ -213,6 +215,33 @@ def test_large_fixed_sizes_are_made_small(lengths):
     assert outcome.verdict == "agrees" and outcome.instances >= 2, outcome
     for change in (mask(window=501), mask(window=499), mask(window=None), mask(padding=None), mask(causal=False)):
         assert verdict(gm, change(site)).verdict == "differs"
+
+
+METHODS = {
+    "xattention": XAttention(),
+    "xattention, small blocks": XAttention(block=64, stride=4, density=0.1),
+    "sink_window": SinkWindow(sinks=4, window=64),
+    "dense": Dense(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("length", [2000, 4096, 32768])
+@pytest.mark.parametrize("keep", [True, False], ids=["padding", "none"])
+def test_every_method_is_run_on_long_prompts_of_a_fixed_length(name, length, keep):
+    """As the first call of a model has them: block lists are as long as the small instance makes them."""
+
+    def prompt(query, key, value, keep):
+        rows, keys = positions(query, key)
+        mask = (keys <= rows)[None, None]
+        mask = mask if keep is None else mask & keep.bool()[:, None, None, :]
+        return F.scaled_dot_product_attention(query, repeated(key, query), repeated(value, query), attn_mask=mask)
+
+    operands = [torch.empty(1, heads, length, 64, device="meta") for heads in (4, 2, 2)]
+    gm, site = captured(prompt, False, (*operands, torch.ones(1, length, dtype=torch.int64, device="meta") if keep else None))
+    outcome = verdict(gm, site, METHODS[name])
+    assert outcome.verdict == "agrees" and outcome.instances >= 2, outcome
+    assert verdict(gm, mask(causal=False)(site), METHODS[name]).verdict != "agrees"
 
 
 # -- within a compilation --------------------------------------------------------------------------------------------------------------
