@@ -9,8 +9,8 @@ N ?= 10000
 SEED ?= 0
 
 # What a release of transformers breaks first: families once each, site names, caches, generate() and the commands.
-HF_TESTS := tests/test_families.py tests/test_match.py tests/test_cache.py tests/test_cache_errors.py tests/test_cache_transformers.py tests/test_kv_evict.py tests/test_encoders.py \
-	tests/test_calibrate_errors.py tests/test_cli.py tests/test_meta_model.py tests/test_module_paths.py
+HF_TESTS := tests/models/test_families.py tests/matching/test_attention.py tests/generation/test_sparse_cache.py tests/generation/test_cache_errors.py tests/generation/test_cache_transformers.py tests/passes/test_kv_evict.py tests/models/test_encoders.py \
+	tests/commands/test_calibrate_errors.py tests/commands/test_main.py tests/commands/test_meta_model.py tests/graph/test_module_paths.py
 QUICK := not gpu and not slow and not interpreter
 
 .PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak lint bench clean
@@ -25,7 +25,7 @@ demo: $(VENV)/.done
 
 test: $(VENV)/.done
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "$(QUICK)" $(RECORD)
-	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels -m "interpreter and not slow" $(RECORD)
+	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/backends -m "interpreter and not slow" $(RECORD)
 
 # The same on the newest releases that the registry has, and on the oldest that are promised; each in an environment of its own.
 test-newest: .venv-newest/.done
@@ -45,16 +45,16 @@ constraints: test-newest-transformers
 
 test-all: $(VENV)/.done
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not interpreter"
-	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels -m interpreter
+	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/backends -m interpreter
 
 gpu: $(VENV)/.done
 	$(BIN)/python -m pytest -m gpu
 
 fuzz: $(VENV)/.done
-	$(TEST_ENV) $(BIN)/python -m tests.fuzz --examples $(N) --seed $(SEED) --jobs $(JOBS) $(if $(RECORD),--record)
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz.run --examples $(N) --seed $(SEED) --jobs $(JOBS) $(if $(RECORD),--record)
 
 soak: $(VENV)/.done
-	$(TEST_ENV) $(BIN)/python -m tests.soak $(if $(RECORD),--record)
+	$(TEST_ENV) $(BIN)/python -m tests.models.soak $(if $(RECORD),--record)
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

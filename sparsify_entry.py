@@ -48,6 +48,6 @@ def backend(
 def main() -> int:
     """The `sparsify` command."""
     check()
-    from sparsify.cli import main
+    from sparsify.commands.main import main
 
     return main()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify import ops, scratch
-from sparsify.backends import launch
+from sparsify.backends import dispatch
+from sparsify.ops import attention, scratch
 
 _SELECTION = ("pool", "stride", "threshold", "density")
 _ATTENTION = ("seq_major", "empty_rows", "lowest")  # what selection does not read
@@ -21,7 +21,7 @@ _ROWS = ("key_flags", "segments")  # operands with a batch row, or one for all
 
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *, limit: int = scratch.LIST_BYTES, **options) -> tuple[Tensor, Tensor]:
-    """The op of `sparsify.ops`.
+    """The op of `sparsify.ops.attention`.
 
     Args:
         limit: bytes of block lists at a time, for tests.
@@ -31,11 +31,11 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *, limit: int = 
     each = scratch.list_bytes(query_len, key_len, options["block_size"])
     parts = list(scratch.parts(batch, heads, kv_heads, each, limit, "group" not in options["pool"].split("+")))
     if len(parts) <= 1:
-        return _both(query, key, value, options, None, ops.select_observers())
-    output = ops.empty_output(query, value, options["seq_major"])
+        return _both(query, key, value, options, None, attention.select_observers())
+    output = attention.empty_output(query, value, options["seq_major"])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     seen: list[tuple[Tensor, Tensor]] = []
-    collect = [lambda *call, **_: seen.append(call[2:])] if ops.select_observers() else []
+    collect = [lambda *call, **_: seen.append(call[2:])] if attention.select_observers() else []
     for part in parts:
         rows, owners, served = (slice(*bounds) for bounds in (part.batch, part.kv_heads, part.heads))
         into = output[rows, served], lse[rows, served]
@@ -48,12 +48,12 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *, limit: int = 
 def _both(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], into: tuple[Tensor, Tensor] | None, observers: Sequence):
     common = {name: option for name, option in options.items() if name not in (*_SELECTION, *_ATTENTION)}
     call = common | {name: options[name] for name in _SELECTION}
-    counts, indices = launch.select_blocks(query, key, **call)
+    counts, indices = dispatch.select_blocks(query, key, **call)
     for observer in observers:
         observer(query, key, counts, indices, **call)
     attend = common | {name: options[name] for name in _ATTENTION if name in options}
     attend |= {"block_counts": counts, "block_indices": indices}
-    return launch.attend(query, key, value, sinks=0, softcap=0.0, into=into, **attend)
+    return dispatch.attend(query, key, value, sinks=0, softcap=0.0, into=into, **attend)
 
 
 def _of(options: dict[str, Any], part: scratch.Part, heads: int) -> dict[str, Any]:
@@ -68,13 +68,13 @@ def _of(options: dict[str, Any], part: scratch.Part, heads: int) -> dict[str, An
 
 def _observe(query: Tensor, key: Tensor, options: dict[str, Any], parts: list[scratch.Part], seen: list[tuple[Tensor, Tensor]]) -> None:
     """What observers of one selection see: all heads' lists, whatever memory that takes."""
-    counts, indices = ops.empty_block_lists(query, key, options["block_size"])
+    counts, indices = attention.empty_block_lists(query, key, options["block_size"])
     for part, (some_counts, some_indices) in zip(parts, seen, strict=True):
         counts[slice(*part.batch), slice(*part.heads)] = some_counts
         indices[slice(*part.batch), slice(*part.heads)] = some_indices
     call = {name: option for name, option in options.items() if name not in _ATTENTION}
-    for observer in ops.select_observers():
+    for observer in attention.select_observers():
         observer(query, key, counts, indices, **call)
 
 
-launch.register("sparse_attention", sparse_attention)
+dispatch.register("sparse_attention", sparse_attention)

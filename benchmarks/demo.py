@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
-from benchmarks import needles
+from benchmarks.lib import needles
 from sparsify.testing import Selection, record_blocks
 
 MODEL = Path(__file__).parent / "models" / "demo"

@@ -13,13 +13,13 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from pydantic import Field
 
-from sparsify.costs import example, expected, in_units
-from sparsify.crossovers import kernel_from
-from sparsify.editor import Editor, attention_call
-from sparsify.masks import MaskKind
-from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
-from sparsify.sites import AttentionSite
-from sparsify.work import attention, decode
+from sparsify.costs.crossovers import kernel_from
+from sparsify.costs.seconds import example, expected, in_units
+from sparsify.costs.work import attention, decode
+from sparsify.masks.predicate import MaskKind
+from sparsify.matching.sites import AttentionSite
+from sparsify.planning.method import Context, Pass, Proposal, Refusal, refuse_common
+from sparsify.rewriting.editor import Editor, attention_call
 
 
 class Dense(Pass):

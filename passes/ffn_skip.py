@@ -20,11 +20,12 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from sparsify import ffn_costs, ffn_ops
-from sparsify.costs import ffn_seconds
-from sparsify.editor import Editor
-from sparsify.method import Context, Pass, Proposal, Refusal
-from sparsify.sites import FeedForwardSite
+from sparsify.costs import compaction
+from sparsify.costs.seconds import ffn_seconds
+from sparsify.matching.sites import FeedForwardSite
+from sparsify.ops import feed_forward
+from sparsify.planning.method import Context, Pass, Proposal, Refusal
+from sparsify.rewriting.editor import Editor
 
 # rows that share one stream of the weights in the generated kernels
 MAX_ROWS = 32
@@ -80,17 +81,17 @@ class FfnSkip(Pass):
         share = self.prefill_share
         if context.min_length is None:
             forced = "min_length = 0 forces it"
-            if site.dtype == torch.float32 or (context.device.capability or (0, 0)) < ffn_costs.MIN_CAPABILITY:
+            if site.dtype == torch.float32 or (context.device.capability or (0, 0)) < compaction.MIN_CAPABILITY:
                 return self._dense_prompt(site, context, "prompts are compacted in half precision from compute capability 9.0 on", forced)
-            first = ffn_costs.rows_from(site, context.device, share)
+            first = compaction.rows_from(site, context.device, share)
             if first is None:
-                even = ffn_costs.break_even(site, context.device)
+                even = compaction.break_even(site, context.device)
                 return self._dense_prompt(
                     site, context, f"{share:.0%} of a prompt's rows skipping saves no time: it takes {even:.0%}", forced
                 )
             if not bool(site.output.meta["example_value"].numel() >= first * int(site.hidden)):
                 return self._dense_prompt(site, context, f"fewer than {first} rows, from which on compacting a prompt pays", forced)
-        seconds = ffn_costs.compacted_seconds(site.rows, site, context.device, share)
+        seconds = compaction.compacted_seconds(site.rows, site, context.device, share)
         return Proposal(self, seconds, note=f"{self._note(0)}, of prompts too")
 
     def _dense_prompt(self, site: FeedForwardSite, context: Context, reason: str, hint: str = "") -> Proposal | Refusal:
@@ -99,7 +100,7 @@ class FfnSkip(Pass):
         if nothing_skips or not self._counts_from(site):
             return self.refuse(reason, hint)
         dense = self.model_copy(update={"prefill": False})
-        seconds = ffn_costs.dense_seconds(site.rows, site, context.device)
+        seconds = compaction.dense_seconds(site.rows, site, context.device)
         return Proposal(dense, seconds, note=f"{reason}; generated tokens are counted from its end")
 
     def _note(self, warmup: int) -> str:
@@ -128,7 +129,7 @@ class FfnSkip(Pass):
         for term in others:
             residual = editor.call(torch.add, residual, term)
         if site.phase != "decode" and self._counts_from(site):
-            residual = editor.call(ffn_ops.ffn_prompt, residual, key=self._key(site), version=ffn_ops.VERSION)
+            residual = editor.call(feed_forward.ffn_prompt, residual, key=self._key(site), version=feed_forward.VERSION)
         # a prompt is no generated token: it has no warm-up
         warmup = self.warmup if site.phase == "decode" else 0
         if self.policy == "static":
@@ -152,7 +153,7 @@ class FfnSkip(Pass):
         """The block's sum as it was, over a copy of one term that ends the run."""
         output = site.output
         first = next(i for i, argument in enumerate(output.args) if isinstance(argument, fx.Node))
-        copied = editor.call(ffn_ops.ffn_prompt, output.args[first], key=self._key(site), version=ffn_ops.VERSION)
+        copied = editor.call(feed_forward.ffn_prompt, output.args[first], key=self._key(site), version=feed_forward.VERSION)
         arguments = (*output.args[:first], copied, *output.args[first + 1 :])
         return (editor.method if output.op == "call_method" else editor.call)(output.target, *arguments, **output.kwargs)
 
@@ -171,12 +172,12 @@ class FfnSkip(Pass):
             positions = site.positions
             if positions is None:
                 slot = editor.call(operator.sub, editor.length(site.cached, 2), 1)
-        call = {"warmup": warmup, "most": most, "length": length, "key": self._key(site), "version": ffn_ops.VERSION}
-        return editor.call(ffn_ops.ffn_start, residual, positions, slot, **call)
+        call = {"warmup": warmup, "most": most, "length": length, "key": self._key(site), "version": feed_forward.VERSION}
+        return editor.call(feed_forward.ffn_start, residual, positions, slot, **call)
 
     def _block(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, remaining: fx.Node) -> tuple[fx.Node, fx.Node]:
         pair = editor.call(
-            ffn_ops.ffn,
+            feed_forward.ffn,
             residual,
             editor.current(site.input),
             remaining,
@@ -200,7 +201,7 @@ class FfnSkip(Pass):
             scale=site.scale,
             threshold=self.threshold if self.policy == "similarity" else _NEVER,
             skip_next=self.skip,
-            version=ffn_ops.VERSION,
+            version=feed_forward.VERSION,
         )
         out, after = editor.items(pair, 2)
         return out, after

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from sparsify import cache_ops
-from sparsify.cache_sites import CacheSite
-from sparsify.editor import Editor
-from sparsify.method import Context, Pass, Proposal, Refusal
-from sparsify.sites import AttentionSite
-from sparsify.work import decode
+from sparsify.costs.work import decode
+from sparsify.matching.cache import CacheSite
+from sparsify.matching.sites import AttentionSite
+from sparsify.ops import cache as cache_ops
+from sparsify.planning.method import Context, Pass, Proposal, Refusal
+from sparsify.rewriting.editor import Editor
 
 _HINT = "pass a sparsify.SparseCache(model.config, policy=..., budget=...) as the model's cache"
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 import sympy
 from pydantic import Field
 
-from sparsify.editor import Editor, attention_call
-from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
-from sparsify.sites import AttentionSite
-from sparsify.work import attention, decode
+from sparsify.costs.work import attention, decode
+from sparsify.matching.sites import AttentionSite
+from sparsify.planning.method import Context, Pass, Proposal, Refusal, refuse_common
+from sparsify.rewriting.editor import Editor, attention_call
 
 
 class SinkWindow(Pass):

@@ -16,13 +16,14 @@ from typing import ClassVar, Literal
 import sympy
 from pydantic import Field, field_validator, model_validator
 
-from sparsify import ops, scratch
-from sparsify.costs import antidiagonal_crossover, example, expected_density
-from sparsify.editor import Editor, attention_call, empty_row_operands
-from sparsify.estimates import VARIANTS, Variant
-from sparsify.method import Context, Pass, Proposal, Refusal, refuse_common
-from sparsify.sites import AttentionSite
-from sparsify.work import AttentionSizes, Work, attention, selection
+from sparsify.costs.seconds import antidiagonal_crossover, example, expected_density
+from sparsify.costs.work import AttentionSizes, Work, attention, selection
+from sparsify.matching.sites import AttentionSite
+from sparsify.ops import attention as ops
+from sparsify.ops import scratch
+from sparsify.ops.estimate import VARIANTS, Variant
+from sparsify.planning.method import Context, Pass, Proposal, Refusal, refuse_common
+from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
 
 
 class XAttention(Pass):
@@ -100,7 +101,7 @@ class XAttention(Pass):
         return Proposal.of(self, site, context, works, note=note, **limits)
 
     def _scratch(self, site: AttentionSite) -> sympy.Expr:
-        """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.scratch` counts all."""
+        """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.ops.scratch` counts all."""
         rows, blocks = sympy.sympify(site.query_len) / self.block, sympy.sympify(site.key_len) / self.block
         heads = site.kv_heads if "group" in self.estimate else site.query_heads
         cells = sympy.sympify(site.query_len) / (self.stride * (2 if "half" in self.estimate else 1))

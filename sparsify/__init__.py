@@ -16,10 +16,15 @@ __distribution__ = "sparsify-compiler"  # its name on PyPI, where another projec
 
 if TYPE_CHECKING:
     from sparsify.api import compile, explain
-    from sparsify.cache import SparseCache
-    from sparsify.plan_file import Plan
+    from sparsify.generation.sparse_cache import SparseCache
+    from sparsify.planning.plan import Plan
 
-_HOME = {"compile": "sparsify.api", "explain": "sparsify.api", "Plan": "sparsify.plan_file", "SparseCache": "sparsify.cache"}
+_HOME = {
+    "compile": "sparsify.api",
+    "explain": "sparsify.api",
+    "Plan": "sparsify.planning.plan",
+    "SparseCache": "sparsify.generation.sparse_cache",
+}
 __all__ = ["Plan", "SparseCache", "compile", "explain"]
 
 

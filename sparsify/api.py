@@ -9,9 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sparsify import apart, blockmask, config, method, ops, pipeline
+from sparsify import pipeline
 from sparsify.errors import UnsupportedError
-from sparsify.plan_file import Plan, follow
+from sparsify.graph import apart
+from sparsify.ops import attention, block_lists
+from sparsify.planning import method
+from sparsify.planning.config import config
+from sparsify.planning.plan import Plan, follow
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,7 +85,7 @@ def record_density() -> Iterator[list[float]]:
     densities: list[float] = []
 
     def observe(query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, indices: torch.Tensor, **call: Any) -> None:
-        densities.append(float(blockmask.call_density(query, key, counts, **call)))
+        densities.append(float(block_lists.call_density(query, key, counts, **call)))
 
-    with ops.observing(observe):
+    with attention.observing(observe):
         yield densities

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from sparsify import config, method, pipeline
+from sparsify import pipeline
+from sparsify.planning import method
+from sparsify.planning.config import config
 
 
 def sparsify(

@@ -15,19 +15,21 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis
 
 import sparsify.backends as backends
-from sparsify import ffn_runs, hardware, unmatched, verify
-from sparsify.cache_sites import CacheSite, find_cache, made_inside
-from sparsify.config import Config
-from sparsify.editor import Editor
+from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
-from sparsify.match import find_attention
-from sparsify.match_ffn import find_feed_forward
-from sparsify.method import Context
-from sparsify.plan import Choice, acts_on, make_plan
-from sparsify.plan_file import Plan
-from sparsify.sites import FeedForwardSite
-from sparsify.trace import Trace
-from sparsify.validate import Validator
+from sparsify.matching.attention import find_attention
+from sparsify.matching.cache import CacheSite, find_cache, made_inside
+from sparsify.matching.feed_forward import find_feed_forward
+from sparsify.matching.sites import FeedForwardSite
+from sparsify.planning import unmatched
+from sparsify.planning.choose import Choice, acts_on, make_plan
+from sparsify.planning.config.config import Config
+from sparsify.planning.method import Context
+from sparsify.planning.plan import Plan
+from sparsify.rewriting import ffn_runs, verify
+from sparsify.rewriting.editor import Editor
+from sparsify.rewriting.trace import Trace
+from sparsify.rewriting.validate import Validator
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import apart, api, blockmask, config, method, ops, pipeline
+from sparsify import api, pipeline
 from sparsify.errors import UnsupportedError
-from sparsify.plan_file import Plan
-from sparsify.verify import TOLERANCE
+from sparsify.graph import apart
+from sparsify.ops import attention, block_lists
+from sparsify.planning import method
+from sparsify.planning.config import config
+from sparsify.planning.plan import Plan
+from sparsify.rewriting.verify import TOLERANCE
 
 _ROWS = 512  # rows compared at once: a vocabulary of 128K in float32 is 0.5 MB a row
 
@@ -88,7 +92,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one `select_blocks` call chose; counts and indices as `sparsify.ops` describes them, on the CPU."""
+    """What one `select_blocks` call chose; counts and indices as `sparsify.ops.attention` describes them, on the CPU."""
 
     counts: Tensor
     indices: Tensor
@@ -111,10 +115,10 @@ def record_blocks() -> Iterator[list[Selection]]:
     selections: list[Selection] = []
 
     def observe(query: Tensor, key: Tensor, counts: Tensor, indices: Tensor, **call: Any) -> None:
-        density = blockmask.call_density(query, key, counts, **call)
+        density = block_lists.call_density(query, key, counts, **call)
         selections.append(Selection(counts.detach().cpu().clone(), indices.detach().cpu().clone(), call["block_size"], float(density)))
 
-    with ops.observing(observe):
+    with attention.observing(observe):
         yield selections
 
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 from hypothesis import HealthCheck, settings
 
-from sparsify import unforeseen
-from tests.run_records import pytest_addoption, pytest_terminal_summary
+from sparsify.graph import unforeseen
+from tests.support.run_records import pytest_addoption, pytest_terminal_summary
 
 __all__ = ["pytest_addoption", "pytest_terminal_summary"]
 

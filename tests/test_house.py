@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparsify.errors import ConfigError
-from sparsify.method import Pass, discover
+from sparsify.planning.method import Pass, discover
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +71,7 @@ def test_methods_are_discovered():
 
 @pytest.mark.parametrize("method", sorted(p.stem for p in (ROOT / "passes").glob("*.py") if p.stem != "__init__"))
 def test_every_method_has_a_test_and_a_docs_row(method):
-    assert (ROOT / "tests" / f"test_{method}.py").exists()
+    assert (ROOT / "tests" / "passes" / f"test_{method}.py").exists()
     assert f"`{method}`" in (ROOT / "docs" / "methods.md").read_text()
 
 

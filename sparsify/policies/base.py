@@ -18,7 +18,7 @@ from sparsify.errors import ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layer's slots are used (see `sparsify.cache_ops`).
+    """How a layer's slots are used (see `sparsify.ops.cache`).
 
     capacity: slots per KV head, all of them. pinned: slots that later tokens never overwrite. recent: newest tokens that stay whatever
     their score. window: a query sees only this many last keys besides the sinks, 0 for all that are kept. sinks: first tokens of each

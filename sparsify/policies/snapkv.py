@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from sparsify import cache_ops
+from sparsify.ops import cache
 from sparsify.policies.base import Candidates, Layout, Policy
 
 
@@ -55,8 +55,8 @@ class SnapKV(Policy):
 
     def score(self, candidates: Candidates) -> Tensor:
         keys, at = candidates.keys, candidates.positions
-        numbers = {"scale": candidates.scale, "softcap": candidates.softcap, "version": cache_ops.VERSION}
-        mass = cache_ops.mass(candidates.queries, keys, at, candidates.query_positions, **numbers)
+        numbers = {"scale": candidates.scale, "softcap": candidates.softcap, "version": cache.VERSION}
+        mass = cache.mass(candidates.queries, keys, at, candidates.query_positions, **numbers)
         batch, kv_heads, count = at.shape
         own = at > (candidates.newest - self.window)[:, None, None]
         # the window's own keys stay anyway and must not smear into their neighbours

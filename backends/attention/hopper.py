@@ -1,0 +1,335 @@
+"""Runs `sparsify::attention` on Hopper by generated Gluon, for the calls that it serves; says why not for the others.
+
+Compute capability decides, never a device's name; and Gluon is experimental, so only Triton releases that were tried are used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.attention.hopper_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, argument_types, generate
+from sparsify.backends.codegen import source
+from sparsify.errors import KernelError
+from sparsify.ops.attention import empty_output
+from sparsify.releases import triton_release
+
+log = logging.getLogger(__name__)
+
+BLOCK = 128
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LAUNCH = {"num_warps": 4, "maxnreg": 168}  # 384 threads at 168 registers; setmaxnreg hands them out anew
+_LEAST_QUERIES = 64  # with fewer rows most of a tile is empty, and the plain kernel packs the heads of a group into one
+_LONGEST_WINDOW = 1 << 30
+_LOG2E = math.log2(math.e)
+_ROWS_FIRST_BYTES = 24 << 20  # K and V of all heads together stay in half of Hopper's 50 MB of L2
+
+
+def serves(
+    query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], capability: tuple[int, int], triton_release: tuple[int, int]
+) -> str | None:
+    """Why this call is not served; None when it is.
+
+    Args:
+        options: the op's keyword arguments, checked already to fit together.
+        capability: of the device. triton_release: major and minor number.
+    """
+    batch, heads, query_len, head_dim = query.shape
+    dims = sorted((head_dim, value.shape[-1]))
+    listed = options["block_counts"] is not None
+    obstacles = {
+        f"compute capability {capability[0]}.{capability[1]} is not 9.x": capability[0] != 9,
+        f"Triton {triton_release[0]}.{triton_release[1]} was not tried": triton_release not in DIALECTS,
+        f"{query.dtype} operands": query.dtype not in _DTYPES,
+        f"head dims {dims[0]} and {dims[1]}": dims[0] < 40 or dims[1] > 256 or any(dim % 8 for dim in dims),
+        f"{query_len} query rows are few": query_len < _LEAST_QUERIES,
+        "no keys": key.shape[2] == 0 or query.numel() == 0,
+        f"lists of {options['block_size']}-key blocks": listed and options["block_size"] != BLOCK,
+        "ALiBi": options["alibi_slopes"] is not None,
+        "a bias per key": options.get("key_bias") is not None,
+        f"scale {options['scale']}": options["scale"] <= 0,
+        "too many tiles": batch * heads * -(-query_len // QUERY_TILE) >= 1 << 30,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+def ready(device: torch.device) -> bool:
+    """Whether Hopper kernels can run on a CUDA device at all: its capability, and a Triton release that was tried."""
+    return torch.version.hip is None and _capability(device)[0] == 9 and triton_release() in DIALECTS
+
+
+def obstacle(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
+    """`serves` for the device that the operands are on and the Triton that is installed; an untried Triton is logged once."""
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return "no NVIDIA GPU"
+    capability = _capability(query.device)
+    if capability[0] == 9 and triton_release() not in DIALECTS:
+        _log_release(triton_release())
+    return serves(query, key, value, options, capability, triton_release())
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, into: tuple[Tensor, Tensor] | None = None, **options) -> tuple[Tensor, Tensor]:
+    """The op by the Gluon kernel where it serves the call, else by the plain Triton kernel.
+
+    Args:
+        into: output and LSE to fill instead of new ones; the LSE contiguous.
+
+    Raises:
+        UnsupportedError: no kernel takes this call, or its operands do not fit together.
+        KernelError: the kernel could not be compiled or launched.
+    """
+    from sparsify.backends.attention import triton as attention_launch
+
+    attention_launch.check_operands(query, key, value, **options)
+    if obstacle(query, key, value, options) is not None:
+        return attention_launch.triton_attention(query, key, value, into=into, **options)
+    return launch(query, key, value, into=into, **options)
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    tuning: GluonTuning | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a call that `serves` accepts. Asynchronous, without host synchronisation; a CUDA graph can capture it.
+
+    Args:
+        tuning: instead of the table's choice, for tests and tuning. into: output and LSE to fill instead of new ones.
+
+    Raises:
+        KernelError: the kernel could not be compiled or launched.
+    """
+    output, lse = into or (
+        empty_output(query, value, options["seq_major"]),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+    )
+    spec = make_spec(query, key, value, options, tuning)
+    batch, heads, query_len = query.shape[:3]
+    tiles = -(-query_len // QUERY_TILE) * batch * heads
+    try:
+        with torch.cuda.device(query.device):
+            values = operands(spec, query, key, value, output, lse, options) | _descriptors(spec, query, key, value, output)
+            kernel = _kernel(spec, triton_release())
+            grid = (min(_processors(query.device), tiles),)
+            kernel[grid](*(values[name] for name in argument_types(spec)), **_LAUNCH)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise KernelError(f"{type(error).__name__}: {lines[-1]}", where=f"Gluon attention ({spec.describe()}; {spec.tuning})") from error
+    return output, lse
+
+
+def make_spec(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], tuning: GluonTuning | None = None) -> GluonSpec:
+    """The spec of a call, with the table's tuning unless one is given."""
+    windows = options["windows"]
+    flags, segments = options["key_flags"] is not None, options["segments"] is not None
+    head_dim, value_dim = _padded(query.shape[-1]), _padded(value.shape[-1])
+    if tuning is None:
+        kept = key.shape[0] * key.shape[1] * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+        many, lists = flags or segments or any(windows), options["block_counts"] is not None
+        tuning = choose_tuning(head_dim, value_dim, many, kept <= _ROWS_FIRST_BYTES, lists, triton_release())
+    return GluonSpec(
+        dtype=_DTYPES[query.dtype],
+        head_dim=head_dim,
+        value_dim=value_dim,
+        causal=options["causal"],
+        lists=options["block_counts"] is not None,
+        windows="none" if not any(windows) else "one" if len(set(windows)) == 1 else "heads",
+        sinks=any(windows) and options["sinks"] > 0 and not flags,
+        key_flags=flags,
+        segments=segments,
+        start=options["query_start"] is not None,
+        softcap=options["softcap"] > 0,
+        sink_logits=options["sink_logits"] is not None,
+        tuning=tuning,
+    )
+
+
+@functools.cache
+def choose_tuning(
+    head_dim: int, value_dim: int, many_clauses: bool, cached: bool, lists: bool = False, release: tuple[int, int] = (3, 6)
+) -> GluonTuning:
+    """The table of tunings.
+
+    Args:
+        many_clauses: key flags, segments or windows, whose walk needs more registers in the producer.
+        cached: K and V of all heads fit in the L2 cache together, so that the order of tiles is free to balance the load.
+        lists: block lists, which leave a tile few blocks; its last V then comes a turn earlier.
+        release: of Triton. From 3.9 on it has no registers left for the queries.
+    """
+    order = "rows" if cached else "heads"
+    registers = (232, 40) if many_clauses or max(head_dim, value_dim) == 256 else (240, 24)
+    common = {"order": order, "consumer_registers": registers[0], "producer_registers": registers[1]}
+    if max(head_dim, value_dim) == 256:
+        return GluonTuning(key_tile=64, query_stages=1, output_in_query=head_dim == value_dim, **common)
+    common["query_registers"] = not many_clauses and release < (3, 9)
+    if head_dim == value_dim == 64:
+        return GluonTuning(key_stages=4, value_stages=4, **common)
+    if head_dim == value_dim:  # the query's slot takes the output, and a third V stage its room: 1 to 4 % on an H200, dense and sparse
+        return GluonTuning(output_in_query=True, value_stages=3, value_delay=0 if lists else 1, **common)
+    return GluonTuning(**common)
+
+
+def _padded(dim: int) -> int:
+    """The kernel's width for a head dim: the copy engine fills columns past the tensor's end with zeros, and clips them on the way out."""
+    return next(width for width in (64, 128, 256) if width >= dim)
+
+
+@functools.cache
+def _log_release(release: tuple[int, int]) -> None:
+    tried = ", ".join(f"{major}.{minor}" for major, minor in DIALECTS)
+    log.warning("Triton %d.%d was not tried with the Hopper kernels (tried: %s): the plain Triton kernels serve", *release, tried)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(spec: GluonSpec, release: tuple[int, int]) -> Callable[..., Any]:
+    return source.load(generate(spec, release), "gluon_attention").attention
+
+
+def operands(
+    spec: GluonSpec, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The kernel's arguments but for the descriptors, by name, and perhaps some that this spec has no use for."""
+    batch, heads, query_len, _ = query.shape
+    kv_heads, key_len = key.shape[1:3]
+    device, tile = query.device, spec.tuning.key_tile
+    values: dict[str, Any] = {
+        "lse": lse,
+        # of this launch alone, so that launches on several streams never draw from one counter
+        "counter": torch.zeros(1, dtype=torch.int32, device=device),
+        "query_len": query_len,
+        "key_len": key_len,
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "start": key_len - query_len,
+        "scale": options["scale"] * _LOG2E,
+    }
+    if spec.softcap:
+        values |= {"scale": 2 * _LOG2E * options["scale"] / options["softcap"], "cap": options["softcap"] * _LOG2E}
+    if spec.start:
+        values["starts"] = options["query_start"].to(device, torch.int64)
+    if spec.lists:
+        values["counts"] = options["block_counts"].to(torch.int32).contiguous()
+        values["indices"] = options["block_indices"].to(torch.int16).contiguous()
+        values["list_len"] = values["indices"].shape[-1]
+    if spec.windows != "none":
+        windows = tuple(min(window, _LONGEST_WINDOW) for window in options["windows"])
+        values |= {"window": windows[0], "sinks": min(options["sinks"], key_len)}
+        if spec.windows == "heads":
+            values["windows"] = _on_device(windows, device)
+    if spec.key_flags:
+        flags = options["key_flags"].to(torch.uint8)
+        values |= {"flags": _rows(_padded_row(flags, tile), batch)} | {name: _rows(t, batch) for name, t in flag_tiles(flags, tile).items()}
+    if spec.segments:
+        segments = options["segments"].to(torch.int32)
+        values |= {"segments": _rows(_padded_row(segments, tile), batch)} | {
+            name: _rows(t, batch) for name, t in segment_tiles(segments, tile).items()
+        }
+    if spec.sink_logits:
+        values["sink_logits"] = options["sink_logits"].to(torch.float32).contiguous()
+    return values
+
+
+def flag_tiles(flags: Tensor, tile: int) -> dict[str, Tensor]:
+    """What a whole key tile's flags say, for a producer that skips or trusts tiles.
+
+    Args:
+        flags: uint8 [rows, key_len], the op's key_flags.
+
+    Returns:
+        flag_tiles: uint8 [rows, tiles]; 1: some key is visible, 2: every key is, 4: some visible key is a sink.
+        sink_tiles: int32 [rows], tiles up to the last one that has a sink.
+    """
+    rows, key_len = flags.shape
+    tiles = -(-key_len // tile)
+    tiled = torch.nn.functional.pad(flags & 3, (0, tiles * tile - key_len)).view(rows, tiles, tile)
+    visible, sink = tiled & 1, (tiled == 3).to(torch.uint8)
+    has_sink = sink.amax(-1)
+    numbers = torch.arange(1, tiles + 1, dtype=torch.int32, device=flags.device)
+    return {
+        "flag_tiles": visible.amax(-1) + 2 * visible.amin(-1) + 4 * has_sink,
+        "sink_tiles": (has_sink * numbers).amax(-1).to(torch.int32),
+    }
+
+
+def segment_tiles(segments: Tensor, tile: int) -> dict[str, Tensor]:
+    """Lowest and highest segment of each key tile, int32 [rows, tiles], of int32 segments [rows, key_len]."""
+    rows, key_len = segments.shape
+    tiles = -(-key_len // tile)
+    # the last key stands in for those past the end
+    tiled = torch.cat([segments, segments[:, -1:].expand(rows, tiles * tile - key_len)], 1).view(rows, tiles, tile)
+    return {"segment_low": tiled.amin(-1), "segment_high": tiled.amax(-1)}
+
+
+def _padded_row(operand: Tensor, tile: int) -> Tensor:
+    """Zeros up to the end of the tile after the last: the kernel reads whole tiles, and that one where a row tile sees nothing."""
+    key_len = operand.shape[1]
+    return torch.nn.functional.pad(operand, (0, (-(-key_len // tile) + 1) * tile - key_len))
+
+
+def _rows(operand: Tensor, batch: int) -> Tensor:
+    """One row a batch row; a single one serves all."""
+    return operand.expand(batch, *operand.shape[1:]).contiguous()
+
+
+def _descriptors(spec: GluonSpec, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> dict[str, Any]:
+    return {
+        "queries": _descriptor(query, QUERY_TILE // 2, spec.head_dim),
+        "keys": _descriptor(key, spec.tuning.key_tile, spec.head_dim),
+        "values": _descriptor(value, spec.tuning.key_tile, spec.value_dim),
+        "outputs": _descriptor(output, QUERY_TILE // 2, spec.value_dim),
+    }
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int):
+    """A descriptor for tiles of `rows` by `columns` of one head of [batch, heads, length, dim]."""
+    if not copyable(tensor):
+        tensor = tensor.contiguous()
+    kind, fields = _descriptor_fields(tuple(tensor.shape), tensor.stride(), tensor.dtype, rows, columns)
+    descriptor = object.__new__(kind)  # its fields were checked when they were made, and `copyable` checks the address
+    descriptor.__dict__.update(fields, base=tensor)
+    return descriptor
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptor_fields(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int):
+    """The descriptor's class and all its fields but the tensor: checking them takes longer than a short prompt's attention."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    # the stride of a dimension of size one is never used, yet must be a multiple of 16 bytes
+    valid = [8 * columns if size == 1 and i < 3 else stride for i, (size, stride) in enumerate(zip(shape, strides))]
+    like = torch.empty(0, dtype=dtype)
+    return TensorDescriptor, dict(vars(TensorDescriptor(like, list(shape), valid, [1, 1, rows, columns], layout)))
+
+
+def copyable(tensor: Tensor) -> bool:
+    """Whether the copy engine takes the layout as it is: rows contiguous, everything at multiples of 16 bytes, nothing expanded."""
+    strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
+    return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

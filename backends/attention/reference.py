@@ -1,0 +1,177 @@
+"""`sparsify::attention` in plain PyTorch, on any device: what every other kernel is compared with.
+
+fp32 math (fp64 for fp64 inputs), a chunk of query rows at a time, so that memory is O(chunk · key_len). Block lists, windows and
+causality are masks here; only keys that no row of a chunk can see are skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify.ops.attention import empty_output
+
+# elements of one chunk's score matrix over all heads: 64 MB in fp32
+CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The clauses of `sparsify.ops.attention` that say which keys a query row sees."""
+
+    key_flags: Tensor | None  # [batch or 1, key_len] integers
+    segments: Tensor | None  # [batch or 1, key_len] integers
+    block_counts: Tensor | None  # [batch, query_heads, query_blocks]
+    block_indices: Tensor | None  # [batch, query_heads, query_blocks, at most key_blocks]
+    start: int
+    causal: bool
+    windows: tuple[int, ...]  # empty, one, or one per query head; 0 = none for that head
+    sinks: int
+    block_size: int
+    key_len: int
+
+    def key_range(self, first: int, last: int) -> tuple[int, int]:
+        """Keys outside of this range are invisible to every query row in [first, last]."""
+        end = min(self.key_len, last + self.start + 1) if self.causal else self.key_len
+        begin = 0
+        sink_possible = self.sinks > 0 or self.key_flags is not None
+        if self.windows and all(self.windows) and not sink_possible:
+            begin = min(max(0, first + self.start - max(self.windows) + 1), self.key_len)
+        return begin, max(begin, end)
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Bool, broadcastable to [batch, query_heads, rows, keys]."""
+        position = (rows + self.start)[:, None]
+        seen = torch.ones(1, 1, rows.numel(), keys.numel(), dtype=torch.bool, device=keys.device)
+        if self.causal:
+            seen = seen & (keys <= position)
+        if any(self.windows):
+            window = torch.tensor(self.windows, device=keys.device)[None, :, None, None]
+            seen = seen & ((keys > position - window) | (window <= 0) | self._sink(keys))
+        if self.key_flags is not None:
+            seen = seen & (self.key_flags[:, keys] & 1 != 0)[:, None, None]
+        if self.segments is not None:
+            inside = (position >= 0) & (position < self.key_len)
+            own = self.segments[:, (rows + self.start).clamp(0, self.key_len - 1)]
+            seen = seen & ((own[:, :, None] == self.segments[:, None, keys]) & inside)[:, None]
+        if self.block_counts is not None:
+            seen = seen & self._listed(rows)[..., keys // self.block_size]
+        return seen
+
+    def _sink(self, keys: Tensor) -> Tensor:
+        if self.key_flags is None:
+            return keys < self.sinks
+        return (self.key_flags[:, keys] & 2 != 0)[:, None, None]
+
+    def _listed(self, rows: Tensor) -> Tensor:
+        """Bool [batch, query_heads, rows, key_blocks]: the block lists of each row's query block as a table."""
+        block = rows // self.block_size
+        first = int(block[0])
+        counts = self.block_counts[:, :, first : int(block[-1]) + 1, None]
+        indices = self.block_indices[:, :, first : int(block[-1]) + 1].long()
+        valid = torch.arange(indices.shape[-1], device=rows.device) < counts
+        key_blocks = (self.key_len + self.block_size - 1) // self.block_size
+        table = torch.zeros(*indices.shape[:3], key_blocks + 1, dtype=torch.bool, device=rows.device)
+        # entries past the count all go to one column that is dropped
+        table.scatter_(-1, torch.where(valid, indices, key_blocks), True)
+        return table[:, :, block - first, :key_blocks]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_flags: Tensor | None = None,
+    segments: Tensor | None = None,
+    query_start: Tensor | None = None,
+    block_counts: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float,
+    causal: bool,
+    windows: list[int],
+    sinks: int,
+    softcap: float,
+    block_size: int,
+    seq_major: bool,
+    version: int,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The attention op of `sparsify.ops.attention`, which defines every argument but `into`: output and LSE to fill instead of new ones.
+
+    Returns:
+        output [batch, query_heads, query_len, v_head_dim] in query's dtype, and LSE (natural log) fp32 [batch, query_heads, query_len].
+        A value that is not finite makes NaN of that column of exactly the rows that see its key.
+    """
+    batch, heads, query_len, _ = query.shape
+    kv_heads, key_len = key.shape[1:3]
+    output, lse = into or (empty_output(query, value, seq_major), query.new_empty(query.shape[:3], dtype=torch.float32))
+    if key_len == 0 or output.numel() == 0:
+        return output.zero_(), lse.fill_(-torch.inf)
+    start = key_len - query_len if query_start is None else int(query_start.item())
+    mask = Mask(key_flags, segments, block_counts, block_indices, start, causal, tuple(windows), sinks, block_size, key_len)
+    math = torch.float64 if query.dtype == torch.float64 else torch.float32
+    # [batch, kv_heads, group, rows, dim] against [batch, kv_heads, 1, keys, dim]: KV heads are never repeated
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, query_len, -1)
+    keys, values = key.to(math).unsqueeze(2), value.to(math).unsqueeze(2)
+    tainted = ~values.isfinite() if not values.isfinite().all() else None
+    values = values if tainted is None else values.masked_fill(tainted, 0)
+    chunk = max(1, min(query_len, CHUNK_ELEMENTS // (batch * heads * key_len)))
+    for first in range(0, query_len, chunk):
+        part = slice(first, min(first + chunk, query_len))
+        begin, end = mask.key_range(first, part.stop - 1)
+        if begin == end:
+            output[:, :, part], lse[:, :, part] = 0, -torch.inf
+            continue
+        logits = (grouped[:, :, :, part].to(math) * scale) @ keys[..., begin:end, :].transpose(-1, -2)
+        seen = mask.visible(torch.arange(first, part.stop, device=query.device), torch.arange(begin, end, device=query.device))
+        bias = None if key_bias is None else key_bias[:, :, None, begin:end].to(math)
+        seen = seen if bias is None else seen & (bias != -torch.inf)
+        weights, lse[:, :, part] = _softmax(logits.flatten(1, 2), seen, end - 1, softcap, sink_logits, alibi_slopes, bias)
+        result = weights.view_as(logits) @ values[..., begin:end, :]
+        if tainted is not None:
+            regrouped = seen.expand(batch, heads, -1, -1).reshape(logits.shape).to(math)
+            result[regrouped @ tainted[..., begin:end, :].to(math) > 0] = torch.nan
+        output[:, :, part] = result.flatten(1, 2).to(output.dtype)
+    return output, lse
+
+
+def _softmax(
+    logits: Tensor,
+    seen: Tensor,
+    anchor: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weights [batch, heads, rows, keys] and LSE [batch, heads, rows] of logits whose last key is `anchor`; unseen rows get 0 and -inf."""
+    slopes = None if slopes is None else slopes.to(logits.dtype)
+    sink_logits = None if sink_logits is None else sink_logits.to(logits.dtype)[:, None]
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    if slopes is not None:
+        # a softmax does not feel a constant: counting from the last key keeps slope · k small where weights are large
+        distance = torch.arange(1 - logits.shape[-1], 1, device=logits.device, dtype=logits.dtype)
+        logits = logits + slopes[..., None, None] * distance
+        if sink_logits is not None:
+            sink_logits = sink_logits - slopes[..., None] * anchor
+    if bias is not None:
+        logits = logits + bias
+    logits = logits.masked_fill(~seen, -torch.inf)
+    top = logits.amax(-1) if sink_logits is None else torch.maximum(logits.amax(-1), sink_logits)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weights = (logits - top[..., None]).exp_()
+    total = weights.sum(-1)
+    if sink_logits is not None:
+        total = total + (sink_logits - top).exp()
+    any_seen = seen.any(-1)
+    lse = top + total.log()
+    if slopes is not None:
+        lse = lse + slopes[..., None] * anchor
+    return weights.div_(total.masked_fill(~any_seen, 1)[..., None]), lse.masked_fill(~any_seen, -torch.inf)

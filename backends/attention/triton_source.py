@@ -1,0 +1,263 @@
+"""From a spec of one attention call to the text of a Triton kernel that has exactly its clauses. Needs neither a GPU nor Triton.
+
+The forward pass is FlashAttention's (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691): one program owns a tile of query
+rows and folds key tiles into a running softmax in base 2. Key tiles that every row of the tile sees run without mask arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsify.backends.attention.triton_template import KERNEL, VISIT
+from sparsify.backends.codegen.template import Argument, padded, render
+from sparsify.errors import UnsupportedError
+
+DTYPES = ("bf16", "fp16", "fp32")
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """queries, keys: rows of a query tile and of a key tile. warps, stages: Triton's launch options.
+
+    edge_keys: rows of a key tile that needs the mask; few, because masking a large tile takes more registers than there are.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    edge_keys: int = 32
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What decides the kernel's text; numbers that may differ between calls of one kernel are its arguments.
+
+    group: query heads per KV head.
+    window: "none", "one" (the same for all heads) or "per_head" (a tensor; 0 = none for that head).
+    sinks: keys that a window does not hide: "none", "count" (the first ones) or "flags" (bit 1 of key_flags).
+    has_start: the position of the first query row is read from a tensor; otherwise it is key_len - query_len.
+    packed: a tile's rows are (query, head of the group) pairs, for calls with few queries.
+    """
+
+    dtype: str
+    qk_head_dim: int
+    v_head_dim: int
+    group: int
+    tiling: Tiling
+    causal: bool = True
+    window: str = "none"
+    sinks: str = "none"
+    key_flags: bool = False
+    segments: bool = False
+    has_start: bool = False
+    block_lists: bool = False
+    block_size: int = 0
+    softcap: bool = False
+    alibi: bool = False
+    key_bias: bool = False
+    sink_logits: bool = False
+    packed: bool = False
+
+    def __post_init__(self):
+        impossible = {
+            f"dtype {self.dtype}": self.dtype not in DTYPES,
+            f"head dims {self.qk_head_dim} and {self.v_head_dim}": not 0 < max(self.qk_head_dim, self.v_head_dim) <= MAX_HEAD_DIM,
+            f"window {self.window!r}": self.window not in ("none", "one", "per_head"),
+            "sinks without a window": self.sinks != "none" and self.window == "none",
+            "sinks by flags without flags": self.sinks == "flags" and not self.key_flags,
+            "counted sinks beside flags": self.sinks == "count" and self.key_flags,
+            "block lists for packed heads": self.block_lists and self.packed,
+            f"blocks of {self.block_size} with tiles of {self.tiling.queries} x {self.tiling.keys}": self.block_lists
+            and any(self.block_size % tile for tile in (self.tiling.queries, self.tiling.keys, self.tiling.edge_keys)),
+        }
+        for what, wrong in impossible.items():
+            if wrong:
+                raise UnsupportedError(f"no attention kernel has {what}", where="backends.triton_attention")
+
+    def describe(self) -> str:
+        """One line: `bf16, head dim 128, 4 query heads per KV head; causal, window, sinks`."""
+        dims = f"{self.qk_head_dim}" if self.qk_head_dim == self.v_head_dim else f"{self.qk_head_dim} and {self.v_head_dim}"
+        clauses = {
+            "causal": self.causal,
+            "start from a tensor": self.has_start,
+            "window": self.window == "one",
+            "window per head": self.window == "per_head",
+            "sinks": self.sinks != "none",
+            "key flags": self.key_flags,
+            "segments": self.segments,
+            f"lists of {self.block_size}-key blocks": self.block_lists,
+            "softcap": self.softcap,
+            "ALiBi": self.alibi,
+            "bias per key": self.key_bias,
+            "sink logits": self.sink_logits,
+            "packed heads": self.packed,
+        }
+        named = ", ".join(name for name, present in clauses.items() if present)
+        return f"{self.dtype}, head dim {dims}, {self.group} query heads per KV head; {named or 'every key visible'}"
+
+
+def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
+    """The kernel's arguments in order."""
+    pointer = lambda name, type: Argument(name, "*" + type, True)
+    listed = [pointer(name, spec.dtype) for name in ("query", "key", "value", "out")] + [pointer("lse", "fp32")]
+    listed += [Argument(f"{name}_{axis}", "i32", True) for name, axis in _STRIDES]
+    listed += [Argument("kv_heads", "i32"), Argument("query_len", "i32", True), Argument("key_len", "i32", True)]
+    optional = [
+        (not spec.softcap, Argument("scale", "fp32")),
+        (spec.softcap, Argument("tanh_scale", "fp32")),
+        (spec.softcap, Argument("cap_log2", "fp32")),
+        (spec.has_start, pointer("query_start", "i64")),
+        (spec.window == "one", Argument("window", "i32", True)),
+        (spec.window == "per_head", pointer("windows", "i32")),
+        (spec.sinks == "count", Argument("sinks", "i32")),
+        (spec.key_flags, pointer("key_flags", "u8")),
+        (spec.key_flags, Argument("flags_b", "i32", True)),
+        (spec.key_flags, pointer("flag_bounds", "i32")),
+        (spec.segments, pointer("segments", "i32")),
+        (spec.segments, Argument("segments_b", "i32", True)),
+        (spec.block_lists, pointer("block_counts", "i32")),
+        (spec.block_lists, pointer("block_indices", "i16")),
+        (spec.block_lists, Argument("list_len", "i32", True)),
+        (spec.alibi, pointer("alibi_slopes", "fp32")),
+        (spec.alibi, Argument("alibi_b", "i32")),
+        (spec.key_bias, pointer("key_bias", "fp32")),
+        (spec.key_bias, Argument("bias_b", "i32")),
+        (spec.key_bias, Argument("bias_h", "i32")),
+        (spec.sink_logits, pointer("sink_logits", "fp32")),
+    ]
+    return tuple(listed + [argument for present, argument in optional if present])
+
+
+_STRIDES = [(name, axis) for name, axes in (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), ("out", "bhm")) for axis in axes]
+
+
+def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
+    """Module text with the kernel `attention`. Grid: one axis, `programs(...)` long; launch with the spec's warps and stages.
+
+    Args:
+        triton_release: major and minor number.
+    """
+    windowed = spec.window != "none"
+    exposed = spec.causal or windowed or spec.segments
+    state = "acc, m, l" + (", poisoned" if exposed else "")
+    context = ["tanh_scale", "cap_log2"] if spec.softcap else ["scale"]
+    needed = [
+        (spec.causal or windowed, "position"),
+        (windowed, "window"),
+        (spec.sinks == "count", "sinks"),
+        (spec.key_flags, "flags_row"),
+        (spec.segments, "segments_row"),
+        (spec.segments, "segment"),
+        (spec.segments, "has_segment"),
+        (spec.alibi, "slope"),
+        (spec.alibi, "anchor"),
+        (spec.key_bias, "bias_row"),
+    ]
+    context += [name for present, name in needed if present]
+    qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
+    edges = [name for present, name in ((spec.sinks != "none", "sinks below the window"), (windowed, "the window's lower edge")) if present]
+    values = vars(spec) | {
+        "split": spec.block_size // spec.tiling.keys,
+        "edge_split": spec.block_size // spec.tiling.edge_keys,
+        "entry": _entry(spec.block_size // spec.tiling.keys, "KEYS"),
+        "edge_entry": _entry(spec.block_size // spec.tiling.edge_keys, "EDGE_KEYS"),
+        "edges": ", ".join([*edges, "the upper edge"]),
+        "flags_note": "; flags always count" if spec.key_flags else "",
+        "windowed": windowed,
+        "exposed": exposed,
+        # one comparison less in whole tiles, which leaves Triton 3.8's compiler the registers that 3.6's has anyway
+        "lean": triton_release >= (3, 8),
+        "raw": not (spec.softcap or spec.alibi or spec.key_bias),
+        "per_row_window": spec.window == "per_head" and spec.packed,
+        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
+        "qk_guard": f" & (qk_dims < {spec.qk_head_dim})[None, :]" if qk_dim != spec.qk_head_dim else "",
+        "v_guard": f" & (v_dims < {spec.v_head_dim})[None, :]" if v_dim != spec.v_head_dim else "",
+        "state": state,
+        "context": ", ".join(context),
+        "call": ", ".join([state, "q, key_head, value_head, key_n, value_n, first, end", *context]),
+        "parameters": ",\n    ".join(argument.name for argument in arguments(spec)),
+    }
+    return "\n\n".join([_header(spec, qk_dim, v_dim), render(VISIT, values), render(KERNEL, values)])
+
+
+def _entry(split: int, tile: str) -> str:
+    """First key of the i-th tile of the listed blocks, `split` tiles to a block."""
+    if split <= 1:
+        return "tl.load(entries + i).to(tl.int32) * BLOCK"
+    return f"tl.load(entries + i // {split}).to(tl.int32) * BLOCK + i % {split} * {tile}"
+
+
+def _header(spec: AttentionSpec, qk_dim: int, v_dim: int) -> str:
+    constants = {
+        "QUERIES": spec.tiling.queries,
+        "KEYS": spec.tiling.keys,
+        "EDGE_KEYS": spec.tiling.edge_keys,
+        "GROUP": spec.group,
+        "QK_DIM": qk_dim,
+        "V_DIM": v_dim,
+    }
+    if spec.block_lists:
+        constants["BLOCK"] = spec.block_size
+    constants |= {"LOG2E": 1.4426950408889634, "LN2": 0.6931471805599453}
+    lines = [f'"""Attention: {spec.describe()}. Generated by sparsify."""', "", "import triton", "import triton.language as tl", ""]
+    return "\n".join(lines + [f"{name} = tl.constexpr({value})" for name, value in constants.items()]) + "\n"
+
+
+def programs(spec: AttentionSpec, batch: int, kv_heads: int, query_len: int) -> int:
+    """Length of the launch grid."""
+    if spec.packed:
+        return batch * kv_heads * -(-query_len * spec.group // spec.tiling.queries)
+    return batch * kv_heads * spec.group * -(-query_len // spec.tiling.queries)
+
+
+# bytes of shared memory per thread block by compute capability (CUDA C++ Programming Guide); others have 99 KiB
+_SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+
+
+def choose_tiling(
+    dtype: str,
+    qk_head_dim: int,
+    v_head_dim: int,
+    capability: tuple[int, int],
+    *,
+    block_size: int = 0,
+    packed_rows: int = 0,
+    segments: bool = False,
+) -> Tiling:
+    """Tile sizes by head dim and dtype, with as many stages as shared memory holds.
+
+    Args:
+        capability: CUDA compute capability.
+        block_size: of the block lists that the tiles must divide, or 0.
+        packed_rows: query rows times group of a call with few queries, or 0.
+        segments: every tile needs the mask, so query tiles are kept small.
+    """
+    widest = max(padded(qk_head_dim), padded(v_head_dim))
+    element = 4 if dtype == "fp32" else 2
+    hopper = capability >= (9, 0)
+    if dtype == "fp32":  # exact products run on the ordinary cores, unrolled: more than this spills
+        queries, keys, warps, stages, edge_keys = (32, 32, 8, 1, 16) if widest <= 64 else (32, 16, 8, 1, 16)
+    elif widest <= 64:
+        queries, keys, warps, stages, edge_keys = 128, 64, 4, 3, 16
+    elif widest <= 128:
+        queries, keys, warps, stages, edge_keys = (128, 128, 8, 2, 32) if hopper else (128, 64, 8, 3, 32)
+        if (qk_head_dim, v_head_dim) != (padded(qk_head_dim), padded(v_head_dim)):
+            edge_keys = 16  # guarding padded dims takes registers, too
+    else:
+        queries, keys, warps, stages, edge_keys = (128, 32, 8, 3, 16) if hopper else (64, 32, 8, 2, 16)
+    if packed_rows:
+        queries, keys = min(queries, padded(packed_rows)), min(keys, 64)
+    if segments:
+        queries = min(queries, 64)
+    if block_size:
+        queries, keys = min(queries, block_size), min(keys, block_size)
+    if queries <= 64 and dtype != "fp32":
+        warps, edge_keys = 4 if widest <= 128 else 8, 16
+    dims = padded(qk_head_dim) + padded(v_head_dim)
+    limit = _SHARED.get(capability, 99) * 1024
+    held = queries * max(padded(qk_head_dim), padded(v_head_dim)) * element
+    while stages > 1 and held + stages * keys * dims * element > limit:
+        stages -= 1
+    return Tiling(queries, keys, warps, stages, edge_keys)

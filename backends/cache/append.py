@@ -1,0 +1,225 @@
+"""Attention of several tokens over an evicting cache by generated kernels: later turns, verified drafts, prompts of `positions="in_cache"`.
+
+Rows of a tile are (query, head of the group) pairs. Few rows over many slots split the slots (Flash-Decoding, Dao et al. 2023); positions
+decide what a row sees, so slots may lie in any order. Nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.cache.append_template import FOLD, JOIN, VISIT
+from sparsify.backends.cache.decode import processors, stretches
+from sparsify.backends.cache.kernels import (
+    DTYPES,
+    LOG2E,
+    launch_in_turn,
+    logit_arguments,
+    logit_values,
+    partial_sums,
+    stride_values,
+    turned_queries,
+)
+from sparsify.backends.cache.reference import asked_positions
+from sparsify.backends.codegen import source
+from sparsify.backends.codegen.template import Argument, padded, parameters, render
+from sparsify.errors import UnsupportedError
+from sparsify.ops import cache as cache_ops
+
+_WHERE = "sparsify::cache_attention"
+
+
+@dataclass(frozen=True)
+class AppendTiling:
+    """rows, keys: of a tile. warps, stages: Triton's launch options. programs: thread blocks per multiprocessor that a split aims at."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int = 2
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    """What decides the kernels' text. group: query heads per KV head. has_new: the call's own keys are not stored yet. single: slots are
+    not split. padded: tokens may be padding. turning: sinks stand directly before the window, so that turned queries see them."""
+
+    dtype: str
+    qk_head_dim: int
+    v_head_dim: int
+    group: int
+    tiling: AppendTiling
+    has_new: bool = True
+    single: bool = True
+    windowed: bool = False
+    padded: bool = False
+    turning: bool = False
+    softcap: bool = False
+    sink_logits: bool = False
+
+    def __post_init__(self):
+        if not 0 < max(self.qk_head_dim, self.v_head_dim) <= 256:
+            raise UnsupportedError(f"no kernel has head dims {self.qk_head_dim} and {self.v_head_dim}", where=_WHERE)
+        if self.turning and not self.windowed:
+            raise UnsupportedError("turned sinks without a window", where=_WHERE)
+
+
+def choose_tiling(dtype: str, head_dim: int, rows: int, capability: tuple[int, int] = (9, 0), turning: bool = False) -> AppendTiling:
+    """`rows` is queries times group. 128 rows of 128 dims just fit into the registers of 8 warps; fp32 products are unrolled, and turned
+    queries take a second product."""
+    wanted = padded(max(rows, 1))
+    if dtype == "fp32":
+        return AppendTiling(min(wanted, 32), 32 if head_dim <= 64 else 16, 4 if head_dim <= 64 else 8, 1)
+    if head_dim > 128:
+        return AppendTiling(min(wanted, 64), 32, 8 if wanted >= 64 else 4, 2)
+    if wanted < 128:
+        return AppendTiling(wanted, 32 if turning else 64, 4, 2 if turning else 3)
+    if capability < (9, 0):
+        return AppendTiling(64, 64, 8, 2)
+    return AppendTiling(128, 32 if turning else 64, 8, 2)
+
+
+def arguments(spec: AppendSpec, kernel: str) -> tuple[Argument, ...]:
+    """The arguments of "fold" or "join", in order."""
+    pointer = lambda name, type: Argument(name, "*" + type, True)
+    data = lambda *names: [pointer(name, spec.dtype) for name in names]
+    strides = lambda *names: [Argument(name, "i32", True) for name in names]
+    parts = [] if spec.single else [pointer(name, "fp32") for name in ("part_m", "part_l", "part_acc")]
+    out = [*data("out"), *strides("out_b", "out_h", "out_m")]
+    sinks = [pointer("sink_logits", "fp32")] if spec.sink_logits else []
+    sizes = [Argument("kv_heads", "i32"), Argument("query_len", "i32"), Argument("stretches", "i32")]
+    if kernel == "join":
+        return (*parts, *out, *sizes, *sinks, Argument("STRETCHES", "constexpr"))
+    listed = [*data("query", "keys", "values"), pointer("positions", "i32"), pointer("seen", "i32"), pointer("asked", "i32")]
+    listed += [*strides("query_b", "query_h", "query_m"), Argument("capacity", "i32", True), *sizes]
+    if spec.has_new:
+        listed += [*data("new_key", "new_value"), pointer("at", "i32")]
+        listed += strides("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")
+    if spec.windowed:
+        listed += [Argument("window", "i32"), Argument("sinks", "i32")] + ([pointer("bounds", "i32")] if spec.has_new else [])
+    listed += data("turned") if spec.turning else []
+    listed += logit_arguments(spec.softcap)
+    return (*listed, *(out + sinks if spec.single else parts))
+
+
+def append_source(spec: AppendSpec) -> str:
+    """Module text with `fold` (grid: tiles * stretches, batch * kv_heads) and, unless `single`, `join` (query_len * group, the same)."""
+    qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
+    context = ["tanh_scale", "cap_log2"] if spec.softcap else ["scale"]
+    values = vars(spec) | {
+        "context": ", ".join(context + (["window", "sinks"] if spec.windowed else [])),
+        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
+        "qk_guard": "" if qk_dim == spec.qk_head_dim else f" & (qk_dims < {spec.qk_head_dim})[None, :]",
+        "v_guard": "" if v_dim == spec.v_head_dim else f" & (v_dims < {spec.v_head_dim})[None, :]",
+        "v_store": "" if v_dim == spec.v_head_dim else f", mask=v_dims < {spec.v_head_dim}",
+        "fold_parameters": parameters(arguments(spec, "fold")),
+        "join_parameters": parameters(arguments(spec, "join")),
+    }
+    tiling = spec.tiling
+    constants = {"GROUP": spec.group, "ROWS": tiling.rows, "KEYS": tiling.keys, "QK_DIM": qk_dim, "V_DIM": v_dim, "LOG2E": LOG2E}
+    lines = [f"{name} = tl.constexpr({value!r})" for name, value in constants.items()]
+    header = '"""Generated by sparsify: attention of several tokens over a cache."""\n\nimport triton\nimport triton.language as tl\n\n'
+    texts = [VISIT, FOLD] + ([] if spec.single else [JOIN])
+    return "\n\n".join([header + "\n".join(lines) + "\n", *(render(text, values) for text in texts)])
+
+
+@functools.lru_cache(maxsize=256)
+def _module(spec: AppendSpec) -> ModuleType:
+    return source.load(append_source(spec), "append")
+
+
+def cache_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    *,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
+    real: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    inverse_frequencies: Tensor | None = None,
+    scale: float,
+    softcap: float,
+    window: int,
+    sinks: int,
+    version: int,
+    tiling: AppendTiling | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """The op by generated kernels; see `sparsify.ops.cache`. tiling, splits: instead of the tables' choice, for tests and tuning.
+
+    Raises:
+        UnsupportedError: no kernel takes this call.
+        KernelError: a kernel could not be compiled or launched.
+    """
+    _check(query, keys, values, new_key, new_value, scale)
+    (batch, heads, query_len, qk_head_dim), (_, kv_heads, capacity, _) = query.shape, keys.shape
+    v_head_dim, group, dtype = values.shape[3], heads // kv_heads, DTYPES[query.dtype]
+    turning = inverse_frequencies is not None
+    if tiling is None:
+        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+        tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability, turning)
+    tiles, rows = -(-query_len * group // tiling.rows), batch * kv_heads
+    count = splits or stretches(capacity, rows * tiles, processors(query.device), tiling)
+    has_new = new_key is not None
+    spec = AppendSpec(
+        dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, window > 0, real is not None and has_new, turning,
+        softcap > 0, sink_logits is not None,
+    )  # fmt: skip
+    asked = asked_positions(seen, query_len, real, has_new).to(torch.int32).contiguous()
+    out = cache_ops.empty_output(query, values)
+    given: dict[str, Any] = {
+        "query": query, "keys": keys, "values": values, "positions": positions, "seen": seen, "asked": asked, "out": out,
+        "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "stretches": count, "window": min(window, 1 << 30),
+        "sinks": sinks, "STRETCHES": max(2, 1 << (count - 1).bit_length()), **logit_values(scale, softcap),
+    }  # fmt: skip
+    given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
+    if has_new:
+        given |= {"new_key": new_key, "new_value": new_value, "at": asked if real is None else asked.masked_fill(~real, -1)}
+        given |= stride_values(key=(new_key, "bhn"), value=(new_value, "bhn"))
+        if window:
+            given["bounds"] = _bounds(asked, tiles, tiling.rows, group, given["window"], sinks)
+    if sink_logits is not None:
+        given["sink_logits"] = sink_logits.float().contiguous()
+    if turning:
+        given["turned"] = turned_queries(query, asked, sinks, window, inverse_frequencies)
+    if count > 1:
+        given |= partial_sums(rows * query_len * group * count, v_head_dim, query.device)
+    fold = ("fold", (tiles * count, rows), {"num_warps": tiling.warps, "num_stages": tiling.stages})
+    join = ("join", (query_len * group, rows), {"num_warps": 4})
+    kernels = (fold,) if spec.single else (fold, join)
+    launch_in_turn(f"append kernel ({spec})", query, lambda: _module(spec), functools.partial(arguments, spec), given, *kernels)
+    return out
+
+
+def _bounds(asked: Tensor, tiles: int, rows: int, group: int, window: int, sinks: int) -> Tensor:
+    """Int32 [batch, tiles, 2]: the first of the call's keys in the window of any row of a tile, and one past the last sink before it.
+
+    `asked` [batch, query_len] never falls along a row, padding included, and a real key stands at its own `asked`.
+    """
+    lowest = asked[:, torch.arange(tiles, device=asked.device) * rows // group]
+    start = torch.searchsorted(asked, (lowest - window).contiguous(), right=True)
+    sinks_end = torch.searchsorted(asked, torch.full_like(asked[:, :1], sinks))
+    return torch.stack((start, torch.minimum(start, sinks_end)), -1).to(torch.int32)
+
+
+def _check(query: Tensor, keys: Tensor, values: Tensor, new_key: Tensor | None, new_value: Tensor | None, scale: float) -> None:
+    def need(holds: bool, what: str) -> None:
+        if not holds:
+            raise UnsupportedError(what, where=_WHERE, hint="the reference serves it")
+
+    given = [t for t in (query, keys, values, new_key, new_value) if t is not None]
+    need(all(t.dtype == query.dtype for t in given) and query.dtype in DTYPES, f"dtypes {[str(t.dtype) for t in given]}")
+    need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous")
+    need(all(t.stride(-1) == 1 for t in given), "strided head dimensions")
+    need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads")
+    need(query.shape[2] > 0 and scale > 0, f"{query.shape[2]} queries, scale {scale}")

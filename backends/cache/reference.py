@@ -1,0 +1,288 @@
+"""The cache ops of `sparsify.ops.cache` in plain PyTorch, on any device, without reading a value back to the host: the oracle of the
+decode kernels, and what serves stores of many tokens everywhere (policies are PyTorch code).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify import policies
+from sparsify.ops import cache
+from sparsify.policies import Candidates
+
+# elements of one chunk's score matrix over all heads: 64 MB in fp32
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def cache_store(
+    query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    seen: Tensor,
+    length: Tensor,
+    *,
+    real: Tensor | None = None,
+    tickets: Tensor | None = None,
+    pinned: int,
+    recent: int,
+    empty: bool,
+    policy: str,
+    scale: float,
+    softcap: float,
+    version: int,
+) -> None:
+    """Adds key and value [batch, kv_heads, query_len, head_dim] to the state; see `sparsify.ops.cache`.
+
+    real: bool [batch, query_len], False for padding. empty: nothing is stored yet, whatever a call that failed may have left behind.
+    policy: `Policy.describe`'s text.
+    """
+    if empty:
+        positions.fill_(-1)
+        for state in (values, counts, seen, length):
+            state.zero_()
+    if key.shape[2] == 1:
+        _append(key, value, keys, values, positions, counts, seen, real, pinned)
+    else:
+        old = None if empty else (keys, values, positions)
+        kept = _Merge(key, value, old, seen, real, keys.shape[2])
+        if kept.candidates > kept.capacity:
+            kept.score(policies.parse(policy), query, scale, softcap, recent)
+        # in a row to which padding leaves one token or none it is a call of that one token
+        several = None if empty or real is None else real.sum(-1) > 1
+        held = (keys, values, positions, counts)
+        for state, chosen in zip(held, (*kept.arranged(pinned, recent), kept.total.clamp(max=kept.capacity))):
+            part = state[:, :, : chosen.shape[2]] if state.dim() > 2 else state
+            part.copy_(chosen if several is None else torch.where(_like(several, part), chosen, part))
+        if several is not None:
+            first = real.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, key.shape[1], -1)
+            single = (real.any(-1) & ~several)[:, None]
+            _append(_take(key, first), _take(value, first), *held, seen, single, pinned)
+    seen += key.shape[2] if real is None else real.sum(-1, dtype=seen.dtype)
+    length += key.shape[2]
+
+
+def _append(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    seen: Tensor,
+    real: Tensor | None,
+    pinned: int,
+) -> None:
+    """One token per row; padding writes back what is there."""
+    slot = cache.next_slot(counts, keys.shape[2], pinned)
+    fresh = (key, value, seen[:, None, None].expand_as(slot).to(positions.dtype))
+    for state, new in zip((keys, values, positions), fresh):
+        index = slot if state.dim() == 3 else slot[..., None].expand(-1, -1, -1, state.shape[-1])
+        if real is not None:
+            new = torch.where(_like(real[:, 0], state), new, state.gather(2, index))
+        state.scatter_(2, index, new)
+    counts += 1 if real is None else real.to(counts.dtype)
+
+
+def _like(rows: Tensor, state: Tensor) -> Tensor:
+    """[batch] as [batch, 1, ...], to go with a tensor of the state."""
+    return rows.view(-1, *(1,) * (state.dim() - 1))
+
+
+class _Merge:
+    """The tokens of a layer and those of a call, of which a cache keeps as many as it has slots: empty slots and padding first, then the
+    tokens side by side in order of position."""
+
+    def __init__(
+        self, key: Tensor, value: Tensor, old: tuple[Tensor, Tensor, Tensor] | None, seen: Tensor, real: Tensor | None, capacity: int
+    ):
+        kv_heads, count = key.shape[1:3]
+        self.capacity, self.real = capacity, real
+        if real is None:
+            at = seen[:, None] + torch.arange(count, device=key.device, dtype=torch.int32)
+        else:
+            at = torch.where(real, seen[:, None] + real.cumsum(-1, dtype=torch.int32) - 1, -1)
+        self.call_positions = at.to(torch.int32)  # [batch, query_len], -1 for padding
+        self.newest = seen - 1 + (count if real is None else real.sum(-1, dtype=seen.dtype))
+        at = self.call_positions[:, None].expand(-1, kv_heads, -1)
+        self.keys, self.values, self.positions = key, value, at
+        if old is not None:
+            self.keys, self.values, self.positions = (torch.cat(parts, 2) for parts in zip(old, (key, value, at)))
+        if old is not None or real is not None:
+            order = self.positions.argsort(dim=-1, stable=True)
+            self.keys, self.values, self.positions = (_take(held, order) for held in (self.keys, self.values, self.positions))
+        self.candidates = self.keys.shape[2]
+        self.total = (self.positions >= 0).sum(-1, dtype=torch.int32)  # [batch, kv_heads]
+        self.scores: Tensor | None = None
+
+    def score(self, policy: policies.Policy, query: Tensor | None, scale: float, softcap: float, recent: int) -> None:
+        queries = asked = None
+        if policy.observed:
+            asked = self.call_positions
+            if self.real is None:
+                queries, asked = query[:, :, -policy.observed :], asked[:, -policy.observed :]
+            else:  # the last real queries of each row, wherever padding stands
+                last = self.real.to(torch.int8).argsort(dim=-1, stable=True)[:, -policy.observed :]
+                queries, asked = _take(query, last[:, None].expand(-1, query.shape[1], -1)), asked.gather(1, last)
+        found = policy.score(Candidates(self.keys, self.values, self.positions, queries, asked, self.newest, scale, softcap))
+        newest = self.positions > (self.newest - recent)[:, None, None]
+        # a NaN score would win every comparison; the policy's word counts only between tokens that exist
+        found = found.float().nan_to_num(nan=-3e38, neginf=-3e38, posinf=3e38).clamp(-3e38, 3e38)
+        self.scores = found.masked_fill(newest, torch.inf).masked_fill(self.positions < 0, -torch.inf)
+
+    def arranged(self, pinned: int, recent: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions by slot, [batch, kv_heads, at most capacity, ...]."""
+        if self.scores is None:
+            # stable, so that of the -1 entries nothing but their number matters
+            order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(dim=-1, stable=True)
+        else:
+            order = self._by_slot(pinned, recent)
+        at = _take(self.positions, order)
+        nothing = (at < 0)[..., None]
+        # empty slots are hidden by a mask; zeros there keep a NaN of a padding token out of sums
+        return _take(self.keys, order).masked_fill(nothing, 0), _take(self.values, order).masked_fill(nothing, 0), at
+
+    def _by_slot(self, pinned: int, recent: int) -> Tensor:
+        """Candidate of each slot, [batch, kv_heads, capacity]; the order is described in `sparsify.ops.cache`."""
+        # the recent ones first, then by falling score; of equal ones the older, so that padding around them cannot decide
+        kept = self.scores.argsort(dim=-1, descending=True, stable=True)[..., : self.capacity]
+        at = _take(self.positions, kept)
+        rank = torch.arange(self.capacity, device=at.device) - recent
+        ring = self.capacity - recent + pinned - 1 - rank  # worst first
+        chosen = torch.where(rank < pinned, rank, ring)
+        newest = at - self.newest[:, None, None] + self.capacity - 1
+        overfull = torch.where(rank < 0, newest, chosen)
+        by_position = torch.where(at < 0, torch.iinfo(torch.int32).max, at).argsort(dim=-1, stable=True)
+        fits = torch.empty_like(by_position).scatter_(-1, by_position, torch.arange(self.capacity, device=at.device).expand_as(by_position))
+        slot = torch.where((self.total > self.capacity)[..., None], overfull, fits)
+        return torch.empty_like(kept).scatter_(-1, slot, kept)
+
+
+def _take(source: Tensor, index: Tensor) -> Tensor:
+    """source [batch, heads, n] or [batch, heads, n, dim] at index [batch, heads, m] along n."""
+    return source.gather(2, index if source.dim() == 3 else index[..., None].expand(-1, -1, -1, source.shape[-1]))
+
+
+def cache_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    *,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
+    real: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    inverse_frequencies: Tensor | None = None,
+    scale: float,
+    softcap: float,
+    window: int,
+    sinks: int,
+    version: int,
+) -> Tensor:
+    """Output [batch, query_heads, query_len, v_head_dim] in query's dtype; see `sparsify.ops.cache`. fp32 math (fp64 for fp64 inputs)."""
+    batch, heads, query_len, _ = query.shape
+    math = torch.float64 if query.dtype == torch.float64 else torch.float32
+    output = cache.empty_output(query, values)
+    asked = asked_positions(seen, query_len, real, new_key is not None)
+    if new_key is not None:
+        at = asked if real is None else asked.masked_fill(~real, -1)
+        keys, values = torch.cat((keys, new_key), 2), torch.cat((values, new_value), 2)
+        positions = torch.cat((positions, at[:, None].expand(-1, keys.shape[1], -1).to(positions.dtype)), 2)
+    nothing = (positions < 0)[..., None]
+    keys, values = (t.to(math).masked_fill(nothing, 0).unsqueeze(2) for t in (keys, values))
+    positions = positions[:, :, None, None]  # [batch, kv_heads, 1, 1, keys]
+    grouped = query.to(math).reshape(batch, keys.shape[1], -1, query_len, query.shape[-1])
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys.shape[3]))
+    for first in range(0, query_len, chunk):
+        part = slice(first, first + chunk)
+        rows, p = grouped[..., part, :], asked[:, None, None, part, None]
+        logits = scale * (rows @ keys.transpose(-1, -2))
+        if inverse_frequencies is not None:
+            turned = turn(rows, -(asked[:, part] + 1 - sinks - window).clamp(min=0)[:, None, None], inverse_frequencies)
+            logits = torch.where(positions < sinks, scale * (turned @ keys.transpose(-1, -2)), logits)
+        visible = (positions >= 0) & (positions <= p)
+        if window:
+            visible = visible & ((positions > p - window) | (positions < sinks))
+        weights = _softmax(logits, visible.expand_as(logits), softcap, sink_logits)
+        output[:, :, part] = (weights @ values).flatten(1, 2).to(output.dtype)
+    return output
+
+
+def asked_positions(seen: Tensor, query_len: int, real: Tensor | None, has_new: bool) -> Tensor:
+    """Position of each query of a call in its row, [batch, query_len]; padding has that of the real token before it.
+
+    `seen` counts the call's tokens when they are stored already, which only a call of one token is.
+    """
+    if not has_new:
+        return seen[:, None] - 1
+    if real is None:
+        return seen[:, None] + torch.arange(query_len, device=seen.device, dtype=seen.dtype)
+    return seen[:, None] + real.cumsum(-1, dtype=seen.dtype) - 1
+
+
+def turn(rows: Tensor, steps: Tensor, inverse_frequencies: Tensor) -> Tensor:
+    """`rows` [..., dim] turned by `steps` [...] positions of a rotary embedding in half-split layout."""
+    # fp32 angles lose the turn's fraction after some 100 000 positions
+    angles = steps[..., None].double() * inverse_frequencies.double()
+    cos, sin, half = angles.cos().to(rows.dtype), angles.sin().to(rows.dtype), inverse_frequencies.numel()
+    a, b, rest = rows[..., :half], rows[..., half : 2 * half], rows[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+
+
+def _softmax(logits: Tensor, visible: Tensor, softcap: float, sink_logits: Tensor | None) -> Tensor:
+    """Weights of logits [batch, kv_heads, group, rows, keys]; a row that sees nothing gets 0."""
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    sink = None
+    if sink_logits is not None:
+        sink = sink_logits.to(logits.dtype).view(1, logits.shape[1], logits.shape[2], 1, 1)
+        top = torch.maximum(top, sink)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    total = total if sink is None else total + (sink - top).exp()
+    return weights / total.masked_fill(total == 0, 1)
+
+
+def cache_mass(
+    query: Tensor, keys: Tensor, positions: Tensor, query_positions: Tensor, *, scale: float, softcap: float, version: int
+) -> Tensor:
+    """Weights that keys get of the queries' attention; one KV head at a time bounds the logits to group x queries x keys."""
+    math = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group, found = query.shape[1] // keys.shape[1], []
+    for head in range(keys.shape[1]):
+        rows = query[:, head * group : (head + 1) * group].to(math)
+        at = positions[:, None, head : head + 1]
+        visible = (at >= 0) & (at <= query_positions[:, None, :, None])  # [batch, 1, queries, keys]
+        # a hidden key may hold anything
+        known = keys[:, head, None].to(math).masked_fill((at < 0).transpose(-1, -2), 0)
+        logits = scale * (rows @ known.transpose(-1, -2))
+        weights = _softmax(logits[:, :, None], visible[:, :, None], softcap, None)[:, :, 0]
+        found.append(weights.sum(2))
+    return torch.cat(found, 1).float()
+
+
+def cache_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *state: Tensor,
+    pinned: int,
+    real: Tensor | None = None,
+    tickets: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """One token stored, then attention over the filled slots."""
+    keys, values, positions, counts, seen, length = state
+    _append(key, value, keys, values, positions, counts, seen, real, pinned)
+    seen += 1 if real is None else real[:, 0].to(seen.dtype)
+    length += 1
+    return cache_attention(query, keys, values, positions, seen, **options)

@@ -1,0 +1,232 @@
+"""`sparsify::select_blocks` in plain PyTorch, on any device: what the generated kernels are compared with.
+
+Antidiagonal scoring after Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428, section 2, with
+these differences: tokens that do not exist take no part in the softmax, the causal offset is the true one, selection is per batch row, and
+the column of the first visible key is forced, not a row. With S = stride, per head:
+
+    score(i, j) = sum over r < S of query[i·span + S - 1 - r] · key[j·S + r],    logit = score · scale / S
+
+1. Softmax of each query cell's logits over the key cells it may see, fp32. Padding contributes zero to a score; a cell of padding
+   alone is excluded. The cell on the diagonal includes products of keys up to S - 1 after their query, as published.
+2. The probabilities of a key block's cells are added; then those of a query block's cells are added, or their maximum is taken:
+   the importance.
+3. Forced: the block of the batch row's first visible key, and every key block that overlaps the query block's own positions. The
+   others are added by falling importance (equal ones by rising index) while the mass before a candidate is below τ · the row's sum.
+
+A query block with a visible logit that is not finite keeps every block it may see.
+
+With pool suffix +pair (+quad) the mean of M = 2 (4) neighbouring tokens, counted from the cell's first, stands for them, among queries and
+among keys, so that a score is a sum over S / M products of means and logit = score · scale · M / S: a mean over S · M products of tokens
+instead of S.
+
+With pool suffix +int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own,
+after the keys' mean is taken from every token of every key cell. The mean moves all logits of a row alike (Zhang et al.,
+"SageAttention", arXiv 2410.02367, smooth their keys in this way).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.select import call as select_inputs
+from sparsify.backends.select.call import Selection
+from sparsify.ops import block_lists
+from sparsify.ops.attention import empty_block_lists
+
+# elements of one chunk's score matrix over all heads: 64 MB in fp32
+_CHUNK_ELEMENTS = 1 << 24
+
+# A density is a fixed-point number of this many bits, so that kernels agree on how many blocks it keeps.
+DENSITY_BITS = 24
+
+
+def select_blocks(query: Tensor, key: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """The op of `sparsify.ops.attention`, which defines every argument; the module says what is computed.
+
+    Returns:
+        counts int32 [batch, query_heads, query_blocks], rising indices int16 [batch, query_heads, query_blocks, key_blocks]; entries
+        past the count are in range.
+
+    Raises:
+        UnsupportedError: operands that do not fit together.
+    """
+    call = select_inputs.describe(query, key, **options)
+    if call.empty:
+        counts, indices = empty_block_lists(query, key, call.block)
+        return counts.zero_(), indices.zero_()
+    possible, forced = candidates(call)
+    return block_lists.from_dense(choose(importance(call), possible, forced, call.threshold, call.density))
+
+
+def importance(call: Selection) -> Tensor:
+    """fp32 [batch, query_heads, query_blocks, key_blocks], 0 where nothing is visible; NaN in rows with a visible non-finite logit."""
+    queries, keys = _query_cells(call), _key_cells(call)
+    batch, heads, cells, width = queries.shape
+    per_block = call.block // call.span
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * call.key_cells * per_block)) * per_block
+    parts = []
+    for first in range(0, cells, chunk):
+        rows = torch.arange(first, min(first + chunk, cells), device=queries.device)
+        limit = _visible_cells(call, int(first + len(rows)))
+        cols = torch.arange(limit, device=queries.device)
+        grouped_rows = queries[:, :, rows].reshape(batch, call.kv_heads, -1, width)
+        logits = (grouped_rows @ keys[:, :, :limit].transpose(-1, -2)).view(batch, heads, len(rows), limit)
+        mass = _softmax(logits, _visible(call, rows, cols))
+        mass = torch.nn.functional.pad(mass, (0, call.key_blocks * (call.block // call.stride) - limit, 0, -len(rows) % per_block))
+        mass = mass.unflatten(-1, (call.key_blocks, -1)).sum(-1).unflatten(2, (-1, per_block))
+        parts.append(mass.sum(3) if call.pool.reduce == "sum" else mass.amax(3))
+    result = torch.cat(parts, 2)
+    return result.repeat_interleave(call.heads // heads, 1)
+
+
+def candidates(call: Selection) -> tuple[Tensor, Tensor]:
+    """Which blocks a query block may list, and which it must: bool, broadcastable to [batch, query_heads, query_blocks, key_blocks].
+
+    A block is possible unless no query-key pair in it can be visible: by causality, padding, window, or segments whose ranges do not
+    overlap. A forced sink block may lie outside of the window, because it may hold sinks.
+    """
+    device = call.query.device
+    rows = torch.arange(call.query_blocks, device=device)[:, None] * call.block
+    cols = torch.arange(call.key_blocks, device=device)
+    low = rows + call.start
+    high = (rows + call.block).clamp(max=call.query_len) - 1 + call.start
+    reachable = torch.ones(1, 1, call.query_blocks, call.key_blocks, dtype=torch.bool, device=device)
+    if call.causal:
+        reachable = reachable & (cols * call.block <= high)
+    bits = select_inputs.key_bits(call, call.block)
+    if bits is not None:
+        reachable = reachable & (bits[:, None, None] & 1 != 0)
+    ranges = select_inputs.query_segments(call, call.block, call.block)
+    if ranges is not None:
+        reachable = reachable & _overlap(ranges, select_inputs.key_segments(call, call.block))[:, None]
+    possible = reachable & _in_window(call, rows + call.start, cols, call.block, bits)
+    sink = select_inputs.sink_block(call)
+    is_sink = (cols == 0) if sink is None else (cols == sink[:, None])[:, None, None]
+    own = ((cols + 1) * call.block > low) & (cols * call.block <= high)
+    forced = (is_sink | own) & reachable
+    return possible | forced, forced
+
+
+def choose(importance: Tensor, possible: Tensor, forced: Tensor, threshold: tuple[float, ...], density: float) -> Tensor:
+    """Bool table of kept blocks.
+
+    Args:
+        importance: [batch, query_heads, query_blocks, key_blocks], not negative; see `importance`.
+        possible, forced: broadcastable to it; see `candidates`. Forced blocks are possible.
+        threshold: share of each row's mass to keep, one or one per query head; 1 or more keeps all that is possible.
+        density: when positive, keep this share of each row's possible blocks instead, forced ones counted.
+    """
+    possible, forced = possible.expand_as(importance), forced.expand_as(importance)
+    broken = ~importance.isfinite().all(-1, keepdim=True)
+    mass = importance.masked_fill(broken | ~possible, 0).double()
+    others = mass.masked_fill(~possible | forced, -1)
+    ranked, order = others.sort(dim=-1, descending=True, stable=True)
+    if density > 0:
+        share = int(density * (1 << DENSITY_BITS))
+        wanted = (possible.sum(-1, keepdim=True) * share + (1 << DENSITY_BITS) - 1) >> DENSITY_BITS
+        rank = torch.arange(importance.shape[-1], device=importance.device)
+        take = (rank < wanted - forced.sum(-1, keepdim=True)) & (ranked >= 0)
+        everything = broken
+    else:
+        tau = torch.tensor(threshold, dtype=torch.float64, device=importance.device)[:, None, None]
+        gains = ranked.clamp(min=0)
+        before = (mass * forced).sum(-1, keepdim=True) + gains.cumsum(-1) - gains
+        take = (before < tau * mass.sum(-1, keepdim=True)) & (ranked > 0)
+        everything = broken | (tau >= 1)
+    keep = torch.zeros_like(possible).scatter_(-1, order, take) | forced
+    return torch.where(everything, possible, keep)
+
+
+def _query_cells(call: Selection) -> Tensor:
+    """fp32 [batch, query_heads (KV heads with pool +group), query_cells, steps · head_dim], tokens reversed, scaled."""
+    values = call.query.float()
+    if call.pool.group:
+        values = values.unflatten(1, (call.kv_heads, -1)).mean(2)
+    real = select_inputs.real_queries(call)
+    values = values if real is None else values.where(real[:, None, :, None], 0)
+    cells = _merged(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3) * (call.scale / call.steps)
+    return _rounded(cells) if call.pool.int8 else cells
+
+
+def _key_cells(call: Selection) -> Tensor:
+    """fp32 [batch, kv_heads, key_cells, steps · head_dim]."""
+    real = select_inputs.real_keys(call)
+    values = call.key.float()
+    values = values if real is None else values.where(real[:, None, :, None], 0)
+    cells = _cells(values, call.stride)
+    if call.pool.int8:
+        cells = cells - select_inputs.keys_mean(call, values, real)[:, :, None, None]
+        return _rounded(_merged(call, cells).flatten(3))
+    return _merged(call, cells).flatten(3)
+
+
+def _merged(call: Selection, cells: Tensor) -> Tensor:
+    """Cells [..., tokens, head_dim] as scores multiply them: tokens, or neighbours' means, in the operands' dtype without int8."""
+    if call.pool.merged == 1:
+        return cells
+    means = cells.unflatten(-2, (-1, call.pool.merged)).mean(-2)
+    return means if call.pool.int8 else means.to(call.key.dtype).float()
+
+
+def _rounded(cells: Tensor) -> Tensor:
+    """Each cell [..., numbers] rounded to 255 steps between minus and plus its largest size; NaN when one of them is not finite."""
+    size = cells.abs().amax(-1, keepdim=True).clamp(min=1e-20)
+    return (cells * (127 / size)).round() * torch.where(size.isfinite(), size / 127, torch.nan)
+
+
+def _cells(values: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % size)).unflatten(2, (-1, size))
+
+
+def _visible_cells(call: Selection, end: int) -> int:
+    """Key cells that query cells before `end` may see, as far as it is known without reading the device."""
+    if not call.causal or call.query_start is not None:
+        return call.key_cells
+    last = min(end * call.span, call.query_len) - 1 + call.start
+    return min(call.key_cells, max(0, last // call.stride + 1))
+
+
+def _visible(call: Selection, rows: Tensor, cols: Tensor) -> Tensor:
+    """Bool, broadcastable to [batch, heads, rows, cols]: key cells that a query cell may see."""
+    first = (rows * call.span)[:, None] + call.start
+    last = (rows * call.span + call.stride).clamp(max=call.query_len)[:, None] - 1 + call.start
+    seen = torch.ones(1, 1, len(rows), len(cols), dtype=torch.bool, device=rows.device)
+    if call.causal:
+        seen = seen & (cols * call.stride <= last)
+    bits = select_inputs.key_bits(call, call.stride)
+    if bits is not None:
+        seen = seen & (bits[:, None, None, cols] & 1 != 0) & (select_inputs.query_bits(call)[:, None, rows, None] != 0)
+    ranges = select_inputs.query_segments(call, call.span, call.stride)
+    if ranges is not None:
+        low, high = select_inputs.key_segments(call, call.stride)
+        seen = seen & _overlap((ranges[0][:, rows], ranges[1][:, rows]), (low[:, cols], high[:, cols]))[:, None]
+    seen = seen & _in_window(call, first, cols, call.stride, bits)
+    if call.pool.group and seen.shape[1] > 1:
+        # one estimate serves all heads of a group: it covers what any of them may see
+        seen = seen.unflatten(1, (call.kv_heads, -1)).any(2)
+    return seen
+
+
+def _overlap(rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor]) -> Tensor:
+    return (rows[0][..., :, None] <= cols[1][..., None, :]) & (rows[1][..., :, None] >= cols[0][..., None, :])
+
+
+def _in_window(call: Selection, first: Tensor, cols: Tensor, size: int, bits: Tensor | None) -> Tensor:
+    """Whether some key of a group lies in the window of the row at key position `first` (or later), or is a sink."""
+    if not call.windows:
+        return torch.ones((), dtype=torch.bool, device=cols.device)
+    window = torch.tensor(call.windows, device=cols.device)[None, :, None, None]
+    inside = ((cols + 1) * size).clamp(max=call.key_len) - 1 > first - window
+    seen = inside | (window == 0)
+    return seen if bits is None else seen | (bits[:, None, None, cols] & 2 != 0)
+
+
+def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
+    """Rows without a visible cell become 0; rows with a visible logit that is not finite become NaN."""
+    broken = (~logits.isfinite() & visible).any(-1, keepdim=True)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top.masked_fill(top == -torch.inf, 0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total.masked_fill(total == 0, 1)).masked_fill(broken, torch.nan)

@@ -1,0 +1,398 @@
+"""Runs `sparsify::select_blocks` by generated Triton kernels: operands, scratch, chunks of heads and rows, launches.
+
+No step reads the device, and grids depend on shapes alone, so that a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.codegen import source
+from sparsify.backends.select import call as select_inputs
+from sparsify.backends.select import prepare
+from sparsify.backends.select import source as select_source
+from sparsify.backends.select.call import Selection
+from sparsify.backends.select.reference import DENSITY_BITS
+from sparsify.backends.select.source import SelectSpec, Tiling
+from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+from sparsify.ops.attention import empty_block_lists
+from sparsify.ops.scratch import SUM_BYTES, WIDEST_ROW
+
+_WHERE = "sparsify::select_blocks"
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_LOG2E = math.log2(math.e)
+_MAX_HEAD_DIM = 512
+# a position that no token has, as in the kernels
+_NEVER = 1 << 30
+# so that a masked logit, minus infinity, never meets a scale of 0
+_LEAST_SCALE = 1e-12
+_INTERPRETER_PROGRAMS = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
+    fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond."""
+
+    scratch_bytes: int = SUM_BYTES
+    fused_width: int = WIDEST_ROW
+    part: int = 2048
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What one pair of launches serves: batch rows, KV heads and query cells, as half-open ranges."""
+
+    batch: tuple[int, int]
+    kv_heads: tuple[int, int]
+    cells: tuple[int, int]
+
+
+def select_blocks(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, limits: Limits = LIMITS, **options) -> tuple[Tensor, Tensor]:
+    """The op of `sparsify.ops.attention`, which defines every argument, by generated kernels.
+
+    Args:
+        tiling: instead of the device's, for tests and tuning.
+        limits: on scratch and widths, for tests.
+
+    Returns:
+        counts int32 [batch, query_heads, query_blocks], rising indices int16 [batch, query_heads, query_blocks, key_blocks]; entries
+        past the count are whatever lay in memory.
+
+    Raises:
+        UnsupportedError: no kernel takes this call, or its operands do not fit together.
+        KernelError: a kernel could not be compiled or launched.
+    """
+    call = select_inputs.describe(query, key, **options)
+    counts, indices = empty_block_lists(query, key, call.block)
+    if call.empty:
+        return counts.zero_(), indices
+    spec = spec_of(call, tiling or _tiling(query.device, call.pool.int8), limits.fused_width)
+    try:
+        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+            _run(call, spec, counts, indices, None, limits)
+    except SparsifyError:
+        raise
+    except Exception as error:
+        raise KernelError(f"{type(error).__name__}: {error}", where=f"{_WHERE} ({spec.describe()})") from error
+    return counts, indices
+
+
+def importance(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, **options) -> Tensor:
+    """fp32 [batch, query_heads, query_blocks, key_blocks] as the kernels compute it, for tests."""
+    call = select_inputs.describe(query, key, **options)
+    counts, indices = empty_block_lists(query, key, call.block)
+    result = torch.zeros(indices.shape, dtype=torch.float32, device=query.device)
+    spec = replace(spec_of(call, tiling or _tiling(query.device, call.pool.int8), LIMITS.fused_width), importance=True)
+    _run(call, spec, counts, indices, result, LIMITS)
+    return result
+
+
+@functools.cache
+def _device_tiling(index: int | None, int8: bool) -> Tiling:
+    shared_bytes = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return tiling_for(torch.cuda.get_device_capability(index), shared_bytes, int8)
+
+
+def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = False) -> Tiling:
+    """The tiling for a device with this compute capability and this much shared memory per thread block; its name never matters."""
+    if capability >= (9, 0) and shared_bytes >= 200 * 1024:
+        return select_source.INT8_TILING if int8 else select_source.TMA_TILING
+    return select_source.POINTER_TILING
+
+
+def _tiling(device: torch.device, int8: bool) -> Tiling:
+    return _device_tiling(device.index, int8) if device.type == "cuda" else select_source.POINTER_TILING
+
+
+def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
+    """The kernels that a call needs.
+
+    Raises:
+        UnsupportedError: its dtype or head dim.
+    """
+    if call.query.dtype not in _DTYPES:
+        raise UnsupportedError(f"dtype {call.query.dtype}", where=_WHERE, hint=f"one of {', '.join(map(str, _DTYPES))}")
+    head_dim = call.query.shape[3]
+    if not 0 < head_dim <= _MAX_HEAD_DIM:
+        raise UnsupportedError(f"head dim {head_dim}", where=_WHERE, hint=f"at most {_MAX_HEAD_DIM}")
+    tiles = -(-call.key_cells // tiling.cols)
+    width = (1 << (tiles - 1).bit_length()) * (tiling.cols * call.stride // call.block)
+    rule = "density" if call.density > 0 else "taus" if len(set(call.threshold)) > 1 else "tau"
+    return SelectSpec(
+        dtype=_DTYPES[call.query.dtype],
+        head_dim=head_dim,
+        group=1 if call.pool.group else call.group,
+        stride=call.stride,
+        block=call.block,
+        tiling=tiling,
+        half=call.pool.half,
+        shared=call.group if call.pool.group else 1,
+        reduce=call.pool.reduce,
+        merged=call.pool.merged,
+        int8=call.pool.int8,
+        causal=call.causal,
+        window="none" if not call.windows else "one" if len(set(call.windows)) == 1 else "per_head",
+        key_flags=call.key_flags is not None,
+        segments=call.segments is not None,
+        has_start=call.query_start is not None,
+        rule=rule,
+        negative=call.scale < 0,
+        wide=width > fused_width,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _module(spec: SelectSpec) -> Any:
+    return source.load(select_source.generate(spec), f"select_{spec.dtype}_{spec.head_dim}_s{spec.stride}")
+
+
+def _run(call: Selection, spec: SelectSpec, counts: Tensor, indices: Tensor, importances: Tensor | None, limits: Limits) -> None:
+    module = _module(spec)
+    chunks = list(chunks_of(call, spec, limits.scratch_bytes))
+    tiles = -(-call.key_cells // spec.tiling.cols)
+    sums = tops = None
+    masks, queries, keys, scales, loaded = _masks(call, spec), None, None, {}, None
+    for chunk in chunks:
+        if (chunk.batch, chunk.kv_heads) != loaded:
+            loaded = (chunk.batch, chunk.kv_heads)
+            queries, keys, scales = None, None, {}  # the last chunk's copies make room for this one's
+            queries, keys = _operands(call, spec, chunk)
+            if spec.prepared:
+                queries, keys, scales = _prepared(call, spec, module, chunk, queries, keys)
+        heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
+        if sums is None:  # no chunk is larger than the first
+            sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
+            tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
+        values = {"sums": sums, "tops": tops, **scales, **_sliced(masks, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
+        grid = (min(_programs(call.query.device) * spec.tiling.per_sm, heads * -(-rows // spec.tiling.rows) * tiles),)
+        scored = {**values, "windows": values.get("scored_windows")}
+        _launch(module.score, grid, select_source.score_arguments(spec), scored, num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
+        _choose(call, spec, module, chunk, values, counts, indices, importances, limits.part)
+
+
+def _choose(
+    call: Selection,
+    spec: SelectSpec,
+    module: Any,
+    chunk: _Chunk,
+    values: dict[str, Any],
+    counts: Tensor,
+    indices: Tensor,
+    importances: Tensor | None,
+    part: int,
+) -> None:
+    (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
+    heads = slice(g0 * call.group, g1 * call.group)
+    per_block = call.block // call.span
+    blocks = -(-(chunk.cells[1] - chunk.cells[0]) // per_block)
+    grid = (blocks, (b1 - b0) * (heads.stop - heads.start))
+    values = {**values, "counts": counts[b0:b1, heads], "indices": indices[b0:b1, heads], "first_block": chunk.cells[0] // per_block}
+    tiles = -(-call.key_cells // spec.tiling.cols)
+    padded = 1 << (tiles - 1).bit_length()
+    if not spec.wide:
+        values["importances"] = None if importances is None else importances[b0:b1, heads]
+        warps = min(8, max(1, padded * spec.tile_blocks // 1024))
+        _launch(module.choose, grid, select_source.choose_arguments(spec), values, TILES=padded, num_warps=warps)
+        return
+    values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)
+    sizes = {"TILES": padded, "PART": max(1, part // spec.tile_blocks)}
+    _launch(module.pool, grid, select_source.choose_arguments(spec, "pool"), values, **sizes, num_warps=4)
+    _launch(module.pick, grid, select_source.choose_arguments(spec, "pick"), values, WIDTH=part, num_warps=8)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], names: list[str], values: dict[str, Any], **options: int) -> None:
+    kernel[grid](*(values[name] for name in names), **options)
+
+
+def chunks_of(call: Selection, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:
+    """Everything at once when its scratch fits; else batch rows one by one, some KV heads at a time; else some rows of one KV head."""
+    tiles = -(-call.key_cells // spec.tiling.cols)
+    importance_bytes = 4 * call.key_blocks * spec.shared / (call.block // call.span) if spec.wide else 0
+    cell_bytes = tiles * (2 * spec.tile_blocks + 4) + importance_bytes
+    kv_bytes = cell_bytes * call.query_cells * (1 if spec.shared > 1 else call.group)
+    if kv_bytes * call.kv_heads * call.batch <= scratch_bytes:
+        yield _Chunk((0, call.batch), (0, call.kv_heads), (0, call.query_cells))
+        return
+    count = max(1, min(call.kv_heads, int(scratch_bytes // kv_bytes)))
+    count = -(-call.kv_heads // -(-call.kv_heads // count))
+    step = call.query_cells
+    if kv_bytes > scratch_bytes:
+        unit = spec.tiling.band * spec.tiling.rows
+        step = max(1, int(scratch_bytes * call.query_cells // (kv_bytes * unit))) * unit
+    for b in range(call.batch):
+        for g in range(0, call.kv_heads, count):
+            for cell in range(0, call.query_cells, step):
+                yield _Chunk((b, b + 1), (g, min(g + count, call.kv_heads)), (cell, min(cell + step, call.query_cells)))
+
+
+def _operands(call: Selection, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """[batch, scored heads, query_len, head_dim] and [batch, kv_heads, key_len, head_dim] of a chunk, copied only where kernels need it:
+    to zero what is padding, to fill the last cell, or because of strides. Cells that are prepared are filled up by what prepares them."""
+    (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
+    queries = call.query[b0:b1, g0 * call.group : g1 * call.group]
+    if call.pool.group:
+        queries = queries.unflatten(1, (g1 - g0, -1)).mean(2)
+    keys = call.key[b0:b1, g0:g1]
+    real_queries, real_keys = select_inputs.real_queries(call), select_inputs.real_keys(call)
+    return (
+        _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride, spec.prepared),
+        _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride, spec.prepared),
+    )
+
+
+def _prepared(
+    call: Selection, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them."""
+    mean = select_inputs.keys_mean(call, keys, _rows_of(select_inputs.real_keys(call), *chunk.batch)) if spec.int8 else None
+    make = functools.partial(prepare.launch, module, steps=spec.steps, int8=spec.int8)
+    queries, query_scales = make(queries, None, call.query_cells, call.span)
+    keys, key_scales = make(keys, mean, call.key_cells, call.stride)
+    return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
+
+
+def _rows_of(mask: Tensor | None, first: int, last: int) -> Tensor | None:
+    return mask if mask is None or mask.shape[0] == 1 else mask[first:last]
+
+
+def _ready(values: Tensor, real: Tensor | None, cells: int, span: int, used: int, prepared: bool) -> Tensor:
+    """`values`, or a copy with whole cells and strides that tensor descriptors take, in which everything else is zero.
+
+    prepared: what reads them fills up the last cell and takes any stride of tokens.
+    """
+    readable = values.stride(-1) == 1 if prepared else (cells - 1) * span + used <= values.shape[2] and _aligned(values)
+    if real is None and readable:
+        return values
+    batch, heads, length, dim = values.shape
+    unit = 16 // values.element_size()
+    room = values.new_empty(batch, heads, (cells - 1) * span + span, -(-dim // unit) * unit)
+    room[:, :, length:].zero_()
+    room[:, :, :length, dim:].zero_()
+    target = room[:, :, :length, :dim]
+    if real is None:
+        target.copy_(values)
+    else:
+        torch.where(real[:, None, :, None], values, values.new_zeros(()), out=target)
+    return room[..., :dim]
+
+
+def _aligned(values: Tensor) -> bool:
+    size = values.element_size()
+    steps = all(n == 1 or (stride > 0 and stride * size % 16 == 0) for n, stride in zip(values.shape[:-1], values.stride()[:-1]))
+    return steps and values.stride(-1) == 1 and values.data_ptr() % 16 == 0
+
+
+def _descriptor(values: Tensor, cells: int, span: int, used: int, rows: int, depth: int) -> Any:
+    """Tensor descriptor [batch, heads, tokens of a cell, cells, head_dim]: an antidiagonal is token S - 1 - r against r, no copies."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, heads, _, dim = values.shape
+    unit = 16 // values.element_size()
+    # a stride of a dimension of size 1 is never used, but has to be valid
+    b, h, n = (stride if size > 1 else max(unit, -(-stride // unit) * unit) for size, stride in zip(values.shape, values.stride()[:3]))
+    return TensorDescriptor(values, [batch, heads, used, cells, dim], [b, h, n, span * n, 1], [1, 1, 1, rows, depth])
+
+
+def _masks(call: Selection, spec: SelectSpec) -> dict[str, Any]:
+    """Mask operands of the whole call, by argument name; `_sliced` cuts them for a chunk."""
+    rows, cols = spec.tiling.rows, spec.tiling.cols
+    values: dict[str, Any] = {}
+    if spec.key_flags:
+        key_bits, query_bits = select_inputs.key_bits(call, call.stride), select_inputs.query_bits(call)
+        cells = torch.arange(call.key_cells, device=call.key.device)
+        first = cells * call.stride if call.causal else cells * 0
+        values["key_first"] = _padded(first.where(key_bits & 1 != 0, _NEVER), cols, _NEVER)
+        last = ((cells + 1) * call.stride).clamp(max=call.key_len) - 1
+        values["key_last"] = _padded(last.masked_fill(key_bits & 2 != 0, _NEVER), cols, 0)
+        cells = torch.arange(call.query_cells, device=call.key.device)
+        last = (cells * call.span + call.stride).clamp(max=call.query_len) - 1 + call.start if call.causal else cells * 0
+        values["query_last"] = _padded(last.where(query_bits != 0, -_NEVER), rows, -_NEVER)
+        values["block_bits"], values["sink_blocks"] = select_inputs.key_bits(call, call.block), select_inputs.sink_block(call)
+    if spec.segments:
+        ours, theirs = select_inputs.query_segments(call, call.span, call.stride), select_inputs.key_segments(call, call.stride)
+        values["query_low"], values["query_high"] = _padded(ours[0], rows, _NEVER), _padded(ours[1], rows, -_NEVER)
+        values["key_low"], values["key_high"] = _padded(theirs[0], cols, _NEVER), _padded(theirs[1], cols, -_NEVER)
+        values["rows_low"], values["rows_high"] = select_inputs.query_segments(call, call.block, call.block)
+        values["block_low"], values["block_high"] = select_inputs.key_segments(call, call.block)
+    if spec.has_start:
+        values["start_at"] = call.query_start
+    if spec.window == "per_head":
+        values["windows"] = _per_head(call.windows, torch.int32, call.query.device)
+        groups = [call.windows[i : i + spec.shared] for i in range(0, call.heads, spec.shared)]
+        values["scored_windows"] = _per_head(tuple(0 if 0 in g else max(g) for g in groups), torch.int32, call.query.device)
+    if spec.rule == "taus":
+        values["thresholds"] = _per_head(call.threshold, torch.float32, call.query.device)
+    return values
+
+
+def _padded(values: Tensor, size: int, fill: int) -> Tensor:
+    """int32, filled up to whole tiles, so that kernels load without a mask."""
+    return torch.nn.functional.pad(values.to(torch.int32), (0, -values.shape[1] % size), value=fill)
+
+
+def _sliced(masks: dict[str, Any], call: Selection, chunk: _Chunk) -> dict[str, Any]:
+    per_head = {"windows": call.group, "thresholds": call.group}
+    (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
+    values = {}
+    for name, mask in masks.items():
+        if name in per_head:
+            values[name] = mask[g0 * call.group : g1 * call.group]
+        elif name == "scored_windows":
+            scored = mask.numel() // call.kv_heads
+            values[name] = mask[g0 * scored : g1 * scored]
+        elif name == "start_at":
+            values[name] = mask
+        else:
+            values[name] = _rows_of(mask, b0, b1)
+    for name, example in (("flags_batch", "key_first"), ("segments_batch", "key_low")):
+        if example in masks:
+            values[name] = int(masks[example].shape[0] > 1)
+    return values
+
+
+def _numbers(call: Selection, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
+    tiling, span, steps = spec.tiling, call.span, call.steps
+    if tiling.tma:
+        q = _descriptor(queries, call.query_cells, steps if spec.prepared else span, steps, tiling.rows, spec.depth)
+        k = _descriptor(keys, call.key_cells, steps, steps, tiling.cols, spec.depth)
+    else:
+        q, k = queries, keys
+    scale = max(abs(call.scale), _LEAST_SCALE) * _LOG2E / steps
+    values = {"q": q, "k": k, "scale": scale, "batch": queries.shape[0], "scored_heads": queries.shape[1]}
+    values |= dict(zip(("q_b", "q_h", "q_n"), queries.stride())) | dict(zip(("k_b", "k_h", "k_n"), keys.stride()))
+    values |= {"query_len": call.query_len, "key_len": call.key_len, "query_cells": call.query_cells, "first_cell": chunk.cells[0]}
+    values |= {"end_cell": chunk.cells[1], "row_count": chunk.cells[1] - chunk.cells[0], "counts_batch": call.heads * call.query_blocks}
+    values |= {"heads": queries.shape[1] * spec.shared, "share": int(call.density * (1 << DENSITY_BITS))}
+    values |= {"tau": call.threshold[0] if call.threshold else 0.0, "window": call.windows[0] if call.windows else 0}
+    if not spec.has_start:
+        values["start"] = call.start
+    return values
+
+
+def _per_head(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    host = _host_values(values, dtype, device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _host_values(values: tuple[float, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Kept for as long as a captured graph may copy from it, in pinned memory, so that the copy does not wait."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory() if pinned else host
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER_PROGRAMS

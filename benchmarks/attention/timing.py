@@ -1,0 +1,317 @@
+"""Timing of the attention kernels beside FlashAttention-4, cuDNN, FlashAttention-2 and FlexAttention; `attention.run` runs it."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.sanitizer.attention_cases import TUNINGS, block_lists
+from sparsify.backends.attention import hopper
+from sparsify.backends.attention.hopper_source import GluonTuning
+
+HEADS, KV_HEADS, BLOCK = 32, 8, 128
+ROUNDS = 2
+
+
+def workloads(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Cases of a section by name; each returns TFLOP/s and milliseconds of everything it timed."""
+    sparse, dense = (lambda n, *more: functools.partial(_sparse, n, *more)), (lambda n, *more: functools.partial(_dense, n, *more))
+    if section == "tune":
+        return {
+            "sparse_64k_.02": lambda: _tune(65536, 0.02),
+            "sparse_64k_.05": lambda: _tune(65536, 0.05),
+            "sparse_128k_.05": lambda: _tune(131072, 0.05),
+            "sparse_128k_.5": lambda: _tune(131072, 0.5),
+            "dense_64k": lambda: _tune(65536, None),
+            "dense_8k": lambda: _tune(8192, None),
+            "sparse_64k_.05_dim_64": lambda: _tune(65536, 0.05, 64),
+            "dense_32k_dim_64": lambda: _tune(32768, None, 64),
+        }
+    if section == "table":
+        return {
+            "sparse_128k_.05": sparse(131072, 0.05),
+            "sparse_64k_.02": sparse(65536, 0.02),
+            "sparse_64k_.05": sparse(65536, 0.05),
+            "sparse_128k_.5": sparse(131072, 0.5),
+            "dense_64k": dense(65536),
+            "dense_128k": dense(131072),
+            "sink_window_128k": _sink_window,
+            "chunk_4k_of_128k": _chunk,
+        }
+    if section == "dims":
+        return {
+            "dense_32k_dim_64": dense(32768, 64),
+            "sparse_64k_.05_dim_64": sparse(65536, 0.05, 64),
+            "dense_16k_dim_96": dense(16384, 96),
+            "dense_16k_dim_192": dense(16384, 192),
+            "dense_16k_dim_256": dense(16384, 256),
+            "dense_32k_fp16": dense(32768, 128, torch.float16),
+        }
+    return {f"dense_{n // 1024}k": functools.partial(_short, n) for n in (2048, 4096, 8192, 16384)}
+
+
+def line(section: str, values: dict[str, Any]) -> str:
+    """One result as one short line."""
+    words = [f"{section}/{values['case']}"]
+    for key, value in values.items():
+        if key not in ("case", "seconds", "served") and value not in ("", None):
+            words.append(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}")
+    return " ".join(words)
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """The last lines: what failed, and the checks' count."""
+    checks = [result for result in results if result["section"] == "check"]
+    passed = sum(bool(result.get("ok")) for result in checks)
+    unserved = sum(result.get("served") is False for result in checks)
+    failed = [result for result in results if isinstance(result.get("error"), str) or result.get("ok") is False]
+    lines = [f"== {passed} of {len(checks)} checks passed, {unserved} not served; {len(failed)} cases failed"]
+    for result in failed:
+        lines.append(f"== FAILED {line(result['section'], {key: value for key, value in result.items() if key != 'section'})}")
+    return "\n".join(lines)
+
+
+def inputs(n: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16, query_len: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    shapes = ((HEADS, query_len or n), (KV_HEADS, n), (KV_HEADS, n))
+    return tuple(torch.randn(1, heads, length, dim, device="cuda", dtype=dtype, generator=generator) for heads, length in shapes)
+
+
+def random_blocks(n: int, density: float) -> Tensor:
+    """[1, heads, blocks, blocks] bool, causal: first block and diagonal always, the others at random."""
+    blocks = n // BLOCK
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    keep = torch.rand(1, HEADS, blocks, blocks, device="cuda", generator=generator) < density
+    keep |= torch.eye(blocks, dtype=torch.bool, device="cuda")
+    keep[..., 0] = True
+    return keep.tril_()
+
+
+def options(query: Tensor, lists: tuple[Tensor, Tensor] | None = None, windows: tuple[int, ...] = (), sinks: int = 0) -> dict[str, Any]:
+    counts, indices = lists or (None, None)
+    tensors = dict.fromkeys(("key_flags", "segments", "query_start", "sink_logits", "alibi_slopes"))
+    numbers = {"scale": query.shape[-1] ** -0.5, "causal": True, "windows": list(windows), "sinks": sinks, "softcap": 0.0}
+    return tensors | numbers | {"block_counts": counts, "block_indices": indices, "block_size": BLOCK, "seq_major": False, "version": 1}
+
+
+def race(runs: dict[str, Callable[[], Any]], flops: float, reference: str | None = None) -> dict[str, Any]:
+    """Milliseconds and TFLOP/s of each runner over interleaved rounds; largest difference of outputs from `reference`'s."""
+    from triton.testing import do_bench
+
+    values: dict[str, Any] = {}
+    times: dict[str, list[float]] = {}
+    expected = None
+    for name in sorted(runs, key=lambda name: name != reference):
+        try:
+            output = runs[name]()
+            torch.cuda.synchronize()
+            times[name] = []
+            if name == reference:
+                expected = output.float()
+            elif expected is not None and isinstance(output, Tensor) and output.shape == expected.shape:
+                values[f"{name}_difference"] = float((output.float() - expected).abs().max())
+            del output
+        except Exception as error:
+            values[f"{name}_absent"] = f"{type(error).__name__}: {str(error)[:160]}"
+    del expected
+    for _ in range(ROUNDS):
+        for name in times:
+            times[name].append(do_bench(runs[name], warmup=40, rep=150, return_mode="median"))
+    for name, found in times.items():
+        milliseconds = statistics.median(found)
+        values |= {f"{name}_ms": round(milliseconds, 4), f"{name}_tflops": round(flops / milliseconds / 1e9)}
+        values[f"{name}_rounds"] = [round(value, 4) for value in found]
+    return values
+
+
+def _with_ratio(values: dict[str, Any], peers: tuple[str, ...]) -> dict[str, Any]:
+    """`ratio`: the fastest peer's time over ours."""
+    times = [values[f"{peer}_ms"] for peer in peers if f"{peer}_ms" in values]
+    if times and "ours_ms" in values:
+        values["ratio"] = round(min(times) / values["ours_ms"], 3)
+    if "fa4_ms" in values and "ours_ms" in values:
+        values["ratio_fa4"] = round(values["fa4_ms"] / values["ours_ms"], 3)
+    return values
+
+
+def _sparse(n: int, density: float, dim: int = 128) -> dict[str, Any]:
+    query, key, value = inputs(n, dim)
+    keep = random_blocks(n, density)
+    visited = int(keep.sum())
+    call = options(query, block_lists(keep))
+    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]}
+    for name, make in (("flex", _flex), ("fa4", _fa4_sparse)):
+        runs[name] = _lazy(make, query, key, value, keep)
+    values = race(runs, 4 * BLOCK * BLOCK * dim * visited, "flex" if density < 0.4 else None)
+    blocks = n // BLOCK
+    return {"density": round(visited / (HEADS * blocks * (blocks + 1) / 2), 4)} | _with_ratio(values, ("fa4", "flex"))
+
+
+def _dense(n: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    query, key, value = inputs(n, dim, dtype)
+    call = options(query)
+    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]} | _dense_peers(query, key, value)
+    if n <= 16384 and dim != 128:
+        keep = torch.ones(1, HEADS, n // BLOCK, n // BLOCK, dtype=torch.bool, device="cuda").tril_()
+        runs["flex"] = _lazy(_flex, query, key, value, keep)
+    return _with_ratio(race(runs, 4 * n * n * dim * HEADS / 2, "cudnn"), ("fa4", "cudnn", "flex"))
+
+
+def _short(n: int) -> dict[str, Any]:
+    """Dense attention called from Python, and replayed from CUDA graphs, where no call waits for the host; `ratio` is the replays'."""
+    query, key, value = inputs(n)
+    call = options(query)
+    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]} | _dense_peers(query, key, value)
+    flops = 4 * n * n * 128 * HEADS / 2
+    called = race(runs, flops, "cudnn")
+    graphs, absent = {}, {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = _captured(run)
+        except Exception as error:
+            absent[f"{name}_graph_absent"] = f"{type(error).__name__}: {str(error)[:160]}"
+    replayed = _with_ratio(race(graphs, flops), ("fa4", "cudnn"))
+    return replayed | {f"{name}_called": value for name, value in called.items() if name.endswith("_ms")} | absent
+
+
+def _captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _dense_peers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
+    def cudnn() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    def fa4() -> Tensor:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return _flash_attn_fwd(*turned, causal=True)[0].transpose(1, 2)
+
+    return {"cudnn": cudnn, "fa4": fa4}
+
+
+def _sink_window() -> dict[str, Any]:
+    n, window, sinks = 131072, 4096, 4
+    query, key, value = inputs(n)
+    call = options(query, windows=(window,), sinks=sinks)
+    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]} | _dense_peers(query, key, value)
+    values = _with_ratio(race(runs, 4 * n * n * 128 * HEADS / 2), ("fa4", "cudnn"))
+    pairs = window * n - window * (window - 1) // 2 + sinks * max(0, n - window)
+    visited = 4 * 128 * HEADS * pairs
+    return values | {"ours_tflops": round(visited / values["ours_ms"] / 1e9) if "ours_ms" in values else None}
+
+
+def _chunk() -> dict[str, Any]:
+    n, rows = 131072, 4096
+    query, key, value = inputs(n, query_len=rows)
+    call = options(query)
+    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0], "fa4": _dense_peers(query, key, value)["fa4"]}
+    return _with_ratio(race(runs, 4 * 128 * HEADS * (rows * (n - rows) + rows * rows / 2)), ("fa4",))
+
+
+def _tune(n: int, density: float | None, dim: int = 128) -> dict[str, Any]:
+    """Every tuning against the others; differences from the first one show a variant that is wrong at this size."""
+    query, key, value = inputs(n, dim)
+    flops = 4 * n * n * dim * HEADS / 2
+    lists = None
+    if density is not None:
+        keep = random_blocks(n, density)
+        lists, flops = block_lists(keep), 4 * BLOCK * BLOCK * dim * int(keep.sum())
+        del keep
+    call = options(query, lists)
+    tunings = TUNINGS
+    if dim == 64:
+        tunings = {
+            "default": GluonTuning(),
+            "k4v4": GluonTuning(key_stages=4, value_stages=4),
+            "k4v4_no_delay": GluonTuning(key_stages=4, value_stages=4, value_delay=0),
+            "q3_k3v3": GluonTuning(query_stages=3, key_stages=3, value_stages=3),
+        }
+
+    def runner(tuning: GluonTuning) -> Callable[[], Tensor]:
+        return lambda: hopper.launch(query, key, value, tuning=tuning, **call)[0]
+
+    values = race({name: runner(tuning) for name, tuning in tunings.items()}, flops, "default")
+    return {key: value for key, value in values.items() if not key.endswith("_ms")}
+
+
+def _lazy(make: Callable[..., Callable[[], Tensor]], *operands: Tensor) -> Callable[[], Tensor]:
+    """A runner that is set up when it first runs, so that an absent peer fails there."""
+    made: list[Callable[[], Tensor]] = []
+
+    def run() -> Tensor:
+        if not made:
+            made.append(make(*operands))
+        return made[0]()
+
+    return run
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _partial_and_full(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and int32 indices of the partial blocks (the diagonal) and of the full ones."""
+    diagonal = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
+    packed = []
+    for part in (keep & diagonal, keep & ~diagonal):
+        packed += [part.sum(-1, dtype=torch.int32), part.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)]
+    return tuple(packed)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Callable[[], Tensor]:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    lists = _partial_and_full(keep)
+    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=lambda b, h, q, k: q >= k)
+    return lambda: _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=True)
+
+
+@functools.cache
+def _causal_predicate():
+    from cutlass import cute
+
+    @cute.jit
+    def causal(b, h, q_idx, kv_idx, seqlen_info, aux):
+        return q_idx >= kv_idx
+
+    return causal
+
+
+def _fa4_sparse(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Callable[[], Tensor]:
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    partial_counts, partial, full_counts, full = _partial_and_full(keep)
+    lists = BlockSparseTensorsTorch(
+        mask_block_cnt=partial_counts, mask_block_idx=partial, full_block_cnt=full_counts, full_block_idx=full, block_size=(BLOCK, BLOCK)
+    )
+    turned = tuple(tensor.transpose(1, 2) for tensor in (query, key, value))
+    predicate = _causal_predicate()
+    return lambda: _flash_attn_fwd(*turned, mask_mod=predicate, block_sparse_tensors=lists, pack_gqa=False)[0].transpose(1, 2)

@@ -1,0 +1,261 @@
+"""Is the cost model right? Measures methods × lengths × densities × batches, predicts them, and says which kernel it would have chosen.
+
+    python -m benchmarks.cost_model.run measure                       # on one GPU; appends to results/cost_grid.jsonl
+    python -m benchmarks.cost_model.run fit results/cost_grid.jsonl   # anywhere: fits on a part of the cells, tests on the others
+    python -m benchmarks.cost_model.run fit FILE --save sparsify/costs/profiles/sm_90.json
+
+Shapes are Llama-3.1-8B's unless a cell says otherwise, bf16. Calls are timed in CUDA graphs, long ones by events; medians. Kernels are
+compiled first, in processes of their own side by side, and are no part of the time. `fit` takes 1K, 4K, 16K, 64K and 128K tokens and
+densities .05, .1, .2 and .5 to fit on, and everything else, 256K and the whole sparse call among it, to test on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cost_model import grid as cost_cells
+from benchmarks.lib import precompile, records
+from sparsify.commands.calibrate import fit
+from sparsify.costs import profile, profile_cache
+from sparsify.costs.device import Device
+from sparsify.costs.profile import Profile
+from sparsify.costs.samples import Cell, Sample, predict
+
+NAME = "cost_grid"
+CLOSE = 1.05  # a choice within this of the best one counts as right
+_HELD_BYTES = 40 << 30  # of the allocator, before it gives back what graphs needed
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------------------------------
+
+
+def compile_kernels(options: argparse.Namespace) -> None:
+    """Every kernel of the grid into Triton's cache; a job that fails or takes too long is told and left."""
+    count = len(cost_cells.compile_jobs(cost_cells.grid(options.device)))
+    base = [sys.executable, "-m", "benchmarks.cost_model.run", "measure", "--warm"]
+    precompile.compile_side_by_side({f"job {job}": [*base, str(job)] for job in range(count)}, options.compile_seconds)
+
+
+@torch.no_grad()
+def warm(options: argparse.Namespace) -> None:
+    from sparsify.commands.calibrate import timing
+
+    torch.set_num_threads(1)
+    for cell in cost_cells.compile_jobs(cost_cells.grid(options.device))[options.warm]:
+        timing.prepare(cell, options.device).run()
+    torch.cuda.synchronize()
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Appends the ceilings and a record for each cell; a cell that fails is recorded with its error."""
+    began = time.monotonic()
+    if options.device == "cuda" and not options.small:
+        compile_kernels(options)
+    print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
+    from sparsify.commands.calibrate import timing
+
+    end = time.monotonic() + options.seconds
+    found = timing.ceilings(options.device, small=options.device != "cuda")
+    facts = {"device": profile_cache.identity(options.device).device}
+    if options.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"processors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
+        facts |= {"capability": [properties.major, properties.minor]}
+    run = records.append(options.out, NAME, part="ceilings", **found, **facts)["time"]
+    print({name: f"{value:.4g}" for name, value in found.items()}, flush=True)
+    cells = cost_cells.grid(options.device, options.small)
+    failed = 0
+    gc.freeze()  # each graph's capture collects garbage: what is here by now is none
+    for done, cell in enumerate(cells):
+        if time.monotonic() > end:
+            print(f"out of time: {len(cells) - done} of {len(cells)} cells left out", flush=True)
+            break
+        failed += _one(cell, run, options)
+    print(f"{time.monotonic() - began:.0f} s, {failed} cells failed", flush=True)
+    return 0
+
+
+def _one(cell: Cell, run: str, options: argparse.Namespace) -> int:
+    from sparsify.commands.calibrate import timing
+
+    try:
+        sample = timing.measure(cell, options.device)
+    except Exception as error:
+        message = f"{type(error).__name__}: {str(error)[:300]}"
+        print(f"{cell.as_record()}: {message}", flush=True)
+        records.append(options.out, NAME, part="cell", run=run, cell=cell.as_record(), error=message)
+        return 1
+    finally:
+        if options.device == "cuda" and torch.cuda.memory_reserved() > _HELD_BYTES:
+            torch.cuda.empty_cache()
+    values = {"seconds": sample.seconds} | ({"asked": cell.density} if cell.density is not None else {})
+    records.append(options.out, NAME, part="cell", run=run, cell=sample.cell.as_record(), **values)
+    return 0
+
+
+# -- fitting -------------------------------------------------------------------------------------------------------------------------------
+
+
+def newest_run(found: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[Sample, bool]]] | None:
+    """The newest run among records: its ceilings, and its samples with whether they are for fitting. None without one."""
+    found = [record for record in found if record["benchmark"] == NAME]
+    runs = [record for record in found if record["part"] == "ceilings"]
+    if not runs:
+        return None
+    newest = max(runs, key=lambda record: record["time"])
+    samples = []
+    for record in found:
+        if record["part"] == "cell" and record["run"] == newest["time"] and "seconds" in record:
+            cell = Cell.from_record(record["cell"])
+            samples.append((Sample(cell, record["seconds"]), cost_cells.fitted(cell, record.get("asked"))))
+    return newest, samples
+
+
+def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
+    """The profile of the device that a run was on, fitted to samples."""
+    capability = tuple(ceilings["capability"]) if ceilings.get("capability") else None
+    prior = profile.for_capability(capability) if capability else profile.shipped("cpu")
+    machine = ceilings["machine"]
+    numbers = {name: ceilings[name] for name in ("flops", "bandwidth", "launch")}
+    numbers |= {name: ceilings[name] for name in ("processors", "l2_bytes") if name in ceilings}
+    versions = {name: str(machine[name]) for name in ("driver", "torch", "triton", "sparsify") if machine.get(name)}
+    source = f"benchmarks/cost_model/run.py, {ceilings['time'][:10]}, commit {str(machine.get('commit'))[:10]}"
+    found = prior.model_copy(
+        # no earlier coefficients, which other runs' cells were fitted to: what is tested on must not be known
+        update={
+            "families": {},
+            **numbers,
+            "device": ceilings["device"],
+            "capability": capability,
+            "measured": True,
+            "source": source,
+            "versions": versions,
+        }
+    )
+    return fit.fit(samples, Device.of("cuda" if capability else "cpu", found), found)
+
+
+def errors(samples: Iterable[Sample], device: Device) -> list[tuple[Sample, float]]:
+    """Each sample with its relative error, positive where the model says too much."""
+    return [(sample, predict(sample.cell, device) / sample.seconds - 1) for sample in samples]
+
+
+def grouped(found: Iterable[tuple[Sample, float]]) -> dict[str, list[tuple[Sample, float]]]:
+    """Samples by family, in order; the whole sparse call is one of its own."""
+    groups: dict[str, list[tuple[Sample, float]]] = {}
+    for sample, error in found:
+        groups.setdefault("whole sparse call" if sample.cell.kind == "whole" else sample.cell.works()[0].family, []).append((sample, error))
+    return dict(sorted(groups.items()))
+
+
+def summary(found: Sequence[tuple[Sample, float]]) -> dict[str, float]:
+    sizes = sorted(abs(error) for _, error in found)
+    return {
+        "cells": len(sizes),
+        "median": statistics.median(sizes),
+        "p95": sizes[min(len(sizes) - 1, round(0.95 * (len(sizes) - 1)))],
+        "most": sizes[-1],
+    }
+
+
+def choices(samples: Sequence[Sample], device: Device) -> list[dict[str, Any]]:
+    """For every place where several candidates were measured: which one the model takes, and how much slower it is than the best.
+
+    A place is a prompt or a decode step of one shape; with a sparse method, one density of it. Its candidates are the dense kernels and,
+    there, the whole sparse call.
+    """
+    exact: dict[tuple, list[Sample]] = {}
+    places: list[tuple[tuple, list[Sample]]] = []
+    for sample in samples:
+        cell = sample.cell
+        if cell.kind in ("attention", "decode") and cell.density is None and not cell.window and cell.kernel != "masked":
+            exact.setdefault(_place(cell), []).append(sample)
+    places += [(place, found) for place, found in exact.items() if len(found) > 1]
+    for sample in samples:
+        if sample.cell.kind == "whole" and _place(sample.cell) in exact:
+            places.append(((*_place(sample.cell), sample.cell.stride, sample.cell.density), [*exact[_place(sample.cell)], sample]))
+    result = []
+    for place, candidates in places:
+        chosen = min(candidates, key=lambda sample: predict(sample.cell, device))
+        best = min(candidates, key=lambda sample: sample.seconds)
+        names = [f"{one.cell.kind}/{one.cell.kernel}" for one in (chosen, best)]
+        result.append({"place": place, "chosen": names[0], "best": names[1], "ratio": chosen.seconds / best.seconds})
+    return result
+
+
+def _place(cell: Cell) -> tuple:
+    return cell.batch, cell.query_heads, cell.kv_heads, cell.head_dim, cell.query_len, cell.key_len
+
+
+def report(path: Path, save: Path | None, worst: int, everything: bool) -> int:
+    """Fits on a file's fitting part, prints the errors on the other one and the choices; returns 0 when they are as asked."""
+    run = newest_run(records.read([path]))
+    if run is None:
+        raise SystemExit(f"{path} holds no run of {NAME}")
+    ceilings, samples = run
+    fitted = profile_of(ceilings, [sample for sample, part in samples if part or everything])
+    device = Device.of("cuda" if fitted.capability else "cpu", fitted)
+    for title, chosen in (("fitted on", True), ("tested on", False)):
+        found = errors([sample for sample, part in samples if part == chosen], device)
+        for family, of_family in grouped(found).items():
+            print(f"{title} {family:16s} {_words(summary(of_family))}")
+        if found:
+            print(f"{title} {'all':16s} {_words(summary(found))}")
+    for sample, error in sorted(errors([s for s, part in samples if not part], device), key=lambda pair: -abs(pair[1]))[:worst]:
+        print(f"  {error:+.0%} of {1e3 * sample.seconds:.4g} ms: {sample.cell.as_record()}")
+    taken = choices([sample for sample, _ in samples], device)
+    right = [one["ratio"] <= CLOSE for one in taken]
+    if taken:
+        print(f"chosen within {CLOSE - 1:.0%} of the best: {sum(right)} of {len(right)} = {sum(right) / len(right):.1%}")
+        for one in sorted(taken, key=lambda one: -one["ratio"])[:worst]:
+            print(f"  {one['ratio']:.3f} {one}")
+    for family, numbers in sorted(fitted.families.items()):
+        print(f"{family}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    if save:
+        save.write_text(fitted.to_json())
+    return 0
+
+
+def _words(found: dict[str, float]) -> str:
+    return f"{found['cells']:4d} cells: median {found['median']:.1%}, 95th percentile {found['p95']:.1%}, most {found['most']:.1%}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    measured = parts.add_parser("measure", help="on one GPU")
+    measured.add_argument("--out", type=Path, default=records.RESULTS / "cost_grid.jsonl", help="append records here")
+    measured.add_argument("--seconds", type=float, default=110, help="stop starting cells after so long, compilation not counted")
+    measured.add_argument("--compile-seconds", type=float, default=90, help="kill what still compiles after so long")
+    measured.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    measured.add_argument("--small", action="store_true", help="a few small cells")
+    measured.add_argument("--warm", type=int, help=argparse.SUPPRESS)
+    fitting = parts.add_parser("fit", help="offline, from the records of a run")
+    fitting.add_argument("file", type=Path, nargs="?", default=records.RESULTS / "cost_grid.jsonl")
+    fitting.add_argument("--save", type=Path, help="write the fitted profile as JSON")
+    fitting.add_argument("--all", action="store_true", help="fit on every cell, for a profile to ship; the errors then say nothing")
+    fitting.add_argument("--worst", type=int, default=12, help="cells to list")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.part == "fit":
+        return report(options.file, options.save, options.worst, options.all)
+    if options.warm is not None:
+        warm(options)
+        return 0
+    return measure(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

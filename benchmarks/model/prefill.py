@@ -1,0 +1,187 @@
+"""How long a whole model's prefill takes: eager, Inductor, sparsify's exact pass and block-sparse attention, side by side in one process.
+
+    python -m benchmarks.model.prefill --lengths 4096 32768 131072
+    python -m benchmarks.model.prefill --lengths 1024 2048 4096 8192 16384 32768 65536 131072 --variants eager default
+
+`default` is `backend="sparsify"` with no options: what it chooses must never be slower than eager. Random weights attend to everything, so
+that the estimate finds little to leave out: the worst case for it.
+
+The model is a LlamaForCausalLM of Llama-3.1-8B's shape with random weights, built on the GPU (bf16): speed does not depend on the weights,
+and `density` fixes how many blocks are visited whatever they are. Cache on, logits of the last token. Appends to results/prefill.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.lib import records
+from sparsify.api import record_density
+from sparsify.planning.method import discover
+
+# Llama-3.1-8B's published configuration, but for its scaled rotary embedding, which costs the same
+SHAPES = {
+    "8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 1 << 20, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "tiny": {
+        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1 << 20,
+    },
+}  # fmt: skip
+
+
+def variants(density: float) -> dict[str, dict[str, Any] | None]:
+    """For each variant its `model.compile` arguments, None for eager."""
+    sparse = {"passes": ["xattention", "dense"], "xattention": {"density": density}, "min_length": 0, "strict": True}
+    return {
+        "eager": None,
+        "inductor": {"backend": "inductor"},
+        "default": {"backend": "sparsify"},
+        "dense": {"backend": "sparsify", "options": {"passes": ["dense"], "strict": True}},
+        "xattention": {"backend": "sparsify", "options": sparse},
+    }
+
+
+def build(shape: str, layers: int | None, device: str) -> LlamaForCausalLM:
+    config = LlamaConfig(**SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}), bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    return model.to(device).eval()
+
+
+class Clock:
+    """Milliseconds of a call, on the device's own clock."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def __call__(self, function: Any) -> tuple[float, Any]:
+        if not self.cuda:
+            start = time.perf_counter()
+            result = function()
+            return 1e3 * (time.perf_counter() - start), result
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end), result
+
+
+def clean(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@torch.no_grad()
+def measure(model: LlamaForCausalLM, ids: torch.Tensor, repeats: int, device: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """Median and all times in milliseconds, peak memory in bytes, realised density where blocks were chosen; and the last logits."""
+    clock = Clock(device)
+
+    def prefill() -> torch.Tensor:
+        return model(ids, use_cache=True, logits_to_keep=1).logits
+
+    clean(device)
+    with record_density() as found:
+        first, logits = clock(prefill)
+    if ids.shape[1] < 65536:  # a call of seconds is its own warm-up
+        clock(prefill)
+    clean(device)  # compilation may need more memory than a call
+    times = [clock(prefill)[0] for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    density = sum(found) / len(found) if found else None
+    values = {"ms": statistics.median(times), "times_ms": times, "first_call_ms": first, "peak_bytes": peak, "density": density}
+    return values, logits.float()
+
+
+def compare(logits: torch.Tensor, reference: torch.Tensor | None) -> dict[str, Any]:
+    """Error of the last token's logits against eager's, for the exact variants a check and for the sparse one a description."""
+    if reference is None:
+        return {}
+    error = (logits - reference).abs().max().item()
+    return {
+        "logits_error": error,
+        "logits_std": reference.std().item(),
+        "same_token": bool((logits.argmax(-1) == reference.argmax(-1)).all()),
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 131072])
+    parser.add_argument("--variants", nargs="+", default=["eager", "dense", "xattention", "inductor"], choices=list(variants(0.1)))
+    parser.add_argument("--skip", nargs="*", default=["inductor:131072"], help="VARIANT:LENGTH pairs to leave out")
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--static", action="store_true", help="compile each length anew instead of once for all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=records.RESULTS / "prefill.jsonl")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    model = build(options.shape, options.layers, options.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    prompts = {n: torch.randint(0, model.config.vocab_size, (1, n), generator=generator).to(options.device) for n in options.lengths}
+    references: dict[int, torch.Tensor] = {}
+    failed = 0
+    for name in options.variants:
+        arguments_of = variants(options.density)[name]
+        torch._dynamo.reset()
+        model._compiled_call_impl = None  # what `model.compile` sets; None is the model as it was
+        if arguments_of is not None:
+            model.compile(**arguments_of, dynamic=not options.static)
+        for length in options.lengths:
+            if f"{name}:{length}" in options.skip:
+                continue
+            try:
+                # long prefills vary little and cost much
+                repeats = max(2, options.repeats * 32768 // max(length, 32768))
+                found, logits = measure(model, prompts[length], repeats, options.device)
+                if name == "eager":
+                    references[length] = logits
+                found |= compare(logits, references.get(length))
+            except Exception as error:
+                traceback.print_exc()
+                failed += 1
+                found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+                clean(options.device)
+            facts = {
+                "shape": options.shape,
+                "layers": model.config.num_hidden_layers,
+                "parameters": parameters,
+                "dynamic": not options.static,
+            }
+            requested = options.density if name == "xattention" else None
+            if name in ("xattention", "default"):
+                facts["estimate"] = list(discover()["xattention"]().estimate)
+            record = records.append(
+                options.out, "prefill", variant=name, length=length, requested_density=requested, seed=0, **found, **facts
+            )
+            print({key: record.get(key) for key in ("variant", "length", "ms", "peak_bytes", "density", "same_token", "error")}, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The kernels under NVIDIA's compute-sanitizer: memory that is not theirs (memcheck), and shared memory that threads race for (racecheck).
+
+    python -m benchmarks.sanitizer.run --out benchmarks/results/sanitize.jsonl
+
+A reduced matrix of small calls for each family of kernels: Gluon attention, Triton attention, block selection; and a control, a
+hand-over through shared memory that is in order by construction (control.py), to judge what the tool says of the others by.
+First every family runs alone, which compiles its kernels and must succeed; then each family runs under each tool, side by side in
+processes of their own that are killed when they take too long. The last line is a JSON summary; the exit status is 1 when a tool found
+something, 0 too when it is absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib import records
+
+TOOLS = ("memcheck", "racecheck")
+FAMILIES = ("gluon", "triton", "select", "cache", "control")
+ATTENTION = ("lists_ragged", "window_sinks", "segments_padding", "lists_chunk", "dim_64_64_lists", "padding_left_lists", "softcap_lists")
+SELECTION: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ragged, stride 8": {"length": 1001, "stride": 8},
+    "half": {"pool": "max+half"},
+    "pair": {"pool": "max+pair"},
+    "pair, int8": {"pool": "max+pair+int8", "length": 1001},
+    "quad, int8": {"pool": "max+quad+int8"},
+    "group, density": {"pool": "sum+group", "density": 0.3},
+    "int8": {"pool": "max+int8", "length": 1001},
+    "flags, window": {"flags": True, "windows": [300]},
+    "wide": {"wide": True},
+}
+_SUMMARIES = (r"ERROR SUMMARY: (\d+) error", r"RACECHECK SUMMARY: (\d+) hazard")
+
+
+def find_tool() -> str | None:
+    """compute-sanitizer: what COMPUTE_SANITIZER names, on the path, in a CUDA toolkit, or in NVIDIA's wheels."""
+    if named := os.environ.get("COMPUTE_SANITIZER"):
+        return named
+    if found := shutil.which("compute-sanitizer"):
+        return found
+    places = [Path("/usr/local").glob("cuda*/bin/compute-sanitizer"), Path("/usr/local").glob("cuda*/compute-sanitizer/compute-sanitizer")]
+    places += [Path(folder).glob("nvidia/**/compute-sanitizer") for folder in sys.path if folder.endswith("site-packages")]
+    return next((str(path) for place in places for path in place if path.is_file() and os.access(path, os.X_OK)), None)
+
+
+def attention_cases(family: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from benchmarks.sanitizer import attention_cases as kernel_checks
+    from sparsify.backends.attention import hopper, triton
+
+    launch = hopper.launch if family == "gluon" else triton.triton_attention
+    matrix = kernel_checks.matrix()
+
+    def run(name: str) -> None:
+        query, key, value, options = kernel_checks.operands(matrix[name])
+        if family == "gluon" and (reason := hopper.obstacle(query, key, value, options)):
+            print("NOT SERVED", name, reason, flush=True)
+            return
+        launch(query, key, value, **options)
+
+    for name in ATTENTION:
+        yield name, lambda name=name: run(name)
+
+
+def selection_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    import torch
+
+    from sparsify.backends.select import triton as triton_select
+
+    def run(*, length: int = 1024, flags: bool = False, wide: bool = False, **changes: Any) -> None:
+        query = torch.randn(2, 4, length, 128, device="cuda", dtype=torch.bfloat16)
+        key = torch.randn(2, 2, length, 128, device="cuda", dtype=torch.bfloat16)
+        options = {"scale": 0.5, "causal": True, "windows": [], "pool": "max", "stride": 16, "block_size": 128, "threshold": [0.9]}
+        options |= {"density": 0.0, "version": 1, **changes}
+        if flags:
+            options["key_flags"] = (torch.arange(length, device="cuda") >= torch.tensor([[0], [333]], device="cuda")).to(torch.uint8)
+        limits = triton_select.Limits(fused_width=8, part=64) if wide else triton_select.LIMITS
+        triton_select.select_blocks(query, key, limits=limits, **options)
+
+    for name, changes in SELECTION.items():
+        yield name, lambda changes=changes: run(**changes)
+
+
+def control_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from benchmarks.sanitizer import control
+
+    yield "hand-over", control.run
+
+
+def cache_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from benchmarks.sanitizer import cache
+
+    yield from cache.cases()
+
+
+CASES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {
+    "gluon": lambda: attention_cases("gluon"),
+    "triton": lambda: attention_cases("triton"),
+    "select": selection_cases,
+    "cache": cache_cases,
+    "control": control_cases,
+}
+
+
+def work(family: str) -> None:
+    """Runs one family's cases; says when each is done, as the tool's report may come in between."""
+    import torch
+
+    for name, run in CASES[family]():
+        run()
+        torch.cuda.synchronize()
+        print("DONE", name, flush=True)
+
+
+def command(family: str, tool: str | None, path: str | None) -> list[str]:
+    worker = [sys.executable, "-m", "benchmarks.sanitizer.run", "--worker", family]
+    if tool is None:
+        return worker
+    # padding between allocations makes a read that is slightly out of bounds one that is seen
+    extra = ["--padding", "512"] if tool == "memcheck" else []
+    return [str(path), "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *extra, *worker]
+
+
+def observe(family: str, tool: str | None, path: str | None, seconds: float) -> dict[str, Any]:
+    """One family under one tool (None: alone), as a record."""
+    started = time.monotonic()
+    # each tensor its own allocation, so that a neighbour's memory is out of bounds
+    environment = {**os.environ, **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {})}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command(family, tool, path), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            code: int | None = process.wait(max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = None
+        log.seek(0)
+        text = log.read()
+    return {"family": family, "tool": tool or "none", **judge(text, code, tool), "seconds": round(time.monotonic() - started, 1)}
+
+
+def judge(text: str, code: int | None, tool: str | None) -> dict[str, Any]:
+    """status: "clean", "found" (by the tool), "failed" (the run itself) or "late" (killed); with what backs it up."""
+    done = re.findall(r"^DONE (.*)$", text, re.MULTILINE)
+    counts = [int(count) for pattern in _SUMMARIES for count in re.findall(pattern, text)]
+    if counts and sum(counts):
+        status = "found"
+    elif code is None:
+        status = "late"
+    elif code != 0 or (tool is not None and not counts):
+        status = "failed"
+    else:
+        status = "clean"
+    result: dict[str, Any] = {"status": status, "done": done, "reports": sum(counts)}
+    if unserved := re.findall(r"^NOT SERVED (.*)$", text, re.MULTILINE):
+        result["not_served"] = unserved
+    if status != "clean":
+        lines = [line for line in text.splitlines() if line.startswith("=========") and len(line) > 12] or text.splitlines()[-6:]
+        result["says"] = "\n".join(lines[:12])[:1500]
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="append records here")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--seconds", type=float, default=115, help="kill what runs after this long, all in all")
+    parser.add_argument("--worker", choices=FAMILIES, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        work(options.worker)
+        return 0
+    path = find_tool()
+    if path is None:
+        print(json.dumps({"summary": "compute-sanitizer is absent", "hint": "set COMPUTE_SANITIZER to its path"}))
+        return 0
+    end = time.monotonic() + options.seconds
+    with ThreadPoolExecutor(len(options.families) * len(options.tools)) as pool:
+        alone = list(pool.map(lambda family: observe(family, None, None, options.seconds / 2), options.families))
+        pairs = [(one["family"], tool) for one in alone if one["status"] == "clean" for tool in options.tools]
+        found = list(pool.map(lambda pair: observe(*pair, path, end - time.monotonic()), pairs))
+    results = [one for one in alone if one["status"] != "clean"] + found
+    for one in results:
+        print(json.dumps(one), flush=True)
+        if options.out:
+            records.append(options.out, "sanitize", **one)
+    states = {f"{one['family']} {one['tool']}": one["status"] for one in results}
+    print(json.dumps({"summary": states, "clean": all(state == "clean" for state in states.values()), "sanitizer": path}))
+    return int("found" in states.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

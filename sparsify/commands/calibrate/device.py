@@ -1,0 +1,185 @@
+"""Measures the device in hand: its ceilings, and how far each kernel family stays below them, in under a minute on a GPU.
+
+The kernels are the ones that graphs will run. They are compiled first, in processes side by side where there are cores for it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sparsify import backends
+from sparsify.commands.calibrate import fit, timing
+from sparsify.costs import profile_cache
+from sparsify.costs.device import Device
+from sparsify.costs.profile import Profile
+from sparsify.costs.samples import Cell, Sample, predict
+from sparsify.errors import ProfileError, SparsifyError
+
+K = 1024
+SECONDS = 50.0  # after so long no further call is measured
+_COMPILE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A measured profile and what it was fitted to. failed: calls that did not run, with the reason."""
+
+    profile: Profile
+    samples: tuple[Sample, ...]
+    failed: dict[str, str]
+
+    def error(self, family: str) -> float:
+        """Median relative error of the fit over a family's calls."""
+        device = Device.of("cuda" if self.profile.capability else "cpu", self.profile)
+        of_family = [sample for sample in self.samples if sample.cell.works()[0].family == family]
+        return statistics.median(abs(predict(one.cell, device) / one.seconds - 1) for one in of_family)
+
+
+def cells(device: str, small: bool = False) -> list[Cell]:
+    """What is measured, the most telling calls first.
+
+    Args:
+        small: sizes that a CPU does in seconds.
+    """
+    if small or device != "cuda":
+        return _cells(("sdpa", "reference"), (128, 256, 512), (128, 512), {"query_heads": 2, "kv_heads": 1, "head_dim": 32}, 64, "float32")
+    ours = [backends.attention_family(torch.device(device))] if backends.available(device)[0] == "triton" else []
+    kernels = dict.fromkeys(("sdpa", *ours, *(["triton"] if ours else [])))
+    return _cells(tuple(kernels), (1 * K, 4 * K, 32 * K), (4 * K, 64 * K), {}, 4096, "bfloat16")
+
+
+def _cells(
+    kernels: tuple[str, ...], lengths: tuple[int, ...], ends: tuple[int, int], shape: dict[str, int], hidden: int, dtype: str
+) -> list[Cell]:
+    prompt = lambda kind, n, kernel="", **more: Cell(kind, kernel, query_len=n, key_len=n, dtype=dtype, **shape, **more)
+    own = [kernel for kernel in kernels if kernel != "sdpa"]
+    found = [prompt("attention", n, kernel) for n in lengths for kernel in kernels]
+    for kernel in own:
+        found += [prompt("attention", n, kernel, density=d) for n, d in itertools.product(ends, (0.05, 0.3))]
+        found += [prompt("attention", n, kernel, window=lengths[0] // 2, sinks=4) for n in ends]
+    if own:
+        found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
+    for kernel, n, batch in itertools.product(("sdpa", "masked", *(["cache"] if own else []), *own[-1:]), ends, (1, 8)):
+        found.append(Cell("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
+    wide = hidden * 7 // 2
+    if own:
+        found += [Cell("ffn", rows=rows, inputs=hidden, outputs=wide, skipped=s, dtype=dtype) for rows in (1, 16) for s in (0.0, 0.5)]
+    matrices = ((hidden, hidden), (hidden, wide), (wide, hidden))
+    found += [Cell("linear", rows=rows, inputs=i, outputs=o, dtype=dtype) for rows in (1, 16, 512, 4 * K) for i, o in matrices]
+    return found + [Cell("elementwise", size=3 * hidden * size, dtype=dtype) for size in (64, 4 * K, 64 * K)]
+
+
+def calibrate(
+    device: str, *, small: bool = False, seconds: float = SECONDS, progress: Callable[[int, int, str], None] = lambda done, all_, what: None
+) -> Calibration:
+    """Measures and fits; nothing is written.
+
+    Args:
+        device: "cuda" or "cpu". small: few and small calls, for tests. progress: called with (calls done, calls, what runs now).
+
+    Raises:
+        ProfileError: there is no such device, or nothing could be measured.
+    """
+    if device not in ("cuda", "cpu"):
+        raise ProfileError(f"no calibration for {device!r}", where="device", hint="cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ProfileError("there is no CUDA device here", where="device", hint="--device cpu measures the CPU")
+    wanted = cells(device, small)
+    if device == "cuda" and not small:
+        progress(0, len(wanted), "compiling")
+        compile_kernels(wanted)
+    progress(0, len(wanted), "ceilings")
+    here = profile_cache.identity(device)
+    measured = timing.ceilings(device, small=small or device == "cpu")
+    source = f"sparsify calibrate device, {datetime.date.today()}"
+    facts = {"device": here.device, "versions": here.versions, "measured": True, "source": source}
+    prior = profile_cache.default(device).model_copy(update={**measured, **facts})
+    end, samples, failed = time.monotonic() + seconds, [], {}
+    for done, cell in enumerate(wanted):
+        if samples and time.monotonic() > end:
+            failed["time"] = f"{len(wanted) - done} of {len(wanted)} calls left out after {seconds:.0f} s"
+            break
+        progress(done, len(wanted), f"{cell.kind} {cell.kernel}".strip())
+        try:
+            samples.append(timing.measure(cell, device, replays=3))
+        except (SparsifyError, RuntimeError) as error:
+            failed[str(cell.as_record())] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    if not samples:
+        raise ProfileError("no call could be measured", where=here.device, hint=next(iter(failed.values()), ""))
+    progress(len(wanted), len(wanted), "fitting")
+    return Calibration(fit.fit(samples, Device.of(device, prior), prior), tuple(samples), failed)
+
+
+def table(found: Calibration, width: int = 140) -> str:
+    """The ceilings, each family's efficiency and fixed time with the error of its fit, and what did not run."""
+    one = found.profile
+    lines = [f"{one.device}: {one.flops / 1e12:.4g} TFLOP/s, {one.bandwidth / 1e9:.4g} GB/s, {1e6 * one.launch:.3g} µs a launch"]
+    grid = Table()
+    for name in ("kernels", "calls", "of the ceiling", "fixed", "error of the fit"):
+        grid.add_column(name, justify="left" if name == "kernels" else "right")
+    count = Counter(sample.cell.works()[0].family for sample in found.samples)
+    for family, terms in sorted(one.families.items()):
+        if not count[family]:
+            grid.add_row(family, "not measured")
+            continue
+        main = next((terms[name] for name in ("work", "bytes", "scores") if terms.get(name)), None)
+        ceiling = f"{1 / main:.0%}" if main else ""
+        grid.add_row(family, str(count[family]), ceiling, f"{1e6 * terms.get('call', 0):.3g} µs", f"{found.error(family):.1%}")
+    console = Console(file=io.StringIO(), width=width)
+    console.print(grid)
+    failed = [f"did not run: {call}: {reason}" for call, reason in found.failed.items()]
+    return "\n".join([*lines, console.file.getvalue().rstrip(), *failed])
+
+
+def compile_kernels(wanted: Sequence[Cell]) -> None:
+    """Fills Triton's cache from processes side by side; what fails there fails again, with its reason, when it is measured."""
+    jobs = min(len(wanted), os.cpu_count() or 1, 12)
+    if jobs < 2:
+        return
+    command = [sys.executable, "-m", "sparsify.commands.calibrate.device"]
+    started = [subprocess.Popen([*command, str(i), str(jobs)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for i in range(jobs)]
+    end = time.monotonic() + _COMPILE_SECONDS
+    for process in started:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _kernels_of(wanted: Sequence[Cell]) -> list[Cell]:
+    """One cell for each kernel text: time does not matter here, so few heads where the kernel does not depend on them."""
+    chosen: dict[tuple, Cell] = {}
+    for cell in wanted:
+        if cell.kernel in ("sdpa", "masked") or cell.kind in ("linear", "elementwise"):
+            continue
+        few = replace(cell, query_heads=cell.query_heads // cell.kv_heads, kv_heads=1) if cell.kind == "select" else cell
+        by_length = cell.key_len if cell.kind == "select" or cell.kernel == "hopper" else 0
+        chosen.setdefault(
+            (cell.kind, cell.kernel, cell.density is None, cell.window, cell.stride, cell.variants, cell.rows, by_length), few
+        )
+    return list(chosen.values())
+
+
+@torch.no_grad()
+def _warm(job: int, jobs: int) -> None:
+    for cell in _kernels_of(cells("cuda"))[job::jobs]:
+        timing.prepare(cell, "cuda").run()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    _warm(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,367 @@
+"""Runs the calls of `sparsify.costs.samples` on a device and times them: CUDA graphs for short calls, so that no host time is in them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sparsify.backends.cache.dispatch  # noqa: F401  (registers the cache's ops)
+from sparsify.backends.attention import triton
+from sparsify.costs.samples import FEW_ROWS, Cell, Sample
+from sparsify.errors import ProfileError
+from sparsify.ops import attention as ops
+from sparsify.ops import block_lists, feed_forward
+from sparsify.ops import cache as cache_ops
+
+BLOCK = 128
+_PLAIN_SECONDS = 5e-3  # calls longer than this are timed one by one
+_GRAPH_SECONDS = 3e-3  # shorter ones so many in a graph that it takes about so long
+_MOST_CALLS = 64
+_LOAD_SECONDS = 0.15
+_MOST_RUNS = 24
+_REPLAYS = 5
+_CACHES = 3  # operands that a model would read from memory are copied until they fill the L2 cache so often
+_FFN_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """A cell made ready. run: does `count` calls. cell: with the density that block lists really have."""
+
+    run: Callable[[], Any]
+    count: int
+    cell: Cell
+
+
+@torch.no_grad()
+def measure(cell: Cell, device: str, *, replays: int = _REPLAYS) -> Sample:
+    """Median seconds of a call.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Raises:
+        ProfileError: nothing here runs this call.
+    """
+    call = prepare(cell, device)
+    load = _LOAD_SECONDS if any(one.flops != 0 or one.flops8 != 0 for one in cell.works()) else 0.0
+    return Sample(call.cell, seconds(call.run, device, replays=replays, under_load=load, short=call.count > 1) / call.count)
+
+
+@torch.no_grad()
+def seconds(
+    run: Callable[[], Any], device: str, *, replays: int = _REPLAYS, under_load: float = _LOAD_SECONDS, short: bool = False
+) -> float:
+    """Median seconds of `run`, whatever it compiles or allocates at first left out.
+
+    Args:
+        short: a graph is made however long the call takes at first: many small kernels wait for the host.
+        under_load: on a GPU calls are repeated for so long, and the second half counts: at the power limit the clock falls within tens of
+            milliseconds, and a model keeps the device there.
+    """
+    if device != "cuda":
+        run()
+        return statistics.median(_wall(run) for _ in range(replays))
+    run()
+    first = _events(run)
+    if first >= _PLAIN_SECONDS and not short:
+        return _settled(run, max(2, min(_MOST_RUNS, math.ceil(under_load / first))))
+    calls = max(1, min(_MOST_CALLS, int(_GRAPH_SECONDS / max(first, 1e-6))))
+    graph = _graph(run, calls)
+    graph.replay()
+    return _settled(graph.replay, max(replays, int(under_load / _events(graph.replay)))) / calls
+
+
+def _wall(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return max(time.perf_counter() - began, 1e-9)
+
+
+def _events(run: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * begin.elapsed_time(end)
+
+
+def _settled(run: Callable[[], Any], count: int) -> float:
+    """Median seconds over the second half of `count` runs."""
+    times = _back_to_back(run, count)
+    return statistics.median(times[len(times) // 2 :])
+
+
+def _back_to_back(run: Callable[[], Any], count: int) -> list[float]:
+    """Seconds of each of `count` runs, waited for at the end."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return [1e-3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(marks)]
+
+
+def _graph(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of some calls, which ran before. Raises ProfileError where they cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a stream's first call allocates, such as a product's workspace
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+    except RuntimeError as error:
+        # times of calls that are not captured hold the host's time: they say nothing about the kernels
+        raise ProfileError(f"cannot be captured in a CUDA graph: {str(error).splitlines()[0][:200]}", where="timing") from error
+    return graph
+
+
+def prepare(cell: Cell, device: str) -> Call:
+    """Operands and the function that runs the cell; random numbers, since time does not depend on them."""
+    makers: dict[str, Callable[[Cell, str], Call]] = {
+        "attention": _attention,
+        "select": _select,
+        "whole": _whole,
+        "decode": _decode,
+        "ffn": _ffn,
+        "linear": _linear,
+        "elementwise": _elementwise,
+    }
+    return makers[cell.kind](cell, device)
+
+
+@functools.cache
+def _generator(device: str) -> torch.Generator:
+    """One of our own, which no graph's capture knows of."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def _random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype, generator=_generator(device))
+
+
+def operands(cell: Cell, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    make = functools.partial(_random, device, cell.torch_dtype, cell.batch)
+    key_shape = (cell.kv_heads, cell.key_len, cell.head_dim)
+    return make(cell.query_heads, cell.query_len, cell.head_dim), make(*key_shape), make(*key_shape)
+
+
+def random_lists(cell: Cell, device: str) -> tuple[Tensor, Tensor, float]:
+    """Counts, rising indices and their density: the first block and the diagonal always, others at random."""
+    rows, columns = -(-cell.query_len // BLOCK), -(-cell.key_len // BLOCK)
+    offset = columns - rows
+    keep = torch.rand(cell.batch, cell.query_heads, rows, columns, device=device, generator=_generator(device)) < cell.density
+    keep |= torch.eye(rows, columns, dtype=torch.bool, device=device).roll(offset, -1)
+    keep[..., 0] = True
+    keep.tril_(offset)
+    counts = keep.sum(-1, dtype=torch.int32)
+    order = torch.empty(keep.shape, dtype=torch.int16, device=device)
+    for head in range(cell.query_heads):  # a head at a time: positions are 8 bytes each
+        order[:, head] = keep[:, head].to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int16)
+    density = float(counts.sum()) / (cell.batch * cell.query_heads * sum(min(columns, offset + r + 1) for r in range(rows)))
+    return counts, order, density
+
+
+def _clauses(cell: Cell, lists: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)) -> dict[str, Any]:
+    tensors = dict.fromkeys(("key_flags", "segments", "query_start", "sink_logits", "alibi_slopes"))
+    numbers = {"scale": cell.head_dim**-0.5, "causal": True, "windows": [cell.window] if cell.window else [], "sinks": cell.sinks}
+    listed = {"block_counts": lists[0], "block_indices": lists[1], "block_size": BLOCK}
+    return {**tensors, **numbers, **listed, "softcap": 0.0, "seq_major": False, "version": ops.VERSION}
+
+
+def _kernel(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The attention op by one kernel, past the choice that the op makes."""
+    if name == "hopper":
+        from sparsify.backends.attention import hopper
+
+        return hopper.launch
+    if name == "triton":
+        return triton.triton_attention
+    if name == "reference":
+        return triton.reference_attention
+    raise ProfileError(f"no attention kernel {name!r}", where="timing")
+
+
+def _attention(cell: Cell, device: str) -> Call:
+    query, key, value = operands(cell, device)
+    if cell.kernel == "sdpa":
+        if cell.window or cell.density is not None or cell.query_len != cell.key_len:
+            raise ProfileError("SDPA has no windows, lists or chunks", where=str(cell.as_record()))
+        grouped = cell.query_heads != cell.kv_heads
+        return Call(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped), 1, cell)
+    lists: tuple[Any, Any] = (None, None)
+    if cell.density is not None:
+        *lists, density = random_lists(cell, device)
+        cell = replace(cell, density=density)
+    clauses, kernel = _clauses(cell, tuple(lists)), _kernel(cell.kernel)
+    return Call(lambda: kernel(query, key, value, **clauses), 1, cell)
+
+
+def _selection(cell: Cell, density: float) -> dict[str, Any]:
+    call = {"scale": cell.head_dim**-0.5, "causal": True, "windows": [], "pool": "+".join(("max", *cell.variants))}
+    return {**call, "stride": cell.stride, "block_size": BLOCK, "threshold": [0.9], "density": density, "version": ops.VERSION}
+
+
+def _selector(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if device == "cuda":
+        from sparsify.backends.select import triton as triton_select
+
+        return triton_select.select_blocks
+    from sparsify.backends.select import reference
+
+    return reference.select_blocks
+
+
+def _select(cell: Cell, device: str) -> Call:
+    query, key, _ = operands(cell, device)
+    call, select = _selection(cell, 0.1), _selector(device)
+    return Call(lambda: select(query, key, **call), 1, cell)
+
+
+def _whole(cell: Cell, device: str) -> Call:
+    query, key, value = operands(cell, device)
+    call, select, kernel = _selection(cell, cell.density), _selector(device), _kernel(cell.kernel)
+
+    def run() -> Tensor:
+        return kernel(query, key, value, **_clauses(cell, select(query, key, **call)))[0]
+
+    counts, _ = select(query, key, **call)
+    density = block_lists.density(counts, cell.query_len, cell.key_len, 0, BLOCK)[1]
+    return Call(run, 1, replace(cell, density=density))
+
+
+def _copies(size: int, device: str) -> int:
+    """How many operands of `size` bytes a loop has to go through, so that each comes from memory."""
+    if device != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(_MOST_CALLS, math.ceil(_CACHES * cache / size)))
+
+
+def _decode(cell: Cell, device: str) -> Call:
+    dtype = cell.torch_dtype
+    size = 2 * cell.batch * cell.kv_heads * cell.key_len * cell.head_dim * dtype.itemsize
+    count = _copies(size, device)
+    caches = [tuple(_random(device, dtype, cell.batch, cell.kv_heads, cell.key_len, cell.head_dim) for _ in range(2)) for _ in range(count)]
+    token = lambda heads: _random(device, dtype, cell.batch, 1, heads, cell.head_dim).transpose(1, 2)
+    query = token(cell.query_heads)
+    if cell.kernel == "sdpa":
+        grouped = cell.query_heads != cell.kv_heads
+        return Call(lambda: [F.scaled_dot_product_attention(query, k, v, enable_gqa=grouped) for k, v in caches], count, cell)
+    if cell.kernel == "masked":  # as transformers calls it: a mask tensor, keys and values repeated for the query heads
+        group, mask = cell.query_heads // cell.kv_heads, torch.zeros(cell.batch, 1, 1, cell.key_len, dtype=dtype, device=device)
+        repeated = lambda t: t[:, :, None].expand(-1, -1, group, -1, -1).reshape(cell.batch, cell.query_heads, *t.shape[2:])
+        return Call(
+            lambda: [F.scaled_dot_product_attention(query, repeated(k), repeated(v), attn_mask=mask) for k, v in caches], count, cell
+        )
+    if cell.kernel != "cache":
+        clauses, kernel = _clauses(cell), _kernel(cell.kernel)
+        return Call(lambda: [kernel(query, k, v, **clauses) for k, v in caches], count, cell)
+    key, value = token(cell.kv_heads), token(cell.kv_heads)
+    filled = _cache_state(cell, device)
+    call = {"pinned": 0, "scale": cell.head_dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
+    return Call(lambda: [cache_ops.decode(query, key, value, k, v, *filled, **call) for k, v in caches], count, cell)
+
+
+def _cache_state(cell: Cell, device: str) -> tuple[Tensor, ...]:
+    """Positions, counts, seen and length of a layer whose slots are full."""
+    ints = {"dtype": torch.int32, "device": device}
+    positions = torch.arange(cell.key_len, **ints).expand(cell.batch, cell.kv_heads, -1).contiguous()
+    counts = torch.full((cell.batch, cell.kv_heads), cell.key_len, **ints)
+    return positions, counts, counts[:, 0].clone(), torch.tensor(cell.key_len, dtype=torch.int64, device=device)
+
+
+def _ffn(cell: Cell, device: str) -> Call:
+    dtype, blocks = cell.torch_dtype, _FFN_BLOCKS if device == "cuda" else 4
+    draw = lambda *shape: _random(device, dtype, *shape).mul_(0.02)
+    wide = (cell.outputs, cell.inputs)
+    weights = [(draw(*wide), draw(*wide), draw(cell.inputs, cell.outputs), draw(cell.inputs)) for _ in range(blocks)]
+    x = _random(device, dtype, cell.rows, 1, cell.inputs)
+    flags = torch.zeros(blocks, cell.rows, dtype=torch.int32, device=device)
+    left_out = round(cell.skipped * blocks)
+    flags[[int((i + 0.5) * blocks / left_out) for i in range(left_out)]] = 1
+    fixed = {
+        "layout": "split", "transposed": False, "activation": "silu", "norm": "rms", "eps": 1e-5, "post_norm": "none", "post_eps": 0.0,
+        "scale": 1.0, "threshold": 2.0, "skip_next": 1, "version": feed_forward.VERSION,
+    }  # fmt: skip
+
+    def run() -> Tensor:
+        y = x
+        for (up, gate, down, norm), remaining in zip(weights, flags, strict=True):
+            y, _ = feed_forward.ffn(y, y, remaining, up, down, gate=gate, norm_weight=norm, **fixed)
+        return y
+
+    return Call(run, blocks, replace(cell, skipped=left_out / blocks))
+
+
+def _linear(cell: Cell, device: str) -> Call:
+    dtype = cell.torch_dtype
+    count = _copies(cell.inputs * cell.outputs * dtype.itemsize, device) if cell.rows <= FEW_ROWS else 1
+    weights = [_random(device, dtype, cell.outputs, cell.inputs) for _ in range(count)]
+    x = _random(device, dtype, cell.rows, cell.inputs)
+    return Call(lambda: [F.linear(x, weight) for weight in weights], count, cell)
+
+
+def _elementwise(cell: Cell, device: str) -> Call:
+    elements = max(1, cell.size // (3 * cell.torch_dtype.itemsize))
+    first, second, out = (torch.zeros(elements, dtype=cell.torch_dtype, device=device) for _ in range(3))
+    return Call(lambda: torch.add(first, second, out=out), 1, replace(cell, size=3 * elements * cell.torch_dtype.itemsize))
+
+
+@torch.no_grad()
+def ceilings(device: str, *, small: bool = False) -> dict[str, float]:
+    """FLOP/s of a large matrix product, bytes/s of a copy and of a sum, the better of both, and seconds of an empty launch.
+
+    Args:
+        small: sizes that a CPU does in no time.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    side, size = (8192, 1 << 30) if not small else (256, 1 << 22)
+    first, second = (_random(device, dtype, side, side) for _ in range(2))
+    product = seconds(lambda: torch.mm(first, second), device, replays=9, under_load=0.4)
+    found = {"flops": 2 * side**3 / product}
+    source = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    moved = [
+        2 * size / seconds(lambda: target.copy_(source), device),
+        3 * size / seconds(lambda: torch.add(source, source, out=target), device),
+    ]
+    moved[1] *= 2 / 3  # both inputs are one tensor, which is read once
+    found["bandwidth"] = max(moved)
+    one = torch.zeros(1, device=device)
+    calls = 200
+    found["launch"] = _host(lambda: [one.add_(1) for _ in range(calls)], device) / calls
+    return found
+
+
+def _host(run: Callable[[], Any], device: str) -> float:
+    """Seconds between launches that wait for the host."""
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return statistics.median(times)

@@ -1,0 +1,317 @@
+"""Prefill and decode time, memory and the choice by prompt length, from a model's configuration alone.
+
+The sites of every length are those that the compiler would see (`sparsify.commands.cost.meta_model`), and the methods that it would ask
+make the choice (`sparsify.planning.choose`), so that a forecast and a compilation cannot disagree. What lies between the sites is counted
+from parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+from sparsify.commands.cost.meta_model import Call, Calls, MetaModel, Site, Weights, resized
+from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
+from sparsify.costs import seconds as costs
+from sparsify.costs import work
+from sparsify.costs.decoder import SMALL_KERNELS, STEP_LAUNCHES, linear_seconds
+from sparsify.matching.cache import CacheSite
+from sparsify.matching.sites import AttentionSite, FeedForwardSite
+from sparsify.planning.choose import acts_on, make_plan
+from sparsify.planning.config.config import Config
+from sparsify.planning.method import Context
+from sparsify.planning.plan import Decision, Place, places
+
+# Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
+_STORE_LAUNCHES = (30, 90)
+
+
+@dataclass(frozen=True)
+class _LayerShape:
+    """Of one layer: widths of all query heads and of all KV heads, of the feed-forward part for one token, and the matrices of a
+    feed-forward block that the compiler reads."""
+
+    query_width: int = 0
+    kv_width: int = 0
+    intermediate: int = 0
+    blocks: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class Forecaster:
+    """Asks for a model what `config` would do on a device. cache: for budgets, makes a SparseCache from the model's configuration."""
+
+    model: MetaModel
+    config: Config
+    context: Context
+    batch: int = 1
+    make_cache: Callable[[Any], Any] | None = None
+    _plans: dict[Any, Decision] = field(default_factory=dict)
+    _shapes: dict[int, _LayerShape] = field(default_factory=dict)
+    _latent: int = 0  # width of what a cache holds instead of keys and values, which each call rebuilds from it
+
+    def __post_init__(self) -> None:
+        exact = {"passes": ("dense",), "rules": (), "plan": None, "exact": True, "objective": None, "max_error": None, "methods": {}}
+        self.exact = self.config.model_copy(update=exact)
+        self.context = dataclasses.replace(self.context, formulas=False)
+        self._linear = functools.cache(self._linear_seconds)
+
+    def forecast(self, lengths: Iterable[int], cache: str = "", notes: Iterable[str] = ()) -> Forecast:
+        """Raises UnsupportedError where the model or its cache cannot be captured."""
+        plain = self.model.at_lengths(lengths, self.batch)
+        kept = self.model.at_lengths(lengths, self.batch, self.make_cache) if self.make_cache else plain
+        first = next(iter(plain))
+        self._shapes = self._layer_shapes(plain[first].prefill)
+        self._latent = self._cached_latent(plain[first], first)
+        rows = tuple(Row(n, self._side(plain[n], n, self.exact), self._side(kept[n], n, self.config)) for n in plain)
+        device = self.context.device
+        return Forecast(
+            model=self.model.name,
+            parameters=self.model.parameters,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            batch=self.batch,
+            device=device.name,
+            source=device.source,
+            measured=device.measured,
+            cache=cache,
+            layers=len(self.model.kinds),
+            rows=rows,
+            crossovers=tuple(crossovers(self, kept)),
+            notes=(*self.model.assumptions, *notes, *self._remarks(plain)),
+        )
+
+    def decide(self, call: Call, config: Config) -> list[tuple[Site, Decision]]:
+        """What the compiler would decide for every site of a call. Sites that differ in their name alone are planned once."""
+        sites: list[Site] = [*call.attention, *call.cache]
+        if acts_on(FeedForwardSite, config):
+            sites += call.feed_forward
+        found = []
+        for site, at in zip(sites, places(sites), strict=True):
+            place = (site.index, site.count) if isinstance(site, FeedForwardSite) else ()
+            asked = self.asked(site, config, at)
+            sizes = (site.query_len, getattr(site, "key_len", 0))
+            key = repr((config is self.exact, type(site).__name__, self.model.kinds[site.layer], sizes, place, asked))
+            if key not in self._plans:
+                self._plans[key] = make_plan([site], config, self.context, [at])[0].decisions[0]
+            found.append((site, dataclasses.replace(self._plans[key], site=site.name, layer=site.layer, ordinal=at.ordinal)))
+        return found
+
+    def asked(self, site: Site, config: Config, at: Place) -> Any:
+        """What the configuration says of a site's place in the model."""
+        return config.for_layer(site.name, site.layer, ordinal=at.ordinal), at if config.plan else ""
+
+    # -- one length --------------------------------------------------------------------------------------------------------------------
+
+    def _side(self, calls: Calls, length: int, config: Config) -> Side:
+        prefill = self.decide(calls.prefill, config)
+        decode = self.decide(filled(calls.decode, length), config)
+        scratch = self._activations(length) + max((_scratch(site, d) for site, d in prefill), default=0)
+        memory = Memory(self.model.weight_bytes, sum(calls.cache_bytes), scratch)
+        groups = (*grouped(PREFILL, prefill, length, self.context), *grouped(DECODE, decode, length + 1, self.context))
+        return Side(self._seconds(prefill, length, length), self._seconds(decode, 1, length + 1), memory, groups)
+
+    def _seconds(self, decided: list[tuple[Site, Decision]], tokens: int, keys: int) -> Seconds:
+        attention = cache = feed_forward = other = elementwise = 0.0
+        blocks_of: dict[int | None, list[Decision]] = {}  # several feed-forward blocks may lie in one layer
+        attended = {site.layer for site, _ in decided if isinstance(site, AttentionSite)}
+        for site, decision in decided:
+            if isinstance(site, FeedForwardSite):
+                blocks_of.setdefault(site.layer, []).append(decision)
+            elif isinstance(site, CacheSite) and site.phase != DECODE:
+                cache += self._store(site)
+                attention += 0.0 if site.layer in attended else self._windowed(site)
+            else:
+                attention += decision.dense_seconds if decision.seconds is None else decision.seconds
+        rows = self.batch * tokens
+        for layer, weights in enumerate(self.model.layers):
+            blocks = self._shapes[self.model.kinds[layer]].blocks
+            whole = sum(self._linear(self.batch * keys if pair[0] == self._latent else rows, *pair) for pair in weights.matrices)
+            block = sum(self._linear(rows, *pair) for pair in blocks)
+            other += whole - block
+            decisions = blocks_of.get(layer, [])
+            skips = any(one.method is not None for one in decisions)
+            chosen = sum((one.dense_seconds or 0.0) if one.method is None else one.seconds for one in decisions) if skips else block
+            feed_forward += chosen + self._routed(rows, weights)
+            elementwise += self._between(self.model.kinds[layer], rows, tokens)
+        head = self._linear(self.batch, self.model.hidden, self.model.head // self.model.hidden) if self.model.head else 0.0
+        host = STEP_LAUNCHES * self.context.device.launch if tokens == 1 else 0.0
+        return Seconds(attention, feed_forward, other, elementwise, cache, head, host)
+
+    def _linear_seconds(self, rows: int, inputs: int, outputs: int) -> float:
+        return float(linear_seconds(self.context.device, rows, inputs, outputs, self.model.dtype))
+
+    def _routed(self, rows: int, weights: Weights) -> float:
+        """Experts: products for the active ones of every row; weights of all that some row takes when each is as likely as another."""
+        if not weights.experts:
+            return 0.0
+        touched = weights.experts * (1 - (1 - weights.active / weights.experts) ** rows)
+        total = 0.0
+        for inputs, outputs in weights.expert:
+            streamed = touched * inputs * outputs * self.model.dtype.itemsize / self.context.device.bandwidth
+            total += max(self._linear(rows * weights.active, inputs, outputs), streamed)
+        return total
+
+    def _between(self, kind: int, rows: int, tokens: int) -> float:
+        """Norms, sums, rotation, activation and the cache's store, fused as Inductor fuses them: each operand read or written once."""
+        shape = self._shapes[kind]
+        elements = 8 * self.model.hidden + 2 * (shape.query_width + shape.kv_width) + 4 * shape.kv_width + 3 * shape.intermediate
+        kernels = SMALL_KERNELS if tokens == 1 else 1
+        size = rows * elements * self.model.dtype.itemsize / kernels
+        return kernels * float(costs.seconds(work.elementwise(size), self.context.device))
+
+    def _store(self, site: CacheSite) -> float:
+        """A prompt's keys scored, where the policy looks at them, and what stays of keys and values copied."""
+        observed = site.store.args[0] is not None
+        keys = site.batch * site.kv_heads * site.query_len * site.qk_head_dim
+        kept = site.batch * site.kv_heads * site.key_len * (site.qk_head_dim + site.v_head_dim)
+        moved = (2 * keys * observed + 2 * kept) * site.dtype.itemsize
+        device = self.context.device
+        return float(costs.seconds(work.elementwise(moved), device)) + _STORE_LAUNCHES[observed] * device.launch
+
+    def _windowed(self, site: CacheSite) -> float:
+        """A prompt's attention under a policy whose rows see sinks and a window."""
+        call = site.output.kwargs
+        band = call.get("window", 0) + call.get("sinks", 0)
+        sizes = dataclasses.replace(work.sizes_of(site), key_len=site.query_len, causal=True)
+        return float(costs.attention_seconds(sizes, self.context.device, window=band or None, kernel=self.context.family))
+
+    def _activations(self, length: int) -> int:
+        """What a layer's widest moment holds for all rows, and the logits of the last ones: two wide rows and four of the stream, as
+        measured on a compiled model of Llama's shape."""
+        widest = max(shape.intermediate for shape in self._shapes.values())
+        rows = self.batch * length * self.model.dtype.itemsize
+        return rows * (2 * widest + 4 * self.model.hidden) + 4 * self.batch * self.model.vocabulary
+
+    def _layer_shapes(self, call: Call) -> dict[int, _LayerShape]:
+        shapes = {}
+        for kind, weights in self.model.weights.items():
+            attention = [site for site in call.attention if site.layer == kind]
+            blocks = [site for site in call.feed_forward if site.layer == kind and not site.near_miss]
+            fallback = int(getattr(self.model.config, "intermediate_size", None) or 4 * self.model.hidden)
+            routed = weights.active * sum(i * o for i, o in weights.expert) // (3 * self.model.hidden)
+            shapes[kind] = _LayerShape(
+                sum(s.query_heads * s.qk_head_dim for s in attention),
+                sum(s.kv_heads * (s.qk_head_dim + s.v_head_dim) // 2 for s in attention),
+                sum(s.intermediate for s in blocks) or routed or fallback,
+                tuple(pair for s in blocks for pair in _matrices(s)),
+            )
+        return shapes
+
+    def _cached_latent(self, calls: Calls, length: int) -> int:
+        latent = int(getattr(self.model.config, "kv_lora_rank", None) or 0)
+        whole = sum(2 * self._shapes[kind].kv_width for kind in self.model.kinds) * self.batch * length * self.model.dtype.itemsize
+        return latent if sum(calls.cache_bytes) < whole / 2 else 0
+
+    def _remarks(self, calls: dict[int, Calls]) -> Iterator[str]:
+        routed = [w for w in self.model.layers if w.experts]
+        if routed:
+            yield (
+                f"{len(routed)} layers route each token to {routed[0].active} of {routed[0].experts} experts: products of the active ones, "
+                "weights of all that the batch is expected to touch"
+            )
+        other = sum(not self._shapes[kind].query_width for kind in self.model.kinds)
+        if other:
+            yield f"{other} layers have no attention that the compiler sees: their matrix products and elementwise work alone count"
+        if self._latent:
+            yield "the cache holds latents: each step rebuilds all keys and values from them, as the model's code does"
+        if self.model.tied:
+            yield "the output matrix is the embedding: counted once in memory, read once a step"
+        if any(call.graphs > 1 for one in calls.values() for call in (one.prefill, one.decode)):
+            yield "torch captures this model in several graphs"
+
+
+def filled(call: Call, length: int) -> Call:
+    """A decode step over caches that hold no more than the prompt and the step's token."""
+    cache = tuple(dataclasses.replace(site, key_len=min(site.key_len, length + 1)) for site in call.cache)
+    return dataclasses.replace(call, cache=cache)
+
+
+def label(site: Site, decision: Decision, context: Context) -> str:
+    """The choice in a word or two."""
+    if decision.method is None:
+        return "as it is"
+    kernel = decision.options.get("kernel")
+    if decision.method == "dense" and kernel in ("sdpa", "attention"):
+        return f"dense ({'SDPA' if kernel == 'sdpa' else context.family})"
+    return decision.method
+
+
+def sight(site: AttentionSite | CacheSite, keys: int) -> str:
+    """What tells a layer's attention from a full causal one over `keys` keys; nothing where nothing does."""
+    if site.phase == DECODE:
+        return "" if site.key_len == keys else f"{site.key_len} keys"
+    return site.mask.describe().removeprefix("causal").removeprefix(", ")
+
+
+def grouped(phase: str, decided: list[tuple[Site, Decision]], keys: int, context: Context) -> Iterator[Group]:
+    """Layers with the same sight, choice and reasons together, in the order of their first layer. keys: that a full layer has."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for site, decision in decided:
+        if isinstance(site, CacheSite) and site.phase != DECODE:
+            continue  # no choice: the prompt's attention is a site of its own, or the policy's
+        what = {AttentionSite: "attention", CacheSite: "cache", FeedForwardSite: "ffn"}[type(site)]
+        sees = "" if what == "ffn" else sight(site, keys)
+        density = decision.density
+        if decision.method and density is None and "threshold" in decision.options and what == "attention":
+            density = float(costs.expected_density(sympy.Integer(site.key_len)))
+        key = (what, sees, label(site, decision, context), decision.reason, density, tuple(decision.refusals))
+        found.setdefault(key, []).append(site.layer)
+    for (what, sees, choice, reason, density, refusals), layers in found.items():
+        yield Group(phase, what, tuple(layers), sees, choice, reason, density, refusals)
+
+
+def crossovers(forecaster: Forecaster, calls: dict[int, Calls], longest: int = 1 << 20) -> Iterator[Crossover]:
+    """The lengths at which the configuration's choice changes, looked up at powers of two and bisected to the token."""
+    lengths = sorted(calls)
+    longest = max(longest, lengths[-1])
+
+    def at(phase: str, length: int) -> list[tuple[Site, str]]:
+        near = min((n for n in lengths if n >= length), default=lengths[-1])
+        call = getattr(resized(calls[near], near, length), phase)
+        decided = forecaster.decide(filled(call, length), forecaster.config)
+        return [(site, label(site, decision, forecaster.context)) for site, decision in decided]
+
+    def words(phase: str, length: int) -> list[str]:
+        return [choice for _, choice in at(phase, length)]
+
+    for phase in (PREFILL, DECODE):
+        low = min(1024, lengths[0])
+        while low < longest:
+            high = min(2 * low, longest)
+            before = words(phase, low)
+            if words(phase, high) == before:
+                low = high
+                continue
+            below, above = low, high
+            while above - below > 1:
+                middle = (below + above) // 2
+                below, above = (middle, above) if words(phase, middle) == before else (below, middle)
+            changed: dict[tuple[str, str, str], list[int]] = {}
+            for (site, after), was in zip(at(phase, above), before, strict=True):
+                if after != was:
+                    sees = "" if isinstance(site, FeedForwardSite) else sight(site, above + (phase == DECODE))
+                    changed.setdefault((sees, was, after), []).append(site.layer)
+            for (sees, was, after), layers in changed.items():
+                yield Crossover(phase, tuple(layers), sees, above, was, after)
+            low = above
+
+
+def _scratch(site: Site, decision: Decision) -> int:
+    """Bytes beside operands: the method's own, or the mask tensor of a site that stays as it is."""
+    if decision.method is not None:
+        return int(decision.scratch or 0)
+    mask = getattr(site, "mask_node", None)
+    example = mask.meta.get("example_value") if mask is not None else None
+    return example.numel() * example.element_size() if example is not None else 0
+
+
+def _matrices(site: FeedForwardSite) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of a block's products, as the model stores them."""
+    hidden, wide = int(site.hidden), int(site.intermediate)
+    first = {"plain": ((hidden, wide),), "split": ((hidden, wide),) * 2}.get(site.layout, ((hidden, 2 * wide),))
+    return (*first, (wide, hidden))

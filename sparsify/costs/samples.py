@@ -1,0 +1,114 @@
+"""Calls that can be both predicted and measured, as plain data: what calibration runs, and what a benchmark's records say they ran."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+
+from sparsify.costs import work
+from sparsify.costs.device import Device
+from sparsify.costs.work import AttentionSizes, Work
+from sparsify.errors import ProfileError
+
+Kind = Literal["attention", "select", "whole", "decode", "ffn", "linear", "elementwise"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call.
+
+    kind: "attention" (prefill or chunk), "select" (estimate, choice and lists), "whole" (selection, then attention along its lists),
+        "decode" (one row of each sequence), "ffn" (blocks of ffn_skip), "linear" (one weight), "elementwise" (a sum of two tensors).
+    kernel: whose, as in `sparsify.costs.work`; in a decode step "masked" is SDPA with a mask tensor.
+    density: of block lists over causal blocks, None without lists. window, sinks: tokens, 0: none.
+    stride, variants: of the estimate. rows, inputs, outputs: activations and weight; a feed-forward block is gated and goes
+        inputs → outputs → inputs. skipped: share of the feed-forward calls that is left out. size: bytes that an elementwise call moves.
+    """
+
+    kind: Kind
+    kernel: str = ""
+    batch: int = 1
+    query_heads: int = 32
+    kv_heads: int = 8
+    query_len: int = 1
+    key_len: int = 1
+    head_dim: int = 128
+    density: float | None = None
+    window: int = 0
+    sinks: int = 0
+    stride: int = 0
+    variants: tuple[str, ...] = ()
+    rows: int = 0
+    inputs: int = 0
+    outputs: int = 0
+    skipped: float = 0.0
+    size: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def attention(self) -> AttentionSizes:
+        numbers = (self.batch, self.query_heads, self.kv_heads, self.query_len, self.key_len, self.head_dim, self.head_dim)
+        return AttentionSizes(*numbers, self.torch_dtype)
+
+    def works(self) -> tuple[Work, ...]:
+        """What the call does, kernels one after the other."""
+        listed = self.density is not None
+        attend = lambda: work.attention(
+            self.attention, self.kernel, share=self.density if listed else 1, listed=listed, window=self.window + self.sinks or None
+        )
+        if self.kind == "attention":
+            return (attend(),)
+        select = lambda: work.selection(self.attention, self.stride, variants=self.variants)
+        if self.kind == "select":
+            return (select(),)
+        if self.kind == "whole":
+            return select(), attend()
+        if self.kind == "decode":
+            return (work.decode(self.attention, self.kernel),)
+        if self.kind == "ffn":
+            size = 3 * self.inputs * self.outputs * self.torch_dtype.itemsize
+            return (work.skipped_ffn(self.rows, size, self.torch_dtype, 1 - self.skipped),)
+        if self.kind == "linear":
+            product = work.stream if self.rows <= FEW_ROWS else work.linear
+            return (product(self.rows, self.inputs, self.outputs, self.torch_dtype),)
+        return (work.elementwise(self.size),)
+
+    def as_record(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Cell:
+        """The cell that `as_record` wrote; other keys are ignored. Raises ProfileError for a record without a kind."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in names}
+        if "kind" not in fields:
+            raise ProfileError("a record that says no kind of call", where=str(record)[:80])
+        return cls(**fields)
+
+
+# up to here a weight is streamed for all rows at once, and time does not depend on them
+FEW_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A measured call: median seconds."""
+
+    cell: Cell
+    seconds: float
+
+
+def predict(cell: Cell, device: Device) -> float:
+    """Seconds that the device's profile gives a call."""
+    from sparsify.costs import seconds as costs
+
+    return float(sympy.N(costs.seconds(cell.works(), device)))

@@ -1,0 +1,304 @@
+"""What every candidate at a site does: FLOPs, bytes, tiles and launches as sympy expressions in batch, lengths, heads and density.
+
+Nothing here knows how fast a device is. `features` turns a candidate's work into the terms whose coefficients a profile holds, and
+`sparsify.costs.seconds` adds them up.
+
+Conventions: a head's keys and values are cut into blocks of 128, rows into tiles of 128; the diagonal is computed as whole blocks. FLOPs
+count both products, 2 · pairs · (qk_head_dim + v_head_dim). Causal pairs of Q rows over N keys, the last row on the last key: Q·(N - Q/2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from sparsify.costs.device import Device
+from sparsify.ops import estimate
+
+TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
+# kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
+_ROUNDING_PASSES, _MERGING_PASSES = 5, 2
+_SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
+# kernels whose decode step cuts the keys of one head into stretches for many processors
+_SPLITTING = {"sdpa", "cache", "masked"}
+_MOST_SPILL = 8
+_ZERO = sympy.Integer(0)
+
+Size = int | sympy.Expr
+
+
+def largest(*args: Any) -> sympy.Expr:
+    """The maximum, without the simplification that takes sympy milliseconds to seconds."""
+    return _extreme(sympy.Max, args)
+
+
+def smallest(*args: Any) -> sympy.Expr:
+    """The minimum, likewise."""
+    return _extreme(sympy.Min, args)
+
+
+def _extreme(kind: type, args: tuple[Any, ...]) -> sympy.Expr:
+    terms = [sympy.sympify(arg) for arg in args]
+    return kind(*terms, evaluate=all(term.is_number for term in terms))
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """The numbers of an attention that its cost depends on, with or without a graph around it.
+
+    batch, query_heads, kv_heads, query_len, key_len, qk_head_dim, v_head_dim: as in `AttentionSite`; integers or sympy expressions.
+    causal: the last row sees every key, the row before it one less. window: keys that a row sees, None for all.
+    """
+
+    batch: Size = 1
+    query_heads: Size = 32
+    kv_heads: Size = 8
+    query_len: Size = 1
+    key_len: Size = 1
+    qk_head_dim: Size = 128
+    v_head_dim: Size = 128
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    window: int | None = None
+
+
+def sizes_of(site: Any) -> AttentionSizes:
+    """The sizes of an `AttentionSite` or a cache's site; they stay what they are."""
+    if isinstance(site, AttentionSizes):
+        return site
+    names = [f.name for f in dataclasses.fields(AttentionSizes) if f.name not in ("causal", "window")]
+    return AttentionSizes(**{name: getattr(site, name) for name in names}, causal=site.mask.causal, window=site.mask.window)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel, or the kernels of one step, does.
+
+    family: whose coefficients apply, `kernel/kind`. dtype: of the operands. flops: matrix FLOPs of whole tiles. longest: those of the
+    longest tile, which one processor computes alone. scores: softmax entries. flops8: operations on 8-bit numbers. size: bytes that must
+    move. stream: of those, what one processor reads alone. scratch: bytes of scratch. prepare, passes: bytes that kernels over the
+    operands move before the main one, and how many there are. steps: loads that a program waits for one after the other. rows: row tiles.
+    tiles: tiles that all take as long as the longest, one at a time on a processor. kept: bytes of one KV head's keys and values, which
+    rows read again and again; 0 where nothing is read twice.
+    """
+
+    family: str
+    dtype: torch.dtype = torch.bfloat16
+    flops: sympy.Expr = _ZERO
+    longest: sympy.Expr = _ZERO
+    scores: sympy.Expr = _ZERO
+    flops8: sympy.Expr = _ZERO
+    size: sympy.Expr = _ZERO
+    stream: sympy.Expr = _ZERO
+    scratch: sympy.Expr = _ZERO
+    prepare: sympy.Expr = _ZERO
+    passes: int = 0
+    steps: int = 0
+    rows: sympy.Expr = _ZERO
+    tiles: sympy.Expr = _ZERO
+    kept: sympy.Expr = _ZERO
+
+    def features(self, device: Device) -> dict[str, sympy.Expr]:
+        """The terms that a profile has coefficients for, in seconds but for `call` and `rows`; see `sparsify.costs.profile`."""
+        ceiling = device.matrix_flops(self.dtype)
+        even, alone = self.flops / ceiling, self.longest * device.processors / ceiling
+        work, eight, tail = even, self.flops8 / (2 * ceiling), self.stream * device.processors / device.bandwidth
+        if self.tiles != 0:
+            waves = sympy.ceiling(self.tiles / device.processors) * alone
+            work, eight = (_ZERO, waves / 2) if self.flops8 != 0 else (waves, _ZERO)
+        elif alone != 0 and self.rows != 0:  # an empty batch has no rows
+            work, tail = largest(even, alone), _tail(even, alone, self.rows / device.processors)
+        # half of the cache: the other half holds what else is in flight; at eight times that, all that can miss does
+        times = 2 * self.kept / device.l2_bytes
+        missed = sympy.log(largest(1, smallest(_MOST_SPILL, times))) / math.log(2) if self.kept != 0 else _ZERO
+        found = {
+            "call": sympy.Integer(1),
+            "work": work,
+            "scores": self.scores / ceiling,
+            "work8": eight,
+            "bytes": self.size / device.bandwidth,
+            "scratch": self.scratch / device.bandwidth,
+            "prepare": self.prepare / device.bandwidth,
+            "passes": sympy.Integer(self.passes),
+            "steps": sympy.Integer(self.steps),
+            "rows": self.rows / device.processors,
+            "tail": tail,
+            "spill": work * missed,
+        }
+        return {name: term for name, term in found.items() if term != 0}
+
+
+def _tail(even: sympy.Expr, alone: sympy.Expr, waves: sympy.Expr) -> sympy.Expr:
+    """How long processors wait at the end of a causal launch, at worst: the longest tile's time, less the fewer tiles a processor has.
+
+    even: seconds when all processors share the work. alone: of the longest tile. waves: tiles a processor; with one or none, `alone` is all
+    the launch takes. Rows of a causal tile grow evenly, so that one wave holds half of its longest tile's work on average.
+    """
+    return largest(0, alone * (1 - 1 / (2 * waves)) - largest(0, alone - even))
+
+
+def pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
+    """Query-key pairs of one head: the causal part of the rectangle, or the band of a window."""
+    rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
+    every = rows * (keys - rows / 2) if sizes.causal else rows * keys
+    return every - _beyond(sizes, window or sizes.window, 0)
+
+
+def _beyond(sizes: AttentionSizes, band: Size | None, margin: Size) -> sympy.Expr:
+    """Pairs that a band of keys takes from the causal ones: those further back than `band + margin` keys."""
+    if not band:
+        return _ZERO
+    rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
+    past = lambda position: largest(0, position - band - margin)
+    if not sizes.causal:
+        return rows * past(keys)
+    return (past(keys) ** 2 - past(keys - rows) ** 2) / 2
+
+
+def computed_pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.Expr:
+    """Pairs of the blocks that a head visits: the diagonal and a window's edges count as whole blocks."""
+    rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
+    rows = largest(rows, TILE) if not rows.is_number or rows < TILE else rows
+    every = rows * (keys - rows / 2 + sympy.Rational(TILE, 2)) if sizes.causal else rows * keys
+    # both edges of a band cut blocks, and the sinks are one more; the diagonal's half block is in `every`
+    return every - _beyond(sizes, window or sizes.window, 2 * TILE - TILE // 2)
+
+
+def operand_bytes(site: Any) -> sympy.Expr:
+    """Bytes of Q, K, V and the output, each moved once."""
+    s = sizes_of(site)
+    query = s.query_heads * s.query_len * (s.qk_head_dim + s.v_head_dim)
+    return sympy.sympify(s.batch * (query + s.kv_heads * s.key_len * (s.qk_head_dim + s.v_head_dim)) * s.dtype.itemsize)
+
+
+def attention(site: Any, kernel: str, *, share: Any = 1, window: Size | None = None, listed: bool = False) -> Work:
+    """Attention over `share` of the blocks that a row could visit.
+
+    Args:
+        kernel: "sdpa", "hopper", "triton" or "reference". listed: along block lists, with `share` the density over causal blocks.
+        window: keys a row sees besides what the site's own mask says, sinks included.
+    """
+    return _attention(sizes_of(site), kernel, share, window, listed)
+
+
+# sympy's Max takes milliseconds, and the layers of a model are alike
+@functools.lru_cache(maxsize=1024)
+def _attention(s: AttentionSizes, kernel: str, share: Any, window: Size | None, listed: bool) -> Work:
+    if s.query_len == 1:
+        return decode(s, kernel)
+    band = window or s.window
+    kind = "lists" if listed else "window" if band else "causal"
+    heads, dims = s.batch * s.query_heads, s.qk_head_dim + s.v_head_dim
+    visited = computed_pairs(s, window) * share
+    longest = smallest(s.key_len, band + 2 * TILE) if band else sympy.sympify(s.key_len)
+    return Work(
+        family=f"{kernel}/{kind}",
+        dtype=s.dtype,
+        flops=sympy.sympify(2 * heads * visited * dims),
+        longest=sympy.sympify(2 * TILE * longest * dims * share),
+        scores=sympy.sympify(heads * visited),
+        size=operand_bytes(s),
+        rows=sympy.sympify(heads * s.query_len) / TILE,
+        kept=_ZERO if band else sympy.sympify(s.key_len * dims * s.dtype.itemsize),
+    )
+
+
+def decode(site: Any, kernel: str, kept: Size | None = None) -> Work:
+    """One query row of each sequence over `kept` keys (default: all of them): keys and values are read once."""
+    s = sizes_of(site)
+    slots = sympy.sympify(s.key_len if kept is None else kept)
+    slots = smallest(slots, s.window) if s.window else slots
+    read = s.batch * s.kv_heads * slots * (s.qk_head_dim + s.v_head_dim)
+    kernel = "triton" if kernel == "hopper" else kernel  # a tile of 128 rows would be empty but for one
+    return Work(
+        family=f"{kernel}/decode",
+        dtype=s.dtype,
+        size=sympy.sympify(read * s.dtype.itemsize),
+        stream=_ZERO if kernel in _SPLITTING else sympy.sympify(slots * (s.qk_head_dim + s.v_head_dim) * s.dtype.itemsize),
+        rows=sympy.sympify(s.batch * s.kv_heads),
+    )
+
+
+def selection(site: Any, stride: int, block: int = 128, variants: Iterable[str] = ()) -> Work:
+    """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428).
+
+    Args:
+        variants: any of "half" (every second query cell), "group" (one estimate per KV head), "pair" or "quad" (means of two or
+            four tokens) and "int8".
+    """
+    return _selection(sizes_of(site), stride, block, tuple(variants))
+
+
+@functools.lru_cache(maxsize=1024)
+def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, ...]) -> Work:
+    span = stride * (2 if "half" in variants else 1)
+    scored = s.batch * (s.kv_heads if "group" in variants else s.query_heads)
+    rows, columns = sympy.sympify(s.query_len) / span, sympy.sympify(s.key_len) / stride
+    # causal cells; the column tile that the diagonal cuts is computed whole
+    start = columns - rows * span / stride
+    cells = rows * (start + (columns - start) / 2 + sympy.Rational(_SCORE_TILE[1], 2)) if s.causal else rows * columns
+    merged = estimate.merged(variants)
+    depth = sympy.Rational(stride, merged) * s.qk_head_dim
+    flops = sympy.sympify(2 * scored * cells * depth)
+    eight = "int8" in variants
+    blocks = sympy.sympify(s.query_len) / block
+    sums = scored * rows * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # fp16
+    lists = s.batch * s.query_heads * blocks * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # int16
+    tile = 2 * _SCORE_TILE[0] * _SCORE_TILE[1] * depth
+    return Work(
+        family="select",
+        dtype=s.dtype,
+        flops=_ZERO if eight else flops,
+        flops8=flops if eight else _ZERO,
+        scores=sympy.sympify(scored * cells),
+        longest=sympy.sympify(tile),
+        tiles=sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
+        size=operand_bytes(s) / 2,
+        scratch=2 * sums + lists,
+        prepare=_prepared(s, span // stride, scored, variants),
+        passes=_ROUNDING_PASSES if eight else _MERGING_PASSES if merged > 1 else 0,
+        steps=block // span,
+        rows=sympy.sympify(s.batch * s.query_heads) * blocks,
+    )
+
+
+def _prepared(s: AttentionSizes, skipped: int, scored: Size, variants: tuple[str, ...]) -> sympy.Expr:
+    """Bytes that passes over queries and keys move before the product: the group's mean, means of neighbours and rounding to 8 bits."""
+    queries, keys = s.query_len * s.qk_head_dim, s.batch * s.kv_heads * s.key_len * s.qk_head_dim
+    item, moved = s.dtype.itemsize, _ZERO
+    if "group" in variants:
+        moved += (s.batch * s.query_heads + scored) * queries * item
+    eight, merged = "int8" in variants, estimate.merged(variants)
+    if eight or merged > 1:  # with 8 bits the keys are read twice, once for their mean
+        written = sympy.Rational(1 if eight else item, merged)
+        moved += scored * queries * (item + written) / skipped + keys * ((2 if eight else 1) * item + written)
+    return sympy.sympify(moved)
+
+
+def linear(rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> Work:
+    """A matrix product of activations [rows, inputs] with a weight [outputs, inputs] when there are many rows."""
+    moved = (rows * (inputs + outputs) + inputs * outputs) * dtype.itemsize
+    return Work("linear", dtype, flops=sympy.sympify(2 * rows * inputs * outputs), size=sympy.sympify(moved))
+
+
+def stream(rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> Work:
+    """The same with few rows: the weight is streamed from memory once for all of them."""
+    moved = (rows * (inputs + outputs) + inputs * outputs) * dtype.itemsize
+    return Work("stream", dtype, size=sympy.sympify(moved))
+
+
+def skipped_ffn(rows: Size, weight_bytes: Size, dtype: torch.dtype, share: Any = 1) -> Work:
+    """The kernels of `ffn_skip` on one block: its weights are streamed for `share` of the calls, its launches always happen."""
+    return Work("ffn/skip", dtype, size=sympy.sympify(weight_bytes * share), rows=sympy.sympify(rows * share))
+
+
+def elementwise(size: Size) -> Work:
+    """Norms, activations, rotations and sums: `size` bytes read and written."""
+    return Work("elementwise", size=sympy.sympify(size))

@@ -1,0 +1,302 @@
+"""One layer of a SparseCache: its buffers, and how they follow reorder, select, repeat, crop, reset and offload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsify.errors import CacheError
+from sparsify.ops import cache
+from sparsify.policies import Layout, Policy
+
+_STATE = ("keys", "values", "positions", "counts", "seen", "length")
+_BUFFERS = (*_STATE, "tickets")
+
+
+class StockMask:
+    """Stands for the mask sizes of a SparseCache: its slots have no single offset, so that a mask over them cannot be built from sizes.
+
+    Sparsify's attention never looks at it; anything else that does gets the reason.
+    """
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise CacheError(
+            "the model builds an ordinary attention mask for a SparseCache",
+            hint="make the cache with SparseCache(model.config, ...) of this very model, after any set_attn_implementation; one that was "
+            "loaded needs cache.attach(model.config)",
+        )
+
+    __torch_function__ = classmethod(_refuse)
+    __add__ = __radd__ = __sub__ = __rsub__ = __index__ = __int__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
+    __hash__ = object.__hash__
+
+
+MASK_SIZE = StockMask()
+
+
+class Call:
+    """What a SparseCache and its layers know of the call that runs, on the host, so that asking costs no synchronisation.
+
+    waiting: the layer whose keys were given out and have not been attended to yet. storing: the first layer may hold the call's tokens,
+    the last one does not.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: SparseLayer | None = None
+        self.storing = False
+
+    def forget(self) -> None:
+        self.waiting, self.storing = None, False
+
+    @property
+    def idle(self) -> bool:
+        return self.waiting is None and not self.storing
+
+
+# Keys on their way from `update` to attention carry their layer under this name: transformers passes attention no cache, and what hangs on
+# the call's own tensor cannot be taken by another thread's call, nor outlive it.
+_LAYER = "_sparsify_layer"
+
+
+def layer_of(key: Tensor) -> SparseLayer | None:
+    """The layer whose `update` gave out these keys, None for keys of a call without SparseCache.
+
+    Raises:
+        CacheError: they were attended to already.
+    """
+    layer = getattr(key, _LAYER, None)
+    if layer is not None and layer.call.waiting is not layer:
+        raise CacheError("the keys of one call are attended to twice", where=f"layer {layer.index}", hint="use an ordinary cache")
+    return layer
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What attention over such tensors is computed in under autocast; None outside of it, and for float64, which it leaves alone."""
+    device = tensor.device.type
+    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def chain(layers: list[SparseLayer]) -> Call:
+    """Makes layers those of one cache, in this order. Flags, because compiled code specialises on every integer that it compares."""
+    call = Call()
+    for layer in layers:
+        layer.call, layer.is_first, layer.is_last = call, layer is layers[0], layer is layers[-1]
+    return call
+
+
+class SparseLayer(CacheLayerMixin):
+    """Slots of one attention layer; see `sparsify.ops.cache` for the state.
+
+    policy: decides what stays. layout: None while a budget given as a share waits for the first call's tokens.
+    sliding: the model's own window, kept exactly, whatever the policy of the other layers.
+    """
+
+    is_compileable = False  # generate() would then build 4-D masks and compile by itself
+
+    def __init__(self, index: int, config: Any, policy: Policy, budget: Any, *, sliding: bool, frequencies: Tensor | None):
+        super().__init__()
+        self.index, self.config, self.policy, self.budget = index, config, policy, budget
+        self.is_sliding, self.inverse_frequencies = sliding, frequencies
+        self.policy_text = policy.describe()
+        self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
+        self.call, self.is_first, self.is_last = Call(), True, True  # as `chain` says for the layers of a cache
+        self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates all slots, for the batch, heads, dtype and device of `key_states` [batch, kv_heads, tokens, head_dim]."""
+        self.allocate(key_states, value_states, key_states.shape[2])
+
+    def allocate(self, key_states: Tensor, value_states: Tensor, tokens: int) -> None:
+        """As `lazy_initialization`; `tokens` is what a budget given as a share refers to."""
+        if self.layout is None:
+            self.layout = self.policy.layout(max(1, -(-tokens * round(self.budget * 10**6) // 10**6)))
+        batch, kv_heads, _, head_dim = key_states.shape
+        capacity = self.layout.capacity
+        self.batch_size, self.dtype, self.device = batch, key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(batch, kv_heads, capacity, head_dim)
+        self.values = value_states.new_zeros(batch, kv_heads, capacity, value_states.shape[-1])
+        self.positions = key_states.new_full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+        self.counts = key_states.new_zeros(batch, kv_heads, dtype=torch.int32)
+        self.seen = key_states.new_zeros(batch, dtype=torch.int32)
+        self.length = key_states.new_zeros((), dtype=torch.int64)
+        self.tickets = key_states.new_zeros(batch * kv_heads + 1, dtype=torch.int32)
+        if self.inverse_frequencies is not None:
+            self.inverse_frequencies = self.inverse_frequencies.to(self.device)
+        self.is_initialized = True
+        self._mark_static()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.is_initialized and self.keys.device == self.device:
+            state["device"] = None  # where they are put when they are loaded
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.is_initialized:
+            self.device = self.device or self.keys.device
+            self._mark_static()
+
+    def _mark_static(self) -> None:
+        """Without this, CUDA graphs are skipped because inputs are mutated. Unguarded: another cache re-records, and never recompiles."""
+        if not torch.compiler.is_dynamo_compiling():
+            for name in _BUFFERS:
+                torch._dynamo.mark_static_address(getattr(self, name), guard=False)
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.positions, self.counts, self.seen, self.length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Checks the new keys and values and returns them as they are, under autocast in the cache's dtype; the attention that follows
+        stores them.
+
+        Raises:
+            CacheError: they do not fit this cache, or the model's previous layer did not use sparsify's attention.
+        """
+        waiting = self.call.waiting
+        if waiting is not None:
+            raise CacheError(
+                "the model's attention did not take the keys that it gave to the cache",
+                where=f"layer {waiting.index}",
+                hint="make it with SparseCache(model.config, ...) of this very model, whose attention must go through AttentionInterface; "
+                "reset() the cache first",
+            )
+        wanted = autocast_dtype(key_states)
+        if wanted is not None:  # as attention itself would at every call: rotary embeddings give float32 keys beside bfloat16 values
+            wanted = self.dtype if self.is_initialized else wanted
+            key_states, value_states = key_states.to(wanted), value_states.to(wanted)
+        if key_states.dtype != value_states.dtype:
+            raise CacheError(f"keys are {key_states.dtype}, values {value_states.dtype}", where=f"layer {self.index}")
+        if self.layout is not None and not self.is_initialized:  # a share waits for the mask, which attention gets
+            self.lazy_initialization(key_states, value_states)
+        if self.is_initialized:
+            self._check(key_states, value_states)
+        self.call.waiting = self
+        setattr(key_states, _LAYER, self)
+        return key_states, value_states
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        where, hint = f"layer {self.index}", "make a new SparseCache for this model and batch, or call reset() before another shape"
+        if key.shape[0] != self.keys.shape[0]:
+            raise CacheError(f"the cache holds a batch of {self.keys.shape[0]}, the call has {key.shape[0]}", where=where, hint=hint)
+        if key.shape[1] != self.keys.shape[1] or key.shape[3] != self.keys.shape[3] or value.shape[3] != self.values.shape[3]:
+            found = f"{key.shape[1]} KV heads of {key.shape[3]} and {value.shape[3]}"
+            kept = f"{self.keys.shape[1]} of {self.keys.shape[3]} and {self.values.shape[3]}"
+            raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
+        if not torch.compiler.is_dynamo_compiling() and self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            what = "the cache was allocated under torch.inference_mode(), whose tensors cannot change outside of it"
+            raise CacheError(what, where=where, hint="run all calls under inference_mode, or none (generate() runs under no_grad)")
+        if key.dtype != self.dtype or key.device != self.keys.device:
+            found, kept = f"{key.dtype} on {key.device}", f"{self.dtype} on {self.keys.device}"
+            raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
+
+    def get_seq_length(self) -> Any:
+        """Tokens so far, padding included: an int, or within a compiled graph a tensor."""
+        if not self.started:  # whatever a prompt that failed may have left in the buffers
+            return 0
+        return cache.length(self.length) if torch.compiler.is_dynamo_compiling() else int(self.length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
+        return MASK_SIZE, MASK_SIZE
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Empties the layer. A budget given as a share is taken anew from the next call, and any batch size may follow."""
+        if not self.is_initialized:
+            return
+        self.positions.fill_(-1)
+        for name in ("keys", "values", "counts", "seen", "length"):
+            getattr(self, name).zero_()
+        self.started = False
+        if isinstance(self.budget, float):
+            self.layout, self.is_initialized = None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """In place, row b becomes row beam_idx[b]."""
+        if self.is_initialized:
+            for name in _STATE[:-1]:
+                state = getattr(self, name)
+                state.copy_(state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace_rows(lambda state: state.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._replace_rows(lambda state: state[indices.to(state.device)])
+
+    def _replace_rows(self, change: Any) -> None:
+        if self.is_initialized:
+            for name in _STATE[:-1]:
+                setattr(self, name, change(getattr(self, name)))
+            self.batch_size = self.keys.shape[0]
+            self.tickets = self.tickets.new_zeros(self.batch_size * self.keys.shape[1] + 1)
+            self._mark_static()
+
+    def offload(self) -> None:
+        # an asynchronous copy to the CPU could be read, to reorder rows or for the length, before it is there
+        self._move("cpu", non_blocking=False)
+
+    def prefetch(self) -> None:
+        self._move(self.device if self.is_initialized else None, non_blocking=True)
+
+    def _move(self, device: Any, non_blocking: bool) -> None:
+        if self.is_initialized and self.keys.device != torch.device(device):
+            for name in _BUFFERS:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
+            self._mark_static()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last tokens can be taken back; assisted decoding asks after the prompt. Reads lengths from the device."""
+        try:
+            if self.is_initialized:
+                self.check_crop(0)
+        except CacheError:
+            return False
+        return True
+
+    def check_crop(self, tokens: int) -> None:
+        """Raises CacheError when the last `tokens` tokens cannot be taken back exactly; changes nothing."""
+        where = f"layer {self.index}"
+        length = int(self.length)
+        if tokens > length:
+            raise CacheError(f"{tokens} tokens are to be removed, {length} were seen", where=where)
+        if bool((self.seen != length).any()):
+            raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
+        if bool((self.seen > self.layout.capacity).any()):
+            raise CacheError(
+                f"{length} tokens were seen and {self.layout.capacity} are kept: what came before the removed tokens is evicted",
+                where=where,
+                hint="give a budget that holds the whole text; assisted decoding and rollback need it",
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last -tokens_to_remove tokens.
+
+        Raises:
+            CacheError: something was evicted already, or the batch is padded.
+        """
+        if tokens_to_remove > 0:
+            hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
+            raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self.check_crop(-tokens_to_remove)
+        self.length += tokens_to_remove
+        self.seen += tokens_to_remove
+        self.counts += tokens_to_remove
+        gone = self.positions >= self.seen[:, None, None]
+        self.positions.masked_fill_(gone, -1)
+        self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
+        self.started = int(self.length) > 0
+
+    def activate_past_recording(self) -> None:
+        """Nothing to record: `crop` works while everything is kept, and says so otherwise."""

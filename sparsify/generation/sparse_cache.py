@@ -1,0 +1,230 @@
+"""SparseCache: a transformers Cache that keeps a budget of tokens and still knows how many it has seen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from sparsify import policies
+from sparsify.errors import CacheError, ConfigError, UnsupportedError
+from sparsify.generation import cache_attention
+from sparsify.generation.cache_layer import MASK_SIZE, SparseLayer, StockMask, chain
+from sparsify.generation.rope import inverse_frequencies
+from sparsify.policies import Policy
+
+__all__ = ["SparseCache", "SparseLayer"]
+
+
+class SparseCache(Cache):
+    """A cache for `model(...)` and `model.generate(...)` that stores at most `budget` tokens per KV head in preallocated buffers.
+
+        cache = sparsify.SparseCache(model.config, policy="snapkv", budget=4096)
+        model.generate(**inputs, cache=cache)    # past_key_values=cache before transformers 5.24
+
+    It reports the logical length, padding included, so that positions, later turns and own loops need no care. Layers with a sliding
+    window of the model's own keep exactly that window. Making one sets the attention implementation of `config` to sparsify's, which
+    is the model's former one wherever no SparseCache is used.
+
+    Args:
+        config: `model.config` of the model that will use the cache: this object, not a copy.
+        policy: name or instance of an eviction policy; `options` go to the named one.
+        budget: tokens kept per KV head, padding not counted; a float is a share of `prompt_len` or, without that, of the
+            tokens of the first call's longest row (in compiled code of its columns). None where the policy's options say it all.
+        prompt_len: tokens that a budget given as a share refers to.
+        batch_size, dtype, device: given together, allocate at once. CUDA graphs (`mode="reduce-overhead"`) need that when the first
+            call is compiled too.
+
+    Raises:
+        ConfigError: unknown policy or option, or a budget that the policy cannot work with.
+        UnsupportedError: a model that cannot be served exactly, with the reason.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        policy: str | Policy = "streaming_llm",
+        budget: int | float | None = None,
+        *,
+        prompt_len: int | None = None,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ):
+        config = config.get_text_config(decoder=True)
+        _check_model(config)
+        policy = policies.make(policy, **options)
+        budget = _checked_budget(budget, prompt_len)
+        layers = [_layer(i, stock, config, policy, budget) for i, stock in enumerate(DynamicCache(config=config).layers)]
+        if (batch_size is None) != (device is None):
+            raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
+        cache_attention.serve(config)
+        super().__init__(layers=layers)
+        self.config, self.policy, self.call = config, policy, chain(layers)
+        if batch_size is not None:
+            heads, head_dim = _heads(config)
+            self.early_initialization(batch_size, heads, head_dim, dtype or getattr(config, "dtype", None) or torch.float32, device)
+
+    def get_query_offset(self, layer_idx: int = 0) -> StockMask:
+        """Only ordinary masks need it, and a SparseCache has none; reading the length here would synchronise with the device."""
+        return MASK_SIZE
+
+    def attach(self, config: Any) -> SparseCache:
+        """Lets the model of `config` use this cache, and returns it: for one that was loaded where no SparseCache was made for the model.
+
+        Raises:
+            CacheError: the cache was made for another model.
+            UnsupportedError: as for a new cache.
+        """
+        config = config.get_text_config(decoder=True)
+        _check_model(config)
+        if not cache_attention.same_model(config, self.config):
+            raise CacheError(
+                "this cache was made for another model", where="SparseCache", hint="make one with SparseCache(model.config, ...)"
+            )
+        cache_attention.serve(config)
+        for holder in (self, *self.layers):
+            holder.config = config
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
+        """A cache of its own, with what was stored so far, for the same model: one prompt, many continuations."""
+        memo = {**memo, **{id(layer.policy): layer.policy for layer in self.layers}}  # the caller's may go on to copy the model
+        memo.setdefault(id(self.config), self.config)
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Loaded together with its model, a cache goes on serving it."""
+        self.__dict__.update(state)
+        cache_attention.serve(self.config)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `SparseLayer.update`.
+
+        Raises:
+            CacheError: also when an earlier call stopped between two layers. Layers that were compiled as one graph change no Python
+                state when the graph fails: then lengths tell, which are compared in uncompiled code where that takes no
+                synchronisation of its own.
+        """
+        if layer_idx == 0:
+            self._check_whole(key_states.shape[2] > 1 or key_states.device.type == "cpu")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_whole(self, read: bool) -> None:
+        """Raises CacheError when layers hold different tokens, as far as that shows; with `read`, uncompiled code reads their lengths."""
+        whole = self.call.idle
+        if whole and not torch.compiler.is_dynamo_compiling():
+            started = {layer.started for layer in self.layers}
+            whole = len(started) == 1 and not (read and started == {True} and len(set(self._lengths())) > 1)
+        if not whole:
+            _refuse_halfway()
+
+    def _lengths(self) -> list[int]:
+        """Tokens that each layer's buffers have seen, padding included."""
+        lengths = [layer.length for layer in self.layers]
+        if len({length.device for length in lengths}) == 1:
+            return torch.stack(lengths).tolist()
+        return [int(length) for length in lengths]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens so far, padding included: an int, or within a compiled graph a tensor.
+
+        Raises:
+            CacheError: between calls, when an earlier one stopped between two layers.
+        """
+        if self.call.idle and not torch.compiler.is_dynamo_compiling():
+            self._check_whole(True)
+        return self.layers[layer_idx].get_seq_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last -tokens_to_remove tokens from every layer, or from none.
+
+        Raises:
+            CacheError: something was evicted already, the batch is padded, or an earlier call failed halfway.
+        """
+        self._check_whole(True)
+        for layer in self.layers:
+            if layer.is_initialized and tokens_to_remove < 0:
+                layer.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.call.forget()
+
+    def kept_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in (*layer.state, layer.tickets))
+
+
+@torch.compiler.disable  # torch 2.11 fails where compiled code raises
+def _refuse_halfway() -> None:
+    raise CacheError(
+        "an earlier call failed halfway: some layers hold its tokens and others do not",
+        where="SparseCache",
+        hint="reset() the cache, or make a new one, and give it the whole text",
+    )
+
+
+def _checked_budget(budget: int | float | None, prompt_len: int | None) -> int | float | None:
+    if isinstance(budget, bool) or not isinstance(budget, int | float | None):
+        raise ConfigError(f"must be tokens or a share, not {budget!r}", where="budget")
+    if isinstance(budget, int) and budget < 1:
+        raise ConfigError(f"must be at least 1 token, not {budget}", where="budget")
+    if isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ConfigError(f"a share lies above 0 and at most at 1, not {budget}", where="budget", hint="an int gives tokens")
+        if prompt_len is not None:
+            return max(1, -(-prompt_len * round(budget * 10**6) // 10**6))
+    return budget
+
+
+def _check_model(config: Any) -> None:
+    kind = getattr(config, "model_type", type(config).__name__)
+    base = config._attn_implementation
+    if base is not None and base not in cache_attention.NAMES and base not in cache_attention.NAMES.values():
+        raise UnsupportedError(f"attention implementation {base!r}", where=kind, hint='load the model with attn_implementation="sdpa"')
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is None or not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedError(
+            "its attention does not go through transformers' AttentionInterface", where=kind, hint="use an ordinary cache"
+        )
+    reasons = {
+        "encoder-decoder models": getattr(config, "is_encoder_decoder", False),
+        "attention without causality": not getattr(config, "is_causal", True),
+        "latent attention (MLA)": getattr(config, "kv_lora_rank", None),
+        "layers that share keys and values": getattr(config, "num_kv_shared_layers", 0),
+        "ALiBi": getattr(config, "alibi", False),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedError(f"{reason} are not served" if reason[-1] == "s" else f"{reason} is not served", where=kind)
+
+
+def _layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any) -> SparseLayer:
+    """The counterpart of the layer that an ordinary cache would have."""
+    types = getattr(config, "layer_types", None)
+    where = f"layer {index}" + (f" ({types[index]})" if types else "")
+    if type(stock) is DynamicSlidingWindowLayer:
+        window = int(stock.sliding_window)
+        own = policies.make("streaming_llm", sinks=0, window=window)
+        return SparseLayer(index, config, own, None, sliding=True, frequencies=None)
+    if type(stock) is not DynamicLayer:
+        raise UnsupportedError(f"{type(stock).__name__} is not served", where=where, hint="use an ordinary cache")
+    layout = None if isinstance(budget, float) else policy.layout(budget)
+    turning = layout.turn_sinks if layout is not None else getattr(policy, "positions", "") == "in_cache"
+    frequencies = inverse_frequencies(config, types[index] if types else None) if turning else None
+    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies)
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, head_dim

@@ -1,0 +1,65 @@
+"""Compiles a function apart from everything else that the process has compiled: nothing of that is met, changed or thrown away.
+
+Dynamo keeps what it compiles, and the sizes that it saw, with code objects, and models share these: decorators of `forward`, or
+`Module._call_impl`. So the function is copied; where a graph breaks, frames of shared code are compiled too, and what was added to these is
+taken away again.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sparsify.graph import compat
+
+_numbers = itertools.count()
+# code that is compiled within the innermost block, None outside of all
+_codes: contextvars.ContextVar[list[types.CodeType] | None] = contextvars.ContextVar("sparsify_codes", default=None)
+
+
+@contextmanager
+def compiled(function: Callable[..., Any], backend: Callable[..., Any], **how: Any) -> Iterator[Callable[..., Any]]:
+    """`torch.compile(function, backend=backend, **how)`, for calls within the block.
+
+    Args:
+        function: such as `model.forward`; it may be compiled already, or belong to a model that is.
+        backend: called for every graph.
+    """
+
+    def mine(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:  # a new one each time, equal to no other
+        return backend(gm, example_inputs)
+
+    codes: list[types.CodeType] = []
+    token = _codes.set(codes)
+    handle = compat.after_compiling(_note)
+    try:
+        yield torch.compile(_copy(torch._dynamo.eval_frame.innermost_fn(function)), backend=mine, **compat.ISOLATED, **how)
+    finally:
+        handle.remove()
+        _codes.reset(token)
+        for code in dict.fromkeys(codes):
+            compat.forget(code, mine)
+
+
+def _note(code: types.CodeType, new_code: types.CodeType) -> None:
+    if (codes := _codes.get()) is not None:
+        codes.append(code)
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own, whose name no other has: by names Dynamo remembers the sizes that varied."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(_copy(function.__func__), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_apart_{next(_numbers)}")
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = function.__kwdefaults__, function.__qualname__, function.__module__
+    copy.__dict__.update(function.__dict__)
+    return copy

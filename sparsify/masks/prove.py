@@ -1,0 +1,450 @@
+"""Proves what an attention mask says: its subgraph is read as a condition on (b, h, q, k) and split into the clauses of `masks`.
+
+A fact is used only when it is an identity, or when Dynamo's ranges and guards already decide it, but for the bounds on sizes and data that
+`symbolic` takes for granted so that overflow can be excluded; no guard is installed. Whatever is left over makes the mask OPAQUE, with the
+reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+import sparsify.masks.readings  # noqa: F401  (registers how operators are read)
+from sparsify.graph.aliasing import Memory, tensor_of
+from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
+from sparsify.masks.reader import Reader, reason_of
+from sparsify.masks.symbolic import (
+    BATCH,
+    COMPUTED,
+    FURTHEST,
+    HEAD,
+    KEY,
+    QUERY,
+    Cases,
+    Element,
+    Facts,
+    Unreadable,
+    as_condition,
+    cases,
+    limits,
+    loads,
+    sizes,
+)
+
+_ORDER = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
+_INDICES = (BATCH, HEAD, QUERY, KEY)
+_RELATIONS = {sympy.Ne: "ne", sympy.Eq: "eq", sympy.Gt: "gt", sympy.Ge: "ge", sympy.Lt: "lt", sympy.Le: "le"}
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Sizes of a site as expressions: [batch, query_heads, query_len, key_len]."""
+
+    batch: sympy.Expr
+    heads: sympy.Expr
+    query_len: sympy.Expr
+    key_len: sympy.Expr
+
+
+def none() -> MaskPredicate:
+    return MaskPredicate(MaskKind.NONE)
+
+
+def unmasked(own_key_last: bool) -> MaskPredicate:
+    """No mask at all. own_key_last: there is one query, and its key is the last: the last row of causal attention, so keys have an order
+    for methods that need one."""
+    return MaskPredicate(MaskKind.PROVED, causal=True, condition="k <= q") if own_key_last else none()
+
+
+def opaque(reason: str, condition: str = "") -> MaskPredicate:
+    return MaskPredicate(MaskKind.OPAQUE, reason=reason, condition=condition)
+
+
+def top_left_causal(extents: Extents, shape_env: object) -> MaskPredicate:
+    """`is_causal=True` of scaled_dot_product_attention: k <= q, whatever the number of keys."""
+    square = Facts(shape_env).holds(sympy.Eq(extents.query_len, extents.key_len))
+    start = QueryStart() if square else QueryStart(constant=sympy.Integer(0))
+    return MaskPredicate(MaskKind.PROVED, causal=True, query_start=start, condition="k <= q")
+
+
+Form = Literal["mask", "hidden"]
+
+
+def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object) -> MaskPredicate:
+    """What the masks say together: a key is visible where all of them let it be.
+
+    Args:
+        masks: (mask, form, reader) each. mask: boolean [.., query_len, key_len] (True: visible; form "hidden": True hides) or float
+            (0: visible, -inf or the dtype's minimum: hidden), broadcastable to [batch, query_heads, query_len, key_len].
+            reader: the node that consumes it.
+        extents: the site's sizes. Where a mask's own last two sizes are not 1 they replace query_len and key_len: the
+            attention would fail if they differed.
+    """
+    try:
+        return _Proof(masks, extents, memory, shape_env).run()
+    except Exception as why:
+        return opaque(reason_of(why))
+
+
+@dataclass
+class _Clauses:
+    """Bounds on k - q (upper: <=, lower: >=), bounds on k alone (limits: <=), and conditions on tensors."""
+
+    upper: list[sympy.Expr] = field(default_factory=list)
+    lower: list[sympy.Expr] = field(default_factory=list)
+    limits: list[sympy.Expr] = field(default_factory=list)
+    padding: list[Boolean] = field(default_factory=list)
+    documents: list[tuple[AppliedUndef, AppliedUndef]] = field(default_factory=list)
+
+
+class _Proof:
+    def __init__(self, masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object):
+        self.masks, self.memory = masks, memory
+        shapes = [sizes(tensor_of(mask)) for mask, _, _ in masks]
+        wrong = [shape for shape in shapes if not 2 <= len(shape) <= 4]
+        if wrong:
+            raise Unreadable(f"a mask of {len(wrong[0])} dimensions")
+        batch, heads = extents.batch, extents.heads
+        self.query_len = next((shape[-2] for shape in shapes if shape[-2] != 1), extents.query_len)
+        self.key_len = next((shape[-1] for shape in shapes if shape[-1] != 1), extents.key_len)
+        self.facts = Facts(shape_env, dict(zip(_INDICES, (batch, heads, self.query_len, self.key_len), strict=True)))
+        self.reader = Reader(self.facts)
+        self.bottom_right = sympy.expand(self.key_len - self.query_len)
+
+    def element(self, mask: fx.Node, reader: fx.Node) -> Element:
+        """A mask at (b, h, q, k)."""
+        at = [sympy.Integer(0) if self.facts.extents[s] == 1 else s for s in _INDICES]
+        element = self.reader.spread(mask, tuple(self.facts.extents.values()))(*at)
+        changed = self.memory.written_while_read(self.reader.nodes, reader)
+        if changed is not None:
+            raise Unreadable(f"{changed.name} is written while the mask is made")
+        return element
+
+    def run(self) -> MaskPredicate:
+        return self.classify(sympy.And(*(self.condition(*mask) for mask in self.masks)))
+
+    def condition(self, mask: fx.Node, form: Form, reader: fx.Node) -> Boolean:
+        """Where one mask lets keys be seen."""
+        element = self.element(mask, reader)
+        dtype = tensor_of(mask).dtype
+        if dtype.is_floating_point:
+            if isinstance(element, AppliedUndef):
+                raise Unreadable(self.why(element))
+            return additive(element, dtype)
+        if dtype is not torch.bool:
+            raise Unreadable(f"a mask of {dtype}")
+        return as_condition(element) if form == "mask" else sympy.Not(as_condition(element))
+
+    def classify(self, condition: Boolean) -> MaskPredicate:
+        text = str(condition)[:400]
+        try:
+            condition = sympy.to_nnf(condition, simplify=False)
+            clauses = self.split(self.unpack(list(sympy.And.make_args(condition))))
+            causal, start = self.causal(clauses)
+            offset = self.offset(start)
+            window, start = self.window(clauses, causal, start, offset)
+            offset = self.offset(start)
+            self.check_limits(clauses, causal, offset)
+            padding, documents = self.padding(clauses), self.documents(clauses, offset)
+        except Exception as why:
+            return opaque(reason_of(why), text)
+        if not causal and window is None and padding is None and documents is None:
+            return MaskPredicate(MaskKind.NONE, condition=text)
+        return MaskPredicate(MaskKind.PROVED, causal, start, window, padding, documents, condition=text)
+
+    def unpack(self, clauses: list[Boolean]) -> list[Boolean]:
+        """Within one run of consecutive positions p (packed sequences), p[k] - p[q] is k - q."""
+        for clause in clauses:
+            for left, right in _equalities(clause):
+                values = self.reader.runs.get(left.func.__name__)
+                if values is not None and left.func == right.func and left.args[:-1] == right.args[:-1]:
+                    a, b = values(*left.args), values(*right.args)
+                    swap = {a: sympy.expand(b + left.args[-1] - right.args[-1])} if isinstance(a, AppliedUndef) else {}
+                    clauses = [c if c is clause else _expand_relations(c.xreplace(swap)) for c in clauses]
+        return clauses
+
+    def split(self, clauses: list[Boolean]) -> _Clauses:
+        found = _Clauses()
+        for clause in clauses:
+            if not isinstance(clause, _ORDER) and not _is_load(clause):
+                clause = self.facts.reduce(clause)
+            for part in sympy.And.make_args(clause):
+                self.sort(part, found)
+        return found
+
+    def sort(self, clause: Boolean, found: _Clauses) -> None:
+        if clause is sympy.true:
+            return
+        if clause is sympy.false:
+            raise Unreadable("it hides every key")
+        if isinstance(clause, _ORDER) and self.bound(clause, found):
+            return
+        equal = _equalities(clause)
+        if equal and any(KEY in side.free_symbols for side in equal[0]) and QUERY in clause.free_symbols | self.fixed():
+            found.documents.append(equal[0])
+        elif not clause.free_symbols & {QUERY, HEAD} and KEY in clause.free_symbols | self.fixed():
+            found.padding.append(clause)
+        else:
+            raise Unreadable(self.why(clause))
+
+    def fixed(self) -> set[sympy.Symbol]:
+        """Index symbols that stand for the only index 0."""
+        return {s for s, extent in self.facts.extents.items() if extent == 1}
+
+    def bound(self, clause: Boolean, found: _Clauses) -> bool:
+        """Sorts an inequality that is linear in q and k."""
+        difference = clause.lhs - clause.rhs
+        if isinstance(clause, (sympy.Ge, sympy.Gt)):
+            difference = -difference
+        difference = sympy.expand(difference + (1 if clause.func in (sympy.Lt, sympy.Gt) else 0))  # integers: difference <= 0
+        by_key, by_query = difference.coeff(KEY, 1), difference.coeff(QUERY, 1)
+        rest = sympy.expand(difference - by_key * KEY - by_query * QUERY)
+        if rest.has(*_INDICES):
+            return False
+        one_query, one_key = (self.facts.extents[s] == 1 for s in (QUERY, KEY))
+        if by_key == 0 and by_query == 0 and not one_key and not loads(rest):
+            if not self.facts.holds(sympy.Le(rest, 0)):
+                raise Unreadable(f"{clause} is not decided by the sizes")
+            return True
+        key_rises, key_falls = by_key == 1 or (one_key and by_key == 0), by_key == -1 or (one_key and by_key == 0)
+        query_falls, query_rises = by_query == -1 or one_query, by_query == 1 or one_query
+        if one_key and by_key == 0:
+            # a single key: the sign of q, or of the tensor that was read, tells which bound it is
+            key_rises = by_query == -1 or (one_query and all(rest.coeff(f) == -1 for f in loads(rest)))
+        if key_rises and query_falls:
+            found.upper.append(-rest)
+        elif key_falls and query_rises:
+            found.lower.append(rest)
+        elif by_key == 1 and by_query == 0:
+            found.limits.append(-rest)
+        else:
+            return False
+        return True
+
+    def why(self, clause: sympy.Basic) -> str:
+        """The reason for people: which tensor is in the way, or which form."""
+        for load in sorted(loads(clause), key=str):
+            node = self.reader.leaves.get(load.func.__name__)
+            if node is not None and tensor_of(node).dim() == 4:
+                return "the mask is an input of the graph" if node.op == "placeholder" else f"{node.name}: {self.reader.reasons[node.name]}"
+        if isinstance(clause, sympy.Or):
+            return "visibility is a disjunction (prefix, chunks or a union of masks)"
+        for load in sorted(loads(clause), key=str):
+            node = self.reader.leaves.get(load.func.__name__)
+            reason = self.reader.reasons.get(load.func.__name__)
+            if node is not None and node.op != "placeholder" and reason:
+                return f"{node.name}: {reason}"
+        return f"no clause is known for {str(clause)[:120]}"
+
+    # -- from bounds to clauses ------------------------------------------------------------------------------------------------
+
+    def tightest(self, bounds: list[sympy.Expr], upper: bool) -> sympy.Expr | None:
+        """The bound that implies all others."""
+        bounds = list(dict.fromkeys(sympy.expand(b) for b in bounds))
+        for one in bounds:
+            if all(other is one or self.holds_between(one, other, upper) for other in bounds):
+                return one
+        if bounds:
+            raise Unreadable(f"two bounds of unknown order: {bounds[0]} and {bounds[1]}")
+        return None
+
+    def holds_between(self, one: sympy.Expr, other: sympy.Expr, upper: bool) -> bool:
+        difference = sympy.expand(one - other)
+        return self.facts.holds(sympy.Le(difference, 0) if upper else sympy.Ge(difference, 0))
+
+    def causal(self, clauses: _Clauses) -> tuple[bool, QueryStart]:
+        last = self.key_len - 1
+        exact = [u for u in clauses.upper if self.facts.holds(sympy.Eq(u, self.bottom_right))]
+        kept = [u for u in clauses.upper if u in exact or not self.facts.holds(sympy.Ge(u, last))]
+        bound = self.tightest(exact[:1] + [u for u in kept if u not in exact], upper=True)
+        if bound is None:
+            return False, QueryStart()
+        if bound in exact:
+            return True, QueryStart()
+        found = loads(bound)
+        if not found:
+            return True, QueryStart(constant=computed(bound))
+        load = next(iter(found))
+        constant = sympy.expand(bound - load)
+        node = self.reader.leaves[load.func.__name__]
+        if len(found) > 1 or loads(constant) or any(a != 0 for a in load.args) or any(s != 1 for s in sizes(tensor_of(node))):
+            raise Unreadable(f"the causal offset {bound} is no single number")
+        if tensor_of(node).dtype not in (torch.int32, torch.int64):
+            raise Unreadable(f"the causal offset is {tensor_of(node).dtype}")
+        return True, QueryStart(leaf=node, constant=computed(constant) if constant != 0 else None)
+
+    def offset(self, start: QueryStart) -> sympy.Expr:
+        """The query start as an expression."""
+        if start.bottom_right:
+            return self.bottom_right
+        constant = start.constant if start.constant is not None else sympy.Integer(0)
+        if start.leaf is None:
+            return constant
+        load = next(f for f in self._all_loads if f.func.__name__ == start.leaf.name)
+        return load + constant
+
+    @property
+    def _all_loads(self) -> set[AppliedUndef]:
+        found: set[AppliedUndef] = set()
+        for name, node in self.reader.leaves.items():
+            tensor = tensor_of(node)
+            if all(s == 1 for s in sizes(tensor)):
+                function = sympy.Function(name, integer=True)
+                found.add(function(*([sympy.Integer(0)] * max(tensor.dim(), 1))))
+        return found
+
+    def window(self, clauses: _Clauses, causal: bool, start: QueryStart, offset: sympy.Expr) -> tuple[int | None, QueryStart]:
+        """k - q >= L is a window of offset + 1 - L tokens: it is measured from the causal bound, in whichever form that gives a number."""
+        furthest = sympy.expand(1 - self.query_len)
+        lower = [bound for bound in clauses.lower if not self.facts.holds(sympy.Le(bound, furthest))]
+        bound = self.tightest(lower, upper=False)
+        if bound is None:
+            return None, start
+        for origin in (offset, *(u for u in clauses.upper if self.facts.holds(sympy.Eq(u, offset)))):
+            width = sympy.expand(origin + 1 - bound)
+            if width.is_Integer:
+                break
+        else:
+            if causal or not bound.is_Integer:
+                raise Unreadable(f"the window {width} is not a constant")
+            width, start = sympy.expand(1 - bound), QueryStart(constant=sympy.Integer(0))
+        if width <= 0:
+            raise Unreadable("the window hides every key")
+        if width > self.facts.magnitude(sympy.expand(self.query_len + self.offset(start))):
+            return None, start  # it reaches further back than any row stands
+        if width > FURTHEST:
+            raise Unreadable(f"a window of {width} tokens")
+        return int(width), start
+
+    def check_limits(self, clauses: _Clauses, causal: bool, offset: sympy.Expr) -> None:
+        for limit in clauses.limits:
+            vacuous = self.facts.holds(sympy.Ge(limit, self.key_len - 1))
+            implied = causal and self.facts.holds(sympy.Le(sympy.expand(self.query_len - 1 + offset - limit), 0))
+            if not vacuous and not implied:
+                raise Unreadable(f"keys end at {limit}, which the causal clause does not imply")
+
+    def padding(self, clauses: _Clauses) -> Leaf | None:
+        wanted = sympy.And(*dict.fromkeys(self.held(clause) for clause in clauses.padding))
+        if wanted is sympy.true:
+            return None
+        if wanted is sympy.false:
+            raise Unreadable("it hides every key")
+        relation = _RELATIONS.get(wanted.func)
+        if relation is not None and isinstance(wanted.lhs, AppliedUndef) and wanted.rhs.is_Integer:
+            leaf = self.rows(wanted.lhs, KEY, self.key_len)
+            if leaf is not None:
+                return dataclasses.replace(leaf, relation=relation, number=int(wanted.rhs))
+        for node in reversed(self.reader.nodes):
+            tensor = tensor_of(node)
+            if tensor.dim() == 2 and tensor.dtype is torch.bool and self.rows_of_batch(node) and self.is_wide(node, self.key_len):
+                row = sympy.Integer(0) if tensor.shape[0] == 1 else BATCH
+                key = sympy.Integer(0) if KEY in self.fixed() else KEY
+                if as_condition(self.reader.read(node).at(row, key)) == wanted:
+                    return Leaf(node)
+        raise Unreadable(self.why(wanted))
+
+    def held(self, clause: Boolean) -> Boolean:
+        """Decides a comparison of integers with a number that their dtype cannot hold, and that would wrap around in it."""
+        if clause.func not in _RELATIONS or not isinstance(clause.lhs, AppliedUndef) or not clause.rhs.is_Integer:
+            return clause
+        dtype = tensor_of(self.reader.leaves[clause.lhs.func.__name__]).dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            return clause
+        least, largest = limits(dtype)
+        return clause if least <= clause.rhs <= largest else clause.func(0, clause.rhs)
+
+    def rows(self, load: AppliedUndef, index: sympy.Symbol, length: sympy.Expr) -> Leaf | None:
+        """The leaf that `load` reads at [b, index + shift]."""
+        node = self.reader.leaves[load.func.__name__]
+        if tensor_of(node).dtype.is_floating_point or tensor_of(node).dim() == 0:
+            return None
+        # without a batch dimension one row serves all; dimensions of size 1 may lie between batch and keys
+        (row, *between, column) = load.args if len(load.args) > 1 else (sympy.Integer(0), *load.args)
+        if any(size != 1 for size in sizes(tensor_of(node))[1:-1]) or any(index != 0 for index in between):
+            return None
+        shift = sympy.expand(column - (sympy.Integer(0) if index in self.fixed() else index))
+        if shift.has(*_INDICES) or loads(shift) or not self.facts.holds(sympy.Ge(shift, 0)):
+            return None
+        single = row == 0 and (tensor_of(node).dim() == 1 or tensor_of(node).shape[0] == 1)
+        if not (single or (row == BATCH and self.rows_of_batch(node))) or not self.wide_enough(node, shift + length):
+            return None
+        return Leaf(node, computed(shift))
+
+    def rows_of_batch(self, node: fx.Node) -> bool:
+        """Whether a tensor has one row, or exactly those of the batch: a part of a larger tensor is no leaf."""
+        rows = sizes(tensor_of(node))[0]
+        return rows == 1 or self.facts.holds(sympy.Eq(rows, self.facts.extents[BATCH]))
+
+    def is_wide(self, node: fx.Node, width: sympy.Expr) -> bool:
+        return self.facts.holds(sympy.Ge(sizes(tensor_of(node))[-1], width))
+
+    def wide_enough(self, node: fx.Node, width: sympy.Expr) -> bool:
+        """Whether the leaf is not known to have fewer columns; the graph itself would fail if it had."""
+        return not self.facts.holds(sympy.Lt(sizes(tensor_of(node))[-1], width))
+
+    def documents(self, clauses: _Clauses, offset: sympy.Expr) -> Leaf | None:
+        pairs = list({frozenset(pair): pair for pair in clauses.documents}.values())
+        if not pairs:
+            return None
+        if len(pairs) > 1 or pairs[0][0].func != pairs[0][1].func:
+            raise Unreadable("two document masks")
+        for of_key, of_query in (pairs[0], pairs[0][::-1]):
+            leaf, place = self.rows(of_key, KEY, self.key_len), self.rows(of_query, QUERY, self.query_len)
+            if QUERY in of_key.free_symbols or KEY in of_query.free_symbols or leaf is None or place is None:
+                continue
+            if not self.facts.holds(sympy.Eq(sympy.expand(place.shift - leaf.shift - offset), 0)):
+                continue
+            if not self.facts.holds(sympy.Ge(offset, 0)) or not self.facts.holds(sympy.Le(offset + self.query_len, self.key_len)):
+                raise Unreadable("documents of queries that have no key of their own")
+            return leaf
+        raise Unreadable("documents are compared at other positions than the causal clause's")
+
+
+def additive(element: Element, dtype: torch.dtype) -> Boolean:
+    """Where a float mask adds 0; elsewhere it must add -inf or no more than its dtype's minimum."""
+    visible: list[Boolean] = []
+    lowest = torch.finfo(dtype).min
+    for condition, value in cases(element):
+        if not value.is_number:
+            raise Unreadable("the mask adds a bias")
+        if value == 0:
+            visible.append(condition)
+        elif not (value == -sympy.oo or (value.is_finite and value <= sympy.Rational(lowest))):
+            raise Unreadable(f"the mask adds {float(value):g}")
+    return sympy.Or(*visible)
+
+
+def computed(size: sympy.Expr) -> sympy.Expr:
+    """The expression, where a graph's own sizes can be made into it at run time."""
+    parts = list(sympy.preorder_traversal(size))
+    if all(part.is_Integer or part.is_Symbol or part.func in COMPUTED for part in parts) and size.is_integer is not False:
+        return size
+    raise Unreadable(f"the size {size} is computed from none")
+
+
+def _is_load(clause: Boolean) -> bool:
+    return isinstance(clause, (sympy.Ne, sympy.Eq)) and isinstance(clause.lhs, AppliedUndef)
+
+
+def _equalities(clause: Boolean) -> list[tuple[AppliedUndef, AppliedUndef]]:
+    """The two reads that an equality compares."""
+    if isinstance(clause, sympy.Eq) and isinstance(clause.lhs, AppliedUndef) and isinstance(clause.rhs, AppliedUndef):
+        return [(clause.lhs, clause.rhs)]
+    return []
+
+
+def _expand_relations(clause: Boolean) -> Boolean:
+    swaps = {atom: type(atom)(sympy.expand(atom.lhs - atom.rhs), 0) for atom in clause.atoms(*_ORDER)}
+    return clause.xreplace(swaps)
+
+
+__all__ = ["Cases", "Extents", "additive", "none", "opaque", "prove", "top_left_causal"]

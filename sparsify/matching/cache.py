@@ -1,0 +1,143 @@
+"""Finds what a SparseCache does in a Dynamo graph: a `cache_store` per layer and the attention that belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from sparsify.graph import unforeseen
+from sparsify.masks.predicate import MaskKind, MaskPredicate
+from sparsify.matching.facts import layer_of
+from sparsify.matching.sites import Phase, Size
+from sparsify.ops import cache
+
+
+@dataclass(frozen=True)
+class CacheSite:
+    """One layer of a SparseCache in a graph.
+
+    name: the attention's layer path with `.cache` appended, for reports. output: the attention node that reads the cache; for a prompt,
+    whose attention is a site of its own, the store itself. store: the `cache_store` node. query, key, value: the call's tokens,
+    [batch, heads, query_len, head_dim]; query is key where the store observes none. state: keys, values, positions, counts, seen, length.
+    key_len: slots per KV head. phase: decode for one token; prefill for the first call; chunk for later calls of several tokens.
+    near_miss: why the two ops cannot be described as one; kv_evict refuses with it.
+    """
+
+    name: str
+    layer: int | None
+    index: int
+    output: fx.Node
+    store: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    state: tuple[fx.Node, ...]
+    batch: Size
+    query_heads: Size
+    kv_heads: Size
+    query_len: Size
+    key_len: Size
+    qk_head_dim: Size
+    v_head_dim: Size
+    dtype: torch.dtype
+    device: torch.device
+    phase: Phase
+    mask: MaskPredicate = field(default_factory=lambda: MaskPredicate(MaskKind.NONE, condition="kept slots"))
+    output_stride_order: Literal["bqhd"] = "bqhd"
+    near_miss: str = ""
+    covered: tuple[fx.Node, ...] = field(default=(), repr=False)
+
+    def mapped(self, mapping: dict[fx.Node, fx.Node]) -> CacheSite:
+        """The same site in a copy of its graph; `mapping` sends each node to its copy."""
+        moved = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, fx.Node):
+                moved[entry.name] = mapping[value]
+            elif isinstance(value, tuple):
+                moved[entry.name] = tuple(mapping[node] for node in value)
+        return dataclasses.replace(self, **moved)
+
+
+_STATE = slice(3, 9)
+
+
+def find_cache(gm: fx.GraphModule) -> list[CacheSite]:
+    """Every layer of a SparseCache, in execution order. Nothing in the graph is changed."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    stores = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is cache.store]
+    readers = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is cache.attention]
+    sites = []
+    for index, store in enumerate(stores):
+        try:
+            sites.append(_site(index, store, readers, order))
+        except Exception as error:  # called by hand, in another form than ours: it runs as it stands
+            unforeseen.reason(error, store.name)
+    return sites
+
+
+def made_inside(gm: fx.GraphModule) -> fx.Node | None:
+    """The first cache op on a CUDA device whose buffers this very graph makes: CUDA graphs would take their memory back."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in (cache.store, cache.decode):
+            if len(node.args) < 4 or node.args[3].op == "placeholder":
+                continue
+            tensor = node.args[1].meta.get("example_value")
+            if tensor is not None and tensor.device.type == "cuda":
+                return node
+    return None
+
+
+def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Node, int]) -> CacheSite:
+    query, key, value = store.args[:3]
+    state = tuple(store.args[_STATE])
+    mine = [reader for reader in readers if reader.args[1] is state[0]]
+    size = lambda node: [s if isinstance(s, int) else s.node.expr for s in node.meta["example_value"].shape]
+    single, empty = size(key)[2] == 1, store.kwargs["empty"]
+    phase: Phase = "decode" if single else "prefill" if empty else "chunk"
+    near_miss = "" if len(mine) == 1 or (phase == "prefill" and not mine) else f"{len(mine)} attentions read this layer's slots"
+    output = mine[0] if len(mine) == 1 else store
+    if phase == "decode" and not near_miss:
+        near_miss = _trouble(store, output, state, order)
+    query = mine[0].args[0] if mine else key if query is None else query
+    name, layer = layer_of(output)
+    batch, kv_heads, query_len, qk_head_dim = size(key)
+    tensor = key.meta["example_value"]
+    return CacheSite(
+        name=f"{name}.cache",
+        layer=layer,
+        index=index,
+        output=output,
+        store=store,
+        query=query,
+        key=key,
+        value=value,
+        state=state,
+        batch=batch,
+        query_heads=size(query)[1],
+        kv_heads=kv_heads,
+        query_len=query_len,
+        key_len=size(state[0])[2],
+        qk_head_dim=qk_head_dim,
+        v_head_dim=size(value)[3],
+        dtype=tensor.dtype,
+        device=tensor.device,
+        phase=phase,
+        near_miss=near_miss,
+    )
+
+
+def _trouble(store: fx.Node, reader: fx.Node, state: tuple[fx.Node, ...], order: dict[fx.Node, int]) -> str:
+    """Why store and attention are not one decode step, or nothing: what lies between them must not touch the layer's state."""
+    keys, values, positions, _, seen, _ = state
+    if tuple(reader.args[1:5]) != (keys, values, positions, seen):
+        return "the attention reads other buffers than the store wrote"
+    if reader.kwargs.get("new_key") is not None or order[reader] < order[store]:
+        return "the attention does not follow the store"
+    users = {user for node in state for user in node.users}
+    between = [user for user in users if order[store] < order[user] < order[reader]]
+    return f"{between[0].name} uses the layer's state between store and attention" if between else ""

@@ -1,0 +1,294 @@
+"""Finds attention that is written out: matmul, scale, [tanh softcap], mask, softmax, matmul. Every such chain either becomes a site or
+a near miss with its reason; nothing is matched whose weights are read by anything else.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from sparsify.graph import unforeseen
+from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.views import transposed
+from sparsify.masks import prove as predicates
+from sparsify.masks.prove import Extents
+from sparsify.masks.symbolic import sizes
+from sparsify.matching import biases, empty_rows
+from sparsify.matching.eager_ops import (
+    BADDBMM,
+    CAST,
+    DROPOUT,
+    EINSUM,
+    SAME,
+    VIEW,
+    NoMatch,
+    baddbmm_of,
+    constant,
+    einsum_of,
+    factors_of,
+    leads_to_product,
+    named,
+    of_sequences,
+    products,
+)
+from sparsify.matching.facts import autocast_to, bare_site, whole
+from sparsify.matching.scores import Chain, ScoreWalk, Term, check_cast, flat_heads, is_flat
+from sparsify.matching.sites import AttentionSite, KeyBias
+from sparsify.ops.gradients import TRANSFORMED
+from sparsify.ops.operands import plain_tensor
+
+
+def find_eager(matcher: object, softmax: fx.Node) -> AttentionSite | None:
+    """The attention around a softmax: a site, a near miss, or None where it is no attention at all. `matcher` is `match.Matcher`."""
+    scores = softmax.all_input_nodes[0]
+    if not leads_to_product(scores):
+        return None
+    product = next(products(softmax), None)
+    if product is None:
+        why = "the weights do not reach a product with the values"
+        return bare_site(softmax, scores, scores, scores, None, why, source="eager") if of_sequences(scores) else None
+    value = factors_of(product)[1]
+    try:
+        return _Match(matcher, softmax, product).site()
+    except NoMatch as why:
+        return bare_site(product, scores, value, value, None, str(why), source="eager")
+    except Exception as error:
+        return bare_site(product, scores, value, value, None, unforeseen.reason(error, product.name), source="eager")
+
+
+@dataclass
+class Added:
+    """The terms that are added to the scores, told apart. masks: (condition, form, reader) each."""
+
+    slopes: fx.Node | None = None
+    per_key: list[KeyBias] = field(default_factory=list)
+    masks: list[tuple[fx.Node, predicates.Form, fx.Node]] = field(default_factory=list)
+
+
+class _Match:
+    def __init__(self, matcher: object, softmax: fx.Node, product: fx.Node):
+        self.matcher, self.softmax, self.product = matcher, softmax, product
+        self.chain = Chain()
+        self.dropout = 0.0
+        self.dropped_column = False
+
+    def site(self) -> AttentionSite:
+        if self.matcher.modes.transformed([self.softmax, self.product]):
+            raise NoMatch(TRANSFORMED)
+        self.weights()
+        scores = ScoreWalk(self.matcher, self.chain).product(self.softmax)
+        if self.dropped_column != (self.chain.sinks is not None):
+            raise NoMatch("a column of the weights is dropped" if self.dropped_column else "a column is added to the scores and kept")
+        query, key = self.operands(scores)
+        value, output = self.value_and_output()
+        return self.describe(query, key, value, output, scores)
+
+    # -- after the softmax -------------------------------------------------------------------------------------------------------
+
+    def weights(self) -> None:
+        here = self.softmax
+        while here is not self.product:
+            if len(here.users) != 1:
+                raise NoMatch("the attention weights are used elsewhere too")
+            self.chain.nodes.append(here)
+            user = next(iter(here.users))
+            if tensor_of(user) is None or not tensor_of(user).dtype.is_floating_point:
+                raise NoMatch("the weights become integers")
+            if user.target in DROPOUT:
+                self.drop(user)
+            elif user.target in CAST | SAME:
+                check_cast(user)
+            elif user.target is operator.getitem:
+                if user.args[1] not in ((Ellipsis, slice(None, -1, None)), (Ellipsis, slice(0, -1, None))):
+                    raise NoMatch("a part of the weights is taken")
+                self.dropped_column = True
+            elif user.target in VIEW and user is not self.product:
+                flat_heads(here, user)
+            here = user
+
+    def drop(self, node: fx.Node) -> None:
+        if node.target is F.dropout:
+            call = named(node, "input, p=0.5, training=True, inplace=False")
+        else:
+            call = named(node, "input, p, train")
+        probability, training = call.p, call.training if node.target is F.dropout else call.train
+        if training is not False and probability != 0:
+            if not isinstance(probability, (int, float)):
+                raise NoMatch("the dropout probability is decided at run time")
+            self.dropout = float(probability)
+
+    # -- operands ----------------------------------------------------------------------------------------------------------------
+
+    def operands(self, product: fx.Node) -> tuple[fx.Node, fx.Node]:
+        if product.target in BADDBMM:
+            call = baddbmm_of(product)
+            if constant(call.beta) != 1.0 or self.chain.softcap:
+                raise NoMatch("baddbmm of another form")
+            self.chain.terms.append(Term(call.input, product, self.chain.factor, is_flat(call.input, product), self.chain.felt))
+            self.chain.multiply(constant(call.alpha))
+        query, key, _ = self.factors(product)
+        if product.target not in EINSUM:
+            turned, key = key, transposed(key)
+            if key is None:
+                raise NoMatch("keys are not transposed")
+            self.chain.nodes.append(turned)
+        elif einsum_of(product) != "scores":
+            raise NoMatch("keys are transposed")
+        query, key = self.four(query), self.four(key)
+        return self.uncast(query), self.uncast(key)
+
+    def factors(self, scores: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """What the two products multiply: query, transposed key, value."""
+        return *factors_of(scores), factors_of(self.product)[1]
+
+    def unwritten(self, factor: fx.Node, operand: fx.Node, reader: fx.Node, output: fx.Node) -> bool:
+        """Whether the operand still holds, where the output is computed, what `reader` got of it: the factor, a copy or a view."""
+        memory, storage = self.matcher.memory, tensor_of(operand).untyped_storage()._cdata
+        here = factor
+        while here is not operand:
+            if tensor_of(here).untyped_storage()._cdata != storage and memory.written_between(here, None, output):
+                return False
+            reader, here = here, here.args[0]
+        return not memory.written_between(operand, reader, output)
+
+    def four(self, node: fx.Node) -> fx.Node:
+        """[batch, heads, length, dim], before batch and heads are merged."""
+        if tensor_of(node).dim() == 4:
+            return node
+        if node.target not in VIEW or tensor_of(node.args[0]) is None or tensor_of(node.args[0]).dim() != 4:
+            raise NoMatch("batch and heads are merged")
+        flat_heads(node.args[0], node)
+        self.chain.nodes.append(node)
+        return node.args[0]
+
+    def uncast(self, node: fx.Node) -> fx.Node:
+        """Query and key before a conversion to float32: kernels accumulate in float32 anyway."""
+        value = tensor_of(factors_of(self.product)[1])
+        while node.op == "call_method" and node.target in CAST and tensor_of(node).dtype is torch.float32:
+            source = tensor_of(node.args[0])
+            if source.dtype is not value.dtype:
+                break
+            self.chain.nodes.append(node)
+            node = node.args[0]
+        return node
+
+    def value_and_output(self) -> tuple[fx.Node, fx.Node]:
+        value, output = factors_of(self.product)[1], self.product
+        if tensor_of(output).dim() == 4:
+            return value, output
+        users = list(output.users)
+        if len(users) != 1 or users[0].target not in VIEW or tensor_of(users[0]).dim() != 4:
+            raise NoMatch("batch and heads are merged")
+        flat_heads(users[0], output)
+        self.chain.nodes.append(output)
+        return self.four(value), users[0]
+
+    # -- the record --------------------------------------------------------------------------------------------------------------
+
+    def describe(self, query: fx.Node, key: fx.Node, value: fx.Node, output: fx.Node, scores: fx.Node) -> AttentionSite:
+        matcher, chain = self.matcher, self.chain
+        key_group, value_group = matcher.ungroup(key, output), matcher.ungroup(value, output)
+        if not matcher.same(key_group.repeat, value_group.repeat):
+            key_group, value_group = whole(key), whole(value)
+        q, k, v = (sizes(tensor_of(n)) for n in (query, key_group.node, value_group.node))
+        if not all(plain_tensor(tensor_of(n)) for n in (query, key_group.node, value_group.node)):
+            raise NoMatch("an operand is no plain tensor")
+        if any(len(s) != 4 for s in (q, k, v)):
+            raise NoMatch("operands do not have 4 dimensions")
+        if not (matcher.same(q[0], k[0]) and matcher.same(q[0], v[0]) and matcher.same(k[1], v[1])) or matcher.differ(k[2], v[2]):
+            raise NoMatch("query, key and value differ in batch, heads or length")
+        if not matcher.same(sympy.expand(k[1] * key_group.repeat), q[1]) and k[1] != 1:
+            raise NoMatch("the head dimension is broadcast")
+        if autocast_to(output, (query, key_group.node, value_group.node), scores) is None:
+            raise NoMatch("query, key and value differ in dtype")
+        readings = zip(self.factors(scores), (query, key, value), (scores, scores, self.product), strict=True)
+        if not all(self.unwritten(*reading, output) for reading in readings):
+            raise NoMatch("query, key or value is written before the output is computed")
+        extents = Extents(q[0], q[1], q[2], k[2])
+        if not all(self.reads_as_one(*mask, extents) for mask in chain.masks):
+            raise NoMatch("a mask differs by merged batch and heads")
+        added = self.added(extents, output)
+        softcap = float(chain.softcap)
+        factor = chain.factor * softcap if softcap else chain.factor
+        between = tuple(chain.nodes)
+        masks = chain.masks + added.masks
+        mask = matcher.prove(masks, extents) if masks else predicates.none()
+        empty, per_key = empty_rows.of_written_out(matcher, chain, self.softmax, masks, added, mask, extents)
+        return matcher.site(
+            output,
+            query,
+            key_group,
+            value_group,
+            mask_node=masks[0][0] if len(masks) == 1 else None,
+            mask=mask,
+            scale=factor,
+            softcap=softcap,
+            dropout=self.dropout,
+            source="eager",
+            sink_logits=self.sink_logits(extents, output),
+            alibi_slopes=added.slopes,
+            key_bias=tuple(replace(one, reader=None) for one in per_key),  # whatever node a site names is an operand
+            **vars(empty),
+            between=between,
+        )
+
+    def added(self, extents: Extents, output: fx.Node) -> Added:
+        """What each added term is: slopes of a position bias, a bias per key, a mask, or the sum of a bias and a mask."""
+        matcher, found = self.matcher, Added()
+        for term in self.chain.terms:
+            scaled = term.factor != 1.0
+            slopes = self.slopes(term, extents, output) if not scaled and found.slopes is None else None
+            whole = (term.node, "mask", term.reader)
+            if slopes is not None:
+                found.slopes = slopes
+            elif not scaled and self.reads_as_one(*whole, extents) and not matcher.prove([whole], extents).opaque:
+                found.masks.append(whole)
+            elif self.is_key_bias(term, extents, output):
+                found.per_key.append(KeyBias(term.node, term.factor, term.flat, term.reader))
+            elif not term.flat and not scaled and (parts := matcher.biased(term.node, term.reader, extents, term.felt)) is not None:
+                if parts.slopes is not None and found.slopes is not None:
+                    raise NoMatch("two position biases are added to the scores")
+                found.slopes = parts.slopes or found.slopes
+                found.per_key += [replace(one, reader=term.reader) for one in parts.per_key]
+                found.masks += parts.masks
+            elif scaled:
+                raise NoMatch("a mask or bias is added before the scale")
+            elif len(self.chain.terms) > 1 or term.flat:
+                raise NoMatch("the scores carry a bias that is neither slope times key position nor one number per key")
+            else:
+                found.masks.append(whole)
+        return found
+
+    def reads_as_one(self, mask: fx.Node, form: predicates.Form, reader: fx.Node, extents: Extents) -> bool:
+        """Whether a mask may be read by batch row and head: one over merged batch and heads only where it is the same for all."""
+        if not is_flat(mask, reader):
+            return True
+        merged = Extents(sympy.Integer(1), sympy.expand(extents.batch * extents.heads), extents.query_len, extents.key_len)
+        proof = self.matcher.prove([(mask, form, reader)], merged)
+        return not proof.opaque and proof.padding is None and proof.documents is None
+
+    def slopes(self, term: Term, extents: Extents, output: fx.Node) -> fx.Node | None:
+        found = biases.alibi_slopes(term.node, output, extents, self.matcher.memory, self.matcher.shape_env, term.flat)
+        return found.node if found is not None and (found.constant == 0 or not term.felt) else None
+
+    def is_key_bias(self, term: Term, extents: Extents, output: fx.Node) -> bool:
+        """One row of a mask that is made in the graph is taken apart instead: it may say which keys come first."""
+        one_row = extents.query_len == 1 and term.factor == 1.0 and not term.flat
+        one_row = one_row and self.matcher.biased(term.node, term.reader, extents, term.felt)
+        unwritten = not self.matcher.memory.written_between(term.node, None, output)
+        return not one_row and unwritten and isinstance(term.factor, float) and biases.per_key(tensor_of(term.node), extents, term.flat)
+
+    def sink_logits(self, extents: Extents, output: fx.Node) -> fx.Node | None:
+        if self.chain.sinks is None:
+            return None
+        if tensor_of(self.chain.sinks).dim() == 3 and extents.batch != 1:
+            raise NoMatch("the extra column is over merged batch and heads")
+        node = biases.per_head(self.chain.sinks, output, extents, self.matcher.memory, self.matcher.shape_env)
+        if node is None:
+            raise NoMatch("the extra column is no number per head")
+        return node

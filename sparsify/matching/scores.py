@@ -1,0 +1,271 @@
+"""The part of written-out attention before the softmax: scale, softcap, masks, bias and sinks, walked back to query times key."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+from sparsify.graph.aliasing import tensor_of, written
+from sparsify.masks import prove
+from sparsify.masks.symbolic import sizes
+from sparsify.matching import biases
+from sparsify.matching.eager_ops import (
+    ADD,
+    CAST,
+    DIV,
+    FILLS,
+    FLOATS,
+    MUL,
+    SAME,
+    SHAPE_ONLY,
+    SUB,
+    VIEW,
+    NoMatch,
+    constant,
+    is_product,
+    leads_to_product,
+    named,
+    softmax_of,
+)
+
+_MAXIMA = (torch.max, "max", torch.amax, "amax")
+_NAMES = {torch.where: "condition, input, other", "where": "input, condition, other"}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A float tensor that is added to the scores: a mask, a position bias or a bias per key. factor: what the sum is multiplied with
+    afterwards. flat: batch and heads are merged, in the term too. felt: as `Chain.felt`, at the sum."""
+
+    node: fx.Node
+    reader: fx.Node
+    factor: float | fx.Node = 1.0
+    flat: bool = False
+    felt: str = ""
+
+
+@dataclass
+class Chain:
+    """What lies between the product of query and key and the softmax, gathered from the softmax backwards.
+
+    masks: conditions that hide scores, as (condition, form, reader).
+    """
+
+    factor: float | fx.Node = 1.0
+    softcap: float = 0.0
+    masks: list[tuple[fx.Node, prove.Form, fx.Node]] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
+    sinks: fx.Node | None = None
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def bare(self) -> bool:
+        """Nothing has happened to the scores yet that comes after a mask."""
+        return not self.softcap and self.factor == 1.0
+
+    @property
+    def felt(self) -> str:
+        """What feels a number that is added to a whole row of scores here, empty where softmax alone follows, which does not.
+
+        Whoever drops such a number asks. Scales, casts and sums carry it along and masks that hide are above it; whatever else a step
+        may be must be named here.
+        """
+        return "a softcap" if self.softcap else "a sink logit" if self.sinks is not None else ""
+
+    def multiply(self, by: object) -> None:
+        if isinstance(by, fx.Node):
+            if self.factor != 1.0 or self.softcap:
+                raise NoMatch("the scale is a product of run-time numbers")
+            self.factor = by
+        elif isinstance(self.factor, fx.Node):
+            raise NoMatch("the scale is a product of run-time numbers")
+        else:
+            self.factor *= by
+
+
+def is_row_maximum(node: fx.Node) -> bool:
+    return node.target in _MAXIMA
+
+
+def flat_heads(four: fx.Node, three: fx.Node) -> None:
+    """Refuses a view that does anything but merge batch and heads."""
+    wide, flat = sizes(tensor_of(four)), sizes(tensor_of(three))
+    if tensor_of(four).dtype is not tensor_of(three).dtype:
+        raise NoMatch("a view reads numbers of another dtype")
+    if wide == flat:
+        return
+    if len(wide) != 4 or len(flat) != 3 or sympy.expand(wide[0] * wide[1] - flat[0]) != 0 or wide[2:] != flat[1:]:
+        raise NoMatch("the weights are reshaped")
+
+
+def is_flat(tensor: fx.Node, scores: fx.Node) -> bool:
+    """Whether batch and heads are merged, in scores and in a tensor that is broadcast to them."""
+    return tensor_of(scores).dim() == 3 and tensor_of(tensor).dim() == 3 and sizes(tensor_of(tensor))[0] != 1
+
+
+def check_cast(node: fx.Node) -> None:
+    """Refuses conversions that do more than round."""
+    tensor, source = tensor_of(node), tensor_of(node.args[0])
+    if tensor.dtype not in FLOATS or tensor.device != source.device:
+        raise NoMatch(f"a conversion to {tensor.dtype} on {tensor.device}")
+
+
+class ScoreWalk:
+    """`chain` after `product()` is what the scores went through. `matcher` is `match.Matcher`."""
+
+    def __init__(self, matcher: object, chain: Chain):
+        self.matcher, self.chain = matcher, chain
+
+    def product(self, softmax: fx.Node) -> fx.Node:
+        """Walks back from the softmax to the product of query and key."""
+        here, reader = softmax_of(softmax).input, softmax
+        while True:
+            edits = self.edits(here, reader)
+            if {u for u in here.users if not is_row_maximum(u) and u.target not in SHAPE_ONLY} != {*edits, reader}:
+                raise NoMatch("the attention scores are used elsewhere too")
+            for edit in reversed(edits):
+                self.chain.nodes.append(edit)
+                if edit.users or self.before(edit) is not here:
+                    raise NoMatch("the attention scores are used elsewhere too")
+            self.chain.nodes.append(here)
+            if is_product(here):
+                return here
+            here, reader = self.before(here), here
+
+    def edits(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
+        """Calls that change a tensor in place before `reader` reads it, in order: statements such as `scores.mul_(scale)`."""
+        position = self.matcher.memory.position
+        found = [u for u in node.users if u is not reader and written(u) == [node] and position[u] < position[reader]]
+        return sorted(found, key=position.__getitem__)
+
+    def before(self, here: fx.Node) -> fx.Node:
+        """The scores that a step got; the step is noted in the chain."""
+        scores = self.step(here)
+        before, after = sizes(tensor_of(scores)), sizes(tensor_of(here))
+        if here.target not in VIEW and (len(before) != len(after) or any(b == 1 != a for b, a in zip(before, after))):
+            raise NoMatch("the scores are broadcast")
+        return scores
+
+    def step(self, here: fx.Node) -> fx.Node:
+        chain, target = self.chain, here.target
+        if tensor_of(here) is None or not tensor_of(here).dtype.is_floating_point:
+            what = "are integers" if tensor_of(here) is not None else f"pass through {getattr(target, '__name__', target)}"
+            raise NoMatch(f"the scores {what}")
+        if target in CAST | SAME:
+            check_cast(here)
+            return here.args[0]
+        if target in MUL | DIV:
+            return self.scale(here)
+        if target in (operator.neg, torch.neg, "neg"):
+            chain.multiply(-1.0)
+            return named(here, "input").input
+        if target in (torch.tanh, "tanh"):
+            if chain.softcap or isinstance(chain.factor, fx.Node) or chain.factor <= 0:
+                raise NoMatch("a softcap of another form")
+            chain.softcap, chain.factor = chain.factor, 1.0
+            return named(here, "input").input
+        if target in ADD:
+            return self.add(here)
+        if target in FILLS:
+            return self.fill(here)
+        if target in SUB:
+            return self.without_row_maximum(here)
+        if target in (torch.cat, "cat"):
+            return self.concatenated(here)
+        if target in VIEW:
+            scores = here.all_input_nodes[0]
+            flat_heads(here, scores)
+            return scores
+        raise NoMatch(f"the scores pass through {getattr(target, '__name__', target)}")
+
+    def scale(self, node: fx.Node) -> fx.Node:
+        call = named(node, "input, other" if node.target in MUL else "input, other, *, rounding_mode=None")
+        left, right = call.input, call.other
+        if getattr(call, "rounding_mode", None) is not None:
+            raise NoMatch("the scores are rounded")
+        if node.target in MUL and not leads_to_product(left):
+            left, right = right, left
+        number = constant(right)
+        if node.target in DIV:
+            if isinstance(number, fx.Node) or number == 0:
+                raise NoMatch("scores are divided by a run-time number")
+            number = 1.0 / number
+        self.chain.multiply(number)
+        return left
+
+    def add(self, node: fx.Node) -> fx.Node:
+        call = named(node, "input, other, *, alpha=1")
+        left, right = call.input, call.other
+        if self.chain.softcap:
+            raise NoMatch("a mask or bias is added before the softcap")
+        if call.alpha != 1:
+            raise NoMatch("what is added to the scores is scaled by alpha")
+        if not leads_to_product(left):
+            left, right = right, left
+        if tensor_of(right) is None or leads_to_product(right):
+            raise NoMatch("scores are a sum of other terms")
+        if not tensor_of(right).dtype.is_floating_point:
+            raise NoMatch("integers are added to the scores")
+        if len(self.chain.terms) == 3:
+            raise NoMatch("many terms are added to the scores")
+        self.chain.terms.append(Term(right, node, self.chain.factor, is_flat(right, node), self.chain.felt))
+        return left
+
+    def fill(self, node: fx.Node) -> fx.Node:
+        """masked_fill(scores, hidden, lowest) and where(visible, scores, lowest)."""
+        if not self.chain.bare:
+            raise NoMatch("a mask is applied before the scale")
+        if node.target in _NAMES:
+            call = named(node, _NAMES[node.target])
+            condition, scores, low = call.condition, call.input, call.other
+        else:
+            call = named(node, "input: tensor, mask: tensor, value")
+            condition, scores, low = call.mask, call.input, call.value
+        form = "mask" if node.target in _NAMES else "hidden"
+        if form == "mask" and not leads_to_product(scores):
+            scores, low, form = low, scores, "hidden"
+        if tensor_of(scores) is None or tensor_of(condition) is None:
+            raise NoMatch("a mask of another form")
+        if not biases.hides(low, tensor_of(node).dtype, self.matcher.shape_env):
+            raise NoMatch("hidden scores are filled with a number that is not the lowest")
+        self.chain.masks.append((condition, form, node))
+        return scores
+
+    def without_row_maximum(self, node: fx.Node) -> fx.Node:
+        call = named(node, "input: tensor, other, *, alpha=1")
+        right = call.other
+        found = right.args[0] if isinstance(right, fx.Node) and right.target is operator.getitem and right.args[1] == 0 else right
+        if call.alpha != 1 or not isinstance(found, fx.Node) or not is_row_maximum(found):
+            raise NoMatch("something is subtracted from the scores")
+        maximum = named(found, "input, dim, keepdim: bool = False")
+        last = (-1, tensor_of(call.input).dim() - 1)
+        if (
+            maximum.input is not call.input
+            or not maximum.keepdim
+            or maximum.dim not in (*last, *((d,) for d in last), *([d] for d in last))
+        ):
+            raise NoMatch("something is subtracted from the scores")
+        if self.chain.felt:
+            raise NoMatch(f"the row's maximum is subtracted before {self.chain.felt}")
+        self.chain.nodes += [found, *([right] if right is not found else [])]
+        return call.input
+
+    def concatenated(self, node: fx.Node) -> fx.Node:
+        """cat([scores, one more column], -1)."""
+        call = named(node, "tensors, dim: int = 0")
+        parts, dim = call.tensors, call.dim
+        if (
+            len(parts) != 2
+            or any(tensor_of(p) is None for p in parts)
+            or dim not in (-1, tensor_of(node).dim() - 1)
+            or tensor_of(parts[1]).shape[-1] != 1
+        ):
+            raise NoMatch("scores are concatenated with something")
+        if self.chain.masks or self.chain.terms or not self.chain.bare or self.chain.sinks is not None:
+            raise NoMatch("sinks are changed before the softmax")
+        self.chain.sinks = parts[1]
+        return parts[0]

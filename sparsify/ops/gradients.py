@@ -1,0 +1,96 @@
+"""Gradients are torch's: no op of ours has a derivative. Where a graph may ask for one, and the net under that.
+
+A matcher asks `Modes`, so that nothing of ours is put where a derivative, forward or backward, or a transform of torch.func passes.
+An op that meets one all the same raises, instead of giving zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd import forward_ad
+
+from sparsify.errors import UnsupportedError
+from sparsify.graph.aliasing import tensor_of
+
+TRANSFORMED = "it lies within a transform of torch.func"
+_HINT = "run it under torch.no_grad(), or leave what needs gradients to torch"
+
+
+class Modes:
+    """Grad mode and transforms at every node of a graph that Dynamo made."""
+
+    def __init__(self, graph: fx.Graph):
+        self._grad: dict[fx.Node, bool] = {}
+        self._transforms: dict[fx.Node, int] = {}
+        # Dynamo compiles under the modes that the graph starts in, and guards on them
+        grad, transforms = torch.is_grad_enabled(), int(torch._C._functorch.maybe_current_level() is not None) + _dual_levels()
+        before: dict[fx.Node, bool] = {}
+        for node in graph.nodes:
+            self._grad[node], self._transforms[node] = grad, transforms
+            word = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+            if word.endswith("set_grad_enabled") and "fwd" not in word:
+                grad = node.args[0] is not False
+            elif word == "_enter_inference_mode":  # turned off, it turns gradients on
+                before[node], grad = grad, node.args[0] is not True
+            elif word == "_exit_inference_mode":
+                grad = before.get(node.args[0], True)
+            elif word.endswith(("_increment_nesting", "enter_dual_level")):
+                transforms += 1
+            elif word.endswith(("_decrement_nesting", "exit_dual_level")):
+                transforms -= 1
+
+    def transformed(self, nodes: Iterable[fx.Node]) -> bool:
+        """Whether one of the nodes runs within torch.func's grad, vjp, jvp or vmap, or where tensors may carry tangents."""
+        return any(self._transforms[node] > 0 or _wrapped(tensor_of(node)) for node in nodes)
+
+    def needs_grad(self, output: fx.Node, operands: Iterable[fx.Node], inner: Iterable[fx.Node] = ()) -> bool:
+        """Whether autograd follows something from the operands to the output, over the nodes in between."""
+        # a conversion that changes nothing gives the parameter itself, which requires a gradient in every mode
+        followed = any(_requires_grad(node) and not tensor_of(node).is_leaf for node in (output, *inner))
+        return followed or (self._grad[output] and any(_requires_grad(node) for node in operands))
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.requires_grad
+
+
+def _wrapped(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _dual_levels() -> int:
+    """Levels of forward-mode derivatives that are open now."""
+    return forward_ad._current_level + 1
+
+
+def refuse(op: str, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """To be asked by every kernel and by the fake one that traces it: kernels run below autograd, where tensors still say what they need.
+
+    Raises:
+        UnsupportedError: derivatives are taken of one of the tensors. Under torch.no_grad() nothing is looked at.
+    """
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        for operand in (*operands, *options.values()):
+            if isinstance(operand, torch.Tensor):
+                _check(op, operand)
+
+
+def _check(op: str, operand: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and operand.requires_grad:
+        raise UnsupportedError("it has no gradient, and an operand requires one", where=f"sparsify::{op}", hint=_HINT)
+    if forward_ad._current_level >= 0 and torch._VF._unpack_dual(operand, level=forward_ad._current_level).tangent is not None:
+        raise UnsupportedError("it has no derivative, and an operand carries a tangent", where=f"sparsify::{op}", hint=_HINT)
+
+
+def refuse_transforms(op: str, library: torch.library.Library) -> None:
+    """Makes an op raise within torch.func's transforms, whatever its operands are. This key is looked at only there."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        raise UnsupportedError("it knows nothing of torch.func's grad, vjp, jvp and vmap", where=f"sparsify::{op}", hint=_HINT)
+
+    library.impl(op, call, "FuncTorchDynamicLayerFrontMode")

@@ -1,0 +1,267 @@
+"""Which method acts at which site: what the configuration and a plan file say, what the methods propose, and what that costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsify.costs import seconds as costs
+from sparsify.costs import work
+from sparsify.costs.seconds import number
+from sparsify.errors import SparsifyError
+from sparsify.graph import unforeseen
+from sparsify.graph.compat import symbol_values
+from sparsify.matching.sites import AttentionSite, FeedForwardSite, Size
+from sparsify.planning import objective
+from sparsify.planning.config.config import Config
+from sparsify.planning.method import Context, Pass, Proposal, Refusal, discover
+from sparsify.planning.plan import Decision, Followed, Place, Plan, follow, places
+
+
+@dataclass
+class Choice:
+    """A site with the proposal that won, or None, and the decision as a record."""
+
+    site: AttentionSite | FeedForwardSite
+    proposal: Proposal | None
+    decision: Decision
+
+
+def acts_on(site_type: type, config: Config) -> bool:
+    """Whether the configuration, or its plan file, names a method for this type of site."""
+    methods = discover()
+    named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
+    if config.plan:
+        saved = {d.method for d in follow(config.plan).plan.rewritten}
+        named = saved | named if config.objective is not None or config.max_error is not None else saved
+    return any(methods[name].site_type is site_type for name in named if name in methods)
+
+
+def make_plan(
+    sites: list[AttentionSite | FeedForwardSite], config: Config, context: Context, at: Sequence[Place] | None = None
+) -> tuple[Plan, list[Choice]]:
+    """Asks the configured methods at every site and chooses.
+
+    Order in the configuration is preference; a proposal with `min_key_len` is eligible from that key length on, and asking a
+    symbolic length installs a guard, so that torch compiles one graph on each side of it.
+
+    Args:
+        at: the sites' places, where they are not those of a whole graph.
+
+    Raises:
+        PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
+    """
+    followed = follow(config.plan)
+    regimes = _Regimes()
+    choices = []
+    for site, place in zip(sites, places(sites) if at is None else at, strict=True):
+        saved = _saved(place, followed)
+        candidates, measured = _candidates(site, place, config, saved), saved.measured if saved else []
+        try:
+            choices.append(_choose(site, place, candidates, config, context, measured, regimes))
+        except SparsifyError:
+            raise
+        except Exception as error:
+            reason = unforeseen.reason(error, site.name)
+            choices.append(Choice(site, None, Decision(site.name, site.layer, "", {}, "", None, kind=place.kind, ordinal=place.ordinal)))
+            choices[-1].decision.reason = reason
+    return Plan([c.decision for c in choices], device=context.device.describe()), choices
+
+
+def _saved(place: Place, followed: Followed | None) -> Decision | None:
+    """What a plan file says of a site. It is made for a prompt with an ordinary cache; a SparseCache's sites come on top of it."""
+    if followed is None:
+        return None
+    if not followed.has(place) and followed.has(place._replace(name=place.name.removesuffix(".cache"))):
+        return None
+    return followed.find(place)
+
+
+_ATTENTION_SIZES = ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")
+_FFN_SIZES = ("rows", "hidden", "intermediate")
+
+
+def _candidates(site: AttentionSite | FeedForwardSite, place: Place, config: Config, saved: Decision | None) -> list[Pass]:
+    methods = discover()
+    kind = {name for name, method in methods.items() if isinstance(site, method.site_type)}
+    configured = config.for_layer(site.name, site.layer, kind, place.ordinal)
+    if saved is None:
+        wanted = configured
+    else:
+        wanted = [(saved.method, saved.options)] if saved.method else []
+        if config.objective is not None or config.max_error is not None:
+            extra = [one for one in wanted if one[0] not in dict(configured)]
+            wanted = extra + _with_measured(configured, saved.measured)
+        elif saved.method and methods[saved.method].lossy and isinstance(site, AttentionSite):
+            wanted += [("dense", {})]
+    made = list(dict.fromkeys(methods[name](**options) for name, options in wanted))
+    return [m for m in made if not (config.exact and m.lossy)]
+
+
+def _with_measured(configured: list[tuple[str, dict[str, Any]]], measured: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The configured methods, each followed by the other options of it that were measured."""
+    wanted = []
+    for name, options in configured:
+        wanted += [(name, options), *((name, one["options"]) for one in measured if one["method"] == name)]
+    return wanted
+
+
+class _Regimes:
+    """Solved crossovers that a graph's sites ask a symbolic length for: two, so that there are three regimes, however shapes differ."""
+
+    def __init__(self) -> None:
+        self._asked: dict[str, list[int]] = {}
+
+    def start(self, site: AttentionSite | FeedForwardSite, proposal: Proposal) -> int | None:
+        """The length from which the proposal is eligible: its own, or the next that another site asked for; None beyond the last."""
+        if not proposal.solved or not proposal.min_key_len:
+            return proposal.min_key_len
+        size = site.key.meta["example_value"].shape[2]
+        asked = self._asked.setdefault(str(size), [])
+        if isinstance(size, int) or proposal.min_key_len in asked:
+            return proposal.min_key_len
+        if len(asked) < objective.MOST_REGIMES - 1:
+            asked.append(proposal.min_key_len)
+            return proposal.min_key_len
+        return min((bound for bound in asked if bound > proposal.min_key_len), default=None)
+
+
+def _choose(
+    site: AttentionSite | FeedForwardSite,
+    place: Place,
+    candidates: list[Pass],
+    config: Config,
+    context: Context,
+    measured: list[dict[str, Any]],
+    regimes: _Regimes,
+) -> Choice:
+    decision, dense = _described(site, place, context)
+    decision.measured = measured
+    proposed = _proposed(site, candidates, config, context, decision)
+    pending: list[Proposal] = []
+    while True:
+        pending += proposed if config.objective else [*itertools.islice(proposed, 1)]  # order asks no further than it must
+        if not pending:
+            break
+        proposal = pending.pop(_best(pending, site, config, dense))
+        start = regimes.start(site, proposal)
+        if start is None or (start and not at_least(site.key, 2, start)):
+            what = f"key_len below {proposal.min_key_len if start is None else start}, where it starts to pay"
+            decision.refusals.append(str(proposal.method.refuse(what, "set min_length to force it" if proposal.method.lossy else "")))
+            continue
+        _take(decision, proposal, pending, size_hints(site), config)
+        return Choice(site, proposal, decision)
+    decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
+    return Choice(site, None, decision)
+
+
+def _proposed(
+    site: AttentionSite | FeedForwardSite, candidates: list[Pass], config: Config, context: Context, decision: Decision
+) -> Iterator[Proposal]:
+    """What the methods propose, in their order; who refuses is noted."""
+    for method in candidates:
+        refusal = Refusal(method.name, site.near_miss) if site.near_miss else None
+        refusal = refusal or objective.refuse_error(method, decision.measured, config.max_error)
+        answer = _asked(method, site, context) if refusal is None else refusal
+        for one in answer if isinstance(answer, tuple) else (answer,):
+            if isinstance(one, Refusal):
+                decision.refusals.append(str(one))
+            else:
+                yield one
+
+
+def _asked(method: Pass, site: AttentionSite | FeedForwardSite, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
+    try:
+        return method.propose(site, context)
+    except SparsifyError:
+        raise
+    except Exception as error:
+        return Refusal(method.name, unforeseen.reason(error, site.name))
+
+
+def _best(proposals: list[Proposal], site: AttentionSite | FeedForwardSite, config: Config, dense: Any) -> int:
+    """Without an objective the first: order is preference."""
+    if config.objective is None or len(proposals) == 1:
+        return 0
+    ffn = isinstance(site, FeedForwardSite)
+    return objective.select(
+        proposals,
+        config.objective,
+        key_len=0 if ffn else site.key_len,
+        hints=size_hints(site),
+        operands=site.weight_bytes if ffn else work.operand_bytes(site),
+        dense=dense,
+        reaches=(lambda bound: False) if ffn else lambda bound: at_least(site.key, 2, bound),
+    )
+
+
+def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints: dict[Any, int], config: Config) -> None:
+    method = proposal.method
+    decision.method, decision.options, decision.reason = method.name, method.options(), proposal.note
+    decision.seconds, decision.scratch, decision.formula = (
+        number(proposal.seconds, hints),
+        number(proposal.scratch, hints),
+        proposal.formula,
+    )
+    decision.density = proposal.density
+    decision.error = objective.measured_error(method, decision.measured)
+    if config.max_error is not None:
+        decision.reason += f"; error {decision.error:.3g}, at most {config.max_error:g}"
+    if config.objective is not None:
+        decision.reason += f"; least {'time and memory' if config.objective == 'balanced' else config.objective}"
+        cost = f"{method.name} {objective.words(decision.seconds, decision.scratch)}"
+        for other in others:
+            time, scratch = number(other.seconds, hints), number(other.scratch, hints)
+            decision.refusals.append(f"{other.method.name}: {other.note}: {objective.words(time, scratch)} against {cost}")
+
+
+def _described(site: AttentionSite | FeedForwardSite, place: Place, context: Context) -> tuple[Decision, Any]:
+    """The site as a decision that is still open, and dense seconds as an expression."""
+    ffn = isinstance(site, FeedForwardSite)
+    decision = Decision(
+        site=site.name,
+        ordinal=place.ordinal,
+        layer=site.layer,
+        phase=site.phase,
+        sizes={n: str(getattr(site, n)) for n in (_FFN_SIZES if ffn else _ATTENTION_SIZES)},
+        mask="" if ffn else site.mask.describe(),
+        method=None,
+        kind=place.kind,
+    )
+    if ffn:
+        seconds = costs.ffn_seconds(site, context.device)
+    else:
+        dense = lambda sizes: (work.attention(sizes, "sdpa"),)
+        seconds = costs.seconds(dense(work.sizes_of(site)), context.device)
+        decision.dense_formula = costs.formula(dense, site, context.device) if context.formulas and not site.near_miss else ""
+    decision.dense_seconds = number(seconds, size_hints(site))
+    return decision, seconds
+
+
+def at_least(node: torch.fx.Node, dim: int, bound: int) -> bool:
+    """Whether a dimension reaches a bound; on a symbolic size the answer becomes a guard of the compiled graph."""
+    return bound <= 0 or bool(node.meta["example_value"].shape[dim] >= bound)
+
+
+def size_hints(site: AttentionSite | FeedForwardSite) -> dict[Any, int]:
+    """The example's numbers for the site's symbols."""
+    hints: dict[Any, int] = {}
+    for node in (site.output,) if isinstance(site, FeedForwardSite) else (site.query, site.key, site.value):
+        for size in node.meta["example_value"].shape:
+            if isinstance(size, torch.SymInt) and size.node.hint is not None:
+                hints |= _solve(size.node.expr, size.node)
+    return hints
+
+
+def _solve(expr: Size, node: Any) -> dict[Any, int]:
+    env = node.shape_env
+    found = {}
+    for symbol in getattr(expr, "free_symbols", ()):
+        table = symbol_values(env)
+        if symbol in table:
+            found[symbol] = int(table[symbol])
+    return found

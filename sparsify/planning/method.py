@@ -1,0 +1,152 @@
+"""What a method is and how methods are found.
+
+A method is a frozen pydantic model whose fields are its options, so that configuration, plan files and code share one validation:
+
+    class SinkWindow(Pass):
+        name: ClassVar[str] = "sink_window"
+        sinks: int = Field(4, ge=0)
+
+        def propose(self, site, context): ...   # Proposal or Refusal, nothing changed
+        def rewrite(self, editor, site): ...    # replaces site.output
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from sparsify.costs import seconds as costs
+from sparsify.costs.device import Device
+from sparsify.costs.work import AttentionSizes, Work, sizes_of
+from sparsify.errors import ConfigError
+from sparsify.matching.sites import AttentionSite
+from sparsify.rewriting.editor import Editor
+
+ENTRY_POINT_GROUP = "sparsify.methods"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a method does not act on a site, and what the user could do about it."""
+
+    method: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.method}: {self.reason}" + (f" ({self.hint})" if self.hint else "")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a method would do at a site.
+
+    seconds: expected time as an expression in the site's symbolic sizes. density: expected share of causal blocks, None when exact.
+    min_key_len: key length from which the method is expected to pay; below it the site falls to the next candidate. solved: whether it
+        comes from the costs, so that a nearby length that other sites ask for does as well.
+    formula: the same seconds in letters, for reports. scratch: bytes of memory that it needs for a while beside its operands.
+    """
+
+    method: Pass
+    seconds: sympy.Expr
+    density: float | None = None
+    min_key_len: int = 0
+    solved: bool = False
+    note: str = ""
+    formula: str = ""
+    scratch: sympy.Expr = sympy.S.Zero
+
+    @classmethod
+    def of(cls, method: Pass, site: Any, context: Context, works: Callable[[AttentionSizes], Iterable[Work]], **more: Any) -> Proposal:
+        """A proposal for an attention site from what it would do there, as kernels one after the other."""
+        seconds = costs.seconds(works(sizes_of(site)), context.device)
+        formula = costs.formula(works, site, context.device) if context.formulas else ""
+        return cls(method, seconds, formula=formula, **more)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a proposal may depend on beside its site."""
+
+    device: Device
+    kernels: str  # "triton" or "reference": which backend will serve the custom ops
+    min_length: int | None = None  # configured crossover; None: solve it from the costs
+    family: str = "triton"  # kernel family of the attention op, the first half of a family in a device profile
+    worth: float = 0.5  # share of dense attention's time that a lossy method may take where it acts by default
+    formulas: bool = True  # whether costs are wanted in letters too, which takes longer than all else
+
+
+class Pass(BaseModel):
+    """Base of all methods. `lossy` methods act only where configuration or a plan enables them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    name: ClassVar[str]
+    lossy: ClassVar[bool] = True
+    site_type: ClassVar[type] = AttentionSite
+
+    def propose(self, site: Any, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
+        """What this method would do at a site; several proposals in order of preference, the first eligible one is taken."""
+        raise NotImplementedError
+
+    def rewrite(self, editor: Editor, site: Any) -> None:
+        raise NotImplementedError
+
+    def keep_all(self) -> Pass:
+        """The same method with settings under which it must equal dense; used by verification."""
+        return self
+
+    def options(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def refuse(self, reason: str, hint: str = "") -> Refusal:
+        return Refusal(self.name, reason, hint)
+
+
+@functools.cache
+def discover() -> dict[str, type[Pass]]:
+    """Every method by name: modules of `sparsify.passes`, then the entry-point group `sparsify.methods` of other packages.
+
+    Raises:
+        ConfigError: two methods share a name, or an entry point is not a Pass.
+    """
+    folder = importlib.import_module("sparsify.passes")  # by name: methods import this module, not the other way round
+    found: dict[str, type[Pass]] = {}
+    for module in pkgutil.iter_modules(folder.__path__):
+        loaded = importlib.import_module(f"sparsify.passes.{module.name}")
+        for value in vars(loaded).values():
+            if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == loaded.__name__ and "name" in vars(value):
+                _add(found, value, f"sparsify.passes.{module.name}")
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        value = entry.load()
+        if not (isinstance(value, type) and issubclass(value, Pass)):
+            raise ConfigError(f"entry point {entry.value} is not a sparsify Pass", where=f"{ENTRY_POINT_GROUP}:{entry.name}")
+        _add(found, value, entry.value)
+    return found
+
+
+def _add(found: dict[str, type[Pass]], method: type[Pass], where: str) -> None:
+    if method.name in found and found[method.name] is not method:
+        raise ConfigError(f"two methods are named {method.name!r}", where=where, hint="rename one of them")
+    found[method.name] = method
+
+
+def refuse_common(method: Pass, site: AttentionSite) -> Refusal | None:
+    """Reasons that hold for every attention method."""
+    if site.mask.opaque:
+        return method.refuse(f"the mask could not be read: {site.mask.reason}")
+    if site.needs_grad:
+        return method.refuse("gradients are required", "run under torch.no_grad() or torch.inference_mode()")
+    if site.dropout:
+        return method.refuse(f"attention dropout of {site.dropout:g}", "call model.eval()")
+    if site.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return method.refuse(f"dtype {site.dtype} is not served", "use float32, float16 or bfloat16")
+    return None

@@ -1,0 +1,98 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sparsify.planning.plan import Decision, Plan
+
+
+def table(plan: Plan, width: int = 180) -> str:
+    """One row per site; equal neighbours are folded (`layers 4-27`)."""
+    if plan.fallback:
+        return f"the graph was left untouched: {plan.fallback}"
+    if not plan.decisions:
+        return "no attention site was found"
+    grid = Table(title=_title(plan), title_justify="left")
+    for name, justify in (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
+                          ("dense", "right"), ("chosen", "right"), ("density", "right")):  # fmt: skip
+        grid.add_column(name, justify=justify, overflow="fold")
+    labels = dict(zip(map(id, plan.decisions), plan.labels(), strict=True))
+    for group in _folded(plan.decisions):
+        grid.add_row(*_row(group, labels[id(group[0])], labels[id(group[-1])]))
+    console = Console(file=io.StringIO(), width=width)
+    console.print(grid)
+    for line in _formulas(plan):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return console.file.getvalue().rstrip()
+
+
+def _title(plan: Plan) -> str:
+    counts = []
+    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks")):
+        of_kind = [d for d in plan.decisions if d.kind == kind]
+        if of_kind or kind == "attention":
+            counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
+    known = [d for d in plan.decisions if d.dense_seconds is not None]
+    if known:
+        chosen = sum(d.dense_seconds if d.method is None or d.seconds is None else d.seconds for d in known)
+        counts.append(f"{_time(sum(d.dense_seconds for d in known))} expected dense, {_time(chosen)} as chosen")
+    return ", ".join(counts)
+
+
+def _formulas(plan: Plan) -> list[str]:
+    """Formula and number of every distinct cost, and whose numbers they are."""
+    lines: dict[str, None] = {}
+    for d in plan.decisions:
+        for name, formula, seconds in (("dense", d.dense_formula, d.dense_seconds), (d.method, d.formula, d.seconds)):
+            if formula:
+                lines[f"  {name}, {d.phase} {d.sizes['query_len']}×{d.sizes['key_len']}: {_time(seconds) or '?'} = {formula}"] = None
+    letters = "B batch, H and G query and KV heads, Q and N query and key length"
+    return [f"costs on {plan.device}; {letters}; seconds:", *lines] if lines else []
+
+
+def _folded(decisions: list[Decision]) -> list[list[Decision]]:
+    groups: list[list[Decision]] = []
+    for d in decisions:
+        key = (d.sizes, d.mask, d.method, d.options, d.reason, d.phase, d.refusals)
+        last = groups[-1][-1] if groups else None
+        if last and key == (last.sizes, last.mask, last.method, last.options, last.reason, last.phase, last.refusals):
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    return groups
+
+
+def _row(group: list[Decision], label: str, last_label: str) -> tuple[str, ...]:
+    first, last, s = group[0], group[-1], group[0].sizes
+    until = last_label if last.layer is None or last.layer == first.layer else last.layer
+    name = label if len(group) == 1 else f"{label} … {until} ({len(group)})"
+    if first.kind == "ffn":
+        sizes = f"{s['rows']} rows·{s['hidden']}→{s['intermediate']} {first.phase}"
+    else:
+        dims = s["qk_head_dim"] if s["qk_head_dim"] == s["v_head_dim"] else f"{s['qk_head_dim']}/{s['v_head_dim']}"
+        sizes = f"{s['batch']}·{s['query_heads']}/{s['kv_heads']}·{s['query_len']}×{s['key_len']}·{dims} {first.phase}"
+    reason = first.reason
+    others = [r for r in first.refusals if r != first.reason]
+    if others:
+        reason += "\n" + "\n".join(others)
+    densities = [d.realised_density for d in group if d.realised_density is not None]
+    if densities:
+        density = f"{sum(densities) / len(densities):.1%}"
+    else:
+        density = "" if first.density is None else f"≈{first.density:.0%}"
+    return name, sizes, first.mask, first.method or "left as is", reason, _time(first.dense_seconds), _time(first.seconds), density
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.2f} {unit}"
+    return f"{seconds * 1e6:.0f} µs"

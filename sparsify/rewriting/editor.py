@@ -1,0 +1,357 @@
+"""The only code that changes a graph: nodes in front of a site, the site's output replaced, what it orphaned erased."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from sparsify.errors import RewriteError
+from sparsify.graph.aliasing import written
+from sparsify.masks.predicate import Leaf
+from sparsify.masks.symbolic import COMPUTED, FURTHEST, scalar, shape_env_of
+from sparsify.matching.sites import AttentionSite, FeedForwardSite, KeyBias, Size
+from sparsify.ops import attention as ops
+from sparsify.ops import operands
+
+
+@dataclass(frozen=True)
+class MaskOperands:
+    """The mask's clauses as operands of the attention ops (see `sparsify.ops.attention`)."""
+
+    key_flags: fx.Node | None
+    segments: fx.Node | None
+    query_start: fx.Node | None
+    causal: bool
+    window: int  # 0 without one
+
+
+@dataclass
+class Editor:
+    """Inserts nodes before a site, replaces its output and erases what only served it.
+
+    Emits torch functions, tensor methods and operators only: AOTAutograd's cache declines graphs that call anything else.
+    """
+
+    graph: fx.Graph
+    inserted: list[fx.Node] = field(default_factory=list)
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    superseded: set[str] = field(default_factory=set)
+    _shared: dict[Any, fx.Node] = field(default_factory=dict)
+    _before: fx.Node | None = None  # where nodes go
+    _output: fx.Node | None = None  # the site's output
+
+    @functools.cached_property
+    def shape_env(self) -> Any | None:
+        return shape_env_of(self.graph)
+
+    def at(self, site: AttentionSite | FeedForwardSite) -> Editor:
+        self._before = self._output = site.output
+        return self
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call_function node before the current site, its example value computed on fake tensors."""
+        return self._insert("call_function", target, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Likewise a call_method node."""
+        return self._insert("call_method", name, args, kwargs)
+
+    def _insert(self, kind: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
+        if self._before is None:
+            raise RewriteError("the editor has no position", hint="call editor.at(site) first")
+        # a site's operand may be an earlier site's output: left alone, the old attention would stay alive and be read
+        args, kwargs = fx.node.map_arg((args, kwargs), self.current)
+        with self.graph.inserting_before(self._before):
+            node = self.graph.create_node(kind, target, args, kwargs)
+        # the graph's own fake mode: the tracing context may hold another one by now
+        fake_mode = getattr(self._output.meta["example_value"], "fake_mode", None)
+        if getattr(target, "namespace", "") == ops.NAMESPACE:
+            operands.check(target, values(args), values(kwargs), self.shape_env)
+        function = target if kind == "call_function" else lambda self_, *a, **k: getattr(self_, target)(*a, **k)
+        # sites lie where no gradient is followed, whatever mode the graph is compiled in
+        with fake_mode or contextlib.nullcontext(), torch.no_grad():
+            node.meta["example_value"] = function(*values(args), **values(kwargs))
+        for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+            if key in self._output.meta:
+                node.meta[key] = self._output.meta[key]
+        self.inserted.append(node)
+        return node
+
+    def converted(self, site: Any) -> Any:
+        """The site with query, key and value in its dtype, as autocast hands them to attention."""
+        if not isinstance(site, AttentionSite):
+            return site
+        self.at(site)
+        names = [n for n in ("query", "key", "value") if values(getattr(site, n)).dtype != site.dtype]
+        return dataclasses.replace(site, **{n: self.method("to", getattr(site, n), site.dtype) for n in names})
+
+    def items(self, pair: fx.Node, count: int) -> list[fx.Node]:
+        """The elements of a node that returns a tuple."""
+        return [self.call(operator.getitem, pair, i) for i in range(count)]
+
+    def replace(self, site: AttentionSite | FeedForwardSite, value: fx.Node) -> None:
+        """Every use of the site's output reads `value` instead, in the strides that the graph expects."""
+        old, new = values(site.output), values(value)
+        if site.output_stride_order == "bhqd" and not new.is_contiguous():
+            value = self.method("contiguous", value)
+        elif site.output_stride_order == "bqhd" and not new.transpose(1, 2).is_contiguous():
+            value = self.method("transpose", self.method("contiguous", self.method("transpose", value, 1, 2)), 1, 2)
+        elif site.output_stride_order == "other":
+            shape, strides = (tuple(self.size(site, scalar(n)) for n in numbers) for numbers in (old.shape, old.stride()))
+            empty = self.call(torch.empty_strided, shape, strides, dtype=old.dtype, device=old.device)
+            value = self.method("copy_", empty, value)
+        site.output.replace_all_uses_with(value)
+        self.replaced[site.output] = value
+
+    def supersede(self, node: fx.Node) -> None:
+        """Erases a mutating call whose effect an inserted node now has; verification would else miss the mutation."""
+        self.superseded.add(node.name)
+        self.graph.erase_node(node)
+
+    def mask_operands(self, site: AttentionSite, *, sinks: int = 0) -> MaskOperands:
+        """The site's proved clauses as operands. With sinks > 0 and a padding clause, the first `sinks` visible keys of each
+        batch row carry the sink bit. Layers that read the same mask share these nodes."""
+        mask = site.mask
+        flags = segments = None
+        if mask.padding is not None:
+            key = ("flags", mask.padding, sinks, str(site.key_len), str(site.batch))
+            flags = self._once(key, lambda: self._key_flags(self._rows(site, mask.padding), mask.padding, sinks))
+        if mask.documents is not None:
+            key = ("segments", mask.documents, str(site.key_len), str(site.batch))
+            segments = self._once(key, lambda: self._segments(self._rows(site, mask.documents)))
+        start = None
+        if not mask.query_start.bottom_right:
+            start = self._once(("start", mask.query_start), lambda: self._query_start(site))
+        return MaskOperands(flags, segments, start, mask.causal, mask.window or 0)
+
+    def shared(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        """The node that sites of this graph share under `key`, made by the first of them."""
+        return self._once(key, make)
+
+    def share(self, key: Any, node: fx.Node) -> None:
+        """What the sites after this one find under `key`."""
+        self._shared[key] = node
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node, or what replaced it: a site's operand may be an earlier site's output."""
+        return self.replaced.get(node, node)
+
+    def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _rows(self, site: AttentionSite, leaf: Leaf) -> fx.Node:
+        """leaf[:, shift : shift + key_len] as [batch, key_len]."""
+        begin, key_len = self.size(site, leaf.shift), self.length(site.key, 2)
+        if begin == 0:
+            end = key_len
+        else:
+            end = begin + key_len if isinstance(begin, int) and isinstance(key_len, int) else self.call(operator.add, begin, key_len)
+        whole = self._snapshot(leaf.node)
+        rank = values(whole).dim()
+        if rank != 2:
+            whole = self.method("unsqueeze", whole, 0) if rank == 1 else self.method("flatten", whole, 1)
+        part = self.call(operator.getitem, whole, (slice(None), slice(begin, end)))
+        return self.method("expand", part, self.length(site.query, 0), -1)
+
+    def _snapshot(self, leaf: fx.Node) -> fx.Node:
+        """A copy of a mask's leaf, taken where the leaf is defined.
+
+        A cache moves its length counter before the layer's attention runs, while the mask read it at the top of the graph.
+        """
+
+        def copy() -> fx.Node:
+            after = leaf
+            while leaf.op == "placeholder" and after.next.op == "placeholder":
+                after = after.next
+            site, self._before = self._before, after.next
+            try:
+                return self.method("clone", leaf)
+            finally:
+                self._before = site
+
+        return self._once(("snapshot", leaf), copy)
+
+    def _key_flags(self, rows: fx.Node, leaf: Leaf, sinks: int) -> fx.Node:
+        """uint8 [batch, key_len]: bit 0 where `rows` compares as the leaf says, bit 1 on the first `sinks` of those."""
+        visible = self.call(getattr(operator, leaf.relation), rows, leaf.number)
+        flags = self.method("to", visible, torch.uint8)
+        if sinks:
+            first = self.call(operator.le, self.method("cumsum", visible, -1), sinks)
+            first = self.method("to", self.call(operator.and_, visible, first), torch.uint8)
+            flags = self.call(operator.add, flags, self.call(operator.mul, first, 2))
+        return flags
+
+    def _segments(self, rows: fx.Node) -> fx.Node:
+        """int32 [batch, key_len], equal where `rows` is: 64-bit ids become ranks in their row, since a cast could make two equal."""
+        if values(rows).dtype.itemsize <= 4:
+            return self.method("to", rows, torch.int32)
+        rows = self.method("contiguous", rows)
+        ordered = self.call(operator.getitem, self.method("sort", rows, -1), 0)
+        return self.call(torch.searchsorted, ordered, rows, out_int32=True)
+
+    def _query_start(self, site: AttentionSite) -> fx.Node:
+        """int64 []: kernels count in 32 bits, and beyond `FURTHEST` no position is another's neighbour."""
+        start = site.mask.query_start
+        constant = 0 if start.constant is None else self.size(site, start.constant)
+        if start.leaf is None and isinstance(constant, int):
+            constant = max(-FURTHEST, min(constant, FURTHEST))
+            return self.call(torch.full, (), constant, dtype=torch.int64, device=values(site.query).device)
+        if start.leaf is None:
+            node = self.call(torch.full, (), constant, dtype=torch.int64, device=values(site.query).device)
+        else:
+            node = self.method("to", self.method("reshape", self._snapshot(start.leaf), ()), torch.int64)
+            node = node if start.constant is None else self.call(operator.add, node, constant)
+        return self.method("clamp", node, -FURTHEST, FURTHEST)
+
+    def length(self, node: fx.Node, dim: int) -> int | fx.Node:
+        """The size of one dimension: an int, or a node that computes it."""
+        size = values(node).shape[dim]
+        return size if isinstance(size, int) else self.method("size", node, dim)
+
+    def size(self, site: AttentionSite, expr: Size) -> int | fx.Node:
+        """An int, or a node that computes an expression over symbolic sizes.
+
+        Raises:
+            RewriteError: a symbol of the expression is the size of nothing before the site.
+        """
+        if isinstance(expr, int) or expr.is_Integer:
+            return int(expr)
+        found = self._size_node(expr)
+        if found is not None:
+            return found
+        if expr.func not in COMPUTED:
+            raise RewriteError(f"no node holds the size {expr}", where=site.name)
+        operands = [self.size(site, part) for part in ([expr.base] * int(expr.exp) if expr.is_Pow else expr.args)]
+        result = operands[0]
+        for operand in operands[1:]:
+            result = self.call(COMPUTED[expr.func], result, operand)
+        return result
+
+    def _size_node(self, expr: sympy.Expr) -> fx.Node | None:
+        """The node of a size, or of one dimension of a tensor, before the current position."""
+        for node in self.graph.nodes:
+            if node is self._before:
+                return None
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt) and sympy.expand(value.node.expr - expr) == 0:
+                return node
+            if isinstance(value, torch.Tensor) and expr.is_Symbol:
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == expr:
+                        return self.method("size", node, dim)
+        return None
+
+    def erase_orphans(self, sites: Iterable[AttentionSite]) -> None:
+        """Erases replaced outputs, what only computed them, and what computed only their inputs, as far as nothing else uses it.
+
+        Other mutating calls and graph inputs stay: a cache update has no user and must survive.
+        """
+        for site in sites:
+            own = {site.output, *getattr(site, "covered", ())}
+            for node in sorted(own, reverse=True):  # a site's own nodes may scale or mask in place: last first
+                if not node._erased and not node.users:
+                    if mutates(node):
+                        self.superseded.add(node.name)
+                    self._erase_upwards(node)
+
+    def _erase_upwards(self, node: fx.Node) -> None:
+        pending = list(node.all_input_nodes)
+        self.graph.erase_node(node)
+        while pending:
+            node = pending.pop()
+            if node._erased or node.users or node.op in ("placeholder", "output") or mutates(node):
+                continue
+            pending.extend(node.all_input_nodes)
+            self.graph.erase_node(node)
+
+
+def values(tree: Any) -> Any:
+    """Nodes replaced by their example values."""
+    return fx.node.map_arg(tree, lambda node: node.meta["example_value"])
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a node may write to one of its inputs. Unknown callables count as mutating."""
+    return node.op == "call_module" or bool(written(node))
+
+
+def _key_bias(editor: Editor, site: AttentionSite, biases: Iterable[KeyBias]) -> fx.Node | None:
+    """The sum of what is added per key, [batch or 1, query_heads or 1, key_len]."""
+    total = None
+    for one in biases:
+        bias = one.node
+        if one.flat:
+            bias = editor.method("reshape", bias, editor.length(site.query, 0), editor.length(site.query, 1), -1)
+        else:
+            for _ in range(4 - values(bias).dim()):
+                bias = editor.method("unsqueeze", bias, 0)
+            bias = editor.method("select", bias, 2, 0)
+        bias = bias if one.scale == 1.0 else editor.call(operator.mul, bias, one.scale)
+        total = bias if total is None else editor.call(operator.add, total, bias)
+    return total
+
+
+def empty_row_operands(editor: Editor, site: AttentionSite, key_bias: fx.Node | None = None) -> dict[str, Any]:
+    """What the attention ops are told of rows that see no key; nothing where such rows are 0 or do not exist."""
+    if site.empty_rows in ("impossible", "zero"):
+        return {}
+    if site.empty_rows == "nan":
+        return {"empty_rows": "nan"}
+    found: dict[str, Any] = {"empty_rows": "mean", "lowest": site.lowest}
+    reaching = [one for one in site.key_bias if one.on_hidden]
+    if reaching:
+        found["hidden_bias"] = key_bias if len(reaching) == len(site.key_bias) else _key_bias(editor, site, reaching)
+    return found
+
+
+def attention_call(
+    editor: Editor,
+    site: AttentionSite,
+    *,
+    sinks: int = 0,
+    windows: tuple[int, ...] | None = None,
+    blocks: tuple[fx.Node, fx.Node] | None = None,
+    block_size: int = 128,
+) -> fx.Node:
+    """Emits `ops.attention` for a site and returns its output node. `windows` replaces the mask's own window when given."""
+    mask = editor.mask_operands(site, sinks=sinks)
+    own = (mask.window,) if mask.window else ()
+    slopes = site.alibi_slopes
+    if slopes is not None and values(slopes).dim() == 1:
+        slopes = editor.method("unsqueeze", slopes, 0)  # one row of slopes serves every batch row
+    key_bias = _key_bias(editor, site, site.key_bias)
+    result = editor.call(
+        ops.attention,
+        site.query,
+        site.key,
+        site.value,
+        key_flags=mask.key_flags,
+        segments=mask.segments,
+        query_start=mask.query_start,
+        block_counts=blocks[0] if blocks else None,
+        block_indices=blocks[1] if blocks else None,
+        sink_logits=site.sink_logits,
+        alibi_slopes=slopes,
+        key_bias=key_bias,
+        scale=site.scale,
+        causal=mask.causal,
+        windows=list(own if windows is None else windows),
+        sinks=sinks,
+        softcap=site.softcap,
+        block_size=block_size,
+        seq_major=site.output_stride_order != "bhqd",
+        version=ops.VERSION,
+        **empty_row_operands(editor, site, key_bias),
+    )
+    return editor.items(result, 1)[0]

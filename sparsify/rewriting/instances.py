@@ -1,0 +1,248 @@
+"""Small instances of a region: numbers for its sizes and contents for the tensors that it begins at.
+
+Symbolic sizes get small numbers that the graph's guards allow. Numbers that the graph has fixed (a prompt of 32768 tokens, a window of
+4096) are mapped to small ones, in sizes, literals and guards alike, so that neighbours stay neighbours, sums stay sums and the order stays
+the order: `q - 4095` beside a window of 4096 becomes `q - 11` beside a window of 12.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.numbers import int_oo
+
+from sparsify.graph.compat import symbol_values
+from sparsify.rewriting.region import Region
+
+# Fixed numbers between these are mapped to smaller ones; what counts no tokens stays what it is, so that integers overflow as ever.
+LARGE, HUGE = 32, 1 << 26
+_NEAR = 4  # numbers that are no further apart keep their distance
+_TRIES = 40
+STYLES = ("ones", "left", "random", "right", "documents")
+
+
+class InstanceError(Exception):
+    """No small instance could be made; the message says why."""
+
+
+@dataclass
+class Numbers:
+    """What the sizes and integers of a region are in one instance.
+
+    symbols: number of every symbolic size. fixed: where the graph's own integers are mapped to.
+    """
+
+    symbols: dict[sympy.Symbol, Any] = field(default_factory=dict)
+    fixed: dict[int, int] = field(default_factory=dict)
+    _known: dict[sympy.Basic, Any] = field(default_factory=dict, repr=False)
+
+    def of(self, value: Any) -> Any:
+        """A size, a number or a container of such as it is in this instance."""
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            return self.fixed.get(value, value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.evaluate(value.node.expr, type(value))
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.of(v) for v in value) if not isinstance(value, torch.Size) else tuple(self.of(v) for v in value)
+        return value
+
+    def evaluate(self, expr: sympy.Basic, kind: type = torch.SymInt) -> Any:
+        if expr not in self._known:
+            mapped = {a: sympy.Integer(self.fixed[int(a)]) for a in expr.atoms(sympy.Integer) if int(a) in self.fixed}
+            result = expr.xreplace({**mapped, **self.symbols})
+            convert = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[kind]
+            try:
+                self._known[expr] = convert(result)
+            except TypeError as error:
+                raise InstanceError(f"{expr} has no number here") from error
+        return self._known[expr]
+
+
+def integers(graph: fx.Graph) -> Iterator[int]:
+    """Every integer that is written in a graph: literals, sizes and strides' parts."""
+    found: list[int] = []
+
+    def collect(value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            found.append(value)
+        return value
+
+    for node in graph.nodes:
+        fx.node.map_aggregate((node.args, node.kwargs), collect)
+        example = node.meta.get("example_value")
+        for tensor in example if isinstance(example, (tuple, list)) else (example,):
+            sizes = tensor.shape if isinstance(tensor, torch.Tensor) else (tensor,)
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    found += [int(a) for a in size.node.expr.atoms(sympy.Integer)]
+                else:
+                    collect(size)
+    yield from found
+
+
+def symbols(graph: fx.Graph) -> set[sympy.Symbol]:
+    """The symbols in sizes, strides and numbers of a graph."""
+    found: set[sympy.Symbol] = set()
+    for node in graph.nodes:
+        example = node.meta.get("example_value")
+        for value in example if isinstance(example, (tuple, list)) else (example,):
+            for size in (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,):
+                if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                    found |= size.node.expr.free_symbols
+    return found
+
+
+def shrink(numbers: Iterable[int], keep: set[int], draw: random.Random) -> dict[int, int]:
+    """A map of the large integers to small ones. keep: those that stay, such as head dimensions."""
+    every = {n for n in numbers if n > 4}
+    known = {n: n for n in every if n < LARGE or n in keep}
+    small = [n for n in known if n < LARGE]
+    last = max([4, *(n for n in small if n not in keep)])
+    mapped: dict[int, int] = {}
+    anchor = None
+    for number in sorted(n for n in every if n not in known and n < HUGE):
+        if anchor is not None and number - anchor <= _NEAR:
+            mapped[number] = mapped[anchor] + number - anchor
+        else:
+            target = _as_sum(number, {**known, **mapped}) if mapped else None
+            if target is None or target <= last:
+                target = last + draw.randint(2, 4)
+            mapped[number], anchor = target, number
+        last = max(last, mapped[number])
+    return mapped
+
+
+def _as_sum(number: int, known: dict[int, int]) -> int | None:
+    """The number that a multiple or a sum of two others becomes."""
+    for one in sorted(known, reverse=True):
+        for times in (2, 3, 4):
+            if one * times == number:
+                return known[one] * times
+        if number - one in known and known[one] != one:
+            return known[one] + known[number - one]
+    return None
+
+
+class Guards:
+    """What Dynamo had assumed about symbolic sizes when the graph was matched, and the example's numbers for them."""
+
+    def __init__(self, shape_env: Any | None):
+        self.ranges = dict(shape_env.var_to_range) if shape_env is not None else {}
+        self.hints = {s: int(v) for s, v in symbol_values(shape_env).items() if v.is_integer} if shape_env is not None else {}
+        self.statements = [g.expr for g in shape_env.guards if len(g.expr.free_symbols) > 1] if shape_env is not None else []
+
+    def draw(self, wanted: set[sympy.Symbol], fixed: dict[int, int], top: int, draw: random.Random) -> dict[sympy.Symbol, Any]:
+        """Numbers for the symbols: first the example's, made small as the graph's own integers are, then any up to `top`.
+
+        Raises:
+            InstanceError: no draw satisfied the guards.
+        """
+        mine = [s for s in self.statements if s.free_symbols & wanted]
+        every = sorted(wanted.union(*(s.free_symbols for s in mine)), key=str)
+        small = {s: sympy.Integer(fixed.get(self.hints[s], self.hints[s])) for s in every if s in self.hints}
+        small |= {s: sympy.Float(draw.uniform(0.2, 0.8)) for s in every if not s.is_integer}
+        if len(small) == len(every) and all(n < 4 * LARGE for n in small.values()) and self.allow(small, fixed, mine):
+            return small
+        for _ in range(_TRIES):
+            found = {symbol: self._number(symbol, fixed, top, draw) for symbol in every}
+            if self.allow(found, fixed, mine):
+                return found
+        raise InstanceError("no small sizes fit the graph's guards")
+
+    def allow(self, found: dict[sympy.Symbol, Any], fixed: dict[int, int], statements: list[sympy.Basic]) -> bool:
+        numbers = Numbers(found, fixed)
+        bounds = ((n, *self._bounds(symbol, fixed)) for symbol, n in found.items() if symbol.is_integer)
+        try:
+            return all(low <= n <= high for n, low, high in bounds) and all(numbers.evaluate(s, torch.SymBool) for s in statements)
+        except InstanceError:
+            return False
+
+    def _bounds(self, symbol: sympy.Symbol, fixed: dict[int, int]) -> tuple[float, float]:
+        known = self.ranges.get(symbol)
+        if known is None:
+            return 2, math.inf
+        low = 1 if known.lower in (-int_oo, -sympy.oo) else int(known.lower)
+        high = math.inf if known.upper in (int_oo, sympy.oo) else int(known.upper)
+        return fixed.get(low, low), fixed.get(high, high)
+
+    def _number(self, symbol: sympy.Symbol, fixed: dict[int, int], top: int, draw: random.Random) -> Any:
+        if not symbol.is_integer:
+            return sympy.Float(draw.uniform(0.2, 0.8))
+        low, high = self._bounds(symbol, fixed)
+        return sympy.Integer(draw.randint(int(low), int(max(low, min(high, max(top, low + 6))))))
+
+
+def tensor(node: fx.Node, numbers: Numbers, style: str, generator: torch.Generator) -> torch.Tensor:
+    """Contents for a tensor that a region begins at, on the CPU, in the order of strides that it has in the graph."""
+    example = node.meta["example_value"]
+    shape = numbers.of(example.shape)
+    strides = numbers.of(tuple(example.stride()))
+    order = sorted(range(len(shape)), key=lambda d: -strides[d])
+    wide = [1 if strides[d] == 0 else shape[d] for d in order]
+    values = _contents(wide, example.dtype, style, generator)
+    back = [order.index(d) for d in range(len(shape))]
+    return values.permute(back).expand(shape) if shape else values
+
+
+def _contents(shape: list[int], dtype: torch.dtype, style: str, generator: torch.Generator) -> torch.Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+        # what is no query, key or value may go through a logarithm or a root
+        return (drawn if len(shape) > 3 or style == STYLES[0] else drawn.abs()).to(dtype)
+    if not shape or not any(size != 1 for size in shape):  # a counter or an offset
+        return torch.randint(0, 4, shape, generator=generator).to(dtype)
+    draws = lambda high: torch.randint(0, high, shape, generator=generator)
+    length = shape[-1]
+    places = torch.arange(length).expand(shape)
+    edge = torch.randint(0, max(1, length // 2), (*shape[:-1], 1), generator=generator)
+    made = {
+        "ones": lambda: torch.ones(shape, dtype=torch.int64),
+        "left": lambda: (places >= edge).long(),
+        "right": lambda: (places < length - edge).long(),
+        "random": lambda: (draws(10) < 7).long(),
+        # numbers that rise by one and start anew: packed positions, and with bool or a comparison to 0 padding in the midst
+        "documents": lambda: places % (2 + length // 2),
+    }[style]()
+    return made.to(dtype)
+
+
+def make(
+    region: Region, wanted: set[sympy.Symbol], guards: Guards, seed: int, style: str, mapped: bool = True
+) -> tuple[Numbers, dict[str, Any]]:
+    """Numbers for the sizes of a region, and values for its placeholders by name. mapped: the graph's own integers
+    become small.
+
+    Raises:
+        InstanceError: no small sizes fit what the graph assumes.
+    """
+    draw = random.Random(seed)
+    keep = kept_sizes(region.site)
+    window = getattr(getattr(region.site, "mask", None), "window", None) or 0
+    own = [*integers(region.graph), window, *(guards.hints.get(symbol, 0) for symbol in wanted)]
+    fixed = shrink(own, keep, draw) if mapped else {}
+    top = max([6, *fixed.values(), *(n for n in own if n < LARGE and n not in keep)]) + 6
+    numbers = Numbers(guards.draw(wanted, fixed, top, draw) if wanted else {}, fixed)
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for node in region.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        example = node.meta.get("example_value")
+        values[node.name] = tensor(node, numbers, style, generator) if isinstance(example, torch.Tensor) else numbers.of(example)
+    return numbers, values
+
+
+def kept_sizes(site: Any) -> set[int]:
+    """Sizes that stay as they are: heads and head dimensions, which the default scale and the groups depend on, and their products."""
+    named = [getattr(site, n, None) for n in ("batch", "query_heads", "kv_heads", "qk_head_dim", "v_head_dim")]
+    batch, heads, kv_heads, *dims = (int(n) if isinstance(n, int) else 0 for n in named)
+    return {batch, heads, kv_heads, *dims, batch * heads, batch * kv_heads}

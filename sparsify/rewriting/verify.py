@@ -1,0 +1,79 @@
+"""Checks after rewriting. Structure always; numbers on request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.errors import VerifyError
+from sparsify.rewriting.editor import Editor, mutates
+
+log = logging.getLogger(__name__)
+
+# Largest difference allowed between two exact evaluations of a whole graph, relative to the largest value of the output.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def structure(before: fx.GraphModule, after: fx.GraphModule, editor: Editor, expected: int) -> None:
+    """Lints the graph; every replaced value keeps shape, dtype, device and strides, and is gone itself; no mutation is lost; every site
+    is accounted for.
+
+    Raises:
+        VerifyError: naming the first check that failed.
+    """
+    try:
+        after.graph.lint()
+    except Exception as error:
+        raise VerifyError(f"the rewritten graph is malformed: {error}") from error
+    if len(editor.replaced) != expected:
+        raise VerifyError(f"{expected} sites were to be rewritten, {len(editor.replaced)} were")
+    for old, new in editor.replaced.items():
+        if not old._erased:
+            raise VerifyError("what was replaced is still read", where=old.name)
+        want, got = old.meta["example_value"], new.meta["example_value"]
+        for what in ("shape", "dtype", "device"):
+            if getattr(want, what) != getattr(got, what):
+                raise VerifyError(f"{what} changed from {getattr(want, what)} to {getattr(got, what)}", where=old.name)
+        # the stride of a dimension of size 1 is never used, and views differ in it
+        used = [d for d, size in enumerate(want.shape) if not (isinstance(size, int) and size == 1)]
+        if any(want.stride(d) != got.stride(d) for d in used) and want.numel() != 0:
+            raise VerifyError(f"strides changed from {want.stride()} to {got.stride()}", where=old.name)
+    lost = _mutations(before) - _mutations(after) - editor.superseded
+    if lost:
+        raise VerifyError(f"a mutation was lost: {sorted(lost)[0]}")
+
+
+def _mutations(gm: fx.GraphModule) -> set[str]:
+    return {n.name for n in gm.graph.nodes if n.op in ("call_function", "call_method") and mutates(n)}
+
+
+def numbers(reference: Callable[..., Any], candidate: Callable[..., Any], inputs: Sequence[Any]) -> float:
+    """Runs both on copies of the inputs and compares every floating output.
+
+    Returns the largest relative difference, in units of the dtype's tolerance (at most 1 passes).
+
+    Raises:
+        VerifyError: an output differs by more than its dtype's tolerance.
+    """
+    want, got = (torch.utils._pytree.tree_leaves(f(*_copies(inputs))) for f in (reference, candidate))
+    worst = 0.0
+    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+        if not isinstance(a, torch.Tensor) or not a.is_floating_point() or a.numel() == 0:
+            continue
+        bound = TOLERANCE.get(a.dtype, 1e-6)
+        finite = torch.isfinite(a)
+        scale = a[finite].abs().max().item() if finite.any() else 1.0
+        error = (a - b)[finite].abs().max().item() / max(scale, 1e-6) if finite.any() else 0.0
+        if not error <= bound:
+            raise VerifyError(f"output {i} differs by {error:.2e} of its largest value; {bound:.0e} is allowed for {a.dtype}")
+        worst = max(worst, error / bound)
+    log.info("verified: largest difference %.2f of the tolerance", worst)
+    return worst
+
+
+def _copies(inputs: Sequence[Any]) -> list[Any]:
+    return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]

@@ -1,0 +1,103 @@
+"""The generated Hopper kernels' logic against the reference: executed on the CPU by stand-ins, clause by clause."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks.sanitizer import attention_cases
+from sparsify.backends.attention import hopper, reference
+from sparsify.backends.attention.hopper_source import argument_types, generate
+from sparsify.ops.attention import empty_output
+from tests.support.gluon_machine import Launch, Pointer
+
+# small enough for the CPU; the large ones differ only in how many tiles a thread block draws, which blocks=2 shows already
+CASES = {
+    name: call
+    for name, call in attention_cases.matrix().items()
+    if not name.startswith(("many_", "dim_64_many")) and (not name.startswith("fuzz_") or int(name[5:]) < 8)
+}
+
+
+QUICK = (
+    "ragged_not_causal", "chunk", "more_queries", "lists_chunk", "lists_mostly_empty", "window_sinks_130", "window_per_head",
+    "window_lists", "sink_logits_empty_rows", "softcap_lists", "segments_chunk", "padding_left_window", "padding_holes_lists",
+    "padding_row", "everything", "seq_major", "dim_192_128_lists", "dim_64_128", "tuning_q1_k3v3", "tuning_no_delay",
+    "tuning_keys64", "tuning_query_registers", "rising", "rising_lists", "huge_fp16", "fuzz_0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def test_generated_kernel_computes_the_op(name):
+    call = CASES[name]
+    if call.heads > 8:
+        call = dataclasses.replace(call, heads=4, kv_heads=2, query_len=600, key_len=600)
+    query, key, value, options = attention_cases.operands(call, device="cpu")
+    assert hopper.serves(query, key, value, options, (9, 0), (3, 6)) is None
+    output, lse = _simulate(query, key, value, options, call.tuning)
+    expected, expected_lse = reference.attention(query.double(), key.double(), value.double(), **options)
+    assert not output.isnan().any()
+    error = (output.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error < attention_cases.ERROR_LIMIT[call.dtype]
+    torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_kernel_that_forgets_a_release_is_found(monkeypatch):
+    monkeypatch.setattr("tests.support.gluon_machine.PATIENCE", 0.5)
+    query, key, value, options = attention_cases.operands(CASES["causal"], device="cpu")
+    text = generate(hopper.make_spec(query, key, value, options))
+    broken = text.replace("mbarrier.arrive(key_empty.index(key_stage), count=1)", "pass")
+    assert broken != text
+    with pytest.raises(TimeoutError, match="deadlock"):
+        _simulate(query, key, value, options, None, broken)
+
+
+def test_a_kernel_that_forgets_the_causal_clause_is_found():
+    query, key, value, options = attention_cases.operands(CASES["causal"], device="cpu")
+    text = generate(hopper.make_spec(query, key, value, options))
+    broken = text.replace("    visible = visible & (columns[None, :] <= rows[:, None])\n", "")
+    assert broken != text
+    output, _ = _simulate(query, key, value, options, None, broken)
+    expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
+    assert (output.double() - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("0f41000000", "0f7F000000"),  # a reference that is never outgrown
+        ("shfl.sync.bfly.b32 d, c, 2", "shfl.sync.bfly.b32 d, c, 1"),  # half of a row's threads
+        ("setp.gt.or.f32 q, $5, b, p", "setp.gt.f32 q, $5, b"),  # one row of a thread
+        ("max.f32 c, c, d", "mov.f32 c, d"),  # a thread's own columns
+        ("@p bra.uni KEEP", "@!p bra.uni KEEP"),  # the past shrinks where nothing moved, and not where something did
+    ],
+)
+def test_assembly_that_keeps_a_wrong_reference_is_found(right, wrong):
+    call = dataclasses.replace(CASES["rising"], heads=2, kv_heads=1)
+    query, key, value, options = attention_cases.operands(call, device="cpu")
+    text = generate(hopper.make_spec(query, key, value, options))
+    assert right in text
+    expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
+    outputs = [_simulate(query, key, value, options, None, one)[0] for one in (text, text.replace(right, wrong))]
+    errors = [(output.double() - expected).norm() / expected.norm() for output in outputs]
+    assert errors[0] < attention_cases.ERROR_LIMIT[call.dtype] and not errors[1] < 2 * errors[0]
+
+
+def _simulate(query, key, value, options, tuning, text=None):
+    output = empty_output(query, value, options["seq_major"]).fill_(torch.nan)
+    lse = torch.full(query.shape[:3], torch.nan)
+    spec = hopper.make_spec(query, key, value, options, tuning)
+    found = hopper.operands(spec, query, key, value, output, lse, options)
+    tensors = {"queries": query, "keys": key, "values": value, "outputs": output}
+    arguments = []
+    for name, type_ in argument_types(spec).items():
+        if name in tensors:
+            arguments.append(tensors[name])
+        elif type_.startswith("*"):
+            arguments.append(Pointer(found[name]))
+        else:
+            arguments.append(torch.tensor(found[name]) if type_ == "i32" else found[name])
+    Launch(blocks=2).run(text or generate(spec), arguments)
+    return output, lse

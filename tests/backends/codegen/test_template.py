@@ -1,0 +1,39 @@
+"""The lines and fields of kernel templates."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.backends.codegen.template import render
+
+TEMPLATE = """\
+first
+%if a
+  a = ${size * 2}
+  %if b
+  both
+  %end
+%elif b
+only b
+%else
+neither
+%end
+last"""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "middle"),
+    [(True, False, "  a = 8\n"), (True, True, "  a = 8\n  both\n"), (False, True, "only b\n"), (False, False, "neither\n")],
+)
+def test_branches(a, b, middle):
+    assert render(TEMPLATE, {"a": a, "b": b, "size": 4}) == f"first\n{middle}last\n"
+
+
+def test_what_is_left_out_is_not_evaluated():
+    assert render("%if False\n${missing}\n%end\nkept", {}) == "kept\n"
+
+
+@pytest.mark.parametrize("broken", ["%if True", "%end", "%else\nx"])
+def test_directives_must_nest(broken):
+    with pytest.raises(ValueError, match="%"):
+        render(broken, {})

@@ -1,0 +1,142 @@
+"""Generated feed-forward kernels compile for real GPUs, without one: tensor cores, asynchronous copies, no spills, within shared memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.backends.codegen import source
+from sparsify.backends.ffn.few_rows_template import START
+from sparsify.backends.ffn.source import MANY, FfnSpec, choose_rows_tiling, choose_tiling, ffn_source, needs_normalise, rows_source
+from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
+
+pytest.importorskip("triton")
+
+_PROCESSORS = {80: 108, 90: 132, 100: 148}
+_POINTERS = {"partial": "fp32", **dict.fromkeys(("remaining", "after", "order", "slots", "count"), "i32")}
+_NUMBERS = {"rows": "i32", "threshold": "fp32", "skip_next": "i32"}
+FAMILIES = {
+    "llama": {},
+    "phi3": {"hidden": 3072, "intermediate": 8192},
+    "gemma": {"activation": "gelu_tanh", "norm": "rms_offset", "post_norm": "rms_offset", "hidden": 2304, "intermediate": 9216},
+    "gpt2": {"activation": "gelu_tanh", "norm": "layer", "norm_bias": True, "wide_bias": True, "down_bias": True, "gated": False,
+             "transposed": True, "hidden": 768, "intermediate": 3072},
+    "neox": {"activation": "gelu", "norm": "layer", "norm_bias": True, "wide_bias": True, "down_bias": True, "gated": False,
+             "hidden": 5120, "intermediate": 20480},
+}  # fmt: skip
+
+
+def spec(family: str, dtype: str = "bf16", rows: int = 16, arch: int = 90) -> FfnSpec:
+    fields = {"hidden": 4096, "intermediate": 14336, "gated": True, **FAMILIES[family]}
+    tiling = choose_tiling(dtype, rows, fields["hidden"], fields["intermediate"], fields["gated"], _PROCESSORS[arch])
+    return FfnSpec(dtype, rows, tiling=tiling, **fields)
+
+
+def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str, Resources]:
+    """ones: numbers that are 1 in the call, which Triton makes constants."""
+    module = source.load(ffn_source(chosen), "ffn")
+    found = {}
+    for name in ("normalise", "widen", "narrow", "finish"):
+        if name == "normalise" and not needs_normalise(chosen):
+            continue
+        kernel = getattr(module, name)
+        signature = {a: _NUMBERS.get(a) or "*" + _POINTERS.get(a, chosen.dtype) for a in kernel.arg_names}
+        constants = {a: 1 for a in ones if a in kernel.arg_names}
+        signature |= dict.fromkeys(constants, "constexpr")
+        by_row = name in ("normalise", "finish")
+        found[name] = compile_kernel(
+            kernel,
+            signature,
+            arch=arch,
+            num_warps=8 if by_row else chosen.tiling.warps,
+            num_stages=3,
+            constexprs=constants,
+            divisible=[a for a in kernel.arg_names if a not in _NUMBERS],
+        )
+    return found
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hopper(family, rows):
+    used = compiled(spec(family, rows=rows), 90)
+    for name, resources in used.items():
+        within_budget(f"ffn {name} {family} {rows} rows sm_90", resources)
+        assert resources.spilled == 0, name
+        assert resources.shared <= SHARED_LIMIT[90]
+    for name in ("widen", "narrow"):
+        assert used[name].mma + used[name].wgmma > 0
+        assert used[name].cp_async > 0
+        # two programs share a processor
+        assert 2 * used[name].shared <= SHARED_LIMIT[90]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_other_architectures_and_dtypes(arch, dtype, family):
+    for resources in compiled(spec(family, dtype, arch=arch), arch).values():
+        assert resources.shared <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_architectures(arch):
+    for resources in compiled(spec("llama", arch=arch), arch).values():
+        assert resources.shared <= SHARED_LIMIT[arch]
+
+
+def test_one_row():
+    for resources in compiled(spec("llama"), 90, ones=("rows", "skip_next")).values():
+        assert resources.spilled == 0
+
+
+def compiled_rows(family: str, arch: int) -> dict[str, Resources]:
+    """The kernels for many rows; all but `widen` and `narrow` read and write plain pointers."""
+    fields = {"hidden": 4096, "intermediate": 14336, "gated": True, **FAMILIES[family]}
+    tiling = choose_rows_tiling("bf16", fields["gated"])
+    chosen = FfnSpec("bf16", MANY, tiling=tiling, **fields)
+    module = source.load(rows_source(chosen), "ffn_rows")
+    box = lambda rows, columns: f"tensordesc<bf16[{rows},{columns}]>"
+    weight = (lambda rows, columns: box(columns, rows)) if chosen.transposed else box
+    operand = {"source": box(tiling.row_tile, tiling.step)}
+    boxes = {
+        "widen": operand | dict.fromkeys(("up", "gate"), weight(tiling.wide_tile, tiling.step)) | {"out": box(128, tiling.wide_tile)},
+        "narrow": operand | {"down": weight(tiling.narrow_tile, tiling.step), "out": box(128, tiling.narrow_tile // 2)},
+    }
+    found = {}
+    for name in ("compact", "normalise", "widen", "narrow", "finish"):
+        kernel = getattr(module, name)
+        plain = {a: _NUMBERS.get(a) or "*" + _POINTERS.get(a, "bf16") for a in kernel.arg_names}
+        signature = plain | boxes.get(name, {})
+        pointers = [a for a in kernel.arg_names if signature[a].startswith("*")]
+        warps = tiling.warps if name in boxes else 8
+        found[name] = compile_kernel(kernel, signature, arch=arch, num_warps=warps, num_stages=3, divisible=pointers)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_many_rows_on_hopper(family):
+    used = compiled_rows(family, 90)
+    for name, resources in used.items():
+        within_budget(f"ffn rows {name} {family} sm_90", resources)
+        assert resources.spilled == 0, name
+        assert resources.shared <= SHARED_LIMIT[90]
+    assert used["widen"].wgmma > 0 and used["narrow"].wgmma > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma", "neox"])
+def test_many_rows_on_blackwell(family):
+    used = compiled_rows(family, 100)
+    assert used["widen"].mma > 0 and used["narrow"].mma > 0
+    assert all(r.shared <= SHARED_LIMIT[100] for r in used.values())
+
+
+@pytest.mark.parametrize("ones", [(), ("rows", "count", "warmup", "most", "length", "slot")])
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_counters_kernel(ones, reads):
+    kernel = source.load(START, "ffn_start").start
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"positions": "*i64", "state": "*i64", "out": "*i32"}
+    constants = {"BLOCK": 16, "READS": reads} | dict.fromkeys(ones, 1)
+    signature |= dict.fromkeys(constants, "constexpr")
+    assert compile_kernel(kernel, signature, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0

@@ -1,0 +1,133 @@
+"""Generated block selection kernels compile for real GPUs, without one: within shared memory, and without spills on Hopper."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.backends.codegen import source
+from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, choose_arguments, generate, score_arguments
+from sparsify.releases import triton_release
+from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
+
+pytest.importorskip("triton")
+
+CLAUSES = {
+    "causal": {},
+    "density": {"rule": "density", "reduce": "sum"},
+    "padding": {"key_flags": True, "rule": "taus"},
+    "window": {"window": "one"},
+    "not causal": {"causal": False},
+    "everything": {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
+    "shared": {"shared": 4, "group": 1, "half": True},
+    "int8": {"int8": True},
+    "pair": {"merged": 2},
+    "pair int8": {"merged": 2, "int8": True},
+    "quad int8": {"merged": 4, "int8": True},
+    "int8 half": {"int8": True, "half": True, "key_flags": True},
+    "int8 everything": {"int8": True, "key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
+}
+POINTERS = {"sums": "*fp16", "tops": "*fp32", "counts": "*i32", "indices": "*i16", "importances": "*fp32"}
+POINTERS |= {"query_scales": "*fp32", "key_scales": "*fp32"}
+POINTERS |= {"start_at": "*i64", "thresholds": "*fp32"}
+INT_POINTERS = ["key_first", "query_last", "key_last", "sink_blocks", "windows"]
+INT_POINTERS += [f"{name}_{end}" for name in ("query", "key", "rows", "block") for end in ("low", "high")]
+TYPES = {**POINTERS, **dict.fromkeys(INT_POINTERS, "*i32"), "block_bits": "*u8", "scale": "fp32", "tau": "fp32"}
+
+
+def spec(clause="causal", arch=90, **changes):
+    tiling = POINTER_TILING if arch < 90 else INT8_TILING if CLAUSES[clause].get("int8") else TMA_TILING
+    base = {"dtype": "bf16", "head_dim": 128, "group": 4, "stride": 8, "block": 128, "tiling": tiling}
+    return SelectSpec(**{**base, **CLAUSES[clause], **changes})
+
+
+def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexprs: int) -> Resources:
+    names = score_arguments(chosen) if kernel == "score" else choose_arguments(chosen, kernel)
+    signature = {name: TYPES.get(name, "i32") for name in names}
+    if kernel == "score":
+        tiling = chosen.tiling
+        operand = "i8" if chosen.int8 else chosen.dtype
+        for name, cells in (("q", tiling.rows), ("k", tiling.cols)):
+            signature[name] = f"tensordesc<{operand}[1,1,1,{cells},{chosen.depth}]>" if tiling.tma else f"*{operand}"
+    divisible = [name for name in names if signature[name].startswith("*") or name in ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n")]
+    return compile_kernel(
+        getattr(source.load(generate(chosen), "select"), kernel),
+        signature | dict.fromkeys(constexprs, "constexpr"),
+        arch=arch,
+        num_warps=warps,
+        num_stages=chosen.tiling.stages,
+        constexprs=constexprs,
+        divisible=divisible,
+    )
+
+
+# Bytes a thread: Triton 3.7 alone keeps eight registers of a tile in memory where flags, documents, windows and a start come together.
+SPILLED = {(3, 7): {"everything": 32, "int8 everything": 32}}
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+def test_hopper_scores_without_spills(clause):
+    chosen = spec(clause)
+    used = compiled(chosen, "score", 90, chosen.tiling.warps)
+    within_budget(f"select score {clause} sm_90", used)
+    assert used.spilled <= SPILLED.get(triton_release(), {}).get(clause, 0)
+    assert used.shared <= SHARED_LIMIT[90]
+    assert used.wgmma > 0
+    # no more than the stages of both operands: reshaped descriptors are multiplied where they lie
+    assert used.shared < 4 * (128 + 256) * 64 * 2 + 1024
+
+
+@pytest.mark.parametrize("clause", ["int8", "pair int8", "pair", "quad int8"])
+@pytest.mark.parametrize("stride, head_dim", [(16, 128), (8, 64), (4, 40), (16, 256)])
+def test_hopper_prepares_without_spills(stride, head_dim, clause):
+    chosen = spec(clause, stride=stride, head_dim=head_dim)
+    names = {"x": "*bf16", "out": "*i8" if chosen.int8 else "*bf16", "scales": "*fp32", "mean": "*fp32"}
+    signature = {
+        **names,
+        **dict.fromkeys(("x_b", "x_h", "x_n", "heads", "length", "cells"), "i32"),
+        "APART": "constexpr",
+        "SHIFTED": "constexpr",
+    }
+    used = compile_kernel(
+        source.load(generate(chosen), "select").prepare_cells,
+        signature,
+        arch=90,
+        num_warps=8,
+        num_stages=3,
+        constexprs={"APART": stride, "SHIFTED": chosen.int8},
+        divisible=[*names, "x_b", "x_h", "x_n"],
+    )
+    assert used.spilled == 0 and used.registers <= 128
+
+
+@pytest.mark.parametrize("clause, width", [("causal", 1024), ("density", 8192), ("everything", 8192), ("everything", 1024)])
+def test_hopper_chooses_without_spills(clause, width):
+    chosen = spec(clause)
+    used = compiled(chosen, "choose", 90, max(1, width // 1024), TILES=width // chosen.tile_blocks)
+    within_budget(f"select choose {clause} {width} sm_90", used)
+    assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
+
+
+@pytest.mark.parametrize("clause", ["density", "everything"])
+def test_long_rows_without_spills(clause):
+    chosen = spec(clause, wide=True)
+    assert compiled(chosen, "pool", 90, 4, TILES=1024, PART=2048 // chosen.tile_blocks).spilled == 0
+    assert compiled(chosen, "pick", 90, 8, WIDTH=2048).spilled == 0
+
+
+@pytest.mark.parametrize("clause", ["causal", "everything", "int8"])
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_architectures(clause, arch):
+    chosen = spec(clause, arch)
+    used = compiled(chosen, "score", arch, chosen.tiling.warps)
+    assert used.mma > 0
+    assert used.shared <= (99 * 1024 if arch == 80 else SHARED_LIMIT[arch])
+    compiled(chosen, "choose", arch, 1, TILES=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("stride, block", [(4, 64), (8, 64), (16, 128)])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_hopper_head_dims_strides_and_dtypes(head_dim, stride, block, dtype):
+    used = compiled(spec(dtype=dtype, head_dim=head_dim, stride=stride, block=block), "score", 90, 8)
+    assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90] and used.wgmma > 0

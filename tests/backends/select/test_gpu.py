@@ -1,0 +1,115 @@
+"""Generated block selection on a real GPU, at the tile sizes that calls get. `python -m tests.backends.select.test_gpu` prints times."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+
+from sparsify.backends.select import call as select_inputs
+from sparsify.backends.select import reference
+from sparsify.backends.select.source import POINTER_TILING
+from sparsify.ops import block_lists
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+MASKS = {
+    "plain": {},
+    "ragged": {},
+    "padded": {},
+    "window": {"windows": [700]},
+    "half": {"pool": "max+half"},
+    "shared": {"pool": "sum+group"},
+    "int8": {"pool": "max+int8"},
+    "pair": {"pool": "max+pair"},
+    "quad": {"pool": "max+quad"},
+    "quad int8": {"pool": "max+quad+int8"},
+    "pair int8": {"pool": "max+half+pair+int8"},
+}
+
+
+def call(**changes):
+    base = {"scale": 128**-0.5, "causal": True, "windows": [], "pool": "max", "stride": 16, "block_size": 128}
+    return {**base, "threshold": [0.9], "density": 0.0, "version": 1, **changes}
+
+
+def inputs(length, *, batch=1, heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16, peak=12.0):
+    torch.manual_seed(0)
+    query = peak * torch.randn(batch, heads, length, dim, device="cuda")
+    return query.to(dtype), torch.randn(batch, kv_heads, length, dim, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("tiling", [None, POINTER_TILING], ids=["device", "pointers"])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("stride, dim", [(8, 128), (16, 128), (16, 64), (4, 96)])
+def test_equals_the_reference(name, stride, dim, tiling):
+    from sparsify.backends.select import triton as triton_select
+
+    length = 4999 if name == "ragged" else 6144
+    query, key = inputs(length, batch=2, dim=dim)
+    options = call(stride=stride, scale=dim**-0.5, **MASKS[name])
+    if name == "padded":
+        flags = torch.ones(2, length, dtype=torch.uint8, device="cuda")
+        flags[0, :777], flags[1, length - 1000 :] = 0, 0
+        options["key_flags"] = flags
+    one = select_inputs.describe(query, key, **options)
+    own, wanted = triton_select.importance(query, key, tiling=tiling, **options), reference.importance(one)
+    assert (own - wanted).norm() / wanted.norm() < (2e-2 if name == "shared" else 2e-3)
+    counts, indices = triton_select.select_blocks(query, key, tiling=tiling, **options)
+    block_lists.check(counts, indices, length, length, 0, 128)
+    got = block_lists.to_dense(counts, indices, one.key_blocks)
+    possible, forced = reference.candidates(one)
+    chosen = reference.choose(own, possible, forced, one.threshold, one.density)
+    assert (got ^ chosen).sum() <= 1e-4 * chosen.sum()
+    again = triton_select.select_blocks(query, key, tiling=tiling, **options)
+    assert torch.equal(block_lists.to_dense(*again, one.key_blocks), got)
+
+
+def test_a_captured_call_replays_on_new_values():
+    from sparsify.backends.select import triton as triton_select
+
+    query, key = inputs(4096)
+    start = torch.zeros(1, dtype=torch.int64, device="cuda")
+    options = call(query_start=start, threshold=[0.5 + 0.05 * h for h in range(8)])
+    triton_select.select_blocks(query, key, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counts, indices = triton_select.select_blocks(query, key, **options)
+    other, _ = inputs(4096, peak=3.0)
+    query.copy_(other)
+    graph.replay()
+    wanted = triton_select.select_blocks(query, key, **options)
+    assert torch.equal(counts, wanted[0])
+    assert torch.equal(block_lists.to_dense(counts, indices, 32), block_lists.to_dense(*wanted, 32))
+
+
+def times() -> None:
+    """One JSON object a line: milliseconds of the whole op for Llama-3.1-8B's shape, 32 query heads over 8."""
+    import triton
+
+    from sparsify.backends.select import triton as triton_select
+
+    for length in (8192, 32768, 131072, 131072 - 5, 262144):
+        query, key = inputs(length, heads=32, kv_heads=8, peak=1.0)
+        for stride, pool in (
+            (16, "sum"),
+            (16, "max"),
+            (8, "max"),
+            (8, "max+half"),
+            (16, "max+group"),
+            (16, "max+int8"),
+            (16, "max+pair+int8"),
+            (8, "max+pair+int8"),
+            (8, "max+quad+int8"),
+            (16, "max+half+int8"),
+        ):
+            once = functools.partial(triton_select.select_blocks, query, key, **call(stride=stride, pool=pool))
+            ms = triton.testing.do_bench(once, warmup=50, rep=300, return_mode="median")
+            print(json.dumps({"tokens": length, "stride": stride, "pool": pool, "ms": round(ms, 3)}), flush=True)
+
+
+if __name__ == "__main__":
+    times()

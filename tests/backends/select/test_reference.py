@@ -1,0 +1,318 @@
+"""The reference of `select_blocks` against the plain definition, its properties, and every pitfall of the published code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsify.backends.select import call as select_inputs
+from sparsify.backends.select import reference
+from sparsify.errors import UnsupportedError
+from sparsify.ops import block_lists
+from tests.support.select_oracle import assert_selection
+
+BLOCK = 32
+
+
+def call(**changes):
+    base = {"scale": 0.25, "causal": True, "windows": [], "pool": "max", "stride": 8, "block_size": BLOCK}
+    base |= {"threshold": [0.9], "density": 0.0, "version": 1}
+    return {**base, **changes}
+
+
+def inputs(query_len, key_len=None, *, batch=1, heads=2, kv_heads=1, dim=16, seed=0, peak=3.0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    query = peak * torch.randn(batch, heads, query_len, dim)
+    return query.to(dtype), torch.randn(batch, kv_heads, key_len or query_len, dim).to(dtype)
+
+
+def select(query, key, **changes):
+    counts, indices = reference.select_blocks(query, key, **call(**changes))
+    return counts, indices
+
+
+def table(query, key, **changes):
+    counts, indices = select(query, key, **changes)
+    return block_lists.to_dense(counts, indices, indices.shape[-1])
+
+
+@st.composite
+def problems(draw):
+    key_len = draw(st.integers(1, 150))
+    query_len = draw(st.integers(1, 150))
+    start = draw(st.none() | st.integers(-20, key_len))
+    batch = draw(st.integers(1, 2))
+    heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+    options = {
+        "causal": draw(st.booleans()),
+        "windows": draw(st.sampled_from([[], [40], [0, 20][: heads[0]]])),
+        "pool": draw(st.sampled_from(["sum", "max", "sum+half", "max+half", "max+pair", "sum+half+pair", "max+quad"])),
+        "stride": draw(st.sampled_from([4, 8, 16])),
+        "threshold": draw(st.sampled_from([[0.0], [0.5], [0.9], [1.0], [0.3, 0.97][: heads[0]]])),
+        "density": draw(st.sampled_from([0.0, 0.0, 0.25, 0.6])),
+    }
+    masks = {}
+    if draw(st.booleans()):
+        flags = torch.ones(batch, key_len, dtype=torch.uint8)
+        for b in range(batch):
+            flags[b, : draw(st.integers(0, key_len))] = 0
+            if draw(st.booleans()):
+                flags[b] = flags[b].flip(0)
+            flags[b, int(flags[b].argmax())] |= 2 * int(flags[b].max())
+        masks["key_flags"] = flags
+    if draw(st.booleans()):
+        masks["segments"] = (torch.arange(key_len) // draw(st.integers(5, 60)))[None].int()
+    if start is not None:
+        masks["query_start"] = torch.tensor([start])
+    query, key = inputs(query_len, key_len, batch=batch, heads=heads[0], kv_heads=heads[1], dim=8, seed=draw(st.integers(0, 99)))
+    return query, key, {**options, **masks}
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_equals_the_definition(problem):
+    query, key, options = problem
+    counts, indices = select(query, key, **options)
+    assert_selection(counts, indices, query, key, **call(**options))
+    start = options.get("query_start", key.shape[2] - query.shape[2])
+    block_lists.check(counts, indices, query.shape[2], key.shape[2], int(start), BLOCK, causal=options["causal"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(), st.floats(0, 1.2), st.floats(0, 1.2))
+def test_a_higher_threshold_gives_a_superset(problem, one, other):
+    query, key, options = problem
+    low, high = (table(query, key, **{**options, "density": 0.0, "threshold": [t]}) for t in sorted((one, other)))
+    assert not (low & ~high).any()
+
+
+def test_sparse_differs_from_dense_and_threshold_one_is_dense():
+    query, key = inputs(512)
+    kept = table(query, key)
+    every = table(query, key, threshold=[1.0])
+    assert every.sum() == 2 * 16 * 17 / 2
+    assert 0 < kept.sum() < every.sum()
+
+
+def test_threshold_zero_keeps_sink_and_diagonal():
+    query, key = inputs(256)
+    want = torch.eye(8, dtype=torch.bool)
+    want[:, 0] = True
+    assert torch.equal(table(query, key, threshold=[0.0]), want.expand(1, 2, 8, 8))
+
+
+def test_each_head_has_its_threshold():
+    query, key = inputs(512)
+    both = table(query, key, threshold=[0.5, 0.99])
+    assert torch.equal(both[:, 0], table(query, key, threshold=[0.5])[:, 0])
+    assert torch.equal(both[:, 1], table(query, key, threshold=[0.99])[:, 1])
+    assert not torch.equal(both[:, 0], both[:, 1])
+
+
+def test_a_diagonal_off_the_block_grid_forces_two_blocks():
+    query, key = inputs(64, 64 + 40)
+    kept = table(query, key, threshold=[0.0])[0, 0]
+    assert kept.int().tolist() == [[1, 1, 1, 0], [1, 0, 1, 1]]
+
+
+# The pitfalls of the published code, in the order of its review.
+
+
+@pytest.mark.parametrize("pool", ["sum", "max"])
+@pytest.mark.parametrize("length", [256, 250])
+def test_a_chunk_selects_what_the_whole_prompt_selects(pool, length):
+    query, key = inputs(length)
+    whole = table(query, key, pool=pool)
+    for first in (32, 96, 192):
+        assert torch.equal(table(query[:, :, first:], key, pool=pool), whole[:, :, first // BLOCK :])
+    early = table(query[:, :, 64:128], key[:, :, :128], pool=pool)
+    assert torch.equal(early, whole[:, :, 2:4, :4])
+    fixed = table(query[:, :, 64:128], key, pool=pool, query_start=torch.tensor(64))
+    assert torch.equal(fixed, whole[:, :, 2:4])
+
+
+def test_without_padding_flags_change_nothing():
+    query, key = inputs(200)
+    flags = torch.ones(1, 200, dtype=torch.uint8)
+    assert torch.equal(table(query, key), table(query, key, key_flags=flags))
+
+
+def test_missing_tokens_take_no_mass():
+    query, key = inputs(8 * BLOCK + 3)
+    one = select_inputs.describe(query, key, **call(pool="sum"))
+    mass = reference.importance(one).sum(-1)
+    assert torch.allclose(mass[..., :-1], torch.full_like(mass[..., :-1], BLOCK / 8), atol=1e-5)
+    assert torch.allclose(mass[..., -1], torch.ones_like(mass[..., -1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_by_whole_blocks_only_shifts_the_lists(side):
+    query, key = inputs(192)
+    plain = table(query, key)
+    pad = torch.full((1, 2, 64, 16), torch.nan)
+    where = (lambda x, n: torch.cat([n, x], 2)) if side == "left" else (lambda x, n: torch.cat([x, n], 2))
+    flags = where(torch.ones(1, 1, 192, dtype=torch.uint8), torch.zeros(1, 1, 64, dtype=torch.uint8))[:, 0]
+    for options in ({}, {"density": 0.5}, {"threshold": [1.0]}):
+        plain = table(query, key, **options)
+        padded = table(where(query, pad), where(key, pad[:, :1]), key_flags=flags, **options)
+        real = slice(2, 8) if side == "left" else slice(0, 6)
+        assert torch.equal(padded[:, :, real, real], plain)
+        assert not padded[..., :2].any() if side == "left" else not padded[..., 6:].any()
+
+
+def test_padding_of_part_of_a_block_equals_the_definition():
+    query, key = inputs(150, batch=2)
+    flags = torch.ones(2, 150, dtype=torch.uint8)
+    flags[0, :45], flags[1, 101:] = 0, 0
+    assert_selection(*select(query, key, key_flags=flags), query, key, **call(key_flags=flags))
+
+
+def test_batch_rows_are_selected_apart():
+    query, key = inputs(256, batch=3)
+    flags = torch.ones(3, 256, dtype=torch.uint8)
+    flags[1, :70] = 0
+    together = table(query, key, key_flags=flags)
+    for b in range(3):
+        assert torch.equal(together[b : b + 1], table(query[b : b + 1], key[b : b + 1], key_flags=flags[b : b + 1]))
+    assert not torch.equal(together[0], together[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_sums_neither_overflow_nor_lose_bits(dtype):
+    query, key = inputs(200, peak=30.0, dtype=dtype)
+    key = key * 30
+    sums = (query.float() @ key.float().transpose(-1, -2)).abs().max() * 16
+    assert sums > 65504
+    options = {"stride": 16, "scale": 0.002}
+    assert_selection(*select(query, key, **options), query, key, tolerance=1e-3, **call(**options))
+
+
+def test_a_row_that_sees_nothing_lists_nothing():
+    query, key = inputs(128)
+    flags = torch.zeros(1, 128, dtype=torch.uint8)
+    assert select(query, key, key_flags=flags)[0].eq(0).all()
+    assert select(query, key[:, :, :32])[0].tolist() == [[[0, 0, 0, 1]] * 2]
+    one = select_inputs.describe(query, key, key_flags=flags, **call())
+    assert reference.importance(one).eq(0).all()
+
+
+def test_the_sink_is_a_column():
+    query, key = inputs(256)
+    kept = table(query, key, threshold=[0.0], causal=False)
+    want = torch.eye(8, dtype=torch.bool)
+    want[:, 0] = True
+    assert torch.equal(kept, want.expand(1, 2, 8, 8))
+
+
+def test_later_tokens_change_no_earlier_query_block():
+    query, key = inputs(256)
+    before = table(query, key)
+    other_query, other_key = inputs(256, seed=1)
+    query[:, :, 160:], key[:, :, 160:] = other_query[:, :, 160:], other_key[:, :, 160:]
+    after = table(query, key)
+    assert torch.equal(before[:, :, :5], after[:, :, :5])
+    assert not torch.equal(before[:, :, 5:], after[:, :, 5:])
+
+
+def test_the_maximum_keeps_a_block_that_one_query_needs():
+    query, key = torch.zeros(1, 1, 1024, 16), torch.zeros(1, 1, 1024, 16)
+    key[..., 0] = 1.0
+    key[:, :, 320:352, 1] = 1.0
+    query[:, :, 992:, 0] = 8.0
+    query[:, :, 1008:1016, 1] = 100.0  # one cell of the last block looks for block 10
+    key[:, :, 900:992, 0] = 1.5  # what the other cells look at
+    query[:, :, 992:1008, 0], query[:, :, 1016:, 0] = 60.0, 60.0
+    options = {"scale": 1.0, "threshold": [0.3]}
+    assert table(query, key, pool="max", **options)[0, 0, -1, 10]
+    assert not table(query, key, pool="sum", **options)[0, 0, -1, 10]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 1.0])
+def test_a_density_keeps_that_share_of_the_causal_blocks(density):
+    query, key = inputs(10 * BLOCK)
+    counts, _indices = select(query, key, density=density)
+    want = [max(min(2, n), math.ceil(round(density * n, 9))) for n in range(1, 11)]
+    assert counts.tolist() == [[want] * 2]
+    _share, mean = block_lists.density(counts, 320, 320, 0, BLOCK)
+    assert mean == pytest.approx(sum(want) / 55)
+
+
+# What is not finite, and equal.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("pool", ["sum", "max"])
+def test_a_row_that_is_not_finite_keeps_what_it_may_see(value, pool):
+    query, key = inputs(256)
+    plain = table(query, key, pool=pool, threshold=[0.5])
+    query[0, 0, 70] = value
+    broken = table(query, key, pool=pool, threshold=[0.5])
+    assert broken[0, 0, 2].tolist() == [True] * 3 + [False] * 5
+    query[0, 0, 70] = 0
+    others = [0, 1, 3, 4, 5, 6, 7]
+    assert torch.equal(broken[:, :, others], plain[:, :, others])
+
+
+def test_a_bad_key_opens_only_the_rows_that_see_it():
+    query, key = inputs(256)
+    plain = table(query, key, threshold=[0.2])
+    key[0, 0, 130] = math.nan
+    broken = table(query, key, threshold=[0.2])
+    assert torch.equal(broken[:, :, :4], plain[:, :, :4])
+    assert torch.equal(broken[:, :, 4:], torch.ones(8, 8, dtype=torch.bool).tril()[4:].expand(1, 2, 4, 8))
+
+
+def test_equal_importances_go_by_index():
+    importance = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.0]).expand(1, 1, 1, 6)
+    forced = torch.tensor([True, False, False, False, False, False])
+    possible = torch.ones(6, dtype=torch.bool)
+    assert reference.choose(importance, possible, forced, (0.5,), 0.0).int().tolist() == [[[[1, 1, 1, 0, 0, 0]]]]
+    assert reference.choose(importance, possible, forced, (), 1.0).all()
+
+
+def test_unused_cache_slots_take_no_part():
+    query, key = inputs(64, 256)
+    filled = key.clone()
+    filled[:, :, 128:] = torch.nan
+    start = torch.tensor([64])
+    assert torch.equal(table(query, filled, query_start=start), table(query, key, query_start=start))
+    assert torch.equal(table(query, key, query_start=start)[..., :4], table(query, key[:, :, :128]))
+
+
+def test_a_shared_estimate_gives_a_group_one_importance():
+    query, key = inputs(256, heads=4, kv_heads=2)
+    kept = table(query, key, pool="max+group")
+    assert torch.equal(kept[:, 0], kept[:, 1]) and torch.equal(kept[:, 2], kept[:, 3]) and not torch.equal(kept[:, 0], kept[:, 2])
+    mean = query.view(1, 2, 2, 256, 16).mean(2)
+    assert torch.equal(kept[:, ::2], table(mean, key))
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"pool": "mean"}, "unknown pool"),
+        ({"stride": 5}, "stride 5"),
+        ({"block_size": 48}, "block size 48"),
+        ({"windows": [1, 2, 3]}, "3 windows for 2"),
+        ({"threshold": [0.1] * 3}, "3 thresholds for 2"),
+        ({"threshold": [math.nan]}, "threshold"),
+        ({"density": 1.5}, "density 1.5"),
+        ({"key_flags": torch.ones(1, 7)}, "key_flags"),
+        ({"query_start": torch.zeros(2)}, "more than one"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, match):
+    query, key = inputs(64)
+    with pytest.raises(UnsupportedError, match=match):
+        select(query, key, **changes)
+
+
+def test_empty_operands_give_empty_lists():
+    query, key = inputs(64)
+    counts, indices = select(query[:, :, :0], key)
+    assert counts.shape == (1, 2, 0) and indices.shape == (1, 2, 0, 2)
+    assert select(query, key[:, :, :0])[0].tolist() == [[[0, 0]] * 2]

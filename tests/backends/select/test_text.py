@@ -1,0 +1,168 @@
+"""Generated block selection: text goldens, what is refused, the choice of variant, chunks and copies. No Triton, no GPU."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsify.backends.select import call as select_inputs
+from sparsify.backends.select import triton
+from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, generate
+from sparsify.errors import UnsupportedError
+
+GOLDENS = Path(__file__).parents[2] / "goldens" / "kernels"
+MASKS = {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "density"}
+
+
+def spec(**changes):
+    return SelectSpec(**{"dtype": "bf16", "head_dim": 128, "group": 4, "stride": 16, "block": 128, "tiling": TMA_TILING, **changes})
+
+
+def describe(query, key, **changes):
+    base = {"scale": 0.1, "causal": True, "windows": [], "pool": "max", "stride": 16, "block_size": 128}
+    return select_inputs.describe(query, key, **{**base, "threshold": [0.9], "density": 0.0, "version": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("causal", {}),
+        ("masked_density", MASKS),
+        ("int8", {"int8": True, "half": True}),
+        ("pair", {"merged": 2}),
+        ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
+    ],
+)
+def test_golden_text(name, changes):
+    text, golden = generate(spec(**changes)), GOLDENS / f"select_{name}.txt"
+    if os.environ.get("SPARSIFY_ACCEPT") == "1":
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        golden.write_text(text)
+    wanted = golden.read_text() if golden.exists() else ""
+    assert text == wanted, "\n".join(difflib.unified_diff(wanted.splitlines(), text.splitlines(), "golden", "generated", lineterm=""))
+
+
+@given(
+    st.sampled_from([TMA_TILING, POINTER_TILING]),
+    st.fixed_dictionaries(
+        {
+            **dict.fromkeys(("half", "int8", "causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
+            "merged": st.sampled_from([1, 2, 4]),
+            "window": st.sampled_from(["none", "one", "per_head"]),
+            "rule": st.sampled_from(["tau", "taus", "density"]),
+            "reduce": st.sampled_from(["sum", "max"]),
+            "head_dim": st.sampled_from([64, 96, 128]),
+        }
+    ),
+)
+def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
+    text = generate(spec(tiling=tiling, **changes))
+    compile(text, "generated", "exec")
+    assert "${" not in text and "%if" not in text
+    assert ("query_last" in text) == changes["key_flags"] and ("row_floor" in text) == (changes["window"] != "none")
+    assert ("q.load(" in text) == tiling.tma
+    assert ("def prepare_cells" in text) == (changes["int8"] or changes["merged"] > 1)
+    assert ("tl.load(query_scales" in text) == changes["int8"]
+    assert all(len(line) <= 400 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"dtype": "fp64"}, "fp64"),
+        ({"stride": 12}, "stride"),
+        ({"shared": 4}, "shared and grouped"),
+        ({"rule": "top"}, "rule"),
+        ({"block": 24}, "block"),
+    ],
+)
+def test_impossible_specs_are_refused(changes, match):
+    with pytest.raises(UnsupportedError, match=match):
+        spec(**changes)
+
+
+def test_capability_decides_and_never_the_name():
+    assert triton.tiling_for((9, 0), 232448) is TMA_TILING
+    assert triton.tiling_for((10, 0), 232448) is TMA_TILING
+    assert triton.tiling_for((9, 0), 232448, int8=True) is INT8_TILING
+    assert triton.tiling_for((8, 0), 166912, int8=True) is POINTER_TILING
+    assert triton.tiling_for((8, 0), 166912) is POINTER_TILING
+    assert triton.tiling_for((12, 0), 101376) is POINTER_TILING
+
+
+def test_clauses_that_change_nothing_are_left_out():
+    query, key = torch.zeros(1, 4, 256, 64), torch.zeros(1, 2, 256, 64)
+    plain = triton.spec_of(describe(query, key), TMA_TILING, 8192)
+    same = describe(query, key, windows=[0, 0, 0, 0], threshold=[0.9] * 4)
+    assert triton.spec_of(same, TMA_TILING, 8192) == plain
+    assert triton.spec_of(describe(query, key, windows=[9, 9, 9, 9]), TMA_TILING, 8192).window == "one"
+    with pytest.raises(UnsupportedError, match="float64"):
+        triton.spec_of(describe(query.double(), key.double()), TMA_TILING, 8192)
+
+
+@given(
+    st.integers(1, 3), st.sampled_from([(1, 1), (8, 2), (32, 8)]), st.integers(1, 1 << 20), st.sampled_from([4, 16]), st.integers(14, 31)
+)
+def test_chunks_cover_everything_once_within_the_budget(batch, heads, length, stride, log2_bytes):
+    query = torch.empty(batch, heads[0], length, 64, device="meta")
+    call = describe(query, torch.empty(batch, heads[1], length, 64, device="meta"), stride=stride)
+    chosen = triton.spec_of(call, TMA_TILING, 8192)
+    chunks = list(triton.chunks_of(call, chosen, 1 << log2_bytes))
+    size = lambda c: math.prod(high - low for low, high in (c.batch, c.kv_heads, c.cells))
+    assert sum(map(size, chunks)) == batch * heads[1] * call.query_cells and len(set(chunks)) == len(chunks)
+    assert size(chunks[0]) == max(map(size, chunks))
+    assert all(c.cells[0] % (16 * TMA_TILING.rows) == 0 for c in chunks)
+    tiles = -(-call.key_cells // TMA_TILING.cols)
+    least = call.group * min(call.query_cells, 16 * TMA_TILING.rows)
+    rows = max(size(c) * call.group for c in chunks)
+    assert rows == least or rows * tiles * (2 * chosen.tile_blocks + 4) <= 1 << log2_bytes
+
+
+def test_a_million_tokens_stay_within_the_scratch_budget():
+    call = describe(torch.empty(1, 32, 1 << 20, 128, device="meta"), torch.empty(1, 8, 1 << 20, 128, device="meta"))
+    chosen = triton.spec_of(call, TMA_TILING, triton.LIMITS.fused_width)
+    assert not chosen.wide
+    chunk = next(triton.chunks_of(call, chosen, triton.LIMITS.scratch_bytes))
+    tiles = -(-call.key_cells // TMA_TILING.cols)
+    assert 4 * (chunk.cells[1] - chunk.cells[0]) * tiles * (2 * chosen.tile_blocks + 4) <= 1 << 30
+
+
+def test_one_launch_serves_a_whole_model_layer_at_128k():
+    query, key = torch.empty(1, 32, 131072, 128, device="meta"), torch.empty(1, 8, 131072, 128, device="meta")
+    for pool, stride, launches in (("max", 16, 1), ("max+half", 8, 1), ("max", 8, 2)):
+        call = describe(query, key, pool=pool, stride=stride)
+        chosen = triton.spec_of(call, TMA_TILING, triton.LIMITS.fused_width)
+        assert len(list(triton.chunks_of(call, chosen, triton.LIMITS.scratch_bytes))) == launches
+
+
+@pytest.mark.parametrize("length", [512, 509])
+def test_operands_are_copied_only_where_cells_are_not_whole(length):
+    query = torch.randn(2, length, 4, 64).transpose(1, 2)
+    key = torch.randn(2, 2, length, 64)
+    call = describe(query, key)
+    chosen = triton.spec_of(call, TMA_TILING, 8192)
+    (chunk,) = triton.chunks_of(call, chosen, 1 << 30)
+    queries, keys = triton._operands(call, chosen, chunk)
+    assert torch.equal(queries[:, :, :length], query) and torch.equal(keys[:, :, :length], key)
+    assert (queries.data_ptr() == query.data_ptr()) == (length == 512) == (keys.data_ptr() == key.data_ptr())
+    assert queries.shape[2] == 512 and not queries[:, :, length:].any() and not keys[:, :, length:].any()
+
+
+def test_padding_is_zero_in_the_copies():
+    query, key = torch.full((2, 4, 128, 60), torch.nan), torch.full((2, 2, 128, 60), torch.nan)
+    query[1], key[1] = 1.0, 1.0
+    flags = torch.ones(2, 128, dtype=torch.uint8)
+    flags[0] = 0
+    call = describe(query, key, key_flags=flags)
+    chosen = triton.spec_of(call, TMA_TILING, 8192)
+    (chunk,) = triton.chunks_of(call, chosen, 1 << 30)
+    for values in triton._operands(call, chosen, chunk):
+        assert values[0].eq(0).all() and values[1].eq(1).all()
+        assert all(step * 4 % 16 == 0 for step in values.stride()[:-1])

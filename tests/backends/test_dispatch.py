@@ -1,0 +1,137 @@
+"""Which implementation serves an op, and what happens to operands that do not fit together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import sparsify.backends as backends
+from sparsify.backends import dispatch
+from sparsify.backends.attention import reference, triton
+from sparsify.errors import ConfigError, KernelError, UnsupportedError
+from sparsify.ops import attention as ops
+from tests.support.attention_cases import Case, operands
+
+CASE = Case(batch=2, kv_heads=2, group=2, query_len=12, key_len=20, lists=True, padding="left", alibi=True, sink_logits=True, start=8)
+
+
+@pytest.fixture(autouse=True)
+def auto():
+    yield
+    backends.use("auto")
+
+
+def test_cpu_runs_the_reference():
+    assert backends.available("cpu") == ("reference", "no GPU")
+    args, keywords = operands(CASE)
+    assert all(map(torch.equal, ops.attention(*args, **keywords), reference.attention(*args, **keywords)))
+
+
+def test_cpu_never_imports_triton():
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = "import sys, sparsify.backends; sys.exit('triton' in sys.modules)"
+    before = "import sys, torch; sys.exit('triton' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == subprocess.run([sys.executable, "-c", before]).returncode
+
+
+def test_triton_on_a_cpu_is_refused_where_it_is_demanded():
+    backends.use("triton")
+    args, keywords = operands(CASE)
+    with pytest.raises(UnsupportedError, match="no GPU"):
+        ops.attention(*args, **keywords)
+
+
+def test_unknown_word():
+    with pytest.raises(ConfigError, match="'auto', 'triton', 'reference'"):
+        backends.use("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("key", lambda x: x[:, :, :, :8], "shapes do not fit"),
+        ("key", lambda x: x[:1], "shapes do not fit"),
+        ("value", lambda x: x[:, :, :5], "shapes do not fit"),
+        ("query", lambda x: x[:, :3], "no multiple of 2 KV heads"),
+        ("query", lambda x: x[0], "4 dimensions"),
+        ("value", lambda x: x.double(), "torch.float64"),
+        ("key_flags", lambda x: x[:, :7], "key_flags is"),
+        ("key_flags", lambda x: x.float(), "key_flags is torch.float32"),
+        ("query_start", lambda x: x.repeat(2), "query_start"),
+        ("query_start", lambda x: x.float(), "query_start"),
+        ("block_counts", lambda x: None, "come together"),
+        ("block_counts", lambda x: x[:, :, :0], "block_counts is"),
+        ("block_indices", lambda x: x[:, :1], "block_indices is"),
+        ("alibi_slopes", lambda x: x[:, :2], "alibi_slopes is"),
+        ("sink_logits", lambda x: x.long(), "sink_logits is"),
+        ("windows", lambda x: [1, 2, 3], "3 windows"),
+        ("windows", lambda x: [-1], "windows"),
+        ("softcap", lambda x: -1.0, "softcap"),
+        ("scale", lambda x: float("nan"), "scale"),
+        ("block_size", lambda x: 0, "block size 0"),
+    ],
+)
+def test_operands_that_do_not_fit(name, change, message):
+    args, keywords = operands(CASE)
+    every = dict(zip(("query", "key", "value"), args, strict=True)) | keywords
+    every[name] = change(every[name])
+    with pytest.raises(UnsupportedError, match=message):
+        ops.attention(**every)
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"qk_head_dim": 512}, {"block_size": 24}])
+def test_calls_that_no_kernel_takes(change):
+    args, keywords = operands(dataclasses.replace(CASE, **change))
+    with pytest.raises(UnsupportedError, match="no attention kernel"):
+        triton.triton_attention(*args, **keywords)
+
+
+def test_auto_falls_back_to_the_reference_and_says_so_once(monkeypatch, caplog):
+    dispatch._warn_once.cache_clear()
+    monkeypatch.setattr(dispatch, "available", lambda device: ("triton", "pretended"))
+    args, keywords = operands(dataclasses.replace(CASE, dtype=torch.float64))
+    for _ in range(2):
+        assert all(map(torch.equal, ops.attention(*args, **keywords), reference.attention(*args, **keywords)))
+    assert caplog.text.count("runs the slow reference") == 1
+
+
+def test_a_kernel_that_fails_is_named(monkeypatch):
+    def broken(spec):
+        raise RuntimeError("PTX error\nptxas exploded")
+
+    monkeypatch.setattr(triton, "_kernel", broken)
+    args, keywords = operands(dataclasses.replace(CASE, lists=False))
+    with pytest.raises(KernelError, match=r"fp32, head dim 16.*ptxas exploded.*kernels = 'reference'"):
+        triton.triton_attention(*args, **keywords)
+
+
+def test_reading_flags_once_finds_their_bounds():
+    flags = torch.tensor([[0, 0, 3, 1, 3, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 2, 1, 0, 0, 0, 1]], dtype=torch.uint8)
+    assert triton._flag_bounds(flags, 3).tolist() == [[2, 6, 2, 5], [7, 0, 7, 0], [0, 7, 7, 0]]
+
+
+def test_torch_agrees_with_the_schema():
+    args, keywords = operands(CASE)
+    torch.library.opcheck(ops.attention, args, keywords, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_kernels_get_every_keyword_of_the_schema(monkeypatch):
+    """The dispatcher drops operands that equal their default; a kernel that looks one up must still find it."""
+    seen = {}
+
+    def kernel(query, key, value, **options):
+        seen.update(options)
+        return ops.empty_output(query, value, False), query.new_empty(query.shape[:3])
+
+    monkeypatch.setattr(dispatch, "_implementation", lambda op, kind: kernel)
+    query = torch.zeros(1, 2, 3, 4)
+    call = {"scale": 1.0, "causal": True, "windows": [], "sinks": 0, "softcap": 0.0, "block_size": 128, "seq_major": False}
+    ops.attention(query, query, query, version=ops.VERSION, **call)
+    later = {"empty_rows", "lowest", "hidden_bias"}  # what is done to the kernel's output
+    assert set(seen) | later == {argument.name for argument in ops.attention._schema.arguments if argument.kwarg_only}

@@ -1,0 +1,98 @@
+"""Selection and attention in one op by generated kernels, run by Triton's interpreter: parts change neither bits nor memory's bound."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import sparsify.backends
+from sparsify.backends import dispatch
+from sparsify.backends.select import triton as triton_select
+from sparsify.backends.sparse_attention import sparse_attention
+from sparsify.ops import attention, scratch
+
+pytestmark = pytest.mark.interpreter
+
+LENGTH, BLOCK, STRIDE = 1024, 64, 4
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    before = dispatch._kernels
+    sparsify.backends.use("triton")
+    yield
+    sparsify.backends.use(before)
+
+
+@pytest.fixture
+def uncounted_interpreter(monkeypatch):
+    """The interpreter copies a launch's arguments; a GPU does not."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch_kernel = GridExecutor.__call__
+
+    def call(*args, **options):
+        with _disable_current_modes():
+            return launch_kernel(*args, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", call)
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that calls make, alive at once at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() and storage.data_ptr() not in self.known:
+                    self.add(storage.data_ptr(), storage.nbytes())
+                    weakref.finalize(storage, self.remove, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def add(self, pointer, size):
+        self.known.add(pointer)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+
+    def remove(self, pointer, size):
+        self.known.discard(pointer)
+        self.alive -= size
+
+
+def operands(heads=4, kv_heads=2):
+    torch.manual_seed(0)
+    return 3 * torch.randn(1, heads, LENGTH, 16).bfloat16(), *(torch.randn(1, kv_heads, LENGTH, 16).bfloat16() for _ in range(2))
+
+
+def call(**changes):
+    base = {"scale": 0.25, "causal": True, "windows": [], "pool": "max", "stride": STRIDE, "block_size": BLOCK}
+    return {**base, "threshold": [0.4], "density": 0.0, "seq_major": True, "version": attention.VERSION, **changes}
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "max+group+int8", "density": 0.3}], ids=["threshold", "group"])
+def test_parts_give_the_same_bits_in_the_memory_foretold(monkeypatch, uncounted_interpreter, changes):
+    each = scratch.list_bytes(LENGTH, LENGTH, BLOCK)
+    inputs, options = operands(), call(**changes)
+    whole = sparse_attention(*inputs, **options)
+    sums = 1 << 14
+    monkeypatch.setattr(scratch, "LIST_BYTES", 2 * each)
+    monkeypatch.setattr(scratch, "SUM_BYTES", sums)
+    monkeypatch.setattr(triton_select.select_blocks, "__kwdefaults__", {"tiling": None, "limits": triton_select.Limits(sums)})
+    with Memory() as memory:
+        found = sparse_attention(*inputs, limit=scratch.LIST_BYTES, **options)
+    assert all(torch.equal(one, other) for one, other in zip(found, whole))
+    variants = tuple(options["pool"].split("+")[1:])
+    foretold = scratch.scratch_bytes(1, 4, 2, LENGTH, LENGTH, 16, stride=STRIDE, block=BLOCK, variants=variants)
+    taken = memory.most - sum(x.nbytes for x in found)
+    assert 0.3 * foretold < taken < 1.05 * foretold + 4096

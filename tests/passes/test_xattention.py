@@ -1,0 +1,331 @@
+"""xattention: what it proposes and refuses, the nodes it emits, and models under it against a masked float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import pytest
+import sympy
+import torch
+from pydantic import ValidationError
+from torch import fx
+from transformers import DynamicCache
+
+import sparsify.backends  # noqa: F401  (registers kernels)
+from sparsify import pipeline
+from sparsify.backends import sparse_attention
+from sparsify.costs import device as hardware
+from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
+from sparsify.matching.sites import AttentionSite
+from sparsify.ops import attention as ops
+from sparsify.ops import block_lists, scratch
+from sparsify.passes.xattention import XAttention
+from sparsify.planning.config import config
+from sparsify.planning.method import Context, Proposal, Refusal, discover
+from sparsify.rewriting.trace import Trace
+from tests.support.harness import holding, reference_run, run, strict, visible_error
+from tests.support.tiny_models import VOCAB, build
+
+FP32 = 2e-5
+HOPPER = hardware.Device("cuda", "test", (9, 0), 680e12, 4.3e12, 8e-6)
+CONTEXT = Context(HOPPER, "triton")
+ESTIMATES = [(), ("half",), ("group",), ("pair",), ("int8",), ("pair", "int8"), ("quad", "int8"), ("half", "group", "int8")]
+names = lambda estimate: "+".join(estimate) or "exact"
+
+
+def site(**changes) -> AttentionSite:
+    graph = fx.Graph()
+    node = graph.placeholder("q")
+    length = sympy.Symbol("s0", integer=True, positive=True)
+    base = AttentionSite(
+        name="model.layers.0.self_attn",
+        layer=0,
+        index=0,
+        output=node,
+        query=node,
+        key=node,
+        value=node,
+        mask_node=None,
+        mask=MaskPredicate(MaskKind.PROVED, causal=True),
+        batch=1,
+        query_heads=32,
+        kv_heads=8,
+        query_len=length,
+        key_len=length,
+        qk_head_dim=128,
+        v_head_dim=128,
+        scale=128**-0.5,
+        softcap=0.0,
+        dropout=0.0,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        needs_grad=False,
+        output_stride_order="bhqd",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def proposal(method=None, at=None, context=CONTEXT) -> Proposal:
+    found = (method or XAttention()).propose(at or site(), context)
+    assert isinstance(found, Proposal), found
+    return found
+
+
+def test_a_proposal_costs_less_than_dense_when_long_and_says_what_it_is():
+    found = proposal()
+    assert found.note == "stride 8, max+pair+int8, τ 0.95, block 128"
+    assert 1024 < found.min_key_len < 131072
+    assert (
+        proposal(XAttention(density=0.1, pool="sum", estimate=("int8", "half"))).note == "stride 8, sum+half+int8, density 0.1, block 128"
+    )
+    assert proposal(context=dataclasses.replace(CONTEXT, min_length=7)).min_key_len == 7
+
+
+def test_cheaper_estimates_cost_less_in_proposals():
+    at = {next(iter(proposal().seconds.free_symbols)): 131072}
+    seconds = {estimate: float(proposal(XAttention(estimate=estimate)).seconds.subs(at)) for estimate in ESTIMATES}
+    exact = seconds.pop(())
+    assert all(value < exact for value in seconds.values()), seconds
+    assert min(seconds, key=seconds.get) == ("half", "group", "int8")
+    assert proposal(XAttention(estimate=("group",))).min_key_len <= proposal().min_key_len
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"query_len": 1}, "decode"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"needs_grad": True}, "gradients"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"mask": MaskPredicate(MaskKind.OPAQUE, reason="a table of numbers")}, "a table of numbers"),
+        ({"alibi_slopes": fx.Graph().placeholder("slopes")}, "alibi"),
+        ({"sink_logits": fx.Graph().placeholder("sinks")}, "sink logits"),
+    ],
+)
+def test_what_it_does_not_model_is_refused(changes, reason):
+    found = XAttention().propose(site(**changes), CONTEXT)
+    assert isinstance(found, Refusal) and reason in found.reason
+
+
+def test_thresholds_per_head_must_fit_the_site():
+    found = XAttention(threshold=(0.9,) * 16).propose(site(), CONTEXT)
+    assert isinstance(found, Refusal) and "16 thresholds for 32 query heads" in found.reason
+    proposal(XAttention(threshold=(0.9,) * 32))
+    assert isinstance(XAttention().propose(site(), Context(HOPPER, "reference")), Refusal)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"stride": 5}, "stride"),
+        ({"threshold": 1.5}, "between 0 and 1"),
+        ({"threshold": ()}, "between 0 and 1"),
+        ({"density": 0.0}, "greater than 0"),
+        ({"estimate": ("half", "half")}, "twice"),
+        ({"estimate": ("quarter",)}, "half"),
+        ({"estimate": ("pair", "quad")}, "exclude"),
+        ({"estimat": ()}, "estimat"),
+    ],
+)
+def test_impossible_options_are_errors(options, match):
+    with pytest.raises(ValidationError, match=match):
+        XAttention(**options)
+
+
+def test_options_survive_a_plan_file():
+    method = XAttention(estimate=("int8",), threshold=(0.5, 0.9))
+    assert XAttention.model_validate_json(method.model_dump_json()) == method
+    assert method.keep_all().threshold == 1.0 and method.keep_all().estimate == ("int8",)
+
+
+def rewritten(model, options, **inputs) -> fx.GraphModule:
+    """The rewritten graph of one call under passes = ["xattention"]."""
+    found = []
+
+    def backend(gm, example):
+        settings = config.load({"passes": ["xattention"], "min_length": 0, **options}, method_models=discover())
+        found.append(pipeline.rewrite_graph(gm, settings, Trace(None))[1])
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs, use_cache=False)
+    torch._dynamo.reset()
+    return found[0]
+
+
+def region(gm: fx.GraphModule) -> str:
+    """The ops emitted for the first layer, one line each; tensors by dtype and shape, and by the op they come from."""
+    first = [next(node for node in gm.graph.nodes if node.target is op) for op in (ops.select_blocks, ops.attention)]
+    lines = []
+    for node in first:
+        operands = [f"{key}={operand(value)}" for key, value in node.kwargs.items() if value is not None]
+        lines.append(f"{node.target}({len(node.args)} tensors, {', '.join(operands)})")
+    return "\n".join(lines)
+
+
+def operand(value) -> str:
+    if not isinstance(value, fx.Node):
+        return str(value)
+    example = value.meta["example_value"]
+    chosen = value.target is operator.getitem and value.args[0].target is ops.select_blocks
+    return f"{str(example.dtype).removeprefix('torch.')}{list(example.shape)}" + (" of select_blocks" if chosen else "")
+
+
+GOLDEN = """\
+sparsify.select_blocks.default(2 tensors, key_flags=uint8[2, 70], scale=0.25, causal=True, windows=[], pool=max+half, stride=8, \
+block_size=64, threshold=[0.5, 0.6, 0.7, 0.8], density=0.0, version=2)
+sparsify.attention.default(3 tensors, key_flags=uint8[2, 70], block_counts=int32[2, 4, 2] of select_blocks, \
+block_indices=int16[2, 4, 2, 2] of select_blocks, scale=0.25, causal=True, windows=[], sinks=0, softcap=0.0, \
+block_size=64, seq_major=True, version=2)"""
+
+
+def test_golden_of_the_rewritten_region():
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[0, :9] = 0
+    options = {"xattention": {"block": 64, "estimate": ["half"], "threshold": [0.5, 0.6, 0.7, 0.8]}}
+    found = rewritten(build("llama"), options, input_ids=prompt(2, 70), attention_mask=mask)
+    assert region(found) == GOLDEN
+    counts = [sum(node.target is op for node in found.graph.nodes) for op in (ops.select_blocks, ops.attention)]
+    assert counts == [2, 2]
+    assert not any("scaled_dot_product" in str(node.target) for node in found.graph.nodes)
+
+
+def test_large_lists_are_made_and_used_by_one_op(monkeypatch):
+    options, inputs = {"xattention": {"block": 64, "stride": 8, "threshold": 0.5}}, {"input_ids": prompt(2, 200)}
+    model = sharp("llama")
+    apart = rewritten(model, options, **inputs)
+    monkeypatch.setattr(scratch, "LIST_BYTES", 100)
+    joined = rewritten(model, options, **inputs)
+    targets = [node.target for node in joined.graph.nodes]
+    assert targets.count(ops.sparse_attention) == 2 and ops.select_blocks not in targets and ops.attention not in targets
+    one, other = (
+        next(node for node in gm.graph.nodes if node.target is op) for gm, op in ((apart, ops.attention), (joined, ops.sparse_attention))
+    )
+    assert one.kwargs["seq_major"] == other.kwargs["seq_major"]
+
+
+@pytest.mark.parametrize("length, large", [(65536, False), (1 << 20, True), (None, True)])
+def test_lists_are_large_by_the_limit_or_when_it_is_unknown(length, large):
+    sizes = {} if length is None else {"query_len": length, "key_len": length}
+    assert XAttention()._lists_are_large(site(**sizes)) == large
+
+
+@pytest.mark.parametrize("limit", [100, 10**9])
+def test_a_prompt_of_unknown_length_gives_the_same_logits(monkeypatch, limit):
+    model, options = sharp("llama"), {"passes": ["xattention"], "min_length": 0, "lower": "eager", "strict": True}
+    options["xattention"] = {"block": 64, "stride": 8, "threshold": 0.5}
+    ids = prompt(2, 200)
+    fixed, open_ended = (torch.compile(model, backend="sparsify", options=options, dynamic=dynamic) for dynamic in (False, True))
+    with torch.no_grad():
+        want = fixed(input_ids=ids, use_cache=False).logits
+        torch._dynamo.reset()
+        monkeypatch.setattr(sparse_attention.sparse_attention, "__kwdefaults__", {"limit": limit})
+        torch.testing.assert_close(open_ended(input_ids=ids, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
+        dense = model(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    assert not torch.allclose(want, dense, atol=1e-3)
+
+
+def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sharp(family: str = "llama", **overrides) -> torch.nn.Module:
+    """A model whose attention is peaked, so that leaving blocks out shows."""
+    model = build(family, **overrides)
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 12
+    return model
+
+
+def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
+    """Compiled against the masked reference with the same selection, and visibly unlike dense. Returns the block lists seen."""
+    seen = []
+    observer = lambda query, key, counts, indices, **options: seen.append((counts.clone(), indices.clone(), key.shape[2]))
+    with ops.observing(observer):
+        got = run(model, call, strict(passes=["xattention"], xattention=chosen))
+    method = XAttention(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
+    threshold = method.threshold if isinstance(method.threshold, tuple) else (method.threshold,)
+    selection = {"pool": method.op_pool, "stride": method.stride, "block_size": method.block, "threshold": list(threshold)}
+    want = reference_run(model, call, **selection, density=method.density or 0.0)
+    with torch.no_grad():
+        dense = call(model)
+    assert got.rewritten("xattention") > 0
+    assert visible_error(got.value, want, attention_mask) < FP32
+    assert (visible_error(got.value, dense, attention_mask) > 1e-3) == expect_sparse
+    return seen
+
+
+RULES = {"tau": {"threshold": 0.5}, "density": {"density": 0.4}, "per head": {"threshold": [0.2, 0.9, 0.5, 0.0]}}
+
+
+@pytest.mark.parametrize("rule, estimate", [*((rule, ()) for rule in RULES), *(("tau", estimate) for estimate in ESTIMATES[1:])])
+def test_a_model_equals_the_masked_reference(rule, estimate):
+    ids = prompt(1, 450)
+    call = lambda m: m(input_ids=ids, use_cache=False).logits
+    seen = compare(sharp(), call, block=64, stride=8, estimate=list(estimate), **RULES[rule])
+    assert len(seen) == 2
+    if rule == "per head":
+        kept = seen[0][0].sum(-1)[0]
+        assert kept[1] > kept[0] and kept[2] > kept[3]
+
+
+def test_variants_choose_other_blocks():
+    ids = prompt(1, 450)
+    call = lambda m: m(input_ids=ids, use_cache=False).logits
+    found = {}
+    for estimate in ESTIMATES:
+        counts, indices, length = compare(sharp(), call, block=64, estimate=list(estimate), density=0.4)[0]
+        found[estimate] = block_lists.to_dense(counts, indices, -(-length // 64))
+    assert all(not torch.equal(found[()], found[estimate]) for estimate in (("half",), ("group",), ("pair",)))
+    assert torch.equal(found[("group",)][:, 0], found[("group",)][:, 1]), "query heads of a group share one estimate"
+    assert (found[()] ^ found[("int8",)]).float().mean() < 0.02, "8 bits change little"
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES, ids=names)
+def test_rows_of_a_padded_batch_choose_for_themselves(estimate):
+    ids, mask = prompt(2, 330), torch.ones(2, 330, dtype=torch.long)
+    mask[0, :100] = 0
+    call = lambda m: m(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    counts, indices, _ = compare(sharp(), call, attention_mask=mask, block=64, threshold=0.3, estimate=list(estimate))[0]
+    kept = block_lists.to_dense(counts, indices, 6)
+    assert not torch.equal(kept[0], kept[1])
+    assert not kept[0, :, 2:, 0].any(), "the first 64 keys of row 0 are padding"
+    assert kept[1, :, :, 0].all()
+
+
+def test_chunks_start_where_the_cache_ends():
+    ids = prompt(1, 420)
+
+    def call(m):
+        cache = DynamicCache(config=m.config)
+        return torch.cat([m(input_ids=part, **holding(cache)).logits for part in ids.split([200, 130, 90], 1)], 1)
+
+    seen = compare(sharp(), call, block=64, threshold=0.4)
+    assert [length for _, _, length in seen] == [200, 200, 330, 330, 420, 420]
+    counts = seen[-1][0]
+    assert counts.shape[-1] == 2 and int(counts.max()) <= 7
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES, ids=names)
+def test_a_key_that_is_not_a_number_keeps_all_that_see_it(estimate):
+    torch.manual_seed(0)
+    query, key = 6 * torch.randn(1, 4, 512, 16), torch.randn(1, 2, 512, 16)
+    method = XAttention(block=64, estimate=estimate)
+    options = {"scale": 0.25, "causal": True, "windows": [], "pool": method.op_pool, "stride": 8, "block_size": 64, "version": ops.VERSION}
+    clean, _ = ops.select_blocks(query, key, **options, threshold=[0.2], density=0.0)
+    key[0, 1, 300] = torch.nan
+    counts, _ = ops.select_blocks(query, key, **options, threshold=[0.2], density=0.0)
+    assert torch.equal(counts[0, 2:, 5:], torch.arange(6, 9, dtype=torch.int32).expand(2, 3)), "all that is causal"
+    assert torch.equal(counts[0, :2], clean[0, :2]), "heads that read other keys"
+    assert (counts[0, 2:, :4] <= clean[0, 2:, :4] + 1).all() and (counts[0, 2:, 3] < 4).any(), "rows before it choose"
+
+
+def test_padding_and_a_start_at_run_time_are_no_obstacle():
+    leaf = fx.Graph().placeholder("mask")
+    mask = MaskPredicate(MaskKind.PROVED, causal=True, padding=Leaf(leaf), query_start=QueryStart(leaf=leaf))
+    assert proposal(at=site(mask=mask)).density is None
