@@ -1,7 +1,7 @@
-"""Attention of models that hold a SparseCache: two functions that transformers calls by the name `sparsify` (or `sparsify_eager`).
+"""Attention for models that use a SparseCache: registered with transformers as `sparsify` (for sdpa models) and `sparsify_eager`.
 
-transformers tells attention nothing about the cache: the keys that a layer's `update` gives out say whose they are. For other keys both
-functions are the implementation that the model was loaded with.
+transformers does not pass the cache to attention. `SparseLayer.update` therefore marks the key tensor with its layer. Keys without a mark
+go to the attention implementation that the model was loaded with.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsify.errors import CacheError, UnsupportedError
-from sparsify.generation.cache_layer import SparseLayer, StockMask, autocast_dtype, layer_of
+from sparsify.generation.cache_layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
 from sparsify.ops import attention as ops
 from sparsify.ops import cache
 
 
 class _Saved(str):
-    """The name of one of the two functions in a configuration that is copied or pickled: a deep copy of a model is used with its caches,
-    and a model that is loaded elsewhere finds `base`, which it was loaded with, and needs no sparsify there."""
+    """Attention name of a configuration while it is copied or pickled.
+
+    A deep copy keeps sparsify's name, since the copied model is used with the copied caches. A pickle stores `base`, the implementation
+    that the model was loaded with, so that it can be loaded where sparsify is not installed.
+    """
 
     base: str
 
@@ -38,12 +41,12 @@ class _Saved(str):
         return str, (self.base,)
 
 
-# implementation that a model was loaded with -> the name under which sparsify serves it; plain strings, which compiled code compares
+# the model's own implementation -> name of sparsify's function that wraps it; plain strings, because compiled code compares them
 NAMES = {"sdpa": "sparsify", "eager": "sparsify_eager"}
 
 
-def _reduced(config: Any) -> Any:
-    """How configurations are copied and pickled: as always, but for the name of their attention."""
+def _reduce_config(config: Any) -> Any:
+    """`copyreg` reducer of configurations: the default one, with the attention name replaced by `_Saved`."""
     make, arguments, state, *rest = config.__reduce_ex__(4)
     for base, name in NAMES.items():
         if config._attn_implementation == name:
@@ -53,8 +56,8 @@ def _reduced(config: Any) -> Any:
     return make, arguments, state, *rest
 
 
-# What tells two models' configurations apart as far as a cache is concerned; names and paths of files differ between copies of one model.
-_SHAPE = (
+# Fields in which the configurations of two models differ as far as a cache is concerned; file names differ between copies of one model.
+_MODEL_FIELDS = (
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -72,8 +75,8 @@ _SHAPE = (
 _IGNORED = ("is_causal", "output_attentions", "position_ids", "use_cache", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def install() -> None:
-    """Registers both functions with transformers, and sparsify's kernels with torch."""
+def register_attention() -> None:
+    """Registers both attention functions with transformers, and the cache kernels with torch."""
     importlib.import_module("sparsify.backends.cache.dispatch")
     for base, name in NAMES.items():
         if name not in ALL_ATTENTION_FUNCTIONS:
@@ -81,29 +84,32 @@ def install() -> None:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, functools.partial(mask_function, base))
 
 
-def serve(config: Any) -> None:
-    """Makes the model of `config` call sparsify's attention, which is its own one for calls without a SparseCache."""
-    install()
+def use_sparse_attention(config: Any) -> None:
+    """Sets the attention implementation of `config` to sparsify's, which passes calls without a SparseCache on to the former one."""
+    register_attention()
     base = config._attn_implementation or "sdpa"
     if base in NAMES:
         config._attn_implementation = NAMES[base]
-    copyreg.pickle(type(config), _reduced)
+    copyreg.pickle(type(config), _reduce_config)
 
 
 def same_model(one: Any, other: Any) -> bool:
-    """Whether two configurations are those of one model, of a copy of it or of the same model loaded again."""
+    """Whether two configurations describe one model: the same object, a copy, or the same checkpoint loaded twice."""
     if one is other:
         return True
-    return type(one) is type(other) and all(getattr(one, name, None) == getattr(other, name, None) for name in _SHAPE)
+    return type(one) is type(other) and all(getattr(one, name, None) == getattr(other, name, None) for name in _MODEL_FIELDS)
 
 
 def mask_function(base: str, *, kv_length: Any, attention_mask: Tensor | None = None, **call: Any) -> Any:
-    """With a SparseCache the 2-D padding mask as it is, [batch, tokens so far] or None; else the mask of `base`.
+    """The mask that transformers hands to attention.
+
+    Returns:
+        with a SparseCache the 2-D padding mask unchanged, [batch, tokens so far] or None; otherwise the mask of `base`.
 
     Raises:
         UnsupportedError: the model asks for more than causality, its sliding window and padding.
     """
-    if not isinstance(kv_length, StockMask):
+    if not isinstance(kv_length, MaskSizeGuard):
         return ALL_MASK_ATTENTION_FUNCTIONS[base](kv_length=kv_length, attention_mask=attention_mask, **call)
     if call.get("use_vmap") or not call.get("allow_is_causal_skip", False):
         raise UnsupportedError("the model's mask is more than causal, window and padding", hint="use an ordinary cache")
@@ -124,34 +130,43 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attends and stores. query [batch, query_heads, query_len, head_dim], key and value [batch, kv_heads, query_len, head_dim].
+    """Attention over the cache and the call's own tokens; then stores these.
+
+    Args:
+        base: implementation that serves keys without a SparseCache.
+        module: the model's attention module.
+        query: [batch, query_heads, query_len, head_dim].
+        key, value: [batch, kv_heads, query_len, head_dim].
+        attention_mask: 2-D padding mask, or None.
+        s_aux: sink logits, [query_heads].
 
     Returns:
-        output [batch, query_len, query_heads, v_head_dim] and None for the weights.
+        output [batch, query_len, query_heads, v_head_dim], and None in place of the attention weights.
 
     Raises:
-        CacheError, UnsupportedError: the call cannot be served exactly.
+        CacheError: the call does not fit the cache.
+        UnsupportedError: the cache cannot compute this attention exactly.
     """
-    layer = layer_of(key)
+    layer = layer_from_keys(key)
     if layer is None:
         given = {"softcap": softcap, "sliding_window": sliding_window, "s_aux": s_aux}
         given = {name: value for name, value in given.items() if value is not None}
         function = _base_attention(base, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **given, **kwargs)
-    layer.call.waiting = None
-    _check(layer, module, query, attention_mask, dropout, sliding_window, kwargs)
+    layer.call.pending = None
+    _check_call(layer, module, query, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    real = None if attention_mask is None else _real(layer, attention_mask, query.shape[2])
+    is_token = None if attention_mask is None else _token_flags(layer, attention_mask, query.shape[2])
     if not layer.is_initialized:
-        layer.allocate(key, value, _tokens(query, real))
+        layer.allocate(key, value, _longest_row(query, is_token))
     if layer.is_first:
         layer.call.storing = True
-    wanted = autocast_dtype(query)
-    if wanted is not None:
+    autocast = autocast_dtype(query)
+    if autocast is not None:
         query = query.to(key.dtype)
-    output = _attend(layer, query, key, value, real, scale, softcap or 0.0, s_aux)
-    if wanted is not None:
-        output = output.to(wanted)
+    output = _attend(layer, query, key, value, is_token, scale, softcap or 0.0, s_aux)
+    if autocast is not None:
+        output = output.to(autocast)
     if layer.is_last:
         layer.call.storing = False
     return output.transpose(1, 2), None
@@ -163,7 +178,7 @@ def _base_attention(base: str, module: torch.nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def _check(
+def _check_call(
     layer: SparseLayer, module: Any, query: Tensor, mask: Tensor | None, dropout: float, window: int | None, kwargs: dict[str, Any]
 ) -> None:
     where = f"layer {layer.index}"
@@ -187,11 +202,11 @@ def _check(
         raise CacheError(f"the model's window of {window} is not the cache's", where=where, hint="make a new cache from model.config")
 
 
-def _real(layer: SparseLayer, mask: Tensor, query_len: int) -> Tensor:
-    """Which tokens of this call are not padding, bool [batch, query_len].
+def _token_flags(layer: SparseLayer, mask: Tensor, query_len: int) -> Tensor:
+    """Which of the call's columns hold a token and not padding, bool [batch, query_len].
 
     Raises:
-        CacheError: the mask does not cover the tokens before this call, or now says otherwise about them.
+        CacheError: the mask does not cover the tokens before this call, or hides tokens that earlier calls showed.
     """
     where, hint = f"layer {layer.index}", "attention_mask covers all tokens so far, [batch, tokens before + tokens of this call]"
     width = mask.shape[1]
@@ -208,9 +223,9 @@ def _real(layer: SparseLayer, mask: Tensor, query_len: int) -> Tensor:
     return (mask[:, -query_len:] if layer.started else mask).to(torch.bool)
 
 
-def _tokens(query: Tensor, real: Tensor | None) -> int:
-    """Tokens of a call's longest row; compiled code has to know them beforehand and counts padding too."""
-    return query.shape[2] if real is None or torch.compiler.is_dynamo_compiling() else int(real.sum(-1).max())
+def _longest_row(query: Tensor, is_token: Tensor | None) -> int:
+    """Number of tokens in the longest row. Compiled code counts padding too, because reading the mask would break the graph."""
+    return query.shape[2] if is_token is None or torch.compiler.is_dynamo_compiling() else int(is_token.sum(-1).max())
 
 
 def _attend(
@@ -218,18 +233,18 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor | None,
+    is_token: Tensor | None,
     scale: float,
     softcap: float,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Output [batch, query_heads, query_len, v_head_dim]; the call's tokens are stored after their queries attended."""
+    """Attention output [batch, query_heads, query_len, v_head_dim]. The call's tokens are stored after it was computed."""
     layout, empty = layer.layout, not layer.started
     if empty:  # compiled code would write it back at every token
         layer.started = True
     shape = {"window": layout.window, "sinks": layout.sinks if layout.window else 0}
     how = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
-    turning = {"inverse_frequencies": layer.inverse_frequencies if layout.turn_sinks else None}
+    rotation = {"inverse_frequencies": layer.inverse_frequencies if layout.rotate_sinks else None}
     stored = {
         "pinned": layout.pinned,
         "recent": layout.recent,
@@ -239,17 +254,17 @@ def _attend(
         "version": cache.VERSION,
     }
     if query.shape[2] == 1:
-        cache.store(None, key, value, *layer.state, real=real, empty=empty, tickets=layer.tickets, **stored)
+        cache.store(None, key, value, *layer.state, real=is_token, empty=empty, tickets=layer.tickets, **stored)
         keys, values, positions, _, seen, _ = layer.state
-        return cache.attention(query, keys, values, positions, seen, **how, **shape, **turning, version=cache.VERSION)
-    if empty and not layout.turn_sinks:
-        output = _prompt(query, key, value, real, **how, **shape)
+        return cache.attention(query, keys, values, positions, seen, **how, **shape, **rotation, version=cache.VERSION)
+    if empty and not layout.rotate_sinks:
+        output = _attend_prompt(query, key, value, is_token, **how, **shape)
     else:
         keys, values, positions, _, seen, _ = layer.state
         if empty:  # whatever a prompt that failed may have left in the buffers
             positions, seen = torch.full_like(positions, -1), torch.zeros_like(seen)
-        elif real is not None and not layout.window:
-            positions = _before_single_tokens(layer, real)
+        elif is_token is not None and not layout.window:
+            positions = _positions_after_overwrite(layer, is_token)
         output = cache.attention(
             query,
             keys,
@@ -258,29 +273,32 @@ def _attend(
             seen,
             new_key=key,
             new_value=value,
-            real=real,
+            real=is_token,
             **how,
             **shape,
-            **turning,
+            **rotation,
             version=cache.VERSION,
         )
     observed = query if layer.policy.observed else None
-    cache.store(observed, key, value, *layer.state, real=real, empty=empty, **stored)
+    cache.store(observed, key, value, *layer.state, real=is_token, empty=empty, **stored)
     return output
 
 
-def _before_single_tokens(layer: SparseLayer, real: Tensor) -> Tensor:
-    """The slots' positions, in rows to which padding leaves one token without what it overwrites: it is stored before it is attended to."""
+def _positions_after_overwrite(layer: SparseLayer, is_token: Tensor) -> Tensor:
+    """Slot positions for rows that hold one token beside padding: the slot that this token overwrites reads -1 (hidden).
+
+    `cache_attention` runs before `cache_store`, while a call of one token stores first; both must see the same keys.
+    """
     slot = cache.next_slot(layer.counts, layer.layout.capacity, layer.layout.pinned)
-    gone = (torch.arange(layer.layout.capacity, device=slot.device) == slot) & (real.sum(-1) == 1)[:, None, None]
+    gone = (torch.arange(layer.layout.capacity, device=slot.device) == slot) & (is_token.sum(-1) == 1)[:, None, None]
     return layer.positions.masked_fill(gone, -1)
 
 
-def _prompt(
+def _attend_prompt(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor | None,
+    is_token: Tensor | None,
     *,
     sink_logits: Tensor | None,
     scale: float,
@@ -288,24 +306,24 @@ def _prompt(
     window: int,
     sinks: int,
 ) -> Tensor:
-    """The first call: nothing is stored yet, so this is ordinary attention, which other passes may make sparse."""
+    """Attention of the first call. Nothing is stored yet, so it is ordinary attention, which prefill methods may make sparse."""
     plain = not window and not softcap and sink_logits is None
-    if plain and (real is None or torch.compiler.is_dynamo_compiling()):
+    if plain and (is_token is None or torch.compiler.is_dynamo_compiling()):
         seen = None
-        if real is not None:  # written as transformers does, so that matchers read it and other methods may act on the prompt
+        if is_token is not None:  # written as transformers does, so that the matcher recognises it and prefill methods may act on it
             at = torch.arange(query.shape[2], device=query.device)
-            seen = (at[None, :] <= at[:, None])[None, None] & real[:, None, None, :]
+            seen = (at[None, :] <= at[:, None])[None, None] & is_token[:, None, None, :]
         grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, **grouped)
     order = flags = None
-    if real is not None:
-        if window:  # counted in tokens, and the op counts columns: tokens come to stand side by side, padding behind them
-            order = real.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-            query, key, value = (_columns(tensor, order) for tensor in (query, key, value))
-            real = real.gather(1, order)
-        flags = real.to(torch.uint8)
+    if is_token is not None:
+        if window:  # the window counts tokens, the op counts columns: move the padding behind the tokens
+            order = is_token.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+            query, key, value = (_gather_columns(tensor, order) for tensor in (query, key, value))
+            is_token = is_token.gather(1, order)
+        flags = is_token.to(torch.uint8)
         if sinks:
-            flags = flags + 2 * (real & (real.cumsum(-1) <= sinks)).to(torch.uint8)
+            flags = flags + 2 * (is_token & (is_token.cumsum(-1) <= sinks)).to(torch.uint8)
     output, _ = ops.attention(
         query,
         key,
@@ -321,10 +339,18 @@ def _prompt(
         seq_major=True,
         version=ops.VERSION,
     )
-    return output if order is None else _columns(output, order.argsort(-1))
+    return output if order is None else _gather_columns(output, order.argsort(-1))
 
 
-def _columns(tensor: Tensor, order: Tensor) -> Tensor:
-    """tensor [batch, heads, n, dim] with its columns in the order [batch, n], as the transpose of a contiguous [batch, n, heads, dim]."""
+def _gather_columns(tensor: Tensor, order: Tensor) -> Tensor:
+    """Reorders the tokens of each row.
+
+    Args:
+        tensor: [batch, heads, n, dim].
+        order: int64 [batch, n], source column of each column.
+
+    Returns:
+        [batch, heads, n, dim], the transpose of a contiguous [batch, n, heads, dim].
+    """
     rows = tensor.transpose(1, 2)
     return rows.gather(1, order[:, :, None, None].expand_as(rows)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""One layer of a SparseCache: its buffers, and how they follow reorder, select, repeat, crop, reset and offload."""
+"""One layer of a SparseCache: its buffers, and what reorder, select, repeat, crop, reset and offload do to them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _STATE = ("keys", "values", "positions", "counts", "seen", "length")
 _BUFFERS = (*_STATE, "tickets")
 
 
-class StockMask:
-    """Stands for the mask sizes of a SparseCache: its slots have no single offset, so that a mask over them cannot be built from sizes.
+class MaskSizeGuard:
+    """Returned instead of a SparseCache's mask sizes. Slots are not in order of position, so no mask can be built from sizes.
 
-    Sparsify's attention never looks at it; anything else that does gets the reason.
+    Sparsify's attention does not use it. Any other code that computes with it gets a CacheError.
     """
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,66 +34,74 @@ class StockMask:
     __hash__ = object.__hash__
 
 
-MASK_SIZE = StockMask()
+MASK_SIZE = MaskSizeGuard()
 
 
-class Call:
-    """What a SparseCache and its layers know of the call that runs, on the host, so that asking costs no synchronisation.
+class CallState:
+    """State of the running call, shared by all layers of a SparseCache. Kept on the host, so that reading it costs no synchronisation.
 
-    waiting: the layer whose keys were given out and have not been attended to yet. storing: the first layer may hold the call's tokens,
-    the last one does not.
+    pending: layer whose `update` has run and whose attention has not.
+    storing: True between the first layer's attention and the last layer's: layers may hold different tokens.
     """
 
     def __init__(self) -> None:
-        self.waiting: SparseLayer | None = None
+        self.pending: SparseLayer | None = None
         self.storing = False
 
     def forget(self) -> None:
-        self.waiting, self.storing = None, False
+        self.pending, self.storing = None, False
 
     @property
     def idle(self) -> bool:
-        return self.waiting is None and not self.storing
+        return self.pending is None and not self.storing
 
 
-# Keys on their way from `update` to attention carry their layer under this name: transformers passes attention no cache, and what hangs on
-# the call's own tensor cannot be taken by another thread's call, nor outlive it.
+# Attribute of the key tensor that names its layer between `update` and attention: transformers passes attention no cache, and an attribute
+# of the call's own tensor is invisible to other threads' calls and ends with it.
 _LAYER = "_sparsify_layer"
 
 
-def layer_of(key: Tensor) -> SparseLayer | None:
-    """The layer whose `update` gave out these keys, None for keys of a call without SparseCache.
+def layer_from_keys(key: Tensor) -> SparseLayer | None:
+    """The layer whose `update` returned these keys; None for a call without a SparseCache.
 
     Raises:
-        CacheError: they were attended to already.
+        CacheError: attention has already used them.
     """
     layer = getattr(key, _LAYER, None)
-    if layer is not None and layer.call.waiting is not layer:
+    if layer is not None and layer.call.pending is not layer:
         raise CacheError("the keys of one call are attended to twice", where=f"layer {layer.index}", hint="use an ordinary cache")
     return layer
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What attention over such tensors is computed in under autocast; None outside of it, and for float64, which it leaves alone."""
+    """Dtype that autocast gives attention over this tensor; None without autocast, and for float64, which autocast leaves alone."""
     device = tensor.device.type
     if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
-def chain(layers: list[SparseLayer]) -> Call:
-    """Makes layers those of one cache, in this order. Flags, because compiled code specialises on every integer that it compares."""
-    call = Call()
+def link_layers(layers: list[SparseLayer]) -> CallState:
+    """Gives the layers of one cache a common CallState and marks the first and the last.
+
+    The marks are flags rather than layer numbers, because compiled code specialises on every integer that it compares.
+    """
+    call = CallState()
     for layer in layers:
         layer.call, layer.is_first, layer.is_last = call, layer is layers[0], layer is layers[-1]
     return call
 
 
 class SparseLayer(CacheLayerMixin):
-    """Slots of one attention layer; see `sparsify.ops.cache` for the state.
+    """Slots of one attention layer; `sparsify.ops.cache` describes the buffers.
 
-    policy: decides what stays. layout: None while a budget given as a share waits for the first call's tokens.
-    sliding: the model's own window, kept exactly, whatever the policy of the other layers.
+    Args:
+        index: number of the layer.
+        config: the model's text configuration.
+        policy: decides which tokens stay.
+        budget: tokens per KV head; a float is a share of the first call's tokens, and `layout` stays None until that call.
+        sliding: the layer has a sliding window of the model's own, which is kept exactly.
+        frequencies: inverse frequencies of the rotary embedding, fp32 [rotated dimensions / 2], where sinks are rotated; else None.
     """
 
     is_compileable = False  # generate() would then build 4-D masks and compile by itself
@@ -104,7 +112,7 @@ class SparseLayer(CacheLayerMixin):
         self.is_sliding, self.inverse_frequencies = sliding, frequencies
         self.policy_text = policy.describe()
         self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
-        self.call, self.is_first, self.is_last = Call(), True, True  # as `chain` says for the layers of a cache
+        self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -112,7 +120,13 @@ class SparseLayer(CacheLayerMixin):
         self.allocate(key_states, value_states, key_states.shape[2])
 
     def allocate(self, key_states: Tensor, value_states: Tensor, tokens: int) -> None:
-        """As `lazy_initialization`; `tokens` is what a budget given as a share refers to."""
+        """Allocates all slots.
+
+        Args:
+            key_states: [batch, kv_heads, any, head_dim]; sets batch, heads, dtype and device.
+            value_states: [batch, kv_heads, any, v_head_dim].
+            tokens: number of tokens that a budget given as a share refers to.
+        """
         if self.layout is None:
             self.layout = self.policy.layout(max(1, -(-tokens * round(self.budget * 10**6) // 10**6)))
         batch, kv_heads, _, head_dim = key_states.shape
@@ -143,7 +157,10 @@ class SparseLayer(CacheLayerMixin):
             self._mark_static()
 
     def _mark_static(self) -> None:
-        """Without this, CUDA graphs are skipped because inputs are mutated. Unguarded: another cache re-records, and never recompiles."""
+        """Marks the buffers as inputs with a fixed address: CUDA graphs are skipped for other mutated inputs.
+
+        Without a guard, so that another cache records a new CUDA graph but compiles nothing.
+        """
         if not torch.compiler.is_dynamo_compiling():
             for name in _BUFFERS:
                 torch._dynamo.mark_static_address(getattr(self, name), guard=False)
@@ -153,31 +170,30 @@ class SparseLayer(CacheLayerMixin):
         return self.keys, self.values, self.positions, self.counts, self.seen, self.length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Checks the new keys and values and returns them as they are, under autocast in the cache's dtype; the attention that follows
-        stores them.
+        """Checks the new keys and values and returns them unchanged, or under autocast in the cache's dtype. Attention stores them later.
 
         Raises:
             CacheError: they do not fit this cache, or the model's previous layer did not use sparsify's attention.
         """
-        waiting = self.call.waiting
-        if waiting is not None:
+        pending = self.call.pending
+        if pending is not None:
             raise CacheError(
                 "the model's attention did not take the keys that it gave to the cache",
-                where=f"layer {waiting.index}",
+                where=f"layer {pending.index}",
                 hint="make it with SparseCache(model.config, ...) of this very model, whose attention must go through AttentionInterface; "
                 "reset() the cache first",
             )
-        wanted = autocast_dtype(key_states)
-        if wanted is not None:  # as attention itself would at every call: rotary embeddings give float32 keys beside bfloat16 values
-            wanted = self.dtype if self.is_initialized else wanted
-            key_states, value_states = key_states.to(wanted), value_states.to(wanted)
+        autocast = autocast_dtype(key_states)
+        if autocast is not None:  # as attention itself would at every call: rotary embeddings give float32 keys beside bfloat16 values
+            autocast = self.dtype if self.is_initialized else autocast
+            key_states, value_states = key_states.to(autocast), value_states.to(autocast)
         if key_states.dtype != value_states.dtype:
             raise CacheError(f"keys are {key_states.dtype}, values {value_states.dtype}", where=f"layer {self.index}")
         if self.layout is not None and not self.is_initialized:  # a share waits for the mask, which attention gets
             self.lazy_initialization(key_states, value_states)
         if self.is_initialized:
             self._check(key_states, value_states)
-        self.call.waiting = self
+        self.call.pending = self
         setattr(key_states, _LAYER, self)
         return key_states, value_states
 
@@ -209,7 +225,7 @@ class SparseLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Empties the layer. A budget given as a share is taken anew from the next call, and any batch size may follow."""
+        """Empties the layer. A budget given as a share refers to the next call's tokens, and that call may have any batch size."""
         if not self.is_initialized:
             return
         self.positions.fill_(-1)
@@ -220,19 +236,19 @@ class SparseLayer(CacheLayerMixin):
             self.layout, self.is_initialized = None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """In place, row b becomes row beam_idx[b]."""
+        """In place: row b becomes row beam_idx[b]."""
         if self.is_initialized:
             for name in _STATE[:-1]:
                 state = getattr(self, name)
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace_rows(lambda state: state.repeat_interleave(repeats, 0))
+        self._map_rows(lambda state: state.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace_rows(lambda state: state[indices.to(state.device)])
+        self._map_rows(lambda state: state[indices.to(state.device)])
 
-    def _replace_rows(self, change: Any) -> None:
+    def _map_rows(self, change: Any) -> None:
         if self.is_initialized:
             for name in _STATE[:-1]:
                 setattr(self, name, change(getattr(self, name)))

@@ -1,4 +1,4 @@
-"""The rotary embedding of a transformers model as numbers: needed where a cache moves sinks along, and refused where it is not proved."""
+"""Inverse frequencies of a model's rotary embedding, which a cache needs to rotate sinks; refused where they cannot be verified."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparsify.errors import UnsupportedError
 
-# Rotations by these do not depend on the length seen so far; dynamic and longrope change every key's angle as a text grows.
+# RoPE scalings whose angles do not depend on the text's length; dynamic and longrope change every key's angle as a text grows.
 _STATIC = ("default", "linear", "llama3", "yarn")
 
-# Families whose attention turns the first dimensions of each head in half-split layout, and nothing else.
+# Families that rotate the first dimensions of each head, in half-split layout, and nothing else.
 _FAMILIES = (
     "llama",
     "mistral",
@@ -34,14 +34,14 @@ _FAMILIES = (
 
 
 def inverse_frequencies(config: Any, layer_type: str | None) -> Tensor:
-    """Angles per position, fp32 [half of the rotated dimensions], read from the family's own rotary module and checked against it.
+    """Angle per position of each rotated pair, fp32 [rotated dimensions / 2]; read from the family's rotary module and checked against it.
 
     Args:
         config: a transformers text configuration.
         layer_type: as in `config.layer_types`, for families with one rotary embedding per type; None for the others.
 
     Raises:
-        UnsupportedError: the family, its layout or its scaling is not proved to turn keys by a fixed angle per position.
+        UnsupportedError: the family, its layout or its scaling is not known to rotate keys by a fixed angle per position.
     """
     hint = 'positions="absolute" works with every rotary embedding'
     kind = getattr(config, "model_type", "")
@@ -68,7 +68,11 @@ def inverse_frequencies(config: Any, layer_type: str | None) -> Tensor:
 
 @torch.no_grad()
 def _check(embedding: Any, frequencies: Tensor, layer_type: str | None, kind: str, hint: str) -> None:
-    """The module's cosines must be those of position · frequency, twice in a row, up to one factor for all (attention scaling)."""
+    """Checks that the module computes cos and sin of position · frequency, repeated for both halves, up to one common factor (scaling).
+
+    Raises:
+        UnsupportedError: it computes something else.
+    """
     at = torch.tensor([[0, 1, 7, 500]])
     per_type = hasattr(embedding, f"{layer_type}_inv_freq") if layer_type else False
     cos, sin = embedding(torch.zeros(1, 1), at, layer_type) if per_type else embedding(torch.zeros(1, 1), at)

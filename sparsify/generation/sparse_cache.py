@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from sparsify import policies
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation import cache_attention
-from sparsify.generation.cache_layer import MASK_SIZE, SparseLayer, StockMask, chain
+from sparsify.generation.cache_layer import MASK_SIZE, MaskSizeGuard, SparseLayer, link_layers
 from sparsify.generation.rope import inverse_frequencies
 from sparsify.policies import Policy
 
@@ -60,22 +60,22 @@ class SparseCache(Cache):
         _check_model(config)
         policy = policies.make(policy, **options)
         budget = _checked_budget(budget, prompt_len)
-        layers = [_layer(i, stock, config, policy, budget) for i, stock in enumerate(DynamicCache(config=config).layers)]
+        layers = [_make_layer(i, stock, config, policy, budget) for i, stock in enumerate(DynamicCache(config=config).layers)]
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
-        cache_attention.serve(config)
+        cache_attention.use_sparse_attention(config)
         super().__init__(layers=layers)
-        self.config, self.policy, self.call = config, policy, chain(layers)
+        self.config, self.policy, self.call = config, policy, link_layers(layers)
         if batch_size is not None:
-            heads, head_dim = _heads(config)
+            heads, head_dim = _kv_head_sizes(config)
             self.early_initialization(batch_size, heads, head_dim, dtype or getattr(config, "dtype", None) or torch.float32, device)
 
-    def get_query_offset(self, layer_idx: int = 0) -> StockMask:
+    def get_query_offset(self, layer_idx: int = 0) -> MaskSizeGuard:
         """Only ordinary masks need it, and a SparseCache has none; reading the length here would synchronise with the device."""
         return MASK_SIZE
 
     def attach(self, config: Any) -> SparseCache:
-        """Lets the model of `config` use this cache, and returns it: for one that was loaded where no SparseCache was made for the model.
+        """Sets the attention of `config` up for this cache and returns the cache: needed for a cache loaded from a file.
 
         Raises:
             CacheError: the cache was made for another model.
@@ -87,13 +87,13 @@ class SparseCache(Cache):
             raise CacheError(
                 "this cache was made for another model", where="SparseCache", hint="make one with SparseCache(model.config, ...)"
             )
-        cache_attention.serve(config)
+        cache_attention.use_sparse_attention(config)
         for holder in (self, *self.layers):
             holder.config = config
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
-        """A cache of its own, with what was stored so far, for the same model: one prompt, many continuations."""
+        """An independent copy with the tokens stored so far, for the same model: one prompt, many continuations."""
         memo = {**memo, **{id(layer.policy): layer.policy for layer in self.layers}}  # the caller's may go on to copy the model
         memo.setdefault(id(self.config), self.config)
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
@@ -101,29 +101,32 @@ class SparseCache(Cache):
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Loaded together with its model, a cache goes on serving it."""
+        """Unpickling: the model that was loaded together with the cache uses sparsify's attention again."""
         self.__dict__.update(state)
-        cache_attention.serve(self.config)
+        cache_attention.use_sparse_attention(self.config)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As `SparseLayer.update`.
 
         Raises:
-            CacheError: also when an earlier call stopped between two layers. Layers that were compiled as one graph change no Python
-                state when the graph fails: then lengths tell, which are compared in uncompiled code where that takes no
-                synchronisation of its own.
+            CacheError: also when an earlier call stopped between two layers. Where layers were compiled as one graph, a failure leaves no
+                trace in Python; uncompiled code then compares the layers' lengths, unless that needs a synchronisation of its own.
         """
         if layer_idx == 0:
-            self._check_whole(key_states.shape[2] > 1 or key_states.device.type == "cpu")
+            self._check_consistent(key_states.shape[2] > 1 or key_states.device.type == "cpu")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check_whole(self, read: bool) -> None:
-        """Raises CacheError when layers hold different tokens, as far as that shows; with `read`, uncompiled code reads their lengths."""
-        whole = self.call.idle
-        if whole and not torch.compiler.is_dynamo_compiling():
+    def _check_consistent(self, read_lengths: bool) -> None:
+        """Raises CacheError when layers are seen to hold different tokens.
+
+        Args:
+            read_lengths: also compare the lengths on the device, in uncompiled code.
+        """
+        consistent = self.call.idle
+        if consistent and not torch.compiler.is_dynamo_compiling():
             started = {layer.started for layer in self.layers}
-            whole = len(started) == 1 and not (read and started == {True} and len(set(self._lengths())) > 1)
-        if not whole:
+            consistent = len(started) == 1 and not (read_lengths and started == {True} and len(set(self._lengths())) > 1)
+        if not consistent:
             _refuse_halfway()
 
     def _lengths(self) -> list[int]:
@@ -140,7 +143,7 @@ class SparseCache(Cache):
             CacheError: between calls, when an earlier one stopped between two layers.
         """
         if self.call.idle and not torch.compiler.is_dynamo_compiling():
-            self._check_whole(True)
+            self._check_consistent(True)
         return self.layers[layer_idx].get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -149,7 +152,7 @@ class SparseCache(Cache):
         Raises:
             CacheError: something was evicted already, the batch is padded, or an earlier call failed halfway.
         """
-        self._check_whole(True)
+        self._check_consistent(True)
         for layer in self.layers:
             if layer.is_initialized and tokens_to_remove < 0:
                 layer.check_crop(-tokens_to_remove)
@@ -160,7 +163,7 @@ class SparseCache(Cache):
         self.call.forget()
 
     def kept_bytes(self) -> int:
-        """Bytes of all buffers."""
+        """Bytes of all allocated buffers."""
         return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in (*layer.state, layer.tickets))
 
 
@@ -208,8 +211,15 @@ def _check_model(config: Any) -> None:
             raise UnsupportedError(f"{reason} are not served" if reason[-1] == "s" else f"{reason} is not served", where=kind)
 
 
-def _layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any) -> SparseLayer:
-    """The counterpart of the layer that an ordinary cache would have."""
+def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any) -> SparseLayer:
+    """The SparseLayer that replaces one layer of an ordinary cache.
+
+    Args:
+        stock: the layer that DynamicCache has at this index.
+
+    Raises:
+        UnsupportedError: a kind of layer that cannot be replaced.
+    """
     types = getattr(config, "layer_types", None)
     where = f"layer {index}" + (f" ({types[index]})" if types else "")
     if type(stock) is DynamicSlidingWindowLayer:
@@ -219,12 +229,13 @@ def _layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any) -> 
     if type(stock) is not DynamicLayer:
         raise UnsupportedError(f"{type(stock).__name__} is not served", where=where, hint="use an ordinary cache")
     layout = None if isinstance(budget, float) else policy.layout(budget)
-    turning = layout.turn_sinks if layout is not None else getattr(policy, "positions", "") == "in_cache"
-    frequencies = inverse_frequencies(config, types[index] if types else None) if turning else None
+    rotates = layout.rotate_sinks if layout is not None else getattr(policy, "positions", "") == "in_cache"
+    frequencies = inverse_frequencies(config, types[index] if types else None) if rotates else None
     return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies)
 
 
-def _heads(config: Any) -> tuple[int, int]:
+def _kv_head_sizes(config: Any) -> tuple[int, int]:
+    """Number of KV heads, and head_dim."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, head_dim

@@ -22,7 +22,7 @@ class Layout:
 
     capacity: slots per KV head, all of them. pinned: slots that later tokens never overwrite. recent: newest tokens that stay whatever
     their score. window: a query sees only this many last keys besides the sinks, 0 for all that are kept. sinks: first tokens of each
-    row that a window does not hide. turn_sinks: sinks stand directly before the window, as positions inside the cache.
+    row that a window does not hide. rotate_sinks: sinks stand directly before the window, as positions inside the cache.
     """
 
     capacity: int
@@ -30,7 +30,7 @@ class Layout:
     recent: int
     window: int = 0
     sinks: int = 0
-    turn_sinks: bool = False
+    rotate_sinks: bool = False
 
 
 @dataclass(frozen=True)

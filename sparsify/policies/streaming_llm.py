@@ -35,8 +35,8 @@ class StreamingLLM(Policy):
         if window < 1 or (budget is not None and self.sinks + window > budget):
             needs = f"{self.sinks} sinks + window {max(window, 1)}"
             raise self.refuse(f"a budget of {budget} tokens is smaller than {needs}", f"give at least {self.sinks + max(window, 1)}")
-        turn = self.positions == "in_cache" and self.sinks > 0
-        return Layout(self.sinks + window, pinned=self.sinks, recent=window, window=window, sinks=self.sinks, turn_sinks=turn)
+        rotate = self.positions == "in_cache" and self.sinks > 0
+        return Layout(self.sinks + window, pinned=self.sinks, recent=window, window=window, sinks=self.sinks, rotate_sinks=rotate)
 
     def score(self, candidates: Candidates) -> Tensor:
         return -candidates.positions.float()
