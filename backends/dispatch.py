@@ -1,51 +1,55 @@
-"""Which implementation serves an op on which device, decided at every call: generated Triton kernels or the reference."""
+"""Which implementation serves an op on which device, decided at every call, in one table: Hopper kernels, Triton kernels, the reference."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-import importlib
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsify import releases
+from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
+from sparsify.backends.attention import triton as attention_triton
+from sparsify.backends.cache import append, decode, mass
+from sparsify.backends.cache import reference as cache_reference
+from sparsify.backends.ffn import few_rows
+from sparsify.backends.ffn import reference as ffn_reference
+from sparsify.backends.select import reference as select_reference
+from sparsify.backends.select import triton as select_triton
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
-from sparsify.ops import attention as ops
-from sparsify.ops import block_lists, gradients
 
 log = logging.getLogger(__name__)
 
 KERNELS = ("auto", "triton", "reference")
 MIN_CAPABILITY = (8, 0)
 
-# op -> implementation -> module and function, imported when first called: the CPU path never imports Triton
-_IMPLEMENTATIONS = {
+# op -> family -> what serves it, best first. An implementation that does not take a call says so by UnsupportedError, before it writes
+# anything, and the next one gets the call. None of these modules imports Triton before a kernel is generated.
+_TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {
-        "reference": ("sparsify.backends.attention.triton", "reference_attention"),
-        "triton": ("sparsify.backends.attention.hopper", "attention"),
+        "hopper": hopper.attention,
+        "triton": attention_triton.triton_attention,
+        "reference": attention_triton.reference_attention,
     },
-    "select_blocks": {
-        "reference": ("sparsify.backends.select.reference", "select_blocks"),
-        "triton": ("sparsify.backends.select.triton", "select_blocks"),
-    },
+    # not an op: what follows attention where a mask may leave rows without a key
+    "empty_rows": {"triton": empty_rows_triton.fill, "reference": empty_rows.fill},
+    "select_blocks": {"triton": select_triton.select_blocks, "reference": select_reference.select_blocks},
+    "cache_attention": {"triton": append.cache_attention, "reference": cache_reference.cache_attention},
+    "cache_decode": {"triton": decode.cache_decode, "reference": cache_reference.cache_decode},
+    "cache_length": {"reference": cache_reference.cache_length},
+    "cache_mass": {"triton": mass.cache_mass, "reference": cache_reference.cache_mass},
+    "cache_store": {"reference": cache_reference.cache_store},
+    "ffn": {"triton": few_rows.ffn, "reference": ffn_reference.ffn},
+    "ffn_prompt": {"reference": ffn_reference.ffn_prompt},
+    "ffn_start": {"triton": few_rows.ffn_start, "reference": ffn_reference.ffn_start},
 }
-
-# not an op: what follows attention where a mask may leave rows without a key
-_IMPLEMENTATIONS["empty_rows"] = {
-    "reference": ("sparsify.backends.attention.empty_rows", "fill"),
-    "triton": ("sparsify.backends.attention.empty_rows_triton", "fill"),
-}
-
-# operands of the attention op that no attention kernel reads
-_FILLED_BY = ("empty_rows", "lowest", "hidden_bias")
-_OPERANDS = ("key_flags", "segments", "query_start", "block_counts", "block_indices", "key_bias")
 
 # what serves calls of which nothing else is said, in every thread
 _kernels = "auto"
@@ -80,11 +84,6 @@ def strict() -> contextlib.AbstractContextManager[None]:
 
 def _wanted() -> str:
     return _kernels_here.get() or _kernels
-
-
-def recovers(error: UnsupportedError | KernelError) -> bool:
-    """Whether the reference takes over from a kernel that failed so: never where Triton is demanded or, for failures, under `strict`."""
-    return _wanted() != "triton" and (isinstance(error, UnsupportedError) or not (_strict.get() or _out_of_memory(error)))
 
 
 def use(kernels: str) -> None:
@@ -122,9 +121,7 @@ def available(device: torch.device | str, kernels: str | None = None) -> tuple[s
 
 def attention_family(device: torch.device) -> str:
     """The kernel family that serves long prefill on a device that Triton supports: "hopper" or "triton"."""
-    from sparsify.backends.attention import hopper
-
-    return "hopper" if device.type == "cuda" and hopper.ready(device) else "triton"
+    return "hopper" if hopper.ready(device) else "triton"
 
 
 def _checked(kernels: str) -> str:
@@ -153,121 +150,57 @@ def _obstacle(device_type: str, index: int | None, wanted: str) -> str | None:
     return None
 
 
-@functools.cache
-def _implementation(op: str, kind: str):
-    module, function = _IMPLEMENTATIONS[op][kind]
-    return getattr(importlib.import_module(module), function)
+def serve(op: str) -> Callable[..., Any]:
+    """A function that hands each call of an op to the first implementation in the table that takes it.
 
+    It raises what the last of them raises, and KernelError from any of them under `strict`, where kernels are demanded and where memory
+    ran out; elsewhere a kernel that fails costs one warning, and time.
+    """
 
-@functools.cache
-def _warn_once(op: str, reason: str) -> None:
-    log.warning("%s runs the slow reference: %s", op, reason)
+    if list(_TABLE[op]) == ["reference"]:
+        return _implementation(op, "reference")
 
-
-def _serve(op: str):
-    # the dispatcher leaves out operands that have their default; kernels get every keyword that is theirs
-    schema = getattr(torch.ops.sparsify, op).default._schema.arguments if op != "empty_rows" else ()
-    defaults = {a.name: a.default_value for a in schema if a.kwarg_only and a.has_default_value() and a.name not in _FILLED_BY}
-
-    def call(query, *args, **given):
-        options = {**defaults, **given}
-        kind, _ = available(query.device)
-        if kind == "triton":
+    def call(first: torch.Tensor, *args: Any, **options: Any) -> Any:
+        families = _families(op, first.device)
+        for family, following in itertools.pairwise(families):
             try:
-                return _implementation(op, "triton")(query, *args, **options)
+                return _implementation(op, family)(first, *args, **options)
             except (UnsupportedError, KernelError) as error:
-                if not recovers(error):
+                if isinstance(error, KernelError) and (_strict.get() or _wanted() == "triton" or out_of_memory(error)):
                     raise
-                _warn_once(op, str(error))
-        return _implementation(op, "reference")(query, *args, **options)
+                # that a kernel leaves a call to another kernel is in the order of things
+                if following == "reference" or isinstance(error, KernelError):
+                    _warn_once(op, "slow reference" if following == "reference" else f"{following} kernel", str(error))
+        return _implementation(op, families[-1])(first, *args, **options)
 
     return call
 
 
-def _out_of_memory(error: BaseException | None) -> bool:
+def _families(op: str, device: torch.device) -> tuple[str, ...]:
+    """The table's families that may serve a call on a device, best first: never none."""
+    if available(device)[0] == "reference":
+        return ("reference",)
+    out = {"hopper": not hopper.ready(device), "reference": _wanted() == "triton"}
+    return tuple(family for family in _TABLE[op] if not out.get(family))
+
+
+def _implementation(op: str, family: str) -> Callable[..., Any]:
+    return _TABLE[op][family]
+
+
+@functools.cache
+def _warn_once(op: str, instead: str, reason: str) -> None:
+    log.warning("%s runs the %s: %s", op, instead, reason)
+
+
+def is_strict() -> bool:
+    """Whether a failure raises here; see `serving`."""
+    return _strict.get()
+
+
+def out_of_memory(error: BaseException | None) -> bool:
     """torch has an error of its own for devices; its CPU allocator raises a plain RuntimeError."""
     if isinstance(error, KernelError):
-        return _out_of_memory(error.__cause__)
+        return out_of_memory(error.__cause__)
     refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-@functools.cache
-def _warn_dense() -> None:
-    log.warning("select_blocks ran out of memory: every block is visited, so attention is dense (strict = true raises instead)")
-
-
-def _or_every_block(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Where there is no memory for an estimate, attention stays dense: right, and slower."""
-
-    @functools.wraps(select)
-    def call(query: Tensor, key: Tensor, **options):
-        try:
-            return select(query, key, **options)
-        except (RuntimeError, MemoryError, KernelError) as error:
-            if _strict.get() or not _out_of_memory(error):
-                raise
-        # here the error's frames, and what they hold on the device, are gone
-        _warn_dense()
-        return every_block(query, key, **options)
-
-    return call
-
-
-def every_block(
-    query: Tensor, key: Tensor, *, query_start: Tensor | None = None, causal: bool, block_size: int, **_: object
-) -> tuple[Tensor, Tensor]:
-    """Block lists of `select_blocks` that leave out nothing but what causality does; the attention op applies the other clauses."""
-    counts, indices = ops.empty_block_lists(query, key, block_size)
-    query_len, key_len = query.shape[2], key.shape[2]
-    start = key_len - query_len if query_start is None else query_start.reshape(())
-    indices.copy_(torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device))
-    if not causal:
-        return counts.fill_(indices.shape[-1]), indices
-    return counts.copy_(block_lists.causal_blocks(query_len, key_len, start, block_size, device=query.device)), indices
-
-
-def register(op: str, kernel: Callable) -> None:
-    """Makes a function serve an op on CPU and CUDA devices, outside of the caller's autocast: that would round the products within it."""
-
-    @functools.wraps(kernel)
-    def call(*args, **options):
-        gradients.refuse(op, args, options)
-        with torch._C._DisableAutocast():
-            return kernel(*args, **options)
-
-    for device in ("CPU", "CUDA"):
-        ops.library.impl(op, call, device)
-
-
-def offer(op: str, **implementations: tuple[str, str]) -> None:
-    """Makes kernels serve an op where Triton is available, else, and where a kernel that fails may be replaced, the reference.
-
-    Args:
-        implementations: module and function of `triton` and of `reference`, imported when first called.
-    """
-    _IMPLEMENTATIONS[op] = implementations
-    register(op, _serve(op))
-
-
-def _filled(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Attention, and after it what rows that see no key hold."""
-    fill = _serve("empty_rows")
-
-    @functools.wraps(attention)
-    def filled(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        form = {name: options.pop(name) for name in _FILLED_BY if name in options}
-        output, lse = attention(query, key, value, **options)
-        if form.get("empty_rows", "zero") != "zero":
-            form = {"hidden_bias": None, "lowest": 0.0} | form
-            fill(output, lse, query, key, value, options=dict.fromkeys(_OPERANDS) | options, **form)
-        return output, lse
-
-    return filled
-
-
-attend = _filled(_serve("attention"))
-select_blocks = _or_every_block(_serve("select_blocks"))
-
-register("attention", attend)
-register("select_blocks", ops.observed_selection(select_blocks))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends import dispatch
+from sparsify.backends import registration
 from sparsify.ops import attention, scratch
 
 _SELECTION = ("pool", "stride", "threshold", "density")
@@ -48,12 +48,12 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *, limit: int = 
 def _both(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], into: tuple[Tensor, Tensor] | None, observers: Sequence):
     common = {name: option for name, option in options.items() if name not in (*_SELECTION, *_ATTENTION)}
     call = common | {name: options[name] for name in _SELECTION}
-    counts, indices = dispatch.select_blocks(query, key, **call)
+    counts, indices = registration.select_blocks(query, key, **call)
     for observer in observers:
         observer(query, key, counts, indices, **call)
     attend = common | {name: options[name] for name in _ATTENTION if name in options}
     attend |= {"block_counts": counts, "block_indices": indices}
-    return dispatch.attend(query, key, value, sinks=0, softcap=0.0, into=into, **attend)
+    return registration.attend(query, key, value, sinks=0, softcap=0.0, into=into, **attend)
 
 
 def _of(options: dict[str, Any], part: scratch.Part, heads: int) -> dict[str, Any]:
@@ -77,4 +77,4 @@ def _observe(query: Tensor, key: Tensor, options: dict[str, Any], parts: list[sc
         observer(query, key, counts, indices, **call)
 
 
-dispatch.register("sparse_attention", sparse_attention)
+registration.register("sparse_attention", sparse_attention)

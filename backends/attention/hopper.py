@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.attention.hopper_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, argument_types, generate
+from sparsify.backends.attention.triton import check_operands
 from sparsify.backends.codegen import source
-from sparsify.errors import KernelError
+from sparsify.errors import KernelError, UnsupportedError
 from sparsify.ops.attention import empty_output
 from sparsify.releases import triton_release
 
@@ -60,35 +61,34 @@ def serves(
 
 
 def ready(device: torch.device) -> bool:
-    """Whether Hopper kernels can run on a CUDA device at all: its capability, and a Triton release that was tried."""
-    return torch.version.hip is None and _capability(device)[0] == 9 and triton_release() in DIALECTS
+    """Whether Hopper kernels can run on a device at all: its capability, and a Triton release that was tried; others are logged once."""
+    if device.type != "cuda" or torch.version.hip is not None or _capability(device)[0] != 9:
+        return False
+    if triton_release() not in DIALECTS:
+        _log_release(triton_release())
+    return triton_release() in DIALECTS
 
 
 def obstacle(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
-    """`serves` for the device that the operands are on and the Triton that is installed; an untried Triton is logged once."""
+    """`serves` for the device that the operands are on and the Triton that is installed."""
     if query.device.type != "cuda" or torch.version.hip is not None:
         return "no NVIDIA GPU"
-    capability = _capability(query.device)
-    if capability[0] == 9 and triton_release() not in DIALECTS:
-        _log_release(triton_release())
-    return serves(query, key, value, options, capability, triton_release())
+    return serves(query, key, value, options, _capability(query.device), triton_release())
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, into: tuple[Tensor, Tensor] | None = None, **options) -> tuple[Tensor, Tensor]:
-    """The op by the Gluon kernel where it serves the call, else by the plain Triton kernel.
+    """The op by the Gluon kernel.
 
     Args:
         into: output and LSE to fill instead of new ones; the LSE contiguous.
 
     Raises:
-        UnsupportedError: no kernel takes this call, or its operands do not fit together.
+        UnsupportedError: why the kernel does not take this call; or its operands do not fit together.
         KernelError: the kernel could not be compiled or launched.
     """
-    from sparsify.backends.attention import triton as attention_launch
-
-    attention_launch.check_operands(query, key, value, **options)
-    if obstacle(query, key, value, options) is not None:
-        return attention_launch.triton_attention(query, key, value, into=into, **options)
+    check_operands(query, key, value, **options)
+    if (reason := obstacle(query, key, value, options)) is not None:
+        raise UnsupportedError(reason, where="Hopper attention", hint="the plain Triton kernel may take it")
     return launch(query, key, value, into=into, **options)
 
 

@@ -235,6 +235,11 @@ def turn(rows: Tensor, steps: Tensor, inverse_frequencies: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
+def cache_length(length: Tensor) -> Tensor:
+    """A copy of the length, computed where it stands."""
+    return length.clone()
+
+
 def _softmax(logits: Tensor, visible: Tensor, softcap: float, sink_logits: Tensor | None) -> Tensor:
     """Weights of logits [batch, kv_heads, group, rows, keys]; a row that sees nothing gets 0."""
     if softcap:

@@ -35,6 +35,12 @@ def ffn_start(like: Tensor, positions: Tensor | None, slot: int, *, warmup: int,
     return torch.where(age < warmup, -1, skipped).to(torch.int32).expand(rows).contiguous()
 
 
+def ffn_prompt(like: Tensor, *, key: int, version: int) -> Tensor:
+    """A copy of `like`; the run of `key` ends."""
+    feed_forward.end_run(like.device, key)
+    return like.clone(memory_format=torch.contiguous_format)
+
+
 def ffn(
     residual: Tensor,
     input: Tensor,

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import sparsify.backends.cache.dispatch  # noqa: F401  registers the ops
 from benchmarks.cache import model as decode_model
 from benchmarks.lib import records
 from sparsify import backends, policies

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import sparsify.backends  # noqa: F401  (registers what serves the cache's ops)
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation.cache_layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
 from sparsify.ops import attention as ops
@@ -76,8 +76,7 @@ _IGNORED = ("is_causal", "output_attentions", "position_ids", "use_cache", "cach
 
 
 def register_attention() -> None:
-    """Registers both attention functions with transformers, and the cache kernels with torch."""
-    importlib.import_module("sparsify.backends.cache.dispatch")
+    """Registers both attention functions with transformers."""
     for base, name in NAMES.items():
         if name not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(attention_forward, base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -135,3 +136,66 @@ def test_kernels_get_every_keyword_of_the_schema(monkeypatch):
     ops.attention(query, query, query, version=ops.VERSION, **call)
     later = {"empty_rows", "lowest", "hidden_bias"}  # what is done to the kernel's output
     assert set(seen) | later == {argument.name for argument in ops.attention._schema.arguments if argument.kwarg_only}
+
+
+def test_every_op_has_a_row_and_ends_with_the_reference():
+    named = {op.partition("::")[2].partition(".")[0] for op in torch._C._dispatch_get_all_op_names() if op.startswith("sparsify::")}
+    made_of_others = {"sparse_attention"}
+    assert set(dispatch._TABLE) - {"empty_rows"} == named - made_of_others
+    assert all(
+        list(row) == [f for f in ("hopper", "triton", "reference") if f in row] and "reference" in row for row in dispatch._TABLE.values()
+    )
+
+
+@pytest.fixture
+def hopper_gpu(monkeypatch):
+    """Pretends that this is a Hopper GPU whose kernels answer as the fixture's dict says: an error is raised, or else returned."""
+    dispatch._warn_once.cache_clear()
+    answers = {"hopper": "hopper", "triton": "triton", "reference": "reference"}
+
+    def implementation(op, family):
+        def kernel(*args, **options):
+            if isinstance(answers[family], Exception):
+                raise answers[family]
+            return answers[family]
+
+        return kernel
+
+    monkeypatch.setattr(dispatch, "available", lambda device: ("triton", "pretended"))
+    monkeypatch.setattr(dispatch.hopper, "ready", lambda device: True)
+    monkeypatch.setattr(dispatch, "_implementation", implementation)
+    return answers
+
+
+REFUSED, FAILED = UnsupportedError("no keys"), KernelError("ptxas exploded")
+
+
+@pytest.mark.parametrize(
+    ("hopper", "triton", "serves", "warns"),
+    [
+        (None, None, "hopper", ""),
+        (REFUSED, None, "triton", ""),
+        (FAILED, None, "triton", "runs the triton kernel: ptxas exploded"),
+        (REFUSED, REFUSED, "reference", "runs the slow reference: no keys"),
+        (REFUSED, FAILED, "reference", "runs the slow reference: ptxas exploded"),
+    ],
+)
+def test_the_first_that_takes_a_call_serves_it(hopper_gpu, caplog, hopper, triton, serves, warns):
+    hopper_gpu |= {family: error for family, error in (("hopper", hopper), ("triton", triton)) if error}
+    assert [dispatch.serve("attention")(torch.zeros(1)) for _ in range(2)] == [serves] * 2
+    assert [record.getMessage() for record in caplog.records] == ([f"attention {warns}"] if warns else [])
+    assert dispatch.serve("select_blocks")(torch.zeros(1)) == ("reference" if triton else "triton"), "it has no Hopper kernel"
+
+
+@pytest.mark.parametrize(("error", "raises"), [(REFUSED, False), (FAILED, True)])
+def test_strict_and_demanded_kernels_raise_failures_and_hand_on_refusals(hopper_gpu, error, raises):
+    hopper_gpu["hopper"] = error
+    for ways in (dispatch.serving(strict=True), dispatch.serving("triton")):
+        with ways, pytest.raises(KernelError) if raises else contextlib.nullcontext():
+            assert dispatch.serve("attention")(torch.zeros(1)) == "triton"
+    hopper_gpu["triton"] = REFUSED
+    with dispatch.serving("triton"), pytest.raises(type(error)):
+        dispatch.serve("attention")(torch.zeros(1))
+    if not raises:
+        with dispatch.serving(strict=True):
+            assert dispatch.serve("attention")(torch.zeros(1)) == "reference"

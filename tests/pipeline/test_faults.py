@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 from sparsify import pipeline
-from sparsify.backends import dispatch
+from sparsify.backends import dispatch, registration
 from sparsify.backends.codegen import source
 from sparsify.backends.select import reference
 from sparsify.errors import CacheFolderError, KernelError, UnsupportedError
@@ -56,7 +56,7 @@ def attend(inputs, **options):
 def broken(monkeypatch, caplog):
     """Pretends that Triton kernels serve this device and raise a given error, by op."""
     dispatch._warn_once.cache_clear()
-    dispatch._warn_dense.cache_clear()
+    registration._warn_dense.cache_clear()
     errors: dict[str, Exception] = {}
     real = dispatch._implementation
 
@@ -119,7 +119,7 @@ def test_an_estimate_without_memory_leaves_attention_dense(broken, caplog, error
 @pytest.mark.parametrize("error", [None, MemoryError("17 GiB")], ids=["allocator", "python"])
 def test_an_estimate_without_memory_on_a_cpu_leaves_attention_dense(monkeypatch, caplog, error):
     """torch's CPU allocator raises a plain RuntimeError."""
-    dispatch._warn_dense.cache_clear()
+    registration._warn_dense.cache_clear()
 
     def greedy(call):
         if error is not None:
@@ -167,7 +167,7 @@ def test_every_block_covers_whatever_could_be_selected(query_len, key_len, start
     flags[0, : key_len // 3] = 0
     call = {"query_start": None if start is None else torch.tensor([start]), "causal": causal, "block_size": 64, "scale": 0.25}
     call |= {"windows": [], "pool": "max", "stride": 8, "threshold": [1.0], "density": 0.0, "version": ops.VERSION}
-    lists = dispatch.every_block(query, key, key_flags=flags, **call)
+    lists = registration.every_block(query, key, key_flags=flags, **call)
     fake = ops.empty_block_lists(query, key, 64)
     assert [(x.shape, x.dtype, x.stride()) for x in lists] == [(x.shape, x.dtype, x.stride()) for x in fake]
     block_lists.check(*lists, query_len, key_len, key_len - query_len if start is None else start, 64, causal=causal)

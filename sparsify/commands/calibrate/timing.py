@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sparsify.backends.cache.dispatch  # noqa: F401  (registers the cache's ops)
 from sparsify.backends.attention import triton
 from sparsify.costs.samples import FEW_ROWS, Cell, Sample
 from sparsify.errors import ProfileError

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsify.backends import dispatch
+from sparsify.backends import registration
 from sparsify.backends.attention import empty_rows_triton
 from tests.support.empty_rows_oracle import BIASED, CALLS, make
 
@@ -19,9 +19,9 @@ def check(call) -> None:
     dtype = call.tensors[0].dtype
     bound = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
     zero = call.options | {"empty_rows": "zero", "lowest": 0.0, "hidden_bias": None}
-    output, lse = dispatch.attend(*call.tensors, **zero)
+    output, lse = registration.attend(*call.tensors, **zero)
     before = output.clone()
-    options = dict.fromkeys(dispatch._OPERANDS) | call.options
+    options = dict.fromkeys(registration._OPERANDS) | call.options
     form = {name: options.pop(name, None) for name in ("empty_rows", "lowest", "hidden_bias")}
     empty_rows_triton.fill(output, lse, *call.tensors, **{**form, "lowest": form["lowest"] or 0.0}, options=options)
     torch.testing.assert_close(output.float(), call.written_out(), atol=bound, rtol=0, equal_nan=True)

@@ -7,7 +7,6 @@ import logging
 import pytest
 import torch
 
-import sparsify.backends.cache.dispatch  # noqa: F401  registers the kernels
 from sparsify.backends import dispatch as launch
 from sparsify.errors import KernelError, UnsupportedError
 from sparsify.ops import cache as cache_ops

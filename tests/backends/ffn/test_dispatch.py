@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsify.backends import dispatch as launch
-from sparsify.backends.ffn import dispatch, many_rows, reference
 from sparsify.backends.ffn import few_rows as triton_ffn
+from sparsify.backends.ffn import many_rows, reference
 from sparsify.errors import KernelError
 from sparsify.ops import feed_forward
 from tests.passes.test_ffn_skip import CALL, weights
@@ -24,7 +24,7 @@ def call(rows: int = 3, **changes):
 @pytest.fixture
 def on_triton(monkeypatch):
     """Calls go to the Triton launcher, as they would on a GPU."""
-    dispatch._warn_once.cache_clear()
+    launch._warn_once.cache_clear()
     monkeypatch.setattr(launch, "available", lambda device: ("triton", "pretended"))
 
 

@@ -1,0 +1,120 @@
+"""Registers what serves the ops: implementations from the dispatch table, and what is done around them on every device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends import dispatch
+from sparsify.errors import KernelError
+from sparsify.ops import attention as ops
+from sparsify.ops import block_lists, cache, feed_forward, gradients
+
+log = logging.getLogger(__name__)
+
+# operands of the attention op that no attention kernel reads
+_FILLED_BY = ("empty_rows", "lowest", "hidden_bias")
+_OPERANDS = ("key_flags", "segments", "query_start", "block_counts", "block_indices", "key_bias")
+
+# ops that need nothing around what the table names
+_PLAIN = (cache.store, cache.length, cache.attention, cache.decode, cache.mass, feed_forward.ffn_start, feed_forward.ffn_prompt)
+
+
+def register(op: str, kernel: Callable) -> None:
+    """Makes a function serve an op on CPU and CUDA devices, outside of the caller's autocast: that would round the products within it."""
+
+    @functools.wraps(kernel)
+    def call(*args, **options):
+        gradients.refuse(op, args, options)
+        with torch._C._DisableAutocast():
+            return kernel(*args, **options)
+
+    for device in ("CPU", "CUDA"):
+        ops.library.impl(op, call, device)
+
+
+def _served(op: str, without: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """`dispatch.serve` with every keyword of the op's schema but `without`: the dispatcher leaves out those that have their default."""
+    schema = getattr(torch.ops.sparsify, op).default._schema.arguments
+    defaults = {a.name: a.default_value for a in schema if a.kwarg_only and a.has_default_value() and a.name not in without}
+    serve = dispatch.serve(op)
+    return lambda *args, **given: serve(*args, **{**defaults, **given})
+
+
+def _filled(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Attention, and after it what rows that see no key hold."""
+    fill = dispatch.serve("empty_rows")
+
+    @functools.wraps(attention)
+    def filled(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        form = {name: options.pop(name) for name in _FILLED_BY if name in options}
+        output, lse = attention(query, key, value, **options)
+        if form.get("empty_rows", "zero") != "zero":
+            form = {"hidden_bias": None, "lowest": 0.0} | form
+            fill(output, lse, query, key, value, options=dict.fromkeys(_OPERANDS) | options, **form)
+        return output, lse
+
+    return filled
+
+
+@functools.cache
+def _warn_dense() -> None:
+    log.warning("select_blocks ran out of memory: every block is visited, so attention is dense (strict = true raises instead)")
+
+
+def _or_every_block(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Where there is no memory for an estimate, attention stays dense: right, and slower."""
+
+    @functools.wraps(select)
+    def call(query: Tensor, key: Tensor, **options):
+        try:
+            return select(query, key, **options)
+        except (RuntimeError, MemoryError, KernelError) as error:
+            if dispatch.is_strict() or not dispatch.out_of_memory(error):
+                raise
+        # here the error's frames, and what they hold on the device, are gone
+        _warn_dense()
+        return every_block(query, key, **options)
+
+    return call
+
+
+def every_block(
+    query: Tensor, key: Tensor, *, query_start: Tensor | None = None, causal: bool, block_size: int, **_: object
+) -> tuple[Tensor, Tensor]:
+    """Block lists of `select_blocks` that leave out nothing but what causality does; the attention op applies the other clauses."""
+    counts, indices = ops.empty_block_lists(query, key, block_size)
+    query_len, key_len = query.shape[2], key.shape[2]
+    start = key_len - query_len if query_start is None else query_start.reshape(())
+    indices.copy_(torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device))
+    if not causal:
+        return counts.fill_(indices.shape[-1]), indices
+    return counts.copy_(block_lists.causal_blocks(query_len, key_len, start, block_size, device=query.device)), indices
+
+
+def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Feed-forward blocks, and after each who observes them."""
+
+    @functools.wraps(ffn)
+    def call(residual: Tensor, input: Tensor, remaining: Tensor, *args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        out, after = ffn(residual, input, remaining, *args, **options)
+        for observer in feed_forward.observers():
+            observer(remaining, after)
+        return out, after
+
+    return call
+
+
+attend = _filled(_served("attention", without=_FILLED_BY))
+select_blocks = _or_every_block(_served("select_blocks"))
+
+register("attention", attend)
+register("select_blocks", ops.observed_selection(select_blocks))
+register("ffn", _observed(_served("ffn")))
+for _op in (op._schema.name.partition("::")[2] for op in _PLAIN):
+    register(_op, _served(_op))
