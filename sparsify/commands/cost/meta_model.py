@@ -21,10 +21,10 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import UnsupportedError
-from sparsify.generation.cache_layer import chain
+from sparsify.generation.cache_layer import link_layers
 from sparsify.generation.compat import with_cache
 from sparsify.generation.sparse_cache import SparseCache
-from sparsify.graph import apart
+from sparsify.graph import isolated
 from sparsify.matching.attention import find_attention
 from sparsify.matching.cache import CacheSite, find_cache
 from sparsify.matching.feed_forward import find_feed_forward
@@ -117,7 +117,7 @@ class MetaModel:
             cache = _growing(self.config) if make_cache is None else make_cache(self.config)
             if isinstance(cache, SparseCache):  # of the layers that were cut away nothing is stored: the last one left ends a call
                 del cache.layers[max(self.kinds) + 1 :]
-                cache.call = chain(cache.layers)
+                cache.call = link_layers(cache.layers)
             with _capture(self.model) as (forward, graphs):
                 prefill = self._call(forward, graphs, length, batch, cache)
                 filled = {kind: _bytes(cache.layers[kind]) if kind < len(cache.layers) else 0 for kind in set(self.kinds)}
@@ -383,7 +383,7 @@ def _capture(model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[list[S
     others = lambda record: record.thread != here
     logger.addFilter(others)
     try:
-        with apart.compiled(model.forward, backend, dynamic=False) as forward:
+        with isolated.compiled(model.forward, backend, dynamic=False) as forward:
             yield forward, graphs
     finally:
         logger.removeFilter(others)
