@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sparsify.backends.attention import hopper as gluon_attention
 from sparsify.backends.attention.hopper_source import DIALECTS, SHARED_LIMIT, GluonSpec, GluonTuning, argument_types, expand, generate
 from sparsify.errors import KernelError
+from tests.support.goldens import check_kernel_text
 
 HOPPER, RELEASE = (9, 0), (3, 6)
 
@@ -82,6 +83,26 @@ def test_text_is_python_and_its_arguments_are_the_launchers(clauses, windows, re
     assert names == list(argument_types(spec))
     assert ("segments" in text) >= clauses["segments"] and "#if" not in text
     assert not re.search(r"\$[A-Z{]", text), "only PTX operands keep their sign"
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    {
+        "causal": GluonSpec(tuning=gluon_attention.choose_tuning(128, 128, False, False)),
+        "lists_padded_window_per_head": GluonSpec(
+            lists=True, key_flags=True, windows="heads", tuning=gluon_attention.choose_tuning(128, 128, True, True, lists=True)
+        ),
+        "segments_window_sinks": GluonSpec(
+            head_dim=256, value_dim=256, segments=True, windows="one", sinks=True, tuning=gluon_attention.choose_tuning(256, 256, True, False)
+        ),
+        "logits": GluonSpec(
+            dtype="fp16", head_dim=64, value_dim=64, start=True, softcap=True, sink_logits=True,
+            tuning=gluon_attention.choose_tuning(64, 64, False, False),
+        ),
+    }.items(),
+)  # fmt: skip
+def test_golden_text(name, spec):
+    check_kernel_text(f"hopper_{name}", generate(spec))
 
 
 def test_a_clause_that_is_not_asked_for_leaves_no_code():

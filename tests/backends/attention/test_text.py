@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
-import os
-from pathlib import Path
 
 import pytest
 
 from sparsify.backends.attention.triton_source import DTYPES, AttentionSpec, Tiling, arguments, attention_source, choose_tiling, programs
 from sparsify.errors import UnsupportedError
+from tests.support.goldens import check_kernel_text
 from tests.support.kernel_specs import CLAUSES, spec
-
-GOLDENS = Path(__file__).parents[2] / "goldens" / "kernels"
 
 
 @pytest.mark.parametrize("clause", ["causal", "window_sinks", "block_lists", "padded_window_per_head", "decode"])
 def test_golden_text(clause):
-    """SPARSIFY_ACCEPT=1 writes the new text; the diff is then for the commit's reader."""
-    text, golden = attention_source(spec(clause)), GOLDENS / f"attention_{clause}.txt"
-    if os.environ.get("SPARSIFY_ACCEPT") == "1":
-        golden.parent.mkdir(parents=True, exist_ok=True)
-        golden.write_text(text)
-    wanted = golden.read_text() if golden.exists() else ""
-    assert text == wanted, "\n".join(difflib.unified_diff(wanted.splitlines(), text.splitlines(), "golden", "generated", lineterm=""))
+    check_kernel_text(f"attention_{clause}", attention_source(spec(clause)))
 
 
 @pytest.mark.parametrize("clause", CLAUSES)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +10,8 @@ from hypothesis import strategies as st
 
 from sparsify.backends.ffn.source import MANY, FfnSpec, choose_rows_tiling, choose_tiling, ffn_source, rows_source
 from sparsify.errors import UnsupportedError
+from tests.support.goldens import check_kernel_text
 
-GOLDENS = Path(__file__).parents[2] / "goldens" / "kernels"
 FAMILIES = {
     "llama": {"hidden": 4096, "intermediate": 14336},
     "gpt2": {"hidden": 768, "intermediate": 3072, "gated": False, "transposed": True, "activation": "gelu_tanh", "norm": "layer",
@@ -36,12 +33,7 @@ def text_of(family: str, rows: int = 16) -> str:
 
 @pytest.mark.parametrize("family, rows", [("llama", 16), ("gpt2", MANY)])
 def test_golden_text(family, rows):
-    """SPARSIFY_ACCEPT=1 writes the new text; the diff is then for the commit's reader."""
-    text, golden = text_of(family, rows), GOLDENS / f"ffn_{family}{'' if rows else '_rows'}.txt"
-    if os.environ.get("SPARSIFY_ACCEPT") == "1":
-        golden.write_text(text)
-    wanted = golden.read_text() if golden.exists() else ""
-    assert text == wanted, "\n".join(difflib.unified_diff(wanted.splitlines(), text.splitlines(), "golden", "generated", lineterm=""))
+    check_kernel_text(f"ffn_{family}{'' if rows else '_rows'}", text_of(family, rows))
 
 
 @pytest.mark.parametrize("rows", [16, 32, MANY])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,8 @@ from sparsify.backends.select import call as select_inputs
 from sparsify.backends.select import triton
 from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, generate
 from sparsify.errors import UnsupportedError
+from tests.support.goldens import check_kernel_text
 
-GOLDENS = Path(__file__).parents[2] / "goldens" / "kernels"
 MASKS = {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "density"}
 
 
@@ -41,12 +38,7 @@ def describe(query, key, **changes):
     ],
 )
 def test_golden_text(name, changes):
-    text, golden = generate(spec(**changes)), GOLDENS / f"select_{name}.txt"
-    if os.environ.get("SPARSIFY_ACCEPT") == "1":
-        golden.parent.mkdir(parents=True, exist_ok=True)
-        golden.write_text(text)
-    wanted = golden.read_text() if golden.exists() else ""
-    assert text == wanted, "\n".join(difflib.unified_diff(wanted.splitlines(), text.splitlines(), "golden", "generated", lineterm=""))
+    check_kernel_text(f"select_{name}", generate(spec(**changes)))
 
 
 @given(
