@@ -93,7 +93,8 @@ def test_text_is_python_and_its_arguments_are_the_launchers(clauses, windows, re
             lists=True, key_flags=True, windows="heads", tuning=gluon_attention.choose_tuning(128, 128, True, True, lists=True)
         ),
         "segments_window_sinks": GluonSpec(
-            head_dim=256, value_dim=256, segments=True, windows="one", sinks=True, tuning=gluon_attention.choose_tuning(256, 256, True, False)
+            head_dim=256, value_dim=256, segments=True, windows="one", sinks=True,
+            tuning=gluon_attention.choose_tuning(256, 256, True, False),
         ),
         "logits": GluonSpec(
             dtype="fp16", head_dim=64, value_dim=64, start=True, softcap=True, sink_logits=True,
