@@ -1,0 +1,32 @@
+"""Do the answers survive sparse attention? Needles in a haystack, method by method, on a small byte-level model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.lib.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(Record):
+    """One method at one length."""
+
+    NAME = "answers"
+    KEYS = ("model_sha256", "text_sha256", "method", "parameters", "length", "needles", "seeds")
+    model: str
+    model_sha256: str
+    text_sha256: str
+    dtype: str
+    method: str  # "eager", "dense", "xattention" or "sink_window"
+    parameters: dict[str, Any]  # of the method
+    length: int  # bytes of a prompt
+    needles: int  # facts in a prompt
+    asks: int  # questions at its end
+    seeds: list[int]  # first seed, and the one after the last
+    right: int | None = None  # answers
+    asked: int | None = None
+    interval: list[float] | None = None  # of right / asked: Wilson, 95 %
+    nll: float | None = None  # nats a byte of text
+    density: float | None = None  # visited share of the causal blocks; of sink_window, of the causal pairs
+    density_by_layer: list[float] | None = None
+    seconds: float | None = None
+    error: str | None = None

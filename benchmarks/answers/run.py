@@ -1,6 +1,6 @@
 """Do the answers survive? Needles in a haystack through `model.compile(backend="sparsify")`, method by method.
 
-    python -m benchmarks.answers.run --model DIR --text FILE --lengths 8192 16384 32768 --jobs 6
+    python -m benchmarks run answers --model DIR --text FILE --lengths 8192 16384 32768 --jobs 6
 
 For each length and each of eager, dense, sink_window and xattention (thresholds x strides x pools): share of answers right with its
 interval, realised density, mean NLL. Every method sees the same prompts. Appends to benchmarks/results/answers.jsonl.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from benchmarks.answers import Answers
 from benchmarks.lib import needles, records
 from sparsify.api import record_density
 
@@ -115,16 +116,17 @@ def work(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> int:
                 found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
             record = records.append(
                 options.out,
-                "answers",
-                method=cell["method"],
-                parameters=cell["parameters"],
-                length=length,
-                needles=options.needles,
-                asks=ASKS,
-                seeds=[seeds.start, seeds.stop],
-                dtype=str(model.dtype).removeprefix("torch."),
-                **found,
-                **facts,
+                Answers(
+                    method=cell["method"],
+                    parameters=cell["parameters"],
+                    length=length,
+                    needles=options.needles,
+                    asks=ASKS,
+                    seeds=[seeds.start, seeds.stop],
+                    dtype=str(model.dtype).removeprefix("torch."),
+                    **found,
+                    **facts,
+                ),
             )
             print(
                 {name: record.get(name) for name in ("method", "parameters", "length", "right", "asked", "density", "nll", "error")},

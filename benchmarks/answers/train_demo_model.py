@@ -1,8 +1,8 @@
 """Trains the demo's model (benchmarks/models/demo): a byte-level Llama of under 2 MB that finds facts in long text.
 
-    python -m benchmarks.answers.train_demo_model --out DIR --minutes 7             # several configurations at once, the best kept
-    python -m benchmarks.answers.train_demo_model --out DIR --minutes 1 --smoke     # a micro configuration on a CPU
-    python -m benchmarks.answers.train_demo_model --out DIR --minutes 2.5 --setups deep-a,deep-b --keep 1  # 24 layers, for benchmarks.ffn
+    python -m benchmarks run train_demo_model --out DIR --minutes 7             # several configurations at once, the best kept
+    python -m benchmarks run train_demo_model --out DIR --minutes 1 --smoke     # a micro configuration on a CPU
+    python -m benchmarks run train_demo_model --out DIR --minutes 2.5 --setups deep-a,deep-b --keep 1  # 24 layers, for benchmarks.ffn
 
 The data are the source text of the Python standard library with facts ``\\n## key: value\\n`` written over random places and
 asked for later (see needles.py). The model is a plain LlamaForCausalLM; only the training forward is written out here, because it needs no
@@ -353,7 +353,7 @@ def collect(work: Path, out: Path, keep: int) -> list[Path]:
     return [out / name for name in names[:keep]]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=7.0, help="training time of each configuration; all run at once")
@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=3, help="how many checkpoints to keep, best first")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo-model-work"), help="scratch folder")
     parser.add_argument("--smoke", action="store_true", help="one micro configuration")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     work, out = options.work, options.out
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -385,8 +385,10 @@ def main() -> None:
     for folder in collect(work, out, options.keep):
         print(json.dumps({"model": folder.name, **final(folder, devices[0], lengths, needles, prompts)}), flush=True)
     if any(run.exitcode for run in runs) and not list(work.glob("*.best")):
-        sys.exit("every configuration failed")
+        print("every configuration failed", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """The attention kernels on one GPU: checked against the reference first, then timed beside their peers in the same process.
 
-    python -m benchmarks.attention.run check tune table dims short --out results/kernels.jsonl
+    python -m benchmarks run attention check tune table dims short --out results/kernels.jsonl
 
 Sections: `check` the correctness matrix; `tune` the kernel's variants; `table` block-sparse and dense attention at 64K and 128K tokens,
 sink + window, and chunks; `dims` other head dims and fp16; `short` prompts of 2K to 8K; and, only when asked for, `lever_check`, `levers`
@@ -33,7 +33,7 @@ PATIENCE = {"check": 120, "tune": 120, "table": 240, "dims": 240, "short": 180, 
 SHARDS = {"check": 6, "lever_check": 12}  # correctness does not mind company, and most of it is compilation
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="any of " + ", ".join((*SECTIONS, *LEVERS)))
     parser.add_argument("--out", type=Path, help="append records here (default: results/kernels.jsonl)")
@@ -41,15 +41,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540, help="stop starting cases after this long, all in all")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="*", default=[], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        work(arguments.worker, arguments.cases)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        work(options.worker, options.cases)
         return 0
-    from benchmarks.attention import timing, variants
+    from benchmarks.attention import Kernels, timing, variants
     from benchmarks.lib import records
 
-    out = arguments.out or records.RESULTS / "kernels.jsonl"
-    end = time.monotonic() + arguments.seconds
+    out = options.out or records.RESULTS / "kernels.jsonl"
+    end = time.monotonic() + options.seconds
     lock, results = threading.Lock(), []
 
     def keep(section: str, values: dict[str, Any]) -> None:
@@ -59,10 +59,10 @@ def main() -> int:
                 os.environ[variants.SKIP] = f"{os.environ.get(variants.SKIP, '')},{values['case']}"
             show = variants.line if section in ("levers", "estimate") else timing.line
             print(show(section, values), flush=True)
-            records.append(out, "kernels", section=section, **values)
+            records.append(out, Kernels(section=section, case=values["case"], more=values))
 
-    for section in arguments.sections:
-        names = [name for name in case_names(section) if arguments.only in name]
+    for section in options.sections:
+        names = [name for name in case_names(section) if options.only in name]
         shards = SHARDS.get(section, 1)
         with ThreadPoolExecutor(shards) as pool:
             done = [pool.submit(supervise, section, names[i::shards], end, keep) for i in range(shards)]

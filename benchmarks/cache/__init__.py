@@ -1,0 +1,138 @@
+"""What is a cache that evicts worth? Decode over kept keys, scoring and eviction of a prompt, and whether the answers survive."""
+
+from dataclasses import dataclass
+
+from benchmarks.lib.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeKernel(Record):
+    """One token's attention of one layer over kept keys."""
+
+    NAME = "decode_kernel"
+    KEYS = ("variant", "batch", "length", "share", "tiling")
+    variant: str  # "sparsify" or a peer
+    batch: int
+    length: int  # slots of the cache
+    share: float  # of the slots that hold a key
+    ms: float  # median
+    gb_per_s: float  # of the kept keys and values
+    share_of_copy: float  # of the bytes per second that a copy reads and writes
+    error: float | None = None  # largest, against SDPA in fp32
+    tiling: dict[str, int] | None = None  # None: the one that is chosen by itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeModel(Record):
+    """A whole model, compiled, a token at a time."""
+
+    NAME = "decode_model"
+    KEYS = ("shape", "layers", "variant", "tuned", "batch", "prompt", "budget", "policy", "mode")
+    variant: str  # of benchmarks.cache.model.VARIANTS
+    tuned: bool  # by Inductor's coordinate descent
+    batch: int
+    prompt: int  # tokens before the first timed one
+    budget: int | None  # tokens kept; None keeps all
+    policy: str | None
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    mode: str  # of torch.compile
+    ms_per_token: float  # in a loop that feeds itself, median
+    ms_per_token_read_back: float  # where the host reads each token before the next, median
+    slowest_ms: float
+    compile_s: float
+    weight_bytes: int
+    cache_bytes: int
+    kept_over_budget: float | None  # all buffers over the keys and values of `budget` tokens
+    peak_bytes: int | None
+    graphs: int  # that Dynamo made
+    cudagraph_skips: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePrefill(Record):
+    """A whole prompt through an uncompiled model."""
+
+    NAME = "cache_prefill"
+    KEYS = ("shape", "layers", "policy", "budget", "length", "batch")
+    policy: str | None  # None: a DynamicCache
+    budget: int | None
+    length: int  # tokens
+    batch: int
+    shape: str
+    layers: int
+    ms: float
+    store_ms: float  # scoring and eviction of all layers
+    peak_bytes: int | None
+    weight_bytes: int
+    cache_bytes: int
+    kept_over_budget: float | None
+    finite: bool  # the logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeStore(Record):
+    """Scoring and eviction of one layer after a prompt."""
+
+    NAME = "decode_store"
+    KEYS = ("policy", "batch", "length", "budget")
+    policy: str
+    batch: int
+    length: int  # tokens of the prompt
+    budget: int  # tokens kept
+    ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeAppend(Record):
+    """Attention of several tokens over a full cache, one layer."""
+
+    NAME = "decode_append"
+    KEYS = ("variant", "batch", "count", "length")
+    variant: str  # "sparsify" or "sdpa"
+    batch: int
+    count: int  # tokens
+    length: int  # keys kept
+    ms: float
+    tflops: float
+    error: float | None = None  # largest, of the last token, against SDPA in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionNeedles(Record):
+    """Answers of prompts that end in one question each."""
+
+    NAME = "eviction_needles"
+    KEYS = ("model_sha256", "text_sha256", "policy", "length", "share", "window", "kernel")
+    policy: str
+    length: int  # bytes of a prompt
+    share: float  # of the prompt that is kept
+    right: int
+    asked: int
+    interval: list[float]  # of right / asked: Wilson, 95 %
+    kept: float  # share that was really kept
+    seconds: float
+    seeds: list[int]
+    model: str
+    model_sha256: str
+    text_sha256: str
+    window: int | None = None  # of snapkv: queries that score
+    kernel: int | None = None  # of snapkv: keys that the smoothing spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionStream(Record):
+    """A long text under StreamingLLM."""
+
+    NAME = "eviction_stream"
+    KEYS = ("model_sha256", "text_sha256", "positions", "sinks", "window", "stretch")
+    positions: str  # "in_cache", "absolute", or "recomputed" without a cache
+    sinks: int
+    window: int
+    stretch: int  # bytes that one NLL is taken over
+    nll: list[float]  # nats a byte, by stretch
+    model: str
+    model_sha256: str
+    text_sha256: str
+    bytes: int | None = None  # of the text
+    seconds: float | None = None

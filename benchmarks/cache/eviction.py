@@ -1,7 +1,7 @@
 """Do the answers survive eviction? One needle asked at the end of a prompt, and long text under StreamingLLM.
 
-    python -m benchmarks.cache.eviction needles --model DIR --text FILE --lengths 8192 32768 --shares 1 0.25 0.1 0.05
-    python -m benchmarks.cache.eviction stream --model DIR --text FILE --bytes 200000
+    python -m benchmarks run eviction needles --model DIR --text FILE --lengths 8192 32768 --shares 1 0.25 0.1 0.05
+    python -m benchmarks run eviction stream --model DIR --text FILE --bytes 200000
 
 needles: the prompt ends in one question, so that the last queries know what is asked; its answer is teacher-forced a byte at a time over
 what was kept. SnapKV smooths its scores over 5 tokens, which keep a word's neighbours where tokens are words: of bytes it takes some 15 to
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from benchmarks.answers.run import ASKS, load
+from benchmarks.cache import EvictionNeedles, EvictionStream
 from benchmarks.lib import needles, records
 from sparsify import SparseCache
 from sparsify.generation.compat import with_cache
@@ -71,9 +72,8 @@ def run_needles(options: argparse.Namespace, model: LlamaForCausalLM, text: byte
                 parameters = {"policy": policy, "length": length, "share": share, **extra}
                 print(parameters, values, flush=True)
                 seconds = time.monotonic() - started
-                records.append(
-                    options.out, "eviction_needles", **parameters, **values, seconds=seconds, seeds=[seeds.start, seeds.stop], **facts
-                )
+                where = {"seconds": seconds, "seeds": [seeds.start, seeds.stop]}
+                records.append(options.out, EvictionNeedles(**parameters, **values, **where, **facts))
 
 
 def _settings(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
@@ -117,7 +117,7 @@ def run_stream(options: argparse.Namespace, model: LlamaForCausalLM, text: bytes
         print(positions, [round(x, 3) for x in values], flush=True)
         parameters = {"positions": positions, "sinks": options.sinks, "window": options.window, "stretch": options.stretch}
         seconds = time.monotonic() - started
-        records.append(options.out, "eviction_stream", **parameters, bytes=len(nll), nll=values, seconds=seconds, **facts)
+        records.append(options.out, EvictionStream(**parameters, bytes=len(nll), nll=values, seconds=seconds, **facts))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,5 +1,5 @@
 """A whole model over a SparseCache, beside the same model over a cache of transformers: a token at a time, and a prompt. Run by
-`benchmarks.cache.run model` and `benchmarks.cache.run prefill`."""
+`python -m benchmarks run decode model` and `prefill`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch._inductor import list_mode_options
 from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
+from benchmarks.cache import CachePrefill, DecodeModel
 from benchmarks.lib import records
 from benchmarks.model.prefill import Clock, build
 from sparsify import SparseCache, backends
@@ -89,9 +90,8 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
     if kind != "sparse":
         facts |= {"budget": None, "policy": None}
     print(facts, values, flush=True)
-    records.append(
-        options.out, "decode_model", **facts, shape=options.shape, layers=network.config.num_hidden_layers, mode=options.mode, **values
-    )
+    facts |= {"shape": options.shape, "layers": network.config.num_hidden_layers, "mode": options.mode}
+    records.append(options.out, DecodeModel(**facts, **values))
 
 
 def _compile_options(options: argparse.Namespace, backend: str) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _prefill(options: argparse.Namespace, network: LlamaForCausalLM, ids: torch.
         del cache, logits
         if last:
             print(facts, values, flush=True)
-            records.append(options.out, "cache_prefill", **facts, **values)
+            records.append(options.out, CachePrefill(**facts, **values))
 
 
 @contextlib.contextmanager

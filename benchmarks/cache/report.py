@@ -1,46 +1,43 @@
-"""Tables of a cache that evicts: a whole model's tokens and prompts, scoring, answers, text. `report.tables` puts them on the page."""
+"""Tables of a cache that evicts: one layer's decode, a whole model's tokens and prompts, scoring, answers, text; and what is quoted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from benchmarks.cache import CachePrefill, DecodeAppend, DecodeKernel, DecodeModel, DecodeStore, EvictionNeedles, EvictionStream
 from benchmarks.lib.needles import wilson
-from benchmarks.lib.tables import Record, conditions, groups, latest, markdown, size
+from benchmarks.lib.registry import Benchmark
+from benchmarks.lib.tables import PEERS, Found, Row, by_device, conditions, kind, latest, markdown, measured, size
+from benchmarks.model import Prefill
 
-TITLE = "A cache that evicts"
-NAMES = ("decode_model", "cache_prefill", "decode_store", "decode_append", "eviction_needles", "eviction_stream")
 TOKEN_MS, STORE_SHARE, KEPT = 5.5, 0.03, 1.05  # goals: a token at batch 1 on an 8B model, of a prefill, of the budget's bytes
-_MODEL = ("shape", "layers", "variant", "tuned", "batch", "prompt", "budget", "policy", "mode")
-_PROMPT = ("shape", "layers", "policy", "budget", "length", "batch")
-_NEEDLES = ("model_sha256", "text_sha256", "policy", "length", "share", "window", "kernel")
-_STREAM = ("model_sha256", "text_sha256", "positions", "sinks", "window", "stretch")
 _CALLS = {"sparsify": "SparseCache, sparsify", "sparse+inductor": "SparseCache, Inductor", "static+inductor": "StaticCache, Inductor"}
 
 
-def _known(found: Iterable[Record]) -> list[Record]:
+def _known(found: Iterable[Found]) -> list[Found]:
     """Records with what early ones did not say: nothing was tuned, and SnapKV's smoothing was the paper's."""
     usual = {"decode_model": {"tuned": False}, "eviction_needles": {"kernel": 5}}
     return [usual.get(r["benchmark"], {}) | {k: v for k, v in r.items() if v is not None or k not in ("tuned", "kernel")} for r in found]
 
 
-def table(found: Iterable[Record]) -> str:
+def table(found: Iterable[Found]) -> str:
     found = _known(found)
     parts = []
-    for name, title, part in (
-        ("decode_model", "A whole model, a token at a time", _model),
-        ("cache_prefill", "A whole prompt, uncompiled", _prefill),
-        ("decode_store", "Scoring and eviction of one layer", _store),
-        ("decode_append", "Several tokens over kept keys, one layer", _append),
-        ("eviction_needles", "One needle, asked at the end of the prompt", _needles),
-        ("eviction_stream", "Text under StreamingLLM", _stream),
+    for record, title, part in (
+        (DecodeModel, "A whole model, a token at a time", _model),
+        (CachePrefill, "A whole prompt, uncompiled", _prefill),
+        (DecodeStore, "Scoring and eviction of one layer", _store),
+        (DecodeAppend, "Several tokens over kept keys, one layer", _append),
+        (EvictionNeedles, "One needle, asked at the end of the prompt", _needles),
+        (EvictionStream, "Text under StreamingLLM", _stream),
     ):
-        for group in groups((r for r in found if r["benchmark"] == name), lambda r: r["machine"]["gpu"] or "CPU"):
+        for group in by_device(kind(found, record)):
             parts += [f"### {title}", *part(group, [r for r in found if r["machine"]["gpu"] == group[0]["machine"]["gpu"]])]
     return "\n\n".join(parts)
 
 
-def _model(found: list[Record], beside: list[Record]) -> list[str]:
-    cells = latest(found, *_MODEL)
+def _model(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, DecodeModel)
     rows = []
     for r in sorted(cells, key=lambda r: (r["prompt"], r["batch"], r["variant"])):
         read = f"{r['ms_per_token_read_back']:.2f}" if "ms_per_token_read_back" in r else "–"
@@ -60,24 +57,24 @@ def _model(found: list[Record], beside: list[Record]) -> list[str]:
     return [note, markdown(header, rows)]
 
 
-def _kept(record: Record) -> str:
+def _kept(record: Found) -> str:
     return f"{record['policy']}, {record['budget']}" if record["policy"] else "everything"
 
 
-def fastest_prefill(found: Iterable[Record], record: Record) -> tuple[float, str] | None:
+def fastest_prefill(found: Iterable[Found], record: Found) -> tuple[float, str] | None:
     """Least milliseconds of any recorded prefill of the record's shape, layers and length, and whose it was."""
     same = [
         (r["ms"], r["variant"])
         for r in found
-        if r["benchmark"] == "prefill"
+        if r["benchmark"] == Prefill.NAME
         and "ms" in r
         and (r["shape"], r["layers"], r["length"]) == (record["shape"], record["layers"], record["length"])
     ]
     return min(same, default=None)
 
 
-def _prefill(found: list[Record], beside: list[Record]) -> list[str]:
-    cells = latest(found, *_PROMPT)
+def _prefill(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, CachePrefill)
     rows = []
     for r in sorted(cells, key=lambda r: (r["length"], r["policy"] or "~")):
         fastest = fastest_prefill(beside, r)
@@ -94,14 +91,14 @@ def _prefill(found: list[Record], beside: list[Record]) -> list[str]:
     return [note, markdown(header, rows)]
 
 
-def _store(found: list[Record], beside: list[Record]) -> list[str]:
-    cells = latest(found, "policy", "batch", "length", "budget")
+def _store(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, DecodeStore)
     rows = [[size(r["length"]), str(r["batch"]), r["policy"], str(r["budget"]), f"{r['ms']:.2f}"] for r in cells]
     return [conditions(cells), markdown(["tokens", "batch", "policy", "kept", "ms"], sorted(rows))]
 
 
-def _append(found: list[Record], beside: list[Record]) -> list[str]:
-    cells = latest(found, "variant", "batch", "count", "length")
+def _append(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, DecodeAppend)
     rows = []
     for r in sorted(cells, key=lambda r: (r["length"], r["count"], r["batch"], r["variant"])):
         error = f"{r['error']:.1e}" if "error" in r else "–"
@@ -111,8 +108,8 @@ def _append(found: list[Record], beside: list[Record]) -> list[str]:
     return [f"SDPA gets keys that were put together before. {conditions(cells)}", markdown(header, rows)]
 
 
-def _needles(found: list[Record], beside: list[Record]) -> list[str]:
-    cells = latest(found, *_NEEDLES)
+def _needles(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, EvictionNeedles)
     rows = []
     shares = sorted({r["share"] for r in cells}, reverse=True)
     setting = lambda r: (r["length"], r["policy"], r.get("window"), r.get("kernel"))
@@ -127,22 +124,22 @@ def _needles(found: list[Record], beside: list[Record]) -> list[str]:
     return [note, markdown(["bytes", "policy", *(f"{share:.0%} kept" for share in shares)], rows)]
 
 
-def _right(record: Record | None) -> str:
+def _right(record: Found | None) -> str:
     if record is None:
         return "–"
     low, high = wilson(record["right"], record["asked"])
     return f"{record['right'] / record['asked']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def ratios(record: Record, cells: Iterable[Record]) -> list[float] | None:
+def ratios(record: Found, cells: Iterable[Found]) -> list[float] | None:
     """NLL over that of text recomputed without a cache, by stretch; None without such a record."""
-    keys = [key for key in _STREAM if key != "positions"]
+    keys = [key for key in EvictionStream.KEYS if key != "positions"]
     same = [r for r in cells if r["positions"] == "recomputed" and all(r[key] == record[key] for key in keys)]
     return [a / b for a, b in zip(record["nll"], same[0]["nll"])] if same else None
 
 
-def _stream(found: list[Record], beside: list[Record]) -> list[str]:
-    cells = latest(found, *_STREAM)
+def _stream(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, EvictionStream)
     rows = []
     for r in sorted(cells, key=lambda r: (r["positions"] != "recomputed", r["positions"])):
         over = ratios(r, cells)
@@ -158,13 +155,10 @@ def _stream(found: list[Record], beside: list[Record]) -> list[str]:
     return [note, markdown(["kept", "positions", *(str(i + 1) for i in range(most))], rows)]
 
 
-# --- what README.md and docs/benchmarks.md quote ---
-
-
-def headlines(found: list[Record]) -> list[list[str]]:
+def headlines(found: list[Found]) -> list[Row]:
     """Rows of (what, measured, beside)."""
     found = _known(found)
-    cells = latest((r for r in found if r["benchmark"] == "decode_model"), *_MODEL)
+    cells = latest(found, DecodeModel)
     rows = []
     for r in (r for r in cells if r["variant"] == "sparsify" and r["shape"] == "8b"):
         dense = [
@@ -182,17 +176,17 @@ def headlines(found: list[Record]) -> list[list[str]]:
     return rows
 
 
-def shortfalls(found: list[Record]) -> list[str]:
+def shortfalls(found: list[Found]) -> list[str]:
     """Goals that the latest records miss."""
     found, lines = _known(found), []
-    for r in latest((r for r in found if r["benchmark"] == "decode_model"), *_MODEL):
+    for r in latest(found, DecodeModel):
         if r["shape"] == "8b" and r["variant"] == "sparsify" and r["batch"] == 1 and r["ms_per_token"] > TOKEN_MS:
             lines.append(
                 f"A token after {size(r['prompt'])} with {r['budget']} kept takes {r['ms_per_token']:.2f} ms; {TOKEN_MS} was the goal."
             )
         if (r.get("kept_over_budget") or 0) > KEPT:
             lines.append(f"A cache of {r['budget']} tokens takes {r['kept_over_budget']:.3f} times their bytes.")
-    for r in latest((r for r in found if r["benchmark"] == "cache_prefill"), *_PROMPT):
+    for r in latest(found, CachePrefill):
         fastest = fastest_prefill(found, r)
         least = min(r["ms"], fastest[0] if fastest else r["ms"])
         if r["policy"] and r["store_ms"] > STORE_SHARE * least:
@@ -203,9 +197,9 @@ def shortfalls(found: list[Record]) -> list[str]:
     return lines + _short_needles(found)
 
 
-def _short_needles(found: list[Record]) -> list[str]:
+def _short_needles(found: list[Found]) -> list[str]:
     """By share, the best setting of SnapKV against everything kept."""
-    cells = [r for r in latest((r for r in found if r["benchmark"] == "eviction_needles"), *_NEEDLES) if r["policy"] == "snapkv"]
+    cells = [r for r in latest(found, EvictionNeedles) if r["policy"] == "snapkv"]
     lines = []
     for length in sorted({r["length"] for r in cells}):
         mine = [r for r in cells if r["length"] == length]
@@ -219,3 +213,86 @@ def _short_needles(found: list[Record]) -> list[str]:
                     f"everything kept, {full:.2f} of them."
                 )
     return lines
+
+
+def decode_table(found: Iterable[Found]) -> str:
+    """The kernel's bandwidth beside SDPA's."""
+    parts = []
+    for group in by_device(found):
+        parts += ["### One layer's attention over kept keys", *_decode_kernel(group)]
+    return "\n\n".join(parts)
+
+
+def _decode_kernel(found: list[Found]) -> list[str]:
+    cells = latest(found, DecodeKernel)
+    copies = sorted({round(r["gb_per_s"] / r["share_of_copy"]) for r in cells if r.get("share_of_copy")})
+    rows = []
+    for record in sorted(cells, key=lambda r: (r["length"], r["batch"], -r["share"], r["ms"])):
+        full = full_read(cells, record)
+        name = PEERS.get(record["variant"], record["variant"]) + (f" {record['tiling']}" if record.get("tiling") else "")
+        error = f"{record['error']:.1e}" if "error" in record else "–"
+        rows.append([size(record["length"]), str(record["batch"]), name, f"{record['share']:.0%}", f"{record['ms']:.3f}",
+                     f"{record['gb_per_s']:.0f}", f"{record['ms'] / full:.2f}" if full else "–", error])  # fmt: skip
+    note = (
+        "GB/s count the kept keys and values. Over full: milliseconds over those of the fastest call that reads everything; a share that "
+        f"cost what it reads would have its share there. A copy in the same run moved {', '.join(map(str, copies))} GB/s, reads and writes "
+        f"together: reads alone are faster, so this is no ceiling. {conditions(cells)}"
+    )
+    return [note, markdown(["tokens", "batch", "call", "kept", "ms", "GB/s", "over full", "largest error"], rows)]
+
+
+def full_read(cells: Iterable[Found], record: Found) -> float | None:
+    """Milliseconds of the fastest decode call of the record's shape that reads every key."""
+    same = [r["ms"] for r in cells if (r["length"], r["batch"], r["share"]) == (record["length"], record["batch"], 1.0)]
+    return min(same, default=None)
+
+
+def decode_headlines(found: list[Found]) -> list[Row]:
+    cells = measured(found, DecodeKernel)
+    rows = []
+    for record in (r for r in cells if r["variant"] == "sparsify" and r["share"] == 1 and not r.get("tiling")):
+        same = [r for r in cells if (r["batch"], r["length"], r["share"]) == (record["batch"], record["length"], 1) and r is not record]
+        beside = ", ".join(f"{PEERS.get(r['variant'], r['variant'])} {r['gb_per_s']:.0f}" for r in same if r["variant"] != "sparsify")
+        what = f"decode over a cache of {size(record['length'])} tokens, one layer"
+        rows.append([what, f"{record['gb_per_s']:.0f} GB/s", beside or "–"])
+    return rows
+
+
+def decode_shortfalls(found: list[Found]) -> list[str]:
+    cells = measured(found, DecodeKernel)
+    lines = []
+    for record in sorted((r for r in cells if r["share"] < 1), key=lambda r: (r["length"], -r["share"])):
+        full = full_read(cells, record)
+        if full and record["ms"] / full > 1.5 * record["share"]:
+            lines.append(
+                f"Decode over {record['share']:.0%} of {size(record['length'])} slots takes {record['ms']:.3f} ms, "
+                f"{record['ms'] / full:.0%} of a full read and not {record['share']:.0%}."
+            )
+    return lines
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="decode",
+        place=6,
+        measures="decode over kept keys: a layer's bandwidth, several tokens, scoring and eviction, a whole prompt, a whole model's tokens",
+        module="benchmarks.cache.run",
+        records=(DecodeKernel,),
+        title="Decode over kept keys",
+        table=decode_table,
+        headlines=decode_headlines,
+        shortfalls=decode_shortfalls,
+    ),
+    Benchmark(
+        name="eviction",
+        place=7,
+        measures="answers when a cache evicts; NLL of a long text beside the same text recomputed without a cache",
+        module="benchmarks.cache.eviction",
+        records=(DecodeModel, CachePrefill, DecodeStore, DecodeAppend, EvictionNeedles, EvictionStream),
+        beside=(Prefill,),
+        title="A cache that evicts",
+        table=table,
+        headlines=headlines,
+        shortfalls=shortfalls,
+    ),
+)

@@ -1,12 +1,12 @@
 """How fast decode is over kept keys: the kernel alone beside SDPA, and a whole model a token at a time; and what evicting costs a prompt.
 
-    python -m benchmarks.cache.run kernel --lengths 32768 131072 524288          # GB/s of K and V read, full and by share
-    python -m benchmarks.cache.run kernel --sweep                               # the same for every tiling
-    python -m benchmarks.cache.run append --lengths 4096 131072 --counts 5 512  # several tokens: later turns, verified drafts
-    python -m benchmarks.cache.run store --lengths 131072                       # scoring and eviction of one layer after a prompt
-    python -m benchmarks.cache.run prefill --lengths 32768 131072               # a whole prompt: time, scoring and eviction in it, memory
-    python -m benchmarks.cache.run model --prompt 131072 --budget 4096 --batch 1 8
-    python -m benchmarks.cache.run model --prompt 131072 --variants static+inductor   # every key kept, compiled: what it is compared with
+    python -m benchmarks run decode kernel --lengths 32768 131072 524288          # GB/s of K and V read, full and by share
+    python -m benchmarks run decode kernel --sweep                               # the same for every tiling
+    python -m benchmarks run decode append --lengths 4096 131072 --counts 5 512  # several tokens: later turns, verified drafts
+    python -m benchmarks run decode store --lengths 131072                       # scoring and eviction of one layer after a prompt
+    python -m benchmarks run decode prefill --lengths 32768 131072               # a whole prompt: time, scoring and eviction in it, memory
+    python -m benchmarks run decode model --prompt 131072 --budget 4096 --batch 1 8
+    python -m benchmarks run decode model --prompt 131072 --variants static+inductor   # every key kept, compiled: what it is compared with
 
 Shapes are Llama-3.1-8B's, bf16. Appends to results/decode.jsonl.
 """
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.cache import DecodeAppend, DecodeKernel, DecodeStore
 from benchmarks.cache import model as decode_model
 from benchmarks.lib import records
 from sparsify import backends, policies
@@ -97,7 +98,7 @@ def kernel(options: argparse.Namespace) -> None:
             try:
                 with sdpa_kernel(backend):
                     ms = milliseconds(lambda: F.scaled_dot_product_attention(call[0], *layer[:2], enable_gqa=True))  # noqa: B023  runs now
-                write(options, "kernel", name, ms, full_bytes, ceiling, batch=batch, length=length, share=1.0)
+                write(options, name, ms, full_bytes, ceiling, batch=batch, length=length, share=1.0)
             except RuntimeError as error:
                 print(f"{name}: {str(error).splitlines()[0]}")
         for share, tiling in itertools.product(options.shares, SWEEP if options.sweep else [None]):
@@ -114,14 +115,14 @@ def kernel(options: argparse.Namespace) -> None:
             error = check(batch, length, tokens, tiling)
             ms = milliseconds(run)
             facts = {"batch": batch, "length": length, "share": share, "error": error, "tiling": tiling and vars(tiling)}
-            write(options, "kernel", "sparsify", ms, int(full_bytes * share), ceiling, **facts)
+            write(options, "sparsify", ms, int(full_bytes * share), ceiling, **facts)
 
 
-def write(options: argparse.Namespace, benchmark: str, variant: str, ms: float, size: int, ceiling: float, **facts: Any) -> None:
+def write(options: argparse.Namespace, variant: str, ms: float, size: int, ceiling: float, **facts: Any) -> None:
     speed = size / ms / 1e6
     print(f"{variant:9} {facts}: {ms:.4f} ms, {speed:.0f} GB/s, {speed / ceiling:.2f} of copy", flush=True)
     values = {"ms": ms, "gb_per_s": speed, "share_of_copy": speed / ceiling}
-    records.append(options.out, f"decode_{benchmark}", variant=variant, **facts, **values)
+    records.append(options.out, DecodeKernel(variant=variant, **facts, **values))
 
 
 def append(options: argparse.Namespace) -> None:
@@ -149,7 +150,7 @@ def append(options: argparse.Namespace) -> None:
             tflops = 4 * batch * HEADS * DIM * count * (length + count / 2) / ms / 1e9
             print(f"{name:9} {count} tokens over {length}, batch {batch}: {ms:.4f} ms, {tflops:.0f} TFLOP/s, error {error:.1e}", flush=True)
             facts = {"variant": name, "batch": batch, "count": count, "length": length}
-            records.append(options.out, "decode_append", **facts, ms=ms, tflops=tflops, **({"error": error} if name == "sparsify" else {}))
+            records.append(options.out, DecodeAppend(**facts, ms=ms, tflops=tflops, error=error if name == "sparsify" else None))
 
 
 def store(options: argparse.Namespace) -> None:
@@ -169,7 +170,7 @@ def store(options: argparse.Namespace) -> None:
             ms = milliseconds(run, graph=False)
         print(f"{name}, batch {batch}, {length} tokens, {layout.capacity} kept: {ms:.2f} ms a layer", flush=True)
         facts = {"policy": name, "batch": batch, "length": length, "budget": options.budget}
-        records.append(options.out, "decode_store", **facts, ms=ms)
+        records.append(options.out, DecodeStore(**facts, ms=ms))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.cache import DecodeModel
+from benchmarks.cost_model import CostGrid
 from benchmarks.cost_model import run as cost_grid
-from benchmarks.lib.tables import Record, conditions, latest, markdown, size
+from benchmarks.lib.registry import Benchmark
+from benchmarks.lib.tables import Found, conditions, kind, latest, markdown, size
+from benchmarks.model import Prefill
 from sparsify.costs import decoder as model_costs
 from sparsify.costs import seconds as costs
 from sparsify.costs.decoder import ModelShape
 from sparsify.costs.device import Device
 
-TITLE = "Predicted and measured times"
 
-
-def _fit(found: Iterable[Record]) -> tuple[Device, list[tuple[Any, bool]]] | None:
+def _fit(found: Iterable[Found]) -> tuple[Device, list[tuple[Any, bool]]] | None:
     run = cost_grid.newest_run(found)
     if run is None or not any(part for _, part in run[1]):
         return None
@@ -26,7 +27,7 @@ def _fit(found: Iterable[Record]) -> tuple[Device, list[tuple[Any, bool]]] | Non
     return Device.of("cuda" if fitted.capability else "cpu", fitted), samples
 
 
-def table(found: Iterable[Record]) -> str:
+def table(found: Iterable[Found]) -> str:
     """Errors by kernel family on both parts of the grid, the choices, and whole models."""
     found = list(found)
     fit = _fit(found)
@@ -62,8 +63,8 @@ _MODELS = (
 )
 
 
-def _head(found: Sequence[Record]) -> str:
-    run = [record for record in found if record["benchmark"] == cost_grid.NAME]
+def _head(found: Sequence[Found]) -> str:
+    run = kind(found, CostGrid)
     return (
         "Relative errors of the cost formulas. Coefficients are fitted on 1K, 4K, 16K, 64K and 128K tokens and densities 5, 10, 20 and "
         "50 %; the cells that are only predicted have other lengths (2K, 8K, 32K, 256K) or densities (3, 15, 30, 35 %). The whole sparse "
@@ -86,7 +87,7 @@ def shape_of(name: str, layers: int | None = None) -> ModelShape:
     return ModelShape(layers or given["num_hidden_layers"], *(given[key] for key in names))
 
 
-def predicted_prefill(record: Record, device: Device) -> float | None:
+def predicted_prefill(record: Found, device: Device) -> float | None:
     """Seconds for a record of the prefill benchmark; None for variants that the model does not speak of."""
     shape, n = shape_of(record["shape"], record["layers"]), record["length"]
     sizes = shape.attention(n, n)
@@ -104,26 +105,26 @@ def predicted_prefill(record: Record, device: Device) -> float | None:
     return None
 
 
-def model_rows(found: Iterable[Record], device: Device) -> list[list[str]]:
+def model_rows(found: Iterable[Found], device: Device) -> list[list[str]]:
     """Prefill by variant and length, and decode steps."""
     found = [record for record in found if record["machine"]["gpu"] == device.name]
     rows = []
-    prefills = latest([r for r in found if r["benchmark"] == "prefill"], "shape", "layers", "variant", "length", "requested_density")
+    prefills = latest(found, Prefill)
     for record in sorted(prefills, key=lambda r: (r["variant"], r["length"])):
         seconds = predicted_prefill(record, device) if "ms" in record else None
         if seconds is not None:
             name = {"dense": "sparsify, dense", "eager": "eager"}.get(record["variant"], f"sparsify, {record['variant']}")
             name += f", density {record['density']:.2g}" if record.get("density") else ""
             rows.append(_row(f"prefill, {name}", size(record["length"]), record["ms"], seconds))
-    return rows + _decode_rows([record for record in found if record["benchmark"] == "decode_model"], device)
+    return rows + _decode_rows(kind(found, DecodeModel), device)
 
 
-def _decode_rows(found: list[Record], device: Device) -> list[list[str]]:
+def _decode_rows(found: list[Found], device: Device) -> list[list[str]]:
     """Steps over a SparseCache: in a loop that feeds itself, and with each token read back, which older records have alone."""
     rows = []
-    keys = ("shape", "variant", "batch", "prompt", "budget", "policy", "mode")
+    keys = [key for key in DecodeModel.KEYS if key != "tuned"]  # which older records do not say
     served = [r for r in found if r["variant"] == "sparsify" and r.get("mode") == "reduce-overhead" and not r.get("tuned")]
-    for record in sorted(latest(served, *keys), key=lambda r: (r["prompt"], r["batch"])):
+    for record in sorted(latest(served, DecodeModel, *keys), key=lambda r: (r["prompt"], r["batch"])):
         shape, budget, batch = shape_of(record["shape"], record["layers"]), record["budget"], record["batch"]
         kept = costs.decode_seconds(shape.attention(1, budget, batch), device)
         loop = "ms_per_token_read_back" in record
@@ -138,16 +139,13 @@ def _row(what: str, tokens: str, measured: float, seconds: float) -> list[str]:
     return [what, tokens, f"{measured:.4g}", f"{1e3 * seconds:.4g}", f"{1e3 * seconds / measured - 1:+.1%}"]
 
 
-def plot(found: list[Record], folder: Path) -> list[Path]:
-    """Predicted over measured seconds by kernel family, cells that were only predicted filled. Needs matplotlib."""
-    fit = _fit(found)
-    if fit is None:
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
+def plot(found: list[Found]) -> Any:
+    """Predicted over measured seconds by kernel family, cells that were only predicted filled."""
     from matplotlib import pyplot
 
+    fit = _fit(found)
+    if fit is None:
+        return None
     device, samples = fit
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     colours = itertools.cycle(pyplot.get_cmap("tab20").colors)
@@ -169,7 +167,19 @@ def plot(found: list[Record], folder: Path) -> list[Path]:
     figure.legend(
         *axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center", title="filled: only predicted", title_fontsize=7
     )
-    path = folder / "cost_grid.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return [path]
+    return figure
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="cost_model",
+        place=9,
+        measures="methods × lengths × densities × batches beside what the cost model predicts; fitted on a part, tested on the rest",
+        module="benchmarks.cost_model.run",
+        records=(CostGrid,),
+        beside=(Prefill, DecodeModel),
+        title="Predicted and measured times",
+        table=table,
+        plots={"cost_grid": plot},
+    ),
+)

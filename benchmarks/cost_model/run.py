@@ -1,8 +1,8 @@
 """Is the cost model right? Measures methods × lengths × densities × batches, predicts them, and says which kernel it would have chosen.
 
-    python -m benchmarks.cost_model.run measure                       # on one GPU; appends to results/cost_grid.jsonl
-    python -m benchmarks.cost_model.run fit results/cost_grid.jsonl   # anywhere: fits on a part of the cells, tests on the others
-    python -m benchmarks.cost_model.run fit FILE --save sparsify/costs/profiles/sm_90.json
+    python -m benchmarks run cost_model measure                       # on one GPU; appends to results/cost_grid.jsonl
+    python -m benchmarks run cost_model fit results/cost_grid.jsonl   # anywhere: fits on a part of the cells, tests on the others
+    python -m benchmarks run cost_model fit FILE --save sparsify/costs/profiles/sm_90.json
 
 Shapes are Llama-3.1-8B's unless a cell says otherwise, bf16. Calls are timed in CUDA graphs, long ones by events; medians. Kernels are
 compiled first, in processes of their own side by side, and are no part of the time. `fit` takes 1K, 4K, 16K, 64K and 128K tokens and
@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.cost_model import CostGrid
 from benchmarks.cost_model import grid as cost_cells
 from benchmarks.lib import precompile, records
+from benchmarks.lib.tables import kind
 from sparsify.commands.calibrate import fit
 from sparsify.costs import profile, profile_cache
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
 from sparsify.costs.samples import Cell, Sample, predict
 
-NAME = "cost_grid"
 CLOSE = 1.05  # a choice within this of the best one counts as right
 _HELD_BYTES = 40 << 30  # of the allocator, before it gives back what graphs needed
 
@@ -70,7 +71,7 @@ def measure(options: argparse.Namespace) -> int:
         properties = torch.cuda.get_device_properties(0)
         facts |= {"processors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
         facts |= {"capability": [properties.major, properties.minor]}
-    run = records.append(options.out, NAME, part="ceilings", **found, **facts)["time"]
+    run = records.append(options.out, CostGrid(part="ceilings", **found, **facts))["time"]
     print({name: f"{value:.4g}" for name, value in found.items()}, flush=True)
     cells = cost_cells.grid(options.device, options.small)
     failed = 0
@@ -92,13 +93,13 @@ def _one(cell: Cell, run: str, options: argparse.Namespace) -> int:
     except Exception as error:
         message = f"{type(error).__name__}: {str(error)[:300]}"
         print(f"{cell.as_record()}: {message}", flush=True)
-        records.append(options.out, NAME, part="cell", run=run, cell=cell.as_record(), error=message)
+        records.append(options.out, CostGrid(part="cell", run=run, cell=cell.as_record(), error=message))
         return 1
     finally:
         if options.device == "cuda" and torch.cuda.memory_reserved() > _HELD_BYTES:
             torch.cuda.empty_cache()
-    values = {"seconds": sample.seconds} | ({"asked": cell.density} if cell.density is not None else {})
-    records.append(options.out, NAME, part="cell", run=run, cell=sample.cell.as_record(), **values)
+    values = {"seconds": sample.seconds, "asked": cell.density}
+    records.append(options.out, CostGrid(part="cell", run=run, cell=sample.cell.as_record(), **values))
     return 0
 
 
@@ -107,7 +108,7 @@ def _one(cell: Cell, run: str, options: argparse.Namespace) -> int:
 
 def newest_run(found: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[Sample, bool]]] | None:
     """The newest run among records: its ceilings, and its samples with whether they are for fitting. None without one."""
-    found = [record for record in found if record["benchmark"] == NAME]
+    found = kind(found, CostGrid)
     runs = [record for record in found if record["part"] == "ceilings"]
     if not runs:
         return None
@@ -200,7 +201,7 @@ def report(path: Path, save: Path | None, worst: int, everything: bool) -> int:
     """Fits on a file's fitting part, prints the errors on the other one and the choices; returns 0 when they are as asked."""
     run = newest_run(records.read([path]))
     if run is None:
-        raise SystemExit(f"{path} holds no run of {NAME}")
+        raise SystemExit(f"{path} holds no run of {CostGrid.NAME}")
     ceilings, samples = run
     fitted = profile_of(ceilings, [sample for sample, part in samples if part or everything])
     device = Device.of("cuda" if fitted.capability else "cpu", fitted)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, StaticCache
 
+from benchmarks.ffn import FfnModel
 from benchmarks.ffn.timing import Shape, graphed, milliseconds, note
 from benchmarks.model.prefill import build
 from sparsify.api import collect_plans
@@ -90,13 +91,13 @@ def run(options: argparse.Namespace, shape: Shape, rate: dict[str, float], prepa
                 for share in SHARES if name == "sparsify" else (0.0,):
                     forced.fill_(round(share * layers))
                     values = {"variant": name, "rows": rows, "share": round(share * layers) / layers, "pattern": "all rows"}
-                    note(options, "ffn-model", times=milliseconds(graph), **values, **facts)
+                    note(options, FfnModel, times=milliseconds(graph), **values, **facts)
                 if name == "sparsify" and rows > 1:
                     # each row by itself: the first blocks for the first rows only, so that no block is skipped by all
                     forced.fill_(round(0.25 * layers))
                     forced[-1] = 0
                     values = {"variant": name, "rows": rows, "share": 0.25, "pattern": "all rows but one"}
-                    note(options, "ffn-model", times=milliseconds(graph), **values, **facts)
+                    note(options, FfnModel, times=milliseconds(graph), **values, **facts)
                 del graph
             gc.collect()
         del cache

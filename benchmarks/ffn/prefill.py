@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ffn import FfnPrefill, FfnPrefillTilings
 from benchmarks.ffn.timing import Shape, block_weights, graphed, milliseconds, ours, plain
 from benchmarks.lib import records
 
@@ -55,7 +56,7 @@ def find_tiling(options: argparse.Namespace, x: torch.Tensor, weights: list[dict
             print(f"  {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             continue
         facts = {"rows": x.shape[1], "tiling": dataclasses.asdict(tiling), "name": name, "ms": found[tiling]}
-        records.append(options.out, "ffn-prefill-tilings", **facts)
+        records.append(options.out, FfnPrefillTilings(**facts))
         print(f"  {name}: {found[tiling]:.3f} ms", flush=True)
     many_rows.tilings["bf16"] = min(found, key=found.get)
 
@@ -97,5 +98,5 @@ def run(options: argparse.Namespace, shape: Shape, rate: dict[str, float]) -> No
             values |= {"tflops": 1e-9 * flops / ms, "over_dense": ms / base, "efficiency": base * (1 - share) / ms}
             facts = {"times_ms": found, "shape": dataclasses.asdict(shape), "bandwidths": rate}
             facts |= {"error": error} if key != "inductor" else {}
-            records.append(options.out, "ffn-prefill", **values, **facts)
+            records.append(options.out, FfnPrefill(**values, **facts))
             print("ffn-prefill", {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}, flush=True)

@@ -1,8 +1,8 @@
 """Feed-forward skipping at decode: milliseconds a token over the share of skipped blocks, and what skipping does to answers.
 
-    python -m benchmarks.ffn.run                                     # tilings, stack, model
-    python -m benchmarks.ffn.run --parts prefill
-    python -m benchmarks.ffn.run --parts quality --model DIR [--text FILE]
+    python -m benchmarks run ffn                                     # tilings, stack, model
+    python -m benchmarks run ffn --parts prefill
+    python -m benchmarks run ffn --parts quality --model DIR [--text FILE]
 
 tilings: the fastest tile sizes on this GPU. stack: the 32 blocks of Llama-3.1-8B's shape in one CUDA graph, against Inductor's; the rows'
 counters change between replays. model: a token of the whole model after a 4K prompt, likewise (ffn_model.py). prefill: one block over many
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.answers.train_demo_model import HELD_OUT, TEXT_BYTES
+from benchmarks.ffn import FfnQuality, FfnStack, FfnTilings, prefill
 from benchmarks.ffn import model as ffn_model
-from benchmarks.ffn import prefill
 from benchmarks.ffn.quality import run as run_quality
 from benchmarks.ffn.timing import SHAPES, Shape, bandwidth, block_weights, graphed, milliseconds, note, ours, plain, spread
 from benchmarks.lib import records
@@ -83,7 +83,7 @@ def find_tiling(rows: int, shape: Shape, seconds: float, out: Path) -> Any:
             print(f"  {tiling}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             return
         found[tiling] = ms
-        records.append(out, "ffn-tilings", rows=rows, tiling=dataclasses.asdict(tiling), ms_per_block=ms)
+        records.append(out, FfnTilings(rows=rows, tiling=dataclasses.asdict(tiling), ms_per_block=ms))
         print(f"  rows {rows}: {1e3 * ms:6.1f} us a block  {tiling}", flush=True)
 
     listed = list(candidates(rows, shape))
@@ -110,7 +110,7 @@ def recorded_tilings(out: Path) -> dict[int, Any]:
 
     best: dict[int, tuple[float, Any]] = {}
     for record in records.read([out]) if out.exists() else ():
-        if record["benchmark"] == "ffn-tilings":
+        if record["benchmark"] == FfnTilings.NAME:
             rows = 16 if record["rows"] <= 16 else 32
             found = (record["ms_per_block"], FfnTiling(**record["tiling"]))
             best[rows] = min(best.get(rows, found), found, key=lambda pair: pair[0])
@@ -143,7 +143,7 @@ def run_stack(options: argparse.Namespace, shape: Shape, rate: dict[str, float],
         x = torch.randn(rows, 1, shape.hidden, device=device, dtype=torch.bfloat16)
         torch._dynamo.reset()
         times = milliseconds(graphed(lambda x=x: compiled(x, weights)))
-        note(options, "ffn-stack", variant="inductor", share=0.0, pattern="all rows", times=times, **facts)
+        note(options, FfnStack, variant="inductor", share=0.0, pattern="all rows", times=times, **facts)
         flags = torch.zeros(shape.layers, rows, dtype=torch.int32, device=device)
         graph = graphed(lambda x=x, flags=flags: ours(x, weights, flags))
         want = plain(x, weights[:4]).float()
@@ -152,12 +152,12 @@ def run_stack(options: argparse.Namespace, shape: Shape, rate: dict[str, float],
             flags.zero_()
             flags[spread(share, shape.layers)] = 1
             share = len(spread(share, shape.layers)) / shape.layers
-            note(options, "ffn-stack", variant="sparsify", share=share, pattern="all rows", times=milliseconds(graph), **facts)
+            note(options, FfnStack, variant="sparsify", share=share, pattern="all rows", times=milliseconds(graph), **facts)
         for share in SHARES[1:4] if rows > 1 else ():
             generator = torch.Generator(device=device).manual_seed(0)
             flags.copy_(torch.rand(flags.shape, device=device, generator=generator) < share)
             facts["blocks_without_rows"] = (flags.sum(1) == rows).float().mean().item()
-            note(options, "ffn-stack", variant="sparsify", share=share, pattern="each row by itself", times=milliseconds(graph), **facts)
+            note(options, FfnStack, variant="sparsify", share=share, pattern="each row by itself", times=milliseconds(graph), **facts)
         del graph
 
 
@@ -176,7 +176,7 @@ def run_answers(options: argparse.Namespace) -> None:
     }
 
     def report(found: dict[str, Any]) -> None:
-        records.append(options.out, "ffn-quality", **facts, **found)
+        records.append(options.out, FfnQuality(**facts, **found))
         where = {k: v for k, v in found.items() if v not in (None, []) and k in ("threshold", "skip", "probability", "layers", "rows")}
         print(
             f"{found['policy']:10s} share {found['share']:.3f}  nll {found['nll']:.4f}  {found['right']}/{found['asked']}  {where}",

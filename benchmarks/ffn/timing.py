@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ffn import FfnStack
 from benchmarks.lib import records
 from sparsify.ops import feed_forward
 
@@ -132,12 +133,14 @@ def spread(share: float, layers: int) -> list[int]:
     return [int((i + 0.5) * layers / count) for i in range(count)]
 
 
-def note(options: argparse.Namespace, benchmark: str, *, times: list[float], shape: Shape, rate: dict[str, float], **values: Any) -> None:
+def note(
+    options: argparse.Namespace, record: type[FfnStack], *, times: list[float], shape: Shape, rate: dict[str, float], **values: Any
+) -> None:
     """Appends a record and prints it. rate: what `bandwidth` found; the fastest way counts as the device's."""
     ms = statistics.median(times)
     layers = values.setdefault("layers", shape.layers)
     size = layers * 3 * shape.hidden * shape.intermediate * 2
     facts = {"bytes": size, "bandwidth": max(rate.values()), "bandwidths": rate, "shape": dataclasses.asdict(shape)}
-    records.append(options.out, benchmark, ms=ms, times_ms=times, **facts, **values)
+    records.append(options.out, record(ms=ms, times_ms=times, **facts, **values))
     streamed = 1e3 * size * (1 - values["share"]) / max(rate.values())
-    print(f"{benchmark} {values}: {ms:.3f} ms (min {min(times):.3f}); the computed blocks' bytes take {streamed:.3f} ms", flush=True)
+    print(f"{record.NAME} {values}: {ms:.3f} ms (min {min(times):.3f}); the computed blocks' bytes take {streamed:.3f} ms", flush=True)

@@ -5,21 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-Record = dict[str, Any]
+from benchmarks.lib.records import Record
+
+Found = dict[str, Any]  # a line of results as it was read; older ones lack fields that came later
+Row = list[str]
 
 
-# what tells the cells of the feed-forward quality part apart, within a model
-QUALITY_KEYS = ("policy", "threshold", "skip", "probability", "layers", "seed", "length", "rows")
+def kind(found: Iterable[Found], *kinds: type[Record]) -> list[Found]:
+    """The lines of some kinds."""
+    names = {one.NAME for one in kinds}
+    return [record for record in found if record["benchmark"] in names]
 
 
-def latest(found: Iterable[Record], *keys: str) -> list[Record]:
-    """The last record of each cell, a cell being the values of `keys` and the device."""
-    cells: dict[str, Record] = {}
-    for record in found:
-        cell = repr([record.get(key) for key in keys] + [record["machine"]["gpu"]])
+def latest(found: Iterable[Found], of: type[Record], *keys: str) -> list[Found]:
+    """The last line of each cell, a cell being the values of the kind's keys, or of `keys` alone, and the device."""
+    cells: dict[str, Found] = {}
+    for record in kind(found, of):
+        cell = repr([record.get(key) for key in keys or of.KEYS] + [record["machine"]["gpu"]])
         if cell not in cells or record["time"] >= cells[cell]["time"]:
             cells[cell] = record
     return list(cells.values())
+
+
+def measured(found: Iterable[Found], of: type[Record], *keys: str) -> list[Found]:
+    """As `latest`, without the cells that failed."""
+    return [record for record in latest(found, of, *keys) if "error" not in record or "ms" in record]
+
+
+def newest_device(found: Iterable[Found]) -> list[Found]:
+    """The lines of the device that the newest one is of."""
+    found = list(found)
+    device = max(found, key=lambda record: record["time"])["machine"]["gpu"] if found else None
+    return [record for record in found if record["machine"]["gpu"] == device]
+
+
+def by_device(found: Iterable[Found]) -> list[list[Found]]:
+    return groups(found, lambda record: record["machine"]["gpu"] or "CPU")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -36,15 +57,15 @@ def failure(message: str) -> str:
     return "failed: " + (message.splitlines() or [""])[0][:60].replace("|", "/")
 
 
-def groups(cells: Iterable[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
+def groups(cells: Iterable[Found], key: Callable[[Found], Any]) -> list[list[Found]]:
     """The records by the value of `key`, in its order."""
-    found: dict[Any, list[Record]] = {}
+    found: dict[Any, list[Found]] = {}
     for record in cells:
         found.setdefault(key(record), []).append(record)
     return [found[name] for name in sorted(found, key=repr)]
 
 
-def conditions(found: Sequence[Record]) -> str:
+def conditions(found: Sequence[Found]) -> str:
     """One line that says where a table's numbers come from; several machines or commits are all named."""
     parts = []
     for name, label in (("gpu", ""), ("driver", "driver "), ("torch", "torch "), ("triton", "triton "), ("transformers", "transformers ")):
@@ -60,38 +81,5 @@ def short(commit: str) -> str:
     return name[:10] + plus + changes
 
 
-def fastest_dense(found: Iterable[Record], gpu: str | None) -> dict[int, tuple[float, str, str]]:
-    """By length, the least milliseconds that dense causal attention took in any run on `gpu`, whose kernel it was, and which run.
-
-    Only the shape of the whole-op benchmark counts: 32 query heads, 8 KV heads, head dim 128, bf16, batch 1.
-    """
-    fastest: dict[int, tuple[float, str, str]] = {}
-    for record in found:
-        if record["machine"]["gpu"] != gpu:
-            continue
-        for length, name, milliseconds in _dense_times(record):
-            if length not in fastest or milliseconds < fastest[length][0]:
-                fastest[length] = (milliseconds, name, record["benchmark"])
-    return fastest
-
-
 PEERS = {"ours": "sparsify", "ours, dense": "sparsify", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "fa2": "FlashAttention-2",
          "flash": "FlashAttention-2", "flex": "FlexAttention", "sdpa": "SDPA", "sparsify": "sparsify"}  # fmt: skip
-
-
-def _dense_times(record: Record) -> Iterable[tuple[int, str, float]]:
-    if record["benchmark"] == "whole_op" and record["kind"] == "dense" and "ms" in record:
-        if (record["heads"], record["kv_heads"], record["head_dim"], record["dtype"]) == (32, 8, 128, "bfloat16"):
-            yield record["length"], PEERS.get(record["name"], record["name"]), record["ms"]
-    elif record["benchmark"] == "kernels" and record["section"] in ("table", "short"):
-        length = dense_length(record["case"])
-        for name in ("ours", "fa4", "cudnn", "flex"):
-            # in the windowed case only the peers are dense
-            if length and f"{name}_ms" in record and (name != "ours" or record["case"].startswith("dense_")):
-                yield length, PEERS[name], record[f"{name}_ms"]
-
-
-def dense_length(case: str) -> int | None:
-    """Tokens of a kernels case whose peers are dense causal attention over a whole prompt: dense_64k, sink_window_128k; else None."""
-    name, _, kilo = case.rpartition("_")
-    return int(kilo[:-1]) * 1024 if name in ("dense", "sink_window") and kilo.endswith("k") and kilo[:-1].isdigit() else None

@@ -1,0 +1,59 @@
+"""What a user waits for in a whole model: the prefill of a prompt, and compiling."""
+
+from dataclasses import dataclass
+
+from benchmarks.lib.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill(Record):
+    """One variant's prefill of one prompt."""
+
+    NAME = "prefill"
+    KEYS = ("shape", "layers", "variant", "length", "requested_density")
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    parameters: int  # of the model
+    variant: str  # of benchmarks.model.prefill.variants
+    length: int  # tokens
+    requested_density: float | None
+    seed: int
+    dynamic: bool  # compiled once for all lengths
+    density: float | None  # visited share of the causal blocks; None where no blocks were chosen
+    peak_bytes: int | None  # most device memory of a call; None on a CPU
+    ms: float | None = None  # median
+    times_ms: list[float] | None = None
+    first_call_ms: float | None = None  # compilation included
+    logits_error: float | None = None  # largest difference from eager's, last token
+    logits_std: float | None = None  # of eager's
+    same_token: bool | None = None
+    estimate: list[str] | None = None  # of xattention: variants of the estimate
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileTime(Record):
+    """Seconds of CPU time, of this process and its children, that compiling a prompt and a token takes; medians of `repeats`."""
+
+    NAME = "compile_time"
+    KEYS = ("layers", "hidden", "length")
+    layers: int
+    length: int  # tokens
+    hidden: int
+    repeats: int
+    inductor_cold_s: float  # cold: with empty caches
+    inductor_cold_wall_s: float
+    inductor_warm_s: float
+    inductor_warm_wall_s: float
+    sparsify_cold_s: float
+    sparsify_cold_wall_s: float
+    sparsify_warm_s: float
+    sparsify_warm_wall_s: float
+    own_s: float  # sparsify's own stages, without lowering
+    own_warm_s: float
+    sparsify_lower_s: float
+    cold_ratio: float  # sparsify over Inductor
+    warm_ratio: float
+    validate_s: float | None = None  # of own_s: checking the rewritten graph
+    validate_share: float | None = None  # of sparsify_cold_s
+    validate_warm_share: float | None = None

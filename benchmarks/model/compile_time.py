@@ -1,6 +1,6 @@
 """What sparsify adds to compiling: a small llama's prompt and next token, cold and with Inductor's caches warm, beside Inductor alone.
 
-    python -m benchmarks.model.compile_time [--layers 2] [--length 256] [--hidden 256] [--repeats 1]
+    python -m benchmarks run compile_time [--layers 2] [--length 256] [--hidden 256] [--repeats 1]
 
 Every measurement is a fresh process with a cache folder of its own; warm runs come second in the same folder. The backends take turns, and
 of several repeats the median counts. CPU seconds of the process and its children (compilers), so that a busy machine changes little;
@@ -17,12 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import records
-from benchmarks.lib.tables import Record, markdown
+from benchmarks.model import CompileTime
 from sparsify.generation.compat import with_cache
 
 ROOT = Path(__file__).parents[2]
@@ -129,23 +128,7 @@ def measure(layers: int = 2, length: int = 256, hidden: int = 256, repeats: int 
     }
 
 
-def table(found: Iterable[Record]) -> str:
-    """One row per model; the latest record of each counts."""
-    last = {(r["layers"], r["hidden"], r["length"], r["machine"]["torch"]): r for r in found}
-    rows = [
-        [
-            f"{layers} layers, {hidden} wide, {length} tokens, torch {release}",
-            *(f"{r[f'{backend}_{state}_s']:.1f}" for state in ("cold", "warm") for backend in ("inductor", "sparsify")),
-            f"{r['own_s']:.2f}",
-            f"{r['validate_s']:.2f}, {r['validate_share']:.1%} / {r['validate_warm_share']:.1%}" if "validate_s" in r else "–",
-        ]
-        for (layers, hidden, length, release), r in sorted(last.items())
-    ]
-    columns = [f"{backend}, {state}, s" for state in ("cold", "warm") for backend in ("Inductor", "sparsify")]
-    return markdown(["llama, prompt and next token", *columns, "own stages, s", "of them validation, s, share of cold / warm"], rows)
-
-
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
@@ -157,10 +140,10 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(child(given.child, given.layers, given.length, given.hidden)))
         return 0
     record = measure(given.layers, given.length, given.hidden, given.repeats)
-    records.append(records.RESULTS / "compile_time.jsonl", "compile_time", **record)
+    records.append(records.RESULTS / "compile_time.jsonl", CompileTime(**record))
     print(json.dumps(record, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

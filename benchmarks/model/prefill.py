@@ -1,7 +1,7 @@
 """How long a whole model's prefill takes: eager, Inductor, sparsify's exact pass and block-sparse attention, side by side in one process.
 
-    python -m benchmarks.model.prefill --lengths 4096 32768 131072
-    python -m benchmarks.model.prefill --lengths 1024 2048 4096 8192 16384 32768 65536 131072 --variants eager default
+    python -m benchmarks run prefill --lengths 4096 32768 131072
+    python -m benchmarks run prefill --lengths 1024 2048 4096 8192 16384 32768 65536 131072 --variants eager default
 
 `default` is `backend="sparsify"` with no options: what it chooses must never be slower than eager. Random weights attend to everything, so
 that the estimate finds little to leave out: the worst case for it.
@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lib import records
+from benchmarks.model import Prefill
 from sparsify.api import record_density
 from sparsify.planning.method import discover
 
@@ -176,9 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
             requested = options.density if name == "xattention" else None
             if name in ("xattention", "default"):
                 facts["estimate"] = list(discover()["xattention"]().estimate)
-            record = records.append(
-                options.out, "prefill", variant=name, length=length, requested_density=requested, seed=0, **found, **facts
-            )
+            facts |= {"variant": name, "length": length, "requested_density": requested, "seed": 0}
+            record = records.append(options.out, Prefill(**({"density": None, "peak_bytes": None} | found), **facts))
             print({key: record.get(key) for key in ("variant", "length", "ms", "peak_bytes", "density", "same_token", "error")}, flush=True)
     return 1 if failed else 0
 

@@ -1,6 +1,6 @@
 """The kernels under NVIDIA's compute-sanitizer: memory that is not theirs (memcheck), and shared memory that threads race for (racecheck).
 
-    python -m benchmarks.sanitizer.run --out benchmarks/results/sanitize.jsonl
+    python -m benchmarks run sanitizer --out benchmarks/results/sanitize.jsonl
 
 A reduced matrix of small calls for each family of kernels: Gluon attention, Triton attention, block selection; and a control, a
 hand-over through shared memory that is in order by construction (control.py), to judge what the tool says of the others by.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import records
+from benchmarks.test_runs import Sanitize
 
 TOOLS = ("memcheck", "racecheck")
 FAMILIES = ("gluon", "triton", "select", "cache", "control")
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     for one in results:
         print(json.dumps(one), flush=True)
         if options.out:
-            records.append(options.out, "sanitize", **one)
+            records.append(options.out, Sanitize(**one))
     states = {f"{one['family']} {one['tool']}": one["status"] for one in results}
     print(json.dumps({"summary": states, "clean": all(state == "clean" for state in states.values()), "sanitizer": path}))
     return int("found" in states.values())

@@ -1,28 +1,27 @@
-"""Table and plot of whole_op records: speed-up of the whole sparse call over the fastest dense one, and the bound that arithmetic sets.
-
-python -m benchmarks.whole_op.report     # prints the table, writes results/whole_op.png
-"""
+"""Speed-up of the whole sparse call over the fastest dense one, and the bound that arithmetic sets: table, plot, and what is quoted."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from benchmarks.lib import records
-from benchmarks.lib.tables import PEERS, Record, conditions, failure, fastest_dense, groups, latest, markdown, size
+from benchmarks.answers.report import DEFAULT, FEW_LOST, lost
+from benchmarks.attention import Kernels
+from benchmarks.attention.report import dense_length
+from benchmarks.lib.registry import Benchmark
+from benchmarks.lib.tables import PEERS, Found, Row, by_device, conditions, failure, latest, markdown, measured, size
+from benchmarks.whole_op import WholeOp
 
-TITLE = "The whole sparse attention call"
+_QUOTED = ((16, "max"), (16, "max+pair+int8"), (8, "max+pair+int8"))  # stride and pool
 
 
-def table(found: Iterable[Record]) -> str:
+def table(found: Iterable[Found]) -> str:
     """One row a call, dense ones first at each length; failures stay visible. `kernels` records among `found` are compared with too."""
     found = list(found)
-    return "\n\n".join(_device_table(cells, found) for cells in groups(_cells(found), lambda r: r["machine"]["gpu"] or "CPU"))
+    return "\n\n".join(_device_table(cells, found) for cells in by_device(_cells(found)))
 
 
-def _device_table(cells: list[Record], found: list[Record]) -> str:
+def _device_table(cells: list[Found], found: list[Found]) -> str:
     fastest = fastest_dense(found, cells[0]["machine"]["gpu"])
     rows = []
     for length in sorted({record["length"] for record in cells}):
@@ -38,7 +37,7 @@ def _device_table(cells: list[Record], found: list[Record]) -> str:
     return "\n\n".join([_note(cells, fastest), markdown(header, rows)])
 
 
-def _note(cells: list[Record], fastest: dict[int, tuple[float, str, str]]) -> str:
+def _note(cells: list[Found], fastest: dict[int, tuple[float, str, str]]) -> str:
     lengths = sorted({record["length"] for record in cells})
     absent = sorted({PEERS.get(r["name"], r["name"]) for r in cells if r["kind"] == "dense" and "error" in r})
     known = [f"{size(n)}: {fastest[n][1]}, {fastest[n][0]:.1f} ms (`{fastest[n][2]}` records)" for n in lengths if n in fastest]
@@ -59,12 +58,12 @@ def _note(cells: list[Record], fastest: dict[int, tuple[float, str, str]]) -> st
     return " ".join(parts)
 
 
-def _over_peers(record: Record, here: list[Record]) -> str:
+def _over_peers(record: Found, here: list[Found]) -> str:
     peers = [r["ms"] for r in here if r["kind"] == "dense" and "ms" in r and not r["name"].startswith("ours")]
     return f"{min(peers) / record['ms']:.2f}" if peers and "ms" in record else "–"
 
 
-def _sparse_row(record: Record, fastest: tuple[float, str, str] | None) -> list[str]:
+def _sparse_row(record: Found, fastest: tuple[float, str, str] | None) -> list[str]:
     name = f"{record['pool']}, stride {record['stride']}"
     if "error" in record:
         return [size(record["length"]), name, failure(record["error"]), "–", "–", "–", f"{record['target']:.1%}", "–", "–"]
@@ -81,30 +80,24 @@ def _sparse_row(record: Record, fastest: tuple[float, str, str] | None) -> list[
     ]
 
 
-def _cells(found: Iterable[Record]) -> list[Record]:
-    chosen = (r for r in found if r["benchmark"] == "whole_op" and r["kind"] in ("dense", "sparse"))
-    return latest(chosen, "kind", "length", "name", "stride", "pool", "target", "heads", "kv_heads")
+def _cells(found: Iterable[Found]) -> list[Found]:
+    return [record for record in latest(found, WholeOp) if record["kind"] in ("dense", "sparse")]
 
 
-def _milliseconds(record: Record) -> str:
+def _milliseconds(record: Found) -> str:
     return f"{record['ms']:.2f}" if "ms" in record else failure(record.get("error", ""))
 
 
-def plot(folder: Path) -> list[Path]:
+def plot(found: list[Found]) -> Any:
     """Speed-up over density, one line a length, with the bound 1 / (density + estimate share) dashed; bars by estimate at one density.
 
-    Over the fastest dense kernel of all records on the device where there is one for the shape, else over the run's fastest peer. Needs
-    matplotlib. Writes `whole_op.png` beside the records; nothing when there are none.
+    Over the fastest dense kernel of all records on the device where there is one for the shape, else over the run's fastest peer.
     """
-    found = list(records.read(sorted(folder.glob("*.jsonl"))))
-    sparse = [r for r in _cells(found) if r["kind"] == "sparse" and "speedup" in r]
-    if not sparse:
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    sparse = [r for r in _cells(found) if r["kind"] == "sparse" and "speedup" in r]
+    if not sparse:
+        return None
     newest = max(sparse, key=lambda r: r["time"])["machine"]["gpu"]
     fastest = fastest_dense(found, newest)
     sparse = [r | {"best": fastest[r["length"]][0] / r["ms"] if r["length"] in fastest else r["speedup"]} for r in sparse]
@@ -118,13 +111,10 @@ def plot(folder: Path) -> list[Path]:
     for axis in axes[0][1:]:
         axis.set_xlim(0, 1.25 * widest)  # room for the mass kept
     figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=3)
-    path = folder / "whole_op.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return [path]
+    return figure
 
 
-def _by_density(axis: Any, found: list[Record]) -> None:
+def _by_density(axis: Any, found: list[Found]) -> None:
     for number, length in enumerate(sorted({record["length"] for record in found})):
         points = sorted((r["density"], r["best"], r["bound"]) for r in found if r["length"] == length)
         densities, speedups, bounds = zip(*points, strict=True)
@@ -140,7 +130,7 @@ def _by_density(axis: Any, found: list[Record]) -> None:
     axis.legend(fontsize=8)
 
 
-def _by_estimate(axis: Any, found: list[Record]) -> None:
+def _by_estimate(axis: Any, found: list[Found]) -> None:
     counts: dict[float, int] = {}
     for record in found:
         counts[record["target"]] = counts.get(record["target"], 0) + 1
@@ -157,14 +147,108 @@ def _by_estimate(axis: Any, found: list[Record]) -> None:
     axis.set_title(f"{size(chosen[0]['length'])} tokens, density {target:.0%}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=records.RESULTS)
-    options = parser.parse_args(arguments)
-    print(table(records.read(sorted(options.folder.glob("*.jsonl")))))
-    print(*plot(options.folder))
-    return 0
+def fastest_dense(found: Iterable[Found], gpu: str | None) -> dict[int, tuple[float, str, str]]:
+    """By length, the least milliseconds that dense causal attention took in any run on `gpu`, whose kernel it was, and which run.
+
+    Only the shape of the whole-op benchmark counts: 32 query heads, 8 KV heads, head dim 128, bf16, batch 1.
+    """
+    fastest: dict[int, tuple[float, str, str]] = {}
+    for record in found:
+        if record["machine"]["gpu"] != gpu:
+            continue
+        for length, name, milliseconds in _dense_times(record):
+            if length not in fastest or milliseconds < fastest[length][0]:
+                fastest[length] = (milliseconds, name, record["benchmark"])
+    return fastest
 
 
-if __name__ == "__main__":
-    main()
+def _dense_times(record: Found) -> Iterable[tuple[int, str, float]]:
+    if record["benchmark"] == "whole_op" and record["kind"] == "dense" and "ms" in record:
+        if (record["heads"], record["kv_heads"], record["head_dim"], record["dtype"]) == (32, 8, 128, "bfloat16"):
+            yield record["length"], PEERS.get(record["name"], record["name"]), record["ms"]
+    elif record["benchmark"] == "kernels" and record["section"] in ("table", "short"):
+        length = dense_length(record["case"])
+        for name in ("ours", "fa4", "cudnn", "flex"):
+            # in the windowed case only the peers are dense
+            if length and f"{name}_ms" in record and (name != "ours" or record["case"].startswith("dense_")):
+                yield length, PEERS[name], record[f"{name}_ms"]
+
+
+def _estimate(record: Found) -> tuple[str, int]:
+    return record["pool"], record["stride"]
+
+
+def _sparse(found: list[Found]) -> dict[int, list[Found]]:
+    """Whole-op cells by length, at the density that most estimates were measured at."""
+    cells = [r for r in measured(found, WholeOp) if r["kind"] == "sparse" and "ms" in r]
+    by_length: dict[int, list[Found]] = {}
+    for length in sorted({r["length"] for r in cells}):
+        targets = [r["target"] for r in cells if r["length"] == length]
+        common = max(set(targets), key=targets.count)
+        by_length[length] = [r for r in cells if r["length"] == length and r["target"] == common]
+    return by_length
+
+
+def headlines(found: list[Found]) -> list[Row]:
+    """The default estimate, and the quickest one of those that keep the exact one's answers."""
+    rows = []
+    keeping = {estimate for estimate, share in lost(found).items() if share <= FEW_LOST}
+    for length, cells in _sparse(found).items():
+        fastest = fastest_dense(found, cells[0]["machine"]["gpu"]).get(length)
+        default = [r for r in cells if _estimate(r) == (DEFAULT["pool"], DEFAULT["stride"])]
+        quickest = min((r for r in cells if _estimate(r) in keeping), key=lambda r: r["ms"], default=None)
+        for record in {r["ms"]: r for r in (*default, quickest) if r}.values():
+            if fastest is None or "speedup" not in record:
+                continue
+            what = f"sparse attention, estimate and selection included, {size(length)} tokens, {record['density']:.0%} of the blocks"
+            estimate = f"{record['pool']}, stride {record['stride']}" + (" (default estimate)" if record in default else "")
+            peer = min((ms, name) for name, ms in ((n, record["ms"] * ratio) for n, ratio in record["speedups"].items()))[1]
+            beside = (
+                f"{fastest[0] / record['ms']:.1f} × the fastest dense kernel measured ({fastest[1]}), "
+                f"{record['speedup']:.1f} × {PEERS.get(peer, peer)} in the same run; {record['kept_mass']:.0%} of the softmax mass kept"
+            )
+            rows.append([what, f"{record['ms']:.1f} ms, {estimate}", beside])
+    return rows
+
+
+def shortfalls(found: list[Found]) -> list[str]:
+    cells = latest(found, WholeOp)
+    absent = sorted({(r["length"], PEERS.get(r["name"], r["name"])) for r in cells if r["kind"] == "dense" and "error" in r})
+    lines = [f"The whole sparse call at {size(length)}: {name} did not run beside it." for length, name in absent]
+    for length, sparse in _sparse(found).items():
+        fastest = fastest_dense(found, sparse[0]["machine"]["gpu"]).get(length)
+        for record in (r for r in sparse if (r["stride"], r["pool"]) in _QUOTED):
+            if fastest:
+                best = fastest[0] / record["ms"]
+                lines.append(
+                    f"The whole sparse call at {size(length)}, {record['pool']}, stride {record['stride']}, {record['density']:.1%}: "
+                    f"{best:.1f} × the fastest dense kernel, {best / record['bound']:.0%} of what arithmetic allows; "
+                    f"{record['select_ms']:.1f} ms of {record['ms']:.1f} are estimate and selection, and "
+                    f"{1 - record['kept_mass']:.0%} of the softmax mass is lost."
+                )
+    timed, shares = {_estimate(r) for cells in _sparse(found).values() for r in cells}, lost(found)
+    unknown = timed - shares.keys()
+    if lossy := {estimate for estimate in timed - unknown if shares[estimate] > FEW_LOST}:
+        names = ", ".join(f"{pool} at stride {stride}" for pool, stride in sorted(lossy))
+        lines.append(f"Estimates that lose more than one answer in a hundred to the exact one of their stride: {names}.")
+    if unknown:
+        names = ", ".join(f"{pool} at stride {stride}" for pool, stride in sorted(unknown))
+        lines.append(f"Estimates that were timed, but whose effect on the answers of long prompts is not recorded: {names}.")
+    return lines
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="whole_op",
+        place=1,
+        measures="one layer's sparse attention as one call, estimate, selection and lists included, beside dense causal attention",
+        module="benchmarks.whole_op.run",
+        records=(WholeOp,),
+        beside=(Kernels,),
+        title="The whole sparse attention call",
+        table=table,
+        plots={"whole_op": plot},
+        headlines=headlines,
+        shortfalls=shortfalls,
+    ),
+)

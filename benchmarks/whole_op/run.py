@@ -1,6 +1,6 @@
 """Block-sparse attention as one call, estimate, selection and index building counted, beside dense causal attention in the same run.
 
-    python -m benchmarks.whole_op.run --out benchmarks/results/whole_op.jsonl
+    python -m benchmarks run whole_op --out benchmarks/results/whole_op.jsonl
 
 Llama-3.1-8B's shape: 32 query heads, 8 KV heads, head dim 128, bf16, batch 1, on structured queries and keys (whole_op_data.py) for which
 the threshold, found by bisection, gives the density asked for. Every sparse call is `sparsify::select_blocks` and `sparsify::attention`
@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsify.backends
 from benchmarks.lib import precompile, records
+from benchmarks.whole_op import WholeOp
 from benchmarks.whole_op.data import find_threshold, structured
 from sparsify.ops import attention as ops
 from sparsify.ops import block_lists
@@ -298,7 +299,7 @@ def work(options: argparse.Namespace) -> None:
     facts = {"heads": options.heads, "kv_heads": options.kv_heads, "head_dim": 128, "dtype": str(options.dtype).removeprefix("torch.")}
 
     def keep(**values: Any) -> None:
-        record = records.append(options.out, "whole_op", **facts, **{name: value for name, value in values.items() if value is not None})
+        record = records.append(options.out, WholeOp(**facts, **values))
         print(line(record), flush=True)
 
     with torch.no_grad(), sparsify.backends.strict():

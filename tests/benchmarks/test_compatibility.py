@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from benchmarks.lib import records
-from benchmarks.report import compatibility
+from benchmarks.test_runs import compatibility
 
 
 def run(suite, torch, triton, transformers, day, **counts):
     machine = {"torch": torch, "triton": triton, "transformers": transformers}
-    return {"suite": suite, "time": f"{day}T00:00:00", "machine": machine, "counts": {"passed": 0, "failed": 0, "error": 0, **counts}}
+    return {
+        "benchmark": "compatibility",
+        "suite": suite,
+        "time": f"{day}T00:00:00",
+        "machine": machine,
+        "counts": {"passed": 0, "failed": 0, "error": 0, **counts},
+    }
 
 
 def test_a_cell_is_the_latest_run_of_its_versions():
@@ -23,7 +28,3 @@ def test_a_cell_is_the_latest_run_of_its_versions():
         "| 2.11.0, 3.6.0 | 1 of 10 failed, 2026-01-03 | not run |",
         "| 2.13.0, 3.7.1 | not run | 10 passed, 2026-01-02 |",
     ]
-
-
-def test_the_page_is_up_to_date():
-    assert compatibility.PAGE.read_text() == compatibility.page(records.read([compatibility.FILE]))

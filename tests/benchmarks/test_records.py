@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from benchmarks.answers import run
 from benchmarks.lib import records
 from benchmarks.model import prefill
-from benchmarks.report import tables
 
 MACHINE = {
     "gpu": "NVIDIA H200",
@@ -44,12 +45,22 @@ def write(folder: Path, *found: dict) -> None:
     (folder / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Some(records.Record):
+    NAME = "some"
+    value: float
+    told: int | None = field(default_factory=lambda: None)
+    absent: int | None = None
+    more: dict = field(default_factory=dict)
+
+
 def test_append_and_read(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "x.jsonl"
-    records.append(path, "x", value=1)
-    records.append(path, "x", value=2)
+    records.append(path, Some(value=1))
+    records.append(path, Some(value=2, more={"extra": 3}))
     found = list(records.read([path]))
-    assert [record["value"] for record in found] == [1, 2]
+    assert [(record["benchmark"], record["value"], record.get("extra")) for record in found] == [("some", 1, None), ("some", 2, 3)]
+    assert all("absent" not in record and record["told"] is None for record in found)
     machine = found[0]["machine"]
     assert {"torch", "triton", "transformers", "sparsify", "gpu", "driver", "commit"} <= machine.keys()
     assert machine["torch"] and machine["sparsify"] and machine["transformers"]
@@ -64,7 +75,7 @@ def test_commit_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        records.append(tmp_path / "x.jsonl", "x", nll=float("nan"))
+        records.append(tmp_path / "x.jsonl", Some(value=float("nan")))
     assert not (tmp_path / "x.jsonl").exists()
 
 
@@ -102,27 +113,27 @@ def test_the_latest_record_of_a_cell_counts(tmp_path: Path) -> None:
     early, late = answer(right=100), answer(right=192, time="2026-02-01T00:00:00+00:00")
     other = answer(right=96, method="xattention", parameters={"stride": 8, "pool": "max", "threshold": 0.9}, density=0.067)
     write(tmp_path, late, early, other)
-    page = tables.page(tmp_path)
+    page = report.page(tmp_path)
     assert "| sparsify, dense | 1.000 [0.98, 1.00] · 100.0% · 0.527 |" in page
     assert "| xattention, max, stride 8, τ 0.9 | 0.500 [0.43, 0.57] · 6.7% · 0.527 |" in page
     assert "0.521" not in page  # 100 of 192
     assert "NVIDIA H200" in page and "commit 0123456789." in page
     write(tmp_path, late | {"machine": MACHINE | {"commit": MACHINE["commit"] + "+changes"}})
-    assert "commit 0123456789+changes." in tables.page(tmp_path)
+    assert "commit 0123456789+changes." in report.page(tmp_path)
 
 
 def test_missing_and_failed_cells_stay_visible(tmp_path: Path) -> None:
     failed = {key: value for key, value in answer(length=16384).items() if key not in {"right", "asked", "density", "nll"}}
     window = answer(method="sink_window", parameters={"sinks": 128, "window": 2048})
     write(tmp_path, answer(), failed | {"error": "KernelError: a | b"}, window)
-    page = tables.page(tmp_path)
+    page = report.page(tmp_path)
     assert "failed: KernelError: a / b" in page
     assert page.split("sink_window, 128 + 2048 tokens")[1].splitlines()[0].endswith("| – |")
 
 
 def test_machines_and_models_do_not_mix(tmp_path: Path) -> None:
     write(tmp_path, answer(), answer(machine=MACHINE | {"gpu": None}, right=12), answer(model_sha256="c" * 64, right=24))
-    assert tables.page(tmp_path).count("### m (bfloat16)") == 3
+    assert report.page(tmp_path).count("### m (bfloat16)") == 3
 
 
 def test_prefill_table_compares_with_eager(tmp_path: Path) -> None:
@@ -130,7 +141,7 @@ def test_prefill_table_compares_with_eager(tmp_path: Path) -> None:
     failed = time_of(variant="inductor", error="OutOfMemoryError: no")
     failed.pop("ms")
     write(tmp_path, time_of(), sparse, failed)
-    page = tables.page(tmp_path)
+    page = report.page(tmp_path)
     assert "| 4K | eager | 200.0 | 1.00 | 16.0 | – |" in page
     assert "| 4K | xattention, density 0.1 | 100.0 | 2.00 | 16.0 | 11.0% |" in page
     assert "| 4K | Inductor | failed: OutOfMemoryError: no |" in page
@@ -139,17 +150,17 @@ def test_prefill_table_compares_with_eager(tmp_path: Path) -> None:
 def test_check_notices_an_edited_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write(tmp_path, answer(), time_of())
-    assert tables.main(["--folder", str(tmp_path)]) == 0
+    assert report.main(["--folder", str(tmp_path)]) == 0
     assert (tmp_path / "answers.png").read_bytes().startswith(b"\x89PNG")
-    assert tables.main(["--folder", str(tmp_path), "--check"]) == 0
+    assert report.main(["--folder", str(tmp_path), "--check"]) == 0
     (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace("0.990", "1.000"))
-    assert tables.main(["--folder", str(tmp_path), "--check"]) == 1
+    assert report.main(["--folder", str(tmp_path), "--check"]) == 1
 
 
 def test_committed_tables_are_what_the_records_say() -> None:
     if not list(records.RESULTS.glob("*.jsonl")):
         pytest.skip("no results are recorded yet")
-    assert tables.main(["--check"]) == 0
+    assert report.main(["--check"]) == 0
 
 
 def test_cells_of_the_answer_benchmark() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lib import tables as cells
-from benchmarks.report import headlines, tables
-from benchmarks.report import kernels as tables_kernels
-from benchmarks.whole_op import report as plots_whole_op
+from benchmarks import report
+from benchmarks.answers import report as answers
+from benchmarks.attention import report as attention
+from benchmarks.cache import report as cache
+from benchmarks.ffn import report as ffn
+from benchmarks.whole_op import report as whole_op
 
 MACHINE = {"gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "commit": None}
 
@@ -51,7 +53,7 @@ FFN = [
 
 
 def test_absent_peers_and_failed_cases_stay_visible() -> None:
-    text = tables_kernels.kernels([DENSE, SPARSE, kernel("chunk", error="hung | killed")])
+    text = attention.table([DENSE, SPARSE, kernel("chunk", error="hung | killed")])
     assert "| `dense_128k` | dense | 220.00 (640) | 200.00 (704) | 250.00 (563) | – | 0.91 |" in text
     assert "| `sparse_128k_.05` | 5.4% | 12.80 (528) | failed: TypeError: a/b | – | failed: TypeError: c | no peer ran |" in text
     assert "failed: hung / killed" in text
@@ -61,23 +63,23 @@ def test_absent_peers_and_failed_cases_stay_visible() -> None:
 def test_failed_checks_are_counted_and_named() -> None:
     passed = kernel("ragged", "check", ok=True, served=True, error=0.002)
     failed = kernel("window", "check", ok=False, served=True, problems="error 3.00e-01", error=0.3)
-    text = tables_kernels.kernels([passed, failed, kernel("hung", "check", error="said nothing for 120 s")])
+    text = attention.table([passed, failed, kernel("hung", "check", error="said nothing for 120 s")])
     assert "1 of 3 checks passed; largest relative error of an output 2.0e-03." in text
     assert "- `window`: failed: error 3.00e-01" in text and "- `hung`: failed: said nothing" in text
 
 
 def test_the_fastest_dense_kernel_is_looked_for_in_every_record_of_the_device() -> None:
     other = {**DENSE, "machine": {**MACHINE, "gpu": "another"}, "fa4_ms": 1.0}
-    assert cells.fastest_dense([*WHOLE, other], "NVIDIA H200") == {131072: (210.0, "sparsify", "whole_op")}
-    assert cells.fastest_dense([*WHOLE, DENSE, other], "NVIDIA H200") == {131072: (200.0, "FlashAttention-4", "kernels")}
+    assert whole_op.fastest_dense([*WHOLE, other], "NVIDIA H200") == {131072: (210.0, "sparsify", "whole_op")}
+    assert whole_op.fastest_dense([*WHOLE, DENSE, other], "NVIDIA H200") == {131072: (200.0, "FlashAttention-4", "kernels")}
     # sparsify's windowed time is no dense time, its peers' are
-    assert cells.fastest_dense([WINDOW], "NVIDIA H200") == {131072: (201.0, "FlashAttention-4", "kernels")}
+    assert whole_op.fastest_dense([WINDOW], "NVIDIA H200") == {131072: (201.0, "FlashAttention-4", "kernels")}
     narrow = {**WHOLE[1], "head_dim": 64, "ms": 1.0}
-    assert cells.fastest_dense([narrow, SPARSE], "NVIDIA H200") == {}
+    assert whole_op.fastest_dense([narrow, SPARSE], "NVIDIA H200") == {}
 
 
 def test_a_speed_up_over_the_runs_peers_is_not_the_only_one() -> None:
-    alone, beside = plots_whole_op.table(WHOLE), plots_whole_op.table([*WHOLE, DENSE])
+    alone, beside = whole_op.table(WHOLE), whole_op.table([*WHOLE, DENSE])
     assert "| 25.00 (8.00 + 16.00) | 10.00 | 8.40 |" in alone
     assert "| 25.00 (8.00 + 16.00) | 10.00 | 8.00 |" in beside
     assert "**FlashAttention-4 did not run there**" in beside and "128K: FlashAttention-4, 200.0 ms" in beside
@@ -85,30 +87,30 @@ def test_a_speed_up_over_the_runs_peers_is_not_the_only_one() -> None:
 
 
 def test_decode_is_compared_with_the_fastest_full_read() -> None:
-    text = tables_kernels.decode(DECODE)
+    text = cache.decode_table(DECODE)
     assert "| 128K | 1 | sparsify | 5% | 0.080 | 312 | 0.80 | – |" in text
     assert "| 128K | 1 | cuDNN | 100% | 0.100 | 5000 | 1.00 | – |" in text
     assert "moved 2500 GB/s" in text
 
 
 def test_saved_time_of_skipped_blocks() -> None:
-    text = tables_kernels.ffn(FFN)
+    text = ffn.table(FFN)
     assert "| 1 | sparsify, all rows | 25% | 3.100 | 0.70 | 90% | 3.00 |" in text  # 0.9 ms of 1 ms
     assert "| 8 | sparsify, each row by itself | 25% | 3.990 | – | 1% |" in text
     model = [{**one, "benchmark": "ffn-model", "ms": one["ms"] + 5} for one in FFN[:3]]
-    assert "| 1 | sparsify, all rows | 25% | 8.100 | 0.86 | 90% |" in tables_kernels.ffn(model)
-    assert tables_kernels.ffn_saved([*model, *FFN], {**model[2], "ms": 8.5}) == pytest.approx(0.5)  # of the 4 ms that the blocks take alone
-    assert tables_kernels.ffn_saved(model, model[2]) == pytest.approx(0.9)  # a quarter of 10 GB at 2.5 TB/s is 1 ms
+    assert "| 1 | sparsify, all rows | 25% | 8.100 | 0.86 | 90% |" in ffn.table(model)
+    assert ffn.ffn_saved([*model, *FFN], {**model[2], "ms": 8.5}) == pytest.approx(0.5)  # of the 4 ms that the blocks take alone
+    assert ffn.ffn_saved(model, model[2]) == pytest.approx(0.9)  # a quarter of 10 GB at 2.5 TB/s is 1 ms
 
 
 def test_headlines_quote_the_stricter_speed_up_and_only_estimates_with_known_answers() -> None:
     quick = {**WHOLE[3], "pool": "max+group", "ms": 12.5, "speedup": 20.0, "speedups": {"cudnn": 20.0}}
     found = [*WHOLE, quick, DENSE, SPARSE, WINDOW, *DECODE, *FFN]
-    text = headlines.table(found)
+    text = report.headlines(found)
     assert "8.0 × the fastest dense kernel measured (FlashAttention-4), 10.0 × cuDNN in the same run" in text
     assert "max+group" not in text
     assert "4000 GB/s | cuDNN 5000 |" in text and "0.91 × the fastest peer" in text
-    lines = headlines.shortfalls(found)
+    lines = report.shortfalls(found)
     assert "effect on the answers of long prompts is not recorded: max+group at stride 8, max+pair+int8 at stride 8." in lines
     assert (
         "`sparse_128k_.05` (5.4% of the blocks): 528 TFLOP/s, 75% of the rate of the fastest dense kernel (704). No block-sparse" in lines
@@ -117,56 +119,56 @@ def test_headlines_quote_the_stricter_speed_up_and_only_estimates_with_known_ans
     assert "8 rows, each row by itself, 25% skipped: 1%" in lines and "1 rows" not in lines
     # on a CPU, or without records, there is nothing to quote
     cpu = [{**one, "machine": {**MACHINE, "gpu": None}} for one in found]
-    assert headlines.table(cpu) == headlines.shortfalls([]) == "No results are recorded yet."
+    assert report.headlines(cpu) == report.shortfalls([]) == "No results are recorded yet."
 
 
 def test_lost_answers_are_a_shortfall() -> None:
     facts = {"model_sha256": "a", "length": 8192, "seeds": [0, 1], "asked": 100, "density": 0.2}
     eager = record("answers", method="eager", parameters={}, right=90, **facts)
     lossy = record("answers", method="xattention", parameters={"stride": 8, "pool": "max+pair+int8", "threshold": 0.95}, right=80, **facts)
-    assert "80 of 100" in headlines.shortfalls([eager, lossy])
-    assert headlines.shortfalls([eager, {**lossy, "right": 90}]) == "No results are recorded yet."
-    assert "| 90 of 100" in headlines.table([eager, {**lossy, "right": 90}])
+    assert "80 of 100" in report.shortfalls([eager, lossy])
+    assert report.shortfalls([eager, {**lossy, "right": 90}]) == "No results are recorded yet."
+    assert "| 90 of 100" in report.headlines([eager, {**lossy, "right": 90}])
 
 
 def test_the_defaults_that_headlines_quote_are_the_methods() -> None:
     from sparsify.planning.method import discover
 
     method = discover()["xattention"]()
-    assert {"pool": method.op_pool, "stride": method.stride} == headlines._DEFAULT
-    assert method.threshold == headlines._DEFAULT_THRESHOLD
+    assert {"pool": method.op_pool, "stride": method.stride, "threshold": method.threshold} == answers.DEFAULT
 
 
 def test_a_quick_estimate_is_quoted_only_when_it_keeps_the_exact_ones_answers() -> None:
     facts = {"method": "xattention", "model_sha256": "a", "length": 8192, "seeds": [0, 1], "asked": 100, "density": 0.2}
     right = {"max": 90, "max+pair+int8": 90, "max+group": 88}
-    answers = [
+    keeping = lambda found: {estimate for estimate, lost in answers.lost(found).items() if lost <= answers.FEW_LOST}
+    asked = [
         record("answers", parameters={"stride": 8, "pool": pool, "threshold": 0.95}, right=count, **facts) for pool, count in right.items()
     ]
     cells = [{**WHOLE[3], "pool": pool, "ms": ms} for pool, ms in (("max", 30.0), ("max+pair+int8", 25.0), ("max+group", 20.0))]
-    assert headlines._keeping(answers) == {("max", 8), ("max+pair+int8", 8)}
+    assert keeping(asked) == {("max", 8), ("max+pair+int8", 8)}
     longer = record("answers", parameters={"stride": 8, "pool": "max", "threshold": 0.95}, right=90, **{**facts, "length": 16384})
-    assert headlines._keeping([*answers, longer]) == {("max", 8)}, "the longest prompts were not asked of the others"
-    text = headlines.table([*WHOLE[:3], *cells, *answers])
+    assert keeping([*asked, longer]) == {("max", 8)}, "the longest prompts were not asked of the others"
+    text = report.headlines([*WHOLE[:3], *cells, *asked])
     assert "25.0 ms, max+pair+int8, stride 8 (default estimate)" in text and "max+group" not in text
-    assert "lose more than one answer in a hundred to the exact one of their stride: max+group" in headlines.shortfalls(
-        [*WHOLE[:3], *cells, *answers]
+    assert "lose more than one answer in a hundred to the exact one of their stride: max+group" in report.shortfalls(
+        [*WHOLE[:3], *cells, *asked]
     )
 
 
 def test_marked_parts_are_filled_and_missing_marks_are_refused() -> None:
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
-    assert tables.filled(text, "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
+    assert report.filled(text, "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
     for broken in ("", text + text, "<!-- /x --> <!-- x -->"):
         with pytest.raises(ValueError, match="once each"):
-            tables.filled(broken, "x", "new")
+            report.filled(broken, "x", "new")
 
 
 def test_every_section_and_record_shows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = [*WHOLE, DENSE, SPARSE, *DECODE, *FFN, record("new-benchmark"), record("ffn-tilings")]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
-    assert tables.main(["--folder", str(tmp_path)]) == 0
+    assert report.main(["--folder", str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()
     for section in ("The whole sparse attention call", "Attention kernels", "Decode over kept keys", "Feed-forward skipping"):
         assert f"## {section}\n" in page
@@ -179,15 +181,15 @@ def test_check_notices_a_stale_quotation(tmp_path: Path, monkeypatch: pytest.Mon
     results = tmp_path / "results"
     (tmp_path / "docs").mkdir()
     results.mkdir()
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables.records, "RESULTS", results)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report.records, "RESULTS", results)
     (results / "some.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (DENSE, *DECODE)))
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     (tmp_path / "docs" / "benchmarks.md").write_text("<!-- shortfalls -->\n<!-- /shortfalls -->\n")
     check = ["--folder", str(results), "--check"]
-    assert tables.main(check) == 1
-    for path, text in tables.texts(results).items():
+    assert report.main(check) == 1
+    for path, text in report.texts(results).items():
         path.write_text(text)
-    assert tables.main(check) == 0
+    assert report.main(check) == 0
     (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace("0.91", "1.09"))
-    assert tables.main(check) == 1
+    assert report.main(check) == 1

@@ -87,5 +87,4 @@ def test_a_run_on_the_cpu_leaves_records_from_which_table_and_plot_are_made(tmp_
         assert record["bound"] == pytest.approx(1 / (record["density"] + record["estimate_share"]))
     table = report.table(found)
     assert table.count("| 2K |") == 5 and "max+half+int8, stride 16" in table
-    (plot,) = report.plot(tmp_path)
-    assert plot.name == "whole_op.png" and plot.stat().st_size > 1000
+    assert len(report.plot(found).axes) == 2

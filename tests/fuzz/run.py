@@ -24,6 +24,7 @@ import hypothesis
 import torch
 
 from benchmarks.lib import records
+from benchmarks.test_runs import Fuzz
 from tests.fuzz.check import BOUND, METHODS, STRICT, Invalid, Slack, Tally, check
 from tests.fuzz.graphs import Program, programs
 
@@ -229,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.record is not None:
         counts = {name: dict(v.most_common(100)) if isinstance(v, collections.Counter) else v for name, v in vars(tally).items()}
         asked = {"examples": given.examples, "seed": given.seed, "jobs": given.jobs, "every_row": not given.skip_empty_rows}
-        records.append(given.record, "fuzz", **asked, seconds=round(seconds), **counts, wrong=wrong)
+        records.append(given.record, Fuzz(seconds=round(seconds), wrong=wrong, more=asked | counts))
     return 1 if wrong else 0
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import test_runs
 from benchmarks.lib import records
 from sparsify import SparseCache
 from tests.support.harness import holding
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.record is not None:
         asked = {"threads": given.threads, "calls": given.calls, "lower": given.lower, "seed": given.seed, "switch_s": SWITCH_S}
         failed = {"wrong": outcome.wrong, "errors": [text.strip().splitlines()[-1] for text in outcome.errors]}
-        records.append(given.record, "soak", **asked, seconds=seconds, by_kind=calls, **failed)
+        records.append(given.record, test_runs.Soak(seconds=seconds, by_kind=calls, more=asked | failed))
     return 0 if outcome.clean else 1
 
 

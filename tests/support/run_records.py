@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.lib import records
+from benchmarks.test_runs import Compatibility
 
 FILE = records.RESULTS / "compatibility.jsonl"
 
@@ -21,4 +22,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     counts = {what: len(terminalreporter.stats.get(what, [])) for what in ("passed", "failed", "error", "skipped")}
     failed = [report.nodeid for what in ("failed", "error") for report in terminalreporter.stats.get(what, [])]
-    records.append(FILE, "compatibility", suite=suite, counts=counts, failed=failed)
+    records.append(FILE, Compatibility(suite=suite, counts=counts, failed=failed))

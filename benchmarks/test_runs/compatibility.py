@@ -1,18 +1,16 @@
 """docs/compatibility.md from recorded test runs: torch and triton by transformers, passed, failed or not run, with dates.
 
-make test RECORD=--record-run=quick && python -m benchmarks.report.compatibility
+make test RECORD=--record-run=quick && python -m benchmarks report
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from benchmarks.lib import records
+from benchmarks.lib.tables import kind
+from benchmarks.test_runs import Compatibility
 
-FILE = records.RESULTS / "compatibility.jsonl"
-PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 SUITES = {
     "quick": "The quick suite, `make test`: masks, rewriting, families of models, caches, references, kernels compiled for sm_90",
     "interpreter": "Generated kernels in Triton's interpreter, the second part of `make test`",
@@ -21,15 +19,15 @@ SUITES = {
 }
 HEADER = """# Compatibility
 
-Generated from recorded runs of the tests (`python -m benchmarks.report.compatibility`); nothing here is typed by hand.
+Generated from recorded runs of the tests (`python -m benchmarks report`); nothing here is typed by hand.
 A row is a release of torch with its triton, a column one of transformers. A cell is the latest run of that combination.
 """
 
 
-def page(runs: Iterable[dict[str, Any]]) -> str:
+def page(found: Iterable[dict[str, Any]]) -> str:
     """The page's text."""
     latest: dict[tuple[str, tuple[str, str], str], dict[str, Any]] = {}
-    for run in runs:
+    for run in kind(found, Compatibility):
         machine = run["machine"]
         stack = (_release(machine["torch"]), machine["triton"] or "none")
         latest[run["suite"], stack, machine["transformers"] or "none"] = run
@@ -64,8 +62,3 @@ def _release(version: str) -> str:
 
 def _order(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(records.read([FILE])))
-    print(f"wrote {PAGE}")

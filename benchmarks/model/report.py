@@ -1,0 +1,157 @@
+"""Prefill and time to compile: tables, plot, and what other texts quote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.lib.registry import Benchmark
+from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, short, size
+from benchmarks.model import CompileTime, Prefill
+
+
+def prefill_table(found: Iterable[Found]) -> str:
+    """Milliseconds, speed against eager and peak memory: one row a variant and length."""
+    cells = latest(found, Prefill)
+    parts = []
+    for group in groups(cells, lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
+        eager = {record["length"]: record["ms"] for record in group if record["variant"] == "eager" and "ms" in record}
+        order = {"eager": 0, "inductor": 1, "default": 2, "dense": 3, "xattention": 4}
+        rows = []
+        for record in sorted(group, key=lambda r: (r["length"], order[r["variant"]], r["requested_density"] or 0)):
+            name = {"dense": "sparsify, dense", "default": "sparsify, no options", "inductor": "Inductor"}.get(
+                record["variant"], record["variant"]
+            )
+            if record["variant"] == "xattention":
+                name += f", density {record['requested_density']:g}"
+            if "error" in record:
+                rows.append([size(record["length"]), name, failure(record["error"]), *["–"] * 5, _commit(record)])
+                continue
+            base = eager.get(record["length"])
+            peak = f"{record['peak_bytes'] / 2**30:.1f}" if record["peak_bytes"] else "–"
+            density = f"{record['density']:.1%}" if record["density"] is not None else "–"
+            ratio = f"{base / record['ms']:.2f}" if base else "–"
+            rows.append([size(record["length"]), name, f"{record['ms']:.1f}", ratio, peak, density, *_logits(record), _commit(record)])
+        first = group[0]
+        head = (
+            f"### Prefill of one prompt, shape {first['shape']}, {first['layers']} layers, random weights\n\n"
+            "Cache on, logits of the last token, medians. Logits: the largest difference from eager's over their standard deviation, and "
+            f"whether the likeliest token is the same; random weights give flat logits, and ties turn on rounding. {conditions(group)}"
+        )
+        header = ["tokens", "variant", "ms", "× eager", "peak GiB", "density", "logits", "same token", "commit"]
+        parts.append(head + "\n\n" + markdown(header, rows))
+    return "\n\n".join(parts)
+
+
+def _commit(record: Found) -> str:
+    return short(record["machine"].get("commit") or "unknown")
+
+
+def _logits(record: Found) -> list[str]:
+    """Only exact variants are compared with eager."""
+    if record.get("logits_error") is None or record["variant"] == "eager":
+        return ["–", "–"]
+    return [f"{record['logits_error'] / record['logits_std']:.2f}", "yes" if record["same_token"] else "no"]
+
+
+def prefill_plot(found: list[Found]) -> Any:
+    """Milliseconds over length, and speed against eager where that was measured."""
+    from matplotlib import pyplot
+
+    runs = [r for r in latest(newest_device(kind(found, Prefill)), Prefill) if "ms" in r]
+    if not runs:
+        return None
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    eager = {record["length"]: record["ms"] for record in runs if record["variant"] == "eager"}
+    order = ("eager", "inductor", "default", "dense", "xattention")
+    for variant, density in sorted({(r["variant"], r["requested_density"] or 0) for r in runs}, key=lambda v: (order.index(v[0]), v[1])):
+        chosen = (r for r in runs if (r["variant"], r["requested_density"] or 0) == (variant, density))
+        points = sorted((r["length"], r["ms"]) for r in chosen)
+        label = {"inductor": "Inductor", "dense": "sparsify, dense", "default": "sparsify, no options"}.get(variant, variant) + (
+            f", density {density:g}" if density else ""
+        )
+        axes[0].plot(*zip(*points, strict=True), marker="o", label=label)
+        ratios = [(length, eager[length] / ms) for length, ms in points if length in eager]
+        if ratios:
+            axes[1].plot(*zip(*ratios, strict=True), marker="o", label=label)
+    lengths = sorted({record["length"] for record in runs})
+    for axis, label in zip(axes, ("prefill, ms", "× eager"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [size(length) for length in lengths])
+        axis.set(xlabel="tokens", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def prefill_headlines(found: list[Found]) -> list[Row]:
+    cells = [r for r in measured(found, Prefill) if "ms" in r]
+    if not cells:
+        return []
+    longest = max(r["length"] for r in cells)
+    eager = [r["ms"] for r in cells if r["length"] == longest and r["variant"] == "eager"]
+    rows = []
+    for record in sorted((r for r in cells if r["length"] == longest and r["variant"] in ("dense", "xattention")), key=lambda r: -r["ms"]):
+        how = "exact" if record["variant"] == "dense" else f"{record['density']:.0%} of the blocks"
+        beside = f"{eager[0] / record['ms']:.2f} × eager" if eager else "–"
+        rows.append(
+            [f"prefill of an {record['shape'].upper()} shape, {size(longest)} tokens, {how}", f"{record['ms'] / 1e3:.2f} s", beside]
+        )
+    return rows
+
+
+def prefill_shortfalls(found: list[Found]) -> list[str]:
+    cells = measured(found, Prefill)
+    if not cells:
+        return []
+    lines = [] if any(r["variant"] == "inductor" for r in cells) else ["Prefill: plain Inductor was not timed."]
+    for record in cells:
+        if record["variant"] == "dense" and not record["same_token"]:
+            lines.append(
+                f"Prefill, exact, {size(record['length'])}: the likeliest token differs from eager's on random weights; the largest "
+                f"difference of a logit is {record['logits_error'] / record['logits_std']:.2f} standard deviations."
+            )
+    return lines
+
+
+def compile_time_table(found: Iterable[Found]) -> str:
+    """One row per model; the latest record of each counts."""
+    last = {(r["layers"], r["hidden"], r["length"], r["machine"]["torch"]): r for r in found}
+    rows = [
+        [
+            f"{layers} layers, {hidden} wide, {length} tokens, torch {release}",
+            *(f"{r[f'{backend}_{state}_s']:.1f}" for state in ("cold", "warm") for backend in ("inductor", "sparsify")),
+            f"{r['own_s']:.2f}",
+            f"{r['validate_s']:.2f}, {r['validate_share']:.1%} / {r['validate_warm_share']:.1%}" if "validate_s" in r else "–",
+        ]
+        for (layers, hidden, length, release), r in sorted(last.items())
+    ]
+    columns = [f"{backend}, {state}, s" for state in ("cold", "warm") for backend in ("Inductor", "sparsify")]
+    return markdown(["llama, prompt and next token", *columns, "own stages, s", "of them validation, s, share of cold / warm"], rows)
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="prefill",
+        place=2,
+        measures="prefill of an 8B-shaped Llama with random weights: eager, Inductor, dense, xattention at a fixed density",
+        module="benchmarks.model.prefill",
+        records=(Prefill,),
+        title="Prefill",
+        table=prefill_table,
+        plots={"prefill": prefill_plot},
+        headlines=prefill_headlines,
+        shortfalls=prefill_shortfalls,
+    ),
+    Benchmark(
+        name="compile_time",
+        place=10,
+        measures="CPU seconds of compiling a prompt and a token, cold and warm, beside Inductor alone",
+        module="benchmarks.model.compile_time",
+        records=(CompileTime,),
+        title="Time to compile, CPU seconds",
+        table=compile_time_table,
+    ),
+)

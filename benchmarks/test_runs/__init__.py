@@ -1,0 +1,52 @@
+"""What long runs of the tests leave: fuzzing, threads, compute-sanitizer, and the versions that the suites passed on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.lib.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fuzz(Record):
+    """`more`: what was asked and counted; `programs`, `seed`, `sites`, `rewritten` (sites by method)."""
+
+    NAME = "fuzz"
+    seconds: int
+    wrong: list[Any]
+    more: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soak(Record):
+    """`more`: what was asked (`threads`, `calls`, `lower`, `seed`, `switch_s`), and `wrong` and `errors`."""
+
+    NAME = "soak"
+    seconds: int
+    by_kind: dict[str, int]  # calls
+    more: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sanitize(Record):
+    """One family of kernels under one tool of compute-sanitizer."""
+
+    NAME = "sanitize"
+    KEYS = ("family", "tool")
+    family: str
+    tool: str  # "none": alone
+    status: str  # "clean", "found" (by the tool), "failed" (the run itself) or "late" (killed)
+    done: list[str]  # calls
+    reports: int
+    seconds: float
+    not_served: list[str] | None = None
+    says: str | None = None  # the tool, unless clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compatibility(Record):
+    """One run of a suite of tests."""
+
+    NAME = "compatibility"
+    suite: str
+    counts: dict[str, int]  # passed, failed, error, skipped
+    failed: list[str]  # tests
