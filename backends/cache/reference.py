@@ -43,9 +43,11 @@ def cache_store(
     """
     if empty:
         positions.fill_(-1)
-        for state in (values, counts, seen, length):
+        for state in (values, counts, seen, length)[pinned == cache.NEVER_OVERWRITTEN :]:
             state.zero_()
-    if key.shape[2] == 1:
+    if pinned == cache.NEVER_OVERWRITTEN and key.shape[2] > 1:
+        _append_all(key, value, keys, values, positions, counts, seen, real, empty)
+    elif key.shape[2] == 1:
         _append(key, value, keys, values, positions, counts, seen, real, pinned)
     else:
         old = None if empty else (keys, values, positions)
@@ -79,6 +81,8 @@ def _append(
 ) -> None:
     """One token per row; padding writes back what is there."""
     slot = cache.next_slot(counts, keys.shape[2], pinned)
+    if pinned == cache.NEVER_OVERWRITTEN:
+        value = value.masked_fill((counts >= keys.shape[2])[..., None, None], torch.nan)
     fresh = (key, value, seen[:, None, None].expand_as(slot).to(positions.dtype))
     for state, new in zip((keys, values, positions), fresh):
         index = slot if state.dim() == 3 else slot[..., None].expand(-1, -1, -1, state.shape[-1])
@@ -86,6 +90,43 @@ def _append(
             new = torch.where(_like(real[:, 0], state), new, state.gather(2, index))
         state.scatter_(2, index, new)
     counts += 1 if real is None else real.to(counts.dtype)
+
+
+def _append_all(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    seen: Tensor,
+    real: Tensor | None,
+    empty: bool,
+) -> None:
+    """Several tokens per row behind those that are stored, none of which goes; nothing else of the buffers is read or written."""
+    count, capacity = key.shape[2], keys.shape[2]
+    at = torch.arange(count, device=key.device, dtype=torch.int32)
+    if empty and real is None and count <= capacity:
+        for state, new in ((keys, key), (values, value), (positions, at)):
+            state[:, :, :count].copy_(new)
+        counts += count
+        return
+    total = count if real is None else real.sum(-1, dtype=seen.dtype)[:, None]
+    if real is not None:
+        # padding repeats the row's last token, which leaves nothing of it; a row of padding alone writes back what is there
+        last = torch.where(real, at, 0).amax(-1, keepdim=True)
+        source = torch.where(real, at, last).long()[:, None].expand(-1, key.shape[1], -1)
+        key, value = _take(key, source), _take(value, source)
+        at = torch.where(real, real.cumsum(-1, dtype=at.dtype), total) - 1
+    at = seen[:, None] + at
+    slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
+    value = value.masked_fill((at >= capacity)[:, None, :, None], torch.nan)
+    for state, new in ((keys, key), (values, value), (positions, at[:, None].expand_as(slot))):
+        index = slot if state.dim() == 3 else slot[..., None].expand_as(new)
+        if real is not None:
+            new = torch.where(_like(total[:, 0] > 0, state), new, state.gather(2, index[:, :, :1]))
+        state.scatter_(2, index, new.to(state.dtype))
+    counts += total
 
 
 def _like(rows: Tensor, state: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ def _attend(
         keys, values, positions, _, seen, _ = layer.state
         if empty:  # whatever a prompt that failed may have left in the buffers
             positions, seen = torch.full_like(positions, -1), torch.zeros_like(seen)
-        elif is_token is not None and not layout.window:
+        elif is_token is not None and not layout.window and not layout.grows:
             positions = _positions_after_overwrite(layer, is_token)
         output = cache.attention(
             query,
@@ -288,8 +288,9 @@ def _positions_after_overwrite(layer: SparseLayer, is_token: Tensor) -> Tensor:
 
     `cache_attention` runs before `cache_store`, while a call of one token stores first; both must see the same keys.
     """
-    slot = cache.next_slot(layer.counts, layer.layout.capacity, layer.layout.pinned)
-    gone = (torch.arange(layer.layout.capacity, device=slot.device) == slot) & (is_token.sum(-1) == 1)[:, None, None]
+    capacity = layer.keys.shape[2]
+    slot = cache.next_slot(layer.counts, capacity, layer.layout.pinned)
+    gone = (torch.arange(capacity, device=slot.device) == slot) & (is_token.sum(-1) == 1)[:, None, None]
     return layer.positions.masked_fill(gone, -1)
 
 

@@ -11,6 +11,15 @@ from transformers.cache_utils import CacheLayerMixin
 from sparsify.errors import CacheError
 from sparsify.ops import cache
 from sparsify.policies import Layout, Policy
+from sparsify.policies.full import STEP
+
+def _roomy(tokens: int) -> int:
+    """Slots for so many tokens and half as many to come, so that growing copies each token no more than three times in all."""
+    return -(-max(tokens + tokens // 2, _LEAST) // STEP) * STEP
+
+
+# tokens that a growing cache of unknown length has room for at first
+_LEAST = 1024
 
 _STATE = ("keys", "values", "positions", "counts", "seen", "length")
 _BUFFERS = (*_STATE, "tickets")
@@ -113,6 +122,7 @@ class SparseLayer(CacheLayerMixin):
         self.policy_text = policy.describe()
         self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
         self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
+        self.used: int | None = 0  # columns stored so far as the host counts them, for layers that grow; None: only the device knows
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -131,6 +141,8 @@ class SparseLayer(CacheLayerMixin):
             self.layout = self.policy.layout(max(1, -(-tokens * round(self.budget * 10**6) // 10**6)))
         batch, kv_heads, _, head_dim = key_states.shape
         capacity = self.layout.capacity
+        if self.layout.grows and (capacity < tokens or not capacity):
+            capacity = _roomy(tokens)
         self.batch_size, self.dtype, self.device = batch, key_states.dtype, key_states.device
         self.keys = key_states.new_zeros(batch, kv_heads, capacity, head_dim)
         self.values = value_states.new_zeros(batch, kv_heads, capacity, value_states.shape[-1])
@@ -164,6 +176,9 @@ class SparseLayer(CacheLayerMixin):
         if not torch.compiler.is_dynamo_compiling():
             for name in _BUFFERS:
                 torch._dynamo.mark_static_address(getattr(self, name), guard=False)
+            if self.layout.grows:  # one graph serves caches of all sizes
+                for name in ("keys", "values", "positions"):
+                    torch._dynamo.maybe_mark_dynamic(getattr(self, name), 2)
 
     @property
     def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -193,6 +208,8 @@ class SparseLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.is_initialized:
             self._check(key_states, value_states)
+            if self.grows:
+                self._count(key_states.shape[2])
         self.call.pending = self
         setattr(key_states, _LAYER, self)
         return key_states, value_states
@@ -211,6 +228,41 @@ class SparseLayer(CacheLayerMixin):
         if key.dtype != self.dtype or key.device != self.keys.device:
             found, kept = f"{key.dtype} on {key.device}", f"{self.dtype} on {self.keys.device}"
             raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
+
+    def _count(self, tokens: int) -> None:
+        """Makes room for the tokens of a call; compiled code, which cannot, leaves counting to whoever comes next."""
+        if torch.compiler.is_dynamo_compiling():
+            self.used = None
+            return
+        if self.used is None:
+            self.used = int(self.length) if self.started else 0
+        self.used += tokens
+        if self.used > self.keys.shape[2]:
+            self.reserve(_roomy(self.used))
+
+    def reserve(self, tokens: int) -> None:
+        """Room for `tokens` tokens in all; larger buffers take over what the old ones hold, one of them at a time."""
+        capacity = -(-tokens // STEP) * STEP
+        if not self.grows or not self.is_initialized or capacity <= self.keys.shape[2]:
+            return
+        more = capacity - self.keys.shape[2]
+        for name, fill in (("keys", 0), ("values", 0), ("positions", -1)):
+            old = getattr(self, name)
+            grown = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            grown[:, :, :-more].copy_(old)
+            grown[:, :, -more:].fill_(fill)
+            setattr(self, name, grown)
+        self._mark_static()
+
+    @property
+    def grows(self) -> bool:
+        """Whether nothing is evicted."""
+        return self.layout is not None and self.layout.grows
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether compiled code, which makes no room, was given more tokens than there was room for. Reads from the device."""
+        return self.grows and self.is_initialized and bool((self.counts > self.keys.shape[2]).any())
 
     def get_seq_length(self) -> Any:
         """Tokens so far, padding included: an int, or within a compiled graph a tensor."""
@@ -231,7 +283,7 @@ class SparseLayer(CacheLayerMixin):
         self.positions.fill_(-1)
         for name in ("keys", "values", "counts", "seen", "length"):
             getattr(self, name).zero_()
-        self.started = False
+        self.started, self.used = False, 0
         if isinstance(self.budget, float):
             self.layout, self.is_initialized = None, False
 
@@ -287,9 +339,9 @@ class SparseLayer(CacheLayerMixin):
             raise CacheError(f"{tokens} tokens are to be removed, {length} were seen", where=where)
         if bool((self.seen != length).any()):
             raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
-        if bool((self.seen > self.layout.capacity).any()):
+        if bool((self.seen > self.keys.shape[2]).any()):
             raise CacheError(
-                f"{length} tokens were seen and {self.layout.capacity} are kept: what came before the removed tokens is evicted",
+                f"{length} tokens were seen and {self.keys.shape[2]} are kept: what came before the removed tokens is evicted",
                 where=where,
                 hint="give a budget that holds the whole text; assisted decoding and rollback need it",
             )
@@ -312,7 +364,7 @@ class SparseLayer(CacheLayerMixin):
         gone = self.positions >= self.seen[:, None, None]
         self.positions.masked_fill_(gone, -1)
         self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
-        self.started = int(self.length) > 0
+        self.started, self.used = int(self.length) > 0, None
 
     def activate_past_recording(self) -> None:
         """Nothing to record: `crop` works while everything is kept, and says so otherwise."""

@@ -21,7 +21,8 @@ __all__ = ["SparseCache", "SparseLayer"]
 
 
 class SparseCache(Cache):
-    """A cache for `model(...)` and `model.generate(...)` that stores at most `budget` tokens per KV head in preallocated buffers.
+    """A cache for `model(...)` and `model.generate(...)` that stores at most `budget` tokens per KV head in preallocated buffers;
+    under the policy "full", which evicts nothing, `budget` is what room is made for at first.
 
         cache = sparsify.SparseCache(model.config, policy="snapkv", budget=4096)
         model.generate(**inputs, cache=cache)    # past_key_values=cache before transformers 5.24
@@ -128,6 +129,10 @@ class SparseCache(Cache):
             consistent = len(started) == 1 and not (read_lengths and started == {True} and len(set(self._lengths())) > 1)
         if not consistent:
             _refuse_halfway()
+        if read and not torch.compiler.is_dynamo_compiling():
+            growing = next((layer for layer in self.layers if layer.grows), None)  # all of them hold the same tokens
+            if growing is not None and growing.overflowed:
+                _refuse_overflow(growing)
 
     def _lengths(self) -> list[int]:
         """Tokens that each layer's buffers have seen, padding included."""
@@ -162,6 +167,21 @@ class SparseCache(Cache):
         super().reset()
         self.call.forget()
 
+    def reserve(self, tokens: int) -> None:
+        """Room for `tokens` tokens in all, padding included, in layers that never evict (policy "full"); nothing in others.
+
+        Uncompiled calls make room by themselves. Compiled ones cannot: call this before a text outgrows the budget, since tokens for which
+        there is no room give NaN, and an error at the next look at the cache. It copies what the buffers hold, and CUDA graphs that
+        read them have to be recorded anew.
+        """
+        for layer in self.layers:
+            layer.reserve(tokens)
+
+    def recount(self) -> None:
+        """Says that tokens were stored by what runs no Python, as a CUDA graph: the next uncompiled call reads lengths from the device."""
+        for layer in self.layers:
+            layer.used = None
+
     def kept_bytes(self) -> int:
         """Bytes of all allocated buffers."""
         return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in (*layer.state, layer.tickets))
@@ -173,6 +193,14 @@ def _refuse_halfway() -> None:
         "an earlier call failed halfway: some layers hold its tokens and others do not",
         where="SparseCache",
         hint="reset() the cache, or make a new one, and give it the whole text",
+    )
+
+
+def _refuse_overflow(layer: SparseLayer) -> None:
+    raise CacheError(
+        f"compiled calls stored more tokens than the {layer.keys.shape[2]} that there is room for: what they returned since then is NaN",
+        where=f"layer {layer.index}",
+        hint='SparseCache(..., "full", budget=prompt + new tokens), or cache.reserve(tokens) before them',
     )
 
 

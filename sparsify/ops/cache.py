@@ -13,6 +13,10 @@ The first `pinned` slots are written once, the others are a ring: slot_of(n) = n
 pinned + (n - pinned) mod (capacity - pinned). Slots below min(counts, capacity) are filled, the others hold
 zeros. Padding never takes a slot.
 
+With pinned = NEVER_OVERWRITTEN nothing is evicted: slot_of(n) = n, and slots beyond the filled ones may hold anything. Who calls makes
+room beforehand. A token for which there is none takes the last slot with a value of NaN, so that every later output says so: ops cannot
+raise without waiting for the device.
+
 `cache_store` adds query_len tokens. One token overwrites the ring's oldest slot. Of more, while they fit, slots stay in order of
 position; beyond that the newest `recent` tokens stay, the policy's scores choose the rest, the best `pinned` of those go to the pinned
 slots and the others to the ring's start, worst first, so that later tokens replace the worst first. What is counted is tokens, never
@@ -48,6 +52,9 @@ from sparsify.ops.attention import library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 2
+
+# `pinned` of a state from which no token is ever evicted
+NEVER_OVERWRITTEN = -1
 
 _STATE = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, Tensor(d!) counts, Tensor(e!) seen, Tensor(f!) length"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -107,6 +114,8 @@ traced("cache_decode", _decode_fake)
 
 def next_slot(counts: Tensor, capacity: int, pinned: int) -> Tensor:
     """Slot that the next token of each row takes, int64 [batch, kv_heads, 1]."""
+    if pinned == NEVER_OVERWRITTEN:
+        return counts.clamp(max=capacity - 1).long()[..., None]
     ring = max(capacity - pinned, 1)
     return torch.where(counts < pinned, counts, pinned + (counts - pinned) % ring).long()[..., None]
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from sparsify.errors import ConfigError
+from sparsify.ops.cache import NEVER_OVERWRITTEN
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Layout:
     capacity: slots per KV head, all of them. pinned: slots that later tokens never overwrite. recent: newest tokens that stay whatever
     their score. window: a query sees only this many last keys besides the sinks, 0 for all that are kept. sinks: first tokens of each
     row that a window does not hide. rotate_sinks: sinks stand directly before the window, as positions inside the cache.
+
+    pinned = NEVER_OVERWRITTEN (`sparsify.ops.cache`): no token is evicted, and `capacity` is what the buffers hold at first.
     """
 
     capacity: int
@@ -31,6 +34,11 @@ class Layout:
     window: int = 0
     sinks: int = 0
     rotate_sinks: bool = False
+
+    @property
+    def grows(self) -> bool:
+        """Whether buffers are made larger where another policy would evict."""
+        return self.pinned == NEVER_OVERWRITTEN
 
 
 @dataclass(frozen=True)
