@@ -49,7 +49,8 @@ class DecodeTiling:
 @dataclass(frozen=True)
 class DecodeSpec:
     """What decides the kernels' text. group: query heads per KV head. padded: tokens may be padding. turning: sinks stand directly before
-    the window, so that they are seen by turned queries. fused: the last program of a KV head joins its stretches. whole: empty slots are
+    the window, so that they are seen by turned queries. grows: no slot is ever
+    overwritten. fused: the last program of a KV head joins its stretches. whole: empty slots are
     read, too."""
 
     dtype: str
@@ -63,6 +64,7 @@ class DecodeSpec:
     turning: bool = False
     fused: bool = False
     whole: bool = False
+    grows: bool = False
 
     def __post_init__(self):
         if not 0 < max(self.qk_head_dim, self.v_head_dim) <= 256:
@@ -120,6 +122,7 @@ def decode_source(spec: DecodeSpec) -> str:
             (["tanh_scale", "cap_log2"] if spec.softcap else ["scale"])
             + (["real", "real_b"] if spec.padded else [])
             + (["sink_logits"] if spec.sink_logits else [])
+            + (["count"] if spec.grows else [])
         ),
         "split_parameters": parameters(arguments(spec, "split")),
         "combine_parameters": parameters(arguments(spec, "combine")),
@@ -183,11 +186,11 @@ def cache_decode(
     dtype = DTYPES[query.dtype]
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
     turning = inverse_frequencies is not None
-    rows = query.shape[0] * kv_heads
+    rows, grows = query.shape[0] * kv_heads, pinned == cache_ops.NEVER_OVERWRITTEN
     count = stretches(capacity, rows, processors(query.device), tiling)
     spec = DecodeSpec(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning,
-        tickets is not None and count <= _FUSED_STRETCHES, capacity <= _WHOLE_SLOTS,
+        tickets is not None and count <= _FUSED_STRETCHES, capacity <= _WHOLE_SLOTS and not grows, grows,
     )  # fmt: skip
     out = cache_ops.empty_output(query, values)
     given: dict[str, Any] = {
@@ -239,4 +242,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tens
     need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous")
     need(all(t.stride(-1) == 1 for t in (query, key, value)), "strided head dimensions")
     need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads")
-    need(0 <= pinned < keys.shape[2] and scale > 0, f"{pinned} pinned slots of {keys.shape[2]}, scale {scale}")
+    need(-1 <= pinned < keys.shape[2] and scale > 0, f"{pinned} pinned slots of {keys.shape[2]}, scale {scale}")

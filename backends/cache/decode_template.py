@@ -30,6 +30,10 @@ def finish(
 
     k = tl.load(key + batch_wide * key_b + kv_head * key_h + qk_dims${qk_mask})
     v = tl.load(value + batch_wide * value_b + kv_head * value_h + v_dims${v_mask})
+%if grows
+    # there is no room: every output says so from now on
+    v = tl.where(count < capacity, v, float("nan"))
+%end
     members = tl.arange(0, MEMBERS)
     stretch = tl.arange(0, STRETCHES)
     for first in tl.static_range(0, GROUP, MEMBERS):
@@ -95,7 +99,11 @@ def split(
 %else
     is_real = 1
 %end
+%if grows
+    slot = tl.minimum(count, capacity - 1)
+%else
     slot = tl.where(count < pinned, count, pinned + (count - pinned) % (capacity - pinned))
+%end
     slot = tl.where(is_real != 0, slot, -1)
     filled = tl.minimum(count, capacity)
 %if whole
@@ -110,7 +118,7 @@ def split(
     end = tl.minimum(begin + stretch_len, extent)
 %if not fused
     if stretch == 0:
-        tl.store(slots + row, slot)
+        tl.store(slots + row, ${"tl.where(is_real != 0, count, -1)" if grows else "slot"})
         if is_real != 0:
             tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, tl.load(seen + batch))
 %end
@@ -189,6 +197,11 @@ def combine(
     batch_wide = tl.cast(batch, tl.int64)
     k = tl.load(key + batch_wide * key_b + kv_head * key_h + qk_dims${qk_mask})
     v = tl.load(value + batch_wide * value_b + kv_head * value_h + v_dims${v_mask})
+%if grows
+    # there is no room: every output says so from now on
+    v = tl.where(slot < capacity, v, float("nan"))
+    slot = tl.minimum(slot, capacity - 1)
+%end
     q = tl.load(query + batch_wide * query_b + (kv_head * GROUP + head) * query_h + qk_dims${qk_mask})
     s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0)
 %if softcap

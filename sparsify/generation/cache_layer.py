@@ -13,16 +13,15 @@ from sparsify.ops import cache
 from sparsify.policies import Layout, Policy
 from sparsify.policies.full import STEP
 
-def _roomy(tokens: int) -> int:
-    """Slots for so many tokens and half as many to come, so that growing copies each token no more than three times in all."""
-    return -(-max(tokens + tokens // 2, _LEAST) // STEP) * STEP
-
-
+_STATE = ("keys", "values", "positions", "counts", "seen", "length")
+_BUFFERS = (*_STATE, "tickets")
 # tokens that a growing cache of unknown length has room for at first
 _LEAST = 1024
 
-_STATE = ("keys", "values", "positions", "counts", "seen", "length")
-_BUFFERS = (*_STATE, "tickets")
+
+def _roomy(tokens: int) -> int:
+    """Slots for so many tokens and half as many to come, so that growing copies each token no more than three times in all."""
+    return -(-max(tokens + tokens // 2, _LEAST) // STEP) * STEP
 
 
 class MaskSizeGuard:

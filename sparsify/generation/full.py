@@ -17,7 +17,7 @@ def full_cache(
     Args:
         config: `model.config` of the model that will use the cache: this object, not a copy.
         batch_size: rows, as the model sees them: prompts times beams or returned sequences.
-        capacity: tokens per row, padding included: prompt + max_new_tokens. Uncompiled calls may go on beyond it; see `SparseCache.reserve`.
+        capacity: tokens per row, padding included: prompt + max_new_tokens. Uncompiled calls may go on beyond it.
         device: where keys and values lie. None: that of the first call, which then allocates.
         dtype: of keys and values; None takes the configuration's.
 

@@ -47,6 +47,14 @@ def test_split(arch, clauses, fused):
     assert used.shared <= SHARED_LIMIT[arch]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_split_over_a_cache_that_evicts_nothing(fused):
+    used = compiled(spec(fused=fused, grows=True, padded=True), 90, "split")
+    within_budget(f"decode split full{' fused' if fused else ''} sm_90", used)
+    assert used.spilled == 0 and used.mma > 0 and used.cp_async > 0
+    assert 2 * used.shared <= SHARED_LIMIT[90]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_combine(arch):
     used = compiled(spec(**ALL), arch, "combine")
