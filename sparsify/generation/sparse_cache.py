@@ -118,7 +118,7 @@ class SparseCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_consistent(self, read_lengths: bool) -> None:
-        """Raises CacheError when layers are seen to hold different tokens.
+        """Raises CacheError when layers are seen to hold different tokens, or more than there is room for.
 
         Args:
             read_lengths: also compare the lengths on the device, in uncompiled code.
@@ -129,7 +129,7 @@ class SparseCache(Cache):
             consistent = len(started) == 1 and not (read_lengths and started == {True} and len(set(self._lengths())) > 1)
         if not consistent:
             _refuse_halfway()
-        if read and not torch.compiler.is_dynamo_compiling():
+        if read_lengths and not torch.compiler.is_dynamo_compiling():
             growing = next((layer for layer in self.layers if layer.grows), None)  # all of them hold the same tokens
             if growing is not None and growing.overflowed:
                 _refuse_overflow(growing)
