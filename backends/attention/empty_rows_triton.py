@@ -17,7 +17,8 @@ from sparsify.backends.attention.empty_rows import check, unseen
 from sparsify.backends.attention.empty_rows_template import SUMS, WRITE
 from sparsify.backends.cache.kernels import DTYPES, launch_in_turn, stride_values
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.template import Argument, padded, parameters, render
+from sparsify.backends.codegen.arguments import Argument, padded, parameters
+from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 
 _WHERE = "sparsify::attention"

@@ -1,17 +1,27 @@
 """Gluon source text for Hopper attention: a spec in, readable source out; no GPU and no Triton needed.
 
-The text is a template whose `#if name` … `#else` … `#end` lines keep or drop what lies between them, so that a kernel holds only
-the clauses that its spec asks for. docs/kernels.md tells how the kernel works.
+A kernel holds only the clauses that its spec asks for. docs/kernels.md tells how the kernel works.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import string
 from dataclasses import dataclass, field
 
 from sparsify.backends.attention.hopper_consumer import CONSUMER, KERNEL
 from sparsify.backends.attention.hopper_producer import PRODUCER
+from sparsify.backends.codegen.arguments import (
+    NUMBERS,
+    Argument,
+    descriptor,
+    floats,
+    integers,
+    parameters,
+    pointers,
+    present,
+    unspecialised,
+)
+from sparsify.backends.codegen.template import render
 from sparsify.errors import KernelError
 
 QUERY_TILE = 128  # rows of one tile: two consumer warpgroups of 64
@@ -87,19 +97,19 @@ class GluonSpec:
 # Gluon's names, by Triton release: it is experimental and renames things. A release that is not here was not tried.
 DIALECTS = {
     (3, 6): {
-        "LOAD": "tma.async_copy_global_to_shared",
-        "STORE": "tma.async_copy_shared_to_global",
-        "BARRIER": "gl.thread_barrier",
-        "VIEW": "._reinterpret",
+        "load": "tma.async_copy_global_to_shared",
+        "store": "tma.async_copy_shared_to_global",
+        "barrier": "gl.thread_barrier",
+        "view": "._reinterpret",
     },
     (3, 7): {
-        "LOAD": "tma.async_copy_global_to_shared",
-        "STORE": "tma.async_copy_shared_to_global",
-        "BARRIER": "gl.barrier",
-        "VIEW": "._reinterpret",
+        "load": "tma.async_copy_global_to_shared",
+        "store": "tma.async_copy_shared_to_global",
+        "barrier": "gl.barrier",
+        "view": "._reinterpret",
     },
-    (3, 8): {"LOAD": "tma.async_load", "STORE": "tma.async_store", "BARRIER": "gl.barrier", "VIEW": "._reinterpret"},
-    (3, 9): {"LOAD": "tma.async_load", "STORE": "tma.async_store", "BARRIER": "gl.barrier", "VIEW": ".reinterpret"},
+    (3, 8): {"load": "tma.async_load", "store": "tma.async_store", "barrier": "gl.barrier", "view": "._reinterpret"},
+    (3, 9): {"load": "tma.async_load", "store": "tma.async_store", "barrier": "gl.barrier", "view": ".reinterpret"},
 }
 
 
@@ -113,45 +123,27 @@ def generate(spec: GluonSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
         KernelError: the spec contradicts itself or its rings do not fit in shared memory.
     """
     _check(spec)
-    tuning = spec.tuning
-    flags = {
-        "causal": spec.causal,
-        "lists": spec.lists,
-        "window": spec.windows != "none",
-        "window_per_head": spec.windows == "heads",
-        "sinks": spec.windows != "none" and spec.sinks and not spec.key_flags,
-        "flag_sinks": spec.windows != "none" and spec.key_flags,
-        "any_sinks": spec.windows != "none" and (spec.sinks or spec.key_flags),
-        "key_flags": spec.key_flags,
-        "bounded": spec.windows != "none" or spec.key_flags,
-        "segments": spec.segments,
-        "start": spec.start,
-        "softcap": spec.softcap,
-        "sink_logits": spec.sink_logits,
-        "halves": tuning.key_tile == 64,
-        "value_delay": tuning.value_delay == 1,
-        "output_in_query": tuning.output_in_query,
+    tuning, windowed, listed = spec.tuning, spec.windows != "none", arguments(spec)
+    values = vars(spec) | vars(tuning) | DIALECTS[triton_release] | _assembly(spec.value_dim // 2)
+    values |= {
+        "description": spec.describe(),
+        "number": NUMBERS[spec.dtype],
+        "sinks": _counted_sinks(spec),
+        "flag_sinks": windowed and spec.key_flags,
+        "any_sinks": windowed and (spec.sinks or spec.key_flags),
+        "bounded": windowed or spec.key_flags,
         "late_release": tuning.output_in_query and tuning.query_stages > 1,
-        "query_registers": tuning.query_registers,
-        "rows_first": tuning.order == "rows",
+        "columns_apart": _apart(tuning.key_tile),
+        "output_apart": _apart(spec.value_dim),
+        "parameters": parameters(listed),
+        "unspecialised": unspecialised(listed),
     }
-    names = DIALECTS[triton_release] | {
-        "DESCRIPTION": spec.describe(),
-        "DTYPE": {"bf16": "bfloat16", "fp16": "float16"}[spec.dtype],
-        "HEAD_DIM": spec.head_dim,
-        "VALUE_DIM": spec.value_dim,
-        "KEY_TILE": tuning.key_tile,
-        "KEY_STAGES": tuning.key_stages,
-        "VALUE_STAGES": tuning.value_stages,
-        "QUERY_STAGES": tuning.query_stages,
-        "CONSUMER_REGISTERS": tuning.consumer_registers,
-        "PRODUCER_REGISTERS": tuning.producer_registers,
-        # lengths change from call to call: one binary serves them all
-        "RUNTIME": ", ".join(f'"{name}"' for name, type_ in argument_types(spec).items() if type_ == "i32"),
-    }
-    names |= _assembly(spec.value_dim // 2)
-    names |= {"COLUMNS_APART": _apart(tuning.key_tile), "OUTPUT_APART": _apart(spec.value_dim)}
-    return string.Template(expand(PRODUCER + CONSUMER + KERNEL, flags)).substitute(names)
+    return render(PRODUCER + CONSUMER + KERNEL, values)
+
+
+def _counted_sinks(spec: GluonSpec) -> bool:
+    """Whether the first keys are sinks; beside key flags those say which are."""
+    return spec.windows != "none" and spec.sinks and not spec.key_flags
 
 
 def _apart(columns: int) -> str:
@@ -175,69 +167,48 @@ def _assembly(count: int) -> dict[str, str]:
     products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
     operands = ["=f"] * count + [str(i) for i in range(count)] + ["f"] * count + ["r"] * count
     return {
-        "MOVE": f"{{.reg .pred p, q; .reg .f32 a, b, c, d; {outgrown}{moved}@!q bra.uni KEEP; {join}KEEP: }}",
-        "MOVE_OPERANDS": "=&f,=&f,=&r,=&r,f,f,f,f",
-        "SHRINK": f"{{.reg .pred p; setp.eq.u32 p, ${3 * count}, 0; @p bra.uni KEEP; {products} KEEP: }}",
-        "SHRINK_OPERANDS": ",".join(operands),
-        "SHRINK_PACK": str(count),
+        "move": f"{{.reg .pred p, q; .reg .f32 a, b, c, d; {outgrown}{moved}@!q bra.uni KEEP; {join}KEEP: }}",
+        "move_operands": "=&f,=&f,=&r,=&r,f,f,f,f",
+        "shrink": f"{{.reg .pred p; setp.eq.u32 p, ${3 * count}, 0; @p bra.uni KEEP; {products} KEEP: }}",
+        "shrink_operands": ",".join(operands),
+        "shrink_pack": str(count),
     }
 
 
-def expand(template: str, flags: dict[str, bool]) -> str:
-    """Keeps or drops the lines between `#if name` (or `#if not name`), `#else` and `#end`, which nest.
-
-    Raises:
-        KernelError: an unknown name, or an `#else` or `#end` without its `#if`.
-    """
-    kept: list[str] = []
-    stack: list[bool] = []
-    for line in template.splitlines():
-        words = line.split()
-        if words[:1] == ["#if"]:
-            if words[-1] not in flags:
-                raise KernelError(f"a template asks for the unknown clause {words[-1]}")
-            stack.append(flags[words[-1]] != (words[1] == "not"))
-        elif words in (["#else"], ["#end"]):
-            if not stack:
-                raise KernelError(f"a template has {words[0]} without #if")
-            state = stack.pop()
-            if words == ["#else"]:
-                stack.append(not state)
-        elif all(stack):
-            kept.append(line)
-    if stack:
-        raise KernelError("a template has #if without #end")
-    return "\n".join(kept) + "\n"
+def arguments(spec: GluonSpec) -> tuple[Argument, ...]:
+    """The kernel's arguments in order. Lengths change from call to call: one binary serves them all."""
+    windowed, rows, keys = spec.windows != "none", QUERY_TILE // 2, spec.tuning.key_tile
+    runtime = lambda *names: integers(*names, specialised=False)
+    return (
+        descriptor("queries", spec.dtype, 1, 1, rows, spec.head_dim),
+        descriptor("keys", spec.dtype, 1, 1, keys, spec.head_dim),
+        descriptor("values", spec.dtype, 1, 1, keys, spec.value_dim),
+        descriptor("outputs", spec.dtype, 1, 1, rows, spec.value_dim),
+        *pointers("fp32", "lse"),
+        *pointers("i32", "counter"),
+        *present(
+            (spec.lists, [*pointers("i32", "counts"), *pointers("i16", "indices")]),
+            (spec.key_flags, pointers("u8", "flags", "flag_tiles")),
+            (spec.key_flags and windowed, pointers("i32", "sink_tiles")),
+            (spec.segments, pointers("i32", "segments", "segment_low", "segment_high")),
+            (spec.windows == "heads", pointers("i32", "windows")),
+            (spec.start, pointers("i64", "starts")),
+            (spec.sink_logits, pointers("fp32", "sink_logits")),
+        ),
+        *runtime("query_len", "key_len", "batch", "heads", "kv_heads"),
+        *present(
+            (spec.lists, runtime("list_len")),
+            (not spec.start, runtime("start")),
+            (spec.windows == "one", runtime("window")),
+            (_counted_sinks(spec), runtime("sinks")),
+        ),
+        *floats("scale", *["cap"] * spec.softcap),
+    )
 
 
 def argument_types(spec: GluonSpec) -> dict[str, str]:
-    """Each run-time argument of the kernel, in order, with its type: q, k, v, out for descriptors, else a Triton type.
-
-    The launcher passes arguments in this order, and a compile without a GPU takes its signature from here.
-    """
-    types = {"queries": "query", "keys": "key", "values": "value", "outputs": "output", "lse": "*fp32", "counter": "*i32"}
-    if spec.lists:
-        types |= {"counts": "*i32", "indices": "*i16"}
-    if spec.key_flags:
-        types |= {"flags": "*u8", "flag_tiles": "*u8"}
-        if spec.windows != "none":
-            types |= {"sink_tiles": "*i32"}
-    if spec.segments:
-        types |= {"segments": "*i32", "segment_low": "*i32", "segment_high": "*i32"}
-    if spec.windows == "heads":
-        types |= {"windows": "*i32"}
-    if spec.start:
-        types |= {"starts": "*i64"}
-    if spec.sink_logits:
-        types |= {"sink_logits": "*fp32"}
-    types |= {"query_len": "i32", "key_len": "i32", "batch": "i32", "heads": "i32", "kv_heads": "i32"}
-    types |= {"list_len": "i32"} if spec.lists else {}
-    types |= {} if spec.start else {"start": "i32"}
-    types |= {"window": "i32"} if spec.windows == "one" else {}
-    types |= {"sinks": "i32"} if spec.windows != "none" and spec.sinks and not spec.key_flags else {}
-    types |= {"scale": "fp32"}
-    types |= {"cap": "fp32"} if spec.softcap else {}
-    return types
+    """Types of the kernel's arguments by name, in order."""
+    return {argument.name: argument.type for argument in arguments(spec)}
 
 
 def _check(spec: GluonSpec) -> None:

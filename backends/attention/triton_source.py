@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.backends.attention.triton_template import KERNEL, VISIT
-from sparsify.backends.codegen.template import Argument, padded, render
+from sparsify.backends.codegen.arguments import Argument, padded
+from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 
 DTYPES = ("bf16", "fp16", "fp32")

@@ -28,7 +28,8 @@ from sparsify.backends.cache.kernels import (
 )
 from sparsify.backends.cache.reference import asked_positions
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.template import Argument, padded, parameters, render
+from sparsify.backends.codegen.arguments import Argument, padded, parameters
+from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
 

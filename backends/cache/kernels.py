@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.codegen.template import Argument
+from sparsify.backends.codegen.arguments import Argument
 from sparsify.errors import KernelError, SparsifyError
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -15,7 +15,8 @@ from sparsify.backends.cache.decode import DecodeTiling, processors, stretches
 from sparsify.backends.cache.kernels import DTYPES, launching, logit_arguments, logit_values, picked, stride_values
 from sparsify.backends.cache.mass_template import GATHER, LOGITS, SPREAD
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.template import Argument, padded, parameters, render
+from sparsify.backends.codegen.arguments import Argument, padded, parameters
+from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 
 _WHERE = "sparsify::cache_mass"

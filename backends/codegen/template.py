@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 _DIRECTIVE = re.compile(r"\s*%(if|elif|else|end)\b\s*(.*)$")
 _FIELD = re.compile(r"\$\{([^{}]*)\}")
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A kernel argument. type: as Triton writes it. aligned: a multiple of 16 in ordinary calls, which Triton specialises on."""
-
-    name: str
-    type: str
-    aligned: bool = False
-
-
-def parameters(arguments: Iterable[Argument]) -> str:
-    """The arguments as a kernel's signature lists them, one a line."""
-    return ",\n    ".join(a.name + (": tl.constexpr" if a.type == "constexpr" else "") for a in arguments)
-
-
-def padded(size: int) -> int:
-    """The tile dimension that holds `size`: a power of two, at least 16, as `tl.dot` wants it."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
@@ -34,6 +14,7 @@ def render(template: str, values: Mapping[str, object]) -> str:
 
     Raises:
         ValueError: directives do not nest; the message names the line.
+        NameError: a condition or a field asks for a value that is not there.
     """
     names = {"__builtins__": {"min": min, "max": max}, **values}
     lines: list[str] = []

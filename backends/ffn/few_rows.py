@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.template import padded
+from sparsify.backends.codegen.arguments import padded
 from sparsify.backends.ffn import many_rows
 from sparsify.backends.ffn.few_rows_template import START
 from sparsify.backends.ffn.source import FfnSpec, FfnTiling, choose_tiling, ffn_source, needs_normalise

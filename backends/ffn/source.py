@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsify.backends.codegen.template import padded, render
+from sparsify.backends.codegen.arguments import padded
+from sparsify.backends.codegen.template import render
 from sparsify.backends.ffn import many_rows_template as for_rows
 from sparsify.backends.ffn.few_rows_template import ACTIVATE, FINISH, FLAGS, NARROW, NORMALISE, WIDEN
 from sparsify.errors import UnsupportedError

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.backends.attention import hopper as gluon_attention
-from sparsify.backends.attention.hopper_source import DIALECTS, SHARED_LIMIT, GluonSpec, GluonTuning, argument_types, expand, generate
+from sparsify.backends.attention.hopper_source import DIALECTS, SHARED_LIMIT, GluonSpec, GluonTuning, argument_types, generate
 from sparsify.errors import KernelError
 from tests.support.goldens import check_kernel_text
 
@@ -81,7 +81,7 @@ def test_text_is_python_and_its_arguments_are_the_launchers(clauses, windows, re
     signature = text.split("def attention(\n")[1].split("):\n")[0]
     names = [line.strip(" ,") for line in signature.splitlines()]
     assert names == list(argument_types(spec))
-    assert ("segments" in text) >= clauses["segments"] and "#if" not in text
+    assert ("segments" in text) >= clauses["segments"] and "%if" not in text
     assert not re.search(r"\$[A-Z{]", text), "only PTX operands keep their sign"
 
 
@@ -110,14 +110,6 @@ def test_a_clause_that_is_not_asked_for_leaves_no_code():
     plain, full = generate(GluonSpec()), generate(GluonSpec(windows="one", segments=True))
     assert "segment_low = segments[0]" in full and "segment_low = segments[0]" not in plain
     assert len(plain) < len(full)
-
-
-def test_templates_nest_and_refuse_mistakes():
-    assert expand("#if a\n1\n#if not b\n2\n#else\n3\n#end\n#end\n4", {"a": True, "b": True}) == "1\n3\n4\n"
-    assert expand("#if a\n1\n#if b\n2\n#else\n3\n#end\n#end\n4", {"a": False, "b": True}) == "4\n"
-    for wrong in ("#if c\n#end", "#end", "#if a"):
-        with pytest.raises(KernelError):
-            expand(wrong, {"a": True})
 
 
 @pytest.mark.parametrize(

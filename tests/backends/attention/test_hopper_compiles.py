@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from sparsify.backends.attention.hopper import choose_tuning, triton_release
-from sparsify.backends.attention.hopper_source import DIALECTS, GluonSpec, GluonTuning, argument_types, generate
+from sparsify.backends.attention.hopper_source import DIALECTS, GluonSpec, GluonTuning, arguments, generate
 from sparsify.backends.codegen import source
 from tests.support.offline import SHARED_LIMIT, _usage
 
@@ -37,17 +37,9 @@ SLOW = ("window_sinks", "flags_segments", "256_128", "deep")
 
 
 def _signature(spec: GluonSpec, module) -> dict[str, str]:
-    """Argument types as Triton writes them."""
-    rows, keys = 64, spec.tuning.key_tile
-    tiles = {
-        "query": (rows, spec.head_dim),
-        "key": (keys, spec.head_dim),
-        "value": (keys, spec.value_dim),
-        "output": (rows, spec.value_dim),
-    }
+    """Argument types as Gluon writes them: descriptors with their layout."""
     layout = repr(module.SHARED4.value)
-    descriptor = lambda shape: f"tensordesc<{spec.dtype}[1, 1, {shape[0]}, {shape[1]}],{layout}>"
-    return {name: descriptor(tiles[type_]) if type_ in tiles else type_ for name, type_ in argument_types(spec).items()}
+    return {a.name: f"{a.type[:-1]},{layout}>" if a.type.startswith("tensordesc") else a.type for a in arguments(spec)}
 
 
 @pytest.mark.skipif(triton_release() not in DIALECTS, reason="a Triton that was not tried")

@@ -33,6 +33,16 @@ def test_what_is_left_out_is_not_evaluated():
     assert render("%if False\n${missing}\n%end\nkept", {}) == "kept\n"
 
 
+def test_signs_of_inserted_text_are_left_alone():
+    assert render("${ptx} $1 %p", {"ptx": "${size} $0; %r1"}) == "${size} $0; %r1 $1 %p\n"
+
+
+@pytest.mark.parametrize("template", ["%if missing\n%end", "${missing}"])
+def test_an_unknown_value_is_an_error(template):
+    with pytest.raises(NameError, match="missing"):
+        render(template, {})
+
+
 @pytest.mark.parametrize("broken", ["%if True", "%end", "%else\nx"])
 def test_directives_must_nest(broken):
     with pytest.raises(ValueError, match="%"):

@@ -1,0 +1,75 @@
+"""What a generated kernel takes.
+
+One list of arguments is the signature in the text, the order at a launch, and the types for a compile without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# dtypes as a signature writes them, and as the text does
+NUMBERS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a kernel.
+
+    Args:
+        name: the parameter's, and the key of its value at a launch.
+        type: as a Triton signature writes it: `*bf16` (pointer), `i32`, `fp32`, `tensordesc<bf16[64,128]>`, `constexpr`.
+        aligned: a multiple of 16 in ordinary calls, which Triton specialises on.
+        specialised: whether Triton may compile once more for numbers that are 1 or a multiple of 16; no for what changes from call to call.
+    """
+
+    name: str
+    type: str
+    aligned: bool = False
+    specialised: bool = True
+
+
+def pointers(dtype: str, *names: str) -> list[Argument]:
+    """Pointers to tensors, which torch aligns."""
+    return [Argument(name, "*" + dtype, True) for name in names]
+
+
+def integers(*names: str, aligned: bool = False, specialised: bool = True) -> list[Argument]:
+    """Integers of 32 bits: lengths, strides, counts."""
+    return [Argument(name, "i32", aligned, specialised) for name in names]
+
+
+def floats(*names: str) -> list[Argument]:
+    """Numbers of 32 bits."""
+    return [Argument(name, "fp32") for name in names]
+
+
+def descriptor(name: str, dtype: str, *box: int) -> Argument:
+    """A tensor descriptor, through which the copy engine moves boxes of this shape."""
+    return Argument(name, f"tensordesc<{dtype}[{','.join(map(str, box))}]>")
+
+
+def constexprs(*names: str) -> list[Argument]:
+    """Numbers that are part of the compiled kernel."""
+    return [Argument(name, "constexpr") for name in names]
+
+
+def present(*optional: tuple[bool, Iterable[Argument]]) -> list[Argument]:
+    """Of pairs (whether a kernel has these arguments, the arguments), those that it has."""
+    return [argument for has, arguments in optional if has for argument in arguments]
+
+
+def parameters(arguments: Iterable[Argument], separator: str = ",\n    ") -> str:
+    """The arguments as a kernel's signature lists them, one a line unless another separator is given."""
+    return separator.join(a.name + (": tl.constexpr" if a.type == "constexpr" else "") for a in arguments)
+
+
+def unspecialised(arguments: Iterable[Argument]) -> str:
+    """The arguments that `do_not_specialize` of a kernel's decorator lists, without the brackets."""
+    return ", ".join(f'"{a.name}"' for a in arguments if not a.specialised)
+
+
+def padded(size: int) -> int:
+    """The tile dimension that holds `size`: a power of two, at least 16, as `tl.dot` wants it."""
+    return max(16, 1 << (size - 1).bit_length())
