@@ -1,4 +1,4 @@
-"""What users call: `sparsify.compile`, `sparsify.explain`."""
+"""The public functions `sparsify.compile` and `sparsify.explain`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsify import pipeline
 from sparsify.errors import UnsupportedError
-from sparsify.graph import apart
+from sparsify.graph import isolated
 from sparsify.ops import attention, block_lists
 from sparsify.planning import method
 from sparsify.planning.config import config
@@ -21,17 +21,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Model:
-    """Compiles a model in place, calls and `generate()` alike, and returns it.
+    """Compiles a model in place and returns it. Calls and `generate()` both use the compiled code.
 
-    `torch.compile(model, backend="sparsify")` returns a wrapper whose `generate()` runs the model underneath, uncompiled; this
-    does not. Options are checked now rather than at the first call.
+    The wrapper that `torch.compile(model, backend="sparsify")` returns would run `generate()` uncompiled. Options are checked at once,
+    not at the first call.
 
     Args:
+        model: changed in place.
+        mode: mode of torch.compile, such as "reduce-overhead".
+        dynamic, fullgraph: as for torch.compile.
         options: as in docs/configuration.md, for example `passes=["dense"]` or `xattention={"stride": 16}`.
 
     Raises:
         ConfigError: unknown or impossible options.
-        PlanError: a plan file that is none, or that nobody could follow.
+        PlanError: the plan file cannot be read, or names a method that does not exist.
         UnsupportedError: `model` is the wrapper that torch.compile returns.
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
@@ -45,7 +48,7 @@ def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = Non
 
 @contextmanager
 def collect_plans() -> Iterator[list[Plan]]:
-    """The plans of all graphs that are compiled inside the block, in order."""
+    """Collects the plans of all graphs that are compiled inside the block, in order of compilation."""
     plans: list[Plan] = []
     token = pipeline.collector.set(plans)
     try:
@@ -56,24 +59,31 @@ def collect_plans() -> Iterator[list[Plan]]:
 
 @torch.no_grad()
 def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Plan:
-    """What sparsify would do with one call `model(*args, **inputs)`: a plan that prints as a table.
+    """Shows what sparsify would do with the call `model(*args, **inputs)`, by running it once without Inductor.
 
-    Runs the model once on these inputs, without Inductor; densities are the realised ones. The model and all that is compiled stay as they
-    were.
+    The model and everything compiled before stay as they were.
+
+    Args:
+        options: as in docs/configuration.md.
+        args, inputs: arguments of the model's forward.
+
+    Returns:
+        a plan, which prints as a table; densities are those measured in this call.
 
     Raises:
-        ConfigError, PlanError: as `compile`.
+        ConfigError: unknown or impossible options.
+        PlanError: the plan file cannot be read, or names a method that does not exist.
     """
     settings = config.load({**(options or {}), "lower": "eager"}, method_models=method.discover())
     follow(settings.plan)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
-    with apart.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
+    with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
         forward(*args, **inputs)
     device = next((plan.device for plan in plans if plan.device), "")
     fallback = "; ".join(dict.fromkeys(plan.fallback for plan in plans if plan.fallback))
     merged = Plan([d for plan in plans for d in plan.decisions], fallback=fallback, device=device)
     selecting = [d for d in merged.decisions if d.kind == "attention" and d.method is not None and "threshold" in d.options]
-    if len(selecting) == len(densities):  # else a graph ran more than once, or not to its end: which is whose cannot be told
+    if len(selecting) == len(densities):  # else a graph ran twice or not to its end, and densities cannot be assigned to sites
         for decision, density in zip(selecting, densities, strict=True):
             decision.realised_density = density
     return merged
@@ -81,7 +91,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
 
 @contextmanager
 def record_density() -> Iterator[list[float]]:
-    """The realised share of causal blocks of every block selection that runs inside the block, in order of execution."""
+    """Collects the density (selected share of the causal blocks, 0 to 1) of every block selection in the block, in order of execution."""
     densities: list[float] = []
 
     def observe(query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, indices: torch.Tensor, **call: Any) -> None:

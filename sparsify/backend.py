@@ -1,4 +1,4 @@
-"""The torch.compile entry point: reads options, calls the pipeline, returns a callable."""
+"""The `torch.compile` backend: reads the options and compiles a graph through the pipeline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,22 @@ from sparsify.planning.config import config
 def sparsify(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None, **unknown: Any
 ) -> Callable[..., Any]:
-    """`torch.compile(model, backend="sparsify", options={...})`; see docs/configuration.md for the options.
+    """Compiles one captured graph; called by `torch.compile(model, backend="sparsify", options={...})`.
 
-    torch allows `mode` or `options` but not both: `options={"mode": "reduce-overhead", ...}` gives both.
+    torch.compile accepts `mode` or `options` but not both; `options={"mode": "reduce-overhead", ...}` sets both.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        mode: mode of torch.compile.
+        options: as in docs/configuration.md.
+        unknown: further keyword arguments of torch.compile, treated as options.
+
+    Returns:
+        a callable with the graph's inputs and outputs.
 
     Raises:
-        ConfigError: unknown or impossible options, naming the place and the nearest valid name.
+        ConfigError: unknown or impossible options; the message names the place and the nearest valid name.
     """
     given = {**(options or {}), **unknown} if unknown else options
     settings = config.load(given, mode=mode, method_models=method.discover())

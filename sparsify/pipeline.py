@@ -1,4 +1,4 @@
-"""capture → match → plan → validate → rewrite → verify → lower: the stages in order, and the safety net under them."""
+"""Compiles one graph: capture → match → plan → validate → rewrite → verify → lower. A failure in a stage leaves the graph as it was."""
 
 from __future__ import annotations
 
@@ -33,23 +33,30 @@ from sparsify.rewriting.validate import Validator
 
 log = logging.getLogger(__name__)
 
-# Plans made while a collector is active, for `explain` and `density`.
+# List that receives every plan while it is set, for `explain` and `testing.compare`.
 collector: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("sparsify_plans", default=None)
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, asked: Any = None) -> Callable[..., Any]:
-    """Compiles one Dynamo graph. A failure inside our stages leaves the graph untouched, with one warning; `strict` raises instead.
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, compilation: Any = None) -> Callable[..., Any]:
+    """Compiles one graph that Dynamo captured. A failure of a stage leaves the graph untouched, with one warning; `strict` raises instead.
 
-    asked: an object that the graphs of one call of torch.compile share, such as its options.
+    Args:
+        gm: the captured graph; lowering consumes it.
+        example_inputs: its inputs, real or fake tensors and sizes.
+        config: settings of this compilation.
+        compilation: any object that all graphs of one torch.compile call share, such as its options; warnings are given once for it.
+
+    Returns:
+        a callable with the graph's inputs and outputs.
     """
     trace = Trace(config.trace)
     try:
         plan, rewritten, kept = rewrite_graph(gm, config, trace)
-        unmatched.warn(gm, plan, config, asked)
+        unmatched.warn(gm, plan, config, compilation)
     except Exception as error:
         if config.strict:
             raise
-        plan, rewritten, kept = _fall_back(error), None, None
+        plan, rewritten, kept = _warn_fallback(error), None, None
     if (plans := collector.get()) is not None:
         plans.append(plan)
     if rewritten is None:
@@ -65,15 +72,19 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     except Exception as error:
         if config.strict:
             raise
-        plan.fallback = _fall_back(error).fallback
+        plan.fallback = _warn_fallback(error).fallback
         return lower(gm, example_inputs, config)
     if config.verify and kept is not None:
         compiled = _verify_first_call(compiled, pristine, kept, config, example_inputs)
-    return _served(compiled, config, runs)
+    return _with_serving(compiled, config, runs)
 
 
 def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
-    """The plan, the rewritten graph (None when nothing changed) and, with `config.verify`, the same under keep-all settings."""
+    """Matches, plans, validates, rewrites and verifies; nothing is lowered.
+
+    Returns:
+        the plan; the rewritten graph, None when nothing changed; with `config.verify` the rewriting under keep-all settings, else None.
+    """
     trace.stage("captured", lambda: gm.print_readable(print_output=False))
     sites = [*find_attention(gm), *find_cache(gm)]
     if acts_on(FeedForwardSite, config):
@@ -81,7 +92,7 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     if not sites:
         log.info("no site in this graph")
         return Plan(), None, None
-    context = context_of(sites[0].device, config)
+    context = make_context(sites[0].device, config)
     validator = Validator(gm.graph, functools.partial(backends.serving, "reference"))
     plan, choices = make_plan(sites, config, context)
     if config.validation:
@@ -92,19 +103,19 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
         log.debug("%s: %s; %s", decision.site, decision.method or "left as is", decision.reason)
     if not plan.rewritten:
         return plan, None, None
-    rewritten = carry_out(gm, choices, config.strict)
+    rewritten = rewrite_where_possible(gm, choices, config.strict)
     if rewritten is None:
         return plan, None, None
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
-    kept = apply(gm, choices, keep_all=True) if config.verify else None
+    kept = rewrite_copy(gm, choices, keep_all=True) if config.verify else None
     return plan, rewritten, kept
 
 
 def validate(choices: list[Choice], validator: Validator, strict: bool) -> None:
-    """Runs what was proved about every site that is to be rewritten; a site whose claim does not hold, or cannot be run, stays as it is.
+    """Executes each site and its rewriting on small random instances. A site where they differ, or that cannot be run, stays as it is.
 
     Raises:
-        VerifyError: with `strict`, a claim does not hold: a proof of ours is wrong.
+        VerifyError: with `strict`, they differ: a proof of ours is wrong.
     """
     for choice in choices:
         if choice.proposal is None or isinstance(choice.site, CacheSite):  # a cache's own ops: nothing about them was proved
@@ -120,7 +131,8 @@ def validate(choices: list[Choice], validator: Validator, strict: bool) -> None:
         log.warning("%s: %s", choice.site.name or "attention", choice.decision.validation)
 
 
-def context_of(device: torch.device, config: Config) -> Context:
+def make_context(device: torch.device, config: Config) -> Context:
+    """What methods may ask about the machine: its cost profile, which kernels serve it, and the configured thresholds."""
     kernels, reason = backends.available(device, config.kernels)
     log.debug("kernels: %s (%s)", kernels, reason)
     family = backends.attention_family(device) if kernels == "triton" else kernels
@@ -128,20 +140,25 @@ def context_of(device: torch.device, config: Config) -> Context:
 
 
 class _SiteFailed(Exception):
+    """The rewriting of one site failed; `error` says why."""
+
     def __init__(self, choice: Choice, error: SparsifyError):
         super().__init__(str(error))
         self.choice, self.error = choice, error
 
 
-def carry_out(gm: fx.GraphModule, choices: list[Choice], strict: bool) -> fx.GraphModule | None:
-    """`apply`, again without the sites where it fails: those stay as they are, as their decisions then say. None where no other is left.
+def rewrite_where_possible(gm: fx.GraphModule, choices: list[Choice], strict: bool) -> fx.GraphModule | None:
+    """`rewrite_copy`, repeated without the sites where it fails; these stay as they are, and their decisions say why.
+
+    Returns:
+        the rewritten graph; None when no site is left to rewrite.
 
     Raises:
-        SparsifyError: a method failed, under `strict`. Operands that an op does not take refuse their site there too.
+        SparsifyError: with `strict`, a method failed. A site with operands that an op does not take is left even then.
     """
     while any(choice.proposal is not None for choice in choices):
         try:
-            return _attempt(gm, choices, False)
+            return _try_rewrite(gm, choices, False)
         except _SiteFailed as failed:
             if isinstance(failed.error, UnsupportedError):
                 log.info("%s: %s", failed.choice.site.name, failed.error)
@@ -155,15 +172,19 @@ def carry_out(gm: fx.GraphModule, choices: list[Choice], strict: bool) -> fx.Gra
     return None
 
 
-def apply(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> fx.GraphModule:
-    """A copy of the graph in which every chosen proposal is carried out; verified for structure."""
+def rewrite_copy(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> fx.GraphModule:
+    """A copy of the graph in which every chosen site is rewritten, with its structure verified.
+
+    Raises:
+        SparsifyError: a site could not be rewritten.
+    """
     try:
-        return _attempt(gm, choices, keep_all)
+        return _try_rewrite(gm, choices, keep_all)
     except _SiteFailed as failed:
         raise failed.error from failed.error.__cause__
 
 
-def _attempt(gm: fx.GraphModule, choices: list[Choice], keep_all: bool) -> fx.GraphModule:
+def _try_rewrite(gm: fx.GraphModule, choices: list[Choice], keep_all: bool) -> fx.GraphModule:
     mapping: dict[fx.Node, fx.Node] = {}
     copy = copy_graph(gm, mapping)
     editor = Editor(copy.graph)
@@ -191,7 +212,11 @@ def _attempt(gm: fx.GraphModule, choices: list[Choice], keep_all: bool) -> fx.Gr
 
 
 def copy_graph(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.GraphModule:
-    """The same graph over the same attributes, with metadata; later edits of one do not touch the other."""
+    """A copy of the graph with its metadata, over the same parameters and attributes.
+
+    Args:
+        mapping: filled with old node -> new node.
+    """
     graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     values = mapping if mapping is not None else {}
     result = graph.graph_copy(gm.graph, values)
@@ -206,10 +231,10 @@ def copy_graph(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node] | None = None
 
 
 def _keep_sources(gm: fx.GraphModule, copy: fx.GraphModule, mapping: dict[fx.Node, fx.Node]) -> None:
-    """What Dynamo knows of the inputs lies in attributes that fx does not copy.
+    """Copies the attributes in which Dynamo records where inputs came from, and which fx does not copy.
 
-    Without it AOTAutograd takes no input for static: CUDA graphs then copy every weight on every call, and are given up where an input
-    such as a cache is changed. Duplicate inputs would go without a guard.
+    Without them AOTAutograd treats no input as static: CUDA graphs then copy every weight on every call, and are not used where an input
+    such as a cache is mutated. Duplicate inputs would have no guard.
     """
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(gm, name):
@@ -220,10 +245,10 @@ def _keep_sources(gm: fx.GraphModule, copy: fx.GraphModule, mapping: dict[fx.Nod
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    """Hands a graph to Inductor with the configured mode and options, or runs it as it is with `lower = "eager"`.
+    """Compiles a graph with Inductor under the configured mode and options, or returns its forward with `lower = "eager"`.
 
     Raises:
-        UnsupportedError: CUDA graphs are asked for, and a SparseCache makes its buffers within the graph.
+        UnsupportedError: CUDA graphs are requested, and a SparseCache allocates its buffers within the graph.
     """
     if config.lower == "eager":
         return gm.forward
@@ -236,8 +261,8 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     return compile_fx(gm, list(example_inputs), config_patches=config.inductor_patches())
 
 
-def _served(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:
-    """At run time too, `kernels` and `strict` hold for this callable alone, and tokens are counted for its model alone."""
+def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:
+    """Wraps a compiled graph: `kernels` and `strict` hold during its calls alone, and generated tokens are counted for its model."""
     if config.kernels == "auto" and not config.strict and runs is None:
         return compiled
 
@@ -248,7 +273,8 @@ def _served(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner |
     return call
 
 
-def _fall_back(error: Exception) -> Plan:
+def _warn_fallback(error: Exception) -> Plan:
+    """Warns that the graph stays untouched, and returns a plan that says so."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch's errors may hold whole tracebacks
     reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     warnings.warn(f"sparsify left a graph untouched: {reason} (strict = true raises instead)", stacklevel=2)
@@ -259,7 +285,10 @@ def _fall_back(error: Exception) -> Plan:
 def _verify_first_call(
     compiled: Callable[..., Any], pristine: fx.GraphModule, kept: fx.GraphModule, config: Config, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    """On the first call, compares the untouched graph with the keep-all rewriting on the real inputs."""
+    """Wraps a compiled graph: its first call compares the untouched graph with the keep-all rewriting on the call's inputs.
+
+    Where they differ, `strict` raises; otherwise the untouched graph is compiled and used from then on.
+    """
     state: dict[str, Callable[..., Any] | None] = {"run": None}
 
     def checked(*inputs: Any) -> Any:
@@ -270,7 +299,7 @@ def _verify_first_call(
             except Exception as error:
                 if config.strict:
                     raise
-                _fall_back(error)
+                _warn_fallback(error)
                 state["run"] = lower(copy_graph(pristine), example_inputs, config)
         return state["run"](*inputs)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparsify import api, pipeline
 from sparsify.errors import UnsupportedError
-from sparsify.graph import apart
+from sparsify.graph import isolated
 from sparsify.ops import attention, block_lists
 from sparsify.planning import method
 from sparsify.planning.config import config
@@ -34,12 +34,16 @@ _ROWS = 512  # rows compared at once: a vocabulary of 128K in float32 is 0.5 MB 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Eager against compiled on one call.
+    """Eager and compiled results of one call, compared.
 
-    error: largest difference of logits. relative_error: the same, divided by the largest eager logit; infinite when the compiled
-    model gives a NaN or infinity that eager does not. bound: largest relative error allowed. token_agreement: share of rows with
-    the same most likely token. kl: mean KL divergence of the compiled model's next-token distribution from eager's, in nats.
-    density: mean realised share of causal blocks over all selections, None without any. rows: visible rows compared.
+    error: largest difference between logits.
+    relative_error: `error` divided by the largest eager logit; infinite when only one of the two has a NaN or infinity somewhere.
+    bound: largest `relative_error` that counts as close.
+    token_agreement: share of rows with the same most likely token, 0 to 1.
+    kl: mean KL divergence of the compiled model's next-token distribution from eager's, in nats.
+    rows: number of visible rows compared.
+    density: mean selected share of the causal blocks over all block selections, 0 to 1; None without selections.
+    plan: the plan of the compiled call.
     """
 
     error: float
@@ -92,7 +96,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one `select_blocks` call chose; counts and indices as `sparsify.ops.attention` describes them, on the CPU."""
+    """Result of one `select_blocks` call, on the CPU.
+
+    counts, indices: the block lists, as `sparsify.ops.attention` describes them.
+    block_size: tokens per block.
+    density: selected share of the causal blocks, 0 to 1.
+    """
 
     counts: Tensor
     indices: Tensor
@@ -100,18 +109,18 @@ class Selection:
     density: float
 
     def mask(self) -> Tensor:
-        """bool [batch, query_heads, query_blocks, key_blocks]: which blocks are visited."""
+        """The lists as a block mask, bool [batch, query_heads, query_blocks, key_blocks]; True where a block is visited."""
         key_blocks = self.indices.shape[-1]
         listed = torch.arange(key_blocks) < self.counts[..., None]
         chosen = torch.zeros((*self.counts.shape, key_blocks + 1), dtype=torch.bool)
-        # unlisted entries hold anything: they all go to one column that is cut off
+        # entries beyond the count are undefined: they go to one extra column that is cut off
         chosen.scatter_(-1, torch.where(listed, self.indices.long(), key_blocks), True)
         return chosen[..., :key_blocks]
 
 
 @contextmanager
 def record_blocks() -> Iterator[list[Selection]]:
-    """Every block selection that runs inside the block, in order of execution, compiled graphs included."""
+    """Collects every block selection that runs inside the block, in order of execution, in compiled graphs too."""
     selections: list[Selection] = []
 
     def observe(query: Tensor, key: Tensor, counts: Tensor, indices: Tensor, **call: Any) -> None:
@@ -132,33 +141,35 @@ def compare(
     tolerance: float | None = None,
     fullgraph: bool = False,
 ) -> Comparison:
-    """One forward call eager and compiled with `options`, each on its own copy of the inputs. Leaves the model as it was.
+    """Runs one forward call eager and compiled, each on its own copy of the inputs, and compares. Leaves the model as it was.
 
     Args:
-        inputs: keywords of the call, or its `input_ids`. A 2-D `attention_mask` says which rows are visible.
-        keep_all: with settings under which every lossy method must equal dense.
+        inputs: keyword arguments of the call, or its `input_ids`. A 2-D `attention_mask` excludes padding rows from the comparison.
+        options: as in docs/configuration.md.
+        keep_all: replace every lossy method's options by those under which it must equal dense attention.
         tolerance: largest relative error that counts as close; the dtype's bound when None.
+        fullgraph: as for torch.compile.
 
     Raises:
-        ConfigError: as `sparsify.compile`.
+        ConfigError: unknown or impossible options.
         UnsupportedError: the model returns neither logits nor a tensor.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     with settings(options, keep_all) as chosen:
         config.load(chosen, method_models=method.discover())
-        eager = _logits(model.forward(**_fresh(inputs)))
-        return _against(eager, model, inputs, chosen, tolerance, fullgraph)
+        eager = _logits(model.forward(**_clone_inputs(inputs)))
+        return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph)
 
 
-def _against(
+def _compare_with_eager(
     eager: Tensor, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any], tolerance: float | None, fullgraph: bool = False
 ) -> Comparison:
     with (
-        apart.compiled(model.forward, _backend(options), fullgraph=fullgraph) as forward,
+        isolated.compiled(model.forward, _backend(options), fullgraph=fullgraph) as forward,
         api.collect_plans() as plans,
         record_blocks() as selections,
     ):
-        compiled = _logits(forward(**_fresh(inputs)))
+        compiled = _logits(forward(**_clone_inputs(inputs)))
     bound = TOLERANCE.get(eager.dtype, 1e-6) if tolerance is None else tolerance
     measured = _difference(eager, compiled, visible_rows(eager, inputs.get("attention_mask")))
     density = sum(s.density for s in selections) / len(selections) if selections else None
@@ -175,19 +186,25 @@ def compare_tokens(
     max_new_tokens: int = 16,
     **generate: Any,
 ) -> Tokens:
-    """Greedy `generate()` by the eager model and by the model compiled in place; the model is eager again afterwards."""
+    """Runs greedy `generate()` with the eager model and with the compiled one. Leaves the model as it was.
+
+    Args:
+        inputs: keyword arguments of `generate`, or its `input_ids`.
+        options, keep_all: as for `compare`.
+        generate: further arguments of `generate`.
+    """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     prompt_len = inputs["input_ids"].shape[1]
     call = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
     before, model._compiled_call_impl = model._compiled_call_impl, None
     try:
-        eager = model.generate(**_fresh(inputs), **_fresh(call))[:, prompt_len:]
+        eager = model.generate(**_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
         with (
             settings(options, keep_all) as chosen,
-            apart.compiled(model._call_impl, _backend(chosen)) as model._compiled_call_impl,
+            isolated.compiled(model._call_impl, _backend(chosen)) as model._compiled_call_impl,
             api.collect_plans() as plans,
         ):
-            compiled = model.generate(**_fresh(inputs), **_fresh(call))[:, prompt_len:]
+            compiled = model.generate(**_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
     finally:
         model._compiled_call_impl = before
     return Tokens(eager, compiled, merge_plans(plans))
@@ -199,14 +216,16 @@ def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def merge_plans(plans: list[Plan]) -> Plan:
-    """The decisions of several graphs in one plan."""
+    """One plan with the decisions of several graphs."""
     return Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(dict.fromkeys(p.fallback for p in plans if p.fallback)))
 
 
 def visible_rows(logits: Tensor, attention_mask: Any) -> Tensor:
-    """bool [batch, rows]: the rows of `logits` [batch, rows, ...] whose own position is not padding.
+    """Which rows of the logits belong to tokens and not to padding, bool [batch, rows].
 
-    `logits` may hold only the last rows of the call (`logits_to_keep`), the mask older positions too (a cache).
+    Args:
+        logits: [batch, rows, ...]; may hold only the call's last rows (`logits_to_keep`).
+        attention_mask: 2-D, nonzero for tokens; may cover earlier positions too (a cache). Anything else counts as no padding.
     """
     shape = logits.shape[:2]
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or logits.dim() < 3:
@@ -237,7 +256,7 @@ def _difference(eager: Tensor, compiled: Tensor, visible: Tensor) -> dict[str, A
 
 
 def _logits(output: Any) -> Tensor:
-    """Logits, else the last hidden state, else the first tensor that a call returned."""
+    """The logits that a call returned, else its last hidden state, else its first floating-point tensor of two or more dimensions."""
     for name in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), Tensor):
             return found
@@ -247,16 +266,16 @@ def _logits(output: Any) -> Tensor:
     raise UnsupportedError(f"the model returns no logits but {type(output).__name__}", hint="compare() needs a tensor [batch, rows, ...]")
 
 
-def _fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    # caches and in-place changes of one run must not reach the other
+def _clone_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep copies of the inputs: caches and in-place changes of one run must not reach the other."""
     return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in inputs.items()}
 
 
 @contextmanager
 def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Iterator[dict[str, Any]]:
-    """The options as they are, or with every method's keep-all settings and otherwise the same choice.
+    """The options unchanged, or with `keep_all` the same choice of methods under keep-all options.
 
-    A plan file is rewritten into a temporary one that lives as long as the context.
+    A plan file is then copied to a temporary file that exists as long as the context.
     """
     if not keep_all:
         yield dict(options or {})
@@ -285,10 +304,13 @@ def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Iterator[dict
 
 @dataclass(frozen=True)
 class Culprit:
-    """The first thing that breaks the tolerance.
+    """The first cause of a difference beyond the tolerance.
 
-    kind: "compiler" when the model differs without any pass of ours, else "site". options: the smallest configuration found that
-    still differs. alone: whether the site breaks the tolerance by itself, or only after the sites before it.
+    kind: "compiler" when the model differs without any method of sparsify, else "site".
+    options: smallest configuration found that still differs.
+    comparison: the comparison under these options.
+    method, site: names; empty for kind "compiler".
+    alone: True when rewriting this site alone exceeds the tolerance, False when only together with the sites before it.
     """
 
     kind: str
@@ -314,27 +336,28 @@ def bisect(
     tolerance: float | None = None,
     on_step: Callable[[str, Comparison], None] = lambda step, result: None,
 ) -> tuple[Culprit | None, Comparison]:
-    """The first method, and in it the first site in the order of execution, with which the model leaves the tolerance.
+    """Finds the first method, and its first site in order of execution, that makes the model exceed the tolerance.
 
-    Compiles about 2 + methods + log2(sites) times. The search over sites takes for granted that more rewritten sites differ more.
+    Compiles about 2 + methods + log2(sites) times. The binary search over sites assumes that more rewritten sites differ more.
 
     Args:
-        on_step: told about every comparison.
+        inputs, options, tolerance: as for `compare`.
+        on_step: called with the name and the result of every comparison.
 
     Returns:
-        The culprit, None when the model does not differ under these options; and the comparison under all of them.
+        the culprit, None when the model stays within the tolerance; and the comparison under all options.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     base = config.load(options, method_models=method.discover()).as_options() | {"plan": None}
-    eager = _logits(model.forward(**_fresh(inputs)))
+    eager = _logits(model.forward(**_clone_inputs(inputs)))
 
     def test(step: str, decisions: list[Any]) -> tuple[dict[str, Any], Comparison]:
-        chosen = base | {"passes": [], "rules": [_only(d) for d in decisions]}
-        result = _against(eager, model, inputs, chosen, tolerance)
+        chosen = base | {"passes": [], "rules": [_site_rule(d) for d in decisions]}
+        result = _compare_with_eager(eager, model, inputs, chosen, tolerance)
         on_step(step, result)
         return chosen, result
 
-    whole = _against(eager, model, inputs, dict(options or {}), tolerance)
+    whole = _compare_with_eager(eager, model, inputs, dict(options or {}), tolerance)
     on_step("everything", whole)
     if whole.close:
         return None, whole
@@ -361,6 +384,6 @@ def bisect(
     return Culprit("site", found, result, last.method, name, alone), whole
 
 
-def _only(decision: Any) -> dict[str, Any]:
-    # escaped: a site's path is a name here, not a pattern; numbered: another site may have the same
+def _site_rule(decision: Any) -> dict[str, Any]:
+    """A configuration rule for one site. Its path is escaped, since rules take patterns, and numbered, since sites may share a path."""
     return {"layers": [f"{glob.escape(decision.site)}#{decision.ordinal}"], "method": [decision.method], decision.method: decision.options}

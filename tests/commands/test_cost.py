@@ -73,7 +73,7 @@ def test_the_choice_is_the_one_that_a_compilation_makes():
     with torch.no_grad():
         plan = sparsify.explain(model, torch.zeros(1, 200, dtype=torch.int64), use_cache=True, options=options)
     chosen = settings(**options)
-    asked = forecast.Forecaster(meta_model.build("", config=model.config), chosen, pipeline.context_of(torch.device("cpu"), chosen))
+    asked = forecast.Forecaster(meta_model.build("", config=model.config), chosen, pipeline.make_context(torch.device("cpu"), chosen))
     decided = asked.decide(asked.model.calls(200).prefill, chosen)
     facts = lambda decisions: [(d.site, d.method, d.options, d.reason, d.refusals, d.sizes, d.mask) for d in decisions]
     assert facts(decision for _, decision in decided) == facts(plan.decisions)

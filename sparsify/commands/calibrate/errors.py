@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from sparsify import api, backends, pipeline
 from sparsify.errors import UnsupportedError
-from sparsify.graph import apart
+from sparsify.graph import isolated
 from sparsify.matching.attention import find_attention
 from sparsify.matching.sites import AttentionSite
 from sparsify.planning import method
@@ -90,7 +90,7 @@ def measure(
         sites = find_attention(gm)
         editor, graph = _Observer(gm.graph), next(graphs)
         for site, place in zip(sites, places(sites), strict=True):
-            for one in _lossy(site, place, settings, pipeline.context_of(sites[0].device, settings), errors):
+            for one in _lossy(site, place, settings, pipeline.make_context(sites[0].device, settings), errors):
                 one.rewrite(editor, editor.converted(site))
                 tried.append((graph, place, one))
                 with gm.graph.inserting_after(site.output):
@@ -98,7 +98,7 @@ def measure(
         gm.recompile()
         return gm.forward
 
-    with apart.compiled(model.forward, backend, dynamic=False) as forward, backends.serving(settings.kernels):
+    with isolated.compiled(model.forward, backend, dynamic=False) as forward, backends.serving(settings.kernels):
         for done, piece in enumerate(pieces, 1):
             forward(input_ids=piece, use_cache=False)
             if progress is not None:

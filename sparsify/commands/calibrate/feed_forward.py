@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from sparsify import api
 from sparsify.backends.ffn.reference import similarity
 from sparsify.errors import UnsupportedError
-from sparsify.graph import apart
+from sparsify.graph import isolated
 from sparsify.matching.attention import find_attention
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.planning.plan import Plan
@@ -63,7 +63,7 @@ def _recording(model: nn.Module) -> Iterator[tuple[Callable[..., Any], dict[int,
         gm.recompile()
         return gm.forward
 
-    with apart.compiled(model.forward, backend, fullgraph=True) as forward:
+    with isolated.compiled(model.forward, backend, fullgraph=True) as forward:
         yield forward, found
 
 

@@ -55,7 +55,7 @@ def run(given: argparse.Namespace, load_config: Callable[[argparse.Namespace], A
     device = forecast_device.named(given.device)
     model = meta_model.build(given.model, dtype=None if given.dtype == "auto" else getattr(torch, given.dtype), attention=given.attention)
     here = torch.cuda.is_available() and device == hardware.describe(torch.device("cuda"))
-    context = pipeline.context_of(torch.device("cuda"), settings) if here else forecast_device.context(device, settings)
+    context = pipeline.make_context(torch.device("cuda"), settings) if here else forecast_device.context(device, settings)
     make_cache = None if budget is None else lambda config: SparseCache(config, given.policy, budget)
     asked = forecaster.Forecaster(model, settings, context, given.batch, make_cache)
     found = asked.forecast(lengths, "" if budget is None else f"SparseCache {given.policy}, budget {given.budget}")

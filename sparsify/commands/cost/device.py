@@ -57,7 +57,7 @@ def named(name: str | None) -> Device:
 
 def context(device: Device, config: Config) -> Context:
     """What proposals may depend on when the device is not in hand: Triton kernels on every GPU that they support."""
-    here = pipeline.context_of(torch.device("cpu"), config.model_copy(update={"kernels": "auto"}))
+    here = pipeline.make_context(torch.device("cpu"), config.model_copy(update={"kernels": "auto"}))
     if device.type != "cuda" or (device.capability or (0, 0)) < (8, 0) or config.kernels == "reference":
         kernels = family = "reference"
     else:

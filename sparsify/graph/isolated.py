@@ -1,8 +1,8 @@
-"""Compiles a function apart from everything else that the process has compiled: nothing of that is met, changed or thrown away.
+"""Compiles a function in isolation: nothing else that the process has compiled is reused, changed or thrown away.
 
-Dynamo keeps what it compiles, and the sizes that it saw, with code objects, and models share these: decorators of `forward`, or
-`Module._call_impl`. So the function is copied; where a graph breaks, frames of shared code are compiled too, and what was added to these is
-taken away again.
+Dynamo stores compiled code, and the sizes that it has seen, per code object, and models share code objects (decorators of `forward`,
+`Module._call_impl`). So the function is compiled under a copied code object. Where a graph breaks, shared frames are compiled too; what was
+added to these is removed afterwards.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import torch
 from sparsify.graph import compat
 
 _numbers = itertools.count()
-# code that is compiled within the innermost block, None outside of all
+# code objects compiled within the innermost block; None outside of any
 _codes: contextvars.ContextVar[list[types.CodeType] | None] = contextvars.ContextVar("sparsify_codes", default=None)
 
 
 @contextmanager
 def compiled(function: Callable[..., Any], backend: Callable[..., Any], **how: Any) -> Iterator[Callable[..., Any]]:
-    """`torch.compile(function, backend=backend, **how)`, for calls within the block.
+    """Gives `torch.compile(function, backend=backend, **how)` for calls within the block.
 
     Args:
-        function: such as `model.forward`; it may be compiled already, or belong to a model that is.
-        backend: called for every graph.
+        function: for example `model.forward`; it may be compiled already, or belong to a compiled model.
+        backend: called with every graph and its example inputs.
+        how: further arguments of torch.compile.
     """
 
-    def mine(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:  # a new one each time, equal to no other
+    def mine(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:  # a new object each time: Dynamo compares backends
         return backend(gm, example_inputs)
 
     codes: list[types.CodeType] = []
@@ -53,12 +54,12 @@ def _note(code: types.CodeType, new_code: types.CodeType) -> None:
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own, whose name no other has: by names Dynamo remembers the sizes that varied."""
+    """The function with a code object of its own, under a unique name: Dynamo remembers by name which sizes varied."""
     if isinstance(function, types.MethodType):
         return types.MethodType(_copy(function.__func__), function.__self__)
     if not isinstance(function, types.FunctionType):
         return function
-    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_apart_{next(_numbers)}")
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_isolated_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__, copy.__qualname__, copy.__module__ = function.__kwdefaults__, function.__qualname__, function.__module__
     copy.__dict__.update(function.__dict__)

@@ -15,7 +15,7 @@ from sparsify import pipeline, testing
 from sparsify.api import collect_plans
 from sparsify.commands.calibrate import errors, feed_forward
 from sparsify.commands.cost import meta_model
-from sparsify.graph import apart, compat
+from sparsify.graph import compat, isolated
 from sparsify.planning import method
 from sparsify.planning.config import config
 from tests.support.tiny_models import build
@@ -94,7 +94,7 @@ def test_sizes_do_not_become_dynamic():
         return [plan.decisions[0].sizes["key_len"] for plan in plans]
 
     settings = config.load(OPTIONS, method_models=method.discover())
-    looks = lambda: apart.compiled(attend, lambda gm, inputs: pipeline.compile_graph(gm, inputs, settings))
+    looks = lambda: isolated.compiled(attend, lambda gm, inputs: pipeline.compile_graph(gm, inputs, settings))
     served = torch.compile(attend, backend="sparsify", options=OPTIONS)
     serves = lambda: contextlib.nullcontext(served)
     assert sizes(looks, 16, 24) == ["16", "24"]
@@ -131,7 +131,7 @@ def test_graph_breaks_leave_nothing_behind():
     assert len(first.rewritten) >= 2 and entries() == 0
     assert run() > 0
     before = entries()
-    # before torch 2.12 what was compiled apart in an inner frame still counts towards the limit after a graph break
+    # before torch 2.12 what was compiled in isolation in an inner frame still counts towards the limit after a graph break
     with torch._dynamo.config.patch(recompile_limit=before + (1 if compat.ISOLATED else 4)):
         assert all(sparsify.explain(model, options=OPTIONS, x=x) == first for _ in range(3))
     assert run() == 0
@@ -146,7 +146,7 @@ def test_what_was_compiled_goes_away():
         gone.append(weakref.ref(gm))
         return gm.forward
 
-    with apart.compiled(lambda x: x.sin() + 1, backend) as function:
+    with isolated.compiled(lambda x: x.sin() + 1, backend) as function:
         assert torch.equal(function(torch.ones(3)), torch.ones(3).sin() + 1)
     del function
     gc.collect()
@@ -164,6 +164,6 @@ def test_functions_of_every_sort():
     seen = []
     backend = lambda gm, inputs: seen.append(gm) or gm.forward
     for function, want in ((scaled, 4), (Callable().__call__, 2), (Callable(), 2), (torch.compile(scaled, backend="eager"), 4)):
-        with apart.compiled(function, backend) as call:
+        with isolated.compiled(function, backend) as call:
             assert call(torch.ones(1)).item() == want
     assert len(seen) == 4
