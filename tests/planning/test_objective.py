@@ -82,7 +82,7 @@ def test_switches_find_the_length_to_a_step(bound):
 def test_a_compiled_model_gets_one_graph_for_each_winner(monkeypatch):
     """On a GPU's costs, with the reference computing: short prompts dense, long ones windowed, and nothing is compiled twice."""
     model = build("llama", layers=1, max_position_embeddings=8192)
-    monkeypatch.setattr(pipeline, "context_of", lambda device, settings: Context(H200, "reference"))
+    monkeypatch.setattr(pipeline, "make_context", lambda device, settings: Context(H200, "reference"))
     options = {"strict": True, "lower": "eager", "passes": ["sink_window", "dense"], "objective": "time", "sink_window": {"window": 128}}
     chosen = {}
     with torch.no_grad(), compiled(model, options, dynamic=True) as plans:

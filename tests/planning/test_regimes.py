@@ -21,7 +21,7 @@ EXACT, SPARSE = 256, 1024
 @pytest.fixture
 def hopper(monkeypatch):
     """A CPU that plans like an H200, with crossovers that a test can reach; what it plans runs on the reference."""
-    monkeypatch.setattr(pipeline, "context_of", lambda device, config: Context(H200, "triton", None, "hopper"))
+    monkeypatch.setattr(pipeline, "make_context", lambda device, config: Context(H200, "triton", None, "hopper"))
     monkeypatch.setattr(crossovers, "sparse_from", lambda *_, **__: SPARSE)
     monkeypatch.setattr("sparsify.passes.dense.kernel_from", lambda *_, **__: EXACT)
     assert method.discover()
