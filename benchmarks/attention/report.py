@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.attention import Kernels
+from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import PEERS, Found, Row, by_device, conditions, failure, kind, latest, markdown, measured, newest_device
+from benchmarks.lib.tables import Found, Row, by_device, conditions, failure, kind, latest, markdown, measured, newest_device
 
 _RIVALS = ("fa4", "cudnn", "flex")
 _SECTIONS = {"table": "Long prompts", "short": "Short prompts", "dims": "Other head dims and fp16"}
@@ -61,7 +62,7 @@ def _kernel_rows(found: Sequence[Found]) -> str:
         density = "sinks, window" if record["case"].startswith("sink_window") else density
         times = [_kernel_cell(record, name) for name in ("ours", *_RIVALS)]
         rows.append([f"`{record['case']}`", density, *times, f"{record['ratio']:.2f}" if "ratio" in record else "no peer ran"])
-    return markdown(["case", "blocks", *(PEERS[name] for name in ("ours", *_RIVALS)), "ratio"], rows)
+    return markdown(["case", "blocks", *(NAMES[name] for name in ("ours", *_RIVALS)), "ratio"], rows)
 
 
 def _kernel_cell(record: Found, name: str) -> str:
@@ -107,7 +108,7 @@ def plot(found: list[Found]) -> Any:
     for name in names:
         at = [(row, row + (mine.index(name) - (len(mine) - 1) / 2) * width) for row, mine in enumerate(shown) if name in mine]
         bars = [(place, cells[row][f"{name}_tflops"]) for row, place in at]
-        drawn = axis.bar(*zip(*bars, strict=True), width=width, label=PEERS[name])
+        drawn = axis.bar(*zip(*bars, strict=True), width=width, label=NAMES[name])
         axis.bar_label(drawn, fontsize=8)
     for row, mine in enumerate(shown):
         if mine == ["ours"]:

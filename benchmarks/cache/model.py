@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import itertools
 import statistics
 import time
@@ -18,7 +17,8 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from benchmarks.cache import CachePrefill, DecodeModel
 from benchmarks.lib import records
-from benchmarks.model.prefill import Clock, build
+from benchmarks.lib.clock import Clock
+from benchmarks.lib.models import build, clean, peak_bytes, weight_bytes
 from sparsify import SparseCache, backends
 from sparsify.generation.compat import with_cache
 from sparsify.ops import cache as cache_ops
@@ -40,6 +40,7 @@ def model(options: argparse.Namespace) -> None:
 
 
 def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str, batch: int) -> None:
+    clock = Clock(options.device)
     _clean(options.device)
     kind, backend = VARIANTS[variant]
     make = _sparse if kind == "sparse" else _static
@@ -53,18 +54,15 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
         torch.compiler.cudagraph_mark_step_begin()
         return forward(token, **kept).logits[:, -1:].argmax(-1)
 
-    started = time.perf_counter()
-    for _ in range(options.warmup):
+    def advance() -> None:
+        nonlocal token
         token = step(token)
-    _wait(options.device)
+
+    started = time.perf_counter()
+    clock.loop(advance, options.warmup)
     compiled = time.perf_counter()
-    for times, every in ((loop := [], RUN), (read := [], 1)):  # the next token needs no read-back; stopping at a token does
-        for _ in range(max(1, options.tokens // every)):
-            start = time.perf_counter()
-            for _ in range(every):
-                token = step(token)
-            _wait(options.device)
-            times.append(1e3 * (time.perf_counter() - start) / every)
+    loop = [clock.loop(advance, RUN) for _ in range(max(1, options.tokens // RUN))]  # the next token needs no read-back
+    read = [clock.loop(advance, 1) for _ in range(options.tokens)]  # stopping at a token does
     if options.profile and options.device == "cuda":
         profile(step, token)
     values = {
@@ -72,10 +70,10 @@ def _model(options: argparse.Namespace, network: LlamaForCausalLM, variant: str,
         "ms_per_token_read_back": statistics.median(read),
         "slowest_ms": max(read),
         "compile_s": compiled - started,
-        "weight_bytes": _weights(network),
+        "weight_bytes": weight_bytes(network),
         "cache_bytes": _cache_bytes(cache),
         "kept_over_budget": _over_budget(cache, options.budget, batch),
-        "peak_bytes": _peak(options.device),
+        "peak_bytes": peak_bytes(options.device),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
     }
@@ -169,13 +167,14 @@ def _prefill(options: argparse.Namespace, network: LlamaForCausalLM, ids: torch.
         cache = _empty(argparse.Namespace(**vars(options) | {"policy": policy}), network, 1) if policy else DynamicCache()
         kept = with_cache(network, cache)
         _clean(options.device)
-        with stores(options.device) as spent, backends.strict():  # a reference in a kernel's place would be timed as one
-            ms, logits = Clock(options.device)(lambda kept=kept: network(ids, **kept, logits_to_keep=1).logits)
+        clock = Clock(options.device)
+        with stores(clock) as spent, backends.strict():  # a reference in a kernel's place would be timed as one
+            ms, logits = clock.once(lambda kept=kept: network(ids, **kept, logits_to_keep=1).logits)
         values = {
             "ms": ms,
             "store_ms": sum(spent()),
-            "peak_bytes": _peak(options.device),
-            "weight_bytes": _weights(network),
+            "peak_bytes": peak_bytes(options.device),
+            "weight_bytes": weight_bytes(network),
             "cache_bytes": _cache_bytes(cache),
             "kept_over_budget": _over_budget(cache, options.budget, 1),
             "finite": bool(logits.isfinite().all()),
@@ -187,24 +186,18 @@ def _prefill(options: argparse.Namespace, network: LlamaForCausalLM, ids: torch.
 
 
 @contextlib.contextmanager
-def stores(device: str) -> Iterator[Any]:
+def stores(clock: Clock) -> Iterator[Callable[[], list[float]]]:
     """Times every `cache_ops.store` of uncompiled code; calling what is yielded gives the milliseconds of each."""
     original, marks = cache_ops.store, []
-    now = (lambda: torch.cuda.Event(enable_timing=True)) if device == "cuda" else time.perf_counter
 
     def store(*args: Any, **options: Any) -> None:
-        before = now()
-        if device == "cuda":
-            before.record()
+        before = clock.mark()
         original(*args, **options)
-        after = now()
-        if device == "cuda":
-            after.record()
-        marks.append((before, after))
+        marks.append((before, clock.mark()))
 
     cache_ops.store = store
     try:
-        yield lambda: [a.elapsed_time(b) if device == "cuda" else 1e3 * (b - a) for a, b in marks]
+        yield lambda: [clock.between(*pair) for pair in marks]
     finally:
         cache_ops.store = original
 
@@ -223,22 +216,6 @@ def _over_budget(cache: Cache, budget: int, batch: int) -> float | None:
     return cache.kept_bytes() / (batch * budget * tokens * cache.layers[0].keys.element_size())
 
 
-def _weights(network: LlamaForCausalLM) -> int:
-    return sum(p.numel() * p.element_size() for p in network.parameters())
-
-
-def _peak(device: str) -> int | None:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else None
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def _clean(device: str) -> None:
     torch._dynamo.reset()  # compiled code and recorded graphs hold memory
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    clean(device)

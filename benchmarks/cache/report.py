@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from benchmarks.cache import CachePrefill, DecodeAppend, DecodeKernel, DecodeModel, DecodeStore, EvictionNeedles, EvictionStream
 from benchmarks.lib.needles import wilson
+from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import PEERS, Found, Row, by_device, conditions, kind, latest, markdown, measured, size
+from benchmarks.lib.tables import Found, Row, by_device, conditions, kind, latest, markdown, measured, size
 from benchmarks.model import Prefill
 
 TOKEN_MS, STORE_SHARE, KEPT = 5.5, 0.03, 1.05  # goals: a token at batch 1 on an 8B model, of a prefill, of the budget's bytes
@@ -229,7 +230,7 @@ def _decode_kernel(found: list[Found]) -> list[str]:
     rows = []
     for record in sorted(cells, key=lambda r: (r["length"], r["batch"], -r["share"], r["ms"])):
         full = full_read(cells, record)
-        name = PEERS.get(record["variant"], record["variant"]) + (f" {record['tiling']}" if record.get("tiling") else "")
+        name = NAMES.get(record["variant"], record["variant"]) + (f" {record['tiling']}" if record.get("tiling") else "")
         error = f"{record['error']:.1e}" if "error" in record else "–"
         rows.append([size(record["length"]), str(record["batch"]), name, f"{record['share']:.0%}", f"{record['ms']:.3f}",
                      f"{record['gb_per_s']:.0f}", f"{record['ms'] / full:.2f}" if full else "–", error])  # fmt: skip
@@ -252,7 +253,7 @@ def decode_headlines(found: list[Found]) -> list[Row]:
     rows = []
     for record in (r for r in cells if r["variant"] == "sparsify" and r["share"] == 1 and not r.get("tiling")):
         same = [r for r in cells if (r["batch"], r["length"], r["share"]) == (record["batch"], record["length"], 1) and r is not record]
-        beside = ", ".join(f"{PEERS.get(r['variant'], r['variant'])} {r['gb_per_s']:.0f}" for r in same if r["variant"] != "sparsify")
+        beside = ", ".join(f"{NAMES.get(r['variant'], r['variant'])} {r['gb_per_s']:.0f}" for r in same if r["variant"] != "sparsify")
         what = f"decode over a cache of {size(record['length'])} tokens, one layer"
         rows.append([what, f"{record['gb_per_s']:.0f} GB/s", beside or "–"])
     return rows

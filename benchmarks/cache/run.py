@@ -15,36 +15,31 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cache import DecodeAppend, DecodeKernel, DecodeStore
 from benchmarks.cache import model as decode_model
-from benchmarks.lib import records
+from benchmarks.lib import peers, records
+from benchmarks.lib.clock import Clock
+from benchmarks.lib.models import HEAD_DIM, HEADS, KV_HEADS
 from sparsify import backends, policies
 from sparsify.backends.cache import append as triton_append
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
 from sparsify.ops import cache as cache_ops
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
+DIM = HEAD_DIM
+_CLOCK = Clock("cuda")
 SWEEP = [
     DecodeTiling(keys, warps, stages, programs)
     for keys, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3, 4))
     if keys * DIM * 4 * stages * programs <= 200 * 1024
 ]
-
-
-def milliseconds(function: Callable[[], Any], graph: bool = True) -> float:
-    """Median over launches of a captured graph, which hold no host time; without `graph`, of plain calls."""
-    import triton.testing
-
-    return (triton.testing.do_bench_cudagraph if graph else triton.testing.do_bench)(function, rep=200, return_mode="median")
 
 
 def state(batch: int, capacity: int, tokens: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
@@ -85,7 +80,7 @@ def check(batch: int, capacity: int, tokens: int, tiling: DecodeTiling | None) -
 def copy_bandwidth() -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
+    return 2 * source.numel() / _CLOCK.replays(lambda: target.copy_(source)) / 1e6
 
 
 def kernel(options: argparse.Namespace) -> None:
@@ -94,10 +89,9 @@ def kernel(options: argparse.Namespace) -> None:
     for batch, length in itertools.product(options.batch, options.lengths):
         layer, call = state(batch, length, length), step(batch)
         full_bytes = 2 * layer[0].numel() * layer[0].element_size()
-        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        for name, peer in (("cudnn", "cudnn"), ("flash", "fa2")):
             try:
-                with sdpa_kernel(backend):
-                    ms = milliseconds(lambda: F.scaled_dot_product_attention(call[0], *layer[:2], enable_gqa=True))  # noqa: B023  runs now
+                ms = _CLOCK.replays(peers.sdpa(peer, call[0], *layer[:2], causal=False))
                 write(options, name, ms, full_bytes, ceiling, batch=batch, length=length, share=1.0)
             except RuntimeError as error:
                 print(f"{name}: {str(error).splitlines()[0]}")
@@ -113,7 +107,7 @@ def kernel(options: argparse.Namespace) -> None:
                 cache_decode(*call, *filled, tiling=tiling, tickets=tickets, **real, **options_of())  # noqa: B023  runs now
 
             error = check(batch, length, tokens, tiling)
-            ms = milliseconds(run)
+            ms = _CLOCK.replays(run)
             facts = {"batch": batch, "length": length, "share": share, "error": error, "tiling": tiling and vars(tiling)}
             write(options, "sparsify", ms, int(full_bytes * share), ceiling, **facts)
 
@@ -146,7 +140,7 @@ def append(options: argparse.Namespace) -> None:
         want = F.scaled_dot_product_attention(rows, *(t.float() for t in whole), enable_gqa=True)
         error = (ours()[:, :, -1:].float() - want).abs().max().item()
         for name, function in (("sparsify", ours), ("sdpa", peer)):
-            ms = milliseconds(function)
+            ms = _CLOCK.replays(function)
             tflops = 4 * batch * HEADS * DIM * count * (length + count / 2) / ms / 1e9
             print(f"{name:9} {count} tokens over {length}, batch {batch}: {ms:.4f} ms, {tflops:.0f} TFLOP/s, error {error:.1e}", flush=True)
             facts = {"variant": name, "batch": batch, "count": count, "length": length}
@@ -167,7 +161,7 @@ def store(options: argparse.Namespace) -> None:
             cache_ops.store(query, key, value, *layer, empty=True, scale=DIM**-0.5, softcap=0.0, **call)
 
         with backends.strict():  # a reference in a kernel's place would be timed as one
-            ms = milliseconds(run, graph=False)
+            ms = statistics.median(_CLOCK.samples(run, 20))
         print(f"{name}, batch {batch}, {length} tokens, {layout.capacity} kept: {ms:.2f} ms a layer", flush=True)
         facts = {"policy": name, "batch": batch, "length": length, "budget": options.budget}
         records.append(options.out, DecodeStore(**facts, ms=ms))

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.cache import DecodeModel
 from benchmarks.cost_model import CostGrid
 from benchmarks.cost_model import run as cost_grid
+from benchmarks.lib.models import SHAPES
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, conditions, kind, latest, markdown, size
 from benchmarks.model import Prefill
@@ -80,8 +81,6 @@ def _cells(found: list[tuple[Any, float]] | None) -> list[str]:
 
 
 def shape_of(name: str, layers: int | None = None) -> ModelShape:
-    from benchmarks.model.prefill import SHAPES
-
     given = SHAPES[name]
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     return ModelShape(layers or given["num_hidden_layers"], *(given[key] for key in names))

@@ -13,8 +13,10 @@ import torch
 from transformers import LlamaForCausalLM, StaticCache
 
 from benchmarks.ffn import FfnModel
-from benchmarks.ffn.timing import Shape, graphed, milliseconds, note
-from benchmarks.model.prefill import build
+from benchmarks.ffn.timing import Shape, note
+from benchmarks.lib import peers
+from benchmarks.lib.clock import Clock
+from benchmarks.lib.models import build, clean
 from sparsify.api import collect_plans
 from sparsify.generation.compat import with_cache
 
@@ -22,7 +24,7 @@ SHARES = (0.0, 0.1, 0.25, 0.5)
 _ROOM = 1024  # cache places after the prompt: each replay fills one
 _FFN = {"cold_first": 0, "cold_last": 0, "warmup": 0, "threshold": 2.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "inductor": {"backend": "inductor"},
+    "inductor": peers.MODELS["inductor"],
     "sparsify": {"backend": "sparsify", "options": {"passes": ["ffn_skip"], "ffn_skip": _FFN, "min_length": 0, "strict": True}},
 }
 
@@ -67,7 +69,7 @@ def captured(model: LlamaForCausalLM, name: str, cache: StaticCache, prompt: int
     step: Callable[[], Any] = lambda: model(token, **kept, position_ids=position).logits
     began = time.monotonic()
     with collect_plans() as plans:
-        graph = graphed(step)
+        graph = Clock(device).graph(step)
     layers = model.config.num_hidden_layers
     if name == "sparsify" and any(sum(d.kind == "ffn" for d in plan.rewritten) != layers for plan in plans):
         raise RuntimeError(f"not all of {layers} blocks were rewritten:\n" + "\n".join(map(str, plans)))
@@ -82,6 +84,7 @@ def run(options: argparse.Namespace, shape: Shape, rate: dict[str, float], prepa
     model = build(options.shape, options.layers or shape.layers, device)
     layers = model.config.num_hidden_layers
     facts = {"shape": shape, "rate": rate, "layers": layers, "prompt": options.prompt}
+    clock = Clock(device)
     for rows in options.rows:
         prepare(rows)
         cache = filled_cache(model, options.prompt, rows, device)
@@ -91,16 +94,14 @@ def run(options: argparse.Namespace, shape: Shape, rate: dict[str, float], prepa
                 for share in SHARES if name == "sparsify" else (0.0,):
                     forced.fill_(round(share * layers))
                     values = {"variant": name, "rows": rows, "share": round(share * layers) / layers, "pattern": "all rows"}
-                    note(options, FfnModel, times=milliseconds(graph), **values, **facts)
+                    note(options, FfnModel, times=clock.samples(graph, 20), **values, **facts)
                 if name == "sparsify" and rows > 1:
                     # each row by itself: the first blocks for the first rows only, so that no block is skipped by all
                     forced.fill_(round(0.25 * layers))
                     forced[-1] = 0
                     values = {"variant": name, "rows": rows, "share": 0.25, "pattern": "all rows but one"}
-                    note(options, FfnModel, times=milliseconds(graph), **values, **facts)
+                    note(options, FfnModel, times=clock.samples(graph, 20), **values, **facts)
                 del graph
             gc.collect()
         del cache
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        clean(device)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.ffn import FfnPrefill, FfnPrefillTilings
-from benchmarks.ffn.timing import Shape, block_weights, graphed, milliseconds, ours, plain
+from benchmarks.ffn.timing import Shape, block_weights, ours, plain
 from benchmarks.lib import records
+from benchmarks.lib.clock import Clock
 
 SHARES = (0.0, 0.1, 0.25, 0.5)
 _ROUNDS = 3
@@ -46,12 +47,13 @@ def find_tiling(options: argparse.Namespace, x: torch.Tensor, weights: list[dict
     from sparsify.backends.ffn import many_rows
     from sparsify.backends.ffn.source import choose_rows_tiling
 
+    clock = Clock("cuda")
     flags, found = counters(x.shape[1], 0.0, "cuda"), {}
     for name, changes in candidates().items():
         tiling = dataclasses.replace(choose_rows_tiling("bf16", True), **changes)
         try:
             many_rows.tilings["bf16"] = tiling
-            found[tiling] = statistics.median(milliseconds(graphed(lambda: ours(x, weights, flags)), _REPLAYS))
+            found[tiling] = statistics.median(clock.samples(clock.graph(lambda: ours(x, weights, flags)), _REPLAYS))
         except Exception as error:  # too much shared memory, for one
             print(f"  {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             continue
@@ -73,7 +75,7 @@ def largest_error(weights: list[dict[str, torch.Tensor]], x: torch.Tensor) -> fl
 def run(options: argparse.Namespace, shape: Shape, rate: dict[str, float]) -> None:
     """One record for every number of rows and share, and one for Inductor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = block_weights(shape, device, 1)
+    clock, weights = Clock(device), block_weights(shape, device, 1)
     compiled = torch.compile(plain, fullgraph=True, dynamic=False)
     lengths = sorted(options.lengths)
     if device == "cuda":
@@ -83,13 +85,13 @@ def run(options: argparse.Namespace, shape: Shape, rate: dict[str, float]) -> No
         error = largest_error(weights, x)
         flags = counters(rows, 0.0, device)
         torch._dynamo.reset()
-        dense, graph = graphed(lambda x=x: compiled(x, weights)), graphed(lambda x=x, flags=flags: ours(x, weights, flags))
+        dense, graph = clock.graph(lambda x=x: compiled(x, weights)), clock.graph(lambda x=x, flags=flags: ours(x, weights, flags))
         times: dict[Any, list[float]] = {key: [] for key in ("inductor", *SHARES)}
         for _ in range(_ROUNDS):
-            times["inductor"] += milliseconds(dense, _REPLAYS)
+            times["inductor"] += clock.samples(dense, _REPLAYS)
             for share in SHARES:
                 flags.copy_(counters(rows, share, device))
-                times[share] += milliseconds(graph, _REPLAYS)
+                times[share] += clock.samples(graph, _REPLAYS)
         base = statistics.median(times["inductor"])
         for key, found in times.items():
             share, ms = key if key != "inductor" else 0.0, statistics.median(found)

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import gc
 import hashlib
-import statistics
 import sys
 import time
 import traceback
@@ -30,11 +29,13 @@ from benchmarks.answers.train_demo_model import HELD_OUT, TEXT_BYTES
 from benchmarks.ffn import FfnQuality, FfnStack, FfnTilings, prefill
 from benchmarks.ffn import model as ffn_model
 from benchmarks.ffn.quality import run as run_quality
-from benchmarks.ffn.timing import SHAPES, Shape, bandwidth, block_weights, graphed, milliseconds, note, ours, plain, spread
+from benchmarks.ffn.timing import SHAPES, Shape, bandwidth, block_weights, note, ours, plain, spread
 from benchmarks.lib import records
+from benchmarks.lib.clock import Clock
 from benchmarks.lib.needles import stdlib_text
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
+_CLOCK = Clock("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # -- tilings -----------------------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def find_tiling(rows: int, shape: Shape, seconds: float, out: Path) -> Any:
     def measure(tiling: Any) -> None:
         try:
             few_rows.tilings[key] = tiling
-            ms = statistics.median(milliseconds(graphed(lambda: ours(x, weights, flags)))) / len(weights)
+            ms = _CLOCK.replays(lambda: ours(x, weights, flags)) / len(weights)
         except Exception as error:  # too much shared memory, for one
             print(f"  {tiling}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             return
@@ -142,22 +143,22 @@ def run_stack(options: argparse.Namespace, shape: Shape, rate: dict[str, float],
         facts = {"rows": rows, "shape": shape, "rate": rate}
         x = torch.randn(rows, 1, shape.hidden, device=device, dtype=torch.bfloat16)
         torch._dynamo.reset()
-        times = milliseconds(graphed(lambda x=x: compiled(x, weights)))
+        times = _CLOCK.samples(_CLOCK.graph(lambda x=x: compiled(x, weights)), 20)
         note(options, FfnStack, variant="inductor", share=0.0, pattern="all rows", times=times, **facts)
         flags = torch.zeros(shape.layers, rows, dtype=torch.int32, device=device)
-        graph = graphed(lambda x=x, flags=flags: ours(x, weights, flags))
+        graph = _CLOCK.graph(lambda x=x, flags=flags: ours(x, weights, flags))
         want = plain(x, weights[:4]).float()
         facts["error"] = (ours(x, weights[:4], flags[:4]).float() - want).abs().max().item() / want.abs().max().item()
         for share in SHARES:
             flags.zero_()
             flags[spread(share, shape.layers)] = 1
             share = len(spread(share, shape.layers)) / shape.layers
-            note(options, FfnStack, variant="sparsify", share=share, pattern="all rows", times=milliseconds(graph), **facts)
+            note(options, FfnStack, variant="sparsify", share=share, pattern="all rows", times=_CLOCK.samples(graph, 20), **facts)
         for share in SHARES[1:4] if rows > 1 else ():
             generator = torch.Generator(device=device).manual_seed(0)
             flags.copy_(torch.rand(flags.shape, device=device, generator=generator) < share)
             facts["blocks_without_rows"] = (flags.sum(1) == rows).float().mean().item()
-            note(options, FfnStack, variant="sparsify", share=share, pattern="each row by itself", times=milliseconds(graph), **facts)
+            note(options, FfnStack, variant="sparsify", share=share, pattern="each row by itself", times=_CLOCK.samples(graph, 20), **facts)
         del graph
 
 

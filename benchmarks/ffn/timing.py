@@ -1,19 +1,18 @@
-"""What the feed-forward benchmarks share: CUDA graphs and their times, the bandwidth of a run, blocks of an 8B model's shape, records."""
+"""What the feed-forward benchmarks share: the bandwidth of a run, blocks of a model's shape, records."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.ffn import FfnStack
-from benchmarks.lib import records
+from benchmarks.lib import models, records
+from benchmarks.lib.clock import Clock
 from sparsify.ops import feed_forward
 
 EPS = 1e-5
@@ -23,57 +22,14 @@ EPS = 1e-5
 class Shape:
     """Of one block; `layers` of them make a stack."""
 
-    hidden: int = 4096
-    intermediate: int = 14336
-    layers: int = 32
+    hidden: int
+    intermediate: int
+    layers: int
 
 
-# Llama-3.1-8B's, and one that a CPU runs in no time
-SHAPES = {"8b": Shape(), "tiny": Shape(128, 256, 4)}
-
-
-class _Calls:
-    """Stands in for a CUDA graph where there is no GPU: a replay is a call."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.replay = function
-
-
-def graphed(function: Callable[[], Any]) -> Any:
-    """The function in a CUDA graph, after warming up what compiles or allocates at first."""
-    if not torch.cuda.is_available():
-        function()
-        return _Calls(function)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def milliseconds(graph: Any, replays: int = 20) -> list[float]:
-    times = []
-    for _ in range(replays):
-        if isinstance(graph, _Calls):
-            began = time.perf_counter()
-            graph.replay()
-            times.append(1e3 * (time.perf_counter() - began))
-            continue
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
+SHAPES = {
+    name: Shape(given["hidden_size"], given["intermediate_size"], given["num_hidden_layers"]) for name, given in models.SHAPES.items()
+}
 
 
 def bandwidth(device: str) -> dict[str, float]:
@@ -83,12 +39,13 @@ def bandwidth(device: str) -> dict[str, float]:
     matrix = numbers.view(torch.bfloat16).view(-1, 8192)
     vector = torch.ones(8192, dtype=torch.bfloat16, device=device)
     half = size // 8
+    clock = Clock(device)
     ways = {
         "copy": lambda: numbers[:half].copy_(numbers[half:]),
         "sum": lambda: numbers.sum(),
         "product": lambda: matrix @ vector,
     }
-    return {name: size / (1e-3 * min(milliseconds(graphed(way)))) for name, way in ways.items()}
+    return {name: size / (1e-3 * min(clock.samples(clock.graph(way), 20))) for name, way in ways.items()}
 
 
 def block_weights(shape: Shape, device: str, layers: int | None = None) -> list[dict[str, torch.Tensor]]:

@@ -79,7 +79,3 @@ def short(commit: str) -> str:
     """Ten digits, and still saying when the code was not quite that commit's."""
     name, plus, changes = commit.partition("+")
     return name[:10] + plus + changes
-
-
-PEERS = {"ours": "sparsify", "ours, dense": "sparsify", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "fa2": "FlashAttention-2",
-         "flash": "FlashAttention-2", "flex": "FlexAttention", "sdpa": "SDPA", "sparsify": "sparsify"}  # fmt: skip

@@ -13,82 +13,32 @@ and `density` fixes how many blocks are visited whatever they are. Cache on, log
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.lib import records
+from benchmarks.lib import peers, records
+from benchmarks.lib.clock import Clock, reason
+from benchmarks.lib.models import SHAPES, build, clean, peak_bytes
 from benchmarks.model import Prefill
 from sparsify.api import record_density
 from sparsify.planning.method import discover
-
-# Llama-3.1-8B's published configuration, but for its scaled rotary embedding, which costs the same
-SHAPES = {
-    "8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 1 << 20, "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
-    "tiny": {
-        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1 << 20,
-    },
-}  # fmt: skip
 
 
 def variants(density: float) -> dict[str, dict[str, Any] | None]:
     """For each variant its `model.compile` arguments, None for eager."""
     sparse = {"passes": ["xattention", "dense"], "xattention": {"density": density}, "min_length": 0, "strict": True}
     return {
-        "eager": None,
-        "inductor": {"backend": "inductor"},
+        **peers.MODELS,
         "default": {"backend": "sparsify"},
         "dense": {"backend": "sparsify", "options": {"passes": ["dense"], "strict": True}},
         "xattention": {"backend": "sparsify", "options": sparse},
     }
-
-
-def build(shape: str, layers: int | None, device: str) -> LlamaForCausalLM:
-    config = LlamaConfig(**SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}), bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    return model.to(device).eval()
-
-
-class Clock:
-    """Milliseconds of a call, on the device's own clock."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def __call__(self, function: Any) -> tuple[float, Any]:
-        if not self.cuda:
-            start = time.perf_counter()
-            result = function()
-            return 1e3 * (time.perf_counter() - start), result
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        result = function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end), result
-
-
-def clean(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 @torch.no_grad()
@@ -101,14 +51,19 @@ def measure(model: LlamaForCausalLM, ids: torch.Tensor, repeats: int, device: st
 
     clean(device)
     with record_density() as found:
-        first, logits = clock(prefill)
+        first, logits = clock.once(prefill)
     if ids.shape[1] < 65536:  # a call of seconds is its own warm-up
-        clock(prefill)
+        clock.once(prefill)
     clean(device)  # compilation may need more memory than a call
-    times = [clock(prefill)[0] for _ in range(repeats)]
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    times = [clock.once(prefill)[0] for _ in range(repeats)]
     density = sum(found) / len(found) if found else None
-    values = {"ms": statistics.median(times), "times_ms": times, "first_call_ms": first, "peak_bytes": peak, "density": density}
+    values = {
+        "ms": statistics.median(times),
+        "times_ms": times,
+        "first_call_ms": first,
+        "peak_bytes": peak_bytes(device),
+        "density": density,
+    }
     return values, logits.float()
 
 
@@ -166,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:
                 traceback.print_exc()
                 failed += 1
-                found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+                found = {"error": reason(error)}
                 clean(options.device)
             facts = {
                 "shape": options.shape,

@@ -8,8 +8,9 @@ from typing import Any
 from benchmarks.answers.report import DEFAULT, FEW_LOST, lost
 from benchmarks.attention import Kernels
 from benchmarks.attention.report import dense_length
+from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import PEERS, Found, Row, by_device, conditions, failure, latest, markdown, measured, size
+from benchmarks.lib.tables import Found, Row, by_device, conditions, failure, latest, markdown, measured, size
 from benchmarks.whole_op import WholeOp
 
 _QUOTED = ((16, "max"), (16, "max+pair+int8"), (8, "max+pair+int8"))  # stride and pool
@@ -28,7 +29,7 @@ def _device_table(cells: list[Found], found: list[Found]) -> str:
         here = [record for record in cells if record["length"] == length]
         for record in (r for r in here if r["kind"] == "dense"):
             best = f"{fastest[length][0] / record['ms']:.2f}" if length in fastest and "ms" in record else "–"
-            rows.append([size(length), f"dense: {PEERS.get(record['name'], record['name'])}", _milliseconds(record),
+            rows.append([size(length), f"dense: {NAMES.get(record['name'], record['name'])}", _milliseconds(record),
                          _over_peers(record, here), best, "1.0", "100.0%", "–", "–"])  # fmt: skip
         for record in sorted((r for r in here if r["kind"] == "sparse"), key=lambda r: (-r["stride"], r["pool"], r["target"])):
             rows.append(_sparse_row(record, fastest.get(length)))
@@ -39,7 +40,7 @@ def _device_table(cells: list[Found], found: list[Found]) -> str:
 
 def _note(cells: list[Found], fastest: dict[int, tuple[float, str, str]]) -> str:
     lengths = sorted({record["length"] for record in cells})
-    absent = sorted({PEERS.get(r["name"], r["name"]) for r in cells if r["kind"] == "dense" and "error" in r})
+    absent = sorted({NAMES.get(r["name"], r["name"]) for r in cells if r["kind"] == "dense" and "error" in r})
     known = [f"{size(n)}: {fastest[n][1]}, {fastest[n][0]:.1f} ms (`{fastest[n][2]}` records)" for n in lengths if n in fastest]
     parts = [
         "Estimate, selection, index building and attention timed as one call, on structured queries and keys; the parts in brackets are "
@@ -165,13 +166,13 @@ def fastest_dense(found: Iterable[Found], gpu: str | None) -> dict[int, tuple[fl
 def _dense_times(record: Found) -> Iterable[tuple[int, str, float]]:
     if record["benchmark"] == "whole_op" and record["kind"] == "dense" and "ms" in record:
         if (record["heads"], record["kv_heads"], record["head_dim"], record["dtype"]) == (32, 8, 128, "bfloat16"):
-            yield record["length"], PEERS.get(record["name"], record["name"]), record["ms"]
+            yield record["length"], NAMES.get(record["name"], record["name"]), record["ms"]
     elif record["benchmark"] == "kernels" and record["section"] in ("table", "short"):
         length = dense_length(record["case"])
         for name in ("ours", "fa4", "cudnn", "flex"):
             # in the windowed case only the peers are dense
             if length and f"{name}_ms" in record and (name != "ours" or record["case"].startswith("dense_")):
-                yield length, PEERS[name], record[f"{name}_ms"]
+                yield length, NAMES[name], record[f"{name}_ms"]
 
 
 def _estimate(record: Found) -> tuple[str, int]:
@@ -205,7 +206,7 @@ def headlines(found: list[Found]) -> list[Row]:
             peer = min((ms, name) for name, ms in ((n, record["ms"] * ratio) for n, ratio in record["speedups"].items()))[1]
             beside = (
                 f"{fastest[0] / record['ms']:.1f} × the fastest dense kernel measured ({fastest[1]}), "
-                f"{record['speedup']:.1f} × {PEERS.get(peer, peer)} in the same run; {record['kept_mass']:.0%} of the softmax mass kept"
+                f"{record['speedup']:.1f} × {NAMES.get(peer, peer)} in the same run; {record['kept_mass']:.0%} of the softmax mass kept"
             )
             rows.append([what, f"{record['ms']:.1f} ms, {estimate}", beside])
     return rows
@@ -213,7 +214,7 @@ def headlines(found: list[Found]) -> list[Row]:
 
 def shortfalls(found: list[Found]) -> list[str]:
     cells = latest(found, WholeOp)
-    absent = sorted({(r["length"], PEERS.get(r["name"], r["name"])) for r in cells if r["kind"] == "dense" and "error" in r})
+    absent = sorted({(r["length"], NAMES.get(r["name"], r["name"])) for r in cells if r["kind"] == "dense" and "error" in r})
     lines = [f"The whole sparse call at {size(length)}: {name} did not run beside it." for length, name in absent]
     for length, sparse in _sparse(found).items():
         fastest = fastest_dense(found, sparse[0]["machine"]["gpu"]).get(length)

@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsify.backends
-from benchmarks.lib import precompile, records
+from benchmarks.lib import peers, precompile, records
+from benchmarks.lib.clock import Clock, reason
 from benchmarks.whole_op import WholeOp
 from benchmarks.whole_op.data import find_threshold, structured
 from sparsify.ops import attention as ops
@@ -55,7 +54,7 @@ ESTIMATES += ((16, "max+group"), (16, "max+half+int8"), (8, "max"), (8, "sum"), 
 MAIN = (16, "max")
 BLOCK = 128
 ROUNDS = 3
-SAMPLE_MS = 60.0  # samples of a round go on for about so long
+SAMPLE_MS, MOST = 60.0, 8  # samples of a round go on for about so long, but are no more
 MIB = 1 << 20
 
 
@@ -138,66 +137,6 @@ def whole(query: Tensor, key: Tensor, value: Tensor, tuned: Tuned) -> tuple[Tens
     return attend(query, key, value, select(query, key, tuned.cell.stride, tuned.cell.pool, tuned.threshold))
 
 
-def peers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Any]]:
-    """Dense causal attention by others."""
-
-    def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-        return run
-
-    def fa4() -> Tensor:
-        from flash_attn.cute.interface import _flash_attn_fwd
-
-        return _flash_attn_fwd(*(tensor.transpose(1, 2) for tensor in (query, key, value)), causal=True)[0]
-
-    if not query.is_cuda:
-        return {"sdpa": sdpa(SDPBackend.MATH)}
-    return {"fa4": fa4, "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "fa2": sdpa(SDPBackend.FLASH_ATTENTION)}
-
-
-class Clock:
-    """Milliseconds of calls, by CUDA events where there is a GPU."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        self.flush = torch.empty(256 * MIB, dtype=torch.int8, device=device) if self.cuda else None
-
-    def samples(self, run: Callable[[], Any], count: int) -> list[float]:
-        """Back to back and waited for at the end, so that the host stays ahead of the GPU."""
-        if not self.cuda:
-            started = time.perf_counter()
-            run()
-            return [1e3 * (time.perf_counter() - started)]
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for begin, end in pairs:
-            self.flush.zero_()
-            begin.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in pairs]
-
-    def interleaved(self, runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, list[float]], dict[str, str]]:
-        """Samples of each run over `ROUNDS` rounds, and why the others have none."""
-        found: dict[str, list[float]] = {}
-        absent: dict[str, str] = {}
-        counts = {}
-        for name, run in runs.items():
-            try:
-                self.samples(run, 1)
-                counts[name] = min(8, max(1, int(SAMPLE_MS / max(self.samples(run, 1)[0], 1e-3))))
-                found[name] = []
-            except Exception as error:
-                absent[name] = f"{type(error).__name__}: {str(error)[:300]}"
-        for _ in range(ROUNDS if self.cuda else 1):
-            for name in found:
-                found[name] += self.samples(runs[name], counts[name])
-        return found, absent
-
-
 def peak_bytes(run: Callable[[], Any]) -> int | None:
     """Device memory that a call needs beside its inputs and outputs."""
     if not torch.cuda.is_available():
@@ -237,11 +176,11 @@ def measure(length: int, options: argparse.Namespace, keep: Callable[..., None])
             tuned[cell.name] = tune(query, key, cell)
         except Exception as error:
             traceback.print_exc()
-            failed[cell.name] = f"{type(error).__name__}: {str(error)[:300]}"
-    runs = {**peers(*operands), "ours, dense": lambda: attend(*operands, (None, None))}
+            failed[cell.name] = reason(error)
+    runs = {**peers.dense(*operands), "ours, dense": lambda: attend(*operands, (None, None))}
     dense_names = list(runs)
     runs |= {name: lambda one=one: whole(*operands, one) for name, one in tuned.items()}
-    times, absent = clock.interleaved(runs)
+    times, absent = clock.turns(runs, ROUNDS, SAMPLE_MS, MOST)
     medians = {name: statistics.median(found) for name, found in times.items()}
     for name in dense_names:
         keep(kind="dense", length=length, name=name, ms=medians.get(name), samples=times.get(name), error=absent.get(name))
@@ -266,9 +205,9 @@ def measure(length: int, options: argparse.Namespace, keep: Callable[..., None])
             ms=milliseconds,
             samples=times[cell.name],
             select_ms=statistics.median(
-                clock.samples(lambda one=one: select(query, key, one.cell.stride, one.cell.pool, one.threshold), 5)
+                clock.samples(lambda one=one: select(query, key, one.cell.stride, one.cell.pool, one.threshold), 5, flush=True)
             ),
-            attend_ms=statistics.median(clock.samples(lambda lists=lists: attend(*operands, lists), 5)),
+            attend_ms=statistics.median(clock.samples(lambda lists=lists: attend(*operands, lists), 5, flush=True)),
             speedup=min(rivals.values()) / milliseconds if rivals else None,
             speedups={name: other / milliseconds for name, other in rivals.items()},
             estimate_share=share,
@@ -290,7 +229,7 @@ def chunk_times(clock: Clock, query: Tensor, key: Tensor) -> dict[str, float]:
     for mib in (128, 256, 512, 1024, 4096):
         limits = triton.Limits(scratch_bytes=mib * MIB)
         runs[str(mib)] = lambda limits=limits: triton.select_blocks(query, key, limits=limits, **call)
-    return {name: statistics.median(found) for name, found in clock.interleaved(runs)[0].items()}
+    return {name: statistics.median(found) for name, found in clock.turns(runs, ROUNDS, SAMPLE_MS, MOST)[0].items()}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -308,7 +247,7 @@ def work(options: argparse.Namespace) -> None:
                 measure(length, options, keep)
             except Exception as error:
                 traceback.print_exc()
-                keep(kind="failure", length=length, error=f"{type(error).__name__}: {str(error)[:300]}")
+                keep(kind="failure", length=length, error=reason(error))
                 if "CUDA error" in str(error):
                     return
 
