@@ -1,9 +1,9 @@
-"""The attention kernels on one GPU: checked against the reference first, then timed beside their peers in the same process.
+"""The attention kernels on one GPU, timed beside their peers in the same process.
 
-    python -m benchmarks run attention check tune table dims short --out results/kernels.jsonl
+    python -m benchmarks run attention tune table dims short --out results/kernels.jsonl
 
-Sections: `check` the correctness matrix; `tune` the kernel's variants; `table` block-sparse and dense attention at 64K and 128K tokens,
-sink + window, and chunks; `dims` other head dims and fp16; `short` prompts of 2K to 8K; and, only when asked for, `lever_check`, `levers`
+Sections: `tune` the kernel's variants; `table` block-sparse and dense attention at 64K and 128K tokens,
+sink + window, and chunks; `dims` other head dims and fp16; `short` prompts of 2K to 8K; and, only when asked for, `levers`
 and `estimate`: kernel variants beside each other (variants.py). Shapes are Llama-3.1-8B's: 32 query heads, 8 KV
 heads, head dim 128, bf16, batch 1. TFLOP/s count the visited blocks (4·128·128·D each), or half of N² for dense causal attention. Times
 are medians over two interleaved rounds. Peers that are not installed are recorded as such.
@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("check", "tune", "table", "dims", "short")
-LEVERS = ("lever_check", "levers", "estimate")  # not run unless asked for
-PATIENCE = {"check": 120, "tune": 120, "table": 240, "dims": 240, "short": 180, "lever_check": 60, "levers": 60, "estimate": 100}
-"""Seconds without a word."""
-SHARDS = {"check": 6, "lever_check": 12}  # correctness does not mind company, and most of it is compilation
+SECTIONS = ("tune", "table", "dims", "short")
+LEVERS = ("levers", "estimate")  # not run unless asked for
+PATIENCE = {"tune": 120, "table": 240, "dims": 240, "short": 180, "levers": 60, "estimate": 100}  # seconds without a word
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,35 +47,24 @@ def main(arguments: list[str] | None = None) -> int:
 
     out = options.out or records.RESULTS / "kernels.jsonl"
     end = time.monotonic() + options.seconds
-    lock, results = threading.Lock(), []
+    results = []
 
     def keep(section: str, values: dict[str, Any]) -> None:
-        with lock:
-            results.append({"section": section, **values})
-            if section == "lever_check" and not values.get("ok"):
-                os.environ[variants.SKIP] = f"{os.environ.get(variants.SKIP, '')},{values['case']}"
-            show = variants.line if section in ("levers", "estimate") else timing.line
-            print(show(section, values), flush=True)
-            records.append(out, Kernels(section=section, case=values["case"], more=values))
+        results.append({"section": section, **values})
+        show = variants.line if section in LEVERS else timing.line
+        print(show(section, values), flush=True)
+        records.append(out, Kernels(section=section, case=values["case"], more=values))
 
     for section in options.sections:
-        names = [name for name in case_names(section) if options.only in name]
-        shards = SHARDS.get(section, 1)
-        with ThreadPoolExecutor(shards) as pool:
-            done = [pool.submit(supervise, section, names[i::shards], end, keep) for i in range(shards)]
-        for part in done:
-            part.result()
+        supervise(section, [name for name in cases(section) if options.only in name], end, keep)
     print(timing.summary(results), flush=True)
     return 0
 
 
-def case_names(section: str) -> list[str]:
+def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
     from benchmarks.attention import timing, variants
-    from benchmarks.sanitizer import attention_cases
 
-    if section in LEVERS:
-        return list(variants.cases(section))
-    return [*attention_cases.matrix(), "capture"] if section == "check" else list(timing.workloads(section))
+    return variants.cases(section) if section in LEVERS else timing.workloads(section)
 
 
 def supervise(section: str, names: list[str], end: float, keep) -> None:
@@ -129,20 +115,11 @@ def _pump(stream, lines: queue.Queue[str | None]) -> None:
 
 def work(section: str, names: list[str]) -> None:
     """One line when a case begins and one with its result."""
-    from benchmarks.attention import timing, variants
-    from benchmarks.sanitizer import attention_cases
-
-    calls = attention_cases.matrix()
     for name in names:
         print(json.dumps({"begins": name}), flush=True)
         start = time.monotonic()
         try:
-            if section in LEVERS:
-                values = variants.cases(section)[name]()
-            elif section != "check":
-                values = timing.workloads(section)[name]()
-            else:
-                values = attention_cases.check_capture() if name == "capture" else attention_cases.check(calls[name])
+            values = cases(section)[name]()
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             values = {"error": f"{type(error).__name__}: {str(error)[:400]}", "at": f"{Path(at.filename).name}:{at.lineno}"}

@@ -1,39 +1,31 @@
-"""What a kernel's speed could be changed by, each lever against the others: sections `lever_check`, `levers` and `estimate` of `kernels`.
+"""What a kernel's speed could be changed by, each lever against the others: sections `levers` (attention) and `estimate` (block scoring).
 
-`lever_check` compiles every variant and compares it with the reference on small calls, poisoned and run twice; what fails there is not
-timed. `levers` times the attention variants, `estimate` those of block scoring, in interleaved rounds within one process.
+Rounds in random orders within one process, each call under its own load; variants whose outputs differ from the first one's are named.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
-import os
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.sanitizer import attention_cases
+from benchmarks.lib.clock import Clock, reason
 from benchmarks.whole_op.data import structured
 from sparsify.backends import sparse_attention
 from sparsify.backends.attention import hopper
 from sparsify.backends.attention.hopper_source import GluonTuning
-from sparsify.backends.select import call as select_inputs
-from sparsify.backends.select import reference, triton
-from sparsify.backends.select.source import INT8_TILING, TMA_TILING, Tiling
+from sparsify.backends.select import triton
+from sparsify.backends.select.source import INT8_TILING, TMA_TILING
 from sparsify.ops import attention as ops
 from sparsify.ops import block_lists as blockmask
 from sparsify.ops import scratch
 
-SKIP = "SPARSIFY_LEVERS_SKIP"  # variants that failed their check, by comma
 ROUNDS = 4
-_WARM_MS, _SAMPLE_MS = 120.0, 160.0  # at the power limit clocks fall within tens of milliseconds
+_CLOCK = Clock("cuda")
 
 _BEST = GluonTuning(output_in_query=True, value_stages=3, query_registers=True)
 ATTENTION = {
@@ -67,11 +59,7 @@ _WORKLOADS = {
 
 
 def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Cases by name, as `kernel_timing.workloads`."""
-    if section == "lever_check":
-        attention = {f"attention {name}": lambda one=one: _check_attention(one) for name, one in ATTENTION.items()}
-        attention |= {f"attention {name}": lambda one=one: _check_attention(one, 64) for name, one in ATTENTION_64.items()}
-        return attention | {f"score {name}": lambda one=one: _check_score(one) for name, one in SCORE.items()}
+    """Cases by name, as `timing.workloads`."""
     if section == "estimate":
         return {
             "matrix_product": _ceiling,
@@ -96,43 +84,9 @@ def line(section: str, values: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _kept(variants: dict[str, Any], kind: str) -> dict[str, Any]:
-    skipped = os.environ.get(SKIP, "").split(",")
-    return {name: one for name, one in variants.items() if f"{kind} {name}" not in skipped}
-
-
-def _check_attention(tuning: GluonTuning, dim: int = 128) -> dict[str, Any]:
-    calls = {
-        "lists": attention_cases.Call(heads=32, kv_heads=8, query_len=3000, key_len=3000, density=0.2, tuning=tuning),
-        "dense": attention_cases.Call(heads=32, kv_heads=8, query_len=2000, key_len=2000, tuning=tuning),
-        "empty": attention_cases.Call(heads=8, kv_heads=2, query_len=1000, key_len=1000, density=0.03, tuning=tuning),
-    }
-    found = {name: attention_cases.check(replace(call, head_dim=dim)) for name, call in calls.items()}
-    problems = [f"{name}: {values['problems']}" for name, values in found.items() if not values.get("ok")]
-    return {"served": True, "ok": not problems, "problems": "; ".join(problems), "error": max(v.get("error", 0.0) for v in found.values())}
-
-
 def _score_call(stride: int, pool: str, threshold: float) -> dict[str, Any]:
     call = {"scale": 128**-0.5, "causal": True, "windows": [], "pool": pool, "stride": stride, "block_size": 128}
     return call | {"threshold": [threshold], "density": 0.0, "version": 1}
-
-
-def _check_score(tiling: Tiling) -> dict[str, Any]:
-    problems, largest = [], 0.0
-    for length, heads in ((8192, 8), (5000, 4)):
-        query, key, _ = structured(length, heads=heads, kv_heads=heads // 4)
-        options = _score_call(16, "max", 0.9)
-        one = select_inputs.describe(query, key, **options)
-        own = triton.importance(query, key, tiling=tiling, **options)
-        largest = max(largest, float((own - reference.importance(one)).abs().max()))
-        lists = [triton.select_blocks(query, key, tiling=tiling, **options) for _ in range(2)]
-        kept = [blockmask.to_dense(*pair, one.key_blocks) for pair in lists]
-        wanted = reference.choose(own, *reference.candidates(one), one.threshold, one.density)
-        problems += ["two runs differ"] * (not torch.equal(*kept)) + ["other blocks than its importances ask for"] * (
-            not (kept[0] ^ wanted).float().mean() < 1e-4  # sums are rounded in another order
-        )
-    problems += [f"importance off by {largest:.1e}"] * (not largest < 2e-3)
-    return {"served": True, "ok": not problems, "problems": "; ".join(problems), "error": largest}
 
 
 def _milliseconds(runs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
@@ -141,58 +95,8 @@ def _milliseconds(runs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, flo
     draw = random.Random(0)
     for _ in range(ROUNDS):
         for name in draw.sample(list(runs), len(runs)):
-            found[name].append(_sustained(runs[name]))
+            found[name].append(_CLOCK.under_load(runs[name]))
     return {name: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]} for name, rounds in found.items()}
-
-
-def _sustained(run: Callable[[], Any]) -> dict[str, float]:
-    begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    once = max(begin.elapsed_time(end), 1e-3)
-    for _ in range(max(1, round(_WARM_MS / once))):
-        run()
-    middle.record()
-    count = max(2, round(_SAMPLE_MS / once))
-    for _ in range(count):
-        run()
-    end.record()
-    clocks, watts = [], []
-    while not end.query():
-        if middle.query():
-            clock, power = _gpu_state()
-            clocks.append(clock)
-            watts.append(power)
-        time.sleep(0.003)
-    state = {"mhz": statistics.mean(clocks), "watts": statistics.mean(watts)} if clocks else {"mhz": math.nan, "watts": math.nan}
-    return {"ms": middle.elapsed_time(end) / count} | state
-
-
-@functools.cache
-def _nvml():
-    library = ctypes.CDLL("libnvidia-ml.so.1")
-    library.nvmlInit_v2()
-    device = ctypes.c_void_p()
-    # NVML counts all GPUs, whatever CUDA_VISIBLE_DEVICES leaves
-    name = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
-    if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(device)):
-        raise OSError("NVML does not know this GPU")
-    return library, device
-
-
-def _gpu_state() -> tuple[float, float]:
-    """The multiprocessors' clock in MHz and the board's power in watts; NaN where NVML cannot say."""
-    try:
-        library, device = _nvml()
-        clock, power = ctypes.c_uint(), ctypes.c_uint()
-        failed = library.nvmlDeviceGetClockInfo(device, 1, ctypes.byref(clock)) or library.nvmlDeviceGetPowerUsage(
-            device, ctypes.byref(power)
-        )
-    except (OSError, AttributeError):
-        return math.nan, math.nan
-    return (math.nan, math.nan) if failed else (float(clock.value), power.value / 1000)
 
 
 def _table(found: dict[str, dict[str, float]], flops: float, differences: dict[str, float]) -> dict[str, Any]:
@@ -213,10 +117,10 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
     flops, lists = 4 * length * length * dim * 32 / 2, None
     if density is not None:
         keep = timing.random_blocks(length, density)
-        lists, flops = attention_cases.block_lists(keep), 4 * 128 * 128 * dim * int(keep.sum())
+        lists, flops = blockmask.from_dense(keep), 4 * 128 * 128 * dim * int(keep.sum())
         del keep
     call = timing.options(query, lists)
-    variants = _kept(ATTENTION if dim == 128 else ATTENTION_64, "attention")
+    variants = ATTENTION if dim == 128 else ATTENTION_64
     runs = {name: lambda one=one: hopper.launch(query, key, value, tuning=one, **call)[0] for name, one in variants.items()}
     expected, differences, absent = None, {}, {}
     for name, run in list(runs.items()):
@@ -225,7 +129,7 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
             expected = output if expected is None else expected
             differences[name] = float((output - expected).abs().max())
         except Exception as error:
-            absent[f"{name}_absent"] = f"{type(error).__name__}: {str(error)[:160]}"
+            absent[f"{name}_absent"] = reason(error)
             del runs[name]
     return _table(_milliseconds(runs), flops, differences) | absent
 
@@ -236,12 +140,12 @@ def _estimate(length: int, stride: int, pool: str) -> dict[str, Any]:
     options = _score_call(stride, pool, 0.9)
     kept: dict[str, float] = {}
     runs, absent = {}, {}
-    for name, tiling in _kept(SCORE, "score").items():
+    for name, tiling in SCORE.items():
         runs[name] = lambda tiling=tiling: triton.select_blocks(query, key, tiling=tiling, **options)
         try:
             kept[name] = runs[name]()[0].sum().item()
         except Exception as error:
-            absent[f"{name}_absent"] = f"{type(error).__name__}: {str(error)[:160]}"
+            absent[f"{name}_absent"] = reason(error)
             del runs[name]
     first = next(iter(kept.values()))
     differences = {name: abs(count / first - 1) for name, count in kept.items()}
@@ -252,29 +156,18 @@ def _estimate(length: int, stride: int, pool: str) -> dict[str, Any]:
 
 
 def _memory() -> dict[str, Any]:
-    """Bytes that the whole call takes beside its output at a million tokens, beside the formula; and whether parts change bits."""
+    """Bytes that the whole call takes beside its output at a million tokens, beside the formula."""
     options = {"scale": 128**-0.5, "causal": True, "windows": [], "stride": 16, "block_size": 128, "threshold": [0.5], "density": 0.0}
     options |= {"seq_major": False, "version": ops.VERSION, "key_flags": None, "segments": None, "query_start": None}
     values: dict[str, Any] = {}
-    inputs = structured(32768)
-    for pool in ("max", "max+group+int8"):
-        whole = sparse_attention.sparse_attention(*inputs, pool=pool, **options)
-        parts = sparse_attention.sparse_attention(*inputs, pool=pool, limit=1 << 22, **options)
-        values[f"same_bits {pool}"] = all(torch.equal(one, other) for one, other in zip(whole, parts))
-        del whole, parts
     inputs = structured(1 << 20)
     for pool in ("max", "max+half", "max+int8", "max+pair+int8", "max+group"):
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        found = sparse_attention.sparse_attention(*inputs, pool=pool, **options)
-        end.record()
-        torch.cuda.synchronize()
+        spent, found = _CLOCK.once(lambda pool=pool: sparse_attention.sparse_attention(*inputs, pool=pool, **options))
         taken = torch.cuda.max_memory_allocated() - before - sum(one.nbytes for one in found)
         foretold = scratch.scratch_bytes(1, 32, 8, 1 << 20, 1 << 20, 128, stride=16, block=128, variants=tuple(pool.split("+")[1:]))
-        values[f"1m {pool}"] = f"{taken / 1e9:.2f} GB, foretold {foretold / 1e9:.2f}, {begin.elapsed_time(end):.0f} ms"
+        values[f"1m {pool}"] = f"{taken / 1e9:.2f} GB, foretold {foretold / 1e9:.2f}, {spent:.0f} ms"
         del found
     return values
 

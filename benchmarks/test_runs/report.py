@@ -39,8 +39,7 @@ BENCHMARKS = (
     Benchmark(
         name="sanitizer",
         place=5,
-        measures="the kernels under NVIDIA's compute-sanitizer, memcheck and racecheck",
-        module="benchmarks.sanitizer.run",
+        measures="the kernels under NVIDIA's compute-sanitizer, memcheck and racecheck (`python -m tests.sanitizer.run --record`)",
         records=(Sanitize,),
         title="Kernels under compute-sanitizer",
         table=sanitizer_table,

@@ -7,16 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.sanitizer import attention_cases
 from sparsify.backends.attention import hopper, reference
 from sparsify.backends.attention.hopper_source import argument_types, generate
 from sparsify.ops.attention import empty_output
+from tests.support import hopper_calls
 from tests.support.gluon_machine import Launch, Pointer
 
 # small enough for the CPU; the large ones differ only in how many tiles a thread block draws, which blocks=2 shows already
 CASES = {
     name: call
-    for name, call in attention_cases.matrix().items()
+    for name, call in hopper_calls.matrix().items()
     if not name.startswith(("many_", "dim_64_many")) and (not name.startswith("fuzz_") or int(name[5:]) < 8)
 }
 
@@ -34,19 +34,19 @@ def test_generated_kernel_computes_the_op(name):
     call = CASES[name]
     if call.heads > 8:
         call = dataclasses.replace(call, heads=4, kv_heads=2, query_len=600, key_len=600)
-    query, key, value, options = attention_cases.operands(call, device="cpu")
+    query, key, value, options = hopper_calls.operands(call, device="cpu")
     assert hopper.serves(query, key, value, options, (9, 0), (3, 6)) is None
     output, lse = _simulate(query, key, value, options, call.tuning)
     expected, expected_lse = reference.attention(query.double(), key.double(), value.double(), **options)
     assert not output.isnan().any()
     error = (output.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-    assert error < attention_cases.ERROR_LIMIT[call.dtype]
+    assert error < hopper_calls.ERROR_LIMIT[call.dtype]
     torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_kernel_that_forgets_a_release_is_found(monkeypatch):
     monkeypatch.setattr("tests.support.gluon_machine.PATIENCE", 0.5)
-    query, key, value, options = attention_cases.operands(CASES["causal"], device="cpu")
+    query, key, value, options = hopper_calls.operands(CASES["causal"], device="cpu")
     text = generate(hopper.make_spec(query, key, value, options))
     broken = text.replace("mbarrier.arrive(key_empty.index(key_stage), count=1)", "pass")
     assert broken != text
@@ -55,7 +55,7 @@ def test_a_kernel_that_forgets_a_release_is_found(monkeypatch):
 
 
 def test_a_kernel_that_forgets_the_causal_clause_is_found():
-    query, key, value, options = attention_cases.operands(CASES["causal"], device="cpu")
+    query, key, value, options = hopper_calls.operands(CASES["causal"], device="cpu")
     text = generate(hopper.make_spec(query, key, value, options))
     broken = text.replace("    visible = visible & (columns[None, :] <= rows[:, None])\n", "")
     assert broken != text
@@ -76,13 +76,13 @@ def test_a_kernel_that_forgets_the_causal_clause_is_found():
 )
 def test_assembly_that_keeps_a_wrong_reference_is_found(right, wrong):
     call = dataclasses.replace(CASES["rising"], heads=2, kv_heads=1)
-    query, key, value, options = attention_cases.operands(call, device="cpu")
+    query, key, value, options = hopper_calls.operands(call, device="cpu")
     text = generate(hopper.make_spec(query, key, value, options))
     assert right in text
     expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
     outputs = [_simulate(query, key, value, options, None, one)[0] for one in (text, text.replace(right, wrong))]
     errors = [(output.double() - expected).norm() / expected.norm() for output in outputs]
-    assert errors[0] < attention_cases.ERROR_LIMIT[call.dtype] and not errors[1] < 2 * errors[0]
+    assert errors[0] < hopper_calls.ERROR_LIMIT[call.dtype] and not errors[1] < 2 * errors[0]
 
 
 def _simulate(query, key, value, options, tuning, text=None):

@@ -1,7 +1,4 @@
-"""Correctness of the Hopper attention kernels on the device: a matrix of calls against the fp64 reference, with poisoned outputs, twice.
-
-`benchmarks.attention.run` runs it; every case is small, so that the matrix takes a minute or two and most of that is compilation.
-"""
+"""A matrix of calls for the Hopper attention kernels, small ones; on the device against the fp64 reference, poisoned outputs, twice."""
 
 from __future__ import annotations
 
@@ -12,24 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.attention.timing import TUNINGS
 from sparsify.backends.attention import hopper, reference
 from sparsify.backends.attention.hopper_source import GluonTuning
 
 # relative error of the output (Frobenius norm) that rounding P and the output to the dtype explains
 ERROR_LIMIT = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
 LSE_LIMIT = 2e-3
-TUNINGS = {
-    "default": GluonTuning(),
-    "no_delay": GluonTuning(value_delay=0),
-    "k3": GluonTuning(output_in_query=True, key_stages=3),
-    "v3": GluonTuning(output_in_query=True, value_stages=3),
-    "q1_k3v3": GluonTuning(output_in_query=True, query_stages=1, key_stages=3, value_stages=3),
-    "q1_k3": GluonTuning(query_stages=1, key_stages=3),
-    "more_producer": GluonTuning(consumer_registers=232, producer_registers=40),
-    "rows": GluonTuning(order="rows"),
-    "query_registers": GluonTuning(output_in_query=True, value_stages=3, query_registers=True),
-    "keys64": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5),
-}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The kernels under NVIDIA's compute-sanitizer: memory that is not theirs (memcheck), and shared memory that threads race for (racecheck).
 
-    python -m benchmarks run sanitizer --out benchmarks/results/sanitize.jsonl
+    python -m tests.sanitizer.run --record     # appends to benchmarks/results/sanitize.jsonl
 
 A reduced matrix of small calls for each family of kernels: Gluon attention, Triton attention, block selection; and a control, a
 hand-over through shared memory that is in order by construction (control.py), to judge what the tool says of the others by.
@@ -58,14 +58,14 @@ def find_tool() -> str | None:
 
 
 def attention_cases(family: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from benchmarks.sanitizer import attention_cases as kernel_checks
     from sparsify.backends.attention import hopper, triton
+    from tests.support import hopper_calls
 
     launch = hopper.launch if family == "gluon" else triton.triton_attention
-    matrix = kernel_checks.matrix()
+    matrix = hopper_calls.matrix()
 
     def run(name: str) -> None:
-        query, key, value, options = kernel_checks.operands(matrix[name])
+        query, key, value, options = hopper_calls.operands(matrix[name])
         if family == "gluon" and (reason := hopper.obstacle(query, key, value, options)):
             print("NOT SERVED", name, reason, flush=True)
             return
@@ -95,13 +95,13 @@ def selection_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def control_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from benchmarks.sanitizer import control
+    from tests.sanitizer import control
 
     yield "hand-over", control.run
 
 
 def cache_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from benchmarks.sanitizer import cache
+    from tests.sanitizer import cache
 
     yield from cache.cases()
 
@@ -126,7 +126,7 @@ def work(family: str) -> None:
 
 
 def command(family: str, tool: str | None, path: str | None) -> list[str]:
-    worker = [sys.executable, "-m", "benchmarks.sanitizer.run", "--worker", family]
+    worker = [sys.executable, "-m", "tests.sanitizer.run", "--worker", family]
     if tool is None:
         return worker
     # padding between allocations makes a read that is slightly out of bounds one that is seen
@@ -175,7 +175,9 @@ def judge(text: str, code: int | None, tool: str | None) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="append records here")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=records.RESULTS / "sanitize.jsonl", help="append records (default: %(const)s)"
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--seconds", type=float, default=115, help="kill what runs after this long, all in all")
@@ -196,8 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = [one for one in alone if one["status"] != "clean"] + found
     for one in results:
         print(json.dumps(one), flush=True)
-        if options.out:
-            records.append(options.out, Sanitize(**one))
+        if options.record:
+            records.append(options.record, Sanitize(**one))
     states = {f"{one['family']} {one['tool']}": one["status"] for one in results}
     print(json.dumps({"summary": states, "clean": all(state == "clean" for state in states.values()), "sanitizer": path}))
     return int("found" in states.values())

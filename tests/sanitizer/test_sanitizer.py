@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks.sanitizer import run
+from tests.sanitizer import run
 
 CLEAN = "DONE plain\nDONE half\n========= ERROR SUMMARY: 0 errors\n"
 RACE = "========= Error: Race reported at score+0x10\nDONE plain\n========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n"
@@ -55,7 +55,7 @@ def test_runs_are_put_together(monkeypatch, capsys, tmp_path):
     command = run.command
     alone = [sys.executable, "-c", "print('DONE plain')"]
     monkeypatch.setattr(run, "command", lambda family, tool, path: command(family, tool, path) if tool else alone)
-    assert run.main(["--families", "select", "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert run.main(["--families", "select", "--record", str(tmp_path / "out.jsonl")]) == 1
     *found, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert summary["summary"] == {"select memcheck": "clean", "select racecheck": "found"}
     assert [one["reports"] for one in found] == [0, 1]
