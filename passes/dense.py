@@ -13,13 +13,21 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from pydantic import Field
 
-from sparsify.costs.crossovers import kernel_from
-from sparsify.costs.seconds import example, expected, in_units
-from sparsify.costs.work import attention, decode
-from sparsify.masks.predicate import MaskKind
-from sparsify.matching.sites import AttentionSite
-from sparsify.planning.method import Context, Pass, Proposal, Refusal, refuse_common
-from sparsify.rewriting.editor import Editor, attention_call
+from sparsify.planning.method import (
+    AttentionSite,
+    Context,
+    Editor,
+    MaskKind,
+    Pass,
+    Proposal,
+    Refusal,
+    attention_call,
+    crossovers,
+    expected,
+    in_units,
+    refuse_common,
+    work,
+)
 
 
 class Dense(Pass):
@@ -36,7 +44,7 @@ class Dense(Pass):
         if refusal is not None:
             return refusal
         operands = f"exact; mask as operands of {context.kernels} attention"
-        on = lambda kernel: lambda sizes: (attention(sizes, kernel),)
+        on = lambda kernel: lambda sizes: (work.attention(sizes, kernel),)
         ours = Proposal.of(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or not serves_sdpa(site):
             return (self._slow_decode(site, context) if self.kernel == "auto" else None) or ours
@@ -44,15 +52,16 @@ class Dense(Pass):
         hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
         if self.kernel == "sdpa" or not hopper:
             return sdpa
-        known = example(site)
-        start = kernel_from(context.device, context.family, known["qk_head_dim"], (known["query_heads"], known["kv_heads"]))
+        sizes = site.example
+        start = crossovers.kernel_from(context.device, context.family, sizes.qk_head_dim, (sizes.query_heads, sizes.kv_heads))
         return dataclasses.replace(ours, min_key_len=start, solved=True, note=f"exact; Hopper attention kernel, from {start} keys on"), sdpa
 
     def _slow_decode(self, site: AttentionSite, context: Context) -> Refusal | None:
         """A decode step through the op has one program for each KV head: few of them read slower than SDPA with a mask tensor does."""
         if site.phase != "decode" or context.kernels == "reference" or context.min_length is not None:
             return None
-        ours, masked = (expected(lambda s, k=kernel: (decode(s, k),), site, context.device) for kernel in (context.family, "masked"))
+        step = lambda kernel: expected(lambda sizes: (work.decode(sizes, kernel),), site.example, context.device)
+        ours, masked = step(context.family), step("masked")
         if ours is None or masked is None or ours <= masked:
             return None
         return self.refuse(

@@ -20,12 +20,18 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from sparsify.costs import compaction
-from sparsify.costs.seconds import ffn_seconds
-from sparsify.matching.sites import FeedForwardSite
 from sparsify.ops import feed_forward
-from sparsify.planning.method import Context, Pass, Proposal, Refusal
-from sparsify.rewriting.editor import Editor
+from sparsify.planning.method import (
+    Context,
+    Editor,
+    FeedForwardSite,
+    Pass,
+    Proposal,
+    Refusal,
+    SiteKind,
+    compaction,
+    feed_forward_seconds,
+)
 
 # rows that share one stream of the weights in the generated kernels
 MAX_ROWS = 32
@@ -38,7 +44,7 @@ class FfnSkip(Pass):
     """See the options' descriptions; `sparsify calibrate ffn` proposes values for a model."""
 
     name: ClassVar[str] = "ffn_skip"
-    site_type: ClassVar[type] = FeedForwardSite
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("ffn",)
 
     policy: Literal["similarity", "schedule", "static"] = Field("similarity", description="what decides which blocks are skipped")
     threshold: float = Field(0.99, ge=-1, le=2, description="cosine of the residual stream before and after a block from which rows skip")
@@ -72,7 +78,7 @@ class FfnSkip(Pass):
         if context.min_length is None and isinstance(site.rows, int) and site.rows > MAX_ROWS:
             return self.refuse(f"{site.rows} rows: more than {MAX_ROWS} rarely skip together, and one that does not reads the weights")
         share = {"similarity": 1 / (1 + self.skip), "schedule": 1 - self.most, "static": 0.0}[self.policy]
-        return Proposal(self, sympy.sympify(ffn_seconds(site, context.device, share)), note=self._note(self.warmup))
+        return Proposal(self, sympy.sympify(feed_forward_seconds(site.sizes, context.device, share)), note=self._note(self.warmup))
 
     def _propose_prompt(self, site: FeedForwardSite, context: Context) -> Proposal | Refusal:
         """Asking for the number of rows installs a guard where it is symbolic: torch compiles one graph on each side of it."""
@@ -83,15 +89,15 @@ class FfnSkip(Pass):
             forced = "min_length = 0 forces it"
             if site.dtype == torch.float32 or (context.device.capability or (0, 0)) < compaction.MIN_CAPABILITY:
                 return self._dense_prompt(site, context, "prompts are compacted in half precision from compute capability 9.0 on", forced)
-            first = compaction.rows_from(site, context.device, share)
+            first = compaction.rows_from(site.sizes, context.device, share)
             if first is None:
-                even = compaction.break_even(site, context.device)
+                even = compaction.break_even(site.sizes, context.device)
                 return self._dense_prompt(
                     site, context, f"{share:.0%} of a prompt's rows skipping saves no time: it takes {even:.0%}", forced
                 )
             if not bool(site.output.meta["example_value"].numel() >= first * int(site.hidden)):
                 return self._dense_prompt(site, context, f"fewer than {first} rows, from which on compacting a prompt pays", forced)
-        seconds = compaction.compacted_seconds(site.rows, site, context.device, share)
+        seconds = compaction.compacted_seconds(site.rows, site.sizes, context.device, share)
         return Proposal(self, seconds, note=f"{self._note(0)}, of prompts too")
 
     def _dense_prompt(self, site: FeedForwardSite, context: Context, reason: str, hint: str = "") -> Proposal | Refusal:
@@ -100,7 +106,7 @@ class FfnSkip(Pass):
         if nothing_skips or not self._counts_from(site):
             return self.refuse(reason, hint)
         dense = self.model_copy(update={"prefill": False})
-        seconds = compaction.dense_seconds(site.rows, site, context.device)
+        seconds = compaction.dense_seconds(site.rows, site.sizes, context.device)
         return Proposal(dense, seconds, note=f"{reason}; generated tokens are counted from its end")
 
     def _note(self, warmup: int) -> str:

@@ -11,12 +11,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from sparsify.costs.work import decode
-from sparsify.matching.cache import CacheSite
-from sparsify.matching.sites import AttentionSite
 from sparsify.ops import cache as cache_ops
-from sparsify.planning.method import Context, Pass, Proposal, Refusal
-from sparsify.rewriting.editor import Editor
+from sparsify.planning.method import AttentionSite, CacheSite, Context, Editor, Pass, Proposal, Refusal, SiteKind, work
 
 _HINT = "pass a sparsify.SparseCache(model.config, policy=..., budget=...) as the model's cache"
 
@@ -24,7 +20,7 @@ _HINT = "pass a sparsify.SparseCache(model.config, policy=..., budget=...) as th
 class KvEvict(Pass):
     name: ClassVar[str] = "kv_evict"
     lossy: ClassVar[bool] = False
-    site_type: ClassVar[type] = CacheSite | AttentionSite
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("cache", "attention")
 
     def propose(self, site: CacheSite | AttentionSite, context: Context) -> Proposal | Refusal:
         if isinstance(site, AttentionSite):
@@ -37,7 +33,7 @@ class KvEvict(Pass):
         if site.phase == "chunk":
             return self.refuse("several tokens at once: attention over slots and the store stay two ops")
         note = f"store, evict and attend over {site.key_len} slots as one op ({context.kernels})"
-        return Proposal.of(self, site, context, lambda sizes: (decode(sizes, "cache"),), note=note)
+        return Proposal.of(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
 
     def rewrite(self, editor: Editor, site: CacheSite) -> None:
         store, attention = site.store.kwargs, site.output.kwargs

@@ -11,10 +11,7 @@ from typing import ClassVar
 import sympy
 from pydantic import Field
 
-from sparsify.costs.work import attention, decode
-from sparsify.matching.sites import AttentionSite
-from sparsify.planning.method import Context, Pass, Proposal, Refusal, refuse_common
-from sparsify.rewriting.editor import Editor, attention_call
+from sparsify.planning.method import AttentionSite, Context, Editor, Pass, Proposal, Refusal, attention_call, refuse_common, work
 
 
 class SinkWindow(Pass):
@@ -38,10 +35,10 @@ class SinkWindow(Pass):
         if site.empty_rows in ("mean", "nan") and not self.sinks:
             return self.refuse("rows beyond every window cannot be told from rows that the mask leaves without a key", "set sinks = 1")
         band = self.sinks + self.window
-        step = site.query_len == 1
-        works = lambda sizes: (
-            decode(sizes, context.family, sympy.Min(band, sizes.key_len)) if step else attention(sizes, context.family, window=band),
-        )
+        if site.query_len == 1:
+            works = lambda sizes: (work.decode(sizes, context.family, sympy.Min(band, sizes.key_len)),)
+        else:
+            works = lambda sizes: (work.attention(sizes, context.family, window=band),)
         # at sinks + window keys the mask says nothing yet; a forced min_length still yields the same values
         start = band + 1 if context.min_length is None else context.min_length
         note = f"{self.sinks} sinks + window {self.window} by token"

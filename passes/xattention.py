@@ -16,14 +16,25 @@ from typing import ClassVar, Literal
 import sympy
 from pydantic import Field, field_validator, model_validator
 
-from sparsify.costs.seconds import antidiagonal_crossover, example, expected_density
-from sparsify.costs.work import AttentionSizes, Work, attention, selection
-from sparsify.matching.sites import AttentionSite
 from sparsify.ops import attention as ops
 from sparsify.ops import scratch
 from sparsify.ops.estimate import VARIANTS, Variant
-from sparsify.planning.method import Context, Pass, Proposal, Refusal, refuse_common
-from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
+from sparsify.planning.method import (
+    AttentionSite,
+    AttentionSizes,
+    Context,
+    Editor,
+    Pass,
+    Proposal,
+    Refusal,
+    Work,
+    attention_call,
+    crossovers,
+    empty_row_operands,
+    expected_density,
+    refuse_common,
+    work,
+)
 
 
 class XAttention(Pass):
@@ -88,10 +99,10 @@ class XAttention(Pass):
             )
         start, solved = context.min_length, context.min_length is None
         if start is None:
-            known = example(site)
-            start = antidiagonal_crossover(
-                context.device, self.stride, self.block, known["qk_head_dim"], self.density, context.family,
-                variants=self.estimate, heads=(known["query_heads"], known["kv_heads"]), worth=1.0 if self.density else context.worth,
+            sizes = site.example
+            start = crossovers.sparse_from(
+                context.device, self.stride, self.block, sizes.qk_head_dim, self.density, context.family,
+                variants=self.estimate, heads=(sizes.query_heads, sizes.kv_heads), worth=1.0 if self.density else context.worth,
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
@@ -111,7 +122,7 @@ class XAttention(Pass):
     def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or expected_density(sizes.key_len)
-        return selection(sizes, self.stride, self.block, self.estimate), attention(sizes, kernel, share=share, listed=True)
+        return work.selection(sizes, self.stride, self.block, self.estimate), work.attention(sizes, kernel, share=share, listed=True)
 
     @property
     def op_pool(self) -> str:

@@ -18,9 +18,8 @@ import sparsify.backends as backends
 from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.matching.attention import find_attention
-from sparsify.matching.cache import CacheSite, find_cache, made_inside
+from sparsify.matching.cache import find_cache, made_inside
 from sparsify.matching.feed_forward import find_feed_forward
-from sparsify.matching.sites import FeedForwardSite
 from sparsify.planning import unmatched
 from sparsify.planning.choose import Choice, acts_on, make_plan
 from sparsify.planning.config.config import Config
@@ -87,7 +86,7 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     """
     trace.stage("captured", lambda: gm.print_readable(print_output=False))
     sites = [*find_attention(gm), *find_cache(gm)]
-    if acts_on(FeedForwardSite, config):
+    if acts_on("ffn", config):
         sites = [*sites, *find_feed_forward(gm, sites)]
     if not sites:
         log.info("no site in this graph")
@@ -118,7 +117,7 @@ def validate(choices: list[Choice], validator: Validator, strict: bool) -> None:
         VerifyError: with `strict`, they differ: a proof of ours is wrong.
     """
     for choice in choices:
-        if choice.proposal is None or isinstance(choice.site, CacheSite):  # a cache's own ops: nothing about them was proved
+        if choice.proposal is None or not choice.site.proved:
             continue
         outcome = validator.check(choice.site, choice.proposal.method)
         choice.decision.validation = outcome.words()

@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 
 from sparsify.costs.device import Device
-from sparsify.matching.sites import FeedForwardSite
+from sparsify.costs.sizes import FeedForwardSizes
 
 # Share of the matrix ceiling that the library's products sustain, and the generated ones over compacted rows, gather and sum included.
 # COMPACTED is the lowest of the benchmark's cells on an H200 (4K rows, a tenth of them skipping; 16K rows reach 0.97).
@@ -24,40 +24,40 @@ MIN_CAPABILITY = (9, 0)
 _MOST_ROWS = 1 << 22
 
 
-def _flops(site: FeedForwardSite) -> Any:
+def _flops(block: FeedForwardSizes) -> Any:
     """Of a row."""
-    return 2 * sympy.sympify(site.weight_bytes) / site.dtype.itemsize
+    return 2 * sympy.sympify(block.weight_bytes) / block.dtype.itemsize
 
 
-def _pass_bytes(site: FeedForwardSite) -> Any:
+def _pass_bytes(block: FeedForwardSizes) -> Any:
     """Of a row, for activation and gate after the products."""
-    return (2 if site.layout == "plain" else 3) * sympy.sympify(site.intermediate) * site.dtype.itemsize
+    return block.matrices * sympy.sympify(block.intermediate) * block.dtype.itemsize
 
 
-def dense_seconds(rows: Any, site: FeedForwardSite, device: Device) -> sympy.Expr:
-    products = sympy.Max(_flops(site) * rows / (device.flops * PRODUCT), sympy.sympify(site.weight_bytes) / device.bandwidth)
-    return products + _pass_bytes(site) * rows / device.bandwidth + 3 * device.launch
+def dense_seconds(rows: Any, block: FeedForwardSizes, device: Device) -> sympy.Expr:
+    products = sympy.Max(_flops(block) * rows / (device.flops * PRODUCT), sympy.sympify(block.weight_bytes) / device.bandwidth)
+    return products + _pass_bytes(block) * rows / device.bandwidth + 3 * device.launch
 
 
-def compacted_seconds(rows: Any, site: FeedForwardSite, device: Device, share: float) -> sympy.Expr:
+def compacted_seconds(rows: Any, block: FeedForwardSizes, device: Device, share: float) -> sympy.Expr:
     """share: of the rows that skip the block."""
-    computed = _flops(site) * rows * (1 - share) / (device.flops * COMPACTED)
-    return sympy.Max(computed, sympy.sympify(site.weight_bytes) / device.bandwidth) + 5 * device.launch
+    computed = _flops(block) * rows * (1 - share) / (device.flops * COMPACTED)
+    return sympy.Max(computed, sympy.sympify(block.weight_bytes) / device.bandwidth) + 5 * device.launch
 
 
-def break_even(site: FeedForwardSite, device: Device) -> float:
+def break_even(block: FeedForwardSizes, device: Device) -> float:
     """Share of rows that must skip so that compacting the rest costs no time, of a prompt that is long enough."""
-    dense = _flops(site) / (device.flops * PRODUCT) + _pass_bytes(site) / device.bandwidth
-    return max(0.0, float(1 - dense * device.flops * COMPACTED / _flops(site)))
+    dense = _flops(block) / (device.flops * PRODUCT) + _pass_bytes(block) / device.bandwidth
+    return max(0.0, float(1 - dense * device.flops * COMPACTED / _flops(block)))
 
 
-def rows_from(site: FeedForwardSite, device: Device, share: float) -> int | None:
+def rows_from(block: FeedForwardSizes, device: Device, share: float) -> int | None:
     """Smallest power of two of rows from which on compacting pays when `share` of them skip; None where no number does."""
-    if share <= break_even(site, device):
+    if share <= break_even(block, device):
         return None
     rows = 64
     while rows <= _MOST_ROWS:
-        if compacted_seconds(rows, site, device, share) < dense_seconds(rows, site, device):
+        if compacted_seconds(rows, block, device, share) < dense_seconds(rows, block, device):
             return rows
         rows *= 2
     return None

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import sympy
 
-from sparsify.costs import seconds as costs
 from sparsify.costs import work
 from sparsify.costs.device import Device
-from sparsify.costs.work import AttentionSizes
+from sparsify.costs.seconds import attention_seconds, expected_density, seconds
+from sparsify.costs.sizes import AttentionSizes
 
 LONGEST = 4096 * 1024  # tokens: where block lists' int16 indices end
 STEP = 1024  # lengths are multiples of this, so that measuring noise does not move a guard
@@ -79,7 +79,7 @@ def _prompt(head_dim: int, heads: tuple[int, int], batch: int) -> AttentionSizes
 def fastest_dense(sizes: AttentionSizes, device: Device, kernel: str) -> sympy.Expr:
     """Seconds of dense attention by SDPA or by our own kernel, whichever is faster at a length; SDPA has no causal chunks."""
     names = dict.fromkeys(("sdpa", kernel) if sizes.query_len == sizes.key_len else (kernel,))
-    return work.smallest(*(costs.attention_seconds(sizes, device, kernel=name) for name in names))
+    return work.smallest(*(attention_seconds(sizes, device, kernel=name) for name in names))
 
 
 @functools.cache
@@ -106,10 +106,10 @@ def sparse_from(
     sizes = _prompt(head_dim, heads, batch)
     if query_len is not None:
         sizes = dataclasses.replace(sizes, query_len=work.smallest(query_len, LENGTH))
-    share = costs.expected_density(LENGTH) if density is None else sympy.Float(density)
+    share = expected_density(LENGTH) if density is None else sympy.Float(density)
     worth = (WORTH if density is None else 1.0) if worth is None else worth
-    sparse = costs.seconds(work.selection(sizes, stride, block, variants), device)
-    sparse += costs.seconds(work.attention(sizes, kernel, share=share, listed=True), device)
+    sparse = seconds(work.selection(sizes, stride, block, variants), device)
+    sparse += seconds(work.attention(sizes, kernel, share=share, listed=True), device)
     return solve_from(worth * fastest_dense(sizes, device, kernel) - sparse)
 
 
@@ -117,5 +117,5 @@ def sparse_from(
 def kernel_from(device: Device, kernel: str, head_dim: int, heads: tuple[int, int] = (32, 8), batch: int = 1) -> int:
     """Smallest prompt length from which our exact kernel is enough faster than SDPA to deserve a graph of its own."""
     sizes = _prompt(head_dim, heads, batch)
-    ours, sdpa = (costs.attention_seconds(sizes, device, kernel=name) for name in (kernel, "sdpa"))
+    ours, sdpa = (attention_seconds(sizes, device, kernel=name) for name in (kernel, "sdpa"))
     return solve_from(EXACT_WORTH * sdpa - ours - EXACT_LAUNCHES * device.launch)

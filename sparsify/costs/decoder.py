@@ -15,7 +15,7 @@ import torch
 from sparsify.costs import work
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import seconds
-from sparsify.costs.work import AttentionSizes, Size
+from sparsify.costs.sizes import AttentionSizes, Size
 
 # What the host needs, in launches' times. Eager: an operator of transformers' layers takes about four, for Python around it (8B prefills
 # of 1K tokens in benchmarks/results, which wait for the host). Compiled, a decode step that is waited for: guards, the graph's launch and

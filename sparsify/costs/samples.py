@@ -11,7 +11,9 @@ import torch
 
 from sparsify.costs import work
 from sparsify.costs.device import Device
-from sparsify.costs.work import AttentionSizes, Work
+from sparsify.costs.seconds import seconds
+from sparsify.costs.sizes import AttentionSizes
+from sparsify.costs.work import Work
 from sparsify.errors import ProfileError
 
 Kind = Literal["attention", "select", "whole", "decode", "ffn", "linear", "elementwise"]
@@ -109,6 +111,4 @@ class Sample:
 
 def predict(cell: Cell, device: Device) -> float:
     """Seconds that the device's profile gives a call."""
-    from sparsify.costs import seconds as costs
-
-    return float(sympy.N(costs.seconds(cell.works(), device)))
+    return float(sympy.N(seconds(cell.works(), device)))

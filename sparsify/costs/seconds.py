@@ -9,35 +9,21 @@ for lengths.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import sympy
-import torch
 
 from sparsify.costs import work
 from sparsify.costs.device import Device
-from sparsify.costs.work import AttentionSizes, Work, operand_bytes, sizes_of
-from sparsify.matching.sites import AttentionSite, FeedForwardSite
+from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes, Size
+from sparsify.costs.work import Work
 
-__all__ = [
-    "AttentionSizes",
-    "antidiagonal_crossover",
-    "attention_seconds",
-    "decode_seconds",
-    "estimate_seconds",
-    "example",
-    "expected",
-    "expected_density",
-    "ffn_seconds",
-    "formula",
-    "number",
-    "operand_bytes",
-    "roofline",
-    "seconds",
-    "visited",
-]
+Share = float | sympy.Expr  # of blocks or of calls, from 0 to 1
+
+# How formulas write sizes: batch, query and KV heads, query and key length.
+_LETTERS = {"batch": "B", "query_heads": "H", "kv_heads": "G", "query_len": "Q", "key_len": "N"}
 
 
 def seconds(works: Work | Iterable[Work], device: Device) -> sympy.Expr:
@@ -54,46 +40,34 @@ def _seconds(one: Work, device: Device) -> sympy.Expr:
     return work.largest(total, one.size / device.bandwidth)
 
 
-def roofline(flops: sympy.Expr, size: sympy.Expr, device: Device, efficiency: float, launches: int) -> sympy.Expr:
-    """Seconds for `flops` FLOPs and `size` bytes in `launches` kernels of a family that no profile knows."""
-    return work.largest(flops / (device.flops * efficiency), size / device.bandwidth) + launches * device.launch
-
-
-def visited(site: AttentionSite | AttentionSizes, window: int | None = None) -> sympy.Expr:
-    """Query-key pairs a head computes: the causal part of the rectangle, or the band of a window."""
-    return work.pairs(sizes_of(site), window)
-
-
 def attention_seconds(
-    site: AttentionSite | AttentionSizes,
+    sizes: AttentionSizes,
     device: Device,
     *,
-    share: Any = 1,
-    window: Any = None,
+    share: Share = 1,
+    window: Size | None = None,
     kernel: str = "triton",
     listed: bool | None = None,
 ) -> sympy.Expr:
     """Attention over `share` of the blocks that a row could visit; by block lists (`listed`) where that is less than all of them."""
     listed = share != 1 if listed is None else listed
-    return seconds(work.attention(site, kernel, share=share, window=window, listed=listed), device)
+    return seconds(work.attention(sizes, kernel, share=share, window=window, listed=listed), device)
 
 
-def decode_seconds(site: AttentionSite | AttentionSizes, device: Device, *, kernel: str = "cache", kept: Any = None) -> sympy.Expr:
+def decode_seconds(sizes: AttentionSizes, device: Device, *, kernel: str = "cache", kept: Size | None = None) -> sympy.Expr:
     """One query row of each sequence over `kept` keys; `kernel` "cache" is sparsify's step over a cache's slots, "sdpa" torch's own."""
-    return seconds(work.decode(site, kernel, kept), device)
+    return seconds(work.decode(sizes, kernel, kept), device)
 
 
-def estimate_seconds(
-    site: AttentionSite | AttentionSizes, device: Device, stride: int, block: int = 128, variants: Iterable[str] = ()
-) -> sympy.Expr:
+def estimate_seconds(sizes: AttentionSizes, device: Device, stride: int, block: int = 128, variants: Iterable[str] = ()) -> sympy.Expr:
     """Antidiagonal scores, the choice of blocks and their lists; `variants` are the method's option `estimate`."""
-    return seconds(work.selection(site, stride, block, tuple(variants)), device)
+    return seconds(work.selection(sizes, stride, block, tuple(variants)), device)
 
 
-def ffn_seconds(site: FeedForwardSite, device: Device, share: Any = 1) -> sympy.Expr:
+def feed_forward_seconds(sizes: FeedForwardSizes, device: Device, share: Share = 1) -> sympy.Expr:
     """A feed-forward block of which `share` of the calls is computed: few rows stream its weights once for all of them."""
-    streamed = seconds(work.skipped_ffn(site.rows, site.weight_bytes, site.dtype, share), device)
-    flops = Work("linear", site.dtype, flops=sympy.sympify(2 * site.rows * site.weight_bytes * share / site.dtype.itemsize))
+    streamed = seconds(work.skipped_ffn(sizes.rows, sizes.weight_bytes, sizes.dtype, share), device)
+    flops = Work("linear", sizes.dtype, flops=sympy.sympify(2 * sizes.rows * sizes.weight_bytes * share / sizes.dtype.itemsize))
     return work.largest(streamed, seconds(flops, device))
 
 
@@ -104,106 +78,57 @@ def expected_density(length: sympy.Expr) -> sympy.Expr:
     return work.smallest(1, sympy.Rational(44, 100) * (8192 / length) ** sympy.Rational(2, 3))
 
 
-def antidiagonal_crossover(
-    device: Device,
-    stride: int,
-    block: int,
-    head_dim: int,
-    density: float | None,
-    kernel: str = "triton",
-    *,
-    variants: tuple[str, ...] = (),
-    heads: tuple[int, int] = (32, 8),
-    batch: int = 1,
-    worth: float | None = None,
-    query_len: int | None = None,
-) -> int:
-    """Smallest prompt length from which block-sparse attention pays; see `sparsify.costs.crossovers.sparse_from`."""
-    from sparsify.costs import crossovers
-
-    return crossovers.sparse_from(device, stride, block, head_dim, density, kernel, variants, heads, batch, worth, query_len)
-
-
-def number(expr: sympy.Expr, hints: dict[sympy.Symbol, int]) -> float | None:
+def value_at(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float | None:
     """The expression at the example's sizes; None when a symbol has no hint."""
-    value = _at(sympy.sympify(expr), hints)
+    value = _substituted(sympy.sympify(expr), hints)
     return float(value) if value.is_number else None
 
 
-def _at(expr: sympy.Expr, values: Mapping[sympy.Symbol, float]) -> sympy.Expr:
+def _substituted(expr: sympy.Expr, values: Mapping[sympy.Symbol, float]) -> sympy.Expr:
     """The expression with all symbols replaced at once, which never compares half of a maximum's arguments with the rest."""
     return expr.xreplace({symbol: sympy.sympify(value) for symbol, value in values.items()})
 
 
-LETTERS = {"batch": "B", "query_heads": "H", "kv_heads": "G", "query_len": "Q", "key_len": "N"}
+def expected(works: Callable[[AttentionSizes], Iterable[Work]], example: AttentionSizes, device: Device) -> float | None:
+    """A candidate's seconds at the example's sizes; None where one of them is unknown."""
+    return float(seconds(works(example), device)) if example.numeric else None
 
 
-_DIMS = ("qk_head_dim", "v_head_dim")
-
-
-def formula(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSite | AttentionSizes, device: Device) -> str:
+def formula(works: Callable[[AttentionSizes], Iterable[Work]], example: AttentionSizes, device: Device) -> str:
     """A candidate's seconds in letters and in numbers, kernel by kernel: B batch, H and G query and KV heads, Q and N query and key length.
 
     What a maximum or minimum comes to at the example's sizes is what is shown: `hopper/causal 54.6 ms: 7.7e-13·B·H·N² + 6.0e-6`.
 
     Args:
-        build: the candidate's works from sizes. site: one whose example sizes are known; else there is no text.
+        works: what the candidate does, from sizes.
+        example: the example's sizes; there is no text where one of them is unknown.
     """
-    s, known = sizes_of(site), example(site)
-    if not {*LETTERS, *_DIMS} <= set(known):
+    if not example.numeric:
         return ""
-    letters = {name: sympy.Symbol(letter, positive=True) for name, letter in LETTERS.items()}
+    known = {name: getattr(example, name) for name in _LETTERS}
+    letters: dict[str, sympy.Expr] = {name: sympy.Symbol(letter, positive=True) for name, letter in _LETTERS.items()}
     if known["query_len"] == known["key_len"]:
         letters["query_len"] = letters["key_len"]
     if known["query_len"] == 1:
         letters["query_len"] = sympy.Integer(1)
-    at = {letter: known[name] for name, letter in letters.items()}
-    fixed = {name: known[name] for name in _DIMS} | {"dtype": s.dtype, "causal": s.causal, "window": s.window}
-    return "; ".join(_words(one, device, tuple(at.items())) for one in build(AttentionSizes(**letters, **fixed)))
-
-
-def expected(build: Callable[[AttentionSizes], Iterable[Work]], site: AttentionSite | AttentionSizes, device: Device) -> float | None:
-    """A candidate's seconds at the example's sizes; None where the site does not tell them. Installs no guard."""
-    s, known = sizes_of(site), example(site)
-    if not {*LETTERS, *_DIMS} <= set(known):
-        return None
-    return float(seconds(build(AttentionSizes(**known, dtype=s.dtype, causal=s.causal, window=s.window)), device))
+    values = {letter: known[name] for name, letter in letters.items()}
+    return "; ".join(_work_text(one, device, tuple(values.items())) for one in works(dataclasses.replace(example, **letters)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _words(one: Work, device: Device, example: tuple[tuple[sympy.Symbol, float], ...]) -> str:
-    cost, at = seconds(one, device), dict(example)
-    return f"{one.family} {in_units(float(_at(cost, at)))}: {_short(_settled(cost, at))}"
+def _work_text(one: Work, device: Device, example: tuple[tuple[sympy.Expr, float], ...]) -> str:
+    cost, values = seconds(one, device), dict(example)
+    return f"{one.family} {in_units(float(_substituted(cost, values)))}: {_short(_settled(cost, values))}"
 
 
-def example(site: Any) -> dict[str, int]:
-    """The example's batch, heads, lengths and head dims by field, of those that the site tells: a symbolic size by its hint.
-
-    Reading a hint installs no guard, so that what follows from it must not change a result.
-    """
-    found = {name: value for name in (*LETTERS, *_DIMS) if isinstance(value := getattr(site, name), int)}
-    if isinstance(site, AttentionSizes):
-        return found
-    heads = {"query": "query_heads", "key": "kv_heads", "value": "kv_heads"}
-    lengths, dims = {"query": "query_len", "key": "key_len"}, {"query": "qk_head_dim", "value": "v_head_dim"}
-    for operand in heads:
-        value = getattr(site, operand).meta.get("example_value")
-        names = ("batch", heads[operand], lengths.get(operand), dims.get(operand))
-        for name, size in zip(names, () if value is None else value.shape, strict=False):
-            hint = size.node.hint if isinstance(size, torch.SymInt) else size
-            if name and name not in found and hint is not None:
-                found[name] = int(hint)
-    return found
-
-
-def _settled(expr: sympy.Expr, at: dict[sympy.Symbol, float]) -> sympy.Expr:
+def _settled(expr: sympy.Expr, values: Mapping[sympy.Expr, float]) -> sympy.Expr:
     """The expression with every maximum and minimum replaced by the argument that it takes at these values."""
     if not expr.args:
         return expr
-    args = [_settled(arg, at) for arg in expr.args]
+    args = [_settled(arg, values) for arg in expr.args]
     if isinstance(expr, sympy.Max | sympy.Min):
         choose = max if isinstance(expr, sympy.Max) else min
-        return choose(args, key=lambda arg: float(_at(arg, at)))
+        return choose(args, key=lambda arg: float(_substituted(arg, values)))
     return expr.func(*args)
 
 

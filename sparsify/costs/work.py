@@ -9,7 +9,6 @@ count both products, 2 · pairs · (qk_head_dim + v_head_dim). Causal pairs of Q
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ import sympy
 import torch
 
 from sparsify.costs.device import Device
+from sparsify.costs.sizes import AttentionSizes, Size
 from sparsify.ops import estimate
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
@@ -30,8 +30,6 @@ _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's prod
 _SPLITTING = {"sdpa", "cache", "masked"}
 _MOST_SPILL = 8
 _ZERO = sympy.Integer(0)
-
-Size = int | sympy.Expr
 
 
 def largest(*args: Any) -> sympy.Expr:
@@ -47,34 +45,6 @@ def smallest(*args: Any) -> sympy.Expr:
 def _extreme(kind: type, args: tuple[Any, ...]) -> sympy.Expr:
     terms = [sympy.sympify(arg) for arg in args]
     return kind(*terms, evaluate=all(term.is_number for term in terms))
-
-
-@dataclass(frozen=True)
-class AttentionSizes:
-    """The numbers of an attention that its cost depends on, with or without a graph around it.
-
-    batch, query_heads, kv_heads, query_len, key_len, qk_head_dim, v_head_dim: as in `AttentionSite`; integers or sympy expressions.
-    causal: the last row sees every key, the row before it one less. window: keys that a row sees, None for all.
-    """
-
-    batch: Size = 1
-    query_heads: Size = 32
-    kv_heads: Size = 8
-    query_len: Size = 1
-    key_len: Size = 1
-    qk_head_dim: Size = 128
-    v_head_dim: Size = 128
-    dtype: torch.dtype = torch.bfloat16
-    causal: bool = True
-    window: int | None = None
-
-
-def sizes_of(site: Any) -> AttentionSizes:
-    """The sizes of an `AttentionSite` or a cache's site; they stay what they are."""
-    if isinstance(site, AttentionSizes):
-        return site
-    names = [f.name for f in dataclasses.fields(AttentionSizes) if f.name not in ("causal", "window")]
-    return AttentionSizes(**{name: getattr(site, name) for name in names}, causal=site.mask.causal, window=site.mask.window)
 
 
 @dataclass(frozen=True)
@@ -171,21 +141,14 @@ def computed_pairs(sizes: AttentionSizes, window: Size | None = None) -> sympy.E
     return every - _beyond(sizes, window or sizes.window, 2 * TILE - TILE // 2)
 
 
-def operand_bytes(site: Any) -> sympy.Expr:
-    """Bytes of Q, K, V and the output, each moved once."""
-    s = sizes_of(site)
-    query = s.query_heads * s.query_len * (s.qk_head_dim + s.v_head_dim)
-    return sympy.sympify(s.batch * (query + s.kv_heads * s.key_len * (s.qk_head_dim + s.v_head_dim)) * s.dtype.itemsize)
-
-
-def attention(site: Any, kernel: str, *, share: Any = 1, window: Size | None = None, listed: bool = False) -> Work:
+def attention(sizes: AttentionSizes, kernel: str, *, share: Any = 1, window: Size | None = None, listed: bool = False) -> Work:
     """Attention over `share` of the blocks that a row could visit.
 
     Args:
         kernel: "sdpa", "hopper", "triton" or "reference". listed: along block lists, with `share` the density over causal blocks.
         window: keys a row sees besides what the site's own mask says, sinks included.
     """
-    return _attention(sizes_of(site), kernel, share, window, listed)
+    return _attention(sizes, kernel, share, window, listed)
 
 
 # sympy's Max takes milliseconds, and the layers of a model are alike
@@ -204,15 +167,14 @@ def _attention(s: AttentionSizes, kernel: str, share: Any, window: Size | None, 
         flops=sympy.sympify(2 * heads * visited * dims),
         longest=sympy.sympify(2 * TILE * longest * dims * share),
         scores=sympy.sympify(heads * visited),
-        size=operand_bytes(s),
+        size=s.operand_bytes,
         rows=sympy.sympify(heads * s.query_len) / TILE,
         kept=_ZERO if band else sympy.sympify(s.key_len * dims * s.dtype.itemsize),
     )
 
 
-def decode(site: Any, kernel: str, kept: Size | None = None) -> Work:
+def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:
     """One query row of each sequence over `kept` keys (default: all of them): keys and values are read once."""
-    s = sizes_of(site)
     slots = sympy.sympify(s.key_len if kept is None else kept)
     slots = smallest(slots, s.window) if s.window else slots
     read = s.batch * s.kv_heads * slots * (s.qk_head_dim + s.v_head_dim)
@@ -226,14 +188,14 @@ def decode(site: Any, kernel: str, kept: Size | None = None) -> Work:
     )
 
 
-def selection(site: Any, stride: int, block: int = 128, variants: Iterable[str] = ()) -> Work:
+def selection(sizes: AttentionSizes, stride: int, block: int = 128, variants: Iterable[str] = ()) -> Work:
     """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428).
 
     Args:
         variants: any of "half" (every second query cell), "group" (one estimate per KV head), "pair" or "quad" (means of two or
             four tokens) and "int8".
     """
-    return _selection(sizes_of(site), stride, block, tuple(variants))
+    return _selection(sizes, stride, block, tuple(variants))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -260,7 +222,7 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
         scores=sympy.sympify(scored * cells),
         longest=sympy.sympify(tile),
         tiles=sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
-        size=operand_bytes(s) / 2,
+        size=s.operand_bytes / 2,
         scratch=2 * sums + lists,
         prepare=_prepared(s, span // stride, scored, variants),
         passes=_ROUNDING_PASSES if eight else _MERGING_PASSES if merged > 1 else 0,

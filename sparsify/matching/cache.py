@@ -2,66 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
 from torch import fx
 
 from sparsify.graph import unforeseen
-from sparsify.masks.predicate import MaskKind, MaskPredicate
+from sparsify.matching.base import CACHE_SUFFIX, Phase
 from sparsify.matching.facts import layer_of
-from sparsify.matching.sites import Phase, Size
+from sparsify.matching.sites import CacheSite
 from sparsify.ops import cache
-
-
-@dataclass(frozen=True)
-class CacheSite:
-    """One layer of a SparseCache in a graph.
-
-    name: the attention's layer path with `.cache` appended, for reports. output: the attention node that reads the cache; for a prompt,
-    whose attention is a site of its own, the store itself. store: the `cache_store` node. query, key, value: the call's tokens,
-    [batch, heads, query_len, head_dim]; query is key where the store observes none. state: keys, values, positions, counts, seen, length.
-    key_len: slots per KV head. phase: decode for one token; prefill for the first call; chunk for later calls of several tokens.
-    near_miss: why the two ops cannot be described as one; kv_evict refuses with it.
-    """
-
-    name: str
-    layer: int | None
-    index: int
-    output: fx.Node
-    store: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    state: tuple[fx.Node, ...]
-    batch: Size
-    query_heads: Size
-    kv_heads: Size
-    query_len: Size
-    key_len: Size
-    qk_head_dim: Size
-    v_head_dim: Size
-    dtype: torch.dtype
-    device: torch.device
-    phase: Phase
-    mask: MaskPredicate = field(default_factory=lambda: MaskPredicate(MaskKind.NONE, condition="kept slots"))
-    output_stride_order: Literal["bqhd"] = "bqhd"
-    near_miss: str = ""
-    covered: tuple[fx.Node, ...] = field(default=(), repr=False)
-
-    def mapped(self, mapping: dict[fx.Node, fx.Node]) -> CacheSite:
-        """The same site in a copy of its graph; `mapping` sends each node to its copy."""
-        moved = {}
-        for entry in dataclasses.fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, fx.Node):
-                moved[entry.name] = mapping[value]
-            elif isinstance(value, tuple):
-                moved[entry.name] = tuple(mapping[node] for node in value)
-        return dataclasses.replace(self, **moved)
-
 
 _STATE = slice(3, 9)
 
@@ -108,7 +55,7 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
     batch, kv_heads, query_len, qk_head_dim = size(key)
     tensor = key.meta["example_value"]
     return CacheSite(
-        name=f"{name}.cache",
+        name=name + CACHE_SUFFIX,
         layer=layer,
         index=index,
         output=output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +14,21 @@ from sparsify.graph import unforeseen
 from sparsify.graph.aliasing import Memory, tensor_of
 from sparsify.graph.views import transposed
 from sparsify.masks.symbolic import plain, sizes
+from sparsify.matching.base import SiteOverKeys
 from sparsify.matching.facts import layer_of
 from sparsify.matching.pointwise import CASTS, VIEWS, activation_of, form, inert, is_parameter, kind_of, norm_of, pair, scalar_of
-from sparsify.matching.sites import AttentionSite, FeedForwardSite, Norm
+from sparsify.matching.sites import FeedForwardSite, Norm
 from sparsify.ops.gradients import TRANSFORMED, Modes
 from sparsify.ops.operands import plain_tensor
 
 _SUMS = ("add", "iadd")
 
 
-def find_feed_forward(gm: fx.GraphModule, attention: list[AttentionSite] = ()) -> list[FeedForwardSite]:
+def find_feed_forward(gm: fx.GraphModule, attention: Sequence[SiteOverKeys] = ()) -> list[FeedForwardSite]:
     """Every feed-forward block of the graph, in execution order. Nothing in the graph is changed.
 
     A block that routes tokens to experts yields one site with its reason in `near_miss`, and so does a block whose surroundings
-    cannot be read. attention: the graph's attention sites, which tell the sequence's length where no position is an input.
+    cannot be read. attention: the graph's sites of attention and caches, which tell the sequence's length where no position is an input.
     """
     matcher = _Matcher(gm.graph, attention)
     found = [site for node in gm.graph.nodes if (site := matcher.site_of(node)) is not None]
@@ -74,7 +76,7 @@ class _Tail:
 
 
 class _Matcher:
-    def __init__(self, graph: fx.Graph, attention: list[AttentionSite]):
+    def __init__(self, graph: fx.Graph, attention: Sequence[SiteOverKeys]):
         self.graph = graph
         self.memory = Memory(graph)
         self.modes = Modes(graph)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
 from torch import fx
 
-from sparsify.masks.predicate import Leaf, MaskPredicate, QueryStart
-
-Size = int | sympy.Expr
-Phase = Literal["prefill", "chunk", "decode"]
+from sparsify.costs import seconds
+from sparsify.costs.device import Device
+from sparsify.costs.sizes import FeedForwardSizes, Size
+from sparsify.masks.predicate import MaskKind, MaskPredicate
+from sparsify.matching.base import Phase, Site, SiteKind, SiteOverKeys, stand_in
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class KeyBias:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionSite(SiteOverKeys):
     """One attention in a Dynamo graph.
 
     name: layer path from `nn_module_stack`, such as `model.layers.3.self_attn`: for reports and rules, never as proof.
@@ -46,6 +47,9 @@ class AttentionSite:
         transpose of a contiguous [batch, query, heads, dim], else "other".
     near_miss: why a site that looks like attention cannot be described further; every pass refuses with it.
     """
+
+    kind: ClassVar[SiteKind] = "attention"
+    converted_operands: ClassVar[tuple[str, ...]] = ("query", "key", "value")
 
     name: str
     layer: int | None
@@ -79,19 +83,74 @@ class AttentionSite:
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)  # nodes that only compute this attention, output included
 
-    def mapped(self, mapping: dict[fx.Node, fx.Node]) -> AttentionSite:
-        """The same site in a copy of its graph; `mapping` sends each node to its copy."""
-        moved = {f.name: _mapped(getattr(self, f.name), mapping) for f in dataclasses.fields(self)}
-        return AttentionSite(**moved)
-
     @property
     def phase(self) -> Phase:
-        """decode: one query row; prefill: as many rows as keys, starting at key 0; chunk: anything between."""
         if self.query_len == 1:
             return "decode"
         if self.query_len == self.key_len and self.mask.query_start.bottom_right:
             return "prefill"
         return "chunk"
+
+    @property
+    def mask_bytes(self) -> int:
+        example = self.mask_node.meta.get("example_value") if self.mask_node is not None else None
+        return example.numel() * example.element_size() if example is not None else 0
+
+    def resized(self, old: int, new: int) -> Self:
+        site = super().resized(old, new)
+        query_len, key_len = site.query_len, site.key_len
+        if (query_len, key_len) == (self.query_len, self.key_len):
+            return self
+        nodes = {"query": query_len, "key": key_len, "value": key_len}
+        mask = None if self.mask_node is None else stand_in(self.mask_node, {-2: int(query_len), -1: int(key_len)})
+        operands = {name: stand_in(getattr(self, name), {2: int(length)}) for name, length in nodes.items()}
+        return dataclasses.replace(site, mask_node=mask, **operands)
+
+
+@dataclass(frozen=True)
+class CacheSite(SiteOverKeys):
+    """One layer of a SparseCache in a graph.
+
+    name: the attention's layer path with `.cache` appended.
+    output: the attention node that reads the cache; for a prompt, whose attention is a site of its own, the store itself.
+    store: the `cache_store` node.
+    query, key, value: the call's tokens, [batch, heads, query_len, head_dim]; query is key where the store observes none.
+    state: keys, values, positions, counts, seen, length.
+    key_len: slots per KV head.
+    phase: decode for one token; prefill for the first call; chunk for later calls of several tokens.
+    near_miss: why the two ops cannot be described as one; kv_evict refuses with it.
+    """
+
+    kind: ClassVar[SiteKind] = "cache"
+    proved: ClassVar[bool] = False  # a cache's own ops: nothing about them has to be
+
+    name: str
+    layer: int | None
+    index: int
+    output: fx.Node
+    store: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    state: tuple[fx.Node, ...]
+    batch: Size
+    query_heads: Size
+    kv_heads: Size
+    query_len: Size
+    key_len: Size
+    qk_head_dim: Size
+    v_head_dim: Size
+    dtype: torch.dtype
+    device: torch.device
+    phase: Phase
+    mask: MaskPredicate = field(default_factory=lambda: MaskPredicate(MaskKind.NONE, condition="kept slots"))
+    output_stride_order: Literal["bqhd"] = "bqhd"
+    near_miss: str = ""
+    covered: tuple[fx.Node, ...] = field(default=(), repr=False)
+
+    @property
+    def offers_choice(self) -> bool:
+        return self.phase == "decode"  # a prompt's attention is a site of its own, or the policy's
 
 
 @dataclass(frozen=True)
@@ -109,7 +168,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class FeedForwardSite:
+class FeedForwardSite(Site):
     """One feed-forward block of a Dynamo graph with its norm and its residual sum: output = sum(residuals) + scale · ffn(input).
 
     name: module path of the block, such as `model.layers.3.mlp`: for reports and rules, never as proof. layer: the last integer in it.
@@ -123,6 +182,8 @@ class FeedForwardSite:
         the graph shows neither.
     near_miss: why a block that looks like this cannot be described further; every pass refuses with it.
     """
+
+    kind: ClassVar[SiteKind] = "ffn"
 
     name: str
     layer: int | None
@@ -156,28 +217,39 @@ class FeedForwardSite:
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)
 
-    def mapped(self, mapping: dict[fx.Node, fx.Node]) -> FeedForwardSite:
-        """The same site in a copy of its graph; `mapping` sends each node to its copy."""
-        moved = {f.name: _mapped(getattr(self, f.name), mapping) for f in dataclasses.fields(self)}
-        return FeedForwardSite(**moved)
-
     @property
     def phase(self) -> Phase:
-        """decode: one query row per sequence; else prefill."""
         return "decode" if self.query_len == 1 else "prefill"
 
     @property
-    def weight_bytes(self) -> Size:
-        """Bytes of the block's weights, what a decode step streams from memory."""
-        matrices = 2 if self.layout == "plain" else 3
-        return matrices * self.hidden * self.intermediate * self.dtype.itemsize
+    def sizes(self) -> FeedForwardSizes:
+        return FeedForwardSizes(self.rows, self.hidden, self.intermediate, 2 if self.layout == "plain" else 3, self.dtype)
 
+    @property
+    def products(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of the block's products, as the model stores their weights."""
+        hidden, wide = int(self.hidden), int(self.intermediate)
+        first = {"plain": ((hidden, wide),), "split": ((hidden, wide),) * 2}.get(self.layout, ((hidden, 2 * wide),))
+        return (*first, (wide, hidden))
 
-def _mapped(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
-    if isinstance(value, fx.Node):
-        return mapping[value]
-    if isinstance(value, tuple):
-        return tuple(_mapped(v, mapping) for v in value)
-    if isinstance(value, Leaf | QueryStart | MaskPredicate | Norm | KeyBias):
-        return dataclasses.replace(value, **{f.name: _mapped(getattr(value, f.name), mapping) for f in dataclasses.fields(value)})
-    return value
+    def dense_seconds(self, device: Device) -> sympy.Expr:
+        return seconds.feed_forward_seconds(self.sizes, device)
+
+    @property
+    def hint_nodes(self) -> tuple[fx.Node, ...]:
+        return (self.output,)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self.index, self.count
+
+    def renumbered(self, name: str, layer: int, index: int, count: int) -> Self:
+        return dataclasses.replace(self, name=name, layer=layer, index=index, count=count)
+
+    def resized(self, old: int, new: int) -> Self:
+        if self.query_len != old or old == new:
+            return self
+        rows = self.rows // self.query_len * new
+        shape = self.output.meta["example_value"].shape
+        output = stand_in(self.output, {dim: {old: new, self.rows: rows}.get(size, size) for dim, size in enumerate(shape[:-1])})
+        return dataclasses.replace(self, query_len=new, rows=rows, output=output)

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from sparsify.costs import seconds as costs
-from sparsify.costs import work
-from sparsify.costs.seconds import number
+from sparsify.costs.seconds import value_at
+from sparsify.costs.sizes import Size, as_text
 from sparsify.errors import SparsifyError
 from sparsify.graph import unforeseen
 from sparsify.graph.compat import symbol_values
-from sparsify.matching.sites import AttentionSite, FeedForwardSite, Size
+from sparsify.matching.base import Site, SiteKind
 from sparsify.planning import objective
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context, Pass, Proposal, Refusal, discover
@@ -26,24 +25,22 @@ from sparsify.planning.plan import Decision, Followed, Place, Plan, follow, plac
 class Choice:
     """A site with the proposal that won, or None, and the decision as a record."""
 
-    site: AttentionSite | FeedForwardSite
+    site: Site
     proposal: Proposal | None
     decision: Decision
 
 
-def acts_on(site_type: type, config: Config) -> bool:
-    """Whether the configuration, or its plan file, names a method for this type of site."""
+def acts_on(kind: SiteKind, config: Config) -> bool:
+    """Whether the configuration, or its plan file, names a method for this kind of site."""
     methods = discover()
     named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
     if config.plan:
         saved = {d.method for d in follow(config.plan).plan.rewritten}
         named = saved | named if config.objective is not None or config.max_error is not None else saved
-    return any(methods[name].site_type is site_type for name in named if name in methods)
+    return any(kind in methods[name].kinds for name in named if name in methods)
 
 
-def make_plan(
-    sites: list[AttentionSite | FeedForwardSite], config: Config, context: Context, at: Sequence[Place] | None = None
-) -> tuple[Plan, list[Choice]]:
+def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[Place] | None = None) -> tuple[Plan, list[Choice]]:
     """Asks the configured methods at every site and chooses.
 
     Order in the configuration is preference; a proposal with `min_key_len` is eligible from that key length on, and asking a
@@ -81,14 +78,10 @@ def _saved(place: Place, followed: Followed | None) -> Decision | None:
     return followed.find(place)
 
 
-_ATTENTION_SIZES = ("batch", "query_heads", "kv_heads", "query_len", "key_len", "qk_head_dim", "v_head_dim")
-_FFN_SIZES = ("rows", "hidden", "intermediate")
-
-
-def _candidates(site: AttentionSite | FeedForwardSite, place: Place, config: Config, saved: Decision | None) -> list[Pass]:
+def _candidates(site: Site, place: Place, config: Config, saved: Decision | None) -> list[Pass]:
     methods = discover()
-    kind = {name for name, method in methods.items() if isinstance(site, method.site_type)}
-    configured = config.for_layer(site.name, site.layer, kind, place.ordinal)
+    serving = {name for name, method in methods.items() if site.kind in method.kinds}
+    configured = config.for_layer(site.name, site.layer, serving, place.ordinal)
     if saved is None:
         wanted = configured
     else:
@@ -96,7 +89,7 @@ def _candidates(site: AttentionSite | FeedForwardSite, place: Place, config: Con
         if config.objective is not None or config.max_error is not None:
             extra = [one for one in wanted if one[0] not in dict(configured)]
             wanted = extra + _with_measured(configured, saved.measured)
-        elif saved.method and methods[saved.method].lossy and isinstance(site, AttentionSite):
+        elif saved.method and methods[saved.method].lossy and "dense" in serving:
             wanted += [("dense", {})]
     made = list(dict.fromkeys(methods[name](**options) for name, options in wanted))
     return [m for m in made if not (config.exact and m.lossy)]
@@ -116,11 +109,11 @@ class _Regimes:
     def __init__(self) -> None:
         self._asked: dict[str, list[int]] = {}
 
-    def start(self, site: AttentionSite | FeedForwardSite, proposal: Proposal) -> int | None:
+    def start(self, site: Site, proposal: Proposal) -> int | None:
         """The length from which the proposal is eligible: its own, or the next that another site asked for; None beyond the last."""
         if not proposal.solved or not proposal.min_key_len:
             return proposal.min_key_len
-        size = site.key.meta["example_value"].shape[2]
+        size = site.example_length
         asked = self._asked.setdefault(str(size), [])
         if isinstance(size, int) or proposal.min_key_len in asked:
             return proposal.min_key_len
@@ -131,7 +124,7 @@ class _Regimes:
 
 
 def _choose(
-    site: AttentionSite | FeedForwardSite,
+    site: Site,
     place: Place,
     candidates: list[Pass],
     config: Config,
@@ -149,7 +142,7 @@ def _choose(
             break
         proposal = pending.pop(_best(pending, site, config, dense))
         start = regimes.start(site, proposal)
-        if start is None or (start and not at_least(site.key, 2, start)):
+        if start is None or not site.reaches(start):
             what = f"key_len below {proposal.min_key_len if start is None else start}, where it starts to pay"
             decision.refusals.append(str(proposal.method.refuse(what, "set min_length to force it" if proposal.method.lossy else "")))
             continue
@@ -159,9 +152,7 @@ def _choose(
     return Choice(site, None, decision)
 
 
-def _proposed(
-    site: AttentionSite | FeedForwardSite, candidates: list[Pass], config: Config, context: Context, decision: Decision
-) -> Iterator[Proposal]:
+def _proposed(site: Site, candidates: list[Pass], config: Config, context: Context, decision: Decision) -> Iterator[Proposal]:
     """What the methods propose, in their order; who refuses is noted."""
     for method in candidates:
         refusal = Refusal(method.name, site.near_miss) if site.near_miss else None
@@ -174,7 +165,7 @@ def _proposed(
                 yield one
 
 
-def _asked(method: Pass, site: AttentionSite | FeedForwardSite, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
+def _asked(method: Pass, site: Site, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
     try:
         return method.propose(site, context)
     except SparsifyError:
@@ -183,19 +174,18 @@ def _asked(method: Pass, site: AttentionSite | FeedForwardSite, context: Context
         return Refusal(method.name, unforeseen.reason(error, site.name))
 
 
-def _best(proposals: list[Proposal], site: AttentionSite | FeedForwardSite, config: Config, dense: Any) -> int:
+def _best(proposals: list[Proposal], site: Site, config: Config, dense: Any) -> int:
     """Without an objective the first: order is preference."""
     if config.objective is None or len(proposals) == 1:
         return 0
-    ffn = isinstance(site, FeedForwardSite)
     return objective.select(
         proposals,
         config.objective,
-        key_len=0 if ffn else site.key_len,
+        key_len=site.planned_length,
         hints=size_hints(site),
-        operands=site.weight_bytes if ffn else work.operand_bytes(site),
+        operands=site.sizes.operand_bytes,
         dense=dense,
-        reaches=(lambda bound: False) if ffn else lambda bound: at_least(site.key, 2, bound),
+        reaches=site.reaches,
     )
 
 
@@ -203,8 +193,8 @@ def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints:
     method = proposal.method
     decision.method, decision.options, decision.reason = method.name, method.options(), proposal.note
     decision.seconds, decision.scratch, decision.formula = (
-        number(proposal.seconds, hints),
-        number(proposal.scratch, hints),
+        value_at(proposal.seconds, hints),
+        value_at(proposal.scratch, hints),
         proposal.formula,
     )
     decision.density = proposal.density
@@ -215,42 +205,32 @@ def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints:
         decision.reason += f"; least {'time and memory' if config.objective == 'balanced' else config.objective}"
         cost = f"{method.name} {objective.words(decision.seconds, decision.scratch)}"
         for other in others:
-            time, scratch = number(other.seconds, hints), number(other.scratch, hints)
+            time, scratch = value_at(other.seconds, hints), value_at(other.scratch, hints)
             decision.refusals.append(f"{other.method.name}: {other.note}: {objective.words(time, scratch)} against {cost}")
 
 
-def _described(site: AttentionSite | FeedForwardSite, place: Place, context: Context) -> tuple[Decision, Any]:
+def _described(site: Site, place: Place, context: Context) -> tuple[Decision, Any]:
     """The site as a decision that is still open, and dense seconds as an expression."""
-    ffn = isinstance(site, FeedForwardSite)
     decision = Decision(
         site=site.name,
         ordinal=place.ordinal,
         layer=site.layer,
         phase=site.phase,
-        sizes={n: str(getattr(site, n)) for n in (_FFN_SIZES if ffn else _ATTENTION_SIZES)},
-        mask="" if ffn else site.mask.describe(),
+        sizes=as_text(site.sizes),
+        mask=site.mask_text,
         method=None,
         kind=place.kind,
     )
-    if ffn:
-        seconds = costs.ffn_seconds(site, context.device)
-    else:
-        dense = lambda sizes: (work.attention(sizes, "sdpa"),)
-        seconds = costs.seconds(dense(work.sizes_of(site)), context.device)
-        decision.dense_formula = costs.formula(dense, site, context.device) if context.formulas and not site.near_miss else ""
-    decision.dense_seconds = number(seconds, size_hints(site))
+    seconds = site.dense_seconds(context.device)
+    decision.dense_formula = site.dense_formula(context.device) if context.formulas else ""
+    decision.dense_seconds = value_at(seconds, size_hints(site))
     return decision, seconds
 
 
-def at_least(node: torch.fx.Node, dim: int, bound: int) -> bool:
-    """Whether a dimension reaches a bound; on a symbolic size the answer becomes a guard of the compiled graph."""
-    return bound <= 0 or bool(node.meta["example_value"].shape[dim] >= bound)
-
-
-def size_hints(site: AttentionSite | FeedForwardSite) -> dict[Any, int]:
+def size_hints(site: Site) -> dict[Any, int]:
     """The example's numbers for the site's symbols."""
     hints: dict[Any, int] = {}
-    for node in (site.output,) if isinstance(site, FeedForwardSite) else (site.query, site.key, site.value):
+    for node in site.hint_nodes:
         for size in node.meta["example_value"].shape:
             if isinstance(size, torch.SymInt) and size.node.hint is not None:
                 hints |= _solve(size.node.expr, size.node)

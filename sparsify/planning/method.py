@@ -24,12 +24,48 @@ import sympy
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from sparsify.costs import seconds as costs
+from sparsify.costs import compaction, crossovers, work
 from sparsify.costs.device import Device
-from sparsify.costs.work import AttentionSizes, Work, sizes_of
+from sparsify.costs.seconds import expected, expected_density, feed_forward_seconds, formula, in_units, seconds
+from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes
+from sparsify.costs.work import Work
 from sparsify.errors import ConfigError
-from sparsify.matching.sites import AttentionSite
-from sparsify.rewriting.editor import Editor
+from sparsify.masks.predicate import MaskKind, MaskPredicate
+from sparsify.matching.base import Site, SiteKind
+from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
+from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
+
+# All that a method's file imports of sparsify, beside `sparsify.ops`.
+__all__ = [
+    "AttentionSite",
+    "AttentionSizes",
+    "CacheSite",
+    "Context",
+    "Device",
+    "Editor",
+    "FeedForwardSite",
+    "FeedForwardSizes",
+    "MaskKind",
+    "MaskPredicate",
+    "Pass",
+    "Proposal",
+    "Refusal",
+    "Site",
+    "SiteKind",
+    "Work",
+    "attention_call",
+    "compaction",
+    "crossovers",
+    "empty_row_operands",
+    "expected",
+    "expected_density",
+    "feed_forward_seconds",
+    "formula",
+    "in_units",
+    "refuse_common",
+    "seconds",
+    "work",
+]
 
 ENTRY_POINT_GROUP = "sparsify.methods"
 
@@ -68,9 +104,8 @@ class Proposal:
     @classmethod
     def of(cls, method: Pass, site: Any, context: Context, works: Callable[[AttentionSizes], Iterable[Work]], **more: Any) -> Proposal:
         """A proposal for an attention site from what it would do there, as kernels one after the other."""
-        seconds = costs.seconds(works(sizes_of(site)), context.device)
-        formula = costs.formula(works, site, context.device) if context.formulas else ""
-        return cls(method, seconds, formula=formula, **more)
+        text = formula(works, site.example, context.device) if context.formulas else ""
+        return cls(method, seconds(works(site.sizes), context.device), formula=text, **more)
 
 
 @dataclass(frozen=True)
@@ -86,12 +121,17 @@ class Context:
 
 
 class Pass(BaseModel):
-    """Base of all methods. `lossy` methods act only where configuration or a plan enables them."""
+    """Base of all methods.
+
+    name: by which configuration and plans know it.
+    lossy: whether it changes results; then it acts only where configuration or a plan enables it.
+    kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer) or "ffn".
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
     lossy: ClassVar[bool] = True
-    site_type: ClassVar[type] = AttentionSite
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
 
     def propose(self, site: Any, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
         """What this method would do at a site; several proposals in order of preference, the first eligible one is taken."""

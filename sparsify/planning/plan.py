@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from sparsify.errors import ConfigError, PlanError, nearest
-from sparsify.matching.sites import FeedForwardSite
+from sparsify.matching.base import CACHE_SUFFIX, PlanKind, Site, SiteKind, plan_kind
 from sparsify.ops import attention
 from sparsify.planning.config import config
 from sparsify.planning.method import Pass, discover
@@ -28,21 +28,28 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 class Place(NamedTuple):
     """Which site of a graph: several may have one path, as tied layers, or two attentions of one module.
 
-    kind: "attention" or "ffn". name: the site's path. ordinal: its place among the `count` sites of this kind and path, from 0.
+    kind: "attention" or "ffn".
+    name: the site's path.
+    ordinal: its place among the `count` sites of this kind and path, from 0.
     """
 
-    kind: str
+    kind: PlanKind
     name: str
     ordinal: int = 0
     count: int = 1
+
+    @property
+    def site_kind(self) -> SiteKind:
+        """What methods' `kinds` call it: plans tell a SparseCache's layer from other attention by its name alone."""
+        return "cache" if self.kind == "attention" and self.name.endswith(CACHE_SUFFIX) else self.kind
 
     def __str__(self) -> str:
         return self.name if self.count == 1 else f"{self.name}#{self.ordinal}"
 
 
-def places(sites: Iterable[Any]) -> list[Place]:
+def places(sites: Iterable[Site]) -> list[Place]:
     """The places of a graph's sites, which come in its order."""
-    keys = [("ffn" if isinstance(site, FeedForwardSite) else "attention", site.name) for site in sites]
+    keys = [(plan_kind(site.kind), site.name) for site in sites]
     counts, seen = Counter(keys), Counter()
     found = []
     for key in keys:
@@ -78,7 +85,7 @@ class Decision:
     error: float | None = None
     measured: list[dict[str, Any]] = field(default_factory=list)
     realised_density: float | None = None
-    kind: Literal["attention", "ffn"] = "attention"
+    kind: PlanKind = "attention"
     formula: str = ""
     dense_formula: str = ""
     ordinal: int = 0
@@ -234,7 +241,7 @@ def _check(decision: Decision, methods: Mapping[str, type[Pass]], where: str, ke
     for place, name, options in entries:
         if name not in methods:
             raise PlanError(f"unknown method {name!r}", where=f"{where}: {place}", hint=nearest(name, methods))
-        if (methods[name].site_type is FeedForwardSite) != (decision.kind == "ffn"):
+        if decision.kind not in map(plan_kind, methods[name].kinds):
             raise PlanError(f"{name} is no method for {decision.kind} sites", where=f"{where}: {place}")
         try:
             config.validate(methods[name], options, where, f"{place}.options")

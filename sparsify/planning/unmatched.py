@@ -18,9 +18,8 @@ from torch import fx
 
 from sparsify.graph import compat
 from sparsify.matching.attention import find_attention
-from sparsify.matching.cache import CacheSite
+from sparsify.matching.base import CACHE_SUFFIX
 from sparsify.matching.feed_forward import find_feed_forward
-from sparsify.matching.sites import AttentionSite, FeedForwardSite
 from sparsify.planning.config.config import Config, Rule
 from sparsify.planning.method import Pass, discover
 from sparsify.planning.plan import Place, Plan, places
@@ -98,16 +97,14 @@ def _feed_forward(gm: fx.GraphModule) -> list[tuple[Place, int | None]]:
 
 def _acts(rule: Rule, place: Place, layer: int | None, methods: Mapping[str, type[Pass]]) -> bool:
     """Whether the rule decides about a site of this place, unless a later one does."""
-    kind = FeedForwardSite if place.kind == "ffn" else CacheSite if place.name.endswith(".cache") else AttentionSite
-    return rule.matches(place.name, layer, place.ordinal) and (
-        not rule.method or any(issubclass(kind, methods[m].site_type) for m in rule.method)
-    )
+    serves = not rule.method or any(place.site_kind in methods[m].kinds for m in rule.method)
+    return serves and rule.matches(place.name, layer, place.ordinal)
 
 
 def _waits(rule: Rule, methods: Mapping[str, type[Pass]], sites: Iterable[tuple[str, int | None]]) -> bool:
     """Whether the rule is for a SparseCache, of which nothing was seen: another call may bring one."""
-    only = bool(rule.method) and all(issubclass(CacheSite, methods[m].site_type) for m in rule.method)
-    return only and not any(name.endswith(".cache") for name, _ in sites)
+    only = bool(rule.method) and all("cache" in methods[m].kinds for m in rule.method)
+    return only and not any(name.endswith(CACHE_SUFFIX) for name, _ in sites)
 
 
 def _words(index: int, rule: Rule, sites: Iterable[tuple[str, int | None]]) -> str:

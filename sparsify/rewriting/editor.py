@@ -8,19 +8,23 @@ import functools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
 from torch import fx
 
+from sparsify.costs.sizes import Size
 from sparsify.errors import RewriteError
 from sparsify.graph.aliasing import written
 from sparsify.masks.predicate import Leaf
 from sparsify.masks.symbolic import COMPUTED, FURTHEST, scalar, shape_env_of
-from sparsify.matching.sites import AttentionSite, FeedForwardSite, KeyBias, Size
+from sparsify.matching.base import Site
+from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops import attention as ops
 from sparsify.ops import operands
+
+AnySite = TypeVar("AnySite", bound=Site)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Editor:
     def shape_env(self) -> Any | None:
         return shape_env_of(self.graph)
 
-    def at(self, site: AttentionSite | FeedForwardSite) -> Editor:
+    def at(self, site: Site) -> Editor:
         self._before = self._output = site.output
         return self
 
@@ -86,19 +90,17 @@ class Editor:
         self.inserted.append(node)
         return node
 
-    def converted(self, site: Any) -> Any:
-        """The site with query, key and value in its dtype, as autocast hands them to attention."""
-        if not isinstance(site, AttentionSite):
-            return site
+    def converted(self, site: AnySite) -> AnySite:
+        """The site with its operands in its dtype, as autocast hands queries, keys and values to attention."""
+        names = [n for n in site.converted_operands if values(getattr(site, n)).dtype != site.dtype]
         self.at(site)
-        names = [n for n in ("query", "key", "value") if values(getattr(site, n)).dtype != site.dtype]
         return dataclasses.replace(site, **{n: self.method("to", getattr(site, n), site.dtype) for n in names})
 
     def items(self, pair: fx.Node, count: int) -> list[fx.Node]:
         """The elements of a node that returns a tuple."""
         return [self.call(operator.getitem, pair, i) for i in range(count)]
 
-    def replace(self, site: AttentionSite | FeedForwardSite, value: fx.Node) -> None:
+    def replace(self, site: Site, value: fx.Node) -> None:
         """Every use of the site's output reads `value` instead, in the strides that the graph expects."""
         old, new = values(site.output), values(value)
         if site.output_stride_order == "bhqd" and not new.is_contiguous():
@@ -252,13 +254,13 @@ class Editor:
                         return self.method("size", node, dim)
         return None
 
-    def erase_orphans(self, sites: Iterable[AttentionSite]) -> None:
+    def erase_orphans(self, sites: Iterable[Site]) -> None:
         """Erases replaced outputs, what only computed them, and what computed only their inputs, as far as nothing else uses it.
 
         Other mutating calls and graph inputs stay: a cache update has no user and must survive.
         """
         for site in sites:
-            own = {site.output, *getattr(site, "covered", ())}
+            own = {site.output, *site.covered}
             for node in sorted(own, reverse=True):  # a site's own nodes may scale or mask in place: last first
                 if not node._erased and not node.users:
                     if mutates(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -13,7 +14,6 @@ pytest.importorskip("transformers")
 from sparsify import SparseCache
 from sparsify.commands.cost import meta_model
 from sparsify.errors import UnsupportedError
-from sparsify.matching.sites import AttentionSite, FeedForwardSite
 from tests.support.harness import holding
 from tests.support.tiny_models import build
 
@@ -23,14 +23,12 @@ _SIZES = (
 )
 
 
-def described(call: meta_model.Call) -> list[dict]:
+def described(call: meta_model.CallSites) -> list[dict]:
     """All that is known of each site but nodes, dtype and device."""
     found = []
-    for site in (*call.attention, *call.cache, *call.feed_forward):
+    for site in itertools.chain(*call.by_kind):
         numbers = {name: getattr(site, name) for name in _SIZES if hasattr(site, name)}
-        if not isinstance(site, FeedForwardSite):
-            numbers["mask"] = site.mask.describe()
-        found.append({"type": type(site).__name__, **numbers})
+        found.append({"kind": site.kind, "mask": site.mask_text, **numbers})
     return found
 
 
@@ -42,10 +40,8 @@ def compiled(model: torch.nn.Module, length: int, cache) -> list[list[dict]]:
         for tokens in (length, 1):
             graphs.clear()
             forward(input_ids=torch.zeros(2, tokens, dtype=torch.int64), **holding(cache), use_cache=True, logits_to_keep=1)
-            sites = [site for graph in graphs for site in graph]
-            attention = tuple(s for s in sites if isinstance(s, AttentionSite))
-            blocks = tuple(s for s in sites if isinstance(s, FeedForwardSite))
-            calls.append(meta_model.Call(attention, tuple(s for s in sites if s not in attention and s not in blocks), blocks))
+            kinds = zip(*(graph.by_kind for graph in graphs), strict=True)
+            calls.append(meta_model.CallSites(*(tuple(site for sites in kind for site in sites) for kind in kinds)))
     assert len(whole.kinds) == model.config.num_hidden_layers
     return [described(call) for call in calls]
 

@@ -15,7 +15,7 @@ from sparsify.costs import decoder as model_costs
 from sparsify.costs import seconds as costs
 from sparsify.costs.decoder import ModelShape, model_decode_seconds, model_prefill_seconds
 from sparsify.costs.device import Device
-from sparsify.costs.work import AttentionSizes
+from sparsify.costs.sizes import AttentionSizes
 
 H200 = Device.of("cuda", profile.shipped("sm_90"))
 A100 = Device.of("cuda", profile.for_capability((8, 0)))
@@ -123,8 +123,8 @@ def test_symbols_go_through_and_give_the_same_number():
     n = sympy.Symbol("n", integer=True, positive=True)
     formula = costs.attention_seconds(prompt(n), H200, kernel="hopper")
     assert formula.free_symbols == {n}
-    assert costs.number(formula, {n: 32768}) == pytest.approx(attention(prompt(32768), kernel="hopper"), rel=1e-12)
-    assert costs.number(formula, {}) is None
+    assert costs.value_at(formula, {n: 32768}) == pytest.approx(attention(prompt(32768), kernel="hopper"), rel=1e-12)
+    assert costs.value_at(formula, {}) is None
 
 
 def test_a_family_nobody_measured_costs_what_its_kernel_does_elsewhere():
@@ -159,7 +159,7 @@ def test_the_formula_evaluates_to_the_seconds_beside_it():
 
 @pytest.mark.parametrize("device, kernel", [(H200, "hopper"), (A100, "triton")])
 def test_a_solved_length_is_where_the_sign_changes(device, kernel):
-    start = costs.antidiagonal_crossover(device, 8, 128, 128, None, kernel)
+    start = crossovers.sparse_from(device, 8, 128, 128, None, kernel)
     assert start % 1024 == 0
 
     def gain(n: int) -> float:
@@ -175,7 +175,7 @@ def test_a_solved_length_is_where_the_sign_changes(device, kernel):
 
 
 def test_worth_says_how_much_a_lossy_method_has_to_buy():
-    starts = [costs.antidiagonal_crossover(H200, 8, 128, 128, None, "hopper", worth=worth) for worth in (0.25, 0.5, 1.0)]
+    starts = [crossovers.sparse_from(H200, 8, 128, 128, None, "hopper", worth=worth) for worth in (0.25, 0.5, 1.0)]
     assert starts == sorted(starts, reverse=True)
     assert starts[0] > starts[-1]
 
@@ -238,7 +238,7 @@ def test_a_linear_layer_is_a_product_or_a_stream():
 
 
 def test_a_chunk_of_few_rows_pays_from_more_keys_on():
-    prefill, chunk, few = (costs.antidiagonal_crossover(H200, 8, 128, 128, 0.1, "hopper", query_len=rows) for rows in (None, 4096, 128))
+    prefill, chunk, few = (crossovers.sparse_from(H200, 8, 128, 128, 0.1, "hopper", query_len=rows) for rows in (None, 4096, 128))
     assert prefill <= chunk <= few
     assert prefill < few
 
@@ -247,7 +247,7 @@ def test_a_chunk_of_few_rows_pays_from_more_keys_on():
 @pytest.mark.parametrize("window", [1, 64, 128, 500, 4096])
 def test_a_band_has_the_pairs_that_rows_see(query_len, key_len, window):
     seen = sum(min(key_len - query_len + row + 1, window) for row in range(query_len))
-    counted = float(costs.visited(AttentionSizes(query_len=query_len, key_len=key_len), window))
+    counted = float(work.pairs(AttentionSizes(query_len=query_len, key_len=key_len), window))
     assert counted == pytest.approx(seen, abs=query_len)  # half a pair a row
 
 

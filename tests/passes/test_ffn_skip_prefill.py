@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from sparsify.costs import compaction
 from sparsify.costs.device import Device
+from sparsify.costs.sizes import FeedForwardSizes
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.matching.sites import FeedForwardSite
 from sparsify.ops import feed_forward as ffn_ops
@@ -21,6 +22,7 @@ from tests.support.harness import holding, run, strict, visible_error
 from tests.support.tiny_models import build
 
 H200 = Device("cuda", "H200", (9, 0), 680e12, 4.3e12, 8e-6)
+BLOCK = FeedForwardSizes(hidden=4096, intermediate=14336, matrices=3, dtype=torch.bfloat16)  # of an 8B model
 
 
 def options(**changes) -> dict:
@@ -114,7 +116,7 @@ def answer(rows: int, *, device: Device = H200, kernels: str = "triton", forced:
 def test_the_cost_takes_long_prompts_and_refuses_what_does_not_pay():
     made = answer(16384, prefill_share=0.25)
     assert isinstance(made, Proposal) and "of prompts too" in made.note
-    dense = compaction.dense_seconds(16384, site_of(made), H200)
+    dense = compaction.dense_seconds(16384, BLOCK, H200)
     assert 0.5 * dense < made.seconds < dense
     for rows, share, words in [(16384, 0.0, "saves no time"), (16, 0.25, "fewer than")]:
         refused = answer(rows, prefill_share=share)
@@ -126,14 +128,9 @@ def test_a_refused_prompt_still_ends_the_run_before_it():
     """The first block that may skip keeps its sum, over a copy; the others are left alone."""
     marks = answer(16384, prefill_share=0.0, cold_first=9)
     assert isinstance(marks, Proposal) and "saves no time" in marks.note and "counted from its end" in marks.note
-    assert not marks.method.prefill and marks.seconds == compaction.dense_seconds(16384, site_of(marks), H200)
+    assert not marks.method.prefill and marks.seconds == compaction.dense_seconds(16384, BLOCK, H200)
     assert isinstance(answer(16384, prefill_share=0.0, cold_first=9, warmup=0), Refusal)
     assert isinstance(answer(16384, prefill_share=0.0, cold_first=9, cold_last=23), Refusal)
-
-
-def site_of(made: Proposal) -> FeedForwardSite:
-    graph = torch.fx.Graph()
-    return FeedForwardSite("", 0, 0, 0, graph.placeholder("x"), layout="split", hidden=4096, intermediate=14336, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -151,23 +148,22 @@ def test_what_no_kernel_serves_is_refused(changes, words):
 
 
 def test_break_even_is_where_the_cost_changes_its_mind(monkeypatch):
-    site = site_of(None)
     for efficiency in (0.6, 0.8, 0.95):
         monkeypatch.setattr(compaction, "COMPACTED", efficiency)
-        even = compaction.break_even(site, H200)
+        even = compaction.break_even(BLOCK, H200)
         assert 0 <= even < 1
         for share, pays in ((even + 0.02, True), (even - 0.02, False)):
             if 0 < share < 1:
-                compacted = compaction.compacted_seconds(1 << 18, site, H200, share)
-                assert (compacted < compaction.dense_seconds(1 << 18, site, H200)) == pays
-                assert (compaction.rows_from(site, H200, share) is not None) == pays
+                compacted = compaction.compacted_seconds(1 << 18, BLOCK, H200, share)
+                assert (compacted < compaction.dense_seconds(1 << 18, BLOCK, H200)) == pays
+                assert (compaction.rows_from(BLOCK, H200, share) is not None) == pays
     # a slower kernel asks for more skipping
     monkeypatch.setattr(compaction, "COMPACTED", 0.5)
-    assert compaction.break_even(site, H200) > 0.4
+    assert compaction.break_even(BLOCK, H200) > 0.4
 
 
 def test_prompts_of_any_length_get_a_graph_on_each_side_of_where_it_pays(monkeypatch):
-    monkeypatch.setattr(compaction, "rows_from", lambda site, device, share: 64)
+    monkeypatch.setattr(compaction, "rows_from", lambda block, device, share: 64)
     answers = []
 
     def backend(gm, example_inputs):
@@ -187,10 +183,8 @@ def test_prompts_of_any_length_get_a_graph_on_each_side_of_where_it_pays(monkeyp
 
 
 def test_more_rows_only_help():
-    site = site_of(None)
-    first = compaction.rows_from(site, H200, 0.25)
-    gains = [
-        compaction.dense_seconds(n, site, H200) - compaction.compacted_seconds(n, site, H200, 0.25) for n in (first, 4 * first, 64 * first)
-    ]
+    first = compaction.rows_from(BLOCK, H200, 0.25)
+    gain = lambda n: compaction.dense_seconds(n, BLOCK, H200) - compaction.compacted_seconds(n, BLOCK, H200, 0.25)
+    gains = [gain(n) for n in (first, 4 * first, 64 * first)]
     assert 0 < gains[0] < gains[1] < gains[2]
-    assert compaction.rows_from(site, H200, 0.5) <= first
+    assert compaction.rows_from(BLOCK, H200, 0.5) <= first

@@ -9,9 +9,10 @@ import sympy
 import torch
 
 from sparsify import SparseCache, explain
+from sparsify.costs import crossovers
 from sparsify.costs import device as hardware
 from sparsify.costs.device import Device
-from sparsify.costs.seconds import antidiagonal_crossover, attention_seconds, expected_density
+from sparsify.costs.seconds import attention_seconds, expected_density
 from sparsify.errors import PlanError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.sites import AttentionSite
@@ -170,9 +171,10 @@ def test_the_table_shows_every_site():
 
 def test_crossover_falls_with_stride_and_density():
     """A coarser estimate and fewer blocks pay from shorter prompts on."""
-    by_stride = [antidiagonal_crossover(H200, s, 128, 128, None) for s in (4, 8, 16)]
+    by_stride = [crossovers.sparse_from(H200, s, 128, 128, None, "triton") for s in (4, 8, 16)]
     assert by_stride == sorted(by_stride, reverse=True)
-    assert antidiagonal_crossover(H200, 8, 128, 128, 0.05) <= antidiagonal_crossover(H200, 8, 128, 128, 0.5)
+    sparse, denser = (crossovers.sparse_from(H200, 8, 128, 128, density, "triton") for density in (0.05, 0.5))
+    assert sparse <= denser
 
 
 def test_expected_density_follows_the_published_table():
@@ -183,5 +185,5 @@ def test_expected_density_follows_the_published_table():
 
 def test_dense_seconds_match_the_counted_flops():
     flops = 4 * 32 * 128 * 65536**2 / 2
-    seconds = float(attention_seconds(site(), H200, kernel="sdpa"))
+    seconds = float(attention_seconds(site().sizes, H200, kernel="sdpa"))
     assert flops / 800e12 < seconds < flops / 450e12, "no H200 is faster, and cuDNN is not slower"

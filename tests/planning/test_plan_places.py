@@ -13,6 +13,7 @@ from sparsify import testing
 from sparsify.api import collect_plans
 from sparsify.commands.calibrate import errors as calibrate_errors
 from sparsify.errors import ConfigError, PlanError
+from sparsify.matching.base import Site
 from sparsify.planning.plan import Decision, Followed, Place, Plan, places
 
 WINDOW = {"sinks": 1, "window": 3}
@@ -130,11 +131,13 @@ def test_two_decisions_for_one_site_are_refused_at_once(change, tmp_path):
 
 
 def test_places_count_by_kind_and_path():
-    class Site:
+    class Named(Site):
+        kind = "attention"
+
         def __init__(self, name):
             self.name = name
 
-    found = places([Site("a"), Site("b"), Site("a")])
+    found = places([Named("a"), Named("b"), Named("a")])
     assert [(p.ordinal, p.count, str(p)) for p in found] == [(0, 2, "a#0"), (0, 1, "b"), (1, 2, "a#1")]
 
 

@@ -23,7 +23,7 @@ def hopper(monkeypatch):
     """A CPU that plans like an H200, with crossovers that a test can reach; what it plans runs on the reference."""
     monkeypatch.setattr(pipeline, "make_context", lambda device, config: Context(H200, "triton", None, "hopper"))
     monkeypatch.setattr(crossovers, "sparse_from", lambda *_, **__: SPARSE)
-    monkeypatch.setattr("sparsify.passes.dense.kernel_from", lambda *_, **__: EXACT)
+    monkeypatch.setattr(crossovers, "kernel_from", lambda *_, **__: EXACT)
     assert method.discover()
     torch._dynamo.reset()
     yield
@@ -84,7 +84,7 @@ class Two(torch.nn.Module):
 
 def test_layers_that_differ_share_three_regimes(hopper, monkeypatch):
     monkeypatch.setattr(crossovers, "sparse_from", lambda device, stride, block, head_dim, *_, **__: {64: 1024, 128: 700}[head_dim])
-    monkeypatch.setattr("sparsify.passes.dense.kernel_from", lambda device, kernel, head_dim, *_: {64: 256, 128: 400}[head_dim])
+    monkeypatch.setattr(crossovers, "kernel_from", lambda device, kernel, head_dim, *_: {64: 256, 128: 400}[head_dim])
     graphs = []
 
     def backend(gm, inputs):

@@ -112,7 +112,7 @@ def measure(
 def _lossy(site: AttentionSite, place: Place, settings: Config, context: Context, errors: Errors) -> Iterator[Pass]:
     """The configured lossy methods that take a site."""
     known = method.discover()
-    kind = {name for name, one in known.items() if isinstance(site, one.site_type) and one.lossy}
+    kind = {name for name, one in known.items() if site.kind in one.kinds and one.lossy}
     for name, options in settings.for_layer(site.name, site.layer, kind, place.ordinal):
         one = known[name](**options)
         answer = one.refuse(site.near_miss) if site.near_miss else one.propose(site, context)

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
-
-from sparsify.commands.cost.meta_model import Call, Calls, MetaModel, Site, Weights, resized
+from sparsify.commands.cost.meta_model import AnySite, CallSites, MetaModel, PromptAndToken, Weights, resized
 from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
-from sparsify.costs import seconds as costs
 from sparsify.costs import work
 from sparsify.costs.decoder import SMALL_KERNELS, STEP_LAUNCHES, linear_seconds
-from sparsify.matching.cache import CacheSite
-from sparsify.matching.sites import AttentionSite, FeedForwardSite
+from sparsify.costs.seconds import attention_seconds, seconds
+from sparsify.matching.base import Site, SiteKind
+from sparsify.matching.sites import CacheSite
 from sparsify.planning.choose import acts_on, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
@@ -29,6 +27,13 @@ from sparsify.planning.plan import Decision, Place, places
 
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
 _STORE_LAUNCHES = (30, 90)
+
+
+Decided = list[tuple[Any, Decision]]  # the sites of one call, each with what would be decided for it
+
+
+def of_kind(decided: Decided, *kinds: SiteKind) -> Decided:
+    return [(site, decision) for site, decision in decided if site.kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -85,29 +90,26 @@ class Forecaster:
             notes=(*self.model.assumptions, *notes, *self._remarks(plain)),
         )
 
-    def decide(self, call: Call, config: Config) -> list[tuple[Site, Decision]]:
+    def decide(self, call: CallSites, config: Config) -> Decided:
         """What the compiler would decide for every site of a call. Sites that differ in their name alone are planned once."""
-        sites: list[Site] = [*call.attention, *call.cache]
-        if acts_on(FeedForwardSite, config):
-            sites += call.feed_forward
-        found = []
+        sites: list[AnySite] = [*call.attention, *call.cache, *(call.feed_forward if acts_on("ffn", config) else ())]
+        found: Decided = []
         for site, at in zip(sites, places(sites), strict=True):
-            place = (site.index, site.count) if isinstance(site, FeedForwardSite) else ()
             asked = self.asked(site, config, at)
-            sizes = (site.query_len, getattr(site, "key_len", 0))
-            key = repr((config is self.exact, type(site).__name__, self.model.kinds[site.layer], sizes, place, asked))
+            sizes = (site.query_len, site.planned_length)
+            key = repr((config is self.exact, site.kind, self.model.kinds[site.layer], sizes, site.position, asked))
             if key not in self._plans:
                 self._plans[key] = make_plan([site], config, self.context, [at])[0].decisions[0]
             found.append((site, dataclasses.replace(self._plans[key], site=site.name, layer=site.layer, ordinal=at.ordinal)))
         return found
 
-    def asked(self, site: Site, config: Config, at: Place) -> Any:
+    def asked(self, site: AnySite, config: Config, at: Place) -> Any:
         """What the configuration says of a site's place in the model."""
         return config.for_layer(site.name, site.layer, ordinal=at.ordinal), at if config.plan else ""
 
     # -- one length --------------------------------------------------------------------------------------------------------------------
 
-    def _side(self, calls: Calls, length: int, config: Config) -> Side:
+    def _side(self, calls: PromptAndToken, length: int, config: Config) -> Side:
         prefill = self.decide(calls.prefill, config)
         decode = self.decide(filled(calls.decode, length), config)
         scratch = self._activations(length) + max((_scratch(site, d) for site, d in prefill), default=0)
@@ -115,18 +117,19 @@ class Forecaster:
         groups = (*grouped(PREFILL, prefill, length, self.context), *grouped(DECODE, decode, length + 1, self.context))
         return Side(self._seconds(prefill, length, length), self._seconds(decode, 1, length + 1), memory, groups)
 
-    def _seconds(self, decided: list[tuple[Site, Decision]], tokens: int, keys: int) -> Seconds:
+    def _seconds(self, decided: Decided, tokens: int, keys: int) -> Seconds:
         attention = cache = feed_forward = other = elementwise = 0.0
         blocks_of: dict[int | None, list[Decision]] = {}  # several feed-forward blocks may lie in one layer
-        attended = {site.layer for site, _ in decided if isinstance(site, AttentionSite)}
-        for site, decision in decided:
-            if isinstance(site, FeedForwardSite):
-                blocks_of.setdefault(site.layer, []).append(decision)
-            elif isinstance(site, CacheSite) and site.phase != DECODE:
+        for site, decision in of_kind(decided, "ffn"):
+            blocks_of.setdefault(site.layer, []).append(decision)
+        for site, decision in of_kind(decided, "attention", "cache"):
+            if site.offers_choice:
+                attention += decision.dense_seconds if decision.seconds is None else decision.seconds
+        attended = {site.layer for site, _ in of_kind(decided, "attention")}
+        for site, _ in of_kind(decided, "cache"):
+            if not site.offers_choice:
                 cache += self._store(site)
                 attention += 0.0 if site.layer in attended else self._windowed(site)
-            else:
-                attention += decision.dense_seconds if decision.seconds is None else decision.seconds
         rows = self.batch * tokens
         for layer, weights in enumerate(self.model.layers):
             blocks = self._shapes[self.model.kinds[layer]].blocks
@@ -162,7 +165,7 @@ class Forecaster:
         elements = 8 * self.model.hidden + 2 * (shape.query_width + shape.kv_width) + 4 * shape.kv_width + 3 * shape.intermediate
         kernels = SMALL_KERNELS if tokens == 1 else 1
         size = rows * elements * self.model.dtype.itemsize / kernels
-        return kernels * float(costs.seconds(work.elementwise(size), self.context.device))
+        return kernels * float(seconds(work.elementwise(size), self.context.device))
 
     def _store(self, site: CacheSite) -> float:
         """A prompt's keys scored, where the policy looks at them, and what stays of keys and values copied."""
@@ -171,14 +174,14 @@ class Forecaster:
         kept = site.batch * site.kv_heads * site.key_len * (site.qk_head_dim + site.v_head_dim)
         moved = (2 * keys * observed + 2 * kept) * site.dtype.itemsize
         device = self.context.device
-        return float(costs.seconds(work.elementwise(moved), device)) + _STORE_LAUNCHES[observed] * device.launch
+        return float(seconds(work.elementwise(moved), device)) + _STORE_LAUNCHES[observed] * device.launch
 
     def _windowed(self, site: CacheSite) -> float:
         """A prompt's attention under a policy whose rows see sinks and a window."""
         call = site.output.kwargs
         band = call.get("window", 0) + call.get("sinks", 0)
-        sizes = dataclasses.replace(work.sizes_of(site), key_len=site.query_len, causal=True)
-        return float(costs.attention_seconds(sizes, self.context.device, window=band or None, kernel=self.context.family))
+        sizes = dataclasses.replace(site.sizes, key_len=site.query_len, causal=True)
+        return float(attention_seconds(sizes, self.context.device, window=band or None, kernel=self.context.family))
 
     def _activations(self, length: int) -> int:
         """What a layer's widest moment holds for all rows, and the logits of the last ones: two wide rows and four of the stream, as
@@ -187,7 +190,7 @@ class Forecaster:
         rows = self.batch * length * self.model.dtype.itemsize
         return rows * (2 * widest + 4 * self.model.hidden) + 4 * self.batch * self.model.vocabulary
 
-    def _layer_shapes(self, call: Call) -> dict[int, _LayerShape]:
+    def _layer_shapes(self, call: CallSites) -> dict[int, _LayerShape]:
         shapes = {}
         for kind, weights in self.model.weights.items():
             attention = [site for site in call.attention if site.layer == kind]
@@ -198,16 +201,16 @@ class Forecaster:
                 sum(s.query_heads * s.qk_head_dim for s in attention),
                 sum(s.kv_heads * (s.qk_head_dim + s.v_head_dim) // 2 for s in attention),
                 sum(s.intermediate for s in blocks) or routed or fallback,
-                tuple(pair for s in blocks for pair in _matrices(s)),
+                tuple(pair for s in blocks for pair in s.products),
             )
         return shapes
 
-    def _cached_latent(self, calls: Calls, length: int) -> int:
+    def _cached_latent(self, calls: PromptAndToken, length: int) -> int:
         latent = int(getattr(self.model.config, "kv_lora_rank", None) or 0)
         whole = sum(2 * self._shapes[kind].kv_width for kind in self.model.kinds) * self.batch * length * self.model.dtype.itemsize
         return latent if sum(calls.cache_bytes) < whole / 2 else 0
 
-    def _remarks(self, calls: dict[int, Calls]) -> Iterator[str]:
+    def _remarks(self, calls: dict[int, PromptAndToken]) -> Iterator[str]:
         routed = [w for w in self.model.layers if w.experts]
         if routed:
             yield (
@@ -225,7 +228,7 @@ class Forecaster:
             yield "torch captures this model in several graphs"
 
 
-def filled(call: Call, length: int) -> Call:
+def filled(call: CallSites, length: int) -> CallSites:
     """A decode step over caches that hold no more than the prompt and the step's token."""
     cache = tuple(dataclasses.replace(site, key_len=min(site.key_len, length + 1)) for site in call.cache)
     return dataclasses.replace(call, cache=cache)
@@ -241,36 +244,30 @@ def label(site: Site, decision: Decision, context: Context) -> str:
     return decision.method
 
 
-def sight(site: AttentionSite | CacheSite, keys: int) -> str:
-    """What tells a layer's attention from a full causal one over `keys` keys; nothing where nothing does."""
-    if site.phase == DECODE:
-        return "" if site.key_len == keys else f"{site.key_len} keys"
-    return site.mask.describe().removeprefix("causal").removeprefix(", ")
+def grouped(phase: str, decided: Decided, keys: int, context: Context) -> Iterator[Group]:
+    """Layers that see the same keys, with the same choice and reasons, together, in the order of their first layer.
 
-
-def grouped(phase: str, decided: list[tuple[Site, Decision]], keys: int, context: Context) -> Iterator[Group]:
-    """Layers with the same sight, choice and reasons together, in the order of their first layer. keys: that a full layer has."""
+    keys: that a layer of full attention has.
+    """
     found: dict[tuple[Any, ...], list[int]] = {}
     for site, decision in decided:
-        if isinstance(site, CacheSite) and site.phase != DECODE:
-            continue  # no choice: the prompt's attention is a site of its own, or the policy's
-        what = {AttentionSite: "attention", CacheSite: "cache", FeedForwardSite: "ffn"}[type(site)]
-        sees = "" if what == "ffn" else sight(site, keys)
+        if not site.offers_choice:
+            continue
         density = decision.density
-        if decision.method and density is None and "threshold" in decision.options and what == "attention":
-            density = float(costs.expected_density(sympy.Integer(site.key_len)))
-        key = (what, sees, label(site, decision, context), decision.reason, density, tuple(decision.refusals))
+        if decision.method and density is None and "threshold" in decision.options:
+            density = site.expected_density
+        key = (site.kind, site.sees(keys), label(site, decision, context), decision.reason, density, tuple(decision.refusals))
         found.setdefault(key, []).append(site.layer)
     for (what, sees, choice, reason, density, refusals), layers in found.items():
         yield Group(phase, what, tuple(layers), sees, choice, reason, density, refusals)
 
 
-def crossovers(forecaster: Forecaster, calls: dict[int, Calls], longest: int = 1 << 20) -> Iterator[Crossover]:
+def crossovers(forecaster: Forecaster, calls: dict[int, PromptAndToken], longest: int = 1 << 20) -> Iterator[Crossover]:
     """The lengths at which the configuration's choice changes, looked up at powers of two and bisected to the token."""
     lengths = sorted(calls)
     longest = max(longest, lengths[-1])
 
-    def at(phase: str, length: int) -> list[tuple[Site, str]]:
+    def at(phase: str, length: int) -> list[tuple[AnySite, str]]:
         near = min((n for n in lengths if n >= length), default=lengths[-1])
         call = getattr(resized(calls[near], near, length), phase)
         decided = forecaster.decide(filled(call, length), forecaster.config)
@@ -294,7 +291,7 @@ def crossovers(forecaster: Forecaster, calls: dict[int, Calls], longest: int = 1
             changed: dict[tuple[str, str, str], list[int]] = {}
             for (site, after), was in zip(at(phase, above), before, strict=True):
                 if after != was:
-                    sees = "" if isinstance(site, FeedForwardSite) else sight(site, above + (phase == DECODE))
+                    sees = site.sees(above + (phase == DECODE))
                     changed.setdefault((sees, was, after), []).append(site.layer)
             for (sees, was, after), layers in changed.items():
                 yield Crossover(phase, tuple(layers), sees, above, was, after)
@@ -303,15 +300,4 @@ def crossovers(forecaster: Forecaster, calls: dict[int, Calls], longest: int = 1
 
 def _scratch(site: Site, decision: Decision) -> int:
     """Bytes beside operands: the method's own, or the mask tensor of a site that stays as it is."""
-    if decision.method is not None:
-        return int(decision.scratch or 0)
-    mask = getattr(site, "mask_node", None)
-    example = mask.meta.get("example_value") if mask is not None else None
-    return example.numel() * example.element_size() if example is not None else 0
-
-
-def _matrices(site: FeedForwardSite) -> tuple[tuple[int, int], ...]:
-    """(inputs, outputs) of a block's products, as the model stores them."""
-    hidden, wide = int(site.hidden), int(site.intermediate)
-    first = {"plain": ((hidden, wide),), "split": ((hidden, wide),) * 2}.get(site.layout, ((hidden, 2 * wide),))
-    return (*first, (wide, hidden))
+    return site.mask_bytes if decision.method is None else int(decision.scratch or 0)

@@ -30,7 +30,7 @@ from sparsify.matching.cache import CacheSite, find_cache
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.matching.sites import AttentionSite, FeedForwardSite
 
-Site = AttentionSite | CacheSite | FeedForwardSite
+AnySite = AttentionSite | CacheSite | FeedForwardSite
 
 # attributes of a layer's modules that say which layer it is and nothing of what it does
 _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "training"}
@@ -38,7 +38,7 @@ _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", 
 
 
 @dataclass(frozen=True)
-class Call:
+class CallSites:
     """The sites of one call of the whole model, every layer's, in order. graphs: how many graphs torch captured it in."""
 
     attention: tuple[AttentionSite, ...]
@@ -46,13 +46,17 @@ class Call:
     feed_forward: tuple[FeedForwardSite, ...]
     graphs: int = 1
 
+    @property
+    def by_kind(self) -> tuple[tuple[AnySite, ...], ...]:
+        return self.attention, self.cache, self.feed_forward
+
 
 @dataclass(frozen=True)
-class Calls:
+class PromptAndToken:
     """A prompt and the token after it. cache_bytes: of the cache after the prompt, by layer."""
 
-    prefill: Call
-    decode: Call
+    prefill: CallSites
+    decode: CallSites
     cache_bytes: tuple[int, ...]
 
 
@@ -104,7 +108,7 @@ class MetaModel:
         return tuple(self.weights[kind] for kind in self.kinds)
 
     @torch.no_grad()
-    def calls(self, length: int, batch: int = 1, make_cache: Callable[[Any], Any] | None = None) -> Calls:
+    def calls(self, length: int, batch: int = 1, make_cache: Callable[[Any], Any] | None = None) -> PromptAndToken:
         """The sites of a prompt of `length` tokens in `batch` rows without padding, and of the token after it.
 
         make_cache: a cache from the model's configuration, such as a SparseCache; None: an ordinary one.
@@ -124,9 +128,11 @@ class MetaModel:
                 decode = self._call(forward, graphs, 1, batch, cache)
         finally:
             self.config._attn_implementation = implementation  # a SparseCache sets its own
-        return Calls(prefill, decode, tuple(filled[kind] for kind in self.kinds))
+        return PromptAndToken(prefill, decode, tuple(filled[kind] for kind in self.kinds))
 
-    def at_lengths(self, lengths: Iterable[int], batch: int = 1, make_cache: Callable[[Any], Any] | None = None) -> dict[int, Calls]:
+    def at_lengths(
+        self, lengths: Iterable[int], batch: int = 1, make_cache: Callable[[Any], Any] | None = None
+    ) -> dict[int, PromptAndToken]:
         """`calls` at many lengths. Between two lengths at which the model does the same but for sizes, nothing is captured again.
 
         What changes with the length, such as a window that a short prompt does not fill, changes once: equal ends mean an equal middle.
@@ -149,7 +155,7 @@ class MetaModel:
             pending += [(low, middle), (middle, high)]
         return dict(sorted(found.items()))
 
-    def _call(self, forward: Callable[..., Any], graphs: list[list[Site]], tokens: int, batch: int, cache: Any) -> Call:
+    def _call(self, forward: Callable[..., Any], graphs: list[CallSites], tokens: int, batch: int, cache: Any) -> CallSites:
         graphs.clear()
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
         try:
@@ -160,77 +166,47 @@ class MetaModel:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
             raise UnsupportedError(f"its code cannot be captured without weights: {reason}", where=self.name) from error
-        sites = [site for graph in graphs for site in graph]
-        kinds = (AttentionSite, CacheSite, FeedForwardSite)
-        return Call(*(tuple(self._spread([s for s in sites if isinstance(s, kind)])) for kind in kinds), len(graphs))
+        return CallSites(
+            self._spread([site for graph in graphs for site in graph.attention]),
+            self._spread([site for graph in graphs for site in graph.cache]),
+            self._spread([site for graph in graphs for site in graph.feed_forward]),
+            len(graphs),
+        )
 
-    def _spread(self, sites: list[Any]) -> list[Any]:
+    def _spread(self, sites: list[Any]) -> tuple[Any, ...]:
         """Every layer's sites, from those of the layer that stands for it."""
         if outside := [site for site in sites if site.layer is None or site.layer not in range(len(self.kinds))]:
             raise UnsupportedError(f"{outside[0].name or 'an attention'} belongs to no layer", where=self.name)
-        spread = [
-            dataclasses.replace(site, name=_renumbered(site.name, kind, layer), layer=layer)
-            for layer, kind in enumerate(self.kinds)
-            for site in sites
-            if site.layer == kind
-        ]
-        count = {"count": len(spread)} if spread and isinstance(spread[0], FeedForwardSite) else {}
-        return [dataclasses.replace(site, index=index, **count) for index, site in enumerate(spread)]
+        spread = [(site, layer) for layer, kind in enumerate(self.kinds) for site in sites if site.layer == kind]
+        return tuple(
+            site.renumbered(_renumbered(site.name, site.layer, layer), layer, index, len(spread))
+            for index, (site, layer) in enumerate(spread)
+        )
 
 
-def resized(calls: Calls, old: int, new: int, cache_bytes: tuple[int, ...] | None = None) -> Calls:
+def resized(calls: PromptAndToken, old: int, new: int, cache_bytes: tuple[int, ...] | None = None) -> PromptAndToken:
     """The calls of a prompt of `old` tokens as those of one of `new` tokens: lengths that are the prompt's change, others stay."""
 
-    def of(call: Call, old: int, new: int) -> Call:
-        moved = [tuple(_resized(site, old, new) for site in sites) for sites in (call.attention, call.cache, call.feed_forward)]
-        return Call(*moved, call.graphs)
+    def of(call: CallSites, old: int, new: int) -> CallSites:
+        moved = [tuple(site.resized(old, new) for site in sites) for sites in call.by_kind]
+        return CallSites(*moved, call.graphs)
 
-    return Calls(of(calls.prefill, old, new), of(calls.decode, old + 1, new + 1), cache_bytes or calls.cache_bytes)
-
-
-def _resized(site: Site, old: int, new: int) -> Site:
-    if isinstance(site, FeedForwardSite):
-        length = new if site.query_len == old else site.query_len
-        if length == site.query_len:
-            return site
-        rows = site.rows // site.query_len * length
-        shape = site.output.meta["example_value"].shape
-        output = _stand_in(site.output, {dim: {old: new, site.rows: rows}.get(size, size) for dim, size in enumerate(shape[:-1])})
-        return dataclasses.replace(site, query_len=length, rows=rows, output=output)
-    query_len, key_len = (new if length == old else length for length in (site.query_len, site.key_len))
-    changes: dict[str, Any] = {"query_len": query_len, "key_len": key_len}
-    if isinstance(site, AttentionSite) and (query_len, key_len) != (site.query_len, site.key_len):
-        for name, length in (("query", query_len), ("key", key_len), ("value", key_len)):
-            changes[name] = _stand_in(getattr(site, name), {2: length})
-        if site.mask_node is not None:
-            changes["mask_node"] = _stand_in(site.mask_node, {-2: query_len, -1: key_len})
-    return dataclasses.replace(site, **changes)
+    return PromptAndToken(of(calls.prefill, old, new), of(calls.decode, old + 1, new + 1), cache_bytes or calls.cache_bytes)
 
 
-def _stand_in(node: fx.Node, sizes: dict[int, int]) -> fx.Node:
-    """A node outside any graph of the model whose example has other sizes; methods read lengths off it."""
-    example = node.meta["example_value"]
-    shape = list(example.shape)
-    for dim, size in sizes.items():
-        shape[dim] = size if shape[dim] != 1 else 1
-    made = fx.Graph().placeholder(node.name)
-    made.meta = {**node.meta, "example_value": torch.empty(shape, dtype=example.dtype, device="meta")}
-    return made
-
-
-def _same(one: Calls, other: Calls) -> bool:
-    facts = lambda call: (call.graphs, [_facts(site) for site in (*call.attention, *call.cache, *call.feed_forward)])
+def _same(one: PromptAndToken, other: PromptAndToken) -> bool:
+    facts = lambda call: (call.graphs, [_facts(site) for sites in call.by_kind for site in sites])
     return facts(one.prefill) == facts(other.prefill) and facts(one.decode) == facts(other.decode)
 
 
-def _facts(site: Site) -> tuple[Any, ...]:
+def _facts(site: AnySite) -> tuple[Any, ...]:
     """All that a record says but which nodes it is about."""
     plain = {f.name: getattr(site, f.name) for f in dataclasses.fields(site)}
     facts = tuple((name, value) for name, value in plain.items() if isinstance(value, int | float | str | None | torch.dtype))
-    return (type(site).__name__, site.phase, "" if isinstance(site, FeedForwardSite) else site.mask.describe(), *facts)
+    return (site.kind, site.phase, site.mask_text, *facts)
 
 
-def _between(ends: tuple[Calls, Calls], low: int, high: int, length: int) -> tuple[int, ...]:
+def _between(ends: tuple[PromptAndToken, PromptAndToken], low: int, high: int, length: int) -> tuple[int, ...]:
     """Bytes of a cache that grows by the token or not at all."""
     pairs = zip(ends[0].cache_bytes, ends[1].cache_bytes, strict=True)
     return tuple(small + (large - small) * (length - low) // (high - low) for small, large in pairs)
@@ -369,13 +345,13 @@ def _empty_at_first(layer_type: type) -> type:
 
 
 @contextmanager
-def _capture(model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[list[Site]]]]:
+def _capture(model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[CallSites]]]:
     """The model's forward under torch.compile, and the sites of each graph that the last call was captured in."""
-    graphs: list[list[Site]] = []
+    graphs: list[CallSites] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        sites = [*find_attention(gm), *find_cache(gm)]
-        graphs.append([*sites, *find_feed_forward(gm, sites)])
+        attention, cache = find_attention(gm), find_cache(gm)
+        graphs.append(CallSites(tuple(attention), tuple(cache), tuple(find_feed_forward(gm, [*attention, *cache]))))
         return gm.forward
 
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints every error that is handled above it
