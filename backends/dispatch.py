@@ -16,6 +16,7 @@ import torch
 
 from sparsify import releases
 from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
+from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.attention import triton as attention_triton
 from sparsify.backends.cache import append, decode, mass
 from sparsify.backends.cache import reference as cache_reference
@@ -24,6 +25,7 @@ from sparsify.backends.ffn import reference as ffn_reference
 from sparsify.backends.select import reference as select_reference
 from sparsify.backends.select import triton as select_triton
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
+from sparsify.ops.call import OpCall
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {
         "hopper": hopper.attention,
         "triton": attention_triton.triton_attention,
-        "reference": attention_triton.reference_attention,
+        "reference": attention_reference.attention,
     },
     # not an op: what follows attention where a mask may leave rows without a key
     "empty_rows": {"triton": empty_rows_triton.fill, "reference": empty_rows.fill},
@@ -160,7 +162,7 @@ def serve(op: str) -> Callable[..., Any]:
     if list(_TABLE[op]) == ["reference"]:
         return _implementation(op, "reference")
 
-    def call(first: torch.Tensor, *args: Any, **options: Any) -> Any:
+    def call(first: OpCall | torch.Tensor, *args: Any, **options: Any) -> Any:
         families = _families(op, first.device)
         for family, following in itertools.pairwise(families):
             try:

@@ -14,12 +14,10 @@ from sparsify.backends import dispatch
 from sparsify.errors import KernelError
 from sparsify.ops import attention as ops
 from sparsify.ops import block_lists, cache, feed_forward, gradients
+from sparsify.ops.attention import AttentionCall
+from sparsify.ops.library import library
 
 log = logging.getLogger(__name__)
-
-# operands of the attention op that no attention kernel reads
-_FILLED_BY = ("empty_rows", "lowest", "hidden_bias")
-_OPERANDS = ("key_flags", "segments", "query_start", "block_counts", "block_indices", "key_bias")
 
 # ops that need nothing around what the table names
 _PLAIN = (cache.store, cache.length, cache.attention, cache.decode, cache.mass, feed_forward.ffn_start, feed_forward.ffn_prompt)
@@ -35,31 +33,36 @@ def register(op: str, kernel: Callable) -> None:
             return kernel(*args, **options)
 
     for device in ("CPU", "CUDA"):
-        ops.library.impl(op, call, device)
+        library.impl(op, call, device)
 
 
-def _served(op: str, without: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """`dispatch.serve` with every keyword of the op's schema but `without`: the dispatcher leaves out those that have their default."""
+def _served(op: str) -> Callable[..., Any]:
+    """`dispatch.serve` with every keyword of the op's schema: the dispatcher leaves out those that have their default."""
     schema = getattr(torch.ops.sparsify, op).default._schema.arguments
-    defaults = {a.name: a.default_value for a in schema if a.kwarg_only and a.has_default_value() and a.name not in without}
+    defaults = {a.name: a.default_value for a in schema if a.kwarg_only and a.has_default_value()}
     serve = dispatch.serve(op)
     return lambda *args, **given: serve(*args, **{**defaults, **given})
 
 
-def _filled(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Attention, and after it what rows that see no key hold."""
-    fill = dispatch.serve("empty_rows")
+_attention, _fill_empty_rows = dispatch.serve("attention"), dispatch.serve("empty_rows")
 
-    @functools.wraps(attention)
-    def filled(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        form = {name: options.pop(name) for name in _FILLED_BY if name in options}
-        output, lse = attention(query, key, value, **options)
-        if form.get("empty_rows", "zero") != "zero":
-            form = {"hidden_bias": None, "lowest": 0.0} | form
-            fill(output, lse, query, key, value, options=dict.fromkeys(_OPERANDS) | options, **form)
-        return output, lse
 
-    return filled
+def attend(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of a call that was checked, and after it what rows that see no key hold.
+
+    Args:
+        into: output and LSE to fill instead of new ones.
+    """
+    output, lse = _attention(call, into=into)
+    if call.empty_rows != "zero":
+        _fill_empty_rows(output, lse, call)
+    return output, lse
+
+
+def _checked_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    call = AttentionCall.bind(*args, **options)
+    call.check()
+    return attend(call)
 
 
 @functools.cache
@@ -110,10 +113,9 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return call
 
 
-attend = _filled(_served("attention", without=_FILLED_BY))
 select_blocks = _or_every_block(_served("select_blocks"))
 
-register("attention", attend)
+register("attention", _checked_attention)
 register("select_blocks", ops.observed_selection(select_blocks))
 register("ffn", _observed(_served("ffn")))
 for _op in (op._schema.name.partition("::")[2] for op in _PLAIN):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsify.backends import registration
 from sparsify.ops import attention, scratch
+from sparsify.ops.attention import AttentionCall
 
 _SELECTION = ("pool", "stride", "threshold", "density")
 _ATTENTION = ("seq_major", "empty_rows", "lowest")  # what selection does not read
@@ -52,8 +53,8 @@ def _both(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], in
     for observer in observers:
         observer(query, key, counts, indices, **call)
     attend = common | {name: options[name] for name in _ATTENTION if name in options}
-    attend |= {"block_counts": counts, "block_indices": indices}
-    return registration.attend(query, key, value, sinks=0, softcap=0.0, into=into, **attend)
+    attend["version"] = attention.VERSION
+    return registration.attend(AttentionCall.bind(query, key, value, block_counts=counts, block_indices=indices, **attend), into=into)
 
 
 def _of(options: dict[str, Any], part: scratch.Part, heads: int) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.attention.empty_rows import check, unseen
+from sparsify.backends.attention.empty_rows import unseen
 from sparsify.backends.attention.empty_rows_template import SUMS, WRITE
 from sparsify.backends.cache.kernels import DTYPES, launch_in_turn, stride_values
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import Argument, padded, parameters
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
+from sparsify.ops.attention import AttentionCall
 
 _WHERE = "sparsify::attention"
 _ROWS, _MOST_STRETCHES = 64, 64
@@ -106,35 +107,32 @@ def _module(spec: EmptyRowsSpec) -> ModuleType:
     return source.load(empty_rows_source(spec), "empty_rows")
 
 
-def fill(
-    output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *, empty_rows: str, lowest: float, hidden_bias: Tensor | None,
-    options: dict[str, Any],
-) -> None:  # fmt: skip
-    """`backends.empty_rows.fill` by generated kernels.
+def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
+    """`backends.attention.empty_rows.fill` by generated kernels.
 
     Raises:
         UnsupportedError: no kernel takes this call.
         KernelError: a kernel could not be compiled or launched.
     """
-    check(empty_rows, lowest)
-    if empty_rows == "zero" or output.numel() == 0 or key.shape[2] == 0:
+    query, value, empty_rows = call.query, call.value, call.empty_rows
+    if empty_rows == "zero" or output.numel() == 0 or call.key.shape[2] == 0:
         return
     (batch, heads, query_len, head_dim), (kv_heads, key_len) = output.shape, value.shape[1:3]
-    biased = options["key_bias"] is not None
-    if value.dtype not in DTYPES or output.stride(-1) != 1 or (biased and len({*options["windows"]}) > 1):
-        raise UnsupportedError(f"{value.dtype} values, windows {options['windows'][:4]}", where=_WHERE, hint="the reference serves it")
-    spec = EmptyRowsSpec(DTYPES[value.dtype], head_dim, heads // kv_heads, "weighted" if biased else empty_rows)
-    empty = unseen(lse, query, key, options).contiguous()
+    biased = call.key_bias is not None
+    if value.dtype not in DTYPES or output.stride(-1) != 1 or (biased and len({*call.windows}) > 1):
+        raise UnsupportedError(f"{value.dtype} values, windows {call.windows[:4]}", where=_WHERE, hint="the reference serves it")
+    spec = EmptyRowsSpec(DTYPES[value.dtype], head_dim, call.group, "weighted" if biased else empty_rows)
+    empty = unseen(lse, call).contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
     stretches = min(_MOST_STRETCHES, -(-key_len // (4 * spec.keys)))
     given: dict[str, Any] = {
         "value": value, "out": output, "empty": empty.view(torch.int8), "heads": heads, "kv_heads": kv_heads, "query_len": query_len,
-        "key_len": key_len, "stretches": stretches, "lowest": lowest if empty_rows == "mean" else -torch.inf,
+        "key_len": key_len, "stretches": stretches, "lowest": call.lowest if empty_rows == "mean" else -torch.inf,
         **stride_values(value=(value, "bhn"), out=(output, "bhm")),
     }  # fmt: skip
     kernels = [("write", (-(-query_len // spec.rows), batch * heads), {"num_warps": _WARPS, "num_stages": 1})]
     if biased:
-        spec, more = _weighted(spec, hidden_bias, options, query.device)
+        spec, more = _weighted(spec, call)
         given |= more
     elif empty_rows == "mean":
         given["wanted"] = empty.view(batch * kv_heads, -1).any(-1).view(torch.int8)
@@ -144,27 +142,25 @@ def fill(
     launch_in_turn(f"rows without keys ({spec})", query, lambda: _module(spec), functools.partial(arguments, spec), given, *kernels)
 
 
-def _weighted(
-    spec: EmptyRowsSpec, hidden_bias: Tensor | None, options: dict[str, Any], device: torch.device
-) -> tuple[EmptyRowsSpec, dict[str, Any]]:
+def _weighted(spec: EmptyRowsSpec, call: AttentionCall) -> tuple[EmptyRowsSpec, dict[str, Any]]:
     """The spec with the call's clauses, and their values."""
-    windows, flags, segments, start = (options[name] for name in ("windows", "key_flags", "segments", "query_start"))
+    windows, flags, segments, start = call.windows, call.key_flags, call.segments, call.query_start
     found = EmptyRowsSpec(
         **vars(spec) | {
-            "causal": options["causal"], "windowed": any(windows), "key_flags": flags is not None, "segments": segments is not None,
-            "has_start": start is not None, "hidden": hidden_bias is not None,
+            "causal": call.causal, "windowed": call.windowed, "key_flags": flags is not None, "segments": segments is not None,
+            "has_start": start is not None, "hidden": call.hidden_bias is not None,
         }
     )  # fmt: skip
     one = lambda tensor, axis: 0 if tensor.shape[axis] == 1 else tensor.stride(axis)
-    bias = options["key_bias"].float().contiguous()
+    bias = call.key_bias.float().contiguous()
     given: dict[str, Any] = {"key_bias": bias, "bias_b": one(bias, 0), "bias_h": one(bias, 1)}
-    if hidden_bias is not None:
-        hidden = hidden_bias.float().contiguous()
+    if call.hidden_bias is not None:
+        hidden = call.hidden_bias.float().contiguous()
         given |= {"hidden_bias": hidden, "hidden_b": one(hidden, 0), "hidden_h": one(hidden, 1)}
     if start is not None:
-        given["query_start"] = start.to(device, torch.int64)
-    if any(windows):
-        given |= {"window": min(windows[0], 1 << 30), "sinks": options["sinks"]}
+        given["query_start"] = start.to(call.query.device, torch.int64)
+    if call.windowed:
+        given |= {"window": min(windows[0], 1 << 30), "sinks": call.sinks}
     if flags is not None:
         flags = flags.to(torch.uint8).contiguous()
         given |= {"key_flags": flags, "flags_b": one(flags, 0)}

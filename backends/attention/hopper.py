@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.attention.hopper_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, argument_types, generate
-from sparsify.backends.attention.triton import check_operands
 from sparsify.backends.codegen import source
 from sparsify.errors import KernelError, UnsupportedError
-from sparsify.ops.attention import empty_output
+from sparsify.ops.attention import AttentionCall
 from sparsify.releases import triton_release
 
 log = logging.getLogger(__name__)
 
 BLOCK = 128
+# the op's arguments that the kernel knows; a call with another one is not served
+_SERVES = {
+    "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "windows", "sinks", "softcap", "block_size",
+}  # fmt: skip
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LAUNCH = {"num_warps": 4, "maxnreg": 168}  # 384 threads at 168 registers; setmaxnreg hands them out anew
 _LEAST_QUERIES = 64  # with fewer rows most of a tile is empty, and the plain kernel packs the heads of a group into one
@@ -32,18 +35,17 @@ _LOG2E = math.log2(math.e)
 _ROWS_FIRST_BYTES = 24 << 20  # K and V of all heads together stay in half of Hopper's 50 MB of L2
 
 
-def serves(
-    query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], capability: tuple[int, int], triton_release: tuple[int, int]
-) -> str | None:
+def serves(call: AttentionCall, capability: tuple[int, int], triton_release: tuple[int, int]) -> str | None:
     """Why this call is not served; None when it is.
 
     Args:
-        options: the op's keyword arguments, checked already to fit together.
+        call: checked already.
         capability: of the device. triton_release: major and minor number.
     """
+    query, key = call.query, call.key
     batch, heads, query_len, head_dim = query.shape
-    dims = sorted((head_dim, value.shape[-1]))
-    listed = options["block_counts"] is not None
+    dims = sorted((head_dim, call.value.shape[-1]))
+    others = call.beyond(_SERVES)
     obstacles = {
         f"compute capability {capability[0]}.{capability[1]} is not 9.x": capability[0] != 9,
         f"Triton {triton_release[0]}.{triton_release[1]} was not tried": triton_release not in DIALECTS,
@@ -51,10 +53,9 @@ def serves(
         f"head dims {dims[0]} and {dims[1]}": dims[0] < 40 or dims[1] > 256 or any(dim % 8 for dim in dims),
         f"{query_len} query rows are few": query_len < _LEAST_QUERIES,
         "no keys": key.shape[2] == 0 or query.numel() == 0,
-        f"lists of {options['block_size']}-key blocks": listed and options["block_size"] != BLOCK,
-        "ALiBi": options["alibi_slopes"] is not None,
-        "a bias per key": options.get("key_bias") is not None,
-        f"scale {options['scale']}": options["scale"] <= 0,
+        f"lists of {call.block_size}-key blocks": call.listed and call.block_size != BLOCK,
+        ", ".join(others): bool(others),
+        f"scale {call.scale}": call.scale <= 0,
         "too many tiles": batch * heads * -(-query_len // QUERY_TILE) >= 1 << 30,
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
@@ -69,38 +70,30 @@ def ready(device: torch.device) -> bool:
     return triton_release() in DIALECTS
 
 
-def obstacle(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
+def obstacle(call: AttentionCall) -> str | None:
     """`serves` for the device that the operands are on and the Triton that is installed."""
-    if query.device.type != "cuda" or torch.version.hip is not None:
+    device = call.query.device
+    if device.type != "cuda" or torch.version.hip is not None:
         return "no NVIDIA GPU"
-    return serves(query, key, value, options, _capability(query.device), triton_release())
+    return serves(call, _capability(device), triton_release())
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, into: tuple[Tensor, Tensor] | None = None, **options) -> tuple[Tensor, Tensor]:
+def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The op by the Gluon kernel.
 
     Args:
         into: output and LSE to fill instead of new ones; the LSE contiguous.
 
     Raises:
-        UnsupportedError: why the kernel does not take this call; or its operands do not fit together.
+        UnsupportedError: why the kernel does not take this call.
         KernelError: the kernel could not be compiled or launched.
     """
-    check_operands(query, key, value, **options)
-    if (reason := obstacle(query, key, value, options)) is not None:
+    if (reason := obstacle(call)) is not None:
         raise UnsupportedError(reason, where="Hopper attention", hint="the plain Triton kernel may take it")
-    return launch(query, key, value, into=into, **options)
+    return launch(call, into=into)
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    tuning: GluonTuning | None = None,
-    into: tuple[Tensor, Tensor] | None = None,
-    **options,
-) -> tuple[Tensor, Tensor]:
+def launch(call: AttentionCall, *, tuning: GluonTuning | None = None, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Output and LSE of a call that `serves` accepts. Asynchronous, without host synchronisation; a CUDA graph can capture it.
 
     Args:
@@ -109,16 +102,13 @@ def launch(
     Raises:
         KernelError: the kernel could not be compiled or launched.
     """
-    output, lse = into or (
-        empty_output(query, value, options["seq_major"]),
-        query.new_empty(query.shape[:3], dtype=torch.float32),
-    )
-    spec = make_spec(query, key, value, options, tuning)
+    output, lse = into or call.empty_outputs()
+    spec, query = make_spec(call, tuning), call.query
     batch, heads, query_len = query.shape[:3]
     tiles = -(-query_len // QUERY_TILE) * batch * heads
     try:
         with torch.cuda.device(query.device):
-            values = operands(spec, query, key, value, output, lse, options) | _descriptors(spec, query, key, value, output)
+            values = operands(spec, call, lse) | _descriptors(spec, call, output)
             kernel = _kernel(spec, triton_release())
             grid = (min(_processors(query.device), tiles),)
             kernel[grid](*(values[name] for name in argument_types(spec)), **_LAUNCH)
@@ -128,28 +118,28 @@ def launch(
     return output, lse
 
 
-def make_spec(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], tuning: GluonTuning | None = None) -> GluonSpec:
+def make_spec(call: AttentionCall, tuning: GluonTuning | None = None) -> GluonSpec:
     """The spec of a call, with the table's tuning unless one is given."""
-    windows = options["windows"]
-    flags, segments = options["key_flags"] is not None, options["segments"] is not None
+    query, key, value, windows = call.query, call.key, call.value, call.windows
+    flags, segments = call.key_flags is not None, call.segments is not None
     head_dim, value_dim = _padded(query.shape[-1]), _padded(value.shape[-1])
     if tuning is None:
         kept = key.shape[0] * key.shape[1] * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
-        many, lists = flags or segments or any(windows), options["block_counts"] is not None
+        many, lists = flags or segments or call.windowed, call.listed
         tuning = choose_tuning(head_dim, value_dim, many, kept <= _ROWS_FIRST_BYTES, lists, triton_release())
     return GluonSpec(
         dtype=_DTYPES[query.dtype],
         head_dim=head_dim,
         value_dim=value_dim,
-        causal=options["causal"],
-        lists=options["block_counts"] is not None,
-        windows="none" if not any(windows) else "one" if len(set(windows)) == 1 else "heads",
-        sinks=any(windows) and options["sinks"] > 0 and not flags,
+        causal=call.causal,
+        lists=call.listed,
+        windows="none" if not call.windowed else "one" if len(set(windows)) == 1 else "heads",
+        sinks=call.windowed and call.sinks > 0 and not flags,
         key_flags=flags,
         segments=segments,
-        start=options["query_start"] is not None,
-        softcap=options["softcap"] > 0,
-        sink_logits=options["sink_logits"] is not None,
+        start=call.query_start is not None,
+        softcap=call.softcap > 0,
+        sink_logits=call.sink_logits is not None,
         tuning=tuning,
     )
 
@@ -205,10 +195,9 @@ def _kernel(spec: GluonSpec, release: tuple[int, int]) -> Callable[..., Any]:
     return source.load(generate(spec, release), "gluon_attention").attention
 
 
-def operands(
-    spec: GluonSpec, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, options: dict[str, Any]
-) -> dict[str, Any]:
+def operands(spec: GluonSpec, call: AttentionCall, lse: Tensor) -> dict[str, Any]:
     """The kernel's arguments but for the descriptors, by name, and perhaps some that this spec has no use for."""
+    query, key = call.query, call.key
     batch, heads, query_len, _ = query.shape
     kv_heads, key_len = key.shape[1:3]
     device, tile = query.device, spec.tuning.key_tile
@@ -222,31 +211,31 @@ def operands(
         "heads": heads,
         "kv_heads": kv_heads,
         "start": key_len - query_len,
-        "scale": options["scale"] * _LOG2E,
+        "scale": call.scale * _LOG2E,
     }
     if spec.softcap:
-        values |= {"scale": 2 * _LOG2E * options["scale"] / options["softcap"], "cap": options["softcap"] * _LOG2E}
+        values |= {"scale": 2 * _LOG2E * call.scale / call.softcap, "cap": call.softcap * _LOG2E}
     if spec.start:
-        values["starts"] = options["query_start"].to(device, torch.int64)
+        values["starts"] = call.query_start.to(device, torch.int64)
     if spec.lists:
-        values["counts"] = options["block_counts"].to(torch.int32).contiguous()
-        values["indices"] = options["block_indices"].to(torch.int16).contiguous()
+        values["counts"] = call.block_counts.to(torch.int32).contiguous()
+        values["indices"] = call.block_indices.to(torch.int16).contiguous()
         values["list_len"] = values["indices"].shape[-1]
     if spec.windows != "none":
-        windows = tuple(min(window, _LONGEST_WINDOW) for window in options["windows"])
-        values |= {"window": windows[0], "sinks": min(options["sinks"], key_len)}
+        windows = tuple(min(window, _LONGEST_WINDOW) for window in call.windows)
+        values |= {"window": windows[0], "sinks": min(call.sinks, key_len)}
         if spec.windows == "heads":
             values["windows"] = _on_device(windows, device)
     if spec.key_flags:
-        flags = options["key_flags"].to(torch.uint8)
+        flags = call.key_flags.to(torch.uint8)
         values |= {"flags": _rows(_padded_row(flags, tile), batch)} | {name: _rows(t, batch) for name, t in flag_tiles(flags, tile).items()}
     if spec.segments:
-        segments = options["segments"].to(torch.int32)
+        segments = call.segments.to(torch.int32)
         values |= {"segments": _rows(_padded_row(segments, tile), batch)} | {
             name: _rows(t, batch) for name, t in segment_tiles(segments, tile).items()
         }
     if spec.sink_logits:
-        values["sink_logits"] = options["sink_logits"].to(torch.float32).contiguous()
+        values["sink_logits"] = call.sink_logits.to(torch.float32).contiguous()
     return values
 
 
@@ -292,11 +281,11 @@ def _rows(operand: Tensor, batch: int) -> Tensor:
     return operand.expand(batch, *operand.shape[1:]).contiguous()
 
 
-def _descriptors(spec: GluonSpec, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> dict[str, Any]:
+def _descriptors(spec: GluonSpec, call: AttentionCall, output: Tensor) -> dict[str, Any]:
     return {
-        "queries": _descriptor(query, QUERY_TILE // 2, spec.head_dim),
-        "keys": _descriptor(key, spec.tuning.key_tile, spec.head_dim),
-        "values": _descriptor(value, spec.tuning.key_tile, spec.value_dim),
+        "queries": _descriptor(call.query, QUERY_TILE // 2, spec.head_dim),
+        "keys": _descriptor(call.key, spec.tuning.key_tile, spec.head_dim),
+        "values": _descriptor(call.value, spec.tuning.key_tile, spec.value_dim),
         "outputs": _descriptor(output, QUERY_TILE // 2, spec.value_dim),
     }
 

@@ -11,110 +11,87 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.ops.attention import empty_output
+from sparsify.ops import block_lists
+from sparsify.ops.attention import AttentionCall
 
 # elements of one chunk's score matrix over all heads: 64 MB in fp32
 CHUNK_ELEMENTS = 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
-    """The clauses of `sparsify.ops.attention` that say which keys a query row sees."""
+    """The clauses of a call that say which keys a query row sees. start: key position of query row 0."""
 
-    key_flags: Tensor | None  # [batch or 1, key_len] integers
-    segments: Tensor | None  # [batch or 1, key_len] integers
-    block_counts: Tensor | None  # [batch, query_heads, query_blocks]
-    block_indices: Tensor | None  # [batch, query_heads, query_blocks, at most key_blocks]
+    call: AttentionCall
     start: int
-    causal: bool
-    windows: tuple[int, ...]  # empty, one, or one per query head; 0 = none for that head
-    sinks: int
-    block_size: int
-    key_len: int
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> Mask:
+        """Reads `query_start` where there is one, which synchronises."""
+        return cls(call, call.key.shape[2] - call.query.shape[2] if call.query_start is None else int(call.query_start.item()))
+
+    @property
+    def key_len(self) -> int:
+        return self.call.key.shape[2]
 
     def key_range(self, first: int, last: int) -> tuple[int, int]:
         """Keys outside of this range are invisible to every query row in [first, last]."""
-        end = min(self.key_len, last + self.start + 1) if self.causal else self.key_len
+        end = min(self.key_len, last + self.start + 1) if self.call.causal else self.key_len
         begin = 0
-        sink_possible = self.sinks > 0 or self.key_flags is not None
-        if self.windows and all(self.windows) and not sink_possible:
-            begin = min(max(0, first + self.start - max(self.windows) + 1), self.key_len)
+        sink_possible = self.call.sinks > 0 or self.call.key_flags is not None
+        if self.call.windows and all(self.call.windows) and not sink_possible:
+            begin = min(max(0, first + self.start - max(self.call.windows) + 1), self.key_len)
         return begin, max(begin, end)
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Bool, broadcastable to [batch, query_heads, rows, keys]."""
         position = (rows + self.start)[:, None]
         seen = torch.ones(1, 1, rows.numel(), keys.numel(), dtype=torch.bool, device=keys.device)
-        if self.causal:
+        if self.call.causal:
             seen = seen & (keys <= position)
-        if any(self.windows):
-            window = torch.tensor(self.windows, device=keys.device)[None, :, None, None]
+        if any(self.call.windows):
+            window = torch.tensor(self.call.windows, device=keys.device)[None, :, None, None]
             seen = seen & ((keys > position - window) | (window <= 0) | self._sink(keys))
-        if self.key_flags is not None:
-            seen = seen & (self.key_flags[:, keys] & 1 != 0)[:, None, None]
-        if self.segments is not None:
+        if self.call.key_flags is not None:
+            seen = seen & (self.call.key_flags[:, keys] & 1 != 0)[:, None, None]
+        if self.call.segments is not None:
             inside = (position >= 0) & (position < self.key_len)
-            own = self.segments[:, (rows + self.start).clamp(0, self.key_len - 1)]
-            seen = seen & ((own[:, :, None] == self.segments[:, None, keys]) & inside)[:, None]
-        if self.block_counts is not None:
-            seen = seen & self._listed(rows)[..., keys // self.block_size]
+            own = self.call.segments[:, (rows + self.start).clamp(0, self.key_len - 1)]
+            seen = seen & ((own[:, :, None] == self.call.segments[:, None, keys]) & inside)[:, None]
+        if self.call.block_counts is not None:
+            seen = seen & self._listed(rows)[..., keys // self.call.block_size]
         return seen
 
     def _sink(self, keys: Tensor) -> Tensor:
-        if self.key_flags is None:
-            return keys < self.sinks
-        return (self.key_flags[:, keys] & 2 != 0)[:, None, None]
+        if self.call.key_flags is None:
+            return keys < self.call.sinks
+        return (self.call.key_flags[:, keys] & 2 != 0)[:, None, None]
 
     def _listed(self, rows: Tensor) -> Tensor:
         """Bool [batch, query_heads, rows, key_blocks]: the block lists of each row's query block as a table."""
-        block = rows // self.block_size
-        first = int(block[0])
-        counts = self.block_counts[:, :, first : int(block[-1]) + 1, None]
-        indices = self.block_indices[:, :, first : int(block[-1]) + 1].long()
-        valid = torch.arange(indices.shape[-1], device=rows.device) < counts
-        key_blocks = (self.key_len + self.block_size - 1) // self.block_size
-        table = torch.zeros(*indices.shape[:3], key_blocks + 1, dtype=torch.bool, device=rows.device)
-        # entries past the count all go to one column that is dropped
-        table.scatter_(-1, torch.where(valid, indices, key_blocks), True)
-        return table[:, :, block - first, :key_blocks]
+        block = rows // self.call.block_size
+        first, last = int(block[0]), int(block[-1]) + 1
+        lists = self.call.block_counts[:, :, first:last], self.call.block_indices[:, :, first:last]
+        return block_lists.to_dense(*lists, -(-self.key_len // self.call.block_size))[:, :, block - first]
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    key_flags: Tensor | None = None,
-    segments: Tensor | None = None,
-    query_start: Tensor | None = None,
-    block_counts: Tensor | None = None,
-    block_indices: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    windows: list[int],
-    sinks: int,
-    softcap: float,
-    block_size: int,
-    seq_major: bool,
-    version: int,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The attention op of `sparsify.ops.attention`, which defines every argument but `into`: output and LSE to fill instead of new ones.
+def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The attention op of `sparsify.ops.attention`.
+
+    Args:
+        into: output and LSE to fill instead of new ones.
 
     Returns:
         output [batch, query_heads, query_len, v_head_dim] in query's dtype, and LSE (natural log) fp32 [batch, query_heads, query_len].
         A value that is not finite makes NaN of that column of exactly the rows that see its key.
     """
+    query, key, value = call.query, call.key, call.value
     batch, heads, query_len, _ = query.shape
     kv_heads, key_len = key.shape[1:3]
-    output, lse = into or (empty_output(query, value, seq_major), query.new_empty(query.shape[:3], dtype=torch.float32))
+    output, lse = into or call.empty_outputs()
     if key_len == 0 or output.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
-    start = key_len - query_len if query_start is None else int(query_start.item())
-    mask = Mask(key_flags, segments, block_counts, block_indices, start, causal, tuple(windows), sinks, block_size, key_len)
+    mask = Mask.of(call)
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     # [batch, kv_heads, group, rows, dim] against [batch, kv_heads, 1, keys, dim]: KV heads are never repeated
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, query_len, -1)
@@ -128,11 +105,11 @@ def attention(
         if begin == end:
             output[:, :, part], lse[:, :, part] = 0, -torch.inf
             continue
-        logits = (grouped[:, :, :, part].to(math) * scale) @ keys[..., begin:end, :].transpose(-1, -2)
+        logits = (grouped[:, :, :, part].to(math) * call.scale) @ keys[..., begin:end, :].transpose(-1, -2)
         seen = mask.visible(torch.arange(first, part.stop, device=query.device), torch.arange(begin, end, device=query.device))
-        bias = None if key_bias is None else key_bias[:, :, None, begin:end].to(math)
+        bias = None if call.key_bias is None else call.key_bias[:, :, None, begin:end].to(math)
         seen = seen if bias is None else seen & (bias != -torch.inf)
-        weights, lse[:, :, part] = _softmax(logits.flatten(1, 2), seen, end - 1, softcap, sink_logits, alibi_slopes, bias)
+        weights, lse[:, :, part] = _softmax(call, logits.flatten(1, 2), seen, end - 1, bias)
         result = weights.view_as(logits) @ values[..., begin:end, :]
         if tainted is not None:
             regrouped = seen.expand(batch, heads, -1, -1).reshape(logits.shape).to(math)
@@ -141,18 +118,11 @@ def attention(
     return output, lse
 
 
-def _softmax(
-    logits: Tensor,
-    seen: Tensor,
-    anchor: int,
-    softcap: float,
-    sink_logits: Tensor | None,
-    slopes: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _softmax(call: AttentionCall, logits: Tensor, seen: Tensor, anchor: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights [batch, heads, rows, keys] and LSE [batch, heads, rows] of logits whose last key is `anchor`; unseen rows get 0 and -inf."""
-    slopes = None if slopes is None else slopes.to(logits.dtype)
-    sink_logits = None if sink_logits is None else sink_logits.to(logits.dtype)[:, None]
+    softcap = call.softcap
+    slopes = None if call.alibi_slopes is None else call.alibi_slopes.to(logits.dtype)
+    sink_logits = None if call.sink_logits is None else call.sink_logits.to(logits.dtype)[:, None]
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     if slopes is not None:

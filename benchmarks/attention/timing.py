@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsify.backends.attention import hopper
 from sparsify.backends.attention.hopper_source import GluonTuning
+from sparsify.ops.attention import AttentionCall
 from sparsify.ops.block_lists import from_dense
 
 HEADS, KV_HEADS, BLOCK = 32, 8, 128
@@ -101,11 +102,12 @@ def random_blocks(n: int, density: float) -> Tensor:
     return keep.tril_()
 
 
-def options(query: Tensor, lists: tuple[Tensor, Tensor] | None = None, windows: tuple[int, ...] = (), sinks: int = 0) -> dict[str, Any]:
+def make_call(
+    operands: tuple[Tensor, Tensor, Tensor], lists: tuple[Tensor, Tensor] | None = None, windows: tuple[int, ...] = (), sinks: int = 0
+) -> AttentionCall:
     counts, indices = lists or (None, None)
-    tensors = dict.fromkeys(("key_flags", "segments", "query_start", "sink_logits", "alibi_slopes"))
-    numbers = {"scale": query.shape[-1] ** -0.5, "causal": True, "windows": list(windows), "sinks": sinks, "softcap": 0.0}
-    return tensors | numbers | {"block_counts": counts, "block_indices": indices, "block_size": BLOCK, "seq_major": False, "version": 1}
+    scale = operands[0].shape[-1] ** -0.5
+    return AttentionCall(*operands, block_counts=counts, block_indices=indices, scale=scale, causal=True, windows=windows, sinks=sinks)
 
 
 def race(runs: dict[str, Callable[[], Any]], flops: float, reference: str | None = None) -> dict[str, Any]:
@@ -152,8 +154,8 @@ def _sparse(n: int, density: float, dim: int = 128) -> dict[str, Any]:
     query, key, value = inputs(n, dim)
     keep = random_blocks(n, density)
     visited = int(keep.sum())
-    call = options(query, from_dense(keep))
-    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]}
+    call = make_call((query, key, value), from_dense(keep))
+    runs = {"ours": lambda: hopper.launch(call)[0]}
     for name, make in (("flex", _flex), ("fa4", _fa4_sparse)):
         runs[name] = _lazy(make, query, key, value, keep)
     values = race(runs, 4 * BLOCK * BLOCK * dim * visited, "flex" if density < 0.4 else None)
@@ -163,8 +165,8 @@ def _sparse(n: int, density: float, dim: int = 128) -> dict[str, Any]:
 
 def _dense(n: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     query, key, value = inputs(n, dim, dtype)
-    call = options(query)
-    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]} | _dense_peers(query, key, value)
+    call = make_call((query, key, value))
+    runs = {"ours": lambda: hopper.launch(call)[0]} | _dense_peers(query, key, value)
     if n <= 16384 and dim != 128:
         keep = torch.ones(1, HEADS, n // BLOCK, n // BLOCK, dtype=torch.bool, device="cuda").tril_()
         runs["flex"] = _lazy(_flex, query, key, value, keep)
@@ -174,8 +176,8 @@ def _dense(n: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> dict[
 def _short(n: int) -> dict[str, Any]:
     """Dense attention called from Python, and replayed from CUDA graphs, where no call waits for the host; `ratio` is the replays'."""
     query, key, value = inputs(n)
-    call = options(query)
-    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]} | _dense_peers(query, key, value)
+    call = make_call((query, key, value))
+    runs = {"ours": lambda: hopper.launch(call)[0]} | _dense_peers(query, key, value)
     flops = 4 * n * n * 128 * HEADS / 2
     called = race(runs, flops, "cudnn")
     graphs, absent = {}, {}
@@ -222,8 +224,8 @@ def _dense_peers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callabl
 def _sink_window() -> dict[str, Any]:
     n, window, sinks = 131072, 4096, 4
     query, key, value = inputs(n)
-    call = options(query, windows=(window,), sinks=sinks)
-    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0]} | _dense_peers(query, key, value)
+    call = make_call((query, key, value), windows=(window,), sinks=sinks)
+    runs = {"ours": lambda: hopper.launch(call)[0]} | _dense_peers(query, key, value)
     values = _with_ratio(race(runs, 4 * n * n * 128 * HEADS / 2), ("fa4", "cudnn"))
     pairs = window * n - window * (window - 1) // 2 + sinks * max(0, n - window)
     visited = 4 * 128 * HEADS * pairs
@@ -233,8 +235,8 @@ def _sink_window() -> dict[str, Any]:
 def _chunk() -> dict[str, Any]:
     n, rows = 131072, 4096
     query, key, value = inputs(n, query_len=rows)
-    call = options(query)
-    runs = {"ours": lambda: hopper.launch(query, key, value, **call)[0], "fa4": _dense_peers(query, key, value)["fa4"]}
+    call = make_call((query, key, value))
+    runs = {"ours": lambda: hopper.launch(call)[0], "fa4": _dense_peers(query, key, value)["fa4"]}
     return _with_ratio(race(runs, 4 * 128 * HEADS * (rows * (n - rows) + rows * rows / 2)), ("fa4",))
 
 
@@ -247,7 +249,7 @@ def _tune(n: int, density: float | None, dim: int = 128) -> dict[str, Any]:
         keep = random_blocks(n, density)
         lists, flops = from_dense(keep), 4 * BLOCK * BLOCK * dim * int(keep.sum())
         del keep
-    call = options(query, lists)
+    call = make_call((query, key, value), lists)
     tunings = TUNINGS
     if dim == 64:
         tunings = {
@@ -258,7 +260,7 @@ def _tune(n: int, density: float | None, dim: int = 128) -> dict[str, Any]:
         }
 
     def runner(tuning: GluonTuning) -> Callable[[], Tensor]:
-        return lambda: hopper.launch(query, key, value, tuning=tuning, **call)[0]
+        return lambda: hopper.launch(call, tuning=tuning)[0]
 
     values = race({name: runner(tuning) for name, tuning in tunings.items()}, flops, "default")
     return {key: value for key, value in values.items() if not key.endswith("_ms")}

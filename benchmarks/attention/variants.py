@@ -119,9 +119,9 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
         keep = timing.random_blocks(length, density)
         lists, flops = blockmask.from_dense(keep), 4 * 128 * 128 * dim * int(keep.sum())
         del keep
-    call = timing.options(query, lists)
+    call = timing.make_call((query, key, value), lists)
     variants = ATTENTION if dim == 128 else ATTENTION_64
-    runs = {name: lambda one=one: hopper.launch(query, key, value, tuning=one, **call)[0] for name, one in variants.items()}
+    runs = {name: lambda one=one: hopper.launch(call, tuning=one)[0] for name, one in variants.items()}
     expected, differences, absent = None, {}, {}
     for name, run in list(runs.items()):
         try:

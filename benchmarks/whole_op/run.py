@@ -35,6 +35,7 @@ from benchmarks.whole_op import WholeOp
 from benchmarks.whole_op.data import find_threshold, structured
 from sparsify.ops import attention as ops
 from sparsify.ops import block_lists
+from sparsify.ops.attention import AttentionCall
 
 LENGTHS = (131072, 262144, 32768, 65536)  # what matters most first, should time run out
 DENSITIES = (0.05, 0.07, 0.1, 0.2)
@@ -115,21 +116,8 @@ def select(query: Tensor, key: Tensor, stride: int, pool: str, threshold: float)
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lists: tuple[Tensor, Tensor] | tuple[None, None]) -> tuple[Tensor, Tensor]:
     """Output and LSE, along block lists or, without them, dense."""
-    return ops.attention(
-        query,
-        key,
-        value,
-        block_counts=lists[0],
-        block_indices=lists[1],
-        scale=query.shape[-1] ** -0.5,
-        causal=True,
-        windows=[],
-        sinks=0,
-        softcap=0.0,
-        block_size=BLOCK,
-        seq_major=False,
-        version=ops.VERSION,
-    )
+    listed = {"block_counts": lists[0], "block_indices": lists[1], "block_size": BLOCK}
+    return AttentionCall(query, key, value, scale=query.shape[-1] ** -0.5, causal=True, **listed).run()
 
 
 def whole(query: Tensor, key: Tensor, value: Tensor, tuned: Tuned) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import sparsify.backends  # noqa: F401  (registers what serves the cache's ops)
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation.cache_layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
-from sparsify.ops import attention as ops
 from sparsify.ops import cache
+from sparsify.ops.attention import AttentionCall, attention
 
 
 class _Saved(str):
@@ -324,7 +324,7 @@ def _attend_prompt(
         flags = is_token.to(torch.uint8)
         if sinks:
             flags = flags + 2 * (is_token & (is_token.cumsum(-1) <= sinks)).to(torch.uint8)
-    output, _ = ops.attention(
+    output, _ = attention(
         query,
         key,
         value,
@@ -335,9 +335,8 @@ def _attend_prompt(
         windows=[window] if window else [],
         sinks=sinks,
         softcap=softcap,
-        block_size=128,
         seq_major=True,
-        version=ops.VERSION,
+        version=AttentionCall.VERSION,
     )
     return output if order is None else _gather_columns(output, order.argsort(-1))
 

@@ -1,5 +1,4 @@
-"""The narrow waist: the custom ops that passes emit and backends lower. Schemas and fake kernels only; kernels register from
-`sparsify.backends`.
+"""`sparsify::attention`, `select_blocks` and `sparse_attention`: schemas and fake kernels.
 
 One attention op carries everything that methods may combine on a site. For query row q of head h of batch row b, with
 start = query_start (key_len - query_len when None), key k is visible when all of these hold:
@@ -36,71 +35,135 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsify.ops import gradients
+from sparsify.ops.call import OpCall, Operand
+from sparsify.ops.library import TAGS, define, library, traced
 
 # Inductor and AOTAutograd cache compiled graphs by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 2
+VERSION = 3
 
 # a log of a sum of exponentials below this is made of numbers that hide, not of scores
 SUNK = -1e30
+EMPTY_ROWS = ("zero", "mean", "nan")
 
-NAMESPACE = "sparsify"
-library = torch.library.Library(NAMESPACE, "DEF")
 
-library.define(
-    "attention(Tensor query, Tensor key, Tensor value, *, Tensor? key_flags=None, Tensor? segments=None, Tensor? query_start=None, "
-    "Tensor? block_counts=None, Tensor? block_indices=None, Tensor? sink_logits=None, Tensor? alibi_slopes=None, "
-    "Tensor? key_bias=None, Tensor? hidden_bias=None, float scale, bool causal, int[] windows, int sinks, float softcap, int block_size, "
-    'bool seq_major, int version, str empty_rows="zero", float lowest=0.0) -> (Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-)
+@dataclass(frozen=True, eq=False)
+class AttentionCall(OpCall):
+    """One call of `sparsify::attention`; the module says what is computed.
+
+    query, key, value: floating point, one dtype.
+    key_flags: bit 0: a key is visible, bit 1: it is a sink.
+    segments: a row sees keys of its own segment; a row's segment is that of the key at its position.
+    query_start: key position of query row 0; None: key_len - query_len.
+    block_counts, block_indices: how many key blocks each query block of each head visits, and which, rising.
+    sink_logits: joins each row's denominator with no value.
+    alibi_slopes: times the key position, added to the logits.
+    key_bias: added to the logits, whatever the row.
+    hidden_bias: added to `lowest` at hidden keys of rows without a visible one.
+    scale: of the logits. causal: whether a row sees later keys.
+    windows: last keys that a row sees: empty (all), one number for all heads, or one per query head (0 = all keys).
+    sinks: first keys that a window does not hide, without key_flags.
+    softcap: bound of the logits, 0 for none.
+    block_size: query rows and keys of a block of the block lists.
+    seq_major: the output is the transpose of a contiguous [batch, query_len, heads, dim].
+    empty_rows: what rows without a visible key hold: "zero", "mean" or "nan". lowest: the finite number that hides, for "mean".
+    """
+
+    NAME: ClassVar[str] = "attention"
+    VERSION: ClassVar[int] = VERSION
+    UNREAD: ClassVar[tuple[str, ...]] = ("seq_major", "empty_rows", "lowest", "hidden_bias")
+
+    query: Annotated[Tensor, Operand("batch query_heads query_len head_dim")]
+    key: Annotated[Tensor, Operand("batch kv_heads key_len head_dim")]
+    value: Annotated[Tensor, Operand("batch kv_heads key_len v_head_dim")]
+    _: KW_ONLY
+    key_flags: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
+    segments: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
+    query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
+    block_counts: Annotated[Tensor | None, Operand("batch query_heads query_blocks", "integers")] = None
+    block_indices: Annotated[Tensor | None, Operand("batch query_heads query_blocks *", "integers")] = None
+    sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
+    alibi_slopes: Annotated[Tensor | None, Operand("batch|1 query_heads", "floats")] = None
+    key_bias: Annotated[Tensor | None, Operand("batch|1 query_heads|1 key_len", "floats")] = None
+    hidden_bias: Annotated[Tensor | None, Operand("batch|1 query_heads|1 key_len", "floats")] = None
+    scale: float
+    causal: bool
+    windows: tuple[int, ...] = ()
+    sinks: int = 0
+    softcap: float = 0.0
+    block_size: int = 128
+    seq_major: bool = False
+    empty_rows: str = "zero"
+    lowest: float = 0.0
+
+    @property
+    def listed(self) -> bool:
+        """Whether block lists say which keys are visited."""
+        return self.block_counts is not None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a window hides keys from some head."""
+        return any(self.windows)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def check(self) -> None:
+        """Raises UnsupportedError, saying what is wrong, unless the operands fit together."""
+        super().check()
+        (heads, query_len), need = self.query.shape[1:3], self.need
+        need(
+            len(self.windows) in (0, 1, heads) and all(window >= 0 for window in self.windows),
+            f"{len(self.windows)} windows {self.windows[:4]} for {heads} query heads",
+        )
+        need(
+            self.softcap >= 0 and math.isfinite(self.scale),
+            f"softcap {self.softcap}, scale {self.scale}",
+            "a softcap is positive or 0 for none",
+        )
+        need((self.block_counts is None) == (self.block_indices is None), "block_counts and block_indices come together")
+        if self.block_counts is not None:
+            need(self.block_size > 0, f"block size {self.block_size}")
+            found, blocks = self.block_counts.shape[2], -(-query_len // self.block_size)
+            need(found == blocks, f"block_counts has {found} query blocks, not {blocks}")
+        hides = self.empty_rows != "mean" or -math.inf < self.lowest < 0.0
+        need(self.empty_rows in EMPTY_ROWS and hides, f"empty rows hold {self.empty_rows!r}, hidden by {self.lowest}")
+
+    def in_dtype(self, dtype: torch.dtype) -> AttentionCall:
+        """The same call with query, key and value in another dtype."""
+        return dataclasses.replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor]:
+        """Output [batch, query_heads, query_len, v_head_dim] in query's dtype, and LSE fp32 [batch, query_heads, query_len]."""
+        return empty_output(self.query, self.value, self.seq_major), self.query.new_empty(self.query.shape[:3], dtype=torch.float32)
+
+
+attention = define(AttentionCall, AttentionCall.empty_outputs)
+
 library.define(
     "select_blocks(Tensor query, Tensor key, *, Tensor? key_flags=None, Tensor? segments=None, Tensor? query_start=None, "
     "float scale, bool causal, int[] windows, str pool, int stride, int block_size, float[] threshold, float density, "
     "int version) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    tags=TAGS,
 )
 library.define(
     "sparse_attention(Tensor query, Tensor key, Tensor value, *, Tensor? key_flags=None, Tensor? segments=None, "
     "Tensor? query_start=None, float scale, bool causal, int[] windows, str pool, int stride, int block_size, float[] threshold, "
     'float density, bool seq_major, int version, str empty_rows="zero", float lowest=0.0) -> (Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    tags=TAGS,
 )
-
-
-def _attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    key_flags: Tensor | None = None,
-    segments: Tensor | None = None,
-    query_start: Tensor | None = None,
-    block_counts: Tensor | None = None,
-    block_indices: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    hidden_bias: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    windows: list[int],
-    sinks: int,
-    softcap: float,
-    block_size: int,
-    seq_major: bool,
-    version: int,
-    empty_rows: str = "zero",
-    lowest: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    return empty_output(query, value, seq_major), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def empty_output(query: Tensor, value: Tensor, seq_major: bool) -> Tensor:
@@ -147,22 +210,9 @@ def empty_block_lists(query: Tensor, key: Tensor, block_size: int) -> tuple[Tens
     return counts, query.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.int16)
 
 
-def traced(op: str, fake: Callable[..., Any]) -> None:
-    """Says how an op is traced. Tracing refuses what running does: derivatives, and transforms of torch.func."""
-
-    def call(*args: Any, **options: Any) -> Any:
-        gradients.refuse(op, args, options)
-        return fake(*args, **options)
-
-    torch.library.register_fake(f"{NAMESPACE}::{op}", call, lib=library)
-    gradients.refuse_transforms(op, library)
-
-
-traced("attention", _attention_fake)
 traced("select_blocks", _select_blocks_fake)
 traced("sparse_attention", _sparse_attention_fake)
 
-attention = torch.ops.sparsify.attention.default
 select_blocks = torch.ops.sparsify.select_blocks.default
 sparse_attention = torch.ops.sparsify.sparse_attention.default
 

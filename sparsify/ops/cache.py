@@ -48,7 +48,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.ops.attention import library, traced
+from sparsify.ops.library import TAGS, library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 2
@@ -57,30 +57,29 @@ VERSION = 2
 NEVER_OVERWRITTEN = -1
 
 _STATE = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, Tensor(d!) counts, Tensor(e!) seen, Tensor(f!) length"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 library.define(
     f"cache_store(Tensor? query, Tensor key, Tensor value, {_STATE}, *, Tensor? real=None, "
     "Tensor? tickets=None, int pinned, int recent, bool empty, str policy, float scale, float softcap, int version) -> ()",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     "cache_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor seen, *, Tensor? new_key=None, "
     "Tensor? new_value=None, Tensor? real=None, Tensor? sink_logits=None, Tensor? inverse_frequencies=None, "
     "float scale, float softcap, int window, int sinks, int version) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     f"cache_decode(Tensor query, Tensor key, Tensor value, {_STATE}, *, Tensor? real=None, Tensor? sink_logits=None, "
     "Tensor? inverse_frequencies=None, Tensor(g!)? tickets=None, int pinned, float scale, float softcap, int window, int sinks, "
     "int version) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     "cache_mass(Tensor query, Tensor keys, Tensor positions, Tensor query_positions, *, float scale, float softcap, int version) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
-library.define("cache_length(Tensor length) -> Tensor", tags=_TAGS)
+library.define("cache_length(Tensor length) -> Tensor", tags=TAGS)
 
 
 def _output(query: Tensor, values: Tensor) -> Tensor:

@@ -38,27 +38,26 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsify.ops.attention import library, traced
+from sparsify.ops.library import TAGS, library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 1
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 library.define(
     "ffn_start(Tensor like, Tensor? positions, SymInt slot, *, int warmup, int most, int length, int key, int version) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     "ffn(Tensor residual, Tensor input, Tensor remaining, Tensor up, Tensor down, *, Tensor? gate=None, Tensor? up_bias=None, "
     "Tensor? gate_bias=None, Tensor? down_bias=None, Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? post_weight=None, "
     "Tensor? post_bias=None, str layout, bool transposed, str activation, str norm, float eps, str post_norm, float post_eps, float scale, "
     "float threshold, int skip_next, int version) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
-library.define("ffn_prompt(Tensor like, *, int key, int version) -> Tensor", tags=_TAGS)
+library.define("ffn_prompt(Tensor like, *, int key, int version) -> Tensor", tags=TAGS)
 
 
 def rows_of(hidden: Tensor) -> int:

@@ -14,39 +14,38 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.errors import UnsupportedError
 from sparsify.masks.symbolic import Facts, sizes
+from sparsify.ops.attention import AttentionCall
+from sparsify.ops.call import OpCall, Operand, misfit
 
-# sizes by letter, the same letter being the same size; "b1" is b or 1, "_" anything; then what it holds: "same" as the first operand
-_ROWS = {"key_flags": ("b1 k", "integers"), "segments": ("b1 k", "integers"), "query_start": ("", "integers")}
-_SELECTION = {"query": ("b h q d", "same"), "key": ("b g k d", "same"), **_ROWS}
-_BUFFERS = {"positions": ("b g c", "integers"), "counts": ("b g", "integers"), "seen": ("b", "integers"), "length": ("", "integers")}
-_WEIGHTS = {
-    **dict.fromkeys(("up", "gate", "down"), ("_ _", "same")),
-    **dict.fromkeys(("up_bias", "gate_bias", "down_bias"), ("_", "same")),
-    **dict.fromkeys(("norm_weight", "norm_bias", "post_weight", "post_bias"), ("_", "floats")),
+_CALLS: dict[str, type[OpCall]] = {"attention": AttentionCall}
+_ROWS = {
+    "query": Operand("batch query_heads query_len head_dim"),
+    "key": Operand("batch kv_heads key_len head_dim"),
+    "key_flags": Operand("batch|1 key_len", "integers"),
+    "segments": Operand("batch|1 key_len", "integers"),
+    "query_start": Operand("", "integers", anywhere=True),
 }
-_OPERANDS: dict[str, dict[str, tuple[str, str]]] = {
-    "attention": {
-        **_SELECTION,
-        "value": ("b g k e", "same"),
-        "block_counts": ("b h _", "integers"),
-        "block_indices": ("b h _ _", "integers"),
-        "sink_logits": ("h", "floats"),
-        "alibi_slopes": ("b1 h", "floats"),
-        "key_bias": ("b1 h1 k", "floats"),
-        "hidden_bias": ("b1 h1 k", "floats"),
-    },
-    "select_blocks": _SELECTION,
-    "sparse_attention": {**_SELECTION, "value": ("b g k e", "same")},
+# what the operands of ops without a record must be
+_OPERANDS: dict[str, dict[str, Operand]] = {
+    "select_blocks": _ROWS,
+    "sparse_attention": {**_ROWS, "value": Operand("batch kv_heads key_len v_head_dim")},
     "cache_decode": {
-        "query": ("b h 1 d", "floats"),
-        "key": ("b g 1 d", "floats"),
-        "value": ("b g 1 e", "floats"),
-        "keys": ("b g c d", "floats"),
-        "values": ("b g c e", "floats"),
-        "sink_logits": ("h", "floats"),
-        **_BUFFERS,
+        "query": Operand("batch query_heads 1 head_dim", "floats"),
+        "key": Operand("batch kv_heads 1 head_dim", "floats"),
+        "value": Operand("batch kv_heads 1 v_head_dim", "floats"),
+        "keys": Operand("batch kv_heads capacity head_dim", "floats"),
+        "values": Operand("batch kv_heads capacity v_head_dim", "floats"),
+        "sink_logits": Operand("query_heads", "floats"),
+        "positions": Operand("batch kv_heads capacity", "integers"),
+        "counts": Operand("batch kv_heads", "integers"),
+        "seen": Operand("batch", "integers"),
+        "length": Operand("", "integers"),
     },
-    "ffn": _WEIGHTS,
+    "ffn": {
+        **dict.fromkeys(("up", "gate", "down"), Operand("* *")),
+        **dict.fromkeys(("up_bias", "gate_bias", "down_bias"), Operand("*")),
+        **dict.fromkeys(("norm_weight", "norm_bias", "post_weight", "post_bias"), Operand("*", "floats")),
+    },
 }
 
 
@@ -63,44 +62,23 @@ def check(op: torch._ops.OpOverload, args: tuple[Any, ...], options: Mapping[str
             program that is rewritten would fail otherwise.
     """
     call = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | dict(options)
-    what = _trouble(op._opname, call, Facts(shape_env))
+    what = _misfit(op._opname, call, Facts(shape_env))
     if what:
         raise UnsupportedError(what, where=f"sparsify::{op._opname}")
 
 
-def _trouble(op: str, call: dict[str, Any], facts: Facts) -> str:
+def _misfit(op: str, call: dict[str, Any], facts: Facts) -> str:
     tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if not plain_tensor(tensor):
             return f"{name} is a {type(tensor).__name__}"
-    first = next(iter(tensors.values()))
     differ = lambda a, b: a != b and facts.holds(sympy.Ne(a, b))
-    known: dict[str, sympy.Expr] = {}
-    for name, (letters, holds) in _OPERANDS.get(op, {}).items():
-        if name not in tensors:
-            continue
-        tensor = tensors[name]
-        if tensor.device != first.device and name != "query_start":
-            return f"{name} is on {tensor.device}, not {first.device}"
-        if holds == "same" and tensor.dtype is not first.dtype:
-            return f"{name} is {tensor.dtype}, not {first.dtype}"
-        if tensor.is_floating_point() is (holds == "integers") or tensor.is_complex():
-            return f"{name} is {tensor.dtype}, not {'integers' if holds == 'integers' else 'floating point'}"
-        shape, wanted = sizes(tensor), letters.split()
-        if not wanted:
-            if tensor.numel() != 1:
-                return f"{name} has {tensor.numel()} elements, not one"
-            continue
-        if len(shape) != len(wanted):
-            return f"{name} has {len(shape)} dimensions, not {len(wanted)}"
-        for size, letter in zip(shape, wanted):
-            if letter == "_" or (letter[1:] == "1" and size == 1):
-                continue
-            if differ(size, sympy.Integer(1) if letter == "1" else known.setdefault(letter[0], size)):
-                return f"{name} is {list(tensor.shape)}: {letter[0]} is {known.get(letter[0], 1)} elsewhere"
-    if "h" in known and "g" in known and facts.holds(sympy.Ne(known["h"] % known["g"], 0)):
-        return f"{known['h']} query heads are no multiple of {known['g']} KV heads"
-    return _weights(call, differ) if op == "ffn" else ""
+    if op in _CALLS:
+        return _CALLS[op].bind(**call).misfit(sizes, differ)
+    described = _OPERANDS.get(op, {})
+    known = {name: tensor for name, tensor in tensors.items() if name in described}
+    found = misfit(known, described, sizes, differ, next(iter(tensors.values()))) if known else ""
+    return found or (_weights(call, differ) if op == "ffn" else "")
 
 
 def _weights(call: dict[str, Any], differ: Any) -> str:

@@ -21,8 +21,10 @@ from sparsify.masks.predicate import Leaf
 from sparsify.masks.symbolic import COMPUTED, FURTHEST, scalar, shape_env_of
 from sparsify.matching.base import Site
 from sparsify.matching.sites import AttentionSite, KeyBias
-from sparsify.ops import attention as ops
 from sparsify.ops import operands
+from sparsify.ops.attention import AttentionCall
+from sparsify.ops.call import OpCall
+from sparsify.ops.library import NAMESPACE
 
 AnySite = TypeVar("AnySite", bound=Site)
 
@@ -65,6 +67,11 @@ class Editor:
         """A call_function node before the current site, its example value computed on fake tensors."""
         return self._insert("call_function", target, args, kwargs)
 
+    def emit(self, call: OpCall) -> fx.Node:
+        """The node of an op of ours; the record holds nodes where the op takes tensors."""
+        args, kwargs = call.arguments()
+        return self.call(call.op(), *args, **kwargs)
+
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Likewise a call_method node."""
         return self._insert("call_method", name, args, kwargs)
@@ -78,7 +85,7 @@ class Editor:
             node = self.graph.create_node(kind, target, args, kwargs)
         # the graph's own fake mode: the tracing context may hold another one by now
         fake_mode = getattr(self._output.meta["example_value"], "fake_mode", None)
-        if getattr(target, "namespace", "") == ops.NAMESPACE:
+        if getattr(target, "namespace", "") == NAMESPACE:
             operands.check(target, values(args), values(kwargs), self.shape_env)
         function = target if kind == "call_function" else lambda self_, *a, **k: getattr(self_, target)(*a, **k)
         # sites lie where no gradient is followed, whatever mode the graph is compiled in
@@ -326,15 +333,14 @@ def attention_call(
     blocks: tuple[fx.Node, fx.Node] | None = None,
     block_size: int = 128,
 ) -> fx.Node:
-    """Emits `ops.attention` for a site and returns its output node. `windows` replaces the mask's own window when given."""
+    """Emits `sparsify::attention` for a site and returns its output node. `windows` replaces the mask's own window when given."""
     mask = editor.mask_operands(site, sinks=sinks)
     own = (mask.window,) if mask.window else ()
     slopes = site.alibi_slopes
     if slopes is not None and values(slopes).dim() == 1:
         slopes = editor.method("unsqueeze", slopes, 0)  # one row of slopes serves every batch row
     key_bias = _key_bias(editor, site, site.key_bias)
-    result = editor.call(
-        ops.attention,
+    call = AttentionCall.bind(
         site.query,
         site.key,
         site.value,
@@ -348,12 +354,11 @@ def attention_call(
         key_bias=key_bias,
         scale=site.scale,
         causal=mask.causal,
-        windows=list(own if windows is None else windows),
+        windows=own if windows is None else windows,
         sinks=sinks,
         softcap=site.softcap,
         block_size=block_size,
         seq_major=site.output_stride_order != "bhqd",
-        version=ops.VERSION,
         **empty_row_operands(editor, site, key_bias),
     )
-    return editor.items(result, 1)[0]
+    return editor.items(editor.emit(call), 1)[0]

@@ -10,10 +10,11 @@ import torch
 
 import sparsify.backends as backends
 from sparsify.backends import dispatch
-from sparsify.backends.attention import reference, triton
+from sparsify.backends.attention import hopper, reference, triton
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
-from sparsify.ops import attention as ops
-from tests.support.attention_cases import Case, operands
+from sparsify.ops.attention import AttentionCall
+from sparsify.ops.call import arguments_of
+from tests.support.attention_cases import Case, make_call
 
 CASE = Case(batch=2, kv_heads=2, group=2, query_len=12, key_len=20, lists=True, padding="left", alibi=True, sink_logits=True, start=8)
 
@@ -26,8 +27,8 @@ def auto():
 
 def test_cpu_runs_the_reference():
     assert backends.available("cpu") == ("reference", "no GPU")
-    args, keywords = operands(CASE)
-    assert all(map(torch.equal, ops.attention(*args, **keywords), reference.attention(*args, **keywords)))
+    call = make_call(CASE)
+    assert all(map(torch.equal, call.run(), reference.attention(call)))
 
 
 def test_cpu_never_imports_triton():
@@ -43,9 +44,9 @@ def test_cpu_never_imports_triton():
 
 def test_triton_on_a_cpu_is_refused_where_it_is_demanded():
     backends.use("triton")
-    args, keywords = operands(CASE)
+    call = make_call(CASE)
     with pytest.raises(UnsupportedError, match="no GPU"):
-        ops.attention(*args, **keywords)
+        call.run()
 
 
 def test_unknown_word():
@@ -56,49 +57,48 @@ def test_unknown_word():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("key", lambda x: x[:, :, :, :8], "shapes do not fit"),
-        ("key", lambda x: x[:1], "shapes do not fit"),
-        ("value", lambda x: x[:, :, :5], "shapes do not fit"),
+        ("key", lambda x: x[:, :, :, :8], "key is .*head_dim is 16"),
+        ("key", lambda x: x[:1], "key is .*batch is 2"),
+        ("value", lambda x: x[:, :, :5], "value is .*key_len is 20"),
         ("query", lambda x: x[:, :3], "no multiple of 2 KV heads"),
-        ("query", lambda x: x[0], "4 dimensions"),
+        ("query", lambda x: x[0], "3 dimensions, not 4"),
         ("value", lambda x: x.double(), "torch.float64"),
         ("key_flags", lambda x: x[:, :7], "key_flags is"),
         ("key_flags", lambda x: x.float(), "key_flags is torch.float32"),
         ("query_start", lambda x: x.repeat(2), "query_start"),
         ("query_start", lambda x: x.float(), "query_start"),
         ("block_counts", lambda x: None, "come together"),
-        ("block_counts", lambda x: x[:, :, :0], "block_counts is"),
+        ("block_counts", lambda x: x[:, :, :0], "block_indices is .*query_blocks is 0"),
         ("block_indices", lambda x: x[:, :1], "block_indices is"),
         ("alibi_slopes", lambda x: x[:, :2], "alibi_slopes is"),
         ("sink_logits", lambda x: x.long(), "sink_logits is"),
-        ("windows", lambda x: [1, 2, 3], "3 windows"),
-        ("windows", lambda x: [-1], "windows"),
+        ("windows", lambda x: (1, 2, 3), "3 windows"),
+        ("windows", lambda x: (-1,), "windows"),
         ("softcap", lambda x: -1.0, "softcap"),
         ("scale", lambda x: float("nan"), "scale"),
         ("block_size", lambda x: 0, "block size 0"),
     ],
 )
 def test_operands_that_do_not_fit(name, change, message):
-    args, keywords = operands(CASE)
-    every = dict(zip(("query", "key", "value"), args, strict=True)) | keywords
-    every[name] = change(every[name])
+    call = make_call(CASE)
+    wrong = dataclasses.replace(call, **{name: change(getattr(call, name))})
     with pytest.raises(UnsupportedError, match=message):
-        ops.attention(**every)
+        wrong.run()
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"qk_head_dim": 512}, {"block_size": 24}])
 def test_calls_that_no_kernel_takes(change):
-    args, keywords = operands(dataclasses.replace(CASE, **change))
+    call = make_call(dataclasses.replace(CASE, **change))
     with pytest.raises(UnsupportedError, match="no attention kernel"):
-        triton.triton_attention(*args, **keywords)
+        triton.triton_attention(call)
 
 
 def test_auto_falls_back_to_the_reference_and_says_so_once(monkeypatch, caplog):
     dispatch._warn_once.cache_clear()
     monkeypatch.setattr(dispatch, "available", lambda device: ("triton", "pretended"))
-    args, keywords = operands(dataclasses.replace(CASE, dtype=torch.float64))
+    call = make_call(dataclasses.replace(CASE, dtype=torch.float64))
     for _ in range(2):
-        assert all(map(torch.equal, ops.attention(*args, **keywords), reference.attention(*args, **keywords)))
+        assert all(map(torch.equal, call.run(), reference.attention(call)))
     assert caplog.text.count("runs the slow reference") == 1
 
 
@@ -107,9 +107,9 @@ def test_a_kernel_that_fails_is_named(monkeypatch):
         raise RuntimeError("PTX error\nptxas exploded")
 
     monkeypatch.setattr(triton, "_kernel", broken)
-    args, keywords = operands(dataclasses.replace(CASE, lists=False))
+    call = make_call(dataclasses.replace(CASE, lists=False))
     with pytest.raises(KernelError, match=r"fp32, head dim 16.*ptxas exploded.*kernels = 'reference'"):
-        triton.triton_attention(*args, **keywords)
+        triton.triton_attention(call)
 
 
 def test_reading_flags_once_finds_their_bounds():
@@ -118,24 +118,51 @@ def test_reading_flags_once_finds_their_bounds():
 
 
 def test_torch_agrees_with_the_schema():
-    args, keywords = operands(CASE)
-    torch.library.opcheck(ops.attention, args, keywords, test_utils=("test_schema", "test_faketensor"))
+    call = make_call(CASE)
+    torch.library.opcheck(AttentionCall.op(), *call.arguments(), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_kernels_get_every_keyword_of_the_schema(monkeypatch):
-    """The dispatcher drops operands that equal their default; a kernel that looks one up must still find it."""
-    seen = {}
+def test_the_record_is_the_schema():
+    """Whatever the dispatcher leaves out or adds, a call that goes through the op is the call that was made."""
+    call, seen = make_call(CASE), []
+    with_everything = dataclasses.replace(call, windows=(3,), sinks=2, softcap=1.5, seq_major=True, empty_rows="nan")
+    for one in (AttentionCall(call.query, call.key, call.value, scale=1.0, causal=True), with_everything):
+        args, keywords = one.arguments()
+        again = AttentionCall.bind(*args, **keywords)
+        seen.append(again)
+        assert all(getattr(again, name) is tensor for name, tensor in one.tensors().items())
+        assert again.arguments()[1].keys() == keywords.keys() and again.windows == one.windows
+    fields = [argument.name for argument in arguments_of(AttentionCall)]
+    assert [*fields, "version"] == [argument.name for argument in AttentionCall.op()._schema.arguments]
 
-    def kernel(query, key, value, **options):
-        seen.update(options)
-        return ops.empty_output(query, value, False), query.new_empty(query.shape[:3])
+
+def test_kernels_get_the_call(monkeypatch):
+    seen = []
+
+    def kernel(call, into=None):
+        seen.append(call)
+        return call.empty_outputs()
 
     monkeypatch.setattr(dispatch, "_implementation", lambda op, kind: kernel)
     query = torch.zeros(1, 2, 3, 4)
-    call = {"scale": 1.0, "causal": True, "windows": [], "sinks": 0, "softcap": 0.0, "block_size": 128, "seq_major": False}
-    ops.attention(query, query, query, version=ops.VERSION, **call)
-    later = {"empty_rows", "lowest", "hidden_bias"}  # what is done to the kernel's output
-    assert set(seen) | later == {argument.name for argument in ops.attention._schema.arguments if argument.kwarg_only}
+    AttentionCall(query, query, query, scale=0.5, causal=True, windows=(2,)).run()
+    assert (seen[0].scale, seen[0].windows, seen[0].block_size, seen[0].key_flags) == (0.5, (2,), 128, None)
+
+
+def test_a_kernel_refuses_arguments_that_it_does_not_know(monkeypatch):
+    monkeypatch.setattr(AttentionCall, "beyond", lambda self, served: ["temperature"])
+    call = make_call(
+        dataclasses.replace(CASE, dtype=torch.bfloat16, query_len=64, key_len=64, qk_head_dim=64, v_head_dim=64, block_size=128)
+    )
+    assert hopper.serves(call, (9, 0), (3, 6)) == "temperature"
+    with pytest.raises(UnsupportedError, match="temperature"):
+        triton.triton_attention(call)
+
+
+def test_arguments_beyond_those_that_a_kernel_knows():
+    call = make_call(CASE)
+    assert call.beyond({"key_flags", "query_start", "block_counts", "block_indices", "block_size"}) == ["sink_logits", "alibi_slopes"]
+    assert dataclasses.replace(call, softcap=0.0, empty_rows="nan").beyond(call.tensors().keys() | {"block_size"}) == []
 
 
 def test_every_op_has_a_row_and_ends_with_the_reference():

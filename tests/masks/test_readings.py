@@ -321,7 +321,7 @@ def test_places_beyond_32_bits_in_a_tensor(start, monkeypatch):
     }
     given = []
     real = reference.attention
-    monkeypatch.setattr(reference, "attention", lambda *args, **call: given.append(call["query_start"]) or real(*args, **call))
+    monkeypatch.setattr(reference, "attention", lambda call, **more: given.append(call.query_start) or real(call, **more))
     check(table, torch.tensor(start), batch=1)
     assert [int(x) for x in given] == [max(-(2**30), min(start, 2**30))] * 2
 

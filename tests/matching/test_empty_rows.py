@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import api
 from sparsify.errors import UnsupportedError
-from sparsify.ops import attention as ops
+from sparsify.ops.attention import SUNK, AttentionCall
 from sparsify.rewriting import editor
 from tests.support.attention_functions import operands, repeat
 from tests.support.empty_rows_oracle import BIASED, CALLS, make
@@ -135,26 +136,25 @@ def test_every_form_of_mask(form, dtype, clause, padding):
 @pytest.mark.parametrize("name", CALLS | BIASED)
 def test_the_op_equals_written_out_attention(name, form):
     call = make(form, **(CALLS | BIASED)[name])
-    output, lse = ops.attention(*call.tensors, **call.options)
+    output, lse = call.op.run()
     want = call.written_out()
-    empty = lse < ops.SUNK
+    empty = lse < SUNK
     assert empty.any() and torch.equal(output.isnan(), want.isnan().to(output.device))
     if form == "zero":
         assert (output[lse == -torch.inf] == 0).all()
         want = torch.where(empty[..., None], output.float(), want)
-    torch.testing.assert_close(output.float(), want, atol=BOUND[call.tensors[0].dtype], rtol=0, equal_nan=True)
+    torch.testing.assert_close(output.float(), want, atol=BOUND[call.op.query.dtype], rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("form", ["mean", "nan"])
 @pytest.mark.parametrize("name", ["padding", "window", "documents", "documents, not causal", "before the first key"])
 def test_rows_that_only_block_lists_leave_without_a_key_are_zero(name, form):
     call = make(form, **{**CALLS[name], "query_len": 40, "key_len": 40})
-    batch, heads, query_len, _ = call.tensors[0].shape
+    batch, heads, query_len, _ = call.op.query.shape
     blocks = -(-query_len // 8)
     lists = {"block_counts": torch.ones(batch, heads, blocks, dtype=torch.int32)}
     lists["block_indices"] = torch.full((batch, heads, blocks, 1), 3, dtype=torch.int16)
-    options = call.options | lists | {"block_size": 8}
-    output, lse = ops.attention(*call.tensors, **options)
+    output, lse = dataclasses.replace(call.op, **lists, block_size=8).run()
     without, hidden = (lse == -torch.inf), ~call.seen.any(-1)
     assert (without & ~hidden).any() and hidden.any()
     assert (output[without & ~hidden] == 0).all()
@@ -164,9 +164,9 @@ def test_rows_that_only_block_lists_leave_without_a_key_are_zero(name, form):
 
 @pytest.mark.parametrize(("form", "lowest"), [("other", 0.0), ("mean", 0.0), ("mean", -torch.inf)])
 def test_words_that_mean_nothing_are_refused(form, lowest):
-    call = make("nan")
+    call = dataclasses.replace(make("nan").op, empty_rows=form, lowest=lowest)
     with pytest.raises(UnsupportedError, match="empty rows hold"):
-        ops.attention(*call.tensors, **call.options | {"empty_rows": form, "lowest": lowest})
+        call.run()
 
 
 # -- what stands beside the mask -----------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_nothing_is_paid_where_every_row_sees_a_key(name, dtype):
     torch._dynamo.reset()
     _, after, plan = rewritten_graph(NEVER[name], inputs, strict(exact=True, dense={"kernel": "attention"}))
     assert [d.method for d in plan.decisions] == ["dense"]
-    calls = [node for node in after.graph.nodes if node.target is ops.attention]
+    calls = [node for node in after.graph.nodes if node.target is AttentionCall.op()]
     assert len(calls) == 1 and "empty_rows" not in calls[0].kwargs
 
 

@@ -12,8 +12,9 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import api
 from sparsify.errors import UnsupportedError
-from sparsify.ops import attention as ops
+from sparsify.ops import attention as attention_ops
 from sparsify.ops import cache, feed_forward
+from sparsify.ops.attention import AttentionCall
 from tests.support.harness import strict
 
 # torch's own forward derivatives are scripted
@@ -174,9 +175,7 @@ def test_where_autograd_stops_halfway():
 
 
 def attention(q, k, v):
-    return ops.attention(
-        q, k, v, scale=0.5, causal=True, windows=[], sinks=0, softcap=0.0, block_size=128, seq_major=False, version=ops.VERSION
-    )[0]
+    return AttentionCall.op()(q, k, v, scale=0.5, causal=True, version=AttentionCall.VERSION)[0]
 
 
 def test_an_op_raises_for_what_needs_gradients():
@@ -222,7 +221,7 @@ def test_an_op_raises_within_transforms(transform):
 
 
 def test_every_op_refuses_transforms():
-    for module in (ops, feed_forward, cache):
+    for module in (attention_ops, feed_forward, cache):
         for op in vars(module).values():
             if isinstance(op, torch._ops.OpOverload):
                 assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "FuncTorchDynamicLayerFrontMode"), op.name()

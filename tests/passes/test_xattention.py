@@ -176,10 +176,9 @@ def operand(value) -> str:
 
 GOLDEN = """\
 sparsify.select_blocks.default(2 tensors, key_flags=uint8[2, 70], scale=0.25, causal=True, windows=[], pool=max+half, stride=8, \
-block_size=64, threshold=[0.5, 0.6, 0.7, 0.8], density=0.0, version=2)
+block_size=64, threshold=[0.5, 0.6, 0.7, 0.8], density=0.0, version=3)
 sparsify.attention.default(3 tensors, key_flags=uint8[2, 70], block_counts=int32[2, 4, 2] of select_blocks, \
-block_indices=int16[2, 4, 2, 2] of select_blocks, scale=0.25, causal=True, windows=[], sinks=0, softcap=0.0, \
-block_size=64, seq_major=True, version=2)"""
+block_indices=int16[2, 4, 2, 2] of select_blocks, scale=0.25, causal=True, block_size=64, seq_major=True, version=3)"""
 
 
 def test_golden_of_the_rewritten_region():

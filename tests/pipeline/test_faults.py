@@ -21,6 +21,7 @@ from sparsify.backends.select import reference
 from sparsify.errors import CacheFolderError, KernelError, UnsupportedError
 from sparsify.ops import attention as ops
 from sparsify.ops import block_lists
+from sparsify.ops.attention import AttentionCall
 from tests.support.harness import compiled, run, strict, visible_error
 from tests.support.tiny_models import VOCAB, build
 
@@ -348,9 +349,7 @@ def test_padding_that_is_not_a_number_harms_nobody():
 def test_a_device_or_dtype_that_an_op_does_not_serve_is_an_error_of_ours():
     query = torch.zeros(1, 2, 4, 8, dtype=torch.int32)
     with pytest.raises(UnsupportedError):
-        ops.attention(
-            query, query, query, scale=1.0, causal=True, windows=[], sinks=0, softcap=0.0, block_size=64, seq_major=False, version=1
-        )
+        AttentionCall(query, query, query, scale=1.0, causal=True).run()
 
 
 def test_nothing_is_left_behind():

@@ -12,9 +12,9 @@ from sparsify import api
 from sparsify.errors import RewriteError, UnsupportedError
 from sparsify.matching import attention as match
 from sparsify.matching import feed_forward
-from sparsify.ops import attention as ops
 from sparsify.ops import cache as cache_ops
 from sparsify.ops import operands
+from sparsify.ops.attention import AttentionCall
 from sparsify.passes.dense import Dense
 from sparsify.passes.ffn_skip import FfnSkip
 from tests.support.harness import strict
@@ -137,8 +137,8 @@ def test_every_site_may_fail(monkeypatch, validation):
 
 def call(**changed):
     q, k, v = (x.to("meta") for x in inputs())
-    call = {"query": q, "key": k, "value": v, "scale": 0.5} | changed
-    return operands.check(ops.attention, (call.pop("query"), call.pop("key"), call.pop("value")), call, None)
+    call = {"query": q, "key": k, "value": v, "scale": 0.5, "causal": True} | changed
+    return operands.check(AttentionCall.op(), (call.pop("query"), call.pop("key"), call.pop("value")), call, None)
 
 
 def meta(*shape, dtype=torch.float32):
@@ -192,8 +192,7 @@ def test_an_operand_that_does_not_fit_refuses_its_site(monkeypatch):
 
     def rewrite(self, editor, site):
         if site.index == 0:
-            attend = {"scale": 0.5, "causal": True, "windows": [], "sinks": 0, "softcap": 0.0, "block_size": 128, "seq_major": False}
-            editor.at(site).call(ops.attention, site.query, site.key, site.query, key_bias=site.value, version=ops.VERSION, **attend)
+            editor.at(site).emit(AttentionCall(site.query, site.key, site.query, key_bias=site.value, scale=0.5, causal=True))
         return original(self, editor, site)
 
     monkeypatch.setattr(Dense, "rewrite", rewrite)

@@ -65,11 +65,11 @@ def attention_cases(family: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     matrix = hopper_calls.matrix()
 
     def run(name: str) -> None:
-        query, key, value, options = hopper_calls.operands(matrix[name])
-        if family == "gluon" and (reason := hopper.obstacle(query, key, value, options)):
+        call = hopper_calls.make_call(matrix[name])
+        if family == "gluon" and (reason := hopper.obstacle(call)):
             print("NOT SERVED", name, reason, flush=True)
             return
-        launch(query, key, value, **options)
+        launch(call)
 
     for name in ATTENTION:
         yield name, lambda name=name: run(name)

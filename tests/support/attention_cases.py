@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsify.ops.attention import AttentionCall
 from tests.support.attention_oracle import default_scale
 
 
@@ -60,8 +61,8 @@ CLAUSES = {
 }
 
 
-def operands(case: Case) -> tuple[tuple, dict]:
-    """Positional and keyword arguments of one call."""
+def make_call(case: Case) -> AttentionCall:
+    """The call, its tensors drawn."""
     torch.manual_seed(case.seed)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(case.dtype)
     query = draw(case.batch, case.heads, case.query_len, case.qk_head_dim)
@@ -75,25 +76,26 @@ def operands(case: Case) -> tuple[tuple, dict]:
     for where in torch.cartesian_prod(*(torch.arange(n) for n in keep.shape[:3])).view(-1, 3).tolist():
         kept = keep[tuple(where)].nonzero()[:, 0]
         indices[tuple(where)][: len(kept)] = kept
-    keywords = {
-        "key_flags": _flags(case) if case.padding else None,
-        "segments": torch.randint(0, 3, (case.batch, case.key_len)).sort(-1).values.int() if case.segments else None,
-        "query_start": None if case.start is None else torch.tensor([case.start]),
-        "block_counts": counts if case.lists else None,
-        "block_indices": indices if case.lists else None,
-        "sink_logits": torch.randn(case.heads) if case.sink_logits else None,
-        "alibi_slopes": torch.rand(case.batch, case.heads) * 0.5 if case.alibi else None,
-        "key_bias": torch.randn(*case.key_bias, case.key_len) if all(case.key_bias) else None,
-        "scale": default_scale(case.qk_head_dim) * 1.5,
-        "causal": case.causal,
-        "windows": list(case.windows),
-        "sinks": case.sinks,
-        "softcap": case.softcap,
-        "block_size": case.block_size,
-        "seq_major": case.seq_major,
-        "version": 1,
-    }
-    return (query, key, value), keywords
+    return AttentionCall(
+        query,
+        key,
+        value,
+        key_flags=_flags(case) if case.padding else None,
+        segments=torch.randint(0, 3, (case.batch, case.key_len)).sort(-1).values.int() if case.segments else None,
+        query_start=None if case.start is None else torch.tensor([case.start]),
+        block_counts=counts if case.lists else None,
+        block_indices=indices if case.lists else None,
+        sink_logits=torch.randn(case.heads) if case.sink_logits else None,
+        alibi_slopes=torch.rand(case.batch, case.heads) * 0.5 if case.alibi else None,
+        key_bias=torch.randn(*case.key_bias, case.key_len) if all(case.key_bias) else None,
+        scale=default_scale(case.qk_head_dim) * 1.5,
+        causal=case.causal,
+        windows=case.windows,
+        sinks=case.sinks,
+        softcap=case.softcap,
+        block_size=case.block_size,
+        seq_major=case.seq_major,
+    )
 
 
 def _flags(case: Case) -> torch.Tensor:

@@ -7,51 +7,33 @@ import math
 import torch
 
 
-def attention_exact(
-    query,
-    key,
-    value,
-    *,
-    key_flags=None,
-    segments=None,
-    query_start=None,
-    block_counts=None,
-    block_indices=None,
-    sink_logits=None,
-    alibi_slopes=None,
-    key_bias=None,
-    scale,
-    causal=True,
-    windows=(),
-    sinks=0,
-    softcap=0.0,
-    block_size=128,
-    **_,
-):
-    """Output and LSE in fp64; arguments as `sparsify.ops.attention` defines them."""
+def attention_exact(call):
+    """Output and LSE of an `AttentionCall` in fp64."""
+    query, key, value = call.query.double(), call.key.double(), call.value.double()
+    windows, segments, slopes, bias = call.windows, call.segments, call.alibi_slopes, call.key_bias
     batch, heads, query_len, _dim = query.shape
     group, key_len = heads // key.shape[1], key.shape[2]
-    start = key_len - query_len if query_start is None else int(query_start)
-    query, key, value = query.double(), key.double(), value.double()
+    start = key_len - query_len if call.query_start is None else int(call.query_start)
     output = torch.zeros(batch, heads, query_len, value.shape[-1], dtype=torch.float64)
     lse = torch.full((batch, heads, query_len), -torch.inf, dtype=torch.float64)
 
     def sees(b, h, q, k):
-        if causal and k > q + start:
+        if call.causal and k > q + start:
             return False
-        flags = int(key_flags[b, k]) if key_flags is not None else None
+        flags = int(call.key_flags[b, k]) if call.key_flags is not None else None
         if not (flags is None or flags & 1):
             return False
         window = 0 if not windows else windows[h] if len(windows) > 1 else windows[0]
-        sink = k < sinks if flags is None else flags & 2
+        sink = k < call.sinks if flags is None else flags & 2
         if window > 0 and k <= q + start - window and not sink:
             return False
         if segments is not None and not (0 <= q + start < key_len and segments[b, k] == segments[b, q + start]):
             return False
-        if block_counts is None:
+        if call.block_counts is None:
             return True
-        listed = block_indices[b, h, q // block_size, : int(block_counts[b, h, q // block_size])]
-        return k // block_size in listed.tolist()
+        block = q // call.block_size
+        listed = call.block_indices[b, h, block, : int(call.block_counts[b, h, block])]
+        return k // call.block_size in listed.tolist()
 
     for b in range(batch):
         for h in range(heads):
@@ -59,14 +41,14 @@ def attention_exact(
                 keys = [k for k in range(key_len) if sees(b, h, q, k)]
                 if not keys:
                     continue
-                logits = key[b, h // group, keys] @ query[b, h, q] * scale
-                if softcap > 0:
-                    logits = softcap * torch.tanh(logits / softcap)
-                if alibi_slopes is not None:
-                    logits = logits + alibi_slopes[b, h].double() * torch.tensor(keys, dtype=torch.float64)
-                if key_bias is not None:
-                    logits = logits + key_bias[min(b, len(key_bias) - 1), min(h, key_bias.shape[1] - 1), keys].double()
-                every = logits if sink_logits is None else torch.cat([logits, sink_logits[h : h + 1].double()])
+                logits = key[b, h // group, keys] @ query[b, h, q] * call.scale
+                if call.softcap > 0:
+                    logits = call.softcap * torch.tanh(logits / call.softcap)
+                if slopes is not None:
+                    logits = logits + slopes[b, h].double() * torch.tensor(keys, dtype=torch.float64)
+                if bias is not None:
+                    logits = logits + bias[min(b, len(bias) - 1), min(h, bias.shape[1] - 1), keys].double()
+                every = logits if call.sink_logits is None else torch.cat([logits, call.sink_logits[h : h + 1].double()])
                 lse[b, h, q] = torch.logsumexp(every, 0)
                 output[b, h, q] = torch.exp(logits - lse[b, h, q]) @ value[b, h // group, keys]
     return output, lse

@@ -8,36 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.ops import attention
+from sparsify.ops.attention import AttentionCall
 
 LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass
 class Call:
-    """query, key, value, the op's keywords, and which keys its mask lets be seen."""
+    """The op's call, and which keys its mask lets be seen."""
 
-    tensors: tuple[Tensor, Tensor, Tensor]
-    options: dict[str, Any]
+    op: AttentionCall
     seen: Tensor = field(repr=False)
 
     def to(self, device: str) -> Call:
-        move = lambda x: x.to(device) if isinstance(x, Tensor) else x
-        return Call(tuple(map(move, self.tensors)), {k: move(v) for k, v in self.options.items()}, move(self.seen))
+        return Call(self.op.map_tensors(lambda x: x.to(device)), self.seen.to(device))
 
     def written_out(self) -> Tensor:
         """In float32, which is where scores are lost beside the lowest number."""
-        query, key, value = (x.float() for x in self.tensors)
-        groups, o = query.shape[1] // key.shape[1], self.options
-        x = query @ key.repeat_interleave(groups, 1).mT * o["scale"]
-        x = x if o.get("key_bias") is None else x + o["key_bias"][:, :, None].float()
-        number = o.get("lowest", 0.0) if o["empty_rows"] == "mean" else -torch.inf
-        if o.get("hidden_bias") is not None or o.get("key_bias") is None:
+        op = self.op.in_dtype(torch.float32)
+        x = op.query @ op.key.repeat_interleave(op.group, 1).mT * op.scale
+        x = x if op.key_bias is None else x + op.key_bias[:, :, None].float()
+        number = op.lowest if op.empty_rows == "mean" else -torch.inf
+        if op.hidden_bias is not None or op.key_bias is None:
             x = x + torch.where(self.seen, 0.0, number)
         else:
             x = torch.where(self.seen, x, number)
-        weights = x.softmax(-1) if o["empty_rows"] != "zero" else x.softmax(-1).nan_to_num(0.0)
-        return weights @ value.repeat_interleave(groups, 1)
+        weights = x.softmax(-1) if op.empty_rows != "zero" else x.softmax(-1).nan_to_num(0.0)
+        return weights @ op.value.repeat_interleave(op.group, 1)
 
 
 def make(
@@ -51,7 +48,7 @@ def make(
     begin = -3 if start else key_len - query_len
     position, at = torch.arange(query_len)[:, None] + begin, torch.arange(key_len)[None]
     seen = torch.ones(batch, 1, query_len, key_len, dtype=torch.bool)
-    options: dict[str, Any] = {"causal": causal, "windows": [window] if window else [], "sinks": sinks}
+    options: dict[str, Any] = {"causal": causal, "windows": (window,) if window else (), "sinks": sinks}
     if causal:
         seen = seen & (at <= position)
     if window:
@@ -79,8 +76,8 @@ def make(
         options["hidden_bias"] = key_bias if bias == "added" else None
     if form == "mean":
         options["lowest"] = LOWEST
-    options |= {"scale": 0.4, "softcap": 0.0, "block_size": 64, "seq_major": True, "version": attention.VERSION, "empty_rows": form}
-    return Call(tuple(x.to(dtype) for x in tensors), options, seen.expand(batch, heads, -1, -1))
+    op = AttentionCall(*(x.to(dtype) for x in tensors), scale=0.4, seq_major=True, empty_rows=form, **options)
+    return Call(op, seen.expand(batch, heads, -1, -1))
 
 
 CALLS = {

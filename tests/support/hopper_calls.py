@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.attention.timing import TUNINGS
 from sparsify.backends.attention import hopper, reference
 from sparsify.backends.attention.hopper_source import GluonTuning
+from sparsify.ops.attention import AttentionCall
 
 # relative error of the output (Frobenius norm) that rounding P and the output to the dtype explains
 ERROR_LIMIT = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -158,8 +159,8 @@ def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     return counts, order.masked_fill_(unused, 32767)
 
 
-def operands(call: Call, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Query, key, value and the op's keyword arguments."""
+def make_call(call: Call, device: str = "cuda") -> AttentionCall:
+    """The op's call, its tensors drawn."""
     torch.manual_seed(call.seed)
     value_dim = call.value_dim or call.head_dim
     shapes = (
@@ -181,24 +182,23 @@ def operands(call: Call, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor, 
     blocks = (call.batch, call.heads, -(-call.query_len // 128), -(-call.key_len // 128))
     counts, indices = block_lists(torch.rand(*blocks, device=device) < call.density) if call.density else (None, None)
     segments = torch.randint(0, call.segments, (call.batch, call.key_len), device=device).sort(-1).values.int() if call.segments else None
-    options = {
-        "key_flags": _flags(call).to(device) if call.padding else None,
-        "segments": segments,
-        "query_start": None if call.start is None else torch.tensor([call.start], device=device),
-        "block_counts": counts,
-        "block_indices": indices,
-        "sink_logits": torch.randn(call.heads, device=device) * 3 if call.sink_logits else None,
-        "alibi_slopes": None,
-        "scale": call.head_dim**-0.5,
-        "causal": call.causal,
-        "windows": list(call.windows),
-        "sinks": call.sinks,
-        "softcap": call.softcap,
-        "block_size": 128,
-        "seq_major": call.seq_major,
-        "version": 1,
-    }
-    return query, key, value, options
+    return AttentionCall(
+        query,
+        key,
+        value,
+        key_flags=_flags(call).to(device) if call.padding else None,
+        segments=segments,
+        query_start=None if call.start is None else torch.tensor([call.start], device=device),
+        block_counts=counts,
+        block_indices=indices,
+        sink_logits=torch.randn(call.heads, device=device) * 3 if call.sink_logits else None,
+        scale=call.head_dim**-0.5,
+        causal=call.causal,
+        windows=call.windows,
+        sinks=call.sinks,
+        softcap=call.softcap,
+        seq_major=call.seq_major,
+    )
 
 
 def _laid_out(call: Call, device: str, heads: int, length: int, dim: int) -> Tensor:
@@ -229,18 +229,18 @@ def _flags(call: Call) -> Tensor:
 
 def check(call: Call) -> dict[str, Any]:
     """Error against the reference in fp64, and whether a second run gives the same bits. Raises AssertionError with the reason."""
-    query, key, value, options = operands(call)
-    reason = hopper.obstacle(query, key, value, options)
+    one = make_call(call)
+    reason = hopper.obstacle(one)
     if reason is not None:
         return {"served": False, "reason": reason}
     runs = []
     for _ in range(2):
-        output, lse = hopper.launch(query, key, value, tuning=call.tuning, into=_poisoned(query, value, options), **options)
+        output, lse = hopper.launch(one, tuning=call.tuning, into=_poisoned(one))
         runs.append((output, lse))
     torch.cuda.synchronize()
     (output, lse), again = runs
     wide = torch.float32 if call.query_len * call.heads > 40000 else torch.float64
-    expected, expected_lse = reference.attention(query.to(wide), key.to(wide), value.to(wide), **options)
+    expected, expected_lse = reference.attention(one.in_dtype(wide))
     problems = []
     same_output = torch.equal(output.view(torch.int16), again[0].view(torch.int16))
     if not (same_output and torch.equal(lse.view(torch.int32), again[1].view(torch.int32))):
@@ -263,20 +263,18 @@ def check(call: Call) -> dict[str, Any]:
     return {"served": True, "ok": not problems, "problems": "; ".join(problems), "error": error, "lse_error": lse_error}
 
 
-def _poisoned(query: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    from sparsify.ops.attention import empty_output
-
-    output = empty_output(query, value, options["seq_major"])
-    return output.fill_(torch.nan), torch.full(query.shape[:3], torch.nan, dtype=torch.float32, device=query.device)
+def _poisoned(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    output, lse = call.empty_outputs()
+    return output.fill_(torch.nan), lse.fill_(torch.nan)
 
 
 def check_capture() -> dict[str, Any]:
     """A CUDA graph's replay, and launches on two streams at once, give what plain launches give."""
-    query, key, value, options = operands(Call(heads=8, query_len=2048, key_len=2048, density=0.3))
-    expected, _ = hopper.launch(query, key, value, **options)
+    one = make_call(Call(heads=8, query_len=2048, key_len=2048, density=0.3))
+    expected, _ = hopper.launch(one)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = hopper.launch(query, key, value, **options)
+        captured, _ = hopper.launch(one)
     captured.fill_(torch.nan)
     replays = []
     for _ in range(2):
@@ -287,7 +285,7 @@ def check_capture() -> dict[str, Any]:
     for _ in range(4):
         for stream in streams:
             with torch.cuda.stream(stream):
-                outputs.append(hopper.launch(query, key, value, **options)[0])
+                outputs.append(hopper.launch(one)[0])
     torch.cuda.synchronize()
     same = [torch.equal(expected, other) for other in (*replays, *outputs)]
     return {"served": True, "ok": all(same), "problems": "" if all(same) else f"equal: {same}"}

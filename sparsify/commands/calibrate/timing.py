@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.backends.attention import triton
+from sparsify.backends.attention import reference, triton
 from sparsify.costs.samples import FEW_ROWS, Cell, Sample
 from sparsify.errors import ProfileError
 from sparsify.ops import attention as ops
 from sparsify.ops import block_lists, feed_forward
 from sparsify.ops import cache as cache_ops
+from sparsify.ops.attention import AttentionCall
 
 BLOCK = 128
 _PLAIN_SECONDS = 5e-3  # calls longer than this are timed one by one
@@ -179,14 +180,13 @@ def random_lists(cell: Cell, device: str) -> tuple[Tensor, Tensor, float]:
     return counts, order, density
 
 
-def _clauses(cell: Cell, lists: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)) -> dict[str, Any]:
-    tensors = dict.fromkeys(("key_flags", "segments", "query_start", "sink_logits", "alibi_slopes"))
-    numbers = {"scale": cell.head_dim**-0.5, "causal": True, "windows": [cell.window] if cell.window else [], "sinks": cell.sinks}
+def _attention_call(cell: Cell, operands: tuple[Tensor, Tensor, Tensor], lists: Sequence[Tensor | None] = (None, None)) -> AttentionCall:
+    windows = (cell.window,) if cell.window else ()
     listed = {"block_counts": lists[0], "block_indices": lists[1], "block_size": BLOCK}
-    return {**tensors, **numbers, **listed, "softcap": 0.0, "seq_major": False, "version": ops.VERSION}
+    return AttentionCall(*operands, scale=cell.head_dim**-0.5, causal=True, windows=windows, sinks=cell.sinks, **listed)
 
 
-def _kernel(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _kernel(name: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
     """The attention op by one kernel, past the choice that the op makes."""
     if name == "hopper":
         from sparsify.backends.attention import hopper
@@ -195,7 +195,7 @@ def _kernel(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if name == "triton":
         return triton.triton_attention
     if name == "reference":
-        return triton.reference_attention
+        return reference.attention
     raise ProfileError(f"no attention kernel {name!r}", where="timing")
 
 
@@ -206,12 +206,12 @@ def _attention(cell: Cell, device: str) -> Call:
             raise ProfileError("SDPA has no windows, lists or chunks", where=str(cell.as_record()))
         grouped = cell.query_heads != cell.kv_heads
         return Call(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped), 1, cell)
-    lists: tuple[Any, Any] = (None, None)
+    lists: Sequence[Tensor | None] = (None, None)
     if cell.density is not None:
         *lists, density = random_lists(cell, device)
         cell = replace(cell, density=density)
-    clauses, kernel = _clauses(cell, tuple(lists)), _kernel(cell.kernel)
-    return Call(lambda: kernel(query, key, value, **clauses), 1, cell)
+    call, kernel = _attention_call(cell, (query, key, value), lists), _kernel(cell.kernel)
+    return Call(lambda: kernel(call), 1, cell)
 
 
 def _selection(cell: Cell, density: float) -> dict[str, Any]:
@@ -224,9 +224,9 @@ def _selector(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
         from sparsify.backends.select import triton as triton_select
 
         return triton_select.select_blocks
-    from sparsify.backends.select import reference
+    from sparsify.backends.select import reference as reference_select
 
-    return reference.select_blocks
+    return reference_select.select_blocks
 
 
 def _select(cell: Cell, device: str) -> Call:
@@ -240,7 +240,7 @@ def _whole(cell: Cell, device: str) -> Call:
     call, select, kernel = _selection(cell, cell.density), _selector(device), _kernel(cell.kernel)
 
     def run() -> Tensor:
-        return kernel(query, key, value, **_clauses(cell, select(query, key, **call)))[0]
+        return kernel(_attention_call(cell, (query, key, value), select(query, key, **call)))[0]
 
     counts, _ = select(query, key, **call)
     density = block_lists.density(counts, cell.query_len, cell.key_len, 0, BLOCK)[1]
@@ -272,8 +272,8 @@ def _decode(cell: Cell, device: str) -> Call:
             lambda: [F.scaled_dot_product_attention(query, repeated(k), repeated(v), attn_mask=mask) for k, v in caches], count, cell
         )
     if cell.kernel != "cache":
-        clauses, kernel = _clauses(cell), _kernel(cell.kernel)
-        return Call(lambda: [kernel(query, k, v, **clauses) for k, v in caches], count, cell)
+        calls, kernel = [_attention_call(cell, (query, k, v)) for k, v in caches], _kernel(cell.kernel)
+        return Call(lambda: [kernel(call) for call in calls], count, cell)
     key, value = token(cell.kv_heads), token(cell.kv_heads)
     filled = _cache_state(cell, device)
     call = {"pinned": 0, "scale": cell.head_dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from sparsify.backends import dispatch
-from sparsify.ops import attention as ops
 from tests.support.empty_rows_oracle import BIASED, CALLS, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -24,11 +25,11 @@ EVERY = CALLS | BIASED | LONG
 def test_against_written_out_attention(name, form):
     call = make(form, **EVERY[name])
     if form == "zero":
-        call.options |= {"hidden_bias": None}
+        call.op = dataclasses.replace(call.op, hidden_bias=None)
     call = call.to("cuda")
-    bound = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}[call.tensors[0].dtype]
+    bound = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}[call.op.query.dtype]
     with dispatch.strict():
-        output, lse = ops.attention(*call.tensors, **call.options)
+        output, lse = call.op.run()
     want = call.written_out()
     if form == "zero":  # with a bias that hides, only rows of -inf are 0
         want = torch.where((lse > -1e30)[..., None], want, output.float())
@@ -38,10 +39,10 @@ def test_against_written_out_attention(name, form):
 
 def test_a_cuda_graph_holds_it():
     call = make("mean", query_len=64, key_len=64, dim=64, dtype=torch.bfloat16).to("cuda")
-    ops.attention(*call.tensors, **call.options)
+    call.op.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output, _ = ops.attention(*call.tensors, **call.options)
-    call.tensors[2].copy_(torch.randn_like(call.tensors[2]))
+        output, _ = call.op.run()
+    call.op.value.copy_(torch.randn_like(call.op.value))
     graph.replay()
     torch.testing.assert_close(output.float(), call.written_out(), atol=3e-2, rtol=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,14 +18,11 @@ pytestmark = pytest.mark.interpreter
 
 def check(call) -> None:
     """The kernels' rows are the oracle's, and they touch no other."""
-    dtype = call.tensors[0].dtype
+    dtype = call.op.query.dtype
     bound = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
-    zero = call.options | {"empty_rows": "zero", "lowest": 0.0, "hidden_bias": None}
-    output, lse = registration.attend(*call.tensors, **zero)
+    output, lse = registration.attend(dataclasses.replace(call.op, empty_rows="zero", lowest=0.0, hidden_bias=None))
     before = output.clone()
-    options = dict.fromkeys(registration._OPERANDS) | call.options
-    form = {name: options.pop(name, None) for name in ("empty_rows", "lowest", "hidden_bias")}
-    empty_rows_triton.fill(output, lse, *call.tensors, **{**form, "lowest": form["lowest"] or 0.0}, options=options)
+    empty_rows_triton.fill(output, lse, call.op)
     torch.testing.assert_close(output.float(), call.written_out(), atol=bound, rtol=0, equal_nan=True)
     seeing = lse > -1e30
     assert torch.equal(output[seeing], before[seeing]) and not seeing.all()

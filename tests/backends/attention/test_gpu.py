@@ -9,7 +9,8 @@ import torch
 
 from sparsify.backends.attention import reference
 from sparsify.backends.attention.triton import triton_attention
-from tests.support.attention_cases import CLAUSES, Case, operands
+from sparsify.ops.attention import AttentionCall
+from tests.support.attention_cases import CLAUSES, Case, make_call
 from tests.support.attention_oracle import tolerance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -21,11 +22,9 @@ WIDER = {"windows": (0, 64, 300, 900), "window": (200,)}
 
 
 def check(case: Case):
-    args, keywords = operands(case)
-    args = [tensor.cuda() for tensor in args]
-    keywords = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in keywords.items()}
-    output, lse = triton_attention(*args, **keywords)
-    wanted, wanted_lse = reference.attention(*(tensor.double() for tensor in args), **keywords)
+    call = make_call(case).map_tensors(lambda tensor: tensor.cuda())
+    output, lse = triton_attention(call)
+    wanted, wanted_lse = reference.attention(call.in_dtype(torch.float64))
     bound = tolerance(case.dtype)
     torch.testing.assert_close(output.double(), wanted, atol=bound, rtol=bound)
     torch.testing.assert_close(lse, wanted_lse, atol=1e-3, rtol=1e-4)
@@ -73,7 +72,7 @@ def test_offsets_beyond_32_bits():
     rows, stride = 40, 1 << 26
     wide = torch.zeros(rows * stride, dtype=torch.bfloat16, device="cuda")
     view = wide.as_strided((1, 1, rows, 64), (0, 0, stride, 1)).normal_()
-    options = {"scale": 0.125, "causal": True, "windows": [], "sinks": 0, "softcap": 0.0, "block_size": 0, "seq_major": False, "version": 1}
     near = view.contiguous()
-    for got, wanted in zip(triton_attention(view, view, view, **options), triton_attention(near, near, near, **options), strict=True):
+    calls = (AttentionCall(one, one, one, scale=0.125, causal=True) for one in (view, near))
+    for got, wanted in zip(*map(triton_attention, calls), strict=True):
         torch.testing.assert_close(got, wanted)

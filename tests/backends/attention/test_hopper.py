@@ -12,25 +12,21 @@ from hypothesis import strategies as st
 from sparsify.backends.attention import hopper as gluon_attention
 from sparsify.backends.attention.hopper_source import DIALECTS, SHARED_LIMIT, GluonSpec, GluonTuning, argument_types, generate
 from sparsify.errors import KernelError
+from sparsify.ops.attention import AttentionCall
 from tests.support.goldens import check_kernel_text
 
 HOPPER, RELEASE = (9, 0), (3, 6)
 
 
 def call(**changes):
-    options = {
-        "key_flags": None, "segments": None, "query_start": None, "block_counts": None, "block_indices": None, "sink_logits": None,
-        "alibi_slopes": None, "scale": 0.1, "causal": True, "windows": [], "sinks": 0, "softcap": 0.0, "block_size": 128,
-        "seq_major": False, "version": 1,
-    }  # fmt: skip
     query_len, dim, dtype = (changes.pop(name, default) for name, default in (("query_len", 256), ("dim", 128), ("dtype", torch.bfloat16)))
     query, key = torch.empty(1, 4, query_len, dim, dtype=dtype), torch.empty(1, 2, 256, dim, dtype=dtype)
-    return query, key, key, options | changes
+    return AttentionCall(query, key, key, **{"scale": 0.1, "causal": True, **changes})
 
 
 def test_serves_a_plain_call():
-    assert gluon_attention.serves(*call(), HOPPER, RELEASE) is None
-    assert gluon_attention.obstacle(*call()) == "no NVIDIA GPU"
+    assert gluon_attention.serves(call(), HOPPER, RELEASE) is None
+    assert gluon_attention.obstacle(call()) == "no NVIDIA GPU"
 
 
 @pytest.mark.parametrize(
@@ -40,19 +36,19 @@ def test_serves_a_plain_call():
         ({"dim": 320}, "head dims 320"),
         ({"dim": 100}, "head dims 100"),
         ({"query_len": 1}, "1 query rows"),
-        ({"alibi_slopes": torch.ones(1, 4)}, "ALiBi"),
+        ({"alibi_slopes": torch.ones(1, 4)}, "alibi_slopes"),
         ({"scale": -1.0}, "scale -1.0"),
         ({"block_counts": torch.zeros(1, 4, 4), "block_size": 64}, "64-key blocks"),
     ],
 )
 def test_says_why_not(changes, reason):
-    assert reason in gluon_attention.serves(*call(**changes), HOPPER, RELEASE)
+    assert reason in gluon_attention.serves(call(**changes), HOPPER, RELEASE)
 
 
 def test_other_devices_and_untried_releases_are_left_to_the_plain_kernel():
-    assert "8.0" in gluon_attention.serves(*call(), (8, 0), RELEASE)
-    assert "10.0" in gluon_attention.serves(*call(), (10, 0), RELEASE)
-    assert "3.5" in gluon_attention.serves(*call(), HOPPER, (3, 5))
+    assert "8.0" in gluon_attention.serves(call(), (8, 0), RELEASE)
+    assert "10.0" in gluon_attention.serves(call(), (10, 0), RELEASE)
+    assert "3.5" in gluon_attention.serves(call(), HOPPER, (3, 5))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -9,7 +9,6 @@ import torch
 
 from sparsify.backends.attention import hopper, reference
 from sparsify.backends.attention.hopper_source import argument_types, generate
-from sparsify.ops.attention import empty_output
 from tests.support import hopper_calls
 from tests.support.gluon_machine import Launch, Pointer
 
@@ -34,10 +33,10 @@ def test_generated_kernel_computes_the_op(name):
     call = CASES[name]
     if call.heads > 8:
         call = dataclasses.replace(call, heads=4, kv_heads=2, query_len=600, key_len=600)
-    query, key, value, options = hopper_calls.operands(call, device="cpu")
-    assert hopper.serves(query, key, value, options, (9, 0), (3, 6)) is None
-    output, lse = _simulate(query, key, value, options, call.tuning)
-    expected, expected_lse = reference.attention(query.double(), key.double(), value.double(), **options)
+    one = hopper_calls.make_call(call, device="cpu")
+    assert hopper.serves(one, (9, 0), (3, 6)) is None
+    output, lse = _simulate(one, call.tuning)
+    expected, expected_lse = reference.attention(one.in_dtype(torch.float64))
     assert not output.isnan().any()
     error = (output.double() - expected).norm() / expected.norm().clamp_min(1e-30)
     assert error < hopper_calls.ERROR_LIMIT[call.dtype]
@@ -46,21 +45,21 @@ def test_generated_kernel_computes_the_op(name):
 
 def test_a_kernel_that_forgets_a_release_is_found(monkeypatch):
     monkeypatch.setattr("tests.support.gluon_machine.PATIENCE", 0.5)
-    query, key, value, options = hopper_calls.operands(CASES["causal"], device="cpu")
-    text = generate(hopper.make_spec(query, key, value, options))
+    one = hopper_calls.make_call(CASES["causal"], device="cpu")
+    text = generate(hopper.make_spec(one))
     broken = text.replace("mbarrier.arrive(key_empty.index(key_stage), count=1)", "pass")
     assert broken != text
     with pytest.raises(TimeoutError, match="deadlock"):
-        _simulate(query, key, value, options, None, broken)
+        _simulate(one, None, broken)
 
 
 def test_a_kernel_that_forgets_the_causal_clause_is_found():
-    query, key, value, options = hopper_calls.operands(CASES["causal"], device="cpu")
-    text = generate(hopper.make_spec(query, key, value, options))
+    one = hopper_calls.make_call(CASES["causal"], device="cpu")
+    text = generate(hopper.make_spec(one))
     broken = text.replace("    visible = visible & (columns[None, :] <= rows[:, None])\n", "")
     assert broken != text
-    output, _ = _simulate(query, key, value, options, None, broken)
-    expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
+    output, _ = _simulate(one, None, broken)
+    expected, _ = reference.attention(one.in_dtype(torch.float64))
     assert (output.double() - expected).norm() > 0.1 * expected.norm()
 
 
@@ -76,21 +75,20 @@ def test_a_kernel_that_forgets_the_causal_clause_is_found():
 )
 def test_assembly_that_keeps_a_wrong_reference_is_found(right, wrong):
     call = dataclasses.replace(CASES["rising"], heads=2, kv_heads=1)
-    query, key, value, options = hopper_calls.operands(call, device="cpu")
-    text = generate(hopper.make_spec(query, key, value, options))
+    one = hopper_calls.make_call(call, device="cpu")
+    text = generate(hopper.make_spec(one))
     assert right in text
-    expected, _ = reference.attention(query.double(), key.double(), value.double(), **options)
-    outputs = [_simulate(query, key, value, options, None, one)[0] for one in (text, text.replace(right, wrong))]
+    expected, _ = reference.attention(one.in_dtype(torch.float64))
+    outputs = [_simulate(one, None, kernel)[0] for kernel in (text, text.replace(right, wrong))]
     errors = [(output.double() - expected).norm() / expected.norm() for output in outputs]
     assert errors[0] < hopper_calls.ERROR_LIMIT[call.dtype] and not errors[1] < 2 * errors[0]
 
 
-def _simulate(query, key, value, options, tuning, text=None):
-    output = empty_output(query, value, options["seq_major"]).fill_(torch.nan)
-    lse = torch.full(query.shape[:3], torch.nan)
-    spec = hopper.make_spec(query, key, value, options, tuning)
-    found = hopper.operands(spec, query, key, value, output, lse, options)
-    tensors = {"queries": query, "keys": key, "values": value, "outputs": output}
+def _simulate(call, tuning, text=None):
+    output, lse = (tensor.fill_(torch.nan) for tensor in call.empty_outputs())
+    spec = hopper.make_spec(call, tuning)
+    found = hopper.operands(spec, call, lse)
+    tensors = {"queries": call.query, "keys": call.key, "values": call.value, "outputs": output}
     arguments = []
     for name, type_ in argument_types(spec).items():
         if name in tensors:

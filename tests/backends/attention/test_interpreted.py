@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from sparsify.backends.attention import reference
 from sparsify.backends.attention.triton import triton_attention
 from sparsify.backends.attention.triton_source import Tiling
-from sparsify.ops.attention import empty_output
-from tests.support.attention_cases import CLAUSES, Case, operands
+from tests.support.attention_cases import CLAUSES, Case, make_call
 from tests.support.attention_oracle import attention_exact, tolerance
 from tests.support.attention_strategies import cases
 
@@ -27,10 +26,10 @@ DECODE = dataclasses.replace(PREFILL, query_len=1, block_size=16)
 
 
 def check(case: Case, tiling: Tiling | None = SMALL):
-    args, keywords = operands(case)
-    output, lse = triton_attention(*args, tiling=tiling, **keywords)
-    wanted, wanted_lse = reference.attention(*args, **keywords)
-    assert output.dtype == case.dtype and output.stride() == empty_output(args[0], args[2], case.seq_major).stride()
+    call = make_call(case)
+    output, lse = triton_attention(call, tiling=tiling)
+    wanted, wanted_lse = reference.attention(call)
+    assert output.dtype == case.dtype and output.stride() == call.empty_outputs()[0].stride()
     bound = tolerance(case.dtype)
     torch.testing.assert_close(output.double(), wanted.double(), atol=bound, rtol=bound)
     torch.testing.assert_close(lse, wanted_lse, atol=max(1e-4, bound / 10), rtol=1e-4)
@@ -85,23 +84,23 @@ def test_ragged_lengths(key_len, window):
 def test_static_cache(start):
     """Slots behind the last query row are never read, even when they hold NaN."""
     case = dataclasses.replace(PREFILL, start=start, query_len=40)
-    args, keywords = operands(case)
-    wanted = reference.attention(*args, **keywords)
-    for tensor in args[1:]:
+    call = make_call(case)
+    wanted = reference.attention(call)
+    for tensor in (call.key, call.value):
         tensor[:, :, start + 40 :] = torch.nan
-    for got, expected in zip(triton_attention(*args, tiling=SMALL, **keywords), wanted, strict=True):
+    for got, expected in zip(triton_attention(call, tiling=SMALL), wanted, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("clause", ["window_and_sinks", "left_padding_sinks", "lists", "segments", "window_per_head"])
-@pytest.mark.parametrize("operand", [1, 2])
+@pytest.mark.parametrize("operand", ["key", "value"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_poison_reaches_exactly_the_rows_that_see_it(clause, operand, poison):
-    args, keywords = operands(dataclasses.replace(PREFILL, **CLAUSES[clause]))
-    clean, _ = triton_attention(*args, tiling=SMALL, **keywords)
-    args[operand][:, :, 60] = poison
-    output, _ = triton_attention(*args, tiling=SMALL, **keywords)
-    wanted, _ = reference.attention(*args, **keywords)
+    call = make_call(dataclasses.replace(PREFILL, **CLAUSES[clause]))
+    clean, _ = triton_attention(call, tiling=SMALL)
+    getattr(call, operand)[:, :, 60] = poison
+    output, _ = triton_attention(call, tiling=SMALL)
+    wanted, _ = reference.attention(call)
     harmed = ~wanted.isfinite().all(-1)
     assert harmed.any() and not harmed.all()
     assert torch.equal(harmed, ~output.isfinite().all(-1))
@@ -118,46 +117,49 @@ def test_rows_without_a_visible_key():
 @pytest.mark.parametrize("seq_major", [False, True])
 def test_strides(seq_major):
     case = dataclasses.replace(PREFILL, seq_major=seq_major, padding="left")
-    (query, key, value), keywords = operands(case)
-    wanted = triton_attention(query, key, value, tiling=SMALL, **keywords)
+    call = make_call(case)
+    wanted = triton_attention(call, tiling=SMALL)
     spread = lambda x: (
         torch.empty(*x.shape[:2], x.shape[2] * 2, x.shape[3] + 3).transpose(1, 2).contiguous().transpose(1, 2)[:, :, ::2, 3:].copy_(x)
     )
-    views = query.transpose(1, 2).contiguous().transpose(1, 2), spread(key), value.mT.contiguous().mT
-    assert not any(view.is_contiguous() for view in views)
-    keywords["key_flags"] = keywords["key_flags"].repeat_interleave(2, 1)[:, ::2]
-    for got, expected in zip(triton_attention(*views, tiling=SMALL, **keywords), wanted, strict=True):
+    views = {
+        "query": call.query.transpose(1, 2).contiguous().transpose(1, 2),
+        "key": spread(call.key),
+        "value": call.value.mT.contiguous().mT,
+        "key_flags": call.key_flags.repeat_interleave(2, 1)[:, ::2],
+    }
+    assert not any(view.is_contiguous() for view in views.values())
+    for got, expected in zip(triton_attention(dataclasses.replace(call, **views), tiling=SMALL), wanted, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_against_the_exact_oracle():
     case = dataclasses.replace(PREFILL, query_len=20, key_len=50, windows=(0, 3, 9, 20), sinks=3, softcap=2.0, alibi=True, sink_logits=True)
-    args, keywords = operands(case)
-    output, lse = triton_attention(*args, tiling=SMALL, **keywords)
-    exact, exact_lse = attention_exact(*args, **keywords)
+    call = make_call(case)
+    output, lse = triton_attention(call, tiling=SMALL)
+    exact, exact_lse = attention_exact(call)
     torch.testing.assert_close(output.double(), exact, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-5)
 
 
 def test_one_batch_row_of_flags_serves_all():
-    args, keywords = operands(dataclasses.replace(PREFILL, padding="left", windows=(9,), sinks=2))
-    keywords["key_flags"] = keywords["key_flags"][:1]
-    got = triton_attention(*args, tiling=SMALL, **keywords)
-    for one, other in zip(got, reference.attention(*args, **keywords), strict=True):
+    call = make_call(dataclasses.replace(PREFILL, padding="left", windows=(9,), sinks=2))
+    call = dataclasses.replace(call, key_flags=call.key_flags[:1])
+    got = triton_attention(call, tiling=SMALL)
+    for one, other in zip(got, reference.attention(call), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
 
 
 def test_the_op_itself_runs_the_kernel():
     import sparsify.backends as backends
-    from sparsify.ops import attention as ops
 
-    args, keywords = operands(PREFILL)
+    call = make_call(PREFILL)
     backends.use("triton")
     try:
         assert backends.available("cpu")[0] == "triton"
-        output, lse = ops.attention(*args, **keywords)
+        output, lse = call.run()
     finally:
         backends.use("auto")
-    wanted, wanted_lse = reference.attention(*args, **keywords)
+    wanted, wanted_lse = reference.attention(call)
     torch.testing.assert_close(output, wanted, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse, wanted_lse, atol=2e-5, rtol=2e-5)

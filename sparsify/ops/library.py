@@ -1,0 +1,39 @@
+"""The library that our ops are registered in, and how an op is defined: schema, fake kernel, and what it refuses. Kernels register from
+`sparsify.backends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparsify.ops import gradients
+from sparsify.ops.call import OpCall
+
+NAMESPACE = "sparsify"
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(call: type[OpCall], fake: Callable[..., Any], returns: str = "(Tensor, Tensor)") -> torch._ops.OpOverload:
+    """Defines the op of a record.
+
+    Args:
+        fake: makes empty outputs from a call's record.
+    """
+    library.define(f"{call.schema()} -> {returns}", tags=TAGS)
+    traced(call.NAME, lambda *args, **options: fake(call.bind(*args, **options)))
+    return getattr(torch.ops.sparsify, call.NAME).default
+
+
+def traced(op: str, fake: Callable[..., Any]) -> None:
+    """Says how an op is traced. Tracing refuses what running does: derivatives, and transforms of torch.func."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        gradients.refuse(op, args, options)
+        return fake(*args, **options)
+
+    torch.library.register_fake(f"{NAMESPACE}::{op}", call, lib=library)
+    gradients.refuse_transforms(op, library)
