@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sparsify.backends.attention.empty_rows import unseen
 from sparsify.backends.attention.empty_rows_template import SUMS, WRITE
-from sparsify.backends.cache.kernels import DTYPES, launch_in_turn, stride_values
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, padded, parameters
+from sparsify.backends.codegen.arguments import Argument, floats, integers, padded, parameters, pointers, present
+from sparsify.backends.codegen.launch import DTYPES, cdiv, launch, launching, stride_values
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
@@ -60,30 +60,29 @@ class EmptyRowsSpec:
         return 32 if padded(self.head_dim) > 128 or self.dtype == "fp32" else 64
 
 
+@functools.lru_cache(maxsize=512)
 def arguments(spec: EmptyRowsSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "sums" or "write", in order."""
-    pointer = lambda name, type: Argument(name, "*" + type, True)
-    number = lambda name, aligned=False: Argument(name, "i32", aligned)
-    values = [pointer("value", spec.dtype), *(number(f"value_{axis}", True) for axis in "bhn")]
-    parts = [pointer("parts", "fp32"), number("stretches")]
+    values = [*pointers(spec.dtype, "value"), *integers("value_b", "value_h", "value_n", aligned=True)]
+    parts = [*pointers("fp32", "parts"), *integers("stretches")]
     if kernel == "sums":
-        return (*values, pointer("wanted", "i8"), *parts, number("kv_heads"), number("key_len"), number("stretch_len", True))
-    listed = [pointer("out", spec.dtype), *(number(f"out_{axis}", True) for axis in "bhm"), pointer("empty", "i8")]
-    listed += [number("heads"), number("query_len"), number("key_len")]
+        sizes = [*integers("kv_heads", "key_len"), *integers("stretch_len", aligned=True)]
+        return (*values, *pointers("i8", "wanted"), *parts, *sizes)
+    listed = [*pointers(spec.dtype, "out"), *integers("out_b", "out_h", "out_m", aligned=True), *pointers("i8", "empty")]
+    listed += integers("heads", "query_len", "key_len")
     if spec.form == "nan":
         return tuple(listed)
     if spec.form == "mean":
         return (*listed, *parts)
-    optional = [
-        (spec.hidden, [pointer("hidden_bias", "fp32"), number("hidden_b"), number("hidden_h")]),
-        (spec.has_start, [pointer("query_start", "i64")]),
-        (spec.windowed, [number("window")]),
-        (spec.windowed and not spec.key_flags, [number("sinks")]),
-        (spec.key_flags, [pointer("key_flags", "u8"), number("flags_b")]),
-        (spec.segments, [pointer("segments", "i32"), number("segments_b")]),
-    ]
-    clauses = [argument for present, some in optional if present for argument in some]
-    return (*listed, *values, pointer("key_bias", "fp32"), number("bias_b"), number("bias_h"), Argument("lowest", "fp32"), *clauses)
+    clauses = present(
+        (spec.hidden, [*pointers("fp32", "hidden_bias"), *integers("hidden_b", "hidden_h")]),
+        (spec.has_start, pointers("i64", "query_start")),
+        (spec.windowed, integers("window")),
+        (spec.windowed and not spec.key_flags, integers("sinks")),
+        (spec.key_flags, [*pointers("u8", "key_flags"), *integers("flags_b")]),
+        (spec.segments, [*pointers("i32", "segments"), *integers("segments_b")]),
+    )
+    return (*listed, *values, *pointers("fp32", "key_bias"), *integers("bias_b", "bias_h"), *floats("lowest"), *clauses)
 
 
 def empty_rows_source(spec: EmptyRowsSpec) -> str:
@@ -124,22 +123,25 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
     spec = EmptyRowsSpec(DTYPES[value.dtype], head_dim, call.group, "weighted" if biased else empty_rows)
     empty = unseen(lse, call).contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
-    stretches = min(_MOST_STRETCHES, -(-key_len // (4 * spec.keys)))
+    stretches = min(_MOST_STRETCHES, cdiv(key_len, 4 * spec.keys))
     given: dict[str, Any] = {
         "value": value, "out": output, "empty": empty.view(torch.int8), "heads": heads, "kv_heads": kv_heads, "query_len": query_len,
         "key_len": key_len, "stretches": stretches, "lowest": call.lowest if empty_rows == "mean" else -torch.inf,
         **stride_values(value=(value, "bhn"), out=(output, "bhm")),
     }  # fmt: skip
-    kernels = [("write", (-(-query_len // spec.rows), batch * heads), {"num_warps": _WARPS, "num_stages": 1})]
     if biased:
         spec, more = _weighted(spec, call)
         given |= more
     elif empty_rows == "mean":
         given["wanted"] = empty.view(batch * kv_heads, -1).any(-1).view(torch.int8)
         given["parts"] = torch.empty(batch * kv_heads, stretches, padded(head_dim), dtype=torch.float32, device=value.device)
-        given["stretch_len"] = -(-key_len // (stretches * spec.keys)) * spec.keys
-        kernels.insert(0, ("sums", (stretches, batch * kv_heads), {"num_warps": _WARPS, "num_stages": 1}))
-    launch_in_turn(f"rows without keys ({spec})", query, lambda: _module(spec), functools.partial(arguments, spec), given, *kernels)
+        given["stretch_len"] = cdiv(key_len, stretches * spec.keys) * spec.keys
+    with launching(query.device, lambda: f"rows without keys ({spec})"):
+        module = _module(spec)
+        if spec.form == "mean":
+            launch(module.sums, (stretches, batch * kv_heads), arguments(spec, "sums"), given, num_warps=_WARPS, num_stages=1)
+        grid = (cdiv(query_len, spec.rows), batch * heads)
+        launch(module.write, grid, arguments(spec, "write"), given, num_warps=_WARPS, num_stages=1)
 
 
 def _weighted(spec: EmptyRowsSpec, call: AttentionCall) -> tuple[EmptyRowsSpec, dict[str, Any]]:

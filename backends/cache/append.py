@@ -15,20 +15,24 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.cache.append_template import FOLD, JOIN, VISIT
-from sparsify.backends.cache.decode import processors, stretches
-from sparsify.backends.cache.kernels import (
-    DTYPES,
-    LOG2E,
-    launch_in_turn,
-    logit_arguments,
-    logit_values,
-    partial_sums,
-    stride_values,
-    turned_queries,
-)
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, turned_queries
 from sparsify.backends.cache.reference import asked_positions
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, padded, parameters
+from sparsify.backends.codegen.arguments import Argument, constexprs, integers, padded, parameters, pointers
+from sparsify.backends.codegen.launch import (
+    DTYPES,
+    LOG2E,
+    LONGEST_WINDOW,
+    capability,
+    cdiv,
+    launch,
+    launching,
+    need,
+    power_of_two,
+    processors,
+    stride_values,
+)  # fmt: skip
+from sparsify.backends.codegen.launch import splits as count_splits
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
@@ -87,24 +91,23 @@ def choose_tiling(dtype: str, head_dim: int, rows: int, capability: tuple[int, i
     return AppendTiling(128, 32 if turning else 64, 8, 2)
 
 
+@functools.lru_cache(maxsize=512)
 def arguments(spec: AppendSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "fold" or "join", in order."""
-    pointer = lambda name, type: Argument(name, "*" + type, True)
-    data = lambda *names: [pointer(name, spec.dtype) for name in names]
-    strides = lambda *names: [Argument(name, "i32", True) for name in names]
-    parts = [] if spec.single else [pointer(name, "fp32") for name in ("part_m", "part_l", "part_acc")]
+    data, strides = functools.partial(pointers, spec.dtype), functools.partial(integers, aligned=True)
+    parts = [] if spec.single else pointers("fp32", "part_m", "part_l", "part_acc")
     out = [*data("out"), *strides("out_b", "out_h", "out_m")]
-    sinks = [pointer("sink_logits", "fp32")] if spec.sink_logits else []
-    sizes = [Argument("kv_heads", "i32"), Argument("query_len", "i32"), Argument("stretches", "i32")]
+    sinks = pointers("fp32", "sink_logits") if spec.sink_logits else []
+    sizes = integers("kv_heads", "query_len", "stretches")
     if kernel == "join":
-        return (*parts, *out, *sizes, *sinks, Argument("STRETCHES", "constexpr"))
-    listed = [*data("query", "keys", "values"), pointer("positions", "i32"), pointer("seen", "i32"), pointer("asked", "i32")]
-    listed += [*strides("query_b", "query_h", "query_m"), Argument("capacity", "i32", True), *sizes]
+        return (*parts, *out, *sizes, *sinks, *constexprs("STRETCHES"))
+    listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "seen", "asked")]
+    listed += [*strides("query_b", "query_h", "query_m", "capacity"), *sizes]
     if spec.has_new:
-        listed += [*data("new_key", "new_value"), pointer("at", "i32")]
+        listed += [*data("new_key", "new_value"), *pointers("i32", "at")]
         listed += strides("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")
     if spec.windowed:
-        listed += [Argument("window", "i32"), Argument("sinks", "i32")] + ([pointer("bounds", "i32")] if spec.has_new else [])
+        listed += [*integers("window", "sinks"), *(pointers("i32", "bounds") if spec.has_new else [])]
     listed += data("turned") if spec.turning else []
     listed += logit_arguments(spec.softcap)
     return (*listed, *(out + sinks if spec.single else parts))
@@ -167,10 +170,9 @@ def cache_attention(
     v_head_dim, group, dtype = values.shape[3], heads // kv_heads, DTYPES[query.dtype]
     turning = inverse_frequencies is not None
     if tiling is None:
-        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-        tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability, turning)
-    tiles, rows = -(-query_len * group // tiling.rows), batch * kv_heads
-    count = splits or stretches(capacity, rows * tiles, processors(query.device), tiling)
+        tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability(query.device), turning)
+    tiles, rows = cdiv(query_len * group, tiling.rows), batch * kv_heads
+    count = splits or count_splits(cdiv(capacity, tiling.keys), rows * tiles, processors(query.device) * tiling.programs)
     has_new = new_key is not None
     spec = AppendSpec(
         dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, window > 0, real is not None and has_new, turning,
@@ -180,8 +182,8 @@ def cache_attention(
     out = cache_ops.empty_output(query, values)
     given: dict[str, Any] = {
         "query": query, "keys": keys, "values": values, "positions": positions, "seen": seen, "asked": asked, "out": out,
-        "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "stretches": count, "window": min(window, 1 << 30),
-        "sinks": sinks, "STRETCHES": max(2, 1 << (count - 1).bit_length()), **logit_values(scale, softcap),
+        "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "stretches": count, "window": min(window, LONGEST_WINDOW),
+        "sinks": sinks, "STRETCHES": max(2, power_of_two(count)), **logit_values(scale, softcap),
     }  # fmt: skip
     given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
     if has_new:
@@ -195,10 +197,11 @@ def cache_attention(
         given["turned"] = turned_queries(query, asked, sinks, window, inverse_frequencies)
     if count > 1:
         given |= partial_sums(rows * query_len * group * count, v_head_dim, query.device)
-    fold = ("fold", (tiles * count, rows), {"num_warps": tiling.warps, "num_stages": tiling.stages})
-    join = ("join", (query_len * group, rows), {"num_warps": 4})
-    kernels = (fold,) if spec.single else (fold, join)
-    launch_in_turn(f"append kernel ({spec})", query, lambda: _module(spec), functools.partial(arguments, spec), given, *kernels)
+    with launching(query.device, lambda: f"append kernel ({spec})"):
+        module = _module(spec)
+        launch(module.fold, (tiles * count, rows), arguments(spec, "fold"), given, num_warps=tiling.warps, num_stages=tiling.stages)
+        if not spec.single:
+            launch(module.join, (query_len * group, rows), arguments(spec, "join"), given, num_warps=4)
     return out
 
 
@@ -214,13 +217,9 @@ def _bounds(asked: Tensor, tiles: int, rows: int, group: int, window: int, sinks
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, new_key: Tensor | None, new_value: Tensor | None, scale: float) -> None:
-    def need(holds: bool, what: str) -> None:
-        if not holds:
-            raise UnsupportedError(what, where=_WHERE, hint="the reference serves it")
-
     given = [t for t in (query, keys, values, new_key, new_value) if t is not None]
-    need(all(t.dtype == query.dtype for t in given) and query.dtype in DTYPES, f"dtypes {[str(t.dtype) for t in given]}")
-    need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous")
-    need(all(t.stride(-1) == 1 for t in given), "strided head dimensions")
-    need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads")
-    need(query.shape[2] > 0 and scale > 0, f"{query.shape[2]} queries, scale {scale}")
+    need(all(t.dtype == query.dtype for t in given) and query.dtype in DTYPES, f"dtypes {[str(t.dtype) for t in given]}", _WHERE)
+    need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous", _WHERE)
+    need(all(t.stride(-1) == 1 for t in given), "strided head dimensions", _WHERE)
+    need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads", _WHERE)
+    need(query.shape[2] > 0 and scale > 0, f"{query.shape[2]} queries, scale {scale}", _WHERE)

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.cache.decode_template import COMBINE, FINISH, SPLIT
-from sparsify.backends.cache.kernels import (
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, turned_queries
+from sparsify.backends.codegen import source
+from sparsify.backends.codegen.arguments import Argument, constexprs, integers, padded, parameters, pointers
+from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
-    launch_in_turn,
-    logit_arguments,
-    logit_values,
-    partial_sums,
+    cdiv,
+    launch,
+    launching,
+    need,
+    power_of_two,
+    processors,
+    splits,
     stride_values,
-    turned_queries,
-)
-from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, padded, parameters
+)  # fmt: skip
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
@@ -81,29 +84,26 @@ def choose_tiling(dtype: str, head_dim: int) -> DecodeTiling:
     return DecodeTiling(64, 4, 3) if head_dim <= 128 else DecodeTiling(32, 4, 3)
 
 
+@functools.lru_cache(maxsize=512)
 def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "split" or "combine", in order."""
-    pointer = lambda name, type: Argument(name, "*" + type, True)
-    data = lambda *names: [pointer(name, spec.dtype) for name in names]
-    shared = [] if spec.fused else [pointer("slots", "i32")]
-    shared += [pointer("part_m", "fp32"), pointer("part_l", "fp32"), pointer("part_acc", "fp32")]
-    strides = lambda *names: [Argument(name, "i32", True) for name in names]
-    sizes = [Argument("kv_heads", "i32"), Argument("capacity", "i32", True)]
+    data = functools.partial(pointers, spec.dtype)
+    shared = [*([] if spec.fused else pointers("i32", "slots")), *pointers("fp32", "part_m", "part_l", "part_acc")]
+    sizes = [*integers("kv_heads"), *integers("capacity", aligned=True)]
     logit = logit_arguments(spec.softcap)
-    token = strides("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h")
-    sink = [pointer("sink_logits", "fp32")] if spec.sink_logits else []
+    token = integers("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h", aligned=True)
+    sink = pointers("fp32", "sink_logits") if spec.sink_logits else []
     if kernel == "split":
-        listed = [*data("query", "keys", "values"), pointer("positions", "i32"), pointer("counts", "i32"), pointer("seen", "i32"), *shared]
-        listed += [*(token if spec.fused else token[:2]), *sizes, Argument("pinned", "i32"), Argument("stretches", "i32"), *logit]
-        listed += [Argument("real", "*u8"), Argument("real_b", "i32")] if spec.padded else []
-        listed += [*data("turned"), Argument("sinks", "i32")] if spec.turning else []
+        listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "counts", "seen"), *shared]
+        listed += [*(token if spec.fused else token[:2]), *sizes, *integers("pinned", "stretches"), *logit]
+        listed += [Argument("real", "*u8"), *integers("real_b")] if spec.padded else []
+        listed += [*data("turned"), *integers("sinks")] if spec.turning else []
         if not spec.fused:
             return tuple(listed)
-        listed += [*data("key", "value", "out"), pointer("length", "i64"), pointer("tickets", "i32"), *sink]
-        return (*listed, Argument("STRETCHES", "constexpr"), Argument("MEMBERS", "constexpr"))
-    listed = [*data("query", "key", "value", "keys", "values"), pointer("counts", "i32"), pointer("seen", "i32"), pointer("length", "i64")]
-    listed += [*shared, *data("out"), *token, *sizes, Argument("stretches", "i32"), *logit, *sink]
-    return (*listed, Argument("STRETCHES", "constexpr"))
+        listed += [*data("key", "value", "out"), *pointers("i64", "length"), *pointers("i32", "tickets"), *sink]
+        return (*listed, *constexprs("STRETCHES", "MEMBERS"))
+    listed = [*data("query", "key", "value", "keys", "values"), *pointers("i32", "counts", "seen"), *pointers("i64", "length")]
+    return (*listed, *shared, *data("out"), *token, *sizes, *integers("stretches"), *logit, *sink, *constexprs("STRETCHES"))
 
 
 def decode_source(spec: DecodeSpec) -> str:
@@ -135,21 +135,9 @@ def decode_source(spec: DecodeSpec) -> str:
     return "\n\n".join([header, *(render(text, values) for text in texts)])
 
 
-def stretches(capacity: int, rows: int, processors: int, tiling: DecodeTiling) -> int:
-    """How many stretches the filled slots of each of `rows` KV heads are cut into: one wave of thread blocks when the cache is full."""
-    tiles = -(-capacity // tiling.keys)
-    wanted = max(1, min(tiles, processors * tiling.programs // rows, 128))
-    return -(-tiles // -(-tiles // wanted))
-
-
 @functools.lru_cache(maxsize=256)
 def _module(spec: DecodeSpec) -> ModuleType:
     return source.load(decode_source(spec), "decode")
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def cache_decode(
@@ -188,7 +176,7 @@ def cache_decode(
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
     turning = inverse_frequencies is not None
     rows, grows = query.shape[0] * kv_heads, pinned == cache_ops.NEVER_OVERWRITTEN
-    count = stretches(capacity, rows, processors(query.device), tiling)
+    count = splits(cdiv(capacity, tiling.keys), rows, processors(query.device) * tiling.programs)
     spec = DecodeSpec(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning,
         tickets is not None and count <= _FUSED_STRETCHES, capacity <= _WHOLE_SLOTS and not grows, grows,
@@ -211,9 +199,9 @@ def cache_decode(
         "pinned": pinned,
         "stretches": count,
         "sinks": sinks,
-        "STRETCHES": (up := max(2, 1 << (count - 1).bit_length())),
+        "STRETCHES": (up := max(2, power_of_two(count))),
         # partial sums of so many heads are registers of the joining program at a time
-        "MEMBERS": max(1, min(1 << (spec.group - 1).bit_length(), 16384 // (up << max(4, (v_head_dim - 1).bit_length())))),
+        "MEMBERS": max(1, min(power_of_two(spec.group), 16384 // (up * padded(v_head_dim)))),
     }
     given |= partial_sums(rows * spec.group * count, v_head_dim, query.device) | logit_values(scale, softcap)
     if not spec.fused:
@@ -226,21 +214,18 @@ def cache_decode(
     if turning:
         at = seen if real is None else seen - 1 + real[:, 0].to(seen.dtype)
         given["turned"] = turned_queries(query, at[:, None], sinks, window, inverse_frequencies)
-    split = ("split", (count, rows), {"num_warps": tiling.warps, "num_stages": tiling.stages})
-    combine = ("combine", (spec.group, rows), {"num_warps": 4})
-    kernels = (split,) if spec.fused else (split, combine)
-    launch_in_turn(f"decode kernel ({spec})", query, lambda: _module(spec), functools.partial(arguments, spec), given, *kernels)
+    with launching(query.device, lambda: f"decode kernel ({spec})"):
+        module = _module(spec)
+        launch(module.split, (count, rows), arguments(spec, "split"), given, num_warps=tiling.warps, num_stages=tiling.stages)
+        if not spec.fused:
+            launch(module.combine, (spec.group, rows), arguments(spec, "combine"), given, num_warps=4)
     return out
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pinned: int, scale: float) -> None:
-    def need(holds: bool, what: str) -> None:
-        if not holds:
-            raise UnsupportedError(what, where=_WHERE, hint="the reference serves it")
-
-    need(query.shape[2] == key.shape[2] == value.shape[2] == 1, f"{query.shape[2]} queries, decode has one")
-    need(query.dtype in DTYPES and query.dtype == keys.dtype == values.dtype == key.dtype, f"dtypes {query.dtype} and {keys.dtype}")
-    need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous")
-    need(all(t.stride(-1) == 1 for t in (query, key, value)), "strided head dimensions")
-    need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads")
-    need(-1 <= pinned < keys.shape[2] and scale > 0, f"{pinned} pinned slots of {keys.shape[2]}, scale {scale}")
+    need(query.shape[2] == key.shape[2] == value.shape[2] == 1, f"{query.shape[2]} queries, decode has one", _WHERE)
+    need(query.dtype in DTYPES and query.dtype == keys.dtype == values.dtype == key.dtype, f"dtypes {query.dtype} and {keys.dtype}", _WHERE)
+    need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous", _WHERE)
+    need(all(t.stride(-1) == 1 for t in (query, key, value)), "strided head dimensions", _WHERE)
+    need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads", _WHERE)
+    need(-1 <= pinned < keys.shape[2] and scale > 0, f"{pinned} pinned slots of {keys.shape[2]}, scale {scale}", _WHERE)

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.cache.decode import DecodeTiling, processors, stretches
-from sparsify.backends.cache.kernels import DTYPES, launching, logit_arguments, logit_values, picked, stride_values
+from sparsify.backends.cache.kernels import logit_arguments, logit_values
 from sparsify.backends.cache.mass_template import GATHER, LOGITS, SPREAD
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, padded, parameters
+from sparsify.backends.codegen.arguments import Argument, integers, padded, parameters, pointers
+from sparsify.backends.codegen.launch import DTYPES, cdiv, launch, launching, need, processors, stride_values
+from sparsify.backends.codegen.launch import splits as count_splits
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 
 _WHERE = "sparsify::cache_mass"
+# programs of `spread` on a multiprocessor that a split aims at
+_PROGRAMS = 2
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,15 @@ def choose_tiling(dtype: str, head_dim: int, group: int, query_len: int) -> Mass
     return MassTiling(rows, 64, up(query_len, 64), 8 if rows >= 128 or wide else 4)
 
 
+@functools.lru_cache(maxsize=512)
 def arguments(spec: MassSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "spread" or "gather", in order."""
-    pointer = lambda name, type: Argument(name, "*" + type, True)
-    listed = [pointer("query", spec.dtype), pointer("keys", spec.dtype), pointer("positions", "i32"), pointer("asked", "i32")]
-    listed += [Argument(name, "i32", True) for name in ("key_b", "key_h", "key_n")]
-    listed += [Argument("kv_heads", "i32"), Argument("query_len", "i32"), Argument("key_len", "i32")]
+    listed = [*pointers(spec.dtype, "query", "keys"), *pointers("i32", "positions", "asked")]
+    listed += [*integers("key_b", "key_h", "key_n", aligned=True), *integers("kv_heads", "query_len", "key_len")]
     listed += logit_arguments(spec.softcap)
     if kernel == "spread":
-        parts = [pointer("part_m", "fp32"), pointer("part_l", "fp32")]
-        return (*listed, Argument("stretches", "i32"), Argument("stretch_len", "i32", True), *parts)
-    return (*listed, pointer("lse", "fp32"), pointer("mass", "fp32"))
+        return (*listed, *integers("stretches"), *integers("stretch_len", aligned=True), *pointers("fp32", "part_m", "part_l"))
+    return (*listed, *pointers("fp32", "lse", "mass"))
 
 
 def mass_source(spec: MassSpec) -> str:
@@ -112,28 +113,26 @@ def cache_mass(
         KernelError: a kernel could not be compiled or launched.
     """
     (batch, heads, query_len, head_dim), (_, kv_heads, key_len, _) = query.shape, keys.shape
-    if query.dtype not in DTYPES or keys.dtype != query.dtype or keys.stride(-1) != 1 or scale <= 0 or query_len == 0:
-        what = f"{query.dtype} queries, {keys.dtype} keys of strides {keys.stride()}, scale {scale}"
-        raise UnsupportedError(what, where=_WHERE, hint="the reference serves it")
+    served = query.dtype in DTYPES and keys.dtype == query.dtype and keys.stride(-1) == 1 and scale > 0 and query_len > 0
+    need(served, f"{query_len} {query.dtype} queries, {keys.dtype} keys of strides {keys.stride()}, scale {scale}", _WHERE)
     dtype, group, rows = DTYPES[query.dtype], heads // kv_heads, batch * kv_heads
     tiling = tiling or choose_tiling(dtype, head_dim, group, query_len)
     spec = MassSpec(dtype, head_dim, group, tiling, softcap > 0)
-    tiles = -(-group * query_len // tiling.rows)
-    count = splits or stretches(key_len, rows * tiles, processors(query.device), DecodeTiling(tiling.keys, tiling.warps, 3))
+    tiles = cdiv(group * query_len, tiling.rows)
+    count = splits or count_splits(cdiv(key_len, tiling.keys), rows * tiles, processors(query.device) * _PROGRAMS)
     part = torch.empty(2, rows, group * query_len, count, dtype=torch.float32, device=query.device)
     given: dict[str, Any] = {
         "query": query.contiguous(), "keys": keys, "positions": positions.to(torch.int32).contiguous(),
         "asked": query_positions.to(torch.int32).contiguous(), "kv_heads": kv_heads, "query_len": query_len, "key_len": key_len,
-        "stretches": count, "stretch_len": -(-key_len // (count * tiling.keys)) * tiling.keys, "part_m": part[0], "part_l": part[1],
+        "stretches": count, "stretch_len": cdiv(key_len, count * tiling.keys) * tiling.keys, "part_m": part[0], "part_l": part[1],
         "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device), **logit_values(scale, softcap),
     }  # fmt: skip
     given |= stride_values(key=(keys, "bhn"))
-    with launching(f"mass kernel ({spec})", query):
+    with launching(query.device, lambda: f"mass kernel ({spec})"):
         module = _module(spec)
-        of = lambda kernel: picked(given, arguments(spec, kernel))
-        module.spread[(count, tiles * rows)](**of("spread"), num_warps=tiling.warps, num_stages=3)
+        launch(module.spread, (count, tiles * rows), arguments(spec, "spread"), given, num_warps=tiling.warps, num_stages=3)
         given["lse"] = _lse(*part)
-        module.gather[(-(-key_len // tiling.keys), rows)](**of("gather"), num_warps=tiling.warps, num_stages=1)
+        launch(module.gather, (cdiv(key_len, tiling.keys), rows), arguments(spec, "gather"), given, num_warps=tiling.warps, num_stages=1)
     return given["mass"]
 
 

@@ -1,9 +1,8 @@
 """Runs `sparsify::ffn` and `sparsify::ffn_start` by generated Triton kernels: up to 32 rows share one stream of the weights here, more go
-to `triton_ffn_rows`. Nothing synchronises."""
+to `many_rows`. Nothing synchronises."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -12,15 +11,23 @@ from torch import Tensor
 
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import padded
+from sparsify.backends.codegen.launch import DTYPES, launch, launching, need, processors
 from sparsify.backends.ffn import many_rows
-from sparsify.backends.ffn.few_rows_template import START
-from sparsify.backends.ffn.source import FfnSpec, FfnTiling, choose_tiling, ffn_source, needs_normalise
-from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+from sparsify.backends.ffn.source import (
+    START_ARGUMENTS,
+    FfnSpec,
+    FfnTiling,
+    arguments,
+    choose_tiling,
+    ffn_source,
+    needs_normalise,
+    start_source,
+)  # fmt: skip
+from sparsify.errors import UnsupportedError
 from sparsify.ops import feed_forward
 
 MAX_ROWS = 32
 MAX_START_ROWS = 4096
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _WHERE = "sparsify::ffn"
 
 # tilings that a benchmark or a test sets, by (dtype, hidden, intermediate); others are chosen
@@ -35,55 +42,48 @@ def ffn_start(like: Tensor, positions: Tensor | None, slot: int, *, warmup: int,
         # nothing is counted: every run is in its first step
         return like.new_full((rows,), -1 if warmup else 0 if length else most, dtype=torch.int32)
     count = 0 if positions is None else positions.numel()
-    if max(rows, count) > MAX_START_ROWS:
-        raise UnsupportedError(f"{max(rows, count)} rows", where="sparsify::ffn_start")
+    need(max(rows, count) <= MAX_START_ROWS, f"{max(rows, count)} rows", "sparsify::ffn_start")
     out = like.new_empty(rows, dtype=torch.int32)
     state = feed_forward.run_state(like.device, key)
-    block = padded(max(rows, count))
-    read = positions.contiguous() if positions is not None else out
-    try:
-        with _on(like):
-            _start_kernel()[(1,)](read, state, out, count, slot, rows, warmup, most, length, BLOCK=block, READS=positions is not None)
-    except Exception as error:
-        raise KernelError(f"{type(error).__name__}: {error}", where="sparsify::ffn_start") from error
+    given = {
+        "positions": out if positions is None else positions.contiguous(), "state": state, "out": out, "count": count, "slot": slot,
+        "rows": rows, "warmup": warmup, "most": most, "length": length, "BLOCK": padded(max(rows, count)), "READS": positions is not None,
+    }  # fmt: skip
+    with launching(like.device, lambda: "sparsify::ffn_start"):
+        launch(_start_kernel(), (1,), START_ARGUMENTS, given)
     return out
 
 
 @functools.cache
 def _start_kernel() -> Any:
-    return source.load(START, "ffn_start").start
+    return source.load(start_source(), "ffn_start").start
 
 
 def ffn(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, down: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
     """See `sparsify.ops.feed_forward`; operands as in the reference.
 
     Raises:
-        UnsupportedError: another dtype, weights that are not contiguous, or more than 32 rows where `triton_ffn_rows` does not take them.
+        UnsupportedError: another dtype, weights that are not contiguous, or more than 32 rows where `many_rows` does not take them.
         KernelError: a kernel could not be compiled or launched.
     """
     rows = feed_forward.rows_of(residual)
     weights = [w for w in (up, down, call.get("gate")) if w is not None]
     if rows == 0:
         return torch.empty_like(residual), torch.empty_like(remaining)
-    if residual.dtype not in _DTYPES or any(w.dtype != residual.dtype or not w.is_contiguous() for w in weights):
-        raise UnsupportedError(f"weights are not contiguous {residual.dtype}", where=_WHERE)
-    if (call.get("gate") is not None) and (call.get("up_bias") is None) != (call.get("gate_bias") is None):
-        raise UnsupportedError("only one of gate and up has a bias", where=_WHERE)
+    contiguous = residual.dtype in DTYPES and all(w.dtype == residual.dtype and w.is_contiguous() for w in weights)
+    need(contiguous, f"weights are not contiguous {residual.dtype}", _WHERE)
+    biases = [call.get(name) is not None for name in ("up_bias", "gate_bias")]
+    need(call.get("gate") is None or biases[0] == biases[1], "only one of gate and up has a bias", _WHERE)
     spec = _spec_of(residual, down, rows, call)
     operands = residual.contiguous(), input.contiguous(), remaining, *_halves(spec, up, call)
-    try:
-        with _on(residual):
-            if rows > MAX_ROWS:
-                return many_rows.run(spec, *operands, down, _processors(residual.device), call)
-            return _run(spec, *operands, down, rows, call)
-    except SparsifyError:
-        raise
-    except Exception as error:
-        raise KernelError(f"{type(error).__name__}: {error}", where=f"{_WHERE} ({spec.describe()})") from error
+    with launching(residual.device, lambda: f"{_WHERE} ({spec.describe()})"):
+        if rows > MAX_ROWS:
+            return many_rows.run(spec, *operands, down, call)
+        return _run(spec, *operands, down, rows, call)
 
 
 def _spec_of(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]) -> FfnSpec:
-    dtype, hidden = _DTYPES[residual.dtype], residual.shape[-1]
+    dtype, hidden = DTYPES[residual.dtype], residual.shape[-1]
     intermediate = down.shape[0] if call["transposed"] else down.shape[1]
     gated = call["layout"] != "plain"
     options = tuple((name, call[name]) for name in ("transposed", "activation", "norm", "eps", "post_norm", "post_eps", "scale"))
@@ -92,14 +92,7 @@ def _spec_of(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]) ->
     if rows > MAX_ROWS:
         return many_rows.spec_of(dtype, hidden, intermediate, gated, options, many_rows.tilings.get(dtype))
     tile = 16 if rows <= 16 else 32
-    return _spec(
-        dtype, tile, hidden, intermediate, _processors(residual.device), gated, options, tilings.get((dtype, hidden, intermediate))
-    )
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return _spec(dtype, tile, hidden, intermediate, processors(residual.device), gated, options, tilings.get((dtype, hidden, intermediate)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,28 +134,22 @@ def _run(
     (gate, gate_bias), (up, up_bias) = gates, ups
     weight = call.get("norm_weight")
     row_warps = 8 if spec.hidden >= 2048 else 4
+    start = lambda kernel, programs, values, warps: launch(
+        getattr(module, kernel), (programs,), arguments(spec, kernel), {"remaining": remaining, "rows": rows, **values}, num_warps=warps
+    )
     if needs_normalise(spec):
         normal = torch.empty_like(input)
-        module.normalise[(rows,)](input, remaining, normal, weight, _or(call.get("norm_bias"), weight), num_warps=row_warps)
+        norm = {"source": input, "out": normal, "weight": weight, "bias": _or(call.get("norm_bias"), weight)}
+        start("normalise", rows, norm, row_warps)
         input = normal
-    module.widen[(spec.wide_programs,)](
-        input, remaining, wide, _or(weight, up), up, gate, _or(up_bias, up), _or(gate_bias, up), rows, num_warps=tiling.warps
-    )
-    module.narrow[(spec.narrow_programs,)](wide, remaining, partial, down, rows, num_warps=tiling.warps)
-    module.finish[(rows,)](
-        residual,
-        remaining,
-        partial,
-        out,
-        after,
-        _or(call.get("down_bias"), down),
-        _or(call.get("post_weight"), down),
-        _or(call.get("post_bias"), down),
-        call["threshold"],
-        call["skip_next"],
-        rows,
-        num_warps=row_warps,
-    )
+    biases = {"up_bias": _or(up_bias, up), "gate_bias": _or(gate_bias, up)}
+    widened = {"source": input, "out": wide, "weight": _or(weight, up), "up": up, "gate": gate, **biases}
+    start("widen", spec.wide_programs, widened, tiling.warps)
+    start("narrow", spec.narrow_programs, {"source": wide, "partial": partial, "down": down}, tiling.warps)
+    finished = {"residual": residual, "partial": partial, "out": out, "after": after, "bias": _or(call.get("down_bias"), down)}
+    finished |= {name: _or(call.get(name), down) for name in ("post_weight", "post_bias")}
+    finished |= {name: call[name] for name in ("threshold", "skip_next")}
+    start("finish", rows, finished, row_warps)
     return out, after
 
 
@@ -183,7 +170,3 @@ def _halves(spec: FfnSpec, up: Tensor, call: dict[str, Any]) -> tuple[tuple[Tens
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """An operand that the kernel has no use for still needs a pointer."""
     return other if tensor is None else tensor
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The text of the feed-forward kernels for few rows, and what those for many share; `ffn_source` keeps the parts that a spec has."""
+"""The text of the feed-forward kernels for few rows, and what those for many share; `source` keeps the parts that a spec has."""
 
 FLAGS = """\
     row = tl.arange(0, ROWS)
@@ -12,15 +12,14 @@ FLAGS = """\
 
 NORMALISE = """\
 @triton.jit
+def normalise(${normalise_parameters}):
 %if many
-def normalise(source, order, count, out, weight, bias):
     \"\"\"One program a slot: the compacted row and its norm.\"\"\"
     slot = tl.program_id(0)
     if slot >= tl.load(count):
         return
     row = tl.load(order + slot).to(tl.int64)
 %else
-def normalise(source, remaining, out, weight, bias):
     \"\"\"One program a row: the block's norm, where it is not folded into the product.\"\"\"
     row = tl.program_id(0)
     if tl.load(remaining + row) > 0:
@@ -71,7 +70,7 @@ def activate(x):
 
 WIDEN = """\
 @triton.jit
-def widen(source, remaining, out, weight, up, gate, up_bias, gate_bias, rows):
+def widen(${widen_parameters}):
     \"\"\"One program a tile of the intermediate dimension, for all rows${": norm, " if fused_norm else ": "}${"gate, " if gated else ""}up, activation.\"\"\"
 ${flags}
     column = tl.program_id(0) * WIDE_TILE + tl.arange(0, WIDE_TILE)
@@ -141,7 +140,7 @@ ${flags}
 
 NARROW = """\
 @triton.jit
-def narrow(source, remaining, partial, down, rows):
+def narrow(${narrow_parameters}):
     \"\"\"One program a tile of the hidden dimension and a part of the intermediate one: its share of the down projection, in float32.\"\"\"
 ${flags}
     tiles = tl.cdiv(HIDDEN, NARROW_TILE)
@@ -169,12 +168,11 @@ ${flags}
 
 FINISH = """\
 @triton.jit
+def finish(${finish_parameters}):
 %if many
-def finish(residual, remaining, slots, updates, out, after, post_weight, post_bias, threshold, skip_next):
     \"\"\"One program a row: adds the row's update to the residual and sets its counter; a row that skips keeps the residual.\"\"\"
     row = tl.program_id(0).to(tl.int64)
 %else
-def finish(residual, remaining, partial, out, after, bias, post_weight, post_bias, threshold, skip_next, rows):
     \"\"\"One program a row: sums the parts in order, adds the residual, and sets the row's counter.\"\"\"
     row = tl.program_id(0)
 %end
@@ -236,7 +234,7 @@ import triton.language as tl
 
 
 @triton.jit
-def start(positions, state, out, count, slot, rows, warmup, most, length, BLOCK: tl.constexpr, READS: tl.constexpr):
+def start(${start_parameters}):
     offset = tl.arange(0, BLOCK)
     position = tl.cast(slot, tl.int64)
     if READS:

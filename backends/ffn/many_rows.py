@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.ffn.source import MANY, STRETCH, FfnSpec, RowsTiling, choose_rows_tiling, rows_source
-from sparsify.errors import UnsupportedError
+from sparsify.backends.codegen.launch import capability, cdiv, launch, need, processors
+from sparsify.backends.ffn.source import MANY, STRETCH, FfnSpec, RowsTiling, arguments, choose_rows_tiling, rows_source
 from sparsify.ops import feed_forward
 
 _WHERE = "sparsify::ffn"
 # the first compute capability with tensor descriptors in hardware
 MIN_CAPABILITY = (9, 0)
-_INTERPRETER_PROGRAMS = 3
 
 # tilings that a benchmark or a test sets, by dtype; others are chosen
 tilings: dict[str, RowsTiling] = {}
@@ -38,13 +37,13 @@ def kernels(spec: FfnSpec) -> Any:
 
 def check(residual: Tensor, weights: list[Tensor]) -> None:
     """Raises UnsupportedError for what tensor descriptors cannot read (rows of no multiple of 16 bytes), an older GPU, and float32."""
-    if residual.is_cuda and torch.cuda.get_device_capability(residual.device) < MIN_CAPABILITY:
-        raise UnsupportedError("many rows need tensor descriptors, from compute capability 9.0 on", where=_WHERE)
-    if residual.is_cuda and residual.dtype == torch.float32:
-        raise UnsupportedError("many rows are computed in half precision", where=_WHERE)
+    if residual.is_cuda:
+        served = capability(residual.device) >= MIN_CAPABILITY
+        need(served, "many rows need tensor descriptors, from compute capability 9.0 on", _WHERE)
+        need(residual.dtype != torch.float32, "many rows are computed in half precision", _WHERE)
     unit = 16 // residual.element_size()
-    if residual.shape[-1] % unit or any(w.shape[-1] % unit or w.data_ptr() % 16 for w in weights):
-        raise UnsupportedError("rows of the weights are no multiple of 16 bytes", where=_WHERE)
+    whole = residual.shape[-1] % unit == 0 and all(w.shape[-1] % unit == 0 and w.data_ptr() % 16 == 0 for w in weights)
+    need(whole, "rows of the weights are no multiple of 16 bytes", _WHERE)
 
 
 def run(
@@ -55,7 +54,6 @@ def run(
     gate: tuple[Tensor, Tensor | None],
     up: tuple[Tensor, Tensor | None],
     down: Tensor,
-    processors: int,
     call: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(out, remaining) as `sparsify.ops.feed_forward` says. gate, up: weight and bias; without a gate, up stands in for it."""
@@ -71,38 +69,30 @@ def run(
     turn = lambda box: box[::-1] if spec.transposed else box
     unused = down  # an operand that the kernel has no use for still needs a pointer
     or_unused = lambda tensor: unused if tensor is None else tensor
-    module.compact[(-(-rows // STRETCH),)](remaining, order, slots, count, rows, num_warps=8)
-    module.normalise[(rows,)](
-        input, order, count, compacted, or_unused(call.get("norm_weight")), or_unused(call.get("norm_bias")), num_warps=row_warps
+    programs = lambda columns, wide_tile: min(processors(residual.device), cdiv(rows, tile) * cdiv(columns, wide_tile))
+    shared = {"remaining": remaining, "order": order, "slots": slots, "count": count, "rows": rows}
+    start = lambda kernel, grid, values, warps: launch(
+        getattr(module, kernel), (grid,), arguments(spec, kernel), shared | values, num_warps=warps
     )
+    start("compact", cdiv(rows, STRETCH), {}, 8)
+    norm = {name: or_unused(call.get(f"norm_{name}")) for name in ("weight", "bias")}
+    start("normalise", rows, {"source": input, "out": compacted, **norm}, row_warps)
     weight_box = turn([tiling.wide_tile, step])
-    module.widen[(_programs(rows, tile, spec.intermediate, tiling.wide_tile, processors),)](
-        _descriptor(compacted, [tile, step]),
-        _descriptor(up[0], weight_box),
-        _descriptor(gate[0], weight_box),
-        _descriptor(wide, [tile, tiling.wide_tile]),
-        count,
-        or_unused(up[1]),
-        or_unused(gate[1]),
-        num_warps=tiling.warps,
-    )
-    module.narrow[(_programs(rows, tile, spec.hidden, tiling.narrow_tile, processors),)](
-        _descriptor(wide, [tile, step]),
-        _descriptor(down, turn([tiling.narrow_tile, step])),
-        _descriptor(updates, [tile, tiling.narrow_tile // 2]),
-        count,
-        or_unused(call.get("down_bias")),
-        num_warps=tiling.warps,
-    )
-    posts = (or_unused(call.get("post_weight")), or_unused(call.get("post_bias")))
-    module.finish[(rows,)](
-        residual, remaining, slots, updates, out, after, *posts, call["threshold"], call["skip_next"], num_warps=row_warps
-    )
+    widened = {
+        "source": _descriptor(compacted, [tile, step]), "up": _descriptor(up[0], weight_box), "gate": _descriptor(gate[0], weight_box),
+        "out": _descriptor(wide, [tile, tiling.wide_tile]), "up_bias": or_unused(up[1]), "gate_bias": or_unused(gate[1]),
+    }  # fmt: skip
+    start("widen", programs(spec.intermediate, tiling.wide_tile), widened, tiling.warps)
+    narrowed = {
+        "source": _descriptor(wide, [tile, step]), "down": _descriptor(down, turn([tiling.narrow_tile, step])),
+        "out": _descriptor(updates, [tile, tiling.narrow_tile // 2]), "bias": or_unused(call.get("down_bias")),
+    }  # fmt: skip
+    start("narrow", programs(spec.hidden, tiling.narrow_tile), narrowed, tiling.warps)
+    finished = {"residual": residual, "updates": updates, "out": out, "after": after}
+    finished |= {name: or_unused(call.get(name)) for name in ("post_weight", "post_bias")}
+    finished |= {name: call[name] for name in ("threshold", "skip_next")}
+    start("finish", rows, finished, row_warps)
     return out, after
-
-
-def _programs(rows: int, row_tile: int, columns: int, tile: int, processors: int) -> int:
-    return min(processors, -(-rows // row_tile) * -(-columns // tile))
 
 
 def _descriptor(matrix: Tensor, box: list[int]) -> Any:

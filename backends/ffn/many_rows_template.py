@@ -1,8 +1,8 @@
-"""The text of the feed-forward kernels for many rows, of which those that compute are compacted first; see `ffn_source.rows_source`."""
+"""The text of the feed-forward kernels for many rows, of which those that compute are compacted first; see `source.rows_source`."""
 
 COMPACT = """\
 @triton.jit
-def compact(remaining, order, slots, count, rows):
+def compact(${compact_parameters}):
     \"\"\"A stretch of rows a program, each counting the computing rows before its own: order[slot] = row, slots[row] = slot or -1.\"\"\"
     first = tl.program_id(0) * STRETCH
     offset = tl.arange(0, STRETCH)
@@ -31,7 +31,7 @@ def place(tile, row_tiles, col_tiles):
 
 WIDEN = """\
 @triton.jit
-def widen(source, up, gate, out, count, up_bias, gate_bias):
+def widen(${widen_parameters}):
     \"\"\"Persistent: tiles of activation(gate) * up, or of activation(up), over the compacted rows. source, out: descriptors.\"\"\"
     row_tiles = tl.cdiv(tl.load(count), ROW_TILE)
     col_tiles = tl.cdiv(INTERMEDIATE, WIDE_TILE)
@@ -75,7 +75,7 @@ def widen(source, up, gate, out, count, up_bias, gate_bias):
 
 NARROW = """\
 @triton.jit
-def narrow(source, down, out, count, bias):
+def narrow(${narrow_parameters}):
     \"\"\"Persistent: tiles of the down projection over the compacted rows. source, down, out: descriptors, out's of half a tile's columns.\"\"\"
     row_tiles = tl.cdiv(tl.load(count), ROW_TILE)
     col_tiles = tl.cdiv(HIDDEN, NARROW_TILE)

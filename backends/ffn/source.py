@@ -7,15 +7,26 @@ row skips they return before a weight is loaded, and `finish` copies the residua
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-from sparsify.backends.codegen.arguments import padded
+from sparsify.backends.codegen.arguments import (
+    ITEM_BYTES,
+    Argument,
+    constexprs,
+    descriptor,
+    floats,
+    integers,
+    padded,
+    parameters,
+    pointers,
+)  # fmt: skip
+from sparsify.backends.codegen.launch import cdiv, power_of_two
 from sparsify.backends.codegen.template import render
 from sparsify.backends.ffn import many_rows_template as for_rows
-from sparsify.backends.ffn.few_rows_template import ACTIVATE, FINISH, FLAGS, NARROW, NORMALISE, WIDEN
+from sparsify.backends.ffn.few_rows_template import ACTIVATE, FINISH, FLAGS, NARROW, NORMALISE, START, WIDEN
 from sparsify.errors import UnsupportedError
 
-DTYPES = ("bf16", "fp16", "fp32")
 # `rows` of a spec whose kernels take any number: those that compute are compacted
 MANY = 0
 NORMS = ("none", "layer", "rms", "rms_fp32", "rms_offset")
@@ -84,7 +95,7 @@ class FfnSpec:
 
     def __post_init__(self):
         impossible = {
-            f"dtype {self.dtype}": self.dtype not in DTYPES,
+            f"dtype {self.dtype}": self.dtype not in ITEM_BYTES,
             f"tile of {self.rows} rows": self.rows not in (16, 32, MANY),
             f"hidden size {self.hidden}": not 0 < self.hidden <= MAX_HIDDEN,
             f"activation {self.activation!r}": self.activation not in ACTIVATIONS,
@@ -92,7 +103,7 @@ class FfnSpec:
         }
         for what, wrong in impossible.items():
             if wrong:
-                raise UnsupportedError(f"no feed-forward kernel has {what}", where="backends.triton_ffn")
+                raise UnsupportedError(f"no feed-forward kernel has {what}", where="sparsify::ffn")
 
     @property
     def fused_norm(self) -> bool:
@@ -103,21 +114,67 @@ class FfnSpec:
     @property
     def part(self) -> int:
         """Elements of the intermediate dimension that one program of `narrow` sums."""
-        steps = -(-self.intermediate // self.tiling.narrow_step)
-        return -(-steps // self.tiling.parts) * self.tiling.narrow_step
+        steps = cdiv(self.intermediate, self.tiling.narrow_step)
+        return cdiv(steps, self.tiling.parts) * self.tiling.narrow_step
 
     @property
     def wide_programs(self) -> int:
-        return -(-self.intermediate // self.tiling.wide_tile)
+        return cdiv(self.intermediate, self.tiling.wide_tile)
 
     @property
     def narrow_programs(self) -> int:
-        return -(-self.hidden // self.tiling.narrow_tile) * self.tiling.parts
+        return cdiv(self.hidden, self.tiling.narrow_tile) * self.tiling.parts
 
     def describe(self) -> str:
         kind = f"{'gated ' if self.gated else ''}{self.activation}"
         rows = f"up to {self.rows}" if self.rows else "compacted"
         return f"{self.dtype}, {self.hidden} to {self.intermediate}, {kind}, norm {self.norm}, {rows} rows"
+
+
+@functools.lru_cache(maxsize=512)
+def arguments(spec: FfnSpec, kernel: str) -> tuple[Argument, ...]:
+    """The arguments of a kernel of `ffn_source` or `rows_source`, in order. Those that a spec has no use for are there, too."""
+    data, counters = functools.partial(pointers, spec.dtype), functools.partial(pointers, "i32")
+    ends = [*floats("threshold"), *integers("skip_next")]
+    if spec.rows != MANY:
+        few = {
+            "normalise": [*data("source"), *counters("remaining"), *data("out", "weight", "bias")],
+            "widen": [*data("source"), *counters("remaining"), *data("out", "weight", "up", "gate", "up_bias", "gate_bias")],
+            "narrow": [*data("source"), *counters("remaining"), *pointers("fp32", "partial"), *data("down")],
+            "finish": [*data("residual"), *counters("remaining"), *pointers("fp32", "partial"), *data("out"), *counters("after")],
+        }
+        few["finish"] += [*data("bias", "post_weight", "post_bias"), *ends]
+        return (*few[kernel], *([] if kernel == "normalise" else integers("rows")))
+    tiling = spec.tiling
+    box = lambda name, *sizes: descriptor(name, spec.dtype, *sizes)
+    weight = lambda name, tile: box(name, *((tiling.step, tile) if spec.transposed else (tile, tiling.step)))
+    rows = box("source", tiling.row_tile, tiling.step)
+    many = {
+        "compact": [*counters("remaining", "order", "slots", "count"), *integers("rows")],
+        "normalise": [*data("source"), *counters("order", "count"), *data("out", "weight", "bias")],
+        "widen": [rows, weight("up", tiling.wide_tile), weight("gate", tiling.wide_tile), box("out", tiling.row_tile, tiling.wide_tile)],
+        "narrow": [rows, weight("down", tiling.narrow_tile), box("out", tiling.row_tile, tiling.narrow_tile // 2), *counters("count")],
+        "finish": [*data("residual"), *counters("remaining", "slots"), *data("updates", "out"), *counters("after")],
+    }
+    many["widen"] += [*counters("count"), *data("up_bias", "gate_bias")]
+    many["narrow"] += data("bias")
+    many["finish"] += [*data("post_weight", "post_bias"), *ends]
+    return tuple(many[kernel])
+
+
+START_ARGUMENTS = (
+    *pointers("i64", "positions", "state"), *pointers("i32", "out"), *integers("count", "slot", "rows", "warmup", "most", "length"),
+    *constexprs("BLOCK", "READS"),
+)  # fmt: skip
+
+
+def _parameters(spec: FfnSpec, *kernels: str) -> dict[str, str]:
+    return {f"{kernel}_parameters": parameters(arguments(spec, kernel), ", ") for kernel in kernels}
+
+
+def start_source() -> str:
+    """Module text with the kernel `start` of the counters. Grid: 1."""
+    return render(START, {"start_parameters": parameters(START_ARGUMENTS, ", ")})
 
 
 def ffn_source(spec: FfnSpec) -> str:
@@ -140,6 +197,7 @@ def ffn_source(spec: FfnSpec) -> str:
         or spec.part % tiling.narrow_step != 0
         or spec.part * tiling.parts != spec.intermediate,
         "precision": _precision(spec),
+        **_parameters(spec, "normalise", "widen", "narrow", "finish"),
     }
     parts = [_header(spec), render(ACTIVATE, values)]
     if needs_normalise(spec):
@@ -155,6 +213,7 @@ def rows_source(spec: FfnSpec) -> str:
     each taking tiles until the computing rows are used up.
     """
     values = vars(spec) | vars(spec.tiling) | {"many": True, "precision": _precision(spec)}
+    values |= _parameters(spec, "compact", "normalise", "widen", "narrow", "finish")
     templates = (ACTIVATE, for_rows.COMPACT, NORMALISE, for_rows.PLACE, for_rows.WIDEN, for_rows.NARROW, FINISH)
     return "\n\n".join([_header(spec), *(render(template, values) for template in templates)])
 
@@ -171,7 +230,7 @@ def _header(spec: FfnSpec) -> str:
     tiling = spec.tiling
     constants = {
         "HIDDEN": spec.hidden,
-        "HIDDEN_PADDED": 1 << (spec.hidden - 1).bit_length(),
+        "HIDDEN_PADDED": power_of_two(spec.hidden),
         "INTERMEDIATE": spec.intermediate,
         "WIDE_TILE": tiling.wide_tile,
         "NARROW_TILE": tiling.narrow_tile,
@@ -200,7 +259,7 @@ def choose_tiling(dtype: str, rows: int, hidden: int, intermediate: int, gated: 
     With every program resident, programs share the bandwidth evenly and end together, so a tile count that no number of processors
     divides costs nothing. processors: streaming multiprocessors of the device.
     """
-    element = 4 if dtype == "fp32" else 2
+    element = ITEM_BYTES[dtype]
     matrices = 2 if gated else 1
     wide_tile = narrow_tile = 64
     while wide_tile > 16 and intermediate // wide_tile < processors:
@@ -210,14 +269,14 @@ def choose_tiling(dtype: str, rows: int, hidden: int, intermediate: int, gated: 
     wide_step, wide_stages = _pipeline(wide_tile * matrices * element, rows * element, padded(hidden))
     narrow_step, narrow_stages = _pipeline(narrow_tile * element, rows * element, padded(intermediate))
     parts = 1
-    while -(-hidden // narrow_tile) * parts * 2 <= 3 * processors and intermediate // (2 * parts) >= 4 * narrow_step:
+    while cdiv(hidden, narrow_tile) * parts * 2 <= 3 * processors and intermediate // (2 * parts) >= 4 * narrow_step:
         parts *= 2
     return FfnTiling(wide_tile, wide_step, narrow_tile, narrow_step, parts, 4, wide_stages, narrow_stages)
 
 
 def choose_rows_tiling(dtype: str, gated: bool) -> RowsTiling:
     """Tiles that fill the registers of two warp groups with sums. On an H200 three stages are faster than four, which would fit."""
-    if dtype == "fp32":  # not for GPUs, where `triton_ffn_rows` refuses it
+    if dtype == "fp32":  # not for GPUs, where `many_rows` refuses it
         return RowsTiling(64, 64, 128, 32, 3, 3, 8)
     return RowsTiling() if gated else RowsTiling(wide_tile=256)
 

@@ -24,8 +24,8 @@ def place(first_block, heads, query_len, key_len, start):
 
 CHOOSE = '''
 
-@triton.jit(do_not_specialize=[${unspecialized}])
-def choose(${arguments}, TILES: tl.constexpr):
+@triton.jit(do_not_specialize=[${unspecialised}])
+def choose(${parameters}):
     """One query block of one head: rescales its cells' sums, pools them, finds the cutoff by bisection on the bits, writes the list."""
 %if has_start
     start = tl.load(start_at).to(tl.int32)
@@ -114,8 +114,8 @@ def choose(${arguments}, TILES: tl.constexpr):
 
 POOL = '''
 
-@triton.jit(do_not_specialize=[${unspecialized}])
-def pool(${arguments}, TILES: tl.constexpr, PART: tl.constexpr):
+@triton.jit(do_not_specialize=[${unspecialised}])
+def pool(${parameters}):
     """Importances of one query block of one head, PART column tiles at a time. An element stays with its thread: no barrier."""
 %if has_start
     start = tl.load(start_at).to(tl.int32)
@@ -170,8 +170,8 @@ def mass_of(importances, slot, col, key_blocks, block, b, h, ${candidate_argumen
     return mass, bits, possible, forced, broken
 
 
-@triton.jit(do_not_specialize=[${unspecialized}])
-def pick(${arguments}, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=[${unspecialised}])
+def pick(${parameters}):
     """`choose` from stored importances, WIDTH key blocks at a time."""
 %if has_start
     start = tl.load(start_at).to(tl.int32)

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.backends.codegen.arguments import Argument, constexprs, integers, pointers
+from sparsify.backends.codegen.launch import cdiv, launch, power_of_two, stride_values
+
 PREPARE = '''
 
 @triton.jit
@@ -23,8 +26,8 @@ def tokens_of(head, token, d, x_n, length):
     return tl.load(head + token.to(tl.int64)[:, :, None] * x_n + d[None, None, :], mask=real, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "cells"])
-def prepare_cells(x, out, scales, mean, x_b, x_h, x_n, heads, length, cells, APART: tl.constexpr, SHIFTED: tl.constexpr):
+@triton.jit(do_not_specialize=[${unspecialised}])
+def prepare_cells(${parameters}):
     """CELLS cells of one head, cell i from token i * APART on.
 
     out: [batch * heads, cells, STEPS, PITCH], 0 past HEAD_DIM.
@@ -65,20 +68,28 @@ _NUMBERS = 8192
 _WARPS = 8
 
 
+def arguments(dtype: str, int8: bool) -> tuple[Argument, ...]:
+    """Of `prepare_cells`, in order. dtype: of the tokens."""
+    tensors = [*pointers(dtype, "x"), *pointers("i8" if int8 else dtype, "out"), *pointers("fp32", "scales", "mean")]
+    sizes = [*integers("x_b", "x_h", "x_n", aligned=True), *integers("heads", "length", "cells", specialised=False)]
+    return (*tensors, *sizes, *constexprs("APART", "SHIFTED"))
+
+
 def constants(head_dim: int, steps: int) -> dict[str, int]:
     """What the text of `prepare_cells` is filled in with: WIDTH, PITCH (a row of 16 bytes' multiple, for tensor descriptors) and CELLS."""
-    pitch = -(-head_dim // 16) * 16
-    width = 1 << (pitch - 1).bit_length()
+    pitch = cdiv(head_dim, 16) * 16
+    width = power_of_two(pitch)
     return {"width": width, "pitch": pitch, "part": max(1, _NUMBERS // (width * steps))}
 
 
-def launch(
-    module: Any, values: Tensor, mean: Tensor | None, cells: int, apart: int, steps: int, int8: bool
+def prepare_cells(
+    module: Any, dtype: str, values: Tensor, mean: Tensor | None, cells: int, apart: int, steps: int, int8: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Cells side by side, and their scales if they are rounded.
 
     Args:
-        module: generated, with `prepare_cells`.
+        module: generated, with the kernel `prepare_cells`.
+        dtype: of `values`, as specs name it.
         values: [batch, heads, length, head_dim]; tokens past `length` count as 0.
         mean: fp32 [batch, heads, head_dim], taken from every token.
         apart: tokens from one cell's first to the next one's.
@@ -92,8 +103,8 @@ def launch(
     sizes = constants(head_dim, steps)
     out = values.new_empty(batch, heads, cells * steps, sizes["pitch"], dtype=torch.int8 if int8 else values.dtype)
     scales = values.new_empty(batch, heads, cells, dtype=torch.float32) if int8 else None
-    arguments = (values, out, out if scales is None else scales, out if mean is None else mean)
-    arguments += (*values.stride()[:3], heads, length, cells)
-    grid = (-(-cells // sizes["part"]), batch * heads)
-    module.prepare_cells[grid](*arguments, APART=apart, SHIFTED=mean is not None, num_warps=_WARPS)
+    given = {"x": values, "out": out, "scales": out if scales is None else scales, "mean": out if mean is None else mean}
+    given |= {"heads": heads, "length": length, "cells": cells, "APART": apart, "SHIFTED": mean is not None}
+    given |= stride_values(x=(values, "bhn"))
+    launch(module.prepare_cells, (cdiv(cells, sizes["part"]), batch * heads), arguments(dtype, int8), given, num_warps=_WARPS)
     return out[..., :head_dim], scales

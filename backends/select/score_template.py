@@ -173,8 +173,8 @@ def finish(acc, head, row_tile, col_tile, ${finish_arguments}):
 
 SCORE = '''
 
-@triton.jit(do_not_specialize=[${unspecialized}])
-def score(${arguments}):
+@triton.jit(do_not_specialize=[${unspecialised}])
+def score(${parameters}):
     """Persistent: program p takes tiles p, p + P, ... of all heads' tiles that causality allows.
 
     sums: fp16 [heads, end_cell - first_cell, column tiles * TILE_BLOCKS]. tops: fp32 [heads, column tiles, end_cell - first_cell].

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sparsify.backends.codegen.arguments import (
+    ITEM_BYTES,
+    NUMBERS,
+    Argument,
+    constexprs,
+    descriptor,
+    floats,
+    integers,
+    parameters,
+    pointers,
+    present,
+    unspecialised,
+)  # fmt: skip
+from sparsify.backends.codegen.launch import cdiv
 from sparsify.backends.codegen.template import render
 from sparsify.backends.select import choose_template, prepare, score_template
 from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.errors import UnsupportedError
-
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class SelectSpec:
         }
         for what, wrong in impossible.items():
             if wrong:
-                raise UnsupportedError(f"no selection kernel has {what}", where="backends.select_source")
+                raise UnsupportedError(f"no selection kernel has {what}", where="sparsify::select_blocks")
 
     @property
     def span(self) -> int:
@@ -110,7 +124,7 @@ class SelectSpec:
     def depth(self) -> int:
         """Numbers of a token per step: a swizzled row of 128 bytes, or of 64 when that wastes less of the head dim."""
         full = 128 // (1 if self.int8 else ITEM_BYTES[self.dtype])
-        return min((full, full // 2), key=lambda d: (-(-self.head_dim // d) * d, -d))
+        return min((full, full // 2), key=lambda d: (cdiv(self.head_dim, d) * d, -d))
 
     @property
     def tile_blocks(self) -> int:
@@ -132,53 +146,69 @@ class SelectSpec:
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
 
-def _mask_arguments(spec: SelectSpec, flags: list[str], segments: list[str]) -> list[str]:
-    window = {"none": [], "one": ["window"], "per_head": ["windows"]}[spec.window]
-    return ([*flags, "flags_batch"] if spec.key_flags else []) + ([*segments, "segments_batch"] if spec.segments else []) + window
+# lengths and numbers that change from call to call: specialising on them would compile once more for each that divides by 16 or is 1
+_runtime = functools.partial(integers, specialised=False)
 
 
-def score_arguments(spec: SelectSpec) -> list[str]:
-    """Arguments of `score`, in order."""
-    sinks = ["key_last"] if spec.window != "none" else []
-    masks = _mask_arguments(spec, ["key_first", "query_last", *sinks], ["query_low", "query_high", "key_low", "key_high"])
-    strides = [] if spec.tiling.tma else ["q_b", "q_h", "q_n", "k_b", "k_h", "k_n"]
-    numbers = ["scale", "batch", "scored_heads", "query_len", "key_len", "query_cells", "first_cell", "end_cell"]
-    scales = ["query_scales", "key_scales"] if spec.int8 else []
-    return ["q", "k", *scales, "sums", "tops", *_start(spec), *masks, *strides, *numbers, *([] if spec.has_start else ["start"])]
+def _mask_arguments(spec: SelectSpec, flags: list[Argument], *segments: str) -> list[Argument]:
+    return present(
+        (spec.key_flags, [*flags, *_runtime("flags_batch")]),
+        (spec.segments, [*pointers("i32", *segments), *_runtime("segments_batch")]),
+        (spec.window == "one", _runtime("window")),
+        (spec.window == "per_head", pointers("i32", "windows")),
+    )
 
 
-def finish_arguments(spec: SelectSpec) -> list[str]:
-    """Arguments of `finish` after its tile."""
-    outside = ("q", "k", "start_at", "start", "batch", "q_b", "q_h", "q_n", "k_b", "k_h", "k_n")
-    return [*(name for name in score_arguments(spec) if name not in outside), "start"]
+def _candidate_masks(spec: SelectSpec) -> list[Argument]:
+    flags = [*pointers("u8", "block_bits"), *pointers("i32", "sink_blocks")]
+    return _mask_arguments(spec, flags, "rows_low", "rows_high", "block_low", "block_high")
 
 
-def _start(spec: SelectSpec) -> list[str]:
-    return ["start_at"] if spec.has_start else []
+def _start(spec: SelectSpec) -> list[Argument]:
+    return [] if spec.has_start else _runtime("start")
 
 
-def candidate_arguments(spec: SelectSpec) -> list[str]:
-    """Arguments of `candidates` after block and head."""
-    masks = _mask_arguments(spec, ["block_bits", "sink_blocks"], ["rows_low", "rows_high", "block_low", "block_high"])
-    return [*masks, "query_len", "key_len", "start"]
+@functools.lru_cache(maxsize=512)
+def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
+    """The arguments of "score", "choose", "pool", "pick" or "prepare_cells", in order."""
+    if kernel == "prepare_cells":
+        return prepare.arguments(spec.dtype, spec.int8)
+    start_at = pointers("i64", "start_at") if spec.has_start else []
+    sums = [*pointers("fp16", "sums"), *pointers("fp32", "tops")]
+    if kernel == "score":
+        flags = pointers("i32", "key_first", "query_last", *["key_last"] * (spec.window != "none"))
+        masks = _mask_arguments(spec, flags, "query_low", "query_high", "key_low", "key_high")
+        strides = [] if spec.tiling.tma else integers("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", aligned=True)
+        numbers = _runtime("batch", "scored_heads", "query_len", "key_len", "query_cells", "first_cell", "end_cell")
+        scales = pointers("fp32", "query_scales", "key_scales") if spec.int8 else []
+        return (*_cells(spec), *scales, *sums, *start_at, *masks, *strides, *floats("scale"), *numbers, *_start(spec))
+    lists, importances = [*pointers("i32", "counts"), *pointers("i16", "indices")], pointers("fp32", "importances")
+    rule = {"tau": floats("tau"), "taus": pointers("fp32", "thresholds"), "density": _runtime("share")}[spec.rule]
+    chosen = [*start_at, *_candidate_masks(spec), *rule]
+    lengths = ["heads", "query_len", "key_len"]
+    rows = ["query_cells", "first_cell", "row_count"]
+    if kernel == "pool":
+        return (*sums, *importances, *start_at, *_runtime(*lengths, *rows, "first_block"), *_start(spec), *constexprs("TILES", "PART"))
+    if kernel == "pick":
+        return (*lists, *importances, *chosen, *_runtime("counts_batch", *lengths, "first_block"), *_start(spec), *constexprs("WIDTH"))
+    stored = importances if spec.importance else []
+    numbers = _runtime("counts_batch", *lengths, *rows, "first_block")
+    return (*sums, *lists, *stored, *chosen, *numbers, *_start(spec), *constexprs("TILES"))
 
 
-def choose_arguments(spec: SelectSpec, kernel: str = "choose") -> list[str]:
-    """Arguments of `choose`, `pool` or `pick`, in order, without the constexpr ones."""
-    outputs = {"choose": ["sums", "tops", "counts", "indices"], "pool": ["sums", "tops"], "pick": ["counts", "indices"]}[kernel]
-    outputs += ["importances"] if spec.importance or kernel != "choose" else []
-    rule = {"tau": ["tau"], "taus": ["thresholds"], "density": ["share"]}[spec.rule] if kernel != "pool" else []
-    masks = [] if kernel == "pool" else [n for n in candidate_arguments(spec) if n not in ("query_len", "key_len", "start")]
-    numbers = ["counts_batch", "heads", "query_len", "key_len", "query_cells", "first_cell", "row_count", "first_block"]
-    numbers = [n for n in numbers if kernel == "choose" or n not in _UNUSED[kernel]]
-    return [*outputs, *_start(spec), *masks, *rule, *numbers, *([] if spec.has_start else ["start"])]
+def _cells(spec: SelectSpec) -> list[Argument]:
+    """Query and key cells as `score` reads them."""
+    dtype = "i8" if spec.int8 else spec.dtype
+    if not spec.tiling.tma:
+        return pointers(dtype, "q", "k")
+    return [descriptor(name, dtype, 1, 1, 1, cells, spec.depth) for name, cells in (("q", spec.tiling.rows), ("k", spec.tiling.cols))]
 
 
-_UNUSED = {"pool": ("counts_batch",), "pick": ("query_cells", "first_cell", "row_count")}
+_NOT_OF_FINISH = ("q", "k", "start_at", "start", "batch", "q_b", "q_h", "q_n", "k_b", "k_h", "k_n")
 
-# Specialising on these would compile once more for each length that happens to divide by 16 or to be 1.
-_LENGTHS = ("batch", "scored_heads", "heads", "query_len", "key_len", "query_cells", "first_cell", "end_cell", "start", "counts_batch")
-UNSPECIALIZED = (*_LENGTHS, "row_count", "first_block", "share", "window", "flags_batch", "segments_batch")
+
+def _names(listed: Iterable[Argument], without: tuple[str, ...] = ()) -> str:
+    return ", ".join([*(argument.name for argument in listed if argument.name not in without), "start"])
 
 
 def generate(spec: SelectSpec) -> str:
@@ -187,7 +217,7 @@ def generate(spec: SelectSpec) -> str:
     constants = {
         "description": spec.describe(),
         "depth": spec.depth,
-        "chunks": -(-spec.head_dim // spec.depth),
+        "chunks": cdiv(spec.head_dim, spec.depth),
         "rows": tiling.rows,
         "cols": tiling.cols,
         "stages": tiling.stages,
@@ -197,7 +227,10 @@ def generate(spec: SelectSpec) -> str:
         "tile_shift": (tiling.cols * spec.stride).bit_length() - 1,
         "tma": tiling.tma,
         "band": tiling.band,
-        "finish_arguments": ", ".join(finish_arguments(spec)),
+        # what `score` hands on to `finish` beside the tile, and what `candidates` takes after block and head
+        "finish_arguments": _names(
+            arguments(spec, "score"), ("q", "k", "start_at", "start", "batch", "q_b", "q_h", "q_n", "k_b", "k_h", "k_n")
+        ),
         "density": spec.rule == "density",
         "per_head": spec.rule == "taus",
         "density_bits": DENSITY_BITS,
@@ -205,9 +238,9 @@ def generate(spec: SelectSpec) -> str:
         "steps": spec.steps,
         "prepared": spec.prepared,
         "query_step": "STEPS" if spec.prepared else "SPAN",
-        "number": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[spec.dtype],
+        "number": NUMBERS[spec.dtype],
         **prepare.constants(spec.head_dim, spec.steps),
-        "candidate_arguments": ", ".join(candidate_arguments(spec)),
+        "candidate_arguments": _names([*_candidate_masks(spec), *_runtime("query_len", "key_len")]),
     }
     names = (
         "head_dim",
@@ -227,18 +260,17 @@ def generate(spec: SelectSpec) -> str:
         "negative",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
-    parts = [(score_template.HEADER + score_template.WALK, []), (score_template.FINISH + score_template.SCORE, score_arguments(spec))]
+    parts = [(score_template.HEADER + score_template.WALK, ""), (score_template.FINISH + score_template.SCORE, "score")]
     if spec.prepared:
-        parts.append((prepare.PREPARE, []))
-    parts.append((score_template.CANDIDATES + choose_template.LOADS, []))
+        parts.append((prepare.PREPARE, "prepare_cells"))
+    parts.append((score_template.CANDIDATES + choose_template.LOADS, ""))
     if spec.wide:
-        parts.append((choose_template.POOL, choose_arguments(spec, "pool")))
-        parts.append((choose_template.PICK, choose_arguments(spec, "pick")))
+        parts += [(choose_template.POOL, "pool"), (choose_template.PICK, "pick")]
     else:
-        parts.append((choose_template.CHOOSE, choose_arguments(spec)))
-    return "".join(_render(text, values, arguments) for text, arguments in parts)
+        parts.append((choose_template.CHOOSE, "choose"))
+    return "".join(render(text, values | _signature(spec, kernel)) for text, kernel in parts)
 
 
-def _render(text: str, values: dict[str, object], arguments: list[str]) -> str:
-    unspecialized = ", ".join(f'"{name}"' for name in arguments if name in UNSPECIALIZED)
-    return render(text, {**values, "arguments": ", ".join(arguments), "unspecialized": unspecialized})
+def _signature(spec: SelectSpec, kernel: str) -> dict[str, str]:
+    listed = arguments(spec, kernel) if kernel else ()
+    return {"parameters": parameters(listed, ", "), "unspecialised": unspecialised(listed)}

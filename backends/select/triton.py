@@ -5,9 +5,7 @@ No step reads the device, and grids depend on shapes alone, so that a call can b
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,25 +14,23 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen import source
+from sparsify.backends.codegen.launch import DTYPES, LOG2E, capability, cdiv, launch, launching, power_of_two, processors, stride_values
 from sparsify.backends.select import call as select_inputs
 from sparsify.backends.select import prepare
 from sparsify.backends.select import source as select_source
 from sparsify.backends.select.call import Selection
 from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.backends.select.source import SelectSpec, Tiling
-from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import empty_block_lists
 from sparsify.ops.scratch import SUM_BYTES, WIDEST_ROW
 
 _WHERE = "sparsify::select_blocks"
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_LOG2E = math.log2(math.e)
 _MAX_HEAD_DIM = 512
 # a position that no token has, as in the kernels
 _NEVER = 1 << 30
 # so that a masked logit, minus infinity, never meets a scale of 0
 _LEAST_SCALE = 1e-12
-_INTERPRETER_PROGRAMS = 3
 
 
 @dataclass(frozen=True)
@@ -79,13 +75,8 @@ def select_blocks(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, l
     if call.empty:
         return counts.zero_(), indices
     spec = spec_of(call, tiling or _tiling(query.device, call.pool.int8), limits.fused_width)
-    try:
-        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-            _run(call, spec, counts, indices, None, limits)
-    except SparsifyError:
-        raise
-    except Exception as error:
-        raise KernelError(f"{type(error).__name__}: {error}", where=f"{_WHERE} ({spec.describe()})") from error
+    with launching(query.device, lambda: f"{_WHERE} ({spec.describe()})"):
+        _run(call, spec, counts, indices, None, limits)
     return counts, indices
 
 
@@ -99,12 +90,6 @@ def importance(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, **op
     return result
 
 
-@functools.cache
-def _device_tiling(index: int | None, int8: bool) -> Tiling:
-    shared_bytes = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-    return tiling_for(torch.cuda.get_device_capability(index), shared_bytes, int8)
-
-
 def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = False) -> Tiling:
     """The tiling for a device with this compute capability and this much shared memory per thread block; its name never matters."""
     if capability >= (9, 0) and shared_bytes >= 200 * 1024:
@@ -112,8 +97,11 @@ def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = Fals
     return select_source.POINTER_TILING
 
 
+@functools.cache
 def _tiling(device: torch.device, int8: bool) -> Tiling:
-    return _device_tiling(device.index, int8) if device.type == "cuda" else select_source.POINTER_TILING
+    if device.type != "cuda":
+        return select_source.POINTER_TILING
+    return tiling_for(capability(device), torch.cuda.get_device_properties(device).shared_memory_per_block_optin, int8)
 
 
 def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
@@ -122,16 +110,16 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
     Raises:
         UnsupportedError: its dtype or head dim.
     """
-    if call.query.dtype not in _DTYPES:
-        raise UnsupportedError(f"dtype {call.query.dtype}", where=_WHERE, hint=f"one of {', '.join(map(str, _DTYPES))}")
+    if call.query.dtype not in DTYPES:
+        raise UnsupportedError(f"dtype {call.query.dtype}", where=_WHERE, hint=f"one of {', '.join(map(str, DTYPES))}")
     head_dim = call.query.shape[3]
     if not 0 < head_dim <= _MAX_HEAD_DIM:
         raise UnsupportedError(f"head dim {head_dim}", where=_WHERE, hint=f"at most {_MAX_HEAD_DIM}")
-    tiles = -(-call.key_cells // tiling.cols)
-    width = (1 << (tiles - 1).bit_length()) * (tiling.cols * call.stride // call.block)
+    tiles = cdiv(call.key_cells, tiling.cols)
+    width = power_of_two(tiles) * (tiling.cols * call.stride // call.block)
     rule = "density" if call.density > 0 else "taus" if len(set(call.threshold)) > 1 else "tau"
     return SelectSpec(
-        dtype=_DTYPES[call.query.dtype],
+        dtype=DTYPES[call.query.dtype],
         head_dim=head_dim,
         group=1 if call.pool.group else call.group,
         stride=call.stride,
@@ -161,7 +149,7 @@ def _module(spec: SelectSpec) -> Any:
 def _run(call: Selection, spec: SelectSpec, counts: Tensor, indices: Tensor, importances: Tensor | None, limits: Limits) -> None:
     module = _module(spec)
     chunks = list(chunks_of(call, spec, limits.scratch_bytes))
-    tiles = -(-call.key_cells // spec.tiling.cols)
+    tiles = cdiv(call.key_cells, spec.tiling.cols)
     sums = tops = None
     masks, queries, keys, scales, loaded = _masks(call, spec), None, None, {}, None
     for chunk in chunks:
@@ -176,9 +164,10 @@ def _run(call: Selection, spec: SelectSpec, counts: Tensor, indices: Tensor, imp
             sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
             tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
         values = {"sums": sums, "tops": tops, **scales, **_sliced(masks, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
-        grid = (min(_programs(call.query.device) * spec.tiling.per_sm, heads * -(-rows // spec.tiling.rows) * tiles),)
+        grid = (min(processors(call.query.device) * spec.tiling.per_sm, heads * cdiv(rows, spec.tiling.rows) * tiles),)
         scored = {**values, "windows": values.get("scored_windows")}
-        _launch(module.score, grid, select_source.score_arguments(spec), scored, num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
+        tiling = spec.tiling
+        launch(module.score, grid, select_source.arguments(spec, "score"), scored, num_warps=tiling.warps, num_stages=tiling.stages)
         _choose(call, spec, module, chunk, values, counts, indices, importances, limits.part)
 
 
@@ -196,29 +185,25 @@ def _choose(
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     heads = slice(g0 * call.group, g1 * call.group)
     per_block = call.block // call.span
-    blocks = -(-(chunk.cells[1] - chunk.cells[0]) // per_block)
+    blocks = cdiv(chunk.cells[1] - chunk.cells[0], per_block)
     grid = (blocks, (b1 - b0) * (heads.stop - heads.start))
     values = {**values, "counts": counts[b0:b1, heads], "indices": indices[b0:b1, heads], "first_block": chunk.cells[0] // per_block}
-    tiles = -(-call.key_cells // spec.tiling.cols)
-    padded = 1 << (tiles - 1).bit_length()
+    tiles = cdiv(call.key_cells, spec.tiling.cols)
+    padded = power_of_two(tiles)
     if not spec.wide:
         values["importances"] = None if importances is None else importances[b0:b1, heads]
-        warps = min(8, max(1, padded * spec.tile_blocks // 1024))
-        _launch(module.choose, grid, select_source.choose_arguments(spec), values, TILES=padded, num_warps=warps)
+        values["TILES"], warps = padded, min(8, max(1, padded * spec.tile_blocks // 1024))
+        launch(module.choose, grid, select_source.arguments(spec, "choose"), values, num_warps=warps)
         return
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)
-    sizes = {"TILES": padded, "PART": max(1, part // spec.tile_blocks)}
-    _launch(module.pool, grid, select_source.choose_arguments(spec, "pool"), values, **sizes, num_warps=4)
-    _launch(module.pick, grid, select_source.choose_arguments(spec, "pick"), values, WIDTH=part, num_warps=8)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], names: list[str], values: dict[str, Any], **options: int) -> None:
-    kernel[grid](*(values[name] for name in names), **options)
+    values |= {"TILES": padded, "PART": max(1, part // spec.tile_blocks), "WIDTH": part}
+    launch(module.pool, grid, select_source.arguments(spec, "pool"), values, num_warps=4)
+    launch(module.pick, grid, select_source.arguments(spec, "pick"), values, num_warps=8)
 
 
 def chunks_of(call: Selection, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:
     """Everything at once when its scratch fits; else batch rows one by one, some KV heads at a time; else some rows of one KV head."""
-    tiles = -(-call.key_cells // spec.tiling.cols)
+    tiles = cdiv(call.key_cells, spec.tiling.cols)
     importance_bytes = 4 * call.key_blocks * spec.shared / (call.block // call.span) if spec.wide else 0
     cell_bytes = tiles * (2 * spec.tile_blocks + 4) + importance_bytes
     kv_bytes = cell_bytes * call.query_cells * (1 if spec.shared > 1 else call.group)
@@ -226,7 +211,7 @@ def chunks_of(call: Selection, spec: SelectSpec, scratch_bytes: int) -> Iterator
         yield _Chunk((0, call.batch), (0, call.kv_heads), (0, call.query_cells))
         return
     count = max(1, min(call.kv_heads, int(scratch_bytes // kv_bytes)))
-    count = -(-call.kv_heads // -(-call.kv_heads // count))
+    count = cdiv(call.kv_heads, cdiv(call.kv_heads, count))
     step = call.query_cells
     if kv_bytes > scratch_bytes:
         unit = spec.tiling.band * spec.tiling.rows
@@ -257,7 +242,7 @@ def _prepared(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them."""
     mean = select_inputs.keys_mean(call, keys, _rows_of(select_inputs.real_keys(call), *chunk.batch)) if spec.int8 else None
-    make = functools.partial(prepare.launch, module, steps=spec.steps, int8=spec.int8)
+    make = functools.partial(prepare.prepare_cells, module, spec.dtype, steps=spec.steps, int8=spec.int8)
     queries, query_scales = make(queries, None, call.query_cells, call.span)
     keys, key_scales = make(keys, mean, call.key_cells, call.stride)
     return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
@@ -277,7 +262,7 @@ def _ready(values: Tensor, real: Tensor | None, cells: int, span: int, used: int
         return values
     batch, heads, length, dim = values.shape
     unit = 16 // values.element_size()
-    room = values.new_empty(batch, heads, (cells - 1) * span + span, -(-dim // unit) * unit)
+    room = values.new_empty(batch, heads, (cells - 1) * span + span, cdiv(dim, unit) * unit)
     room[:, :, length:].zero_()
     room[:, :, :length, dim:].zero_()
     target = room[:, :, :length, :dim]
@@ -301,7 +286,7 @@ def _descriptor(values: Tensor, cells: int, span: int, used: int, rows: int, dep
     batch, heads, _, dim = values.shape
     unit = 16 // values.element_size()
     # a stride of a dimension of size 1 is never used, but has to be valid
-    b, h, n = (stride if size > 1 else max(unit, -(-stride // unit) * unit) for size, stride in zip(values.shape, values.stride()[:3]))
+    b, h, n = (stride if size > 1 else max(unit, cdiv(stride, unit) * unit) for size, stride in zip(values.shape, values.stride()[:3]))
     return TensorDescriptor(values, [batch, heads, used, cells, dim], [b, h, n, span * n, 1], [1, 1, 1, rows, depth])
 
 
@@ -369,9 +354,9 @@ def _numbers(call: Selection, spec: SelectSpec, chunk: _Chunk, queries: Tensor, 
         k = _descriptor(keys, call.key_cells, steps, steps, tiling.cols, spec.depth)
     else:
         q, k = queries, keys
-    scale = max(abs(call.scale), _LEAST_SCALE) * _LOG2E / steps
+    scale = max(abs(call.scale), _LEAST_SCALE) * LOG2E / steps
     values = {"q": q, "k": k, "scale": scale, "batch": queries.shape[0], "scored_heads": queries.shape[1]}
-    values |= dict(zip(("q_b", "q_h", "q_n"), queries.stride())) | dict(zip(("k_b", "k_h", "k_n"), keys.stride()))
+    values |= stride_values(q=(queries, "bhn"), k=(keys, "bhn"))
     values |= {"query_len": call.query_len, "key_len": call.key_len, "query_cells": call.query_cells, "first_cell": chunk.cells[0]}
     values |= {"end_cell": chunk.cells[1], "row_count": chunk.cells[1] - chunk.cells[0], "counts_batch": call.heads * call.query_blocks}
     values |= {"heads": queries.shape[1] * spec.shared, "share": int(call.density * (1 << DENSITY_BITS))}
@@ -391,8 +376,3 @@ def _host_values(values: tuple[float, ...], dtype: torch.dtype, pinned: bool) ->
     """Kept for as long as a captured graph may copy from it, in pinned memory, so that the copy does not wait."""
     host = torch.tensor(values, dtype=dtype)
     return host.pin_memory() if pinned else host
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER_PROGRAMS

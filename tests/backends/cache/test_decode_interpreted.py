@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sparsify import policies
 from sparsify.backends.cache import decode as triton_decode
 from sparsify.backends.cache import reference
-from sparsify.backends.cache.decode import DecodeTiling, cache_decode, stretches
+from sparsify.backends.cache.decode import DecodeTiling, cache_decode
+from sparsify.backends.codegen.launch import splits
 from sparsify.errors import KernelError
 from sparsify.ops import cache as cache_ops
 
@@ -143,7 +144,7 @@ def test_the_reference_can_repeat_a_step_whose_second_kernel_fails(monkeypatch):
     theirs = tuple(t.clone() for t in ours)
     whole = triton_decode._module
 
-    def fail(**_):
+    def fail(*_, **__):
         raise RuntimeError("ptxas exploded")
 
     monkeypatch.setattr(triton_decode, "_module", lambda spec: SimpleNamespace(split=whole(spec).split, combine=defaultdict(lambda: fail)))
@@ -156,11 +157,11 @@ def test_the_reference_can_repeat_a_step_whose_second_kernel_fails(monkeypatch):
     assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_stretches_cover_what_is_filled_and_share_it():
+def test_splits_cover_what_is_filled_and_share_it():
     """The kernel cuts the filled slots, not the capacity: a cache that is a twentieth full costs a twentieth."""
     for capacity in (1, 63, 64, 65, 4096, 131072, 524288):
         for rows in (1, 8, 64, 1000):
-            count = stretches(capacity, rows, 132, DecodeTiling(64, 4, 3))
+            count = splits(-(-capacity // 64), rows, 2 * 132)
             for filled in {0, 1, capacity // 20, capacity}:
                 tiles = -(-filled // 64)
                 length = -(-tiles // count) * 64  # as in the kernel's text

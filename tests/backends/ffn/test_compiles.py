@@ -5,15 +5,23 @@ from __future__ import annotations
 import pytest
 
 from sparsify.backends.codegen import source
-from sparsify.backends.ffn.few_rows_template import START
-from sparsify.backends.ffn.source import MANY, FfnSpec, choose_rows_tiling, choose_tiling, ffn_source, needs_normalise, rows_source
+from sparsify.backends.ffn.source import (
+    MANY,
+    START_ARGUMENTS,
+    FfnSpec,
+    arguments,
+    choose_rows_tiling,
+    choose_tiling,
+    ffn_source,
+    needs_normalise,
+    rows_source,
+    start_source,
+)  # fmt: skip
 from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
 pytest.importorskip("triton")
 
 _PROCESSORS = {80: 108, 90: 132, 100: 148}
-_POINTERS = {"partial": "fp32", **dict.fromkeys(("remaining", "after", "order", "slots", "count"), "i32")}
-_NUMBERS = {"rows": "i32", "threshold": "fp32", "skip_next": "i32"}
 FAMILIES = {
     "llama": {},
     "phi3": {"hidden": 3072, "intermediate": 8192},
@@ -39,7 +47,8 @@ def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str
         if name == "normalise" and not needs_normalise(chosen):
             continue
         kernel = getattr(module, name)
-        signature = {a: _NUMBERS.get(a) or "*" + _POINTERS.get(a, chosen.dtype) for a in kernel.arg_names}
+        listed = arguments(chosen, name)
+        signature = {a.name: a.type for a in listed}
         constants = {a: 1 for a in ones if a in kernel.arg_names}
         signature |= dict.fromkeys(constants, "constexpr")
         by_row = name in ("normalise", "finish")
@@ -50,7 +59,7 @@ def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str
             num_warps=8 if by_row else chosen.tiling.warps,
             num_stages=3,
             constexprs=constants,
-            divisible=[a for a in kernel.arg_names if a not in _NUMBERS],
+            divisible=[a.name for a in listed if a.aligned],
         )
     return found
 
@@ -96,21 +105,12 @@ def compiled_rows(family: str, arch: int) -> dict[str, Resources]:
     tiling = choose_rows_tiling("bf16", fields["gated"])
     chosen = FfnSpec("bf16", MANY, tiling=tiling, **fields)
     module = source.load(rows_source(chosen), "ffn_rows")
-    box = lambda rows, columns: f"tensordesc<bf16[{rows},{columns}]>"
-    weight = (lambda rows, columns: box(columns, rows)) if chosen.transposed else box
-    operand = {"source": box(tiling.row_tile, tiling.step)}
-    boxes = {
-        "widen": operand | dict.fromkeys(("up", "gate"), weight(tiling.wide_tile, tiling.step)) | {"out": box(128, tiling.wide_tile)},
-        "narrow": operand | {"down": weight(tiling.narrow_tile, tiling.step), "out": box(128, tiling.narrow_tile // 2)},
-    }
     found = {}
     for name in ("compact", "normalise", "widen", "narrow", "finish"):
-        kernel = getattr(module, name)
-        plain = {a: _NUMBERS.get(a) or "*" + _POINTERS.get(a, "bf16") for a in kernel.arg_names}
-        signature = plain | boxes.get(name, {})
-        pointers = [a for a in kernel.arg_names if signature[a].startswith("*")]
-        warps = tiling.warps if name in boxes else 8
-        found[name] = compile_kernel(kernel, signature, arch=arch, num_warps=warps, num_stages=3, divisible=pointers)
+        listed = arguments(chosen, name)
+        signature, divisible = {a.name: a.type for a in listed}, [a.name for a in listed if a.aligned]
+        warps = tiling.warps if name in ("widen", "narrow") else 8
+        found[name] = compile_kernel(getattr(module, name), signature, arch=arch, num_warps=warps, num_stages=3, divisible=divisible)
     return found
 
 
@@ -135,8 +135,8 @@ def test_many_rows_on_blackwell(family):
 @pytest.mark.parametrize("ones", [(), ("rows", "count", "warmup", "most", "length", "slot")])
 @pytest.mark.parametrize("reads", [True, False])
 def test_the_counters_kernel(ones, reads):
-    kernel = source.load(START, "ffn_start").start
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"positions": "*i64", "state": "*i64", "out": "*i32"}
+    kernel = source.load(start_source(), "ffn_start").start
+    signature = {a.name: a.type for a in START_ARGUMENTS}
     constants = {"BLOCK": 16, "READS": reads} | dict.fromkeys(ones, 1)
     signature |= dict.fromkeys(constants, "constexpr")
     assert compile_kernel(kernel, signature, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0

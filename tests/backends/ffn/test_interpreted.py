@@ -144,7 +144,6 @@ def many(monkeypatch):
     """Small tiles, three programs, and stretches of 32 rows, so that everything is ragged and walked more than once."""
     for name in ("bf16", "fp16", "fp32"):
         monkeypatch.setitem(many_rows.tilings, name, ROWS_TILING)
-    monkeypatch.setattr(triton_ffn, "_processors", lambda device: 3)
     for module in (ffn_source, many_rows):
         monkeypatch.setattr(module, "STRETCH", 32)
     many_rows.kernels.cache_clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsify.backends.codegen import source
-from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, choose_arguments, generate, score_arguments
+from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, arguments, generate
 from sparsify.releases import triton_release
 from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
@@ -26,12 +26,6 @@ CLAUSES = {
     "int8 half": {"int8": True, "half": True, "key_flags": True},
     "int8 everything": {"int8": True, "key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
 }
-POINTERS = {"sums": "*fp16", "tops": "*fp32", "counts": "*i32", "indices": "*i16", "importances": "*fp32"}
-POINTERS |= {"query_scales": "*fp32", "key_scales": "*fp32"}
-POINTERS |= {"start_at": "*i64", "thresholds": "*fp32"}
-INT_POINTERS = ["key_first", "query_last", "key_last", "sink_blocks", "windows"]
-INT_POINTERS += [f"{name}_{end}" for name in ("query", "key", "rows", "block") for end in ("low", "high")]
-TYPES = {**POINTERS, **dict.fromkeys(INT_POINTERS, "*i32"), "block_bits": "*u8", "scale": "fp32", "tau": "fp32"}
 
 
 def spec(clause="causal", arch=90, **changes):
@@ -41,22 +35,15 @@ def spec(clause="causal", arch=90, **changes):
 
 
 def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexprs: int) -> Resources:
-    names = score_arguments(chosen) if kernel == "score" else choose_arguments(chosen, kernel)
-    signature = {name: TYPES.get(name, "i32") for name in names}
-    if kernel == "score":
-        tiling = chosen.tiling
-        operand = "i8" if chosen.int8 else chosen.dtype
-        for name, cells in (("q", tiling.rows), ("k", tiling.cols)):
-            signature[name] = f"tensordesc<{operand}[1,1,1,{cells},{chosen.depth}]>" if tiling.tma else f"*{operand}"
-    divisible = [name for name in names if signature[name].startswith("*") or name in ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n")]
+    listed = arguments(chosen, kernel)
     return compile_kernel(
         getattr(source.load(generate(chosen), "select"), kernel),
-        signature | dict.fromkeys(constexprs, "constexpr"),
+        {argument.name: argument.type for argument in listed},
         arch=arch,
         num_warps=warps,
         num_stages=chosen.tiling.stages,
         constexprs=constexprs,
-        divisible=divisible,
+        divisible=[argument.name for argument in listed if argument.aligned],
     )
 
 
@@ -80,22 +67,7 @@ def test_hopper_scores_without_spills(clause):
 @pytest.mark.parametrize("stride, head_dim", [(16, 128), (8, 64), (4, 40), (16, 256)])
 def test_hopper_prepares_without_spills(stride, head_dim, clause):
     chosen = spec(clause, stride=stride, head_dim=head_dim)
-    names = {"x": "*bf16", "out": "*i8" if chosen.int8 else "*bf16", "scales": "*fp32", "mean": "*fp32"}
-    signature = {
-        **names,
-        **dict.fromkeys(("x_b", "x_h", "x_n", "heads", "length", "cells"), "i32"),
-        "APART": "constexpr",
-        "SHIFTED": "constexpr",
-    }
-    used = compile_kernel(
-        source.load(generate(chosen), "select").prepare_cells,
-        signature,
-        arch=90,
-        num_warps=8,
-        num_stages=3,
-        constexprs={"APART": stride, "SHIFTED": chosen.int8},
-        divisible=[*names, "x_b", "x_h", "x_n"],
-    )
+    used = compiled(chosen, "prepare_cells", 90, 8, APART=stride, SHIFTED=chosen.int8)
     assert used.spilled == 0 and used.registers <= 128
 
 

@@ -1,0 +1,97 @@
+"""What launches of generated kernels share on the host: dtypes, what a device has, how work is split, and how a failure is told."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.codegen.arguments import Argument
+from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+
+# dtypes as specs name them
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+LOG2E = math.log2(math.e)
+# a window as kernels take it: positions plus a window stay within 32 bits
+LONGEST_WINDOW = 1 << 30
+# Triton's interpreter, which tests use, runs programs one by one: few, and a number that divides nothing
+_INTERPRETED_PROCESSORS = 3
+
+
+def cdiv(size: int, tile: int) -> int:
+    """How many tiles cover a size."""
+    return -(-size // tile)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`, from 1 on."""
+    return 1 << (size - 1).bit_length()
+
+
+def need(holds: bool, what: str, where: str) -> None:
+    """Raises UnsupportedError, so that the reference serves the call, unless what a kernel needs holds."""
+    if not holds:
+        raise UnsupportedError(what, where=where, hint="the reference serves it")
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_PROCESSORS
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; that of Hopper where the interpreter runs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def splits(tiles: int, rows: int, programs: int, most: int = 128) -> int:
+    """Into how many splits, all of the same number of tiles but the last, the tiles of each of `rows` are cut.
+
+    Args:
+        programs: that run at once; all splits together are about one wave of them.
+        most: splits of one row.
+    """
+    wanted = max(1, min(tiles, programs // rows, most))
+    return cdiv(tiles, cdiv(tiles, wanted))
+
+
+def stride_values(**tensors: tuple[Tensor, str]) -> dict[str, int]:
+    """`name_axis` for each of a tensor's leading axes, which are named by letters."""
+    return {f"{name}_{axis}": step for name, (tensor, axes) in tensors.items() for axis, step in zip(axes, tensor.stride())}
+
+
+@contextlib.contextmanager
+def launching(device: torch.device, where: Callable[[], str]) -> Iterator[None]:
+    """Compiles and launches on a device.
+
+    Args:
+        where: says what was to be launched, for an error.
+
+    Raises:
+        KernelError: in place of what Triton raises.
+    """
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            yield
+    except SparsifyError:
+        raise
+    except Exception as error:
+        last = (str(error).strip().splitlines() or [""])[-1]
+        hint = "kernels = 'reference' computes the same; please report the line above"
+        raise KernelError(f"{type(error).__name__}: {last}", where=where(), hint=hint) from error
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Iterable[Argument], values: Mapping[str, Any], **options: int) -> None:
+    """Launches a kernel with those of the values that it takes.
+
+    Args:
+        options: Triton's own, such as num_warps.
+    """
+    kernel[grid](*[values[argument.name] for argument in arguments], **options)
