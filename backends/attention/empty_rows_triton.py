@@ -17,7 +17,7 @@ from sparsify.backends.attention.empty_rows import unseen
 from sparsify.backends.attention.empty_rows_template import SUMS, WRITE
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import Argument, floats, integers, padded, parameters, pointers, present
-from sparsify.backends.codegen.launch import DTYPES, cdiv, launch, launching, stride_values
+from sparsify.backends.codegen.launch import DTYPES, LONGEST_WINDOW, batch_stride, cdiv, launch, launching, need, stride_values
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
@@ -118,8 +118,8 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
         return
     (batch, heads, query_len, head_dim), (kv_heads, key_len) = output.shape, value.shape[1:3]
     biased = call.key_bias is not None
-    if value.dtype not in DTYPES or output.stride(-1) != 1 or (biased and len({*call.windows}) > 1):
-        raise UnsupportedError(f"{value.dtype} values, windows {call.windows[:4]}", where=_WHERE, hint="the reference serves it")
+    served = value.dtype in DTYPES and output.stride(-1) == 1 and not (biased and len({*call.windows}) > 1)
+    need(served, f"{value.dtype} values, windows {call.windows[:4]}", _WHERE)
     spec = EmptyRowsSpec(DTYPES[value.dtype], head_dim, call.group, "weighted" if biased else empty_rows)
     empty = unseen(lse, call).contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
@@ -153,20 +153,20 @@ def _weighted(spec: EmptyRowsSpec, call: AttentionCall) -> tuple[EmptyRowsSpec, 
             "has_start": start is not None, "hidden": call.hidden_bias is not None,
         }
     )  # fmt: skip
-    one = lambda tensor, axis: 0 if tensor.shape[axis] == 1 else tensor.stride(axis)
+    by_head = lambda tensor: 0 if tensor.shape[1] == 1 else tensor.stride(1)
     bias = call.key_bias.float().contiguous()
-    given: dict[str, Any] = {"key_bias": bias, "bias_b": one(bias, 0), "bias_h": one(bias, 1)}
+    given: dict[str, Any] = {"key_bias": bias, "bias_b": batch_stride(bias), "bias_h": by_head(bias)}
     if call.hidden_bias is not None:
         hidden = call.hidden_bias.float().contiguous()
-        given |= {"hidden_bias": hidden, "hidden_b": one(hidden, 0), "hidden_h": one(hidden, 1)}
+        given |= {"hidden_bias": hidden, "hidden_b": batch_stride(hidden), "hidden_h": by_head(hidden)}
     if start is not None:
         given["query_start"] = start.to(call.query.device, torch.int64)
     if call.windowed:
-        given |= {"window": min(windows[0], 1 << 30), "sinks": call.sinks}
+        given |= {"window": min(windows[0], LONGEST_WINDOW), "sinks": call.sinks}
     if flags is not None:
         flags = flags.to(torch.uint8).contiguous()
-        given |= {"key_flags": flags, "flags_b": one(flags, 0)}
+        given |= {"key_flags": flags, "flags_b": batch_stride(flags)}
     if segments is not None:
         segments = segments.to(torch.int32).contiguous()
-        given |= {"segments": segments, "segments_b": one(segments, 0)}
+        given |= {"segments": segments, "segments_b": batch_stride(segments)}
     return found, given

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.backends.attention.hopper_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, argument_types, generate
+from sparsify.backends.attention.hopper_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, arguments, generate
 from sparsify.backends.codegen import source
-from sparsify.errors import KernelError, UnsupportedError
+from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capability, cdiv, launching, on_device, processors
+from sparsify.backends.codegen.launch import launch as launch_kernel
+from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
 from sparsify.releases import triton_release
 
@@ -27,11 +28,9 @@ BLOCK = 128
 _SERVES = {
     "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "windows", "sinks", "softcap", "block_size",
 }  # fmt: skip
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SERVED_DTYPES = (torch.bfloat16, torch.float16)
 _LAUNCH = {"num_warps": 4, "maxnreg": 168}  # 384 threads at 168 registers; setmaxnreg hands them out anew
 _LEAST_QUERIES = 64  # with fewer rows most of a tile is empty, and the plain kernel packs the heads of a group into one
-_LONGEST_WINDOW = 1 << 30
-_LOG2E = math.log2(math.e)
 _ROWS_FIRST_BYTES = 24 << 20  # K and V of all heads together stay in half of Hopper's 50 MB of L2
 
 
@@ -49,21 +48,21 @@ def serves(call: AttentionCall, capability: tuple[int, int], triton_release: tup
     obstacles = {
         f"compute capability {capability[0]}.{capability[1]} is not 9.x": capability[0] != 9,
         f"Triton {triton_release[0]}.{triton_release[1]} was not tried": triton_release not in DIALECTS,
-        f"{query.dtype} operands": query.dtype not in _DTYPES,
+        f"{query.dtype} operands": query.dtype not in _SERVED_DTYPES,
         f"head dims {dims[0]} and {dims[1]}": dims[0] < 40 or dims[1] > 256 or any(dim % 8 for dim in dims),
         f"{query_len} query rows are few": query_len < _LEAST_QUERIES,
         "no keys": key.shape[2] == 0 or query.numel() == 0,
         f"lists of {call.block_size}-key blocks": call.listed and call.block_size != BLOCK,
         ", ".join(others): bool(others),
         f"scale {call.scale}": call.scale <= 0,
-        "too many tiles": batch * heads * -(-query_len // QUERY_TILE) >= 1 << 30,
+        "too many tiles": batch * heads * cdiv(query_len, QUERY_TILE) >= 1 << 30,
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
 def ready(device: torch.device) -> bool:
     """Whether Hopper kernels can run on a device at all: its capability, and a Triton release that was tried; others are logged once."""
-    if device.type != "cuda" or torch.version.hip is not None or _capability(device)[0] != 9:
+    if device.type != "cuda" or torch.version.hip is not None or capability(device)[0] != 9:
         return False
     if triton_release() not in DIALECTS:
         _log_release(triton_release())
@@ -75,7 +74,7 @@ def obstacle(call: AttentionCall) -> str | None:
     device = call.query.device
     if device.type != "cuda" or torch.version.hip is not None:
         return "no NVIDIA GPU"
-    return serves(call, _capability(device), triton_release())
+    return serves(call, capability(device), triton_release())
 
 
 def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -105,16 +104,11 @@ def launch(call: AttentionCall, *, tuning: GluonTuning | None = None, into: tupl
     output, lse = into or call.empty_outputs()
     spec, query = make_spec(call, tuning), call.query
     batch, heads, query_len = query.shape[:3]
-    tiles = -(-query_len // QUERY_TILE) * batch * heads
-    try:
-        with torch.cuda.device(query.device):
-            values = operands(spec, call, lse) | _descriptors(spec, call, output)
-            kernel = _kernel(spec, triton_release())
-            grid = (min(_processors(query.device), tiles),)
-            kernel[grid](*(values[name] for name in argument_types(spec)), **_LAUNCH)
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise KernelError(f"{type(error).__name__}: {lines[-1]}", where=f"Gluon attention ({spec.describe()}; {spec.tuning})") from error
+    tiles = cdiv(query_len, QUERY_TILE) * batch * heads
+    with launching(query.device, lambda: f"Hopper attention kernel ({spec.describe()}; {spec.tuning})"):
+        values = operands(spec, call, lse) | _descriptors(spec, call, output)
+        grid = (min(processors(query.device), tiles),)
+        launch_kernel(_kernel(spec, triton_release()), grid, arguments(spec), values, **_LAUNCH)
     return output, lse
 
 
@@ -128,7 +122,7 @@ def make_spec(call: AttentionCall, tuning: GluonTuning | None = None) -> GluonSp
         many, lists = flags or segments or call.windowed, call.listed
         tuning = choose_tuning(head_dim, value_dim, many, kept <= _ROWS_FIRST_BYTES, lists, triton_release())
     return GluonSpec(
-        dtype=_DTYPES[query.dtype],
+        dtype=DTYPES[query.dtype],
         head_dim=head_dim,
         value_dim=value_dim,
         causal=call.causal,
@@ -180,16 +174,6 @@ def _log_release(release: tuple[int, int]) -> None:
     log.warning("Triton %d.%d was not tried with the Hopper kernels (tried: %s): the plain Triton kernels serve", *release, tried)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @functools.lru_cache(maxsize=1024)
 def _kernel(spec: GluonSpec, release: tuple[int, int]) -> Callable[..., Any]:
     return source.load(generate(spec, release), "gluon_attention").attention
@@ -211,10 +195,10 @@ def operands(spec: GluonSpec, call: AttentionCall, lse: Tensor) -> dict[str, Any
         "heads": heads,
         "kv_heads": kv_heads,
         "start": key_len - query_len,
-        "scale": call.scale * _LOG2E,
+        "scale": call.scale * LOG2E,
     }
     if spec.softcap:
-        values |= {"scale": 2 * _LOG2E * call.scale / call.softcap, "cap": call.softcap * _LOG2E}
+        values |= {"scale": 2 * LOG2E * call.scale / call.softcap, "cap": call.softcap * LOG2E}
     if spec.start:
         values["starts"] = call.query_start.to(device, torch.int64)
     if spec.lists:
@@ -222,10 +206,10 @@ def operands(spec: GluonSpec, call: AttentionCall, lse: Tensor) -> dict[str, Any
         values["indices"] = call.block_indices.to(torch.int16).contiguous()
         values["list_len"] = values["indices"].shape[-1]
     if spec.windows != "none":
-        windows = tuple(min(window, _LONGEST_WINDOW) for window in call.windows)
+        windows = tuple(min(window, LONGEST_WINDOW) for window in call.windows)
         values |= {"window": windows[0], "sinks": min(call.sinks, key_len)}
         if spec.windows == "heads":
-            values["windows"] = _on_device(windows, device)
+            values["windows"] = on_device(windows, device)
     if spec.key_flags:
         flags = call.key_flags.to(torch.uint8)
         values |= {"flags": _rows(_padded_row(flags, tile), batch)} | {name: _rows(t, batch) for name, t in flag_tiles(flags, tile).items()}
@@ -250,7 +234,7 @@ def flag_tiles(flags: Tensor, tile: int) -> dict[str, Tensor]:
         sink_tiles: int32 [rows], tiles up to the last one that has a sink.
     """
     rows, key_len = flags.shape
-    tiles = -(-key_len // tile)
+    tiles = cdiv(key_len, tile)
     tiled = torch.nn.functional.pad(flags & 3, (0, tiles * tile - key_len)).view(rows, tiles, tile)
     visible, sink = tiled & 1, (tiled == 3).to(torch.uint8)
     has_sink = sink.amax(-1)
@@ -264,7 +248,7 @@ def flag_tiles(flags: Tensor, tile: int) -> dict[str, Tensor]:
 def segment_tiles(segments: Tensor, tile: int) -> dict[str, Tensor]:
     """Lowest and highest segment of each key tile, int32 [rows, tiles], of int32 segments [rows, key_len]."""
     rows, key_len = segments.shape
-    tiles = -(-key_len // tile)
+    tiles = cdiv(key_len, tile)
     # the last key stands in for those past the end
     tiled = torch.cat([segments, segments[:, -1:].expand(rows, tiles * tile - key_len)], 1).view(rows, tiles, tile)
     return {"segment_low": tiled.amin(-1), "segment_high": tiled.amax(-1)}
@@ -273,7 +257,7 @@ def segment_tiles(segments: Tensor, tile: int) -> dict[str, Tensor]:
 def _padded_row(operand: Tensor, tile: int) -> Tensor:
     """Zeros up to the end of the tile after the last: the kernel reads whole tiles, and that one where a row tile sees nothing."""
     key_len = operand.shape[1]
-    return torch.nn.functional.pad(operand, (0, (-(-key_len // tile) + 1) * tile - key_len))
+    return torch.nn.functional.pad(operand, (0, (cdiv(key_len, tile) + 1) * tile - key_len))
 
 
 def _rows(operand: Tensor, batch: int) -> Tensor:
@@ -317,8 +301,3 @@ def copyable(tensor: Tensor) -> bool:
     """Whether the copy engine takes the layout as it is: rows contiguous, everything at multiples of 16 bytes, nothing expanded."""
     strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
     return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
-
-
-@functools.lru_cache(maxsize=256)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32, device=device)

@@ -6,6 +6,7 @@ A kernel holds only the clauses that its spec asks for. docs/kernels.md tells ho
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 from sparsify.backends.attention.hopper_consumer import CONSUMER, KERNEL
@@ -175,6 +176,7 @@ def _assembly(count: int) -> dict[str, str]:
     }
 
 
+@functools.lru_cache(maxsize=512)
 def arguments(spec: GluonSpec) -> tuple[Argument, ...]:
     """The kernel's arguments in order. Lengths change from call to call: one binary serves them all."""
     windowed, rows, keys = spec.windows != "none", QUERY_TILE // 2, spec.tuning.key_tile
@@ -204,11 +206,6 @@ def arguments(spec: GluonSpec) -> tuple[Argument, ...]:
         ),
         *floats("scale", *["cap"] * spec.softcap),
     )
-
-
-def argument_types(spec: GluonSpec) -> dict[str, str]:
-    """Types of the kernel's arguments by name, in order."""
-    return {argument.name: argument.type for argument in arguments(spec)}
 
 
 def _check(spec: GluonSpec) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +11,29 @@ from torch import Tensor
 
 from sparsify.backends.attention.triton_source import AttentionSpec, Tiling, arguments, attention_source, choose_tiling, programs
 from sparsify.backends.codegen import source
-from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+from sparsify.backends.codegen.launch import (
+    DTYPES,
+    LOG2E,
+    LONGEST_WINDOW,
+    batch_stride,
+    capability,
+    launch,
+    launching,
+    on_device,
+    stride_values,
+)  # fmt: skip
+from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
 from sparsify.releases import triton_release
 
 _WHERE = "sparsify::attention"
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # a call with at most this many (query, head of a group) rows shares one tile among the heads of a group
 _PACKED_QUERIES, _PACKED_ROWS = 16, 128
-_LONGEST_WINDOW = 1 << 30
 # the op's arguments that the kernel knows; a call with another one is not served
 _SERVES = {
     "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "key_bias", "windows", "sinks",
     "softcap", "block_size",
 }  # fmt: skip
-_LOG2E = math.log2(math.e)
 
 
 def triton_attention(
@@ -50,14 +56,8 @@ def triton_attention(
     spec = _spec(call, tiling)
     values = _values(spec, call, output, lse)
     grid = (programs(spec, query.shape[0], key.shape[1], query.shape[2]),)
-    try:
-        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-            launch = _kernel(spec)[grid]
-            launch(*(values[argument.name] for argument in arguments(spec)), num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
-    except SparsifyError:
-        raise
-    except Exception as error:
-        raise _failure(spec, error) from error
+    with launching(query.device, lambda: f"attention kernel ({spec.describe()}; {spec.tiling})"):
+        launch(_kernel(spec), grid, arguments(spec), values, num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
     return output, lse
 
 
@@ -66,16 +66,16 @@ def _spec(call: AttentionCall, tiling: Tiling | None) -> AttentionSpec:
     if others := call.beyond(_SERVES):
         raise UnsupportedError(f"no attention kernel takes {', '.join(others)}", where=_WHERE, hint="the reference does")
     query, (query_len, qk_head_dim), v_head_dim = call.query, call.query.shape[2:], call.value.shape[-1]
-    if query.dtype not in _DTYPES or call.scale <= 0:
+    device = query.device
+    if query.dtype not in DTYPES or call.scale <= 0:
         raise UnsupportedError(f"no attention kernel takes {query.dtype} with scale {call.scale}", where=_WHERE, hint="the reference does")
-    dtype = _DTYPES[query.dtype]
+    dtype = DTYPES[query.dtype]
     packed = not call.listed and query_len <= _PACKED_QUERIES and query_len * call.group <= _PACKED_ROWS
     flags, start = call.key_flags is not None, call.query_start is not None
     segments = call.segments is not None
     if tiling is None:
-        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
         blocks, rows = call.block_size * call.listed, query_len * call.group * packed
-        tiling = _tiling(dtype, qk_head_dim, v_head_dim, capability, block_size=blocks, packed_rows=rows, segments=segments)
+        tiling = _tiling(dtype, qk_head_dim, v_head_dim, capability(device), block_size=blocks, packed_rows=rows, segments=segments)
     counted = "count" if call.sinks > 0 else "none"
     return AttentionSpec(
         dtype=dtype,
@@ -107,24 +107,23 @@ def _values(spec: AttentionSpec, call: AttentionCall, output: Tensor, lse: Tenso
     """Kernel arguments by name."""
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (call.query, call.key, call.value))
     values: dict[str, Any] = {"query": query, "key": key, "value": value, "out": output, "lse": lse}
-    for name, axes in (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), ("out", "bhm")):
-        values |= {f"{name}_{axis}": stride for axis, stride in zip(axes, values[name].stride())}
-    values |= {"kv_heads": key.shape[1], "query_len": query.shape[2], "key_len": key.shape[2], "scale": call.scale * _LOG2E}
+    values |= stride_values(query=(query, "bhm"), key=(key, "bhn"), value=(value, "bhn"), out=(output, "bhm"))
+    values |= {"kv_heads": key.shape[1], "query_len": query.shape[2], "key_len": key.shape[2], "scale": call.scale * LOG2E}
     if spec.softcap:
-        values |= {"tanh_scale": 2 * _LOG2E * call.scale / call.softcap, "cap_log2": call.softcap * _LOG2E}
+        values |= {"tanh_scale": 2 * LOG2E * call.scale / call.softcap, "cap_log2": call.softcap * LOG2E}
     if call.query_start is not None:
         values["query_start"] = call.query_start.to(query.device, torch.int64)
     if spec.window != "none":
-        windows = tuple(min(window, _LONGEST_WINDOW) for window in call.windows)
+        windows = tuple(min(window, LONGEST_WINDOW) for window in call.windows)
         values |= {"window": windows[0], "sinks": call.sinks}
         if spec.window == "per_head":
-            values["windows"] = _on_device(windows, query.device)
+            values["windows"] = on_device(windows, query.device)
     if call.key_flags is not None:
         flags = call.key_flags.to(torch.uint8).contiguous()
-        values |= {"key_flags": flags, "flags_b": _batch_stride(flags), "flag_bounds": _flag_bounds(flags, query.shape[0])}
+        values |= {"key_flags": flags, "flags_b": batch_stride(flags), "flag_bounds": _flag_bounds(flags, query.shape[0])}
     if call.segments is not None:
         segments = call.segments.to(torch.int32).contiguous()
-        values |= {"segments": segments, "segments_b": _batch_stride(segments)}
+        values |= {"segments": segments, "segments_b": batch_stride(segments)}
     if call.block_counts is not None and call.block_indices is not None:
         lists = query.shape[:2]
         counts = call.block_counts.to(torch.int32).expand(*lists, -1).contiguous()
@@ -132,23 +131,13 @@ def _values(spec: AttentionSpec, call: AttentionCall, output: Tensor, lse: Tenso
         values |= {"block_counts": counts, "block_indices": indices, "list_len": indices.shape[-1]}
     if call.alibi_slopes is not None:
         slopes = call.alibi_slopes.to(torch.float32).contiguous()
-        values |= {"alibi_slopes": slopes, "alibi_b": _batch_stride(slopes)}
+        values |= {"alibi_slopes": slopes, "alibi_b": batch_stride(slopes)}
     if call.key_bias is not None:
         bias = call.key_bias.to(torch.float32).contiguous()
-        values |= {"key_bias": bias, "bias_b": _batch_stride(bias), "bias_h": 0 if bias.shape[1] == 1 else bias.stride(1)}
+        values |= {"key_bias": bias, "bias_b": batch_stride(bias), "bias_h": 0 if bias.shape[1] == 1 else bias.stride(1)}
     if call.sink_logits is not None:
         values["sink_logits"] = call.sink_logits.to(torch.float32).contiguous()
     return values
-
-
-def _batch_stride(operand: Tensor) -> int:
-    """One batch row serves all."""
-    return 0 if operand.shape[0] == 1 else operand.stride(0)
-
-
-@functools.lru_cache(maxsize=256)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 def _flag_bounds(flags: Tensor, batch: int) -> Tensor:
@@ -164,9 +153,3 @@ def _flag_bounds(flags: Tensor, batch: int) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _kernel(spec: AttentionSpec) -> Callable[..., Any]:
     return source.load(attention_source(spec, triton_release()), "attention").attention
-
-
-def _failure(spec: AttentionSpec, error: Exception) -> KernelError:
-    lines = str(error).strip().splitlines() or [""]
-    hint = "kernels = 'reference' computes the same; please report the line above"
-    return KernelError(f"{type(error).__name__}: {lines[-1]}", where=f"attention kernel ({spec.describe()}; {spec.tiling})", hint=hint)

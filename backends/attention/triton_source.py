@@ -6,14 +6,15 @@ rows and folds key tiles into a running softmax in base 2. Key tiles that every 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from sparsify.backends.attention.triton_template import KERNEL, VISIT
-from sparsify.backends.codegen.arguments import Argument, padded
+from sparsify.backends.codegen.arguments import ITEM_BYTES, Argument, floats, integers, padded, parameters, pointers, present
+from sparsify.backends.codegen.launch import LOG2E, cdiv
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 
-DTYPES = ("bf16", "fp16", "fp32")
 MAX_HEAD_DIM = 256
 
 
@@ -63,7 +64,7 @@ class AttentionSpec:
 
     def __post_init__(self):
         impossible = {
-            f"dtype {self.dtype}": self.dtype not in DTYPES,
+            f"dtype {self.dtype}": self.dtype not in ITEM_BYTES,
             f"head dims {self.qk_head_dim} and {self.v_head_dim}": not 0 < max(self.qk_head_dim, self.v_head_dim) <= MAX_HEAD_DIM,
             f"window {self.window!r}": self.window not in ("none", "one", "per_head"),
             "sinks without a window": self.sinks != "none" and self.window == "none",
@@ -75,7 +76,7 @@ class AttentionSpec:
         }
         for what, wrong in impossible.items():
             if wrong:
-                raise UnsupportedError(f"no attention kernel has {what}", where="backends.triton_attention")
+                raise UnsupportedError(f"no attention kernel has {what}", where="sparsify::attention")
 
     def describe(self) -> str:
         """One line: `bf16, head dim 128, 4 query heads per KV head; causal, window, sinks`."""
@@ -99,39 +100,31 @@ class AttentionSpec:
         return f"{self.dtype}, head dim {dims}, {self.group} query heads per KV head; {named or 'every key visible'}"
 
 
+@functools.lru_cache(maxsize=512)
 def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
     """The kernel's arguments in order."""
-    pointer = lambda name, type: Argument(name, "*" + type, True)
-    listed = [pointer(name, spec.dtype) for name in ("query", "key", "value", "out")] + [pointer("lse", "fp32")]
-    listed += [Argument(f"{name}_{axis}", "i32", True) for name, axis in _STRIDES]
-    listed += [Argument("kv_heads", "i32"), Argument("query_len", "i32", True), Argument("key_len", "i32", True)]
-    optional = [
-        (not spec.softcap, Argument("scale", "fp32")),
-        (spec.softcap, Argument("tanh_scale", "fp32")),
-        (spec.softcap, Argument("cap_log2", "fp32")),
-        (spec.has_start, pointer("query_start", "i64")),
-        (spec.window == "one", Argument("window", "i32", True)),
-        (spec.window == "per_head", pointer("windows", "i32")),
-        (spec.sinks == "count", Argument("sinks", "i32")),
-        (spec.key_flags, pointer("key_flags", "u8")),
-        (spec.key_flags, Argument("flags_b", "i32", True)),
-        (spec.key_flags, pointer("flag_bounds", "i32")),
-        (spec.segments, pointer("segments", "i32")),
-        (spec.segments, Argument("segments_b", "i32", True)),
-        (spec.block_lists, pointer("block_counts", "i32")),
-        (spec.block_lists, pointer("block_indices", "i16")),
-        (spec.block_lists, Argument("list_len", "i32", True)),
-        (spec.alibi, pointer("alibi_slopes", "fp32")),
-        (spec.alibi, Argument("alibi_b", "i32")),
-        (spec.key_bias, pointer("key_bias", "fp32")),
-        (spec.key_bias, Argument("bias_b", "i32")),
-        (spec.key_bias, Argument("bias_h", "i32")),
-        (spec.sink_logits, pointer("sink_logits", "fp32")),
-    ]
-    return tuple(listed + [argument for present, argument in optional if present])
-
-
-_STRIDES = [(name, axis) for name, axes in (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), ("out", "bhm")) for axis in axes]
+    strides = [f"{name}_{axis}" for name, axes in (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), ("out", "bhm")) for axis in axes]
+    aligned = functools.partial(integers, aligned=True)
+    return (
+        *pointers(spec.dtype, "query", "key", "value", "out"),
+        *pointers("fp32", "lse"),
+        *aligned(*strides),
+        *integers("kv_heads"),
+        *aligned("query_len", "key_len"),
+        *(floats("tanh_scale", "cap_log2") if spec.softcap else floats("scale")),
+        *present(
+            (spec.has_start, pointers("i64", "query_start")),
+            (spec.window == "one", aligned("window")),
+            (spec.window == "per_head", pointers("i32", "windows")),
+            (spec.sinks == "count", integers("sinks")),
+            (spec.key_flags, [*pointers("u8", "key_flags"), *aligned("flags_b"), *pointers("i32", "flag_bounds")]),
+            (spec.segments, [*pointers("i32", "segments"), *aligned("segments_b")]),
+            (spec.block_lists, [*pointers("i32", "block_counts"), *pointers("i16", "block_indices"), *aligned("list_len")]),
+            (spec.alibi, [*pointers("fp32", "alibi_slopes"), *integers("alibi_b")]),
+            (spec.key_bias, [*pointers("fp32", "key_bias"), *integers("bias_b", "bias_h")]),
+            (spec.sink_logits, pointers("fp32", "sink_logits")),
+        ),
+    )
 
 
 def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
@@ -178,7 +171,7 @@ def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 
         "state": state,
         "context": ", ".join(context),
         "call": ", ".join([state, "q, key_head, value_head, key_n, value_n, first, end", *context]),
-        "parameters": ",\n    ".join(argument.name for argument in arguments(spec)),
+        "parameters": parameters(arguments(spec)),
     }
     return "\n\n".join([_header(spec, qk_dim, v_dim), render(VISIT, values), render(KERNEL, values)])
 
@@ -201,7 +194,7 @@ def _header(spec: AttentionSpec, qk_dim: int, v_dim: int) -> str:
     }
     if spec.block_lists:
         constants["BLOCK"] = spec.block_size
-    constants |= {"LOG2E": 1.4426950408889634, "LN2": 0.6931471805599453}
+    constants |= {"LOG2E": LOG2E, "LN2": 0.6931471805599453}
     lines = [f'"""Attention: {spec.describe()}. Generated by sparsify."""', "", "import triton", "import triton.language as tl", ""]
     return "\n".join(lines + [f"{name} = tl.constexpr({value})" for name, value in constants.items()]) + "\n"
 
@@ -209,8 +202,8 @@ def _header(spec: AttentionSpec, qk_dim: int, v_dim: int) -> str:
 def programs(spec: AttentionSpec, batch: int, kv_heads: int, query_len: int) -> int:
     """Length of the launch grid."""
     if spec.packed:
-        return batch * kv_heads * -(-query_len * spec.group // spec.tiling.queries)
-    return batch * kv_heads * spec.group * -(-query_len // spec.tiling.queries)
+        return batch * kv_heads * cdiv(query_len * spec.group, spec.tiling.queries)
+    return batch * kv_heads * spec.group * cdiv(query_len, spec.tiling.queries)
 
 
 # bytes of shared memory per thread block by compute capability (CUDA C++ Programming Guide); others have 99 KiB
@@ -236,7 +229,7 @@ def choose_tiling(
         segments: every tile needs the mask, so query tiles are kept small.
     """
     widest = max(padded(qk_head_dim), padded(v_head_dim))
-    element = 4 if dtype == "fp32" else 2
+    element = ITEM_BYTES[dtype]
     hopper = capability >= (9, 0)
     if dtype == "fp32":  # exact products run on the ordinary cores, unrolled: more than this spills
         queries, keys, warps, stages, edge_keys = (32, 32, 8, 1, 16) if widest <= 64 else (32, 16, 8, 1, 16)

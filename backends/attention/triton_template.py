@@ -1,4 +1,4 @@
-"""The text of the attention kernel, with every clause of the op; `triton_attention` keeps the clauses that a spec has."""
+"""The text of the attention kernel, with every clause of the op; `triton_source` keeps the clauses that a spec has."""
 
 VISIT = '''\
 @triton.jit

@@ -1,4 +1,4 @@
-"""The text of the decode kernels; `triton_decode` keeps the clauses that a spec has."""
+"""The text of the decode kernels; `decode` keeps the clauses that a spec has."""
 
 FINISH = '''\
 @triton.jit

@@ -1,4 +1,4 @@
-"""The text of the kernels that sum what each key gets of some queries' attention; `triton_mass` keeps the clauses that a spec has."""
+"""The text of the kernels that sum what each key gets of some queries' attention; `mass` keeps the clauses that a spec has."""
 
 LOGITS = '''\
 @triton.jit

@@ -62,6 +62,17 @@ def splits(tiles: int, rows: int, programs: int, most: int = 128) -> int:
     return cdiv(tiles, cdiv(tiles, wanted))
 
 
+@functools.lru_cache(maxsize=256)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 tensor of numbers that calls repeat, such as windows per head; copied once."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def batch_stride(operand: Tensor) -> int:
+    """Elements from one batch row to the next; 0 where one row serves all."""
+    return 0 if operand.shape[0] == 1 else operand.stride(0)
+
+
 def stride_values(**tensors: tuple[Tensor, str]) -> dict[str, int]:
     """`name_axis` for each of a tensor's leading axes, which are named by letters."""
     return {f"{name}_{axis}": step for name, (tensor, axes) in tensors.items() for axis, step in zip(axes, tensor.stride())}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.backends.attention import hopper as gluon_attention
-from sparsify.backends.attention.hopper_source import DIALECTS, SHARED_LIMIT, GluonSpec, GluonTuning, argument_types, generate
+from sparsify.backends.attention.hopper_source import DIALECTS, SHARED_LIMIT, GluonSpec, GluonTuning, arguments, generate
 from sparsify.errors import KernelError
 from sparsify.ops.attention import AttentionCall
 from tests.support.goldens import check_kernel_text
@@ -76,7 +76,7 @@ def test_text_is_python_and_its_arguments_are_the_launchers(clauses, windows, re
     compile(text, "generated", "exec")
     signature = text.split("def attention(\n")[1].split("):\n")[0]
     names = [line.strip(" ,") for line in signature.splitlines()]
-    assert names == list(argument_types(spec))
+    assert names == [argument.name for argument in arguments(spec)]
     assert ("segments" in text) >= clauses["segments"] and "%if" not in text
     assert not re.search(r"\$[A-Z{]", text), "only PTX operands keep their sign"
 

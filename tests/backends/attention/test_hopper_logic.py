@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsify.backends.attention import hopper, reference
-from sparsify.backends.attention.hopper_source import argument_types, generate
+from sparsify.backends.attention.hopper_source import arguments, generate
 from tests.support import hopper_calls
 from tests.support.gluon_machine import Launch, Pointer
 
@@ -89,13 +89,11 @@ def _simulate(call, tuning, text=None):
     spec = hopper.make_spec(call, tuning)
     found = hopper.operands(spec, call, lse)
     tensors = {"queries": call.query, "keys": call.key, "values": call.value, "outputs": output}
-    arguments = []
-    for name, type_ in argument_types(spec).items():
-        if name in tensors:
-            arguments.append(tensors[name])
-        elif type_.startswith("*"):
-            arguments.append(Pointer(found[name]))
-        else:
-            arguments.append(torch.tensor(found[name]) if type_ == "i32" else found[name])
-    Launch(blocks=2).run(text or generate(spec), arguments)
+    given = []
+    for argument in arguments(spec):
+        value = tensors[argument.name] if argument.name in tensors else found[argument.name]
+        if argument.type.startswith("*"):
+            value = Pointer(value)
+        given.append(torch.tensor(value) if argument.type == "i32" else value)
+    Launch(blocks=2).run(text or generate(spec), given)
     return output, lse

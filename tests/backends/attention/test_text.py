@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 
-from sparsify.backends.attention.triton_source import DTYPES, AttentionSpec, Tiling, arguments, attention_source, choose_tiling, programs
+from sparsify.backends.attention.triton_source import AttentionSpec, Tiling, arguments, attention_source, choose_tiling, programs
+from sparsify.backends.codegen.arguments import ITEM_BYTES
 from sparsify.errors import UnsupportedError
 from tests.support.goldens import check_kernel_text
 from tests.support.kernel_specs import CLAUSES, spec
@@ -92,7 +93,7 @@ def test_every_row_has_a_program():
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
 def test_tiles_divide_blocks_for_every_gpu(capability, dtype):
     for dims in ((64, 64), (128, 128), (192, 128), (256, 256)):
         for block_size in (32, 64, 128):
