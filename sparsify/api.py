@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,7 +25,8 @@ def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = Non
     """Compiles a model in place and returns it. Calls and `generate()` both use the compiled code.
 
     The wrapper that `torch.compile(model, backend="sparsify")` returns would run `generate()` uncompiled. Options are checked at once,
-    not at the first call.
+    not at the first call. `generate()` of a model of transformers gets an exact cache without copies and one CUDA graph a token, for
+    greedy and sampled decoding (docs/generate.md).
 
     Args:
         model: changed in place.
@@ -39,10 +41,15 @@ def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = Non
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
-    follow(config.load(options, mode=mode, method_models=method.discover()).plan)
+    settings = config.load(options, mode=mode, method_models=method.discover())
+    follow(settings.plan)
     if mode is not None:
         options["mode"] = mode
     model.compile(backend="sparsify", options=options or None, dynamic=dynamic, fullgraph=fullgraph)
+    if "transformers" in sys.modules:
+        from sparsify.generation import generate
+
+        generate.install(model, graphs=not settings.inductor_patches().get("triton.cudagraphs"), shown=settings.progress)
     return model
 
 

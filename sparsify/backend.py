@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from sparsify import pipeline
+from sparsify import pipeline, progress
 from sparsify.planning import method
 from sparsify.planning.config import config
 
@@ -34,4 +34,5 @@ def sparsify(
     """
     given = {**(options or {}), **unknown} if unknown else options
     settings = config.load(given, mode=mode, method_models=method.discover())
-    return pipeline.compile_graph(gm, example_inputs, settings, options)
+    with progress.task("compiling a graph", settings.progress):
+        return pipeline.compile_graph(gm, example_inputs, settings, options)

@@ -5,8 +5,30 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+
+# the name by which `generate()` hands a cache to `prepare_inputs_for_generation` and to the model
+CACHE_NAME = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """The keyword argument by which a model takes a cache: `cache` since transformers 5.24, `past_key_values` before that and in code that
     came with a checkpoint."""
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
+def generated(cache: Any, **fields: Any) -> GenerateDecoderOnlyOutput:
+    """What `generate(return_dict_in_generate=True)` returns."""
+    return GenerateDecoderOnlyOutput(**fields, **{CACHE_NAME: cache})
+
+
+def columns(input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> int:
+    """Tokens of the longest row, padding and what a given cache already holds included, once `generate()` has read the prompt.
+
+    A mask covers all of them; transformers 5.24 drops one that hides nothing and notes its width.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.shape[1]
+    embeddings = model_kwargs.get("inputs_embeds")
+    return getattr(generation_config, "_mask_length", None) or (input_ids if embeddings is None else embeddings).shape[1]

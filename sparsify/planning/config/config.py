@@ -99,6 +99,9 @@ class Config(BaseModel):
     lower: Literal["inductor", "eager"] = Field(
         "inductor", description="What compiles the rewritten graph. `eager` runs it uncompiled, for debugging and tests."
     )
+    progress: bool = Field(
+        True, description="Tell on the terminal of what takes more than two seconds: compiling, and long prompts of `generate()`."
+    )
     trace: Path | None = Field(None, description="Folder for readable dumps of every stage; `SPARSIFY_TRACE` sets it too.")
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Options of each method. In files and options these are tables at the top level, by method name."

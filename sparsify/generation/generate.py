@@ -1,0 +1,185 @@
+"""`model.generate()` of models that sparsify compiled: our loop and our cache where they serve the call, transformers' own otherwise.
+
+transformers looks its decoding methods up on the class, so that the class gets a method that passes calls on; only calls made through the
+`generate` of a model that was put here, on that instance, are ours. (`generate(custom_generate=...)` would lose the streamer and the
+tokenizer on its way.)
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import logging
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+
+from sparsify.errors import UnsupportedError
+from sparsify.generation import compat, loop
+from sparsify.generation.kept_caches import KeptCaches, Loan
+from sparsify.generation.runner import CudaGraphs, Direct, Recorded, Runner
+
+log = logging.getLogger(__name__)
+
+
+class Decoder:
+    """How one model decodes.
+
+    graphs: record CUDA graphs; off where the compiled model makes its own. shown: tell of long prompts on the terminal.
+    """
+
+    def __init__(self, model: Any, *, graphs: bool = True, shown: bool = True):
+        self._model = weakref.ref(model)
+        self.graphs, self.shown = graphs, shown
+        self.caches = KeptCaches()
+        self.unserved = ""  # why no SparseCache serves this model
+
+    def cache_for(self, model: Any, config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int) -> Loan | None:
+        """An exact cache for a call that brings none, None where transformers' own is the right one."""
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or model_kwargs.get(compat.CACHE_NAME) is not None:
+            return None
+        if config.cache_implementation is not None or not model._supports_default_dynamic_cache():
+            return None
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1}
+        reason = loop.refusal(model, config, model_kwargs) or self.unserved
+        if not reason and (model.training or dtypes != {model.dtype} or torch.is_autocast_enabled(model.device.type)):
+            reason = "what dtype keys have is not known, or the model is in training mode"
+        if not reason:
+            try:
+                prompt = model_kwargs["position_ids"].shape[-1]
+                return self.caches.borrow(model, rows, loop.room_for(prompt, tokens - prompt))
+            except UnsupportedError as error:
+                reason = self.unserved = str(error)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+        log.info("generate() keeps transformers' cache: %s", reason)
+        return None
+
+    def runner(self, function: Callable[[], None], failed: Callable[[], None]) -> Runner:
+        """What runs a step: a CUDA graph wherever that can be."""
+        device = self._model().device
+        if not self.graphs or device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+            return Direct(function)
+        return Recorded(function, CudaGraphs(device), failed)
+
+
+class _Request:
+    """One call of `generate()`."""
+
+    def __init__(self, model: Any, decoder: Decoder):
+        self.model, self.decoder = model, decoder
+        self.loan: Loan | None = None
+
+    def prepare_cache(
+        self, original: Callable[..., Any], config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int
+    ) -> None:
+        """As `GenerationMixin._prepare_cache_for_generation`."""
+        sequences = rows * (config.num_return_sequences or 1)
+        self.loan = self.decoder.cache_for(self.model, config, model_kwargs, mode, sequences, tokens + 1)
+        if self.loan is None:
+            original(self.model, config, model_kwargs, mode, rows, tokens)
+        else:
+            model_kwargs[compat.CACHE_NAME] = self.loan.cache
+
+    def sample(self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin._sample`."""
+        call = inspect.signature(GenerationMixin._sample).bind(self.model, input_ids, *args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        config, model_kwargs, cache = given["generation_config"], given["model_kwargs"], given["model_kwargs"].get(compat.CACHE_NAME)
+        reason = loop.refusal(self.model, config, model_kwargs) or loop.cache_refusal(cache)
+        if not reason and given["synced_gpus"]:
+            reason = "several processes decode in step"
+        if not reason and (input_ids.dim() != 2 or input_ids.device != self.model.device):
+            reason = "the tokens are more than one of each row, or lie on another device"
+        if not reason and given["stopping_criteria"].max_length is None:
+            reason = "no length is set"
+        if reason:
+            log.info("generate() runs transformers' loop because %s", reason)
+            return original(self.model, input_ids, *args, **kwargs)
+        private = self.loan is not None and not config.return_dict_in_generate
+        return loop.decode(
+            self.model,
+            *(
+                given[name]
+                for name in ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer", "model_kwargs")
+            ),
+            private=private,
+            late=input_ids.device.type == "cuda",
+            make_runner=self.decoder.runner,
+            sessions=self.loan.sessions if private else None,
+            shown=self.decoder.shown,
+        )
+
+    def finish(self, returned: bool) -> None:
+        """Gives the cache back. returned: the call ended well and nobody has the cache."""
+        if self.loan is not None:
+            self.decoder.caches.give_back(self.loan, returned)
+
+
+_decoders: weakref.WeakKeyDictionary[Any, Decoder] = weakref.WeakKeyDictionary()
+_request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("sparsify_request", default=None)
+
+
+def install(model: Any, *, graphs: bool = True, shown: bool = True) -> str:
+    """Makes `model.generate()` decode with our loop, on this instance. Returns why that is not done, empty where it is.
+
+    graphs: see `Decoder`. shown: tell of long prompts on the terminal.
+    """
+    kind = type(model)
+    if not isinstance(model, GenerationMixin) or kind.generate is not GenerationMixin.generate:
+        return "the model's generate() is not transformers' own"
+    for name in ("_sample", "_prepare_cache_for_generation"):
+        method = getattr(kind, name)
+        if method is not getattr(GenerationMixin, name) and not hasattr(method, "passes_on"):
+            return f"the model has its own {name}"
+    _pass_on(kind, "_sample", lambda request, original, *args, **kwargs: request.sample(original, *args, **kwargs))
+    _pass_on(kind, "_prepare_cache_for_generation", lambda request, original, *args: request.prepare_cache(original, *args))
+    _decoders[model] = Decoder(model, graphs=graphs, shown=shown)
+    model.generate = types.MethodType(generate, model)
+    return ""
+
+
+def _pass_on(kind: type, name: str, ours: Callable[..., Any]) -> None:
+    """Gives a class a method that calls `ours` within a request for the very instance, and the inherited one otherwise."""
+    inherited = getattr(kind, name)
+    if hasattr(inherited, "passes_on"):
+        return
+
+    @functools.wraps(inherited)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = _request.get()
+        if request is None or request.model is not self:
+            return inherited(self, *args, **kwargs)
+        return ours(request, inherited, *args, **kwargs)
+
+    method.passes_on = True  # type: ignore[attr-defined]
+    setattr(kind, name, method)
+
+
+@functools.wraps(GenerationMixin.generate)
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original, decoder = type(self).generate, _decoders.get(self)
+    given = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
+    if decoder is None or given.get("custom_generate") is not None:  # a copy of the model, or a loop of the user's
+        token = _request.set(None)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _request.reset(token)
+    request = _Request(self, decoder)
+    token = _request.set(request)
+    ended = False
+    try:
+        result = original(self, *args, **kwargs)
+        ended = isinstance(result, torch.Tensor)
+    finally:
+        _request.reset(token)
+        request.finish(ended)
+    return result
