@@ -5,21 +5,21 @@ SUMS = '''\
 def sums(
     ${sums_parameters},
 ):
-    """One program sums one stretch of a KV head's values, where a row of its group sees no key."""
-    stretch = tl.program_id(0)
+    """One program sums one split of a KV head's values, where a row of its group sees no key."""
+    split_id = tl.program_id(0)
     row = tl.program_id(1)  # batch row and KV head
     if tl.load(wanted + row) != 0:
         head = value + tl.cast(row // kv_heads, tl.int64) * value_b + tl.cast(row % kv_heads, tl.int64) * value_h
         dims = tl.arange(0, DIM)
         offsets = tl.arange(0, KEYS)
-        begin = stretch * stretch_len
-        end = tl.minimum(begin + stretch_len, key_len)
+        begin = split_id * split_len
+        end = tl.minimum(begin + split_len, key_len)
         total = tl.zeros([KEYS, DIM], tl.float32)
         for first in tl.range(begin, end, KEYS):
             at = first + offsets
             tile = head + at.to(tl.int64)[:, None] * value_n + dims[None, :]
             total += tl.load(tile, mask=(at < end)[:, None]${guard}, other=0.0).to(tl.float32)
-        tl.store(parts + (tl.cast(row, tl.int64) * stretches + stretch) * DIM + dims, tl.sum(total, 0))
+        tl.store(parts + (tl.cast(row, tl.int64) * splits + split_id) * DIM + dims, tl.sum(total, 0))
 '''
 
 WRITE = '''\
@@ -39,8 +39,8 @@ def write(
         held = tl.full([ROWS, DIM], float("nan"), tl.float32)
 %elif form == "mean"
         total = tl.zeros([DIM], tl.float32)
-        for stretch in tl.range(0, stretches):
-            total += tl.load(parts + (tl.cast(row // GROUP, tl.int64) * stretches + stretch) * DIM + dims)
+        for split_id in tl.range(0, splits):
+            total += tl.load(parts + (tl.cast(row // GROUP, tl.int64) * splits + split_id) * DIM + dims)
         held = tl.broadcast_to((total / key_len)[None, :], [ROWS, DIM])
 %else
         # scores are lost beside what biases and the mask add: a softmax without a product

@@ -23,7 +23,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
 
 _WHERE = "sparsify::attention"
-_ROWS, _MOST_STRETCHES = 64, 64
+_ROWS, _MOST_SPLITS = 64, 64
 _WARPS = 4
 
 
@@ -64,9 +64,9 @@ class EmptyRowsSpec:
 def arguments(spec: EmptyRowsSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "sums" or "write", in order."""
     values = [*pointers(spec.dtype, "value"), *integers("value_b", "value_h", "value_n", aligned=True)]
-    parts = [*pointers("fp32", "parts"), *integers("stretches")]
+    parts = [*pointers("fp32", "parts"), *integers("splits")]
     if kernel == "sums":
-        sizes = [*integers("kv_heads", "key_len"), *integers("stretch_len", aligned=True)]
+        sizes = [*integers("kv_heads", "key_len"), *integers("split_len", aligned=True)]
         return (*values, *pointers("i8", "wanted"), *parts, *sizes)
     listed = [*pointers(spec.dtype, "out"), *integers("out_b", "out_h", "out_m", aligned=True), *pointers("i8", "empty")]
     listed += integers("heads", "query_len", "key_len")
@@ -86,7 +86,7 @@ def arguments(spec: EmptyRowsSpec, kernel: str) -> tuple[Argument, ...]:
 
 
 def empty_rows_source(spec: EmptyRowsSpec) -> str:
-    """Module text with `write` (grid: row tiles, batch * query_heads) and, for "mean", `sums` (grid: stretches, batch * kv_heads)."""
+    """Module text with `write` (grid: row tiles, batch * query_heads) and, for "mean", `sums` (grid: splits, batch * kv_heads)."""
     dim = padded(spec.head_dim)
     kernels = ("sums", "write") if spec.form == "mean" else ("write",)
     values = vars(spec) | {
@@ -123,10 +123,10 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
     spec = EmptyRowsSpec(DTYPES[value.dtype], head_dim, call.group, "weighted" if biased else empty_rows)
     empty = unseen(lse, call).contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
-    stretches = min(_MOST_STRETCHES, cdiv(key_len, 4 * spec.keys))
+    splits = min(_MOST_SPLITS, cdiv(key_len, 4 * spec.keys))
     given: dict[str, Any] = {
         "value": value, "out": output, "empty": empty.view(torch.int8), "heads": heads, "kv_heads": kv_heads, "query_len": query_len,
-        "key_len": key_len, "stretches": stretches, "lowest": call.lowest if empty_rows == "mean" else -torch.inf,
+        "key_len": key_len, "splits": splits, "lowest": call.lowest if empty_rows == "mean" else -torch.inf,
         **stride_values(value=(value, "bhn"), out=(output, "bhm")),
     }  # fmt: skip
     if biased:
@@ -134,12 +134,12 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
         given |= more
     elif empty_rows == "mean":
         given["wanted"] = empty.view(batch * kv_heads, -1).any(-1).view(torch.int8)
-        given["parts"] = torch.empty(batch * kv_heads, stretches, padded(head_dim), dtype=torch.float32, device=value.device)
-        given["stretch_len"] = cdiv(key_len, stretches * spec.keys) * spec.keys
+        given["parts"] = torch.empty(batch * kv_heads, splits, padded(head_dim), dtype=torch.float32, device=value.device)
+        given["split_len"] = cdiv(key_len, splits * spec.keys) * spec.keys
     with launching(query.device, lambda: f"rows without keys ({spec})"):
         module = _module(spec)
         if spec.form == "mean":
-            launch(module.sums, (stretches, batch * kv_heads), arguments(spec, "sums"), given, num_warps=_WARPS, num_stages=1)
+            launch(module.sums, (splits, batch * kv_heads), arguments(spec, "sums"), given, num_warps=_WARPS, num_stages=1)
         grid = (cdiv(query_len, spec.rows), batch * heads)
         launch(module.write, grid, arguments(spec, "write"), given, num_warps=_WARPS, num_stages=1)
 

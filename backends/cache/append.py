@@ -25,6 +25,7 @@ from sparsify.backends.codegen.launch import (
     LONGEST_WINDOW,
     capability,
     cdiv,
+    choose_splits,
     launch,
     launching,
     need,
@@ -32,7 +33,6 @@ from sparsify.backends.codegen.launch import (
     processors,
     stride_values,
 )  # fmt: skip
-from sparsify.backends.codegen.launch import splits as count_splits
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
@@ -98,9 +98,9 @@ def arguments(spec: AppendSpec, kernel: str) -> tuple[Argument, ...]:
     parts = [] if spec.single else pointers("fp32", "part_m", "part_l", "part_acc")
     out = [*data("out"), *strides("out_b", "out_h", "out_m")]
     sinks = pointers("fp32", "sink_logits") if spec.sink_logits else []
-    sizes = integers("kv_heads", "query_len", "stretches")
+    sizes = integers("kv_heads", "query_len", "splits")
     if kernel == "join":
-        return (*parts, *out, *sizes, *sinks, *constexprs("STRETCHES"))
+        return (*parts, *out, *sizes, *sinks, *constexprs("SPLITS"))
     listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "seen", "asked")]
     listed += [*strides("query_b", "query_h", "query_m", "capacity"), *sizes]
     if spec.has_new:
@@ -114,7 +114,7 @@ def arguments(spec: AppendSpec, kernel: str) -> tuple[Argument, ...]:
 
 
 def append_source(spec: AppendSpec) -> str:
-    """Module text with `fold` (grid: tiles * stretches, batch * kv_heads) and, unless `single`, `join` (query_len * group, the same)."""
+    """Module text with `fold` (grid: tiles * splits, batch * kv_heads) and, unless `single`, `join` (query_len * group, the same)."""
     qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
     context = ["tanh_scale", "cap_log2"] if spec.softcap else ["scale"]
     values = vars(spec) | {
@@ -172,7 +172,7 @@ def cache_attention(
     if tiling is None:
         tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability(query.device), turning)
     tiles, rows = cdiv(query_len * group, tiling.rows), batch * kv_heads
-    count = splits or count_splits(cdiv(capacity, tiling.keys), rows * tiles, processors(query.device) * tiling.programs)
+    count = splits or choose_splits(cdiv(capacity, tiling.keys), rows * tiles, processors(query.device) * tiling.programs)
     has_new = new_key is not None
     spec = AppendSpec(
         dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, window > 0, real is not None and has_new, turning,
@@ -182,8 +182,8 @@ def cache_attention(
     out = cache_ops.empty_output(query, values)
     given: dict[str, Any] = {
         "query": query, "keys": keys, "values": values, "positions": positions, "seen": seen, "asked": asked, "out": out,
-        "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "stretches": count, "window": min(window, LONGEST_WINDOW),
-        "sinks": sinks, "STRETCHES": max(2, power_of_two(count)), **logit_values(scale, softcap),
+        "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "splits": count, "window": min(window, LONGEST_WINDOW),
+        "sinks": sinks, "SPLITS": max(2, power_of_two(count)), **logit_values(scale, softcap),
     }  # fmt: skip
     given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
     if has_new:

@@ -50,10 +50,10 @@ FOLD = '''\
 def fold(
     ${fold_parameters},
 ):
-    """One program folds one stretch of a KV head's slots into the softmax of one tile of (query, head of the group) rows; that of the last
-    stretch folds the call's own keys, too."""
-    tile = tl.program_id(0) // stretches
-    stretch = tl.program_id(0) % stretches
+    """One program folds one split of a KV head's slots into the softmax of one tile of (query, head of the group) rows; that of the last
+    split folds the call's own keys, too."""
+    tile = tl.program_id(0) // splits
+    split_id = tl.program_id(0) % splits
     row = tl.program_id(1)  # batch row and KV head
     batch = tl.cast(row // kv_heads, tl.int64)
     kv_head = row % kv_heads
@@ -72,9 +72,9 @@ def fold(
     p = tl.load(asked + batch * query_len + i, mask=inside, other=-1)
     before = tl.load(seen + batch)
     filled = tl.minimum(before, capacity)
-    stretch_len = tl.cdiv(tl.cdiv(filled, KEYS), stretches) * KEYS
-    begin = stretch * stretch_len
-    end = tl.minimum(begin + stretch_len, filled)
+    split_len = tl.cdiv(tl.cdiv(filled, KEYS), splits) * KEYS
+    begin = split_id * split_len
+    end = tl.minimum(begin + split_len, filled)
     slot_row = tl.cast(row, tl.int64) * capacity
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -90,12 +90,12 @@ def fold(
     new_value_head = new_value + batch * value_b + tl.cast(kv_head, tl.int64) * value_h
     at_row = at + batch * query_len
     stop = tl.minimum((tile * ROWS + ROWS - 1) // GROUP + 1, query_len)
-    stop = tl.where(stretch == stretches - 1, stop, 0)
+    stop = tl.where(split_id == splits - 1, stop, 0)
 %if windowed
     # of the call's own keys [start, stop) hold the window of every row of the tile, [0, sinks_end) what of the sinks lies before it
     bound = (batch * tl.cdiv(query_len * GROUP, ROWS) + tile) * 2
     start = tl.load(bounds + bound)
-    sinks_end = tl.where(stretch == stretches - 1, tl.load(bounds + bound + 1), 0)
+    sinks_end = tl.where(split_id == splits - 1, tl.load(bounds + bound + 1), 0)
     for first in tl.range(0, sinks_end, KEYS):
         m, l, acc = visit(
             m, l, acc, q, ${"q_turned, True, " if turning else ""}new_key_head, new_value_head, key_n, value_n, at_row, first, sinks_end, p, ${context},
@@ -119,7 +119,7 @@ def fold(
     out_row = batch * out_b + head * out_h + tl.cast(i, tl.int64) * out_m
     tl.store(out + out_row[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None]${v_guard})
 %else
-    part = (tl.cast(row, tl.int64) * query_len * GROUP + flat) * stretches + stretch
+    part = (tl.cast(row, tl.int64) * query_len * GROUP + flat) * splits + split_id
     tl.store(part_m + part, m, mask=inside)
     tl.store(part_l + part, l, mask=inside)
     tl.store(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], acc, mask=inside[:, None]${v_guard})
@@ -131,15 +131,15 @@ JOIN = '''\
 def join(
     ${join_parameters},
 ):
-    """One program joins the stretches of one query of one head."""
+    """One program joins the splits of one query of one head."""
     flat = tl.program_id(0)
     row = tl.program_id(1)
     batch = tl.cast(row // kv_heads, tl.int64)
     head = tl.cast(row % kv_heads, tl.int64) * GROUP + flat % GROUP
     v_dims = tl.arange(0, V_DIM)
-    stretch = tl.arange(0, STRETCHES)
-    held = stretch < stretches
-    part = (tl.cast(row, tl.int64) * query_len * GROUP + flat) * stretches + stretch
+    split_id = tl.arange(0, SPLITS)
+    held = split_id < splits
+    part = (tl.cast(row, tl.int64) * query_len * GROUP + flat) * splits + split_id
     m = tl.load(part_m + part, mask=held, other=float("-inf"))
     l = tl.load(part_l + part, mask=held, other=0.0)
     acc = tl.load(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], mask=held[:, None]${v_guard}, other=0.0)

@@ -21,12 +21,12 @@ from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
     cdiv,
+    choose_splits,
     launch,
     launching,
     need,
     power_of_two,
     processors,
-    splits,
     stride_values,
 )  # fmt: skip
 from sparsify.backends.codegen.template import render
@@ -34,8 +34,8 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
 
 _WHERE = "sparsify::cache_decode"
-# Up to so many stretches the program that joins them holds all in registers, and a launch is saved; long caches feel neither.
-_FUSED_STRETCHES = 32
+# Up to so many splits the program that joins them holds all in registers, and a launch is saved; long caches feel neither.
+_FUSED_SPLITS = 32
 # What so many slots hold is read in about the time that a load of their count takes.
 _WHOLE_SLOTS = 8192
 
@@ -54,7 +54,7 @@ class DecodeTiling:
 class DecodeSpec:
     """What decides the kernels' text. group: query heads per KV head. padded: tokens may be padding. turning: sinks stand directly before
     the window, so that they are seen by turned queries. grows: no slot is ever
-    overwritten. fused: the last program of a KV head joins its stretches. whole: empty slots are
+    overwritten. fused: the last program of a KV head joins its splits. whole: empty slots are
     read, too."""
 
     dtype: str
@@ -95,19 +95,19 @@ def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
     sink = pointers("fp32", "sink_logits") if spec.sink_logits else []
     if kernel == "split":
         listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "counts", "seen"), *shared]
-        listed += [*(token if spec.fused else token[:2]), *sizes, *integers("pinned", "stretches"), *logit]
+        listed += [*(token if spec.fused else token[:2]), *sizes, *integers("pinned", "splits"), *logit]
         listed += [Argument("real", "*u8"), *integers("real_b")] if spec.padded else []
         listed += [*data("turned"), *integers("sinks")] if spec.turning else []
         if not spec.fused:
             return tuple(listed)
         listed += [*data("key", "value", "out"), *pointers("i64", "length"), *pointers("i32", "tickets"), *sink]
-        return (*listed, *constexprs("STRETCHES", "MEMBERS"))
+        return (*listed, *constexprs("SPLITS", "MEMBERS"))
     listed = [*data("query", "key", "value", "keys", "values"), *pointers("i32", "counts", "seen"), *pointers("i64", "length")]
-    return (*listed, *shared, *data("out"), *token, *sizes, *integers("stretches"), *logit, *sink, *constexprs("STRETCHES"))
+    return (*listed, *shared, *data("out"), *token, *sizes, *integers("splits"), *logit, *sink, *constexprs("SPLITS"))
 
 
 def decode_source(spec: DecodeSpec) -> str:
-    """Module text with `split` (grid: stretches, batch * kv_heads) and, unless `fused`, `combine` (grid: group, batch * kv_heads)."""
+    """Module text with `split` (grid: splits, batch * kv_heads) and, unless `fused`, `combine` (grid: group, batch * kv_heads)."""
     qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
     qk_whole, v_whole = qk_dim == spec.qk_head_dim, v_dim == spec.v_head_dim
     values = vars(spec) | {
@@ -176,10 +176,10 @@ def cache_decode(
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
     turning = inverse_frequencies is not None
     rows, grows = query.shape[0] * kv_heads, pinned == cache_ops.NEVER_OVERWRITTEN
-    count = splits(cdiv(capacity, tiling.keys), rows, processors(query.device) * tiling.programs)
+    count = choose_splits(cdiv(capacity, tiling.keys), rows, processors(query.device) * tiling.programs)
     spec = DecodeSpec(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning,
-        tickets is not None and count <= _FUSED_STRETCHES, capacity <= _WHOLE_SLOTS and not grows, grows,
+        tickets is not None and count <= _FUSED_SPLITS, capacity <= _WHOLE_SLOTS and not grows, grows,
     )  # fmt: skip
     out = cache_ops.empty_output(query, values)
     given: dict[str, Any] = {
@@ -197,9 +197,9 @@ def cache_decode(
         "kv_heads": kv_heads,
         "capacity": capacity,
         "pinned": pinned,
-        "stretches": count,
+        "splits": count,
         "sinks": sinks,
-        "STRETCHES": (up := max(2, power_of_two(count))),
+        "SPLITS": (up := max(2, power_of_two(count))),
         # partial sums of so many heads are registers of the joining program at a time
         "MEMBERS": max(1, min(power_of_two(spec.group), 16384 // (up * padded(v_head_dim)))),
     }

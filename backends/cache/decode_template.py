@@ -4,9 +4,9 @@ FINISH = '''\
 @triton.jit
 def finish(
     row, slot, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out, ${finish_context},
-    query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, stretches, STRETCHES: tl.constexpr, MEMBERS: tl.constexpr,
+    query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, splits, SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
 ):
-    """The last program of a KV head joins the head's stretches with the new token and stores it; that of the last head counts the token."""
+    """The last program of a KV head joins the head's splits with the new token and stores it; that of the last head counts the token."""
     batch = row // kv_heads
     kv_head = row % kv_heads
     batch_wide = tl.cast(batch, tl.int64)
@@ -35,12 +35,12 @@ def finish(
     v = tl.where(count < capacity, v, float("nan"))
 %end
     members = tl.arange(0, MEMBERS)
-    stretch = tl.arange(0, STRETCHES)
+    split_id = tl.arange(0, SPLITS)
     for first in tl.static_range(0, GROUP, MEMBERS):
         member = first + members
         inside = member < GROUP
-        held = inside[:, None] & (stretch < stretches)[None, :]
-        part = (tl.cast(row, tl.int64) * GROUP + member)[:, None] * stretches + stretch[None, :]
+        held = inside[:, None] & (split_id < splits)[None, :]
+        part = (tl.cast(row, tl.int64) * GROUP + member)[:, None] * splits + split_id[None, :]
         # written by other multiprocessors: not from this one's own cache
         m = tl.load(part_m + part, mask=held, other=float("-inf"), cache_modifier=".cg")
         l = tl.load(part_l + part, mask=held, other=0.0, cache_modifier=".cg")
@@ -84,12 +84,12 @@ SPLIT = '''\
 def split(
     ${split_parameters},
 ):
-    """One program folds one stretch of one KV head's slots into a softmax of its own, for all query heads of the group.
+    """One program folds one split of one KV head's slots into a softmax of its own, for all query heads of the group.
 
     The slot that the new token is about to take is left out: `${"finish" if fused else "combine"}` adds that token and writes it, after
     every read is done.
     """
-    stretch = tl.program_id(0)
+    split_id = tl.program_id(0)
     row = tl.program_id(1)  # batch row and KV head
     batch = row // kv_heads
     kv_head = row % kv_heads
@@ -110,14 +110,14 @@ def split(
     # a short cache is read whole: no load of keys waits for the count; empty slots hold zeros
     extent = capacity
 %else
-    # stretches share what is filled, not the capacity: a quarter full cache must cost a quarter
+    # splits share what is filled, not the capacity: a quarter full cache must cost a quarter
     extent = filled
 %end
-    stretch_len = tl.cdiv(tl.cdiv(extent, KEYS), stretches) * KEYS
-    begin = stretch * stretch_len
-    end = tl.minimum(begin + stretch_len, extent)
+    split_len = tl.cdiv(tl.cdiv(extent, KEYS), splits) * KEYS
+    begin = split_id * split_len
+    end = tl.minimum(begin + split_len, extent)
 %if not fused
-    if stretch == 0:
+    if split_id == 0:
         tl.store(slots + row, ${"tl.where(is_real != 0, count, -1)" if grows else "slot"})
         if is_real != 0:
             tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, tl.load(seen + batch))
@@ -165,18 +165,18 @@ def split(
         l = l * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None]${precision})
         m = m_new
-    part = (tl.cast(row, tl.int64) * GROUP + members) * stretches + stretch
+    part = (tl.cast(row, tl.int64) * GROUP + members) * splits + split_id
     tl.store(part_m + part, m, mask=inside)
     tl.store(part_l + part, l, mask=inside)
     tl.store(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], acc, mask=inside[:, None]${v_guard})
 %if fused
     # all threads have written before one of them takes the ticket, whose order makes that visible to the program with the last one
     tl.debug_barrier()
-    if tl.atomic_add(tickets + row, 1, sem="acq_rel") == stretches - 1:
+    if tl.atomic_add(tickets + row, 1, sem="acq_rel") == splits - 1:
         tl.store(tickets + row, 0)
         finish(
             row, slot, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out, ${finish_context},
-            query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, stretches, STRETCHES, MEMBERS,
+            query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, splits, SPLITS, MEMBERS,
         )
 %end
 '''
@@ -186,7 +186,7 @@ COMBINE = '''\
 def combine(
     ${combine_parameters},
 ):
-    """One program joins the stretches of one query head with the new token; the group's first one stores that token."""
+    """One program joins the splits of one query head with the new token; the group's first one stores that token."""
     head = tl.program_id(0)
     row = tl.program_id(1)
     batch = row // kv_heads
@@ -211,9 +211,9 @@ def combine(
 %end
     s = tl.where(slot >= 0, s, float("-inf"))
 
-    stretch = tl.arange(0, STRETCHES)
-    held = stretch < stretches
-    part = (tl.cast(row, tl.int64) * GROUP + head) * stretches + stretch
+    split_id = tl.arange(0, SPLITS)
+    held = split_id < splits
+    part = (tl.cast(row, tl.int64) * GROUP + head) * splits + split_id
     m = tl.load(part_m + part, mask=held, other=float("-inf"))
     l = tl.load(part_l + part, mask=held, other=0.0)
     acc = tl.load(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], mask=held[:, None]${v_guard}, other=0.0)

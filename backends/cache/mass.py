@@ -15,8 +15,7 @@ from sparsify.backends.cache.kernels import logit_arguments, logit_values
 from sparsify.backends.cache.mass_template import GATHER, LOGITS, SPREAD
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import Argument, integers, padded, parameters, pointers
-from sparsify.backends.codegen.launch import DTYPES, cdiv, launch, launching, need, processors, stride_values
-from sparsify.backends.codegen.launch import splits as count_splits
+from sparsify.backends.codegen.launch import DTYPES, cdiv, choose_splits, launch, launching, need, processors, stride_values
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 
@@ -68,12 +67,12 @@ def arguments(spec: MassSpec, kernel: str) -> tuple[Argument, ...]:
     listed += [*integers("key_b", "key_h", "key_n", aligned=True), *integers("kv_heads", "query_len", "key_len")]
     listed += logit_arguments(spec.softcap)
     if kernel == "spread":
-        return (*listed, *integers("stretches"), *integers("stretch_len", aligned=True), *pointers("fp32", "part_m", "part_l"))
+        return (*listed, *integers("splits"), *integers("split_len", aligned=True), *pointers("fp32", "part_m", "part_l"))
     return (*listed, *pointers("fp32", "lse", "mass"))
 
 
 def mass_source(spec: MassSpec) -> str:
-    """Module text with `spread` (grid: stretches, row tiles * batch * kv_heads) and `gather` (grid: key tiles, batch * kv_heads)."""
+    """Module text with `spread` (grid: splits, row tiles * batch * kv_heads) and `gather` (grid: key tiles, batch * kv_heads)."""
     dim = padded(spec.head_dim)
     values = vars(spec) | {
         "context": "tanh_scale, cap_log2" if spec.softcap else "scale",
@@ -119,12 +118,12 @@ def cache_mass(
     tiling = tiling or choose_tiling(dtype, head_dim, group, query_len)
     spec = MassSpec(dtype, head_dim, group, tiling, softcap > 0)
     tiles = cdiv(group * query_len, tiling.rows)
-    count = splits or count_splits(cdiv(key_len, tiling.keys), rows * tiles, processors(query.device) * _PROGRAMS)
+    count = splits or choose_splits(cdiv(key_len, tiling.keys), rows * tiles, processors(query.device) * _PROGRAMS)
     part = torch.empty(2, rows, group * query_len, count, dtype=torch.float32, device=query.device)
     given: dict[str, Any] = {
         "query": query.contiguous(), "keys": keys, "positions": positions.to(torch.int32).contiguous(),
         "asked": query_positions.to(torch.int32).contiguous(), "kv_heads": kv_heads, "query_len": query_len, "key_len": key_len,
-        "stretches": count, "stretch_len": cdiv(key_len, count * tiling.keys) * tiling.keys, "part_m": part[0], "part_l": part[1],
+        "splits": count, "split_len": cdiv(key_len, count * tiling.keys) * tiling.keys, "part_m": part[0], "part_l": part[1],
         "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device), **logit_values(scale, softcap),
     }  # fmt: skip
     given |= stride_values(key=(keys, "bhn"))
@@ -137,7 +136,7 @@ def cache_mass(
 
 
 def _lse(m: Tensor, l: Tensor) -> Tensor:
-    """Base-2 log of each row's sum, from its stretches' along the last dimension; -inf for a row that sees nothing."""
+    """Base-2 log of each row's sum, from its splits' along the last dimension; -inf for a row that sees nothing."""
     top = m.amax(-1)
     top = top.masked_fill(top == -torch.inf, 0)
     return top + (l * (m - top[..., None]).exp2()).sum(-1).log2()

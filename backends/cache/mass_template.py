@@ -19,8 +19,8 @@ SPREAD = '''\
 def spread(
     ${spread_parameters},
 ):
-    """One program folds one stretch of a KV head's keys into the softmax sums of one tile of its (head of the group, query) rows."""
-    stretch = tl.program_id(0)
+    """One program folds one split of a KV head's keys into the softmax sums of one tile of its (head of the group, query) rows."""
+    split_id = tl.program_id(0)
     tiles = tl.cdiv(GROUP * query_len, ROWS)
     row = tl.program_id(1) // tiles  # batch row and KV head
     flat = tl.program_id(1) % tiles * ROWS + tl.arange(0, ROWS)
@@ -33,8 +33,8 @@ def spread(
     key_head = keys + batch * key_b + tl.cast(row % kv_heads, tl.int64) * key_h
     at_head = positions + tl.cast(row, tl.int64) * key_len
     offsets = tl.arange(0, KEYS)
-    begin = stretch * stretch_len
-    end = tl.minimum(begin + stretch_len, key_len)
+    begin = split_id * split_len
+    end = tl.minimum(begin + split_len, key_len)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     for first in tl.range(begin, end, KEYS):
@@ -48,8 +48,8 @@ def spread(
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         l = l * tl.exp2(m - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
         m = m_new
-    tl.store(part_m + own * stretches + stretch, m, mask=inside)
-    tl.store(part_l + own * stretches + stretch, l, mask=inside)
+    tl.store(part_m + own * splits + split_id, m, mask=inside)
+    tl.store(part_l + own * splits + split_id, l, mask=inside)
 '''
 
 GATHER = '''\

@@ -51,7 +51,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def splits(tiles: int, rows: int, programs: int, most: int = 128) -> int:
+def choose_splits(tiles: int, rows: int, programs: int, most: int = 128) -> int:
     """Into how many splits, all of the same number of tiles but the last, the tiles of each of `rows` are cut.
 
     Args:

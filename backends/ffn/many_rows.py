@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.launch import capability, cdiv, launch, need, processors
-from sparsify.backends.ffn.source import MANY, STRETCH, FfnSpec, RowsTiling, arguments, choose_rows_tiling, rows_source
+from sparsify.backends.ffn.source import CHUNK, MANY, FfnSpec, RowsTiling, arguments, choose_rows_tiling, rows_source
 from sparsify.ops import feed_forward
 
 _WHERE = "sparsify::ffn"
@@ -74,7 +74,7 @@ def run(
     start = lambda kernel, grid, values, warps: launch(
         getattr(module, kernel), (grid,), arguments(spec, kernel), shared | values, num_warps=warps
     )
-    start("compact", cdiv(rows, STRETCH), {}, 8)
+    start("compact", cdiv(rows, CHUNK), {}, 8)
     norm = {name: or_unused(call.get(f"norm_{name}")) for name in ("weight", "bias")}
     start("normalise", rows, {"source": input, "out": compacted, **norm}, row_warps)
     weight_box = turn([tiling.wide_tile, step])

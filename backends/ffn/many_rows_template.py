@@ -3,11 +3,11 @@
 COMPACT = """\
 @triton.jit
 def compact(${compact_parameters}):
-    \"\"\"A stretch of rows a program, each counting the computing rows before its own: order[slot] = row, slots[row] = slot or -1.\"\"\"
-    first = tl.program_id(0) * STRETCH
-    offset = tl.arange(0, STRETCH)
-    seen = tl.zeros([STRETCH], tl.int32)
-    for begin in range(0, first, STRETCH):
+    \"\"\"A chunk of rows a program, each counting the computing rows before its own: order[slot] = row, slots[row] = slot or -1.\"\"\"
+    first = tl.program_id(0) * CHUNK
+    offset = tl.arange(0, CHUNK)
+    seen = tl.zeros([CHUNK], tl.int32)
+    for begin in range(0, first, CHUNK):
         seen += (tl.load(remaining + begin + offset) <= 0).to(tl.int32)
     row = first + offset
     computes = tl.load(remaining + row, mask=row < rows, other=1) <= 0

@@ -34,7 +34,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 # one program of `finish` holds a row in registers
 MAX_HIDDEN = 16384
 # row tiles walked together, and rows that one program of `compact` places
-_BAND, STRETCH = 16, 4096
+_BAND, CHUNK = 16, 4096
 # bytes of shared memory for one of two programs on a processor
 _SHARED = 112 * 1024
 # bytes of weights in a stage of the pipeline: fastest on an H200 for 1 and for 32 rows
@@ -239,7 +239,7 @@ def _header(spec: FfnSpec) -> str:
         "SCALE": spec.scale,
     }
     if isinstance(tiling, RowsTiling):
-        constants |= {"ROW_TILE": tiling.row_tile, "STEP": tiling.step, "BAND": _BAND, "STRETCH": STRETCH}
+        constants |= {"ROW_TILE": tiling.row_tile, "STEP": tiling.step, "BAND": _BAND, "CHUNK": CHUNK}
     else:
         constants |= {"ROWS": spec.rows, "WIDE_STEP": tiling.wide_step, "NARROW_STEP": tiling.narrow_step}
         constants |= {"PARTS": tiling.parts, "PART": spec.part}

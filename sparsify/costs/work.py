@@ -26,7 +26,7 @@ TILE = 128  # query rows of a tile and keys of a block, in every attention kerne
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
 _ROUNDING_PASSES, _MERGING_PASSES = 5, 2
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
-# kernels whose decode step cuts the keys of one head into stretches for many processors
+# kernels whose decode step cuts the keys of one head into splits for many processors
 _SPLITTING = {"sdpa", "cache", "masked"}
 _MOST_SPILL = 8
 _ZERO = sympy.Integer(0)

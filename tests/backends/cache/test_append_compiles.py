@@ -23,7 +23,7 @@ def compiled(spec: AppendSpec, arch: int, kernel: str = "fold") -> Resources:
         arch=arch,
         num_warps=spec.tiling.warps if kernel == "fold" else 4,
         num_stages=spec.tiling.stages if kernel == "fold" else 3,
-        constexprs={"STRETCHES": 64} if kernel == "join" else {},
+        constexprs={"SPLITS": 64} if kernel == "join" else {},
         divisible=[argument.name for argument in listed if argument.aligned],
     )
 

@@ -21,7 +21,7 @@ def compiled(spec: DecodeSpec, arch: int, kernel: str) -> Resources:
         arch=arch,
         num_warps=spec.tiling.warps if kernel == "split" else 4,
         num_stages=spec.tiling.stages if kernel == "split" else 3,
-        constexprs={"STRETCHES": 64} if kernel == "combine" else {"STRETCHES": 32, "MEMBERS": 4} if spec.fused else {},
+        constexprs={"SPLITS": 64} if kernel == "combine" else {"SPLITS": 32, "MEMBERS": 4} if spec.fused else {},
         divisible=[argument.name for argument in listed if argument.aligned],
     )
 

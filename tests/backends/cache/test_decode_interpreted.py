@@ -14,7 +14,7 @@ from sparsify import policies
 from sparsify.backends.cache import decode as triton_decode
 from sparsify.backends.cache import reference
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
-from sparsify.backends.codegen.launch import splits
+from sparsify.backends.codegen.launch import choose_splits
 from sparsify.errors import KernelError
 from sparsify.ops import cache as cache_ops
 
@@ -161,7 +161,7 @@ def test_splits_cover_what_is_filled_and_share_it():
     """The kernel cuts the filled slots, not the capacity: a cache that is a twentieth full costs a twentieth."""
     for capacity in (1, 63, 64, 65, 4096, 131072, 524288):
         for rows in (1, 8, 64, 1000):
-            count = splits(-(-capacity // 64), rows, 2 * 132)
+            count = choose_splits(-(-capacity // 64), rows, 2 * 132)
             for filled in {0, 1, capacity // 20, capacity}:
                 tiles = -(-filled // 64)
                 length = -(-tiles // count) * 64  # as in the kernel's text

@@ -141,11 +141,11 @@ ROWS_TILING = RowsTiling(row_tile=16, wide_tile=64, narrow_tile=64, step=32, wid
 
 @pytest.fixture
 def many(monkeypatch):
-    """Small tiles, three programs, and stretches of 32 rows, so that everything is ragged and walked more than once."""
+    """Small tiles, three programs, and chunks of 32 rows, so that everything is ragged and walked more than once."""
     for name in ("bf16", "fp16", "fp32"):
         monkeypatch.setitem(many_rows.tilings, name, ROWS_TILING)
     for module in (ffn_source, many_rows):
-        monkeypatch.setattr(module, "STRETCH", 32)
+        monkeypatch.setattr(module, "CHUNK", 32)
     many_rows.kernels.cache_clear()
     yield
     many_rows.kernels.cache_clear()
