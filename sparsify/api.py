@@ -14,7 +14,7 @@ from sparsify import pipeline
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import attention, block_lists
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.plan import Plan, follow
 
@@ -41,7 +41,7 @@ def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = Non
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
-    settings = config.load(options, mode=mode, method_models=method.discover())
+    settings = config.load(options, mode=mode, method_models=registry.discover())
     follow(settings.plan)
     if mode is not None:
         options["mode"] = mode
@@ -81,7 +81,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         ConfigError: unknown or impossible options.
         PlanError: the plan file cannot be read, or names a method that does not exist.
     """
-    settings = config.load({**(options or {}), "lower": "eager"}, method_models=method.discover())
+    settings = config.load({**(options or {}), "lower": "eager"}, method_models=registry.discover())
     follow(settings.plan)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from sparsify import pipeline, progress
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.config import config
 
 
@@ -33,6 +33,6 @@ def sparsify(
         ConfigError: unknown or impossible options; the message names the place and the nearest valid name.
     """
     given = {**(options or {}), **unknown} if unknown else options
-    settings = config.load(given, mode=mode, method_models=method.discover())
+    settings = config.load(given, mode=mode, method_models=registry.discover())
     with progress.task("compiling a graph", settings.progress):
         return pipeline.compile_graph(gm, example_inputs, settings, options)

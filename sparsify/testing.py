@@ -24,7 +24,7 @@ from sparsify import api, pipeline
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import attention, block_lists
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.plan import Plan
 from sparsify.rewriting.verify import TOLERANCE
@@ -156,7 +156,7 @@ def compare(
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     with settings(options, keep_all) as chosen:
-        config.load(chosen, method_models=method.discover())
+        config.load(chosen, method_models=registry.discover())
         eager = _logits(model.forward(**_clone_inputs(inputs)))
         return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph)
 
@@ -211,7 +211,7 @@ def compare_tokens(
 
 
 def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
-    loaded = config.load(options, method_models=method.discover())
+    loaded = config.load(options, method_models=registry.discover())
     return lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, loaded, loaded)
 
 
@@ -280,7 +280,7 @@ def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Iterator[dict
     if not keep_all:
         yield dict(options or {})
         return
-    models = method.discover()
+    models = registry.discover()
 
     def kept(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return models[name](**given).keep_all().options()
@@ -348,7 +348,7 @@ def bisect(
         the culprit, None when the model stays within the tolerance; and the comparison under all options.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    base = config.load(options, method_models=method.discover()).as_options() | {"plan": None}
+    base = config.load(options, method_models=registry.discover()).as_options() | {"plan": None}
     eager = _logits(model.forward(**_clone_inputs(inputs)))
 
     def test(step: str, decisions: list[Any]) -> tuple[dict[str, Any], Comparison]:

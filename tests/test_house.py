@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sparsify.errors import ConfigError
-from sparsify.planning.method import Pass, discover
+from sparsify.planning.method import Pass
+from sparsify.planning.registry import discover
 
 ROOT = Path(__file__).parent.parent
 

@@ -27,7 +27,7 @@ from benchmarks.lib.clock import Clock, reason
 from benchmarks.lib.models import SHAPES, build, clean, peak_bytes
 from benchmarks.model import Prefill
 from sparsify.api import record_density
-from sparsify.planning.method import discover
+from sparsify.planning.registry import discover
 
 
 def variants(density: float) -> dict[str, dict[str, Any] | None]:

@@ -144,11 +144,11 @@ def _value(text: str) -> Any:
 
 
 def _load_config(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    from sparsify.planning import method
+    from sparsify.planning import registry
     from sparsify.planning.config import config
 
     options = _options(given)
-    return config.load(options, method_models=method.discover()), options
+    return config.load(options, method_models=registry.discover()), options
 
 
 def _load_model(given: argparse.Namespace) -> Any:
@@ -374,11 +374,11 @@ def _calibrate_device(given: argparse.Namespace) -> int:
 
 
 def _config(given: argparse.Namespace) -> int:
-    from sparsify.planning import method
+    from sparsify.planning import registry
     from sparsify.planning.config import docs
 
     if given.markdown:
-        own = {name: model for name, model in method.discover().items() if model.__module__.startswith("sparsify.")}
+        own = {name: model for name, model in registry.discover().items() if model.__module__.startswith("sparsify.")}
         print(docs.markdown(own), end="")
     else:
         print(docs.toml(_load_config(given)[0]), end="")
@@ -391,14 +391,14 @@ def _methods(given: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sparsify.planning import method
+    from sparsify.planning import registry
     from sparsify.planning.config import docs
 
     _load_config(given)
     grid = Table(show_lines=True)
     for heading in ("method", "result", "what it does", "options"):
         grid.add_column(heading, overflow="fold")
-    for name, model in sorted(method.discover().items()):
+    for name, model in sorted(registry.discover().items()):
         module = (inspect.getdoc(sys.modules[model.__module__]) or "").split("\n\n")[0].replace("\n", " ")
         grid.add_row(name, "lossy" if model.lossy else "exact", module.removeprefix(f"{name}: "), docs.option_lines(model))
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)

@@ -5,7 +5,7 @@ a near miss with its reason; nothing is matched whose weights are read by anythi
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import sympy
 import torch
@@ -15,10 +15,11 @@ from torch import fx
 from sparsify.graph import unforeseen
 from sparsify.graph.aliasing import tensor_of
 from sparsify.graph.views import transposed
-from sparsify.masks import prove as predicates
+from sparsify.masks import prove
 from sparsify.masks.prove import Extents
 from sparsify.masks.symbolic import sizes
 from sparsify.matching import biases, empty_rows
+from sparsify.matching.context import Bias, MatchContext
 from sparsify.matching.eager_ops import (
     BADDBMM,
     CAST,
@@ -36,15 +37,16 @@ from sparsify.matching.eager_ops import (
     of_sequences,
     products,
 )
-from sparsify.matching.facts import autocast_to, bare_site, whole
-from sparsify.matching.scores import Chain, ScoreWalk, Term, check_cast, flat_heads, is_flat
+from sparsify.matching.facts import autocast_to, bare_site
+from sparsify.matching.grouping import ungroup, whole
+from sparsify.matching.scores import AddedTerms, Chain, ScoreWalk, Term, check_cast, flat_heads, is_flat
 from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops.gradients import TRANSFORMED
 from sparsify.ops.operands import plain_tensor
 
 
-def find_eager(matcher: object, softmax: fx.Node) -> AttentionSite | None:
-    """The attention around a softmax: a site, a near miss, or None where it is no attention at all. `matcher` is `match.Matcher`."""
+def find_eager(context: MatchContext, softmax: fx.Node) -> AttentionSite | None:
+    """The attention around a softmax: a site, a near miss, or None where it is no attention at all."""
     scores = softmax.all_input_nodes[0]
     if not leads_to_product(scores):
         return None
@@ -54,34 +56,25 @@ def find_eager(matcher: object, softmax: fx.Node) -> AttentionSite | None:
         return bare_site(softmax, scores, scores, scores, None, why, source="eager") if of_sequences(scores) else None
     value = factors_of(product)[1]
     try:
-        return _Match(matcher, softmax, product).site()
+        return _WrittenOut(context, softmax, product).site()
     except NoMatch as why:
         return bare_site(product, scores, value, value, None, str(why), source="eager")
     except Exception as error:
         return bare_site(product, scores, value, value, None, unforeseen.reason(error, product.name), source="eager")
 
 
-@dataclass
-class Added:
-    """The terms that are added to the scores, told apart. masks: (condition, form, reader) each."""
-
-    slopes: fx.Node | None = None
-    per_key: list[KeyBias] = field(default_factory=list)
-    masks: list[tuple[fx.Node, predicates.Form, fx.Node]] = field(default_factory=list)
-
-
-class _Match:
-    def __init__(self, matcher: object, softmax: fx.Node, product: fx.Node):
-        self.matcher, self.softmax, self.product = matcher, softmax, product
+class _WrittenOut:
+    def __init__(self, context: MatchContext, softmax: fx.Node, product: fx.Node):
+        self.context, self.softmax, self.product = context, softmax, product
         self.chain = Chain()
         self.dropout = 0.0
         self.dropped_column = False
 
     def site(self) -> AttentionSite:
-        if self.matcher.modes.transformed([self.softmax, self.product]):
+        if self.context.modes.transformed([self.softmax, self.product]):
             raise NoMatch(TRANSFORMED)
         self.weights()
-        scores = ScoreWalk(self.matcher, self.chain).product(self.softmax)
+        scores = ScoreWalk(self.context, self.chain).product(self.softmax)
         if self.dropped_column != (self.chain.sinks is not None):
             raise NoMatch("a column of the weights is dropped" if self.dropped_column else "a column is added to the scores and kept")
         query, key = self.operands(scores)
@@ -129,7 +122,7 @@ class _Match:
             call = baddbmm_of(product)
             if constant(call.beta) != 1.0 or self.chain.softcap:
                 raise NoMatch("baddbmm of another form")
-            self.chain.terms.append(Term(call.input, product, self.chain.factor, is_flat(call.input, product), self.chain.felt))
+            self.chain.terms.append(Term(call.input, product, self.chain.factor, is_flat(call.input, product), self.chain.shift_sensitive))
             self.chain.multiply(constant(call.alpha))
         query, key, _ = self.factors(product)
         if product.target not in EINSUM:
@@ -148,7 +141,7 @@ class _Match:
 
     def unwritten(self, factor: fx.Node, operand: fx.Node, reader: fx.Node, output: fx.Node) -> bool:
         """Whether the operand still holds, where the output is computed, what `reader` got of it: the factor, a copy or a view."""
-        memory, storage = self.matcher.memory, tensor_of(operand).untyped_storage()._cdata
+        memory, storage = self.context.memory, tensor_of(operand).untyped_storage()._cdata
         here = factor
         while here is not operand:
             if tensor_of(here).untyped_storage()._cdata != storage and memory.written_between(here, None, output):
@@ -191,18 +184,18 @@ class _Match:
     # -- the record --------------------------------------------------------------------------------------------------------------
 
     def describe(self, query: fx.Node, key: fx.Node, value: fx.Node, output: fx.Node, scores: fx.Node) -> AttentionSite:
-        matcher, chain = self.matcher, self.chain
-        key_group, value_group = matcher.ungroup(key, output), matcher.ungroup(value, output)
-        if not matcher.same(key_group.repeat, value_group.repeat):
+        context, chain = self.context, self.chain
+        key_group, value_group = ungroup(context.memory, key, output), ungroup(context.memory, value, output)
+        if not context.same(key_group.repeat, value_group.repeat):
             key_group, value_group = whole(key), whole(value)
         q, k, v = (sizes(tensor_of(n)) for n in (query, key_group.node, value_group.node))
         if not all(plain_tensor(tensor_of(n)) for n in (query, key_group.node, value_group.node)):
             raise NoMatch("an operand is no plain tensor")
         if any(len(s) != 4 for s in (q, k, v)):
             raise NoMatch("operands do not have 4 dimensions")
-        if not (matcher.same(q[0], k[0]) and matcher.same(q[0], v[0]) and matcher.same(k[1], v[1])) or matcher.differ(k[2], v[2]):
+        if not (context.same(q[0], k[0]) and context.same(q[0], v[0]) and context.same(k[1], v[1])) or context.differ(k[2], v[2]):
             raise NoMatch("query, key and value differ in batch, heads or length")
-        if not matcher.same(sympy.expand(k[1] * key_group.repeat), q[1]) and k[1] != 1:
+        if not context.same(sympy.expand(k[1] * key_group.repeat), q[1]) and k[1] != 1:
             raise NoMatch("the head dimension is broadcast")
         if autocast_to(output, (query, key_group.node, value_group.node), scores) is None:
             raise NoMatch("query, key and value differ in dtype")
@@ -217,9 +210,9 @@ class _Match:
         factor = chain.factor * softcap if softcap else chain.factor
         between = tuple(chain.nodes)
         masks = chain.masks + added.masks
-        mask = matcher.prove(masks, extents) if masks else predicates.none()
-        empty, per_key = empty_rows.of_written_out(matcher, chain, self.softmax, masks, added, mask, extents)
-        return matcher.site(
+        mask = context.proof(masks, extents) if masks else prove.none()
+        empty, per_key = empty_rows.rows_of_written_out(context, chain, self.softmax, masks, added, mask, extents)
+        return context.site(
             output,
             query,
             key_group,
@@ -237,20 +230,20 @@ class _Match:
             between=between,
         )
 
-    def added(self, extents: Extents, output: fx.Node) -> Added:
+    def added(self, extents: Extents, output: fx.Node) -> AddedTerms:
         """What each added term is: slopes of a position bias, a bias per key, a mask, or the sum of a bias and a mask."""
-        matcher, found = self.matcher, Added()
+        context, found = self.context, AddedTerms()
         for term in self.chain.terms:
             scaled = term.factor != 1.0
             slopes = self.slopes(term, extents, output) if not scaled and found.slopes is None else None
             whole = (term.node, "mask", term.reader)
             if slopes is not None:
                 found.slopes = slopes
-            elif not scaled and self.reads_as_one(*whole, extents) and not matcher.prove([whole], extents).opaque:
+            elif not scaled and self.reads_as_one(*whole, extents) and not context.proof([whole], extents).opaque:
                 found.masks.append(whole)
             elif self.is_key_bias(term, extents, output):
                 found.per_key.append(KeyBias(term.node, term.factor, term.flat, term.reader))
-            elif not term.flat and not scaled and (parts := matcher.biased(term.node, term.reader, extents, term.felt)) is not None:
+            elif not term.flat and not scaled and (parts := self.taken_apart(term, extents)) is not None:
                 if parts.slopes is not None and found.slopes is not None:
                     raise NoMatch("two position biases are added to the scores")
                 found.slopes = parts.slopes or found.slopes
@@ -264,23 +257,26 @@ class _Match:
                 found.masks.append(whole)
         return found
 
-    def reads_as_one(self, mask: fx.Node, form: predicates.Form, reader: fx.Node, extents: Extents) -> bool:
+    def taken_apart(self, term: Term, extents: Extents) -> Bias | None:
+        return self.context.biased(term.node, term.reader, extents, term.shift_sensitive)
+
+    def reads_as_one(self, mask: fx.Node, form: prove.Form, reader: fx.Node, extents: Extents) -> bool:
         """Whether a mask may be read by batch row and head: one over merged batch and heads only where it is the same for all."""
         if not is_flat(mask, reader):
             return True
         merged = Extents(sympy.Integer(1), sympy.expand(extents.batch * extents.heads), extents.query_len, extents.key_len)
-        proof = self.matcher.prove([(mask, form, reader)], merged)
+        proof = self.context.proof([(mask, form, reader)], merged)
         return not proof.opaque and proof.padding is None and proof.documents is None
 
     def slopes(self, term: Term, extents: Extents, output: fx.Node) -> fx.Node | None:
-        found = biases.alibi_slopes(term.node, output, extents, self.matcher.memory, self.matcher.shape_env, term.flat)
-        return found.node if found is not None and (found.constant == 0 or not term.felt) else None
+        found = biases.alibi_slopes(term.node, output, extents, self.context.memory, self.context.shape_env, term.flat)
+        return found.node if found is not None and (found.constant == 0 or not term.shift_sensitive) else None
 
     def is_key_bias(self, term: Term, extents: Extents, output: fx.Node) -> bool:
         """One row of a mask that is made in the graph is taken apart instead: it may say which keys come first."""
         one_row = extents.query_len == 1 and term.factor == 1.0 and not term.flat
-        one_row = one_row and self.matcher.biased(term.node, term.reader, extents, term.felt)
-        unwritten = not self.matcher.memory.written_between(term.node, None, output)
+        one_row = one_row and self.taken_apart(term, extents)
+        unwritten = not self.context.memory.written_between(term.node, None, output)
         return not one_row and unwritten and isinstance(term.factor, float) and biases.per_key(tensor_of(term.node), extents, term.flat)
 
     def sink_logits(self, extents: Extents, output: fx.Node) -> fx.Node | None:
@@ -288,7 +284,7 @@ class _Match:
             return None
         if tensor_of(self.chain.sinks).dim() == 3 and extents.batch != 1:
             raise NoMatch("the extra column is over merged batch and heads")
-        node = biases.per_head(self.chain.sinks, output, extents, self.matcher.memory, self.matcher.shape_env)
+        node = biases.per_head(self.chain.sinks, output, extents, self.context.memory, self.context.shape_env)
         if node is None:
             raise NoMatch("the extra column is no number per head")
         return node

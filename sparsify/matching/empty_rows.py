@@ -8,25 +8,23 @@ gives NaN, leaves such a row 0 under -inf.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
 from sparsify.graph.aliasing import tensor_of
-from sparsify.masks import prove as predicates
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.masks.prove import Extents
 from sparsify.masks.reader import Reader
 from sparsify.masks.symbolic import BATCH, HEAD, KEY, QUERY, Facts, Unreadable, cases
 from sparsify.matching import biases
+from sparsify.matching.context import Bias, MaskReading, MatchContext
 from sparsify.matching.eager_ops import FILLS, NoMatch
-from sparsify.matching.scores import Chain
+from sparsify.matching.scores import AddedTerms, Chain
 from sparsify.matching.sites import KeyBias
-
-Masks = tuple[tuple[fx.Node, predicates.Form, fx.Node], ...]
 
 
 @dataclass(frozen=True)
@@ -57,34 +55,42 @@ def impossible(mask: MaskPredicate, extents: Extents, facts: Facts) -> bool:
     return reach == math.inf or facts.holds(sympy.Le(behind, reach))
 
 
-def of_sdpa(matcher: Any, node: fx.Node, mask: fx.Node | None, proof: MaskPredicate, parts: Any, extents: Extents) -> EmptyRows:
-    """For a call of scaled_dot_product_attention under a proved mask. parts: the `match.Bias` that the mask was taken apart into.
+def rows_of_sdpa(
+    context: MatchContext, node: fx.Node, mask: fx.Node | None, proof: MaskPredicate, parts: Bias, extents: Extents
+) -> EmptyRows:
+    """For a call of scaled_dot_product_attention under a proved mask. parts: what the mask was taken apart into.
 
     Raises:
         NoMatch: rows may see no key, and what they hold cannot be said.
     """
-    if proof.opaque or (impossible(proof, extents, matcher.facts) and not parts.per_key):
+    if proof.opaque or (impossible(proof, extents, context.facts) and not parts.per_key):
         return IMPOSSIBLE
     if mask is None or not tensor_of(mask).dtype.is_floating_point:
         return ZERO
     masks = parts.masks or (() if parts.per_key else ((mask, "mask", node),))
-    numbers = {number for one in masks for number in _hidden(matcher, *one, extents)}
+    numbers = {number for one in masks for number in _hidden(context, *one, extents)}
     if numbers <= {-math.inf}:
         return ZERO
     if tensor_of(mask).dtype is not tensor_of(node).dtype:
         raise NoMatch("rows may see no key, under a mask of another dtype")
     # half types are computed in float32
     math_dtype = torch.promote_types(tensor_of(node).dtype, torch.float32)
-    found = _decided(matcher, {number: _swallows(number, math_dtype) for number in numbers})
+    found = _decided({number: _swallows(number, math_dtype) for number in numbers})
     # fused kernels of GPUs multiply the mask by log2(e), beyond the range of float32: -inf to them
     return ZERO if tensor_of(node).device.type == "cuda" else found
 
 
-def of_written_out(
-    matcher: Any, chain: Chain, softmax: fx.Node, masks: Masks, added: Any, proof: MaskPredicate, extents: Extents
+def rows_of_written_out(
+    context: MatchContext,
+    chain: Chain,
+    softmax: fx.Node,
+    masks: Sequence[MaskReading],
+    added: AddedTerms,
+    proof: MaskPredicate,
+    extents: Extents,
 ) -> tuple[EmptyRows, tuple[KeyBias, ...]]:
-    """For written-out attention under a proved mask, and its biases per key with `on_hidden` set. masks: all of them; added: the
-    `match_eager.Added` that the added terms are.
+    """For written-out attention under a proved mask, and its biases per key with `on_hidden` set. masks: all of them; added: what
+    the added terms are.
 
     Raises:
         NoMatch: rows may see no key, and what they hold cannot be said.
@@ -92,26 +98,31 @@ def of_written_out(
     places = tuple(added.per_key)
     per_key = tuple(replace(one, reader=None) for one in places)  # no operand of the site
     # one more logit in the denominator outweighs everything hidden
-    if proof.opaque or chain.sinks is not None or (impossible(proof, extents, matcher.facts) and not per_key):
+    if proof.opaque or chain.sinks is not None or (impossible(proof, extents, context.facts) and not per_key):
         return IMPOSSIBLE if chain.sinks is None else ZERO, per_key
     adders = {term.node: term.reader for term in chain.terms}
-    fills = {reader: {_filled(matcher, reader)} for _, _, reader in chain.masks}
+    fills = {reader: {_filled(context, reader)} for _, _, reader in chain.masks}
     sums: dict[fx.Node, set[float]] = {}
     for mask, form, reader in added.masks:
-        sums.setdefault(adders.get(reader, reader), set()).update(_hidden(matcher, mask, form, reader, extents))
-    levels = _levels(matcher, chain, softmax, fills, sums, {*adders.values()})
+        sums.setdefault(adders.get(reader, reader), set()).update(_hidden(context, mask, form, reader, extents))
+    levels = _levels(context, chain, softmax, fills, sums, {*adders.values()})
     if per_key and any(not _swallows(torch.finfo(tensor_of(one.reader).dtype).min, tensor_of(one.reader).dtype) for one in places):
         raise NoMatch("a bias per key may hide every key of a row, and float16 keeps scores beside it")
     if not masks:
         return NAN, per_key
-    return _decided(matcher, levels), tuple(replace(one, reader=None, on_hidden=_reaches(matcher, one, [*fills])) for one in places)
+    return _decided(levels), tuple(replace(one, reader=None, on_hidden=_reaches(context, one, [*fills])) for one in places)
 
 
 def _levels(
-    matcher: Any, chain: Chain, softmax: fx.Node, fills: dict[fx.Node, set[float]], sums: dict[fx.Node, set[float]], adders: set[fx.Node]
+    context: MatchContext,
+    chain: Chain,
+    softmax: fx.Node,
+    fills: dict[fx.Node, set[float]],
+    sums: dict[fx.Node, set[float]],
+    adders: set[fx.Node],
 ) -> dict[float, bool]:
     """Where hidden scores stand before the softmax, and whether they are all equal there: filled, or swallowed by the number."""
-    position = matcher.memory.position
+    position = context.memory.position
     levels: dict[float, bool] = {}
     for node in sorted({n for n in chain.nodes if position[n] <= position[softmax]}, key=position.__getitem__):
         tensor = tensor_of(node)
@@ -130,7 +141,7 @@ def _levels(
     return levels
 
 
-def _decided(matcher: Any, levels: dict[float, bool]) -> EmptyRows:
+def _decided(levels: dict[float, bool]) -> EmptyRows:
     if set(levels) == {-math.inf}:
         return NAN
     if len(levels) != 1:
@@ -141,36 +152,36 @@ def _decided(matcher: Any, levels: dict[float, bool]) -> EmptyRows:
     return EmptyRows("mean", number)
 
 
-def _reaches(matcher: Any, bias: KeyBias, fills: list[fx.Node]) -> bool:
+def _reaches(context: MatchContext, bias: KeyBias, fills: list[fx.Node]) -> bool:
     """Whether scores that the mask hides get the bias too: not where a fill replaces their sum."""
-    position = matcher.memory.position
+    position = context.memory.position
     after = {position[bias.reader] > position[fill] for fill in fills} or {True}
     if len(after) > 1:
         raise NoMatch("rows may see no key, and a bias per key is added between two masks")
     return bias.on_hidden and after == {True}
 
 
-def _hidden(matcher: Any, mask: fx.Node, form: str, reader: fx.Node, extents: Extents) -> set[float]:
-    """The numbers that a mask adds to hidden scores, or puts in their place. reader: as `predicates.prove` takes it."""
+def _hidden(context: MatchContext, mask: fx.Node, form: str, reader: fx.Node, extents: Extents) -> set[float]:
+    """The numbers that a mask adds to hidden scores, or puts in their place. reader: as `masks.prove` takes it."""
     if not tensor_of(mask).dtype.is_floating_point:
-        return {_filled(matcher, reader)}
-    if (mask, extents) not in matcher.hidden:
+        return {_filled(context, reader)}
+    if (mask, extents) not in context.hiding_numbers:
         at = {BATCH: extents.batch, HEAD: extents.heads, QUERY: extents.query_len, KEY: extents.key_len}
         indices = [sympy.Integer(0) if size == 1 else symbol for symbol, size in at.items()]
-        element = Reader(Facts(matcher.shape_env, at)).read(mask).broadcast(4)(*indices)
-        matcher.hidden[mask, extents] = {float(value) for _, value in cases(element)} - {0.0}
-    return matcher.hidden[mask, extents]
+        element = Reader(Facts(context.shape_env, at)).read(mask).broadcast(4)(*indices)
+        context.hiding_numbers[mask, extents] = {float(value) for _, value in cases(element)} - {0.0}
+    return context.hiding_numbers[mask, extents]
 
 
-def _filled(matcher: Any, node: fx.Node) -> float:
+def _filled(context: MatchContext, node: fx.Node) -> float:
     """The number that a fill, or a mask that is a broadcast of one, puts at hidden places."""
     while node.target not in FILLS:
         node = node.args[0]
     dtype = tensor_of(node).dtype
     for operand in (*node.args, *node.kwargs.values()):
         single = tensor_of(operand) is None or tensor_of(operand).dim() == 0
-        if single and biases.hides(operand, dtype, matcher.shape_env):
-            return _rounded(float(Reader(Facts(matcher.shape_env)).read(operand).at()), dtype)
+        if single and biases.hides(operand, dtype, context.shape_env):
+            return _rounded(float(Reader(Facts(context.shape_env)).read(operand).at()), dtype)
     raise Unreadable("a mask fills with no number")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import sympy
 import torch
@@ -15,20 +15,6 @@ from sparsify.graph.module_paths import module_path
 from sparsify.masks import prove
 from sparsify.masks.symbolic import plain, scalar, sizes
 from sparsify.matching.sites import AttentionSite
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """Keys or values before their repeat over the query heads of a group: the node, the repeat, and the nodes in between."""
-
-    node: fx.Node
-    repeat: sympy.Expr
-    between: tuple[fx.Node, ...]
-
-
-def whole(node: fx.Node) -> Grouped:
-    """Keys or values that were not repeated."""
-    return Grouped(node, sympy.Integer(1), ())
 
 
 def autocast_to(output: fx.Node, operands: tuple[fx.Node, ...], *products: fx.Node) -> torch.dtype | None:

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from sparsify.graph.aliasing import tensor_of, written
-from sparsify.masks import prove
 from sparsify.masks.symbolic import sizes
 from sparsify.matching import biases
+from sparsify.matching.context import MaskReading, MatchContext
 from sparsify.matching.eager_ops import (
     ADD,
     CAST,
@@ -31,6 +31,7 @@ from sparsify.matching.eager_ops import (
     named,
     softmax_of,
 )
+from sparsify.matching.sites import KeyBias
 
 _MAXIMA = (torch.max, "max", torch.amax, "amax")
 _NAMES = {torch.where: "condition, input, other", "where": "input, condition, other"}
@@ -39,13 +40,27 @@ _NAMES = {torch.where: "condition, input, other", "where": "input, condition, ot
 @dataclass(frozen=True)
 class Term:
     """A float tensor that is added to the scores: a mask, a position bias or a bias per key. factor: what the sum is multiplied with
-    afterwards. flat: batch and heads are merged, in the term too. felt: as `Chain.felt`, at the sum."""
+    afterwards. flat: batch and heads are merged, in the term too. shift_sensitive: as `Chain.shift_sensitive`, at the sum."""
 
     node: fx.Node
     reader: fx.Node
     factor: float | fx.Node = 1.0
     flat: bool = False
-    felt: str = ""
+    shift_sensitive: str = ""
+
+
+@dataclass
+class AddedTerms:
+    """The terms that are added to the scores, told apart.
+
+    slopes: of a position bias.
+    per_key: biases of one number per key.
+    masks: (condition, form, reader) each.
+    """
+
+    slopes: fx.Node | None = None
+    per_key: list[KeyBias] = field(default_factory=list)
+    masks: list[MaskReading] = field(default_factory=list)
 
 
 @dataclass
@@ -57,7 +72,7 @@ class Chain:
 
     factor: float | fx.Node = 1.0
     softcap: float = 0.0
-    masks: list[tuple[fx.Node, prove.Form, fx.Node]] = field(default_factory=list)
+    masks: list[MaskReading] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     sinks: fx.Node | None = None
     nodes: list[fx.Node] = field(default_factory=list)
@@ -68,7 +83,7 @@ class Chain:
         return not self.softcap and self.factor == 1.0
 
     @property
-    def felt(self) -> str:
+    def shift_sensitive(self) -> str:
         """What feels a number that is added to a whole row of scores here, empty where softmax alone follows, which does not.
 
         Whoever drops such a number asks. Scales, casts and sums carry it along and masks that hide are above it; whatever else a step
@@ -115,10 +130,10 @@ def check_cast(node: fx.Node) -> None:
 
 
 class ScoreWalk:
-    """`chain` after `product()` is what the scores went through. `matcher` is `match.Matcher`."""
+    """`chain` after `product()` is what the scores went through."""
 
-    def __init__(self, matcher: object, chain: Chain):
-        self.matcher, self.chain = matcher, chain
+    def __init__(self, context: MatchContext, chain: Chain):
+        self.context, self.chain = context, chain
 
     def product(self, softmax: fx.Node) -> fx.Node:
         """Walks back from the softmax to the product of query and key."""
@@ -138,7 +153,7 @@ class ScoreWalk:
 
     def edits(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
         """Calls that change a tensor in place before `reader` reads it, in order: statements such as `scores.mul_(scale)`."""
-        position = self.matcher.memory.position
+        position = self.context.memory.position
         found = [u for u in node.users if u is not reader and written(u) == [node] and position[u] < position[reader]]
         return sorted(found, key=position.__getitem__)
 
@@ -212,7 +227,7 @@ class ScoreWalk:
             raise NoMatch("integers are added to the scores")
         if len(self.chain.terms) == 3:
             raise NoMatch("many terms are added to the scores")
-        self.chain.terms.append(Term(right, node, self.chain.factor, is_flat(right, node), self.chain.felt))
+        self.chain.terms.append(Term(right, node, self.chain.factor, is_flat(right, node), self.chain.shift_sensitive))
         return left
 
     def fill(self, node: fx.Node) -> fx.Node:
@@ -230,7 +245,7 @@ class ScoreWalk:
             scores, low, form = low, scores, "hidden"
         if tensor_of(scores) is None or tensor_of(condition) is None:
             raise NoMatch("a mask of another form")
-        if not biases.hides(low, tensor_of(node).dtype, self.matcher.shape_env):
+        if not biases.hides(low, tensor_of(node).dtype, self.context.shape_env):
             raise NoMatch("hidden scores are filled with a number that is not the lowest")
         self.chain.masks.append((condition, form, node))
         return scores
@@ -249,8 +264,8 @@ class ScoreWalk:
             or maximum.dim not in (*last, *((d,) for d in last), *([d] for d in last))
         ):
             raise NoMatch("something is subtracted from the scores")
-        if self.chain.felt:
-            raise NoMatch(f"the row's maximum is subtracted before {self.chain.felt}")
+        if self.chain.shift_sensitive:
+            raise NoMatch(f"the row's maximum is subtracted before {self.chain.shift_sensitive}")
         self.chain.nodes += [found, *([right] if right is not found else [])]
         return call.input
 

@@ -17,8 +17,9 @@ from sparsify.graph.compat import symbol_values
 from sparsify.matching.base import Site, SiteKind
 from sparsify.planning import objective
 from sparsify.planning.config.config import Config
-from sparsify.planning.method import Context, Pass, Proposal, Refusal, discover
+from sparsify.planning.method import Context, Pass, Proposal, Refusal
 from sparsify.planning.plan import Decision, Followed, Place, Plan, follow, places
+from sparsify.planning.registry import discover
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a method is and how methods are found.
+"""What a method is, and all that the file of one imports of sparsify beside its ops.
 
 A method is a frozen pydantic model whose fields are its options, so that configuration, plan files and code share one validation:
 
@@ -12,10 +12,6 @@ A method is a frozen pydantic model whose fields are its options, so that config
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.metadata
-import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,7 +25,6 @@ from sparsify.costs.device import Device
 from sparsify.costs.seconds import expected, expected_density, feed_forward_seconds, formula, in_units, seconds
 from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes
 from sparsify.costs.work import Work
-from sparsify.errors import ConfigError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
@@ -66,8 +61,6 @@ __all__ = [
     "seconds",
     "work",
 ]
-
-ENTRY_POINT_GROUP = "sparsify.methods"
 
 
 @dataclass(frozen=True)
@@ -149,34 +142,6 @@ class Pass(BaseModel):
 
     def refuse(self, reason: str, hint: str = "") -> Refusal:
         return Refusal(self.name, reason, hint)
-
-
-@functools.cache
-def discover() -> dict[str, type[Pass]]:
-    """Every method by name: modules of `sparsify.passes`, then the entry-point group `sparsify.methods` of other packages.
-
-    Raises:
-        ConfigError: two methods share a name, or an entry point is not a Pass.
-    """
-    folder = importlib.import_module("sparsify.passes")  # by name: methods import this module, not the other way round
-    found: dict[str, type[Pass]] = {}
-    for module in pkgutil.iter_modules(folder.__path__):
-        loaded = importlib.import_module(f"sparsify.passes.{module.name}")
-        for value in vars(loaded).values():
-            if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == loaded.__name__ and "name" in vars(value):
-                _add(found, value, f"sparsify.passes.{module.name}")
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        value = entry.load()
-        if not (isinstance(value, type) and issubclass(value, Pass)):
-            raise ConfigError(f"entry point {entry.value} is not a sparsify Pass", where=f"{ENTRY_POINT_GROUP}:{entry.name}")
-        _add(found, value, entry.value)
-    return found
-
-
-def _add(found: dict[str, type[Pass]], method: type[Pass], where: str) -> None:
-    if method.name in found and found[method.name] is not method:
-        raise ConfigError(f"two methods are named {method.name!r}", where=where, hint="rename one of them")
-    found[method.name] = method
 
 
 def refuse_common(method: Pass, site: AttentionSite) -> Refusal | None:

@@ -19,7 +19,8 @@ from sparsify.errors import ConfigError, PlanError, nearest
 from sparsify.matching.base import CACHE_SUFFIX, PlanKind, Site, SiteKind, plan_kind
 from sparsify.ops import attention
 from sparsify.planning.config import config
-from sparsify.planning.method import Pass, discover
+from sparsify.planning.method import Pass
+from sparsify.planning.registry import discover
 
 FORMAT = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

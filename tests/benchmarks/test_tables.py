@@ -132,7 +132,7 @@ def test_lost_answers_are_a_shortfall() -> None:
 
 
 def test_the_defaults_that_headlines_quote_are_the_methods() -> None:
-    from sparsify.planning.method import discover
+    from sparsify.planning.registry import discover
 
     method = discover()["xattention"]()
     assert {"pool": method.op_pool, "stride": method.stride, "threshold": method.threshold} == answers.DEFAULT

@@ -21,7 +21,7 @@ from sparsify.commands.cost import meta_model, report
 from sparsify.costs import profile
 from sparsify.costs.decoder import ModelShape, model_decode_seconds, model_prefill_seconds
 from sparsify.errors import ConfigError, SparsifyError
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.plan import Decision, Plan
 from tests.planning.test_plan import plan_for, site
@@ -36,7 +36,7 @@ LENGTHS = (4096, 32768, 131072)
 
 
 def settings(**options):
-    return config.load(options, method_models=method.discover(), environ={}, cwd="/nonexistent")
+    return config.load(options, method_models=registry.discover(), environ={}, cwd="/nonexistent")
 
 
 def forecaster(model, batch=1, make_cache=None, **options) -> forecast.Forecaster:

@@ -12,7 +12,7 @@ import torch
 import sparsify
 from sparsify.commands import arguments
 from sparsify.commands import main as cli
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.config import docs
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_wrong_usage_exits_2(capsys, arguments):
 def test_methods_lists_every_method(capsys):
     code, out, _ = run(capsys, "methods")
     assert code == 0
-    for name in method.discover():
+    for name in registry.discover():
         assert f"│ {name} " in out
     assert "stride = 8: 4, 8, 16" in out
 
@@ -118,10 +118,10 @@ def test_the_configuration_reference_is_current(capsys):
 
 
 def test_every_option_has_a_description():
-    for name, model in method.discover().items():
+    for name, model in registry.discover().items():
         for key, info in model.model_fields.items():
             assert info.description, f"{name}.{key}"
-    assert "| `stride` | `4`, `8`, `16` | `8` |" in docs.markdown(method.discover())
+    assert "| `stride` | `4`, `8`, `16` | `8` |" in docs.markdown(registry.discover())
 
 
 def test_explain_lists_every_site_and_saves_the_plan(capsys, model_folder, tmp_path):

@@ -18,7 +18,7 @@ import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import pipeline
 from sparsify.matching.attention import is_sdpa
 from sparsify.matching.eager_ops import is_softmax
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.choose import Plan
 from sparsify.planning.config import config
 from sparsify.rewriting.trace import Trace
@@ -95,7 +95,7 @@ def check(program: Program, tally: Tally | None = None, methods: dict[str, dict[
         tally.kinds[program.around.kind] += 1
         slack = Slack(program.around)
         for name, options in methods.items():
-            settings = config.load({**STRICT, **options}, method_models=method.discover(), environ={})
+            settings = config.load({**STRICT, **options}, method_models=registry.discover(), environ={})
             plan, rewritten, _ = pipeline.rewrite_graph(pipeline.copy_graph(graph.module), settings, Trace(None))
             tally.add(name, plan)
             if len(plan.decisions) < program.sdpa:
@@ -118,7 +118,7 @@ def _follow(graph: Captured, plan: Plan) -> None:
         decision.method, decision.options = None, {}
     with tempfile.TemporaryDirectory() as folder:
         plan.save(path := f"{folder}/plan.json")
-        settings = config.load({**STRICT, "plan": path}, method_models=method.discover(), environ={})
+        settings = config.load({**STRICT, "plan": path}, method_models=registry.discover(), environ={})
         followed, _, _ = pipeline.rewrite_graph(pipeline.copy_graph(graph.module), settings, Trace(None))
     got, want = ([d.method for d in p.decisions] for p in (followed, plan))
     if got != want:

@@ -16,7 +16,7 @@ from sparsify.api import collect_plans
 from sparsify.commands.calibrate import errors, feed_forward
 from sparsify.commands.cost import meta_model
 from sparsify.graph import compat, isolated
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.config import config
 from tests.support.tiny_models import build
 
@@ -93,7 +93,7 @@ def test_sizes_do_not_become_dynamic():
                     call(torch.ones(1, 1, length, 8))
         return [plan.decisions[0].sizes["key_len"] for plan in plans]
 
-    settings = config.load(OPTIONS, method_models=method.discover())
+    settings = config.load(OPTIONS, method_models=registry.discover())
     looks = lambda: isolated.compiled(attend, lambda gm, inputs: pipeline.compile_graph(gm, inputs, settings))
     served = torch.compile(attend, backend="sparsify", options=OPTIONS)
     serves = lambda: contextlib.nullcontext(served)

@@ -21,7 +21,7 @@ from sparsify.ops import attention as ops
 from sparsify.ops import cache as cache_ops
 from sparsify.passes.kv_evict import KvEvict
 from sparsify.planning.config import config
-from sparsify.planning.method import discover
+from sparsify.planning.registry import discover
 from sparsify.rewriting import verify
 from sparsify.rewriting.editor import Editor
 from sparsify.rewriting.trace import Trace

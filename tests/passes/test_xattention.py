@@ -22,7 +22,8 @@ from sparsify.ops import attention as ops
 from sparsify.ops import block_lists, scratch
 from sparsify.passes.xattention import XAttention
 from sparsify.planning.config import config
-from sparsify.planning.method import Context, Proposal, Refusal, discover
+from sparsify.planning.method import Context, Proposal, Refusal
+from sparsify.planning.registry import discover
 from sparsify.rewriting.trace import Trace
 from tests.support.harness import holding, reference_run, run, strict, visible_error
 from tests.support.tiny_models import VOCAB, build

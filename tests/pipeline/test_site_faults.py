@@ -12,6 +12,7 @@ from sparsify import api
 from sparsify.errors import RewriteError, UnsupportedError
 from sparsify.matching import attention as match
 from sparsify.matching import feed_forward
+from sparsify.matching.context import MatchContext
 from sparsify.ops import cache as cache_ops
 from sparsify.ops import operands
 from sparsify.ops.attention import AttentionCall
@@ -60,13 +61,11 @@ def fails_first(original, error):
 
 
 @pytest.mark.unforeseen
-@pytest.mark.parametrize(
-    ("where", "name"), [(match.Matcher, "sdpa"), (match.Matcher, "prove"), (match.Matcher, "ungroup"), (Dense, "propose")]
-)
+@pytest.mark.parametrize(("where", "name"), [(match, "_sdpa_site"), (MatchContext, "proof"), (match, "ungroup"), (Dense, "propose")])
 def test_what_nobody_foresaw_costs_one_site(monkeypatch, nothing_unforeseen, where, name):
     monkeypatch.setattr(where, name, fails_first(getattr(where, name), ZeroDivisionError("by\nzero")))
     masked = lambda q, k, v: two(q, k, v)
-    if name == "prove":
+    if name == "proof":
 
         def masked(q, k, v):
             one, other = two(q, k, v)
@@ -81,9 +80,9 @@ def test_what_nobody_foresaw_costs_one_site(monkeypatch, nothing_unforeseen, whe
 
 @pytest.mark.unforeseen
 def test_a_written_out_attention_too(monkeypatch, nothing_unforeseen):
-    from sparsify.matching.eager import _Match
+    from sparsify.matching.eager import _WrittenOut
 
-    monkeypatch.setattr(_Match, "describe", fails_first(_Match.describe, IndexError("beyond")))
+    monkeypatch.setattr(_WrittenOut, "describe", fails_first(_WrittenOut.describe, IndexError("beyond")))
 
     def written_out(q, k, v):
         one = (q @ k.mT).softmax(-1) @ v

@@ -17,7 +17,7 @@ from sparsify.errors import ConfigError
 from sparsify.passes.dense import Dense
 from sparsify.passes.sink_window import SinkWindow
 from sparsify.passes.xattention import XAttention
-from sparsify.planning import method, objective
+from sparsify.planning import method, objective, registry
 from sparsify.planning.choose import make_plan
 from sparsify.planning.config import config
 from sparsify.planning.method import Context
@@ -176,7 +176,7 @@ def test_the_measured_errors_survive_a_round_trip():
 @pytest.mark.parametrize("goal", ["time", "memory", "balanced"])
 def test_nothing_is_chosen_that_costs_more_than_a_rival_in_every_respect(goal):
     """Dominated candidates never win, at any length."""
-    settings = config.load({"passes": PASSES, "objective": goal}, method_models=method.discover(), environ={})
+    settings = config.load({"passes": PASSES, "objective": goal}, method_models=registry.discover(), environ={})
     context = Context(H200, "triton")
     for length in (2048, 16384, 131072, 1 << 20):
         one = site(length)

@@ -16,7 +16,7 @@ from sparsify.costs.seconds import attention_seconds, expected_density
 from sparsify.errors import PlanError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.sites import AttentionSite
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.choose import make_plan
 from sparsify.planning.config import config
 from sparsify.planning.method import Context
@@ -46,7 +46,7 @@ def site(query_len: int = 65536, key_len: int | None = None, *, name: str = "mod
 
 
 def plan_for(one: AttentionSite, context: Context | None = None, **options) -> Decision:
-    settings = config.load(options, method_models=method.discover(), environ={})
+    settings = config.load(options, method_models=registry.discover(), environ={})
     plan, choices = make_plan([one], settings, context or Context(H200, "triton"))
     assert len(plan.decisions) == len(choices) == 1
     return plan.decisions[0]
@@ -122,7 +122,7 @@ def test_thresholds_per_head_must_fit_the_heads():
 
 
 def test_json_round_trip(tmp_path):
-    settings = config.load({}, method_models=method.discover(), environ={})
+    settings = config.load({}, method_models=registry.discover(), environ={})
     plan, _ = make_plan([site(), site(1024, name="model.layers.4.self_attn")], settings, Context(H200, "triton"))
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -161,7 +161,7 @@ def test_what_is_not_a_plan_is_refused(text):
 
 
 def test_the_table_shows_every_site():
-    settings = config.load({}, method_models=method.discover(), environ={})
+    settings = config.load({}, method_models=registry.discover(), environ={})
     plan, _ = make_plan([site(name=f"model.layers.{i}.self_attn") for i in (3, 5)], settings, Context(H200, "triton"))
     assert "2 of 2 attention sites rewritten" in str(plan)
     dense, chosen = (sum(getattr(d, name) for d in plan.decisions) for name in ("dense_seconds", "seconds"))

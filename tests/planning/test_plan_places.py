@@ -177,7 +177,7 @@ def test_calibrated_errors_belong_to_one_of_them():
 
 def test_an_error_that_is_no_number_is_not_recorded():
     errors = calibrate_errors.Errors()
-    method = sparsify.planning.method.discover()["sink_window"]()
+    method = sparsify.planning.registry.discover()["sink_window"]()
     errors.add(0, Place("attention", "a"), method, torch.ones(2), torch.tensor([1.0, torch.nan]))
     errors.add(0, Place("attention", "b"), method, torch.zeros(2), torch.ones(2))
     errors.add(0, Place("attention", "c"), method, torch.ones(2), torch.full((2,), 1.5))

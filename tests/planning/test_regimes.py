@@ -11,7 +11,7 @@ from sparsify import pipeline
 from sparsify.api import collect_plans, explain
 from sparsify.costs import crossovers, profile
 from sparsify.costs.device import Device
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.method import Context
 
 H200 = Device.of("cuda", profile.shipped("sm_90"))
@@ -24,7 +24,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(pipeline, "make_context", lambda device, config: Context(H200, "triton", None, "hopper"))
     monkeypatch.setattr(crossovers, "sparse_from", lambda *_, **__: SPARSE)
     monkeypatch.setattr(crossovers, "kernel_from", lambda *_, **__: EXACT)
-    assert method.discover()
+    assert registry.discover()
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -117,13 +117,13 @@ def any_upper_bound(patch):
     patch.setattr(prove._Proof, "window", wrong)
 
 
-def nothing_is_felt(patch):
-    patch.setattr(scores.Chain, "felt", property(lambda self: ""))
+def no_shift_matters(patch):
+    patch.setattr(scores.Chain, "shift_sensitive", property(lambda self: ""))
 
 
 def unread_mask(patch):
-    right = match.Matcher.unfit
-    patch.setattr(match.Matcher, "unfit", lambda self, *call: "" if "beside is_causal" in (why := right(self, *call)) else why)
+    right = match._unfit
+    patch.setattr(match, "_unfit", lambda context, *call: "" if "beside is_causal" in (why := right(context, *call)) else why)
 
 
 FAULTS = {
@@ -132,8 +132,8 @@ FAULTS = {
     "fractions stay in integers": (truncated, exact_fractions),
     "integers do not overflow": (overflowing, unbounded_integers),
     "a window from another bound": (other_bound, any_upper_bound),
-    "a shift before a softcap": (capped_difference, nothing_is_felt),
-    "a shift before a sink": (difference_beside_a_sink, nothing_is_felt),
+    "a shift before a softcap": (capped_difference, no_shift_matters),
+    "a shift before a sink": (difference_beside_a_sink, no_shift_matters),
     "a mask beside is_causal": (mask_beside_is_causal, unread_mask),
 }
 

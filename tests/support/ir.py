@@ -16,14 +16,14 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "ir"
 
 def rewritten_graph(function, inputs: tuple, options: dict) -> tuple[fx.GraphModule, fx.GraphModule, Plan]:
     """(graph before, graph after, plan) of the one graph that compiling `function(*inputs)` makes."""
-    from sparsify.planning import method
+    from sparsify.planning import registry
     from sparsify.planning.config import config
     from sparsify.rewriting.trace import Trace
 
     kept = []
 
     def capture(gm, example_inputs):
-        settings = config.load(options, method_models=method.discover(), environ={})
+        settings = config.load(options, method_models=registry.discover(), environ={})
         plan, after, _ = pipeline.rewrite_graph(gm, settings, Trace())
         kept.append((pipeline.copy_graph(gm), after, plan))
         return gm.forward

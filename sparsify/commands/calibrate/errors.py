@@ -21,7 +21,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.matching.attention import find_attention
 from sparsify.matching.sites import AttentionSite
-from sparsify.planning import method
+from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context, Pass, Refusal
@@ -79,7 +79,7 @@ def measure(
     Raises:
         UnsupportedError: no site takes any of the methods. ConfigError: impossible options.
     """
-    settings = config.load({**options, **_NEUTRAL}, method_models=method.discover())
+    settings = config.load({**options, **_NEUTRAL}, method_models=registry.discover())
     pieces = [piece for piece in ids.split(chunk, 1) if piece.shape[1] == min(chunk, ids.shape[1])]
     errors, tried, graphs = Errors(), [], itertools.count()
 
@@ -111,7 +111,7 @@ def measure(
 
 def _lossy(site: AttentionSite, place: Place, settings: Config, context: Context, errors: Errors) -> Iterator[Pass]:
     """The configured lossy methods that take a site."""
-    known = method.discover()
+    known = registry.discover()
     kind = {name for name, one in known.items() if site.kind in one.kinds and one.lossy}
     for name, options in settings.for_layer(site.name, site.layer, kind, place.ordinal):
         one = known[name](**options)
