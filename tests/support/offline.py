@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsify.backends.codegen.arguments import Argument
+
 # bytes of shared memory that one thread block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -61,29 +63,29 @@ def within_budget(name: str, used: Resources) -> None:
 
 def compile_kernel(
     kernel,
-    signature: Mapping[str, str],
+    arguments: Iterable[Argument],
     *,
     arch: int,
     num_warps: int,
     num_stages: int,
     constexprs: Mapping[str, object] | None = None,
-    divisible: Iterable[str] = (),
 ) -> Resources:
     """Compiles one `triton.jit` function.
 
     Args:
-        signature: type of every argument as Triton writes it (`*bf16`, `i32`, `fp32`, `constexpr`).
+        arguments: in order. Those that are multiples of 16 at a real launch say so; otherwise another, worse kernel comes out.
         arch: compute capability times ten: 80, 90, 100.
-        constexprs: values of the `constexpr` arguments.
-        divisible: arguments known to be multiples of 16 at a real launch; without them another, worse kernel comes out.
+        constexprs: values of the `constexpr` arguments, and of others that a call makes constants.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = list(kernel.arg_names)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constexprs or {}), attrs=attributes)
+    listed, values = list(arguments), dict(constexprs or {})
+    signature = {argument.name: "constexpr" if argument.name in values else argument.type for argument in listed}
+    assert list(signature) == list(kernel.arg_names)
+    attributes = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(listed) if argument.aligned and argument.name not in values}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages})
     ptx = compiled.asm["ptx"]
     registers, spilled = _usage(compiled.asm["cubin"])

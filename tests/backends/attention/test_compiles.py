@@ -14,14 +14,12 @@ pytest.importorskip("triton")
 
 
 def compiled(chosen: AttentionSpec, arch: int) -> Resources:
-    listed = arguments(chosen)
     return compile_kernel(
         source.load(attention_source(chosen, triton_release()), "attention").attention,
-        {argument.name: argument.type for argument in listed},
+        arguments(chosen),
         arch=arch,
         num_warps=chosen.tiling.warps,
         num_stages=chosen.tiling.stages,
-        divisible=[argument.name for argument in listed if argument.aligned],
     )
 
 

@@ -25,14 +25,12 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 def test_without_spills(name, arch):
     spec, kernel = SPECS[name], "sums" if name == "sums" else "write"
-    listed = arguments(spec, kernel)
     used = compile_kernel(
         getattr(source.load(empty_rows_source(spec), "empty_rows"), kernel),
-        {argument.name: argument.type for argument in listed},
+        arguments(spec, kernel),
         arch=arch,
         num_warps=4,
         num_stages=1,
-        divisible=[argument.name for argument in listed if argument.aligned],
     )
     within_budget(f"rows without keys, {name} sm_{arch}", used)
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[arch]

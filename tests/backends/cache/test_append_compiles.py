@@ -16,15 +16,13 @@ ALL = {"windowed": True, "padded": True, "turning": True, "softcap": True, "sink
 
 
 def compiled(spec: AppendSpec, arch: int, kernel: str = "fold") -> Resources:
-    listed = arguments(spec, kernel)
     return compile_kernel(
         getattr(source.load(append_source(spec), "append"), kernel),
-        {argument.name: argument.type for argument in listed},
+        arguments(spec, kernel),
         arch=arch,
         num_warps=spec.tiling.warps if kernel == "fold" else 4,
         num_stages=spec.tiling.stages if kernel == "fold" else 3,
         constexprs={"SPLITS": 64} if kernel == "join" else {},
-        divisible=[argument.name for argument in listed if argument.aligned],
     )
 
 

@@ -14,15 +14,13 @@ ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (8
 
 
 def compiled(spec: DecodeSpec, arch: int, kernel: str) -> Resources:
-    listed = arguments(spec, kernel)
     return compile_kernel(
         getattr(source.load(decode_source(spec), "decode"), kernel),
-        {argument.name: argument.type for argument in listed},
+        arguments(spec, kernel),
         arch=arch,
         num_warps=spec.tiling.warps if kernel == "split" else 4,
         num_stages=spec.tiling.stages if kernel == "split" else 3,
         constexprs={"SPLITS": 64} if kernel == "combine" else {"SPLITS": 32, "MEMBERS": 4} if spec.fused else {},
-        divisible=[argument.name for argument in listed if argument.aligned],
     )
 
 

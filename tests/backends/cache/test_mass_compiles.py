@@ -14,14 +14,12 @@ ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (8
 
 
 def compiled(spec: MassSpec, arch: int, kernel: str) -> Resources:
-    listed = arguments(spec, kernel)
     return compile_kernel(
         getattr(source.load(mass_source(spec), "mass"), kernel),
-        {argument.name: argument.type for argument in listed},
+        arguments(spec, kernel),
         arch=arch,
         num_warps=spec.tiling.warps,
         num_stages=3 if kernel == "spread" else 1,
-        divisible=[argument.name for argument in listed if argument.aligned],
     )
 
 

@@ -47,19 +47,14 @@ def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str
         if name == "normalise" and not needs_normalise(chosen):
             continue
         kernel = getattr(module, name)
-        listed = arguments(chosen, name)
-        signature = {a.name: a.type for a in listed}
-        constants = {a: 1 for a in ones if a in kernel.arg_names}
-        signature |= dict.fromkeys(constants, "constexpr")
         by_row = name in ("normalise", "finish")
         found[name] = compile_kernel(
             kernel,
-            signature,
+            arguments(chosen, name),
             arch=arch,
             num_warps=8 if by_row else chosen.tiling.warps,
             num_stages=3,
-            constexprs=constants,
-            divisible=[a.name for a in listed if a.aligned],
+            constexprs={a: 1 for a in ones if a in kernel.arg_names},
         )
     return found
 
@@ -107,10 +102,8 @@ def compiled_rows(family: str, arch: int) -> dict[str, Resources]:
     module = source.load(rows_source(chosen), "ffn_rows")
     found = {}
     for name in ("compact", "normalise", "widen", "narrow", "finish"):
-        listed = arguments(chosen, name)
-        signature, divisible = {a.name: a.type for a in listed}, [a.name for a in listed if a.aligned]
         warps = tiling.warps if name in ("widen", "narrow") else 8
-        found[name] = compile_kernel(getattr(module, name), signature, arch=arch, num_warps=warps, num_stages=3, divisible=divisible)
+        found[name] = compile_kernel(getattr(module, name), arguments(chosen, name), arch=arch, num_warps=warps, num_stages=3)
     return found
 
 
@@ -136,7 +129,5 @@ def test_many_rows_on_blackwell(family):
 @pytest.mark.parametrize("reads", [True, False])
 def test_the_counters_kernel(ones, reads):
     kernel = source.load(start_source(), "ffn_start").start
-    signature = {a.name: a.type for a in START_ARGUMENTS}
     constants = {"BLOCK": 16, "READS": reads} | dict.fromkeys(ones, 1)
-    signature |= dict.fromkeys(constants, "constexpr")
-    assert compile_kernel(kernel, signature, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0
+    assert compile_kernel(kernel, START_ARGUMENTS, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0

@@ -35,15 +35,13 @@ def spec(clause="causal", arch=90, **changes):
 
 
 def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexprs: int) -> Resources:
-    listed = arguments(chosen, kernel)
     return compile_kernel(
         getattr(source.load(generate(chosen), "select"), kernel),
-        {argument.name: argument.type for argument in listed},
+        arguments(chosen, kernel),
         arch=arch,
         num_warps=warps,
         num_stages=chosen.tiling.stages,
         constexprs=constexprs,
-        divisible=[argument.name for argument in listed if argument.aligned],
     )
 
 
