@@ -25,7 +25,7 @@ from sparsify.planning.choose import Choice, acts_on, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
-from sparsify.rewriting import ffn_runs, verify
+from sparsify.rewriting import ffn_runs, layers, verify
 from sparsify.rewriting.editor import Editor
 from sparsify.rewriting.trace import Trace
 from sparsify.rewriting.validate import Validator
@@ -257,7 +257,12 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         raise UnsupportedError(what, where=node.name, hint=hint)
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=config.inductor_patches())
+    patches = config.inductor_patches()
+    if config.share_layers and not patches.get("triton.cudagraphs"):
+        compiled = layers.compile_by_layers(gm, lambda piece, inputs: compile_fx(piece, list(inputs), config_patches=patches))
+        if compiled is not None:
+            return compiled
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
 def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:

@@ -62,6 +62,11 @@ class Config(BaseModel):
     )
     exact: bool = Field(False, description="Only methods that keep the result: everything lossy is left out, whatever else asks for it.")
     strict: bool = Field(False, description="Raise where sparsify would otherwise warn and fall back to the untouched graph.")
+    share_layers: bool = Field(
+        True,
+        description="Inductor compiles one of each kind of layer that a graph repeats, and the graph calls it for all of them. "
+        "Off: the whole graph at once. CUDA graphs (`mode`) take the whole graph in any case.",
+    )
     validation: bool = Field(
         True,
         description="Run what was proved about a site before it is rewritten: the mask's own nodes against the rewriting, on small random "
