@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sparsify.rewriting.region import AUTOCAST
+from sparsify.rewriting.region import AUTOCAST, Numbered
 
 # Fewer layers of a kind are compiled as fast in one piece with the rest.
 FEWEST = 3
@@ -227,7 +227,7 @@ def _describe(piece: Piece, same: dict[int, fx.Node]) -> None:
         if node in piece.inputs:
             lines.append(f"input {_description(value)} {shared}")
         else:
-            call = fx.node.map_arg((node.args, node.kwargs), lambda n: _Numbered(_number(n, number, same)))
+            call = fx.node.map_arg((node.args, node.kwargs), lambda n: Numbered(_number(n, number, same)))
             target = f"{node.op} {getattr(node.target, '__module__', '')} {node.target}"
             lines.append(f"{target} {call} {_description(value)} {shared}")
     lines.append(str([number[node] for node in piece.outputs]))
@@ -238,14 +238,6 @@ def _describe(piece: Piece, same: dict[int, fx.Node]) -> None:
 
 def _number(node: fx.Node, number: dict[fx.Node, int], same: dict[int, fx.Node]) -> int:
     return number[node] if node in number else number[same[id(node.meta["example_value"])]]
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    number: int
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
 
 
 def _description(value: Any) -> str:

@@ -145,7 +145,7 @@ class Regions:
             described = names.sub(lambda m: symbols.setdefault(m[0], f"s{len(symbols)}"), _description(value))
             shared = [storages.setdefault(s, len(storages)) for s in self.memory.storages(node)]
             inside = all(n in number for n in node.all_input_nodes) and not self.begins_at(node, given)
-            call = (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: _Numbered(number[n]))) if inside else "given"
+            call = (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: Numbered(number[n]))) if inside else "given"
             lines.append(f"{described} {shared} {call}")
         told = [f.name for f in dataclasses.fields(site) if f.name not in _NOT_OF_A_KIND]
         lines += [f"{name}: {_shown(getattr(site, name), number)}" for name in told]
@@ -184,7 +184,9 @@ def _draws(node: fx.Node) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Numbered:
+class Numbered:
+    """A node in the description of a graph, by its place."""
+
     number: int
 
     def __repr__(self) -> str:
