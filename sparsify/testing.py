@@ -196,15 +196,16 @@ def compare_tokens(
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     prompt_len = inputs["input_ids"].shape[1]
     call = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
+    generate_once = type(model).generate  # transformers' own loop and cache for both, whatever `sparsify.compile` put there
     before, model._compiled_call_impl = model._compiled_call_impl, None
     try:
-        eager = model.generate(**_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
+        eager = generate_once(model, **_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
         with (
             settings(options, keep_all) as chosen,
             isolated.compiled(model._call_impl, _backend(chosen)) as model._compiled_call_impl,
             api.collect_plans() as plans,
         ):
-            compiled = model.generate(**_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
+            compiled = generate_once(model, **_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
     finally:
         model._compiled_call_impl = before
     return Tokens(eager, compiled, merge_plans(plans))

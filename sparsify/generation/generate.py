@@ -24,6 +24,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.generation import compat, loop
 from sparsify.generation.kept_caches import KeptCaches, Loan
 from sparsify.generation.runner import CudaGraphs, Direct, Recorded, Runner
+from sparsify.generation.sparse_cache import SparseCache
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ class Decoder:
         self.graphs, self.shown = graphs, shown
         self.caches = KeptCaches()
         self.unserved = ""  # why no SparseCache serves this model
+        try:
+            # before anything is compiled: it makes the model's attention sparsify's, which compiled code depends on
+            SparseCache(model.config, "full")
+        except UnsupportedError as error:
+            self.unserved = str(error)
 
     def cache_for(self, model: Any, config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int) -> Loan | None:
         """An exact cache for a call that brings none, None where transformers' own is the right one."""

@@ -272,7 +272,8 @@ def test_explain_compile_and_generate_agree_on_names():
         api.compile(model, **options)
         with api.collect_plans() as plans:
             model.generate(ids, max_new_tokens=2, do_sample=False)
-        assert plans and all([d.site for d in plan.decisions] == names for plan in plans)
+        # the cache that generate() brings is a site of its own beside each layer's attention
+        assert plans and all({d.site.removesuffix(".cache") for d in plan.decisions} == set(names) for plan in plans)
     finally:
         model._compiled_call_impl = None
         torch._dynamo.reset()
