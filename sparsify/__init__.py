@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsify import releases
 
 __version__ = "0.1.0"
-__distribution__ = "sparsify-compiler"  # its name on PyPI, where another project is called sparsify
+__distribution__ = releases.DISTRIBUTION
 
 if TYPE_CHECKING:
     from sparsify.api import compile, explain

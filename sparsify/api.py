@@ -16,7 +16,8 @@ from sparsify.graph import isolated
 from sparsify.ops import attention, block_lists
 from sparsify.planning import registry
 from sparsify.planning.config import config
-from sparsify.planning.plan import Plan, follow
+from sparsify.planning.plan import Plan
+from sparsify.planning.saved_plan import load_saved_plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +43,7 @@ def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = Non
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
     settings = config.load(options, mode=mode, method_models=registry.discover())
-    follow(settings.plan)
+    load_saved_plan(settings.plan)
     if mode is not None:
         options["mode"] = mode
     model.compile(backend="sparsify", options=options or None, dynamic=dynamic, fullgraph=fullgraph)
@@ -82,7 +83,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         PlanError: the plan file cannot be read, or names a method that does not exist.
     """
     settings = config.load({**(options or {}), "lower": "eager"}, method_models=registry.discover())
-    follow(settings.plan)
+    load_saved_plan(settings.plan)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
         forward(*args, **inputs)

@@ -10,6 +10,8 @@ import sys
 
 from sparsify.errors import UnsupportedError
 
+DISTRIBUTION = "sparsify-compiler"  # our name on PyPI, where another project is called sparsify
+
 log = logging.getLogger(__name__)
 
 # the oldest release that is promised, and the newest that the tests have passed with

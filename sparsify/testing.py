@@ -26,6 +26,7 @@ from sparsify.graph import isolated
 from sparsify.ops import attention, block_lists
 from sparsify.planning import registry
 from sparsify.planning.config import config
+from sparsify.planning.decision import labels
 from sparsify.planning.plan import Plan
 from sparsify.rewriting.verify import TOLERANCE
 
@@ -377,7 +378,7 @@ def bisect(
         close = test(f"first {middle} of {len(decisions)} sites", decisions[:middle])[1].close
         good, bad = (middle, bad) if close else (good, middle)
     last = decisions[bad - 1]
-    name = next(label for one, label in zip(whole.plan.decisions, whole.plan.labels(), strict=True) if one is last)
+    name = next(label for one, label in zip(whole.plan.decisions, labels(whole.plan.decisions), strict=True) if one is last)
     found, result = test(f"{name} alone", [last])
     alone = not result.close
     if not alone:

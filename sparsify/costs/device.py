@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsify.costs import profile
+from sparsify.costs import profile, profile_cache
 from sparsify.costs.profile import Profile
 from sparsify.errors import SparsifyError
 
@@ -79,8 +79,6 @@ def describe(device: torch.device) -> Device:
 
 @functools.cache
 def _describe(kind: str, index: int | None) -> Device:
-    from sparsify.costs import profile_cache
-
     here = profile_cache.identity(kind, index)
     try:
         found = profile_cache.load(here)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsify import __distribution__, folders, releases
+from sparsify import folders, releases
 from sparsify.costs import profile
 from sparsify.costs.profile import Profile
 from sparsify.errors import CacheFolderError, ProfileError
@@ -44,7 +44,7 @@ class Identity:
 
 def identity(kind: str = "cuda", index: int | None = None) -> Identity:
     """The device of torch's type `kind`, as it is now; CUDA is not touched for a CPU."""
-    found = {"torch": "torch", "triton": "triton", "sparsify": __distribution__}
+    found = {"torch": "torch", "triton": "triton", "sparsify": releases.DISTRIBUTION}
     versions = {name: str(releases.installed(distribution) or "none") for name, distribution in found.items()}
     if kind != "cuda":
         return Identity(_cpu_name() if kind == "cpu" else kind, None, "none", **versions)

@@ -14,12 +14,14 @@ from sparsify.costs.sizes import Size, as_text
 from sparsify.errors import SparsifyError
 from sparsify.graph import unforeseen
 from sparsify.graph.compat import symbol_values
-from sparsify.matching.base import Site, SiteKind
+from sparsify.matching.base import CACHE_SUFFIX, Site, SiteKind
 from sparsify.planning import objective
 from sparsify.planning.config.config import Config
+from sparsify.planning.decision import Decision, Place, places
 from sparsify.planning.method import Context, Pass, Proposal, Refusal
-from sparsify.planning.plan import Decision, Followed, Place, Plan, follow, places
+from sparsify.planning.plan import Plan
 from sparsify.planning.registry import discover
+from sparsify.planning.saved_plan import SavedPlan, load_saved_plan
 
 
 @dataclass
@@ -36,7 +38,7 @@ def acts_on(kind: SiteKind, config: Config) -> bool:
     methods = discover()
     named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
     if config.plan:
-        saved = {d.method for d in follow(config.plan).plan.rewritten}
+        saved = {d.method for d in load_saved_plan(config.plan).plan.rewritten}
         named = saved | named if config.objective is not None or config.max_error is not None else saved
     return any(kind in methods[name].kinds for name in named if name in methods)
 
@@ -53,11 +55,11 @@ def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[
     Raises:
         PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
     """
-    followed = follow(config.plan)
+    saved_plan = load_saved_plan(config.plan)
     regimes = _Regimes()
     choices = []
     for site, place in zip(sites, places(sites) if at is None else at, strict=True):
-        saved = _saved(place, followed)
+        saved = _saved(place, saved_plan)
         candidates, measured = _candidates(site, place, config, saved), saved.measured if saved else []
         try:
             choices.append(_choose(site, place, candidates, config, context, measured, regimes))
@@ -70,13 +72,13 @@ def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[
     return Plan([c.decision for c in choices], device=context.device.describe()), choices
 
 
-def _saved(place: Place, followed: Followed | None) -> Decision | None:
+def _saved(place: Place, saved_plan: SavedPlan | None) -> Decision | None:
     """What a plan file says of a site. It is made for a prompt with an ordinary cache; a SparseCache's sites come on top of it."""
-    if followed is None:
+    if saved_plan is None:
         return None
-    if not followed.has(place) and followed.has(place._replace(name=place.name.removesuffix(".cache"))):
+    if not saved_plan.has(place) and saved_plan.has(place._replace(name=place.name.removesuffix(CACHE_SUFFIX))):
         return None
-    return followed.find(place)
+    return saved_plan.find(place)
 
 
 def _candidates(site: Site, place: Place, config: Config, saved: Decision | None) -> list[Pass]:

@@ -1,62 +1,57 @@
-"""A plan as a table for people."""
+"""Decisions as a table for people."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from sparsify.planning.plan import Decision, Plan
+from sparsify.planning.decision import Decision, labels
 
 
-def table(plan: Plan, width: int = 180) -> str:
-    """One row per site; equal neighbours are folded (`layers 4-27`)."""
-    if plan.fallback:
-        return f"the graph was left untouched: {plan.fallback}"
-    if not plan.decisions:
-        return "no attention site was found"
-    grid = Table(title=_title(plan), title_justify="left")
+def table(decisions: Sequence[Decision], device: str, width: int = 180) -> str:
+    """One row per site; equal neighbours are folded (`layers 4-27`). device: whose costs they are."""
+    grid = Table(title=_title(decisions), title_justify="left")
     for name, justify in (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
                           ("dense", "right"), ("chosen", "right"), ("density", "right")):  # fmt: skip
         grid.add_column(name, justify=justify, overflow="fold")
-    labels = dict(zip(map(id, plan.decisions), plan.labels(), strict=True))
-    for group in _folded(plan.decisions):
-        grid.add_row(*_row(group, labels[id(group[0])], labels[id(group[-1])]))
+    names = dict(zip(map(id, decisions), labels(decisions), strict=True))
+    for group in _folded(decisions):
+        grid.add_row(*_row(group, names[id(group[0])], names[id(group[-1])]))
     console = Console(file=io.StringIO(), width=width)
     console.print(grid)
-    for line in _formulas(plan):
+    for line in _formulas(decisions, device):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return console.file.getvalue().rstrip()
 
 
-def _title(plan: Plan) -> str:
+def _title(decisions: Sequence[Decision]) -> str:
     counts = []
     for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks")):
-        of_kind = [d for d in plan.decisions if d.kind == kind]
+        of_kind = [d for d in decisions if d.kind == kind]
         if of_kind or kind == "attention":
             counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
-    known = [d for d in plan.decisions if d.dense_seconds is not None]
+    known = [d for d in decisions if d.dense_seconds is not None]
     if known:
         chosen = sum(d.dense_seconds if d.method is None or d.seconds is None else d.seconds for d in known)
         counts.append(f"{_time(sum(d.dense_seconds for d in known))} expected dense, {_time(chosen)} as chosen")
     return ", ".join(counts)
 
 
-def _formulas(plan: Plan) -> list[str]:
+def _formulas(decisions: Sequence[Decision], device: str) -> list[str]:
     """Formula and number of every distinct cost, and whose numbers they are."""
     lines: dict[str, None] = {}
-    for d in plan.decisions:
+    for d in decisions:
         for name, formula, seconds in (("dense", d.dense_formula, d.dense_seconds), (d.method, d.formula, d.seconds)):
             if formula:
                 lines[f"  {name}, {d.phase} {d.sizes['query_len']}×{d.sizes['key_len']}: {_time(seconds) or '?'} = {formula}"] = None
     letters = "B batch, H and G query and KV heads, Q and N query and key length"
-    return [f"costs on {plan.device}; {letters}; seconds:", *lines] if lines else []
+    return [f"costs on {device}; {letters}; seconds:", *lines] if lines else []
 
 
-def _folded(decisions: list[Decision]) -> list[list[Decision]]:
+def _folded(decisions: Sequence[Decision]) -> list[list[Decision]]:
     groups: list[list[Decision]] = []
     for d in decisions:
         key = (d.sizes, d.mask, d.method, d.options, d.reason, d.phase, d.refusals)
@@ -69,14 +64,10 @@ def _folded(decisions: list[Decision]) -> list[list[Decision]]:
 
 
 def _row(group: list[Decision], label: str, last_label: str) -> tuple[str, ...]:
-    first, last, s = group[0], group[-1], group[0].sizes
+    first, last = group[0], group[-1]
     until = last_label if last.layer is None or last.layer == first.layer else last.layer
     name = label if len(group) == 1 else f"{label} … {until} ({len(group)})"
-    if first.kind == "ffn":
-        sizes = f"{s['rows']} rows·{s['hidden']}→{s['intermediate']} {first.phase}"
-    else:
-        dims = s["qk_head_dim"] if s["qk_head_dim"] == s["v_head_dim"] else f"{s['qk_head_dim']}/{s['v_head_dim']}"
-        sizes = f"{s['batch']}·{s['query_heads']}/{s['kv_heads']}·{s['query_len']}×{s['key_len']}·{dims} {first.phase}"
+    sizes = f"{_SIZES[first.kind](first.sizes)} {first.phase}"
     reason = first.reason
     others = [r for r in first.refusals if r != first.reason]
     if others:
@@ -87,6 +78,18 @@ def _row(group: list[Decision], label: str, last_label: str) -> tuple[str, ...]:
     else:
         density = "" if first.density is None else f"≈{first.density:.0%}"
     return name, sizes, first.mask, first.method or "left as is", reason, _time(first.dense_seconds), _time(first.seconds), density
+
+
+def _attention_sizes(s: Mapping[str, str]) -> str:
+    dims = s["qk_head_dim"] if s["qk_head_dim"] == s["v_head_dim"] else f"{s['qk_head_dim']}/{s['v_head_dim']}"
+    return f"{s['batch']}·{s['query_heads']}/{s['kv_heads']}·{s['query_len']}×{s['key_len']}·{dims}"
+
+
+def _feed_forward_sizes(s: Mapping[str, str]) -> str:
+    return f"{s['rows']} rows·{s['hidden']}→{s['intermediate']}"
+
+
+_SIZES: dict[str, Callable[[Mapping[str, str]], str]] = {"attention": _attention_sizes, "ffn": _feed_forward_sizes}
 
 
 def _time(seconds: float | None) -> str:

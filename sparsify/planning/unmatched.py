@@ -21,8 +21,9 @@ from sparsify.matching.attention import find_attention
 from sparsify.matching.base import CACHE_SUFFIX
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.planning.config.config import Config, Rule
+from sparsify.planning.decision import Place, places
 from sparsify.planning.method import Pass
-from sparsify.planning.plan import Place, Plan, places
+from sparsify.planning.plan import Plan
 from sparsify.planning.registry import discover
 
 _NEAREST = 3

@@ -23,7 +23,8 @@ from sparsify.costs.decoder import ModelShape, model_decode_seconds, model_prefi
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.planning import registry
 from sparsify.planning.config import config
-from sparsify.planning.plan import Decision, Plan
+from sparsify.planning.decision import Decision
+from sparsify.planning.plan import Plan
 from tests.planning.test_plan import plan_for, site
 from tests.support.tiny_models import build
 

@@ -20,8 +20,9 @@ from sparsify.passes.xattention import XAttention
 from sparsify.planning import method, objective, registry
 from sparsify.planning.choose import make_plan
 from sparsify.planning.config import config
+from sparsify.planning.decision import Decision
 from sparsify.planning.method import Context
-from sparsify.planning.plan import Decision, Plan
+from sparsify.planning.plan import Plan
 from tests.planning.test_plan import H200, plan_for, site
 from tests.support.harness import compiled
 from tests.support.tiny_models import build

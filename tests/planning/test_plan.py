@@ -19,8 +19,9 @@ from sparsify.matching.sites import AttentionSite
 from sparsify.planning import registry
 from sparsify.planning.choose import make_plan
 from sparsify.planning.config import config
+from sparsify.planning.decision import Decision
 from sparsify.planning.method import Context
-from sparsify.planning.plan import Decision, Plan
+from sparsify.planning.plan import Plan
 from tests.support.harness import holding, run, strict
 from tests.support.tiny_models import build
 

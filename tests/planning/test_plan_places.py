@@ -14,7 +14,9 @@ from sparsify.api import collect_plans
 from sparsify.commands.calibrate import errors as calibrate_errors
 from sparsify.errors import ConfigError, PlanError
 from sparsify.matching.base import Site
-from sparsify.planning.plan import Decision, Followed, Place, Plan, places
+from sparsify.planning.decision import Decision, Place, labels, places
+from sparsify.planning.plan import Plan
+from sparsify.planning.saved_plan import SavedPlan
 
 WINDOW = {"sinks": 1, "window": 3}
 X = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(0))
@@ -110,15 +112,15 @@ def decision(site="a", ordinal=0, **changes):
 
 
 def test_which_entry_serves_which_site():
-    same = Followed(Plan([decision(), decision()]), "p")  # two graphs, or a file of an older version: nothing to tell apart
+    same = SavedPlan(Plan([decision(), decision()]), "p")  # two graphs, or a file of an older version: nothing to tell apart
     assert same.find(Place("attention", "a", 2, 3)).method == "sink_window"
     for entries in ([decision()], [decision(), decision(ordinal=1, method=None, options={})]):
         with pytest.raises(PlanError, match="ambiguous"):
-            Followed(Plan(entries), "p").find(Place("attention", "a", 2, 3))
+            SavedPlan(Plan(entries), "p").find(Place("attention", "a", 2, 3))
     with pytest.raises(PlanError, match="the plan has no entry for site a#1"):
-        Followed(Plan([decision("b")]), "p").find(Place("attention", "a", 1, 2))
+        SavedPlan(Plan([decision("b")]), "p").find(Place("attention", "a", 1, 2))
     with pytest.raises(PlanError, match="no entry for site a "):
-        Followed(Plan([decision()]), "p").find(Place("ffn", "a"))
+        SavedPlan(Plan([decision()]), "p").find(Place("ffn", "a"))
 
 
 @pytest.mark.parametrize("change", [{"method": None, "options": {}}, {"options": {"sinks": 2}}, {"measured": [{}]}])
@@ -153,10 +155,10 @@ def test_rules_may_name_one_of_them():
 
 def test_reports_name_them_apart():
     _, plan = lossy(Tied())
-    assert plan.labels() == ["attention#0", "attention#1", "attention#2"]
+    assert labels(plan.decisions) == ["attention#0", "attention#1", "attention#2"]
     plan.decisions[1].reason = "another"
     assert "attention#0" in str(plan) and "attention#1" in str(plan)
-    assert Plan([decision("x")]).labels() == ["x"]
+    assert labels([decision("x")]) == ["x"]
 
 
 class Named(Tied):

@@ -24,8 +24,9 @@ from sparsify.matching.sites import AttentionSite
 from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.config.config import Config
+from sparsify.planning.decision import Place, places
 from sparsify.planning.method import Context, Pass, Refusal
-from sparsify.planning.plan import Place, Plan, places
+from sparsify.planning.plan import Plan
 from sparsify.rewriting.editor import Editor
 
 # what decides a choice has no say in what is measured

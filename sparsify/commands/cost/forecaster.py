@@ -22,8 +22,8 @@ from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import CacheSite
 from sparsify.planning.choose import acts_on, make_plan
 from sparsify.planning.config.config import Config
+from sparsify.planning.decision import Decision, Place, places
 from sparsify.planning.method import Context
-from sparsify.planning.plan import Decision, Place, places
 
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
 _STORE_LAUNCHES = (30, 90)
