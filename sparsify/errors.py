@@ -28,10 +28,6 @@ class PlanError(SparsifyError):
     """A plan file that does not fit the model or cannot be read."""
 
 
-class MatchError(SparsifyError):
-    """A site was recognised but its record could not be completed: a bug of ours, never the user's."""
-
-
 class RewriteError(SparsifyError):
     """A pass could not apply its own proposal."""
 
