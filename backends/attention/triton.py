@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.backends.attention.triton_source import AttentionSpec, Tiling, arguments, attention_source, choose_tiling, programs
+from sparsify.backends.attention.triton_source import (
+    AttentionSpec,
+    Tiling,
+    arguments,
+    attention_source,
+    bounded,
+    choose_tiling,
+    join_arguments,
+    programs,
+)
+from sparsify.backends.cache.kernels import partial_sums
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.launch import (
     DTYPES,
@@ -17,9 +27,13 @@ from sparsify.backends.codegen.launch import (
     LONGEST_WINDOW,
     batch_stride,
     capability,
+    cdiv,
+    choose_splits,
     launch,
     launching,
     on_device,
+    power_of_two,
+    processors,
     stride_values,
 )  # fmt: skip
 from sparsify.errors import UnsupportedError
@@ -29,6 +43,8 @@ from sparsify.releases import triton_release
 _WHERE = "sparsify::attention"
 # a call with at most this many (query, head of a group) rows shares one tile among the heads of a group
 _PACKED_QUERIES, _PACKED_ROWS = 16, 128
+# fewer keys than this are not worth a second launch; tiles of so many keys are shared out
+_LEAST_SPLIT_KEYS, _SPLIT_TILE = 1024, 64
 # the op's arguments that the kernel knows; a call with another one is not served
 _SERVES = {
     "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "key_bias", "windows", "sinks",
@@ -37,12 +53,13 @@ _SERVES = {
 
 
 def triton_attention(
-    call: AttentionCall, *, tiling: Tiling | None = None, into: tuple[Tensor, Tensor] | None = None
+    call: AttentionCall, *, tiling: Tiling | None = None, splits: int | None = None, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The op by a generated kernel.
 
     Args:
         tiling: instead of the table's choice, for tests and tuning.
+        splits: parts of the keys that programs of their own compute, for calls with few queries; None: as many as fill the device.
         into: output and LSE to fill instead of new ones; the LSE contiguous.
 
     Raises:
@@ -53,15 +70,38 @@ def triton_attention(
     output, lse = into or call.empty_outputs()
     if output.numel() == 0 or key.shape[2] == 0:
         return output.zero_(), lse.fill_(-torch.inf)
-    spec = _spec(call, tiling)
+    splits = _splits(call) if splits is None else splits
+    spec = _spec(call, tiling, splits > 1)
     values = _values(spec, call, output, lse)
-    grid = (programs(spec, query.shape[0], key.shape[1], query.shape[2]),)
+    rows, group_rows = query.shape[0] * key.shape[1], query.shape[2] * spec.group
+    if spec.split_keys:
+        values |= partial_sums(rows * group_rows * splits, call.value.shape[-1], query.device)
+        values |= {"splits": splits, "SPLITS": max(2, power_of_two(splits))}
+    grid = (programs(spec, query.shape[0], key.shape[1], query.shape[2]) * splits,)
     with launching(query.device, lambda: f"attention kernel ({spec.describe()}; {spec.tiling})"):
-        launch(_kernel(spec), grid, arguments(spec), values, num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
+        module = _module(spec)
+        kernel = module.split if spec.split_keys else module.attention
+        launch(kernel, grid, arguments(spec), values, num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
+        if spec.split_keys:
+            launch(module.join, (group_rows, rows), join_arguments(spec), values, num_warps=4)
     return output, lse
 
 
-def _spec(call: AttentionCall, tiling: Tiling | None) -> AttentionSpec:
+def _packed(call: AttentionCall) -> bool:
+    """Whether a call has so few queries that the heads of a group share a tile."""
+    query_len = call.query.shape[2]
+    return not call.listed and query_len <= _PACKED_QUERIES and query_len * call.group <= _PACKED_ROWS
+
+
+def _splits(call: AttentionCall) -> int:
+    """Parts of the keys that fill the device once, from shapes alone, so that a CUDA graph serves whatever length is read on the device."""
+    batch, kv_heads, key_len, _ = call.key.shape
+    if not _packed(call) or key_len < _LEAST_SPLIT_KEYS:
+        return 1
+    return choose_splits(cdiv(key_len, _SPLIT_TILE), batch * kv_heads, 2 * processors(call.query.device))
+
+
+def _spec(call: AttentionCall, tiling: Tiling | None, split: bool = False) -> AttentionSpec:
     """The kernel that a call needs; clauses that change nothing for it are left out."""
     if others := call.beyond(_SERVES):
         raise UnsupportedError(f"no attention kernel takes {', '.join(others)}", where=_WHERE, hint="the reference does")
@@ -70,12 +110,15 @@ def _spec(call: AttentionCall, tiling: Tiling | None) -> AttentionSpec:
     if query.dtype not in DTYPES or call.scale <= 0:
         raise UnsupportedError(f"no attention kernel takes {query.dtype} with scale {call.scale}", where=_WHERE, hint="the reference does")
     dtype = DTYPES[query.dtype]
-    packed = not call.listed and query_len <= _PACKED_QUERIES and query_len * call.group <= _PACKED_ROWS
+    packed = _packed(call)
     flags, start = call.key_flags is not None, call.query_start is not None
     segments = call.segments is not None
     if tiling is None:
         blocks, rows = call.block_size * call.listed, query_len * call.group * packed
-        tiling = _tiling(dtype, qk_head_dim, v_head_dim, capability(device), block_size=blocks, packed_rows=rows, segments=segments)
+        tiling = _tiling(
+            dtype, qk_head_dim, v_head_dim, capability(device), block_size=blocks, packed_rows=rows, segments=segments, split=split
+        )
+    window = "none" if not call.windowed else "one" if len(set(call.windows)) == 1 else "per_head"
     counted = "count" if call.sinks > 0 else "none"
     return AttentionSpec(
         dtype=dtype,
@@ -85,7 +128,7 @@ def _spec(call: AttentionCall, tiling: Tiling | None) -> AttentionSpec:
         tiling=tiling,
         # the last row sees every key when it stands on the last one
         causal=call.causal and (query_len > 1 or start),
-        window="none" if not call.windowed else "one" if len(set(call.windows)) == 1 else "per_head",
+        window=window,
         sinks="none" if not call.windowed else "flags" if flags else counted,
         key_flags=flags,
         segments=segments,
@@ -97,6 +140,8 @@ def _spec(call: AttentionCall, tiling: Tiling | None) -> AttentionSpec:
         key_bias=call.key_bias is not None,
         sink_logits=call.sink_logits is not None,
         packed=packed,
+        split_keys=split,
+        uniform=split and query_len == 1 and window != "per_head",
     )
 
 
@@ -120,7 +165,8 @@ def _values(spec: AttentionSpec, call: AttentionCall, output: Tensor, lse: Tenso
             values["windows"] = on_device(windows, query.device)
     if call.key_flags is not None:
         flags = call.key_flags.to(torch.uint8).contiguous()
-        values |= {"key_flags": flags, "flags_b": batch_stride(flags), "flag_bounds": _flag_bounds(flags, query.shape[0])}
+        values |= {"key_flags": flags, "flags_b": batch_stride(flags)}
+        values |= {"flag_bounds": _flag_bounds(flags, query.shape[0])} if bounded(spec) else {}
     if call.segments is not None:
         segments = call.segments.to(torch.int32).contiguous()
         values |= {"segments": segments, "segments_b": batch_stride(segments)}
@@ -151,5 +197,5 @@ def _flag_bounds(flags: Tensor, batch: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel(spec: AttentionSpec) -> Callable[..., Any]:
-    return source.load(attention_source(spec, triton_release()), "attention").attention
+def _module(spec: AttentionSpec) -> ModuleType:
+    return source.load(attention_source(spec, triton_release()), "attention")

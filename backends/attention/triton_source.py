@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from sparsify.backends.attention.split_template import JOIN
 from sparsify.backends.attention.triton_template import KERNEL, VISIT
-from sparsify.backends.codegen.arguments import ITEM_BYTES, Argument, floats, integers, padded, parameters, pointers, present
+from sparsify.backends.codegen.arguments import ITEM_BYTES, Argument, constexprs, floats, integers, padded, parameters, pointers, present
 from sparsify.backends.codegen.launch import LOG2E, cdiv
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
@@ -41,6 +42,8 @@ class AttentionSpec:
     sinks: keys that a window does not hide: "none", "count" (the first ones) or "flags" (bit 1 of key_flags).
     has_start: the position of the first query row is read from a tensor; otherwise it is key_len - query_len.
     packed: a tile's rows are (query, head of the group) pairs, for calls with few queries.
+    split_keys: keys are shared out among programs, whose partial results a second kernel joins; only for packed calls.
+    uniform: every row of a tile sees the same keys, as those of a single query do; only for split calls.
     """
 
     dtype: str
@@ -61,6 +64,8 @@ class AttentionSpec:
     key_bias: bool = False
     sink_logits: bool = False
     packed: bool = False
+    split_keys: bool = False
+    uniform: bool = False
 
     def __post_init__(self):
         impossible = {
@@ -71,6 +76,9 @@ class AttentionSpec:
             "sinks by flags without flags": self.sinks == "flags" and not self.key_flags,
             "counted sinks beside flags": self.sinks == "count" and self.key_flags,
             "block lists for packed heads": self.block_lists and self.packed,
+            "split keys for unpacked heads": self.split_keys and not self.packed,
+            "a uniform tile of unsplit keys": self.uniform and not self.split_keys,
+            "a uniform tile with a window per head": self.uniform and self.window == "per_head",
             f"blocks of {self.block_size} with tiles of {self.tiling.queries} x {self.tiling.keys}": self.block_lists
             and any(self.block_size % tile for tile in (self.tiling.queries, self.tiling.keys, self.tiling.edge_keys)),
         }
@@ -95,56 +103,88 @@ class AttentionSpec:
             "bias per key": self.key_bias,
             "sink logits": self.sink_logits,
             "packed heads": self.packed,
+            "split keys": self.split_keys,
         }
         named = ", ".join(name for name, present in clauses.items() if present)
         return f"{self.dtype}, head dim {dims}, {self.group} query heads per KV head; {named or 'every key visible'}"
 
 
+PARTS = ("part_m", "part_l", "part_acc")
+
+
 @functools.lru_cache(maxsize=512)
 def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
     """The kernel's arguments in order."""
-    strides = [f"{name}_{axis}" for name, axes in (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), ("out", "bhm")) for axis in axes]
+    strided = (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), *(() if spec.split_keys else (("out", "bhm"),)))
     aligned = functools.partial(integers, aligned=True)
     return (
-        *pointers(spec.dtype, "query", "key", "value", "out"),
-        *pointers("fp32", "lse"),
-        *aligned(*strides),
-        *integers("kv_heads"),
-        *aligned("query_len", "key_len"),
+        *pointers(spec.dtype, *(name for name, _ in strided)),
+        *pointers("fp32", *(PARTS if spec.split_keys else ("lse",))),
+        *aligned(*(f"{name}_{axis}" for name, axes in strided for axis in axes)),
+        *integers("kv_heads", *(("splits", "query_len") if spec.split_keys else ())),
+        *aligned(*(() if spec.split_keys else ("query_len",)), "key_len"),
         *(floats("tanh_scale", "cap_log2") if spec.softcap else floats("scale")),
         *present(
             (spec.has_start, pointers("i64", "query_start")),
             (spec.window == "one", aligned("window")),
             (spec.window == "per_head", pointers("i32", "windows")),
             (spec.sinks == "count", integers("sinks")),
-            (spec.key_flags, [*pointers("u8", "key_flags"), *aligned("flags_b"), *pointers("i32", "flag_bounds")]),
+            (spec.key_flags, [*pointers("u8", "key_flags"), *aligned("flags_b")]),
+            (bounded(spec), pointers("i32", "flag_bounds")),
             (spec.segments, [*pointers("i32", "segments"), *aligned("segments_b")]),
             (spec.block_lists, [*pointers("i32", "block_counts"), *pointers("i16", "block_indices"), *aligned("list_len")]),
             (spec.alibi, [*pointers("fp32", "alibi_slopes"), *integers("alibi_b")]),
             (spec.key_bias, [*pointers("fp32", "key_bias"), *integers("bias_b", "bias_h")]),
-            (spec.sink_logits, pointers("fp32", "sink_logits")),
+            (spec.sink_logits and not spec.split_keys, pointers("fp32", "sink_logits")),
         ),
     )
+
+
+@functools.lru_cache(maxsize=512)
+def join_arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
+    """The arguments of the kernel that joins the parts of a split call, in order."""
+    aligned = functools.partial(integers, aligned=True)
+    return (
+        *pointers("fp32", *PARTS),
+        *pointers(spec.dtype, "out"),
+        *pointers("fp32", "lse"),
+        *aligned("out_b", "out_h", "out_m"),
+        *integers("kv_heads", "splits", "query_len"),
+        *present(
+            (spec.sink_logits, pointers("fp32", "sink_logits")),
+            (spec.alibi, [*aligned("key_len"), *pointers("fp32", "alibi_slopes"), *integers("alibi_b")]),
+            (spec.alibi and spec.has_start, pointers("i64", "query_start")),
+        ),
+        *constexprs("SPLITS"),
+    )
+
+
+def bounded(spec: AttentionSpec) -> bool:
+    """Whether the range of keys whose flags are set is computed beforehand: split calls save those kernels unless sinks need them."""
+    return spec.key_flags and (not spec.split_keys or spec.window != "none")
 
 
 def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 6)) -> str:
     """Module text with the kernel `attention`. Grid: one axis, `programs(...)` long; launch with the spec's warps and stages.
 
+    With split keys it is the kernel `split`, with that many programs for each part, and `join` (grid: query_len * group, batch * kv_heads).
+
     Args:
         triton_release: major and minor number.
     """
     windowed = spec.window != "none"
-    exposed = spec.causal or windowed or spec.segments
+    exposed = (spec.causal or windowed or spec.segments) and not spec.uniform
     state = "acc, m, l" + (", poisoned" if exposed else "")
     context = ["tanh_scale", "cap_log2"] if spec.softcap else ["scale"]
     needed = [
-        (spec.causal or windowed, "position"),
-        (windowed, "window"),
-        (spec.sinks == "count", "sinks"),
+        (exposed and (spec.causal or windowed), "position"),
+        (exposed and windowed, "window"),
+        (exposed and spec.sinks == "count", "sinks"),
         (spec.key_flags, "flags_row"),
+        (spec.uniform and spec.sinks == "flags", "bits"),
         (spec.segments, "segments_row"),
-        (spec.segments, "segment"),
-        (spec.segments, "has_segment"),
+        (spec.segments, "one_segment" if spec.uniform else "segment"),
+        (spec.segments, "has_one_segment" if spec.uniform else "has_segment"),
         (spec.alibi, "slope"),
         (spec.alibi, "anchor"),
         (spec.key_bias, "bias_row"),
@@ -160,6 +200,7 @@ def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 
         "edges": ", ".join([*edges, "the upper edge"]),
         "flags_note": "; flags always count" if spec.key_flags else "",
         "windowed": windowed,
+        "bounded": bounded(spec),
         "exposed": exposed,
         # one comparison less in whole tiles, which leaves Triton 3.8's compiler the registers that 3.6's has anyway
         "lean": triton_release >= (3, 8),
@@ -168,12 +209,15 @@ def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 
         "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
         "qk_guard": f" & (qk_dims < {spec.qk_head_dim})[None, :]" if qk_dim != spec.qk_head_dim else "",
         "v_guard": f" & (v_dims < {spec.v_head_dim})[None, :]" if v_dim != spec.v_head_dim else "",
+        "v_store": f", mask=v_dims < {spec.v_head_dim}" if v_dim != spec.v_head_dim else "",
         "state": state,
         "context": ", ".join(context),
         "call": ", ".join([state, "q, key_head, value_head, key_n, value_n, first, end", *context]),
         "parameters": parameters(arguments(spec)),
     }
-    return "\n\n".join([_header(spec, qk_dim, v_dim), render(VISIT, values), render(KERNEL, values)])
+    values["join_parameters"] = parameters(join_arguments(spec))
+    texts = [VISIT, KERNEL, *([JOIN] if spec.split_keys else [])]
+    return "\n\n".join([_header(spec, qk_dim, v_dim), *(render(text, values) for text in texts)])
 
 
 def _entry(split: int, tile: str) -> str:
@@ -219,6 +263,7 @@ def choose_tiling(
     block_size: int = 0,
     packed_rows: int = 0,
     segments: bool = False,
+    split: bool = False,
 ) -> Tiling:
     """Tile sizes by head dim and dtype, with as many stages as shared memory holds.
 
@@ -227,6 +272,7 @@ def choose_tiling(
         block_size: of the block lists that the tiles must divide, or 0.
         packed_rows: query rows times group of a call with few queries, or 0.
         segments: every tile needs the mask, so query tiles are kept small.
+        split: keys are shared out among programs, of which two fit on a multiprocessor.
     """
     widest = max(padded(qk_head_dim), padded(v_head_dim))
     element = ITEM_BYTES[dtype]
@@ -243,6 +289,8 @@ def choose_tiling(
         queries, keys, warps, stages, edge_keys = (128, 32, 8, 3, 16) if hopper else (64, 32, 8, 2, 16)
     if packed_rows:
         queries, keys = min(queries, padded(packed_rows)), min(keys, 64)
+    if split and dtype != "fp32":
+        stages = max(stages, 3)
     if segments:
         queries = min(queries, 64)
     if block_size:
@@ -250,7 +298,7 @@ def choose_tiling(
     if queries <= 64 and dtype != "fp32":
         warps, edge_keys = 4 if widest <= 128 else 8, 16
     dims = padded(qk_head_dim) + padded(v_head_dim)
-    limit = _SHARED.get(capability, 99) * 1024
+    limit = _SHARED.get(capability, 99) * 1024 // (2 if split else 1)
     held = queries * max(padded(qk_head_dim), padded(v_head_dim)) * element
     while stages > 1 and held + stages * keys * dims * element > limit:
         stages -= 1

@@ -11,10 +11,23 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
     # a 64-bit step to the tile, 32-bit steps within it
     key_tile = key_head + tl.cast(first, tl.int64) * key_n + offsets[:, None] * key_n + qk_dims[None, :]
     value_tile = value_head + tl.cast(first, tl.int64) * value_n + offsets[:, None] * value_n + v_dims[None, :]
+%if uniform
+    # what all rows do not see is not read
+    readable = keys < end
+%if key_flags
+    flags = tl.load(flags_row + keys, mask=readable, other=0).to(tl.int32)
+    readable = readable & ${"((flags & bits) == bits)" if sinks == "flags" else "((flags & 1) != 0)"}
+%end
+%if segments
+    readable = readable & has_one_segment & (tl.load(segments_row + keys, mask=readable, other=0) == one_segment)
+%end
+    k = tl.load(key_tile, mask=readable[:, None]${qk_guard}, other=0.0)
+%else
     if EDGE:
         k = tl.load(key_tile, mask=(keys < end)[:, None]${qk_guard}, other=0.0)
     else:
         k = tl.load(key_tile${", mask=" + qk_guard[3:] + ", other=0.0" if qk_guard else ""})
+%end
     s = tl.dot(q, tl.trans(k)${precision})
 %if softcap
     # cap * tanh(scale * s / cap) in units of log2; tanh(y) = 1 - 2 / (1 + exp(2y))
@@ -36,6 +49,9 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
     s = ${"s" if softcap or alibi else "s * scale"} + bias * LOG2E
 %end
 
+%if uniform
+    s = tl.where(readable[None, :], s, float("-inf"))
+%else
 %if key_flags
 %if lean
     if EDGE:
@@ -72,13 +88,14 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
     else:
         s = tl.where(readable[None, :], s, float("-inf"))
 %end
+%end
 %if raw
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
 %else
     m_new = tl.maximum(m, tl.max(s, 1))
 %end
     base = m_new
-%if key_flags or key_bias
+%if key_flags or key_bias or uniform
     # a row may have seen nothing yet: -inf - -inf is NaN
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
 %else
@@ -89,7 +106,7 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
     alpha = tl.exp2(m - base)
     l = l * alpha + tl.sum(p, 1)
 
-%if key_flags
+%if key_flags or uniform
     v = tl.load(value_tile, mask=readable[:, None]${v_guard}, other=0.0)
 %else
     if EDGE:
@@ -110,10 +127,14 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
 
 KERNEL = """\
 @triton.jit
-def attention(
+def ${"split" if split_keys else "attention"}(
     ${parameters},
 ):
     pid = tl.program_id(0)
+%if split_keys
+    part = pid % splits
+    pid = pid // splits
+%end
 %if packed
     # the rows of a tile are (query, head of the group) pairs, so one tile serves a KV head
     tiles = tl.cdiv(query_len * GROUP, QUERIES)
@@ -158,6 +179,10 @@ def attention(
     segments_row = segments + batch_wide * segments_b
     has_segment = inside & (position >= 0) & (position < key_len)
     segment = tl.load(segments_row + position, mask=has_segment, other=0)
+%if uniform
+    has_one_segment = (start >= 0) & (start < key_len)
+    one_segment = tl.load(segments_row + start, mask=has_one_segment, other=0)
+%end
 %end
 %if window == "per_head"
     window = tl.load(windows + head)
@@ -166,14 +191,14 @@ def attention(
 %if alibi
     # a softmax does not feel a constant: counting from the tile's last key keeps slope * k small
     slope = tl.load(alibi_slopes + batch_wide * alibi_b + head) * LOG2E
-    anchor = tl.minimum(last_query + start, key_len - 1)
+    anchor = tl.minimum(${"query_len - 1" if split_keys else "last_query"} + start, key_len - 1)
 %end
 %if key_bias
     bias_row = key_bias + batch_wide * bias_b + head * bias_h
 %end
 
     # some row may see keys [begin, end); every row sees keys [full_begin, full_end)
-%if key_flags
+%if bounded
     begin = tl.load(flag_bounds + batch * 4)
     end = tl.load(flag_bounds + batch * 4 + 1)
 %else
@@ -240,6 +265,39 @@ def attention(
     sink_begin = 0
     sink_end = sinks
 %end
+%if split_keys
+    # parts share what some row may see, not the capacity: a quarter full cache must cost a quarter
+    lower = begin${"" if uniform else " // EDGE_KEYS * EDGE_KEYS"}
+    share = tl.cdiv(tl.cdiv(end - lower, KEYS), splits) * KEYS
+%if uniform
+    begin = tl.minimum(lower + part * share, end)
+%if sinks == "none"
+    end = tl.minimum(begin + share, end)
+    for first in tl.range(begin, end, KEYS):
+%else
+    own_end = tl.minimum(begin + share, end)
+    # the first part has the sinks below the window before its own keys
+    sink_end = tl.where(part == 0, tl.minimum(sink_end, lower), 0)
+    sink_tiles = tl.cdiv(tl.maximum(sink_end - sink_begin, 0), KEYS)
+    for i in tl.range(0, sink_tiles + tl.cdiv(own_end - begin, KEYS)):
+        first = tl.where(i < sink_tiles, sink_begin + i * KEYS, begin + (i - sink_tiles) * KEYS)
+        end = tl.where(i < sink_tiles, sink_end, own_end)
+%if sinks == "flags"
+        bits = tl.where(i < sink_tiles, 3, 1)
+%end
+%end
+        ${state} = visit(${call}, TILE=KEYS, EDGE=True)
+%else
+%if sinks != "none"
+    sink_end = tl.where(part == 0, tl.minimum(sink_end, lower), 0)
+%end
+    begin = tl.minimum(lower + part * share, tl.cdiv(end, EDGE_KEYS) * EDGE_KEYS)
+    end = tl.minimum(begin + share, end)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(begin, end))
+    full_end = tl.minimum(full_end, end)
+%end
+%end
+%if not uniform
     begin = begin // EDGE_KEYS * EDGE_KEYS
 %if segments
     # rows of one tile differ everywhere
@@ -276,7 +334,17 @@ def attention(
 %end
         ${state} = visit(${call}, TILE=EDGE_KEYS, EDGE=True)
 %end
+%end
 
+%if split_keys
+%if exposed
+    acc = tl.where((poisoned != 0)[:, None], float("nan"), acc)
+%end
+    at = (tl.cast(kv, tl.int64) * query_len * GROUP + row) * splits + part
+    tl.store(part_m + at, m, mask=inside)
+    tl.store(part_l + at, l, mask=inside)
+    tl.store(part_acc + at[:, None] * ${v_head_dim} + v_dims[None, :], acc, mask=inside[:, None]${v_guard})
+%else
     seen = l != 0.0
 %if sink_logits
     sink = tl.load(sink_logits + head).to(tl.float32) * LOG2E${" - slope * anchor" if alibi else ""}
@@ -296,4 +364,5 @@ def attention(
     total = m + tl.log2(tl.where(seen, l, 1.0))${" + slope * anchor" if alibi else ""}
     lse_row = tl.cast(batch * kv_heads * GROUP + head, tl.int64) * query_len + index
     tl.store(lse + lse_row, tl.where(seen, total * LN2, float("-inf")), mask=inside)
+%end
 """
