@@ -23,8 +23,6 @@ from sparsify.planning.method import (
     Refusal,
     attention_call,
     crossovers,
-    expected,
-    in_units,
     refuse_common,
     work,
 )
@@ -47,7 +45,7 @@ class Dense(Pass):
         on = lambda kernel: lambda sizes: (work.attention(sizes, kernel),)
         ours = Proposal.of(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or not serves_sdpa(site):
-            return (self._slow_decode(site, context) if self.kernel == "auto" else None) or ours
+            return ours
         sdpa = Proposal.of(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
         hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
         if self.kernel == "sdpa" or not hopper:
@@ -55,19 +53,6 @@ class Dense(Pass):
         sizes = site.example
         start = crossovers.kernel_from(context.device, context.family, sizes.qk_head_dim, (sizes.query_heads, sizes.kv_heads))
         return dataclasses.replace(ours, min_key_len=start, solved=True, note=f"exact; Hopper attention kernel, from {start} keys on"), sdpa
-
-    def _slow_decode(self, site: AttentionSite, context: Context) -> Refusal | None:
-        """A decode step through the op has one program for each KV head: few of them read slower than SDPA with a mask tensor does."""
-        if site.phase != "decode" or context.kernels == "reference" or context.min_length is not None:
-            return None
-        step = lambda kernel: expected(lambda sizes: (work.decode(sizes, kernel),), site.example, context.device)
-        ours, masked = step(context.family), step("masked")
-        if ours is None or masked is None or ours <= masked:
-            return None
-        return self.refuse(
-            f"a decode step over {site.key_len} keys with a mask: as it is {in_units(masked)}, by the op {in_units(ours)}",
-            "dense.kernel = 'attention' forces it",
-        )
 
     def _by(self, kernel: str) -> Dense:
         return self.model_copy(update={"kernel": kernel})

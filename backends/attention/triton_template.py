@@ -209,6 +209,17 @@ def ${"split" if split_keys else "attention"}(
     end = tl.minimum(end, last_query + start + 1)
 %end
     end = tl.maximum(end, 0)
+%if uniform and key_flags and not bounded
+    # slots behind the last visible key, as those of a static cache that are still empty, are no part's: look for it from the end
+    last = -1
+    strip = tl.cdiv(end, STRIP)
+    while (strip > 0) & (last < 0):
+        strip -= 1
+        at = strip * STRIP + tl.arange(0, STRIP)
+        shown = (tl.load(flags_row + at, mask=at < end, other=0).to(tl.int32) & 1) != 0
+        last = tl.max(tl.where(shown, at, -1), 0)
+    end = last + 1
+%end
     full_end = end
 %if causal
     full_end = tl.minimum(end, first_query + start + 1)

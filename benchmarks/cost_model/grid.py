@@ -88,7 +88,7 @@ def grid(device: str, small: bool = False) -> list[Cell]:
     if device != "cuda" or small:
         return _tiny("hopper" if device == "cuda" else "reference")
     kernels = ("sdpa", "hopper", "triton")
-    cells = layers() + decode(("sdpa", "cache", "triton")) + masked() + dense(kernels) + sparse(kernels)
+    cells = layers() + decode(("sdpa", "cache", "split")) + masked() + dense(kernels) + sparse(kernels)
     return sorted(cells, key=weight)
 
 

@@ -27,7 +27,9 @@ TILE = 128  # query rows of a tile and keys of a block, in every attention kerne
 _ROUNDING_PASSES, _MERGING_PASSES = 5, 2
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
 # kernels whose decode step cuts the keys of one head into splits for many processors
-_SPLITTING = {"sdpa", "cache", "masked"}
+_SPLITTING = {"sdpa", "cache", "masked", "split"}
+# what serves a decode step of the attention op where a family serves prompts: of a tile of 128 rows all but one would be empty
+STEP_KERNELS = {"hopper": "split", "triton": "split"}
 _MOST_SPILL = 8
 _ZERO = sympy.Integer(0)
 
@@ -155,7 +157,7 @@ def attention(sizes: AttentionSizes, kernel: str, *, share: Any = 1, window: Siz
 @functools.lru_cache(maxsize=1024)
 def _attention(s: AttentionSizes, kernel: str, share: Any, window: Size | None, listed: bool) -> Work:
     if s.query_len == 1:
-        return decode(s, kernel)
+        return decode(s, STEP_KERNELS.get(kernel, kernel))
     band = window or s.window
     kind = "lists" if listed else "window" if band else "causal"
     heads, dims = s.batch * s.query_heads, s.qk_head_dim + s.v_head_dim
@@ -178,7 +180,6 @@ def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:
     slots = sympy.sympify(s.key_len if kept is None else kept)
     slots = smallest(slots, s.window) if s.window else slots
     read = s.batch * s.kv_heads * slots * (s.qk_head_dim + s.v_head_dim)
-    kernel = "triton" if kernel == "hopper" else kernel  # a tile of 128 rows would be empty but for one
     return Work(
         family=f"{kernel}/decode",
         dtype=s.dtype,

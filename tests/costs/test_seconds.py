@@ -114,7 +114,7 @@ def test_reading_fewer_keys_is_cheaper(first, second, kernel):
 def test_decode_is_the_stream_of_keys_and_values():
     step = work.attention(AttentionSizes(query_len=1, key_len=131072), "sdpa")
     assert (step.family, step.size) == ("sdpa/decode", 2 * 8 * 131072 * 128 * 2)
-    assert work.attention(AttentionSizes(query_len=1, key_len=131072), "hopper").family == "triton/decode"
+    assert work.attention(AttentionSizes(query_len=1, key_len=131072), "hopper").family == "split/decode"
     windowed = dataclasses.replace(AttentionSizes(query_len=1, key_len=131072), window=1024)
     assert work.attention(windowed, "sdpa").size == 2 * 8 * 1024 * 128 * 2
 

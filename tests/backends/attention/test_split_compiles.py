@@ -1,4 +1,4 @@
-"""Kernels that split the keys of few queries compile for real GPUs, without one: two programs fit on a multiprocessor, and nothing spills."""
+"""Kernels that split the keys of few queries compile for real GPUs, without one: two programs a multiprocessor, and no spills."""
 
 from __future__ import annotations
 
