@@ -36,7 +36,7 @@ class SinkWindow(Pass):
             return self.refuse("rows beyond every window cannot be told from rows that the mask leaves without a key", "set sinks = 1")
         band = self.sinks + self.window
         if site.query_len == 1:
-            works = lambda sizes: (work.decode(sizes, work.STEP_KERNELS.get(context.family, context.family), sympy.Min(band, sizes.key_len)),)
+            works = lambda sizes: (work.decode(sizes, work.step_kernel(context.family), sympy.Min(band, sizes.key_len)),)
         else:
             works = lambda sizes: (work.attention(sizes, context.family, window=band),)
         # at sinks + window keys the mask says nothing yet; a forced min_length still yields the same values

@@ -28,8 +28,6 @@ _ROUNDING_PASSES, _MERGING_PASSES = 5, 2
 _SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
 # kernels whose decode step cuts the keys of one head into splits for many processors
 _SPLITTING = {"sdpa", "cache", "masked", "split"}
-# what serves a decode step of the attention op where a family serves prompts: of a tile of 128 rows all but one would be empty
-STEP_KERNELS = {"hopper": "split", "triton": "split"}
 _MOST_SPILL = 8
 _ZERO = sympy.Integer(0)
 
@@ -157,7 +155,7 @@ def attention(sizes: AttentionSizes, kernel: str, *, share: Any = 1, window: Siz
 @functools.lru_cache(maxsize=1024)
 def _attention(s: AttentionSizes, kernel: str, share: Any, window: Size | None, listed: bool) -> Work:
     if s.query_len == 1:
-        return decode(s, STEP_KERNELS.get(kernel, kernel))
+        return decode(s, step_kernel(kernel))
     band = window or s.window
     kind = "lists" if listed else "window" if band else "causal"
     heads, dims = s.batch * s.query_heads, s.qk_head_dim + s.v_head_dim
@@ -173,6 +171,11 @@ def _attention(s: AttentionSizes, kernel: str, share: Any, window: Size | None, 
         rows=sympy.sympify(heads * s.query_len) / TILE,
         kept=_ZERO if band else sympy.sympify(s.key_len * dims * s.dtype.itemsize),
     )
+
+
+def step_kernel(kernel: str) -> str:
+    """What serves a decode step where a kernel serves prompts: all but one of a tile's 128 rows would be empty, so that keys are split."""
+    return "split" if kernel in ("hopper", "triton") else kernel
 
 
 def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:

@@ -27,7 +27,7 @@ from sparsify.costs import profile_cache
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
 from sparsify.costs.samples import Cell, Sample, predict
-from sparsify.costs.work import STEP_KERNELS
+from sparsify.costs.work import step_kernel
 from sparsify.errors import ProfileError, SparsifyError
 
 K = 1024
@@ -75,7 +75,7 @@ def _cells(
     if own:
         found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
     for kernel, n, batch in itertools.product(
-        ("sdpa", "masked", *(["cache"] if own else []), *(STEP_KERNELS.get(kernel, kernel) for kernel in own[-1:])), ends, (1, 8)
+        ("sdpa", "masked", *(["cache"] if own else []), *(step_kernel(kernel) for kernel in own[-1:])), ends, (1, 8)
     ):
         found.append(Cell("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
     wide = hidden * 7 // 2
