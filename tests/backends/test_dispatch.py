@@ -106,7 +106,7 @@ def test_a_kernel_that_fails_is_named(monkeypatch):
     def broken(spec):
         raise RuntimeError("PTX error\nptxas exploded")
 
-    monkeypatch.setattr(triton, "_kernel", broken)
+    monkeypatch.setattr(triton, "_module", broken)
     call = make_call(dataclasses.replace(CASE, lists=False))
     with pytest.raises(KernelError, match=r"fp32, head dim 16.*ptxas exploded.*kernels = 'reference'"):
         triton.triton_attention(call)
