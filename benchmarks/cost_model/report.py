@@ -7,16 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.cache import DecodeModel
-from benchmarks.cost_model import CostGrid
+from benchmarks.cost_model import CostGrid, whole_model
 from benchmarks.cost_model import run as cost_grid
 from benchmarks.lib.models import SHAPES
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, conditions, kind, latest, markdown, size
 from benchmarks.model import Prefill
-from sparsify.costs import decoder as model_costs
-from sparsify.costs import seconds as costs
-from sparsify.costs.decoder import ModelShape
 from sparsify.costs.device import Device
+from sparsify.costs.seconds import attention_seconds, decode_seconds, estimate_seconds
 
 
 def _fit(found: Iterable[Found]) -> tuple[Device, list[tuple[Any, bool]]] | None:
@@ -80,27 +78,27 @@ def _cells(found: list[tuple[Any, float]] | None) -> list[str]:
     return [str(numbers["cells"]), f"{numbers['median']:.1%}", f"{numbers['p95']:.1%}"]
 
 
-def shape_of(name: str, layers: int | None = None) -> ModelShape:
+def shape_of(name: str, layers: int | None = None) -> whole_model.ModelShape:
     given = SHAPES[name]
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    return ModelShape(layers or given["num_hidden_layers"], *(given[key] for key in names))
+    return whole_model.ModelShape(layers or given["num_hidden_layers"], *(given[key] for key in names))
 
 
 def predicted_prefill(record: Found, device: Device) -> float | None:
     """Seconds for a record of the prefill benchmark; None for variants that the model does not speak of."""
     shape, n = shape_of(record["shape"], record["layers"]), record["length"]
     sizes = shape.attention(n, n)
-    exact = [costs.attention_seconds(sizes, device, kernel=kernel) for kernel in ("sdpa", "hopper")]
+    exact = [attention_seconds(sizes, device, kernel=kernel) for kernel in ("sdpa", "hopper")]
     if record["variant"] == "eager":
-        return float(model_costs.model_prefill_seconds(shape, device, n, attention=exact[0], compiled=False))
+        return float(whole_model.prefill_seconds(shape, device, n, attention=exact[0], compiled=False))
     if record["variant"] in ("dense", "default") and not record.get("density"):
-        return float(model_costs.model_prefill_seconds(shape, device, n, attention=min(exact, key=float)))
+        return float(whole_model.prefill_seconds(shape, device, n, attention=min(exact, key=float)))
     if record["variant"] in ("xattention", "default") and record.get("density"):
-        sparse = costs.attention_seconds(sizes, device, kernel="hopper", share=record["density"], listed=True)
+        sparse = attention_seconds(sizes, device, kernel="hopper", share=record["density"], listed=True)
         # of the records that do not name their estimate, those of `xattention` are from before the 8-bit one was the default
         unnamed = () if record["variant"] == "xattention" else ("int8",)
-        estimate = costs.estimate_seconds(sizes, device, 8, variants=record.get("estimate", unnamed))
-        return float(model_costs.model_prefill_seconds(shape, device, n, attention=sparse + estimate))
+        estimate = estimate_seconds(sizes, device, 8, variants=record.get("estimate", unnamed))
+        return float(whole_model.prefill_seconds(shape, device, n, attention=sparse + estimate))
     return None
 
 
@@ -125,10 +123,10 @@ def _decode_rows(found: list[Found], device: Device) -> list[list[str]]:
     served = [r for r in found if r["variant"] == "sparsify" and r.get("mode") == "reduce-overhead" and not r.get("tuned")]
     for record in sorted(latest(served, DecodeModel, *keys), key=lambda r: (r["prompt"], r["batch"])):
         shape, budget, batch = shape_of(record["shape"], record["layers"]), record["budget"], record["batch"]
-        kept = costs.decode_seconds(shape.attention(1, budget, batch), device)
+        kept = decode_seconds(shape.attention(1, budget, batch), device)
         loop = "ms_per_token_read_back" in record
         for waited, key in ((False, "ms_per_token"), (True, "ms_per_token_read_back")) if loop else ((True, "ms_per_token"),):
-            seconds = model_costs.model_decode_seconds(shape, device, budget, batch=batch, attention=kept, waited=waited)
+            seconds = whole_model.decode_seconds(shape, device, budget, batch=batch, attention=kept, waited=waited)
             what = f"decode over {budget} kept keys, batch {batch}" + (", each token read back" if waited else "")
             rows.append(_row(what, size(record["prompt"]), record[key], float(seconds)))
     return rows

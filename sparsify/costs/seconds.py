@@ -3,8 +3,7 @@
     seconds = call + rows · tiles / processors + work / efficiency + … , never less than the bytes that must move take
 
 `sparsify.costs.work` counts what a candidate does; a device's profile says what that costs (`sparsify.costs.profile` lists the terms).
-Estimate, selection and attention are works of their own. `sparsify.costs.decoder` adds up whole models, `sparsify.costs.crossovers` solves
-for lengths.
+Estimate, selection and attention are works of their own. `sparsify.costs.crossovers` solves for lengths.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import sympy
+import torch
 
 from sparsify.costs import work
 from sparsify.costs.device import Device
@@ -21,6 +21,13 @@ from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes, Size
 from sparsify.costs.work import Work
 
 Share = float | sympy.Expr  # of blocks or of calls, from 0 to 1
+
+# What the host needs for a compiled decode step that is waited for, in launches' times: guards, the graph's launch and the token's way back
+# (8B decode in benchmarks/results, beside the same steps in one go).
+STEP_LAUNCHES = 120
+# Kernels between the matrix products of a layer's decode step: two norms with their residual sums, the rotation, the cache's store and
+# the activation.
+SMALL_KERNELS = 5
 
 # How formulas write sizes: batch, query and KV heads, query and key length.
 _LETTERS = {"batch": "B", "query_heads": "H", "kv_heads": "G", "query_len": "Q", "key_len": "N"}
@@ -69,6 +76,13 @@ def feed_forward_seconds(sizes: FeedForwardSizes, device: Device, share: Share =
     streamed = seconds(work.skipped_ffn(sizes.rows, sizes.weight_bytes, sizes.dtype, share), device)
     flops = Work("linear", sizes.dtype, flops=sympy.sympify(2 * sizes.rows * sizes.weight_bytes * share / sizes.dtype.itemsize))
     return work.largest(streamed, seconds(flops, device))
+
+
+def linear_seconds(device: Device, rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> sympy.Expr:
+    """One linear layer over `rows` tokens: a matrix product, or the stream of its weight where there are few rows."""
+    return work.largest(
+        seconds(work.linear(rows, inputs, outputs, dtype), device), seconds(work.stream(rows, inputs, outputs, dtype), device)
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import sparsify
+from benchmarks.cost_model import whole_model
 from sparsify import SparseCache, pipeline
 from sparsify.commands import main as cli
 from sparsify.commands.cost import command as cost_command
@@ -19,7 +20,6 @@ from sparsify.commands.cost import device as forecast_device
 from sparsify.commands.cost import forecaster as forecast
 from sparsify.commands.cost import meta_model, report
 from sparsify.costs import profile
-from sparsify.costs.decoder import ModelShape, model_decode_seconds, model_prefill_seconds
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.planning import registry
 from sparsify.planning.config import config
@@ -82,13 +82,13 @@ def test_the_choice_is_the_one_that_a_compilation_makes():
 
 
 def test_whole_models_cost_what_the_cost_model_says(llama, of_8b):
-    shape = ModelShape.from_config(llama.config)
+    shape = whole_model.ModelShape.from_config(llama.config)
     for row in of_8b.rows:
         prefill, decode = row.dense.prefill, row.dense.decode
         attention = [prefill.attention / 32] * 32
-        assert prefill.total == pytest.approx(float(model_prefill_seconds(shape, H200, row.length, attention=attention)), rel=0.02)
+        assert prefill.total == pytest.approx(float(whole_model.prefill_seconds(shape, H200, row.length, attention=attention)), rel=0.02)
         attention = [decode.attention / 32] * 32
-        assert decode.total == pytest.approx(float(model_decode_seconds(shape, H200, row.length + 1, attention=attention)), rel=0.02)
+        assert decode.total == pytest.approx(float(whole_model.decode_seconds(shape, H200, row.length + 1, attention=attention)), rel=0.02)
         assert row.dense.memory.weights == pytest.approx(shape.weight_bytes, rel=0.01)
         assert row.dense.memory.cache == shape.cache_bytes(row.length)
 

@@ -10,16 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.costs import crossovers, profile, work
-from sparsify.costs import decoder as model_costs
-from sparsify.costs import seconds as costs
-from sparsify.costs.decoder import ModelShape, model_decode_seconds, model_prefill_seconds
+from benchmarks.cost_model import whole_model
+from sparsify.costs import crossovers, profile, seconds, work
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes
 
 H200 = Device.of("cuda", profile.shipped("sm_90"))
 A100 = Device.of("cuda", profile.for_capability((8, 0)))
-LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
+LLAMA_8B = whole_model.ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 LENGTHS = st.sampled_from([1 << i for i in range(7, 19)])
 KERNELS = st.sampled_from(["sdpa", "hopper", "triton"])
 QUICK = settings(max_examples=40, deadline=None)
@@ -30,7 +28,7 @@ def prompt(length: int, batch: int = 1, **more) -> AttentionSizes:
 
 
 def attention(sizes: AttentionSizes, device: Device = H200, **more) -> float:
-    return float(costs.attention_seconds(sizes, device, **more))
+    return float(seconds.attention_seconds(sizes, device, **more))
 
 
 def brute_force_blocks(query_len: int, key_len: int) -> int:
@@ -96,18 +94,18 @@ def test_wider_windows_take_longer_(length, first, second):
 @given(st.sampled_from([1 << i for i in range(14, 19)]), st.sampled_from([4, 8, 16]), st.sampled_from([(), ("half",), ("group",)]))
 def test_a_coarser_estimate_is_cheaper(length, stride, variants):
     """Of long prompts: one tile is deeper the coarser it is, and short prompts are one tile a head."""
-    seconds = lambda s, v: float(costs.estimate_seconds(prompt(length), H200, s, variants=v))
+    estimate = lambda s, v: float(seconds.estimate_seconds(prompt(length), H200, s, variants=v))
     if stride < 16:
-        assert seconds(2 * stride, variants) <= seconds(stride, variants) * (1 + 1e-9)
+        assert estimate(2 * stride, variants) <= estimate(stride, variants) * (1 + 1e-9)
     if "half" not in variants:
-        assert seconds(stride, (*variants, "half")) <= seconds(stride, variants) * (1 + 1e-9)
+        assert estimate(stride, (*variants, "half")) <= estimate(stride, variants) * (1 + 1e-9)
 
 
 @QUICK
 @given(st.integers(1, 1 << 19), st.integers(1, 1 << 19), st.sampled_from(["sdpa", "cache", "hopper"]))
 def test_reading_fewer_keys_is_cheaper(first, second, kernel):
     few, many = sorted((first, second))
-    read = lambda kept: float(costs.decode_seconds(AttentionSizes(key_len=1 << 19), H200, kernel=kernel, kept=kept))
+    read = lambda kept: float(seconds.decode_seconds(AttentionSizes(key_len=1 << 19), H200, kernel=kernel, kept=kept))
     assert read(few) <= read(many)
 
 
@@ -121,10 +119,10 @@ def test_decode_is_the_stream_of_keys_and_values():
 
 def test_symbols_go_through_and_give_the_same_number():
     n = sympy.Symbol("n", integer=True, positive=True)
-    formula = costs.attention_seconds(prompt(n), H200, kernel="hopper")
+    formula = seconds.attention_seconds(prompt(n), H200, kernel="hopper")
     assert formula.free_symbols == {n}
-    assert costs.value_at(formula, {n: 32768}) == pytest.approx(attention(prompt(32768), kernel="hopper"), rel=1e-12)
-    assert costs.value_at(formula, {}) is None
+    assert seconds.value_at(formula, {n: 32768}) == pytest.approx(attention(prompt(32768), kernel="hopper"), rel=1e-12)
+    assert seconds.value_at(formula, {}) is None
 
 
 def test_a_family_nobody_measured_costs_what_its_kernel_does_elsewhere():
@@ -139,16 +137,16 @@ def test_products_of_fp32_are_slower_on_a_gpu():
 
 
 def test_the_formula_says_what_the_maximum_comes_to():
-    text = costs.formula(lambda sizes: (work.attention(sizes, "hopper"),), prompt(65536), H200)
+    text = seconds.formula(lambda sizes: (work.attention(sizes, "hopper"),), prompt(65536), H200)
     assert text.startswith("hopper/causal ")
     assert "B·H·N²" in text
     assert "Max" not in text
-    decode = costs.formula(lambda sizes: (work.decode(sizes, "cache"),), AttentionSizes(query_len=1, key_len=4096), H200)
+    decode = seconds.formula(lambda sizes: (work.decode(sizes, "cache"),), AttentionSizes(query_len=1, key_len=4096), H200)
     assert "B·G·N" in decode
 
 
 def test_the_formula_evaluates_to_the_seconds_beside_it():
-    text = costs.formula(lambda sizes: (work.attention(sizes, "sdpa"),), prompt(65536), H200)
+    text = seconds.formula(lambda sizes: (work.attention(sizes, "sdpa"),), prompt(65536), H200)
     body = text.split(": ", 1)[1].replace("²", "**2").replace("·", "*").replace("^", "**")
     value = sympy.sympify(body, locals={name: sympy.Symbol(name) for name in "BHGN"}).subs({"B": 1, "H": 32, "G": 8, "N": 65536})
     assert float(value) == pytest.approx(attention(prompt(65536), kernel="sdpa"), rel=0.05)
@@ -163,8 +161,8 @@ def test_a_solved_length_is_where_the_sign_changes(device, kernel):
     assert start % 1024 == 0
 
     def gain(n: int) -> float:
-        share = costs.expected_density(sympy.Integer(n))
-        sparse = costs.estimate_seconds(prompt(n), device, 8) + costs.attention_seconds(
+        share = seconds.expected_density(sympy.Integer(n))
+        sparse = seconds.estimate_seconds(prompt(n), device, 8) + seconds.attention_seconds(
             prompt(n), device, kernel=kernel, share=share, listed=True
         )
         dense = min(attention(prompt(n), device, kernel=name) for name in ("sdpa", kernel))
@@ -199,25 +197,25 @@ def test_a_kernel_that_never_wins_gets_no_regime():
 def test_prefill_holds_the_products_and_nothing_much_beside_them():
     flops = 2 * 32768 * (LLAMA_8B.weight_bytes / 2 - 2 * LLAMA_8B.vocab * LLAMA_8B.hidden)
     attend = 32 * attention(prompt(32768), kernel="sdpa")
-    compiled, eager = (float(model_prefill_seconds(LLAMA_8B, H200, 32768, compiled=one)) for one in (True, False))
+    compiled, eager = (float(whole_model.prefill_seconds(LLAMA_8B, H200, 32768, compiled=one)) for one in (True, False))
     assert flops / H200.flops + attend < compiled < 1.25 * (flops / H200.flops + attend)
     assert compiled < eager
 
 
 def test_layers_may_differ():
     fast, slow = 1e-3, 5e-3
-    mixed = model_prefill_seconds(LLAMA_8B, H200, 8192, attention=[fast] * 16 + [slow] * 16)
-    same = model_prefill_seconds(LLAMA_8B, H200, 8192, attention=(fast + slow) / 2)
+    mixed = whole_model.prefill_seconds(LLAMA_8B, H200, 8192, attention=[fast] * 16 + [slow] * 16)
+    same = whole_model.prefill_seconds(LLAMA_8B, H200, 8192, attention=(fast + slow) / 2)
     assert float(mixed) == pytest.approx(float(same))
 
 
 def test_decode_streams_weights_and_cache_once():
-    step = lambda n, **more: float(model_decode_seconds(LLAMA_8B, H200, n, **more))
+    step = lambda n, **more: float(whole_model.decode_seconds(LLAMA_8B, H200, n, **more))
     weights = LLAMA_8B.weight_bytes - 2 * LLAMA_8B.vocab * LLAMA_8B.hidden
     assert step(1) > weights / 4.8e12, "no H200 reads faster"
     assert step(131072) - step(1) == pytest.approx(float(LLAMA_8B.cache_bytes(131072)) / 4.3e12, rel=0.25)
     assert step(131072, batch=8) > 4 * (step(131072) - step(1))
-    kept = costs.decode_seconds(LLAMA_8B.attention(1, 131072), H200, kept=4096)
+    kept = seconds.decode_seconds(LLAMA_8B.attention(1, 131072), H200, kept=4096)
     assert step(131072, attention=kept) < step(131072)
     assert step(1024, ffn_share=0.5) < step(1024, ffn_share=1, skipping=True)
 
@@ -227,12 +225,12 @@ def test_shapes_come_from_configurations():
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
     )
-    assert ModelShape.from_config(config) == LLAMA_8B
+    assert whole_model.ModelShape.from_config(config) == LLAMA_8B
     assert LLAMA_8B.weight_bytes == pytest.approx(8030261248 * 2, rel=1e-3)
 
 
 def test_a_linear_layer_is_a_product_or_a_stream():
-    one, many = (float(model_costs.linear_seconds(H200, rows, 4096, 14336)) for rows in (1, 8192))
+    one, many = (float(seconds.linear_seconds(H200, rows, 4096, 14336)) for rows in (1, 8192))
     assert one >= 0.9 * 4096 * 14336 * 2 / 4.8e12
     assert many >= 2 * 8192 * 4096 * 14336 / 989e12, "no H200 multiplies faster"
 
@@ -273,5 +271,5 @@ def test_the_estimate_is_computed_in_whole_waves():
 
 
 def test_a_step_that_nobody_waits_for_is_shorter():
-    waited, alone = (float(model_decode_seconds(LLAMA_8B, H200, 4096, waited=one)) for one in (True, False))
+    waited, alone = (float(whole_model.decode_seconds(LLAMA_8B, H200, 4096, waited=one)) for one in (True, False))
     assert waited > alone

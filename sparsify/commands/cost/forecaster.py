@@ -16,8 +16,7 @@ from typing import Any
 from sparsify.commands.cost.meta_model import AnySite, CallSites, MetaModel, PromptAndToken, Weights, resized
 from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
 from sparsify.costs import work
-from sparsify.costs.decoder import SMALL_KERNELS, STEP_LAUNCHES, linear_seconds
-from sparsify.costs.seconds import attention_seconds, seconds
+from sparsify.costs.seconds import SMALL_KERNELS, STEP_LAUNCHES, attention_seconds, linear_seconds, seconds
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import CacheSite
 from sparsify.planning.choose import acts_on, make_plan

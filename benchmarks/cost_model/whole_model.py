@@ -1,6 +1,6 @@
-"""Seconds of a whole decoder's prefill and decode step, from its shape alone: linear layers, attention, and everything elementwise.
+"""Seconds of a whole decoder's prefill and decode step in closed form, beside what was measured and what `sparsify cost` says.
 
-Nothing is run and no weights are needed; lengths may be numbers or sympy symbols.
+From the model's shape alone: linear layers, attention, and everything elementwise. Lengths may be numbers or sympy symbols.
 """
 
 from __future__ import annotations
@@ -14,20 +14,15 @@ import torch
 
 from sparsify.costs import work
 from sparsify.costs.device import Device
-from sparsify.costs.seconds import seconds
+from sparsify.costs.seconds import SMALL_KERNELS, STEP_LAUNCHES, linear_seconds, seconds
 from sparsify.costs.sizes import AttentionSizes, Size
 
-# What the host needs, in launches' times. Eager: an operator of transformers' layers takes about four, for Python around it (8B prefills
-# of 1K tokens in benchmarks/results, which wait for the host). Compiled, a decode step that is waited for: guards, the graph's launch and
-# the token's way back (8B decode there, beside the same steps in one go).
-_EAGER_LAYER, STEP_LAUNCHES = 130, 120
+# What the host needs in eager mode, in launches' times: an operator of transformers' layers takes about four, for Python around it (8B
+# prefills of 1K tokens in benchmarks/results, which wait for the host).
+_EAGER_LAYER = 130
 # Operators that run one by one over broadcast and transposed operands reach two thirds of the bandwidth of Inductor's fused kernels (8B
 # prefills of 4K and 16K tokens in eager mode, there; other lengths agree).
 _EAGER_BYTES = 1.5
-
-# Kernels between the matrix products of a layer's decode step: two norms with their residual sums, the rotation, the cache's store and
-# the activation.
-SMALL_KERNELS = 5
 
 
 @dataclass(frozen=True)
@@ -97,13 +92,6 @@ class ModelShape:
         return sympy.sympify(2 * self.layers * batch * self.kv_width * key_len * self.dtype.itemsize)
 
 
-def linear_seconds(device: Device, rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> sympy.Expr:
-    """One linear layer over `rows` tokens: a matrix product, or the stream of its weight where there are few rows."""
-    return work.largest(
-        seconds(work.linear(rows, inputs, outputs, dtype), device), seconds(work.stream(rows, inputs, outputs, dtype), device)
-    )
-
-
 def _elements(shape: ModelShape, compiled: bool) -> int:
     """Numbers that a layer's elementwise parts read and write for each token.
 
@@ -116,7 +104,7 @@ def _elements(shape: ModelShape, compiled: bool) -> int:
     return 42 * shape.hidden + 10 * (shape.query_width + shape.kv_width) + 4 * shape.kv_width + 5 * shape.intermediate
 
 
-def model_prefill_seconds(
+def prefill_seconds(
     shape: ModelShape,
     device: Device,
     length: Size,
@@ -129,7 +117,7 @@ def model_prefill_seconds(
 
     Args:
         attention: seconds of attention: one expression for every layer, a sequence with one for each, or None for dense attention by SDPA.
-            `costs.attention_seconds(shape.attention(n, n), device, kernel=...)` and `costs.estimate_seconds` give such expressions.
+            `attention_seconds(shape.attention(n, n), device, kernel=...)` and `estimate_seconds` give such expressions.
         compiled: elementwise operations fused by Inductor, as sparsify runs them; False: one kernel each, as in eager mode.
     """
     tokens = batch * length
@@ -141,7 +129,7 @@ def model_prefill_seconds(
     return total if compiled else work.largest(total, shape.layers * _EAGER_LAYER * device.launch)
 
 
-def model_decode_seconds(
+def decode_seconds(
     shape: ModelShape,
     device: Device,
     key_len: Size,
@@ -155,7 +143,7 @@ def model_decode_seconds(
     """Seconds of one decode step in a CUDA graph, each of `batch` sequences having `key_len` keys.
 
     Args:
-        attention: as in `model_prefill_seconds`; `costs.decode_seconds(shape.attention(1, n), device, kept=budget)` is one over a cache.
+        attention: as in `prefill_seconds`; `costs.seconds.decode_seconds(shape.attention(1, n), device, kept=budget)` is one over a cache.
         waited: the host waits for every token, as `generate` does; False: the device's time alone.
         ffn_share, skipping: share of the feed-forward blocks that is computed; `skipping` says that ffn_skip's kernels run them.
     """
