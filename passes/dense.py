@@ -43,10 +43,10 @@ class Dense(Pass):
             return refusal
         operands = f"exact; mask as operands of {context.kernels} attention"
         on = lambda kernel: lambda sizes: (work.attention(sizes, kernel),)
-        ours = Proposal.of(self._by("attention"), site, context, on(context.family), note=operands)
+        ours = Proposal.from_work(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or not serves_sdpa(site):
             return ours
-        sdpa = Proposal.of(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
+        sdpa = Proposal.from_work(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
         hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
         if self.kernel == "sdpa" or not hopper:
             return sdpa

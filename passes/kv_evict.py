@@ -33,7 +33,7 @@ class KvEvict(Pass):
         if site.phase == "chunk":
             return self.refuse("several tokens at once: attention over slots and the store stay two ops")
         note = f"store, evict and attend over {site.key_len} slots as one op ({context.kernels})"
-        return Proposal.of(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
+        return Proposal.from_work(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
 
     def rewrite(self, editor: Editor, site: CacheSite) -> None:
         store, attention = site.store.kwargs, site.output.kwargs

@@ -42,7 +42,7 @@ class SinkWindow(Pass):
         # at sinks + window keys the mask says nothing yet; a forced min_length still yields the same values
         start = band + 1 if context.min_length is None else context.min_length
         note = f"{self.sinks} sinks + window {self.window} by token"
-        return Proposal.of(self, site, context, works, min_key_len=start, note=note)
+        return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         editor.replace(site, attention_call(editor.at(site), site, sinks=self.sinks, windows=(self.window,)))

@@ -109,7 +109,7 @@ class XAttention(Pass):
         note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"
         works = functools.partial(self._works, context.family)
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
-        return Proposal.of(self, site, context, works, note=note, **limits)
+        return Proposal.from_work(self, site, context, works, note=note, **limits)
 
     def _scratch(self, site: AttentionSite) -> sympy.Expr:
         """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.ops.scratch` counts all."""

@@ -23,7 +23,7 @@ def _fit(found: Iterable[Found]) -> tuple[Device, list[tuple[Any, bool]]] | None
         return None
     ceilings, samples = run
     fitted = cost_grid.profile_of(ceilings, [sample for sample, part in samples if part])
-    return Device.of("cuda" if fitted.capability else "cpu", fitted), samples
+    return Device.from_profile("cuda" if fitted.capability else "cpu", fitted), samples
 
 
 def table(found: Iterable[Found]) -> str:

@@ -142,7 +142,7 @@ def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
             "versions": versions,
         }
     )
-    return fit.fit(samples, Device.of("cuda" if capability else "cpu", found), found)
+    return fit.fit(samples, Device.from_profile("cuda" if capability else "cpu", found), found)
 
 
 def errors(samples: Iterable[Sample], device: Device) -> list[tuple[Sample, float]]:
@@ -204,7 +204,7 @@ def report(path: Path, save: Path | None, worst: int, everything: bool) -> int:
         raise SystemExit(f"{path} holds no run of {CostGrid.NAME}")
     ceilings, samples = run
     fitted = profile_of(ceilings, [sample for sample, part in samples if part or everything])
-    device = Device.of("cuda" if fitted.capability else "cpu", fitted)
+    device = Device.from_profile("cuda" if fitted.capability else "cpu", fitted)
     for title, chosen in (("fitted on", True), ("tested on", False)):
         found = errors([sample for sample, part in samples if part == chosen], device)
         for family, of_family in grouped(found).items():

@@ -40,7 +40,7 @@ class Device:
     source: str = ""
 
     @classmethod
-    def of(cls, kind: str, found: Profile) -> Device:
+    def from_profile(cls, kind: str, found: Profile) -> Device:
         """The device that a profile describes; `kind` is torch's device type."""
         numbers = {name: getattr(found, name) for name in ("capability", "flops", "bandwidth", "launch", "measured", "source")}
         return cls(kind, found.device, **numbers, processors=found.processors, l2_bytes=found.l2_bytes, profile=found)
@@ -87,7 +87,7 @@ def _describe(kind: str, index: int | None) -> Device:
         found = None
     if found is None:
         found = profile_cache.default(kind, index)
-    return Device.of(kind, found)
+    return Device.from_profile(kind, found)
 
 
 def forget() -> None:

@@ -95,7 +95,9 @@ class Proposal:
     scratch: sympy.Expr = sympy.S.Zero
 
     @classmethod
-    def of(cls, method: Pass, site: Any, context: Context, works: Callable[[AttentionSizes], Iterable[Work]], **more: Any) -> Proposal:
+    def from_work(
+        cls, method: Pass, site: AttentionSite | CacheSite, context: Context, works: Callable[[AttentionSizes], Iterable[Work]], **more: Any
+    ) -> Proposal:
         """A proposal for an attention site from what it would do there, as kernels one after the other."""
         text = formula(works, site.example, context.device) if context.formulas else ""
         return cls(method, seconds(works(site.sizes), context.device), formula=text, **more)

@@ -18,7 +18,7 @@ from sparsify.costs.samples import Cell, Sample, predict
 
 K = 1024
 GRID = cost_cells.grid("cuda")
-H200 = Device.of("cuda", profile.shipped("sm_90"))
+H200 = Device.from_profile("cuda", profile.shipped("sm_90"))
 
 
 def test_the_grid_has_every_length_density_batch_and_method_once():
@@ -80,7 +80,7 @@ SOME = [c for c in GRID if c.kind in ("attention", "select", "whole", "decode")]
 def test_a_device_that_follows_the_formulas_is_predicted():
     ceilings, samples = cost_grid.newest_run(records_of(H200, SOME))
     fitted = cost_grid.profile_of(ceilings, [sample for sample, part in samples if part])
-    device = Device.of("cuda", fitted)
+    device = Device.from_profile("cuda", fitted)
     found = cost_grid.summary(cost_grid.errors([sample for sample, part in samples if not part], device))
     assert found["median"] < 0.02
     assert found["p95"] < 0.08

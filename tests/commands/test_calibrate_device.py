@@ -46,7 +46,7 @@ def test_the_command_measures_and_the_next_description_uses_it(folder, capsys):
 def test_the_fit_explains_what_was_measured():
     found = calibrate_device.calibrate("cpu", small=True)
     assert not found.failed
-    device = Device.of("cpu", found.profile)
+    device = Device.from_profile("cpu", found.profile)
     slow, quick = (
         Cell("attention", "reference", query_len=n, key_len=n, query_heads=2, kv_heads=1, head_dim=32, dtype="float32") for n in (512, 128)
     )

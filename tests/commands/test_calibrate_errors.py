@@ -52,7 +52,7 @@ def windowed_error(model, layer: int) -> float:
 def test_the_error_is_that_of_the_site_alone(model):
     errors = calibrate_errors.measure(model, IDS, OPTIONS)
     for layer in (0, 1):
-        found = {one["method"]: one["error"] for one in errors.of(f"model.layers.{layer}.self_attn")}
+        found = {one["method"]: one["error"] for one in errors.measured_at(f"model.layers.{layer}.self_attn")}
         assert found["sink_window"] == pytest.approx(windowed_error(model, layer), rel=1e-3)
         assert 0 <= found["xattention"] < found["sink_window"]
 
@@ -62,7 +62,7 @@ def test_pieces_add_up_and_a_method_that_keeps_everything_has_no_error(model):
     options = {"passes": ["sink_window"], "sink_window": {"window": 1000}}
     errors = calibrate_errors.measure(model, IDS, options, chunk=40, progress=lambda *done: steps.append(done))
     assert steps == [(1, 2), (2, 2)]
-    assert all(one["error"] < 1e-5 for one in errors.of("model.layers.1.self_attn"))
+    assert all(one["error"] < 1e-5 for one in errors.measured_at("model.layers.1.self_attn"))
 
 
 def test_nothing_to_measure_says_why(model):

@@ -27,7 +27,7 @@ PROMPTS = [
 
 def device_with(**families: dict[str, float]) -> Device:
     made = PRIOR.model_copy(update={"families": {**PRIOR.families, **{name.replace("_", "/"): terms for name, terms in families.items()}}})
-    return Device.of("cuda", made)
+    return Device.from_profile("cuda", made)
 
 
 def timed(cells, device: Device, noise: float = 0.0) -> list[Sample]:
@@ -41,7 +41,7 @@ def timed(cells, device: Device, noise: float = 0.0) -> list[Sample]:
 def test_synthetic_coefficients_come_back_as_times(work, call, rows, tail, spill):
     truth = device_with(hopper_causal={"work": work, "call": call, "rows": rows, "tail": tail, "spill": spill})
     found = fit.fit(timed(PROMPTS, truth), truth, NOTHING_KNOWN)
-    fitted = Device.of("cuda", found)
+    fitted = Device.from_profile("cuda", found)
     for length in (2048, 8192, 32768, 262144):
         cell = Cell("attention", "hopper", query_len=length, key_len=length)
         assert predict(cell, fitted) == pytest.approx(predict(cell, truth), rel=0.05)
@@ -59,7 +59,7 @@ def test_one_wild_time_moves_little():
     truth = device_with(hopper_causal={"work": 1.1, "call": 1e-5})
     samples = timed(PROMPTS, truth)
     samples[7] = Sample(samples[7].cell, 3 * samples[7].seconds)
-    fitted = Device.of("cuda", fit.fit(samples, truth, PRIOR))
+    fitted = Device.from_profile("cuda", fit.fit(samples, truth, PRIOR))
     others = [s for i, s in enumerate(samples) if i != 7]
     assert sorted(abs(predict(s.cell, fitted) / s.seconds - 1) for s in others)[len(others) // 2] < 0.03
 

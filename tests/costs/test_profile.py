@@ -53,7 +53,7 @@ def test_only_the_measured_device_counts_as_measured():
     assert profile.for_capability((9, 0), device=H200.device) == H200
     other = profile.for_capability((9, 0), device="NVIDIA H100 80GB HBM3")
     assert not other.measured
-    assert "estimate" in Device.of("cuda", other).describe()
+    assert "estimate" in Device.from_profile("cuda", other).describe()
 
 
 def test_json_round_trip():

@@ -15,8 +15,8 @@ from sparsify.costs import crossovers, profile, seconds, work
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes
 
-H200 = Device.of("cuda", profile.shipped("sm_90"))
-A100 = Device.of("cuda", profile.for_capability((8, 0)))
+H200 = Device.from_profile("cuda", profile.shipped("sm_90"))
+A100 = Device.from_profile("cuda", profile.for_capability((8, 0)))
 LLAMA_8B = whole_model.ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 LENGTHS = st.sampled_from([1 << i for i in range(7, 19)])
 KERNELS = st.sampled_from(["sdpa", "hopper", "triton"])

@@ -186,7 +186,7 @@ def test_verify_compares_numbers_on_the_first_call(monkeypatch):
 
 def test_a_masked_decode_step_is_the_ops():
     """SDPA with a mask tensor reads keys repeated for the query heads, and all of a static cache: at no length is it as fast."""
-    context = Context(Device.of("cuda", profile.shipped("sm_90")), "triton", family="hopper")
+    context = Context(Device.from_profile("cuda", profile.shipped("sm_90")), "triton", family="hopper")
     masked = MaskPredicate(MaskKind.PROVED, causal=True, query_start=QueryStart(constant=sympy.Integer(77)))
     for length in (256, 131072):
         found = Dense().propose(site(1, length, mask=masked), context)

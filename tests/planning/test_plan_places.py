@@ -169,8 +169,8 @@ class Named(Tied):
 def test_calibrated_errors_belong_to_one_of_them():
     model = Named()
     errors = calibrate_errors.measure(model, X, {"passes": ["sink_window"], "sink_window": WINDOW}, chunk=2)
-    found = [errors.of("attention", ordinal)[0]["error"] for ordinal in range(3)]
-    assert len(set(found)) == 3 and errors.of("attention", 3) == []
+    found = [errors.measured_at("attention", ordinal)[0]["error"] for ordinal in range(3)]
+    assert len(set(found)) == 3 and errors.measured_at("attention", 3) == []
     plan = calibrate_errors.plan_for(model, X, {"passes": ["sink_window"], "sink_window": WINDOW, "min_length": 0}, errors)
     assert [d.measured[0]["error"] for d in plan.decisions] == found
     again = calibrate_errors.plan_for(model, X, {"passes": ["dense"], "min_length": 0}, calibrate_errors.Errors(), plan)
@@ -184,7 +184,7 @@ def test_an_error_that_is_no_number_is_not_recorded():
     errors.add(0, Place("attention", "b"), method, torch.zeros(2), torch.ones(2))
     errors.add(0, Place("attention", "c"), method, torch.ones(2), torch.full((2,), 1.5))
     errors.add(1, Place("attention", "c"), method, torch.ones(2), torch.full((2,), 3.0))
-    assert (errors.of("a"), errors.of("b"), errors.of("c")[0]["error"]) == ([], [], 2.0)
+    assert (errors.measured_at("a"), errors.measured_at("b"), errors.measured_at("c")[0]["error"]) == ([], [], 2.0)
 
 
 def test_the_search_for_a_difference_names_one_of_them():

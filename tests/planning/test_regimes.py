@@ -14,7 +14,7 @@ from sparsify.costs.device import Device
 from sparsify.planning import registry
 from sparsify.planning.method import Context
 
-H200 = Device.of("cuda", profile.shipped("sm_90"))
+H200 = Device.from_profile("cuda", profile.shipped("sm_90"))
 EXACT, SPARSE = 256, 1024
 
 

@@ -45,7 +45,7 @@ class Calibration:
 
     def error(self, family: str) -> float:
         """Median relative error of the fit over a family's calls."""
-        device = Device.of("cuda" if self.profile.capability else "cpu", self.profile)
+        device = Device.from_profile("cuda" if self.profile.capability else "cpu", self.profile)
         of_family = [sample for sample in self.samples if sample.cell.works()[0].family == family]
         return statistics.median(abs(predict(one.cell, device) / one.seconds - 1) for one in of_family)
 
@@ -124,7 +124,7 @@ def calibrate(
     if not samples:
         raise ProfileError("no call could be measured", where=here.device, hint=next(iter(failed.values()), ""))
     progress(len(wanted), len(wanted), "fitting")
-    return Calibration(fit.fit(samples, Device.of(device, prior), prior), tuple(samples), failed)
+    return Calibration(fit.fit(samples, Device.from_profile(device, prior), prior), tuple(samples), failed)
 
 
 def table(found: Calibration, width: int = 140) -> str:

@@ -46,7 +46,7 @@ class Errors:
         found[0] += float((lossy - exact).square().sum())
         found[1] += float(exact.square().sum())
 
-    def of(self, site: str, ordinal: int = 0) -> list[dict[str, Any]]:
+    def measured_at(self, site: str, ordinal: int = 0) -> list[dict[str, Any]]:
         """As `Decision.measured` holds them: the worst of the graphs that have such a site. What is not finite is not recorded."""
         worst: dict[Pass, float] = {}
         for (_, place, tried), (off, whole) in self.sums.items():
@@ -133,7 +133,7 @@ def plan_for(model: nn.Module, ids: Tensor, options: dict[str, Any], errors: Err
     kept = {(d.kind, d.site, d.ordinal): d.measured for d in before.decisions} if before else {}
     decisions = []
     for decision in plan.decisions:
-        new = errors.of(decision.site, decision.ordinal) if decision.kind == "attention" else []
+        new = errors.measured_at(decision.site, decision.ordinal) if decision.kind == "attention" else []
         again = [(one["method"], one["options"]) for one in new]
         before_now = kept.get((decision.kind, decision.site, decision.ordinal), [])
         old = [one for one in before_now if (one["method"], one["options"]) not in again]
@@ -146,7 +146,7 @@ def table(errors: Errors) -> str:
     lines = []
     by_method: dict[str, list[tuple[float, str]]] = {}
     for place in dict.fromkeys(place for _, place, _ in errors.sums):
-        for one in errors.of(place.name, place.ordinal):
+        for one in errors.measured_at(place.name, place.ordinal):
             by_method.setdefault(f"{one['method']} {one['options']}", []).append((one["error"], str(place)))
     for name, found in by_method.items():
         worst, site = max(found)

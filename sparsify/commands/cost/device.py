@@ -43,10 +43,10 @@ def named(name: str | None) -> Device:
         found = profile.for_capability(capability, **facts)
         if facts:
             found = found.model_copy(update={"measured": False, "source": "the vendor's datasheet"})
-        return Device.of("cuda", found)
+        return Device.from_profile("cuda", found)
     if name.endswith(".json"):
         found = profile.Profile.load(name)
-        return Device.of("cpu" if found.capability is None else "cuda", found)
+        return Device.from_profile("cpu" if found.capability is None else "cuda", found)
     if name.partition(":")[0] in ("cuda", "cpu"):
         try:
             return hardware.describe(torch.device(name))
