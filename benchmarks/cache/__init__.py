@@ -23,6 +23,23 @@ class DecodeKernel(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeFull(Record):
+    """One token's attention of one layer over a cache from which nothing is evicted."""
+
+    NAME = "decode_full"
+    KEYS = ("variant", "shape", "batch", "length", "capacity", "padded")
+    variant: str  # a kind of cache, or a peer; behind "full cache" a tiling that was asked for
+    shape: str  # of benchmarks.lib.models
+    batch: int
+    length: int  # tokens of the longest row
+    capacity: int  # slots
+    padded: bool  # rows of half to all of the length
+    ms: float  # median
+    gb_per_s: float  # of the keys and values in use
+    error: float  # largest, against SDPA in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeModel(Record):
     """A whole model, compiled, a token at a time."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.cache import CachePrefill, DecodeAppend, DecodeKernel, DecodeModel, DecodeStore, EvictionNeedles, EvictionStream
+from benchmarks.cache import CachePrefill, DecodeAppend, DecodeFull, DecodeKernel, DecodeModel, DecodeStore, EvictionNeedles, EvictionStream
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
@@ -272,6 +272,21 @@ def decode_shortfalls(found: list[Found]) -> list[str]:
     return lines
 
 
+def full_table(found: Iterable[Found]) -> str:
+    """What a layer's step costs over each kind of cache that keeps every token."""
+    parts = []
+    for group in by_device(found):
+        cells = latest(group, DecodeFull)
+        rows = [
+            [f"{r['batch']} x {size(r['length'])}{', padded' * r['padded']}", NAMES.get(r["variant"], r["variant"]), f"{r['ms']:.3f}",
+             f"{r['gb_per_s']:.0f}", f"{r['error']:.1e}"]
+            for r in sorted(cells, key=lambda r: (r["shape"], r["length"], r["batch"], r["padded"], r["ms"]))
+        ]  # fmt: skip
+        note = f"GB/s count the keys and values in use: not empty slots, not padding. {conditions(cells)}"
+        parts += [note, markdown(["call", "cache", "ms", "GB/s", "largest error"], rows)]
+    return "\n\n".join(parts)
+
+
 BENCHMARKS = (
     Benchmark(
         name="decode",
@@ -283,6 +298,15 @@ BENCHMARKS = (
         table=decode_table,
         headlines=decode_headlines,
         shortfalls=decode_shortfalls,
+    ),
+    Benchmark(
+        name="full",
+        place=12,
+        measures="decode where every key stays: one layer's step over full, static and dynamic caches, padded too",
+        module="benchmarks.cache.full",
+        records=(DecodeFull,),
+        title="Decode over everything",
+        table=full_table,
     ),
     Benchmark(
         name="eviction",
