@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparsify.backends import dispatch
 from sparsify.errors import KernelError
-from sparsify.ops import attention as ops
-from sparsify.ops import block_lists, cache, feed_forward, gradients
+from sparsify.ops import block_lists, cache, feed_forward, gradients, selection
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.library import library
+from sparsify.ops.selection import SelectCall
 
 log = logging.getLogger(__name__)
 
@@ -70,34 +70,38 @@ def _warn_dense() -> None:
     log.warning("select_blocks ran out of memory: every block is visited, so attention is dense (strict = true raises instead)")
 
 
-def _or_every_block(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Where there is no memory for an estimate, attention stays dense: right, and slower."""
-
-    @functools.wraps(select)
-    def call(query: Tensor, key: Tensor, **options):
-        try:
-            return select(query, key, **options)
-        except (RuntimeError, MemoryError, KernelError) as error:
-            if dispatch.is_strict() or not dispatch.out_of_memory(error):
-                raise
-        # here the error's frames, and what they hold on the device, are gone
-        _warn_dense()
-        return every_block(query, key, **options)
-
-    return call
+_select_blocks = dispatch.serve("select_blocks")
 
 
-def every_block(
-    query: Tensor, key: Tensor, *, query_start: Tensor | None = None, causal: bool, block_size: int, **_: object
-) -> tuple[Tensor, Tensor]:
-    """Block lists of `select_blocks` that leave out nothing but what causality does; the attention op applies the other clauses."""
-    counts, indices = ops.empty_block_lists(query, key, block_size)
-    query_len, key_len = query.shape[2], key.shape[2]
-    start = key_len - query_len if query_start is None else query_start.reshape(())
+def select(call: SelectCall) -> tuple[Tensor, Tensor]:
+    """Block lists of a call that was checked. Where there is no memory for an estimate, attention stays dense: right, and slower."""
+    try:
+        return _select_blocks(call)
+    except (RuntimeError, MemoryError, KernelError) as error:
+        if dispatch.is_strict() or not dispatch.out_of_memory(error):
+            raise
+    # here the error's frames, and what they hold on the device, are gone
+    _warn_dense()
+    return every_block(call)
+
+
+def every_block(call: SelectCall) -> tuple[Tensor, Tensor]:
+    """Block lists that leave out nothing but what causality does; the attention op applies the other clauses."""
+    counts, indices = call.empty_lists()
     indices.copy_(torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device))
-    if not causal:
+    if not call.causal:
         return counts.fill_(indices.shape[-1]), indices
-    return counts.copy_(block_lists.causal_blocks(query_len, key_len, start, block_size, device=query.device)), indices
+    sizes = call.query_len, call.key_len, call.start, call.block_size
+    return counts.copy_(block_lists.causal_blocks(*sizes, device=call.device)), indices
+
+
+def _checked_select(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    call = SelectCall.bind(*args, **options)
+    call.check()
+    lists = select(call)
+    for observer in selection.observers():
+        observer(call, *lists)
+    return lists
 
 
 def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -113,10 +117,8 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return call
 
 
-select_blocks = _or_every_block(_served("select_blocks"))
-
 register("attention", _checked_attention)
-register("select_blocks", ops.observed_selection(select_blocks))
+register("select_blocks", _checked_select)
 register("ffn", _observed(_served("ffn")))
 for _op in (op._schema.name.partition("::")[2] for op in _PLAIN):
     register(_op, _served(_op))

@@ -16,9 +16,11 @@ from typing import ClassVar, Literal
 import sympy
 from pydantic import Field, field_validator, model_validator
 
-from sparsify.ops import attention as ops
+from sparsify.errors import UnsupportedError
 from sparsify.ops import scratch
-from sparsify.ops.estimate import VARIANTS, Variant
+from sparsify.ops.estimate import DEFAULT, Estimate, Pool, VariantName, label
+from sparsify.ops.selection import SelectCall
+from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.planning.method import (
     AttentionSite,
     AttentionSizes,
@@ -45,9 +47,9 @@ class XAttention(Pass):
 
     stride: Literal[4, 8, 16] = Field(8, description="tokens that one score of the estimate spans; smaller is finer and slower")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
-    pool: Literal["sum", "max"] = Field("max", description="how a query block's cells are combined; sum is the published rule")
-    estimate: tuple[Variant, ...] = Field(
-        ("pair", "int8"),
+    pool: Pool = Field("max", description="how a query block's cells are combined; sum is the published rule")
+    estimate: tuple[VariantName, ...] = Field(
+        DEFAULT.variants,
         description="ways to make the estimate cheaper, any of them together: every second query cell, one estimate per KV head, "
         "the mean of two (pair) or four (quad) neighbouring tokens for them all, 8 bits",
     )
@@ -67,10 +69,10 @@ class XAttention(Pass):
     @field_validator("estimate")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value):
-            raise ValueError("names a variant twice")
-        if {"pair", "quad"} <= set(value):
-            raise ValueError("pair and quad exclude each other")
+        try:
+            Estimate.of(value)
+        except UnsupportedError as error:
+            raise ValueError(str(error)) from None
         return value
 
     @model_validator(mode="after")
@@ -102,11 +104,11 @@ class XAttention(Pass):
             sizes = site.example
             start = crossovers.sparse_from(
                 context.device, self.stride, self.block, sizes.qk_head_dim, self.density, context.family,
-                variants=self.estimate, heads=(sizes.query_heads, sizes.kv_heads), worth=1.0 if self.density else context.worth,
+                estimate=self.variants, heads=(sizes.query_heads, sizes.kv_heads), worth=1.0 if self.density else context.worth,
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
-        note = f"stride {self.stride}, {self.op_pool}, {rule}, block {self.block}"
+        note = f"stride {self.stride}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         works = functools.partial(self._works, context.family)
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
         return Proposal.from_work(self, site, context, works, note=note, **limits)
@@ -114,20 +116,20 @@ class XAttention(Pass):
     def _scratch(self, site: AttentionSite) -> sympy.Expr:
         """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.ops.scratch` counts all."""
         rows, blocks = sympy.sympify(site.query_len) / self.block, sympy.sympify(site.key_len) / self.block
-        heads = site.kv_heads if "group" in self.estimate else site.query_heads
-        cells = sympy.sympify(site.query_len) / (self.stride * (2 if "half" in self.estimate else 1))
+        heads = self.variants.scored_heads(site.query_heads, site.kv_heads)
+        cells = sympy.sympify(site.query_len) / self.variants.span(self.stride)
         lists, sums = 2 * site.batch * site.query_heads * rows * blocks, 2 * site.batch * heads * cells * blocks
         return sympy.Min(lists, scratch.LIST_BYTES) + sympy.Min(sums, scratch.SUM_BYTES)
 
     def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or expected_density(sizes.key_len)
-        return work.selection(sizes, self.stride, self.block, self.estimate), work.attention(sizes, kernel, share=share, listed=True)
+        return work.selection(sizes, self.stride, self.block, self.variants), work.attention(sizes, kernel, share=share, listed=True)
 
     @property
-    def op_pool(self) -> str:
-        """The op's `pool`: how cells are combined, and the estimate's variants as suffixes."""
-        return "+".join((self.pool, *(name for name in VARIANTS if name in self.estimate)))
+    def variants(self) -> Estimate:
+        """The option `estimate` as a value."""
+        return Estimate.of(self.estimate)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.at(site).mask_operands(site)
@@ -138,22 +140,20 @@ class XAttention(Pass):
             "query_start": mask.query_start,
             "scale": site.scale,
             "causal": mask.causal,
-            "windows": [mask.window] if mask.window else [],
-            "pool": self.op_pool,
+            "windows": (mask.window,) if mask.window else (),
+            "pool": self.pool,
+            "estimate": self.variants,
             "stride": self.stride,
             "block_size": self.block,
-            "threshold": list(threshold),
+            "threshold": threshold,
             "density": self.density or 0.0,
-            "version": ops.VERSION,
         }
         if self._lists_are_large(site):
-            seq_major = site.output_stride_order != "bhqd"
-            both = editor.call(
-                ops.sparse_attention, site.query, site.key, site.value, seq_major=seq_major, **selection, **empty_row_operands(editor, site)
-            )
-            editor.replace(site, editor.items(both, 1)[0])
+            attending = {"seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
+            both = SparseAttentionCall.bind(site.query, site.key, site.value, **selection, **attending)
+            editor.replace(site, editor.items(editor.emit(both), 1)[0])
             return
-        counts, indices = editor.items(editor.call(ops.select_blocks, site.query, site.key, **selection), 2)
+        counts, indices = editor.items(editor.emit(SelectCall.bind(site.query, site.key, **selection)), 2)
         editor.replace(site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
 
     def _lists_are_large(self, site: AttentionSite) -> bool:

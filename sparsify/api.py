@@ -13,7 +13,8 @@ from torch import nn
 from sparsify import pipeline
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
-from sparsify.ops import attention, block_lists
+from sparsify.ops import block_lists
+from sparsify.ops.selection import SelectCall, observing
 from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.plan import Plan
@@ -102,8 +103,8 @@ def record_density() -> Iterator[list[float]]:
     """Collects the density (selected share of the causal blocks, 0 to 1) of every block selection in the block, in order of execution."""
     densities: list[float] = []
 
-    def observe(query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, indices: torch.Tensor, **call: Any) -> None:
-        densities.append(float(block_lists.call_density(query, key, counts, **call)))
+    def observe(call: SelectCall, counts: torch.Tensor, indices: torch.Tensor) -> None:
+        densities.append(block_lists.call_density(call, counts))
 
-    with attention.observing(observe):
+    with observing(observe):
         yield densities

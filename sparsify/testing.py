@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from sparsify import api, pipeline
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
-from sparsify.ops import attention, block_lists
+from sparsify.ops import block_lists
+from sparsify.ops.selection import SelectCall, observing
 from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
@@ -99,7 +100,7 @@ class Tokens:
 class Selection:
     """Result of one `select_blocks` call, on the CPU.
 
-    counts, indices: the block lists, as `sparsify.ops.attention` describes them.
+    counts, indices: the block lists, as `sparsify.ops.block_lists` describes them.
     block_size: tokens per block.
     density: selected share of the causal blocks, 0 to 1.
     """
@@ -111,12 +112,7 @@ class Selection:
 
     def mask(self) -> Tensor:
         """The lists as a block mask, bool [batch, query_heads, query_blocks, key_blocks]; True where a block is visited."""
-        key_blocks = self.indices.shape[-1]
-        listed = torch.arange(key_blocks) < self.counts[..., None]
-        chosen = torch.zeros((*self.counts.shape, key_blocks + 1), dtype=torch.bool)
-        # entries beyond the count are undefined: they go to one extra column that is cut off
-        chosen.scatter_(-1, torch.where(listed, self.indices.long(), key_blocks), True)
-        return chosen[..., :key_blocks]
+        return block_lists.to_dense(self.counts, self.indices, self.indices.shape[-1])
 
 
 @contextmanager
@@ -124,11 +120,11 @@ def record_blocks() -> Iterator[list[Selection]]:
     """Collects every block selection that runs inside the block, in order of execution, in compiled graphs too."""
     selections: list[Selection] = []
 
-    def observe(query: Tensor, key: Tensor, counts: Tensor, indices: Tensor, **call: Any) -> None:
-        density = block_lists.call_density(query, key, counts, **call)
-        selections.append(Selection(counts.detach().cpu().clone(), indices.detach().cpu().clone(), call["block_size"], float(density)))
+    def observe(call: SelectCall, counts: Tensor, indices: Tensor) -> None:
+        density = block_lists.call_density(call, counts)
+        selections.append(Selection(counts.detach().cpu().clone(), indices.detach().cpu().clone(), call.block_size, density))
 
-    with attention.observing(observe):
+    with observing(observe):
         yield selections
 
 

@@ -15,11 +15,11 @@ the column of the first visible key is forced, not a row. With S = stride, per h
 
 A query block with a visible logit that is not finite keeps every block it may see.
 
-With pool suffix +pair (+quad) the mean of M = 2 (4) neighbouring tokens, counted from the cell's first, stands for them, among queries and
+With the variant pair (quad) the mean of M = 2 (4) neighbouring tokens, counted from the cell's first, stands for them, among queries and
 among keys, so that a score is a sum over S / M products of means and logit = score · scale · M / S: a mean over S · M products of tokens
 instead of S.
 
-With pool suffix +int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own,
+With int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own,
 after the keys' mean is taken from every token of every key cell. The mean moves all logits of a row alike (Zhang et al.,
 "SageAttention", arXiv 2410.02367, smooth their keys in this way).
 """
@@ -29,10 +29,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.backends.select import call as select_inputs
-from sparsify.backends.select.call import Selection
+from sparsify.backends.select import masks
 from sparsify.ops import block_lists
-from sparsify.ops.attention import empty_block_lists
+from sparsify.ops.selection import SelectCall
 
 # elements of one chunk's score matrix over all heads: 64 MB in fp32
 _CHUNK_ELEMENTS = 1 << 24
@@ -41,29 +40,25 @@ _CHUNK_ELEMENTS = 1 << 24
 DENSITY_BITS = 24
 
 
-def select_blocks(query: Tensor, key: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """The op of `sparsify.ops.attention`, which defines every argument; the module says what is computed.
+def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
+    """The op, of a call that was checked.
 
     Returns:
         counts int32 [batch, query_heads, query_blocks], rising indices int16 [batch, query_heads, query_blocks, key_blocks]; entries
         past the count are in range.
-
-    Raises:
-        UnsupportedError: operands that do not fit together.
     """
-    call = select_inputs.describe(query, key, **options)
     if call.empty:
-        counts, indices = empty_block_lists(query, key, call.block)
+        counts, indices = call.empty_lists()
         return counts.zero_(), indices.zero_()
     possible, forced = candidates(call)
     return block_lists.from_dense(choose(importance(call), possible, forced, call.threshold, call.density))
 
 
-def importance(call: Selection) -> Tensor:
+def importance(call: SelectCall) -> Tensor:
     """fp32 [batch, query_heads, query_blocks, key_blocks], 0 where nothing is visible; NaN in rows with a visible non-finite logit."""
     queries, keys = _query_cells(call), _key_cells(call)
     batch, heads, cells, width = queries.shape
-    per_block = call.block // call.span
+    per_block = call.block_size // call.span
     chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * call.key_cells * per_block)) * per_block
     parts = []
     for first in range(0, cells, chunk):
@@ -73,37 +68,37 @@ def importance(call: Selection) -> Tensor:
         grouped_rows = queries[:, :, rows].reshape(batch, call.kv_heads, -1, width)
         logits = (grouped_rows @ keys[:, :, :limit].transpose(-1, -2)).view(batch, heads, len(rows), limit)
         mass = _softmax(logits, _visible(call, rows, cols))
-        mass = torch.nn.functional.pad(mass, (0, call.key_blocks * (call.block // call.stride) - limit, 0, -len(rows) % per_block))
+        mass = torch.nn.functional.pad(mass, (0, call.key_blocks * (call.block_size // call.stride) - limit, 0, -len(rows) % per_block))
         mass = mass.unflatten(-1, (call.key_blocks, -1)).sum(-1).unflatten(2, (-1, per_block))
-        parts.append(mass.sum(3) if call.pool.reduce == "sum" else mass.amax(3))
+        parts.append(mass.sum(3) if call.pool == "sum" else mass.amax(3))
     result = torch.cat(parts, 2)
     return result.repeat_interleave(call.heads // heads, 1)
 
 
-def candidates(call: Selection) -> tuple[Tensor, Tensor]:
+def candidates(call: SelectCall) -> tuple[Tensor, Tensor]:
     """Which blocks a query block may list, and which it must: bool, broadcastable to [batch, query_heads, query_blocks, key_blocks].
 
     A block is possible unless no query-key pair in it can be visible: by causality, padding, window, or segments whose ranges do not
     overlap. A forced sink block may lie outside of the window, because it may hold sinks.
     """
     device = call.query.device
-    rows = torch.arange(call.query_blocks, device=device)[:, None] * call.block
+    rows = torch.arange(call.query_blocks, device=device)[:, None] * call.block_size
     cols = torch.arange(call.key_blocks, device=device)
     low = rows + call.start
-    high = (rows + call.block).clamp(max=call.query_len) - 1 + call.start
+    high = (rows + call.block_size).clamp(max=call.query_len) - 1 + call.start
     reachable = torch.ones(1, 1, call.query_blocks, call.key_blocks, dtype=torch.bool, device=device)
     if call.causal:
-        reachable = reachable & (cols * call.block <= high)
-    bits = select_inputs.key_bits(call, call.block)
+        reachable = reachable & (cols * call.block_size <= high)
+    bits = masks.key_bits(call, call.block_size)
     if bits is not None:
         reachable = reachable & (bits[:, None, None] & 1 != 0)
-    ranges = select_inputs.query_segments(call, call.block, call.block)
+    ranges = masks.query_segments(call, call.block_size, call.block_size)
     if ranges is not None:
-        reachable = reachable & _overlap(ranges, select_inputs.key_segments(call, call.block))[:, None]
-    possible = reachable & _in_window(call, rows + call.start, cols, call.block, bits)
-    sink = select_inputs.sink_block(call)
+        reachable = reachable & _overlap(ranges, masks.key_segments(call, call.block_size))[:, None]
+    possible = reachable & _in_window(call, rows + call.start, cols, call.block_size, bits)
+    sink = masks.sink_block(call)
     is_sink = (cols == 0) if sink is None else (cols == sink[:, None])[:, None, None]
-    own = ((cols + 1) * call.block > low) & (cols * call.block <= high)
+    own = ((cols + 1) * call.block_size > low) & (cols * call.block_size <= high)
     forced = (is_sink | own) & reachable
     return possible | forced, forced
 
@@ -138,35 +133,35 @@ def choose(importance: Tensor, possible: Tensor, forced: Tensor, threshold: tupl
     return torch.where(everything, possible, keep)
 
 
-def _query_cells(call: Selection) -> Tensor:
-    """fp32 [batch, query_heads (KV heads with pool +group), query_cells, steps · head_dim], tokens reversed, scaled."""
+def _query_cells(call: SelectCall) -> Tensor:
+    """fp32 [batch, query_heads (KV heads with the estimate's variant group), query_cells, steps · head_dim], tokens reversed, scaled."""
     values = call.query.float()
-    if call.pool.group:
+    if call.estimate.group:
         values = values.unflatten(1, (call.kv_heads, -1)).mean(2)
-    real = select_inputs.real_queries(call)
+    real = masks.real_queries(call)
     values = values if real is None else values.where(real[:, None, :, None], 0)
     cells = _merged(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3) * (call.scale / call.steps)
-    return _rounded(cells) if call.pool.int8 else cells
+    return _rounded(cells) if call.estimate.int8 else cells
 
 
-def _key_cells(call: Selection) -> Tensor:
+def _key_cells(call: SelectCall) -> Tensor:
     """fp32 [batch, kv_heads, key_cells, steps · head_dim]."""
-    real = select_inputs.real_keys(call)
+    real = masks.real_keys(call)
     values = call.key.float()
     values = values if real is None else values.where(real[:, None, :, None], 0)
     cells = _cells(values, call.stride)
-    if call.pool.int8:
-        cells = cells - select_inputs.keys_mean(call, values, real)[:, :, None, None]
+    if call.estimate.int8:
+        cells = cells - masks.keys_mean(call, values, real)[:, :, None, None]
         return _rounded(_merged(call, cells).flatten(3))
     return _merged(call, cells).flatten(3)
 
 
-def _merged(call: Selection, cells: Tensor) -> Tensor:
+def _merged(call: SelectCall, cells: Tensor) -> Tensor:
     """Cells [..., tokens, head_dim] as scores multiply them: tokens, or neighbours' means, in the operands' dtype without int8."""
-    if call.pool.merged == 1:
+    if call.estimate.merge == 1:
         return cells
-    means = cells.unflatten(-2, (-1, call.pool.merged)).mean(-2)
-    return means if call.pool.int8 else means.to(call.key.dtype).float()
+    means = cells.unflatten(-2, (-1, call.estimate.merge)).mean(-2)
+    return means if call.estimate.int8 else means.to(call.key.dtype).float()
 
 
 def _rounded(cells: Tensor) -> Tensor:
@@ -179,7 +174,7 @@ def _cells(values: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % size)).unflatten(2, (-1, size))
 
 
-def _visible_cells(call: Selection, end: int) -> int:
+def _visible_cells(call: SelectCall, end: int) -> int:
     """Key cells that query cells before `end` may see, as far as it is known without reading the device."""
     if not call.causal or call.query_start is not None:
         return call.key_cells
@@ -187,22 +182,22 @@ def _visible_cells(call: Selection, end: int) -> int:
     return min(call.key_cells, max(0, last // call.stride + 1))
 
 
-def _visible(call: Selection, rows: Tensor, cols: Tensor) -> Tensor:
+def _visible(call: SelectCall, rows: Tensor, cols: Tensor) -> Tensor:
     """Bool, broadcastable to [batch, heads, rows, cols]: key cells that a query cell may see."""
     first = (rows * call.span)[:, None] + call.start
     last = (rows * call.span + call.stride).clamp(max=call.query_len)[:, None] - 1 + call.start
     seen = torch.ones(1, 1, len(rows), len(cols), dtype=torch.bool, device=rows.device)
     if call.causal:
         seen = seen & (cols * call.stride <= last)
-    bits = select_inputs.key_bits(call, call.stride)
+    bits = masks.key_bits(call, call.stride)
     if bits is not None:
-        seen = seen & (bits[:, None, None, cols] & 1 != 0) & (select_inputs.query_bits(call)[:, None, rows, None] != 0)
-    ranges = select_inputs.query_segments(call, call.span, call.stride)
+        seen = seen & (bits[:, None, None, cols] & 1 != 0) & (masks.query_bits(call)[:, None, rows, None] != 0)
+    ranges = masks.query_segments(call, call.span, call.stride)
     if ranges is not None:
-        low, high = select_inputs.key_segments(call, call.stride)
+        low, high = masks.key_segments(call, call.stride)
         seen = seen & _overlap((ranges[0][:, rows], ranges[1][:, rows]), (low[:, cols], high[:, cols]))[:, None]
     seen = seen & _in_window(call, first, cols, call.stride, bits)
-    if call.pool.group and seen.shape[1] > 1:
+    if call.estimate.group and seen.shape[1] > 1:
         # one estimate serves all heads of a group: it covers what any of them may see
         seen = seen.unflatten(1, (call.kv_heads, -1)).any(2)
     return seen
@@ -212,11 +207,11 @@ def _overlap(rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor]) -> Tensor
     return (rows[0][..., :, None] <= cols[1][..., None, :]) & (rows[1][..., :, None] >= cols[0][..., None, :])
 
 
-def _in_window(call: Selection, first: Tensor, cols: Tensor, size: int, bits: Tensor | None) -> Tensor:
+def _in_window(call: SelectCall, first: Tensor, cols: Tensor, size: int, bits: Tensor | None) -> Tensor:
     """Whether some key of a group lies in the window of the row at key position `first` (or later), or is a sink."""
-    if not call.windows:
+    if not call.bounded_windows:
         return torch.ones((), dtype=torch.bool, device=cols.device)
-    window = torch.tensor(call.windows, device=cols.device)[None, :, None, None]
+    window = torch.tensor(call.bounded_windows, device=cols.device)[None, :, None, None]
     inside = ((cols + 1) * size).clamp(max=call.key_len) - 1 > first - window
     seen = inside | (window == 0)
     return seen if bits is None else seen | (bits[:, None, None, cols] & 2 != 0)

@@ -24,6 +24,7 @@ from sparsify.backends.codegen.template import render
 from sparsify.backends.select import choose_template, prepare, score_template
 from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.errors import UnsupportedError
+from sparsify.ops.estimate import EXACT, Estimate
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,10 @@ POINTER_TILING = Tiling(128, 128, 8, 3, 1, False)
 class SelectSpec:
     """What decides the kernels' text; numbers that may differ between calls are arguments.
 
-    group: scored heads per KV head. shared: query heads that share a scored head; one of both is 1.
+    group: query heads per KV head.
+    estimate: what is multiplied; `dtype` is what the op gets.
     window: "none", "one" or "per_head" (a tensor; 0 = none for that head).
     rule: "tau" (one threshold), "taus" (a tensor) or "density".
-    merged: neighbouring tokens whose mean stands for them all; 1: none are merged.
-    int8: cells are rounded to 8 bits before they are multiplied; `dtype` is what the op gets.
     wide: rows of key blocks do not fit in registers.
     negative: the scale of the logits is below 0; `score` gets its size.
     importance: `choose` also stores importances, for tests.
@@ -72,8 +72,7 @@ class SelectSpec:
     stride: int
     block: int
     tiling: Tiling
-    half: bool = False
-    shared: int = 1
+    estimate: Estimate = EXACT
     reduce: str = "max"
     causal: bool = True
     window: str = "none"
@@ -81,8 +80,6 @@ class SelectSpec:
     segments: bool = False
     has_start: bool = False
     rule: str = "tau"
-    merged: int = 1
-    int8: bool = False
     wide: bool = False
     importance: bool = False
     negative: bool = False
@@ -95,8 +92,6 @@ class SelectSpec:
             f"window {self.window!r}": self.window not in ("none", "one", "per_head"),
             f"rule {self.rule!r}": self.rule not in ("tau", "taus", "density"),
             f"pooling by {self.reduce!r}": self.reduce not in ("sum", "max"),
-            f"means of {self.merged} tokens": self.merged not in (1, 2, 4),
-            "heads that are both shared and grouped": self.shared > 1 and self.group > 1,
             f"tiles of {self.tiling.rows} x {self.tiling.cols} cells": self.tiling.rows % max(1, self.block // self.span) != 0
             or self.tiling.cols * self.stride % self.block != 0,
             "stored importances of wide rows": self.wide and self.importance,
@@ -108,22 +103,27 @@ class SelectSpec:
     @property
     def span(self) -> int:
         """Query rows from one scored cell to the next."""
-        return self.stride * (2 if self.half else 1)
+        return self.estimate.span(self.stride)
 
     @property
     def steps(self) -> int:
         """Products of tokens, or of neighbours' means, in one score."""
-        return self.stride // self.merged
+        return self.stride // self.estimate.merge
 
     @property
-    def prepared(self) -> bool:
-        """Whether a kernel makes cells of their own before they are multiplied, side by side."""
-        return self.merged > 1 or self.int8
+    def scored(self) -> int:
+        """Scored heads per KV head."""
+        return 1 if self.estimate.group else self.group
+
+    @property
+    def shared(self) -> int:
+        """Query heads that share a scored head."""
+        return self.group if self.estimate.group else 1
 
     @property
     def depth(self) -> int:
         """Numbers of a token per step: a swizzled row of 128 bytes, or of 64 when that wastes less of the head dim."""
-        full = 128 // (1 if self.int8 else ITEM_BYTES[self.dtype])
+        full = 128 // (1 if self.estimate.int8 else ITEM_BYTES[self.dtype])
         return min((full, full // 2), key=lambda d: (cdiv(self.head_dim, d) * d, -d))
 
     @property
@@ -140,8 +140,9 @@ class SelectSpec:
             "segments": self.segments,
             "start from a tensor": self.has_start,
         }
-        pool = self.reduce + (", half the query cells" if self.half else "") + (", shared by a group" if self.shared > 1 else "")
-        pool += (f", means of {self.merged} tokens" if self.merged > 1 else "") + (", 8 bits" if self.int8 else "")
+        one = self.estimate
+        pool = self.reduce + (", half the query cells" if one.half else "") + (", shared by a group" if self.shared > 1 else "")
+        pool += (f", means of {one.merge} tokens" if one.merge > 1 else "") + (", 8 bits" if one.int8 else "")
         kept = ", ".join(name for name, on in clauses.items() if on) or "no mask"
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
@@ -172,7 +173,7 @@ def _start(spec: SelectSpec) -> list[Argument]:
 def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "score", "choose", "pool", "pick" or "prepare_cells", in order."""
     if kernel == "prepare_cells":
-        return prepare.arguments(spec.dtype, spec.int8)
+        return prepare.arguments(spec.dtype, spec.estimate.int8)
     start_at = pointers("i64", "start_at") if spec.has_start else []
     sums = [*pointers("fp16", "sums"), *pointers("fp32", "tops")]
     if kernel == "score":
@@ -180,7 +181,7 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         masks = _mask_arguments(spec, flags, "query_low", "query_high", "key_low", "key_high")
         strides = [] if spec.tiling.tma else integers("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", aligned=True)
         numbers = _runtime("batch", "scored_heads", "query_len", "key_len", "query_cells", "first_cell", "end_cell")
-        scales = pointers("fp32", "query_scales", "key_scales") if spec.int8 else []
+        scales = pointers("fp32", "query_scales", "key_scales") if spec.estimate.int8 else []
         return (*_cells(spec), *scales, *sums, *start_at, *masks, *strides, *floats("scale"), *numbers, *_start(spec))
     lists, importances = [*pointers("i32", "counts"), *pointers("i16", "indices")], pointers("fp32", "importances")
     rule = {"tau": floats("tau"), "taus": pointers("fp32", "thresholds"), "density": _runtime("share")}[spec.rule]
@@ -198,7 +199,7 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
 
 def _cells(spec: SelectSpec) -> list[Argument]:
     """Query and key cells as `score` reads them."""
-    dtype = "i8" if spec.int8 else spec.dtype
+    dtype = "i8" if spec.estimate.int8 else spec.dtype
     if not spec.tiling.tma:
         return pointers(dtype, "q", "k")
     return [descriptor(name, dtype, 1, 1, 1, cells, spec.depth) for name, cells in (("q", spec.tiling.rows), ("k", spec.tiling.cols))]
@@ -236,18 +237,20 @@ def generate(spec: SelectSpec) -> str:
         "density_bits": DENSITY_BITS,
         "span": spec.span,
         "steps": spec.steps,
-        "prepared": spec.prepared,
-        "query_step": "STEPS" if spec.prepared else "SPAN",
+        "group": spec.scored,
+        "shared": spec.shared,
+        "merged": spec.estimate.merge,
+        "int8": spec.estimate.int8,
+        "prepared": spec.estimate.prepared,
+        "query_step": "STEPS" if spec.estimate.prepared else "SPAN",
         "number": NUMBERS[spec.dtype],
         **prepare.constants(spec.head_dim, spec.steps),
         "candidate_arguments": _names([*_candidate_masks(spec), *_runtime("query_len", "key_len")]),
     }
     names = (
         "head_dim",
-        "group",
         "stride",
         "block",
-        "shared",
         "reduce",
         "causal",
         "window",
@@ -255,13 +258,11 @@ def generate(spec: SelectSpec) -> str:
         "segments",
         "has_start",
         "importance",
-        "merged",
-        "int8",
         "negative",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
     parts = [(score_template.HEADER + score_template.WALK, ""), (score_template.FINISH + score_template.SCORE, "score")]
-    if spec.prepared:
+    if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))
     parts.append((score_template.CANDIDATES + choose_template.LOADS, ""))
     if spec.wide:

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.launch import DTYPES, LOG2E, capability, cdiv, launch, launching, power_of_two, processors, stride_values
-from sparsify.backends.select import call as select_inputs
-from sparsify.backends.select import prepare
+from sparsify.backends.select import masks, prepare
 from sparsify.backends.select import source as select_source
-from sparsify.backends.select.call import Selection
 from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.backends.select.source import SelectSpec, Tiling
 from sparsify.errors import UnsupportedError
-from sparsify.ops.attention import empty_block_lists
 from sparsify.ops.scratch import SUM_BYTES, WIDEST_ROW
+from sparsify.ops.selection import SelectCall
 
 _WHERE = "sparsify::select_blocks"
 _MAX_HEAD_DIM = 512
@@ -55,8 +53,8 @@ class _Chunk:
     cells: tuple[int, int]
 
 
-def select_blocks(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, limits: Limits = LIMITS, **options) -> tuple[Tensor, Tensor]:
-    """The op of `sparsify.ops.attention`, which defines every argument, by generated kernels.
+def select_blocks(call: SelectCall, *, tiling: Tiling | None = None, limits: Limits = LIMITS) -> tuple[Tensor, Tensor]:
+    """The op by generated kernels, of a call that was checked.
 
     Args:
         tiling: instead of the device's, for tests and tuning.
@@ -67,25 +65,23 @@ def select_blocks(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, l
         past the count are whatever lay in memory.
 
     Raises:
-        UnsupportedError: no kernel takes this call, or its operands do not fit together.
+        UnsupportedError: no kernel takes this call.
         KernelError: a kernel could not be compiled or launched.
     """
-    call = select_inputs.describe(query, key, **options)
-    counts, indices = empty_block_lists(query, key, call.block)
+    counts, indices = call.empty_lists()
     if call.empty:
         return counts.zero_(), indices
-    spec = spec_of(call, tiling or _tiling(query.device, call.pool.int8), limits.fused_width)
-    with launching(query.device, lambda: f"{_WHERE} ({spec.describe()})"):
+    spec = spec_of(call, tiling or _tiling(call.device, call.estimate.int8), limits.fused_width)
+    with launching(call.device, lambda: f"{_WHERE} ({spec.describe()})"):
         _run(call, spec, counts, indices, None, limits)
     return counts, indices
 
 
-def importance(query: Tensor, key: Tensor, *, tiling: Tiling | None = None, **options) -> Tensor:
+def importance(call: SelectCall, *, tiling: Tiling | None = None) -> Tensor:
     """fp32 [batch, query_heads, query_blocks, key_blocks] as the kernels compute it, for tests."""
-    call = select_inputs.describe(query, key, **options)
-    counts, indices = empty_block_lists(query, key, call.block)
-    result = torch.zeros(indices.shape, dtype=torch.float32, device=query.device)
-    spec = replace(spec_of(call, tiling or _tiling(query.device, call.pool.int8), LIMITS.fused_width), importance=True)
+    counts, indices = call.empty_lists()
+    result = torch.zeros(indices.shape, dtype=torch.float32, device=call.device)
+    spec = replace(spec_of(call, tiling or _tiling(call.device, call.estimate.int8), LIMITS.fused_width), importance=True)
     _run(call, spec, counts, indices, result, LIMITS)
     return result
 
@@ -104,7 +100,7 @@ def _tiling(device: torch.device, int8: bool) -> Tiling:
     return tiling_for(capability(device), torch.cuda.get_device_properties(device).shared_memory_per_block_optin, int8)
 
 
-def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
+def spec_of(call: SelectCall, tiling: Tiling, fused_width: int) -> SelectSpec:
     """The kernels that a call needs.
 
     Raises:
@@ -116,26 +112,22 @@ def spec_of(call: Selection, tiling: Tiling, fused_width: int) -> SelectSpec:
     if not 0 < head_dim <= _MAX_HEAD_DIM:
         raise UnsupportedError(f"head dim {head_dim}", where=_WHERE, hint=f"at most {_MAX_HEAD_DIM}")
     tiles = cdiv(call.key_cells, tiling.cols)
-    width = power_of_two(tiles) * (tiling.cols * call.stride // call.block)
-    rule = "density" if call.density > 0 else "taus" if len(set(call.threshold)) > 1 else "tau"
+    width = power_of_two(tiles) * (tiling.cols * call.stride // call.block_size)
     return SelectSpec(
         dtype=DTYPES[call.query.dtype],
         head_dim=head_dim,
-        group=1 if call.pool.group else call.group,
+        group=call.group,
         stride=call.stride,
-        block=call.block,
+        block=call.block_size,
         tiling=tiling,
-        half=call.pool.half,
-        shared=call.group if call.pool.group else 1,
-        reduce=call.pool.reduce,
-        merged=call.pool.merged,
-        int8=call.pool.int8,
+        estimate=call.estimate,
+        reduce=call.pool,
         causal=call.causal,
-        window="none" if not call.windows else "one" if len(set(call.windows)) == 1 else "per_head",
+        window="none" if not call.bounded_windows else "one" if len(set(call.bounded_windows)) == 1 else "per_head",
         key_flags=call.key_flags is not None,
         segments=call.segments is not None,
         has_start=call.query_start is not None,
-        rule=rule,
+        rule=call.rule,
         negative=call.scale < 0,
         wide=width > fused_width,
     )
@@ -146,24 +138,24 @@ def _module(spec: SelectSpec) -> Any:
     return source.load(select_source.generate(spec), f"select_{spec.dtype}_{spec.head_dim}_s{spec.stride}")
 
 
-def _run(call: Selection, spec: SelectSpec, counts: Tensor, indices: Tensor, importances: Tensor | None, limits: Limits) -> None:
+def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, importances: Tensor | None, limits: Limits) -> None:
     module = _module(spec)
     chunks = list(chunks_of(call, spec, limits.scratch_bytes))
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     sums = tops = None
-    masks, queries, keys, scales, loaded = _masks(call, spec), None, None, {}, None
+    operands, queries, keys, scales, loaded = _masks(call, spec), None, None, {}, None
     for chunk in chunks:
         if (chunk.batch, chunk.kv_heads) != loaded:
             loaded = (chunk.batch, chunk.kv_heads)
             queries, keys, scales = None, None, {}  # the last chunk's copies make room for this one's
             queries, keys = _operands(call, spec, chunk)
-            if spec.prepared:
+            if spec.estimate.prepared:
                 queries, keys, scales = _prepared(call, spec, module, chunk, queries, keys)
         heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
         if sums is None:  # no chunk is larger than the first
             sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
             tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
-        values = {"sums": sums, "tops": tops, **scales, **_sliced(masks, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
+        values = {"sums": sums, "tops": tops, **scales, **_sliced(operands, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
         grid = (min(processors(call.query.device) * spec.tiling.per_sm, heads * cdiv(rows, spec.tiling.rows) * tiles),)
         scored = {**values, "windows": values.get("scored_windows")}
         tiling = spec.tiling
@@ -172,7 +164,7 @@ def _run(call: Selection, spec: SelectSpec, counts: Tensor, indices: Tensor, imp
 
 
 def _choose(
-    call: Selection,
+    call: SelectCall,
     spec: SelectSpec,
     module: Any,
     chunk: _Chunk,
@@ -184,7 +176,7 @@ def _choose(
 ) -> None:
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     heads = slice(g0 * call.group, g1 * call.group)
-    per_block = call.block // call.span
+    per_block = call.block_size // call.span
     blocks = cdiv(chunk.cells[1] - chunk.cells[0], per_block)
     grid = (blocks, (b1 - b0) * (heads.stop - heads.start))
     values = {**values, "counts": counts[b0:b1, heads], "indices": indices[b0:b1, heads], "first_block": chunk.cells[0] // per_block}
@@ -201,10 +193,10 @@ def _choose(
     launch(module.pick, grid, select_source.arguments(spec, "pick"), values, num_warps=8)
 
 
-def chunks_of(call: Selection, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:
+def chunks_of(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:
     """Everything at once when its scratch fits; else batch rows one by one, some KV heads at a time; else some rows of one KV head."""
     tiles = cdiv(call.key_cells, spec.tiling.cols)
-    importance_bytes = 4 * call.key_blocks * spec.shared / (call.block // call.span) if spec.wide else 0
+    importance_bytes = 4 * call.key_blocks * spec.shared / (call.block_size // call.span) if spec.wide else 0
     cell_bytes = tiles * (2 * spec.tile_blocks + 4) + importance_bytes
     kv_bytes = cell_bytes * call.query_cells * (1 if spec.shared > 1 else call.group)
     if kv_bytes * call.kv_heads * call.batch <= scratch_bytes:
@@ -222,27 +214,27 @@ def chunks_of(call: Selection, spec: SelectSpec, scratch_bytes: int) -> Iterator
                 yield _Chunk((b, b + 1), (g, min(g + count, call.kv_heads)), (cell, min(cell + step, call.query_cells)))
 
 
-def _operands(call: Selection, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+def _operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     """[batch, scored heads, query_len, head_dim] and [batch, kv_heads, key_len, head_dim] of a chunk, copied only where kernels need it:
     to zero what is padding, to fill the last cell, or because of strides. Cells that are prepared are filled up by what prepares them."""
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     queries = call.query[b0:b1, g0 * call.group : g1 * call.group]
-    if call.pool.group:
+    if call.estimate.group:
         queries = queries.unflatten(1, (g1 - g0, -1)).mean(2)
     keys = call.key[b0:b1, g0:g1]
-    real_queries, real_keys = select_inputs.real_queries(call), select_inputs.real_keys(call)
+    real_queries, real_keys = masks.real_queries(call), masks.real_keys(call)
     return (
-        _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride, spec.prepared),
-        _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride, spec.prepared),
+        _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride, spec.estimate.prepared),
+        _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride, spec.estimate.prepared),
     )
 
 
 def _prepared(
-    call: Selection, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
+    call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them."""
-    mean = select_inputs.keys_mean(call, keys, _rows_of(select_inputs.real_keys(call), *chunk.batch)) if spec.int8 else None
-    make = functools.partial(prepare.prepare_cells, module, spec.dtype, steps=spec.steps, int8=spec.int8)
+    mean = masks.keys_mean(call, keys, _rows_of(masks.real_keys(call), *chunk.batch)) if spec.estimate.int8 else None
+    make = functools.partial(prepare.prepare_cells, module, spec.dtype, steps=spec.steps, int8=spec.estimate.int8)
     queries, query_scales = make(queries, None, call.query_cells, call.span)
     keys, key_scales = make(keys, mean, call.key_cells, call.stride)
     return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
@@ -290,12 +282,12 @@ def _descriptor(values: Tensor, cells: int, span: int, used: int, rows: int, dep
     return TensorDescriptor(values, [batch, heads, used, cells, dim], [b, h, n, span * n, 1], [1, 1, 1, rows, depth])
 
 
-def _masks(call: Selection, spec: SelectSpec) -> dict[str, Any]:
+def _masks(call: SelectCall, spec: SelectSpec) -> dict[str, Any]:
     """Mask operands of the whole call, by argument name; `_sliced` cuts them for a chunk."""
     rows, cols = spec.tiling.rows, spec.tiling.cols
     values: dict[str, Any] = {}
     if spec.key_flags:
-        key_bits, query_bits = select_inputs.key_bits(call, call.stride), select_inputs.query_bits(call)
+        key_bits, query_bits = masks.key_bits(call, call.stride), masks.query_bits(call)
         cells = torch.arange(call.key_cells, device=call.key.device)
         first = cells * call.stride if call.causal else cells * 0
         values["key_first"] = _padded(first.where(key_bits & 1 != 0, _NEVER), cols, _NEVER)
@@ -304,18 +296,18 @@ def _masks(call: Selection, spec: SelectSpec) -> dict[str, Any]:
         cells = torch.arange(call.query_cells, device=call.key.device)
         last = (cells * call.span + call.stride).clamp(max=call.query_len) - 1 + call.start if call.causal else cells * 0
         values["query_last"] = _padded(last.where(query_bits != 0, -_NEVER), rows, -_NEVER)
-        values["block_bits"], values["sink_blocks"] = select_inputs.key_bits(call, call.block), select_inputs.sink_block(call)
+        values["block_bits"], values["sink_blocks"] = masks.key_bits(call, call.block_size), masks.sink_block(call)
     if spec.segments:
-        ours, theirs = select_inputs.query_segments(call, call.span, call.stride), select_inputs.key_segments(call, call.stride)
+        ours, theirs = masks.query_segments(call, call.span, call.stride), masks.key_segments(call, call.stride)
         values["query_low"], values["query_high"] = _padded(ours[0], rows, _NEVER), _padded(ours[1], rows, -_NEVER)
         values["key_low"], values["key_high"] = _padded(theirs[0], cols, _NEVER), _padded(theirs[1], cols, -_NEVER)
-        values["rows_low"], values["rows_high"] = select_inputs.query_segments(call, call.block, call.block)
-        values["block_low"], values["block_high"] = select_inputs.key_segments(call, call.block)
+        values["rows_low"], values["rows_high"] = masks.query_segments(call, call.block_size, call.block_size)
+        values["block_low"], values["block_high"] = masks.key_segments(call, call.block_size)
     if spec.has_start:
         values["start_at"] = call.query_start
     if spec.window == "per_head":
-        values["windows"] = _per_head(call.windows, torch.int32, call.query.device)
-        groups = [call.windows[i : i + spec.shared] for i in range(0, call.heads, spec.shared)]
+        values["windows"] = _per_head(call.bounded_windows, torch.int32, call.query.device)
+        groups = [call.bounded_windows[i : i + spec.shared] for i in range(0, call.heads, spec.shared)]
         values["scored_windows"] = _per_head(tuple(0 if 0 in g else max(g) for g in groups), torch.int32, call.query.device)
     if spec.rule == "taus":
         values["thresholds"] = _per_head(call.threshold, torch.float32, call.query.device)
@@ -327,7 +319,7 @@ def _padded(values: Tensor, size: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values.to(torch.int32), (0, -values.shape[1] % size), value=fill)
 
 
-def _sliced(masks: dict[str, Any], call: Selection, chunk: _Chunk) -> dict[str, Any]:
+def _sliced(masks: dict[str, Any], call: SelectCall, chunk: _Chunk) -> dict[str, Any]:
     per_head = {"windows": call.group, "thresholds": call.group}
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     values = {}
@@ -347,10 +339,10 @@ def _sliced(masks: dict[str, Any], call: Selection, chunk: _Chunk) -> dict[str, 
     return values
 
 
-def _numbers(call: Selection, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
+def _numbers(call: SelectCall, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
     tiling, span, steps = spec.tiling, call.span, call.steps
     if tiling.tma:
-        q = _descriptor(queries, call.query_cells, steps if spec.prepared else span, steps, tiling.rows, spec.depth)
+        q = _descriptor(queries, call.query_cells, steps if spec.estimate.prepared else span, steps, tiling.rows, spec.depth)
         k = _descriptor(keys, call.key_cells, steps, steps, tiling.cols, spec.depth)
     else:
         q, k = queries, keys
@@ -360,7 +352,7 @@ def _numbers(call: Selection, spec: SelectSpec, chunk: _Chunk, queries: Tensor, 
     values |= {"query_len": call.query_len, "key_len": call.key_len, "query_cells": call.query_cells, "first_cell": chunk.cells[0]}
     values |= {"end_cell": chunk.cells[1], "row_count": chunk.cells[1] - chunk.cells[0], "counts_batch": call.heads * call.query_blocks}
     values |= {"heads": queries.shape[1] * spec.shared, "share": int(call.density * (1 << DENSITY_BITS))}
-    values |= {"tau": call.threshold[0] if call.threshold else 0.0, "window": call.windows[0] if call.windows else 0}
+    values |= {"tau": call.threshold[0] if call.threshold else 0.0, "window": call.bounded_windows[0] if call.bounded_windows else 0}
     if not spec.has_start:
         values["start"] = call.start
     return values

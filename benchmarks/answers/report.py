@@ -9,6 +9,7 @@ from benchmarks.answers import Answers
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, size
+from sparsify.ops.estimate import parse_label
 
 DEFAULT = {"pool": "max+pair+int8", "stride": 8, "threshold": 0.95}  # of the method xattention
 FEW_LOST = 0.01  # answers that an estimate may lose and still be said to keep them
@@ -111,7 +112,7 @@ def lost(found: list[Found]) -> dict[Estimate, float]:
         right.setdefault((record["parameters"]["pool"], record["parameters"]["stride"]), {})[cell] = record
     shares = {}
     for (pool, stride), mine in right.items():
-        exact = right.get((pool.split("+")[0], stride), {})
+        exact = right.get((parse_label(pool)["pool"], stride), {})
         shared = [(mine[cell], exact[cell]) for cell in mine.keys() & exact.keys()]
         longest = max((one["length"] for one in exact.values()), default=None)
         if longest in {one["length"] for _, one in shared}:

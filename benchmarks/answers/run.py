@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.answers import Answers
 from benchmarks.lib import needles, records
 from sparsify.api import record_density
+from sparsify.ops.estimate import parse_label
 
 ASKS = 16
 COMMON = {"min_length": 0, "strict": True}
@@ -40,8 +41,9 @@ def cells(thresholds: list[float], strides: list[int], pools: list[str], sinks: 
         for stride in strides:
             for threshold in thresholds:
                 chosen = {"stride": stride, "pool": pool, "threshold": threshold}
-                reduce, *estimate = pool.split("+")
-                options = {"passes": ["xattention", "dense"], "xattention": {**chosen, "pool": reduce, "estimate": estimate}, **COMMON}
+                reduce, estimate = parse_label(pool).values()
+                method = {**chosen, "pool": reduce, "estimate": list(estimate.variants)}
+                options = {"passes": ["xattention", "dense"], "xattention": method, **COMMON}
                 found.append({"method": "xattention", "parameters": chosen, "options": options})
     for window in windows:
         chosen = {"sinks": sinks, "window": window}

@@ -20,9 +20,11 @@ from sparsify.backends.attention import hopper
 from sparsify.backends.attention.hopper_source import GluonTuning
 from sparsify.backends.select import triton
 from sparsify.backends.select.source import INT8_TILING, TMA_TILING
-from sparsify.ops import attention as ops
 from sparsify.ops import block_lists as blockmask
 from sparsify.ops import scratch
+from sparsify.ops.estimate import EXAMPLES, label, parse_label
+from sparsify.ops.selection import SelectCall
+from sparsify.ops.sparse_attention import SparseAttentionCall
 
 ROUNDS = 4
 _CLOCK = Clock("cuda")
@@ -84,11 +86,6 @@ def line(section: str, values: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _score_call(stride: int, pool: str, threshold: float) -> dict[str, Any]:
-    call = {"scale": 128**-0.5, "causal": True, "windows": [], "pool": pool, "stride": stride, "block_size": 128}
-    return call | {"threshold": [threshold], "density": 0.0, "version": 1}
-
-
 def _milliseconds(runs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
     """Of each run under its own sustained load: milliseconds, and the clock and power meanwhile. Rounds in random orders."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
@@ -137,11 +134,11 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
 def _estimate(length: int, stride: int, pool: str) -> dict[str, Any]:
     """Scoring and choosing together, then each kernel's own time."""
     query, key, _ = structured(length)
-    options = _score_call(stride, pool, 0.9)
+    call = SelectCall(query, key, scale=128**-0.5, causal=True, **parse_label(pool), stride=stride, threshold=(0.9,))
     kept: dict[str, float] = {}
     runs, absent = {}, {}
     for name, tiling in SCORE.items():
-        runs[name] = lambda tiling=tiling: triton.select_blocks(query, key, tiling=tiling, **options)
+        runs[name] = lambda tiling=tiling: triton.select_blocks(call, tiling=tiling)
         try:
             kept[name] = runs[name]()[0].sum().item()
         except Exception as error:
@@ -157,17 +154,16 @@ def _estimate(length: int, stride: int, pool: str) -> dict[str, Any]:
 
 def _memory() -> dict[str, Any]:
     """Bytes that the whole call takes beside its output at a million tokens, beside the formula."""
-    options = {"scale": 128**-0.5, "causal": True, "windows": [], "stride": 16, "block_size": 128, "threshold": [0.5], "density": 0.0}
-    options |= {"seq_major": False, "version": ops.VERSION, "key_flags": None, "segments": None, "query_start": None}
     values: dict[str, Any] = {}
     inputs = structured(1 << 20)
-    for pool in ("max", "max+half", "max+int8", "max+pair+int8", "max+group"):
+    for estimate in EXAMPLES:
+        call = SparseAttentionCall(*inputs, scale=128**-0.5, causal=True, estimate=estimate, stride=16, threshold=(0.5,))
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        spent, found = _CLOCK.once(lambda pool=pool: sparse_attention.sparse_attention(*inputs, pool=pool, **options))
+        spent, found = _CLOCK.once(lambda call=call: sparse_attention.sparse_attention(call))
         taken = torch.cuda.max_memory_allocated() - before - sum(one.nbytes for one in found)
-        foretold = scratch.scratch_bytes(1, 32, 8, 1 << 20, 1 << 20, 128, stride=16, block=128, variants=tuple(pool.split("+")[1:]))
-        values[f"1m {pool}"] = f"{taken / 1e9:.2f} GB, foretold {foretold / 1e9:.2f}, {spent:.0f} ms"
+        foretold = scratch.scratch_bytes(1, 32, 8, 1 << 20, 1 << 20, 128, stride=16, block=128, estimate=estimate)
+        values[f"1m {label('max', estimate)}"] = f"{taken / 1e9:.2f} GB, foretold {foretold / 1e9:.2f}, {spent:.0f} ms"
         del found
     return values
 

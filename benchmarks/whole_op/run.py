@@ -33,9 +33,10 @@ from benchmarks.lib import peers, precompile, records
 from benchmarks.lib.clock import Clock, reason
 from benchmarks.whole_op import WholeOp
 from benchmarks.whole_op.data import find_threshold, structured
-from sparsify.ops import attention as ops
 from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.estimate import parse_label
+from sparsify.ops.selection import SelectCall
 
 LENGTHS = (131072, 262144, 32768, 65536)  # what matters most first, should time run out
 DENSITIES = (0.05, 0.07, 0.1, 0.2)
@@ -61,7 +62,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Cell:
-    """A sparse call: `pool` is the op's, with the estimate's variants as suffixes; `target` is the density asked for."""
+    """A sparse call: `pool` names the op's pool and estimate (`sparsify.ops.estimate.label`); `target` is the density asked for."""
 
     stride: int
     pool: str
@@ -92,26 +93,16 @@ def cells(length: int) -> list[Cell]:
 
 def estimate_share(stride: int, pool: str, group: int) -> float:
     """The estimate's operations as a share of dense causal attention's, 8-bit ones counted half: what no kernel can save."""
-    share = 1 / (2 * stride)
-    for variant, factor in (("half", 2), ("group", group), ("pair", 2), ("quad", 4), ("int8", 2)):
-        share /= factor if variant in pool.split("+") else 1
-    return share
+    return float(parse_label(pool)["estimate"].share(group)) / (2 * stride)
+
+
+def make_call(query: Tensor, key: Tensor, stride: int, pool: str, threshold: float) -> SelectCall:
+    scale = query.shape[-1] ** -0.5
+    return SelectCall(query, key, scale=scale, causal=True, **parse_label(pool), stride=stride, block_size=BLOCK, threshold=(threshold,))
 
 
 def select(query: Tensor, key: Tensor, stride: int, pool: str, threshold: float) -> tuple[Tensor, Tensor]:
-    return ops.select_blocks(
-        query,
-        key,
-        scale=query.shape[-1] ** -0.5,
-        causal=True,
-        windows=[],
-        pool=pool,
-        stride=stride,
-        block_size=BLOCK,
-        threshold=[threshold],
-        density=0.0,
-        version=ops.VERSION,
-    )
+    return make_call(query, key, stride, pool, threshold).run()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lists: tuple[Tensor, Tensor] | tuple[None, None]) -> tuple[Tensor, Tensor]:
@@ -211,12 +202,11 @@ def chunk_times(clock: Clock, query: Tensor, key: Tensor) -> dict[str, float]:
     """Does it cost time to serve a few heads at a time? Selection alone by MiB of scratch allowed."""
     from sparsify.backends.select import triton
 
-    call = {"scale": 128**-0.5, "causal": True, "windows": [], "pool": MAIN[1], "stride": MAIN[0], "block_size": BLOCK}
-    call |= {"threshold": [0.9], "density": 0.0, "version": ops.VERSION}
+    call = make_call(query, key, *MAIN, 0.9)
     runs = {}
     for mib in (128, 256, 512, 1024, 4096):
         limits = triton.Limits(scratch_bytes=mib * MIB)
-        runs[str(mib)] = lambda limits=limits: triton.select_blocks(query, key, limits=limits, **call)
+        runs[str(mib)] = lambda limits=limits: triton.select_blocks(call, limits=limits)
     return {name: statistics.median(found) for name, found in clock.turns(runs, ROUNDS, SAMPLE_MS, MOST)[0].items()}
 
 
@@ -267,7 +257,7 @@ def warm(job: str, options: argparse.Namespace) -> None:
             stride, pool = job.split()
             select(query, key, int(stride), pool, 0.5)
             continue
-        counts, indices = ops.empty_block_lists(query, key, BLOCK)
+        counts, indices = make_call(query, key, *MAIN, 0.9).empty_lists()
         attend(query, key, key, (counts.fill_(1), indices.zero_()))
         attend(query, key, key, (None, None))
     torch.cuda.synchronize()

@@ -15,6 +15,7 @@ from sparsify.costs import work
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import attention_seconds, expected_density, seconds
 from sparsify.costs.sizes import AttentionSizes
+from sparsify.ops.estimate import EXACT, Estimate
 
 LONGEST = 4096 * 1024  # tokens: where block lists' int16 indices end
 STEP = 1024  # lengths are multiples of this, so that measuring noise does not move a guard
@@ -90,7 +91,7 @@ def sparse_from(
     head_dim: int,
     density: float | None,
     kernel: str,
-    variants: tuple[str, ...] = (),
+    estimate: Estimate = EXACT,
     heads: tuple[int, int] = (32, 8),
     batch: int = 1,
     worth: float | None = None,
@@ -108,7 +109,7 @@ def sparse_from(
         sizes = dataclasses.replace(sizes, query_len=work.smallest(query_len, LENGTH))
     share = expected_density(LENGTH) if density is None else sympy.Float(density)
     worth = (WORTH if density is None else 1.0) if worth is None else worth
-    sparse = seconds(work.selection(sizes, stride, block, variants), device)
+    sparse = seconds(work.selection(sizes, stride, block, estimate), device)
     sparse += seconds(work.attention(sizes, kernel, share=share, listed=True), device)
     return solve_from(worth * fastest_dense(sizes, device, kernel) - sparse)
 

@@ -15,6 +15,7 @@ from sparsify.costs.seconds import seconds
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.costs.work import Work
 from sparsify.errors import ProfileError
+from sparsify.ops.estimate import Estimate
 
 Kind = Literal["attention", "select", "whole", "decode", "ffn", "linear", "elementwise"]
 
@@ -68,7 +69,7 @@ class Cell:
         )
         if self.kind == "attention":
             return (attend(),)
-        select = lambda: work.selection(self.attention, self.stride, variants=self.variants)
+        select = lambda: work.selection(self.attention, self.stride, estimate=Estimate.of(self.variants))
         if self.kind == "select":
             return (select(),)
         if self.kind == "whole":

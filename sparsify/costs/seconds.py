@@ -19,6 +19,7 @@ from sparsify.costs import work
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes, Size
 from sparsify.costs.work import Work
+from sparsify.ops.estimate import EXACT, Estimate
 
 Share = float | sympy.Expr  # of blocks or of calls, from 0 to 1
 
@@ -66,9 +67,9 @@ def decode_seconds(sizes: AttentionSizes, device: Device, *, kernel: str = "cach
     return seconds(work.decode(sizes, kernel, kept), device)
 
 
-def estimate_seconds(sizes: AttentionSizes, device: Device, stride: int, block: int = 128, variants: Iterable[str] = ()) -> sympy.Expr:
-    """Antidiagonal scores, the choice of blocks and their lists; `variants` are the method's option `estimate`."""
-    return seconds(work.selection(sizes, stride, block, tuple(variants)), device)
+def estimate_seconds(sizes: AttentionSizes, device: Device, stride: int, block: int = 128, estimate: Estimate = EXACT) -> sympy.Expr:
+    """Antidiagonal scores, the choice of blocks and their lists."""
+    return seconds(work.selection(sizes, stride, block, estimate), device)
 
 
 def feed_forward_seconds(sizes: FeedForwardSizes, device: Device, share: Share = 1) -> sympy.Expr:

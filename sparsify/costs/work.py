@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
-from sparsify.ops import estimate
+from sparsify.ops.estimate import EXACT, Estimate
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
@@ -192,28 +191,21 @@ def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:
     )
 
 
-def selection(sizes: AttentionSizes, stride: int, block: int = 128, variants: Iterable[str] = ()) -> Work:
-    """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428).
-
-    Args:
-        variants: any of "half" (every second query cell), "group" (one estimate per KV head), "pair" or "quad" (means of two or
-            four tokens) and "int8".
-    """
-    return _selection(sizes, stride, block, tuple(variants))
+def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Estimate = EXACT) -> Work:
+    """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428)."""
+    return _selection(sizes, stride, block, estimate)
 
 
 @functools.lru_cache(maxsize=1024)
-def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, ...]) -> Work:
-    span = stride * (2 if "half" in variants else 1)
-    scored = s.batch * (s.kv_heads if "group" in variants else s.query_heads)
+def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate) -> Work:
+    span = estimate.span(stride)
+    scored = s.batch * estimate.scored_heads(s.query_heads, s.kv_heads)
     rows, columns = sympy.sympify(s.query_len) / span, sympy.sympify(s.key_len) / stride
     # causal cells; the column tile that the diagonal cuts is computed whole
     start = columns - rows * span / stride
     cells = rows * (start + (columns - start) / 2 + sympy.Rational(_SCORE_TILE[1], 2)) if s.causal else rows * columns
-    merged = estimate.merged(variants)
-    depth = sympy.Rational(stride, merged) * s.qk_head_dim
+    depth = sympy.Rational(stride, estimate.merge) * s.qk_head_dim
     flops = sympy.sympify(2 * scored * cells * depth)
-    eight = "int8" in variants
     blocks = sympy.sympify(s.query_len) / block
     sums = scored * rows * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # fp16
     lists = s.batch * s.query_heads * blocks * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # int16
@@ -221,29 +213,29 @@ def _selection(s: AttentionSizes, stride: int, block: int, variants: tuple[str, 
     return Work(
         family="select",
         dtype=s.dtype,
-        flops=_ZERO if eight else flops,
-        flops8=flops if eight else _ZERO,
+        flops=_ZERO if estimate.int8 else flops,
+        flops8=flops if estimate.int8 else _ZERO,
         scores=sympy.sympify(scored * cells),
         longest=sympy.sympify(tile),
         tiles=sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
         size=s.operand_bytes / 2,
         scratch=2 * sums + lists,
-        prepare=_prepared(s, span // stride, scored, variants),
-        passes=_ROUNDING_PASSES if eight else _MERGING_PASSES if merged > 1 else 0,
+        prepare=_prepared(s, span // stride, scored, estimate),
+        passes=_ROUNDING_PASSES if estimate.int8 else _MERGING_PASSES if estimate.prepared else 0,
         steps=block // span,
         rows=sympy.sympify(s.batch * s.query_heads) * blocks,
     )
 
 
-def _prepared(s: AttentionSizes, skipped: int, scored: Size, variants: tuple[str, ...]) -> sympy.Expr:
+def _prepared(s: AttentionSizes, skipped: int, scored: Size, estimate: Estimate) -> sympy.Expr:
     """Bytes that passes over queries and keys move before the product: the group's mean, means of neighbours and rounding to 8 bits."""
     queries, keys = s.query_len * s.qk_head_dim, s.batch * s.kv_heads * s.key_len * s.qk_head_dim
     item, moved = s.dtype.itemsize, _ZERO
-    if "group" in variants:
+    if estimate.group:
         moved += (s.batch * s.query_heads + scored) * queries * item
-    eight, merged = "int8" in variants, estimate.merged(variants)
-    if eight or merged > 1:  # with 8 bits the keys are read twice, once for their mean
-        written = sympy.Rational(1 if eight else item, merged)
+    eight = estimate.int8
+    if estimate.prepared:  # with 8 bits the keys are read twice, once for their mean
+        written = sympy.Rational(1 if eight else item, estimate.merge)
         moved += scored * queries * (item + written) / skipped + keys * ((2 if eight else 1) * item + written)
     return sympy.sympify(moved)
 

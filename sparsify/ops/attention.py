@@ -1,4 +1,4 @@
-"""`sparsify::attention`, `select_blocks` and `sparse_attention`: schemas and fake kernels.
+"""`sparsify::attention`: schema and fake kernel.
 
 One attention op carries everything that methods may combine on a site. For query row q of head h of batch row b, with
 start = query_start (key_len - query_len when None), key k is visible when all of these hold:
@@ -27,26 +27,21 @@ A batch of 1 broadcasts in key_flags, segments, alibi_slopes, key_bias and hidde
 
 `sink_logits[h]` joins the softmax's denominator (and the LSE) with no value.
 
-`select_blocks` makes block lists for it. `sparse_attention` is both in one call, for lists that are too large to exist at once: it serves
-some heads after the others (`sparsify.ops.scratch`), with the same results.
+`sparsify.ops.selection` makes block lists for it; `sparsify.ops.sparse_attention` is both in one call.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsify.ops.call import OpCall, Operand
-from sparsify.ops.library import TAGS, define, library, traced
+from sparsify.ops.library import define
 
 # Inductor and AOTAutograd cache compiled graphs by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 3
@@ -146,105 +141,19 @@ class AttentionCall(OpCall):
         return dataclasses.replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
 
     def empty_outputs(self) -> tuple[Tensor, Tensor]:
-        """Output [batch, query_heads, query_len, v_head_dim] in query's dtype, and LSE fp32 [batch, query_heads, query_len]."""
-        return empty_output(self.query, self.value, self.seq_major), self.query.new_empty(self.query.shape[:3], dtype=torch.float32)
+        return empty_outputs(self.query, self.value, self.seq_major)
+
+
+def empty_outputs(query: Tensor, value: Tensor, seq_major: bool) -> tuple[Tensor, Tensor]:
+    """Output [batch, query_heads, query_len, v_head_dim] in query's dtype, and LSE fp32 [batch, query_heads, query_len].
+
+    With seq_major the output is the transpose of a contiguous [batch, query_len, heads, dim].
+    """
+    batch, heads, query_len, _ = query.shape
+    lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+    if seq_major:
+        return query.new_empty(batch, query_len, heads, value.shape[-1]).transpose(1, 2), lse
+    return query.new_empty(batch, heads, query_len, value.shape[-1]), lse
 
 
 attention = define(AttentionCall, AttentionCall.empty_outputs)
-
-library.define(
-    "select_blocks(Tensor query, Tensor key, *, Tensor? key_flags=None, Tensor? segments=None, Tensor? query_start=None, "
-    "float scale, bool causal, int[] windows, str pool, int stride, int block_size, float[] threshold, float density, "
-    "int version) -> (Tensor, Tensor)",
-    tags=TAGS,
-)
-library.define(
-    "sparse_attention(Tensor query, Tensor key, Tensor value, *, Tensor? key_flags=None, Tensor? segments=None, "
-    "Tensor? query_start=None, float scale, bool causal, int[] windows, str pool, int stride, int block_size, float[] threshold, "
-    'float density, bool seq_major, int version, str empty_rows="zero", float lowest=0.0) -> (Tensor, Tensor)',
-    tags=TAGS,
-)
-
-
-def empty_output(query: Tensor, value: Tensor, seq_major: bool) -> Tensor:
-    """[batch, query_heads, query_len, v_head_dim]; with seq_major the transpose of a contiguous [batch, query_len, heads, dim]."""
-    batch, heads, query_len, _ = query.shape
-    if seq_major:
-        return query.new_empty(batch, query_len, heads, value.shape[-1]).transpose(1, 2)
-    return query.new_empty(batch, heads, query_len, value.shape[-1])
-
-
-def _select_blocks_fake(
-    query: Tensor,
-    key: Tensor,
-    *,
-    key_flags: Tensor | None = None,
-    segments: Tensor | None = None,
-    query_start: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    windows: list[int],
-    pool: str,
-    stride: int,
-    block_size: int,
-    threshold: list[float],
-    density: float,
-    version: int,
-) -> tuple[Tensor, Tensor]:
-    return empty_block_lists(query, key, block_size)
-
-
-def _sparse_attention_fake(query: Tensor, key: Tensor, value: Tensor, *, seq_major: bool, **options: Any) -> tuple[Tensor, Tensor]:
-    return empty_output(query, value, seq_major), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-def empty_block_lists(query: Tensor, key: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Counts int32 [batch, query_heads, query_blocks] and rising indices int16 [batch, query_heads, query_blocks, key_blocks].
-
-    int16 holds 32767 blocks, 4 million keys at block 128, in half the memory of int32.
-    """
-    batch, heads, query_len, _ = query.shape
-    query_blocks = (query_len + block_size - 1) // block_size
-    key_blocks = (key.shape[2] + block_size - 1) // block_size
-    counts = query.new_empty(batch, heads, query_blocks, dtype=torch.int32)
-    return counts, query.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.int16)
-
-
-traced("select_blocks", _select_blocks_fake)
-traced("sparse_attention", _sparse_attention_fake)
-
-select_blocks = torch.ops.sparsify.select_blocks.default
-sparse_attention = torch.ops.sparsify.sparse_attention.default
-
-_observers: contextvars.ContextVar[tuple[Callable[..., None], ...]] = contextvars.ContextVar("sparsify_select_observers", default=())
-
-
-@contextlib.contextmanager
-def observing(observer: Callable[..., None]) -> Iterator[None]:
-    """Calls `observer(query, key, counts, indices, **keywords of select_blocks)` after each block selection of this block and thread.
-
-    Reading the block lists costs a device synchronisation, so nobody observes unless a tool asks.
-    """
-    token = _observers.set((*_observers.get(), observer))
-    try:
-        yield
-    finally:
-        _observers.reset(token)
-
-
-def select_observers() -> tuple[Callable[..., None], ...]:
-    """Who observes block selections here."""
-    return _observers.get()
-
-
-def observed_selection(select: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Wraps a kernel of `select_blocks` so that observers see what it chose."""
-
-    @functools.wraps(select)
-    def wrapped(query: Tensor, key: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
-        counts, indices = select(query, key, **call)
-        for observer in select_observers():
-            observer(query, key, counts, indices, **call)
-        return counts, indices
-
-    return wrapped

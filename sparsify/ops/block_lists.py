@@ -6,12 +6,11 @@ unspecified. `...` is usually [batch, query_heads].
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparsify.errors import VerifyError
+from sparsify.ops.selection import SelectCall
 
 
 def to_dense(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
@@ -59,11 +58,9 @@ def density(counts: Tensor, query_len: int, key_len: int, start: int, block_size
     return per_head, float(per_head.mean()) if per_head.numel() else 0.0
 
 
-def call_density(query: Tensor, key: Tensor, counts: Tensor, **call: Any) -> float:
-    """Mean density of one call of `select_blocks`, from its operands and keywords. Reads a device tensor: synchronises."""
-    query_len, key_len = query.shape[2], key.shape[2]
-    start = key_len - query_len if call.get("query_start") is None else int(call["query_start"])
-    return density(counts, query_len, key_len, start, call["block_size"], causal=call["causal"])[1]
+def call_density(call: SelectCall, counts: Tensor) -> float:
+    """Mean density of one call of `select_blocks`. Reads a device tensor: synchronises."""
+    return density(counts, call.query_len, call.key_len, int(call.start), call.block_size, causal=call.causal)[1]
 
 
 def check(counts: Tensor, indices: Tensor, query_len: int, key_len: int, start: int, block_size: int, *, causal: bool = True) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import UnsupportedError
+from sparsify.ops.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ _WIRES: dict[Any, tuple[Any, ...]] = {
     str: ("str",),
     tuple[int, ...]: ("int[]", list, tuple),
     tuple[float, ...]: ("float[]", list, tuple),
+    Estimate: ("str", str, lambda value: value if isinstance(value, Estimate) else Estimate.parse(value)),
 }
 
 

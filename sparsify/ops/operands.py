@@ -16,19 +16,12 @@ from sparsify.errors import UnsupportedError
 from sparsify.masks.symbolic import Facts, sizes
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.call import OpCall, Operand, misfit
+from sparsify.ops.selection import SelectCall
+from sparsify.ops.sparse_attention import SparseAttentionCall
 
-_CALLS: dict[str, type[OpCall]] = {"attention": AttentionCall}
-_ROWS = {
-    "query": Operand("batch query_heads query_len head_dim"),
-    "key": Operand("batch kv_heads key_len head_dim"),
-    "key_flags": Operand("batch|1 key_len", "integers"),
-    "segments": Operand("batch|1 key_len", "integers"),
-    "query_start": Operand("", "integers", anywhere=True),
-}
+_CALLS: dict[str, type[OpCall]] = {call.NAME: call for call in (AttentionCall, SelectCall, SparseAttentionCall)}
 # what the operands of ops without a record must be
 _OPERANDS: dict[str, dict[str, Operand]] = {
-    "select_blocks": _ROWS,
-    "sparse_attention": {**_ROWS, "value": Operand("batch kv_heads key_len v_head_dim")},
     "cache_decode": {
         "query": Operand("batch query_heads 1 head_dim", "floats"),
         "key": Operand("batch kv_heads 1 head_dim", "floats"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparsify.ops import estimate
+from sparsify.ops.estimate import EXACT, Estimate
 
 LIST_BYTES = 9 << 26  # a group of four heads at a million tokens, counts included
 SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
@@ -79,7 +79,7 @@ def scratch_bytes(
     *,
     stride: int,
     block: int,
-    variants: tuple[str, ...] = (),
+    estimate: Estimate = EXACT,
     item_bytes: int = 2,
 ) -> int:
     """Bytes of device memory that xattention needs at most at a site beside query, key, value, output and LSE.
@@ -89,16 +89,15 @@ def scratch_bytes(
     where kernels cannot read their strides, or where the exact estimate's last cell is not whole.
 
     Args:
-        variants: of the estimate: any of "half", "group", "pair" or "quad", "int8".
         item_bytes: of a number of query and key.
     """
-    group, shared = heads // kv_heads, "group" in variants
+    group, shared = heads // kv_heads, estimate.group
     each = list_bytes(query_len, key_len, block)
     found = parts(batch, heads, kv_heads, each, LIST_BYTES, not shared)
     part = max(found, key=lambda part: (part.batch[1] - part.batch[0]) * (part.heads[1] - part.heads[0]))
     rows, served, owners = (last - first for first, last in (part.batch, part.heads, part.kv_heads))
     lists = rows * served * each
-    cells = -(-query_len // (stride * (2 if "half" in variants else 1)))
+    cells = -(-query_len // estimate.span(stride))
     scored = 1 if shared else served // owners  # heads of one KV head
     # as the launcher shares sums out: all, else some KV heads of one batch row, else some rows of one
     owner_sums = scored * cells * _cell_bytes(key_len, stride, block, group if shared else 1, query_len, cells)
@@ -106,11 +105,10 @@ def scratch_bytes(
     band = owner_sums * min(1.0, _BAND_CELLS / cells)
     sums = at_once * owner_sums if owner_sums <= SUM_BYTES else int(max(SUM_BYTES, band))
     copies = at_once * scored * query_len * head_dim * item_bytes if shared else 0
-    merged = estimate.merged(variants)
-    if "int8" in variants or merged > 1:
-        numbers = stride // merged * -(-head_dim // 16) * 16
+    if estimate.prepared:
+        numbers = stride // estimate.merge * -(-head_dim // 16) * 16
         key_cells = -(-key_len // stride)
-        copies += at_once * (scored * cells + key_cells) * (numbers + 4 if "int8" in variants else numbers * item_bytes)
+        copies += at_once * (scored * cells + key_cells) * (numbers + 4 if estimate.int8 else numbers * item_bytes)
     return lists + sums + copies
 
 

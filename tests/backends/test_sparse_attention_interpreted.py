@@ -13,7 +13,8 @@ import sparsify.backends
 from sparsify.backends import dispatch
 from sparsify.backends.select import triton as triton_select
 from sparsify.backends.sparse_attention import sparse_attention
-from sparsify.ops import attention, scratch
+from sparsify.ops import scratch
+from sparsify.ops.sparse_attention import SparseAttentionCall
 
 pytestmark = pytest.mark.interpreter
 
@@ -75,24 +76,23 @@ def operands(heads=4, kv_heads=2):
     return 3 * torch.randn(1, heads, LENGTH, 16).bfloat16(), *(torch.randn(1, kv_heads, LENGTH, 16).bfloat16() for _ in range(2))
 
 
-def call(**changes):
-    base = {"scale": 0.25, "causal": True, "windows": [], "pool": "max", "stride": STRIDE, "block_size": BLOCK}
-    return {**base, "threshold": [0.4], "density": 0.0, "seq_major": True, "version": attention.VERSION, **changes}
+def call(tensors, **changes):
+    base = {"scale": 0.25, "causal": True, "stride": STRIDE, "block_size": BLOCK, "threshold": [0.4], "seq_major": True}
+    return SparseAttentionCall.bind(*tensors, **{**base, **changes})
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "max+group+int8", "density": 0.3}], ids=["threshold", "group"])
+@pytest.mark.parametrize("changes", [{}, {"estimate": "group+int8", "density": 0.3}], ids=["threshold", "group"])
 def test_parts_give_the_same_bits_in_the_memory_foretold(monkeypatch, uncounted_interpreter, changes):
     each = scratch.list_bytes(LENGTH, LENGTH, BLOCK)
-    inputs, options = operands(), call(**changes)
-    whole = sparse_attention(*inputs, **options)
+    one = call(operands(), **changes)
+    whole = sparse_attention(one)
     sums = 1 << 14
     monkeypatch.setattr(scratch, "LIST_BYTES", 2 * each)
     monkeypatch.setattr(scratch, "SUM_BYTES", sums)
     monkeypatch.setattr(triton_select.select_blocks, "__kwdefaults__", {"tiling": None, "limits": triton_select.Limits(sums)})
     with Memory() as memory:
-        found = sparse_attention(*inputs, limit=scratch.LIST_BYTES, **options)
-    assert all(torch.equal(one, other) for one, other in zip(found, whole))
-    variants = tuple(options["pool"].split("+")[1:])
-    foretold = scratch.scratch_bytes(1, 4, 2, LENGTH, LENGTH, 16, stride=STRIDE, block=BLOCK, variants=variants)
+        found = sparse_attention(one, limit=scratch.LIST_BYTES)
+    assert all(map(torch.equal, found, whole))
+    foretold = scratch.scratch_bytes(1, 4, 2, LENGTH, LENGTH, 16, stride=STRIDE, block=BLOCK, estimate=one.estimate)
     taken = memory.most - sum(x.nbytes for x in found)
     assert 0.3 * foretold < taken < 1.05 * foretold + 4096

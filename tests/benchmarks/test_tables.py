@@ -13,6 +13,7 @@ from benchmarks.attention import report as attention
 from benchmarks.cache import report as cache
 from benchmarks.ffn import report as ffn
 from benchmarks.whole_op import report as whole_op
+from sparsify.ops.estimate import label
 
 MACHINE = {"gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "commit": None}
 
@@ -135,7 +136,7 @@ def test_the_defaults_that_headlines_quote_are_the_methods() -> None:
     from sparsify.planning.registry import discover
 
     method = discover()["xattention"]()
-    assert {"pool": method.op_pool, "stride": method.stride, "threshold": method.threshold} == answers.DEFAULT
+    assert {"pool": label(method.pool, method.variants), "stride": method.stride, "threshold": method.threshold} == answers.DEFAULT
 
 
 def test_a_quick_estimate_is_quoted_only_when_it_keeps_the_exact_ones_answers() -> None:

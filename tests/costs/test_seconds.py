@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import sympy
@@ -14,6 +15,7 @@ from benchmarks.cost_model import whole_model
 from sparsify.costs import crossovers, profile, seconds, work
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes
+from sparsify.ops.estimate import EXACT, EXAMPLES, Estimate
 
 H200 = Device.from_profile("cuda", profile.shipped("sm_90"))
 A100 = Device.from_profile("cuda", profile.for_capability((8, 0)))
@@ -49,18 +51,18 @@ def test_a_listed_call_computes_its_share_of_them():
     assert tenth.size == dense.size, "queries and outputs move whatever is skipped"
 
 
-@pytest.mark.parametrize(
-    "variants, divided", [((), 1), (("half",), 2), (("group",), 4), (("half", "group"), 8), (("pair",), 2), (("quad",), 4)]
-)
-def test_estimate_flops_match_the_paper(variants, divided):
+@pytest.mark.parametrize("estimate", EXAMPLES, ids=str)
+def test_estimate_flops_match_the_paper(estimate):
     """arXiv 2503.16428: antidiagonal scores cost 1/stride of the products that QKᵀ costs; the diagonal's tiles are on top."""
     length, stride = 131072, 16
-    exact = 2 * 32 * 128 * length**2 / 2 / stride / divided
-    assert float(work.selection(prompt(length), stride, variants=variants).flops) == pytest.approx(exact, rel=0.04)
+    exact = 2 * 32 * 128 * length**2 / 2 / stride
+    found = work.selection(prompt(length), stride, estimate=estimate)
+    assert (found.flops8 != 0) == estimate.int8 and (found.flops == 0) == estimate.int8
+    assert float(found.flops + found.flops8 / 2) == pytest.approx(exact * float(estimate.share(4)), rel=0.04)
 
 
 def test_eight_bits_are_counted_apart():
-    one = work.selection(prompt(8192), 8, variants=("int8",))
+    one = work.selection(prompt(8192), 8, estimate=Estimate(int8=True))
     assert one.flops == 0
     assert one.flops8 == work.selection(prompt(8192), 8).flops
     assert one.prepare > 0
@@ -91,14 +93,18 @@ def test_wider_windows_take_longer_(length, first, second):
 
 
 @QUICK
-@given(st.sampled_from([1 << i for i in range(14, 19)]), st.sampled_from([4, 8, 16]), st.sampled_from([(), ("half",), ("group",)]))
-def test_a_coarser_estimate_is_cheaper(length, stride, variants):
+@given(
+    st.sampled_from([1 << i for i in range(14, 19)]),
+    st.sampled_from([4, 8, 16]),
+    st.sampled_from([EXACT, Estimate(half=True), Estimate(group=True)]),
+)
+def test_a_coarser_estimate_is_cheaper(length, stride, estimate):
     """Of long prompts: one tile is deeper the coarser it is, and short prompts are one tile a head."""
-    estimate = lambda s, v: float(seconds.estimate_seconds(prompt(length), H200, s, variants=v))
+    cost = lambda s, e: float(seconds.estimate_seconds(prompt(length), H200, s, estimate=e))
     if stride < 16:
-        assert estimate(2 * stride, variants) <= estimate(stride, variants) * (1 + 1e-9)
-    if "half" not in variants:
-        assert estimate(stride, (*variants, "half")) <= estimate(stride, variants) * (1 + 1e-9)
+        assert cost(2 * stride, estimate) <= cost(stride, estimate) * (1 + 1e-9)
+    if not estimate.half:
+        assert cost(stride, replace(estimate, half=True)) <= cost(stride, estimate) * (1 + 1e-9)
 
 
 @QUICK

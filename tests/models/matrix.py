@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 
+from sparsify.ops.estimate import DEFAULT
 from tests.models.matrix_modes import MODES, Mode
 from tests.models.matrix_reference import sink_window_run
 from tests.support.harness import KEEP_ALL, Run, reference_run, run, strict
@@ -228,7 +229,7 @@ def _masked(cell: Cell, model: torch.nn.Module, call: Callable) -> Any:
         # a row of a static cache's mask gives keys no order
         prompts_only = cell.mode == "generate_static" and cell.family != "bloom"
         return sink_window_run(model, call, prompts_only=prompts_only, **options_of(cell)["sink_window"])
-    selection = {"pool": "max+pair+int8", "stride": 8, "block_size": 64, "threshold": [0.5], "density": 0.0}
+    selection = {"estimate": DEFAULT, "stride": 8, "block_size": 64, "threshold": (0.5,)}
     return reference_run(model, call, documents=cell.mode == "packed", **selection)
 
 

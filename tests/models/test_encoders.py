@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsify import api
-from sparsify.ops import attention as ops
 from sparsify.ops import block_lists
+from sparsify.ops.selection import SelectCall
 from tests.support.harness import run, strict, visible_error
 from tests.support.tiny_models import VOCAB
 
@@ -94,8 +94,8 @@ def test_blocks_are_chosen_without_an_order(query_len, key_len):
     with api.collect_plans() as plans:
         got = torch.compile(attend, backend="sparsify", options=options, fullgraph=True)(query, key, value, keep)
     assert [d.method for p in plans for d in p.decisions] == ["xattention"]
-    call = {"scale": 0.25, "causal": False, "windows": [], "pool": "max", "stride": 8, "block_size": 64, "threshold": [0.3], "density": 0.0}
-    lists = ops.select_blocks(query, key, key_flags=keep.to(torch.uint8), version=ops.VERSION, **call)
+    call = {"scale": 0.25, "causal": False, "stride": 8, "block_size": 64, "threshold": (0.3,)}
+    lists = SelectCall(query, key, key_flags=keep.to(torch.uint8), **call).run()
     blocks = block_lists.to_dense(*lists, -(-key_len // 64)).repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :query_len, :key_len]
     seen = blocks & keep[:, None, None].bool()
     scores = (query @ key.repeat_interleave(2, 1).mT * 0.25).masked_fill(~seen, -torch.inf)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from sparsify.ops.estimate import DEFAULT
 from tests.support.harness import KEEP_ALL, holding, reference_run, run, strict, visible_error
 from tests.support.tiny_models import CORE_FAMILIES, VOCAB, build
 
@@ -161,7 +162,7 @@ def test_forced_xattention_equals_the_masked_reference(family, side):
         dense = call(model)
     got = run(model, call, strict(passes=["xattention"], xattention=SPARSE))
     assert got.rewritten("xattention") == got.sites == LAYERS
-    options = {"pool": "max+pair+int8", "stride": 8, "block_size": 64, "threshold": [0.5], "density": 0.0}
+    options = {"estimate": DEFAULT, "stride": 8, "block_size": 64, "threshold": (0.5,)}
     want = reference_run(model, call, **options)
     mask = inputs.get("attention_mask")
     assert visible_error(got.value, want, mask) < FP32

@@ -19,6 +19,7 @@ from sparsify.graph import aliasing
 from sparsify.masks import prove as predicates
 from sparsify.masks.predicate import QueryStart
 from sparsify.matching import eager
+from sparsify.ops.selection import SelectCall
 from sparsify.rewriting import editor
 from tests.fuzz import check as fuzz_check
 from tests.fuzz import test_fuzz
@@ -153,9 +154,8 @@ def test_a_copy_taken_for_its_original_is_caught(name, monkeypatch):
 def selection(**changes: object) -> None:
     torch.manual_seed(0)
     query, key = 3 * torch.randn(1, 2, 150, 8), torch.randn(1, 1, 150, 8)
-    call = {"scale": 0.4, "causal": True, "windows": [], "pool": "max", "stride": 8, "block_size": 32, "threshold": [0.4], "density": 0.0}
-    call |= changes
-    assert_selection(*reference_select.select_blocks(query, key, version=1, **call), query, key, **call)
+    call = SelectCall(query, key, **{"scale": 0.4, "causal": True, "block_size": 32, "threshold": (0.4,), **changes})
+    assert_selection(*reference_select.select_blocks(call), call)
 
 
 def candidates(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> tuple[str, Callable]:
@@ -193,18 +193,18 @@ def smallest_first(importance, possible, forced, threshold, density):
 
 
 def other_pool(call):
-    return real_importance(dataclasses.replace(call, pool=dataclasses.replace(call.pool, reduce="max")))
+    return real_importance(dataclasses.replace(call, pool="max"))
 
 
 real_choose, real_importance = reference_select.choose, reference_select.importance
 SELECTIONS = {
     "the diagonal is not forced": (selection, *candidates(without_diagonal)),
     "the sink is a row": (selection, *candidates(sink_as_row)),
-    "blocks of the future": (lambda: selection(threshold=[1.0]), *candidates(without_causality)),
+    "blocks of the future": (lambda: selection(threshold=(1.0,)), *candidates(without_causality)),
     "another total": (selection, "choose", threshold_of_the_rest),
     "keeps everything": (selection, "choose", everything),
     "the least important first": (selection, "choose", smallest_first),
-    "another pool": (lambda: selection(pool="sum", stride=4, threshold=[0.7]), "importance", other_pool),
+    "another pool": (lambda: selection(pool="sum", stride=4, threshold=(0.7,)), "importance", other_pool),
 }
 
 

@@ -17,8 +17,8 @@ from sparsify import SparseCache, pipeline
 from sparsify.api import collect_plans
 from sparsify.errors import UnsupportedError, VerifyError
 from sparsify.matching.cache import find_cache
-from sparsify.ops import attention as ops
 from sparsify.ops import cache as cache_ops
+from sparsify.ops.selection import SelectCall
 from sparsify.passes.kv_evict import KvEvict
 from sparsify.planning.config import config
 from sparsify.planning.registry import discover
@@ -91,7 +91,7 @@ def test_decode_is_one_op_and_the_prompt_stays_open(llama, ids, policy):
     assert count(decode, cache_ops.decode) == 2 and not count(decode, cache_ops.store) and not count(decode, cache_ops.attention)
     assert count(prompt, cache_ops.store) == 2 and not count(prompt, cache_ops.decode)
     if policy == "snapkv":  # StreamingLLM's prompt has a mask of its own, which is sparse already
-        assert count(prompt, ops.select_blocks) == 2, "a sparse method chose for the prompt's attention"
+        assert count(prompt, SelectCall.op()) == 2, "a sparse method chose for the prompt's attention"
     assert [d.method for d in second.decisions] == ["kv_evict"] * 2
     assert {d.phase for d in first.decisions if d.site.endswith(".cache")} == {"prefill"}
     state = next(n for n in decode.graph.nodes if n.target is cache_ops.decode).args[3:9]

@@ -18,8 +18,11 @@ from sparsify.backends import sparse_attention
 from sparsify.costs import device as hardware
 from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.matching.sites import AttentionSite
-from sparsify.ops import attention as ops
 from sparsify.ops import block_lists, scratch
+from sparsify.ops.attention import AttentionCall
+from sparsify.ops.estimate import EXAMPLES
+from sparsify.ops.selection import SelectCall, observing
+from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.passes.xattention import XAttention
 from sparsify.planning.config import config
 from sparsify.planning.method import Context, Proposal, Refusal
@@ -31,7 +34,7 @@ from tests.support.tiny_models import VOCAB, build
 FP32 = 2e-5
 HOPPER = hardware.Device("cuda", "test", (9, 0), 680e12, 4.3e12, 8e-6)
 CONTEXT = Context(HOPPER, "triton")
-ESTIMATES = [(), ("half",), ("group",), ("pair",), ("int8",), ("pair", "int8"), ("quad", "int8"), ("half", "group", "int8")]
+ESTIMATES = [estimate.variants for estimate in EXAMPLES]
 names = lambda estimate: "+".join(estimate) or "exact"
 
 
@@ -159,7 +162,7 @@ def rewritten(model, options, **inputs) -> fx.GraphModule:
 
 def region(gm: fx.GraphModule) -> str:
     """The ops emitted for the first layer, one line each; tensors by dtype and shape, and by the op they come from."""
-    first = [next(node for node in gm.graph.nodes if node.target is op) for op in (ops.select_blocks, ops.attention)]
+    first = [next(node for node in gm.graph.nodes if node.target is op) for op in (SelectCall.op(), AttentionCall.op())]
     lines = []
     for node in first:
         operands = [f"{key}={operand(value)}" for key, value in node.kwargs.items() if value is not None]
@@ -171,13 +174,13 @@ def operand(value) -> str:
     if not isinstance(value, fx.Node):
         return str(value)
     example = value.meta["example_value"]
-    chosen = value.target is operator.getitem and value.args[0].target is ops.select_blocks
+    chosen = value.target is operator.getitem and value.args[0].target is SelectCall.op()
     return f"{str(example.dtype).removeprefix('torch.')}{list(example.shape)}" + (" of select_blocks" if chosen else "")
 
 
 GOLDEN = """\
-sparsify.select_blocks.default(2 tensors, key_flags=uint8[2, 70], scale=0.25, causal=True, windows=[], pool=max+half, stride=8, \
-block_size=64, threshold=[0.5, 0.6, 0.7, 0.8], density=0.0, version=3)
+sparsify.select_blocks.default(2 tensors, key_flags=uint8[2, 70], scale=0.25, causal=True, estimate=half, \
+block_size=64, threshold=[0.5, 0.6, 0.7, 0.8], version=3)
 sparsify.attention.default(3 tensors, key_flags=uint8[2, 70], block_counts=int32[2, 4, 2] of select_blocks, \
 block_indices=int16[2, 4, 2, 2] of select_blocks, scale=0.25, causal=True, block_size=64, seq_major=True, version=3)"""
 
@@ -188,7 +191,7 @@ def test_golden_of_the_rewritten_region():
     options = {"xattention": {"block": 64, "estimate": ["half"], "threshold": [0.5, 0.6, 0.7, 0.8]}}
     found = rewritten(build("llama"), options, input_ids=prompt(2, 70), attention_mask=mask)
     assert region(found) == GOLDEN
-    counts = [sum(node.target is op for node in found.graph.nodes) for op in (ops.select_blocks, ops.attention)]
+    counts = [sum(node.target is op for node in found.graph.nodes) for op in (SelectCall.op(), AttentionCall.op())]
     assert counts == [2, 2]
     assert not any("scaled_dot_product" in str(node.target) for node in found.graph.nodes)
 
@@ -200,10 +203,9 @@ def test_large_lists_are_made_and_used_by_one_op(monkeypatch):
     monkeypatch.setattr(scratch, "LIST_BYTES", 100)
     joined = rewritten(model, options, **inputs)
     targets = [node.target for node in joined.graph.nodes]
-    assert targets.count(ops.sparse_attention) == 2 and ops.select_blocks not in targets and ops.attention not in targets
-    one, other = (
-        next(node for node in gm.graph.nodes if node.target is op) for gm, op in ((apart, ops.attention), (joined, ops.sparse_attention))
-    )
+    assert targets.count(SparseAttentionCall.op()) == 2 and SelectCall.op() not in targets and AttentionCall.op() not in targets
+    ops = AttentionCall.op(), SparseAttentionCall.op()
+    one, other = (next(node for node in gm.graph.nodes if node.target is op) for gm, op in zip((apart, joined), ops, strict=True))
     assert one.kwargs["seq_major"] == other.kwargs["seq_major"]
 
 
@@ -245,13 +247,12 @@ def sharp(family: str = "llama", **overrides) -> torch.nn.Module:
 def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
     """Compiled against the masked reference with the same selection, and visibly unlike dense. Returns the block lists seen."""
     seen = []
-    observer = lambda query, key, counts, indices, **options: seen.append((counts.clone(), indices.clone(), key.shape[2]))
-    with ops.observing(observer):
+    with observing(lambda call, counts, indices: seen.append((counts.clone(), indices.clone(), call.key_len))):
         got = run(model, call, strict(passes=["xattention"], xattention=chosen))
     method = XAttention(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
     threshold = method.threshold if isinstance(method.threshold, tuple) else (method.threshold,)
-    selection = {"pool": method.op_pool, "stride": method.stride, "block_size": method.block, "threshold": list(threshold)}
-    want = reference_run(model, call, **selection, density=method.density or 0.0)
+    selection = {"pool": method.pool, "estimate": method.variants, "stride": method.stride, "block_size": method.block}
+    want = reference_run(model, call, **selection, threshold=threshold, density=method.density or 0.0)
     with torch.no_grad():
         dense = call(model)
     assert got.rewritten("xattention") > 0
@@ -316,10 +317,10 @@ def test_a_key_that_is_not_a_number_keeps_all_that_see_it(estimate):
     torch.manual_seed(0)
     query, key = 6 * torch.randn(1, 4, 512, 16), torch.randn(1, 2, 512, 16)
     method = XAttention(block=64, estimate=estimate)
-    options = {"scale": 0.25, "causal": True, "windows": [], "pool": method.op_pool, "stride": 8, "block_size": 64, "version": ops.VERSION}
-    clean, _ = ops.select_blocks(query, key, **options, threshold=[0.2], density=0.0)
+    call = SelectCall(query, key, scale=0.25, causal=True, estimate=method.variants, block_size=64, threshold=(0.2,))
+    clean, _ = call.run()
     key[0, 1, 300] = torch.nan
-    counts, _ = ops.select_blocks(query, key, **options, threshold=[0.2], density=0.0)
+    counts, _ = call.run()
     assert torch.equal(counts[0, 2:, 5:], torch.arange(6, 9, dtype=torch.int32).expand(2, 3)), "all that is causal"
     assert torch.equal(counts[0, :2], clean[0, :2]), "heads that read other keys"
     assert (counts[0, 2:, :4] <= clean[0, 2:, :4] + 1).all() and (counts[0, 2:, 3] < 4).any(), "rows before it choose"

@@ -19,9 +19,9 @@ from sparsify.backends import dispatch, registration
 from sparsify.backends.codegen import source
 from sparsify.backends.select import reference
 from sparsify.errors import CacheFolderError, KernelError, UnsupportedError
-from sparsify.ops import attention as ops
 from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.selection import SelectCall
 from tests.support.harness import compiled, run, strict, visible_error
 from tests.support.tiny_models import VOCAB, build
 
@@ -167,13 +167,13 @@ def test_every_block_covers_whatever_could_be_selected(query_len, key_len, start
     flags = torch.ones(2, key_len, dtype=torch.uint8)
     flags[0, : key_len // 3] = 0
     call = {"query_start": None if start is None else torch.tensor([start]), "causal": causal, "block_size": 64, "scale": 0.25}
-    call |= {"windows": [], "pool": "max", "stride": 8, "threshold": [1.0], "density": 0.0, "version": ops.VERSION}
-    lists = registration.every_block(query, key, key_flags=flags, **call)
-    fake = ops.empty_block_lists(query, key, 64)
+    call = SelectCall(query, key, key_flags=flags, threshold=(1.0,), **call)
+    lists = registration.every_block(call)
+    fake = call.empty_lists()
     assert [(x.shape, x.dtype, x.stride()) for x in lists] == [(x.shape, x.dtype, x.stride()) for x in fake]
     block_lists.check(*lists, query_len, key_len, key_len - query_len if start is None else start, 64, causal=causal)
     blocks = -(-key_len // 64)
-    possible = block_lists.to_dense(*reference.select_blocks(query, key, key_flags=flags, **call), blocks)
+    possible = block_lists.to_dense(*reference.select_blocks(call), blocks)
     assert not (possible & ~block_lists.to_dense(*lists, blocks)).any()
 
 

@@ -15,7 +15,7 @@ from sparsify import backends
 from sparsify.api import record_density
 from sparsify.backends import dispatch
 from sparsify.errors import ConfigError, UnsupportedError
-from sparsify.ops import attention
+from sparsify.ops.selection import SelectCall
 
 
 @pytest.fixture
@@ -99,10 +99,7 @@ def test_what_is_said_outside_holds_where_nothing_is_said_inside():
 
 
 def select():
-    attention.select_blocks(
-        *torch.randn(2, 1, 1, 256, 16), scale=1.0, causal=True, windows=[], pool="sum", stride=16, block_size=64, threshold=[0.9],
-        density=0.0, version=attention.VERSION,
-    )  # fmt: skip
+    SelectCall(*torch.randn(2, 1, 1, 256, 16), scale=1.0, causal=True, pool="sum", stride=16, block_size=64, threshold=(0.9,)).run()
 
 
 def test_a_recording_does_not_see_other_threads():

@@ -4,7 +4,7 @@ from torch import nn
 
 from sparsify import testing
 from sparsify.errors import ConfigError, UnsupportedError
-from sparsify.ops import attention
+from sparsify.ops.selection import observers
 from sparsify.planning.plan import Plan
 from sparsify.testing import Comparison, Selection, Tokens, bisect, compare, compare_tokens, record_blocks, visible_rows
 from tests.support.harness import holding
@@ -183,7 +183,7 @@ def test_token_agreement_counts_missing_tokens():
 def test_recorded_blocks_give_a_mask(model):
     with record_blocks() as selections:
         compare(model, tokens(1, 300), options=SPARSE)
-    assert len(selections) == 4 and attention.select_observers() == ()
+    assert len(selections) == 4 and observers() == ()
     for selection in selections:
         mask = selection.mask()
         assert mask.shape == (1, 4, 5, 5) and torch.equal(mask.sum(-1), selection.counts.long())

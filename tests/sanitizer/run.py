@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.lib import records
 from benchmarks.test_runs import Sanitize
+from sparsify.ops.estimate import EXAMPLES, Estimate
 
 TOOLS = ("memcheck", "racecheck")
 FAMILIES = ("gluon", "triton", "select", "cache", "control")
@@ -34,13 +35,9 @@ ATTENTION = ("lists_ragged", "window_sinks", "segments_padding", "lists_chunk", 
 SELECTION: dict[str, dict[str, Any]] = {
     "plain": {},
     "ragged, stride 8": {"length": 1001, "stride": 8},
-    "half": {"pool": "max+half"},
-    "pair": {"pool": "max+pair"},
-    "pair, int8": {"pool": "max+pair+int8", "length": 1001},
-    "quad, int8": {"pool": "max+quad+int8"},
-    "group, density": {"pool": "sum+group", "density": 0.3},
-    "int8": {"pool": "max+int8", "length": 1001},
-    "flags, window": {"flags": True, "windows": [300]},
+    **{str(one): {"estimate": one, "length": 1001 if one.int8 else 1024} for one in EXAMPLES},
+    "group, density": {"pool": "sum", "estimate": Estimate(group=True), "density": 0.3},
+    "flags, window": {"flags": True, "windows": (300,)},
     "wide": {"wide": True},
 }
 _SUMMARIES = (r"ERROR SUMMARY: (\d+) error", r"RACECHECK SUMMARY: (\d+) hazard")
@@ -79,16 +76,16 @@ def selection_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     import torch
 
     from sparsify.backends.select import triton as triton_select
+    from sparsify.ops.selection import SelectCall
 
     def run(*, length: int = 1024, flags: bool = False, wide: bool = False, **changes: Any) -> None:
         query = torch.randn(2, 4, length, 128, device="cuda", dtype=torch.bfloat16)
         key = torch.randn(2, 2, length, 128, device="cuda", dtype=torch.bfloat16)
-        options = {"scale": 0.5, "causal": True, "windows": [], "pool": "max", "stride": 16, "block_size": 128, "threshold": [0.9]}
-        options |= {"density": 0.0, "version": 1, **changes}
         if flags:
-            options["key_flags"] = (torch.arange(length, device="cuda") >= torch.tensor([[0], [333]], device="cuda")).to(torch.uint8)
+            changes["key_flags"] = (torch.arange(length, device="cuda") >= torch.tensor([[0], [333]], device="cuda")).to(torch.uint8)
         limits = triton_select.Limits(fused_width=8, part=64) if wide else triton_select.LIMITS
-        triton_select.select_blocks(query, key, limits=limits, **options)
+        call = SelectCall(query, key, **{"scale": 0.5, "causal": True, "stride": 16, "threshold": (0.9,), **changes})
+        triton_select.select_blocks(call, limits=limits)
 
     for name, changes in SELECTION.items():
         yield name, lambda changes=changes: run(**changes)

@@ -13,7 +13,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import api
 from sparsify.generation.compat import with_cache
-from sparsify.ops import attention, block_lists
+from sparsify.ops import block_lists
+from sparsify.ops.selection import SelectCall
 from sparsify.planning.plan import Plan
 
 KEEP_ALL = {"xattention": {"threshold": 1.0}, "sink_window": {"sinks": 4, "window": 1 << 20}}
@@ -77,7 +78,7 @@ def reference_run(
     model: torch.nn.Module, call, *, sinks: int | None = None, window: int = 0, documents: bool = False, **selection: Any
 ) -> Any:
     """`call(model)` eagerly, with attention replaced by a plain masked softmax in float64: the model's own mask, and the sparse
-    method's mask beside it, either sinks + window by token or a block selection (keywords of `ops.select_blocks`). documents: the
+    method's mask beside it, either sinks + window by token or a block selection (fields of `SelectCall`). documents: the
     prompt is packed."""
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
@@ -93,11 +94,10 @@ def reference_run(
             # of each position the first key of its document
             segments = visible[:, 0].int().argmax(-1).to(torch.int32) if documents else None
             preallocated = start.reshape(1) if start != key_len - query_len else None
-            counts, indices = attention.select_blocks(
-                query, key, key_flags=flags.to(torch.uint8), segments=segments, query_start=preallocated,
-                scale=scale, causal=True, windows=[], version=attention.VERSION, **selection,
-            )  # fmt: skip
-            block = selection["block_size"]
+            masks = {"key_flags": flags.to(torch.uint8), "segments": segments, "query_start": preallocated}
+            chosen = SelectCall(query, key, scale=scale, causal=True, **masks, **selection)
+            counts, indices = chosen.run()
+            block = chosen.block_size
             dense = block_lists.to_dense(counts, indices, -(-key_len // block))
             visible = visible & dense.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :query_len, :key_len]
         if sinks is not None:

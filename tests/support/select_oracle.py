@@ -10,17 +10,13 @@ import torch
 class Oracle:
     """One call of select_blocks; `rows()` yields the decision of every query block."""
 
-    def __init__(
-        self, query, key, *, scale, causal=True, windows=(), pool="max", stride=8, block_size=32, threshold=(0.9,), density=0.0, **masks
-    ):
-        self.query, self.key = query.double(), key.double()
-        self.scale, self.causal, self.windows, self.stride, self.block = scale, causal, windows, stride, block_size
-        self.reduce, self.half = pool.split("+")[0], "+half" in pool
-        self.merged = 4 if "+quad" in pool else 2 if "+pair" in pool else 1
-        self.threshold, self.density = threshold, density
-        self.flags, self.segments = masks.get("key_flags"), masks.get("segments")
-        (self.batch, self.heads, self.query_len, _), self.key_len = query.shape, key.shape[2]
-        start = masks.get("query_start")
+    def __init__(self, call):
+        self.query, self.key = call.query.double(), call.key.double()
+        self.scale, self.causal, self.windows, self.stride, self.block = call.scale, call.causal, call.windows, call.stride, call.block_size
+        self.pool, self.half, self.merged = call.pool, call.estimate.half, call.estimate.merge
+        self.threshold, self.density = call.threshold, call.density
+        self.flags, self.segments, start = call.key_flags, call.segments, call.query_start
+        (self.batch, self.heads, self.query_len, _), self.key_len = call.query.shape, call.key.shape[2]
         self.start = self.key_len - self.query_len if start is None else int(start)
 
     def real_key(self, b, k):
@@ -80,7 +76,7 @@ class Oracle:
                 for j, x in logits.items():
                     mass[j * s // self.block] += math.exp(x - top) / total
             block = i * span // self.block
-            result[block] = result[block] + mass if self.reduce == "sum" else torch.maximum(result[block], mass)
+            result[block] = result[block] + mass if self.pool == "sum" else torch.maximum(result[block], mass)
         return result
 
     def forced(self, b, h, block, possible):
@@ -119,9 +115,9 @@ class Oracle:
         return kept, forced, slack
 
 
-def assert_selection(counts, indices, query, key, *, tolerance=1e-4, **call):
+def assert_selection(counts, indices, call, *, tolerance=1e-4):
     """Block lists equal the definition's, except where importance or mass decides by less than `tolerance` of the row."""
-    oracle = Oracle(query, key, **call)
+    oracle = Oracle(call)
     for b in range(oracle.batch):
         for h in range(oracle.heads):
             importance = oracle.importance(b, h)

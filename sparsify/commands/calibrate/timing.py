@@ -18,10 +18,11 @@ from torch import Tensor
 from sparsify.backends.attention import reference, triton
 from sparsify.costs.samples import FEW_ROWS, Cell, Sample
 from sparsify.errors import ProfileError
-from sparsify.ops import attention as ops
 from sparsify.ops import block_lists, feed_forward
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.estimate import Estimate
+from sparsify.ops.selection import SelectCall
 
 BLOCK = 128
 _PLAIN_SECONDS = 5e-3  # calls longer than this are timed one by one
@@ -214,12 +215,12 @@ def _attention(cell: Cell, device: str) -> Call:
     return Call(lambda: kernel(call), 1, cell)
 
 
-def _selection(cell: Cell, density: float) -> dict[str, Any]:
-    call = {"scale": cell.head_dim**-0.5, "causal": True, "windows": [], "pool": "+".join(("max", *cell.variants))}
-    return {**call, "stride": cell.stride, "block_size": BLOCK, "threshold": [0.9], "density": density, "version": ops.VERSION}
+def _selection(cell: Cell, query: Tensor, key: Tensor, density: float) -> SelectCall:
+    estimate = {"estimate": Estimate.of(cell.variants), "stride": cell.stride, "block_size": BLOCK}
+    return SelectCall(query, key, scale=cell.head_dim**-0.5, causal=True, threshold=(0.9,), density=density, **estimate)
 
 
-def _selector(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _selector(device: str) -> Callable[[SelectCall], tuple[Tensor, Tensor]]:
     if device == "cuda":
         from sparsify.backends.select import triton as triton_select
 
@@ -231,18 +232,18 @@ def _selector(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _select(cell: Cell, device: str) -> Call:
     query, key, _ = operands(cell, device)
-    call, select = _selection(cell, 0.1), _selector(device)
-    return Call(lambda: select(query, key, **call), 1, cell)
+    call, select = _selection(cell, query, key, 0.1), _selector(device)
+    return Call(lambda: select(call), 1, cell)
 
 
 def _whole(cell: Cell, device: str) -> Call:
     query, key, value = operands(cell, device)
-    call, select, kernel = _selection(cell, cell.density), _selector(device), _kernel(cell.kernel)
+    call, select, kernel = _selection(cell, query, key, cell.density), _selector(device), _kernel(cell.kernel)
 
     def run() -> Tensor:
-        return kernel(_attention_call(cell, (query, key, value), select(query, key, **call)))[0]
+        return kernel(_attention_call(cell, (query, key, value), select(call)))[0]
 
-    counts, _ = select(query, key, **call)
+    counts, _ = select(call)
     density = block_lists.density(counts, cell.query_len, cell.key_len, 0, BLOCK)[1]
     return Call(run, 1, replace(cell, density=density))
 

@@ -8,10 +8,11 @@ import json
 import pytest
 import torch
 
-from sparsify.backends.select import call as select_inputs
 from sparsify.backends.select import reference
 from sparsify.backends.select.source import POINTER_TILING
 from sparsify.ops import block_lists
+from sparsify.ops.estimate import EXAMPLES, parse_label
+from sparsify.ops.selection import SelectCall
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -20,19 +21,14 @@ MASKS = {
     "ragged": {},
     "padded": {},
     "window": {"windows": [700]},
-    "half": {"pool": "max+half"},
-    "shared": {"pool": "sum+group"},
-    "int8": {"pool": "max+int8"},
-    "pair": {"pool": "max+pair"},
-    "quad": {"pool": "max+quad"},
-    "quad int8": {"pool": "max+quad+int8"},
-    "pair int8": {"pool": "max+half+pair+int8"},
+    **{str(one): {"estimate": one} for one in EXAMPLES},
 }
 
 
-def call(**changes):
-    base = {"scale": 128**-0.5, "causal": True, "windows": [], "pool": "max", "stride": 16, "block_size": 128}
-    return {**base, "threshold": [0.9], "density": 0.0, "version": 1, **changes}
+def call(query, key, **changes):
+    found = SelectCall.bind(query, key, **{"scale": 128**-0.5, "causal": True, "stride": 16, "threshold": [0.9], **changes})
+    found.check()
+    return found
 
 
 def inputs(length, *, batch=1, heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16, peak=12.0):
@@ -49,21 +45,21 @@ def test_equals_the_reference(name, stride, dim, tiling):
 
     length = 4999 if name == "ragged" else 6144
     query, key = inputs(length, batch=2, dim=dim)
-    options = call(stride=stride, scale=dim**-0.5, **MASKS[name])
+    options = {"stride": stride, "scale": dim**-0.5, **MASKS[name]}
     if name == "padded":
         flags = torch.ones(2, length, dtype=torch.uint8, device="cuda")
         flags[0, :777], flags[1, length - 1000 :] = 0, 0
         options["key_flags"] = flags
-    one = select_inputs.describe(query, key, **options)
-    own, wanted = triton_select.importance(query, key, tiling=tiling, **options), reference.importance(one)
-    assert (own - wanted).norm() / wanted.norm() < (2e-2 if name == "shared" else 2e-3)
-    counts, indices = triton_select.select_blocks(query, key, tiling=tiling, **options)
+    one = call(query, key, **options)
+    own, wanted = triton_select.importance(one, tiling=tiling), reference.importance(one)
+    assert (own - wanted).norm() / wanted.norm() < (2e-2 if one.estimate.group else 2e-3)
+    counts, indices = triton_select.select_blocks(one, tiling=tiling)
     block_lists.check(counts, indices, length, length, 0, 128)
     got = block_lists.to_dense(counts, indices, one.key_blocks)
     possible, forced = reference.candidates(one)
     chosen = reference.choose(own, possible, forced, one.threshold, one.density)
     assert (got ^ chosen).sum() <= 1e-4 * chosen.sum()
-    again = triton_select.select_blocks(query, key, tiling=tiling, **options)
+    again = triton_select.select_blocks(one, tiling=tiling)
     assert torch.equal(block_lists.to_dense(*again, one.key_blocks), got)
 
 
@@ -72,16 +68,16 @@ def test_a_captured_call_replays_on_new_values():
 
     query, key = inputs(4096)
     start = torch.zeros(1, dtype=torch.int64, device="cuda")
-    options = call(query_start=start, threshold=[0.5 + 0.05 * h for h in range(8)])
-    triton_select.select_blocks(query, key, **options)
+    one = call(query, key, query_start=start, threshold=[0.5 + 0.05 * h for h in range(8)])
+    triton_select.select_blocks(one)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        counts, indices = triton_select.select_blocks(query, key, **options)
+        counts, indices = triton_select.select_blocks(one)
     other, _ = inputs(4096, peak=3.0)
     query.copy_(other)
     graph.replay()
-    wanted = triton_select.select_blocks(query, key, **options)
+    wanted = triton_select.select_blocks(one)
     assert torch.equal(counts, wanted[0])
     assert torch.equal(block_lists.to_dense(counts, indices, 32), block_lists.to_dense(*wanted, 32))
 
@@ -94,7 +90,7 @@ def times() -> None:
 
     for length in (8192, 32768, 131072, 131072 - 5, 262144):
         query, key = inputs(length, heads=32, kv_heads=8, peak=1.0)
-        for stride, pool in (
+        for stride, name in (
             (16, "sum"),
             (16, "max"),
             (8, "max"),
@@ -106,9 +102,9 @@ def times() -> None:
             (8, "max+quad+int8"),
             (16, "max+half+int8"),
         ):
-            once = functools.partial(triton_select.select_blocks, query, key, **call(stride=stride, pool=pool))
+            once = functools.partial(triton_select.select_blocks, call(query, key, stride=stride, **parse_label(name)))
             ms = triton.testing.do_bench(once, warmup=50, rep=300, return_mode="median")
-            print(json.dumps({"tokens": length, "stride": stride, "pool": pool, "ms": round(ms, 3)}), flush=True)
+            print(json.dumps({"tokens": length, "stride": stride, "pool": name, "ms": round(ms, 3)}), flush=True)
 
 
 if __name__ == "__main__":

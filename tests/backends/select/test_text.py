@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.backends.select import call as select_inputs
 from sparsify.backends.select import triton
 from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, generate
 from sparsify.errors import UnsupportedError
+from sparsify.ops.estimate import EXAMPLES, Estimate
+from sparsify.ops.selection import SelectCall
 from tests.support.goldens import check_kernel_text
 
 MASKS = {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "density"}
@@ -23,8 +24,9 @@ def spec(**changes):
 
 
 def describe(query, key, **changes):
-    base = {"scale": 0.1, "causal": True, "windows": [], "pool": "max", "stride": 16, "block_size": 128}
-    return select_inputs.describe(query, key, **{**base, "threshold": [0.9], "density": 0.0, "version": 1, **changes})
+    call = SelectCall.bind(query, key, **{"scale": 0.1, "causal": True, "stride": 16, "threshold": [0.9], **changes})
+    call.check()
+    return call
 
 
 @pytest.mark.parametrize(
@@ -32,8 +34,8 @@ def describe(query, key, **changes):
     [
         ("causal", {}),
         ("masked_density", MASKS),
-        ("int8", {"int8": True, "half": True}),
-        ("pair", {"merged": 2}),
+        ("int8", {"estimate": Estimate(half=True, int8=True)}),
+        ("pair", {"estimate": Estimate(merge=2)}),
         ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
     ],
 )
@@ -45,8 +47,8 @@ def test_golden_text(name, changes):
     st.sampled_from([TMA_TILING, POINTER_TILING]),
     st.fixed_dictionaries(
         {
-            **dict.fromkeys(("half", "int8", "causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
-            "merged": st.sampled_from([1, 2, 4]),
+            **dict.fromkeys(("causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
+            "estimate": st.sampled_from(EXAMPLES),
             "window": st.sampled_from(["none", "one", "per_head"]),
             "rule": st.sampled_from(["tau", "taus", "density"]),
             "reduce": st.sampled_from(["sum", "max"]),
@@ -60,8 +62,8 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
     assert "${" not in text and "%if" not in text
     assert ("query_last" in text) == changes["key_flags"] and ("row_floor" in text) == (changes["window"] != "none")
     assert ("q.load(" in text) == tiling.tma
-    assert ("def prepare_cells" in text) == (changes["int8"] or changes["merged"] > 1)
-    assert ("tl.load(query_scales" in text) == changes["int8"]
+    assert ("def prepare_cells" in text) == changes["estimate"].prepared
+    assert ("tl.load(query_scales" in text) == changes["estimate"].int8
     assert all(len(line) <= 400 for line in text.splitlines())
 
 
@@ -70,7 +72,6 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
     [
         ({"dtype": "fp64"}, "fp64"),
         ({"stride": 12}, "stride"),
-        ({"shared": 4}, "shared and grouped"),
         ({"rule": "top"}, "rule"),
         ({"block": 24}, "block"),
     ],
@@ -128,8 +129,8 @@ def test_a_million_tokens_stay_within_the_scratch_budget():
 
 def test_one_launch_serves_a_whole_model_layer_at_128k():
     query, key = torch.empty(1, 32, 131072, 128, device="meta"), torch.empty(1, 8, 131072, 128, device="meta")
-    for pool, stride, launches in (("max", 16, 1), ("max+half", 8, 1), ("max", 8, 2)):
-        call = describe(query, key, pool=pool, stride=stride)
+    for estimate, stride, launches in (("exact", 16, 1), ("half", 8, 1), ("exact", 8, 2)):
+        call = describe(query, key, estimate=estimate, stride=stride)
         chosen = triton.spec_of(call, TMA_TILING, triton.LIMITS.fused_width)
         assert len(list(triton.chunks_of(call, chosen, triton.LIMITS.scratch_bytes))) == launches
 

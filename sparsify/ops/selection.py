@@ -1,0 +1,181 @@
+"""`sparsify::select_blocks`, which makes block lists from an estimate of the scores, and who observes it.
+
+A cell is `stride` consecutive tokens. Key cell j starts at key j · stride; query cell i starts at query row i · span, where span is the
+stride, or a multiple of it when only every second query cell is scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from sparsify.ops.attention import VERSION
+from sparsify.ops.call import OpCall, Operand
+from sparsify.ops.estimate import EXACT, Estimate, Pool
+from sparsify.ops.library import define
+
+# longer than any prompt, and far from where int32 ends
+_LONGEST_WINDOW = 1 << 30
+_MOST_BLOCKS = 32767
+
+
+@dataclass(frozen=True, eq=False)
+class SelectCall(OpCall):
+    """One call of `sparsify::select_blocks`.
+
+    query, key: floating point, one dtype.
+    key_flags, segments, query_start, scale, causal, windows: as in `sparsify.ops.attention.AttentionCall`.
+    pool: how a query block's cells are combined, "sum" or "max".
+    estimate: what is multiplied.
+    stride: tokens that one score spans.
+    block_size: query rows and keys of a block.
+    threshold: share of each row's mass to keep, one for all heads or one per query head; 1 or more keeps everything.
+    density: when positive, keep this share of each row's possible blocks instead.
+    """
+
+    NAME: ClassVar[str] = "select_blocks"
+    VERSION: ClassVar[int] = VERSION
+
+    query: Annotated[Tensor, Operand("batch query_heads query_len head_dim")]
+    key: Annotated[Tensor, Operand("batch kv_heads key_len head_dim")]
+    _: KW_ONLY
+    key_flags: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
+    segments: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
+    query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
+    scale: float
+    causal: bool
+    windows: tuple[int, ...] = ()
+    pool: str = "max"
+    estimate: Estimate = EXACT
+    stride: int = 8
+    block_size: int = 128
+    threshold: tuple[float, ...] = ()
+    density: float = 0.0
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def query_len(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def key_len(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def bounded_windows(self) -> tuple[int, ...]:
+        """Empty where no head has a window, else one or one per query head, in 32 bits; 0: none for that head."""
+        if not any(window > 0 for window in self.windows):
+            return ()
+        return tuple(min(max(window, 0), _LONGEST_WINDOW) for window in self.windows)
+
+    @property
+    def span(self) -> int:
+        """Query rows from one scored query cell to the next."""
+        return self.estimate.span(self.stride)
+
+    @property
+    def steps(self) -> int:
+        """Products of tokens, or of neighbours' means, in one score."""
+        return self.stride // self.estimate.merge
+
+    @property
+    def query_cells(self) -> int:
+        return -(-self.query_len // self.span)
+
+    @property
+    def key_cells(self) -> int:
+        return -(-self.key_len // self.stride)
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.query_len // self.block_size)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.key_len // self.block_size)
+
+    @property
+    def start(self) -> int | Tensor:
+        """Key position of query row 0: a number, or a tensor of no dimensions when it is known at run time only."""
+        if self.query_start is None:
+            return self.key_len - self.query_len
+        return self.query_start.reshape(())
+
+    @property
+    def empty(self) -> bool:
+        return 0 in (self.batch, self.heads, self.query_len, self.key_len)
+
+    @property
+    def rule(self) -> str:
+        """How blocks are chosen: by "density", by one threshold "tau", or by one per head, "taus"."""
+        return "density" if self.density > 0 else "taus" if len(set(self.threshold)) > 1 else "tau"
+
+    def check(self) -> None:
+        """Raises UnsupportedError, saying what is wrong and what would do, unless the arguments fit together."""
+        super().check()
+        need, heads, pools = self.need, self.heads, get_args(Pool)
+        need(self.pool in pools, f"unknown pool {self.pool!r}", " or ".join(pools))
+        need(self.stride in (4, 8, 16), f"stride {self.stride}", "4, 8 or 16")
+        fits = self.block_size in (32, 64, 128) and self.block_size % self.span == 0
+        need(fits, f"block size {self.block_size} for stride {self.stride}", "64 or 128")
+        need(len(self.windows) in (0, 1, heads), f"{len(self.windows)} windows for {heads} query heads", "none, one, or one per query head")
+        thresholds = len(self.threshold) in (1, heads) or self.density > 0
+        need(thresholds, f"{len(self.threshold)} thresholds for {heads} query heads", "one, or one per query head")
+        need(all(t >= 0 for t in self.threshold), f"threshold {self.threshold}", "0 or more")
+        need(0 <= self.density <= 1, f"density {self.density}", "0 (use the threshold) to 1")
+        fits = self.key_blocks <= _MOST_BLOCKS
+        need(fits, f"{self.key_len} keys at block size {self.block_size}", f"at most {_MOST_BLOCKS} blocks: int16 indices")
+
+    def empty_lists(self) -> tuple[Tensor, Tensor]:
+        """Counts int32 [batch, query_heads, query_blocks] and indices int16 [batch, query_heads, query_blocks, key_blocks].
+
+        int16 holds 32767 blocks, 4 million keys at block 128, in half the memory of int32.
+        """
+        counts = self.query.new_empty(self.batch, self.heads, self.query_blocks, dtype=torch.int32)
+        return counts, self.query.new_empty(*counts.shape, self.key_blocks, dtype=torch.int16)
+
+
+Observer = Callable[[SelectCall, Tensor, Tensor], None]
+_observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("sparsify_select_observers", default=())
+
+select_blocks = define(SelectCall, SelectCall.empty_lists)
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Calls `observer(call, counts, indices)` after each block selection of this block and thread.
+
+    Reading the block lists costs a device synchronisation, so nobody observes unless a tool asks.
+    """
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def observers() -> tuple[Observer, ...]:
+    """Who observes block selections here."""
+    return _observers.get()
