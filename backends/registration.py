@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 _PLAIN = (cache.store, cache.length, cache.attention, cache.decode, cache.mass, feed_forward.ffn_start, feed_forward.ffn_prompt)
 
 
-def register(op: str, kernel: Callable) -> None:
+def register(op: str, kernel: Callable[..., Any]) -> None:
     """Makes a function serve an op on CPU and CUDA devices, outside of the caller's autocast: that would round the products within it."""
 
     @functools.wraps(kernel)
-    def call(*args, **options):
+    def call(*args: Any, **options: Any) -> Any:
         gradients.refuse(op, args, options)
         with torch._C._DisableAutocast():
             return kernel(*args, **options)

@@ -6,7 +6,7 @@ Nothing is read back from the device, so that a CUDA graph can hold the call.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -129,8 +129,8 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
         "key_len": key_len, "splits": splits, "lowest": call.lowest if empty_rows == "mean" else -torch.inf,
         **stride_values(value=(value, "bhn"), out=(output, "bhm")),
     }  # fmt: skip
-    if biased:
-        spec, more = _weighted(spec, call)
+    if call.key_bias is not None:
+        spec, more = _weighted(spec, call, call.key_bias)
         given |= more
     elif empty_rows == "mean":
         given["wanted"] = empty.view(batch * kv_heads, -1).any(-1).view(torch.int8)
@@ -144,17 +144,15 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
         launch(module.write, grid, arguments(spec, "write"), given, num_warps=_WARPS, num_stages=1)
 
 
-def _weighted(spec: EmptyRowsSpec, call: AttentionCall) -> tuple[EmptyRowsSpec, dict[str, Any]]:
+def _weighted(spec: EmptyRowsSpec, call: AttentionCall, key_bias: Tensor) -> tuple[EmptyRowsSpec, dict[str, Any]]:
     """The spec with the call's clauses, and their values."""
     windows, flags, segments, start = call.windows, call.key_flags, call.segments, call.query_start
-    found = EmptyRowsSpec(
-        **vars(spec) | {
-            "causal": call.causal, "windowed": call.windowed, "key_flags": flags is not None, "segments": segments is not None,
-            "has_start": start is not None, "hidden": call.hidden_bias is not None,
-        }
+    found = replace(
+        spec, causal=call.causal, windowed=call.windowed, key_flags=flags is not None, segments=segments is not None,
+        has_start=start is not None, hidden=call.hidden_bias is not None,
     )  # fmt: skip
     by_head = lambda tensor: 0 if tensor.shape[1] == 1 else tensor.stride(1)
-    bias = call.key_bias.float().contiguous()
+    bias = key_bias.float().contiguous()
     given: dict[str, Any] = {"key_bias": bias, "bias_b": batch_stride(bias), "bias_h": by_head(bias)}
     if call.hidden_bias is not None:
         hidden = call.hidden_bias.float().contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,15 +153,15 @@ def choose_tuning(
     """
     order = "rows" if cached else "heads"
     registers = (232, 40) if many_clauses or max(head_dim, value_dim) == 256 else (240, 24)
-    common = {"order": order, "consumer_registers": registers[0], "producer_registers": registers[1]}
+    common = GluonTuning(order=order, consumer_registers=registers[0], producer_registers=registers[1])
     if max(head_dim, value_dim) == 256:
-        return GluonTuning(key_tile=64, query_stages=1, output_in_query=head_dim == value_dim, **common)
-    common["query_registers"] = not many_clauses and release < (3, 9)
+        return replace(common, key_tile=64, query_stages=1, output_in_query=head_dim == value_dim)
+    common = replace(common, query_registers=not many_clauses and release < (3, 9))
     if head_dim == value_dim == 64:
-        return GluonTuning(key_stages=4, value_stages=4, **common)
+        return replace(common, key_stages=4, value_stages=4)
     if head_dim == value_dim:  # the query's slot takes the output, and a third V stage its room: 1 to 4 % on an H200, dense and sparse
-        return GluonTuning(output_in_query=True, value_stages=3, value_delay=0 if lists else 1, **common)
-    return GluonTuning(**common)
+        return replace(common, output_in_query=True, value_stages=3, value_delay=0 if lists else 1)
+    return common
 
 
 def _padded(dim: int) -> int:
@@ -199,9 +200,9 @@ def operands(spec: GluonSpec, call: AttentionCall, lse: Tensor) -> dict[str, Any
     }
     if spec.softcap:
         values |= {"scale": 2 * LOG2E * call.scale / call.softcap, "cap": call.softcap * LOG2E}
-    if spec.start:
+    if call.query_start is not None:
         values["starts"] = call.query_start.to(device, torch.int64)
-    if spec.lists:
+    if call.block_counts is not None and call.block_indices is not None:
         values["counts"] = call.block_counts.to(torch.int32).contiguous()
         values["indices"] = call.block_indices.to(torch.int16).contiguous()
         values["list_len"] = values["indices"].shape[-1]
@@ -210,15 +211,15 @@ def operands(spec: GluonSpec, call: AttentionCall, lse: Tensor) -> dict[str, Any
         values |= {"window": windows[0], "sinks": min(call.sinks, key_len)}
         if spec.windows == "heads":
             values["windows"] = on_device(windows, device)
-    if spec.key_flags:
+    if call.key_flags is not None:
         flags = call.key_flags.to(torch.uint8)
         values |= {"flags": _rows(_padded_row(flags, tile), batch)} | {name: _rows(t, batch) for name, t in flag_tiles(flags, tile).items()}
-    if spec.segments:
+    if call.segments is not None:
         segments = call.segments.to(torch.int32)
         values |= {"segments": _rows(_padded_row(segments, tile), batch)} | {
             name: _rows(t, batch) for name, t in segment_tiles(segments, tile).items()
         }
-    if spec.sink_logits:
+    if call.sink_logits is not None:
         values["sink_logits"] = call.sink_logits.to(torch.float32).contiguous()
     return values
 

@@ -186,7 +186,7 @@ def cache_attention(
         "sinks": sinks, "SPLITS": max(2, power_of_two(count)), **logit_values(scale, softcap),
     }  # fmt: skip
     given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
-    if has_new:
+    if new_key is not None and new_value is not None:
         given |= {"new_key": new_key, "new_value": new_value, "at": asked if real is None else asked.masked_fill(~real, -1)}
         given |= stride_values(key=(new_key, "bhn"), value=(new_value, "bhn"))
         if window:

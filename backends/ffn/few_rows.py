@@ -127,12 +127,12 @@ def _run(
     rows: int,
     call: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    module, tiling = kernels(spec), spec.tiling
+    module, tiling = kernels(spec), spec.few
     wide = residual.new_empty(rows, spec.intermediate)
     partial = residual.new_empty(tiling.parts, rows, spec.hidden, dtype=torch.float32)
     out, after = torch.empty_like(residual), torch.empty_like(remaining)
     (gate, gate_bias), (up, up_bias) = gates, ups
-    weight = call.get("norm_weight")
+    weight = _or(call.get("norm_weight"), up)
     row_warps = 8 if spec.hidden >= 2048 else 4
     start = lambda kernel, programs, values, warps: launch(
         getattr(module, kernel), (programs,), arguments(spec, kernel), {"remaining": remaining, "rows": rows, **values}, num_warps=warps
@@ -143,7 +143,7 @@ def _run(
         start("normalise", rows, norm, row_warps)
         input = normal
     biases = {"up_bias": _or(up_bias, up), "gate_bias": _or(gate_bias, up)}
-    widened = {"source": input, "out": wide, "weight": _or(weight, up), "up": up, "gate": gate, **biases}
+    widened = {"source": input, "out": wide, "weight": weight, "up": up, "gate": gate, **biases}
     start("widen", spec.wide_programs, widened, tiling.warps)
     start("narrow", spec.narrow_programs, {"source": wide, "partial": partial, "down": down}, tiling.warps)
     finished = {"residual": residual, "partial": partial, "out": out, "after": after, "bias": _or(call.get("down_bias"), down)}

@@ -57,7 +57,7 @@ def run(
     call: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(out, remaining) as `sparsify.ops.feed_forward` says. gate, up: weight and bias; without a gate, up stands in for it."""
-    module, tiling, rows = kernels(spec), spec.tiling, feed_forward.rows_of(residual)
+    module, tiling, rows = kernels(spec), spec.many, feed_forward.rows_of(residual)
     check(residual, [gate[0], up[0], down])
     order, slots, after = (torch.empty_like(remaining) for _ in range(3))
     count = remaining.new_empty(1)

@@ -112,10 +112,24 @@ class FfnSpec:
         return self.rows != MANY and self.norm.startswith("rms") and self.dtype != "fp16"
 
     @property
+    def few(self) -> FfnTiling:
+        """The tiling of a spec for few rows."""
+        if not isinstance(self.tiling, FfnTiling):
+            raise TypeError(f"a spec for many rows: {self.describe()}")
+        return self.tiling
+
+    @property
+    def many(self) -> RowsTiling:
+        """The tiling of a spec for many rows."""
+        if not isinstance(self.tiling, RowsTiling):
+            raise TypeError(f"a spec for few rows: {self.describe()}")
+        return self.tiling
+
+    @property
     def part(self) -> int:
         """Elements of the intermediate dimension that one program of `narrow` sums."""
-        steps = cdiv(self.intermediate, self.tiling.narrow_step)
-        return cdiv(steps, self.tiling.parts) * self.tiling.narrow_step
+        steps = cdiv(self.intermediate, self.few.narrow_step)
+        return cdiv(steps, self.few.parts) * self.few.narrow_step
 
     @property
     def wide_programs(self) -> int:
@@ -123,7 +137,7 @@ class FfnSpec:
 
     @property
     def narrow_programs(self) -> int:
-        return cdiv(self.hidden, self.tiling.narrow_tile) * self.tiling.parts
+        return cdiv(self.hidden, self.few.narrow_tile) * self.few.parts
 
     def describe(self) -> str:
         kind = f"{'gated ' if self.gated else ''}{self.activation}"
@@ -145,7 +159,7 @@ def arguments(spec: FfnSpec, kernel: str) -> tuple[Argument, ...]:
         }
         few["finish"] += [*data("bias", "post_weight", "post_bias"), *ends]
         return (*few[kernel], *([] if kernel == "normalise" else integers("rows")))
-    tiling = spec.tiling
+    tiling = spec.many
     box = lambda name, *sizes: descriptor(name, spec.dtype, *sizes)
     weight = lambda name, tile: box(name, *((tiling.step, tile) if spec.transposed else (tile, tiling.step)))
     rows = box("source", tiling.row_tile, tiling.step)
@@ -179,7 +193,7 @@ def start_source() -> str:
 
 def ffn_source(spec: FfnSpec) -> str:
     """Module text with the kernels `normalise` (unless the norm is folded in or absent), `widen`, `narrow` and `finish`."""
-    tiling = spec.tiling
+    tiling = spec.few
     wide_strides = (1, spec.intermediate) if spec.transposed else (spec.hidden, 1)
     narrow_strides = (1, spec.hidden) if spec.transposed else (spec.intermediate, 1)
     values = vars(spec) | {
