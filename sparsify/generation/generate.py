@@ -22,7 +22,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from sparsify.errors import UnsupportedError
 from sparsify.generation import compat, loop
-from sparsify.generation.kept_caches import KeptCaches, Loan
+from sparsify.generation.kept_caches import KeptCaches
 from sparsify.generation.runner import CudaGraphs, Direct, Recorded, Runner
 from sparsify.generation.sparse_cache import SparseCache
 
@@ -39,6 +39,7 @@ class Decoder:
         self._model = weakref.ref(model)
         self.graphs, self.shown = graphs, shown
         self.caches = KeptCaches()
+        self.sessions: weakref.WeakKeyDictionary[SparseCache, loop.Sessions] = weakref.WeakKeyDictionary()
         self.unserved = ""  # why no SparseCache serves this model
         try:
             # before anything is compiled: it makes the model's attention sparsify's, which compiled code depends on
@@ -46,7 +47,7 @@ class Decoder:
         except UnsupportedError as error:
             self.unserved = str(error)
 
-    def cache_for(self, model: Any, config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int) -> Loan | None:
+    def cache_for(self, model: Any, config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int) -> SparseCache | None:
         """An exact cache for a call that brings none, None where transformers' own is the right one."""
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or model_kwargs.get(compat.CACHE_NAME) is not None:
             return None
@@ -80,18 +81,18 @@ class _Request:
 
     def __init__(self, model: Any, decoder: Decoder):
         self.model, self.decoder = model, decoder
-        self.loan: Loan | None = None
+        self.borrowed: SparseCache | None = None
 
     def prepare_cache(
         self, original: Callable[..., Any], config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int
     ) -> None:
         """As `GenerationMixin._prepare_cache_for_generation`."""
         sequences = rows * (config.num_return_sequences or 1)
-        self.loan = self.decoder.cache_for(self.model, config, model_kwargs, mode, sequences, tokens + 1)
-        if self.loan is None:
+        self.borrowed = self.decoder.cache_for(self.model, config, model_kwargs, mode, sequences, tokens + 1)
+        if self.borrowed is None:
             original(self.model, config, model_kwargs, mode, rows, tokens)
         else:
-            model_kwargs[compat.CACHE_NAME] = self.loan.cache
+            model_kwargs[compat.CACHE_NAME] = self.borrowed
 
     def sample(self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin._sample`."""
@@ -109,7 +110,7 @@ class _Request:
         if reason:
             log.info("generate() runs transformers' loop because %s", reason)
             return original(self.model, input_ids, *args, **kwargs)
-        private = self.loan is not None and not config.return_dict_in_generate
+        private = cache is self.borrowed and not config.return_dict_in_generate
         return loop.decode(
             self.model,
             *(
@@ -119,14 +120,16 @@ class _Request:
             private=private,
             late=input_ids.device.type == "cuda",
             make_runner=self.decoder.runner,
-            sessions=self.loan.sessions if private else None,
+            sessions=self.decoder.sessions.setdefault(cache, loop.Sessions()),
             shown=self.decoder.shown,
         )
 
-    def finish(self, returned: bool) -> None:
-        """Gives the cache back. returned: the call ended well and nobody has the cache."""
-        if self.loan is not None:
-            self.decoder.caches.give_back(self.loan, returned)
+    def finish(self, alone: bool) -> None:
+        """After the call. alone: it ended well, and nobody has the cache that was borrowed."""
+        cache = self.borrowed
+        recorded = cache is not None and cache in self.decoder.sessions and self.decoder.sessions[cache].by_key
+        if alone and recorded and not torch.is_inference_mode_enabled():
+            self.decoder.caches.give_back(cache)
 
 
 _decoders: weakref.WeakKeyDictionary[Any, Decoder] = weakref.WeakKeyDictionary()

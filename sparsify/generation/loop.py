@@ -17,6 +17,7 @@ from transformers.generation import GenerationMixin
 
 from sparsify import progress
 from sparsify.generation import compat, processors
+from sparsify.generation.model_state import cache_state, model_state
 from sparsify.generation.runner import Direct, Runner, drawing
 from sparsify.generation.sparse_cache import SparseCache
 from sparsify.generation.step import Step
@@ -31,11 +32,6 @@ _ROOM = 4096
 def room_for(stored: int, new_tokens: int) -> int:
     """Tokens of each row that a cache has room for before it needs to grow, where it holds `stored` and at most `new_tokens` follow."""
     return stored + min(new_tokens, max(_ROOM, stored // 2))
-
-
-def _capacity(cache: SparseCache) -> int | None:
-    """Tokens that a cache which evicts nothing has room for; None for one that makes room by itself."""
-    return min((layer.keys.shape[2] for layer in cache.layers if layer.grows), default=None)
 
 
 MakeRunner = Callable[[Callable[[], None], Callable[[], None]], Runner]
@@ -78,6 +74,27 @@ class Session(NamedTuple):
     runner: Runner
 
 
+class Sessions:
+    """Sessions over one cache, for as long as nothing changes that their graphs cannot see."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Any, Session] = {}
+        self._state: Any = None
+
+    def check(self, model: Any, cache: SparseCache) -> None:
+        """Forgets all sessions when the model or the cache is not what it was."""
+        state = model_state(model), cache_state(cache)
+        if state != self._state:
+            self.by_key.clear()
+            self._state = state
+
+    def move(self, model: Any, cache: SparseCache) -> None:
+        """The cache's buffers have moved, in the middle of a generation."""
+        for session in self.by_key.values():
+            session.runner.forget()
+        self._state = model_state(model), cache_state(cache)
+
+
 def decode(
     model: Any,
     input_ids: Tensor,
@@ -90,7 +107,7 @@ def decode(
     private: bool = False,
     late: bool = False,
     make_runner: MakeRunner = lambda function, failed: Direct(function),
-    sessions: dict[Any, Session] | None = None,
+    sessions: Sessions | None = None,
     shown: bool = False,
 ) -> Any:
     """As `GenerationMixin._sample`, for calls that neither `refusal` nor `cache_refusal` refuses.
@@ -99,7 +116,7 @@ def decode(
         private: nobody sees the cache after the call, so that it may hold a token too many.
         late: read whether to stop one token late, where that leaves no trace.
         make_runner: makes what runs the steps, of the step and of what to do when recording it failed.
-        sessions: steps over this very cache from earlier calls; new ones are added.
+        sessions: those over this very cache from earlier calls; new ones are added.
         shown: tell of a long prompt on the terminal.
     """
     config, device = generation_config, input_ids.device
@@ -120,6 +137,8 @@ def decode(
         del outputs
         cache.reserve(room)  # a cache that only the prompt allocated
 
+        sessions = Sessions() if sessions is None else sessions
+        sessions.check(model, cache)
         session = _session(model, cache, rows, size, position_ids, parts, config, criteria, model_kwargs, make_runner, sessions)
         step, runner = session
         pad = config._pad_token_tensor.to(device) if criteria.pads else None
@@ -139,10 +158,10 @@ def decode(
                 over = criteria.ended(length)
                 if watch() or over:
                     break
-                if stored == _capacity(cache):
+                if stored == cache.room():
                     cache.reserve(room_for(stored, size - length + 1))
-                    for other in (session, *(sessions or {}).values()):
-                        other.runner.forget()
+                    runner.forget()
+                    sessions.move(model, cache)
                 draws.mark()
                 runner()
                 if length > width + 1:
@@ -179,25 +198,28 @@ def _session(
     criteria: Criteria,
     model_kwargs: dict[str, Any],
     make_runner: MakeRunner,
-    sessions: dict[Any, Session] | None,
+    sessions: Sessions,
 ) -> Session:
     """A step for this call: one of `sessions` where all that it holds is the same, else a new one."""
     flags = {name: value for name, value in model_kwargs.items() if name not in _KNOWN}
-    key = (rows, positions.shape[:-1], parts, config.do_sample, criteria.eos, criteria.pads, tuple(sorted(flags.items(), key=str)))
-    if sessions is not None and (found := sessions.get(key)) is not None and found.step.sequences.shape[1] >= size:
+    inference = torch.is_inference_mode_enabled()  # whose tensors cannot change outside of it
+    asked = (parts, config.do_sample, criteria.eos, criteria.pads, tuple(sorted(flags.items(), key=str)))
+    key = (rows, positions.shape[:-1], inference, *asked)
+    if (found := sessions.by_key.get(key)) is not None and found.step.sequences.shape[1] >= size:
         return found
 
-    alive = weakref.ref(model)  # a step may be kept for as long as the model lives, and no longer
+    # a step is kept for as long as the model and the cache live, and must not keep them alive
+    its_model, its_cache = weakref.ref(model), weakref.ref(cache)
 
     def forward(**inputs: Tensor) -> Tensor:
-        logits = alive()(**inputs, **{compat.CACHE_NAME: cache}, **flags, return_dict=True).logits
+        logits = its_model()(**inputs, **{compat.CACHE_NAME: its_cache()}, **flags, return_dict=True).logits
         return logits[:, -1].to(copy=True, dtype=torch.float32)
 
     pad = config._pad_token_tensor.to(positions.device) if criteria.pads else None
     step = Step(forward, rows, size, positions, parts=parts, sample=config.do_sample, eos=criteria.eos, pad=pad)
     session = Session(step, make_runner(step, cache.call.forget))
-    if sessions is not None:
-        sessions[key] = session
+    if session.runner.keeps:
+        sessions.by_key[key] = session
     return session
 
 

@@ -177,6 +177,10 @@ class SparseCache(Cache):
         for layer in self.layers:
             layer.reserve(tokens)
 
+    def room(self) -> int | None:
+        """Tokens, with padding, that layers which never evict have room for; None without such layers or before they are allocated."""
+        return min((layer.keys.shape[2] for layer in self.layers if layer.grows and layer.is_initialized), default=None)
+
     def recount(self) -> None:
         """Says that tokens were stored by what runs no Python, as a CUDA graph: the next uncompiled call reads lengths from the device."""
         for layer in self.layers:

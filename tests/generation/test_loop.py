@@ -318,7 +318,7 @@ def test_a_second_turn_over_a_cache_of_the_users(llama, twin, recorder, calls, m
         same(got, want)
         assert cache.get_seq_length() == other.get_seq_length()
         ids = torch.cat([got[0], text(2, 5, seed=turn + 7)], 1)
-    assert len(calls) == 3 and recorder.recorded >= 2
+    assert len(calls) == 3 and recorder.recorded >= 1
     torch.testing.assert_close(cache.layers[1].positions[:, :, :12], other.layers[1].positions[:, :, :12])
 
 
