@@ -25,11 +25,12 @@ SHAPES = {
 HEADS, KV_HEADS, HEAD_DIM = (SHAPES["8b"][name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
 
 
-def build(shape: str, layers: int | None, device: str) -> LlamaForCausalLM:
-    """layers: fewer than the shape has. bf16 on a GPU, float32 on a CPU."""
+def build(shape: str, layers: int | None, device: str, **other: int) -> LlamaForCausalLM:
+    """layers: fewer than the shape has. other: fields of the configuration that differ from it. bf16 on a GPU, float32 on a CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}), bos_token_id=None, eos_token_id=None)
+    fields = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}) | other
+    config = LlamaConfig(**fields, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):

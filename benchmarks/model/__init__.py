@@ -1,4 +1,4 @@
-"""What a user waits for in a whole model: the prefill of a prompt, and compiling."""
+"""What a user waits for in a whole model: the prefill of a prompt, the tokens of an answer, and compiling."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,30 @@ class Prefill(Record):
     logits_std: float | None = None  # of eager's
     same_token: bool | None = None
     estimate: list[str] | None = None  # of xattention: variants of the estimate
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Record):
+    """One variant's tokens through `generate()` after a prompt whose keys are in the cache."""
+
+    NAME = "generate"
+    KEYS = ("shape", "layers", "variant", "length", "batch", "padded", "sampled")
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    variant: str  # of benchmarks.model.generate.VARIANTS
+    length: int  # tokens before the call, padding included
+    batch: int
+    padded: bool  # rows begin with padding, up to half of them
+    tokens: int  # new ones of each call
+    sampled: bool
+    limit_ms: float  # of the bytes of weights, keys and values, at the memory's bandwidth
+    peak_bytes: int | None  # most device memory; None on a CPU
+    ms: float | None = None  # a token: median of the calls' times, everything counted, over `tokens`
+    times_s: list[float] | None = None  # of calls
+    first_call_s: float | None = None  # compilation included
+    whole_first_s: float | None = None  # a call that reads its prompt, the first one
+    whole_s: float | None = None  # and the next one
     error: str | None = None
 
 

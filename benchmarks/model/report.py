@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, short, size
-from benchmarks.model import CompileTime, Prefill
+from benchmarks.model import CompileTime, Generate, Prefill
 
 
 def prefill_table(found: Iterable[Found]) -> str:
@@ -116,6 +116,33 @@ def prefill_shortfalls(found: list[Found]) -> list[str]:
     return lines
 
 
+def generate_table(found: Iterable[Found]) -> str:
+    """Milliseconds a token through generate(), beside the bytes' time."""
+    names = {"eager": "eager, DynamicCache", "inductor": "Inductor, StaticCache", "sparsify": "sparsify"}
+    order = list(names)
+    parts = []
+    for group in groups(latest(found, Generate), lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
+        rows = []
+        for record in sorted(group, key=lambda r: (r["batch"], r["length"], r["sampled"], order.index(r["variant"]))):
+            call = f"{size(record['length'])}, batch {record['batch']}" + ", padded" * record["padded"] + ", sampled" * record["sampled"]
+            if record.get("error"):
+                rows.append([call, names[record["variant"]], failure(record["error"]), *["–"] * 4, _commit(record)])
+                continue
+            ratio, first = f"{record['ms'] / record['limit_ms']:.2f}", f"{record['first_call_s']:.1f}"
+            whole = f"{record['whole_s']:.2f}" if record.get("whole_s") else "–"
+            rows.append(
+                [call, names[record["variant"]], f"{record['ms']:.2f}", f"{record['limit_ms']:.2f}", ratio, first, whole, _commit(record)]
+            )
+        first_of_group = group[0]
+        head = (
+            f"### A token through generate(), shape {first_of_group['shape']}, {first_of_group['layers']} layers, random weights\n\n"
+            f"Whole calls over a cache that holds the prompt, everything counted, medians. {conditions(group)}"
+        )
+        header = ["prompt", "variant", "ms a token", "bytes' time, ms", "× bytes' time", "first call, s", "with its prompt, s", "commit"]
+        parts.append(head + "\n\n" + markdown(header, rows))
+    return "\n\n".join(parts)
+
+
 def compile_time_table(found: Iterable[Found]) -> str:
     """One row per model; the latest record of each counts."""
     last = {(r["layers"], r["hidden"], r["length"], r["machine"]["torch"]): r for r in found}
@@ -144,6 +171,15 @@ BENCHMARKS = (
         plots={"prefill": prefill_plot},
         headlines=prefill_headlines,
         shortfalls=prefill_shortfalls,
+    ),
+    Benchmark(
+        name="generate",
+        place=12,
+        measures="milliseconds a token through generate() after long prompts: eager, Inductor over a static cache, sparsify",
+        module="benchmarks.model.generate",
+        records=(Generate,),
+        title="Tokens through generate()",
+        table=generate_table,
     ),
     Benchmark(
         name="compile_time",
