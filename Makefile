@@ -13,7 +13,7 @@ HF_TESTS := tests/models/test_families.py tests/matching/test_attention.py tests
 	tests/commands/test_calibrate_errors.py tests/commands/test_main.py tests/commands/test_meta_model.py tests/graph/test_module_paths.py
 QUICK := not gpu and not slow and not interpreter
 
-.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak lint bench clean
+.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak lint clean
 
 # .venv holds the versions that last passed, .venv-KIND those that tools/setup_venv.sh says
 %/.done: pyproject.toml tools/setup_venv.sh tools/constraints/tested.txt tools/constraints/oldest.txt

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from sparsify.errors import ConfigError
 from sparsify.planning.method import Pass
@@ -116,3 +118,23 @@ def test_a_bad_entry_point_is_refused(monkeypatch, value, match):
 def test_importing_sparsify_is_cheap():
     code = "import sys, sparsify; sys.exit('transformers' in sys.modules or 'triton' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_layout_page_names_every_folder_and_layer():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    folders = {name.split("/")[0] for name in tracked if "/" in name}
+    assert {folder for folder in folders if f"`{folder}/`" not in page.split("### Layers")[0]} == set()
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    rows = [
+        line.split("|")[1].replace("`", "").strip() for line in page.split("| layer | says |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    ]
+    assert rows == [layer.replace(" | ", ", ") for layer in contract["layers"]]
+
+
+def test_pre_commit_runs_what_lint_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    recipe = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0].splitlines()[1:]
+    assert [hook["entry"] for hook in hooks] == [
+        line.strip().replace("$(BIN)/python", ".venv/bin/python").removeprefix("$(BIN)/") for line in recipe
+    ]
