@@ -26,11 +26,11 @@ from sparsify.backends.select import reference as select_reference
 from sparsify.backends.select import triton as select_triton
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 from sparsify.ops.call import OpCall
+from sparsify.ops.limits import MIN_CAPABILITY
 
 log = logging.getLogger(__name__)
 
 KERNELS = ("auto", "triton", "reference")
-MIN_CAPABILITY = (8, 0)
 
 # op -> family -> what serves it, best first. An implementation that does not take a call says so by UnsupportedError, before it writes
 # anything, and the next one gets the call. None of these modules imports Triton before a kernel is generated.

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from pydantic import Field
 
+from sparsify.ops import limits
 from sparsify.planning.method import (
     AttentionSite,
     Context,
@@ -47,7 +48,7 @@ class Dense(Pass):
         if self.kernel == "attention" or not serves_sdpa(site):
             return ours
         sdpa = Proposal.from_work(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
-        hopper = context.family == "hopper" and site.phase != "decode" and site.qk_head_dim in (64, 128) and site.dtype.itemsize == 2
+        hopper = context.family == "hopper" and site.phase != "decode" and limits.HOPPER.faster_than_sdpa(site.dtype, site.qk_head_dim)
         if self.kernel == "sdpa" or not hopper:
             return sdpa
         sizes = site.example

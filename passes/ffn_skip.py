@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from sparsify.ops import feed_forward
+from sparsify.ops import feed_forward, limits
 from sparsify.planning.method import (
     Context,
     Editor,
@@ -34,7 +34,6 @@ from sparsify.planning.method import (
 )
 
 # rows that share one stream of the weights in the generated kernels
-MAX_ROWS = 32
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # nothing is that alike
 _NEVER = 2.0
@@ -75,8 +74,10 @@ class FfnSkip(Pass):
             return self._propose_prompt(site, context)
         if self._needs_position and site.positions is None and site.cached is None:
             return self.refuse("the graph shows no position to count generated tokens from", "set warmup = 0")
-        if context.min_length is None and isinstance(site.rows, int) and site.rows > MAX_ROWS:
-            return self.refuse(f"{site.rows} rows: more than {MAX_ROWS} rarely skip together, and one that does not reads the weights")
+        if context.min_length is None and isinstance(site.rows, int) and site.rows > limits.FFN_MAX_ROWS:
+            return self.refuse(
+                f"{site.rows} rows: more than {limits.FFN_MAX_ROWS} rarely skip together, and one that does not reads the weights"
+            )
         share = {"similarity": 1 / (1 + self.skip), "schedule": 1 - self.most, "static": 0.0}[self.policy]
         return Proposal(self, sympy.sympify(feed_forward_seconds(site.sizes, context.device, share)), note=self._note(self.warmup))
 
@@ -87,7 +88,7 @@ class FfnSkip(Pass):
         share = self.prefill_share
         if context.min_length is None:
             forced = "min_length = 0 forces it"
-            if site.dtype == torch.float32 or (context.device.capability or (0, 0)) < compaction.MIN_CAPABILITY:
+            if site.dtype == torch.float32 or (context.device.capability or (0, 0)) < limits.DESCRIPTOR_CAPABILITY:
                 return self._dense_prompt(site, context, "prompts are compacted in half precision from compute capability 9.0 on", forced)
             first = compaction.rows_from(site.sizes, context.device, share)
             if first is None:

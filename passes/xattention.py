@@ -104,7 +104,8 @@ class XAttention(Pass):
             sizes = site.example
             start = crossovers.sparse_from(
                 context.device, self.stride, self.block, sizes.qk_head_dim, self.density, context.family,
-                estimate=self.variants, heads=(sizes.query_heads, sizes.kv_heads), worth=1.0 if self.density else context.worth,
+                estimate=self.variants, heads=(sizes.query_heads, sizes.kv_heads),
+                max_cost_ratio=1.0 if self.density else context.max_cost_ratio,
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"

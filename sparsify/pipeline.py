@@ -135,7 +135,9 @@ def make_context(device: torch.device, config: Config) -> Context:
     kernels, reason = backends.available(device, config.kernels)
     log.debug("kernels: %s (%s)", kernels, reason)
     family = backends.attention_family(device) if kernels == "triton" else kernels
-    return Context(hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family, config.worth)
+    return Context(
+        hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family, config.max_cost_ratio
+    )
 
 
 class _SiteFailed(Exception):

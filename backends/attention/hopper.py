@@ -20,18 +20,16 @@ from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capa
 from sparsify.backends.codegen.launch import launch as launch_kernel
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.limits import HOPPER
 from sparsify.releases import triton_release
 
 log = logging.getLogger(__name__)
 
-BLOCK = 128
 # the op's arguments that the kernel knows; a call with another one is not served
 _SERVES = {
     "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "windows", "sinks", "softcap", "block_size",
 }  # fmt: skip
-_SERVED_DTYPES = (torch.bfloat16, torch.float16)
 _LAUNCH = {"num_warps": 4, "maxnreg": 168}  # 384 threads at 168 registers; setmaxnreg hands them out anew
-_LEAST_QUERIES = 64  # with fewer rows most of a tile is empty, and the plain kernel packs the heads of a group into one
 _ROWS_FIRST_BYTES = 24 << 20  # K and V of all heads together stay in half of Hopper's 50 MB of L2
 
 
@@ -44,16 +42,15 @@ def serves(call: AttentionCall, capability: tuple[int, int], triton_release: tup
     """
     query, key = call.query, call.key
     batch, heads, query_len, head_dim = query.shape
-    dims = sorted((head_dim, call.value.shape[-1]))
+    unserved = HOPPER.obstacle(query.dtype, (head_dim, call.value.shape[-1]))
     others = call.beyond(_SERVES)
     obstacles = {
-        f"compute capability {capability[0]}.{capability[1]} is not 9.x": capability[0] != 9,
+        f"compute capability {capability[0]}.{capability[1]} is not {HOPPER.capability}.x": capability[0] != HOPPER.capability,
         f"Triton {triton_release[0]}.{triton_release[1]} was not tried": triton_release not in DIALECTS,
-        f"{query.dtype} operands": query.dtype not in _SERVED_DTYPES,
-        f"head dims {dims[0]} and {dims[1]}": dims[0] < 40 or dims[1] > 256 or any(dim % 8 for dim in dims),
-        f"{query_len} query rows are few": query_len < _LEAST_QUERIES,
+        str(unserved): unserved is not None,
+        f"{query_len} query rows are few": query_len < HOPPER.min_query_len,
         "no keys": key.shape[2] == 0 or query.numel() == 0,
-        f"lists of {call.block_size}-key blocks": call.listed and call.block_size != BLOCK,
+        f"lists of {call.block_size}-key blocks": call.listed and call.block_size != HOPPER.block_size,
         ", ".join(others): bool(others),
         f"scale {call.scale}": call.scale <= 0,
         "too many tiles": batch * heads * cdiv(query_len, QUERY_TILE) >= 1 << 30,
@@ -63,7 +60,7 @@ def serves(call: AttentionCall, capability: tuple[int, int], triton_release: tup
 
 def ready(device: torch.device) -> bool:
     """Whether Hopper kernels can run on a device at all: its capability, and a Triton release that was tried; others are logged once."""
-    if device.type != "cuda" or torch.version.hip is not None or capability(device)[0] != 9:
+    if device.type != "cuda" or torch.version.hip is not None or capability(device)[0] != HOPPER.capability:
         return False
     if triton_release() not in DIALECTS:
         _log_release(triton_release())

@@ -24,9 +24,8 @@ from sparsify.backends.ffn.source import (
     start_source,
 )  # fmt: skip
 from sparsify.errors import UnsupportedError
-from sparsify.ops import feed_forward
+from sparsify.ops import feed_forward, limits
 
-MAX_ROWS = 32
 MAX_START_ROWS = 4096
 _WHERE = "sparsify::ffn"
 
@@ -77,7 +76,7 @@ def ffn(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, down: Te
     spec = _spec_of(residual, down, rows, call)
     operands = residual.contiguous(), input.contiguous(), remaining, *_halves(spec, up, call)
     with launching(residual.device, lambda: f"{_WHERE} ({spec.describe()})"):
-        if rows > MAX_ROWS:
+        if rows > limits.FFN_MAX_ROWS:
             return many_rows.run(spec, *operands, down, call)
         return _run(spec, *operands, down, rows, call)
 
@@ -89,7 +88,7 @@ def _spec_of(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]) ->
     options = tuple((name, call[name]) for name in ("transposed", "activation", "norm", "eps", "post_norm", "post_eps", "scale"))
     present = zip(("norm_bias", "wide_bias", "down_bias", "post_bias"), ("norm_bias", "up_bias", "down_bias", "post_bias"), strict=True)
     options += tuple((field, call.get(operand) is not None) for field, operand in present)
-    if rows > MAX_ROWS:
+    if rows > limits.FFN_MAX_ROWS:
         return many_rows.spec_of(dtype, hidden, intermediate, gated, options, many_rows.tilings.get(dtype))
     tile = 16 if rows <= 16 else 32
     return _spec(dtype, tile, hidden, intermediate, processors(residual.device), gated, options, tilings.get((dtype, hidden, intermediate)))

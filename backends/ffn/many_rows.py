@@ -12,11 +12,9 @@ from torch import Tensor
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.launch import capability, cdiv, launch, need, processors
 from sparsify.backends.ffn.source import CHUNK, MANY, FfnSpec, RowsTiling, arguments, choose_rows_tiling, rows_source
-from sparsify.ops import feed_forward
+from sparsify.ops import feed_forward, limits
 
 _WHERE = "sparsify::ffn"
-# the first compute capability with tensor descriptors in hardware
-MIN_CAPABILITY = (9, 0)
 
 # tilings that a benchmark or a test sets, by dtype; others are chosen
 tilings: dict[str, RowsTiling] = {}
@@ -38,7 +36,7 @@ def kernels(spec: FfnSpec) -> Any:
 def check(residual: Tensor, weights: list[Tensor]) -> None:
     """Raises UnsupportedError for what tensor descriptors cannot read (rows of no multiple of 16 bytes), an older GPU, and float32."""
     if residual.is_cuda:
-        served = capability(residual.device) >= MIN_CAPABILITY
+        served = capability(residual.device) >= limits.DESCRIPTOR_CAPABILITY
         need(served, "many rows need tensor descriptors, from compute capability 9.0 on", _WHERE)
         need(residual.dtype != torch.float32, "many rows are computed in half precision", _WHERE)
     unit = 16 // residual.element_size()

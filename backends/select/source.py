@@ -25,6 +25,7 @@ from sparsify.backends.select import choose_template, prepare, score_template
 from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import EXACT, Estimate
+from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE, SCORE_TILES_AT_ONCE_INT8
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Tiling:
 
 
 # 128 x 256 runs at 94 % of cuBLAS on an H200 (registers 255, no spills); it needs 197 KB of shared memory.
-TMA_TILING = Tiling(128, 256, 8, 4, 1, True)
+TMA_TILING = Tiling(*SCORE_TILE, 8, 4, SCORE_TILES_AT_ONCE, True)
 # 8 bits halve the products' time and no exponential's: of two programs one multiplies while the other sums up (8 % faster on an H200)
-INT8_TILING = Tiling(128, 128, 4, 3, 2, True, band=32)
+INT8_TILING = Tiling(*SCORE_TILE_INT8, 4, 3, SCORE_TILES_AT_ONCE_INT8, True, band=32)
 # 96 KB: fits every GPU from compute capability 8.0 on
 POINTER_TILING = Tiling(128, 128, 8, 3, 1, False)
 

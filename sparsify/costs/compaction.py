@@ -19,8 +19,6 @@ from sparsify.costs.sizes import FeedForwardSizes
 # Share of the matrix ceiling that the library's products sustain, and the generated ones over compacted rows, gather and sum included.
 # COMPACTED is the lowest of the benchmark's cells on an H200 (4K rows, a tenth of them skipping; 16K rows reach 0.97).
 PRODUCT, COMPACTED = 1.0, 0.92
-# compute capability from which there are tensor descriptors
-MIN_CAPABILITY = (9, 0)
 _MOST_ROWS = 1 << 22
 
 

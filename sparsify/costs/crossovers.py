@@ -20,9 +20,9 @@ from sparsify.ops.estimate import EXACT, Estimate
 LONGEST = 4096 * 1024  # tokens: where block lists' int16 indices end
 STEP = 1024  # lengths are multiples of this, so that measuring noise does not move a guard
 
-# A lossy method acts by default only where it takes at most this share of dense attention's time (`worth` in the configuration): less is
-# no price for an answer.
-WORTH = 0.5
+# A lossy method acts by default only where it takes at most this share of dense attention's time (`max_cost_ratio` in the configuration):
+# less is no price for an answer.
+MAX_COST_RATIO = 0.5
 
 # Another exact kernel is worth a compiled graph of its own where it takes at most this share of attention's time, and saves what the host
 # needs more for it: so many launches' time, since it is launched from Python.
@@ -94,12 +94,12 @@ def sparse_from(
     estimate: Estimate = EXACT,
     heads: tuple[int, int] = (32, 8),
     batch: int = 1,
-    worth: float | None = None,
+    max_cost_ratio: float | None = None,
     query_len: int | None = None,
 ) -> int:
     """Smallest key length (a multiple of 1024 tokens) from which estimate, selection and block-sparse attention together take at most
-    `worth` of dense attention's time. By default that is WORTH, at the density expected for a length; with a density given, whatever
-    beats dense is worth it.
+    `max_cost_ratio` of dense attention's time. By default that is MAX_COST_RATIO, at the density expected for a length; with a density
+    given, whatever beats dense is worth it.
 
     Args:
         query_len: rows of a chunk; None: a whole prompt.
@@ -108,10 +108,11 @@ def sparse_from(
     if query_len is not None:
         sizes = dataclasses.replace(sizes, query_len=work.smallest(query_len, LENGTH))
     share = expected_density(LENGTH) if density is None else sympy.Float(density)
-    worth = (WORTH if density is None else 1.0) if worth is None else worth
+    if max_cost_ratio is None:
+        max_cost_ratio = MAX_COST_RATIO if density is None else 1.0
     sparse = seconds(work.selection(sizes, stride, block, estimate), device)
     sparse += seconds(work.attention(sizes, kernel, share=share, listed=True), device)
-    return solve_from(worth * fastest_dense(sizes, device, kernel) - sparse)
+    return solve_from(max_cost_ratio * fastest_dense(sizes, device, kernel) - sparse)
 
 
 @functools.cache

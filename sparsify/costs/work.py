@@ -20,11 +20,11 @@ import torch
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
 from sparsify.ops.estimate import EXACT, Estimate
+from sparsify.ops.limits import score_tile
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
 _ROUNDING_PASSES, _MERGING_PASSES = 5, 2
-_SCORE_TILE = (128, 256)  # query and key cells of a tile of the estimate's product
 # kernels whose decode step cuts the keys of one head into splits for many processors
 _SPLITTING = {"sdpa", "cache", "masked", "split"}
 _MOST_SPILL = 8
@@ -201,15 +201,16 @@ def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate) -
     span = estimate.span(stride)
     scored = s.batch * estimate.scored_heads(s.query_heads, s.kv_heads)
     rows, columns = sympy.sympify(s.query_len) / span, sympy.sympify(s.key_len) / stride
+    tile_rows, tile_columns, at_once = score_tile(estimate.int8)
     # causal cells; the column tile that the diagonal cuts is computed whole
     start = columns - rows * span / stride
-    cells = rows * (start + (columns - start) / 2 + sympy.Rational(_SCORE_TILE[1], 2)) if s.causal else rows * columns
+    cells = rows * (start + (columns - start) / 2 + sympy.Rational(tile_columns, 2)) if s.causal else rows * columns
     depth = sympy.Rational(stride, estimate.merge) * s.qk_head_dim
     flops = sympy.sympify(2 * scored * cells * depth)
     blocks = sympy.sympify(s.query_len) / block
     sums = scored * rows * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # fp16
     lists = s.batch * s.query_heads * blocks * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # int16
-    tile = 2 * _SCORE_TILE[0] * _SCORE_TILE[1] * depth
+    tile = 2 * at_once * tile_rows * tile_columns * depth
     return Work(
         family="select",
         dtype=s.dtype,
@@ -217,7 +218,7 @@ def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate) -
         flops8=flops if estimate.int8 else _ZERO,
         scores=sympy.sympify(scored * cells),
         longest=sympy.sympify(tile),
-        tiles=sympy.sympify(scored * cells) / (_SCORE_TILE[0] * _SCORE_TILE[1]),
+        tiles=sympy.sympify(scored * cells) / (at_once * tile_rows * tile_columns),
         size=s.operand_bytes / 2,
         scratch=2 * sums + lists,
         prepare=_prepared(s, span // stride, scored, estimate),

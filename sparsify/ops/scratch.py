@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsify.ops.estimate import EXACT, Estimate
+from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8
 
 LIST_BYTES = 9 << 26  # a group of four heads at a million tokens, counts included
 SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
 WIDEST_ROW = 8192  # key blocks of a row that the choice keeps in registers
-_CELL_TILE = 128  # key cells of the estimate's smallest tile
+_CELL_TILE = min(SCORE_TILE[1], SCORE_TILE_INT8[1])
 _BAND_CELLS = 16 * 128  # the fewest query cells that are served at once
 
 

@@ -111,7 +111,7 @@ class Context:
     kernels: str  # "triton" or "reference": which backend will serve the custom ops
     min_length: int | None = None  # configured crossover; None: solve it from the costs
     family: str = "triton"  # kernel family of the attention op, the first half of a family in a device profile
-    worth: float = 0.5  # share of dense attention's time that a lossy method may take where it acts by default
+    max_cost_ratio: float = crossovers.MAX_COST_RATIO  # largest share of dense attention's time for a lossy method that acts by default
     formulas: bool = True  # whether costs are wanted in letters too, which takes longer than all else
 
 

@@ -64,7 +64,8 @@ def test_estimate_flops_match_the_paper(estimate):
 def test_eight_bits_are_counted_apart():
     one = work.selection(prompt(8192), 8, estimate=Estimate(int8=True))
     assert one.flops == 0
-    assert one.flops8 == work.selection(prompt(8192), 8).flops
+    # at the diagonal its narrower tile computes 64 columns less that nobody asked for, of 1024 rows of 32 heads
+    assert one.flops8 == work.selection(prompt(8192), 8).flops - 2 * 32 * 1024 * 64 * 8 * 128
     assert one.prepare > 0
 
 
@@ -172,14 +173,14 @@ def test_a_solved_length_is_where_the_sign_changes(device, kernel):
             prompt(n), device, kernel=kernel, share=share, listed=True
         )
         dense = min(attention(prompt(n), device, kernel=name) for name in ("sdpa", kernel))
-        return crossovers.WORTH * dense - float(sparse)
+        return crossovers.MAX_COST_RATIO * dense - float(sparse)
 
     assert gain(start) > 0 >= gain(start - 1024)
     assert all(gain(start * factor) > 0 for factor in (2, 4, 8))
 
 
-def test_worth_says_how_much_a_lossy_method_has_to_buy():
-    starts = [crossovers.sparse_from(H200, 8, 128, 128, None, "hopper", worth=worth) for worth in (0.25, 0.5, 1.0)]
+def test_the_cost_ratio_says_how_much_a_lossy_method_has_to_buy():
+    starts = [crossovers.sparse_from(H200, 8, 128, 128, None, "hopper", max_cost_ratio=ratio) for ratio in (0.25, 0.5, 1.0)]
     assert starts == sorted(starts, reverse=True)
     assert starts[0] > starts[-1]
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sparsify.costs.crossovers import MAX_COST_RATIO
 from sparsify.errors import ConfigError, nearest
 from sparsify.planning.config import inductor_options, layer_patterns
 
@@ -79,8 +80,8 @@ class Config(BaseModel):
     min_length: Literal["auto"] | int = Field(
         "auto", description="Key length, in tokens, from which lossy prefill methods act. `auto`: solved from the cost model."
     )
-    worth: float = Field(
-        0.5,
+    max_cost_ratio: float = Field(
+        MAX_COST_RATIO,
         gt=0,
         le=1,
         description="Largest share of dense attention's time that a lossy method may be expected to take where it acts without being asked "
