@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.lib import peers
+from benchmarks.lib.clock import Clock, reason
+from benchmarks.lib.models import HEADS, KV_HEADS
 from sparsify.backends.attention import hopper
 from sparsify.backends.attention.hopper_source import GluonTuning
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.block_lists import from_dense
 
-HEADS, KV_HEADS, BLOCK = 32, 8, 128
-ROUNDS = 2
+BLOCK = peers.BLOCK
+ROUNDS, SAMPLE_MS, MOST = 2, 150.0, 1000
+_CLOCK = Clock("cuda")
 TUNINGS = {
     "default": GluonTuning(),
     "no_delay": GluonTuning(value_delay=0),
@@ -112,37 +114,35 @@ def make_call(
 
 def race(runs: dict[str, Callable[[], Any]], flops: float, reference: str | None = None) -> dict[str, Any]:
     """Milliseconds and TFLOP/s of each runner over interleaved rounds; largest difference of outputs from `reference`'s."""
-    from triton.testing import do_bench
-
     values: dict[str, Any] = {}
-    times: dict[str, list[float]] = {}
+    ran: dict[str, Callable[[], Any]] = {}
     expected = None
     for name in sorted(runs, key=lambda name: name != reference):
         try:
             output = runs[name]()
-            torch.cuda.synchronize()
-            times[name] = []
+            _CLOCK.wait()
+            ran[name] = runs[name]
             if name == reference:
                 expected = output.float()
             elif expected is not None and isinstance(output, Tensor) and output.shape == expected.shape:
                 values[f"{name}_difference"] = float((output.float() - expected).abs().max())
             del output
         except Exception as error:
-            values[f"{name}_absent"] = f"{type(error).__name__}: {str(error)[:160]}"
+            values[f"{name}_absent"] = reason(error)
     del expected
-    for _ in range(ROUNDS):
-        for name in times:
-            times[name].append(do_bench(runs[name], warmup=40, rep=150, return_mode="median"))
+    times, absent = _CLOCK.turns(ran, ROUNDS, SAMPLE_MS, MOST)
     for name, found in times.items():
         milliseconds = statistics.median(found)
+        size = max(1, len(found) // ROUNDS)
+        rounds = [statistics.median(found[i : i + size]) for i in range(0, len(found), size)]
         values |= {f"{name}_ms": round(milliseconds, 4), f"{name}_tflops": round(flops / milliseconds / 1e9)}
-        values[f"{name}_rounds"] = [round(value, 4) for value in found]
-    return values
+        values[f"{name}_rounds"] = [round(value, 4) for value in rounds]
+    return values | {f"{name}_absent": why for name, why in absent.items()}
 
 
-def _with_ratio(values: dict[str, Any], peers: tuple[str, ...]) -> dict[str, Any]:
+def _with_ratio(values: dict[str, Any], rivals: tuple[str, ...]) -> dict[str, Any]:
     """`ratio`: the fastest peer's time over ours."""
-    times = [values[f"{peer}_ms"] for peer in peers if f"{peer}_ms" in values]
+    times = [values[f"{peer}_ms"] for peer in rivals if f"{peer}_ms" in values]
     if times and "ours_ms" in values:
         values["ratio"] = round(min(times) / values["ours_ms"], 3)
     if "fa4_ms" in values and "ours_ms" in values:
@@ -156,8 +156,7 @@ def _sparse(n: int, density: float, dim: int = 128) -> dict[str, Any]:
     visited = int(keep.sum())
     call = make_call((query, key, value), from_dense(keep))
     runs = {"ours": lambda: hopper.launch(call)[0]}
-    for name, make in (("flex", _flex), ("fa4", _fa4_sparse)):
-        runs[name] = _lazy(make, query, key, value, keep)
+    runs |= peers.block_sparse(query, key, value, keep)
     values = race(runs, 4 * BLOCK * BLOCK * dim * visited, "flex" if density < 0.4 else None)
     blocks = n // BLOCK
     return {"density": round(visited / (HEADS * blocks * (blocks + 1) / 2), 4)} | _with_ratio(values, ("fa4", "flex"))
@@ -166,10 +165,10 @@ def _sparse(n: int, density: float, dim: int = 128) -> dict[str, Any]:
 def _dense(n: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     query, key, value = inputs(n, dim, dtype)
     call = make_call((query, key, value))
-    runs = {"ours": lambda: hopper.launch(call)[0]} | _dense_peers(query, key, value)
+    runs = {"ours": lambda: hopper.launch(call)[0]} | _rivals(query, key, value)
     if n <= 16384 and dim != 128:
         keep = torch.ones(1, HEADS, n // BLOCK, n // BLOCK, dtype=torch.bool, device="cuda").tril_()
-        runs["flex"] = _lazy(_flex, query, key, value, keep)
+        runs["flex"] = peers.block_sparse(query, key, value, keep)["flex"]
     return _with_ratio(race(runs, 4 * n * n * dim * HEADS / 2, "cudnn"), ("fa4", "cudnn", "flex"))
 
 
@@ -177,55 +176,29 @@ def _short(n: int) -> dict[str, Any]:
     """Dense attention called from Python, and replayed from CUDA graphs, where no call waits for the host; `ratio` is the replays'."""
     query, key, value = inputs(n)
     call = make_call((query, key, value))
-    runs = {"ours": lambda: hopper.launch(call)[0]} | _dense_peers(query, key, value)
+    runs = {"ours": lambda: hopper.launch(call)[0]} | _rivals(query, key, value)
     flops = 4 * n * n * 128 * HEADS / 2
     called = race(runs, flops, "cudnn")
     graphs, absent = {}, {}
     for name, run in runs.items():
         try:
-            graphs[name] = _captured(run)
+            graphs[name] = _CLOCK.graph(run)
         except Exception as error:
-            absent[f"{name}_graph_absent"] = f"{type(error).__name__}: {str(error)[:160]}"
+            absent[f"{name}_graph_absent"] = reason(error)
     replayed = _with_ratio(race(graphs, flops), ("fa4", "cudnn"))
     return replayed | {f"{name}_called": value for name, value in called.items() if name.endswith("_ms")} | absent
 
 
-def _captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
-
-
-def _dense_peers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
-    def cudnn() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-    def fa4() -> Tensor:
-        from flash_attn.cute.interface import _flash_attn_fwd
-
-        turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return _flash_attn_fwd(*turned, causal=True)[0].transpose(1, 2)
-
-    return {"cudnn": cudnn, "fa4": fa4}
+def _rivals(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The two fastest dense kernels of others on Hopper."""
+    return {name: run for name, run in peers.dense(query, key, value).items() if name in ("fa4", "cudnn")}
 
 
 def _sink_window() -> dict[str, Any]:
     n, window, sinks = 131072, 4096, 4
     query, key, value = inputs(n)
     call = make_call((query, key, value), windows=(window,), sinks=sinks)
-    runs = {"ours": lambda: hopper.launch(call)[0]} | _dense_peers(query, key, value)
+    runs = {"ours": lambda: hopper.launch(call)[0]} | _rivals(query, key, value)
     values = _with_ratio(race(runs, 4 * n * n * 128 * HEADS / 2), ("fa4", "cudnn"))
     pairs = window * n - window * (window - 1) // 2 + sinks * max(0, n - window)
     visited = 4 * 128 * HEADS * pairs
@@ -236,7 +209,7 @@ def _chunk() -> dict[str, Any]:
     n, rows = 131072, 4096
     query, key, value = inputs(n, query_len=rows)
     call = make_call((query, key, value))
-    runs = {"ours": lambda: hopper.launch(call)[0], "fa4": _dense_peers(query, key, value)["fa4"]}
+    runs = {"ours": lambda: hopper.launch(call)[0], "fa4": peers.dense(query, key, value)["fa4"]}
     return _with_ratio(race(runs, 4 * 128 * HEADS * (rows * (n - rows) + rows * rows / 2)), ("fa4",))
 
 
@@ -264,63 +237,3 @@ def _tune(n: int, density: float | None, dim: int = 128) -> dict[str, Any]:
 
     values = race({name: runner(tuning) for name, tuning in tunings.items()}, flops, "default")
     return {key: value for key, value in values.items() if not key.endswith("_ms")}
-
-
-def _lazy(make: Callable[..., Callable[[], Tensor]], *operands: Tensor) -> Callable[[], Tensor]:
-    """A runner that is set up when it first runs, so that an absent peer fails there."""
-    made: list[Callable[[], Tensor]] = []
-
-    def run() -> Tensor:
-        if not made:
-            made.append(make(*operands))
-        return made[0]()
-
-    return run
-
-
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _partial_and_full(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts and int32 indices of the partial blocks (the diagonal) and of the full ones."""
-    diagonal = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
-    packed = []
-    for part in (keep & diagonal, keep & ~diagonal):
-        packed += [part.sum(-1, dtype=torch.int32), part.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)]
-    return tuple(packed)
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Callable[[], Tensor]:
-    from torch.nn.attention.flex_attention import BlockMask
-
-    lists = _partial_and_full(keep)
-    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=lambda b, h, q, k: q >= k)
-    return lambda: _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=True)
-
-
-@functools.cache
-def _causal_predicate():
-    from cutlass import cute
-
-    @cute.jit
-    def causal(b, h, q_idx, kv_idx, seqlen_info, aux):
-        return q_idx >= kv_idx
-
-    return causal
-
-
-def _fa4_sparse(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Callable[[], Tensor]:
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    partial_counts, partial, full_counts, full = _partial_and_full(keep)
-    lists = BlockSparseTensorsTorch(
-        mask_block_cnt=partial_counts, mask_block_idx=partial, full_block_cnt=full_counts, full_block_idx=full, block_size=(BLOCK, BLOCK)
-    )
-    turned = tuple(tensor.transpose(1, 2) for tensor in (query, key, value))
-    predicate = _causal_predicate()
-    return lambda: _flash_attn_fwd(*turned, mask_mod=predicate, block_sparse_tensors=lists, pack_gqa=False)[0].transpose(1, 2)
