@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sparsify.errors import UnsupportedError
 from sparsify.ops import scratch
-from sparsify.ops.estimate import DEFAULT, Estimate, Pool, VariantName, label
+from sparsify.ops.estimate import DEFAULT, VARIANTS, Estimate, Pool, VariantName, label
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.planning.method import (
@@ -50,8 +50,8 @@ class XAttention(Pass):
     pool: Pool = Field("max", description="how a query block's cells are combined; sum is the published rule")
     estimate: tuple[VariantName, ...] = Field(
         DEFAULT.variants,
-        description="ways to make the estimate cheaper, any of them together: every second query cell, one estimate per KV head, "
-        "the mean of two (pair) or four (quad) neighbouring tokens for them all, 8 bits",
+        description="ways to make the estimate cheaper, any of them together: "
+        + "; ".join(f"`{name}`: {one.computes.partition(';')[0]}" for name, one in VARIANTS.items()),
     )
     threshold: float | tuple[float, ...] = Field(
         0.95, description="share of a row's estimated mass to keep; a list gives one per query head"
