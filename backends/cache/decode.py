@@ -176,7 +176,10 @@ def cache_decode(
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
     turning = inverse_frequencies is not None
     rows, grows = query.shape[0] * kv_heads, pinned == cache_ops.NEVER_OVERWRITTEN
-    count = choose_splits(cdiv(capacity, tiling.keys), rows, processors(query.device) * tiling.programs)
+    tiles, programs = cdiv(capacity, tiling.keys), processors(query.device) * tiling.programs
+    count = choose_splits(tiles, rows, programs)
+    if tickets is not None and _FUSED_SPLITS < count <= _FUSED_SPLITS * 5 // 4:  # a launch saved is worth a few idle processors
+        count = choose_splits(tiles, rows, programs, _FUSED_SPLITS)
     spec = DecodeSpec(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning,
         tickets is not None and count <= _FUSED_SPLITS, capacity <= _WHOLE_SLOTS and not grows, grows,

@@ -291,6 +291,8 @@ class SparseLayer(CacheLayerMixin):
         if self.is_initialized:
             for name in _STATE[:-1]:
                 state = getattr(self, name)
+                if self.grows and self.used is not None and state.dim() > 2:  # what lies behind is nobody's
+                    state = state[:, :, : self.used]
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -16,6 +16,7 @@ import tests.support.cache_reference as reference
 from sparsify import SparseCache, pipeline
 from sparsify.api import collect_plans
 from sparsify.errors import UnsupportedError, VerifyError
+from sparsify.generation.full import full_cache
 from sparsify.matching.cache import find_cache
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.selection import SelectCall
@@ -264,3 +265,18 @@ def test_dropping_eviction_is_seen(llama, ids):
     small, large = make(llama, budget=16), make(llama, budget=64)
     got = [reference.through(llama, cache, ids, [PROMPT - 4, 1, 1, 1, 1]) for cache in (small, large)]
     assert (got[0] - got[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_one_graph_serves_full_caches_of_all_sizes(llama, ids):
+    want = llama(ids).logits[:, PROMPT - 3 :]
+    torch._dynamo.reset()
+    forward = torch.compile(llama, backend="sparsify", fullgraph=True, options={"strict": True, "lower": "eager"})
+    with collect_plans() as plans:
+        for capacity in (64, 300, 2000):
+            cache = full_cache(llama.config, 2, capacity, "cpu")
+            llama(ids[:, : PROMPT - 3], **holding(cache))
+            got = [forward(ids[:, i : i + 1], **holding(cache)).logits for i in range(PROMPT - 3, PROMPT)]
+            torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-4)
+    assert [decision.method for plan in plans for decision in plan.decisions] == ["kv_evict"] * len(cache.layers)
+    torch._dynamo.reset()
