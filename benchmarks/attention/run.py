@@ -3,8 +3,8 @@
     python -m benchmarks run attention tune table dims short --out results/kernels.jsonl
 
 Sections: `tune` the kernel's variants; `table` block-sparse and dense attention at 64K and 128K tokens,
-sink + window, and chunks; `dims` other head dims and fp16; `short` prompts of 2K to 8K; and, only when asked for, `levers`
-and `estimate`: kernel variants beside each other (variants.py). Shapes are Llama-3.1-8B's: 32 query heads, 8 KV
+sink + window, and chunks; `dims` other head dims and fp16; `short` prompts of 2K to 8K; and, only when asked for,
+`estimate`: variants of block scoring (variants.py). Shapes are Llama-3.1-8B's: 32 query heads, 8 KV
 heads, head dim 128, bf16, batch 1. TFLOP/s count the visited blocks (4·128·128·D each), or half of N² for dense causal attention. Times
 are medians over two interleaved rounds. Peers that are not installed are recorded as such.
 
@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = ("tune", "table", "dims", "short")
-LEVERS = ("levers", "estimate")  # not run unless asked for
-PATIENCE = {"tune": 120, "table": 240, "dims": 240, "short": 180, "levers": 60, "estimate": 100}  # seconds without a word
+VARIANTS = ("tune", "estimate")  # of variants.py; `estimate` is not run unless asked for
+PATIENCE = {"tune": 120, "table": 240, "dims": 240, "short": 180, "estimate": 100}  # seconds without a word
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="any of " + ", ".join((*SECTIONS, *LEVERS)))
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="any of " + ", ".join((*SECTIONS, "estimate")))
     parser.add_argument("--out", type=Path, help="append records here (default: results/kernels.jsonl)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=540, help="stop starting cases after this long, all in all")
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def keep(section: str, values: dict[str, Any]) -> None:
         results.append({"section": section, **values})
-        show = variants.line if section in LEVERS else timing.line
+        show = variants.line if section in VARIANTS else timing.line
         print(show(section, values), flush=True)
         records.append(out, Kernels(section=section, case=values["case"], more=values))
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 def cases(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
     from benchmarks.attention import timing, variants
 
-    return variants.cases(section) if section in LEVERS else timing.workloads(section)
+    return variants.cases(section) if section in VARIANTS else timing.workloads(section)
 
 
 def supervise(section: str, names: list[str], end: float, keep) -> None:

@@ -14,41 +14,17 @@ from benchmarks.lib import peers
 from benchmarks.lib.clock import Clock, reason
 from benchmarks.lib.models import HEADS, KV_HEADS
 from sparsify.backends.attention import hopper
-from sparsify.backends.attention.hopper_source import GluonTuning
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.block_lists import from_dense
 
 BLOCK = peers.BLOCK
 ROUNDS, SAMPLE_MS, MOST = 2, 150.0, 1000
 _CLOCK = Clock("cuda")
-TUNINGS = {
-    "default": GluonTuning(),
-    "no_delay": GluonTuning(value_delay=0),
-    "k3": GluonTuning(output_in_query=True, key_stages=3),
-    "v3": GluonTuning(output_in_query=True, value_stages=3),
-    "q1_k3v3": GluonTuning(output_in_query=True, query_stages=1, key_stages=3, value_stages=3),
-    "q1_k3": GluonTuning(query_stages=1, key_stages=3),
-    "more_producer": GluonTuning(consumer_registers=232, producer_registers=40),
-    "rows": GluonTuning(order="rows"),
-    "query_registers": GluonTuning(output_in_query=True, value_stages=3, query_registers=True),
-    "keys64": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5),
-}
 
 
 def workloads(section: str) -> dict[str, Callable[[], dict[str, Any]]]:
     """Cases of a section by name; each returns TFLOP/s and milliseconds of everything it timed."""
     sparse, dense = (lambda n, *more: functools.partial(_sparse, n, *more)), (lambda n, *more: functools.partial(_dense, n, *more))
-    if section == "tune":
-        return {
-            "sparse_64k_.02": lambda: _tune(65536, 0.02),
-            "sparse_64k_.05": lambda: _tune(65536, 0.05),
-            "sparse_128k_.05": lambda: _tune(131072, 0.05),
-            "sparse_128k_.5": lambda: _tune(131072, 0.5),
-            "dense_64k": lambda: _tune(65536, None),
-            "dense_8k": lambda: _tune(8192, None),
-            "sparse_64k_.05_dim_64": lambda: _tune(65536, 0.05, 64),
-            "dense_32k_dim_64": lambda: _tune(32768, None, 64),
-        }
     if section == "table":
         return {
             "sparse_128k_.05": sparse(131072, 0.05),
@@ -211,29 +187,3 @@ def _chunk() -> dict[str, Any]:
     call = make_call((query, key, value))
     runs = {"ours": lambda: hopper.launch(call)[0], "fa4": peers.dense(query, key, value)["fa4"]}
     return _with_ratio(race(runs, 4 * 128 * HEADS * (rows * (n - rows) + rows * rows / 2)), ("fa4",))
-
-
-def _tune(n: int, density: float | None, dim: int = 128) -> dict[str, Any]:
-    """Every tuning against the others; differences from the first one show a variant that is wrong at this size."""
-    query, key, value = inputs(n, dim)
-    flops = 4 * n * n * dim * HEADS / 2
-    lists = None
-    if density is not None:
-        keep = random_blocks(n, density)
-        lists, flops = from_dense(keep), 4 * BLOCK * BLOCK * dim * int(keep.sum())
-        del keep
-    call = make_call((query, key, value), lists)
-    tunings = TUNINGS
-    if dim == 64:
-        tunings = {
-            "default": GluonTuning(),
-            "k4v4": GluonTuning(key_stages=4, value_stages=4),
-            "k4v4_no_delay": GluonTuning(key_stages=4, value_stages=4, value_delay=0),
-            "q3_k3v3": GluonTuning(query_stages=3, key_stages=3, value_stages=3),
-        }
-
-    def runner(tuning: GluonTuning) -> Callable[[], Tensor]:
-        return lambda: hopper.launch(call, tuning=tuning)[0]
-
-    values = race({name: runner(tuning) for name, tuning in tunings.items()}, flops, "default")
-    return {key: value for key, value in values.items() if not key.endswith("_ms")}

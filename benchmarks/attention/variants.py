@@ -1,4 +1,4 @@
-"""What a kernel's speed could be changed by, each lever against the others: sections `levers` (attention) and `estimate` (block scoring).
+"""What a kernel's speed could be changed by, each variant against the others: sections `tune` (attention) and `estimate` (block scoring).
 
 Rounds in random orders within one process, each call under its own load; variants whose outputs differ from the first one's are named.
 """
@@ -29,19 +29,25 @@ from sparsify.ops.sparse_attention import SparseAttentionCall
 ROUNDS = 4
 _CLOCK = Clock("cuda")
 
-_BEST = GluonTuning(output_in_query=True, value_stages=3, query_registers=True)
-ATTENTION = {
-    "best": _BEST,
-    "no_delay": replace(_BEST, value_delay=0),
-    "k3": replace(_BEST, value_stages=2, key_stages=3),
-    "query_in_memory": replace(_BEST, query_registers=False),
-    "own_output": GluonTuning(query_registers=True),
+TUNINGS = {
+    "default": GluonTuning(),
+    "no_delay": GluonTuning(value_delay=0),
+    "k3": GluonTuning(output_in_query=True, key_stages=3),
+    "v3": GluonTuning(output_in_query=True, value_stages=3),
+    "q1_k3v3": GluonTuning(output_in_query=True, query_stages=1, key_stages=3, value_stages=3),
+    "q1_k3": GluonTuning(query_stages=1, key_stages=3),
+    "more_producer": GluonTuning(consumer_registers=232, producer_registers=40),
+    "rows": GluonTuning(order="rows"),
+    "query_registers": GluonTuning(output_in_query=True, value_stages=3, query_registers=True),
+    "keys64": GluonTuning(key_tile=64, output_in_query=True, key_stages=5, value_stages=5),
 }
-_K4 = GluonTuning(key_stages=4, value_stages=4, query_registers=True)
-ATTENTION_64 = {
-    "k4v4": _K4,
-    "query_in_memory": replace(_K4, query_registers=False),
-    "k3v3": replace(_K4, key_stages=3, value_stages=3),
+TUNINGS_64 = {
+    "default": GluonTuning(),
+    "k4v4": GluonTuning(key_stages=4, value_stages=4),
+    "k4v4_no_delay": GluonTuning(key_stages=4, value_stages=4, value_delay=0),
+    "k4v4_query_registers": GluonTuning(key_stages=4, value_stages=4, query_registers=True),
+    "k3v3_query_registers": GluonTuning(key_stages=3, value_stages=3, query_registers=True),
+    "q3_k3v3": GluonTuning(query_stages=3, key_stages=3, value_stages=3),
 }
 SCORE = {
     "wide": TMA_TILING,
@@ -53,6 +59,7 @@ _WORKLOADS = {
     "sparse_128k_.05": (131072, 0.05, 128),
     "sparse_64k_.02": (65536, 0.02, 128),
     "sparse_64k_.05": (65536, 0.05, 128),
+    "sparse_128k_.5": (131072, 0.5, 128),
     "dense_64k": (65536, None, 128),
     "dense_8k": (8192, None, 128),
     "dense_32k_dim_64": (32768, None, 64),
@@ -117,7 +124,7 @@ def _attention(length: int, density: float | None, dim: int) -> dict[str, Any]:
         lists, flops = blockmask.from_dense(keep), 4 * 128 * 128 * dim * int(keep.sum())
         del keep
     call = timing.make_call((query, key, value), lists)
-    variants = ATTENTION if dim == 128 else ATTENTION_64
+    variants = TUNINGS if dim == 128 else TUNINGS_64
     runs = {name: lambda one=one: hopper.launch(call, tuning=one)[0] for name, one in variants.items()}
     expected, differences, absent = None, {}, {}
     for name, run in list(runs.items()):

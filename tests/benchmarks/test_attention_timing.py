@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.attention import timing
+from benchmarks.attention import run, timing
 from benchmarks.lib.clock import Clock
 
 
@@ -25,5 +25,5 @@ def test_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_section_has_cases() -> None:
-    names = [name for section in ("tune", "table", "dims", "short") for name in timing.workloads(section)]
+    names = [name for section in run.SECTIONS for name in run.cases(section)]
     assert {"sparse_128k_.05", "dense_64k", "sink_window_128k", "dense_16k_dim_96", "dense_8k"} <= set(names)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention.timing import TUNINGS
+from benchmarks.attention.variants import TUNINGS
 from sparsify.backends.attention import hopper, reference
 from sparsify.backends.attention.hopper_source import GluonTuning
 from sparsify.ops.attention import AttentionCall
