@@ -162,7 +162,9 @@ class FfnSkip(Pass):
         first = next(i for i, argument in enumerate(output.args) if isinstance(argument, fx.Node))
         copied = editor.call(feed_forward.ffn_prompt, output.args[first], key=self._key(site), version=feed_forward.VERSION)
         arguments = (*output.args[:first], copied, *output.args[first + 1 :])
-        return (editor.method if output.op == "call_method" else editor.call)(output.target, *arguments, **output.kwargs)
+        if isinstance(output.target, str):
+            return editor.method(output.target, *arguments, **output.kwargs)
+        return editor.call(output.target, *arguments, **output.kwargs)
 
     def _most(self, site: FeedForwardSite) -> int:
         """Blocks that a schedule skips at its end."""
@@ -177,12 +179,13 @@ class FfnSkip(Pass):
         positions, slot = None, -1
         if warmup or length:
             positions = site.positions
-            if positions is None:
+            if positions is None and site.cached is not None:
                 slot = editor.call(operator.sub, editor.length(site.cached, 2), 1)
         call = {"warmup": warmup, "most": most, "length": length, "key": self._key(site), "version": feed_forward.VERSION}
         return editor.call(feed_forward.ffn_start, residual, positions, slot, **call)
 
     def _block(self, editor: Editor, site: FeedForwardSite, residual: fx.Node, remaining: fx.Node) -> tuple[fx.Node, fx.Node]:
+        assert site.input is not None  # a site without one is a near miss
         pair = editor.call(
             feed_forward.ffn,
             residual,

@@ -69,7 +69,7 @@ def cache_kind(key: fx.Node) -> str | None:
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "call_function" and node.target in (torch.cat, torch.concat):
             parts = node.args[0] if node.args else node.kwargs["tensors"]
-            if any(part.op == "placeholder" for part in parts):
+            if isinstance(parts, list | tuple) and any(isinstance(part, fx.Node) and part.op == "placeholder" for part in parts):
                 return "DynamicCache"
         if any(getattr(user.target, "__name__", str(user.target)) == "index_copy_" and user.args[0] is node for user in node.users):
             return "StaticCache"

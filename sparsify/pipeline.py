@@ -8,7 +8,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ import sparsify.backends as backends
 from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.matching.attention import find_attention
+from sparsify.matching.base import Site
 from sparsify.matching.cache import find_cache, made_inside
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.planning import unmatched
@@ -85,9 +86,8 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
         the plan; the rewritten graph, None when nothing changed; with `config.verify` the rewriting under keep-all settings, else None.
     """
     trace.stage("captured", lambda: gm.print_readable(print_output=False))
-    sites = [*find_attention(gm), *find_cache(gm)]
-    if acts_on("ffn", config):
-        sites = [*sites, *find_feed_forward(gm, sites)]
+    over_keys = [*find_attention(gm), *find_cache(gm)]
+    sites: list[Site] = [*over_keys, *(find_feed_forward(gm, over_keys) if acts_on("ffn", config) else ())]
     if not sites:
         log.info("no site in this graph")
         return Plan(), None, None
@@ -120,7 +120,7 @@ def validate(choices: list[Choice], validator: Validator, strict: bool) -> None:
         if choice.proposal is None or not choice.site.proved:
             continue
         outcome = validator.check(choice.site, choice.proposal.method)
-        choice.decision.validation = outcome.words()
+        choice.decision.validation = outcome.describe()
         if outcome.verdict == "agrees":
             continue
         if strict and outcome.verdict == "differs":
@@ -190,8 +190,8 @@ def _try_rewrite(gm: fx.GraphModule, choices: list[Choice], keep_all: bool) -> f
     copy = copy_graph(gm, mapping)
     editor = Editor(copy.graph)
     chosen = [c for c in choices if c.proposal is not None]
-    for choice in chosen:
-        method = choice.proposal.method.keep_all() if keep_all else choice.proposal.method
+    for choice, proposal in ((c, c.proposal) for c in choices if c.proposal is not None):
+        method = proposal.method.keep_all() if keep_all else proposal.method
         try:
             method.rewrite(editor, editor.converted(choice.site.mapped(mapping)))
         except SparsifyError as error:
@@ -242,7 +242,7 @@ def _keep_sources(gm: fx.GraphModule, copy: fx.GraphModule, mapping: dict[fx.Nod
             setattr(copy, name, getattr(gm, name))
     for node, twin in mapping.items():
         if node.op == "placeholder" and hasattr(node, "_dynamo_source"):
-            twin._dynamo_source = node._dynamo_source
+            setattr(twin, "_dynamo_source", getattr(node, "_dynamo_source"))  # noqa: B009, B010  (no attributes that fx declares)
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
@@ -261,10 +261,14 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
     patches = config.inductor_patches()
     if config.share_layers and not patches.get("triton.cudagraphs"):
-        compiled = layers.compile_by_layers(gm, lambda piece, inputs: compile_fx(piece, list(inputs), config_patches=patches))
+
+        def compile_piece(piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return cast(Callable[..., Any], compile_fx(piece, list(inputs), config_patches=patches))
+
+        compiled = layers.compile_by_layers(gm, compile_piece)
         if compiled is not None:
             return compiled
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
 def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:
@@ -309,5 +313,5 @@ def _verify_first_call(
                 state["run"] = lower(copy_graph(pristine), example_inputs, config)
         return state["run"](*inputs)
 
-    checked._boxed_call = False  # type: ignore[attr-defined]
+    setattr(checked, "_boxed_call", False)  # noqa: B010  (a function declares no attributes)
     return checked

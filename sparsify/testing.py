@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparsify import api, pipeline
 from sparsify.errors import UnsupportedError
@@ -193,7 +194,8 @@ def compare_tokens(
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     prompt_len = inputs["input_ids"].shape[1]
     call = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
-    generate_once = type(model).generate  # transformers' own loop and cache for both, whatever `sparsify.compile` put there
+    # transformers' own loop and cache for both, whatever `sparsify.compile` put there
+    generate_once: Callable[..., Tensor] = cast(Any, type(model)).generate
     before, model._compiled_call_impl = model._compiled_call_impl, None
     try:
         eager = generate_once(model, **_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
@@ -258,7 +260,7 @@ def _logits(output: Any) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), Tensor):
             return found
-    for leaf in torch.utils._pytree.tree_leaves(output):
+    for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2:
             return leaf
     raise UnsupportedError(f"the model returns no logits but {type(output).__name__}", hint="compare() needs a tensor [batch, rows, ...]")
@@ -379,7 +381,7 @@ def bisect(
     alone = not result.close
     if not alone:
         found, result = test(f"{name} and those before it", decisions[:bad])
-    return Culprit("site", found, result, last.method, name, alone), whole
+    return Culprit("site", found, result, last.method or "", name, alone), whole
 
 
 def _site_rule(decision: Any) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def _load_model(given: argparse.Namespace) -> Any:
     device = arguments.device(given.device)
     try:
         import transformers
+        from torch import nn
     except ImportError:
         raise UnsupportedError("transformers is not installed", hint='pip install "sparsify-compiler[hf]"') from None
     transformers.utils.logging.disable_progress_bar()
@@ -168,7 +169,7 @@ def _load_model(given: argparse.Namespace) -> Any:
         reason = str(error).strip().splitlines()
         raise UnsupportedError(f"cannot load the model: {reason[0] if reason else type(error).__name__}", where=given.model) from error
     try:
-        return model.to(device).eval()
+        return nn.Module.to(model, device).eval()
     except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(f"cannot use device {device!r}: {str(error).splitlines()[0]}", where="--device") from error
 
@@ -188,7 +189,7 @@ def _load_model_and_tokens(given: argparse.Namespace) -> tuple[Any, Any]:
     if given.max_tokens:
         ids = ids[: given.max_tokens]
     if ids.numel() == 0:
-        raise UnsupportedError("the prompt has no tokens", where=given.prompt)
+        raise UnsupportedError("the prompt has no tokens", where=given.prompt or "")
     chunk = getattr(given, "chunk", None)
     at_once, most = min(ids.numel(), chunk or ids.numel()), arguments.positions(model)
     if most is not None and at_once > most:

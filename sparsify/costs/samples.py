@@ -18,6 +18,7 @@ from sparsify.errors import ProfileError
 from sparsify.ops.estimate import Estimate
 
 Kind = Literal["attention", "select", "whole", "decode", "ffn", "linear", "elementwise"]
+Dtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Cell:
     outputs: int = 0
     skipped: float = 0.0
     size: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -92,7 +93,9 @@ class Cell:
     def from_record(cls, record: dict[str, Any]) -> Cell:
         """The cell that `as_record` wrote; other keys are ignored. Raises ProfileError for a record without a kind."""
         names = {f.name for f in dataclasses.fields(cls)}
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in names}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in names
+        }
         if "kind" not in fields:
             raise ProfileError("a record that says no kind of call", where=str(record)[:80])
         return cls(**fields)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import sympy
 import torch
@@ -99,9 +100,9 @@ def value_at(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float | Non
     return float(value) if value.is_number else None
 
 
-def _substituted(expr: sympy.Expr, values: Mapping[sympy.Symbol, float]) -> sympy.Expr:
+def _substituted(expr: sympy.Expr, values: Mapping[Any, float]) -> sympy.Expr:
     """The expression with all symbols replaced at once, which never compares half of a maximum's arguments with the rest."""
-    return expr.xreplace({symbol: sympy.sympify(value) for symbol, value in values.items()})
+    return cast(sympy.Expr, expr.xreplace({symbol: sympy.sympify(value) for symbol, value in values.items()}))
 
 
 def expected(works: Callable[[AttentionSizes], Iterable[Work]], example: AttentionSizes, device: Device) -> float | None:
@@ -140,7 +141,7 @@ def _settled(expr: sympy.Expr, values: Mapping[sympy.Expr, float]) -> sympy.Expr
     """The expression with every maximum and minimum replaced by the argument that it takes at these values."""
     if not expr.args:
         return expr
-    args = [_settled(arg, values) for arg in expr.args]
+    args = [_settled(cast(sympy.Expr, arg), values) for arg in expr.args]
     if isinstance(expr, sympy.Max | sympy.Min):
         choose = max if isinstance(expr, sympy.Max) else min
         return choose(args, key=lambda arg: float(_substituted(arg, values)))

@@ -1,7 +1,7 @@
 """Which nodes of a Dynamo graph share memory, and which write to it.
 
-A graph is read as pure functions only where no in-place write lies between a value's making and its last reading. Memory is told
-apart by the storage of the example values: views share their base's, as they do at run time.
+A value may be read as a pure function only when no in-place write lies between its computation and its last use. Memory is identified by
+the storage of the example values: views share their base's, as they do at run time.
 """
 
 from __future__ import annotations
@@ -24,15 +24,26 @@ _IN_PLACE_OPERATORS = {
 
 
 def tensor_of(node: Any) -> torch.Tensor | None:
-    """The example value of a node when it is a tensor."""
+    """The example value of a node; None when it is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
 
+def example_tensor(node: Any) -> torch.Tensor:
+    """The example value of a node that is known to be a tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if (tensor := tensor_of(node)) is None:
+        raise TypeError(f"{node} is no tensor")
+    return tensor
+
+
 def written(node: fx.Node) -> list[fx.Node]:
-    """The inputs that a node may write to. Callables that cannot be looked into count as writing to all of theirs."""
+    """The inputs that a node may write to. Callables that cannot be inspected count as writing to all of their inputs."""
     if node.op == "call_method":
-        name = node.target
+        name = str(node.target)
         in_place = name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__"))
         return _first(node) if in_place or (name.endswith("_") and not name.endswith("__")) else []
     if node.op != "call_function":
@@ -45,7 +56,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     schema = getattr(target, "_schema", None)
     if schema is not None:
         return list(node.all_input_nodes) if schema.is_mutable else []
-    name = getattr(target, "__name__", "")
+    name = str(getattr(target, "__name__", ""))
     out = node.kwargs.get("out")
     if out is not None:
         return [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, fx.Node)]
@@ -80,7 +91,10 @@ def _inplace_flag(node: fx.Node) -> bool:
 
 
 class Memory:
-    """The writes of a graph by storage. Positions are node indices in execution order."""
+    """Index of a graph's in-place writes by storage.
+
+    position: each node's index in execution order.
+    """
 
     def __init__(self, graph: fx.Graph):
         self.position = {node: i for i, node in enumerate(graph.nodes)}
@@ -95,7 +109,7 @@ class Memory:
 
     @staticmethod
     def storages(node: fx.Node) -> list[Any]:
-        """Keys of the memory that a node's tensors lie in."""
+        """Identities of the storages of a node's tensors."""
         value = node.meta.get("example_value")
         tensors = [t for t in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(t, torch.Tensor)]
         found = []
@@ -107,7 +121,7 @@ class Memory:
         return found
 
     def written_between(self, node: fx.Node, first: fx.Node | None, last: fx.Node) -> bool:
-        """Whether the node's memory may be written after `first` (None: its making) and before `last` runs."""
+        """Whether the node's memory may be written after `first` (None: after its own computation) and before `last` runs."""
         end = self.position[last]
         for storage in self.storages(node):
             start = self._born.get(storage, -1) if first is None else self.position[first]
@@ -116,7 +130,12 @@ class Memory:
         return False
 
     def written_while_read(self, nodes: Iterable[fx.Node], reader: fx.Node) -> fx.Node | None:
-        """A node among `nodes` (a subgraph that `reader` consumes) whose memory changes before the subgraph's last reading of it."""
+        """A node of a subgraph whose memory is written before the subgraph's last use of it; None without one.
+
+        Args:
+            nodes: the subgraph.
+            reader: the node that consumes it.
+        """
         members = set(nodes) | {reader}
         for node in members - {reader}:
             for user in node.users:

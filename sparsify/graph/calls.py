@@ -1,5 +1,5 @@
-"""Binds a call of a graph to the signatures that its reader knows: every argument gets its name, whichever way it was given, and what the
-reader never heard of is refused instead of dropped.
+"""Binds the arguments of a graph's call to a known signature, so that each has a name, however it was passed. A call with an argument that
+the signature lacks is refused: dropping it would change the meaning.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-# how torch lets NumPy's users spell arguments
+# NumPy's names of arguments, which torch accepts too
 _OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "self": "input", "x2": "other"}
 _MISSING = object()
 
 
 class Unbound(Exception):
-    """A call in a form that its reader does not know; the message says which argument, in a clause."""
+    """A call that fits none of the signatures; the message names the argument."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ def bind(node: fx.Node, *signatures: str) -> SimpleNamespace:
 
     Args:
         node: a call_function or call_method; a method's receiver is its first argument.
-        signatures: as in a function's definition: `"input, dim: int, keepdim=False, *, dtype=None"`. A kind may follow a name: tensor,
-            number, int, bool (known now), dtype, str; None fits where it is the default. `*shape` takes numbers one by one or
-            one sequence of them, as positions or under that keyword, and becomes a tuple.
+        signatures: parameter lists as in Python, `"input, dim: int, keepdim=False, *, dtype=None"`. An annotation is one of tensor,
+            number, int, bool (a constant), dtype, str; None fits where it is the default. `*shape` takes numbers one by one or as
+            one sequence, by position or by keyword, and becomes a tuple.
 
     Raises:
-        Unbound: none of them fits: an argument is missing, unknown, given twice or of another kind.
+        Unbound: no signature fits: an argument is missing, unknown, given twice or of another kind.
     """
-    why = None
+    why: Unbound | None = None
     for signature in signatures:
         try:
             return _bound(node, _parameters(signature))
         except Unbound as error:
             why = why or error
-    raise why
+    raise why or Unbound(f"no signature is given for {_word(node)}")
 
 
 def names(signature: str) -> tuple[str, ...]:
@@ -81,8 +81,8 @@ def _bound(node: fx.Node, parameters: tuple[_Parameter, ...]) -> SimpleNamespace
     return SimpleNamespace(**given)
 
 
-def _spread(node: fx.Node, values: list[Any]) -> tuple:
-    """Sizes that were given one by one or as one sequence."""
+def _spread(node: fx.Node, values: list[Any]) -> tuple[Any, ...]:
+    """The values of a `*` parameter, given one by one or as one sequence, as a tuple."""
     if len(values) != 1:
         return tuple(values)
     if isinstance(_example(values[0]), (tuple, list)) and isinstance(values[0], fx.Node):
@@ -119,11 +119,17 @@ def _word(node: fx.Node) -> str:
 
 @functools.cache
 def _parameters(signature: str) -> tuple[_Parameter, ...]:
-    (function,) = ast.parse(f"def _({signature}): ...").body
+    function = ast.parse(f"def _({signature}): ...").body[0]
+    assert isinstance(function, ast.FunctionDef)
     arguments = function.args
-    kind = lambda argument: ast.unparse(argument.annotation) if argument.annotation else ""
-    literal = lambda default: _MISSING if default is None else ast.literal_eval(default)
-    defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + arguments.defaults
+
+    def kind(argument: ast.arg) -> str:
+        return ast.unparse(argument.annotation) if argument.annotation else ""
+
+    def literal(default: ast.expr | None) -> Any:
+        return _MISSING if default is None else ast.literal_eval(default)
+
+    defaults: list[ast.expr | None] = [None] * (len(arguments.args) - len(arguments.defaults)) + arguments.defaults
     found = [_Parameter(a.arg, kind(a), literal(d)) for a, d in zip(arguments.args, defaults, strict=True)]
     if arguments.vararg is not None:
         found.append(_Parameter(arguments.vararg.arg, many=True))

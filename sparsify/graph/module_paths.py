@@ -1,4 +1,4 @@
-"""Where a module lies in the model that was compiled, from the expression by which Dynamo reached it.
+"""Path of a module within the compiled model, from the expression by which Dynamo reached it.
 
 Dynamo names a module by how the compiled frame got hold of it: `L['self'].model.layers.0`, `L['args'][0].model.layers.0` behind a
 decorator, `L['fn'].__self__.model.layers.0` through a bound method. The path starts at the first module of that chain, which only the
@@ -38,7 +38,7 @@ Step = tuple[str, Any]
 
 
 def module_path(source: str, scopes: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """The path of a module from the outermost module that its source goes through, "" for that one itself.
+    """Path of a module from the outermost module that its source expression passes through; "" for that module itself.
 
     Args:
         source: an entry of `nn_module_stack`, such as `L['args'][0].model.layers.0`.
@@ -46,7 +46,7 @@ def module_path(source: str, scopes: Mapping[str, Mapping[str, Any]] | None = No
     """
     (scope, name), *steps = [*_steps(source)] or [("", "self")]
     values = (scopes or {}).get(scope, {})
-    path = _walked(values[name], steps) if name in values else None
+    path = _path_through_modules(values[name], steps) if name in values else None
     if path is None:
         path = _without_plumbing(bool(scope), steps)
         if not scope and name not in ("self", "L__self__"):
@@ -55,7 +55,7 @@ def module_path(source: str, scopes: Mapping[str, Mapping[str, Any]] | None = No
 
 
 def _steps(source: str) -> Iterator[Step]:
-    """Where the source starts, ("L", "self"), then how each value was taken from the one before: ("attribute", "model"), ("item", 0)."""
+    """Splits a source expression into its start, ("L", "self"), and steps: ("attribute", "model"), ("item", 0), ("call", "")."""
     for token in _TOKENS.finditer(source):
         if token["scope"]:
             yield token["scope"], token["name"]
@@ -70,14 +70,14 @@ def _steps(source: str) -> Iterator[Step]:
             yield "item", ast.literal_eval(key) if constant else key
 
 
-def _plumbing(key: Any) -> bool:
+def _is_plumbing(key: Any) -> bool:
     return key in _PLUMBING or (isinstance(key, str) and key.startswith("__") and key.endswith("__"))
 
 
 def _without_plumbing(rooted: bool, steps: list[Step]) -> list[Any]:
     path, container = [], rooted  # an item of `args`, `kwargs` or a closure is no submodule's name
     for kind, key in steps:
-        if _plumbing(key):
+        if _is_plumbing(key):
             container = key != "_modules"
         elif not (container and kind == "item"):
             path.append(key)
@@ -85,16 +85,18 @@ def _without_plumbing(rooted: bool, steps: list[Step]) -> list[Any]:
     return path
 
 
-def _walked(value: Any, steps: list[Step]) -> list[Any] | None:
-    """Names of the steps from the first module on, None where no module is met. A step back to a module on the way takes the detour out:
-    `self._old_forward.__self__` is `self`."""
+def _path_through_modules(value: Any, steps: list[Step]) -> list[Any] | None:
+    """Names of the steps after the first module that the steps pass through; None when they pass through none.
+
+    A step back to an earlier module removes the detour: `self._old_forward.__self__` is `self`.
+    """
     path: list[Any] = []
     passed: list[tuple[nn.Module, int]] = []  # modules on the way, with the lengths of their paths
     for kind, key in [("call", ""), *steps]:
         wraps = isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel) and key == "module"
-        if passed and not wraps and not _plumbing(key):
+        if passed and not wraps and not _is_plumbing(key):
             path.append(key)
-        value = _taken(value, kind, key)
+        value = _next_value(value, kind, key)
         if isinstance(value, nn.Module):
             known = [i for i, (module, _) in enumerate(passed) if module is value]
             if known:
@@ -104,8 +106,8 @@ def _walked(value: Any, steps: list[Step]) -> list[Any] | None:
     return path if passed else None
 
 
-def _taken(value: Any, kind: str, key: Any) -> Any:
-    """The value that a step gives, None where it cannot be told."""
+def _next_value(value: Any, kind: str, key: Any) -> Any:
+    """Value after one step; None where it is unknown."""
     if kind == "call":
         return value() if isinstance(value, weakref.ref) else value
     if isinstance(value, nn.Module) and key in value._modules:

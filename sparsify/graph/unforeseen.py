@@ -1,4 +1,4 @@
-"""What nobody foresaw while one site was looked at: it costs that site, not the graph, and is logged with its traceback."""
+"""Handles unexpected exceptions while a site is matched: that site alone is refused, and the traceback is logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ log = logging.getLogger(__name__)
 
 
 def reason(error: Exception, where: str = "") -> str:
-    """The refusal of a site for an exception, to be called where it is caught. How Dynamo asks to trace again passes through."""
+    """The reason for refusing a site after an unexpected exception; call it in the except block.
+
+    Raises:
+        TorchDynamoException: the exception itself, when it is Dynamo's request to trace again.
+    """
     if isinstance(error, TorchDynamoException):
         raise error
     log.info("unforeseen at %s", where, exc_info=error)

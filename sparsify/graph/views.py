@@ -1,6 +1,8 @@
-"""Views that reorder a tensor's dimensions, whichever way they are written."""
+"""Recognises views that reorder a tensor's dimensions, in every form in which torch lets them be written."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,29 +17,31 @@ _SIGNATURES = {
     **dict.fromkeys(("movedim", "moveaxis"), ("input: tensor, source, destination",)),
     **dict.fromkeys(("t", "adjoint"), ("input: tensor",)),
 }
-_FUNCTIONS = {getattr(torch, name): name for name in _SIGNATURES}
-# every method, function and attribute that is such a view
+_FUNCTIONS: dict[Any, str] = {getattr(torch, name): name for name in _SIGNATURES}
+# names of all methods, functions and attributes that are such a view
 PERMUTATIONS = (*_SIGNATURES, "T", "mT", "H", "mH")
 
 
 def permutation(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
-    """(tensor, order): the node is a view of that tensor, and the node's dimension d is the tensor's dimension order[d].
+    """The tensor that a node is a reordering view of, and the order: the node's dimension d is the tensor's dimension order[d].
 
-    None for anything else, and for calls whose dimensions are not known now.
+    None for any other node, and where the dimensions are not constants.
     """
-    word = attribute(node) or (node.target if node.op == "call_method" else _FUNCTIONS.get(node.target))
+    word = attribute(node) or (str(node.target) if node.op == "call_method" else _FUNCTIONS.get(node.target, ""))
     if word not in PERMUTATIONS or tensor_of(node) is None:
         return None
     try:
-        source, dims = (node.args[0], ()) if attribute(node) else _bound(node, word)
+        source, dims = (node.args[0], ()) if attribute(node) else _bind_dims(node, word)
     except Unbound:
         return None
-    order = _order(word, dims, tensor_of(source)) if tensor_of(source) is not None else None
+    if not isinstance(source, fx.Node) or (tensor := tensor_of(source)) is None:
+        return None
+    order = _dimension_order(word, dims, tensor)
     return (source, order) if order is not None else None
 
 
 def transposed(node: fx.Node) -> fx.Node | None:
-    """The tensor that a node holds with its last two dimensions swapped."""
+    """The tensor of which a node is the view with the last two dimensions swapped; None for any other node."""
     found = permutation(node)
     if found is None or len(found[1]) < 2:
         return None
@@ -46,18 +50,20 @@ def transposed(node: fx.Node) -> fx.Node | None:
     return source if order == (*range(rank - 2), rank - 1, rank - 2) else None
 
 
-def _bound(node: fx.Node, word: str) -> tuple[fx.Node, tuple]:
+def _bind_dims(node: fx.Node, word: str) -> tuple[fx.Node, tuple[Any, ...]]:
+    """The tensor, and the dimensions in the order of the signature."""
     arguments = vars(bind(node, *_SIGNATURES[word]))
     names = ("source", "destination", "dim0", "dim1", "axis0", "axis1")
     return arguments["input"], arguments.get("dims", tuple(arguments[name] for name in names if name in arguments))
 
 
-def _order(word: str, dims: tuple, tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """The dimensions' order; a call without any swaps the last two."""
+def _dimension_order(word: str, dims: tuple[Any, ...], tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Source dimension of each dimension; without `dims` the last two are swapped. None where `dims` are not constants."""
     rank, order = tensor.dim(), list(range(tensor.dim()))
     if word in ("movedim", "moveaxis"):
-        return _moved(*(tuple(d) if isinstance(d, (tuple, list)) else (d,) for d in dims), rank)
-    if not _known(dims, rank) or (word in ("H", "mH", "adjoint") and tensor.is_complex()):
+        sources, destinations = (tuple(d) if isinstance(d, (tuple, list)) else (d,) for d in dims)
+        return _movedim_order(sources, destinations, rank)
+    if not _are_dimensions(dims, rank) or (word in ("H", "mH", "adjoint") and tensor.is_complex()):
         return None
     if word == "permute":
         return tuple(d % rank for d in dims)
@@ -69,13 +75,13 @@ def _order(word: str, dims: tuple, tensor: torch.Tensor) -> tuple[int, ...] | No
     return tuple(order)
 
 
-def _moved(sources: tuple, destinations: tuple, rank: int) -> tuple[int, ...] | None:
-    if not _known((*sources, *destinations), rank):
+def _movedim_order(sources: tuple[Any, ...], destinations: tuple[Any, ...], rank: int) -> tuple[int, ...] | None:
+    if not _are_dimensions((*sources, *destinations), rank):
         return None
     places = {d % rank: s % rank for s, d in zip(sources, destinations, strict=True)}
     rest = iter([d for d in range(rank) if d not in places.values()])
     return tuple(places[d] if d in places else next(rest) for d in range(rank))
 
 
-def _known(dims: tuple, rank: int) -> bool:
+def _are_dimensions(dims: tuple[Any, ...], rank: int) -> bool:
     return all(isinstance(d, int) and -rank <= d < rank for d in dims)

@@ -1,13 +1,15 @@
-"""Numbers as torch's dtypes hold them: conversion, arithmetic and comparison of symbolic elements.
+"""Conversion, arithmetic and comparison of symbolic elements as torch computes them in its dtypes.
 
-An element of an integer dtype equals the tensor's value exactly, so overflow is excluded by `Facts.fits` or the reading refused. Floats
-are exact where they are constants; positions in floats may be rounded and are compared with nothing.
+Elements of integer dtypes equal the tensor's values exactly: overflow is excluded by `Facts.fits`, or the reading is refused. Constant
+floats are exact. Computed floats may be rounded, and comparisons with them are refused unless rounding cannot change the outcome.
 """
 
 from __future__ import annotations
 
 import operator
+import typing
 from collections.abc import Callable
+from typing import Any
 
 import sympy
 import torch
@@ -26,19 +28,27 @@ _RELATIONS = {"le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, "e
 
 
 def rounded(value: float, dtype: torch.dtype) -> sympy.Basic:
-    """The number that a float dtype holds."""
+    """The value after rounding to a float dtype."""
     return number(torch.tensor(value, dtype=dtype, device="cpu").item())
 
 
 def truth(element: Element, dtype: torch.dtype) -> Boolean:
-    """The element as a condition. Computed floats may have been rounded to 0."""
+    """The element as a condition.
+
+    Raises:
+        Unreadable: a computed float, which may have been rounded to 0.
+    """
     if dtype.is_floating_point and not all(v.is_number or isinstance(v, AppliedUndef) for _, v in cases(as_number(element))):
         raise Unreadable("a computed float as a condition")
     return as_condition(element)
 
 
 def cast(facts: Facts, element: Element, source: torch.dtype, target: torch.dtype) -> Element:
-    """An element after conversion; refuses conversions that could change the value unnoticed."""
+    """The element after conversion to another dtype.
+
+    Raises:
+        Unreadable: the conversion might change the value.
+    """
     if source is target:
         return element
     if target is torch.bool:
@@ -60,6 +70,11 @@ def cast(facts: Facts, element: Element, source: torch.dtype, target: torch.dtyp
     return lift(convert, as_number(element))
 
 
+def _cast_value(facts: Facts, value: sympy.Expr, source: torch.dtype, target: torch.dtype) -> sympy.Expr:
+    """`cast` of a plain number to a dtype other than bool, which is a plain number again."""
+    return typing.cast(sympy.Expr, cast(facts, value, source, target))
+
+
 def _whole(facts: Facts, value: sympy.Expr, source: torch.dtype, target: torch.dtype) -> sympy.Expr:
     if source.is_floating_point:
         if not value.is_number or value.is_infinite:
@@ -71,13 +86,13 @@ def _whole(facts: Facts, value: sympy.Expr, source: torch.dtype, target: torch.d
 
 
 def arithmetic(facts: Facts, name: str, left: Typed, right: Typed, dtype: torch.dtype) -> Element:
-    """add, sub or mul of two elements in the result's dtype."""
+    """The result of add, sub or mul of two elements, in the result's dtype."""
     compute = _ARITHMETIC[name]
 
     def apply(x: sympy.Expr, y: sympy.Expr) -> sympy.Basic:
         if dtype.is_floating_point and x.is_number and y.is_number:
-            return _of_floats(compute, float(x), float(y), dtype)
-        x, y = cast(facts, x, left[1], dtype), cast(facts, y, right[1], dtype)
+            return _compute_constants(compute, float(x), float(y), dtype)
+        x, y = _cast_value(facts, x, left[1], dtype), _cast_value(facts, y, right[1], dtype)
         value = sympy.expand(compute(x, y))
         if dtype.is_floating_point:
             _check_floats(name, x, y, value, dtype)
@@ -88,8 +103,12 @@ def arithmetic(facts: Facts, name: str, left: Typed, right: Typed, dtype: torch.
     return lift(apply, as_number(left[0]), as_number(right[0]))
 
 
-def _of_floats(compute: Callable, x: float, y: float, dtype: torch.dtype) -> sympy.Basic:
-    """The result of two constants. Kernels differ in whether they round a Python number to the tensor's dtype first."""
+def _compute_constants(compute: Callable[[Any, Any], torch.Tensor], x: float, y: float, dtype: torch.dtype) -> sympy.Basic:
+    """The result for two constants.
+
+    Raises:
+        Unreadable: kernels may differ, since some round a Python number to the tensor's dtype first.
+    """
     a, b = (torch.tensor(value, dtype=dtype, device="cpu") for value in (x, y))
     found = {number(result.item()) for result in (compute(a, b), compute(a, y), compute(x, b))}
     if len(found) > 1:
@@ -98,7 +117,11 @@ def _of_floats(compute: Callable, x: float, y: float, dtype: torch.dtype) -> sym
 
 
 def _check_floats(name: str, x: sympy.Expr, y: sympy.Expr, value: sympy.Expr, dtype: torch.dtype) -> None:
-    """Refuses what rounding, infinities or NaN in data could make another value altogether."""
+    """Checks that rounding, infinities or NaN in data cannot change a float result altogether.
+
+    Raises:
+        Unreadable: they can.
+    """
     if dtype not in (torch.float32, torch.float64) or x.is_infinite or y.is_infinite:
         raise Unreadable(f"{dtype} arithmetic on positions")
     if name == "mul" and 0 in (x, y) and not loads(x) | loads(y):
@@ -110,7 +133,7 @@ def _check_floats(name: str, x: sympy.Expr, y: sympy.Expr, value: sympy.Expr, dt
 
 
 def relation(facts: Facts, name: str, left: Typed, right: Typed, common: torch.dtype) -> Element:
-    """A comparison, which torch makes in the common dtype of both sides."""
+    """The result of a comparison, which torch makes in the common dtype of both sides."""
     kind = _RELATIONS[name]
     if not common.is_floating_point and not {common, left[1], right[1]} <= set(WIDE):
         raise Unreadable("a comparison of narrow integers")
@@ -121,7 +144,7 @@ def relation(facts: Facts, name: str, left: Typed, right: Typed, common: torch.d
         return compare(kind, _to(x, left[1]), _to(y, right[1]))
 
     def _to(value: sympy.Expr, source: torch.dtype) -> sympy.Expr:
-        return value if common is torch.bool else cast(facts, value, source, common)
+        return value if common is torch.bool else _cast_value(facts, value, source, common)
 
     return lift(apply, as_number(left[0]), as_number(right[0]))
 
@@ -131,7 +154,7 @@ def _comparable(
 ) -> tuple[sympy.Expr, sympy.Expr]:
     """Two sides of a comparison of floats, where rounding cannot change its outcome: both are constants, or one is an integer (rounding
     is monotonous) and the other a whole constant below which every integer is exact."""
-    exact = [rounded(float(value), common) if value.is_number else value for value in (x, y)]
+    exact = [typing.cast(sympy.Expr, rounded(float(value), common)) if value.is_number else value for value in (x, y)]
     if common in (torch.float16, torch.bfloat16) and exact != [x, y]:
         raise Unreadable(f"a number that {common} does not hold")
     for value, dtype, other in ((x, dtypes[0], exact[1]), (y, dtypes[1], exact[0])):

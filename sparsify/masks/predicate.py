@@ -1,4 +1,4 @@
-"""What an attention mask says, as data. `predicates` proves these records; passes and ops consume them.
+"""Records of what an attention mask was proved to say. `sparsify.masks.prove` makes them; methods and ops consume them.
 
 Positions: query row `q` of a site sits at key position `q + query_start`. A key `k` is visible to it when every clause of the
 record holds:
@@ -43,10 +43,12 @@ class QueryStart:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of the graph, [batch, at least key_len + shift], read at [b, k + shift]. A batch of 1 broadcasts, and so does a tensor of
-    one dimension; between batch and keys there may be dimensions of size 1.
+    """A tensor of the graph that a clause reads at [b, k + shift].
 
-    relation, number: for padding, the comparison that is true of a visible key; a name of `operator`.
+    node: graph node of a tensor [batch, at least key_len + shift]; a batch of 1 or no batch dimension broadcasts, and dimensions of size 1
+        may lie between batch and keys.
+    shift: tokens that the tensor begins before key 0.
+    relation, number: for padding, the comparison that holds for a visible key; a function name of the `operator` module.
     """
 
     node: fx.Node
@@ -57,10 +59,16 @@ class Leaf:
 
 @dataclass(frozen=True)
 class MaskPredicate:
-    """The conjunction that a mask was proved to be, or the reason why it could not be read.
+    """The conjunction of clauses that a mask was proved to be, or the reason why it could not be proved.
 
-    window: tokens each row sees, counting itself; None without such a clause. A window that provably covers all keys is dropped.
-    condition: the sympy condition on (b, h, q, k), for reports.
+    kind: NONE, PROVED or OPAQUE.
+    causal: whether a row sees no key behind its own position.
+    query_start: key position of the first query row.
+    window: number of last tokens that each row sees, its own included; None without the clause. A window that covers all keys is dropped.
+    padding: tensor that says which keys are tokens; None without the clause.
+    documents: tensor of document numbers; None without the clause.
+    condition: the sympy condition on (b, h, q, k) as text, for reports.
+    reason: why the mask is OPAQUE.
     """
 
     kind: MaskKind

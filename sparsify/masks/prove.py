@@ -1,13 +1,14 @@
-"""Proves what an attention mask says: its subgraph is read as a condition on (b, h, q, k) and split into the clauses of `masks`.
+"""Proves what an attention mask says: its subgraph is read as a condition on (b, h, q, k), which is split into a predicate's clauses.
 
-A fact is used only when it is an identity, or when Dynamo's ranges and guards already decide it, but for the bounds on sizes and data that
-`symbolic` takes for granted so that overflow can be excluded; no guard is installed. Whatever is left over makes the mask OPAQUE, with the
-reason.
+A step is taken only when it is an identity or follows from Dynamo's ranges and guards; no guard is installed. The only assumptions are the
+bounds on sizes and data in `symbolic`, by which overflow is excluded. Any remainder makes the mask OPAQUE, with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,11 +16,12 @@ from typing import Literal
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
 import sparsify.masks.readings  # noqa: F401  (registers how operators are read)
-from sparsify.graph.aliasing import Memory, tensor_of
+from sparsify.graph.aliasing import Memory, example_tensor
 from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.masks.reader import Reader, reason_of
 from sparsify.masks.symbolic import (
@@ -35,19 +37,30 @@ from sparsify.masks.symbolic import (
     Unreadable,
     as_condition,
     cases,
+    compare,
     limits,
     loads,
+    replaced,
+    sides,
     sizes,
 )
 
 _ORDER = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 _INDICES = (BATCH, HEAD, QUERY, KEY)
-_RELATIONS = {sympy.Ne: "ne", sympy.Eq: "eq", sympy.Gt: "gt", sympy.Ge: "ge", sympy.Lt: "lt", sympy.Le: "le"}
+_Relation = Literal["ne", "eq", "gt", "ge", "lt", "le"]
+_RELATIONS: dict[type[Relational], _Relation] = {
+    sympy.Ne: "ne",
+    sympy.Eq: "eq",
+    sympy.Gt: "gt",
+    sympy.Ge: "ge",
+    sympy.Lt: "lt",
+    sympy.Le: "le",
+}
 
 
 @dataclass(frozen=True)
 class Extents:
-    """Sizes of a site as expressions: [batch, query_heads, query_len, key_len]."""
+    """Sizes of a site: integer expressions over the graph's symbolic sizes."""
 
     batch: sympy.Expr
     heads: sympy.Expr
@@ -56,21 +69,27 @@ class Extents:
 
 
 def none() -> MaskPredicate:
+    """The predicate of a site without a mask: every key is visible."""
     return MaskPredicate(MaskKind.NONE)
 
 
 def unmasked(own_key_last: bool) -> MaskPredicate:
-    """No mask at all. own_key_last: there is one query, and its key is the last: the last row of causal attention, so keys have an order
-    for methods that need one."""
+    """The predicate of a site without a mask.
+
+    Args:
+        own_key_last: the site has one query and its own key is the last one. That is the last row of causal attention, and is recorded as
+            causal for methods that need an order of keys.
+    """
     return MaskPredicate(MaskKind.PROVED, causal=True, condition="k <= q") if own_key_last else none()
 
 
 def opaque(reason: str, condition: str = "") -> MaskPredicate:
+    """The predicate of a mask that could not be proved."""
     return MaskPredicate(MaskKind.OPAQUE, reason=reason, condition=condition)
 
 
 def top_left_causal(extents: Extents, shape_env: object) -> MaskPredicate:
-    """`is_causal=True` of scaled_dot_product_attention: k <= q, whatever the number of keys."""
+    """The predicate of `scaled_dot_product_attention(is_causal=True)`: k <= q, whatever the number of keys."""
     square = Facts(shape_env).holds(sympy.Eq(extents.query_len, extents.key_len))
     start = QueryStart() if square else QueryStart(constant=sympy.Integer(0))
     return MaskPredicate(MaskKind.PROVED, causal=True, query_start=start, condition="k <= q")
@@ -80,14 +99,19 @@ Form = Literal["mask", "hidden"]
 
 
 def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object) -> MaskPredicate:
-    """What the masks say together: a key is visible where all of them let it be.
+    """Proves the conjunction of a site's masks: a key is visible where all of them show it.
 
     Args:
-        masks: (mask, form, reader) each. mask: boolean [.., query_len, key_len] (True: visible; form "hidden": True hides) or float
-            (0: visible, -inf or the dtype's minimum: hidden), broadcastable to [batch, query_heads, query_len, key_len].
-            reader: the node that consumes it.
-        extents: the site's sizes. Where a mask's own last two sizes are not 1 they replace query_len and key_len: the
-            attention would fail if they differed.
+        masks: a tuple (mask, form, reader) for each.
+            mask: boolean [.., query_len, key_len] (True: visible; form "hidden": True hides) or float (0: visible, -inf or the dtype's
+            minimum: hidden), broadcastable to [batch, query_heads, query_len, key_len]. reader: the node that consumes it.
+        extents: the site's sizes. A mask's last two sizes replace query_len and key_len where they are not 1: attention would fail
+            if they differed.
+        memory: the in-place writes of the graph.
+        shape_env: Dynamo's facts about symbolic sizes; None when all sizes are numbers.
+
+    Returns:
+        the predicate; OPAQUE with the reason where anything could not be proved.
     """
     try:
         return _Proof(masks, extents, memory, shape_env).run()
@@ -97,7 +121,14 @@ def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memo
 
 @dataclass
 class _Clauses:
-    """Bounds on k - q (upper: <=, lower: >=), bounds on k alone (limits: <=), and conditions on tensors."""
+    """The conjuncts of a condition, sorted by form.
+
+    upper: bounds u with k - q <= u.
+    lower: bounds l with k - q >= l.
+    limits: bounds m with k <= m.
+    padding: conditions on tensors read at the key.
+    documents: pairs of reads of one tensor, at the key and at the query, that must be equal.
+    """
 
     upper: list[sympy.Expr] = field(default_factory=list)
     lower: list[sympy.Expr] = field(default_factory=list)
@@ -109,7 +140,7 @@ class _Clauses:
 class _Proof:
     def __init__(self, masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object):
         self.masks, self.memory = masks, memory
-        shapes = [sizes(tensor_of(mask)) for mask, _, _ in masks]
+        shapes = [sizes(example_tensor(mask)) for mask, _, _ in masks]
         wrong = [shape for shape in shapes if not 2 <= len(shape) <= 4]
         if wrong:
             raise Unreadable(f"a mask of {len(wrong[0])} dimensions")
@@ -121,7 +152,7 @@ class _Proof:
         self.bottom_right = sympy.expand(self.key_len - self.query_len)
 
     def element(self, mask: fx.Node, reader: fx.Node) -> Element:
-        """A mask at (b, h, q, k)."""
+        """The mask's element at (b, h, q, k)."""
         at = [sympy.Integer(0) if self.facts.extents[s] == 1 else s for s in _INDICES]
         element = self.reader.spread(mask, tuple(self.facts.extents.values()))(*at)
         changed = self.memory.written_while_read(self.reader.nodes, reader)
@@ -133,9 +164,9 @@ class _Proof:
         return self.classify(sympy.And(*(self.condition(*mask) for mask in self.masks)))
 
     def condition(self, mask: fx.Node, form: Form, reader: fx.Node) -> Boolean:
-        """Where one mask lets keys be seen."""
+        """The condition under which one mask shows a key."""
         element = self.element(mask, reader)
-        dtype = tensor_of(mask).dtype
+        dtype = example_tensor(mask).dtype
         if dtype.is_floating_point:
             if isinstance(element, AppliedUndef):
                 raise Unreadable(self.why(element))
@@ -162,14 +193,14 @@ class _Proof:
         return MaskPredicate(MaskKind.PROVED, causal, start, window, padding, documents, condition=text)
 
     def unpack(self, clauses: list[Boolean]) -> list[Boolean]:
-        """Within one run of consecutive positions p (packed sequences), p[k] - p[q] is k - q."""
+        """Replaces p[k] - p[q] by k - q within one run of consecutive positions p (packed sequences)."""
         for clause in clauses:
             for left, right in _equalities(clause):
                 values = self.reader.runs.get(left.func.__name__)
                 if values is not None and left.func == right.func and left.args[:-1] == right.args[:-1]:
-                    a, b = values(*left.args), values(*right.args)
-                    swap = {a: sympy.expand(b + left.args[-1] - right.args[-1])} if isinstance(a, AppliedUndef) else {}
-                    clauses = [c if c is clause else _expand_relations(c.xreplace(swap)) for c in clauses]
+                    a, b = values(*left.args), typing.cast(sympy.Expr, values(*right.args))
+                    swap = {a: sympy.expand(operator.sub(b + _last_index(left), _last_index(right)))} if isinstance(a, AppliedUndef) else {}
+                    clauses = [c if c is clause else _expand_relations(replaced(c, swap)) for c in clauses]
         return clauses
 
     def split(self, clauses: list[Boolean]) -> _Clauses:
@@ -197,12 +228,13 @@ class _Proof:
             raise Unreadable(self.why(clause))
 
     def fixed(self) -> set[sympy.Symbol]:
-        """Index symbols that stand for the only index 0."""
+        """Index symbols of dimensions of size 1, whose only value is 0."""
         return {s for s, extent in self.facts.extents.items() if extent == 1}
 
-    def bound(self, clause: Boolean, found: _Clauses) -> bool:
-        """Sorts an inequality that is linear in q and k."""
-        difference = clause.lhs - clause.rhs
+    def bound(self, clause: Relational, found: _Clauses) -> bool:
+        """Files an inequality that is linear in q and k under upper, lower or limits; False where it is of another form."""
+        left, right = sides(clause)
+        difference = left - right
         if isinstance(clause, (sympy.Ge, sympy.Gt)):
             difference = -difference
         difference = sympy.expand(difference + (1 if clause.func in (sympy.Lt, sympy.Gt) else 0))  # integers: difference <= 0
@@ -231,10 +263,10 @@ class _Proof:
         return True
 
     def why(self, clause: sympy.Basic) -> str:
-        """The reason for people: which tensor is in the way, or which form."""
+        """Why a clause is not recognised: the tensor or the form that prevents it."""
         for load in sorted(loads(clause), key=str):
             node = self.reader.leaves.get(load.func.__name__)
-            if node is not None and tensor_of(node).dim() == 4:
+            if node is not None and example_tensor(node).dim() == 4:
                 return "the mask is an input of the graph" if node.op == "placeholder" else f"{node.name}: {self.reader.reasons[node.name]}"
         if isinstance(clause, sympy.Or):
             return "visibility is a disjunction (prefix, chunks or a union of masks)"
@@ -276,39 +308,40 @@ class _Proof:
         load = next(iter(found))
         constant = sympy.expand(bound - load)
         node = self.reader.leaves[load.func.__name__]
-        if len(found) > 1 or loads(constant) or any(a != 0 for a in load.args) or any(s != 1 for s in sizes(tensor_of(node))):
+        if len(found) > 1 or loads(constant) or any(a != 0 for a in load.args) or any(s != 1 for s in sizes(example_tensor(node))):
             raise Unreadable(f"the causal offset {bound} is no single number")
-        if tensor_of(node).dtype not in (torch.int32, torch.int64):
-            raise Unreadable(f"the causal offset is {tensor_of(node).dtype}")
+        if example_tensor(node).dtype not in (torch.int32, torch.int64):
+            raise Unreadable(f"the causal offset is {example_tensor(node).dtype}")
         return True, QueryStart(leaf=node, constant=computed(constant) if constant != 0 else None)
 
     def offset(self, start: QueryStart) -> sympy.Expr:
-        """The query start as an expression."""
+        """The query start as an expression, in which a leaf is an uninterpreted read."""
         if start.bottom_right:
             return self.bottom_right
         constant = start.constant if start.constant is not None else sympy.Integer(0)
         if start.leaf is None:
             return constant
         load = next(f for f in self._all_loads if f.func.__name__ == start.leaf.name)
-        return load + constant
+        return operator.add(load, constant)
 
     @property
     def _all_loads(self) -> set[AppliedUndef]:
         found: set[AppliedUndef] = set()
         for name, node in self.reader.leaves.items():
-            tensor = tensor_of(node)
+            tensor = example_tensor(node)
             if all(s == 1 for s in sizes(tensor)):
                 function = sympy.Function(name, integer=True)
-                found.add(function(*([sympy.Integer(0)] * max(tensor.dim(), 1))))
+                found.add(typing.cast(AppliedUndef, function(*([sympy.Integer(0)] * max(tensor.dim(), 1)))))
         return found
 
     def window(self, clauses: _Clauses, causal: bool, start: QueryStart, offset: sympy.Expr) -> tuple[int | None, QueryStart]:
-        """k - q >= L is a window of offset + 1 - L tokens: it is measured from the causal bound, in whichever form that gives a number."""
+        """The window of a bound k - q >= L, offset + 1 - L tokens; the causal bound is written in whichever form makes that a constant."""
         furthest = sympy.expand(1 - self.query_len)
         lower = [bound for bound in clauses.lower if not self.facts.holds(sympy.Le(bound, furthest))]
         bound = self.tightest(lower, upper=False)
         if bound is None:
             return None, start
+        width = bound
         for origin in (offset, *(u for u in clauses.upper if self.facts.holds(sympy.Eq(u, offset)))):
             width = sympy.expand(origin + 1 - bound)
             if width.is_Integer:
@@ -333,18 +366,18 @@ class _Proof:
                 raise Unreadable(f"keys end at {limit}, which the causal clause does not imply")
 
     def padding(self, clauses: _Clauses) -> Leaf | None:
-        wanted = sympy.And(*dict.fromkeys(self.held(clause) for clause in clauses.padding))
+        wanted: Boolean = sympy.And(*dict.fromkeys(self.held(clause) for clause in clauses.padding))
         if wanted is sympy.true:
             return None
         if wanted is sympy.false:
             raise Unreadable("it hides every key")
-        relation = _RELATIONS.get(wanted.func)
-        if relation is not None and isinstance(wanted.lhs, AppliedUndef) and wanted.rhs.is_Integer:
-            leaf = self.rows(wanted.lhs, KEY, self.key_len)
+        if isinstance(wanted, Relational) and (relation := _RELATIONS.get(wanted.func)) is not None:
+            left, right = sides(wanted)
+            leaf = self.rows(left, KEY, self.key_len) if isinstance(left, AppliedUndef) and right.is_Integer else None
             if leaf is not None:
-                return dataclasses.replace(leaf, relation=relation, number=int(wanted.rhs))
+                return dataclasses.replace(leaf, relation=relation, number=int(right))
         for node in reversed(self.reader.nodes):
-            tensor = tensor_of(node)
+            tensor = example_tensor(node)
             if tensor.dim() == 2 and tensor.dtype is torch.bool and self.rows_of_batch(node) and self.is_wide(node, self.key_len):
                 row = sympy.Integer(0) if tensor.shape[0] == 1 else BATCH
                 key = sympy.Integer(0) if KEY in self.fixed() else KEY
@@ -353,43 +386,46 @@ class _Proof:
         raise Unreadable(self.why(wanted))
 
     def held(self, clause: Boolean) -> Boolean:
-        """Decides a comparison of integers with a number that their dtype cannot hold, and that would wrap around in it."""
-        if clause.func not in _RELATIONS or not isinstance(clause.lhs, AppliedUndef) or not clause.rhs.is_Integer:
+        """Decides a comparison with a number that the tensor's integer dtype cannot hold, where a kernel would let it wrap around."""
+        if not isinstance(clause, Relational) or clause.func not in _RELATIONS:
             return clause
-        dtype = tensor_of(self.reader.leaves[clause.lhs.func.__name__]).dtype
+        left, right = sides(clause)
+        if not isinstance(left, AppliedUndef) or not right.is_Integer:
+            return clause
+        dtype = example_tensor(self.reader.leaves[left.func.__name__]).dtype
         if dtype.is_floating_point or dtype.is_complex:
             return clause
         least, largest = limits(dtype)
-        return clause if least <= clause.rhs <= largest else clause.func(0, clause.rhs)
+        return clause if least <= right <= largest else compare(clause.func, sympy.Integer(0), right)
 
     def rows(self, load: AppliedUndef, index: sympy.Symbol, length: sympy.Expr) -> Leaf | None:
-        """The leaf that `load` reads at [b, index + shift]."""
+        """The tensor that `load` reads at [b, index + shift]; None where it is read otherwise."""
         node = self.reader.leaves[load.func.__name__]
-        if tensor_of(node).dtype.is_floating_point or tensor_of(node).dim() == 0:
+        if example_tensor(node).dtype.is_floating_point or example_tensor(node).dim() == 0:
             return None
         # without a batch dimension one row serves all; dimensions of size 1 may lie between batch and keys
         (row, *between, column) = load.args if len(load.args) > 1 else (sympy.Integer(0), *load.args)
-        if any(size != 1 for size in sizes(tensor_of(node))[1:-1]) or any(index != 0 for index in between):
+        if any(size != 1 for size in sizes(example_tensor(node))[1:-1]) or any(index != 0 for index in between):
             return None
         shift = sympy.expand(column - (sympy.Integer(0) if index in self.fixed() else index))
         if shift.has(*_INDICES) or loads(shift) or not self.facts.holds(sympy.Ge(shift, 0)):
             return None
-        single = row == 0 and (tensor_of(node).dim() == 1 or tensor_of(node).shape[0] == 1)
+        single = row == 0 and (example_tensor(node).dim() == 1 or example_tensor(node).shape[0] == 1)
         if not (single or (row == BATCH and self.rows_of_batch(node))) or not self.wide_enough(node, shift + length):
             return None
         return Leaf(node, computed(shift))
 
     def rows_of_batch(self, node: fx.Node) -> bool:
-        """Whether a tensor has one row, or exactly those of the batch: a part of a larger tensor is no leaf."""
-        rows = sizes(tensor_of(node))[0]
+        """Whether a tensor has one row, or exactly those of the batch."""
+        rows = sizes(example_tensor(node))[0]
         return rows == 1 or self.facts.holds(sympy.Eq(rows, self.facts.extents[BATCH]))
 
     def is_wide(self, node: fx.Node, width: sympy.Expr) -> bool:
-        return self.facts.holds(sympy.Ge(sizes(tensor_of(node))[-1], width))
+        return self.facts.holds(sympy.Ge(sizes(example_tensor(node))[-1], width))
 
     def wide_enough(self, node: fx.Node, width: sympy.Expr) -> bool:
-        """Whether the leaf is not known to have fewer columns; the graph itself would fail if it had."""
-        return not self.facts.holds(sympy.Lt(sizes(tensor_of(node))[-1], width))
+        """Whether the tensor is not known to have fewer columns; if it had, the graph itself would fail."""
+        return not self.facts.holds(sympy.Lt(sizes(example_tensor(node))[-1], width))
 
     def documents(self, clauses: _Clauses, offset: sympy.Expr) -> Leaf | None:
         pairs = list({frozenset(pair): pair for pair in clauses.documents}.values())
@@ -410,7 +446,11 @@ class _Proof:
 
 
 def additive(element: Element, dtype: torch.dtype) -> Boolean:
-    """Where a float mask adds 0; elsewhere it must add -inf or no more than its dtype's minimum."""
+    """The condition under which a float mask adds 0.
+
+    Raises:
+        Unreadable: elsewhere it adds more than its dtype's minimum.
+    """
     visible: list[Boolean] = []
     lowest = torch.finfo(dtype).min
     for condition, value in cases(element):
@@ -419,12 +459,16 @@ def additive(element: Element, dtype: torch.dtype) -> Boolean:
         if value == 0:
             visible.append(condition)
         elif not (value == -sympy.oo or (value.is_finite and value <= sympy.Rational(lowest))):
-            raise Unreadable(f"the mask adds {float(value):g}")
+            raise Unreadable(f"the mask adds {float(typing.cast(sympy.Expr, value)):g}")
     return sympy.Or(*visible)
 
 
 def computed(size: sympy.Expr) -> sympy.Expr:
-    """The expression, where a graph's own sizes can be made into it at run time."""
+    """The expression itself, when it can be computed from the graph's sizes at run time.
+
+    Raises:
+        Unreadable: it cannot.
+    """
     parts = list(sympy.preorder_traversal(size))
     if all(part.is_Integer or part.is_Symbol or part.func in COMPUTED for part in parts) and size.is_integer is not False:
         return size
@@ -436,15 +480,19 @@ def _is_load(clause: Boolean) -> bool:
 
 
 def _equalities(clause: Boolean) -> list[tuple[AppliedUndef, AppliedUndef]]:
-    """The two reads that an equality compares."""
+    """The two reads that an equality compares, as a list of one pair; empty for anything else."""
     if isinstance(clause, sympy.Eq) and isinstance(clause.lhs, AppliedUndef) and isinstance(clause.rhs, AppliedUndef):
         return [(clause.lhs, clause.rhs)]
     return []
 
 
+def _last_index(load: AppliedUndef) -> sympy.Expr:
+    return typing.cast(sympy.Expr, load.args[-1])
+
+
 def _expand_relations(clause: Boolean) -> Boolean:
-    swaps = {atom: type(atom)(sympy.expand(atom.lhs - atom.rhs), 0) for atom in clause.atoms(*_ORDER)}
-    return clause.xreplace(swaps)
+    swaps = {atom: type(atom)(sympy.expand(operator.sub(*sides(atom))), 0) for atom in clause.atoms(*_ORDER)}
+    return replaced(clause, swaps)
 
 
 __all__ = ["Cases", "Extents", "additive", "none", "opaque", "prove", "top_left_causal"]

@@ -1,7 +1,7 @@
 """Reads a mask's FX subgraph: every tensor becomes a function from indices to a symbolic element.
 
-What has no reading (graph inputs, unknown operators, calls of another form) becomes an uninterpreted function of its indices, so that
-a statement proved about the result holds whatever the tensor contains.
+A tensor without a known reading (graph input, unknown operator, call of another form) becomes an uninterpreted function of its indices: a
+statement proved about the result then holds whatever that tensor contains.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import builtins
 import inspect
 import operator
 import re
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import fx
 
 from sparsify.graph import calls
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.compat import attribute, operator_word
 from sparsify.masks.numerics import FLOATS, WIDE
 from sparsify.masks.symbolic import CONDITION, Cases, Element, Facts, Unreadable, loads, scalar, sizes
@@ -30,6 +31,13 @@ Handler = Callable[..., At]
 
 @dataclass(frozen=True)
 class TensorFunction:
+    """A tensor as a function.
+
+    shape: its sizes.
+    dtype: its dtype.
+    at: maps one index per dimension to the element.
+    """
+
     shape: tuple[sympy.Expr, ...]
     dtype: torch.dtype
     at: At
@@ -43,8 +51,9 @@ class TensorFunction:
 class Reader:
     """Reads tensors of one graph under the given facts.
 
-    leaves: node of every uninterpreted function by the function's name. reasons: why a node was left uninterpreted.
-    runs: for a leaf that numbers the runs of consecutive numbers in a tensor (packed position ids): that tensor's reading.
+    leaves: node of every uninterpreted function, by the function's name.
+    reasons: why a node was left uninterpreted, by its name.
+    runs: for a node that numbers the runs of consecutive values in a tensor (packed position ids), by name: that tensor's reading.
     """
 
     def __init__(self, facts: Facts):
@@ -60,11 +69,11 @@ class Reader:
         return list(self._read)
 
     def read(self, value: Any) -> TensorFunction:
-        """A tensor node, or a Python number as a tensor of rank 0: of int64, float64 or bool."""
+        """Reads a tensor node, or a Python number as a tensor of rank 0 and dtype int64, float64 or bool."""
         if tensor_of(value) is None:
             constant, whole = scalar(value), isinstance(example_of(value), (int, torch.SymInt))
             dtype = torch.bool if isinstance(constant, CONDITION) else torch.int64 if whole else torch.float64
-            if dtype is torch.int64 and not self.facts.fits(constant, dtype):
+            if dtype is torch.int64 and not self.facts.fits(typing.cast(sympy.Expr, constant), dtype):
                 raise Unreadable(f"{constant} may not fit into {dtype}")
             return TensorFunction((), dtype, lambda: constant)
         if value not in self._read:
@@ -72,7 +81,7 @@ class Reader:
         return self._read[value]
 
     def spread(self, value: Any, shape: tuple[sympy.Expr, ...]) -> At:
-        """The reading of an operand at the indices of a result of this shape, to which torch broadcasts it."""
+        """Reads an operand that torch broadcasts to `shape`: a function of that shape's indices."""
         source = self.read(value)
         for size, wide in zip(reversed(source.shape), reversed(shape), strict=False):
             if size not in (1, wide) and not self.facts.holds(sympy.Ne(size, 1)) and not self.facts.holds(sympy.Eq(size, wide)):
@@ -80,8 +89,12 @@ class Reader:
         return source.broadcast(len(shape))
 
     def leaf(self, node: fx.Node, reason: str = "") -> TensorFunction:
-        """The node as an uninterpreted function of its indices."""
-        tensor = tensor_of(node)
+        """Reads a node as an uninterpreted function of its indices.
+
+        Args:
+            reason: why it is not interpreted, for the report.
+        """
+        tensor = example_tensor(node)
         if reason:
             self.reasons.setdefault(node.name, reason)
         whole = not tensor.dtype.is_floating_point
@@ -98,7 +111,7 @@ class Reader:
         return TensorFunction(sizes(tensor), tensor.dtype, at)
 
     def _interpret(self, node: fx.Node) -> TensorFunction:
-        tensor = tensor_of(node)
+        tensor = example_tensor(node)
         if node.op == "placeholder":
             return self.leaf(node, "it is an input of the graph")
         if node.op not in ("call_function", "call_method"):
@@ -125,14 +138,14 @@ class Reader:
 
 
 def reason_of(why: Exception) -> str:
-    """For people: why a node has no reading. Whatever neither refusal is, is a form that its reading did not foresee."""
+    """Text for the report: why a node has no reading. Exceptions other than refusals mean a form that the reading does not cover."""
     return (
         str(why) if isinstance(why, (Unreadable, calls.Unbound)) else f"a form that is not foreseen ({type(why).__name__}: {str(why)[:80]})"
     )
 
 
 def example_of(value: Any) -> Any:
-    """The example value of a node; anything else itself."""
+    """The example value of a node; any other value unchanged."""
     return value.meta.get("example_value") if isinstance(value, fx.Node) else value
 
 
@@ -144,7 +157,12 @@ _READINGS: dict[str, Reading] = {}
 
 @dataclass(frozen=True)
 class Reading:
-    """How calls of some name are read. function, method: the signatures of its forms; settled: the arguments that nobody need look at."""
+    """How calls of some name are read.
+
+    handler: makes the tensor function from the bound arguments.
+    function, method: signatures of both forms.
+    settled: arguments whose effect is known from the example value; the handler does not get them.
+    """
 
     handler: Handler
     function: tuple[str, ...]
@@ -190,22 +208,26 @@ def handles(*names: str, signature: str, method: str = "") -> Callable[[Handler]
 
 
 def reading_of(node: fx.Node) -> Reading | None:
-    """How a call is read, by its name; None where no reading is registered."""
+    """The registered reading of a call, by its name; None without one."""
     if node.op != "call_method":
         return _READINGS.get(attribute(node) or _NAMES.get(node.target, ""))
-    return _READINGS.get(node.target) or _READINGS.get(operator_word(node))
+    return _READINGS.get(str(node.target)) or _READINGS.get(operator_word(node))
 
 
 def call_of(node: Any, *names: str) -> dict[str, Any] | None:
-    """The bound arguments of a node that calls one of these; None where it is something else."""
+    """The bound arguments when the node is a call of one of these names; None otherwise."""
     if not isinstance(node, fx.Node) or operator_word(node) not in names or (reading := reading_of(node)) is None:
         return None
     return reading.bind(node)
 
 
 def checked_index(reader: Reader, index: Element) -> sympy.Expr:
-    """An index that cannot be negative, so that it does not wrap around."""
-    if isinstance(index, Cases) or loads(index):
+    """The index, proved not to be negative: negative ones wrap around.
+
+    Raises:
+        Unreadable: it may be negative, or depends on data.
+    """
+    if not isinstance(index, sympy.Expr) or loads(index):
         raise Unreadable("an index that depends on data")
     lowest = reader.facts.extreme(index, highest=False)
     if lowest is None or not reader.facts.holds(sympy.Ge(lowest, 0)):

@@ -1,7 +1,7 @@
-"""How each tensor operator of a mask is read. One function per group of operators; `reader` finds them by name.
+"""How each tensor operator of a mask is read: one handler per group of operators, registered by name.
 
-Arguments come bound to the names that torch gives them. Where an argument is not handed on, the example value's shape and dtype say
-what it does.
+Handlers get arguments by torch's names. Arguments with an underscore in the signature are not passed on: their effect shows in the example
+value's shape and dtype.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sympy
 import torch
 from torch import fx
 
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.compat import operator_word
 from sparsify.graph.views import PERMUTATIONS, permutation
 from sparsify.masks.numerics import INTEGERS, arithmetic, cast, relation, truth
 from sparsify.masks.reader import At, Reader, TensorFunction, call_of, checked_index, example_of, handles
-from sparsify.masks.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, lift, number, scalar, sizes
+from sparsify.masks.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, compare, lift, number, scalar, sizes
 
 _OPTIONS = "_dtype=None, _device=None, _layout=None, _pin_memory=False, _requires_grad=False"
 _FACTORY = f"*, {_OPTIONS}"
@@ -27,7 +27,7 @@ _BINARY = "input, other"
 
 
 def _pair(reader: Reader, node: fx.Node, left: Any, right: Any) -> tuple[At, At]:
-    shape = sizes(tensor_of(node))
+    shape = sizes(example_tensor(node))
     return reader.spread(left, shape), reader.spread(right, shape)
 
 
@@ -38,7 +38,7 @@ def _dtypes(reader: Reader, *operands: Any) -> list[torch.dtype]:
 @handles("add", "sub", signature="input, other, *, alpha=1 | input, alpha: number, other: tensor")
 def _sum(reader: Reader, node: fx.Node, input: Any, other: Any, alpha: Any) -> At:
     name = operator_word(node)
-    if tensor_of(node).dtype is torch.bool:
+    if example_tensor(node).dtype is torch.bool:
         raise Unreadable(f"{name} of booleans")
     return _scaled_sum(reader, node, name, input, other, alpha)
 
@@ -50,7 +50,7 @@ def _rsub(reader: Reader, node: fx.Node, input: Any, other: Any, alpha: Any) -> 
 
 def _scaled_sum(reader: Reader, node: fx.Node, name: str, first: Any, second: Any, alpha: Any) -> At:
     """first ± alpha · second"""
-    dtype, (left, right) = tensor_of(node).dtype, _pair(reader, node, first, second)
+    dtype, (left, right) = example_tensor(node).dtype, _pair(reader, node, first, second)
     kinds, factor = _dtypes(reader, first, second), reader.read(alpha)
     if factor.shape or (dtype.is_floating_point and factor.at() != 1):
         raise Unreadable("a scaled sum")
@@ -66,7 +66,7 @@ def _scaled_sum(reader: Reader, node: fx.Node, name: str, first: Any, second: An
 
 @handles("mul", signature=_BINARY)
 def _product(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
-    dtype, (left, right) = tensor_of(node).dtype, _pair(reader, node, input, other)
+    dtype, (left, right) = example_tensor(node).dtype, _pair(reader, node, input, other)
     if dtype is torch.bool:
         return lambda *i: sympy.And(as_condition(left(*i)), as_condition(right(*i)))
     kinds = _dtypes(reader, input, other)
@@ -75,13 +75,13 @@ def _product(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
 
 @handles("neg", "negative", signature="input")
 def _neg(reader: Reader, node: fx.Node, input: Any) -> At:
-    dtype, source = tensor_of(node).dtype, reader.read(input)
+    dtype, source = example_tensor(node).dtype, reader.read(input)
     return lambda *i: arithmetic(reader.facts, "mul", (source.at(*i), source.dtype), (sympy.Integer(-1), torch.int64), dtype)
 
 
 @handles("abs", "absolute", signature="input")
 def _abs(reader: Reader, node: fx.Node, input: Any) -> At:
-    source, dtype = reader.read(input), tensor_of(node).dtype
+    source, dtype = reader.read(input), example_tensor(node).dtype
     if dtype not in INTEGERS:
         raise Unreadable("the absolute value of floats")
 
@@ -105,7 +105,7 @@ def _compare(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
 
 
 def _plain_example(operand: Any) -> Any:
-    """What decides the common dtype: a tensor, or a Python number of the operand's type."""
+    """An operand for torch.result_type: its example tensor, or a Python number of the same type."""
     example = example_of(operand)
     return {torch.SymInt: 1, torch.SymFloat: 1.0, torch.SymBool: True}.get(type(example), example)
 
@@ -117,7 +117,7 @@ def _plain_example(operand: Any) -> Any:
 )
 def _connect(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
     name = operator_word(node)
-    if tensor_of(node).dtype is not torch.bool:
+    if example_tensor(node).dtype is not torch.bool:
         raise Unreadable(f"{name} of integers")
     (left, right), kinds = _pair(reader, node, input, other), _dtypes(reader, input, other)
     join = sympy.And if "and" in name else sympy.Xor if "xor" in name else sympy.Or
@@ -126,7 +126,7 @@ def _connect(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
 
 @handles("invert", "__invert__", "logical_not", "bitwise_not", signature="input")
 def _not(reader: Reader, node: fx.Node, input: Any) -> At:
-    if tensor_of(node).dtype is not torch.bool:
+    if example_tensor(node).dtype is not torch.bool:
         raise Unreadable("the bitwise complement of integers")
     source = reader.read(input)
     return lambda *i: sympy.Not(truth(source.at(*i), source.dtype))
@@ -135,7 +135,7 @@ def _not(reader: Reader, node: fx.Node, input: Any) -> At:
 # the method's receiver is the value, the function's first argument the condition
 @handles("where", signature="condition, input, other", method="input, condition, other")
 def _where(reader: Reader, node: fx.Node, condition: Any, input: Any, other: Any) -> At:
-    shape, dtype = sizes(tensor_of(node)), tensor_of(node).dtype
+    shape, dtype = sizes(example_tensor(node)), example_tensor(node).dtype
     c, x, y = (reader.spread(operand, shape) for operand in (condition, input, other))
     kinds = _dtypes(reader, condition, input, other)
     if kinds[0] is not torch.bool:
@@ -146,7 +146,7 @@ def _where(reader: Reader, node: fx.Node, condition: Any, input: Any, other: Any
 
 @handles("masked_fill", signature="input, mask, value")
 def _masked_fill(reader: Reader, node: fx.Node, input: Any, mask: Any, value: Any) -> At:
-    shape, dtype = sizes(tensor_of(node)), tensor_of(node).dtype
+    shape, dtype = sizes(example_tensor(node)), example_tensor(node).dtype
     s, c, v = (reader.spread(operand, shape) for operand in (input, mask, value))
     kinds = _dtypes(reader, input, mask, value)
     if kinds[:2] != [dtype, torch.bool]:
@@ -156,7 +156,7 @@ def _masked_fill(reader: Reader, node: fx.Node, input: Any, mask: Any, value: An
 
 @handles("arange", signature=f"_end, {_FACTORY} | start, _end, step=1, {_FACTORY}")
 def _arange(reader: Reader, node: fx.Node, start: Any = 0, step: Any = 1) -> At:
-    dtype = tensor_of(node).dtype
+    dtype = example_tensor(node).dtype
     first, by = reader.read(start), reader.read(step)
     if {dtype, first.dtype, by.dtype} - set(INTEGERS) or first.shape or by.shape:
         raise Unreadable("a range that is not of integers")
@@ -173,7 +173,7 @@ def _arange(reader: Reader, node: fx.Node, start: Any = 0, step: Any = 1) -> At:
 @handles("ones_like", "zeros_like", signature=f"_input, {_LIKE}")
 def _constant(reader: Reader, node: fx.Node) -> At:
     one = "ones" in operator_word(node)
-    value = number(one) if tensor_of(node).dtype is torch.bool else sympy.Integer(int(one))
+    value = number(one) if example_tensor(node).dtype is torch.bool else sympy.Integer(int(one))
     return lambda *i: value
 
 
@@ -186,7 +186,7 @@ def _full(reader: Reader, node: fx.Node, fill_value: Any = None, data: Any = Non
     source = reader.read(next(value for value in (fill_value, data, s) if value is not None))
     if source.shape:
         raise Unreadable("a literal tensor")
-    value = cast(reader.facts, source.at(), source.dtype, tensor_of(node).dtype)
+    value = cast(reader.facts, source.at(), source.dtype, example_tensor(node).dtype)
     return lambda *i: value
 
 
@@ -196,19 +196,19 @@ def _full(reader: Reader, node: fx.Node, fill_value: Any = None, data: Any = Non
 @handles("float", "double", "half", "bfloat16", "bool", "int", "long", "contiguous", "clone", signature="input, _memory_format=None")
 @handles("detach", signature="input")
 def _convert(reader: Reader, node: fx.Node, input: Any) -> At:
-    source, target = reader.read(input), tensor_of(node).dtype
+    source, target = reader.read(input), example_tensor(node).dtype
     return lambda *i: cast(reader.facts, source.at(*i), source.dtype, target)
 
 
 @handles("expand", "broadcast_to", signature="input, *_size")
 @handles("expand_as", signature="input, _other")
 def _expand(reader: Reader, node: fx.Node, input: Any) -> At:
-    return reader.spread(input, sizes(tensor_of(node)))
+    return reader.spread(input, sizes(example_tensor(node)))
 
 
 @handles("unsqueeze", signature="input, dim")
 def _unsqueeze(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
-    source, place = reader.read(input), dim % tensor_of(node).dim()
+    source, place = reader.read(input), dim % example_tensor(node).dim()
     return lambda *i: source.at(*i[:place], *i[place + 1 :])
 
 
@@ -219,9 +219,9 @@ def _unsqueeze(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
 @handles("unflatten", signature="input, _dim, _sizes")
 @handles("view_as", "reshape_as", signature="input, _other")
 def _reshape(reader: Reader, node: fx.Node, input: Any) -> At:
-    """Only where the shapes differ in dimensions of size 1: then no element moves."""
-    source, target = reader.read(input), sizes(tensor_of(node))
-    if source.dtype is not tensor_of(node).dtype:
+    """Read only where the shapes differ in dimensions of size 1: then no element moves."""
+    source, target = reader.read(input), sizes(example_tensor(node))
+    if source.dtype is not example_tensor(node).dtype:
         raise Unreadable("a view as another dtype")
     old = [d for d, size in enumerate(source.shape) if size != 1]
     new = [d for d, size in enumerate(target) if size != 1]
@@ -229,7 +229,7 @@ def _reshape(reader: Reader, node: fx.Node, input: Any) -> At:
         raise Unreadable("a reshape that merges or splits dimensions")
 
     def at(*i: sympy.Expr) -> Element:
-        indices = [sympy.Integer(0)] * len(source.shape)
+        indices: list[sympy.Expr] = [sympy.Integer(0)] * len(source.shape)
         for here, there in zip(old, new, strict=True):
             indices[here] = i[there]
         return source.at(*indices)
@@ -290,7 +290,7 @@ def _step(reader: Reader, index: Any, size: sympy.Expr) -> tuple[str, sympy.Expr
 
 def _place(reader: Reader, index: Any, size: sympy.Expr, clamps: bool) -> sympy.Expr:
     place, holds = scalar(index), reader.facts.holds
-    if not place.is_integer:
+    if not isinstance(place, sympy.Expr) or not place.is_integer:
         raise Unreadable("an index that is no integer")
     if holds(sympy.Lt(place, 0)):
         place = sympy.expand(place + size)
@@ -304,7 +304,7 @@ def _gather(reader: Reader, node: fx.Node, source: TensorFunction, index: list[A
         raise Unreadable("a partial advanced index")
     if set(_dtypes(reader, *index)) - set(INTEGERS):
         raise Unreadable("a boolean index")
-    places = [reader.spread(j, sizes(tensor_of(node))) for j in index]
+    places = [reader.spread(j, sizes(example_tensor(node))) for j in index]
     return lambda *i: source.at(*(checked_index(reader, place(*i)) for place in places))
 
 
@@ -326,7 +326,7 @@ def _narrow(reader: Reader, node: fx.Node, input: Any, dim: int, start: Any) -> 
 
 @handles("triu", "tril", signature="input, diagonal=0")
 def _triangle(reader: Reader, node: fx.Node, input: Any, diagonal: Any) -> At:
-    source, dtype, border = reader.read(input), tensor_of(node).dtype, reader.read(diagonal)
+    source, dtype, border = reader.read(input), example_tensor(node).dtype, reader.read(diagonal)
     if border.shape or border.dtype is not torch.int64:
         raise Unreadable("a diagonal that is no integer")
     upper = operator_word(node) == "triu"
@@ -342,8 +342,8 @@ def _triangle(reader: Reader, node: fx.Node, input: Any, diagonal: Any) -> At:
 @handles("diff", signature="input, n=1, dim=-1, prepend=None, append=None")
 def _diff(reader: Reader, node: fx.Node, input: Any, n: int, dim: int, prepend: Any, append: Any) -> At:
     """Along the last dimension; the first difference is taken with `prepend`, of length 1."""
-    source, dtype = reader.read(input), tensor_of(node).dtype
-    if not _first_differences(tensor_of(node), n, dim, prepend, append):
+    source, dtype = reader.read(input), example_tensor(node).dtype
+    if not _first_differences(example_tensor(node), n, dim, prepend, append):
         raise Unreadable("a difference of another form")
     before = reader.read(prepend)
 
@@ -352,7 +352,7 @@ def _diff(reader: Reader, node: fx.Node, input: Any, n: int, dim: int, prepend: 
         subtract = lambda x, y: arithmetic(reader.facts, "sub", (x, source.dtype), y, dtype)
         first = subtract(source.at(*row, sympy.Integer(0)), (before.at(*row, sympy.Integer(0)), before.dtype))
         other = subtract(source.at(*row, last), (source.at(*row, last - 1), source.dtype))
-        return first if first == other else choose(sympy.Eq(last, 0), first, other)
+        return first if first == other else choose(compare(sympy.Eq, last, sympy.Integer(0)), first, other)
 
     return at
 
@@ -373,7 +373,7 @@ def _first_differences(tensor: torch.Tensor, n: Any, dim: Any, prepend: Any, app
 @handles("cumsum", signature="input, dim, *, _dtype=None")
 def _cumsum(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
     """Sums of an integer along the last dimension; sums of `diff(p) != 1` are kept as the run numbers of p."""
-    tensor, source = tensor_of(node), reader.read(input)
+    tensor, source = example_tensor(node), reader.read(input)
     if dim not in (-1, tensor.dim() - 1):
         raise Unreadable("a cumulative sum over another dimension")
     probe = sympy.symbols(f"i:{tensor.dim()}", integer=True, nonnegative=True)
@@ -396,5 +396,5 @@ def _positions_of_breaks(node: Any) -> fx.Node | None:
     if difference is None:
         return None
     positions = difference.pop("input")
-    whole = tensor_of(unequal["input"]), tensor_of(positions)
+    whole = example_tensor(unequal["input"]), example_tensor(positions)
     return positions if whole[1].dtype is torch.int64 and _first_differences(whole[0], **difference) else None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,24 +23,24 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 BATCH, HEAD, QUERY, KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
 MAX_CASES = 32
-# What is taken for granted where nothing narrower is known, so that overflow can be excluded: a symbolic size stays below LONGEST,
-# another symbolic integer below MOST, and so do 64-bit integers read from tensors.
+# Assumptions by which overflow is excluded where no narrower bound is known: a symbolic size stays below LONGEST, any other symbolic
+# integer and 64-bit integers read from tensors below MOST.
 LONGEST, MOST = 2**28, 2**61
-# Farther away than this no position matters: positions, windows and their sums fit into 32 bits.
+# Largest window: positions, windows and their sums fit into 32 bits.
 FURTHEST = 2**30
 # sympy's symbols are Booleans too, so `Boolean` itself does not tell conditions from numbers
 CONDITION = (BooleanAtom, BooleanFunction, Relational)
 
 
 class Unreadable(Exception):
-    """A value that has no symbolic reading; the message says why, for people."""
+    """A value has no symbolic reading; the message says why."""
 
 
 @dataclass(frozen=True)
 class Cases:
     """A number that depends on conditions: (condition, value) pairs, disjoint and exhaustive."""
 
-    items: tuple[tuple[Boolean, sympy.Expr], ...]
+    items: tuple[tuple[Boolean, sympy.Basic], ...]
 
 
 Element = sympy.Basic | Cases
@@ -61,22 +62,29 @@ COMPUTED = {
 
 
 def cases(element: Element) -> tuple[tuple[Boolean, sympy.Basic], ...]:
+    """(condition, value) pairs of an element, disjoint and exhaustive."""
     return element.items if isinstance(element, Cases) else ((sympy.true, element),)
 
 
 def as_number(element: Element) -> Element:
-    """Booleans as 0 and 1."""
+    """The element as a number: a condition becomes 0 or 1."""
     if isinstance(element, CONDITION):
         return choose(element, sympy.Integer(1), sympy.Integer(0))
     return element
 
 
 def as_condition(element: Element) -> Boolean:
-    return element if isinstance(element, CONDITION) else lift(lambda x: compare(sympy.Ne, x, sympy.Integer(0)), element)
+    if isinstance(element, CONDITION):
+        return element
+    return typing.cast(Boolean, lift(lambda x: compare(sympy.Ne, x, sympy.Integer(0)), element))
 
 
 def lift(function: Callable[..., sympy.Basic], *elements: Element) -> Element:
-    """Applies a function of plain expressions to every combination of cases."""
+    """Applies a function of plain expressions to every combination of the elements' cases.
+
+    Raises:
+        Unreadable: more than MAX_CASES combinations.
+    """
     found: dict[sympy.Basic, Boolean] = {}
     combinations = math.prod(len(cases(e)) for e in elements)
     if combinations > MAX_CASES:
@@ -91,7 +99,7 @@ def lift(function: Callable[..., sympy.Basic], *elements: Element) -> Element:
 
 def _join(found: dict[sympy.Basic, Boolean]) -> Element:
     if all(isinstance(value, CONDITION) for value in found):
-        return sympy.Or(*(sympy.And(condition, value) for value, condition in found.items()))
+        return sympy.Or(*(sympy.And(condition, typing.cast(Boolean, value)) for value, condition in found.items()))
     if len(found) == 1:
         return next(iter(found))
     return Cases(tuple((condition, value) for value, condition in found.items()))
@@ -117,12 +125,12 @@ def choose(condition: Boolean, then: Element, otherwise: Element) -> Element:
 
 
 def compare(relation: type[Relational], left: sympy.Expr, right: sympy.Expr) -> Boolean:
-    """A relation between plain expressions, decided where the difference is a number; |x| < c becomes x < c and -x < c."""
+    """A relation between plain expressions. It is decided where their difference is a number; |x| < c becomes x < c and -x < c."""
     if left.is_infinite or right.is_infinite:
-        return relation(left, right)
+        return _relation(relation, left, right)
     difference = sympy.expand(left - right)
     if difference.is_number:
-        return relation(difference, 0)
+        return _relation(relation, difference, sympy.Integer(0))
     distances = difference.atoms(sympy.Abs)
     if len(distances) == 1 and relation in (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge):
         (distance,) = distances
@@ -131,7 +139,23 @@ def compare(relation: type[Relational], left: sympy.Expr, right: sympy.Expr) -> 
         if factor.is_Integer and not rest.has(sympy.Abs):
             sides = [compare(relation, rest + sign * factor * inner, sympy.Integer(0)) for sign in (1, -1)]
             return sympy.And(*sides) if (factor > 0) == (relation in (sympy.Lt, sympy.Le)) else sympy.Or(*sides)
-    return relation(left, right)
+    return _relation(relation, left, right)
+
+
+def _relation(kind: type[Relational], left: sympy.Expr, right: sympy.Expr) -> Boolean:
+    """A relation, which sympy decides where it can; sympy types it as a number too."""
+    return typing.cast(Boolean, kind(left, right))
+
+
+def sides(relation: Relational) -> tuple[sympy.Expr, sympy.Expr]:
+    """Both sides of a relation between numbers; sympy types them as any `Basic`."""
+    left, right = relation.args
+    return typing.cast(sympy.Expr, left), typing.cast(sympy.Expr, right)
+
+
+def replaced(condition: Boolean, swaps: Mapping[Any, Any]) -> Boolean:
+    """The condition with subexpressions exchanged; sympy types the result as any `Basic`."""
+    return typing.cast(Boolean, condition.xreplace(swaps))
 
 
 def number(value: float | int | bool) -> sympy.Basic:
@@ -148,7 +172,11 @@ def number(value: float | int | bool) -> sympy.Basic:
 
 
 def scalar(value: Any) -> sympy.Basic:
-    """A size, a Python number or the node of one, as an expression."""
+    """A size, a Python number, or the graph node of one, as an expression.
+
+    Raises:
+        Unreadable: anything else, or a float that depends on sizes.
+    """
     if isinstance(value, fx.Node):
         value = value.meta.get("example_value")
     if isinstance(value, torch.SymFloat):
@@ -170,7 +198,7 @@ def limits(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def sizes(tensor: torch.Tensor) -> tuple[sympy.Expr, ...]:
-    return tuple(scalar(size) for size in tensor.shape)
+    return tuple(typing.cast(sympy.Expr, scalar(size)) for size in tensor.shape)
 
 
 def plain(size: sympy.Expr) -> int | sympy.Expr:
@@ -179,7 +207,7 @@ def plain(size: sympy.Expr) -> int | sympy.Expr:
 
 
 def loads(expr: sympy.Basic) -> set[AppliedUndef]:
-    """The reads of graph tensors in an expression."""
+    """All reads of graph tensors in an expression."""
     return expr.atoms(AppliedUndef)
 
 
@@ -198,8 +226,10 @@ def shape_env_of(graph: fx.Graph) -> Any | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about sizes: Dynamo's ranges and guards, and extents of the index symbols b, h, q, k.
+    """What is known about sizes: Dynamo's ranges and guards, and the extents of the index symbols b, h, q, k.
 
+    shape_env: Dynamo's ShapeEnv; None when all sizes are numbers.
+    extents: size of each index symbol's dimension.
     data: dtypes of the graph tensors that expressions read, by the name of the function that stands for them.
     """
 
@@ -214,7 +244,7 @@ class Facts:
         if statement in (False, sympy.false) or loads(statement) or statement.free_symbols & set(self.extents):
             return False
         if isinstance(statement, Relational):
-            statement = type(statement)(sympy.expand(statement.lhs - statement.rhs), 0)
+            statement = type(statement)(sympy.expand(operator.sub(*sides(statement))), 0)
             if statement in (sympy.true, sympy.false):
                 return statement is sympy.true
         if self.shape_env is None:
@@ -222,10 +252,10 @@ class Facts:
         return self.shape_env._maybe_evaluate_static(statement) in (True, sympy.true)
 
     def extreme(self, expr: sympy.Expr, highest: bool) -> sympy.Expr | None:
-        """The largest (or smallest) value over all indices, where the expression is linear in them; else None."""
+        """The largest (or smallest) value over all indices; None where the expression is not linear in them."""
         expr = sympy.expand(expr)
         for symbol, extent in self.extents.items():
-            coefficient = expr.coeff(symbol, 1)
+            coefficient = typing.cast(sympy.Expr, expr.coeff(symbol, 1))
             rest = sympy.expand(expr - coefficient * symbol)
             if rest.has(symbol) or not coefficient.is_Integer:
                 return None
@@ -233,25 +263,25 @@ class Facts:
         return expr
 
     def fits(self, expr: sympy.Expr, dtype: torch.dtype) -> bool:
-        """Whether an integer dtype holds the expression at every index."""
+        """Whether an integer dtype can hold the expression's value at every index."""
         return self.magnitude(expr) <= torch.iinfo(dtype).max
 
     def magnitude(self, expr: sympy.Expr) -> int:
-        """What the absolute value of an integer expression never exceeds."""
+        """An upper bound of the absolute value of an integer expression."""
         if expr.is_number:
             return abs(math.ceil(abs(expr)))
-        if expr in self.extents:
+        if isinstance(expr, sympy.Symbol) and expr in self.extents:
             return self.magnitude(self.extents[expr])
-        if expr.is_Symbol:
+        if isinstance(expr, sympy.Symbol):
             return self._largest(expr)
         if isinstance(expr, AppliedUndef):
             return min(MOST, max(map(abs, limits(self.data[expr.func.__name__]))))
-        parts = [self.magnitude(part) for part in expr.args]
+        parts = [self.magnitude(typing.cast(sympy.Expr, part)) for part in expr.args]
         if expr.is_Add:
             return sum(parts)
         if expr.is_Mul:
             return math.prod(parts)
-        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+        if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0:
             return parts[0] ** int(expr.exp)
         if expr.func in _NO_LARGER:
             return max(parts)
@@ -268,20 +298,21 @@ class Facts:
         """Whether an inequality holds at every index."""
         if not isinstance(statement, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
             return False
-        difference = statement.lhs - statement.rhs
+        difference = operator.sub(*sides(statement))
         below = isinstance(statement, (sympy.Le, sympy.Lt))
         worst = self.extreme(difference, highest=below)
         return worst is not None and self.holds(type(statement)(worst, 0))
 
     def never(self, statement: Relational) -> bool:
-        return isinstance(statement, Relational) and self.always(statement.negated)
+        """Whether an inequality holds at no index."""
+        return self.always(typing.cast(Relational, statement.negated))
 
     def reduce(self, condition: Boolean) -> Boolean:
-        """The condition with every inequality that always or never holds decided."""
+        """The condition, with every inequality replaced by true or false where it always or never holds."""
         decided = {}
         for atom in condition.atoms(Relational):
             if self.always(atom):
                 decided[atom] = sympy.true
             elif self.never(atom):
                 decided[atom] = sympy.false
-        return condition.xreplace(decided) if decided else condition
+        return replaced(condition, decided) if decided else condition

@@ -93,7 +93,7 @@ def arguments_of(record: type[OpCall]) -> tuple[Argument, ...]:
         if typing.get_origin(hint) is typing.Annotated:
             hint, operand = typing.get_args(hint)
         wire = _WIRES[hint]
-        found.append(Argument(field.name, wire[0], field.kw_only, field.default, operand, *wire[1:]))
+        found.append(Argument(field.name, wire[0], field.kw_only is True, field.default, operand, *wire[1:]))
     return tuple(sorted(found, key=lambda argument: argument.keyword))
 
 

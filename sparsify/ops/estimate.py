@@ -34,7 +34,7 @@ class Variant:
     examples: tuple[str, ...]
 
 
-VARIANTS: dict[str, Variant] = {
+VARIANTS: dict[VariantName, Variant] = {
     "half": Variant(
         {"half": True}, "every second query cell; keys stay complete", "1/2", lambda group: Fraction(1, 2), ("half", "half+int8")
     ),
@@ -102,7 +102,7 @@ class Estimate:
         return cls() if text == EXACT_NAME else cls.of(text.split("+"))
 
     @property
-    def variants(self) -> tuple[str, ...]:
+    def variants(self) -> tuple[VariantName, ...]:
         """Names of the variants in use, in the table's order."""
         return tuple(name for name, one in VARIANTS.items() if all(getattr(self, field) == value for field, value in one.sets.items()))
 

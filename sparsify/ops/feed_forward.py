@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsify.ops.library import TAGS, library, traced
@@ -143,7 +144,7 @@ def run_state(device: torch.device, key: int) -> Tensor:
     found = _here.get()
     runs = _thread.other if found is None else found
     if (device, key) not in runs:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             runs[device, key] = torch.full((2,), _NO_POSITION, dtype=torch.int64, device=device)
     return runs[device, key]
 

@@ -1,7 +1,7 @@
-"""Gradients are torch's: no op of ours has a derivative. Where a graph may ask for one, and the net under that.
+"""Keeps sparsify's ops, which have no derivative, out of places where one is needed.
 
-A matcher asks `Modes`, so that nothing of ours is put where a derivative, forward or backward, or a transform of torch.func passes.
-An op that meets one all the same raises, instead of giving zeros.
+Matchers ask `Modes` and rewrite nothing where a derivative, forward or backward, or a transform of torch.func passes. An op that runs there
+all the same raises instead of giving zeros.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
 from torch.autograd import forward_ad
 
 from sparsify.errors import UnsupportedError
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
 
 TRANSFORMED = "it lies within a transform of torch.func"
 _HINT = "run it under torch.no_grad(), or leave what needs gradients to torch"
 
 
 class Modes:
-    """Grad mode and transforms at every node of a graph that Dynamo made."""
+    """Grad mode and open transforms of torch.func at every node of a captured graph."""
 
     def __init__(self, graph: fx.Graph):
         self._grad: dict[fx.Node, bool] = {}
         self._transforms: dict[fx.Node, int] = {}
-        # Dynamo compiles under the modes that the graph starts in, and guards on them
-        grad, transforms = torch.is_grad_enabled(), int(torch._C._functorch.maybe_current_level() is not None) + _dual_levels()
+        # Dynamo compiles under the modes in which the graph starts, and guards on them
+        grad, transforms = torch.is_grad_enabled(), int(_functorch.maybe_current_level() is not None) + _dual_levels()
         before: dict[fx.Node, bool] = {}
         for node in graph.nodes:
             self._grad[node], self._transforms[node] = grad, transforms
@@ -48,9 +49,13 @@ class Modes:
         return any(self._transforms[node] > 0 or _wrapped(tensor_of(node)) for node in nodes)
 
     def needs_grad(self, output: fx.Node, operands: Iterable[fx.Node], inner: Iterable[fx.Node] = ()) -> bool:
-        """Whether autograd follows something from the operands to the output, over the nodes in between."""
+        """Whether autograd records a path from the operands to the output.
+
+        Args:
+            inner: nodes between them.
+        """
         # a conversion that changes nothing gives the parameter itself, which requires a gradient in every mode
-        followed = any(_requires_grad(node) and not tensor_of(node).is_leaf for node in (output, *inner))
+        followed = any(_requires_grad(node) and not example_tensor(node).is_leaf for node in (output, *inner))
         return followed or (self._grad[output] and any(_requires_grad(node) for node in operands))
 
 
@@ -60,19 +65,23 @@ def _requires_grad(node: fx.Node) -> bool:
 
 
 def _wrapped(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _dual_levels() -> int:
-    """Levels of forward-mode derivatives that are open now."""
+    """Number of open levels of forward-mode derivatives."""
     return forward_ad._current_level + 1
 
 
 def refuse(op: str, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """To be asked by every kernel and by the fake one that traces it: kernels run below autograd, where tensors still say what they need.
+    """Checks that no derivative is taken of an op's tensors. Every kernel and fake kernel calls it; under torch.no_grad() it does nothing.
+
+    Args:
+        op: name of the op.
+        operands, options: its arguments.
 
     Raises:
-        UnsupportedError: derivatives are taken of one of the tensors. Under torch.no_grad() nothing is looked at.
+        UnsupportedError: a tensor requires a gradient or carries a tangent.
     """
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         for operand in (*operands, *options.values()):
@@ -88,7 +97,7 @@ def _check(op: str, operand: torch.Tensor) -> None:
 
 
 def refuse_transforms(op: str, library: torch.library.Library) -> None:
-    """Makes an op raise within torch.func's transforms, whatever its operands are. This key is looked at only there."""
+    """Makes an op raise within torch.func's transforms, by a kernel for the dispatch key that torch uses only there."""
 
     def call(*args: Any, **options: Any) -> Any:
         raise UnsupportedError("it knows nothing of torch.func's grad, vjp, jvp and vmap", where=f"sparsify::{op}", hint=_HINT)

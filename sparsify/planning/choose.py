@@ -37,8 +37,8 @@ def acts_on(kind: SiteKind, config: Config) -> bool:
     """Whether the configuration, or its plan file, names a method for this kind of site."""
     methods = discover()
     named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
-    if config.plan:
-        saved = {d.method for d in load_saved_plan(config.plan).plan.rewritten}
+    if (followed := load_saved_plan(config.plan)) is not None:
+        saved = {d.method for d in followed.plan.rewritten}
         named = saved | named if config.objective is not None or config.max_error is not None else saved
     return any(kind in methods[name].kinds for name in named if name in methods)
 

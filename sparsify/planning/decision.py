@@ -26,7 +26,7 @@ class Place(NamedTuple):
     kind: PlanKind
     name: str
     ordinal: int = 0
-    count: int = 1
+    count: int = 1  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple.count, which no one calls
 
     @property
     def site_kind(self) -> SiteKind:
@@ -39,11 +39,12 @@ class Place(NamedTuple):
 
 def places(sites: Iterable[Site]) -> list[Place]:
     """The places of a graph's sites, which come in its order."""
-    keys = [(plan_kind(site.kind), site.name) for site in sites]
+    keys: list[tuple[PlanKind, str]] = [(plan_kind(site.kind), site.name) for site in sites]
     counts, seen = Counter(keys), Counter()
     found = []
     for key in keys:
-        found.append(Place(*key, seen[key], counts[key]))
+        kind, name = key
+        found.append(Place(kind, name, seen[key], counts[key]))
         seen[key] += 1
     return found
 

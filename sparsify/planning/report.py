@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -14,17 +15,20 @@ from sparsify.planning.decision import Decision, labels
 def table(decisions: Sequence[Decision], device: str, width: int = 180) -> str:
     """One row per site; equal neighbours are folded (`layers 4-27`). device: whose costs they are."""
     grid = Table(title=_title(decisions), title_justify="left")
-    for name, justify in (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
-                          ("dense", "right"), ("chosen", "right"), ("density", "right")):  # fmt: skip
+    columns: tuple[tuple[str, Literal["left", "right"]], ...]
+    columns = (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
+               ("dense", "right"), ("chosen", "right"), ("density", "right"))  # fmt: skip
+    for name, justify in columns:
         grid.add_column(name, justify=justify, overflow="fold")
     names = dict(zip(map(id, decisions), labels(decisions), strict=True))
     for group in _folded(decisions):
         grid.add_row(*_row(group, names[id(group[0])], names[id(group[-1])]))
-    console = Console(file=io.StringIO(), width=width)
+    text = io.StringIO()
+    console = Console(file=text, width=width)
     console.print(grid)
     for line in _formulas(decisions, device):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return console.file.getvalue().rstrip()
+    return text.getvalue().rstrip()
 
 
 def _title(decisions: Sequence[Decision]) -> str:
@@ -33,10 +37,10 @@ def _title(decisions: Sequence[Decision]) -> str:
         of_kind = [d for d in decisions if d.kind == kind]
         if of_kind or kind == "attention":
             counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
-    known = [d for d in decisions if d.dense_seconds is not None]
+    known = [(d, d.dense_seconds) for d in decisions if d.dense_seconds is not None]
     if known:
-        chosen = sum(d.dense_seconds if d.method is None or d.seconds is None else d.seconds for d in known)
-        counts.append(f"{_time(sum(d.dense_seconds for d in known))} expected dense, {_time(chosen)} as chosen")
+        chosen = sum(dense if d.method is None or d.seconds is None else d.seconds for d, dense in known)
+        counts.append(f"{_time(sum(dense for _, dense in known))} expected dense, {_time(chosen)} as chosen")
     return ", ".join(counts)
 
 

@@ -29,9 +29,12 @@ class StreamingLLM(Policy):
     positions: Literal["absolute", "in_cache"] = Field("absolute", description="where the sinks stand relative to the window")
 
     def layout(self, budget: int | None) -> Layout:
-        if budget is None and self.window is None:
+        if self.window is not None:
+            window = self.window
+        elif budget is not None:
+            window = budget - self.sinks
+        else:
             raise self.refuse("neither a budget nor a window is given", "SparseCache(..., budget=4096) or window=...")
-        window = self.window if self.window is not None else budget - self.sinks
         if window < 1 or (budget is not None and self.sinks + window > budget):
             needs = f"{self.sinks} sinks + window {max(window, 1)}"
             raise self.refuse(f"a budget of {budget} tokens is smaller than {needs}", f"give at least {self.sinks + max(window, 1)}")

@@ -1,4 +1,4 @@
-"""The only code that changes a graph: nodes in front of a site, the site's output replaced, what it orphaned erased."""
+"""The only code that changes a graph: inserts nodes before a site, replaces the site's output, erases nodes that became unused."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from sparsify.costs.sizes import Size
 from sparsify.errors import RewriteError
@@ -31,20 +32,29 @@ AnySite = TypeVar("AnySite", bound=Site)
 
 @dataclass(frozen=True)
 class MaskOperands:
-    """The mask's clauses as operands of the attention ops (see `sparsify.ops.attention`)."""
+    """The mask's clauses as operands of the attention ops.
+
+    key_flags, segments, query_start: nodes, as `sparsify.ops.attention` describes these operands; None without the clause.
+    causal: whether the mask is causal.
+    window: tokens that a row sees; 0 without a window.
+    """
 
     key_flags: fx.Node | None
     segments: fx.Node | None
     query_start: fx.Node | None
     causal: bool
-    window: int  # 0 without one
+    window: int
 
 
 @dataclass
 class Editor:
-    """Inserts nodes before a site, replaces its output and erases what only served it.
+    """Edits one graph.
 
-    Emits torch functions, tensor methods and operators only: AOTAutograd's cache declines graphs that call anything else.
+    It emits torch functions, tensor methods and operators only: AOTAutograd's cache declines graphs that call anything else.
+
+    inserted: nodes inserted so far.
+    replaced: replaced outputs, and what replaced them.
+    superseded: names of erased mutating calls whose effect inserted nodes have.
     """
 
     graph: fx.Graph
@@ -60,27 +70,28 @@ class Editor:
         return shape_env_of(self.graph)
 
     def at(self, site: Site) -> Editor:
+        """Nodes are inserted before this site from now on."""
         self._before = self._output = site.output
         return self
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call_function node before the current site, its example value computed on fake tensors."""
+        """Inserts a call_function node before the current site; its example value is computed on fake tensors."""
         return self._insert("call_function", target, args, kwargs)
 
     def emit(self, call: OpCall) -> fx.Node:
-        """The node of an op of ours; the record holds nodes where the op takes tensors."""
+        """Inserts a call of one of sparsify's ops; the record holds nodes in place of tensors."""
         args, kwargs = call.arguments()
         return self.call(call.op(), *args, **kwargs)
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """Likewise a call_method node."""
+        """Inserts a call_method node before the current site."""
         return self._insert("call_method", name, args, kwargs)
 
-    def _insert(self, kind: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
-        if self._before is None:
+    def _insert(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        if self._before is None or self._output is None:
             raise RewriteError("the editor has no position", hint="call editor.at(site) first")
         # a site's operand may be an earlier site's output: left alone, the old attention would stay alive and be read
-        args, kwargs = fx.node.map_arg((args, kwargs), self.current)
+        args, kwargs = map_arg((args, kwargs), self.current)
         with self.graph.inserting_before(self._before):
             node = self.graph.create_node(kind, target, args, kwargs)
         # the graph's own fake mode: the tracing context may hold another one by now
@@ -98,17 +109,18 @@ class Editor:
         return node
 
     def converted(self, site: AnySite) -> AnySite:
-        """The site with its operands in its dtype, as autocast hands queries, keys and values to attention."""
+        """The site with conversions of its operands to its dtype inserted, as autocast converts them for attention."""
         names = [n for n in site.converted_operands if values(getattr(site, n)).dtype != site.dtype]
         self.at(site)
-        return dataclasses.replace(site, **{n: self.method("to", getattr(site, n), site.dtype) for n in names})
+        changed = {n: self.method("to", getattr(site, n), site.dtype) for n in names}
+        return dataclasses.replace(site, **changed)  # pyright: ignore[reportArgumentType]  # every kind of site is a dataclass
 
     def items(self, pair: fx.Node, count: int) -> list[fx.Node]:
         """The elements of a node that returns a tuple."""
         return [self.call(operator.getitem, pair, i) for i in range(count)]
 
     def replace(self, site: Site, value: fx.Node) -> None:
-        """Every use of the site's output reads `value` instead, in the strides that the graph expects."""
+        """Replaces every use of the site's output by `value`, converted to the strides that the graph expects."""
         old, new = values(site.output), values(value)
         if site.output_stride_order == "bhqd" and not new.is_contiguous():
             value = self.method("contiguous", value)
@@ -122,42 +134,39 @@ class Editor:
         self.replaced[site.output] = value
 
     def supersede(self, node: fx.Node) -> None:
-        """Erases a mutating call whose effect an inserted node now has; verification would else miss the mutation."""
+        """Erases a mutating call whose effect an inserted node has, and tells verification that no mutation is lost."""
         self.superseded.add(node.name)
         self.graph.erase_node(node)
 
     def mask_operands(self, site: AttentionSite, *, sinks: int = 0) -> MaskOperands:
         """The site's proved clauses as operands. With sinks > 0 and a padding clause, the first `sinks` visible keys of each
         batch row carry the sink bit. Layers that read the same mask share these nodes."""
-        mask = site.mask
+        mask, padding, documents = site.mask, site.mask.padding, site.mask.documents
         flags = segments = None
-        if mask.padding is not None:
-            key = ("flags", mask.padding, sinks, str(site.key_len), str(site.batch))
-            flags = self._once(key, lambda: self._key_flags(self._rows(site, mask.padding), mask.padding, sinks))
-        if mask.documents is not None:
-            key = ("segments", mask.documents, str(site.key_len), str(site.batch))
-            segments = self._once(key, lambda: self._segments(self._rows(site, mask.documents)))
+        if padding is not None:
+            key = ("flags", padding, sinks, str(site.key_len), str(site.batch))
+            flags = self.shared(key, lambda: self._key_flags(self._rows(site, padding), padding, sinks))
+        if documents is not None:
+            key = ("segments", documents, str(site.key_len), str(site.batch))
+            segments = self.shared(key, lambda: self._segments(self._rows(site, documents)))
         start = None
         if not mask.query_start.bottom_right:
-            start = self._once(("start", mask.query_start), lambda: self._query_start(site))
+            start = self.shared(("start", mask.query_start), lambda: self._query_start(site))
         return MaskOperands(flags, segments, start, mask.causal, mask.window or 0)
 
     def shared(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
-        """The node that sites of this graph share under `key`, made by the first of them."""
-        return self._once(key, make)
-
-    def share(self, key: Any, node: fx.Node) -> None:
-        """What the sites after this one find under `key`."""
-        self._shared[key] = node
-
-    def current(self, node: fx.Node) -> fx.Node:
-        """The node, or what replaced it: a site's operand may be an earlier site's output."""
-        return self.replaced.get(node, node)
-
-    def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        """The node that all sites of this graph share under `key`; the first site makes it."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
+
+    def share(self, key: Any, node: fx.Node) -> None:
+        """Sets the node that later sites find under `key`."""
+        self._shared[key] = node
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node that replaced this one, or itself: a site's operand may be an earlier site's output."""
+        return self.replaced.get(node, node)
 
     def _rows(self, site: AttentionSite, leaf: Leaf) -> fx.Node:
         """leaf[:, shift : shift + key_len] as [batch, key_len]."""
@@ -189,7 +198,7 @@ class Editor:
             finally:
                 self._before = site
 
-        return self._once(("snapshot", leaf), copy)
+        return self.shared(("snapshot", leaf), copy)
 
     def _key_flags(self, rows: fx.Node, leaf: Leaf, sinks: int) -> fx.Node:
         """uint8 [batch, key_len]: bit 0 where `rows` compares as the leaf says, bit 1 on the first `sinks` of those."""
@@ -228,26 +237,26 @@ class Editor:
         size = values(node).shape[dim]
         return size if isinstance(size, int) else self.method("size", node, dim)
 
-    def size(self, site: AttentionSite, expr: Size) -> int | fx.Node:
+    def size(self, site: Site, expr: Size | sympy.Basic) -> int | fx.Node:
         """An int, or a node that computes an expression over symbolic sizes.
 
         Raises:
             RewriteError: a symbol of the expression is the size of nothing before the site.
         """
-        if isinstance(expr, int) or expr.is_Integer:
+        if isinstance(expr, int | sympy.Integer):
             return int(expr)
         found = self._size_node(expr)
         if found is not None:
             return found
         if expr.func not in COMPUTED:
             raise RewriteError(f"no node holds the size {expr}", where=site.name)
-        operands = [self.size(site, part) for part in ([expr.base] * int(expr.exp) if expr.is_Pow else expr.args)]
+        operands = [self.size(site, part) for part in ([expr.base] * int(expr.exp) if isinstance(expr, sympy.Pow) else expr.args)]
         result = operands[0]
         for operand in operands[1:]:
             result = self.call(COMPUTED[expr.func], result, operand)
         return result
 
-    def _size_node(self, expr: sympy.Expr) -> fx.Node | None:
+    def _size_node(self, expr: sympy.Basic) -> fx.Node | None:
         """The node of a size, or of one dimension of a tensor, before the current position."""
         for node in self.graph.nodes:
             if node is self._before:
@@ -262,7 +271,7 @@ class Editor:
         return None
 
     def erase_orphans(self, sites: Iterable[Site]) -> None:
-        """Erases replaced outputs, what only computed them, and what computed only their inputs, as far as nothing else uses it.
+        """Erases replaced outputs and all nodes that nothing uses any more.
 
         Other mutating calls and graph inputs stay: a cache update has no user and must survive.
         """
@@ -286,8 +295,8 @@ class Editor:
 
 
 def values(tree: Any) -> Any:
-    """Nodes replaced by their example values."""
-    return fx.node.map_arg(tree, lambda node: node.meta["example_value"])
+    """The tree with nodes replaced by their example values."""
+    return map_arg(tree, lambda node: node.meta["example_value"])
 
 
 def mutates(node: fx.Node) -> bool:
@@ -312,7 +321,7 @@ def _key_bias(editor: Editor, site: AttentionSite, biases: Iterable[KeyBias]) ->
 
 
 def empty_row_operands(editor: Editor, site: AttentionSite, key_bias: fx.Node | None = None) -> dict[str, Any]:
-    """What the attention ops are told of rows that see no key; nothing where such rows are 0 or do not exist."""
+    """Operands of the attention ops that describe rows without a visible key; empty where such rows are 0 or do not exist."""
     if site.empty_rows in ("impossible", "zero"):
         return {}
     if site.empty_rows == "nan":
@@ -333,7 +342,17 @@ def attention_call(
     blocks: tuple[fx.Node, fx.Node] | None = None,
     block_size: int = 128,
 ) -> fx.Node:
-    """Emits `sparsify::attention` for a site and returns its output node. `windows` replaces the mask's own window when given."""
+    """Inserts `sparsify::attention` for a site.
+
+    Args:
+        sinks: first visible tokens of each row that windows do not hide.
+        windows: replaces the mask's own window: one number for all heads or one per query head, 0 for none.
+        blocks: nodes of block_counts and block_indices.
+        block_size: tokens per block.
+
+    Returns:
+        the node of the output.
+    """
     mask = editor.mask_operands(site, sinks=sinks)
     own = (mask.window,) if mask.window else ()
     slopes = site.alibi_slopes

@@ -1,7 +1,7 @@
-"""Whose generated tokens `ffn_skip` counts: those of one model in one thread.
+"""Assigns the generated tokens that `ffn_skip` counts to one model in one thread.
 
-A model is known by a weight of its feed-forward blocks, which every graph of it reads. What is not known so, such as weights that are made
-anew for each call, starts a new run at every call, and stays dense for its warm-up.
+A model is identified by a weight of its feed-forward blocks, which all of its graphs read. A model without such a weight (weights that are
+computed anew in each call) starts a new run at every call, and stays dense for its warm-up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ _COUNTING = (ffn_ops.ffn_start, ffn_ops.ffn_prompt)
 
 @dataclass(frozen=True)
 class Owner:
-    """Where a graph's calls find the model's weight: among their inputs, or in the graph. keys: of the runs that the graph asks for."""
+    """How a graph's calls find the weight that identifies the model.
+
+    index: of the weight among the graph's inputs; None when it is no input.
+    constant: the weight, when it is an attribute of the graph; None otherwise.
+    keys: device and number of each run that the graph reads.
+    """
 
     index: int | None
     constant: Tensor | None
@@ -34,7 +39,12 @@ class Owner:
 
 
 def owner(gm: fx.GraphModule, rewritten: fx.GraphModule) -> Owner | None:
-    """The owner of the runs that a rewritten graph asks for, None where it asks for none. gm: the graph as it was."""
+    """The owner of the runs that a rewritten graph reads; None where it reads none.
+
+    Args:
+        gm: the graph before rewriting.
+        rewritten: the graph after it.
+    """
     asking = [node for node in rewritten.graph.nodes if node.op == "call_function" and node.target in _COUNTING]
     if not asking:
         return None
@@ -45,4 +55,4 @@ def owner(gm: fx.GraphModule, rewritten: fx.GraphModule) -> Owner | None:
     keys = dict.fromkeys((site.device, node.kwargs["key"]) for site in sites[:1] for node in asking)
     if weight is not None and weight.op == "placeholder":
         return Owner([n for n in gm.graph.nodes if n.op == "placeholder"].index(weight), None, tuple(keys))
-    return Owner(None, getattr(gm, weight.target, None) if weight is not None else None, tuple(keys))
+    return Owner(None, getattr(gm, str(weight.target), None) if weight is not None else None, tuple(keys))

@@ -1,42 +1,44 @@
-"""Small instances of a region: numbers for its sizes and contents for the tensors that it begins at.
+"""Makes small instances of a region: numbers for its sizes, and contents for its input tensors.
 
-Symbolic sizes get small numbers that the graph's guards allow. Numbers that the graph has fixed (a prompt of 32768 tokens, a window of
-4096) are mapped to small ones, in sizes, literals and guards alike, so that neighbours stay neighbours, sums stay sums and the order stays
-the order: `q - 4095` beside a window of 4096 becomes `q - 11` beside a window of 12.
+Symbolic sizes get small numbers that the graph's guards allow. Constants of the graph (a prompt of 32768 tokens, a window of 4096) are
+mapped to small ones, in sizes, literals and guards alike. The map keeps neighbours, sums and the order: `q - 4095` with a window of 4096
+becomes `q - 11` with a window of 12.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 from torch.utils._sympy.numbers import int_oo
 
 from sparsify.graph.compat import symbol_values
 from sparsify.rewriting.region import Region
 
-# Fixed numbers between these are mapped to smaller ones; what counts no tokens stays what it is, so that integers overflow as ever.
+# Constants between these are mapped to smaller ones. Others are no numbers of tokens and stay, so that integers overflow as in the graph.
 LARGE, HUGE = 32, 1 << 26
-_NEAR = 4  # numbers that are no further apart keep their distance
+_NEAR = 4  # numbers that are at most this far apart keep their distance
 _TRIES = 40
 STYLES = ("ones", "left", "random", "right", "documents")
 
 
 class InstanceError(Exception):
-    """No small instance could be made; the message says why."""
+    """No small instance can be made; the message says why."""
 
 
 @dataclass
 class Numbers:
-    """What the sizes and integers of a region are in one instance.
+    """Sizes and integers of a region in one instance.
 
-    symbols: number of every symbolic size. fixed: where the graph's own integers are mapped to.
+    symbols: number of every symbolic size.
+    fixed: map of the graph's constants to small ones.
     """
 
     symbols: dict[sympy.Symbol, Any] = field(default_factory=dict)
@@ -44,7 +46,7 @@ class Numbers:
     _known: dict[sympy.Basic, Any] = field(default_factory=dict, repr=False)
 
     def of(self, value: Any) -> Any:
-        """A size, a number or a container of such as it is in this instance."""
+        """The value that a size, a number, or a container of these has in this instance."""
         if isinstance(value, bool):
             return value
         if isinstance(value, int):
@@ -58,8 +60,8 @@ class Numbers:
     def evaluate(self, expr: sympy.Basic, kind: type = torch.SymInt) -> Any:
         if expr not in self._known:
             mapped = {a: sympy.Integer(self.fixed[int(a)]) for a in expr.atoms(sympy.Integer) if int(a) in self.fixed}
-            result = expr.xreplace({**mapped, **self.symbols})
-            convert = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[kind]
+            result: Any = expr.xreplace({**mapped, **self.symbols})
+            convert: Callable[[Any], Any] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[kind]
             try:
                 self._known[expr] = convert(result)
             except TypeError as error:
@@ -68,7 +70,7 @@ class Numbers:
 
 
 def integers(graph: fx.Graph) -> Iterator[int]:
-    """Every integer that is written in a graph: literals, sizes and strides' parts."""
+    """Every integer constant of a graph: literals, sizes, and integers in expressions of sizes."""
     found: list[int] = []
 
     def collect(value: Any) -> Any:
@@ -77,7 +79,7 @@ def integers(graph: fx.Graph) -> Iterator[int]:
         return value
 
     for node in graph.nodes:
-        fx.node.map_aggregate((node.args, node.kwargs), collect)
+        map_aggregate((node.args, node.kwargs), collect)
         example = node.meta.get("example_value")
         for tensor in example if isinstance(example, (tuple, list)) else (example,):
             sizes = tensor.shape if isinstance(tensor, torch.Tensor) else (tensor,)
@@ -90,7 +92,7 @@ def integers(graph: fx.Graph) -> Iterator[int]:
 
 
 def symbols(graph: fx.Graph) -> set[sympy.Symbol]:
-    """The symbols in sizes, strides and numbers of a graph."""
+    """All symbols in sizes, strides and numbers of a graph."""
     found: set[sympy.Symbol] = set()
     for node in graph.nodes:
         example = node.meta.get("example_value")
@@ -102,7 +104,13 @@ def symbols(graph: fx.Graph) -> set[sympy.Symbol]:
 
 
 def shrink(numbers: Iterable[int], keep: set[int], draw: random.Random) -> dict[int, int]:
-    """A map of the large integers to small ones. keep: those that stay, such as head dimensions."""
+    """A map of large integers to small ones.
+
+    Args:
+        numbers: all integers of the graph.
+        keep: those that stay, such as head dimensions.
+        draw: source of randomness.
+    """
     every = {n for n in numbers if n > 4}
     known = {n: n for n in every if n < LARGE or n in keep}
     small = [n for n in known if n < LARGE]
@@ -122,7 +130,7 @@ def shrink(numbers: Iterable[int], keep: set[int], draw: random.Random) -> dict[
 
 
 def _as_sum(number: int, known: dict[int, int]) -> int | None:
-    """The number that a multiple or a sum of two others becomes."""
+    """The small number for a multiple of a known number or a sum of two; None for any other number."""
     for one in sorted(known, reverse=True):
         for times in (2, 3, 4):
             if one * times == number:
@@ -133,7 +141,12 @@ def _as_sum(number: int, known: dict[int, int]) -> int | None:
 
 
 class Guards:
-    """What Dynamo had assumed about symbolic sizes when the graph was matched, and the example's numbers for them."""
+    """What Dynamo assumed about symbolic sizes when the graph was matched.
+
+    ranges: of each symbol.
+    hints: its value in the example inputs.
+    statements: guards over several symbols.
+    """
 
     def __init__(self, shape_env: Any | None):
         self.ranges = dict(shape_env.var_to_range) if shape_env is not None else {}
@@ -141,7 +154,7 @@ class Guards:
         self.statements = [g.expr for g in shape_env.guards if len(g.expr.free_symbols) > 1] if shape_env is not None else []
 
     def draw(self, wanted: set[sympy.Symbol], fixed: dict[int, int], top: int, draw: random.Random) -> dict[sympy.Symbol, Any]:
-        """Numbers for the symbols: first the example's, made small as the graph's own integers are, then any up to `top`.
+        """Draws numbers for the symbols: first those of the example, mapped as the graph's constants are, then any up to `top`.
 
         Raises:
             InstanceError: no draw satisfied the guards.
@@ -159,6 +172,7 @@ class Guards:
         raise InstanceError("no small sizes fit the graph's guards")
 
     def allow(self, found: dict[sympy.Symbol, Any], fixed: dict[int, int], statements: list[sympy.Basic]) -> bool:
+        """Whether the numbers lie in their ranges and satisfy the guards."""
         numbers = Numbers(found, fixed)
         bounds = ((n, *self._bounds(symbol, fixed)) for symbol, n in found.items() if symbol.is_integer)
         try:
@@ -172,7 +186,7 @@ class Guards:
             return 2, math.inf
         low = 1 if known.lower in (-int_oo, -sympy.oo) else int(known.lower)
         high = math.inf if known.upper in (int_oo, sympy.oo) else int(known.upper)
-        return fixed.get(low, low), fixed.get(high, high)
+        return fixed.get(low, low), fixed.get(high, high) if isinstance(high, int) else high
 
     def _number(self, symbol: sympy.Symbol, fixed: dict[int, int], top: int, draw: random.Random) -> Any:
         if not symbol.is_integer:
@@ -182,7 +196,7 @@ class Guards:
 
 
 def tensor(node: fx.Node, numbers: Numbers, style: str, generator: torch.Generator) -> torch.Tensor:
-    """Contents for a tensor that a region begins at, on the CPU, in the order of strides that it has in the graph."""
+    """Random contents for an input tensor of a region, on the CPU, with its dimensions in the same order of strides as in the graph."""
     example = node.meta["example_value"]
     shape = numbers.of(example.shape)
     strides = numbers.of(tuple(example.stride()))
@@ -218,11 +232,20 @@ def _contents(shape: list[int], dtype: torch.dtype, style: str, generator: torch
 def make(
     region: Region, wanted: set[sympy.Symbol], guards: Guards, seed: int, style: str, mapped: bool = True
 ) -> tuple[Numbers, dict[str, Any]]:
-    """Numbers for the sizes of a region, and values for its placeholders by name. mapped: the graph's own integers
-    become small.
+    """Makes one instance of a region.
+
+    Args:
+        wanted: symbols that need a number.
+        guards: what the numbers must satisfy.
+        seed: of all random choices.
+        style: kind of contents of integer and boolean tensors, one of STYLES.
+        mapped: map the graph's constants to small ones.
+
+    Returns:
+        numbers for sizes, and values for the region's placeholders by name.
 
     Raises:
-        InstanceError: no small sizes fit what the graph assumes.
+        InstanceError: no small sizes satisfy the guards.
     """
     draw = random.Random(seed)
     keep = kept_sizes(region.site)
@@ -242,7 +265,7 @@ def make(
 
 
 def kept_sizes(site: Any) -> set[int]:
-    """Sizes that stay as they are: heads and head dimensions, which the default scale and the groups depend on, and their products."""
+    """Sizes that are not mapped: heads and head dimensions, on which the default scale and the groups depend, and their products."""
     named = [getattr(site, n, None) for n in ("batch", "query_heads", "kv_heads", "qk_head_dim", "v_head_dim")]
     batch, heads, kv_heads, *dims = (int(n) if isinstance(n, int) else 0 for n in named)
     return {batch, heads, kv_heads, *dims, batch * heads, batch * kv_heads}

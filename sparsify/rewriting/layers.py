@@ -14,13 +14,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparsify.rewriting.region import AUTOCAST, Numbered
@@ -86,7 +87,7 @@ def compile_by_layers(gm: fx.GraphModule, compiler: Compiler) -> Callable[..., A
         for i, node in enumerate(piece.outputs):
             values[node] = graph.call_function(_pick, (results, i))
     result = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    graph.output(fx.node.map_arg(result.args[0], values.__getitem__))
+    graph.output(map_arg(result.args[0], values.__getitem__))
     outer = fx.GraphModule(gm, graph)
     return outer.forward
 
@@ -227,7 +228,7 @@ def _describe(piece: Piece, same: dict[int, fx.Node]) -> None:
         if node in piece.inputs:
             lines.append(f"input {_description(value)} {shared}")
         else:
-            call = fx.node.map_arg((node.args, node.kwargs), lambda n: Numbered(_number(n, number, same)))
+            call = map_arg((node.args, node.kwargs), lambda n: cast(Any, Numbered(_number(n, number, same))))
             target = f"{node.op} {getattr(node.target, '__module__', '')} {node.target}"
             lines.append(f"{target} {call} {_description(value)} {shared}")
     lines.append(str([number[node] for node in piece.outputs]))
@@ -266,7 +267,7 @@ def _same_assumptions(first: Piece, other: Piece) -> bool:
     renamed = {a: b for a, b in zip(first.symbols, other.symbols, strict=True) if a != b}
     if not renamed:
         return True
-    environment = next(v.fake_mode.shape_env for n in first.inputs if isinstance(v := n.meta["example_value"], FakeTensor))
+    environment: Any = next(v.fake_mode.shape_env for n in first.inputs if isinstance(v := n.meta["example_value"], FakeTensor))
     if any(environment.var_to_range.get(a) != environment.var_to_range.get(b) for a, b in renamed.items()):
         return False
     assumed = [guard.expr for guard in environment.guards if guard.expr.free_symbols & renamed.keys()]

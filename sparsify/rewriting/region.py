@@ -1,7 +1,7 @@
-"""A site's region: the part of a graph that computes a site's output from its operands, as a graph of its own that can be executed.
+"""Cuts out a site's region: the part of a graph that computes the site's output from its operands, as a graph that can be executed alone.
 
-A region begins at the site's operands (query, key, value, weights ...), at the graph's inputs, and at sizes; it holds what lies between
-those and the output, the mask's whole subgraph included, and every call that writes to memory which the region reads, in the graph's
+The inputs of a region are the site's operands (query, key, value, weights ...), the graph's inputs, and sizes. It holds all nodes between
+these and the output, the mask's whole subgraph included, and every call that writes to memory which the region reads, in the graph's
 order. Views that share memory in the graph share it when the region runs.
 """
 
@@ -10,34 +10,35 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from sparsify.graph.aliasing import Memory, written
 
-# A region that is larger holds parts of the model: its mask is computed by the model itself. The clauses' tensors then become inputs.
+# A larger region contains parts of the model, because the model computes its mask. The tensors of the mask's clauses then become inputs.
 MOST_NODES = 400
-# What changes the dtype of the calls after it.
+# Calls that change the dtype of the calls after them.
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _IN_PLACE_DRAWS = {"uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_"}
 _NOT_OF_A_KIND = {"name", "layer", "index", "count", "covered"}
-# Operands whose making the region holds: a wrong one is found by what it is made of.
+# Operands that the region computes itself, so that a wrongly matched one is found.
 _MADE_IN_REGION = {"sink_logits", "alibi_slopes", "key_bias", "output", "mask_node", "mask", "covered"}
 _NOT_OPERANDS = {"output", "mask_node", "mask", "covered"}
 
 
 class RegionError(Exception):
-    """A region that cannot be cut out of its graph; the message says why."""
+    """A region cannot be cut out of its graph; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
     """A site in a graph of its own.
 
-    graph: placeholders for what the region begins at, then its nodes in the original's order; no output node.
-    site: the site, its nodes those of `graph`.
+    graph: placeholders for the region's inputs, then its nodes in the original order; no output node.
+    site: the site with its nodes replaced by those of `graph`.
     """
 
     graph: fx.Graph
@@ -67,12 +68,14 @@ class Regions:
         self._writing = {writer for writer, _ in self.writers}
 
     def cut(self, site: Any) -> tuple[list[fx.Node], set[fx.Node]]:
-        """The region's nodes, and those of them whose value it takes as given although the graph computes it.
+        """Finds a site's region.
 
-        Nodes: what the site reads in every form first, then the rest in the graph's order.
+        Returns:
+            its nodes, operands first and the others in the graph's order; and those of them whose value is an input of the region although
+            the graph computes it.
 
         Raises:
-            RegionError: the region has more than MOST_NODES nodes even where it begins at the mask's own tensors.
+            RegionError: more than MOST_NODES nodes, even with the tensors of the mask's clauses as inputs.
         """
         operands = _operands(site)
         streams = {n for f in dataclasses.fields(site) if f.name not in _MADE_IN_REGION for n in nodes_in(getattr(site, f.name))}
@@ -110,15 +113,14 @@ class Regions:
         return found, begins & found
 
     def begins_at(self, node: fx.Node, begins: set[fx.Node]) -> bool:
-        """Whether a region takes the node's value as given: operands, inputs of the graph, and whatever is no tensor."""
+        """Whether the node's value is an input of a region: operands, inputs of the graph, and everything that is no tensor."""
         value = node.meta.get("example_value")
         if node.target in AUTOCAST or node in self._writing:  # `x[i] = y` has no value of its own
             return False
         return node in begins or node.op in ("placeholder", "get_attr") or not isinstance(value, (torch.Tensor, tuple, list))
 
     def _writers_to(self, found: set[fx.Node], begins: set[fx.Node], output: fx.Node) -> list[fx.Node]:
-        """Calls before the output that write to what the region reads. An operand's value is given: only what comes after its first
-        reader counts."""
+        """Calls before the output that write to memory which the region reads; for an operand only those after its first reader."""
         since: dict[Any, int] = {}
         for node in found:
             start = self.order[node]
@@ -134,7 +136,11 @@ class Regions:
         ]
 
     def kind(self, site: Any, nodes: list[fx.Node], given: set[fx.Node], also: object) -> str:
-        """Equal for two sites whose regions do the same with inputs of the same dtypes, sizes and strides: one then stands for both."""
+        """A text that is equal for two sites whose regions do the same with inputs of the same dtypes, sizes and strides.
+
+        Args:
+            also: further properties that must be equal, such as the method.
+        """
         number = {node: i for i, node in enumerate(nodes)}
         storages: dict[Any, int] = {}
         symbols: dict[str, str] = {}  # layers differ in the symbols of their cached keys
@@ -145,21 +151,26 @@ class Regions:
             described = names.sub(lambda m: symbols.setdefault(m[0], f"s{len(symbols)}"), _description(value))
             shared = [storages.setdefault(s, len(storages)) for s in self.memory.storages(node)]
             inside = all(n in number for n in node.all_input_nodes) and not self.begins_at(node, given)
-            call = (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: Numbered(number[n]))) if inside else "given"
+            arguments = map_arg((node.args, node.kwargs), lambda n: cast(Any, Numbered(number[n]))) if inside else None
+            call = (node.op, node.target, arguments) if inside else "given"
             lines.append(f"{described} {shared} {call}")
         told = [f.name for f in dataclasses.fields(site) if f.name not in _NOT_OF_A_KIND]
         lines += [f"{name}: {_shown(getattr(site, name), number)}" for name in told]
         return names.sub(lambda m: symbols.get(m[0], m[0]), "\n".join(lines))
 
     def region(self, site: Any, nodes: list[fx.Node], given: set[fx.Node]) -> Region:
-        """The nodes as a graph, and the site in it."""
+        """Copies a region into a graph of its own.
+
+        Raises:
+            RegionError: a call draws random numbers, or writes to memory from outside of the region.
+        """
         members = set(nodes)
         graph, mapping = fx.Graph(), {}
         for node in nodes:
             cut = any(n not in members for n in node.all_input_nodes)
             if cut and node in self._writing:
                 raise RegionError(f"{node.name} writes what is made outside of the region")
-            if _draws(node):
+            if _draws_random(node):
                 raise RegionError(f"{node.name} draws random numbers")
             if cut or self.begins_at(node, given):
                 copy = graph.placeholder(node.name)
@@ -174,12 +185,12 @@ def _operands(site: Any) -> list[fx.Node]:
     return [n for f in dataclasses.fields(site) if f.name not in _NOT_OPERANDS for n in nodes_in(getattr(site, f.name))]
 
 
-def _draws(node: fx.Node) -> bool:
-    """Whether a call takes numbers from a generator: the caller's, were it run."""
+def _draws_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; run here, it would advance the caller's generator."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if "dropout" in name:
         given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-        return given.get("p", 0.5) != 0 and given.get("training", given.get("train", True)) is not False
+        return bool(given.get("p", 0.5) != 0) and given.get("training", given.get("train", True)) is not False
     return name.startswith(("rand", "bernoulli", "multinomial", "normal", "poisson")) or name in _IN_PLACE_DRAWS
 
 

@@ -1,9 +1,8 @@
-"""Readable dumps of every stage, for people who ask what happened to their graph. A dump that fails never fails the compile.
+"""Writes every stage of a compilation as text. A failure to write never fails the compilation.
 
-With a folder (the setting `trace` or the variable `SPARSIFY_TRACE`) each stage of each compiled graph becomes
-`FOLDER/<graph>-<stage>.txt`; numbers continue where the folder's files end, so processes and runs may share one. Files are new: nothing is
-written over or through a link. The plan goes to
-torch's structured log (`TORCH_TRACE`, read by tlparse) as well.
+With a folder (the setting `trace` or the variable `SPARSIFY_TRACE`) each stage of each compiled graph becomes a file
+`FOLDER/<graph>-<stage>.txt`. Numbers continue after the folder's files, so processes and runs may share one folder; files are created
+exclusively, never overwritten or written through a link. The plan also goes to torch's structured log (`TORCH_TRACE`, read by tlparse).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch._logging._internal import trace_structured
 
 from sparsify import folders
 
@@ -26,10 +25,10 @@ _warned: set[str] = set()  # folders whose failure was reported in this process
 
 
 class Trace:
-    """The dumps of one compiled graph.
+    """Writes the stages of one compiled graph.
 
     Args:
-        folder: made when missing; None writes no files.
+        folder: created when missing; None writes no files.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -37,12 +36,18 @@ class Trace:
         self.number: int | None = None  # claimed by the first stage that is written
 
     def stage(self, name: str, text: str | Callable[[], str], suffix: str = "txt") -> None:
-        """Writes one stage. A callable is asked for its text only when there is a folder to write to."""
+        """Writes one stage.
+
+        Args:
+            name: of the stage.
+            text: its text, or a callable that makes it, called only when there is a folder to write to.
+            suffix: of the file's name.
+        """
         if self.folder is None:
             return
         try:
             content = text() if callable(text) else text
-            path = self._write(f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.{suffix}", content.rstrip("\n") + "\n")
+            path = self._write(self.folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.{suffix}", content.rstrip("\n") + "\n")
             log.debug("stage %s: %s", name, path)
         except Exception as error:
             self._warn(name, error)
@@ -52,17 +57,18 @@ class Trace:
         self.stage("plan", lambda: str(plan))
         self.stage("plan", lambda: plan.to_json(), suffix="json")
         try:
-            torch._logging.trace_structured(
+            trace_structured(
                 "artifact", metadata_fn=lambda: {"name": "sparsify_plan", "encoding": "json"}, payload_fn=lambda: plan.to_json()
             )
         except Exception as error:
             self._warn("structured log", error)
 
-    def _write(self, name: str, content: str) -> Path:
-        with folders.opened(self.folder) as folder:
+    def _write(self, target: Path, name: str, content: str) -> Path:
+        """Creates one file in the folder `target` and returns its path."""
+        with folders.opened(target) as folder:
             if self.number is not None:
                 folders.create(folder, f"{self.number:03d}-{name}", content)
-                return self.folder / f"{self.number:03d}-{name}"
+                return target / f"{self.number:03d}-{name}"
             entries = os.listdir(folder)  # noqa: PTH208  (of the folder that is open, whatever has its name now)
             taken = [int(found[1]) for entry in entries if (found := re.match(r"(\d+)-", entry))]
             number = max(taken, default=-1) + 1
@@ -73,7 +79,7 @@ class Trace:
                     number += 1
                     continue
                 self.number = number
-                return self.folder / f"{number:03d}-{name}"
+                return target / f"{number:03d}-{name}"
 
     def _warn(self, name: str, error: Exception) -> None:
         log.debug("stage %s could not be traced", name, exc_info=error)

@@ -1,12 +1,11 @@
-"""Translation validation: before a site is rewritten, what was proved about it is run.
+"""Validates a rewriting before it is used: executes a site and its rewriting on small random instances and compares them.
 
-A site's region (`sparsify.rewriting.region`) and its rewriting, with settings under which the method must equal dense attention, are
-executed in eager PyTorch on the CPU over small random instances (`sparsify.rewriting.instances`) and compared element by element. One site
-of a kind stands for all: sites are of a kind when their regions do the same with inputs of the same dtypes and sizes, and the same method
-serves them.
+The site's region (`sparsify.rewriting.region`) and its rewriting under keep-all settings, with which the method must equal dense attention,
+run in eager PyTorch on the CPU on small random instances (`sparsify.rewriting.instances`) and are compared element by element. One site is
+checked for all sites whose regions do the same with inputs of the same dtypes and sizes and which the same method serves.
 
-The idea is translation validation (Pnueli, Siegel, Singerman: Translation Validation, TACAS 1998): not the compiler is proved once, but
-each of its translations is checked when it is made.
+This is translation validation (Pnueli, Siegel, Singerman: Translation Validation, TACAS 1998): instead of proving the compiler once, each
+of its translations is checked when it is made.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsify.errors import SparsifyError
@@ -39,35 +40,42 @@ _SEEDS = 3  # draws of sizes for one style of contents
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a site's claim showed.
+    """Result of validating one site.
 
-    verdict: agrees, as many instances as were compared did; differs, one did not; unchecked, none could be run.
-    why: the element that differs, or what stood in the way.
-    instances: how many were compared.
+    verdict: "agrees" when all compared instances agree, "differs" when one does not, "unchecked" when none could be run.
+    why: the element that differs, or what prevented a run.
+    instances: number of instances compared.
     """
 
     verdict: Literal["agrees", "differs", "unchecked"]
     why: str = ""
     instances: int = 0
 
-    def words(self) -> str:
+    def describe(self) -> str:
+        """The result as a phrase for plans and warnings."""
         if self.verdict == "agrees":
             return f"{self.instances} instances agree"
         return f"what was proved does not hold when it is run: {self.why}" if self.verdict == "differs" else f"cannot be run: {self.why}"
 
 
 class Validator:
-    """Runs the claims about one graph's sites. Made before anything is planned: what planning assumes about sizes is no part of a proof."""
+    """Validates the sites of one graph.
 
-    def __init__(self, graph: fx.Graph, serving: Callable[[], AbstractContextManager] = contextlib.nullcontext):
-        """serving: a context in which our ops run their plain references, whatever the process or the caller chose."""
+    It must be made before planning, whose guards on sizes are not part of what was proved.
+    """
+
+    def __init__(self, graph: fx.Graph, serving: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext):
+        """Args:
+        graph: the graph as captured.
+        serving: makes a context in which sparsify's ops run their reference implementation.
+        """
         self.graph, self.serving = graph, serving
         self.guards = Guards(shape_env_of(graph))
         self._regions: Regions | None = None
         self._known: dict[str, Outcome] = {}
 
     def check(self, site: Any, method: Any) -> Outcome:
-        """Whether the method's rewriting of this site computes what the graph does."""
+        """Compares a site with the method's rewriting of it."""
         if self._regions is None:
             self._regions = Regions(self.graph)
         exact = method.keep_all()
@@ -133,12 +141,12 @@ class _Pair:
         return self.at_full_size(wanted, differences, trouble)
 
     def styles(self) -> tuple[str, ...]:
-        """Contents matter where the region begins at integers or conditions; else sizes alone do."""
+        """Kinds of contents to try: all of them where an input is of integers or booleans, else two."""
         data = (n.meta.get("example_value") for n in self.original.nodes if n.op == "placeholder")
         flags = any(isinstance(v, torch.Tensor) and not v.dtype.is_floating_point for v in data)
         return STYLES if flags else STYLES[:2]
 
-    def at_full_size(self, wanted: set, differences: str, trouble: str) -> Outcome:
+    def at_full_size(self, wanted: set[sympy.Symbol], differences: str, trouble: str) -> Outcome:
         compared = 0
         for seed, style in enumerate(self.styles() if self.affordable() else ()):
             try:
@@ -203,13 +211,13 @@ class _Pair:
         return cuda and mask is not None and mask.dtype.is_floating_point and (site.source, site.empty_rows) == ("sdpa", "zero")
 
     def tolerance(self) -> float:
-        """That of the least exact dtype that the graph computes in."""
+        """The tolerance of the least exact dtype that the graph computes in."""
         values = (n.meta.get("example_value") for n in self.original.nodes)
         return max(TOLERANCE.get(v.dtype, 1e-4) for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
 
 
 class _CannotRun(Exception):
-    """An instance on which the original fails too."""
+    """The original graph itself fails on an instance."""
 
 
 @contextlib.contextmanager
@@ -289,7 +297,7 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], numbers: Numbers) -> Any:
     # an operand of our ops such as the block size is no size of the graph
     ours = getattr(node.target, "namespace", "") == "sparsify"
 
-    def place(value: Any) -> Any:
+    def bind(value: Any) -> Any:
         if isinstance(value, fx.Node):
             return env[value]
         if isinstance(value, int) and not isinstance(value, bool) and not ours:
@@ -300,22 +308,22 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], numbers: Numbers) -> Any:
             return "cpu"
         return value
 
-    args = fx.node.map_aggregate(node.args, place)
+    args: tuple[Any, ...] = map_aggregate(node.args, bind)
     if node.target is AUTOCAST[0] and args[1] is None:
-        args = (args[0], torch.get_autocast_dtype(node.args[0]), *args[2:])  # the device's own default
-    kwargs = fx.node.map_aggregate(node.kwargs, place)
+        args = (args[0], torch.get_autocast_dtype(str(node.args[0])), *args[2:])  # the device's own default
+    kwargs: dict[str, Any] = map_aggregate(node.kwargs, bind)
     if ours and "windows" in kwargs:
         kwargs = {**kwargs, "windows": [numbers.of(w) for w in kwargs["windows"]]}
-    if node.op == "call_method":
+    if isinstance(node.target, str):
         return getattr(args[0], node.target)(*args[1:], **kwargs)
-    if _turned_over(node, kwargs):
+    if _has_negative_scale(node, kwargs):
         return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
     return node.target(*args, **kwargs)
 
 
-def _turned_over(node: fx.Node, kwargs: dict[str, Any]) -> bool:
-    """Whether the call is causal attention with a scale that is not positive: torch's fused CPU kernel, and it alone, masks before it
-    scales, and gives NaN."""
+def _has_negative_scale(node: fx.Node, kwargs: dict[str, Any]) -> bool:
+    """Whether a call is causal attention with a scale that is not positive: torch's fused CPU kernel masks before it scales and gives NaN
+    there; other kernels do not."""
     if getattr(node.target, "__name__", "") != "scaled_dot_product_attention" or len(node.args) > 3:
         return False
     scale = kwargs.get("scale")

@@ -1,4 +1,4 @@
-"""Checks after rewriting. Structure always; numbers on request."""
+"""Checks a rewritten graph: its structure always, its numbers on request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from sparsify.errors import VerifyError
 from sparsify.rewriting.editor import Editor, mutates
@@ -19,11 +20,16 @@ TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def structure(before: fx.GraphModule, after: fx.GraphModule, editor: Editor, expected: int) -> None:
-    """Lints the graph; every replaced value keeps shape, dtype, device and strides, and is gone itself; no mutation is lost; every site
-    is accounted for.
+    """Checks that the graph lints, that every site was replaced by a value of the same shape, dtype, device and strides, that replaced
+    nodes are gone, and that no mutation is lost.
+
+    Args:
+        before, after: the graph before and after rewriting.
+        editor: what rewrote it.
+        expected: number of sites that were to be rewritten.
 
     Raises:
-        VerifyError: naming the first check that failed.
+        VerifyError: names the first check that failed.
     """
     try:
         after.graph.lint()
@@ -52,14 +58,15 @@ def _mutations(gm: fx.GraphModule) -> set[str]:
 
 
 def numbers(reference: Callable[..., Any], candidate: Callable[..., Any], inputs: Sequence[Any]) -> float:
-    """Runs both on copies of the inputs and compares every floating output.
+    """Runs both callables on copies of the inputs and compares every floating-point output.
 
-    Returns the largest relative difference, in units of the dtype's tolerance (at most 1 passes).
+    Returns:
+        the largest relative difference, in units of the dtype's tolerance; at most 1.
 
     Raises:
         VerifyError: an output differs by more than its dtype's tolerance.
     """
-    want, got = (torch.utils._pytree.tree_leaves(f(*_copies(inputs))) for f in (reference, candidate))
+    want, got = (pytree.tree_leaves(f(*_copies(inputs))) for f in (reference, candidate))
     worst = 0.0
     for i, (a, b) in enumerate(zip(want, got, strict=True)):
         if not isinstance(a, torch.Tensor) or not a.is_floating_point() or a.numel() == 0:

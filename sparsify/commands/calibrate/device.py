@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,7 +27,7 @@ from sparsify.commands.calibrate import fit, timing
 from sparsify.costs import profile_cache
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
-from sparsify.costs.samples import Cell, Sample, predict
+from sparsify.costs.samples import Cell, Dtype, Sample, predict
 from sparsify.costs.work import step_kernel
 from sparsify.errors import ProfileError, SparsifyError
 
@@ -59,12 +60,12 @@ def cells(device: str, small: bool = False) -> list[Cell]:
     if small or device != "cuda":
         return _cells(("sdpa", "reference"), (128, 256, 512), (128, 512), {"query_heads": 2, "kv_heads": 1, "head_dim": 32}, 64, "float32")
     ours = [backends.attention_family(torch.device(device))] if backends.available(device)[0] == "triton" else []
-    kernels = dict.fromkeys(("sdpa", *ours, *(["triton"] if ours else [])))
-    return _cells(tuple(kernels), (1 * K, 4 * K, 32 * K), (4 * K, 64 * K), {}, 4096, "bfloat16")
+    kernels: tuple[str, ...] = tuple(dict.fromkeys(("sdpa", *ours, *(["triton"] if ours else []))))
+    return _cells(kernels, (1 * K, 4 * K, 32 * K), (4 * K, 64 * K), {}, 4096, "bfloat16")
 
 
 def _cells(
-    kernels: tuple[str, ...], lengths: tuple[int, ...], ends: tuple[int, int], shape: dict[str, int], hidden: int, dtype: str
+    kernels: tuple[str, ...], lengths: tuple[int, ...], ends: tuple[int, int], shape: dict[str, Any], hidden: int, dtype: Dtype
 ) -> list[Cell]:
     prompt = lambda kind, n, kernel="", **more: Cell(kind, kernel, query_len=n, key_len=n, dtype=dtype, **shape, **more)
     own = [kernel for kernel in kernels if kernel != "sdpa"]
@@ -74,9 +75,8 @@ def _cells(
         found += [prompt("attention", n, kernel, window=lengths[0] // 2, sinks=4) for n in ends]
     if own:
         found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
-    for kernel, n, batch in itertools.product(
-        ("sdpa", "masked", *(["cache"] if own else []), *(step_kernel(kernel) for kernel in own[-1:])), ends, (1, 8)
-    ):
+    decoders: tuple[str, ...] = ("sdpa", "masked", *(["cache"] if own else []), *(step_kernel(kernel) for kernel in own[-1:]))
+    for kernel, n, batch in itertools.product(decoders, ends, (1, 8)):
         found.append(Cell("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
     wide = hidden * 7 // 2
     if own:
@@ -142,10 +142,11 @@ def table(found: Calibration, width: int = 140) -> str:
         main = next((terms[name] for name in ("work", "bytes", "scores") if terms.get(name)), None)
         ceiling = f"{1 / main:.0%}" if main else ""
         grid.add_row(family, str(count[family]), ceiling, f"{1e6 * terms.get('call', 0):.3g} µs", f"{found.error(family):.1%}")
-    console = Console(file=io.StringIO(), width=width)
+    text = io.StringIO()
+    console = Console(file=text, width=width)
     console.print(grid)
     failed = [f"did not run: {call}: {reason}" for call, reason in found.failed.items()]
-    return "\n".join([*lines, console.file.getvalue().rstrip(), *failed])
+    return "\n".join([*lines, text.getvalue().rstrip(), *failed])
 
 
 def compile_kernels(wanted: Sequence[Cell]) -> None:
@@ -165,7 +166,7 @@ def compile_kernels(wanted: Sequence[Cell]) -> None:
 
 def _kernels_of(wanted: Sequence[Cell]) -> list[Cell]:
     """One cell for each kernel text: time does not matter here, so few heads where the kernel does not depend on them."""
-    chosen: dict[tuple, Cell] = {}
+    chosen: dict[tuple[Any, ...], Cell] = {}
     for cell in wanted:
         if cell.kernel in ("sdpa", "masked") or cell.kind in ("linear", "elementwise"):
             continue

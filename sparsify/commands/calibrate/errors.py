@@ -20,6 +20,7 @@ from sparsify import api, backends, pipeline
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.matching.attention import find_attention
+from sparsify.matching.base import Site
 from sparsify.matching.sites import AttentionSite
 from sparsify.planning import registry
 from sparsify.planning.config import config
@@ -63,7 +64,7 @@ class _Observer(Editor):
 
     made: fx.Node | None = None
 
-    def replace(self, site: AttentionSite, value: fx.Node) -> None:
+    def replace(self, site: Site, value: fx.Node) -> None:
         self.made = value
 
 
@@ -82,7 +83,8 @@ def measure(
     """
     settings = config.load({**options, **_NEUTRAL}, method_models=registry.discover())
     pieces = [piece for piece in ids.split(chunk, 1) if piece.shape[1] == min(chunk, ids.shape[1])]
-    errors, tried, graphs = Errors(), [], itertools.count()
+    errors, graphs = Errors(), itertools.count()
+    tried: list[tuple[int, Place, Pass]] = []
 
     def record(index: int, exact: Tensor, lossy: Tensor) -> None:
         errors.add(*tried[index], exact, lossy)

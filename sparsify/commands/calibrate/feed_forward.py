@@ -167,7 +167,7 @@ def plan_for(model: nn.Module, ids: Tensor, proposal: Proposal, options: dict[st
     for index, decision in enumerate(blocks):
         if proposal.cold_first <= index < len(blocks) - proposal.cold_last:
             measured = []
-            if skipped is not None:
+            if table is not None and skipped is not None:
                 error = (1 - table[index][skipped[index]]).mean().item() if skipped[index].any() else 0.0
                 measured = [{"method": "ffn_skip", "options": chosen, "error": error}]
             reason = f"calibrated for a skip share of {proposal.share:.0%}"

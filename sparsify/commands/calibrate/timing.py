@@ -167,6 +167,7 @@ def operands(cell: Cell, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def random_lists(cell: Cell, device: str) -> tuple[Tensor, Tensor, float]:
     """Counts, rising indices and their density: the first block and the diagonal always, others at random."""
+    assert cell.density is not None
     rows, columns = -(-cell.query_len // BLOCK), -(-cell.key_len // BLOCK)
     offset = columns - rows
     keep = torch.rand(cell.batch, cell.query_heads, rows, columns, device=device, generator=_generator(device)) < cell.density
@@ -183,7 +184,7 @@ def random_lists(cell: Cell, device: str) -> tuple[Tensor, Tensor, float]:
 
 def _attention_call(cell: Cell, operands: tuple[Tensor, Tensor, Tensor], lists: Sequence[Tensor | None] = (None, None)) -> AttentionCall:
     windows = (cell.window,) if cell.window else ()
-    listed = {"block_counts": lists[0], "block_indices": lists[1], "block_size": BLOCK}
+    listed: dict[str, Any] = {"block_counts": lists[0], "block_indices": lists[1], "block_size": BLOCK}
     return AttentionCall(*operands, scale=cell.head_dim**-0.5, causal=True, windows=windows, sinks=cell.sinks, **listed)
 
 
@@ -216,7 +217,7 @@ def _attention(cell: Cell, device: str) -> Call:
 
 
 def _selection(cell: Cell, query: Tensor, key: Tensor, density: float) -> SelectCall:
-    estimate = {"estimate": Estimate.of(cell.variants), "stride": cell.stride, "block_size": BLOCK}
+    estimate: dict[str, Any] = {"estimate": Estimate.of(cell.variants), "stride": cell.stride, "block_size": BLOCK}
     return SelectCall(query, key, scale=cell.head_dim**-0.5, causal=True, threshold=(0.9,), density=density, **estimate)
 
 
@@ -238,6 +239,7 @@ def _select(cell: Cell, device: str) -> Call:
 
 def _whole(cell: Cell, device: str) -> Call:
     query, key, value = operands(cell, device)
+    assert cell.density is not None
     call, select, kernel = _selection(cell, query, key, cell.density), _selector(device), _kernel(cell.kernel)
 
     def run() -> Tensor:
@@ -283,7 +285,7 @@ def _decode(cell: Cell, device: str) -> Call:
 
 def _cache_state(cell: Cell, device: str) -> tuple[Tensor, ...]:
     """Positions, counts, seen and length of a layer whose slots are full."""
-    ints = {"dtype": torch.int32, "device": device}
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     positions = torch.arange(cell.key_len, **ints).expand(cell.batch, cell.kv_heads, -1).contiguous()
     counts = torch.full((cell.batch, cell.kv_heads), cell.key_len, **ints)
     return positions, counts, counts[:, 0].clone(), torch.tensor(cell.key_len, dtype=torch.int64, device=device)

@@ -69,7 +69,9 @@ def run(given: argparse.Namespace, load_config: Callable[[argparse.Namespace], A
     return 0
 
 
-def add_errors(commands: Any, common: argparse.ArgumentParser, load_config: Callable, load_model_and_tokens: Callable) -> None:
+def add_errors(
+    commands: Any, common: argparse.ArgumentParser, load_config: Callable[..., Any], load_model_and_tokens: Callable[..., Any]
+) -> None:
     """The arguments of `calibrate errors`. The callables take the parsed arguments, as `sparsify.commands.main` has them."""
     errors = commands.add_parser("errors", parents=[common], help="how far each lossy attention method leaves the exact result, by site")
     errors.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
@@ -83,7 +85,7 @@ def add_errors(commands: Any, common: argparse.ArgumentParser, load_config: Call
     errors.set_defaults(run=lambda given: run_errors(given, *loaders), attention="sdpa", length=None)
 
 
-def run_errors(given: argparse.Namespace, load_config: Callable, load_model_and_tokens: Callable) -> int:
+def run_errors(given: argparse.Namespace, load_config: Callable[..., Any], load_model_and_tokens: Callable[..., Any]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 

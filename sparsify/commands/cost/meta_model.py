@@ -15,13 +15,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from sparsify.errors import UnsupportedError
-from sparsify.generation.cache_layer import link_layers
+from sparsify.generation.cache_layer import SparseLayer, link_layers
 from sparsify.generation.compat import with_cache
 from sparsify.generation.sparse_cache import SparseCache
 from sparsify.graph import isolated
@@ -121,7 +121,7 @@ class MetaModel:
             cache = _growing(self.config) if make_cache is None else make_cache(self.config)
             if isinstance(cache, SparseCache):  # of the layers that were cut away nothing is stored: the last one left ends a call
                 del cache.layers[max(self.kinds) + 1 :]
-                cache.call = link_layers(cache.layers)
+                cache.call = link_layers(cast(list[SparseLayer], cache.layers))
             with _capture(self.model) as (forward, graphs):
                 prefill = self._call(forward, graphs, length, batch, cache)
                 filled = {kind: _bytes(cache.layers[kind]) if kind < len(cache.layers) else 0 for kind in set(self.kinds)}
@@ -188,8 +188,9 @@ def resized(calls: PromptAndToken, old: int, new: int, cache_bytes: tuple[int, .
     """The calls of a prompt of `old` tokens as those of one of `new` tokens: lengths that are the prompt's change, others stay."""
 
     def of(call: CallSites, old: int, new: int) -> CallSites:
-        moved = [tuple(site.resized(old, new) for site in sites) for sites in call.by_kind]
-        return CallSites(*moved, call.graphs)
+        moved: list[Any] = [tuple(site.resized(old, new) for site in sites) for sites in call.by_kind]
+        attention, cache, feed_forward = moved
+        return CallSites(attention, cache, feed_forward, call.graphs)
 
     return PromptAndToken(of(calls.prefill, old, new), of(calls.decode, old + 1, new + 1), cache_bytes or calls.cache_bytes)
 
@@ -232,7 +233,8 @@ def build(name: str, *, config: Any = None, dtype: torch.dtype | None = None, at
         found = dtype or getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
         if found is None:
             assumptions.append("the configuration names no dtype: bfloat16")
-        dtype = getattr(torch, found) if isinstance(found, str) else found or torch.bfloat16
+        dtype = cast(torch.dtype, getattr(torch, found) if isinstance(found, str) else found or torch.bfloat16)
+        model: Any
         model, used = _on_meta(transformers.AutoModelForCausalLM, config, dtype, attention)
     except (OSError, ValueError, KeyError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -336,7 +338,7 @@ def _growing(config: Any) -> Any:
 
 @functools.cache
 def _empty_at_first(layer_type: type) -> type:
-    class Layer(layer_type):
+    class Layer(layer_type):  # pyright: ignore[reportUntypedBaseClass]  # a class that is chosen at run time
         def lazy_initialization(self, key_states: torch.Tensor, *rest: torch.Tensor) -> None:
             super().lazy_initialization(key_states, *rest)
             self.keys, self.values = (states[..., :0, :] for states in (key_states, rest[0] if rest else key_states))

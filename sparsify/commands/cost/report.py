@@ -20,9 +20,10 @@ _COLUMNS = (
 )
 
 
-def table(forecast: Forecast, width: int = 160, why: bool = False) -> str:
+def table(forecast: Forecast, width: int | None = 160, why: bool = False) -> str:
     """One row per length, then the crossovers and what the numbers rest on. why: also each group of layers with its reasons."""
-    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
+    text = io.StringIO()
+    console = Console(file=text, width=width, highlight=False, markup=False)
     console.print(_title(forecast))
     grid = Table()
     for name in _COLUMNS:
@@ -32,7 +33,7 @@ def table(forecast: Forecast, width: int = 160, why: bool = False) -> str:
     console.print(grid)
     for line in [*_crossovers(forecast), *(_reasons(forecast) if why else ()), *_notes(forecast)]:
         console.print(line, soft_wrap=True)
-    return console.file.getvalue().rstrip()
+    return text.getvalue().rstrip()
 
 
 def _title(forecast: Forecast) -> str:

@@ -213,7 +213,7 @@ class _Merger:
             if name in Config.model_fields or name == "config":
                 raise ConfigError("a method may not be named like a setting", where=name, hint="rename the method")
         self.raw: dict[str, Any] = {}
-        self.config = Config()
+        self.config = Config.model_validate({})
 
     def add_file(self, path: Path, source: str) -> None:
         try:

@@ -16,7 +16,8 @@ def known_options() -> dict[str, Any]:
     """The declared type of every option, by dotted name."""
     from torch._inductor import config  # imported here: it costs a second, and most configurations name none of its options
 
-    return {name: config.get_type(name) for name in config.get_config_copy()}
+    module: Any = config  # torch installs these functions when it loads the module
+    return {name: module.get_type(name) for name in module.get_config_copy()}
 
 
 def flatten(table: Mapping[Any, Any], source: str) -> dict[str, Any]:
