@@ -16,7 +16,6 @@ from typing import ClassVar, Literal
 import sympy
 from pydantic import Field, field_validator, model_validator
 
-from sparsify.errors import UnsupportedError
 from sparsify.ops import scratch
 from sparsify.ops.estimate import DEFAULT, VARIANTS, Estimate, Pool, VariantName, label
 from sparsify.ops.selection import SelectCall
@@ -29,6 +28,7 @@ from sparsify.planning.method import (
     Pass,
     Proposal,
     Refusal,
+    UnsupportedError,
     Work,
     attention_call,
     crossovers,

@@ -105,11 +105,6 @@ def _substituted(expr: sympy.Expr, values: Mapping[Any, float]) -> sympy.Expr:
     return cast(sympy.Expr, expr.xreplace({symbol: sympy.sympify(value) for symbol, value in values.items()}))
 
 
-def expected(works: Callable[[AttentionSizes], Iterable[Work]], example: AttentionSizes, device: Device) -> float | None:
-    """A candidate's seconds at the example's sizes; None where one of them is unknown."""
-    return float(seconds(works(example), device)) if example.numeric else None
-
-
 def formula(works: Callable[[AttentionSizes], Iterable[Work]], example: AttentionSizes, device: Device) -> str:
     """A candidate's seconds in letters and in numbers, kernel by kernel: B batch, H and G query and KV heads, Q and N query and key length.
 

@@ -22,9 +22,10 @@ from pydantic import BaseModel, ConfigDict
 
 from sparsify.costs import compaction, crossovers, work
 from sparsify.costs.device import Device
-from sparsify.costs.seconds import expected, expected_density, feed_forward_seconds, formula, in_units, seconds
+from sparsify.costs.seconds import expected_density, feed_forward_seconds, formula, in_units, seconds
 from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes
 from sparsify.costs.work import Work
+from sparsify.errors import UnsupportedError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
@@ -47,12 +48,12 @@ __all__ = [
     "Refusal",
     "Site",
     "SiteKind",
+    "UnsupportedError",
     "Work",
     "attention_call",
     "compaction",
     "crossovers",
     "empty_row_operands",
-    "expected",
     "expected_density",
     "feed_forward_seconds",
     "formula",

@@ -11,7 +11,7 @@ from sparsify import api, pipeline
 from sparsify.costs import profile
 from sparsify.costs import seconds as costs
 from sparsify.costs.device import Device
-from sparsify.costs.work import AttentionSizes
+from sparsify.costs.sizes import AttentionSizes
 from sparsify.masks.predicate import MaskKind, MaskPredicate, QueryStart
 from sparsify.passes.dense import Dense
 from sparsify.planning.method import Context, Proposal
