@@ -21,7 +21,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from sparsify.errors import UnsupportedError
-from sparsify.generation import compat, loop
+from sparsify.generation import compat, loop, step_caches
 from sparsify.generation.kept_caches import KeptCaches
 from sparsify.generation.runner import CudaGraphs, Direct, Recorded, Runner
 from sparsify.generation.sparse_cache import SparseCache
@@ -39,7 +39,7 @@ class Decoder:
         self._model = weakref.ref(model)
         self.graphs, self.shown = graphs, shown
         self.caches = KeptCaches()
-        self.sessions: weakref.WeakKeyDictionary[SparseCache, loop.Sessions] = weakref.WeakKeyDictionary()
+        self.sessions: weakref.WeakKeyDictionary[Any, loop.Sessions] = weakref.WeakKeyDictionary()
         self.unserved = ""  # why no SparseCache serves this model
         try:
             # before anything is compiled: it makes the model's attention sparsify's, which compiled code depends on
@@ -100,7 +100,7 @@ class _Request:
         call.apply_defaults()
         given = call.arguments
         config, model_kwargs, cache = given["generation_config"], given["model_kwargs"], given["model_kwargs"].get(compat.CACHE_NAME)
-        reason = loop.refusal(self.model, config, model_kwargs) or loop.cache_refusal(cache)
+        reason = loop.refusal(self.model, config, model_kwargs) or step_caches.refusal(cache, self.model)
         if not reason and given["synced_gpus"]:
             reason = "several processes decode in step"
         if not reason and (input_ids.dim() != 2 or input_ids.device != self.model.device):
@@ -110,7 +110,8 @@ class _Request:
         if reason:
             log.info("generate() runs transformers' loop because %s", reason)
             return original(self.model, input_ids, *args, **kwargs)
-        private = cache is self.borrowed and not config.return_dict_in_generate
+        users = cache is not self.borrowed and getattr(cache, "_is_user_defined", False)
+        private = not users and not config.return_dict_in_generate
         return loop.decode(
             self.model,
             *(

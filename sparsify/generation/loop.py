@@ -17,10 +17,10 @@ from transformers.generation import GenerationMixin
 
 from sparsify import progress
 from sparsify.generation import compat, processors
-from sparsify.generation.model_state import cache_state, model_state
+from sparsify.generation.model_state import model_state
 from sparsify.generation.runner import Direct, Runner, drawing
-from sparsify.generation.sparse_cache import SparseCache
 from sparsify.generation.step import Step
+from sparsify.generation.step_caches import StepCache, step_cache
 from sparsify.generation.stopping import Criteria, LateWatch, Watch, sort_criteria
 
 # what a model is given beside its cache: each of these has a buffer in a Step, or serves the prompt alone, or is not for the model
@@ -43,7 +43,8 @@ def refusal(model: Any, config: Any, model_kwargs: dict[str, Any]) -> str:
     config: the call's generation configuration. model_kwargs: what `generate()` hands to the decoding method beside its own arguments.
     """
     kind = type(model)
-    own = [name for name in ("prepare_inputs_for_generation", "_prefill") if getattr(kind, name) is not getattr(GenerationMixin, name)]
+    hooks = ("prepare_inputs_for_generation", "_prefill", "_update_model_kwargs_for_generation")
+    own = [name for name in hooks if name in vars(model) or getattr(kind, name) is not getattr(GenerationMixin, name)]
     plain = bool | int | float | str | None
     unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and not isinstance(value, plain)]
     positions = model_kwargs.get("position_ids")
@@ -51,6 +52,7 @@ def refusal(model: Any, config: Any, model_kwargs: dict[str, Any]) -> str:
         "the model is an encoder-decoder": model.config.is_encoder_decoder,
         f"the model has its own {', '.join(own)}": own,
         "the model lies on several devices": len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1,
+        "the model is split by tensor parallelism": (getattr(model, "_tp_size", None) or 1) > 1,
         "use_cache is off": not config.use_cache or model_kwargs.get("use_cache") is False,
         "attention weights or hidden states are asked for": config.output_attentions or config.output_hidden_states,
         "the model drafts for another one": config.is_assistant,
@@ -62,16 +64,12 @@ def refusal(model: Any, config: Any, model_kwargs: dict[str, Any]) -> str:
     return next((reason for reason, applies in reasons.items() if applies), "")
 
 
-def cache_refusal(cache: Any) -> str:
-    """Why this cache needs transformers' own loop; empty where it does not."""
-    return "" if isinstance(cache, SparseCache) else f"of the cache, a {type(cache).__name__}"
-
-
 class Session(NamedTuple):
     """A step with its runner, for generations that agree in all that a recorded step holds; one at a time."""
 
     step: Step
     runner: Runner
+    cache: StepCache
 
 
 class Sessions:
@@ -81,18 +79,18 @@ class Sessions:
         self.by_key: dict[Any, Session] = {}
         self._state: Any = None
 
-    def check(self, model: Any, cache: SparseCache) -> None:
+    def check(self, model: Any, cache: StepCache) -> None:
         """Forgets all sessions when the model or the cache is not what it was."""
-        state = model_state(model), cache_state(cache)
+        state = model_state(model), cache.state()
         if state != self._state:
             self.by_key.clear()
             self._state = state
 
-    def move(self, model: Any, cache: SparseCache) -> None:
+    def move(self, model: Any, cache: StepCache) -> None:
         """The cache's buffers have moved, in the middle of a generation."""
         for session in self.by_key.values():
             session.runner.forget()
-        self._state = model_state(model), cache_state(cache)
+        self._state = model_state(model), cache.state()
 
 
 def decode(
@@ -110,7 +108,7 @@ def decode(
     sessions: Sessions | None = None,
     shown: bool = False,
 ) -> Any:
-    """As `GenerationMixin._sample`, for calls that neither `refusal` nor `cache_refusal` refuses.
+    """As `GenerationMixin._sample`, for calls that neither `refusal` nor `step_caches.refusal` refuses.
 
     Args:
         private: nobody sees the cache after the call, so that it may hold a token too many.
@@ -122,7 +120,7 @@ def decode(
     config, device = generation_config, input_ids.device
     criteria = sort_criteria(stopping_criteria)
     parts = processors.recordable(logits_processor, input_ids.shape[1])
-    cache, position_ids = model_kwargs[compat.CACHE_NAME], model_kwargs["position_ids"]
+    cache, position_ids = step_cache(model_kwargs[compat.CACHE_NAME]), model_kwargs["position_ids"]
     model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
     rows, width, size = *input_ids.shape, criteria.max_length
     stored = compat.columns(input_ids, config, model_kwargs)  # tokens in the cache once the prompt is read
@@ -140,7 +138,9 @@ def decode(
         sessions = Sessions() if sessions is None else sessions
         sessions.check(model, cache)
         session = _session(model, cache, rows, size, position_ids, parts, config, criteria, model_kwargs, make_runner, sessions)
-        step, runner = session
+        step, runner, cache = session
+        cache.begin(rows, model_kwargs.get("attention_mask"), stored)
+        limit = cache.room()
         pad = config._pad_token_tensor.to(device) if criteria.pads else None
         step.begin(input_ids, position_ids, pad, processors.penalised(parts, logits_processor, input_ids, logits.shape[-1]))
         watch = (LateWatch if late and (private or not criteria.by_content) and criteria.others is None else Watch)(
@@ -158,8 +158,9 @@ def decode(
                 over = criteria.ended(length)
                 if watch() or over:
                     break
-                if stored == cache.room():
+                if stored == limit:
                     cache.reserve(room_for(stored, size - length + 1))
+                    limit = cache.room()
                     runner.forget()
                     sessions.move(model, cache)
                 draws.mark()
@@ -178,18 +179,19 @@ def decode(
         length -= extra
         draws.undo(extra)
         kept.drop(extra)
-    cache.recount()
+    cache.finish()
     if streamer is not None:
         streamer.end()
     sequences = step.sequences[:, :length].clone()
     if not config.return_dict_in_generate:
         return sequences
-    return compat.generated(cache, sequences=sequences, scores=kept.scores, logits=kept.logits, attentions=None, hidden_states=None)
+    held = model_kwargs[compat.CACHE_NAME]
+    return compat.generated(held, sequences=sequences, scores=kept.scores, logits=kept.logits, attentions=None, hidden_states=None)
 
 
 def _session(
     model: Any,
-    cache: Any,
+    cache: StepCache,
     rows: int,
     size: int,
     positions: Tensor,
@@ -208,16 +210,16 @@ def _session(
     if (found := sessions.by_key.get(key)) is not None and found.step.sequences.shape[1] >= size:
         return found
 
-    # a step is kept for as long as the model and the cache live, and must not keep them alive
-    its_model, its_cache = weakref.ref(model), weakref.ref(cache)
+    alive = weakref.ref(model)  # a step is kept for as long as the model lives, and must not keep it alive
 
     def forward(**inputs: Tensor) -> Tensor:
-        logits = its_model()(**inputs, **{compat.CACHE_NAME: its_cache()}, **flags, return_dict=True).logits
+        logits = alive()(**inputs, **cache.inputs(), **flags, return_dict=True).logits
         return logits[:, -1].to(copy=True, dtype=torch.float32)
 
     pad = config._pad_token_tensor.to(positions.device) if criteria.pads else None
-    step = Step(forward, rows, size, positions, parts=parts, sample=config.do_sample, eos=criteria.eos, pad=pad)
-    session = Session(step, make_runner(step, cache.call.forget))
+    longest = 1 << max(size - 1, 1023).bit_length()  # longer than is asked for, so that later turns find this step
+    step = Step(forward, rows, longest, positions, parts=parts, sample=config.do_sample, eos=criteria.eos, pad=pad)
+    session = Session(step, make_runner(step, cache.forget), cache)
     if session.runner.keeps:
         sessions.by_key[key] = session
     return session

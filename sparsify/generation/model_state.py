@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 
-from sparsify.generation.sparse_cache import SparseCache
-
 
 def model_state(model: Any) -> Any:
     """All of a model that a recorded step depends on, as far as Python shows it: where weights lie, and the modules' plain attributes,
     hooks and compiled code. Equal for two calls between which nothing changed."""
-    tensors = tuple((_address(t), t.dtype, t.shape) for ts in (model.parameters(), model.buffers()) for t in ts)
+    tensors = tuple((address(t), t.dtype, t.shape) for ts in (model.parameters(), model.buffers()) for t in ts)
     modules = tuple(_module_state(module) for module in model.modules())
     settings = tuple((name, value) for name, value in vars(model.config).items() if isinstance(value, _PLAIN))
     process = (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
     return tensors, modules, settings, process
 
 
-def _address(tensor: torch.Tensor) -> Any:
+def address(tensor: torch.Tensor) -> Any:
+    """Where a tensor's memory begins."""
     try:
         return tensor.data_ptr()
     except RuntimeError:  # a tensor subclass without memory of its own: no two calls are alike
@@ -37,8 +36,3 @@ def _module_state(module: torch.nn.Module) -> Any:
     code = tuple((name, id(value)) for name, value in own.items() if callable(value) and name != "generate")
     hooks = tuple(tuple(map(id, own[name].values())) for name in _HOOKS)
     return type(module), id(module), plain, code, hooks
-
-
-def cache_state(cache: SparseCache) -> Any:
-    """Where all buffers of a cache lie, and how it uses them."""
-    return tuple((layer.layout, *map(_address, (*layer.state, layer.tickets))) for layer in cache.layers)

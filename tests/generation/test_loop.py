@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -378,6 +379,32 @@ def test_threads_have_caches_of_their_own(llama, twin, recorder):
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+@pytest.mark.parametrize("name", ["greedy", "padded", "returned sequences", "penalty sampled", "ngrams"])
+def test_static_caches(llama, twin, recorder, calls, monkeypatch, name):
+    """Of generate() and of users, who may use one again and go on with it. The tokens are those of a dynamic cache."""
+    reads_late(monkeypatch)
+    want = run(twin, **CALLS[name])
+    same(run(llama, **CALLS[name], cache_implementation="static"), want)
+    cache = StaticCache(config=llama.config, max_cache_len=50)
+    for _ in range(2):
+        same(run(llama, **CALLS[name], **holding(cache)), want)
+        length = int(cache.get_seq_length())
+        cache.reset()
+    assert length == want[0].shape[1] - 1
+    assert len(calls) == 3 and recorder.recorded == 2
+
+
+def test_a_second_turn_over_a_static_cache(llama, twin, recorder, calls):
+    cache, other = StaticCache(config=llama.config, max_cache_len=80), DynamicCache(config=twin.config)
+    ids, mask = PADDED["input_ids"], PADDED["attention_mask"]
+    for turn in range(3):
+        got = run(llama, input_ids=ids, attention_mask=mask, **holding(cache))
+        same(got, run(twin, input_ids=ids, attention_mask=mask, **holding(other)))
+        ids = torch.cat([got[0], text(3, 3, seed=turn)], 1)
+        mask = torch.cat([mask, torch.ones(3, ids.shape[1] - mask.shape[1], dtype=torch.long)], 1)
+    assert len(calls) == 3 and recorder.recorded == 1
+
+
 # --- what transformers' own loop serves ---
 
 
@@ -386,7 +413,6 @@ ELSEWHERE = {
     "drafts": {"prompt_lookup_num_tokens": 2},
     "attentions": {"output_hidden_states": True, "return_dict_in_generate": True},
     "no cache": {"use_cache": False},
-    "static": {"cache_implementation": "static"},
     "dynamic": {"cache_implementation": "dynamic"},
     "a dynamic cache": "dynamic cache",
     "custom": {"custom_generate": lambda model, *args, **kwargs: GenerationMixin._sample(model, *args, **kwargs)},

@@ -1,0 +1,123 @@
+"""The caches over which a step can be recorded: what the model is given beside a token, and how much room there is for more.
+
+A cache is held weakly: steps are kept for as long as it lives, and must not keep it alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from sparsify.generation import compat
+from sparsify.generation.model_state import address
+from sparsify.generation.sparse_cache import SparseCache
+
+
+class StepCache(Protocol):
+    """A cache as a step uses it."""
+
+    def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
+        """After a prompt: the cache holds `stored` columns of each row; mask [rows, stored] is 0 for padding."""
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model is given beside the token and its position; may be recorded."""
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` of each row where the cache can grow."""
+
+    def room(self) -> int | None:
+        """Tokens of each row beyond which `reserve` is needed; None where it never is."""
+
+    def forget(self) -> None:
+        """A call was given up between two layers, while nothing was stored."""
+
+    def finish(self) -> None:
+        """Tokens were stored by what runs no Python."""
+
+    def state(self) -> Any:
+        """Where the buffers lie; None before they are allocated."""
+
+
+class SparseStep:
+    """A SparseCache: it knows its padding and makes its own masks, so that a token needs none."""
+
+    def __init__(self, cache: SparseCache):
+        self._cache = weakref.ref(cache)
+
+    def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
+        pass
+
+    def inputs(self) -> dict[str, Any]:
+        return {compat.CACHE_NAME: self._cache()}
+
+    def reserve(self, tokens: int) -> None:
+        self._cache().reserve(tokens)
+
+    def room(self) -> int | None:
+        return self._cache().room()
+
+    def forget(self) -> None:
+        self._cache().call.forget()
+
+    def finish(self) -> None:
+        self._cache().recount()
+
+    def state(self) -> Any:
+        return tuple((layer.layout, *map(address, (*layer.state, layer.tickets))) for layer in self._cache().layers)
+
+
+class StaticStep:
+    """A StaticCache of transformers without windows: its slots are columns, and the mask of a row says which of them are tokens.
+
+    The mask is a buffer, bool [rows, 1, 1, slots], in which each token marks its own slot.
+    """
+
+    def __init__(self, cache: StaticCache):
+        self._cache = weakref.ref(cache)
+        self._mask: Tensor | None = None
+
+    def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
+        layer = self._cache().layers[0]
+        if self._mask is None:
+            self._mask = torch.zeros(rows, 1, 1, layer.keys.shape[2], dtype=torch.bool, device=layer.keys.device)
+        self._mask.zero_()
+        self._mask[:, 0, 0, :stored] = True if mask is None else mask.bool()
+
+    def inputs(self) -> dict[str, Any]:
+        cache = self._cache()
+        self._mask.index_fill_(3, cache.layers[0].cumulative_length.reshape(1), True)
+        return {compat.CACHE_NAME: cache, "attention_mask": self._mask}
+
+    def reserve(self, tokens: int) -> None:
+        pass
+
+    def room(self) -> int | None:
+        return None
+
+    def forget(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def state(self) -> Any:
+        return tuple(tuple(map(address, (layer.keys, layer.values, layer.cumulative_length))) for layer in self._cache().layers)
+
+
+def refusal(cache: Any, model: Any) -> str:
+    """Why a step over this cache cannot be recorded; empty where it can."""
+    if isinstance(cache, SparseCache):
+        return ""
+    if type(cache) is StaticCache and all(type(layer) is StaticLayer for layer in cache.layers) and not cache.offloading:
+        written = model.config.get_text_config(decoder=True)._attn_implementation
+        return "" if written in ("sdpa", "sparsify") else f"of a StaticCache under attention {written!r}"
+    return f"of the cache, a {type(cache).__name__}"
+
+
+def step_cache(cache: Any) -> StepCache:
+    """Of a cache that `refusal` does not refuse."""
+    return SparseStep(cache) if isinstance(cache, SparseCache) else StaticStep(cache)
