@@ -19,7 +19,7 @@ def test_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
     values = timing.race({"ours": lambda: a @ a + 0.25, "peer": lambda: a @ a, "absent": absent}, flops=1e9, reference="peer")
     assert values["ours_difference"] == 0.25 and "peer_difference" not in values
     assert values["absent_absent"] == "ImportError: no kernel" and "absent_ms" not in values
-    assert values["ours_tflops"] == round(1 / values["ours_ms"]) and len(values["ours_rounds"]) == 1
+    assert values["ours_tflops"] == pytest.approx(1 / values["ours_ms"], rel=0.05, abs=1) and len(values["ours_rounds"]) == 1
     values = timing._with_ratio({"ours_ms": 2.0, "fa4_ms": 3.0, "cudnn_ms": 1.0}, ("fa4", "cudnn"))
     assert (values["ratio"], values["ratio_fa4"]) == (0.5, 1.5)
 
