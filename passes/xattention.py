@@ -70,7 +70,7 @@ class XAttention(Pass):
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         try:
-            Estimate.of(value)
+            Estimate.from_names(value)
         except UnsupportedError as error:
             raise ValueError(str(error)) from None
         return value
@@ -130,7 +130,7 @@ class XAttention(Pass):
     @property
     def variants(self) -> Estimate:
         """The option `estimate` as a value."""
-        return Estimate.of(self.estimate)
+        return Estimate.from_names(self.estimate)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.at(site).mask_operands(site)

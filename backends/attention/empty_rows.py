@@ -78,7 +78,7 @@ def unlisted(call: AttentionCall) -> Tensor:
 def _fill_weighted(output: Tensor, empty: Tensor, call: AttentionCall) -> None:
     """Averages weighted by the softmax of what biases and mask add: scores are lost beside it."""
     batch, heads, query_len, _ = output.shape
-    value, mask = call.value, reference.Mask.of(call)
+    value, mask = call.value, reference.Mask.from_call(call)
     key_len = value.shape[2]
     keys = torch.arange(key_len, device=value.device)
     shown = call.key_bias[:, :, None].float()

@@ -26,7 +26,7 @@ class Mask:
     start: int
 
     @classmethod
-    def of(cls, call: AttentionCall) -> Mask:
+    def from_call(cls, call: AttentionCall) -> Mask:
         """Reads `query_start` where there is one, which synchronises."""
         return cls(call, call.key.shape[2] - call.query.shape[2] if call.query_start is None else int(call.query_start.item()))
 
@@ -91,7 +91,7 @@ def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None)
     output, lse = into or call.empty_outputs()
     if key_len == 0 or output.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
-    mask = Mask.of(call)
+    mask = Mask.from_call(call)
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     # [batch, kv_heads, group, rows, dim] against [batch, kv_heads, 1, keys, dim]: KV heads are never repeated
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, query_len, -1)

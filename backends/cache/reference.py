@@ -63,7 +63,7 @@ def cache_store(
         if several is not None:
             first = real.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, key.shape[1], -1)
             single = (real.any(-1) & ~several)[:, None]
-            _append(_take(key, first), _take(value, first), *held, seen, single, pinned)
+            _append(_gather_slots(key, first), _gather_slots(value, first), *held, seen, single, pinned)
     seen += key.shape[2] if real is None else real.sum(-1, dtype=seen.dtype)
     length += key.shape[2]
 
@@ -116,7 +116,7 @@ def _append_all(
         # padding repeats the row's last token, which leaves nothing of it; a row of padding alone writes back what is there
         last = torch.where(real, at, 0).amax(-1, keepdim=True)
         source = torch.where(real, at, last).long()[:, None].expand(-1, key.shape[1], -1)
-        key, value = _take(key, source), _take(value, source)
+        key, value = _gather_slots(key, source), _gather_slots(value, source)
         at = torch.where(real, real.cumsum(-1, dtype=at.dtype), total) - 1
     at = seen[:, None] + at
     slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
@@ -155,7 +155,7 @@ class _Merge:
             self.keys, self.values, self.positions = (torch.cat(parts, 2) for parts in zip(old, (key, value, at)))
         if old is not None or real is not None:
             order = self.positions.argsort(dim=-1, stable=True)
-            self.keys, self.values, self.positions = (_take(held, order) for held in (self.keys, self.values, self.positions))
+            self.keys, self.values, self.positions = (_gather_slots(held, order) for held in (self.keys, self.values, self.positions))
         self.candidates = self.keys.shape[2]
         self.total = (self.positions >= 0).sum(-1, dtype=torch.int32)  # [batch, kv_heads]
         self.scores: Tensor | None = None
@@ -168,7 +168,7 @@ class _Merge:
                 queries, asked = query[:, :, -policy.observed :], asked[:, -policy.observed :]
             else:  # the last real queries of each row, wherever padding stands
                 last = self.real.to(torch.int8).argsort(dim=-1, stable=True)[:, -policy.observed :]
-                queries, asked = _take(query, last[:, None].expand(-1, query.shape[1], -1)), asked.gather(1, last)
+                queries, asked = _gather_slots(query, last[:, None].expand(-1, query.shape[1], -1)), asked.gather(1, last)
         found = policy.score(Candidates(self.keys, self.values, self.positions, queries, asked, self.newest, scale, softcap))
         newest = self.positions > (self.newest - recent)[:, None, None]
         # a NaN score would win every comparison; the policy's word counts only between tokens that exist
@@ -182,16 +182,16 @@ class _Merge:
             order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(dim=-1, stable=True)
         else:
             order = self._by_slot(pinned, recent)
-        at = _take(self.positions, order)
+        at = _gather_slots(self.positions, order)
         nothing = (at < 0)[..., None]
         # empty slots are hidden by a mask; zeros there keep a NaN of a padding token out of sums
-        return _take(self.keys, order).masked_fill(nothing, 0), _take(self.values, order).masked_fill(nothing, 0), at
+        return _gather_slots(self.keys, order).masked_fill(nothing, 0), _gather_slots(self.values, order).masked_fill(nothing, 0), at
 
     def _by_slot(self, pinned: int, recent: int) -> Tensor:
         """Candidate of each slot, [batch, kv_heads, capacity]; the order is described in `sparsify.ops.cache`."""
         # the recent ones first, then by falling score; of equal ones the older, so that padding around them cannot decide
         kept = self.scores.argsort(dim=-1, descending=True, stable=True)[..., : self.capacity]
-        at = _take(self.positions, kept)
+        at = _gather_slots(self.positions, kept)
         rank = torch.arange(self.capacity, device=at.device) - recent
         ring = self.capacity - recent + pinned - 1 - rank  # worst first
         chosen = torch.where(rank < pinned, rank, ring)
@@ -203,7 +203,7 @@ class _Merge:
         return torch.empty_like(kept).scatter_(-1, slot, kept)
 
 
-def _take(source: Tensor, index: Tensor) -> Tensor:
+def _gather_slots(source: Tensor, index: Tensor) -> Tensor:
     """source [batch, heads, n] or [batch, heads, n, dim] at index [batch, heads, m] along n."""
     return source.gather(2, index if source.dim() == 3 else index[..., None].expand(-1, -1, -1, source.shape[-1]))
 

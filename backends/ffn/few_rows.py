@@ -131,22 +131,22 @@ def _run(
     partial = residual.new_empty(tiling.parts, rows, spec.hidden, dtype=torch.float32)
     out, after = torch.empty_like(residual), torch.empty_like(remaining)
     (gate, gate_bias), (up, up_bias) = gates, ups
-    weight = _or(call.get("norm_weight"), up)
+    weight = _given_or(call.get("norm_weight"), up)
     row_warps = 8 if spec.hidden >= 2048 else 4
     start = lambda kernel, programs, values, warps: launch(
         getattr(module, kernel), (programs,), arguments(spec, kernel), {"remaining": remaining, "rows": rows, **values}, num_warps=warps
     )
     if needs_normalise(spec):
         normal = torch.empty_like(input)
-        norm = {"source": input, "out": normal, "weight": weight, "bias": _or(call.get("norm_bias"), weight)}
+        norm = {"source": input, "out": normal, "weight": weight, "bias": _given_or(call.get("norm_bias"), weight)}
         start("normalise", rows, norm, row_warps)
         input = normal
-    biases = {"up_bias": _or(up_bias, up), "gate_bias": _or(gate_bias, up)}
+    biases = {"up_bias": _given_or(up_bias, up), "gate_bias": _given_or(gate_bias, up)}
     widened = {"source": input, "out": wide, "weight": weight, "up": up, "gate": gate, **biases}
     start("widen", spec.wide_programs, widened, tiling.warps)
     start("narrow", spec.narrow_programs, {"source": wide, "partial": partial, "down": down}, tiling.warps)
-    finished = {"residual": residual, "partial": partial, "out": out, "after": after, "bias": _or(call.get("down_bias"), down)}
-    finished |= {name: _or(call.get(name), down) for name in ("post_weight", "post_bias")}
+    finished = {"residual": residual, "partial": partial, "out": out, "after": after, "bias": _given_or(call.get("down_bias"), down)}
+    finished |= {name: _given_or(call.get(name), down) for name in ("post_weight", "post_bias")}
     finished |= {name: call[name] for name in ("threshold", "skip_next")}
     start("finish", rows, finished, row_warps)
     return out, after
@@ -166,6 +166,6 @@ def _halves(spec: FfnSpec, up: Tensor, call: dict[str, Any]) -> tuple[tuple[Tens
     return (halves[0], halves[1]) if call["layout"] == "gate_up" else (halves[1], halves[0])
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def _given_or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """An operand that the kernel has no use for still needs a pointer."""
     return other if tensor is None else tensor

@@ -98,7 +98,7 @@ def predicted_prefill(record: Found, device: Device) -> float | None:
         sparse = attention_seconds(sizes, device, kernel="hopper", share=record["density"], listed=True)
         # of the records that do not name their estimate, those of `xattention` are from before the 8-bit one was the default
         unnamed = () if record["variant"] == "xattention" else ("int8",)
-        estimate = estimate_seconds(sizes, device, 8, estimate=Estimate.of(record.get("estimate", unnamed)))
+        estimate = estimate_seconds(sizes, device, 8, estimate=Estimate.from_names(record.get("estimate", unnamed)))
         return float(whole_model.prefill_seconds(shape, device, n, attention=sparse + estimate))
     return None
 

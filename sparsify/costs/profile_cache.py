@@ -71,7 +71,7 @@ def _driver() -> str:
         return "unknown"
 
 
-def path_of(one: Identity) -> Path:
+def profile_path(one: Identity) -> Path:
     """Where the profile of a device lies, whether or not it is there."""
     text = json.dumps([one.device, one.capability, one.versions], sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9]+", "_", one.device).strip("_").lower()[:40]
@@ -85,7 +85,7 @@ def load(one: Identity) -> Profile | None:
         CacheFolderError: the folder is not safe to read from, or the file belongs to someone else.
         ProfileError: the file is not a profile, or one of another device.
     """
-    path = path_of(one)
+    path = profile_path(one)
     try:
         folders.check(path.parent)
         found = path.lstat()
@@ -105,7 +105,7 @@ def store(measured: Profile, one: Identity) -> Path:
     Raises:
         CacheFolderError: the folder is not safe, or cannot be written.
     """
-    path = path_of(one)
+    path = profile_path(one)
     try:
         folders.secure(path.parent)
         folders.write(measured.to_json(), path)

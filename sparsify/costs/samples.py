@@ -70,7 +70,7 @@ class Cell:
         )
         if self.kind == "attention":
             return (attend(),)
-        select = lambda: work.selection(self.attention, self.stride, estimate=Estimate.of(self.variants))
+        select = lambda: work.selection(self.attention, self.stride, estimate=Estimate.from_names(self.variants))
         if self.kind == "select":
             return (select(),)
         if self.kind == "whole":

@@ -49,7 +49,7 @@ def bind(node: fx.Node, *signatures: str) -> SimpleNamespace:
             return _bound(node, _parameters(signature))
         except Unbound as error:
             why = why or error
-    raise why or Unbound(f"no signature is given for {_word(node)}")
+    raise why or Unbound(f"no signature is given for {_call_name(node)}")
 
 
 def names(signature: str) -> tuple[str, ...]:
@@ -67,17 +67,17 @@ def _bound(node: fx.Node, parameters: tuple[_Parameter, ...]) -> SimpleNamespace
         elif rest and not parameter.keyword_only:
             given[parameter.name] = rest.pop(0)
     if rest:
-        raise Unbound(f"{_word(node)} has {len(node.args)} arguments by position")
+        raise Unbound(f"{_call_name(node)} has {len(node.args)} arguments by position")
     for keyword, value in node.kwargs.items():
         name = keyword if keyword in known else _OTHER_NAMES.get(keyword, keyword)
         if name not in known or name in given:
-            raise Unbound(f"{_word(node)} has the argument {keyword}" + (" twice" if name in given else ""))
+            raise Unbound(f"{_call_name(node)} has the argument {keyword}" + (" twice" if name in given else ""))
         given[name] = _spread(node, [value]) if known[name].many else value
     for name, parameter in known.items():
         if given.setdefault(name, parameter.default) is _MISSING:
-            raise Unbound(f"{_word(node)} has no argument {name}")
+            raise Unbound(f"{_call_name(node)} has no argument {name}")
         if not _fits(given[name], parameter):
-            raise Unbound(f"{_word(node)} has an argument {name} that is no {parameter.kind}")
+            raise Unbound(f"{_call_name(node)} has an argument {name} that is no {parameter.kind}")
     return SimpleNamespace(**given)
 
 
@@ -86,7 +86,7 @@ def _spread(node: fx.Node, values: list[Any]) -> tuple[Any, ...]:
     if len(values) != 1:
         return tuple(values)
     if isinstance(_example(values[0]), (tuple, list)) and isinstance(values[0], fx.Node):
-        raise Unbound(f"{_word(node)} takes sizes that another node computes")
+        raise Unbound(f"{_call_name(node)} takes sizes that another node computes")
     return tuple(values[0]) if isinstance(values[0], (tuple, list)) else (values[0],)
 
 
@@ -113,7 +113,7 @@ def _example(value: Any) -> Any:
     return value.meta.get("example_value") if isinstance(value, fx.Node) else value
 
 
-def _word(node: fx.Node) -> str:
+def _call_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 

@@ -23,7 +23,7 @@ from torch import fx
 import sparsify.masks.readings  # noqa: F401  (registers how operators are read)
 from sparsify.graph.aliasing import Memory, example_tensor
 from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
-from sparsify.masks.reader import Reader, reason_of
+from sparsify.masks.reader import Reader, describe_failure
 from sparsify.masks.symbolic import (
     BATCH,
     COMPUTED,
@@ -116,7 +116,7 @@ def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memo
     try:
         return _Proof(masks, extents, memory, shape_env).run()
     except Exception as why:
-        return opaque(reason_of(why))
+        return opaque(describe_failure(why))
 
 
 @dataclass
@@ -187,7 +187,7 @@ class _Proof:
             self.check_limits(clauses, causal, offset)
             padding, documents = self.padding(clauses), self.documents(clauses, offset)
         except Exception as why:
-            return opaque(reason_of(why), text)
+            return opaque(describe_failure(why), text)
         if not causal and window is None and padding is None and documents is None:
             return MaskPredicate(MaskKind.NONE, condition=text)
         return MaskPredicate(MaskKind.PROVED, causal, start, window, padding, documents, condition=text)

@@ -71,7 +71,7 @@ class Reader:
     def read(self, value: Any) -> TensorFunction:
         """Reads a tensor node, or a Python number as a tensor of rank 0 and dtype int64, float64 or bool."""
         if tensor_of(value) is None:
-            constant, whole = scalar(value), isinstance(example_of(value), (int, torch.SymInt))
+            constant, whole = scalar(value), isinstance(example_value(value), (int, torch.SymInt))
             dtype = torch.bool if isinstance(constant, CONDITION) else torch.int64 if whole else torch.float64
             if dtype is torch.int64 and not self.facts.fits(typing.cast(sympy.Expr, constant), dtype):
                 raise Unreadable(f"{constant} may not fit into {dtype}")
@@ -116,7 +116,7 @@ class Reader:
             return self.leaf(node, "it is an input of the graph")
         if node.op not in ("call_function", "call_method"):
             return self.leaf(node, f"{node.op} is not read")
-        reading = reading_of(node)
+        reading = find_reading(node)
         if reading is None:
             return self.leaf(node, f"{getattr(node.target, '__name__', node.target)} is not read")
         if tensor.dtype not in WIDE + FLOATS:
@@ -124,27 +124,27 @@ class Reader:
         try:
             at = reading.handler(self, node, **reading.bind(node))
         except Exception as why:
-            return self.leaf(node, reason_of(why))
+            return self.leaf(node, describe_failure(why))
         fallback = self.leaf(node)
 
         def safely(*indices: sympy.Expr) -> Element:
             try:
                 return at(*indices)
             except Exception as why:
-                self.reasons.setdefault(node.name, reason_of(why))
+                self.reasons.setdefault(node.name, describe_failure(why))
                 return fallback.at(*indices)
 
         return TensorFunction(fallback.shape, tensor.dtype, safely)
 
 
-def reason_of(why: Exception) -> str:
+def describe_failure(why: Exception) -> str:
     """Text for the report: why a node has no reading. Exceptions other than refusals mean a form that the reading does not cover."""
     return (
         str(why) if isinstance(why, (Unreadable, calls.Unbound)) else f"a form that is not foreseen ({type(why).__name__}: {str(why)[:80]})"
     )
 
 
-def example_of(value: Any) -> Any:
+def example_value(value: Any) -> Any:
     """The example value of a node; any other value unchanged."""
     return value.meta.get("example_value") if isinstance(value, fx.Node) else value
 
@@ -207,16 +207,16 @@ def handles(*names: str, signature: str, method: str = "") -> Callable[[Handler]
     return register
 
 
-def reading_of(node: fx.Node) -> Reading | None:
+def find_reading(node: fx.Node) -> Reading | None:
     """The registered reading of a call, by its name; None without one."""
     if node.op != "call_method":
         return _READINGS.get(attribute(node) or _NAMES.get(node.target, ""))
     return _READINGS.get(str(node.target)) or _READINGS.get(operator_word(node))
 
 
-def call_of(node: Any, *names: str) -> dict[str, Any] | None:
+def bind_named_call(node: Any, *names: str) -> dict[str, Any] | None:
     """The bound arguments when the node is a call of one of these names; None otherwise."""
-    if not isinstance(node, fx.Node) or operator_word(node) not in names or (reading := reading_of(node)) is None:
+    if not isinstance(node, fx.Node) or operator_word(node) not in names or (reading := find_reading(node)) is None:
         return None
     return reading.bind(node)
 

@@ -16,7 +16,7 @@ from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.compat import operator_word
 from sparsify.graph.views import PERMUTATIONS, permutation
 from sparsify.masks.numerics import INTEGERS, arithmetic, cast, relation, truth
-from sparsify.masks.reader import At, Reader, TensorFunction, call_of, checked_index, example_of, handles
+from sparsify.masks.reader import At, Reader, TensorFunction, bind_named_call, checked_index, example_value, handles
 from sparsify.masks.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, compare, lift, number, scalar, sizes
 
 _OPTIONS = "_dtype=None, _device=None, _layout=None, _pin_memory=False, _requires_grad=False"
@@ -106,7 +106,7 @@ def _compare(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
 
 def _plain_example(operand: Any) -> Any:
     """An operand for torch.result_type: its example tensor, or a Python number of the same type."""
-    example = example_of(operand)
+    example = example_value(operand)
     return {torch.SymInt: 1, torch.SymFloat: 1.0, torch.SymBool: True}.get(type(example), example)
 
 
@@ -389,10 +389,10 @@ def _cumsum(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
 
 def _positions_of_breaks(node: Any) -> fx.Node | None:
     """p where the node is `diff(p, prepend=one value per row) != 1` along the last dimension: its sums number the runs of p."""
-    unequal = call_of(node, "ne")
+    unequal = bind_named_call(node, "ne")
     if unequal is None or type(unequal["other"]) is not int or unequal["other"] != 1:
         return None
-    difference = call_of(unequal["input"], "diff")
+    difference = bind_named_call(unequal["input"], "diff")
     if difference is None:
         return None
     positions = difference.pop("input")

@@ -211,7 +211,7 @@ def loads(expr: sympy.Basic) -> set[AppliedUndef]:
     return expr.atoms(AppliedUndef)
 
 
-def shape_env_of(graph: fx.Graph) -> Any | None:
+def find_shape_env(graph: fx.Graph) -> Any | None:
     """The ShapeEnv of the first symbolic size in the graph's inputs; None when all sizes are numbers."""
     for node in graph.nodes:
         value = node.meta.get("example_value")

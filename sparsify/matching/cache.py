@@ -49,7 +49,7 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
     near_miss = "" if len(mine) == 1 or (phase == "prefill" and not mine) else f"{len(mine)} attentions read this layer's slots"
     output = mine[0] if len(mine) == 1 else store
     if phase == "decode" and not near_miss:
-        near_miss = _trouble(store, output, state, order)
+        near_miss = _find_obstacle(store, output, state, order)
     query = mine[0].args[0] if mine else key if query is None else query
     name, layer = layer_of(output)
     batch, kv_heads, query_len, qk_head_dim = size(key)
@@ -78,7 +78,7 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
     )
 
 
-def _trouble(store: fx.Node, reader: fx.Node, state: tuple[fx.Node, ...], order: dict[fx.Node, int]) -> str:
+def _find_obstacle(store: fx.Node, reader: fx.Node, state: tuple[fx.Node, ...], order: dict[fx.Node, int]) -> str:
     """Why store and attention are not one decode step, or nothing: what lies between them must not touch the layer's state."""
     keys, values, positions, _, seen, _ = state
     if tuple(reader.args[1:5]) != (keys, values, positions, seen):

@@ -13,7 +13,7 @@ from sparsify.graph.aliasing import Memory, tensor_of
 from sparsify.masks import prove
 from sparsify.masks.predicate import MaskPredicate
 from sparsify.masks.prove import Extents
-from sparsify.masks.symbolic import Facts, plain, shape_env_of, sizes
+from sparsify.masks.symbolic import Facts, find_shape_env, plain, sizes
 from sparsify.matching import biases
 from sparsify.matching.facts import layer_of, missed, only_for, stride_order
 from sparsify.matching.grouping import Grouped
@@ -39,7 +39,7 @@ class MatchContext:
         self.graph = graph
         self.memory = Memory(graph)
         self.modes = Modes(graph)
-        self.shape_env = shape_env_of(graph)
+        self.shape_env = find_shape_env(graph)
         self.facts = Facts(self.shape_env)
         self._proofs: dict[tuple[Any, ...], MaskPredicate] = {}
         self.hiding_numbers: dict[tuple[fx.Node, Extents], set[float]] = {}  # of `empty_rows`: by mask

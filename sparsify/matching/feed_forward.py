@@ -133,7 +133,7 @@ class _Matcher:
         )
         positions, cached = self._positions(site)
         site = dataclasses.replace(site, positions=positions, cached=cached)
-        return dataclasses.replace(site, near_miss=tail.trouble or self._trouble(site, core))
+        return dataclasses.replace(site, near_miss=tail.trouble or self._find_obstacle(site, core))
 
     def _own_norm(self, core: _Core) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]]:
         """The norm that only this block reads, what it normalises, and its nodes; without one, the block's own input."""
@@ -143,7 +143,7 @@ class _Matcher:
             return Norm(), core.source, ()
         return found
 
-    def _trouble(self, site: FeedForwardSite, core: _Core) -> str:
+    def _find_obstacle(self, site: FeedForwardSite, core: _Core) -> str:
         """Why a block with a residual cannot be replaced, or nothing."""
         if self.modes.transformed((site.output, site.input, *site.covered)):
             return TRANSFORMED

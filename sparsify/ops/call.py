@@ -84,7 +84,7 @@ _WIRES: dict[Any, tuple[Any, ...]] = {
 
 
 @functools.cache
-def arguments_of(record: type[OpCall]) -> tuple[Argument, ...]:
+def schema_arguments(record: type[OpCall]) -> tuple[Argument, ...]:
     """The op's arguments in the order of its schema, without the version."""
     hints = typing.get_type_hints(record, include_extras=True)
     found: list[Argument] = []
@@ -113,7 +113,7 @@ class OpCall:
     @classmethod
     def schema(cls) -> str:
         """The op's name and arguments for `torch.library`, the version last."""
-        arguments = arguments_of(cls)
+        arguments = schema_arguments(cls)
         positional = [argument.text for argument in arguments if not argument.keyword]
         keywords = [argument.text for argument in arguments if argument.keyword]
         return f"{cls.NAME}({', '.join([*positional, '*', *keywords])}, int version)"
@@ -121,9 +121,9 @@ class OpCall:
     @classmethod
     def bind(cls, *args: Any, **options: Any) -> Self:
         """The record of a call as torch hands it to a kernel: without the arguments that have their default."""
-        given = dict(zip((argument.name for argument in arguments_of(cls)), args, strict=False)) | options
+        given = dict(zip((argument.name for argument in schema_arguments(cls)), args, strict=False)) | options
         given.pop("version", None)
-        for argument in arguments_of(cls):
+        for argument in schema_arguments(cls):
             if argument.received is not None and argument.name in given:
                 given[argument.name] = argument.received(given[argument.name])
         return cls(**given)
@@ -132,7 +132,7 @@ class OpCall:
         """Positional and keyword arguments of the op, those that have their default left out."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
-        for argument in arguments_of(type(self)):
+        for argument in schema_arguments(type(self)):
             value = getattr(self, argument.name)
             if argument.optional and argument.is_default(value):
                 continue
@@ -146,7 +146,7 @@ class OpCall:
     def beyond(self, served: Collection[str]) -> list[str]:
         """Arguments that do not have their default and are not among `served`: a kernel that knows only those must not take the call."""
         known = {*served, *self.UNREAD}
-        given = (argument for argument in arguments_of(type(self)) if argument.name not in known)
+        given = (argument for argument in schema_arguments(type(self)) if argument.name not in known)
         return [argument.name for argument in given if argument.optional and not argument.is_default(getattr(self, argument.name))]
 
     @property
@@ -166,7 +166,7 @@ class OpCall:
 
     def common(self, other: type[OpCall]) -> dict[str, Any]:
         """The fields that a record of another op has too, by name."""
-        return {argument.name: getattr(self, argument.name) for argument in arguments_of(other) if hasattr(self, argument.name)}
+        return {argument.name: getattr(self, argument.name) for argument in schema_arguments(other) if hasattr(self, argument.name)}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same call on other tensors."""
@@ -175,7 +175,7 @@ class OpCall:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of this call by name."""
-        found = ((argument.name, getattr(self, argument.name)) for argument in arguments_of(type(self)) if "Tensor" in argument.wire)
+        found = ((argument.name, getattr(self, argument.name)) for argument in schema_arguments(type(self)) if "Tensor" in argument.wire)
         return {name: tensor for name, tensor in found if tensor is not None}
 
     def check(self) -> None:
@@ -197,7 +197,7 @@ class OpCall:
             sizes: the sizes of a tensor, as numbers or symbols.
             differ: whether two sizes are known to be different.
         """
-        described = {argument.name: argument.operand for argument in arguments_of(type(self)) if argument.operand is not None}
+        described = {argument.name: argument.operand for argument in schema_arguments(type(self)) if argument.operand is not None}
         return misfit({name: tensor for name, tensor in self.tensors().items() if name in described}, described, sizes, differ)
 
 

@@ -79,7 +79,7 @@ class Estimate:
     int8: bool = False
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> Estimate:
+    def from_names(cls, names: Iterable[str]) -> Estimate:
         """The estimate with these variants.
 
         Raises:
@@ -99,7 +99,7 @@ class Estimate:
     @classmethod
     def parse(cls, text: str) -> Estimate:
         """The estimate that `str` gives this text for: "exact", or variants joined by "+"."""
-        return cls() if text == EXACT_NAME else cls.of(text.split("+"))
+        return cls() if text == EXACT_NAME else cls.from_names(text.split("+"))
 
     @property
     def variants(self) -> tuple[VariantName, ...]:
@@ -143,7 +143,7 @@ def label(pool: str, estimate: Estimate) -> str:
 def parse_label(text: str) -> dict[str, Any]:
     """The arguments `pool` and `estimate` of the op for a label."""
     pool, *names = text.split("+")
-    return {"pool": pool, "estimate": Estimate.of(names)}
+    return {"pool": pool, "estimate": Estimate.from_names(names)}
 
 
 def as_markdown() -> str:

@@ -149,7 +149,7 @@ def _choose(
             what = f"key_len below {proposal.min_key_len if start is None else start}, where it starts to pay"
             decision.refusals.append(str(proposal.method.refuse(what, "set min_length to force it" if proposal.method.lossy else "")))
             continue
-        _take(decision, proposal, pending, size_hints(site), config)
+        _accept(decision, proposal, pending, size_hints(site), config)
         return Choice(site, proposal, decision)
     decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
     return Choice(site, None, decision)
@@ -192,7 +192,7 @@ def _best(proposals: list[Proposal], site: Site, config: Config, dense: Any) -> 
     )
 
 
-def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints: dict[Any, int], config: Config) -> None:
+def _accept(decision: Decision, proposal: Proposal, others: list[Proposal], hints: dict[Any, int], config: Config) -> None:
     method = proposal.method
     decision.method, decision.options, decision.reason = method.name, method.options(), proposal.note
     decision.seconds, decision.scratch, decision.formula = (
@@ -206,10 +206,10 @@ def _take(decision: Decision, proposal: Proposal, others: list[Proposal], hints:
         decision.reason += f"; error {decision.error:.3g}, at most {config.max_error:g}"
     if config.objective is not None:
         decision.reason += f"; least {'time and memory' if config.objective == 'balanced' else config.objective}"
-        cost = f"{method.name} {objective.words(decision.seconds, decision.scratch)}"
+        cost = f"{method.name} {objective.cost_text(decision.seconds, decision.scratch)}"
         for other in others:
             time, scratch = value_at(other.seconds, hints), value_at(other.scratch, hints)
-            decision.refusals.append(f"{other.method.name}: {other.note}: {objective.words(time, scratch)} against {cost}")
+            decision.refusals.append(f"{other.method.name}: {other.note}: {objective.cost_text(time, scratch)} against {cost}")
 
 
 def _described(site: Site, place: Place, context: Context) -> tuple[Decision, Any]:

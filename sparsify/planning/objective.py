@@ -95,7 +95,7 @@ def select(
     return chosen
 
 
-def words(seconds: float | None, scratch: float | None) -> str:
+def cost_text(seconds: float | None, scratch: float | None) -> str:
     """A cost as people read it."""
     time = "unknown time" if seconds is None else f"{seconds * 1e3:.3g} ms"
     return time + (f" and {scratch / 2**20:.3g} MiB of scratch" if scratch else "")

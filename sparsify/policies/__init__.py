@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparsify.errors import ConfigError, nearest
-from sparsify.policies.base import Candidates, Layout, Policy, options_of
+from sparsify.policies.base import Candidates, Layout, Policy, parse_options
 
 __all__ = ["Candidates", "Layout", "Policy", "discover", "make", "parse"]
 
@@ -70,5 +70,5 @@ def make(policy: str | Policy, **options: Any) -> Policy:
 @functools.cache
 def parse(text: str) -> Policy:
     """The policy that `Policy.describe` wrote."""
-    options = options_of(text)
+    options = parse_options(text)
     return make(options.pop("name"), **options)

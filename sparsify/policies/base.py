@@ -96,6 +96,6 @@ class Policy(BaseModel):
         return ConfigError(what, where=f"policy {self.name}", hint=hint)
 
 
-def options_of(text: str) -> dict[str, Any]:
+def parse_options(text: str) -> dict[str, Any]:
     """Name and options of `Policy.describe`'s text."""
     return json.loads(text)

@@ -19,7 +19,7 @@ from sparsify.costs.sizes import Size
 from sparsify.errors import RewriteError
 from sparsify.graph.aliasing import written
 from sparsify.masks.predicate import Leaf
-from sparsify.masks.symbolic import COMPUTED, FURTHEST, scalar, shape_env_of
+from sparsify.masks.symbolic import COMPUTED, FURTHEST, find_shape_env, scalar
 from sparsify.matching.base import Site
 from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops import operands
@@ -67,7 +67,7 @@ class Editor:
 
     @functools.cached_property
     def shape_env(self) -> Any | None:
-        return shape_env_of(self.graph)
+        return find_shape_env(self.graph)
 
     def at(self, site: Site) -> Editor:
         """Nodes are inserted before this site from now on."""

@@ -45,7 +45,7 @@ class Numbers:
     fixed: dict[int, int] = field(default_factory=dict)
     _known: dict[sympy.Basic, Any] = field(default_factory=dict, repr=False)
 
-    def of(self, value: Any) -> Any:
+    def concrete(self, value: Any) -> Any:
         """The value that a size, a number, or a container of these has in this instance."""
         if isinstance(value, bool):
             return value
@@ -54,7 +54,8 @@ class Numbers:
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return self.evaluate(value.node.expr, type(value))
         if isinstance(value, (tuple, list)):
-            return type(value)(self.of(v) for v in value) if not isinstance(value, torch.Size) else tuple(self.of(v) for v in value)
+            numbers = [self.concrete(v) for v in value]
+            return tuple(numbers) if isinstance(value, torch.Size) else type(value)(numbers)
         return value
 
     def evaluate(self, expr: sympy.Basic, kind: type = torch.SymInt) -> Any:
@@ -198,8 +199,8 @@ class Guards:
 def tensor(node: fx.Node, numbers: Numbers, style: str, generator: torch.Generator) -> torch.Tensor:
     """Random contents for an input tensor of a region, on the CPU, with its dimensions in the same order of strides as in the graph."""
     example = node.meta["example_value"]
-    shape = numbers.of(example.shape)
-    strides = numbers.of(tuple(example.stride()))
+    shape = numbers.concrete(example.shape)
+    strides = numbers.concrete(tuple(example.stride()))
     order = sorted(range(len(shape)), key=lambda d: -strides[d])
     wide = [1 if strides[d] == 0 else shape[d] for d in order]
     values = _contents(wide, example.dtype, style, generator)
@@ -260,7 +261,7 @@ def make(
         if node.op != "placeholder":
             continue
         example = node.meta.get("example_value")
-        values[node.name] = tensor(node, numbers, style, generator) if isinstance(example, torch.Tensor) else numbers.of(example)
+        values[node.name] = tensor(node, numbers, style, generator) if isinstance(example, torch.Tensor) else numbers.concrete(example)
     return numbers, values
 
 

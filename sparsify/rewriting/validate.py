@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsify.errors import SparsifyError
 from sparsify.graph import unforeseen
-from sparsify.masks.symbolic import shape_env_of
+from sparsify.masks.symbolic import find_shape_env
 from sparsify.rewriting import instances
 from sparsify.rewriting.editor import Editor, mutates
 from sparsify.rewriting.instances import STYLES, Guards, InstanceError, Numbers
@@ -70,7 +70,7 @@ class Validator:
         serving: makes a context in which sparsify's ops run their reference implementation.
         """
         self.graph, self.serving = graph, serving
-        self.guards = Guards(shape_env_of(graph))
+        self.guards = Guards(find_shape_env(graph))
         self._regions: Regions | None = None
         self._known: dict[str, Outcome] = {}
 
@@ -263,7 +263,7 @@ def _value(node: fx.Node, env: dict[fx.Node, Any], values: dict[str, Any], numbe
         value = values[node.name]
         return value.clone(memory_format=torch.preserve_format) if isinstance(value, torch.Tensor) else value
     if isinstance(example, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)):
-        return numbers.of(example)
+        return numbers.concrete(example)
     value = _call(node, env, numbers)
     if isinstance(example, torch.Tensor) and value.dtype.is_floating_point and torch.is_autocast_enabled("cpu"):
         value = value.to(example.dtype)  # devices differ in what autocast keeps in float32
@@ -273,8 +273,8 @@ def _value(node: fx.Node, env: dict[fx.Node, Any], values: dict[str, Any], numbe
 def _check(node: fx.Node, value: torch.Tensor, numbers: Numbers) -> None:
     """Raises InstanceError where a shape or dtype is not the graph's, or random contents overflow to +inf, as real ones would not."""
     example = node.meta["example_value"]
-    if tuple(value.shape) != numbers.of(example.shape):
-        raise InstanceError(f"{node.name} has the shape {tuple(value.shape)} instead of {numbers.of(example.shape)}")
+    if tuple(value.shape) != numbers.concrete(example.shape):
+        raise InstanceError(f"{node.name} has the shape {tuple(value.shape)} instead of {numbers.concrete(example.shape)}")
     if value.dtype is not example.dtype:
         raise InstanceError(f"{node.name} is {value.dtype} on the CPU instead of {example.dtype}")
     if value.is_floating_point() and bool((value == torch.inf).any()):
@@ -301,7 +301,7 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], numbers: Numbers) -> Any:
         if isinstance(value, fx.Node):
             return env[value]
         if isinstance(value, int) and not isinstance(value, bool) and not ours:
-            return numbers.of(value)
+            return numbers.concrete(value)
         if isinstance(value, torch.device):
             return torch.device("cpu")
         if isinstance(value, str) and value.split(":")[0] == "cuda":
@@ -313,7 +313,7 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], numbers: Numbers) -> Any:
         args = (args[0], torch.get_autocast_dtype(str(node.args[0])), *args[2:])  # the device's own default
     kwargs: dict[str, Any] = map_aggregate(node.kwargs, bind)
     if ours and "windows" in kwargs:
-        kwargs = {**kwargs, "windows": [numbers.of(w) for w in kwargs["windows"]]}
+        kwargs = {**kwargs, "windows": [numbers.concrete(w) for w in kwargs["windows"]]}
     if isinstance(node.target, str):
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     if _has_negative_scale(node, kwargs):

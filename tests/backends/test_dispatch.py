@@ -13,7 +13,7 @@ from sparsify.backends import dispatch
 from sparsify.backends.attention import hopper, reference, triton
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 from sparsify.ops.attention import AttentionCall
-from sparsify.ops.call import arguments_of
+from sparsify.ops.call import schema_arguments
 from tests.support.attention_cases import Case, make_call
 
 CASE = Case(batch=2, kv_heads=2, group=2, query_len=12, key_len=20, lists=True, padding="left", alibi=True, sink_logits=True, start=8)
@@ -132,7 +132,7 @@ def test_the_record_is_the_schema():
         seen.append(again)
         assert all(getattr(again, name) is tensor for name, tensor in one.tensors().items())
         assert again.arguments()[1].keys() == keywords.keys() and again.windows == one.windows
-    fields = [argument.name for argument in arguments_of(AttentionCall)]
+    fields = [argument.name for argument in schema_arguments(AttentionCall)]
     assert [*fields, "version"] == [argument.name for argument in AttentionCall.op()._schema.arguments]
 
 

@@ -109,7 +109,7 @@ def test_a_renamed_profile_of_another_device_is_refused(folder):
     found, here = measured()
     path = profile_cache.store(found, here)
     other = profile_cache.Identity(**{**vars(here), "driver": "999.1"})
-    path.rename(profile_cache.path_of(other))
+    path.rename(profile_cache.profile_path(other))
     with pytest.raises(ProfileError, match="another device or version"):
         profile_cache.load(other)
 

@@ -16,7 +16,7 @@ def test_names_go_there_and_back():
     for names in itertools.chain.from_iterable(itertools.combinations(VARIANTS, n) for n in range(4)):
         if {"pair", "quad"} <= set(names):
             continue
-        found = Estimate.of(reversed(names))
+        found = Estimate.from_names(reversed(names))
         assert found.variants == names and Estimate.parse(str(found)) == found
         assert parse_label(label("sum", found)) == {"pool": "sum", "estimate": found}
     assert (str(EXACT), str(DEFAULT), label("max", EXACT)) == ("exact", "pair+int8", "max")
@@ -27,15 +27,15 @@ def test_names_go_there_and_back():
 )
 def test_what_is_no_estimate(names, match):
     with pytest.raises(UnsupportedError, match=match):
-        Estimate.of(names)
+        Estimate.from_names(names)
 
 
 def test_every_variant_changes_something_and_has_examples():
     assert tuple(VARIANTS) == get_args(VariantName)
     assert len(set(EXAMPLES)) == len(EXAMPLES) and EXAMPLES[0] == EXACT and DEFAULT in EXAMPLES
     for name, one in VARIANTS.items():
-        assert Estimate.of([name]) != EXACT and Estimate.of([name]).share(4) < 1
-        assert Estimate.of([name]) in EXAMPLES and all(name in Estimate.parse(example).variants for example in one.examples)
+        assert Estimate.from_names([name]) != EXACT and Estimate.from_names([name]).share(4) < 1
+        assert Estimate.from_names([name]) in EXAMPLES and all(name in Estimate.parse(example).variants for example in one.examples)
 
 
 def test_the_documentation_has_the_table():

@@ -164,7 +164,7 @@ def compile_kernels(wanted: Sequence[Cell]) -> None:
             process.kill()
 
 
-def _kernels_of(wanted: Sequence[Cell]) -> list[Cell]:
+def _distinct_kernels(wanted: Sequence[Cell]) -> list[Cell]:
     """One cell for each kernel text: time does not matter here, so few heads where the kernel does not depend on them."""
     chosen: dict[tuple[Any, ...], Cell] = {}
     for cell in wanted:
@@ -180,7 +180,7 @@ def _kernels_of(wanted: Sequence[Cell]) -> list[Cell]:
 
 @torch.no_grad()
 def _warm(job: int, jobs: int) -> None:
-    for cell in _kernels_of(cells("cuda"))[job::jobs]:
+    for cell in _distinct_kernels(cells("cuda"))[job::jobs]:
         timing.prepare(cell, "cuda").run()
     torch.cuda.synchronize()
 

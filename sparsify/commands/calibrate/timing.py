@@ -217,7 +217,7 @@ def _attention(cell: Cell, device: str) -> Call:
 
 
 def _selection(cell: Cell, query: Tensor, key: Tensor, density: float) -> SelectCall:
-    estimate: dict[str, Any] = {"estimate": Estimate.of(cell.variants), "stride": cell.stride, "block_size": BLOCK}
+    estimate: dict[str, Any] = {"estimate": Estimate.from_names(cell.variants), "stride": cell.stride, "block_size": BLOCK}
     return SelectCall(query, key, scale=cell.head_dim**-0.5, causal=True, threshold=(0.9,), density=density, **estimate)
 
 

@@ -272,21 +272,21 @@ def crossovers(forecaster: Forecaster, calls: dict[int, PromptAndToken], longest
         decided = forecaster.decide(filled(call, length), forecaster.config)
         return [(site, label(site, decision, forecaster.context)) for site, decision in decided]
 
-    def words(phase: str, length: int) -> list[str]:
+    def choices(phase: str, length: int) -> list[str]:
         return [choice for _, choice in at(phase, length)]
 
     for phase in (PREFILL, DECODE):
         low = min(1024, lengths[0])
         while low < longest:
             high = min(2 * low, longest)
-            before = words(phase, low)
-            if words(phase, high) == before:
+            before = choices(phase, low)
+            if choices(phase, high) == before:
                 low = high
                 continue
             below, above = low, high
             while above - below > 1:
                 middle = (below + above) // 2
-                below, above = (middle, above) if words(phase, middle) == before else (below, middle)
+                below, above = (middle, above) if choices(phase, middle) == before else (below, middle)
             changed: dict[tuple[str, str, str], list[int]] = {}
             for (site, after), was in zip(at(phase, above), before, strict=True):
                 if after != was:

@@ -187,12 +187,14 @@ class MetaModel:
 def resized(calls: PromptAndToken, old: int, new: int, cache_bytes: tuple[int, ...] | None = None) -> PromptAndToken:
     """The calls of a prompt of `old` tokens as those of one of `new` tokens: lengths that are the prompt's change, others stay."""
 
-    def of(call: CallSites, old: int, new: int) -> CallSites:
+    def resize_call(call: CallSites, old: int, new: int) -> CallSites:
         moved: list[Any] = [tuple(site.resized(old, new) for site in sites) for sites in call.by_kind]
         attention, cache, feed_forward = moved
         return CallSites(attention, cache, feed_forward, call.graphs)
 
-    return PromptAndToken(of(calls.prefill, old, new), of(calls.decode, old + 1, new + 1), cache_bytes or calls.cache_bytes)
+    return PromptAndToken(
+        resize_call(calls.prefill, old, new), resize_call(calls.decode, old + 1, new + 1), cache_bytes or calls.cache_bytes
+    )
 
 
 def _same(one: PromptAndToken, other: PromptAndToken) -> bool:
