@@ -1,7 +1,7 @@
 """The text of the kernel that joins the parts of attention whose keys are split; `triton_template` has the one that computes the parts."""
 
 JOIN = '''\
-@triton.jit
+@triton.jit(do_not_specialize=[${join_unspecialised}])
 def join(
     ${join_parameters},
 ):

@@ -98,7 +98,9 @@ def _splits(call: AttentionCall) -> int:
     batch, kv_heads, key_len, _ = call.key.shape
     if not _packed(call) or key_len < _LEAST_SPLIT_KEYS:
         return 1
-    return choose_splits(cdiv(key_len, _SPLIT_TILE), batch * kv_heads, 2 * processors(call.query.device))
+    tiles, rows, at_once = cdiv(key_len, _SPLIT_TILE), batch * kv_heads, 2 * processors(call.query.device)
+    # the join is compiled for a power of two: 33 would cost twice the registers, and a kernel more as a cache grows
+    return choose_splits(tiles, rows, at_once, 32 if at_once // rows < 40 else 128)
 
 
 def _spec(call: AttentionCall, tiling: Tiling | None, split: bool = False) -> AttentionSpec:

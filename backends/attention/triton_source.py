@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 from sparsify.backends.attention.split_template import JOIN
 from sparsify.backends.attention.triton_template import KERNEL, VISIT
-from sparsify.backends.codegen.arguments import ITEM_BYTES, Argument, constexprs, floats, integers, padded, parameters, pointers, present
+from sparsify.backends.codegen.arguments import (
+    ITEM_BYTES,
+    Argument,
+    constexprs,
+    floats,
+    integers,
+    padded,
+    parameters,
+    pointers,
+    present,
+    unspecialised,
+)
 from sparsify.backends.codegen.launch import LOG2E, cdiv
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
@@ -110,6 +121,7 @@ class AttentionSpec:
 
 
 PARTS = ("part_m", "part_l", "part_acc")
+_GROWING = ("splits", "query_len", "key_len")
 
 
 @functools.lru_cache(maxsize=512)
@@ -121,8 +133,9 @@ def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
         *pointers(spec.dtype, *(name for name, _ in strided)),
         *pointers("fp32", *(PARTS if spec.split_keys else ("lse",))),
         *aligned(*(f"{name}_{axis}" for name, axes in strided for axis in axes)),
-        *integers("kv_heads", *(("splits", "query_len") if spec.split_keys else ())),
-        *aligned(*(() if spec.split_keys else ("query_len",)), "key_len"),
+        *integers("kv_heads"),
+        # a cache grows with every token: a kernel for lengths that are multiples of 16 would be compiled in the midst of a text
+        *(integers(*_GROWING, specialised=False) if spec.split_keys else aligned("query_len", "key_len")),
         *(floats("tanh_scale", "cap_log2") if spec.softcap else floats("scale")),
         *present(
             (spec.has_start, pointers("i64", "query_start")),
@@ -149,10 +162,11 @@ def join_arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
         *pointers(spec.dtype, "out"),
         *pointers("fp32", "lse"),
         *aligned("out_b", "out_h", "out_m"),
-        *integers("kv_heads", "splits", "query_len"),
+        *integers("kv_heads"),
+        *integers(*_GROWING, specialised=False),
         *present(
             (spec.sink_logits, pointers("fp32", "sink_logits")),
-            (spec.alibi, [*aligned("key_len"), *pointers("fp32", "alibi_slopes"), *integers("alibi_b")]),
+            (spec.alibi, [*pointers("fp32", "alibi_slopes"), *integers("alibi_b")]),
             (spec.alibi and spec.has_start, pointers("i64", "query_start")),
         ),
         *constexprs("SPLITS"),
@@ -175,6 +189,7 @@ def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 
     Args:
         triton_release: major and minor number.
     """
+    listed = arguments(spec)
     windowed = spec.window != "none"
     exposed = (spec.causal or windowed or spec.segments) and not spec.uniform
     state = "acc, m, l" + (", poisoned" if exposed else "")
@@ -216,9 +231,11 @@ def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 
         "state": state,
         "context": ", ".join(context),
         "call": ", ".join([state, "q, key_head, value_head, key_n, value_n, first, end", *context]),
-        "parameters": parameters(arguments(spec)),
+        "parameters": parameters(listed),
+        "jit": f"(do_not_specialize=[{fixed}])" if (fixed := unspecialised(listed)) else "",
     }
-    values["join_parameters"] = parameters(join_arguments(spec))
+    join = join_arguments(spec)
+    values |= {"join_parameters": parameters(join), "join_unspecialised": unspecialised(join)}
     texts = [VISIT, KERNEL, *([JOIN] if spec.split_keys else [])]
     return "\n\n".join([_header(spec, qk_dim, v_dim), *(render(text, values) for text in texts)])
 

@@ -126,7 +126,7 @@ def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${conte
 '''
 
 KERNEL = """\
-@triton.jit
+@triton.jit${jit}
 def ${"split" if split_keys else "attention"}(
     ${parameters},
 ):

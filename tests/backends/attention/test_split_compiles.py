@@ -29,15 +29,13 @@ def compiled(clause: str, arch: int, kernel: str = "split", dtype: str = "bf16",
     rows = 4 if CLAUSES[clause].get("uniform") else 20
     tiling = choose_tiling(dtype, *dims, (arch // 10, arch % 10), packed_rows=rows, split=True)
     chosen = AttentionSpec(dtype, *dims, 4, tiling, **CLAUSES[clause])
-    listed = arguments(chosen) if kernel == "split" else join_arguments(chosen)
     return compile_kernel(
         getattr(source.load(attention_source(chosen, triton_release()), "attention"), kernel),
-        {argument.name: argument.type for argument in listed},
+        arguments(chosen) if kernel == "split" else join_arguments(chosen),
         arch=arch,
         num_warps=tiling.warps if kernel == "split" else 4,
         num_stages=tiling.stages if kernel == "split" else 3,
         constexprs={"SPLITS": 64} if kernel == "join" else {},
-        divisible=[argument.name for argument in listed if argument.aligned],
     )
 
 
