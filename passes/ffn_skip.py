@@ -44,6 +44,7 @@ class FfnSkip(Pass):
 
     name: ClassVar[str] = "ffn_skip"
     kinds: ClassVar[tuple[SiteKind, ...]] = ("ffn",)
+    across_layers: ClassVar[bool] = True
 
     policy: Literal["similarity", "schedule", "static"] = Field("similarity", description="what decides which blocks are skipped")
     threshold: float = Field(0.99, ge=-1, le=2, description="cosine of the residual stream before and after a block from which rows skip")

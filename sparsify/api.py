@@ -23,17 +23,27 @@ from sparsify.planning.saved_plan import load_saved_plan
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Model:
+def compile(
+    model: Model,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    whole: bool = False,
+    **options: Any,
+) -> Model:
     """Compiles a model in place and returns it. Calls and `generate()` both use the compiled code.
 
-    The wrapper that `torch.compile(model, backend="sparsify")` returns would run `generate()` uncompiled. Options are checked at once,
-    not at the first call. `generate()` of a model of transformers gets an exact cache without copies and one CUDA graph a token, for
-    greedy and sampled decoding (docs/generate.md).
+    Each kind of decoder layer of a transformers model is compiled once and called for all layers of that kind, with sizes that may
+    vary. Models, options and calls that do not allow this are captured whole, as by `model.compile(backend="sparsify")`; the reason is
+    logged and stands in `Plan.capture`. `generate()` gets an exact cache without copies and one CUDA graph a token, for greedy and sampled
+    decoding (docs/generate.md).
 
     Args:
         model: changed in place.
         mode: mode of torch.compile, such as "reduce-overhead".
-        dynamic, fullgraph: as for torch.compile.
+        dynamic, fullgraph: as for torch.compile. Sizes of layers vary from the first call on unless `dynamic` is False.
+        whole: captures the whole model in any case.
         options: as in docs/configuration.md, for example `passes=["dense"]` or `xattention={"stride": 16}`.
 
     Raises:
@@ -47,12 +57,24 @@ def compile(model: Model, *, mode: str | None = None, dynamic: bool | None = Non
     load_saved_plan(settings.plan)
     if mode is not None:
         options["mode"] = mode
+    if "transformers" not in sys.modules:
+        whole = True
+    else:
+        _regions().remove(model)
     model.compile(backend="sparsify", options=options or None, dynamic=dynamic, fullgraph=fullgraph)
+    if not whole and "transformers" in sys.modules:
+        _regions().install(model, settings, options, dynamic)
     if "transformers" in sys.modules:
         from sparsify.generation import generate
 
         generate.install(model, graphs=not settings.inductor_patches().get("triton.cudagraphs"), shown=settings.progress)
     return model
+
+
+def _regions() -> Any:
+    from sparsify.generation.regions import regional
+
+    return regional
 
 
 @contextmanager
@@ -87,10 +109,14 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     load_saved_plan(settings.plan)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
-        forward(*args, **inputs)
+        call = forward if "transformers" not in sys.modules else _regions().like(model, settings, forward)
+        call(*args, **inputs)
     device = next((plan.device for plan in plans if plan.device), "")
     fallback = "; ".join(dict.fromkeys(plan.fallback for plan in plans if plan.fallback))
-    merged = Plan([d for plan in plans for d in plan.decisions], fallback=fallback, device=device)
+    capture = "; ".join(dict.fromkeys(plan.capture for plan in plans if plan.capture))
+    merged = Plan([d for plan in plans for d in plan.decisions], fallback=fallback, device=device, capture=capture)
+    if all(plan.serves for plan in plans):  # in the order in which layers run
+        merged.decisions.sort(key=lambda decision: decision.layer or 0)
     selecting = [d for d in merged.decisions if d.kind == "attention" and d.method is not None and "threshold" in d.options]
     if len(selecting) == len(densities):  # else a graph ran twice or not to its end, and densities cannot be assigned to sites
         for decision, density in zip(selecting, densities, strict=True):

@@ -17,6 +17,7 @@ from torch._dynamo.exc import RestartAnalysis
 import sparsify.backends as backends
 from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
+from sparsify.graph import module_paths
 from sparsify.matching.attention import find_attention
 from sparsify.matching.base import Site
 from sparsify.matching.cache import find_cache, made_inside
@@ -37,7 +38,9 @@ log = logging.getLogger(__name__)
 collector: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("sparsify_plans", default=None)
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, compilation: Any = None) -> Callable[..., Any]:
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, compilation: Any = None, serves: Sequence[str] = ()
+) -> Callable[..., Any]:
     """Compiles one graph that Dynamo captured. A failure of a stage leaves the graph untouched, with one warning; `strict` raises instead.
 
     Args:
@@ -45,14 +48,18 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         example_inputs: its inputs, real or fake tensors and sizes.
         config: settings of this compilation.
         compilation: any object that all graphs of one torch.compile call share, such as its options; warnings are given once for it.
+        serves: paths of the modules that the graph will be called for, where it is a part of a model's call and not all of it.
 
     Returns:
         a callable with the graph's inputs and outputs.
     """
     trace = Trace(config.trace)
     try:
-        plan, rewritten, kept = rewrite_graph(gm, config, trace)
-        unmatched.warn(gm, plan, config, compilation)
+        with module_paths.within(serves[0]) if serves else contextlib.nullcontext():
+            plan, rewritten, kept = rewrite_graph(gm, config, trace)
+            if serves:
+                plan = plan.repeated(serves)
+            unmatched.warn(gm, plan, config, compilation, ends=not serves)
     except Exception as error:
         if config.strict:
             raise

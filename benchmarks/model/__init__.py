@@ -81,3 +81,26 @@ class CompileTime(Record):
     validate_s: float | None = None  # of own_s: checking the rewritten graph
     validate_share: float | None = None  # of sparsify_cold_s
     validate_warm_share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSeconds(Record):
+    """Wall seconds of `generate()` in a fresh process: one prompt twice, then prompts of other lengths once each."""
+
+    NAME = "generate_seconds"
+    KEYS = ("layers", "hidden", "way", "state", "exact")
+    layers: int
+    hidden: int
+    length: int  # tokens of the first prompt
+    tokens: int  # generated for each prompt
+    way: str  # eager, regions (sparsify.compile) or whole
+    state: str  # cold: empty cache folders; warm: those that the cold process left
+    exact: bool  # only methods that keep the result
+    first_s: float  # the first answer, compilation included
+    again_s: float  # the same once more
+    beyond_s: float  # first_s - again_s
+    lengths: list[int]  # tokens of the other prompts
+    prompts_s: list[float]  # their answers
+    graphs: int  # that sparsify compiled
+    compiled_layers: int  # attention and feed-forward sites in them
+    capture: str  # how sparsify captured the model

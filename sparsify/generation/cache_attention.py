@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import sparsify.backends  # noqa: F401  (registers what serves the cache's ops)
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation.cache_layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
+from sparsify.generation.regions import masks
 from sparsify.ops import cache
 from sparsify.ops.attention import AttentionCall, attention
 
@@ -109,7 +110,10 @@ def mask_function(base: str, *, kv_length: Any, attention_mask: Tensor | None = 
         UnsupportedError: the model asks for more than causality, its sliding window and padding.
     """
     if not isinstance(kv_length, MaskSizeGuard):
-        return ALL_MASK_ATTENTION_FUNCTIONS[base](kv_length=kv_length, attention_mask=attention_mask, **call)
+        function, call = ALL_MASK_ATTENTION_FUNCTIONS[base], {"kv_length": kv_length, "attention_mask": attention_mask, **call}
+        if not torch.compiler.is_dynamo_compiling() and masks.postponing.get():
+            return masks.postpone(base, function, call)
+        return function(**call)
     if call.get("use_vmap") or not call.get("allow_is_causal_skip", False):
         raise UnsupportedError("the model's mask is more than causal, window and padding", hint="use an ordinary cache")
     return attention_mask

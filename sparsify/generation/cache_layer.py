@@ -153,7 +153,7 @@ class SparseLayer(CacheLayerMixin):
         if self.inverse_frequencies is not None:
             self.inverse_frequencies = self.inverse_frequencies.to(self.device)
         self.is_initialized = True
-        self._mark_static()
+        self.mark_static()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -165,9 +165,9 @@ class SparseLayer(CacheLayerMixin):
         self.__dict__.update(state)
         if self.is_initialized:
             self.device = self.device or self.keys.device
-            self._mark_static()
+            self.mark_static()
 
-    def _mark_static(self) -> None:
+    def mark_static(self) -> None:
         """Marks the buffers as inputs with a fixed address: CUDA graphs are skipped for other mutated inputs.
 
         Without a guard, so that another cache records a new CUDA graph but compiles nothing.
@@ -208,7 +208,7 @@ class SparseLayer(CacheLayerMixin):
         if self.is_initialized:
             self._check(key_states, value_states)
             if self.grows:
-                self._count(key_states.shape[2])
+                self.make_room(key_states.shape[2])
         self.call.pending = self
         setattr(key_states, _LAYER, self)
         return key_states, value_states
@@ -228,7 +228,7 @@ class SparseLayer(CacheLayerMixin):
             found, kept = f"{key.dtype} on {key.device}", f"{self.dtype} on {self.keys.device}"
             raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
 
-    def _count(self, tokens: int) -> None:
+    def make_room(self, tokens: int) -> None:
         """Makes room for the tokens of a call; compiled code, which cannot, leaves counting to whoever comes next."""
         if torch.compiler.is_dynamo_compiling():
             self.used = None
@@ -251,7 +251,7 @@ class SparseLayer(CacheLayerMixin):
             grown[:, :, :-more].copy_(old)
             grown[:, :, -more:].fill_(fill)
             setattr(self, name, grown)
-        self._mark_static()
+        self.mark_static()
 
     @property
     def grows(self) -> bool:
@@ -307,7 +307,7 @@ class SparseLayer(CacheLayerMixin):
                 setattr(self, name, change(getattr(self, name)))
             self.batch_size = self.keys.shape[0]
             self.tickets = self.tickets.new_zeros(self.batch_size * self.keys.shape[1] + 1)
-            self._mark_static()
+            self.mark_static()
 
     def offload(self) -> None:
         # an asynchronous copy to the CPU could be read, to reorder rows or for the length, before it is there
@@ -320,7 +320,7 @@ class SparseLayer(CacheLayerMixin):
         if self.is_initialized and self.keys.device != torch.device(device):
             for name in _BUFFERS:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
-            self._mark_static()
+            self.mark_static()
 
     @property
     def is_croppable(self) -> bool:

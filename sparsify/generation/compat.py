@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
@@ -32,3 +34,14 @@ def columns(input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any]
         return mask.shape[1]
     embeddings = model_kwargs.get("inputs_embeds")
     return getattr(generation_config, "_mask_length", None) or (input_ids if embeddings is None else embeddings).shape[1]
+
+
+_RECORDERS = "transformers.utils.output_capturing"
+
+
+def without_recorders(hooks: Mapping[int, Any]) -> Mapping[int, Any]:
+    """A module's forward hooks but for those that transformers leaves there after the first call that asked for hidden states or attention
+    weights, and which do nothing in other calls."""
+    if not any(getattr(hook, "__module__", "") == _RECORDERS for hook in hooks.values()):
+        return hooks
+    return OrderedDict((key, hook) for key, hook in hooks.items() if getattr(hook, "__module__", "") != _RECORDERS)

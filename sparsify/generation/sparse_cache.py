@@ -114,10 +114,10 @@ class SparseCache(Cache):
                 trace in Python; uncompiled code then compares the layers' lengths, unless that needs a synchronisation of its own.
         """
         if layer_idx == 0:
-            self._check_consistent(key_states.shape[2] > 1 or key_states.device.type == "cpu")
+            self.check_consistent(key_states.shape[2] > 1 or key_states.device.type == "cpu")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check_consistent(self, read_lengths: bool) -> None:
+    def check_consistent(self, read_lengths: bool) -> None:
         """Raises CacheError when layers are seen to hold different tokens, or more than there is room for.
 
         Args:
@@ -148,7 +148,7 @@ class SparseCache(Cache):
             CacheError: between calls, when an earlier one stopped between two layers.
         """
         if self.call.idle and not torch.compiler.is_dynamo_compiling():
-            self._check_consistent(True)
+            self.check_consistent(True)
         return self.layers[layer_idx].get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -157,7 +157,7 @@ class SparseCache(Cache):
         Raises:
             CacheError: something was evicted already, the batch is padded, or an earlier call failed halfway.
         """
-        self._check_consistent(True)
+        self.check_consistent(True)
         for layer in self.layers:
             if layer.is_initialized and tokens_to_remove < 0:
                 layer.check_crop(-tokens_to_remove)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.fx.experimental._config
 from torch import fx
 from torch._dynamo import convert_frame, eval_frame, symbolic_convert
 from torch._dynamo.guards import DeletedGuardManagerWrapper
@@ -65,3 +67,11 @@ def forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
 def graph_breaks_after(gm: fx.GraphModule) -> bool:
     """Whether a graph break ends this graph, so that the captured call goes on in another one."""
     return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+
+
+@contextmanager
+def independent_sizes() -> Iterator[None]:
+    """What is captured in this block with sizes that vary takes none of them for another because they are equal at the moment, and none of
+    a module's floats for one that varies."""
+    with torch.fx.experimental._config.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
+        yield

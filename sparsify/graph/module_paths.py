@@ -8,9 +8,11 @@ frame's values can tell; without them, the parts that cannot be submodules are l
 from __future__ import annotations
 
 import ast
+import contextvars
 import re
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -36,9 +38,27 @@ _TOKENS = re.compile(
 
 Step = tuple[str, Any]
 
+_base: contextvars.ContextVar[str] = contextvars.ContextVar("sparsify_base_path", default="")
+
+
+@contextmanager
+def within(path: str) -> Iterator[None]:
+    """In this block the outermost module is the one of this path in a larger model, and paths start there."""
+    token = _base.set(path)
+    try:
+        yield
+    finally:
+        _base.reset(token)
+
+
+def layer_number(path: str) -> int | None:
+    """The last integer of a path, None without one."""
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    return numbers[-1] if numbers else None
+
 
 def module_path(source: str, scopes: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Path of a module from the outermost module that its source expression passes through; "" for that module itself.
+    """Path of a module from the outermost module that its source expression passes through; "" for that module itself. See `within`.
 
     Args:
         source: an entry of `nn_module_stack`, such as `L['args'][0].model.layers.0`.
@@ -51,7 +71,7 @@ def module_path(source: str, scopes: Mapping[str, Mapping[str, Any]] | None = No
         path = _without_plumbing(bool(scope), steps)
         if not scope and name not in ("self", "L__self__"):
             path.insert(0, name)
-    return ".".join(map(str, path))
+    return ".".join(map(str, [_base.get(), *path] if _base.get() else path))
 
 
 def _steps(source: str) -> Iterator[Step]:

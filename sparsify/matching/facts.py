@@ -11,7 +11,7 @@ from torch.utils._sympy.functions import Max
 
 from sparsify.graph import compat
 from sparsify.graph.aliasing import tensor_of
-from sparsify.graph.module_paths import module_path
+from sparsify.graph.module_paths import layer_number, module_path
 from sparsify.masks import prove
 from sparsify.masks.symbolic import plain, scalar, sizes
 from sparsify.matching.sites import AttentionSite
@@ -49,8 +49,7 @@ def layer_of(node: fx.Node) -> tuple[str, int | None]:
     if not stack:
         return "", None
     path = module_path(list(stack.values())[-1][0], compat.frame_scopes())
-    numbers = [int(part) for part in path.split(".") if part.isdigit()]
-    return path, numbers[-1] if numbers else None
+    return path, layer_number(path)
 
 
 def only_for(core: tuple[fx.Node, ...], more: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:

@@ -33,14 +33,18 @@ class Choice:
     decision: Decision
 
 
-def acts_on(kind: SiteKind, config: Config) -> bool:
-    """Whether the configuration, or its plan file, names a method for this kind of site."""
-    methods = discover()
+def named_methods(config: Config) -> dict[str, type[Pass]]:
+    """The methods that the configuration, or its plan file, names."""
     named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
     if (followed := load_saved_plan(config.plan)) is not None:
         saved = {d.method for d in followed.plan.rewritten}
         named = saved | named if config.objective is not None or config.max_error is not None else saved
-    return any(kind in methods[name].kinds for name in named if name in methods)
+    return {name: method for name, method in discover().items() if name in named}
+
+
+def acts_on(kind: SiteKind, config: Config) -> bool:
+    """Whether the configuration, or its plan file, names a method for this kind of site."""
+    return any(kind in method.kinds for method in named_methods(config).values())
 
 
 def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[Place] | None = None) -> tuple[Plan, list[Choice]]:

@@ -128,6 +128,7 @@ class Pass(BaseModel):
     name: ClassVar[str]
     lossy: ClassVar[bool] = True
     kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
+    across_layers: ClassVar[bool] = False  # what it does at a site depends on the model's other layers: they are captured in one graph
 
     def propose(self, site: Any, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
         """What this method would do at a site; several proposals in order of preference, the first eligible one is taken."""

@@ -3,9 +3,11 @@ loads; given back (`planning.saved_plan`), it decides."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -14,6 +16,7 @@ import torch
 from pydantic import BaseModel
 
 from sparsify.errors import ConfigError, PlanError
+from sparsify.graph.module_paths import layer_number
 from sparsify.ops import attention
 from sparsify.planning import report
 from sparsify.planning.config import config
@@ -30,16 +33,30 @@ class Plan:
     versions: of torch and of our ops, with which it was made.
     fallback: why the whole graph was left untouched, empty otherwise.
     device: whose profile the seconds come from, and what that is worth.
+    capture: how the model was captured where that was sparsify's choice: whole and why, or as regions.
+    serves: layers for which the graph is called, each with its decisions here; 0 where it is no region.
     """
 
     decisions: list[Decision] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__, "ops": str(attention.VERSION)})
     fallback: str = ""
     device: str = ""
+    capture: str = ""
+    serves: int = 0
 
     @property
     def rewritten(self) -> list[Decision]:
         return [d for d in self.decisions if d.method is not None]
+
+    def repeated(self, paths: Sequence[str]) -> Plan:
+        """The same decisions for every module that the graph serves; it was named after the first of `paths`."""
+        decisions = []
+        for path in paths:
+            for decision in self.decisions:
+                site = path + decision.site.removeprefix(paths[0]) if decision.site.startswith(paths[0]) else decision.site
+                decisions.append(dataclasses.replace(copy.deepcopy(decision), site=site, layer=layer_number(site)))
+        capture = f"one region for {len(paths)} layers" if len(paths) > 1 else "one region for 1 layer"
+        return dataclasses.replace(self, decisions=decisions, capture=capture, serves=len(paths))
 
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
@@ -64,7 +81,7 @@ class Plan:
             hint = getattr(error, "hint", "") or "save one with Plan.save"
             place, what = getattr(error, "where", "").removeprefix(": "), getattr(error, "what", error)
             raise PlanError(f"not a plan file: {place + ': ' if place else ''}{what}", where=where, hint=hint) from None
-        return cls(file.decisions, file.versions, file.fallback, file.device)
+        return cls(file.decisions, file.versions, file.fallback, file.device, file.capture, file.serves)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
@@ -83,7 +100,7 @@ class Plan:
     def __str__(self) -> str:
         if self.fallback:
             return f"the graph was left untouched: {self.fallback}"
-        return report.table(self.decisions, self.device) if self.decisions else "no attention site was found"
+        return report.table(self.decisions, self.device, self.capture) if self.decisions else "no attention site was found"
 
 
 class _Measured(BaseModel):
@@ -100,6 +117,8 @@ class _File(BaseModel):
     versions: dict[str, str] = {}
     fallback: str = ""
     device: str = ""
+    capture: str = ""
+    serves: int = 0
 
 
 def _no_number(text: str) -> NoReturn:

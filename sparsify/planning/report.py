@@ -12,9 +12,9 @@ from rich.table import Table
 from sparsify.planning.decision import Decision, labels
 
 
-def table(decisions: Sequence[Decision], device: str, width: int = 180) -> str:
-    """One row per site; equal neighbours are folded (`layers 4-27`). device: whose costs they are."""
-    grid = Table(title=_title(decisions), title_justify="left")
+def table(decisions: Sequence[Decision], device: str, capture: str = "", width: int = 180) -> str:
+    """One row per site; equal neighbours are folded (`layers 4-27`). device: whose costs they are. capture: as in a plan."""
+    grid = Table(title=_title(decisions) + (f" ({capture})" if capture else ""), title_justify="left")
     columns: tuple[tuple[str, Literal["left", "right"]], ...]
     columns = (("site", "left"), ("sizes B·Hq/Hkv·Q×K·D", "left"), ("mask", "left"), ("decision", "left"), ("reason", "left"),
                ("dense", "right"), ("chosen", "right"), ("density", "right"))  # fmt: skip

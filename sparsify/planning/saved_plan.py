@@ -41,6 +41,14 @@ class SavedPlan:
     def has(self, place: Place) -> bool:
         return (place.kind, place.name) in self._decisions
 
+    def under(self, path: str) -> tuple[Any, ...]:
+        """What the plan says of the sites of a module, equal for modules of which it says the same."""
+        return tuple(
+            (kind, site.removeprefix(path), tuple((one.ordinal, repr(_content(one))) for one in found))
+            for (kind, site), found in sorted(self._decisions.items())
+            if site == path or site.startswith(f"{path}.")
+        )
+
     def find(self, place: Place) -> Decision:
         """The decision for a site.
 

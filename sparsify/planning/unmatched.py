@@ -46,11 +46,12 @@ _compilations: OrderedDict[int, _Compilation] = OrderedDict()
 _lock = threading.Lock()
 
 
-def warn(gm: fx.GraphModule, plan: Plan, config: Config, asked: Any = None) -> None:
+def warn(gm: fx.GraphModule, plan: Plan, config: Config, asked: Any = None, ends: bool = True) -> None:
     """Notes which rules match a site of the graph; at the end of a call, names in one warning those that matched none so far.
 
     Args:
         asked: an object that all graphs of one compilation share, such as its options; None: the module that is compiled.
+        ends: whether the call may end with this graph; without, `conclude` says when it has.
     """
     if not config.rules:
         return
@@ -63,12 +64,21 @@ def warn(gm: fx.GraphModule, plan: Plan, config: Config, asked: Any = None) -> N
         if any(not config.rules[i].method for i in open_) and not any(place.kind == "ffn" for place, _ in found):
             found += _feed_forward(gm)  # nobody looked for these where no method acts on them
         seen.matched.update(i for i in open_ if any(_acts(config.rules[i], *site, methods) for site in found))
-        unmatched = [i for i in open_ if i not in seen.matched and not _waits(config.rules[i], methods, seen.sites)]
-        if seen.told or not unmatched or not seen.sites or compat.graph_breaks_after(gm):
+    if ends and not compat.graph_breaks_after(gm):
+        conclude(config, asked)
+
+
+def conclude(config: Config, asked: Any = None) -> None:
+    """A call has ended: names the rules that matched none of its sites, unless that was said. asked: as in `warn`."""
+    methods = discover()
+    with _lock:
+        seen = _compilation(config.rules, asked)
+        rest = [i for i, rule in enumerate(config.rules) if i not in seen.matched and not _waits(rule, methods, seen.sites)]
+        if seen.told or not rest or not seen.sites:
             return
         seen.told = True
-        words = "; ".join(_words(i, config.rules[i], seen.sites) for i in unmatched)
-    warnings.warn(f"sparsify: {words}", stacklevel=3)
+        words = "; ".join(_words(i, config.rules[i], seen.sites) for i in rest)
+    warnings.warn(f"sparsify: {words}", stacklevel=4)
 
 
 def _compilation(rules: tuple[Rule, ...], asked: Any) -> _Compilation:

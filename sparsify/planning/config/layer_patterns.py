@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from sparsify.errors import ConfigError
@@ -37,6 +38,17 @@ def _pieces(item: Any, where: str) -> list[str]:
     if isinstance(item, bool) or not isinstance(item, str | int):
         raise ConfigError(f"must be a layer pattern or a list of them, not {item!r}", where=where)
     return str(item).split(",")
+
+
+def numbers(patterns: Iterable[str], name: str, layer: int | None) -> set[int | None]:
+    """Which sites of this path are meant, of those that share it: their ordinals, None among them for all."""
+    found: set[int | None] = set()
+    for pattern in patterns:
+        path, numbered, number = pattern.rpartition("#")
+        single = numbered and number.isdecimal()
+        if matches(path if single else pattern, name, layer):
+            found.add(int(number) if single else None)
+    return found
 
 
 def matches(pattern: str, name: str, layer: int | None, ordinal: int = 0) -> bool:

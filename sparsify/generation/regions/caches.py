@@ -1,0 +1,169 @@
+"""What a region sees of a model's cache: the layer that is its own, under a number with which nothing can be computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from sparsify.generation.cache_layer import CallState, SparseLayer
+from sparsify.generation.sparse_cache import SparseCache
+
+# layers of ordinary caches whose update touches nothing but themselves
+_ALONE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+class LayerNumber:
+    """Stands for the number of a decoder layer in code that serves all of them. It goes to the cache; whatever else is done with it
+    fails, so that a layer whose result depends on its number is never taken for another."""
+
+    def _refuse(self, *args: Any) -> Any:
+        raise TypeError("the layer computes with its number")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __truediv__ = __floordiv__ = __index__ = __int__ = _refuse
+    __float__ = __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _refuse  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: Any) -> LayerNumber:
+        return self
+
+
+LAYER = LayerNumber()
+
+
+class LayerView(Cache):
+    """A cache of one layer, for code that knows it as `LAYER`."""
+
+    def __init__(self, layer: Any):
+        self.layers, self.layer_class_to_replicate, self.offloading = [layer], None, False
+
+    def _layer(self, number: Any) -> Any:
+        if number is not LAYER:
+            raise TypeError("the layer asks for the cache of another one")
+        return self.layers[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: Any = None) -> Any:
+        return self._layer(layer_idx).get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: Any = None) -> tuple[int, int]:
+        return self._layer(layer_idx).get_mask_sizes(query_length)
+
+    def get_max_length(self, layer_idx: Any = None) -> int:
+        return self._layer(layer_idx).get_max_length()
+
+
+def trouble(cache: Any, layers: int) -> str:
+    """Why the layers of a cache do not stand alone, empty where they do. layers: how many the model has."""
+    if not isinstance(cache, Cache):
+        return f"a cache that is a {type(cache).__name__}"
+    if getattr(cache, "offloading", False):
+        return "a cache that is offloaded while layers run"
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) != layers:
+        return f"a cache of {len(cache.layers)} layers for {layers}"
+    foreign = next((layer for layer in cache.layers if not _stands_alone(layer)), None)
+    return "" if foreign is None else f"a cache with a {type(foreign).__name__}"
+
+
+def _stands_alone(layer: Any) -> bool:
+    return type(layer) in _ALONE or isinstance(layer, SparseLayer)
+
+
+class LayerCall:
+    """One call of a layer over its cache.
+
+    A region gets a copy of the layer, made for the call, in which the first and the last layer of a SparseCache are like any other; what
+    it changes there goes back to the layer. `begin`, `end` and `undo` stand around it and keep what a SparseCache knows of the call.
+
+    copy: the copy, without what varies. varying: its tensors, and the numbers that grow, by attribute.
+    """
+
+    def __init__(self, cache: Cache, number: int, query_len: int):
+        self.cache, self.layer, self.query_len = cache, cache.layers[number], query_len
+        self.sparse = isinstance(self.layer, SparseLayer)
+        if not self.sparse:
+            _straighten(self.layer)
+        values = dict(vars(self.layer))
+        if self.sparse:
+            values.update(index="any", is_first=False, is_last=False, call=CallState(), used=None)
+        self.given = {name: value for name, value in values.items() if isinstance(value, Tensor) or name in _GROWING}
+        self.varying = {name: _alias(value) if isinstance(value, Tensor) else value for name, value in self.given.items()}
+        self.copy = object.__new__(type(self.layer))
+        self.copy.__dict__.update({name: value for name, value in values.items() if name not in self.given})
+
+    @property
+    def key_len(self) -> int:
+        """Keys that lie in the layer, or slots for them: a size of the call."""
+        return self.layer.keys.shape[-2] if self.layer.is_initialized and self.layer.keys is not None else 0
+
+    def kind(self) -> tuple[Any, ...]:
+        """What tells graphs over such a layer apart, beside sizes."""
+        empty = not (self.layer.started if self.sparse else self.layer.is_initialized)
+        return type(self.layer), empty, self.layer.is_initialized
+
+    def begin(self) -> None:
+        if not self.sparse:
+            return
+        layer = self.layer
+        if layer.is_first and isinstance(self.cache, SparseCache):
+            self.cache.check_consistent(self.query_len > 1 or not layer.is_initialized or layer.keys.device.type == "cpu")
+        if layer.grows and layer.is_initialized:
+            before = layer.keys
+            layer.make_room(self.query_len)
+            if layer.keys is not before:
+                for name in ("keys", "values", "positions"):
+                    self.given[name] = self.varying[name] = getattr(layer, name)
+        layer.call.storing = True
+
+    def end(self) -> None:
+        layer, fresh = self.layer, not self.layer.is_initialized
+        kept = {name: layer.__dict__[name] for name in ("index", "is_first", "is_last", "call", "used") if self.sparse}
+        for name, value in self.copy.__dict__.items():
+            if name not in self.varying or value is not self.varying[name]:
+                layer.__dict__[name] = kept.get(name, value)
+        if not self.sparse:
+            return
+        if fresh and layer.is_initialized:
+            layer.used = self.query_len
+            layer.mark_static()
+        if layer.is_last:
+            layer.call.storing = False
+
+    def undo(self) -> None:
+        """Nothing has run: as before `begin`."""
+        if self.sparse and self.layer.is_first:
+            self.layer.call.storing = False
+
+
+# numbers of ordinary layers that grow with the text
+_GROWING = ("cumulative_length", "cumulative_length_int")
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The tensor itself, or another of the same memory where transformers asks torch to compile for this very tensor."""
+    return tensor.detach() if getattr(tensor, "_dynamo_static_input_type", "") == "guarded" else tensor
+
+
+def view(copy: Any, varying: dict[str, Any]) -> LayerView:
+    """What a region's layer gets as its cache, within the region."""
+    for name, value in varying.items():
+        setattr(copy, name, value)
+    return LayerView(copy)
+
+
+def _straighten(layer: Any) -> None:
+    """A prompt leaves keys as the transpose of what the projection wrote, `cat` contiguous ones and a window's slice neither: one layout
+    for all later calls, so that they have one graph."""
+    if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.dim() == 4:
+        layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()

@@ -1,0 +1,154 @@
+"""A model's decoder layers, and what stands for each of them in code that serves all that are alike.
+
+A layer's attention knows its number, which compiled code is specialised on. A shadow is a copy of the few modules on the way to such a
+number, over the same parameters, buffers and other modules, in which every number is the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsify.generation import compat
+from sparsify.generation.regions.caches import LAYER
+
+NUMBER = "layer_idx"
+
+
+class NotShared(Exception):
+    """Why the layers of a model, or of one call of it, do not share regions; the message is a clause."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer. path: from the model, such as `model.layers.3`. shadow: what stands for it, made anew when the layer changed.
+    arguments: of its forward, those that may be given by position."""
+
+    path: str
+    number: int
+    module: nn.Module
+    shadow: Shadow
+    arguments: tuple[str, ...]
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """The decoder layers of a model.
+
+    Raises:
+        NotShared: there are none that are numbered one after the other, or more than one list of them.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _numbered(module)]
+    if len(lists) != 1:
+        raise NotShared("it has no list of numbered decoder layers" if not lists else "it has several lists of numbered layers")
+    name, modules = lists[0]
+    if len(set(map(id, modules))) != len(modules):
+        raise NotShared("some of its layers are one module")
+    for number, module in enumerate(modules):
+        found = {getattr(part, NUMBER) for part in module.modules() if NUMBER in vars(part)}
+        if found != {number}:
+            raise NotShared(f"layer {number} has the number {', '.join(map(str, sorted(found, key=str)))}")
+    return [Layer(f"{name}.{number}", number, module, Shadow(module), _arguments(module)) for number, module in enumerate(modules)]
+
+
+def _arguments(layer: nn.Module) -> tuple[str, ...]:
+    parameters = inspect.signature(layer.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _numbered(modules: nn.ModuleList) -> bool:
+    return len(modules) > 0 and all(any(isinstance(vars(m).get(NUMBER), int) for m in layer.modules()) for layer in modules)
+
+
+class Shadow:
+    """Of one layer: `current()` is the module to call, over what the layer holds at the moment."""
+
+    def __init__(self, layer: nn.Module):
+        self._layer = layer
+        self._copied: list[tuple[nn.Module, dict[str, Any], dict[str, nn.Module | None]]] = []
+        self._module: nn.Module | None = None
+
+    def current(self) -> nn.Module:
+        if self._module is None or not all(map(_unchanged, self._copied)):
+            self._copied = []
+            self._module = self._copy(self._layer, top=True)
+        return self._module
+
+    def _copy(self, module: nn.Module, top: bool = False) -> nn.Module:
+        if not top and not any(NUMBER in vars(part) for part in module.modules()):
+            return module
+        self._copied.append((module, dict(vars(module)), dict(module._modules)))
+        twin = object.__new__(type(module))
+        twin.__dict__.update(vars(module))
+        twin.__dict__["_modules"] = {name: child if child is None else self._copy(child) for name, child in module._modules.items()}
+        twin.__dict__["_forward_hooks"] = compat.without_recorders(module._forward_hooks)
+        twin.__dict__.pop("_compiled_call_impl", None)
+        if NUMBER in twin.__dict__:
+            twin.__dict__[NUMBER] = LAYER
+        return twin
+
+
+def _unchanged(copied: tuple[nn.Module, dict[str, Any], dict[str, nn.Module | None]]) -> bool:
+    module, values, children = copied
+    try:
+        return vars(module) == values and module._modules == children
+    except Exception:  # an attribute's own comparison
+        return False
+
+
+class Watch:
+    """What is done to layers from outside that a region would not show, or would show for one of them only."""
+
+    def __init__(self, layers: list[Layer]):
+        self._layers = layers
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Takes note of the modules that the layers have now."""
+        self._parts = [(layer, name, part) for layer in self._layers for name, part in layer.module.named_modules()]
+
+    def trouble(self) -> str:
+        """The reason in a clause, empty without any."""
+        everywhere = nn.modules.module
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or everywhere._global_backward_hooks:
+            return "hooks on all modules"
+        for layer, name, part in self._parts:
+            values = part.__dict__
+            if "forward" in values:
+                return f"{_path(layer, name)} has a forward of its own"
+            if values["_backward_hooks"] or values["_backward_pre_hooks"]:
+                return f"{_path(layer, name)} has backward hooks"
+            if name and (values["_forward_pre_hooks"] or compat.without_recorders(values["_forward_hooks"])):
+                return f"{_path(layer, name)} has hooks"
+            if values.get("gradient_checkpointing") and values["training"]:
+                return f"{_path(layer, name)} is checkpointed"
+        return ""
+
+
+def _path(layer: Layer, name: str) -> str:
+    return f"{layer.path}.{name}" if name else layer.path
+
+
+def signature(layer: nn.Module) -> tuple[Any, ...]:
+    """Equal for layers that differ in their number and in the values of their weights only, as far as compiled code asks."""
+    return tuple(_described(layer))
+
+
+_PLAIN = (bool, int, float, str, type(None), tuple, frozenset)
+
+
+def _described(layer: nn.Module) -> Iterator[Any]:
+    for name, part in layer.named_modules():
+        values = {k: v for k, v in vars(part).items() if isinstance(v, _PLAIN) and k != NUMBER and not (k.startswith("_") and k in _NN)}
+        tensors = [
+            (kind, key, None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad, type(t)))
+            for kind, found in (("p", part._parameters), ("b", part._buffers))
+            for key, t in found.items()
+        ]
+        yield name, type(part), repr(sorted(values.items())), tuple(tensors)
+
+
+_NN = frozenset(vars(nn.Module()))

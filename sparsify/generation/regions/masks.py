@@ -1,0 +1,157 @@
+"""Masks that a model makes before its layers run, put off until a layer is captured: a region's graph then shows how its mask came about,
+which is what a proof reads, and a mask of query_len × key_len is never written where no attention needs it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# whether masks that are asked for in this thread are put off: around the calls of a model whose layers are regions
+postponing: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_postponing", default=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a mask is made: `function(**call)`. transformers' arguments are sizes, offsets, a condition on indices and a padding mask."""
+
+    function: Callable[..., Tensor]
+    call: dict[str, Any]
+
+    def form(self) -> tuple[Any, ...]:
+        """What tells graphs apart that make such a mask: code and kinds of arguments, whatever their sizes."""
+        code = getattr(self.call.get("mask_function"), "__code__", None)
+        return self.function, code, tuple((name, isinstance(value, Tensor), value is None) for name, value in self.call.items())
+
+
+class PostponedMask(torch.Tensor):
+    """A mask [batch, 1, query_len, key_len] without memory. Any operation makes it, so that a model that works on its mask finds one."""
+
+    recipe: Recipe
+    made: Tensor | None
+
+    @staticmethod
+    def __new__(cls, recipe: Recipe, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> PostponedMask:
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        mask.recipe, mask.made = recipe, None
+        return mask
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        real = lambda value: value.make() if isinstance(value, PostponedMask) else value
+        args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def make(self) -> Tensor:
+        if self.made is None:
+            self.made = self.recipe.function(**self.recipe.call)
+        return self.made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PostponedMask({tuple(self.shape)})"
+
+
+def postpone(base: str, function: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The mask `function(**call)` of transformers' implementation `base`, put off; None where scaled_dot_product_attention needs none.
+
+    The padding is looked at once a call, which synchronises with the device, as transformers itself does outside of compiled code.
+    """
+    call = dict(call)
+    query_len, key_len, padding = call["q_length"], call["kv_length"], call.get("attention_mask")
+    sizes = (call["batch_size"], query_len, key_len)
+    if not all(type(size) is int for size in sizes) or call.get("use_vmap") or call.get("allow_is_bidirectional_skip"):
+        return function(**call)
+    window = call.get("local_size")
+    if padding is not None and not _capturing(padding) and bool(padding.all()) and padding.shape[-1] >= key_len + call.get("kv_offset", 0):
+        padding = call["attention_mask"] = None
+    plain = padding is None and (window is None or key_len < window)
+    if base == "sdpa" and call.get("allow_is_causal_skip", True) and plain and (query_len == 1 or key_len == query_len):
+        return None
+    # what layers count on, they change while they run: the length of a static cache is a tensor
+    for name in ("q_offset", "kv_offset"):
+        if isinstance(call.get(name), Tensor):
+            call[name] = call[name].clone()
+    dtype = torch.bool if base == "sdpa" else call.get("dtype", torch.float32)
+    return PostponedMask(Recipe(function, call), (call["batch_size"], 1, query_len, key_len), dtype, call.get("device", "cpu"))
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# arguments of a recipe that change from call to call
+_VARYING = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a region makes a mask.
+
+    function, fixed: the recipe without what varies. rows: batch_size and q_length are those of the hidden states. keys: kv_length and
+    kv_offset are the cache layer's, or q_length without a cache. start: q_offset is the cache layer's length. A size that is taken from
+    what the region is given has one symbol in its graph.
+    """
+
+    function: Callable[..., Tensor]
+    fixed: dict[str, Any]
+    rows: bool
+    keys: bool
+    start: bool
+
+    def form(self) -> tuple[bool, ...]:
+        """What tells graphs apart, beside the recipe's own."""
+        return self.rows, self.keys, self.start, "mask_function" in self.fixed
+
+
+def plan(recipe: Recipe, hidden: Tensor, layer: Any) -> tuple[Plan, dict[str, Any]]:
+    """The plan for a layer's mask and what varies of its recipe. layer: the cache layer, None without a cache."""
+    call = recipe.call
+    same = lambda one, other: type(one) is int and type(other) is int and one == other
+    query_len, padding = call["q_length"], call.get("attention_mask")
+    rows = (padding is None or padding.shape[0] == hidden.shape[0]) and tuple(hidden.shape[:2]) == (call["batch_size"], query_len)
+    if layer is None:
+        keys, start = rows and same(call["kv_length"], query_len) and call.get("kv_offset", 0) == 0, False
+    else:
+        key_len, offset = layer.get_mask_sizes(query_len)
+        keys = rows and same(key_len, call["kv_length"]) and same(offset, call.get("kv_offset", 0))
+        start = same(call.get("q_offset", 0), layer.get_seq_length())
+    taken = {"batch_size": rows, "q_length": rows, "kv_length": keys, "kv_offset": keys and layer is not None, "q_offset": start}
+    varying = {name: call[name] for name in _VARYING if call.get(name) is not None and not taken.get(name)}
+    fixed = {name: value for name, value in call.items() if name not in _VARYING}
+    if any(tensor.dim() > 1 for tensor in _tensors(call.get("mask_function"))):  # over tokens: their number varies too
+        varying["mask_function"] = fixed.pop("mask_function")
+    return Plan(recipe.function, fixed, rows, keys, start), varying
+
+
+def _tensors(function: Any) -> Iterator[Tensor]:
+    """Tensors that a condition on indices refers to."""
+    for cell in getattr(function, "__closure__", None) or ():
+        for value in cell.cell_contents if isinstance(cell.cell_contents, tuple | list) else (cell.cell_contents,):
+            if isinstance(value, Tensor):
+                yield value
+            elif callable(value):
+                yield from _tensors(value)
+
+
+def build(plan: Plan, varying: dict[str, Any], hidden: Tensor, layer: Any) -> Tensor:
+    """The mask, within a region that is being captured."""
+    call = {**plan.fixed, **varying}
+    padding = varying.get("attention_mask")
+    if plan.rows and padding is not None and padding.shape[0] != hidden.shape[0]:  # asked for the guard: one symbol for both
+        raise ValueError("the padding mask has another batch size than the hidden states")
+    if plan.rows:
+        call["batch_size"], call["q_length"] = hidden.shape[0], hidden.shape[1]
+    if plan.keys and layer is None:
+        call["kv_length"] = hidden.shape[1]
+    elif plan.keys:
+        call["kv_length"], call["kv_offset"] = layer.get_mask_sizes(hidden.shape[1])
+    if plan.start:
+        call["q_offset"] = layer.get_seq_length()
+    return plan.function(**call)

@@ -1,0 +1,435 @@
+"""Calls of a model in which each kind of decoder layer is compiled once, and called for all layers of that kind.
+
+A call that regions cannot serve is captured whole, as `model.compile(backend="sparsify")` would do it: that shows before the first layer
+runs, and the call starts again there. A layer of a later kind that cannot be compiled runs as it is in that call, and later calls are
+captured whole.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import logging
+import threading
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+from sparsify import pipeline
+from sparsify.generation import cache_attention
+from sparsify.generation.regions import caches, layers, masks
+from sparsify.generation.regions.caches import LayerCall
+from sparsify.generation.regions.layers import Layer, NotShared
+from sparsify.generation.regions.masks import PostponedMask
+from sparsify.graph import compat as torch_compat
+from sparsify.graph.module_paths import layer_number
+from sparsify.planning import unmatched
+from sparsify.planning.choose import named_methods
+from sparsify.planning.config import layer_patterns
+from sparsify.planning.config.config import Config
+from sparsify.planning.saved_plan import SavedPlan, load_saved_plan
+
+log = logging.getLogger(__name__)
+
+# more kinds than this take as long to compile as the whole model
+MOST_KINDS = 8
+
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+_SEEN = 4096  # sizes of calls that a region remembers
+_numbers = itertools.count()
+_active: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("sparsify_regions", default=None)
+
+
+class WholeModel:
+    """A model's call, captured as one graph for a reason that its plans tell."""
+
+    def __init__(self, call: Callable[..., Any], reason: str):
+        self.call, self.reason = call, reason
+        log.warning("captured whole, not layer by layer: %s", reason)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plans = pipeline.collector.get()
+        before = 0 if plans is None else len(plans)
+        result = self.call(*args, **kwargs)
+        for plan in (plans or ())[before:]:
+            plan.capture = f"whole: {self.reason}"
+        return result
+
+
+class RegionalModel:
+    """What `sparsify.compile` puts in the place of a model's call.
+
+    Args:
+        model: a model of transformers whose attention goes through its AttentionInterface.
+        whole: the model's call, captured as one graph, for calls that regions cannot serve.
+        options: the user's, an object that all graphs of the model share.
+        dynamic: as in torch.compile; None means sizes that vary from the first call on.
+
+    Raises:
+        NotShared: the layers of this model share no regions, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, whole: Callable[..., Any], options: Any = None, dynamic: bool | None = None):
+        _check_model(model, config)
+        self.model, self.config, self.whole, self.options = model, config, whole, options
+        self.dynamic = True if dynamic is None else dynamic
+        self.layers = layers.find_layers(model)
+        self._by_module = {id(layer.module): layer for layer in self.layers}
+        self.kinds = _kinds(self.layers, config)
+        self._watch = layers.Watch(self.layers)
+        self.reason = ""  # why no call is served by regions any more
+        self._regions: dict[Any, _Region] = {}
+        self._lock = threading.RLock()
+        self._wholes: dict[str, WholeModel] = {}
+        attention = next(part for part in self.layers[0].module.modules() if hasattr(part, "config"))
+        cache_attention.use_sparse_attention(attention.config)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # someone else captures the model within something larger
+            return self.model._call_impl(*args, **kwargs)
+        try:
+            self._check_call(args, kwargs)
+            return self._through_regions(args, kwargs)
+        except NotShared as why:
+            reason = str(why)
+        if reason not in self._wholes:
+            self._wholes[reason] = WholeModel(self.whole, reason)
+        return self._wholes[reason](*args, **kwargs)
+
+    def _through_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _Call(self)
+        tokens = _active.set(call), masks.postponing.set(True)
+        try:
+            result = self.model._call_impl(*args, **kwargs)
+        finally:
+            masks.postponing.reset(tokens[1])
+            _active.reset(tokens[0])
+        if call.compiled and self.config.rules:
+            unmatched.conclude(self.config, self.options)
+        return result
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raises NotShared with what speaks against regions before anything runs."""
+        if self.reason:
+            raise NotShared(self.reason)
+        config = self.model.config
+        for name in ("output_attentions", "output_router_logits"):
+            if kwargs.get(name, getattr(config, name, False)):
+                raise NotShared(f"{name} asks for what a layer computes inside")
+        cache = next((value for name, value in kwargs.items() if name in _CACHES and value is not None), None)
+        if cache is not None and (why := caches.trouble(cache, len(self.layers))):
+            raise NotShared(why)
+        if not any(isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == 1 for value in (*args, *kwargs.values())):
+            self._watch.look_again()  # at prompts, which take long beside it
+        if why := self._watch.trouble():
+            raise NotShared(why)
+
+    def layer(self, module: nn.Module) -> Layer | None:
+        return self._by_module.get(id(module))
+
+    def region(self, key: Any, layer: Layer) -> _Region:
+        with self._lock:
+            found = self._regions.get(key)
+            if found is None:
+                paths = tuple(one.path for one in self.layers if self.kinds[one.number] == self.kinds[layer.number])
+                found = self._regions[key] = _Region(self, paths)
+        return found
+
+
+class _Region:
+    """One compiled function for all layers of a kind, in calls of one form.
+
+    Dynamo compiles a function twice where two threads ask for it at once, and its guards keep state while they are asked: until the graph
+    runs, a region serves one thread after the other.
+    """
+
+    def __init__(self, owner: RegionalModel, paths: tuple[str, ...]):
+        self.owner, self.paths = owner, paths
+        self.run = torch.compile(_private(_run), backend=self._backend, dynamic=owner.dynamic, fullgraph=True)
+        self._lock = threading.Lock()
+        self._sizes: set[Any] = set()
+
+    def __call__(self, sizes: Any, *arguments: Any) -> Any:
+        """sizes: of what the call is over; those that ran once compile nothing."""
+        self._lock.acquire()
+        token = _waiting.set([self._lock])
+        try:
+            if sizes in self._sizes:
+                return self.run(*arguments)
+            with torch_compat.independent_sizes():
+                result = self.run(*arguments)
+            if len(self._sizes) >= _SEEN:
+                self._sizes.clear()
+            self._sizes.add(sizes)
+            return result
+        finally:
+            _release()
+            _waiting.reset(token)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if (call := _active.get()) is not None:
+            call.compiled = True
+        compiled = pipeline.compile_graph(gm, example_inputs, self.owner.config, self.owner.options, serves=self.paths)
+
+        def graph(*inputs: Any) -> Any:
+            _release()
+            return compiled(*inputs)
+
+        return graph
+
+
+# the lock of the region that is called in this thread, until its graph runs
+_waiting: contextvars.ContextVar[list[threading.Lock] | None] = contextvars.ContextVar("sparsify_waiting", default=None)
+
+
+def _release() -> None:
+    held = _waiting.get()
+    if held:
+        held.pop().release()
+
+
+class _Held(nn.Module):
+    """What a region is specialised on: Dynamo takes the numbers of a module for constants.
+
+    cache: the copy of a cache layer. names: the arguments by which the layer takes it. masks: how to make the masks, by argument.
+    """
+
+    cache: Any
+    names: tuple[str, ...]
+    masks: dict[str, masks.Plan]
+
+    @classmethod
+    def of(cls, cache: Any, names: tuple[str, ...], plans: dict[str, masks.Plan]) -> _Held:
+        held = object.__new__(cls)
+        held.__dict__.update(_EMPTY_MODULE, cache=cache, names=names, masks=plans)
+        return held
+
+
+_EMPTY_MODULE = vars(nn.Module())
+
+
+def _run(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: _Held, state: dict[str, Any], padding: dict[str, Any]
+) -> Any:
+    """What a region is captured from: the masks, then the layer.
+
+    state: what varies of the cache layer. padding: what varies of the masks, by name.
+    """
+    hidden = args[0] if args else kwargs["hidden_states"]
+    given = dict(kwargs)
+    if held.cache is not None:
+        view = caches.view(held.cache, state)
+        for name in held.names:
+            given[name] = view
+    for name, plan in held.masks.items():
+        given[name] = masks.build(plan, padding[name], hidden, held.cache)
+    return layer.forward(*args, **given)
+
+
+def _private(function: types.FunctionType) -> types.FunctionType:
+    """The same function with a code object of its own: what Dynamo compiled, and the sizes that it saw, lie with those."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
+class _Call:
+    """A call of the model that is under way. ran: whether a region has run, so that the call cannot start again elsewhere."""
+
+    def __init__(self, model: RegionalModel):
+        self.model = model
+        self.ran = self.compiled = False
+
+    def run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's result, its own hooks around it."""
+        module = layer.module
+        for key, hook in module._forward_pre_hooks.items():
+            if key in module._forward_pre_hooks_with_kwargs:
+                args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            elif (found := hook(module, args)) is not None:
+                args = found if isinstance(found, tuple) else (found,)
+        result = self._run(layer, args, kwargs)
+        for key, hook in module._forward_hooks.items():
+            with_kwargs = key in module._forward_hooks_with_kwargs
+            found = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
+            result = result if found is None else found
+        return result
+
+    def _run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._through_region(layer, args, kwargs)
+        except NotShared as why:
+            if not self.ran:
+                raise
+            self.model.reason = self.model.reason or str(why)
+            log.warning("%s runs as it is in this call: %s", layer.path, why)
+            return _uncompiled(layer.module, args, kwargs)
+
+    def _through_region(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if type(hidden) is not Tensor or hidden.dim() != 3:
+            raise NotShared("its layers are called in a form that is not known")
+        batch, query_len = hidden.shape[:2]
+        kwargs = {**dict(zip(layer.arguments[1:], args[1:], strict=False)), **kwargs}
+        if len(args) > len(layer.arguments):
+            raise NotShared("its layers are called in a form that is not known")
+        rest, args, cache, key_len = dict(kwargs), args[:1], None, 0
+        names = tuple(name for name in _CACHES if rest.get(name) is not None)
+        for name in names:
+            held_cache = rest.pop(name)
+            if why := caches.trouble(held_cache, len(self.model.layers)):
+                raise NotShared(why)
+            cache = LayerCall(held_cache, layer.number, query_len)
+            key_len = cache.key_len
+        postponed = {name: rest.pop(name) for name, value in kwargs.items() if isinstance(value, PostponedMask)}
+        planned = {name: masks.plan(mask.recipe, hidden, cache and cache.layer) for name, mask in postponed.items()}
+        key = (
+            self.model.kinds[layer.number],
+            names,
+            tuple(map(_form, args)),
+            tuple((name, _form(value)) for name, value in rest.items()),
+            tuple((name, mask.recipe.form(), planned[name][0].form()) for name, mask in postponed.items()),
+            cache and cache.kind(),
+            (batch == 1, query_len == 1, hidden.dtype, hidden.device),
+            (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hidden.requires_grad),
+        )
+        region = self.model.region(key, layer)
+        if cache is not None:
+            cache.begin()
+        try:
+            held = _Held.of(cache and cache.copy, names, {name: plan for name, (plan, _) in planned.items()})
+            padding = {name: varying for name, (_, varying) in planned.items()}
+            state = cache.varying if cache else {}
+            result = region((batch, query_len, key_len), layer.shadow.current(), args, rest, held, state, padding)
+        except TorchDynamoException as error:
+            if isinstance(error, BackendCompilerFailed):
+                raise
+            if cache is not None:
+                cache.undo()
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            log.debug("%s cannot be a region", layer.path, exc_info=error)
+            self.model.reason = f"a layer cannot be captured as one graph: {lines[0] if lines else type(error).__name__}"
+            raise NotShared(self.model.reason) from None
+        if cache is not None:
+            cache.end()
+        self.ran = True
+        return result
+
+
+_SIMPLE = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+
+def _form(value: Any) -> Any:
+    """What of an argument tells graphs apart, beside the sizes of tensors.
+
+    Raises:
+        NotShared: an object that layers may hand on to each other.
+    """
+    if type(value) in (Tensor, nn.Parameter):
+        return value.dim(), value.dtype
+    if isinstance(value, _SIMPLE):
+        return value if isinstance(value, bool | str) else type(value)
+    if type(value) in (tuple, list):
+        return type(value), tuple(map(_form, value))
+    raise NotShared(f"its layers are given a {type(value).__name__}")
+
+
+def _uncompiled(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The layer as it is; its hooks are the caller's."""
+    real = lambda value: value.make() if isinstance(value, PostponedMask) else value
+    return module.forward(*map(real, args), **{name: real(value) for name, value in kwargs.items()})
+
+
+class Handover:
+    """What a layer is called through: its region within a call of the model that it belongs to, else the layer itself."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            call = _active.get()
+            if call is not None and (mine := call.model.layer(self.layer.module)) is not None:
+                return call.run(mine, args, kwargs)
+        return self.layer.module._call_impl(*args, **kwargs)
+
+
+def _check_model(model: nn.Module, config: Config) -> None:
+    """Raises NotShared where the model, or what is asked of it, leaves no choice but to capture it whole."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise NotShared("it is no model of transformers")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise NotShared("its attention does not go through transformers' AttentionInterface")
+    text = model.config.get_text_config(decoder=True)
+    base = text._attn_implementation
+    if base is not None and base not in cache_attention.NAMES and base not in cache_attention.NAMES.values():
+        raise NotShared(f"its attention implementation is {base!r}")
+    if getattr(text, "is_encoder_decoder", False) or getattr(text, "num_kv_shared_layers", 0):
+        raise NotShared("its layers share keys and values")
+    if config.inductor_patches().get("triton.cudagraphs"):
+        raise NotShared("CUDA graphs are recorded over the whole model")
+    across = sorted(name for name, method in named_methods(config).items() if method.across_layers)
+    if across:
+        raise NotShared(f"{', '.join(across)} acts across layers")
+
+
+def _kinds(found: list[Layer], config: Config) -> list[int]:
+    """For every layer the number of its kind: layers of one kind differ in their weights only, and rules and plan say the same of them."""
+    saved = load_saved_plan(config.plan)
+    known: dict[Any, int] = {}
+    kinds = [known.setdefault((layers.signature(layer.module), _asked(layer, config, saved)), len(known)) for layer in found]
+    if len(known) > MOST_KINDS:
+        raise NotShared(f"its {len(found)} layers are of {len(known)} kinds")
+    return kinds
+
+
+def _asked(layer: Layer, config: Config, saved: SavedPlan | None) -> Any:
+    """What rules and plan say about the sites that may lie in a layer."""
+    found = []
+    for name, _ in layer.module.named_modules() if config.rules else ():
+        path = f"{layer.path}.{name}" if name else layer.path
+        for site in (path, f"{path}.cache"):
+            found.append(tuple(frozenset(layer_patterns.numbers(rule.layers, site, layer_number(site))) for rule in config.rules))
+    return tuple(found), saved and saved.under(layer.path)
+
+
+def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None) -> None:
+    """Lets calls of a model, which was compiled as a whole, go through regions; says why not where that cannot be."""
+    whole = model._compiled_call_impl
+    try:
+        regional = RegionalModel(model, config, whole, options, dynamic)
+    except NotShared as why:
+        model._compiled_call_impl = WholeModel(whole, str(why))
+        return
+    for layer in regional.layers:
+        layer.module._compiled_call_impl = Handover(layer)
+    model._compiled_call_impl = regional
+
+
+def remove(model: nn.Module) -> None:
+    """Takes back `install`."""
+    for part in model.modules():
+        if isinstance(part._compiled_call_impl, Handover | RegionalModel | WholeModel):
+            part._compiled_call_impl = None
+
+
+def like(model: nn.Module, config: Config, whole: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the model that is captured as its own calls are, layer by layer or whole, with other settings and apart from them.
+
+    Args:
+        whole: the model's call, captured as one graph.
+    """
+    own = model._compiled_call_impl
+    if isinstance(own, WholeModel):
+        return WholeModel(whole, own.reason)
+    if not isinstance(own, RegionalModel):
+        return whole
+    try:
+        return RegionalModel(model, config, whole, config, own.dynamic)
+    except NotShared as why:
+        return WholeModel(whole, str(why))

@@ -1,0 +1,409 @@
+"""`sparsify.compile`: one region for each kind of decoder layer, made once, for whatever sizes follow; and what is captured whole."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import sparsify
+from sparsify import SparseCache, api
+from sparsify.errors import ConfigError
+from sparsify.generation.regions.regional import RegionalModel
+from sparsify.planning.plan import Plan
+from tests.support.harness import holding, strict
+from tests.support.tiny_models import VOCAB, build
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+DENSE = strict(passes=["dense"])
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def prompt(batch: int, length: int, seed: int = 0, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Row 0 has `padding` tokens on the left; an attention mask where there is any."""
+    ids = torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+    if not padding:
+        return {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def cuts(model, cache, ids, *lengths):
+    """Logits of calls of so many tokens each, one after the other over a cache."""
+    parts = ids.split(list(lengths), 1)
+    return torch.cat([model(input_ids=part, **holding(cache)).logits for part in parts], 1)
+
+
+def answer(model, inputs):
+    """Tokens of generate() over a growing cache, which it would replace by a SparseCache."""
+    return model.generate(**inputs, **GREEDY, **holding(DynamicCache(config=model.config)))
+
+
+def rewritten(plans: list[Plan]) -> set[tuple[int, int]]:
+    return {(len(plan.rewritten), len(plan.decisions)) for plan in plans}
+
+
+# --- one region for all layers, whatever the sizes ---
+
+
+@torch.no_grad()
+def test_the_regions_are_the_same_for_few_and_many_layers_and_for_all_lengths():
+    graphs = {}
+    for layers in (2, 12):
+        model = build("llama", layers=layers)
+        inputs = [prompt(1, 33), prompt(1, 20, 1), prompt(2, 25, 2, padding=7), prompt(3, 30, 3, padding=4)]
+        want = [answer(model, one) for one in inputs]
+        sparsify.compile(model, **DENSE)
+        before, made = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
+        with api.collect_plans() as plans:
+            for one, tokens in zip(inputs, want, strict=True):
+                assert torch.equal(answer(model, one), tokens)
+                made.append(len(plans))
+        graphs[layers] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert made == [2, 2, 4, 4]  # a prompt and a token, without padding and with it
+        assert rewritten(plans) == {(layers, layers)}
+        assert [d.site for d in plans[0].decisions] == [f"model.layers.{i}.self_attn" for i in range(layers)]
+        assert [d.layer for d in plans[0].decisions] == list(range(layers))
+        assert {plan.capture for plan in plans} == {f"one region for {layers} layers"}
+    assert graphs[2] == graphs[12] == 4
+
+
+@torch.no_grad()
+def test_sampling_gives_the_tokens_that_it_gives_uncompiled():
+    model = build("llama", layers=2)
+    how = {"max_new_tokens": 6, "do_sample": True, "top_k": 20, "repetition_penalty": 1.2, "num_return_sequences": 2, "pad_token_id": 0}
+
+    def sampled():
+        torch.manual_seed(7)
+        return model.generate(**prompt(1, 20), **how)
+
+    want = sampled()
+    sparsify.compile(model, **DENSE)
+    assert torch.equal(sampled(), want)
+
+
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "lazy": lambda config: DynamicCache(),
+    "static": lambda config: StaticCache(config=config, max_cache_len=80),
+    "sparse": lambda config: SparseCache(config, sinks=2, window=30),
+    "full": lambda config: SparseCache(config, "full", 32),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_turns_over_a_cache(kind):
+    """First turn, tokens, a second turn and tokens again; then other lengths over another cache, for which nothing is compiled."""
+    model, make = build("llama", layers=3), CACHES[kind]
+    ids = prompt(1, 54)["input_ids"]
+    one, two = (30, 1, 1, 20, 1, 1), (23, 1, 1, 1, 27, 1)
+    want = [cuts(model, make(model.config), ids, *lengths) for lengths in (one, two)]
+    sparsify.compile(model, strict=True, lower="eager")
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(cuts(model, make(model.config), ids, *one), want[0], **CLOSE)
+        made = len(plans)
+        torch.testing.assert_close(cuts(model, make(model.config), ids, *two), want[1], **CLOSE)
+    assert made == len(plans) == 3, [plan.decisions[0] for plan in plans]
+    assert all(plan.serves == 3 for plan in plans)
+    if kind == "sparse":
+        assert {d.method for d in plans[1].decisions} == {"kv_evict"}
+
+
+@torch.no_grad()
+def test_hybrid_layers_are_two_kinds():
+    model = build("gemma3", layers=6)
+    inputs = prompt(1, 30), prompt(1, 21, 1)
+    want = [answer(model, one) for one in inputs]
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        for one, tokens in zip(inputs, want, strict=True):
+            assert torch.equal(answer(model, one), tokens)
+    assert {plan.serves for plan in plans} == {3}
+    assert [("window" in plan.decisions[0].mask, plan.decisions[0].layer) for plan in plans[:2]] == [(True, 0), (False, 1)]
+    assert rewritten(plans) == {(3, 3)}
+
+
+@torch.no_grad()
+def test_gradients_flow_through_regions():
+    model = build("llama", layers=2)
+    ids = prompt(1, 12)["input_ids"]
+    with torch.enable_grad():
+        want = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), list(model.parameters()))
+        sparsify.compile(model, lower="eager")
+        found = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), list(model.parameters()))
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+# --- rules, plans, reports ---
+
+
+@torch.no_grad()
+def test_rules_by_layer_number_make_kinds():
+    model = build("llama", layers=5)
+    rules = [{"layers": "1-2", "method": []}, {"layers": "model.layers.4.self_attn", "method": "sink_window", "sinks": 2, "window": 9}]
+    with torch.no_grad():
+        whole = sparsify.explain(model, **prompt(1, 20), options=strict(passes=["dense"], rules=rules))
+    sparsify.compile(model, **strict(passes=["dense"], rules=rules))
+    with api.collect_plans() as plans:
+        found = model(**prompt(1, 20)).logits
+    assert [(plan.serves, plan.decisions[0].method) for plan in plans] == [(2, "dense"), (2, None), (1, "sink_window")]
+    decided = {d.site: (d.method, d.options) for plan in plans for d in plan.decisions}
+    assert decided == {d.site: (d.method, d.options) for d in whole.decisions}
+    again = build("llama", layers=5)
+    again.compile(backend="sparsify", options=strict(passes=["dense"], rules=rules))
+    torch.testing.assert_close(found, again(**prompt(1, 20)).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_plan_is_followed_layer_by_layer(tmp_path):
+    model = build("llama", layers=3)
+    rules = [{"layers": "1", "method": "sink_window", "sinks": 2, "window": 9}]
+    sparsify.explain(model, **prompt(1, 20), options=strict(passes=["dense"], rules=rules)).save(tmp_path / "plan.json")
+    sparsify.compile(model, **strict(plan=str(tmp_path / "plan.json")))
+    with api.collect_plans() as plans:
+        model(**prompt(1, 20))
+    assert {d.layer: d.method for plan in plans for d in plan.decisions} == {0: "dense", 1: "sink_window", 2: "dense"}
+
+
+@torch.no_grad()
+def test_a_rule_that_matches_no_layer_is_told_once_the_call_has_ended():
+    model = build("llama", layers=2)
+    sparsify.compile(model, **strict(passes=["dense"], rules=[{"layers": "1", "method": []}, {"layers": "7", "method": "dense"}]))
+    with pytest.warns(UserWarning, match=r"rules\[1\].*matches no site: the layers here are 0 to 1"):
+        model(**prompt(1, 12))
+
+
+@torch.no_grad()
+def test_explain_shows_regions_and_the_density_of_each_layer():
+    model = build("llama", layers=4, hidden_size=64)
+    rules = [{"layers": "1,3", "method": "xattention", "threshold": 1.0}]
+    options = strict(passes=["xattention", "dense"], xattention={"stride": 8, "block": 64, "threshold": 0.3}, rules=rules)
+    sparsify.compile(model, **options)
+    plan = sparsify.explain(model, **prompt(1, 200), options=options)
+    assert [d.layer for d in plan.decisions] == [0, 1, 2, 3]
+    assert plan.capture == "one region for 2 layers" and "(one region for 2 layers)" in str(plan)
+    densities = [d.realised_density for d in plan.decisions]
+    assert densities[1] == densities[3] == 1 and max(densities[0], densities[2]) < 1
+    assert Plan.from_json(plan.to_json()).capture == plan.capture
+    with api.collect_plans() as plans:  # explaining compiled nothing for the model itself
+        model(**prompt(1, 200))
+    assert len(plans) == 2
+
+
+@torch.no_grad()
+def test_verify_compares_regions():
+    model = build("llama", layers=2)
+    want = model.generate(**prompt(1, 20), **GREEDY)
+    sparsify.compile(model, verify=True, **DENSE)
+    assert torch.equal(model.generate(**prompt(1, 20), **GREEDY), want)
+
+
+# --- what is captured whole ---
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "reason"),
+    [
+        ("llama", {"passes": ["dense", "ffn_skip"]}, "ffn_skip acts across layers"),
+        ("llama", {"mode": "reduce-overhead"}, "CUDA graphs are recorded over the whole model"),
+        ("falcon", {}, "its attention does not go through transformers' AttentionInterface"),
+    ],
+)
+@torch.no_grad()
+def test_models_and_options_that_are_captured_whole(family, given, reason):
+    model = build(family, layers=2)
+    want = model(**prompt(1, 12)).logits
+    sparsify.compile(model, **{**DENSE, **given})
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(model(**prompt(1, 12)).logits, want, **CLOSE)
+    (plan,) = plans
+    assert plan.capture == f"whole: {reason}" and len(plan.decisions) >= 2 and not plan.serves
+    assert sparsify.explain(model, **prompt(1, 12), options=given).capture == plan.capture
+
+
+@torch.no_grad()
+def test_whole_is_an_option_and_takes_regions_back():
+    model = build("llama", layers=2)
+    want = model(**prompt(1, 12)).logits
+    sparsify.compile(sparsify.compile(model, **DENSE), whole=True, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(model(**prompt(1, 12)).logits, want, **CLOSE)
+    assert [(plan.capture, len(plan.decisions)) for plan in plans] == [("", 2)]
+    with pytest.raises(ConfigError, match="unknown key"):
+        sparsify.compile(model, wohle=True)
+
+
+@torch.no_grad()
+def test_a_layer_that_computes_with_its_number_is_captured_whole(monkeypatch):
+    model = build("llama", layers=3)
+    kind = type(model.model.layers[0].self_attn)
+    forward = kind.forward
+
+    def numbered(self, hidden_states, **kwargs):
+        output, weights = forward(self, hidden_states, **kwargs)
+        return output * (self.layer_idx + 1), weights
+
+    monkeypatch.setattr(kind, "forward", numbered)
+    want = model(**prompt(1, 12)).logits
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        for _ in range(2):
+            torch.testing.assert_close(model(**prompt(1, 12)).logits, want, **CLOSE)
+    assert [len(plan.decisions) for plan in plans] == [3]
+    assert plans[0].capture.startswith("whole: a layer cannot be captured as one graph")
+
+
+@torch.no_grad()
+def test_a_model_of_which_every_layer_has_its_own_scale():
+    """gpt2 divides by the layer's number, when it is made: layers are of a kind each."""
+    model = build("gpt2", layers=2, scale_attn_by_inverse_layer_idx=True)
+    want = model(**prompt(1, 12)).logits
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(model(**prompt(1, 12)).logits, want, **CLOSE)
+    assert [plan.capture for plan in plans] == ["one region for 1 layer"] * 2
+    many = sparsify.compile(build("gpt2", layers=9, scale_attn_by_inverse_layer_idx=True), **DENSE)
+    assert many._compiled_call_impl.reason == "its 9 layers are of 9 kinds"
+
+
+@torch.no_grad()
+def test_calls_that_are_captured_whole_leave_the_others_to_regions():
+    model = build("llama", attn_implementation="eager", layers=2)
+    inputs = prompt(1, 12)
+    want = model(**inputs, output_attentions=True)
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    sparsify.compile(model, lower="eager")
+    with api.collect_plans() as plans:
+        found = model(**inputs, output_attentions=True)
+        torch.testing.assert_close(found.attentions, want.attentions, **CLOSE)
+        found = model(**inputs, output_hidden_states=True)
+        torch.testing.assert_close(found.hidden_states, states, **CLOSE)
+        torch.testing.assert_close(model(**inputs).logits, want.logits, **CLOSE)
+    assert [plan.capture for plan in plans][:2] == [
+        "whole: output_attentions asks for what a layer computes inside",
+        "one region for 2 layers",
+    ]
+
+
+@torch.no_grad()
+def test_a_cache_of_an_unknown_kind_is_captured_whole():
+    class Other(DynamicCache):
+        def __init__(self, config):
+            super().__init__(config=config)
+            self.layers = [type("OtherLayer", (type(layer),), {})() for layer in self.layers]
+
+    model = build("llama", layers=2)
+    ids = prompt(1, 14)["input_ids"]
+    want = cuts(model, Other(model.config), ids, 12, 1, 1)
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(cuts(model, Other(model.config), ids, 12, 1, 1), want, **CLOSE)
+    assert {plan.capture for plan in plans} == {"whole: a cache with a OtherLayer"}
+
+
+# --- what users do to layers ---
+
+
+@torch.no_grad()
+def test_hooks_of_layers_and_hooks_inside_of_them():
+    model = build("llama", layers=3)
+    inputs, layer = prompt(1, 12), model.model.layers[1]
+    seen = []
+
+    def before(module, args, kwargs):
+        seen.append((module, tuple(args[0].shape)))
+        return (args[0] * 2, *args[1:]), kwargs
+
+    def run():
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(lambda m, a, out: out + 1)]
+        one = model(**inputs).logits
+        [hook.remove() for hook in hooks]
+        inner = layer.mlp.register_forward_hook(lambda module, args, out: out * 3)
+        two = model(**inputs).logits
+        inner.remove()
+        return one, two, model(**inputs).logits
+
+    want = run()
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(run(), want, **CLOSE)
+    assert [plan.capture for plan in plans] == ["one region for 3 layers", "whole: model.layers.1.mlp has hooks"]
+    assert seen == [(layer, (1, 12, 64))] * 2
+
+
+@torch.no_grad()
+def test_adapters_and_new_weights_are_seen():
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.low = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.low(x)
+
+    model = build("llama", layers=3)
+    inputs = prompt(1, 12)
+    sparsify.compile(model, **DENSE)
+    model(**inputs)
+    torch.manual_seed(1)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[2].mlp
+    attention.q_proj, mlp.up_proj = Adapter(attention.q_proj), Adapter(mlp.up_proj)
+    model.model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(torch.randn(64, 64))
+    found = model(**inputs).logits
+    model.double()
+    doubled = model(**inputs).logits
+    assert not model._compiled_call_impl.reason
+    sparsify.compile(model, whole=True, passes=[], lower="eager")
+    torch.testing.assert_close(doubled, model(**inputs).logits, **CLOSE)
+    torch.testing.assert_close(found, model.float()(**inputs).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_threads_share_regions():
+    model = build("llama", layers=3)
+    works = [prompt(1, 20, 0), prompt(1, 27, 1), prompt(1, 23, 2), prompt(1, 31, 3)]
+    want = [model.generate(**one, **GREEDY) for one in works]
+    sparsify.compile(model, **DENSE)
+    found = [None] * len(works)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    def work(i):
+        found[i] = model.generate(**works[i], **GREEDY)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(works))]
+    [thread.start() for thread in threads]
+    [thread.join(120) for thread in threads]
+    for one, other in zip(found, want, strict=True):
+        assert torch.equal(one, other)
+    assert isinstance(model._compiled_call_impl, RegionalModel)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+
+
+@torch.no_grad()
+def test_a_call_that_stops_between_layers_is_noticed():
+    model, ids = build("llama", layers=2), prompt(1, 20)["input_ids"]
+    cache = SparseCache(model.config, sinks=2, window=40)
+    sparsify.compile(model, strict=True, lower="eager")
+    cuts(model, cache, ids[:, :11], 10, 1)
+
+    def stop(*unused):
+        raise MemoryError
+
+    hook = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(MemoryError):
+        cuts(model, cache, ids[:, 11:12], 1)
+    hook.remove()
+    with pytest.raises(sparsify.errors.CacheError, match="failed halfway"):
+        cuts(model, cache, ids[:, 12:13], 1)
