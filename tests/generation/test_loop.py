@@ -30,7 +30,7 @@ from sparsify.generation.kept_caches import KeptCaches
 from sparsify.generation.runner import Recorded
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
-from tests.support.op_recorder import HostRead, OpRecorder
+from tests.support.op_recorder import HostRead, NoReads, OpRecorder
 from tests.support.tiny_models import EAGER_ONLY, VOCAB, build
 
 NEW = 12
@@ -165,11 +165,16 @@ def recorder(llama, monkeypatch):
     return recorded(llama, monkeypatch)
 
 
+def reads_nothing_itself(monkeypatch):
+    """On the CPU a cache compares lengths at every token, which costs no waiting there."""
+    name = "check_consistent" if hasattr(SparseCache, "check_consistent") else "_check_consistent"
+    check = getattr(SparseCache, name)
+    monkeypatch.setattr(SparseCache, name, lambda cache, read: check(cache, False))
+
+
 def recorded(model, monkeypatch):
-    recorder, check = OpRecorder(), SparseCache._check_consistent
-    decoder = generate._decoders[model]
-    # on the CPU a cache compares lengths at every token, which costs no waiting there
-    monkeypatch.setattr(SparseCache, "_check_consistent", lambda cache, read: check(cache, False))
+    recorder, decoder = OpRecorder(), generate._decoders[model]
+    reads_nothing_itself(monkeypatch)
     monkeypatch.setattr(decoder, "runner", lambda function, failed: Recorded(function, recorder, failed))
     monkeypatch.setattr(decoder, "caches", KeptCaches())
     return recorder
@@ -473,14 +478,20 @@ def test_families(family, monkeypatch, calls):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_compiled(family, calls):
+def test_compiled(family, calls, monkeypatch):
+    """What Python does around compiled code reads nothing from the device, so that a graph can hold it."""
     model, other = build(family, layers=1), build(family, layers=1)
     torch._dynamo.reset()
     sparsify.compile(model, lower="eager", strict=True, progress=False)
+    reads_nothing_itself(monkeypatch)
+    runners = []
+    decoder = generate._decoders[model]
+    monkeypatch.setattr(decoder, "runner", lambda function, failed: runners.append(NoReads(function)) or runners[-1])
     try:
         with sparsify.api.collect_plans() as plans:
             for arguments in (PADDED, {**PADDED, "input_ids": text(3, 20, seed=9)}):
-                same(run(model, **arguments), run(other, **arguments))
+                same(run(model, **arguments, eos_token_id=None), run(other, **arguments, eos_token_id=None))
         assert sum(d.method == "kv_evict" for plan in plans for d in plan.decisions) == 1 and len(calls) == 2
+        assert [runner.unread for runner in runners] == [NEW - 3, NEW - 3]
     finally:
         torch._dynamo.reset()

@@ -6,6 +6,8 @@ while it is recorded, and recording leaves no trace in the tensors that were the
 
 from __future__ import annotations
 
+import contextlib
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -55,12 +57,14 @@ class OpRecorder:
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         recording, random = _Recording(), torch.get_rng_state()
-        with recording:
-            function()
+        try:
+            with recording:
+                function()
+        finally:
+            for storage, value in recording.before.values():
+                storage.copy_(value)
+            torch.set_rng_state(random)
         self.recorded += 1
-        for storage, value in recording.before.values():
-            storage.copy_(value)
-        torch.set_rng_state(random)
 
         def replay() -> None:
             self.replayed += 1
@@ -70,3 +74,32 @@ class OpRecorder:
                         old.copy_(new)
 
         return replay
+
+
+class NoReads:
+    """A runner that calls its function, from the third call on with reading from tensors an error in Python: for compiled code, of whose
+    operations no dispatch mode may be told. unread: how many calls that were."""
+
+    keeps = False
+    reading = ("item", "tolist", "__int__", "__bool__", "__float__", "__index__", "numpy")
+
+    def __init__(self, function: Callable[[], None]):
+        self.function, self.calls, self.unread = function, 0, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls <= 2:
+            self.function()
+            return
+
+        def refuse(tensor: torch.Tensor, *args: Any) -> None:
+            raise HostRead("in Python")
+
+        with contextlib.ExitStack() as patches:
+            for name in self.reading:
+                patches.enter_context(unittest.mock.patch.object(torch.Tensor, name, refuse))
+            self.function()
+        self.unread += 1
+
+    def forget(self) -> None:
+        self.calls = 0
