@@ -167,9 +167,8 @@ def recorder(llama, monkeypatch):
 
 def reads_nothing_itself(monkeypatch):
     """On the CPU a cache compares lengths at every token, which costs no waiting there."""
-    name = "check_consistent" if hasattr(SparseCache, "check_consistent") else "_check_consistent"
-    check = getattr(SparseCache, name)
-    monkeypatch.setattr(SparseCache, name, lambda cache, read: check(cache, False))
+    check = SparseCache.check_consistent
+    monkeypatch.setattr(SparseCache, "check_consistent", lambda cache, read: check(cache, False))
 
 
 def recorded(model, monkeypatch):
