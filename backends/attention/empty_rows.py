@@ -81,6 +81,7 @@ def _fill_weighted(output: Tensor, empty: Tensor, call: AttentionCall) -> None:
     value, mask = call.value, reference.Mask.from_call(call)
     key_len = value.shape[2]
     keys = torch.arange(key_len, device=value.device)
+    assert call.key_bias is not None
     shown = call.key_bias[:, :, None].float()
     lowest = call.lowest if call.empty_rows == "mean" else -torch.inf
     hidden = lowest + (0.0 if call.hidden_bias is None else call.hidden_bias[:, :, None].float())

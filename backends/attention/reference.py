@@ -71,8 +71,11 @@ class Mask:
         """Bool [batch, query_heads, rows, key_blocks]: the block lists of each row's query block as a table."""
         block = rows // self.call.block_size
         first, last = int(block[0]), int(block[-1]) + 1
-        lists = self.call.block_counts[:, :, first:last], self.call.block_indices[:, :, first:last]
-        return block_lists.to_dense(*lists, -(-self.key_len // self.call.block_size))[:, :, block - first]
+        counts, indices = self.call.block_counts, self.call.block_indices
+        assert counts is not None and indices is not None
+        return block_lists.to_dense(counts[:, :, first:last], indices[:, :, first:last], -(-self.key_len // self.call.block_size))[
+            :, :, block - first
+        ]
 
 
 def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

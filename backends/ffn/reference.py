@@ -79,6 +79,7 @@ def ffn(
     x = normed(input, norm, norm_weight, norm_bias, eps)
     wide = _linear(x, up, up_bias, transposed)
     if layout == "split":
+        assert gate is not None
         wide = act(_linear(x, gate, gate_bias, transposed)) * wide
     elif layout in ("gate_up", "up_gate"):
         first, second = wide.chunk(2, dim=-1)
@@ -112,6 +113,8 @@ def normed(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps
     if kind == "layer":
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     wide = x.float()
+    if weight is None:
+        raise UnsupportedError(f"no norm {kind!r} without a weight", where="reference ffn")
     unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if kind == "rms":
         return weight * unit.to(x.dtype)

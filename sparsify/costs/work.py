@@ -258,6 +258,6 @@ def skipped_ffn(rows: Size, weight_bytes: Size, dtype: torch.dtype, share: Any =
     return Work("ffn/skip", dtype, size=sympy.sympify(weight_bytes * share), rows=sympy.sympify(rows * share))
 
 
-def elementwise(size: Size) -> Work:
+def elementwise(size: Size | float) -> Work:
     """Norms, activations, rotations and sums: `size` bytes read and written."""
     return Work("elementwise", size=sympy.sympify(size))

@@ -28,14 +28,14 @@ def from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
     return keep.sum(-1, dtype=torch.int32), order.to(torch.int16)
 
 
-def last_positions(query_len: int, start: int, block_size: int, *, device: torch.device | str = "cpu") -> Tensor:
+def last_positions(query_len: int, start: int | Tensor, block_size: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Key position of the last row of every query block, int64 [query_blocks]."""
     blocks = (query_len + block_size - 1) // block_size
     last = (torch.arange(blocks, device=device) + 1) * block_size
     return last.clamp(max=query_len) - 1 + start
 
 
-def causal_blocks(query_len: int, key_len: int, start: int, block_size: int, *, device: torch.device | str = "cpu") -> Tensor:
+def causal_blocks(query_len: int, key_len: int, start: int | Tensor, block_size: int, *, device: torch.device | str = "cpu") -> Tensor:
     """How many key blocks some row of each query block may see under causality: int64 [query_blocks].
 
     start: key position of query row 0, `key_len - query_len` in a plain prefill.

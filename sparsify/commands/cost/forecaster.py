@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from sparsify.commands.cost.meta_model import AnySite, CallSites, MetaModel, PromptAndToken, Weights, resized
 from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
@@ -96,6 +96,7 @@ class Forecaster:
         for site, at in zip(sites, places(sites), strict=True):
             asked = self.asked(site, config, at)
             sizes = (site.query_len, site.planned_length)
+            assert site.layer is not None  # the meta model refuses a site outside of layers
             key = repr((config is self.exact, site.kind, self.model.kinds[site.layer], sizes, site.position, asked))
             if key not in self._plans:
                 self._plans[key] = make_plan([site], config, self.context, [at])[0].decisions[0]
@@ -123,7 +124,7 @@ class Forecaster:
             blocks_of.setdefault(site.layer, []).append(decision)
         for site, decision in of_kind(decided, "attention", "cache"):
             if site.offers_choice:
-                attention += decision.dense_seconds if decision.seconds is None else decision.seconds
+                attention += (decision.dense_seconds or 0.0) if decision.seconds is None else decision.seconds
         attended = {site.layer for site, _ in of_kind(decided, "attention")}
         for site, _ in of_kind(decided, "cache"):
             if not site.offers_choice:
@@ -137,7 +138,7 @@ class Forecaster:
             other += whole - block
             decisions = blocks_of.get(layer, [])
             skips = any(one.method is not None for one in decisions)
-            chosen = sum((one.dense_seconds or 0.0) if one.method is None else one.seconds for one in decisions) if skips else block
+            chosen = sum((one.dense_seconds if one.method is None else one.seconds) or 0.0 for one in decisions) if skips else block
             feed_forward += chosen + self._routed(rows, weights)
             elementwise += self._between(self.model.kinds[layer], rows, tokens)
         head = self._linear(self.batch, self.model.hidden, self.model.head // self.model.hidden) if self.model.head else 0.0
@@ -178,7 +179,7 @@ class Forecaster:
     def _windowed(self, site: CacheSite) -> float:
         """A prompt's attention under a policy whose rows see sinks and a window."""
         call = site.output.kwargs
-        band = call.get("window", 0) + call.get("sinks", 0)
+        band = cast(int, call.get("window", 0)) + cast(int, call.get("sinks", 0))
         sizes = dataclasses.replace(site.sizes, key_len=site.query_len, causal=True)
         return float(attention_seconds(sizes, self.context.device, window=band or None, kernel=self.context.family))
 
@@ -197,9 +198,9 @@ class Forecaster:
             fallback = int(getattr(self.model.config, "intermediate_size", None) or 4 * self.model.hidden)
             routed = weights.active * sum(i * o for i, o in weights.expert) // (3 * self.model.hidden)
             shapes[kind] = _LayerShape(
-                sum(s.query_heads * s.qk_head_dim for s in attention),
-                sum(s.kv_heads * (s.qk_head_dim + s.v_head_dim) // 2 for s in attention),
-                sum(s.intermediate for s in blocks) or routed or fallback,
+                sum(int(s.query_heads * s.qk_head_dim) for s in attention),
+                sum(int(s.kv_heads * (s.qk_head_dim + s.v_head_dim) // 2) for s in attention),
+                sum(int(s.intermediate) for s in blocks) or routed or fallback,
                 tuple(pair for s in blocks for pair in s.products),
             )
         return shapes
@@ -291,7 +292,7 @@ def crossovers(forecaster: Forecaster, calls: dict[int, PromptAndToken], longest
             for (site, after), was in zip(at(phase, above), before, strict=True):
                 if after != was:
                     sees = site.sees(above + (phase == DECODE))
-                    changed.setdefault((sees, was, after), []).append(site.layer)
+                    changed.setdefault((sees, was, after), []).append(cast(int, site.layer))
             for (sees, was, after), layers in changed.items():
                 yield Crossover(phase, tuple(layers), sees, above, was, after)
             low = above
