@@ -48,7 +48,9 @@ class Dense(Pass):
         if self.kernel == "attention" or not serves_sdpa(site):
             return ours
         sdpa = Proposal.from_work(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
-        hopper = context.family == "hopper" and site.phase != "decode" and limits.HOPPER.faster_than_sdpa(site.dtype, site.qk_head_dim)
+        head_dim = site.qk_head_dim
+        fast = isinstance(head_dim, int) and limits.HOPPER.faster_than_sdpa(site.dtype, head_dim)
+        hopper = context.family == "hopper" and site.phase != "decode" and fast
         if self.kernel == "sdpa" or not hopper:
             return sdpa
         sizes = site.example

@@ -73,9 +73,8 @@ class Mask:
         first, last = int(block[0]), int(block[-1]) + 1
         counts, indices = self.call.block_counts, self.call.block_indices
         assert counts is not None and indices is not None
-        return block_lists.to_dense(counts[:, :, first:last], indices[:, :, first:last], -(-self.key_len // self.call.block_size))[
-            :, :, block - first
-        ]
+        lists = counts[:, :, first:last], indices[:, :, first:last]
+        return block_lists.to_dense(*lists, -(-self.key_len // self.call.block_size))[:, :, block - first]
 
 
 def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -73,5 +73,6 @@ def graph_breaks_after(gm: fx.GraphModule) -> bool:
 def independent_sizes() -> Iterator[None]:
     """What is captured in this block with sizes that vary takes none of them for another because they are equal at the moment, and none of
     a module's floats for one that varies."""
-    with torch.fx.experimental._config.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
+    settings: Any = torch.fx.experimental._config  # torch installs `patch` when it loads the module
+    with settings.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
         yield
