@@ -55,7 +55,7 @@ def written(node: fx.Node) -> list[fx.Node]:
         return list(node.all_input_nodes)
     schema = getattr(target, "_schema", None)
     if schema is not None:
-        return list(node.all_input_nodes) if schema.is_mutable else []
+        return _written_by_schema(node, schema) if schema.is_mutable else []
     name = str(getattr(target, "__name__", ""))
     out = node.kwargs.get("out")
     if out is not None:
@@ -65,6 +65,14 @@ def written(node: fx.Node) -> list[fx.Node]:
     ):
         return _first(node)
     return []
+
+
+def _written_by_schema(node: fx.Node, schema: torch.FunctionSchema) -> list[fx.Node]:
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    marked = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    found: list[fx.Node] = []
+    fx.node.map_arg(tuple(given.get(name) for name in marked), lambda n: found.append(n) or n)
+    return found
 
 
 def _first(node: fx.Node) -> list[fx.Node]:
