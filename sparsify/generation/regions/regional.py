@@ -7,6 +7,7 @@ captured whole.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
-from sparsify import pipeline
+from sparsify import pipeline, progress
 from sparsify.generation import cache_attention
 from sparsify.generation.regions import caches, layers, masks
 from sparsify.generation.regions.caches import LayerCall
@@ -160,7 +161,7 @@ class _Region:
         try:
             if sizes in self._sizes:
                 return self.run(*arguments)
-            with torch_compat.independent_sizes():
+            with torch_compat.independent_sizes(), self._told():
                 result = self.run(*arguments)
             if len(self._sizes) >= _SEEN:
                 self._sizes.clear()
@@ -169,6 +170,12 @@ class _Region:
         finally:
             _release()
             _waiting.reset(token)
+
+    def _told(self) -> contextlib.AbstractContextManager[Any]:
+        """Tells of the first call, which compiles."""
+        if self._sizes:
+            return contextlib.nullcontext()
+        return progress.task(f"compiling layers ({len(self.paths)} alike)", self.owner.config.progress)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if (call := _active.get()) is not None:
