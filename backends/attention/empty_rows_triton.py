@@ -17,10 +17,11 @@ from sparsify.backends.attention.empty_rows import unseen
 from sparsify.backends.attention.empty_rows_template import SUMS, WRITE
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import Argument, floats, integers, padded, parameters, pointers, present
-from sparsify.backends.codegen.launch import DTYPES, LONGEST_WINDOW, batch_stride, cdiv, launch, launching, need, stride_values
+from sparsify.backends.codegen.launch import DTYPES, LONGEST_WINDOW, batch_stride, launch, launching, need, stride_values
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.limits import cdiv
 
 _WHERE = "sparsify::attention"
 _ROWS, _MOST_SPLITS = 64, 64

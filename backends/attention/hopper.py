@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sparsify.backends.attention.hopper_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, arguments, generate
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capability, cdiv, launching, on_device, processors
+from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capability, launching, on_device, processors
 from sparsify.backends.codegen.launch import launch as launch_kernel
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
-from sparsify.ops.limits import HOPPER
+from sparsify.ops.limits import HOPPER, cdiv
 from sparsify.releases import triton_release
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.limits import cdiv
 
 # elements of one chunk's score matrix over all heads: 64 MB in fp32
 CHUNK_ELEMENTS = 1 << 24
@@ -74,7 +75,7 @@ class Mask:
         counts, indices = self.call.block_counts, self.call.block_indices
         assert counts is not None and indices is not None
         lists = counts[:, :, first:last], indices[:, :, first:last]
-        return block_lists.to_dense(*lists, -(-self.key_len // self.call.block_size))[:, :, block - first]
+        return block_lists.to_dense(*lists, cdiv(self.key_len, self.call.block_size))[:, :, block - first]
 
 
 def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,6 @@ from sparsify.backends.codegen.launch import (
     LONGEST_WINDOW,
     batch_stride,
     capability,
-    cdiv,
     choose_splits,
     launch,
     launching,
@@ -38,6 +37,7 @@ from sparsify.backends.codegen.launch import (
 )  # fmt: skip
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.limits import cdiv
 from sparsify.releases import triton_release
 
 _WHERE = "sparsify::attention"

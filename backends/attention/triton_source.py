@@ -23,9 +23,10 @@ from sparsify.backends.codegen.arguments import (
     present,
     unspecialised,
 )
-from sparsify.backends.codegen.launch import LOG2E, cdiv
+from sparsify.backends.codegen.launch import LOG2E
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
+from sparsify.ops.limits import cdiv
 
 MAX_HEAD_DIM = 256
 

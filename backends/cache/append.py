@@ -24,7 +24,6 @@ from sparsify.backends.codegen.launch import (
     LOG2E,
     LONGEST_WINDOW,
     capability,
-    cdiv,
     choose_splits,
     launch,
     launching,
@@ -36,6 +35,7 @@ from sparsify.backends.codegen.launch import (
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
+from sparsify.ops.limits import cdiv
 
 _WHERE = "sparsify::cache_attention"
 

@@ -20,7 +20,6 @@ from sparsify.backends.codegen.arguments import Argument, constexprs, integers, 
 from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
-    cdiv,
     choose_splits,
     launch,
     launching,
@@ -32,6 +31,7 @@ from sparsify.backends.codegen.launch import (
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
+from sparsify.ops.limits import cdiv
 
 _WHERE = "sparsify::cache_decode"
 # Up to so many splits the program that joins them holds all in registers, and a launch is saved; long caches feel neither.

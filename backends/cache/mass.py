@@ -15,9 +15,10 @@ from sparsify.backends.cache.kernels import logit_arguments, logit_values
 from sparsify.backends.cache.mass_template import GATHER, LOGITS, SPREAD
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import Argument, integers, padded, parameters, pointers
-from sparsify.backends.codegen.launch import DTYPES, cdiv, choose_splits, launch, launching, need, processors, stride_values
+from sparsify.backends.codegen.launch import DTYPES, choose_splits, launch, launching, need, processors, stride_values
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
+from sparsify.ops.limits import cdiv
 
 _WHERE = "sparsify::cache_mass"
 # programs of `spread` on a multiprocessor that a split aims at

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsify.backends.codegen.arguments import Argument
 from sparsify.errors import KernelError, SparsifyError, UnsupportedError
+from sparsify.ops.limits import cdiv
 
 # dtypes as specs name them
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -21,11 +22,6 @@ LOG2E = math.log2(math.e)
 LONGEST_WINDOW = 1 << 30
 # Triton's interpreter, which tests use, runs programs one by one: few, and a number that divides nothing
 _INTERPRETED_PROCESSORS = 3
-
-
-def cdiv(size: int, tile: int) -> int:
-    """How many tiles cover a size."""
-    return -(-size // tile)
 
 
 def power_of_two(size: int) -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.launch import capability, cdiv, launch, need, processors
+from sparsify.backends.codegen.launch import capability, launch, need, processors
 from sparsify.backends.ffn.source import CHUNK, MANY, FfnSpec, RowsTiling, arguments, choose_rows_tiling, rows_source
 from sparsify.ops import feed_forward, limits
+from sparsify.ops.limits import cdiv
 
 _WHERE = "sparsify::ffn"
 

@@ -21,11 +21,12 @@ from sparsify.backends.codegen.arguments import (
     parameters,
     pointers,
 )  # fmt: skip
-from sparsify.backends.codegen.launch import cdiv, power_of_two
+from sparsify.backends.codegen.launch import power_of_two
 from sparsify.backends.codegen.template import render
 from sparsify.backends.ffn import many_rows_template as for_rows
 from sparsify.backends.ffn.few_rows_template import ACTIVATE, FINISH, FLAGS, NARROW, NORMALISE, START, WIDEN
 from sparsify.errors import UnsupportedError
+from sparsify.ops.limits import cdiv
 
 # `rows` of a spec whose kernels take any number: those that compute are compacted
 MANY = 0

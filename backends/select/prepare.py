@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen.arguments import Argument, constexprs, integers, pointers
-from sparsify.backends.codegen.launch import cdiv, launch, power_of_two, stride_values
+from sparsify.backends.codegen.launch import launch, power_of_two, stride_values
+from sparsify.ops.limits import cdiv
 
 PREPARE = '''
 

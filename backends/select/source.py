@@ -19,13 +19,12 @@ from sparsify.backends.codegen.arguments import (
     present,
     unspecialised,
 )  # fmt: skip
-from sparsify.backends.codegen.launch import cdiv
 from sparsify.backends.codegen.template import render
 from sparsify.backends.select import choose_template, prepare, score_template
 from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import EXACT, Estimate
-from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE, SCORE_TILES_AT_ONCE_INT8
+from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE, SCORE_TILES_AT_ONCE_INT8, cdiv
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.launch import DTYPES, LOG2E, capability, cdiv, launch, launching, power_of_two, processors, stride_values
+from sparsify.backends.codegen.launch import DTYPES, LOG2E, capability, launch, launching, power_of_two, processors, stride_values
 from sparsify.backends.select import masks, prepare
 from sparsify.backends.select import source as select_source
 from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.backends.select.source import SelectSpec, Tiling
 from sparsify.errors import UnsupportedError
+from sparsify.ops.limits import cdiv
 from sparsify.ops.scratch import SUM_BYTES, WIDEST_ROW
 from sparsify.ops.selection import SelectCall
 

@@ -16,6 +16,7 @@ from sparsify.costs.device import Device
 from sparsify.costs.seconds import attention_seconds, expected_density, seconds
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.ops.estimate import EXACT, Estimate
+from sparsify.ops.limits import cdiv
 
 LONGEST = 4096 * 1024  # tokens: where block lists' int16 indices end
 STEP = 1024  # lengths are multiples of this, so that measuring noise does not move a guard
@@ -41,7 +42,7 @@ def solve_from(gain: sympy.Expr, step: int = STEP, longest: int = LONGEST) -> in
     if roots is not None:
         above = [n for n in roots if 0 < n < longest]
         last = max(above, default=0.0)
-        start = min(longest, max(step, -(-int(last + 1) // step) * step))
+        start = min(longest, max(step, cdiv(int(last + 1), step) * step))
         return start if at(start) > 0 else longest
     return _bisect(at, step, longest)
 

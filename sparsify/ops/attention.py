@@ -42,6 +42,7 @@ from torch import Tensor
 
 from sparsify.ops.call import OpCall, Operand
 from sparsify.ops.library import define
+from sparsify.ops.limits import cdiv
 
 # Inductor and AOTAutograd cache compiled graphs by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 3
@@ -131,7 +132,7 @@ class AttentionCall(OpCall):
         need((self.block_counts is None) == (self.block_indices is None), "block_counts and block_indices come together")
         if self.block_counts is not None:
             need(self.block_size > 0, f"block size {self.block_size}")
-            found, blocks = self.block_counts.shape[2], -(-query_len // self.block_size)
+            found, blocks = self.block_counts.shape[2], cdiv(query_len, self.block_size)
             need(found == blocks, f"block_counts has {found} query blocks, not {blocks}")
         hides = self.empty_rows != "mean" or -math.inf < self.lowest < 0.0
         need(self.empty_rows in EMPTY_ROWS and hides, f"empty rows hold {self.empty_rows!r}, hidden by {self.lowest}")

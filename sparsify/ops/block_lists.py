@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import VerifyError
+from sparsify.ops.limits import cdiv
 from sparsify.ops.selection import SelectCall
 
 
@@ -30,7 +31,7 @@ def from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def last_positions(query_len: int, start: int | Tensor, block_size: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Key position of the last row of every query block, int64 [query_blocks]."""
-    blocks = (query_len + block_size - 1) // block_size
+    blocks = cdiv(query_len, block_size)
     last = (torch.arange(blocks, device=device) + 1) * block_size
     return last.clamp(max=query_len) - 1 + start
 
@@ -40,7 +41,7 @@ def causal_blocks(query_len: int, key_len: int, start: int | Tensor, block_size:
 
     start: key position of query row 0, `key_len - query_len` in a plain prefill.
     """
-    key_blocks = (key_len + block_size - 1) // block_size
+    key_blocks = cdiv(key_len, block_size)
     last = last_positions(query_len, start, block_size, device=device)
     return (torch.div(last, block_size, rounding_mode="floor") + 1).clamp(0, key_blocks)
 
@@ -53,7 +54,7 @@ def density(counts: Tensor, query_len: int, key_len: int, start: int, block_size
     """
     possible = causal_blocks(query_len, key_len, start, block_size, device=counts.device)
     if not causal:
-        possible = torch.full_like(possible, (key_len + block_size - 1) // block_size)
+        possible = torch.full_like(possible, cdiv(key_len, block_size))
     per_head = counts.sum(-1).double() / possible.sum().clamp(min=1)
     return per_head, float(per_head.mean()) if per_head.numel() else 0.0
 
@@ -69,8 +70,8 @@ def check(counts: Tensor, indices: Tensor, query_len: int, key_len: int, start: 
     Raises:
         VerifyError: says which of these fails and where first.
     """
-    key_blocks = (key_len + block_size - 1) // block_size
-    query_blocks = (query_len + block_size - 1) // block_size
+    key_blocks = cdiv(key_len, block_size)
+    query_blocks = cdiv(query_len, block_size)
     if counts.shape[-1] != query_blocks or indices.shape != (*counts.shape, key_blocks):
         raise VerifyError(f"block lists {tuple(counts.shape)}, {tuple(indices.shape)} do not fit {query_blocks} x {key_blocks} blocks")
     _refuse((counts < 0) | (counts > key_blocks), "a count is out of range")

@@ -151,8 +151,9 @@ class OpCall:
 
     @property
     def device(self) -> torch.device:
-        """Of the first tensor."""
-        return next(iter(self.tensors().values())).device
+        """Of the first tensor. Every dispatch asks, so that the others are not looked at."""
+        values = (getattr(self, argument.name) for argument in schema_arguments(type(self)))
+        return next(value.device for value in values if isinstance(value, Tensor))
 
     @classmethod
     def op(cls) -> torch._ops.OpOverload:

@@ -60,6 +60,11 @@ class KernelLimits:
 HOPPER = KernelLimits(9, (torch.bfloat16, torch.float16), 40, 256, 8, min_query_len=64, block_size=128, fast_head_dims=(64, 128))
 
 
+def cdiv(size: int, tile: int) -> int:
+    """How many tiles cover a size."""
+    return -(-size // tile)
+
+
 def score_tile(int8: bool) -> tuple[int, int, int]:
     """Query cells and key cells of a tile of the estimate's product, and how many tiles a multiprocessor works on at a time."""
     return (*SCORE_TILE_INT8, SCORE_TILES_AT_ONCE_INT8) if int8 else (*SCORE_TILE, SCORE_TILES_AT_ONCE)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsify.ops.estimate import EXACT, Estimate
-from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8
+from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, cdiv
 
 LIST_BYTES = 9 << 26  # a group of four heads at a million tokens, counts included
 SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
@@ -31,7 +31,7 @@ class Part:
 
 def list_bytes(query_len: int, key_len: int, block: int) -> int:
     """Counts and indices of one query head."""
-    return -(-query_len // block) * (4 + 2 * -(-key_len // block))
+    return cdiv(query_len, block) * (4 + 2 * cdiv(key_len, block))
 
 
 def parts(batch: int, heads: int, kv_heads: int, head_bytes: int, limit: int, splits_groups: bool = True) -> Iterator[Part]:
@@ -67,7 +67,7 @@ def parts(batch: int, heads: int, kv_heads: int, head_bytes: int, limit: int, sp
 
 def _even(count: int, step: int) -> int:
     """The step that makes no more parts than `step`, of nearly equal size."""
-    return -(-count // -(-count // min(step, count)))
+    return cdiv(count, cdiv(count, min(step, count)))
 
 
 def scratch_bytes(
@@ -98,7 +98,7 @@ def scratch_bytes(
     part = max(found, key=lambda part: (part.batch[1] - part.batch[0]) * (part.heads[1] - part.heads[0]))
     rows, served, owners = (last - first for first, last in (part.batch, part.heads, part.kv_heads))
     lists = rows * served * each
-    cells = -(-query_len // estimate.span(stride))
+    cells = cdiv(query_len, estimate.span(stride))
     scored = 1 if shared else served // owners  # heads of one KV head
     # as the launcher shares sums out: all, else some KV heads of one batch row, else some rows of one
     owner_sums = scored * cells * _cell_bytes(key_len, stride, block, group if shared else 1, query_len, cells)
@@ -107,15 +107,15 @@ def scratch_bytes(
     sums = at_once * owner_sums if owner_sums <= SUM_BYTES else int(max(SUM_BYTES, band))
     copies = at_once * scored * query_len * head_dim * item_bytes if shared else 0
     if estimate.prepared:
-        numbers = stride // estimate.merge * -(-head_dim // 16) * 16
-        key_cells = -(-key_len // stride)
+        numbers = stride // estimate.merge * cdiv(head_dim, 16) * 16
+        key_cells = cdiv(key_len, stride)
         copies += at_once * (scored * cells + key_cells) * (numbers + 4 if estimate.int8 else numbers * item_bytes)
     return lists + sums + copies
 
 
 def _cell_bytes(key_len: int, stride: int, block: int, shared: int, query_len: int, cells: int) -> int:
     """Block sums (fp16) and tile maxima (fp32) of one query cell, and its part of the importances (fp32) where rows are long."""
-    tiles = -(-key_len // (stride * _CELL_TILE))
+    tiles = cdiv(key_len, stride * _CELL_TILE)
     blocks = (1 << (tiles - 1).bit_length()) * (_CELL_TILE * stride // block)
-    importances = 4 * -(-key_len // block) * shared * -(-query_len // block) // cells if blocks > WIDEST_ROW else 0
+    importances = 4 * cdiv(key_len, block) * shared * cdiv(query_len, block) // cells if blocks > WIDEST_ROW else 0
     return tiles * (2 * _CELL_TILE * stride // block + 4) + importances

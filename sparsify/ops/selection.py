@@ -19,6 +19,7 @@ from sparsify.ops.attention import VERSION
 from sparsify.ops.call import OpCall, Operand
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.library import define
+from sparsify.ops.limits import cdiv
 
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
@@ -102,19 +103,19 @@ class SelectCall(OpCall):
 
     @property
     def query_cells(self) -> int:
-        return -(-self.query_len // self.span)
+        return cdiv(self.query_len, self.span)
 
     @property
     def key_cells(self) -> int:
-        return -(-self.key_len // self.stride)
+        return cdiv(self.key_len, self.stride)
 
     @property
     def query_blocks(self) -> int:
-        return -(-self.query_len // self.block_size)
+        return cdiv(self.query_len, self.block_size)
 
     @property
     def key_blocks(self) -> int:
-        return -(-self.key_len // self.block_size)
+        return cdiv(self.key_len, self.block_size)
 
     @property
     def start(self) -> int | Tensor:

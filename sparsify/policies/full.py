@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsify.ops.cache import NEVER_OVERWRITTEN
+from sparsify.ops.limits import cdiv
 from sparsify.policies.base import Candidates, Layout, Policy
 
 # Capacities are whole multiples, so that one compiled kernel, which may rely on the buffers' alignment, serves all of them.
@@ -20,7 +21,7 @@ class Full(Policy):
     name: ClassVar[str] = "full"
 
     def layout(self, budget: int | None) -> Layout:
-        return Layout(-(-(budget or 0) // STEP) * STEP, pinned=NEVER_OVERWRITTEN, recent=0)
+        return Layout(cdiv(budget or 0, STEP) * STEP, pinned=NEVER_OVERWRITTEN, recent=0)
 
     def score(self, candidates: Candidates) -> Tensor:
         return candidates.positions.float()

@@ -22,6 +22,7 @@ from sparsify.ops import block_lists, feed_forward
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.estimate import Estimate
+from sparsify.ops.limits import cdiv
 from sparsify.ops.selection import SelectCall
 
 BLOCK = 128
@@ -168,7 +169,7 @@ def operands(cell: Cell, device: str) -> tuple[Tensor, Tensor, Tensor]:
 def random_lists(cell: Cell, device: str) -> tuple[Tensor, Tensor, float]:
     """Counts, rising indices and their density: the first block and the diagonal always, others at random."""
     assert cell.density is not None
-    rows, columns = -(-cell.query_len // BLOCK), -(-cell.key_len // BLOCK)
+    rows, columns = cdiv(cell.query_len, BLOCK), cdiv(cell.key_len, BLOCK)
     offset = columns - rows
     keep = torch.rand(cell.batch, cell.query_heads, rows, columns, device=device, generator=_generator(device)) < cell.density
     keep |= torch.eye(rows, columns, dtype=torch.bool, device=device).roll(offset, -1)
