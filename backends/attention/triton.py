@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify.backends.attention.triton_source import (
     AttentionSpec,
-    Tiling,
+    AttentionTiling,
     arguments,
     attention_source,
     bounded,
@@ -53,7 +53,7 @@ _SERVES = {
 
 
 def triton_attention(
-    call: AttentionCall, *, tiling: Tiling | None = None, splits: int | None = None, into: tuple[Tensor, Tensor] | None = None
+    call: AttentionCall, *, tiling: AttentionTiling | None = None, splits: int | None = None, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The op by a generated kernel.
 
@@ -103,7 +103,7 @@ def _splits(call: AttentionCall) -> int:
     return choose_splits(tiles, rows, at_once, 32 if at_once // rows < 40 else 128)
 
 
-def _spec(call: AttentionCall, tiling: Tiling | None, split: bool = False) -> AttentionSpec:
+def _spec(call: AttentionCall, tiling: AttentionTiling | None, split: bool = False) -> AttentionSpec:
     """The kernel that a call needs; clauses that change nothing for it are left out."""
     if others := call.beyond(_SERVES):
         raise UnsupportedError(f"no attention kernel takes {', '.join(others)}", where=_WHERE, hint="the reference does")

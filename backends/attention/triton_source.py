@@ -32,7 +32,7 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
-class Tiling:
+class AttentionTiling:
     """queries, keys: rows of a query tile and of a key tile. warps, stages: Triton's launch options.
 
     edge_keys: rows of a key tile that needs the mask; few, because masking a large tile takes more registers than there are.
@@ -62,7 +62,7 @@ class AttentionSpec:
     qk_head_dim: int
     v_head_dim: int
     group: int
-    tiling: Tiling
+    tiling: AttentionTiling
     causal: bool = True
     window: str = "none"
     sinks: str = "none"
@@ -287,7 +287,7 @@ def choose_tiling(
     packed_rows: int = 0,
     segments: bool = False,
     split: bool = False,
-) -> Tiling:
+) -> AttentionTiling:
     """Tile sizes by head dim and dtype, with as many stages as shared memory holds.
 
     Args:
@@ -325,4 +325,4 @@ def choose_tiling(
     held = queries * max(padded(qk_head_dim), padded(v_head_dim)) * element
     while stages > 1 and held + stages * keys * dims * element > limit:
         stages -= 1
-    return Tiling(queries, keys, warps, stages, edge_keys)
+    return AttentionTiling(queries, keys, warps, stages, edge_keys)

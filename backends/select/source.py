@@ -28,7 +28,7 @@ from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE
 
 
 @dataclass(frozen=True)
-class Tiling:
+class SelectTiling:
     """How `score` cuts its work.
 
     rows, cols: query and key cells of a tile. warps, stages: Triton's launch options. per_sm: programs per multiprocessor.
@@ -46,11 +46,11 @@ class Tiling:
 
 
 # 128 x 256 runs at 94 % of cuBLAS on an H200 (registers 255, no spills); it needs 197 KB of shared memory.
-TMA_TILING = Tiling(*SCORE_TILE, 8, 4, SCORE_TILES_AT_ONCE, True)
+TMA_TILING = SelectTiling(*SCORE_TILE, 8, 4, SCORE_TILES_AT_ONCE, True)
 # 8 bits halve the products' time and no exponential's: of two programs one multiplies while the other sums up (8 % faster on an H200)
-INT8_TILING = Tiling(*SCORE_TILE_INT8, 4, 3, SCORE_TILES_AT_ONCE_INT8, True, band=32)
+INT8_TILING = SelectTiling(*SCORE_TILE_INT8, 4, 3, SCORE_TILES_AT_ONCE_INT8, True, band=32)
 # 96 KB: fits every GPU from compute capability 8.0 on
-POINTER_TILING = Tiling(128, 128, 8, 3, 1, False)
+POINTER_TILING = SelectTiling(128, 128, 8, 3, 1, False)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SelectSpec:
     group: int
     stride: int
     block: int
-    tiling: Tiling
+    tiling: SelectTiling
     estimate: Estimate = EXACT
     reduce: str = "max"
     causal: bool = True

@@ -18,7 +18,7 @@ from sparsify.backends.codegen.launch import DTYPES, LOG2E, capability, launch, 
 from sparsify.backends.select import masks, prepare
 from sparsify.backends.select import source as select_source
 from sparsify.backends.select.reference import DENSITY_BITS
-from sparsify.backends.select.source import SelectSpec, Tiling
+from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.errors import UnsupportedError
 from sparsify.ops.limits import cdiv
 from sparsify.ops.scratch import SUM_BYTES, WIDEST_ROW
@@ -54,7 +54,7 @@ class _Chunk:
     cells: tuple[int, int]
 
 
-def select_blocks(call: SelectCall, *, tiling: Tiling | None = None, limits: Limits = LIMITS) -> tuple[Tensor, Tensor]:
+def select_blocks(call: SelectCall, *, tiling: SelectTiling | None = None, limits: Limits = LIMITS) -> tuple[Tensor, Tensor]:
     """The op by generated kernels, of a call that was checked.
 
     Args:
@@ -78,7 +78,7 @@ def select_blocks(call: SelectCall, *, tiling: Tiling | None = None, limits: Lim
     return counts, indices
 
 
-def importance(call: SelectCall, *, tiling: Tiling | None = None) -> Tensor:
+def importance(call: SelectCall, *, tiling: SelectTiling | None = None) -> Tensor:
     """fp32 [batch, query_heads, query_blocks, key_blocks] as the kernels compute it, for tests."""
     counts, indices = call.empty_lists()
     result = torch.zeros(indices.shape, dtype=torch.float32, device=call.device)
@@ -87,7 +87,7 @@ def importance(call: SelectCall, *, tiling: Tiling | None = None) -> Tensor:
     return result
 
 
-def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = False) -> Tiling:
+def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = False) -> SelectTiling:
     """The tiling for a device with this compute capability and this much shared memory per thread block; its name never matters."""
     if capability >= (9, 0) and shared_bytes >= 200 * 1024:
         return select_source.INT8_TILING if int8 else select_source.TMA_TILING
@@ -95,13 +95,13 @@ def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = Fals
 
 
 @functools.cache
-def _tiling(device: torch.device, int8: bool) -> Tiling:
+def _tiling(device: torch.device, int8: bool) -> SelectTiling:
     if device.type != "cuda":
         return select_source.POINTER_TILING
     return tiling_for(capability(device), torch.cuda.get_device_properties(device).shared_memory_per_block_optin, int8)
 
 
-def spec_of(call: SelectCall, tiling: Tiling, fused_width: int) -> SelectSpec:
+def spec_of(call: SelectCall, tiling: SelectTiling, fused_width: int) -> SelectSpec:
     """The kernels that a call needs.
 
     Raises:

@@ -13,7 +13,7 @@ class CostGrid(Record):
     NAME = "cost_grid"
     part: str
     run: str | None = None
-    cell: dict[str, Any] | None = None  # a sparsify.costs.samples.Cell
+    cell: dict[str, Any] | None = None  # a sparsify.costs.samples.Workload
     seconds: float | None = None  # median
     asked: float | None = None  # density that the cell's lists were made for
     error: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from sparsify.costs.samples import Cell
+from sparsify.costs.samples import Workload
 
 K = 1024
 LENGTHS = tuple(K << i for i in range(9))
@@ -21,11 +21,11 @@ MATRICES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 VOCAB = 128256
 
 
-def prompt(kind: str, length: int, kernel: str = "", **more) -> Cell:
-    return Cell(kind, kernel, query_len=length, key_len=length, **more)
+def prompt(kind: str, length: int, kernel: str = "", **more) -> Workload:
+    return Workload(kind, kernel, query_len=length, key_len=length, **more)
 
 
-def dense(kernels: tuple[str, ...]) -> list[Cell]:
+def dense(kernels: tuple[str, ...]) -> list[Workload]:
     """Dense causal attention: every length, batches, a small model's heads, head dim 64, and chunks of a long prompt."""
     cells = [prompt("attention", n, kernel) for n in LENGTHS for kernel in kernels]
     exact = [kernel for kernel in kernels if kernel != "triton"]
@@ -35,10 +35,10 @@ def dense(kernels: tuple[str, ...]) -> list[Cell]:
     cells += [prompt("attention", n, kernel, head_dim=64) for n in (4 * K, 8 * K, 64 * K) for kernel in kernels]
     chunks = ((512, 64 * K), (2 * K, 16 * K), (4 * K, 128 * K), (4 * K, 32 * K))
     ours = [kernel for kernel in kernels if kernel != "sdpa"]
-    return cells + [Cell("attention", kernel, query_len=rows, key_len=n) for rows, n in chunks for kernel in ours[:1]]
+    return cells + [Workload("attention", kernel, query_len=rows, key_len=n) for rows, n in chunks for kernel in ours[:1]]
 
 
-def sparse(kernels: tuple[str, ...]) -> list[Cell]:
+def sparse(kernels: tuple[str, ...]) -> list[Workload]:
     """Block lists at given densities, windows, estimates, and the whole sparse call."""
     main, *others = [kernel for kernel in kernels if kernel != "sdpa"]
     lists = [prompt("attention", n, main, density=d) for n in LENGTHS[2:] for d in DENSITIES + OTHER_DENSITIES]
@@ -56,30 +56,30 @@ def sparse(kernels: tuple[str, ...]) -> list[Cell]:
     return lists + windows + estimates + whole
 
 
-def decode(kernels: tuple[str, ...]) -> list[Cell]:
-    cells = [Cell("decode", kernel, key_len=n, batch=batch) for n in LENGTHS for kernel in kernels for batch in (1, 8)]
-    return cells + [Cell("decode", kernel, key_len=n, batch=4) for n in (8 * K, 32 * K) for kernel in kernels]
+def decode(kernels: tuple[str, ...]) -> list[Workload]:
+    cells = [Workload("decode", kernel, key_len=n, batch=batch) for n in LENGTHS for kernel in kernels for batch in (1, 8)]
+    return cells + [Workload("decode", kernel, key_len=n, batch=4) for n in (8 * K, 32 * K) for kernel in kernels]
 
 
-def masked() -> list[Cell]:
+def masked() -> list[Workload]:
     """Decode steps of SDPA with a mask tensor, which a static cache or padding gives eager models."""
     return [
-        Cell("decode", "masked", key_len=n, batch=batch)
+        Workload("decode", "masked", key_len=n, batch=batch)
         for n in (4 * K, 8 * K, 32 * K, 128 * K)
         for batch in (1, 8)
         if n * batch <= 256 * K
     ]
 
 
-def layers() -> list[Cell]:
+def layers() -> list[Workload]:
     """What a model does beside attention: skipped blocks, linear layers of many and of few rows, sums."""
-    cells = [Cell("ffn", rows=rows, inputs=4096, outputs=14336, skipped=share) for rows in (1, 8, 32) for share in (0.0, 0.25, 0.5)]
-    cells += [Cell("linear", rows=rows, inputs=i, outputs=o) for rows in (K, 2 * K, 4 * K, 8 * K, 32 * K) for i, o in MATRICES]
-    cells += [Cell("linear", rows=rows, inputs=i, outputs=o) for rows in (1, 8, 32) for i, o in (*MATRICES, (4096, VOCAB))]
-    return cells + [Cell("elementwise", size=size) for size in (3 << 16, 3 << 20, 3 << 24, 3 << 26, 3 << 28)]
+    cells = [Workload("ffn", rows=rows, inputs=4096, outputs=14336, skipped=share) for rows in (1, 8, 32) for share in (0.0, 0.25, 0.5)]
+    cells += [Workload("linear", rows=rows, inputs=i, outputs=o) for rows in (K, 2 * K, 4 * K, 8 * K, 32 * K) for i, o in MATRICES]
+    cells += [Workload("linear", rows=rows, inputs=i, outputs=o) for rows in (1, 8, 32) for i, o in (*MATRICES, (4096, VOCAB))]
+    return cells + [Workload("elementwise", size=size) for size in (3 << 16, 3 << 20, 3 << 24, 3 << 26, 3 << 28)]
 
 
-def grid(device: str, small: bool = False) -> list[Cell]:
+def grid(device: str, small: bool = False) -> list[Workload]:
     """Every cell, the quick ones first, so that a run that is cut short loses the long ones.
 
     Args:
@@ -92,19 +92,19 @@ def grid(device: str, small: bool = False) -> list[Cell]:
     return sorted(cells, key=weight)
 
 
-def _tiny(kernel: str) -> list[Cell]:
+def _tiny(kernel: str) -> list[Workload]:
     small = {"query_heads": 2, "kv_heads": 1, "head_dim": 32, "dtype": "float32"}
     cells = [prompt("attention", n, name, **small) for n in (128, 256, 512) for name in ("sdpa", kernel)]
     cells += [prompt("attention", 512, kernel, density=d, **small) for d in (0.3, 0.6)]
     cells += [prompt("attention", 512, kernel, window=128, sinks=4, **small), prompt("select", 512, stride=8, **small)]
     cells += [prompt("whole", 512, kernel, stride=16, density=0.3, **small)]
-    cells += [Cell("decode", name, key_len=n, **small) for n in (128, 512) for name in ("sdpa", "cache")]
-    cells += [Cell("ffn", rows=1, inputs=64, outputs=128, skipped=share, dtype="float32") for share in (0.0, 0.5)]
-    cells += [Cell("linear", rows=rows, inputs=64, outputs=128, dtype="float32") for rows in (1, 256)]
-    return [*cells, Cell("elementwise", size=1 << 16, dtype="float32")]
+    cells += [Workload("decode", name, key_len=n, **small) for n in (128, 512) for name in ("sdpa", "cache")]
+    cells += [Workload("ffn", rows=1, inputs=64, outputs=128, skipped=share, dtype="float32") for share in (0.0, 0.5)]
+    cells += [Workload("linear", rows=rows, inputs=64, outputs=128, dtype="float32") for rows in (1, 256)]
+    return [*cells, Workload("elementwise", size=1 << 16, dtype="float32")]
 
 
-def weight(cell: Cell) -> float:
+def weight(cell: Workload) -> float:
     """About how many seconds a cell takes, for their order alone."""
     pairs = cell.batch * cell.query_heads * cell.query_len * (cell.key_len - cell.query_len / 2) * cell.head_dim
     if cell.kind == "select":
@@ -112,7 +112,7 @@ def weight(cell: Cell) -> float:
     return pairs * (cell.density or (cell.window / cell.key_len if cell.window else 1)) * 4
 
 
-def fitted(cell: Cell, asked: float | None = None) -> bool:
+def fitted(cell: Workload, asked: float | None = None) -> bool:
     """Whether a cell belongs to the part that a profile is fitted on. The other part has other lengths or other densities.
 
     Args:
@@ -129,9 +129,9 @@ def fitted(cell: Cell, asked: float | None = None) -> bool:
     return cell.density is None or any(math.isclose(cell.density if asked is None else asked, d) for d in DENSITIES) or cell.key_len < K
 
 
-def compile_jobs(cells: list[Cell]) -> list[list[Cell]]:
+def compile_jobs(cells: list[Workload]) -> list[list[Workload]]:
     """Cells grouped so that every kernel that the grid needs is compiled by one of the groups, which may run side by side."""
-    jobs: dict[tuple, list[Cell]] = {}
+    jobs: dict[tuple, list[Workload]] = {}
     for cell in cells:
         if cell.kind in ("linear", "elementwise") or cell.kernel in ("sdpa", "masked"):
             continue

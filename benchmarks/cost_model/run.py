@@ -30,7 +30,7 @@ from sparsify.commands.calibrate import fit
 from sparsify.costs import profile, profile_cache
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
-from sparsify.costs.samples import Cell, Sample, predict
+from sparsify.costs.samples import Sample, Workload, predict
 
 CLOSE = 1.05  # a choice within this of the best one counts as right
 _HELD_BYTES = 40 << 30  # of the allocator, before it gives back what graphs needed
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> int:
     return 0
 
 
-def _one(cell: Cell, run: str, options: argparse.Namespace) -> int:
+def _one(cell: Workload, run: str, options: argparse.Namespace) -> int:
     from sparsify.commands.calibrate import timing
 
     try:
@@ -99,7 +99,7 @@ def _one(cell: Cell, run: str, options: argparse.Namespace) -> int:
         if options.device == "cuda" and torch.cuda.memory_reserved() > _HELD_BYTES:
             torch.cuda.empty_cache()
     values = {"seconds": sample.seconds, "asked": cell.density}
-    records.append(options.out, CostGrid(part="cell", run=run, cell=sample.cell.as_record(), **values))
+    records.append(options.out, CostGrid(part="cell", run=run, cell=sample.workload.as_record(), **values))
     return 0
 
 
@@ -116,7 +116,7 @@ def newest_run(found: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[tu
     samples = []
     for record in found:
         if record["part"] == "cell" and record["run"] == newest["time"] and "seconds" in record:
-            cell = Cell.from_record(record["cell"])
+            cell = Workload.from_record(record["cell"])
             samples.append((Sample(cell, record["seconds"]), cost_cells.fitted(cell, record.get("asked"))))
     return newest, samples
 
@@ -147,14 +147,16 @@ def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
 
 def errors(samples: Iterable[Sample], device: Device) -> list[tuple[Sample, float]]:
     """Each sample with its relative error, positive where the model says too much."""
-    return [(sample, predict(sample.cell, device) / sample.seconds - 1) for sample in samples]
+    return [(sample, predict(sample.workload, device) / sample.seconds - 1) for sample in samples]
 
 
 def grouped(found: Iterable[tuple[Sample, float]]) -> dict[str, list[tuple[Sample, float]]]:
     """Samples by family, in order; the whole sparse call is one of its own."""
     groups: dict[str, list[tuple[Sample, float]]] = {}
     for sample, error in found:
-        groups.setdefault("whole sparse call" if sample.cell.kind == "whole" else sample.cell.works()[0].family, []).append((sample, error))
+        groups.setdefault("whole sparse call" if sample.workload.kind == "whole" else sample.workload.works()[0].family, []).append(
+            (sample, error)
+        )
     return dict(sorted(groups.items()))
 
 
@@ -177,23 +179,25 @@ def choices(samples: Sequence[Sample], device: Device) -> list[dict[str, Any]]:
     exact: dict[tuple, list[Sample]] = {}
     places: list[tuple[tuple, list[Sample]]] = []
     for sample in samples:
-        cell = sample.cell
+        cell = sample.workload
         if cell.kind in ("attention", "decode") and cell.density is None and not cell.window and cell.kernel != "masked":
             exact.setdefault(_place(cell), []).append(sample)
     places += [(place, found) for place, found in exact.items() if len(found) > 1]
     for sample in samples:
-        if sample.cell.kind == "whole" and _place(sample.cell) in exact:
-            places.append(((*_place(sample.cell), sample.cell.stride, sample.cell.density), [*exact[_place(sample.cell)], sample]))
+        if sample.workload.kind == "whole" and _place(sample.workload) in exact:
+            places.append(
+                ((*_place(sample.workload), sample.workload.stride, sample.workload.density), [*exact[_place(sample.workload)], sample])
+            )
     result = []
     for place, candidates in places:
-        chosen = min(candidates, key=lambda sample: predict(sample.cell, device))
+        chosen = min(candidates, key=lambda sample: predict(sample.workload, device))
         best = min(candidates, key=lambda sample: sample.seconds)
-        names = [f"{one.cell.kind}/{one.cell.kernel}" for one in (chosen, best)]
+        names = [f"{one.workload.kind}/{one.workload.kernel}" for one in (chosen, best)]
         result.append({"place": place, "chosen": names[0], "best": names[1], "ratio": chosen.seconds / best.seconds})
     return result
 
 
-def _place(cell: Cell) -> tuple:
+def _place(cell: Workload) -> tuple:
     return cell.batch, cell.query_heads, cell.kv_heads, cell.head_dim, cell.query_len, cell.key_len
 
 
@@ -212,7 +216,7 @@ def report(path: Path, save: Path | None, worst: int, everything: bool) -> int:
         if found:
             print(f"{title} {'all':16s} {_words(summary(found))}")
     for sample, error in sorted(errors([s for s, part in samples if not part], device), key=lambda pair: -abs(pair[1]))[:worst]:
-        print(f"  {error:+.0%} of {1e3 * sample.seconds:.4g} ms: {sample.cell.as_record()}")
+        print(f"  {error:+.0%} of {1e3 * sample.seconds:.4g} ms: {sample.workload.as_record()}")
     taken = choices([sample for sample, _ in samples], device)
     right = [one["ratio"] <= CLOSE for one in taken]
     if taken:

@@ -22,9 +22,17 @@ _WIDE = {4: 0.1, 8: 0.05}
 class Device:
     """What the cost formulas know of a device.
 
-    flops: sustained FLOP/s of a bf16 matrix product. bandwidth: bytes/s of a copy, read plus written. launch: seconds of a launch.
-    processors: multiprocessors. l2_bytes: of the L2 cache. measured: whether the numbers were measured on such a device.
-    profile: coefficients of kernel families; None: those shipped for the capability. source: where the numbers come from.
+    type: torch's device type.
+    name: for people.
+    capability: compute capability, None for a CPU.
+    flops: sustained FLOP/s of a bf16 matrix product.
+    bandwidth: bytes/s of a copy, read plus written.
+    launch: seconds of a launch.
+    measured: whether the numbers were measured on such a device.
+    processors: multiprocessors.
+    l2_bytes: bytes of the L2 cache.
+    profile: coefficients of kernel families; None: those shipped for the capability.
+    source: where the numbers come from.
     """
 
     type: str

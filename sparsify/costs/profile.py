@@ -39,10 +39,18 @@ _MOST = 1e6  # no coefficient of a real device comes near
 class Profile(BaseModel):
     """One device's numbers.
 
-    device: its name, for people. capability: compute capability, None for a CPU. processors: multiprocessors. l2_bytes: of the L2 cache.
-    flops: FLOP/s of a large bf16 matrix product. bandwidth: bytes/s of a copy, read plus written. launch: seconds between launches.
+    format: of the file.
+    device: its name, for people.
+    capability: compute capability, None for a CPU.
+    processors: multiprocessors.
+    l2_bytes: bytes of the L2 cache.
+    flops: FLOP/s of a large bf16 matrix product.
+    bandwidth: bytes/s of a copy, read plus written.
+    launch: seconds between launches.
     families: coefficients of the module's features by kernel family, `kernel/kind`.
-    measured: whether the numbers were measured on this kind of device. source: where they come from. versions: what measured them.
+    measured: whether the numbers were measured on this kind of device.
+    source: where the numbers come from.
+    versions: of the packages that measured them, by name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -121,8 +129,11 @@ def shipped(name: str) -> Profile:
 
 
 def for_capability(capability: tuple[int, int], **facts: Any) -> Profile:
-    """The profile of the nearest compute capability that is not above. `facts` replace fields, such as the device's name: another device
-    than the measured one makes the profile an estimate."""
+    """The profile of the nearest compute capability that is not above.
+
+    Args:
+        facts: replace fields, such as the device's name: another device than the measured one makes the profile an estimate.
+    """
     known = max((one for one in (*_MEASURED, *_ESTIMATES) if one <= capability), default=(8, 0))
     base = shipped(_MEASURED.get(known, "sm_90"))
     if known in _MEASURED:

@@ -22,15 +22,26 @@ Dtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Workload:
     """One call.
 
     kind: "attention" (prefill or chunk), "select" (estimate, choice and lists), "whole" (selection, then attention along its lists),
         "decode" (one row of each sequence), "ffn" (blocks of ffn_skip), "linear" (one weight), "elementwise" (a sum of two tensors).
     kernel: whose, as in `sparsify.costs.work`; in a decode step "masked" is SDPA with a mask tensor.
-    density: of block lists over causal blocks, None without lists. window, sinks: tokens, 0: none.
-    stride, variants: of the estimate. rows, inputs, outputs: activations and weight; a feed-forward block is gated and goes
-        inputs → outputs → inputs. skipped: share of the feed-forward calls that is left out. size: bytes that an elementwise call moves.
+    batch: sequences.
+    query_heads, kv_heads: heads.
+    query_len, key_len: query rows and keys, tokens.
+    head_dim: elements of a query, key or value vector.
+    density: of block lists over causal blocks, None without lists.
+    window: last keys that a row sees, tokens, 0: all.
+    sinks: first keys that a window does not hide, tokens.
+    stride: tokens that one score of the estimate spans.
+    variants: of the estimate.
+    rows: activations of a product or a feed-forward block.
+    inputs, outputs: of a weight; a feed-forward block is gated and goes inputs → outputs → inputs.
+    skipped: share of the feed-forward calls that is left out.
+    size: bytes that an elementwise call moves.
+    dtype: of all operands.
     """
 
     kind: Kind
@@ -90,8 +101,8 @@ class Cell:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Cell:
-        """The cell that `as_record` wrote; other keys are ignored. Raises ProfileError for a record without a kind."""
+    def from_record(cls, record: dict[str, Any]) -> Workload:
+        """The workload that `as_record` wrote; other keys are ignored. Raises ProfileError for a record without a kind."""
         names = {f.name for f in dataclasses.fields(cls)}
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in names
@@ -107,12 +118,15 @@ FEW_ROWS = 64
 
 @dataclass(frozen=True)
 class Sample:
-    """A measured call: median seconds."""
+    """A measured call.
 
-    cell: Cell
+    seconds: median of one call.
+    """
+
+    workload: Workload
     seconds: float
 
 
-def predict(cell: Cell, device: Device) -> float:
+def predict(workload: Workload, device: Device) -> float:
     """Seconds that the device's profile gives a call."""
-    return float(sympy.N(seconds(cell.works(), device)))
+    return float(sympy.N(seconds(workload.works(), device)))

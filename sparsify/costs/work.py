@@ -50,12 +50,21 @@ def _extreme(kind: type, args: tuple[Any, ...]) -> sympy.Expr:
 class Work:
     """What one kernel, or the kernels of one step, does.
 
-    family: whose coefficients apply, `kernel/kind`. dtype: of the operands. flops: matrix FLOPs of whole tiles. longest: those of the
-    longest tile, which one processor computes alone. scores: softmax entries. flops8: operations on 8-bit numbers. size: bytes that must
-    move. stream: of those, what one processor reads alone. scratch: bytes of scratch. prepare, passes: bytes that kernels over the
-    operands move before the main one, and how many there are. steps: loads that a program waits for one after the other. rows: row tiles.
-    tiles: tiles that all take as long as the longest, one at a time on a processor. kept: bytes of one KV head's keys and values, which
-    rows read again and again; 0 where nothing is read twice.
+    family: whose coefficients apply, `kernel/kind`.
+    dtype: of the operands.
+    flops: matrix FLOPs of whole tiles.
+    longest: FLOPs of the longest tile, which one processor computes alone.
+    scores: softmax entries.
+    flops8: operations on 8-bit numbers.
+    size: bytes that must move.
+    stream: of those, bytes that one processor reads alone.
+    scratch: bytes of scratch.
+    prepare: bytes that kernels over the operands move before the main one.
+    passes: how many kernels those are.
+    steps: loads that a program waits for one after the other.
+    rows: row tiles.
+    tiles: tiles that all take as long as the longest, one at a time on a processor.
+    kept: bytes of one KV head's keys and values, which rows read again and again; 0 where nothing is read twice.
     """
 
     family: str
@@ -107,8 +116,12 @@ class Work:
 def _tail(even: sympy.Expr, alone: sympy.Expr, waves: sympy.Expr) -> sympy.Expr:
     """How long processors wait at the end of a causal launch, at worst: the longest tile's time, less the fewer tiles a processor has.
 
-    even: seconds when all processors share the work. alone: of the longest tile. waves: tiles a processor; with one or none, `alone` is all
-    the launch takes. Rows of a causal tile grow evenly, so that one wave holds half of its longest tile's work on average.
+    Rows of a causal tile grow evenly, so that one wave holds half of its longest tile's work on average.
+
+    Args:
+        even: seconds when all processors share the work.
+        alone: seconds of the longest tile.
+        waves: tiles a processor; with one or none, `alone` is all the launch takes.
     """
     return largest(0, alone * (1 - 1 / (2 * waves)) - largest(0, alone - even))
 
@@ -144,8 +157,10 @@ def attention(sizes: AttentionSizes, kernel: str, *, share: Any = 1, window: Siz
     """Attention over `share` of the blocks that a row could visit.
 
     Args:
-        kernel: "sdpa", "hopper", "triton" or "reference". listed: along block lists, with `share` the density over causal blocks.
-        window: keys a row sees besides what the site's own mask says, sinks included.
+        kernel: "sdpa", "hopper", "triton" or "reference".
+        share: of the blocks.
+        window: keys a row sees besides what the site's own mask says, sinks included, tokens.
+        listed: along block lists, with `share` the density over causal blocks.
     """
     return _attention(sizes, kernel, share, window, listed)
 

@@ -56,22 +56,27 @@ EMPTY_ROWS = ("zero", "mean", "nan")
 class AttentionCall(OpCall):
     """One call of `sparsify::attention`; the module says what is computed.
 
-    query, key, value: floating point, one dtype.
+    query: [batch, query_heads, query_len, head_dim], floating point; key and value have its dtype.
+    key: [batch, kv_heads, key_len, head_dim].
+    value: [batch, kv_heads, key_len, v_head_dim].
     key_flags: bit 0: a key is visible, bit 1: it is a sink.
     segments: a row sees keys of its own segment; a row's segment is that of the key at its position.
     query_start: key position of query row 0; None: key_len - query_len.
-    block_counts, block_indices: how many key blocks each query block of each head visits, and which, rising.
+    block_counts: how many key blocks each query block of each head visits.
+    block_indices: which key blocks those are, rising.
     sink_logits: joins each row's denominator with no value.
     alibi_slopes: times the key position, added to the logits.
     key_bias: added to the logits, whatever the row.
     hidden_bias: added to `lowest` at hidden keys of rows without a visible one.
-    scale: of the logits. causal: whether a row sees later keys.
+    scale: of the logits.
+    causal: whether later keys are hidden from a row.
     windows: last keys that a row sees: empty (all), one number for all heads, or one per query head (0 = all keys).
     sinks: first keys that a window does not hide, without key_flags.
     softcap: bound of the logits, 0 for none.
     block_size: query rows and keys of a block of the block lists.
     seq_major: the output is the transpose of a contiguous [batch, query_len, heads, dim].
-    empty_rows: what rows without a visible key hold: "zero", "mean" or "nan". lowest: the finite number that hides, for "mean".
+    empty_rows: what rows without a visible key hold: "zero", "mean" or "nan".
+    lowest: the finite number that hides, for "mean".
     """
 
     NAME: ClassVar[str] = "attention"
@@ -117,7 +122,11 @@ class AttentionCall(OpCall):
         return self.query.shape[1] // self.key.shape[1]
 
     def check(self) -> None:
-        """Raises UnsupportedError, saying what is wrong, unless the operands fit together."""
+        """Checks that operands and numbers fit together.
+
+        Raises:
+            UnsupportedError: says what is wrong.
+        """
         super().check()
         (heads, query_len), need = self.query.shape[1:3], self.need
         need(
@@ -146,9 +155,12 @@ class AttentionCall(OpCall):
 
 
 def empty_outputs(query: Tensor, value: Tensor, seq_major: bool) -> tuple[Tensor, Tensor]:
-    """Output [batch, query_heads, query_len, v_head_dim] in query's dtype, and LSE fp32 [batch, query_heads, query_len].
+    """Uninitialised outputs.
 
-    With seq_major the output is the transpose of a contiguous [batch, query_len, heads, dim].
+    Returns:
+        output: query's dtype, [batch, query_heads, query_len, v_head_dim]; with seq_major the transpose of a contiguous
+            [batch, query_len, heads, dim].
+        lse: float32, [batch, query_heads, query_len].
     """
     batch, heads, query_len, _ = query.shape
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)

@@ -15,7 +15,15 @@ from sparsify.ops.selection import SelectCall
 
 
 def to_dense(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
-    """Bool [..., query_blocks, key_blocks]: True where a key block is listed."""
+    """Block lists as a table.
+
+    Args:
+        counts, indices: block lists.
+        key_blocks: columns of the table.
+
+    Returns:
+        Bool [..., query_blocks, key_blocks]: True where a key block is listed.
+    """
     listed = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
     table = torch.zeros(*counts.shape, key_blocks + 1, dtype=torch.bool, device=counts.device)
     # entries past the count all go to one column that is dropped
@@ -24,7 +32,15 @@ def to_dense(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
 
 
 def from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Block lists of a bool table [..., query_blocks, key_blocks]; entries past the count are the blocks not kept, so in range."""
+    """Block lists of a table.
+
+    Args:
+        keep: bool [..., query_blocks, key_blocks].
+
+    Returns:
+        counts: int32 [..., query_blocks].
+        indices: int16 [..., query_blocks, key_blocks]; entries past the count are the blocks not kept, so in range.
+    """
     order = keep.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
     return keep.sum(-1, dtype=torch.int32), order.to(torch.int16)
 

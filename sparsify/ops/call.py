@@ -44,7 +44,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of an op. wire: its type in the schema; sent, received: what turns a field's value into that and back, None: nothing."""
+    """One argument of an op.
+
+    name: of the argument and of the record's field.
+    wire: its type in the schema.
+    keyword: whether it is given by name alone.
+    default: of the field; MISSING: it must be given.
+    operand: what a tensor must be; None where nothing is said.
+    sent: what turns a field's value into one of the wire's type; None: nothing.
+    received: what turns it back; None: nothing.
+    """
 
     name: str
     wire: str
@@ -180,7 +189,11 @@ class OpCall:
         return {name: tensor for name, tensor in found if tensor is not None}
 
     def check(self) -> None:
-        """Raises UnsupportedError, saying what is wrong, unless the operands fit together."""
+        """Checks that the operands fit together.
+
+        Raises:
+            UnsupportedError: says what is wrong.
+        """
         if wrong := self.misfit():
             self.need(False, wrong)
 
@@ -209,7 +222,13 @@ def misfit(
     differ: Callable[[Any, Any], bool],
     first: Tensor | None = None,
 ) -> str:
-    """As `OpCall.misfit`, of tensors by name and what they must be. first: whose dtype and device they share; None: the first of them."""
+    """As `OpCall.misfit`.
+
+    Args:
+        tensors: by name.
+        described: what they must be, by name.
+        first: the tensor whose dtype and device they share; None: the first of them.
+    """
     first = next(iter(tensors.values())) if first is None else first
     known: dict[str, Any] = {}
     for name, tensor in tensors.items():

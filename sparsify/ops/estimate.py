@@ -22,7 +22,8 @@ class Variant:
     """One way to make the estimate cheaper.
 
     sets: the fields of `Estimate` that it changes.
-    computes, cost: for people, as docs/kernels.md lists them.
+    computes: what is computed, for people, as docs/kernels.md lists it.
+    cost: its share of the exact estimate's work, likewise.
     share: its products over the exact estimate's, 8-bit ones counted half; of the number of query heads per KV head.
     examples: estimates that it is tested in.
     """

@@ -21,7 +21,9 @@ def define(call: type[OpCall], fake: Callable[..., Any], returns: str = "(Tensor
     """Defines the op of a record.
 
     Args:
+        call: the record.
         fake: makes empty outputs from a call's record.
+        returns: the outputs' types in the schema.
     """
     library.define(f"{call.schema()} -> {returns}", tags=TAGS)
     traced(call.NAME, lambda *args, **options: fake(call.bind(*args, **options)))
@@ -29,7 +31,12 @@ def define(call: type[OpCall], fake: Callable[..., Any], returns: str = "(Tensor
 
 
 def traced(op: str, fake: Callable[..., Any]) -> None:
-    """Says how an op is traced. Tracing refuses what running does: derivatives, and transforms of torch.func."""
+    """Says how an op is traced. Tracing refuses what running does: derivatives, and transforms of torch.func.
+
+    Args:
+        op: its name.
+        fake: makes empty outputs from a call's arguments.
+    """
 
     def call(*args: Any, **options: Any) -> Any:
         gradients.refuse(op, args, options)

@@ -48,7 +48,12 @@ def plain_tensor(tensor: Tensor) -> bool:
 
 
 def check(op: torch._ops.OpOverload, args: tuple[Any, ...], options: Mapping[str, Any], shape_env: object) -> None:
-    """Example values of a call of one of our ops.
+    """Checks a call of one of our ops while a graph is rewritten.
+
+    Args:
+        op: what is called.
+        args, options: example values of its arguments.
+        shape_env: what is known of symbolic sizes.
 
     Raises:
         UnsupportedError: an operand's kind, shape, dtype or device is not what the op takes. Sizes that may be equal are taken to be: the

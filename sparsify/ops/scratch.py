@@ -22,7 +22,12 @@ _BAND_CELLS = 16 * 128  # the fewest query cells that are served at once
 
 @dataclass(frozen=True)
 class Part:
-    """What is selected and attended at once: batch rows, KV heads and the query heads that read them, as half-open ranges."""
+    """What is selected and attended at once, as half-open ranges.
+
+    batch: batch rows.
+    kv_heads: KV heads.
+    heads: the query heads that read them.
+    """
 
     batch: tuple[int, int]
     kv_heads: tuple[int, int]
@@ -30,7 +35,12 @@ class Part:
 
 
 def list_bytes(query_len: int, key_len: int, block: int) -> int:
-    """Counts and indices of one query head."""
+    """Bytes of the counts and indices of one query head.
+
+    Args:
+        query_len, key_len: tokens.
+        block: query rows and keys of a block.
+    """
     return cdiv(query_len, block) * (4 + 2 * cdiv(key_len, block))
 
 
@@ -39,7 +49,10 @@ def parts(batch: int, heads: int, kv_heads: int, head_bytes: int, limit: int, sp
     heads of one KV head. A single head is served whatever it takes, and a group where `splits_groups` is false.
 
     Args:
-        head_bytes: of one query head of one batch row.
+        batch: batch rows.
+        heads, kv_heads: query heads, and KV heads.
+        head_bytes: bytes that one query head of one batch row takes.
+        limit: bytes that one part may take.
         splits_groups: whether query heads of one KV head may be apart: an estimate that they share needs all of them.
     """
     group = heads // kv_heads
@@ -90,7 +103,9 @@ def scratch_bytes(
     where kernels cannot read their strides, or where the exact estimate's last cell is not whole.
 
     Args:
-        item_bytes: of a number of query and key.
+        stride: tokens that one score spans.
+        block: query rows and keys of a block.
+        item_bytes: bytes of a number of query and key.
     """
     group, shared = heads // kv_heads, estimate.group
     each = list_bytes(query_len, key_len, block)

@@ -30,7 +30,8 @@ _MOST_BLOCKS = 32767
 class SelectCall(OpCall):
     """One call of `sparsify::select_blocks`.
 
-    query, key: floating point, one dtype.
+    query: [batch, query_heads, query_len, head_dim], floating point; key has its dtype.
+    key: [batch, kv_heads, key_len, head_dim].
     key_flags, segments, query_start, scale, causal, windows: as in `sparsify.ops.attention.AttentionCall`.
     pool: how a query block's cells are combined, "sum" or "max".
     estimate: what is multiplied.
@@ -134,7 +135,11 @@ class SelectCall(OpCall):
         return "density" if self.density > 0 else "taus" if len(set(self.threshold)) > 1 else "tau"
 
     def check(self) -> None:
-        """Raises UnsupportedError, saying what is wrong and what would do, unless the arguments fit together."""
+        """Checks that the arguments fit together.
+
+        Raises:
+            UnsupportedError: says what is wrong and what would do.
+        """
         super().check()
         need, heads, pools = self.need, self.heads, get_args(Pool)
         need(self.pool in pools, f"unknown pool {self.pool!r}", " or ".join(pools))
@@ -150,9 +155,12 @@ class SelectCall(OpCall):
         need(fits, f"{self.key_len} keys at block size {self.block_size}", f"at most {_MOST_BLOCKS} blocks: int16 indices")
 
     def empty_lists(self) -> tuple[Tensor, Tensor]:
-        """Counts int32 [batch, query_heads, query_blocks] and indices int16 [batch, query_heads, query_blocks, key_blocks].
+        """Uninitialised block lists (`sparsify.ops.block_lists`).
 
-        int16 holds 32767 blocks, 4 million keys at block 128, in half the memory of int32.
+        Returns:
+            counts: int32, [batch, query_heads, query_blocks].
+            indices: int16, [batch, query_heads, query_blocks, key_blocks]; int16 holds 32767 blocks, 4 million keys at block 128, in half
+                the memory of int32.
         """
         counts = self.query.new_empty(self.batch, self.heads, self.query_blocks, dtype=torch.int32)
         return counts, self.query.new_empty(*counts.shape, self.key_blocks, dtype=torch.int16)

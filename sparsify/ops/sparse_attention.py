@@ -20,7 +20,11 @@ from sparsify.ops.selection import SelectCall
 
 @dataclass(frozen=True, eq=False)
 class SparseAttentionCall(SelectCall):
-    """One call of `sparsify::sparse_attention`: the fields of `SelectCall`, and some of `sparsify.ops.attention.AttentionCall`."""
+    """One call of `sparsify::sparse_attention`: the fields of `SelectCall`, and some of `sparsify.ops.attention.AttentionCall`.
+
+    value: [batch, kv_heads, key_len, v_head_dim], in query's dtype.
+    seq_major, empty_rows, lowest: as in `AttentionCall`.
+    """
 
     NAME: ClassVar[str] = "sparse_attention"
 
@@ -31,6 +35,7 @@ class SparseAttentionCall(SelectCall):
     lowest: float = 0.0
 
     def selection(self) -> SelectCall:
+        """The call that makes its block lists."""
         return SelectCall(**self.common(SelectCall))
 
     def attention(self, counts: Tensor, indices: Tensor) -> AttentionCall:

@@ -66,7 +66,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a method does not act on a site, and what the user could do about it."""
+    """Why a method does not act on a site.
+
+    method: its name.
+    reason: in plain words.
+    hint: what the user could do about it.
+    """
 
     method: str
     reason: str
@@ -80,10 +85,14 @@ class Refusal:
 class Proposal:
     """What a method would do at a site.
 
-    seconds: expected time as an expression in the site's symbolic sizes. density: expected share of causal blocks, None when exact.
-    min_key_len: key length from which the method is expected to pay; below it the site falls to the next candidate. solved: whether it
-        comes from the costs, so that a nearby length that other sites ask for does as well.
-    formula: the same seconds in letters, for reports. scratch: bytes of memory that it needs for a while beside its operands.
+    method: with the options that it would act with.
+    seconds: expected time as an expression in the site's symbolic sizes.
+    density: expected share of causal blocks, None when exact.
+    min_key_len: key length in tokens from which the method is expected to pay; below it the site falls to the next candidate.
+    solved: whether min_key_len comes from the costs, so that a nearby length that other sites ask for does as well.
+    note: for reports.
+    formula: the same seconds in letters, for reports.
+    scratch: bytes of memory that it needs for a while beside its operands.
     """
 
     method: Pass
@@ -106,14 +115,22 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Context:
-    """What a proposal may depend on beside its site."""
+    """What a proposal may depend on beside its site.
+
+    device: where the site will run.
+    kernels: what will serve the custom ops, "triton" or "reference".
+    min_length: configured crossover in tokens; None: solve it from the costs.
+    family: kernel family of the attention op, the first half of a family in a device profile.
+    max_cost_ratio: largest share of dense attention's time for a lossy method that acts by default.
+    formulas: whether costs are wanted in letters too, which takes longer than all else.
+    """
 
     device: Device
-    kernels: str  # "triton" or "reference": which backend will serve the custom ops
-    min_length: int | None = None  # configured crossover; None: solve it from the costs
-    family: str = "triton"  # kernel family of the attention op, the first half of a family in a device profile
-    max_cost_ratio: float = crossovers.MAX_COST_RATIO  # largest share of dense attention's time for a lossy method that acts by default
-    formulas: bool = True  # whether costs are wanted in letters too, which takes longer than all else
+    kernels: str
+    min_length: int | None = None
+    family: str = "triton"
+    max_cost_ratio: float = crossovers.MAX_COST_RATIO
+    formulas: bool = True
 
 
 class Pass(BaseModel):
@@ -122,13 +139,14 @@ class Pass(BaseModel):
     name: by which configuration and plans know it.
     lossy: whether it changes results; then it acts only where configuration or a plan enables it.
     kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer) or "ffn".
+    across_layers: whether what it does at a site depends on the model's other layers: they are captured in one graph.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
     lossy: ClassVar[bool] = True
     kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
-    across_layers: ClassVar[bool] = False  # what it does at a site depends on the model's other layers: they are captured in one graph
+    across_layers: ClassVar[bool] = False
 
     def propose(self, site: Any, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
         """What this method would do at a site; several proposals in order of preference, the first eligible one is taken."""

@@ -21,11 +21,13 @@ from sparsify.ops.cache import NEVER_OVERWRITTEN
 class Layout:
     """How a layer's slots are used (see `sparsify.ops.cache`).
 
-    capacity: slots per KV head, all of them. pinned: slots that later tokens never overwrite. recent: newest tokens that stay whatever
-    their score. window: a query sees only this many last keys besides the sinks, 0 for all that are kept. sinks: first tokens of each
-    row that a window does not hide. rotate_sinks: sinks stand directly before the window, as positions inside the cache.
-
-    pinned = NEVER_OVERWRITTEN (`sparsify.ops.cache`): no token is evicted, and `capacity` is what the buffers hold at first.
+    capacity: slots per KV head, all of them.
+    pinned: slots that later tokens never overwrite. NEVER_OVERWRITTEN (`sparsify.ops.cache`): no token is evicted, and `capacity` is what
+        the buffers hold at first.
+    recent: newest tokens that stay whatever their score.
+    window: last keys that a query sees besides the sinks, 0: all that are kept.
+    sinks: first tokens of each row that a window does not hide.
+    rotate_sinks: sinks stand directly before the window, as positions inside the cache (arXiv 2309.17453, section 3.2).
     """
 
     capacity: int
@@ -45,12 +47,14 @@ class Layout:
 class Candidates:
     """All tokens that could stay, side by side in order of position, behind what is no token.
 
-    keys: [batch, kv_heads, candidates, head_dim]. values: likewise with v_head_dim.
+    keys: [batch, kv_heads, candidates, head_dim].
+    values: [batch, kv_heads, candidates, v_head_dim].
     positions: int32 [batch, kv_heads, candidates], -1 where there is no token (padding, empty slots).
     queries: [batch, query_heads, up to `Policy.observed`, head_dim], the last real queries of each row; None when none are asked for.
     query_positions: int32 [batch, queries], -1 where a row has fewer.
     newest: int32 [batch], position of each row's last token.
-    scale, softcap: as the layer's attention applies them.
+    scale: of the logits, as the layer's attention applies it.
+    softcap: bound of the logits, likewise; 0: none.
     """
 
     keys: Tensor
@@ -66,7 +70,7 @@ class Candidates:
 class Policy(BaseModel):
     """Base of all policies.
 
-    observed: how many of the last queries `score` reads; 0 for policies that read none.
+    name: by which `SparseCache`, configuration and the op know it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -74,6 +78,7 @@ class Policy(BaseModel):
 
     @property
     def observed(self) -> int:
+        """How many of the last queries `score` reads; 0 for policies that read none."""
         return 0
 
     def layout(self, budget: int | None) -> Layout:

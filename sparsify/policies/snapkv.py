@@ -16,12 +16,16 @@ from sparsify.policies.base import Candidates, Layout, Policy
 
 
 class SnapKV(Policy):
-    """window: last queries whose attention scores the keys; their own tokens stay. pool, kernel: smoothing of the scores along the keys,
-    "avg" or "max" over an odd number of them. group: how the query heads of one KV head agree.
-    recent_share: share of the budget that tokens after the prompt may take over, worst-scored prompt tokens first; beyond it, the
-    oldest of them go.
+    """What the last queries of a prompt look at stays, and they themselves.
 
     Prompts are attended in full and cut down once at the end of every call with more than one token.
+
+    window: last queries whose attention scores the keys; their own tokens stay.
+    pool: smoothing of the scores along the keys, "avg" or "max".
+    kernel: keys that the smoothing spans, odd; None: 5 for "avg", 7 for "max".
+    group: how the query heads of one KV head agree.
+    recent_share: share of the budget that tokens after the prompt may take over, worst-scored prompt tokens first; beyond it, the
+        oldest of them go.
     """
 
     name: ClassVar[str] = "snapkv"

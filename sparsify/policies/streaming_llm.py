@@ -14,12 +14,15 @@ from sparsify.policies.base import Candidates, Layout, Policy
 
 
 class StreamingLLM(Policy):
-    """sinks: first real tokens of each row that stay. window: last tokens that stay, the query's own included; None takes what the
-    budget leaves. positions: "absolute" keeps every key where the model put it; "in_cache" is the published scheme, in which the sinks
-    move along so that they always stand directly before the window.
+    """The first and the last tokens stay.
 
     Each query sees its sinks and its own window, in prefill and in later turns too, so the result does not depend on how a text is cut
     into calls.
+
+    sinks: first real tokens of each row that stay.
+    window: last tokens that stay, the query's own included; None takes what the budget leaves.
+    positions: "absolute" keeps every key where the model put it; "in_cache" is the published scheme, in which the sinks move along so that
+        they always stand directly before the window.
     """
 
     name: ClassVar[str] = "streaming_llm"

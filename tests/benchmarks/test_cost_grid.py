@@ -14,7 +14,7 @@ from benchmarks.lib import records
 from sparsify.costs import profile
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
-from sparsify.costs.samples import Cell, Sample, predict
+from sparsify.costs.samples import Sample, Workload, predict
 
 K = 1024
 GRID = cost_cells.grid("cuda")
@@ -46,7 +46,7 @@ def test_what_is_tested_on_has_lengths_and_densities_that_nothing_was_fitted_on(
 
 
 def test_the_density_asked_for_decides_and_not_the_one_that_lists_have():
-    cell = Cell("attention", "hopper", query_len=4 * K, key_len=4 * K, density=0.1489)
+    cell = Workload("attention", "hopper", query_len=4 * K, key_len=4 * K, density=0.1489)
     assert not cost_cells.fitted(cell)
     assert cost_cells.fitted(cell, 0.1)
 

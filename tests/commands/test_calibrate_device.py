@@ -13,7 +13,7 @@ from sparsify.commands.calibrate import timing
 from sparsify.costs import device as hardware
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
-from sparsify.costs.samples import Cell, Sample, predict
+from sparsify.costs.samples import Sample, Workload, predict
 from sparsify.errors import ProfileError
 
 
@@ -26,9 +26,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_every_kind_of_call_runs_and_is_measured():
-    kinds = {cell.kind for cell in calibrate_device.cells("cpu")}
+    kinds = {cell.kind for cell in calibrate_device.workloads("cpu")}
     assert kinds == {"attention", "select", "decode", "ffn", "linear", "elementwise"}
-    for cell in {cell.kind: cell for cell in calibrate_device.cells("cpu", small=True)}.values():
+    for cell in {cell.kind: cell for cell in calibrate_device.workloads("cpu", small=True)}.values():
         assert timing.measure(cell, "cpu", replays=1).seconds > 0
 
 
@@ -48,7 +48,8 @@ def test_the_fit_explains_what_was_measured():
     assert not found.failed
     device = Device.from_profile("cpu", found.profile)
     slow, quick = (
-        Cell("attention", "reference", query_len=n, key_len=n, query_heads=2, kv_heads=1, head_dim=32, dtype="float32") for n in (512, 128)
+        Workload("attention", "reference", query_len=n, key_len=n, query_heads=2, kv_heads=1, head_dim=32, dtype="float32")
+        for n in (512, 128)
     )
     assert predict(slow, device) > predict(quick, device) > 0
     assert found.error("reference/causal") < 1
@@ -100,7 +101,7 @@ def test_without_any_result_there_is_no_profile(monkeypatch):
 
 
 def test_random_lists_are_what_they_say():
-    cell = Cell("attention", "reference", query_heads=3, kv_heads=1, query_len=1024, key_len=2048, density=0.3)
+    cell = Workload("attention", "reference", query_heads=3, kv_heads=1, query_len=1024, key_len=2048, density=0.3)
     counts, indices, density = timing.random_lists(cell, "cpu")
     assert counts.shape == (1, 3, 8)
     seen = 0
@@ -114,11 +115,11 @@ def test_random_lists_are_what_they_say():
     assert density == pytest.approx(seen / (3 * sum(row + 9 for row in range(8))))
 
 
-@pytest.mark.parametrize("cell", calibrate_device.cells("cpu", small=True)[::3])
+@pytest.mark.parametrize("cell", calibrate_device.workloads("cpu", small=True)[::3])
 def test_cells_survive_a_record(cell):
-    assert Cell.from_record(json.loads(json.dumps(cell.as_record()))) == cell
+    assert Workload.from_record(json.loads(json.dumps(cell.as_record()))) == cell
 
 
 def test_a_record_without_a_kind_is_refused():
     with pytest.raises(ProfileError, match="no kind"):
-        Cell.from_record({"key_len": 3})
+        Workload.from_record({"key_len": 3})

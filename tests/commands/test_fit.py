@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from sparsify.commands.calibrate import fit
 from sparsify.costs import profile
 from sparsify.costs.device import Device
-from sparsify.costs.samples import Cell, Sample, predict
+from sparsify.costs.samples import Sample, Workload, predict
 from sparsify.errors import ProfileError
 
 PRIOR = profile.shipped("sm_90")
 QUICK = settings(max_examples=25, deadline=None)
 NOTHING_KNOWN = PRIOR.model_copy(update={"families": {}})
 PROMPTS = [
-    Cell("attention", "hopper", query_len=n, key_len=n, batch=batch, head_dim=dim)
+    Workload("attention", "hopper", query_len=n, key_len=n, batch=batch, head_dim=dim)
     for n in (1024, 4096, 16384, 65536, 131072)
     for batch, dim in ((1, 128), (4, 128), (1, 64))
 ]
@@ -43,14 +43,14 @@ def test_synthetic_coefficients_come_back_as_times(work, call, rows, tail, spill
     found = fit.fit(timed(PROMPTS, truth), truth, NOTHING_KNOWN)
     fitted = Device.from_profile("cuda", found)
     for length in (2048, 8192, 32768, 262144):
-        cell = Cell("attention", "hopper", query_len=length, key_len=length)
+        cell = Workload("attention", "hopper", query_len=length, key_len=length)
         assert predict(cell, fitted) == pytest.approx(predict(cell, truth), rel=0.05)
 
 
 @pytest.mark.parametrize("seed_noise", [0.0, 0.03])
 def test_efficiency_survives_noise(seed_noise):
     truth = device_with(linear={"work": 1.25, "call": 4e-6})
-    cells = [Cell("linear", rows=rows, inputs=4096, outputs=outputs) for rows in (512, 1024, 4096, 16384) for outputs in (4096, 14336)]
+    cells = [Workload("linear", rows=rows, inputs=4096, outputs=outputs) for rows in (512, 1024, 4096, 16384) for outputs in (4096, 14336)]
     found = fit.fit(timed(cells, truth, seed_noise), truth, PRIOR).families["linear"]
     assert found["work"] == pytest.approx(1.25, rel=0.05)
 
@@ -58,10 +58,10 @@ def test_efficiency_survives_noise(seed_noise):
 def test_one_wild_time_moves_little():
     truth = device_with(hopper_causal={"work": 1.1, "call": 1e-5})
     samples = timed(PROMPTS, truth)
-    samples[7] = Sample(samples[7].cell, 3 * samples[7].seconds)
+    samples[7] = Sample(samples[7].workload, 3 * samples[7].seconds)
     fitted = Device.from_profile("cuda", fit.fit(samples, truth, PRIOR))
     others = [s for i, s in enumerate(samples) if i != 7]
-    assert sorted(abs(predict(s.cell, fitted) / s.seconds - 1) for s in others)[len(others) // 2] < 0.03
+    assert sorted(abs(predict(s.workload, fitted) / s.seconds - 1) for s in others)[len(others) // 2] < 0.03
 
 
 def test_other_families_stay_as_they_were():
@@ -73,7 +73,7 @@ def test_other_families_stay_as_they_were():
 
 
 def test_calls_of_two_kernels_fit_no_family():
-    whole = Cell("whole", "hopper", query_len=8192, key_len=8192, stride=8, density=0.1)
+    whole = Workload("whole", "hopper", query_len=8192, key_len=8192, stride=8, density=0.1)
     assert fit.fit([Sample(whole, 1.0)], device_with(), PRIOR).families == PRIOR.families
 
 
@@ -110,7 +110,7 @@ def test_terms_that_calls_do_not_tell_apart_stay_near_the_prior():
 
 def test_features_that_no_call_has_keep_their_coefficients():
     truth = device_with(select={"work": 1.3, "steps": 1e-6, "rows": 1e-7, "scratch": 1.0, "work8": 1.7, "prepare": 1.5, "passes": 4e-6})
-    cells = [Cell("select", query_len=n, key_len=n, stride=stride) for n in (2048, 8192, 65536) for stride in (8, 16)]
+    cells = [Workload("select", query_len=n, key_len=n, stride=stride) for n in (2048, 8192, 65536) for stride in (8, 16)]
     found = fit.fit(timed(cells, truth), truth, truth.profile).families["select"]
     assert {name: found[name] for name in ("work8", "prepare", "passes", "scratch")} == {
         "work8": 1.7, "prepare": 1.5, "passes": 4e-6, "scratch": 1.0,

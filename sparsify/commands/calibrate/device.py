@@ -27,7 +27,7 @@ from sparsify.commands.calibrate import fit, timing
 from sparsify.costs import profile_cache
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
-from sparsify.costs.samples import Cell, Dtype, Sample, predict
+from sparsify.costs.samples import Dtype, Sample, Workload, predict
 from sparsify.costs.work import step_kernel
 from sparsify.errors import ProfileError, SparsifyError
 
@@ -47,27 +47,29 @@ class Calibration:
     def error(self, family: str) -> float:
         """Median relative error of the fit over a family's calls."""
         device = Device.from_profile("cuda" if self.profile.capability else "cpu", self.profile)
-        of_family = [sample for sample in self.samples if sample.cell.works()[0].family == family]
-        return statistics.median(abs(predict(one.cell, device) / one.seconds - 1) for one in of_family)
+        of_family = [sample for sample in self.samples if sample.workload.works()[0].family == family]
+        return statistics.median(abs(predict(one.workload, device) / one.seconds - 1) for one in of_family)
 
 
-def cells(device: str, small: bool = False) -> list[Cell]:
+def workloads(device: str, small: bool = False) -> list[Workload]:
     """What is measured, the most telling calls first.
 
     Args:
         small: sizes that a CPU does in seconds.
     """
     if small or device != "cuda":
-        return _cells(("sdpa", "reference"), (128, 256, 512), (128, 512), {"query_heads": 2, "kv_heads": 1, "head_dim": 32}, 64, "float32")
+        return _workloads(
+            ("sdpa", "reference"), (128, 256, 512), (128, 512), {"query_heads": 2, "kv_heads": 1, "head_dim": 32}, 64, "float32"
+        )
     ours = [backends.attention_family(torch.device(device))] if backends.available(device)[0] == "triton" else []
     kernels: tuple[str, ...] = tuple(dict.fromkeys(("sdpa", *ours, *(["triton"] if ours else []))))
-    return _cells(kernels, (1 * K, 4 * K, 32 * K), (4 * K, 64 * K), {}, 4096, "bfloat16")
+    return _workloads(kernels, (1 * K, 4 * K, 32 * K), (4 * K, 64 * K), {}, 4096, "bfloat16")
 
 
-def _cells(
+def _workloads(
     kernels: tuple[str, ...], lengths: tuple[int, ...], ends: tuple[int, int], shape: dict[str, Any], hidden: int, dtype: Dtype
-) -> list[Cell]:
-    prompt = lambda kind, n, kernel="", **more: Cell(kind, kernel, query_len=n, key_len=n, dtype=dtype, **shape, **more)
+) -> list[Workload]:
+    prompt = lambda kind, n, kernel="", **more: Workload(kind, kernel, query_len=n, key_len=n, dtype=dtype, **shape, **more)
     own = [kernel for kernel in kernels if kernel != "sdpa"]
     found = [prompt("attention", n, kernel) for n in lengths for kernel in kernels]
     for kernel in own:
@@ -77,13 +79,13 @@ def _cells(
         found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
     decoders: tuple[str, ...] = ("sdpa", "masked", *(["cache"] if own else []), *(step_kernel(kernel) for kernel in own[-1:]))
     for kernel, n, batch in itertools.product(decoders, ends, (1, 8)):
-        found.append(Cell("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
+        found.append(Workload("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
     wide = hidden * 7 // 2
     if own:
-        found += [Cell("ffn", rows=rows, inputs=hidden, outputs=wide, skipped=s, dtype=dtype) for rows in (1, 16) for s in (0.0, 0.5)]
+        found += [Workload("ffn", rows=rows, inputs=hidden, outputs=wide, skipped=s, dtype=dtype) for rows in (1, 16) for s in (0.0, 0.5)]
     matrices = ((hidden, hidden), (hidden, wide), (wide, hidden))
-    found += [Cell("linear", rows=rows, inputs=i, outputs=o, dtype=dtype) for rows in (1, 16, 512, 4 * K) for i, o in matrices]
-    return found + [Cell("elementwise", size=3 * hidden * size, dtype=dtype) for size in (64, 4 * K, 64 * K)]
+    found += [Workload("linear", rows=rows, inputs=i, outputs=o, dtype=dtype) for rows in (1, 16, 512, 4 * K) for i, o in matrices]
+    return found + [Workload("elementwise", size=3 * hidden * size, dtype=dtype) for size in (64, 4 * K, 64 * K)]
 
 
 def calibrate(
@@ -101,7 +103,7 @@ def calibrate(
         raise ProfileError(f"no calibration for {device!r}", where="device", hint="cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ProfileError("there is no CUDA device here", where="device", hint="--device cpu measures the CPU")
-    wanted = cells(device, small)
+    wanted = workloads(device, small)
     if device == "cuda" and not small:
         progress(0, len(wanted), "compiling")
         compile_kernels(wanted)
@@ -112,15 +114,15 @@ def calibrate(
     facts = {"device": here.device, "versions": here.versions, "measured": True, "source": source}
     prior = profile_cache.default(device).model_copy(update={**measured, **facts})
     end, samples, failed = time.monotonic() + seconds, [], {}
-    for done, cell in enumerate(wanted):
+    for done, workload in enumerate(wanted):
         if samples and time.monotonic() > end:
             failed["time"] = f"{len(wanted) - done} of {len(wanted)} calls left out after {seconds:.0f} s"
             break
-        progress(done, len(wanted), f"{cell.kind} {cell.kernel}".strip())
+        progress(done, len(wanted), f"{workload.kind} {workload.kernel}".strip())
         try:
-            samples.append(timing.measure(cell, device, replays=3))
+            samples.append(timing.measure(workload, device, replays=3))
         except (SparsifyError, RuntimeError) as error:
-            failed[str(cell.as_record())] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            failed[str(workload.as_record())] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     if not samples:
         raise ProfileError("no call could be measured", where=here.device, hint=next(iter(failed.values()), ""))
     progress(len(wanted), len(wanted), "fitting")
@@ -134,7 +136,7 @@ def table(found: Calibration, width: int = 140) -> str:
     grid = Table()
     for name in ("kernels", "calls", "of the ceiling", "fixed", "error of the fit"):
         grid.add_column(name, justify="left" if name == "kernels" else "right")
-    count = Counter(sample.cell.works()[0].family for sample in found.samples)
+    count = Counter(sample.workload.works()[0].family for sample in found.samples)
     for family, terms in sorted(one.families.items()):
         if not count[family]:
             grid.add_row(family, "not measured")
@@ -149,7 +151,7 @@ def table(found: Calibration, width: int = 140) -> str:
     return "\n".join([*lines, text.getvalue().rstrip(), *failed])
 
 
-def compile_kernels(wanted: Sequence[Cell]) -> None:
+def compile_kernels(wanted: Sequence[Workload]) -> None:
     """Fills Triton's cache from processes side by side; what fails there fails again, with its reason, when it is measured."""
     jobs = min(len(wanted), os.cpu_count() or 1, 12)
     if jobs < 2:
@@ -164,24 +166,25 @@ def compile_kernels(wanted: Sequence[Cell]) -> None:
             process.kill()
 
 
-def _distinct_kernels(wanted: Sequence[Cell]) -> list[Cell]:
-    """One cell for each kernel text: time does not matter here, so few heads where the kernel does not depend on them."""
-    chosen: dict[tuple[Any, ...], Cell] = {}
-    for cell in wanted:
-        if cell.kernel in ("sdpa", "masked") or cell.kind in ("linear", "elementwise"):
+def _distinct_kernels(wanted: Sequence[Workload]) -> list[Workload]:
+    """One workload for each kernel text: time does not matter here, so few heads where the kernel does not depend on them."""
+    chosen: dict[tuple[Any, ...], Workload] = {}
+    for workload in wanted:
+        if workload.kernel in ("sdpa", "masked") or workload.kind in ("linear", "elementwise"):
             continue
-        few = replace(cell, query_heads=cell.query_heads // cell.kv_heads, kv_heads=1) if cell.kind == "select" else cell
-        by_length = cell.key_len if cell.kind == "select" or cell.kernel == "hopper" else 0
-        chosen.setdefault(
-            (cell.kind, cell.kernel, cell.density is None, cell.window, cell.stride, cell.variants, cell.rows, by_length), few
-        )
+        few = workload
+        if workload.kind == "select":
+            few = replace(workload, query_heads=workload.query_heads // workload.kv_heads, kv_heads=1)
+        by_length = workload.key_len if workload.kind == "select" or workload.kernel == "hopper" else 0
+        clauses = workload.density is None, workload.window, workload.stride, workload.variants, workload.rows
+        chosen.setdefault((workload.kind, workload.kernel, *clauses, by_length), few)
     return list(chosen.values())
 
 
 @torch.no_grad()
 def _warm(job: int, jobs: int) -> None:
-    for cell in _distinct_kernels(cells("cuda"))[job::jobs]:
-        timing.prepare(cell, "cuda").run()
+    for workload in _distinct_kernels(workloads("cuda"))[job::jobs]:
+        timing.prepare(workload, "cuda").run()
     torch.cuda.synchronize()
 
 

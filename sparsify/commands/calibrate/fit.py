@@ -48,8 +48,8 @@ def fit(samples: Sequence[Sample], device: Device, prior: Profile) -> Profile:
     by_family: dict[str, list[Sample]] = {}
     for sample in samples:
         if not 0 < sample.seconds < float("inf"):
-            raise ProfileError(f"a call took {sample.seconds} s", where=str(sample.cell.as_record()), hint="measure again")
-        works = sample.cell.works()
+            raise ProfileError(f"a call took {sample.seconds} s", where=str(sample.workload.as_record()), hint="measure again")
+        works = sample.workload.works()
         if len(works) == 1:
             by_family.setdefault(works[0].family, []).append(sample)
     families = dict(prior.families)
@@ -60,7 +60,7 @@ def fit(samples: Sequence[Sample], device: Device, prior: Profile) -> Profile:
 
 def fit_family(family: str, samples: Sequence[Sample], device: Device, prior: dict[str, float]) -> dict[str, float]:
     """Coefficients of one family by feature, those that are not zero; `prior`'s for features that no sample has."""
-    rows = [sample.cell.works()[0].features(device) for sample in samples]
+    rows = [sample.workload.works()[0].features(device) for sample in samples]
     allowed = FEATURES[family.rpartition("/")[2]]
     fixed = {name: value for name, value in _FIXED.items() if name in allowed}
     names = [name for name in allowed if name not in fixed and any(name in row for row in rows)]

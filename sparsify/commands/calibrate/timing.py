@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.backends.attention import reference, triton
-from sparsify.costs.samples import FEW_ROWS, Cell, Sample
+from sparsify.costs.samples import FEW_ROWS, Sample, Workload
 from sparsify.errors import ProfileError
 from sparsify.ops import block_lists, feed_forward
 from sparsify.ops import cache as cache_ops
@@ -38,15 +38,20 @@ _FFN_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Call:
-    """A cell made ready. run: does `count` calls. cell: with the density that block lists really have."""
+    """A workload made ready.
+
+    run: does `count` calls.
+    count: calls of one run.
+    workload: with the density that block lists really have.
+    """
 
     run: Callable[[], Any]
     count: int
-    cell: Cell
+    workload: Workload
 
 
 @torch.no_grad()
-def measure(cell: Cell, device: str, *, replays: int = _REPLAYS) -> Sample:
+def measure(workload: Workload, device: str, *, replays: int = _REPLAYS) -> Sample:
     """Median seconds of a call.
 
     Args:
@@ -55,9 +60,9 @@ def measure(cell: Cell, device: str, *, replays: int = _REPLAYS) -> Sample:
     Raises:
         ProfileError: nothing here runs this call.
     """
-    call = prepare(cell, device)
-    load = _LOAD_SECONDS if any(one.flops != 0 or one.flops8 != 0 for one in cell.works()) else 0.0
-    return Sample(call.cell, seconds(call.run, device, replays=replays, under_load=load, short=call.count > 1) / call.count)
+    call = prepare(workload, device)
+    load = _LOAD_SECONDS if any(one.flops != 0 or one.flops8 != 0 for one in workload.works()) else 0.0
+    return Sample(call.workload, seconds(call.run, device, replays=replays, under_load=load, short=call.count > 1) / call.count)
 
 
 @torch.no_grad()
@@ -136,9 +141,9 @@ def _graph(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def prepare(cell: Cell, device: str) -> Call:
-    """Operands and the function that runs the cell; random numbers, since time does not depend on them."""
-    makers: dict[str, Callable[[Cell, str], Call]] = {
+def prepare(workload: Workload, device: str) -> Call:
+    """Operands and the function that runs the workload; random numbers, since time does not depend on them."""
+    makers: dict[str, Callable[[Workload, str], Call]] = {
         "attention": _attention,
         "select": _select,
         "whole": _whole,
@@ -147,7 +152,7 @@ def prepare(cell: Cell, device: str) -> Call:
         "linear": _linear,
         "elementwise": _elementwise,
     }
-    return makers[cell.kind](cell, device)
+    return makers[workload.kind](workload, device)
 
 
 @functools.cache
@@ -160,33 +165,35 @@ def _random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device, dtype=dtype, generator=_generator(device))
 
 
-def operands(cell: Cell, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    make = functools.partial(_random, device, cell.torch_dtype, cell.batch)
-    key_shape = (cell.kv_heads, cell.key_len, cell.head_dim)
-    return make(cell.query_heads, cell.query_len, cell.head_dim), make(*key_shape), make(*key_shape)
+def operands(workload: Workload, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    make = functools.partial(_random, device, workload.torch_dtype, workload.batch)
+    key_shape = (workload.kv_heads, workload.key_len, workload.head_dim)
+    return make(workload.query_heads, workload.query_len, workload.head_dim), make(*key_shape), make(*key_shape)
 
 
-def random_lists(cell: Cell, device: str) -> tuple[Tensor, Tensor, float]:
+def random_lists(workload: Workload, device: str) -> tuple[Tensor, Tensor, float]:
     """Counts, rising indices and their density: the first block and the diagonal always, others at random."""
-    assert cell.density is not None
-    rows, columns = cdiv(cell.query_len, BLOCK), cdiv(cell.key_len, BLOCK)
+    assert workload.density is not None
+    rows, columns = cdiv(workload.query_len, BLOCK), cdiv(workload.key_len, BLOCK)
     offset = columns - rows
-    keep = torch.rand(cell.batch, cell.query_heads, rows, columns, device=device, generator=_generator(device)) < cell.density
+    keep = torch.rand(workload.batch, workload.query_heads, rows, columns, device=device, generator=_generator(device)) < workload.density
     keep |= torch.eye(rows, columns, dtype=torch.bool, device=device).roll(offset, -1)
     keep[..., 0] = True
     keep.tril_(offset)
     counts = keep.sum(-1, dtype=torch.int32)
     order = torch.empty(keep.shape, dtype=torch.int16, device=device)
-    for head in range(cell.query_heads):  # a head at a time: positions are 8 bytes each
+    for head in range(workload.query_heads):  # a head at a time: positions are 8 bytes each
         order[:, head] = keep[:, head].to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int16)
-    density = float(counts.sum()) / (cell.batch * cell.query_heads * sum(min(columns, offset + r + 1) for r in range(rows)))
+    density = float(counts.sum()) / (workload.batch * workload.query_heads * sum(min(columns, offset + r + 1) for r in range(rows)))
     return counts, order, density
 
 
-def _attention_call(cell: Cell, operands: tuple[Tensor, Tensor, Tensor], lists: Sequence[Tensor | None] = (None, None)) -> AttentionCall:
-    windows = (cell.window,) if cell.window else ()
+def _attention_call(
+    workload: Workload, operands: tuple[Tensor, Tensor, Tensor], lists: Sequence[Tensor | None] = (None, None)
+) -> AttentionCall:
+    windows = (workload.window,) if workload.window else ()
     listed: dict[str, Any] = {"block_counts": lists[0], "block_indices": lists[1], "block_size": BLOCK}
-    return AttentionCall(*operands, scale=cell.head_dim**-0.5, causal=True, windows=windows, sinks=cell.sinks, **listed)
+    return AttentionCall(*operands, scale=workload.head_dim**-0.5, causal=True, windows=windows, sinks=workload.sinks, **listed)
 
 
 def _kernel(name: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
@@ -202,24 +209,24 @@ def _kernel(name: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
     raise ProfileError(f"no attention kernel {name!r}", where="timing")
 
 
-def _attention(cell: Cell, device: str) -> Call:
-    query, key, value = operands(cell, device)
-    if cell.kernel == "sdpa":
-        if cell.window or cell.density is not None or cell.query_len != cell.key_len:
-            raise ProfileError("SDPA has no windows, lists or chunks", where=str(cell.as_record()))
-        grouped = cell.query_heads != cell.kv_heads
-        return Call(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped), 1, cell)
+def _attention(workload: Workload, device: str) -> Call:
+    query, key, value = operands(workload, device)
+    if workload.kernel == "sdpa":
+        if workload.window or workload.density is not None or workload.query_len != workload.key_len:
+            raise ProfileError("SDPA has no windows, lists or chunks", where=str(workload.as_record()))
+        grouped = workload.query_heads != workload.kv_heads
+        return Call(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped), 1, workload)
     lists: Sequence[Tensor | None] = (None, None)
-    if cell.density is not None:
-        *lists, density = random_lists(cell, device)
-        cell = replace(cell, density=density)
-    call, kernel = _attention_call(cell, (query, key, value), lists), _kernel(cell.kernel)
-    return Call(lambda: kernel(call), 1, cell)
+    if workload.density is not None:
+        *lists, density = random_lists(workload, device)
+        workload = replace(workload, density=density)
+    call, kernel = _attention_call(workload, (query, key, value), lists), _kernel(workload.kernel)
+    return Call(lambda: kernel(call), 1, workload)
 
 
-def _selection(cell: Cell, query: Tensor, key: Tensor, density: float) -> SelectCall:
-    estimate: dict[str, Any] = {"estimate": Estimate.from_names(cell.variants), "stride": cell.stride, "block_size": BLOCK}
-    return SelectCall(query, key, scale=cell.head_dim**-0.5, causal=True, threshold=(0.9,), density=density, **estimate)
+def _selection(workload: Workload, query: Tensor, key: Tensor, density: float) -> SelectCall:
+    estimate: dict[str, Any] = {"estimate": Estimate.from_names(workload.variants), "stride": workload.stride, "block_size": BLOCK}
+    return SelectCall(query, key, scale=workload.head_dim**-0.5, causal=True, threshold=(0.9,), density=density, **estimate)
 
 
 def _selector(device: str) -> Callable[[SelectCall], tuple[Tensor, Tensor]]:
@@ -232,23 +239,23 @@ def _selector(device: str) -> Callable[[SelectCall], tuple[Tensor, Tensor]]:
     return reference_select.select_blocks
 
 
-def _select(cell: Cell, device: str) -> Call:
-    query, key, _ = operands(cell, device)
-    call, select = _selection(cell, query, key, 0.1), _selector(device)
-    return Call(lambda: select(call), 1, cell)
+def _select(workload: Workload, device: str) -> Call:
+    query, key, _ = operands(workload, device)
+    call, select = _selection(workload, query, key, 0.1), _selector(device)
+    return Call(lambda: select(call), 1, workload)
 
 
-def _whole(cell: Cell, device: str) -> Call:
-    query, key, value = operands(cell, device)
-    assert cell.density is not None
-    call, select, kernel = _selection(cell, query, key, cell.density), _selector(device), _kernel(cell.kernel)
+def _whole(workload: Workload, device: str) -> Call:
+    query, key, value = operands(workload, device)
+    assert workload.density is not None
+    call, select, kernel = _selection(workload, query, key, workload.density), _selector(device), _kernel(workload.kernel)
 
     def run() -> Tensor:
-        return kernel(_attention_call(cell, (query, key, value), select(call)))[0]
+        return kernel(_attention_call(workload, (query, key, value), select(call)))[0]
 
     counts, _ = select(call)
-    density = block_lists.density(counts, cell.query_len, cell.key_len, 0, BLOCK)[1]
-    return Call(run, 1, replace(cell, density=density))
+    density = block_lists.density(counts, workload.query_len, workload.key_len, 0, BLOCK)[1]
+    return Call(run, 1, replace(workload, density=density))
 
 
 def _copies(size: int, device: str) -> int:
@@ -259,47 +266,51 @@ def _copies(size: int, device: str) -> int:
     return max(1, min(_MOST_CALLS, math.ceil(_CACHES * cache / size)))
 
 
-def _decode(cell: Cell, device: str) -> Call:
-    dtype = cell.torch_dtype
-    size = 2 * cell.batch * cell.kv_heads * cell.key_len * cell.head_dim * dtype.itemsize
+def _decode(workload: Workload, device: str) -> Call:
+    dtype = workload.torch_dtype
+    size = 2 * workload.batch * workload.kv_heads * workload.key_len * workload.head_dim * dtype.itemsize
     count = _copies(size, device)
-    caches = [tuple(_random(device, dtype, cell.batch, cell.kv_heads, cell.key_len, cell.head_dim) for _ in range(2)) for _ in range(count)]
-    token = lambda heads: _random(device, dtype, cell.batch, 1, heads, cell.head_dim).transpose(1, 2)
-    query = token(cell.query_heads)
-    if cell.kernel == "sdpa":
-        grouped = cell.query_heads != cell.kv_heads
-        return Call(lambda: [F.scaled_dot_product_attention(query, k, v, enable_gqa=grouped) for k, v in caches], count, cell)
-    if cell.kernel == "masked":  # as transformers calls it: a mask tensor, keys and values repeated for the query heads
-        group, mask = cell.query_heads // cell.kv_heads, torch.zeros(cell.batch, 1, 1, cell.key_len, dtype=dtype, device=device)
-        repeated = lambda t: t[:, :, None].expand(-1, -1, group, -1, -1).reshape(cell.batch, cell.query_heads, *t.shape[2:])
+    caches = [
+        tuple(_random(device, dtype, workload.batch, workload.kv_heads, workload.key_len, workload.head_dim) for _ in range(2))
+        for _ in range(count)
+    ]
+    token = lambda heads: _random(device, dtype, workload.batch, 1, heads, workload.head_dim).transpose(1, 2)
+    query = token(workload.query_heads)
+    if workload.kernel == "sdpa":
+        grouped = workload.query_heads != workload.kv_heads
+        return Call(lambda: [F.scaled_dot_product_attention(query, k, v, enable_gqa=grouped) for k, v in caches], count, workload)
+    if workload.kernel == "masked":  # as transformers calls it: a mask tensor, keys and values repeated for the query heads
+        group = workload.query_heads // workload.kv_heads
+        mask = torch.zeros(workload.batch, 1, 1, workload.key_len, dtype=dtype, device=device)
+        repeated = lambda t: t[:, :, None].expand(-1, -1, group, -1, -1).reshape(workload.batch, workload.query_heads, *t.shape[2:])
         return Call(
-            lambda: [F.scaled_dot_product_attention(query, repeated(k), repeated(v), attn_mask=mask) for k, v in caches], count, cell
+            lambda: [F.scaled_dot_product_attention(query, repeated(k), repeated(v), attn_mask=mask) for k, v in caches], count, workload
         )
-    if cell.kernel != "cache":
-        calls, kernel = [_attention_call(cell, (query, k, v)) for k, v in caches], _kernel(cell.kernel)
-        return Call(lambda: [kernel(call) for call in calls], count, cell)
-    key, value = token(cell.kv_heads), token(cell.kv_heads)
-    filled = _cache_state(cell, device)
-    call = {"pinned": 0, "scale": cell.head_dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
-    return Call(lambda: [cache_ops.decode(query, key, value, k, v, *filled, **call) for k, v in caches], count, cell)
+    if workload.kernel != "cache":
+        calls, kernel = [_attention_call(workload, (query, k, v)) for k, v in caches], _kernel(workload.kernel)
+        return Call(lambda: [kernel(call) for call in calls], count, workload)
+    key, value = token(workload.kv_heads), token(workload.kv_heads)
+    filled = _cache_state(workload, device)
+    call = {"pinned": 0, "scale": workload.head_dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
+    return Call(lambda: [cache_ops.decode(query, key, value, k, v, *filled, **call) for k, v in caches], count, workload)
 
 
-def _cache_state(cell: Cell, device: str) -> tuple[Tensor, ...]:
+def _cache_state(workload: Workload, device: str) -> tuple[Tensor, ...]:
     """Positions, counts, seen and length of a layer whose slots are full."""
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    positions = torch.arange(cell.key_len, **ints).expand(cell.batch, cell.kv_heads, -1).contiguous()
-    counts = torch.full((cell.batch, cell.kv_heads), cell.key_len, **ints)
-    return positions, counts, counts[:, 0].clone(), torch.tensor(cell.key_len, dtype=torch.int64, device=device)
+    positions = torch.arange(workload.key_len, **ints).expand(workload.batch, workload.kv_heads, -1).contiguous()
+    counts = torch.full((workload.batch, workload.kv_heads), workload.key_len, **ints)
+    return positions, counts, counts[:, 0].clone(), torch.tensor(workload.key_len, dtype=torch.int64, device=device)
 
 
-def _ffn(cell: Cell, device: str) -> Call:
-    dtype, blocks = cell.torch_dtype, _FFN_BLOCKS if device == "cuda" else 4
+def _ffn(workload: Workload, device: str) -> Call:
+    dtype, blocks = workload.torch_dtype, _FFN_BLOCKS if device == "cuda" else 4
     draw = lambda *shape: _random(device, dtype, *shape).mul_(0.02)
-    wide = (cell.outputs, cell.inputs)
-    weights = [(draw(*wide), draw(*wide), draw(cell.inputs, cell.outputs), draw(cell.inputs)) for _ in range(blocks)]
-    x = _random(device, dtype, cell.rows, 1, cell.inputs)
-    flags = torch.zeros(blocks, cell.rows, dtype=torch.int32, device=device)
-    left_out = round(cell.skipped * blocks)
+    wide = (workload.outputs, workload.inputs)
+    weights = [(draw(*wide), draw(*wide), draw(workload.inputs, workload.outputs), draw(workload.inputs)) for _ in range(blocks)]
+    x = _random(device, dtype, workload.rows, 1, workload.inputs)
+    flags = torch.zeros(blocks, workload.rows, dtype=torch.int32, device=device)
+    left_out = round(workload.skipped * blocks)
     flags[[int((i + 0.5) * blocks / left_out) for i in range(left_out)]] = 1
     fixed = {
         "layout": "split", "transposed": False, "activation": "silu", "norm": "rms", "eps": 1e-5, "post_norm": "none", "post_eps": 0.0,
@@ -312,21 +323,21 @@ def _ffn(cell: Cell, device: str) -> Call:
             y, _ = feed_forward.ffn(y, y, remaining, up, down, gate=gate, norm_weight=norm, **fixed)
         return y
 
-    return Call(run, blocks, replace(cell, skipped=left_out / blocks))
+    return Call(run, blocks, replace(workload, skipped=left_out / blocks))
 
 
-def _linear(cell: Cell, device: str) -> Call:
-    dtype = cell.torch_dtype
-    count = _copies(cell.inputs * cell.outputs * dtype.itemsize, device) if cell.rows <= FEW_ROWS else 1
-    weights = [_random(device, dtype, cell.outputs, cell.inputs) for _ in range(count)]
-    x = _random(device, dtype, cell.rows, cell.inputs)
-    return Call(lambda: [F.linear(x, weight) for weight in weights], count, cell)
+def _linear(workload: Workload, device: str) -> Call:
+    dtype = workload.torch_dtype
+    count = _copies(workload.inputs * workload.outputs * dtype.itemsize, device) if workload.rows <= FEW_ROWS else 1
+    weights = [_random(device, dtype, workload.outputs, workload.inputs) for _ in range(count)]
+    x = _random(device, dtype, workload.rows, workload.inputs)
+    return Call(lambda: [F.linear(x, weight) for weight in weights], count, workload)
 
 
-def _elementwise(cell: Cell, device: str) -> Call:
-    elements = max(1, cell.size // (3 * cell.torch_dtype.itemsize))
-    first, second, out = (torch.zeros(elements, dtype=cell.torch_dtype, device=device) for _ in range(3))
-    return Call(lambda: torch.add(first, second, out=out), 1, replace(cell, size=3 * elements * cell.torch_dtype.itemsize))
+def _elementwise(workload: Workload, device: str) -> Call:
+    elements = max(1, workload.size // (3 * workload.torch_dtype.itemsize))
+    first, second, out = (torch.zeros(elements, dtype=workload.torch_dtype, device=device) for _ in range(3))
+    return Call(lambda: torch.add(first, second, out=out), 1, replace(workload, size=3 * elements * workload.torch_dtype.itemsize))
 
 
 @torch.no_grad()

@@ -10,8 +10,15 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time of one call goes. projections: matrix products outside the feed-forward blocks that the compiler reads. cache: scoring
-    and storing a prompt. host: what a step waits for between tokens."""
+    """Where the time of one call goes, in seconds.
+
+    attention, feed_forward: what the compiler reads as such.
+    projections: matrix products outside of those feed-forward blocks.
+    elementwise: norms, activations, rotations and sums.
+    cache: scoring and storing a prompt.
+    head: the product that gives logits.
+    host: what a step waits for between tokens.
+    """
 
     attention: float = 0.0
     feed_forward: float = 0.0
@@ -28,7 +35,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. cache: after the prompt. scratch: the most that prefill needs at once beside weights and cache."""
+    """Memory of the device, in bytes.
+
+    weights: of the model.
+    cache: after the prompt.
+    scratch: the most that prefill needs at once beside weights and cache.
+    """
 
     weights: int
     cache: int
@@ -43,8 +55,14 @@ class Memory:
 class Group:
     """Layers at which the same is done for the same reasons.
 
-    what: "attention", "cache" or "ffn". sees: what tells their attention from other layers'. choice: in one word or two. density: expected
-    share of causal blocks, None when exact.
+    phase: "prefill" or "decode".
+    what: "attention", "cache" or "ffn".
+    layers: their numbers.
+    sees: what tells their attention from other layers'.
+    choice: the method, in one word or two.
+    reason: why it is chosen.
+    density: expected share of causal blocks, None when exact.
+    refusals: of other methods, with their reasons.
     """
 
     phase: str
@@ -59,7 +77,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run the model: exact attention alone, or what the configuration chooses."""
+    """One way to run the model: exact attention alone, or what the configuration chooses.
+
+    prefill, decode: of the whole prompt, and of one step after it.
+    memory: the most that is needed.
+    groups: of layers at which the same is done.
+    """
 
     prefill: Seconds
     decode: Seconds
@@ -69,6 +92,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
+    """Both ways to run the model at one prompt length.
+
+    length: tokens.
+    dense: exact attention alone.
+    chosen: what the configuration chooses.
+    """
+
     length: int
     dense: Side
     chosen: Side
@@ -76,7 +106,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Crossover:
-    """From `length` tokens on `after` is chosen instead of `before`."""
+    """From a length on another method is chosen.
+
+    phase: "prefill" or "decode".
+    layers: their numbers.
+    sees: what tells their attention from other layers'.
+    length: tokens from which on `after` is chosen instead of `before`.
+    before, after: the choices, in one word or two.
+    """
 
     phase: str
     layers: tuple[int, ...]
@@ -88,7 +125,21 @@ class Crossover:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Rows by length, crossovers, and in words what the numbers rest on. source: of the device's numbers."""
+    """What a model costs on a device.
+
+    model: its name.
+    parameters: how many.
+    dtype: of the weights.
+    batch: sequences.
+    device: its name.
+    source: where the device's numbers come from.
+    measured: whether they were measured on such a device.
+    cache: the policy and its budget, for people.
+    layers: how many.
+    rows: forecasts, by length.
+    crossovers: lengths from which on another method is chosen.
+    notes: in words, what the numbers rest on.
+    """
 
     model: str
     parameters: int

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 
 from sparsify.backends.attention import reference
 from sparsify.backends.attention.triton import triton_attention
-from sparsify.backends.attention.triton_source import Tiling
+from sparsify.backends.attention.triton_source import AttentionTiling
 from tests.support.attention_cases import CLAUSES, Case, make_call
 from tests.support.attention_oracle import attention_exact, tolerance
 from tests.support.attention_strategies import cases
 
 pytestmark = pytest.mark.interpreter
 
-SMALL = Tiling(32, 32, 4, 2, edge_keys=16)
+SMALL = AttentionTiling(32, 32, 4, 2, edge_keys=16)
 # several tiles of queries and keys, ragged at both ends
 PREFILL = Case(batch=2, kv_heads=2, group=2, query_len=40, key_len=85, qk_head_dim=32, v_head_dim=16, block_size=32, seed=3)
 DECODE = dataclasses.replace(PREFILL, query_len=1, block_size=16)
 
 
-def check(case: Case, tiling: Tiling | None = SMALL):
+def check(case: Case, tiling: AttentionTiling | None = SMALL):
     call = make_call(case)
     output, lse = triton_attention(call, tiling=tiling)
     wanted, wanted_lse = reference.attention(call)
@@ -51,7 +51,7 @@ def plain():
 @pytest.mark.parametrize("query_len", [1, 5])
 def test_every_clause_in_decode(clause, query_len):
     case = dataclasses.replace(DECODE, query_len=query_len, **CLAUSES[clause])
-    check(case, Tiling(16, 16, 4, 2, edge_keys=16) if case.lists else None)
+    check(case, AttentionTiling(16, 16, 4, 2, edge_keys=16) if case.lists else None)
 
 
 @given(case=cases(max_len=60, dims=(8, 16), dtypes=(torch.float32,), block_sizes=(32,)), edge_keys=st.sampled_from([16, 32]))

@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from sparsify.backends.attention import reference
 from sparsify.backends.attention.triton import triton_attention
-from sparsify.backends.attention.triton_source import Tiling
+from sparsify.backends.attention.triton_source import AttentionTiling
 from tests.support.attention_cases import CLAUSES, Case, make_call
 from tests.support.attention_oracle import tolerance
 from tests.support.attention_strategies import cases
 
 pytestmark = pytest.mark.interpreter
 
-TILING = Tiling(16, 16, 4, 2, edge_keys=16)
+TILING = AttentionTiling(16, 16, 4, 2, edge_keys=16)
 # several tiles a part and a ragged end
 DECODE = Case(batch=2, kv_heads=2, group=2, query_len=1, key_len=117, qk_head_dim=32, v_head_dim=16, seed=3)
 SERVED = [name for name in CLAUSES if name not in ("lists", "not_causal")]
 
 
-def check(case: Case, splits: int = 3, tiling: Tiling | None = TILING, spoil=None):
+def check(case: Case, splits: int = 3, tiling: AttentionTiling | None = TILING, spoil=None):
     call = make_call(case)
     if spoil is not None:
         spoil(call)

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from sparsify.backends.attention.triton_source import AttentionSpec, Tiling, arguments, attention_source, choose_tiling, programs
+from sparsify.backends.attention.triton_source import AttentionSpec, AttentionTiling, arguments, attention_source, choose_tiling, programs
 from sparsify.backends.codegen.arguments import ITEM_BYTES
 from sparsify.errors import UnsupportedError
 from tests.support.goldens import check_kernel_text
@@ -75,7 +75,7 @@ BASE = spec("causal")
         {"window": "one", "sinks": "flags"},
         {"window": "one", "sinks": "count", "key_flags": True},
         {"block_lists": True, "block_size": 96},
-        {"block_lists": True, "block_size": 128, "packed": True, "tiling": Tiling(16, 64, 4, 2)},
+        {"block_lists": True, "block_size": 128, "packed": True, "tiling": AttentionTiling(16, 64, 4, 2)},
     ],
 )
 def test_impossible_specs_are_refused(wrong):

@@ -10,7 +10,7 @@ import torch
 
 from sparsify.backends.select import reference as reference_select
 from sparsify.backends.select import triton as triton_select
-from sparsify.backends.select.source import Tiling
+from sparsify.backends.select.source import SelectTiling
 from sparsify.ops import block_lists
 from sparsify.ops.estimate import EXAMPLES
 from sparsify.ops.selection import SelectCall
@@ -18,9 +18,9 @@ from tests.support.select_oracle import assert_selection
 
 pytestmark = pytest.mark.interpreter
 
-TMA = Tiling(32, 64, 4, 2, 1, True)
-POINTERS = Tiling(32, 64, 4, 2, 1, False)
-BANDS = Tiling(32, 64, 4, 2, 2, True, band=2)
+TMA = SelectTiling(32, 64, 4, 2, 1, True)
+POINTERS = SelectTiling(32, 64, 4, 2, 1, False)
+BANDS = SelectTiling(32, 64, 4, 2, 2, True, band=2)
 LENGTH = 260
 
 
@@ -173,7 +173,7 @@ def test_long_rows_in_parts(changes):
 def test_chunks_of_rows_and_heads_give_the_same_lists():
     query, key = inputs(1100, batch=2, kv_heads=2, dim=16)
     one = call(query, key, stride=4, key_flags=flags(1100), windows=[0, 200], threshold=[0.5, 0.7])
-    tiling = Tiling(16, 64, 4, 2, 1, True)  # bands of 256 cells
+    tiling = SelectTiling(16, 64, 4, 2, 1, True)  # bands of 256 cells
     counts, indices = triton_select.select_blocks(one, tiling=TMA)
     whole = block_lists.to_dense(counts, indices, one.key_blocks)
     limits = triton_select.Limits(scratch_bytes=11_000)
