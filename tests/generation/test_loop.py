@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import time
 import warnings
@@ -137,9 +138,20 @@ def same(got, want):
     assert set(got[0]) == set(want[0])
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_tokens_of_transformers_loop(llama, twin, calls, name):
-    same(run(llama, **CALLS[name]), run(twin, **CALLS[name]))
+@pytest.fixture(scope="module")
+def wanted(twin):
+    """By name, what a call of CALLS gives under transformers' own loop; another prompt with seed 1."""
+    return functools.cache(lambda name, seed=0: run(twin, seed=seed, **another(name, seed)))
+
+
+def another(name, seed):
+    ids = CALLS[name]["input_ids"]
+    return {**CALLS[name], "input_ids": text(*ids.shape, seed=seed) if ids.shape[1] > 1 else ids + seed}
+
+
+@pytest.mark.parametrize("name", ["greedy", "penalty sampled", "ngrams"])
+def test_without_a_graph(llama, wanted, calls, name):
+    same(run(llama, **CALLS[name]), wanted(name))
     assert len(calls) == 1
 
 
@@ -185,27 +197,31 @@ AFTERWARDS = {"eta", "top_h", "ngrams", "bad words", "bias", "decay", "allowed",
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", CALLS)
-def test_a_step_can_be_recorded(llama, twin, recorder, name):
+def test_a_step_can_be_recorded(llama, wanted, recorder, calls, name):
+    """Two steps warm up, the rest are replayed, and the tokens, the stream and the random numbers after it are transformers'."""
     got = run(llama, **CALLS[name])
-    same(got, run(twin, **CALLS[name]))
+    same(got, wanted(name))
     steps = got[0].shape[1] - CALLS[name]["input_ids"].shape[1] - 1
     assert (recorder.warmed, recorder.recorded, recorder.replayed) == (2, 1, steps - 2) and steps > 3
+    assert len(calls) == 1
+
+
+def test_reading_cannot_be_recorded():
     with pytest.raises(HostRead):
-        recorder.record(lambda: torch.ones(1).item())
+        OpRecorder().record(lambda: torch.ones(1).item())
+
+
+KEPT = ["greedy", "padded", "sampled padded", "returned sequences", "penalty sampled", "suppressed", "ngrams", "forced begin"]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("name", sorted(set(CALLS) - {"guided"}))
-def test_graphs_are_kept_between_calls(llama, twin, recorder, monkeypatch, name, late):
+@pytest.mark.parametrize("name, late", [(name, True) for name in KEPT] + [("penalty sampled", False)])
+def test_graphs_are_kept_between_calls(llama, wanted, recorder, monkeypatch, name, late):
     """A second call of the same kind, with another prompt, replays from its first step on; read late, it leaves no trace either."""
     reads_late(monkeypatch, late)
-    same(run(llama, **CALLS[name]), run(twin, **CALLS[name]))
-    rows, tokens = CALLS[name]["input_ids"].shape
-    second = {**CALLS[name], "input_ids": text(rows, tokens, seed=5) if tokens > 1 else torch.tensor([[4]])}
-    before = recorder.warmed
-    same(run(llama, seed=1, **second), run(twin, seed=1, **second))
-    assert (before, recorder.warmed, recorder.recorded) == (2, 2, 1)
+    for seed in range(2):
+        same(run(llama, seed=seed, **another(name, seed)), wanted(name, seed))
+        assert (recorder.warmed, recorder.recorded) == (2, 1)
 
 
 # --- what ends a generation ---
@@ -309,21 +325,20 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("sample", [False, True])
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name, sample", [("full", False), ("full, small", True), ("streaming_llm", True), ("snapkv", False)])
 def test_a_second_turn_over_a_cache_of_the_users(llama, twin, recorder, calls, monkeypatch, name, sample):
     """What the first turn leaves in the cache is what transformers' loop leaves, although the host may read late."""
     reads_late(monkeypatch)
     cache, other = CACHES[name](llama), CACHES[name](twin)
     ids = text(2, 20)
-    for turn in range(3):
+    for turn in range(2):
         end = [2, 11, 30, 31, 32, 33, 59, 60, 61, 62, 63, 64, 65]
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": sample, "eos_token_id": end}
         got, want = run(llama, seed=turn, **arguments, **holding(cache)), run(twin, seed=turn, **arguments, **holding(other))
         same(got, want)
         assert cache.get_seq_length() == other.get_seq_length()
         ids = torch.cat([got[0], text(2, 5, seed=turn + 7)], 1)
-    assert len(calls) == 3 and recorder.recorded >= 1
+    assert len(calls) == 2 and recorder.recorded >= 1
     torch.testing.assert_close(cache.layers[1].positions[:, :, :12], other.layers[1].positions[:, :, :12])
 
 
@@ -376,14 +391,15 @@ def test_graphs_of_a_changed_model_are_not_used(llama, twin, recorder):
 
 def test_threads_have_caches_of_their_own(llama, twin, recorder):
     """Requests of several kinds at once over one model, with graphs that are recorded, kept and replayed."""
-    jobs = [CALLS[name] for name in ("greedy", "batch", "padded", "penalty", "suppressed", "min_length")] * 2
-    want = [run(twin, **job)[0] for job in jobs]
+    jobs = [CALLS[name] for name in ("greedy", "batch", "padded", "penalty")]
+    want = [run(twin, **job)[0] for job in jobs] * 2
+    jobs = jobs * 2
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda job: run(llama, streamer=False, **job)[0], jobs))
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-@pytest.mark.parametrize("name", ["greedy", "padded", "returned sequences", "penalty sampled", "ngrams"])
+@pytest.mark.parametrize("name", ["greedy", "padded", "penalty sampled"])
 def test_static_caches(llama, twin, recorder, calls, monkeypatch, name):
     """Of generate() and of users, who may use one again and go on with it. The tokens are those of a dynamic cache."""
     reads_late(monkeypatch)
@@ -463,7 +479,7 @@ def test_copies_of_a_model_are_as_they_would_be(llama, twin, calls):
 # --- families, compiled ---
 
 
-SERVED = ("llama", "qwen3", "mistral_window", "gemma", "gemma2", "gemma3", "gpt_neox", "phi")
+SERVED = ("llama", "qwen3", "mistral_window", "gemma", "gemma2", "gemma3", "gpt_neox")
 
 
 @pytest.mark.parametrize("family", [*SERVED, "phi3", "bloom", "falcon_alibi", "deepseek_v3"])
