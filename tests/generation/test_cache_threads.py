@@ -246,9 +246,10 @@ def test_a_call_that_stops_between_layers_is_noticed_at_the_next(how, stopped, a
     if how == "inside attention":
         from sparsify.ops import cache as cache_ops
 
-        attention, last = cache_ops.attention, cache.layers[1].keys
+        op, last = "decode" if stopped == 1 else "attention", cache.layers[1].keys
+        run = getattr(cache_ops, op)
         with monkeypatch.context() as patched:
-            patched.setattr(cache_ops, "attention", lambda q, keys, *a, **k: stop() if keys is last else attention(q, keys, *a, **k))
+            patched.setattr(cache_ops, op, lambda *a, **k: stop() if any(tensor is last for tensor in a) else run(*a, **k))
             with pytest.raises(MemoryError):
                 reference.through(model, cache, ids[:, 12:], [stopped])
     else:
