@@ -20,7 +20,7 @@ from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.attention import triton as attention_triton
 from sparsify.backends.cache import append, decode, mass
 from sparsify.backends.cache import reference as cache_reference
-from sparsify.backends.ffn import few_rows
+from sparsify.backends.ffn import few_rows, in_parts
 from sparsify.backends.ffn import reference as ffn_reference
 from sparsify.backends.select import reference as select_reference
 from sparsify.backends.select import triton as select_triton
@@ -49,6 +49,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "cache_mass": {"triton": mass.cache_mass, "reference": cache_reference.cache_mass},
     "cache_store": {"reference": cache_reference.cache_store},
     "ffn": {"triton": few_rows.ffn, "reference": ffn_reference.ffn},
+    "ffn_parts": {"triton": in_parts.with_kernel, "reference": in_parts.plain},
     "ffn_prompt": {"reference": ffn_reference.ffn_prompt},
     "ffn_start": {"triton": few_rows.ffn_start, "reference": ffn_reference.ffn_start},
 }

@@ -120,5 +120,6 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 register("attention", _checked_attention)
 register("select_blocks", _checked_select)
 register("ffn", _observed(_served("ffn")))
+register("ffn_parts", _served("ffn_parts"))
 for _op in (op._schema.name.partition("::")[2] for op in _PLAIN):
     register(_op, _served(_op))

@@ -23,7 +23,7 @@ from sparsify.matching.base import Site
 from sparsify.matching.cache import find_cache, made_inside
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.planning import unmatched
-from sparsify.planning.choose import Choice, acts_on, make_plan
+from sparsify.planning.choose import Choice, acts_on, make_plan, without_unasked
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
@@ -94,13 +94,14 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     """
     trace.stage("captured", lambda: gm.print_readable(print_output=False))
     over_keys = [*find_attention(gm), *find_cache(gm)]
-    sites: list[Site] = [*over_keys, *(find_feed_forward(gm, over_keys) if acts_on("ffn", config) else ())]
+    device = hardware.describe(over_keys[0].device) if over_keys else None
+    sites: list[Site] = [*over_keys, *(find_feed_forward(gm, over_keys) if acts_on("ffn", config, device) else ())]
     if not sites:
         log.info("no site in this graph")
         return Plan(), None, None
     context = make_context(sites[0].device, config)
     validator = Validator(gm.graph, functools.partial(backends.serving, "reference"))
-    plan, choices = make_plan(sites, config, context)
+    plan, choices = without_unasked(*make_plan(sites, config, context), config)
     if config.validation:
         validate(choices, validator, config.strict)
     trace.plan(plan)

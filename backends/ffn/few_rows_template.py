@@ -68,6 +68,20 @@ def activate(x):
 %end
 """
 
+ACTIVATE_ROWS = """\
+@triton.jit
+def activate_rows(${activate_rows_parameters}):
+    \"\"\"x = activation(x)${" * factor" if gated else ""}, one row and BLOCK columns a program.\"\"\"
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    y = activate(tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32))
+%if gated
+    y *= tl.load(factor + row * factor_row + column, mask=inside, other=0.0).to(tl.float32)
+%end
+    tl.store(x + row * x_row + column, y.to(x.dtype.element_ty), mask=inside)
+"""
+
 WIDEN = """\
 @triton.jit
 def widen(${widen_parameters}):

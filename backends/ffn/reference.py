@@ -5,6 +5,8 @@ Every row is computed and none is saved; nothing asks the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from sparsify.errors import UnsupportedError
 from sparsify.ops import feed_forward
 
-_ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -73,9 +75,9 @@ def ffn(
     Raises:
         UnsupportedError: another layout, activation or norm.
     """
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise UnsupportedError(f"no activation {activation!r}", where="reference ffn")
-    act = _ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
     x = normed(input, norm, norm_weight, norm_bias, eps)
     wide = _linear(x, up, up_bias, transposed)
     if layout == "split":

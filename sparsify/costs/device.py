@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Device:
     l2_bytes: bytes of the L2 cache.
     profile: coefficients of kernel families; None: those shipped for the capability.
     source: where the numbers come from.
+    memory: bytes of a GPU that is here; None for a CPU and for a device that is only described.
     """
 
     type: str
@@ -46,6 +48,7 @@ class Device:
     l2_bytes: int = 50 << 20
     profile: Profile | None = None
     source: str = ""
+    memory: int | None = None
 
     @classmethod
     def from_profile(cls, kind: str, found: Profile) -> Device:
@@ -95,7 +98,8 @@ def _describe(kind: str, index: int | None) -> Device:
         found = None
     if found is None:
         found = profile_cache.default(kind, index)
-    return Device.from_profile(kind, found)
+    device = Device.from_profile(kind, found)
+    return device if kind != "cuda" else dataclasses.replace(device, memory=torch.cuda.get_device_properties(index).total_memory)
 
 
 def forget() -> None:

@@ -80,6 +80,13 @@ def feed_forward_seconds(sizes: FeedForwardSizes, device: Device, share: Share =
     return work.largest(streamed, seconds(flops, device))
 
 
+def feed_forward_in_parts_seconds(sizes: FeedForwardSizes, device: Device, part_rows: int) -> sympy.Expr:
+    """A feed-forward block for `part_rows` rows at a time: its products, the activation's own pass over what they give, and launches."""
+    moved = sizes.matrices * sympy.sympify(sizes.rows) * sizes.intermediate * sizes.dtype.itemsize
+    launches = (sizes.matrices + 1) * sympy.ceiling(sympy.sympify(sizes.rows) / part_rows)
+    return feed_forward_seconds(sizes, device) + moved / device.bandwidth + launches * device.launch
+
+
 def linear_seconds(device: Device, rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> sympy.Expr:
     """One linear layer over `rows` tokens: a matrix product, or the stream of its weight where there are few rows."""
     return work.largest(

@@ -110,6 +110,8 @@ class _Matcher:
             output=tail.output,
             residuals=tail.residuals,
             input=source,
+            source=core.source,
+            product=core.down.nodes[-1],
             up=core.up.weight,
             gate=core.gate.weight if core.gate else None,
             down=core.down.weight,

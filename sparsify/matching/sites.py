@@ -174,7 +174,8 @@ class FeedForwardSite(Site):
     name: module path of the block, such as `model.layers.3.mlp`: for reports and rules, never as proof. layer: the last integer in it.
     index, count: this block's place among the `count` feed-forward blocks of the graph, near misses included.
     output: the residual sum, the node a pass replaces. residuals: its other terms, in order; all of output's shape and dtype.
-    input: what `norm` reads, or the block's input without a norm of its own.
+    input: what `norm` reads, or the block's input without a norm of its own. source: what gate and up multiply: `norm`'s result or `input`.
+    product: the down projection's result, with its bias, before scale, norm and sum.
     layout: "split" (gate and up apart), "gate_up" or "up_gate" (both in `up`, in that order), "plain" (no gate).
     up, gate: [intermediate, hidden] weights ([2 · intermediate, hidden] when fused); down: [hidden, intermediate]; all transposed
         when `transposed`. activation: applied to the gate, or to up without one.
@@ -192,6 +193,8 @@ class FeedForwardSite(Site):
     output: fx.Node
     residuals: tuple[fx.Node, ...] = ()
     input: fx.Node | None = None
+    source: fx.Node | None = None
+    product: fx.Node | None = None
     up: fx.Node | None = None
     gate: fx.Node | None = None
     down: fx.Node | None = None

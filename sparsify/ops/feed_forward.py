@@ -25,6 +25,9 @@ run, anything else (a prompt came between, or another sequence) starts a new one
 The run's two numbers are kept on the device under `key`, for each model and thread (`counting`). Sequences that take turns there look like
 new runs: they stay dense.
 `ffn_prompt` copies what it is given and ends the run of `key`, so that tokens after a prompt are a new run wherever they stand.
+
+`ffn_parts` computes down · h + down_bias for some rows after the others, so that h exists for `part_rows` rows at a time. Its input is
+normalised already; scale, norm and sum follow it. It rounds what h is made of, and h itself, to the input's dtype.
 """
 
 from __future__ import annotations
@@ -59,6 +62,11 @@ library.define(
 
 
 library.define("ffn_prompt(Tensor like, *, int key, int version) -> Tensor", tags=TAGS)
+library.define(
+    "ffn_parts(Tensor input, Tensor up, Tensor down, *, Tensor? gate=None, Tensor? up_bias=None, Tensor? gate_bias=None, "
+    "Tensor? down_bias=None, str layout, bool transposed, str activation, int part_rows, int version) -> Tensor",
+    tags=TAGS,
+)
 
 
 def rows_of(hidden: Tensor) -> int:
@@ -82,10 +90,12 @@ def _ffn_fake(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, do
 traced("ffn_prompt", lambda like, *, key, version: torch.empty_like(like))
 traced("ffn_start", _start_fake)
 traced("ffn", _ffn_fake)
+traced("ffn_parts", lambda input, up, down, **call: input.new_empty((*input.shape[:-1], down.shape[1 if call["transposed"] else 0])))
 
 ffn_start = torch.ops.sparsify.ffn_start.default
 ffn_prompt = torch.ops.sparsify.ffn_prompt.default
 ffn = torch.ops.sparsify.ffn.default
+ffn_parts = torch.ops.sparsify.ffn_parts.default
 
 Observer = Callable[[Tensor, Tensor], None]
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("sparsify_ffn_observers", default=())

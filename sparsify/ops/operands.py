@@ -39,6 +39,10 @@ _OPERANDS: dict[str, dict[str, Operand]] = {
         **dict.fromkeys(("up_bias", "gate_bias", "down_bias"), Operand("*")),
         **dict.fromkeys(("norm_weight", "norm_bias", "post_weight", "post_bias"), Operand("*", "floats")),
     },
+    "ffn_parts": {
+        **dict.fromkeys(("up", "gate", "down"), Operand("* *")),
+        **dict.fromkeys(("up_bias", "gate_bias", "down_bias"), Operand("*")),
+    },
 }
 
 
@@ -76,13 +80,14 @@ def _misfit(op: str, call: dict[str, Any], facts: Facts) -> str:
     described = _OPERANDS.get(op, {})
     known = {name: tensor for name, tensor in tensors.items() if name in described}
     found = misfit(known, described, sizes, differ, next(iter(tensors.values()))) if known else ""
-    return found or (_weights(call, differ) if op == "ffn" else "")
+    return found or (_weights(call, differ) if op in ("ffn", "ffn_parts") else "")
 
 
 def _weights(call: dict[str, Any], differ: Any) -> str:
     """Whether the matrices of a feed-forward block fit each other."""
-    rows, (*read_rows, hidden) = sizes(call["residual"]), sizes(call["input"])
-    if len(rows) != len(read_rows) + 1 or any(map(differ, rows, (*read_rows, hidden))) or call["residual"].dtype is not call["input"].dtype:
+    residual = call.get("residual", call["input"])
+    rows, (*read_rows, hidden) = sizes(residual), sizes(call["input"])
+    if len(rows) != len(read_rows) + 1 or any(map(differ, rows, (*read_rows, hidden))) or residual.dtype is not call["input"].dtype:
         return f"input is {list(call['input'].shape)} {call['input'].dtype}, not as the residual sum"
     turned = lambda name: sizes(call[name])[:: -1 if call["transposed"] else 1]
     (wide, read), (written, intermediate) = turned("up"), turned("down")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsify.costs.device import Device
 from sparsify.costs.seconds import value_at
 from sparsify.costs.sizes import Size, as_text
 from sparsify.errors import SparsifyError
@@ -42,9 +44,24 @@ def named_methods(config: Config) -> dict[str, type[Pass]]:
     return {name: method for name, method in discover().items() if name in named}
 
 
-def acts_on(kind: SiteKind, config: Config) -> bool:
-    """Whether the configuration, or its plan file, names a method for this kind of site."""
-    return any(kind in method.kinds for method in named_methods(config).values())
+def acts_on(kind: SiteKind, config: Config, device: Device | None = None) -> bool:
+    """Whether the configuration, or its plan file, names a method for this kind of site that may act.
+
+    Args:
+        device: of the graph's attention, None without any.
+    """
+    ruled = {name for rule in config.rules for name in rule.method}
+    methods = {name: method for name, method in named_methods(config).items() if kind in method.kinds}
+    return any(name in ruled or method(**config.methods.get(name, {})).looks_for_sites(device) for name, method in methods.items())
+
+
+def without_unasked(plan: Plan, choices: list[Choice], config: Config) -> tuple[Plan, list[Choice]]:
+    """The plan without feed-forward blocks that stay as they are, where nothing but the default methods looked at them."""
+    asked = config.plan is not None or "ffn_parts" in config.methods or config.passes != Config.model_fields["passes"].default
+    if asked or any("ffn" in method.kinds for rule in config.rules for name in rule.method if (method := discover().get(name))):
+        return plan, choices
+    kept = [choice for choice in choices if choice.site.kind != "ffn" or choice.proposal is not None]
+    return dataclasses.replace(plan, decisions=[choice.decision for choice in kept]), kept
 
 
 def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[Place] | None = None) -> tuple[Plan, list[Choice]]:

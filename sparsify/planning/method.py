@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sparsify.costs import compaction, crossovers, work
 from sparsify.costs.device import Device
-from sparsify.costs.seconds import expected_density, feed_forward_seconds, formula, in_units, seconds
+from sparsify.costs.seconds import expected_density, feed_forward_in_parts_seconds, feed_forward_seconds, formula, in_units, seconds
 from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes
 from sparsify.costs.work import Work
 from sparsify.errors import UnsupportedError
@@ -55,6 +55,7 @@ __all__ = [
     "crossovers",
     "empty_row_operands",
     "expected_density",
+    "feed_forward_in_parts_seconds",
     "feed_forward_seconds",
     "formula",
     "in_units",
@@ -147,6 +148,10 @@ class Pass(BaseModel):
     lossy: ClassVar[bool] = True
     kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
     across_layers: ClassVar[bool] = False
+
+    def looks_for_sites(self, device: Device | None) -> bool:
+        """Whether sites are looked for because of this method alone. device: of the graph's attention; None without any."""
+        return True
 
     def propose(self, site: Any, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
         """What this method would do at a site; several proposals in order of preference, the first eligible one is taken."""

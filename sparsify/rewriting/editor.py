@@ -119,6 +119,24 @@ class Editor:
         """The elements of a node that returns a tuple."""
         return [self.call(operator.getitem, pair, i) for i in range(count)]
 
+    def repeated(self, end: fx.Node, start: fx.Node, value: fx.Node) -> fx.Node:
+        """Inserts once more what computes `end` from `start`, reading `value` in its place; sums in place become new tensors.
+
+        Raises:
+            RewriteError: another call on the way writes in place.
+        """
+        between = _between(start, end)
+        copies = {start: value}
+        for node in (n for n in self.graph.nodes if n in between):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+            if node.target in _SUMS_IN_PLACE:
+                copies[node] = self.call(torch.add, *args, **kwargs)
+            elif mutates(node):
+                raise RewriteError(f"{node.name} writes in place")
+            else:
+                copies[node] = self._insert(node.op, node.target, args, kwargs)
+        return copies[end]
+
     def replace(self, site: Site, value: fx.Node) -> None:
         """Replaces every use of the site's output by `value`, converted to the strides that the graph expects."""
         old, new = values(site.output), values(value)
@@ -292,6 +310,26 @@ class Editor:
                 continue
             pending.extend(node.all_input_nodes)
             self.graph.erase_node(node)
+
+
+# what matching takes for a sum that is written into its first term
+_SUMS_IN_PLACE = (operator.iadd, "add_", "__iadd__")
+
+
+def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """The nodes that `end` is computed by from `start`: `end` itself, and without `start`."""
+    reached, pending = {start}, [start]
+    while pending:
+        node = pending.pop()
+        if node is not end:
+            pending += [user for user in node.users if user not in reached]
+            reached.update(node.users)
+    found, pending = {end}, [end]
+    while pending:
+        earlier = [n for n in pending.pop().all_input_nodes if n in reached and n not in found and n is not start]
+        found.update(earlier)
+        pending += earlier
+    return found
 
 
 def values(tree: Any) -> Any:

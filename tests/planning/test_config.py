@@ -34,7 +34,7 @@ class Window(Method):
         return value
 
 
-MODELS = {"xattention": Blocks, "dense": Method, "kv_evict": Method, "sink_window": Window}
+MODELS = {"xattention": Blocks, "dense": Method, "kv_evict": Method, "ffn_parts": Method, "sink_window": Window}
 
 
 def load(options=None, mode=None, cwd="/nonexistent", environ=None):
@@ -48,7 +48,7 @@ def write(folder, text, name="sparsify.toml"):
 
 def test_defaults_need_no_source():
     assert load() == Config()
-    assert load().for_layer("model.layers.0.self_attn", 0) == [("xattention", {}), ("dense", {}), ("kv_evict", {})]
+    assert load().for_layer("model.layers.0.self_attn", 0) == [("xattention", {}), ("dense", {}), ("kv_evict", {}), ("ffn_parts", {})]
 
 
 def test_later_sources_win_and_tables_merge(tmp_path):
@@ -79,7 +79,7 @@ def test_the_last_matching_rule_decides_alone():
             ],
         }
     )
-    defaults = [("xattention", {"stride": 4, "threshold": 0.9}), ("dense", {}), ("kv_evict", {})]
+    defaults = [("xattention", {"stride": 4, "threshold": 0.9}), ("dense", {}), ("kv_evict", {}), ("ffn_parts", {})]
     assert found.for_layer("model.layers.3.self_attn", 3) == defaults
     assert found.for_layer("model.layers.5.self_attn", 5) == [
         ("sink_window", {"window": 64}),

@@ -58,7 +58,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     passes: tuple[str, ...] = Field(
-        ("xattention", "dense", "kv_evict"),
+        ("xattention", "dense", "kv_evict", "ffn_parts"),
         description="Methods to try on every site that no rule names, in order of preference. `[]` changes nothing.",
     )
     exact: bool = Field(False, description="Only methods that keep the result: everything lossy is left out, whatever else asks for it.")

@@ -9,6 +9,8 @@ from sparsify.backends.ffn.source import (
     MANY,
     START_ARGUMENTS,
     FfnSpec,
+    activation_arguments,
+    activation_source,
     arguments,
     choose_rows_tiling,
     choose_tiling,
@@ -131,3 +133,10 @@ def test_the_counters_kernel(ones, reads):
     kernel = source.load(start_source(), "ffn_start").start
     constants = {"BLOCK": 16, "READS": reads} | dict.fromkeys(ones, 1)
     assert compile_kernel(kernel, START_ARGUMENTS, arch=90, num_warps=4, num_stages=3, constexprs=constants).spilled == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("activation, gated", [("silu", True), ("gelu", False)])
+def test_the_activation_between_products(activation, gated, arch):
+    kernel = source.load(activation_source("bf16", activation, gated), "ffn_activation").activate_rows
+    assert compile_kernel(kernel, activation_arguments("bf16"), arch=arch, num_warps=4, num_stages=3).spilled == 0

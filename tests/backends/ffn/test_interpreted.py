@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsify.backends.ffn import few_rows as triton_ffn
-from sparsify.backends.ffn import many_rows, reference
+from sparsify.backends.ffn import in_parts, many_rows, reference
 from sparsify.backends.ffn import source as ffn_source
 from sparsify.backends.ffn.source import FfnTiling, RowsTiling
 from sparsify.errors import UnsupportedError
@@ -216,3 +216,30 @@ def test_counters_from_positions(start):
             results.append(made)
         assert results[0] == results[1]
     assert triton_ffn.ffn_start(like, None, -1, warmup=0, most=2, length=0, key=7, version=1).tolist() == [2, 2, 2]
+
+
+PARTS = {name: case for name, case in CASES.items() if name in ("llama", "gemma", "phi3", "up_first", "opt", "neox", "gpt2")}
+
+
+def compare_parts(case: str, rows: int, dtype: torch.dtype, part_rows: int, intermediate: int = INTERMEDIATE):
+    (_, source, up, down), call = operands(case, rows, dtype, intermediate=intermediate)
+    known = ("gate", "up_bias", "gate_bias", "down_bias")
+    call = {name: call.get(name) for name in (*known, "layout", "transposed", "activation", "version")}
+    want = in_parts.plain(source, up, down, part_rows=part_rows, **call)
+    got = in_parts.with_kernel(source, up, down, part_rows=part_rows, **call)
+    bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype] * want.abs().max()
+    assert (got.float() - want.float()).abs().max() <= bound
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_families(case):
+    compare_parts(case, 7, torch.float32, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_in_half_precision(dtype):
+    compare_parts("llama", 5, dtype, 4)
+
+
+def test_parts_whose_rows_take_several_programs():
+    compare_parts("up_first", 3, torch.float32, 2, intermediate=2500)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.backends.ffn.source import MANY, FfnSpec, choose_rows_tiling, choose_tiling, ffn_source, rows_source
+from sparsify.backends.ffn.source import MANY, FfnSpec, activation_source, choose_rows_tiling, choose_tiling, ffn_source, rows_source
 from sparsify.errors import UnsupportedError
 from tests.support.goldens import check_kernel_text
 
@@ -81,3 +81,11 @@ def test_two_programs_fit_a_processor_and_parts_cover_the_sum(dtype, rows, hidde
     assert min(tiling.wide_tile, tiling.wide_step, tiling.narrow_tile, tiling.narrow_step) >= 16 and tiling.parts >= 1
     assert one.part * tiling.parts >= intermediate and one.part % tiling.narrow_step == 0
     assert one.wide_programs * tiling.wide_tile >= intermediate
+
+
+def test_the_activation_of_parts_is_in_the_text():
+    plain, gated = (activation_source("bf16", "relu", gated) for gated in (False, True))
+    assert "* factor" not in plain and "factor_row + column" not in plain and "factor_row + column" in gated
+    ast.parse(plain), ast.parse(gated)
+    with pytest.raises(UnsupportedError, match="no feed-forward kernel"):
+        activation_source("bf16", "tanh", True)
