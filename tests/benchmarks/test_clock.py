@@ -72,5 +72,6 @@ def test_a_graph_holds_no_host_time() -> None:
     replay = clock.graph(slow_host, calls=4)
     before = float(total)
     assert replay() is total and float(total) == before + 4
-    assert clock.replays(slow_host, 5) < 0.5 < 2 <= clock.once(slow_host)[0] + 1
+    assert clock.replays(slow_host, 5) < 0.5  # ms
+    assert clock.once(slow_host)[0] > 1.9e-3  # s, the host included
     assert all(sample < 0.5 for sample in clock.samples(replay, 10, flush=True))
