@@ -73,5 +73,4 @@ def test_a_graph_holds_no_host_time() -> None:
     before = float(total)
     assert replay() is total and float(total) == before + 4
     assert clock.replays(slow_host, 5) < 0.5  # ms
-    assert clock.once(slow_host)[0] > 1.9e-3  # s, the host included
     assert all(sample < 0.5 for sample in clock.samples(replay, 10, flush=True))
