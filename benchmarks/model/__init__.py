@@ -56,6 +56,32 @@ class Generate(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongPrompt(Record):
+    """One variant's reading of a long prompt into a cache that evicts."""
+
+    NAME = "long_prompt"
+    KEYS = ("shape", "layers", "variant", "length", "budget", "density", "allocator")
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    variant: str  # of benchmarks.model.long_prompt.VARIANTS
+    length: int  # tokens
+    budget: int  # tokens that the cache keeps per KV head
+    density: float  # share of the causal blocks that attention visits
+    allocator: str  # settings of torch's allocator, empty without any
+    weight_bytes: int
+    s: float | None = None  # median of the calls after the first
+    times_s: list[float] | None = None
+    first_call_s: float | None = None  # compilation included
+    peak_bytes: int | None = None  # most memory of tensors, weights included, in the calls after the first; None on a CPU
+    reserved_bytes: int | None = None  # most that the allocator held, fragments included
+    first_peak_bytes: int | None = None  # the same of the first call
+    first_reserved_bytes: int | None = None
+    graphs: int | None = None  # that the first call compiled
+    blocks_in_parts: int | None = None  # feed-forward blocks of these that ffn_parts rewrote; none where the graph was compiled before
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileTime(Record):
     """Seconds of CPU time, of this process and its children, that compiling a prompt and a token takes; medians of `repeats`."""
 

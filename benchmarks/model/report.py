@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, short, size
-from benchmarks.model import CompileTime, Generate, Prefill
+from benchmarks.model import CompileTime, Generate, LongPrompt, Prefill
 
 
 def prefill_table(found: Iterable[Found]) -> str:
@@ -143,6 +143,30 @@ def generate_table(found: Iterable[Found]) -> str:
     return "\n\n".join(parts)
 
 
+def long_prompt_table(found: Iterable[Found]) -> str:
+    """Seconds and memory of a prompt, one row a length and variant."""
+    gib = lambda number: f"{number / 2**30:.1f}" if number else "–"
+    parts = []
+    for group in groups(latest(found, LongPrompt), lambda r: (r["shape"], r["layers"], r["budget"], r["machine"]["gpu"] or "CPU")):
+        rows = []
+        for r in sorted(group, key=lambda r: (r["length"], r["density"], r["variant"], r["allocator"])):
+            call = [size(r["length"]), f"{r['density']:.0%}", r["variant"], r["allocator"] or "–"]
+            if r.get("error"):
+                rows.append([*call, failure(r["error"]), *["–"] * 3, gib(r["weight_bytes"]), _commit(r)])
+                continue
+            reserved = max(r.get(name) or 0 for name in ("reserved_bytes", "first_reserved_bytes"))
+            memory = [gib(r.get("peak_bytes")), gib(reserved), gib(r["weight_bytes"])]
+            rows.append([*call, f"{r['s']:.2f}", f"{r['first_call_s']:.1f}", *memory, _commit(r)])
+        head = (
+            f"### A long prompt, shape {group[0]['shape']}, {group[0]['layers']} layers, random weights\n\n"
+            f"Into a SparseCache of {group[0]['budget']} tokens, logits of the last token, medians. Peak: of tensors, weights included; "
+            f"reserved: by the allocator, the first call included. {conditions(group)}"
+        )
+        header = ["prompt", "blocks", "feed-forward", "allocator", "s", "first call, s", "peak, GiB", "reserved, GiB", "weights", "commit"]
+        parts.append(head + "\n\n" + markdown(header, rows))
+    return "\n\n".join(parts)
+
+
 def compile_time_table(found: Iterable[Found]) -> str:
     """One row per model; the latest record of each counts."""
     last = {(r["layers"], r["hidden"], r["length"], r["machine"]["torch"]): r for r in found}
@@ -180,6 +204,15 @@ BENCHMARKS = (
         records=(Generate,),
         title="Tokens through generate()",
         table=generate_table,
+    ),
+    Benchmark(
+        name="long_prompt",
+        place=13,
+        measures="seconds and memory of prompts of 128K to 1M tokens into a SparseCache, feed-forward blocks in parts or whole",
+        module="benchmarks.model.long_prompt",
+        records=(LongPrompt,),
+        title="Long prompts",
+        table=long_prompt_table,
     ),
     Benchmark(
         name="compile_time",

@@ -12,7 +12,8 @@ import pytest
 from benchmarks import report
 from benchmarks.answers import run
 from benchmarks.lib import records
-from benchmarks.model import prefill
+from benchmarks.model import long_prompt, prefill
+from benchmarks.model.report import long_prompt_table
 
 MACHINE = {
     "gpu": "NVIDIA H200",
@@ -187,3 +188,30 @@ def test_prefill_runs_on_a_cpu(tmp_path: Path) -> None:
     assert len(record["times_ms"]) == 2
     assert record["same_token"] and record["logits_error"] == 0
     assert record["parameters"] > 100_000
+
+
+@pytest.mark.slow
+def test_long_prompts_run_on_a_cpu_in_parts_and_whole(tmp_path: Path) -> None:
+    out = tmp_path / "long_prompt.jsonl"
+    sizes = ["--device", "cpu", "--layers", "2", "--hidden", "64", "--shape", "tiny", "--lengths", "512", "--repeats", "1"]
+    parts = ["--min-rows", "128", "--part-rows", "100", "--budget", "256", "--density", "0.3", "--variants", "parts", "whole"]
+    assert long_prompt.main([*sizes, *parts, "--out", str(out)]) == 0
+    in_parts, whole = records.read([out])
+    assert (in_parts["variant"], in_parts["blocks_in_parts"], whole["variant"], whole["blocks_in_parts"]) == ("parts", 2, "whole", 0)
+    assert in_parts["s"] > 0 and in_parts.get("peak_bytes") is None and in_parts["graphs"] == 1
+    assert "| parts |" in long_prompt_table([in_parts, whole]) and "| parts |" not in long_prompt_table([whole])
+
+
+def test_the_table_of_long_prompts() -> None:
+    facts = {
+        "benchmark": "long_prompt",
+        "machine": MACHINE,
+        "time": "2026-01-01T00:00:00+00:00",
+        "shape": "8b",
+        "layers": 32,
+        "length": 1 << 20,
+    }
+    facts |= {"budget": 8192, "density": 0.03, "allocator": "", "weight_bytes": 15 << 30}
+    times = {"s": 44.0, "first_call_s": 61.0, "peak_bytes": 60 << 30, "first_reserved_bytes": 70 << 30}
+    lines = long_prompt_table([facts | times | {"variant": "parts"}, facts | {"variant": "whole", "error": "out of memory"}]).splitlines()
+    assert lines[-2].startswith("| 1024K | 3% | parts | – | 44.00 | 61.0 | 60.0 | 70.0 | 15.0 |") and "out of memory" in lines[-1]
