@@ -407,3 +407,84 @@ def test_a_call_that_stops_between_layers_is_noticed():
     hook.remove()
     with pytest.raises(sparsify.errors.CacheError, match="failed halfway"):
         cuts(model, cache, ids[:, 12:13], 1)
+
+
+@torch.no_grad()
+def test_generating_over_a_static_cache():
+    model = build("llama", layers=2)
+    how = {**GREEDY, "cache_implementation": "static"}
+    inputs = prompt(1, 20), prompt(1, 27, 1)
+    want = [model.generate(**one, **how) for one in inputs]
+    sparsify.compile(model, **DENSE)
+    for one, tokens in zip(inputs, want, strict=True):
+        assert torch.equal(model.generate(**one, **how), tokens)
+    assert not model._compiled_call_impl.reason
+
+
+@torch.no_grad()
+def test_layers_that_are_put_in_another_order():
+    model, inputs = build("llama", layers=3), prompt(1, 20)
+    sparsify.compile(model, **DENSE)
+    answer(model, inputs)
+    model.model.layers = torch.nn.ModuleList(reversed(model.model.layers))
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    found, reason = answer(model, inputs), model._compiled_call_impl.reason
+    sparsify.compile(model, whole=True, **DENSE)
+    assert torch.equal(found, answer(model, inputs)) and not reason
+
+
+@torch.no_grad()
+def test_a_wrong_call_is_the_callers_error_and_changes_nothing_for_others():
+    model, ids = build("llama", layers=2), prompt(1, 20)["input_ids"]
+    sparsify.compile(model, strict=True, lower="eager")
+    cache = SparseCache(model.config, sinks=2, window=40)
+    want = cuts(model, SparseCache(model.config, sinks=2, window=40), ids[:, :11], 10, 1)
+    cuts(model, cache, ids[:, :10], 10)
+    with pytest.raises(Exception, match="batch of 1, the call has 2"):
+        cuts(model, cache, prompt(2, 1)["input_ids"], 1)
+    assert not model._compiled_call_impl.reason
+    cache = SparseCache(model.config, sinks=2, window=40)
+    torch.testing.assert_close(cuts(model, cache, ids[:, :11], 10, 1), want, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_mask_is_made_only_where_something_works_on_it():
+    from sparsify.generation.regions import masks
+
+    made = []
+    call = {
+        "batch_size": 2,
+        "q_length": 3,
+        "kv_length": 5,
+        "q_offset": 2,
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 1], [1] * 5]).bool(),
+    }
+
+    def function(**given):
+        made.append(given)
+        return torch.ones(2, 1, 3, 5, dtype=torch.bool)
+
+    mask = masks.postpone("sdpa", function, call)
+    assert (mask.shape, mask.dtype, made) == ((2, 1, 3, 5), torch.bool, [])
+    assert bool((~mask).any()) is False and mask[:, :, :, :4].shape == (2, 1, 3, 4) and len(made) == 1
+    plain = {**call, "attention_mask": torch.ones(2, 5).bool()}
+    assert masks.postpone("sdpa", function, {**plain, "q_length": 1}) is None
+    assert masks.postpone("sdpa", function, {**plain, "q_length": 5, "q_offset": 0}) is None
+    windowed = masks.postpone("sdpa", function, {**plain, "q_length": 1, "local_size": 4})
+    assert windowed.recipe.call["attention_mask"] is None
+    assert type(masks.postpone("eager", function, {**plain, "q_length": 1, "dtype": torch.float16})) is masks.PostponedMask
+    assert masks.postpone("sdpa", function, {**call, "use_vmap": True}).sum() == 30 and len(made) == 2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_regions_that_inductor_compiles():
+    model = build("llama", layers=3)
+    inputs = prompt(1, 33), prompt(1, 20, 1), prompt(2, 25, 2, padding=7)
+    want = [answer(model, one) for one in inputs]
+    sparsify.compile(model, passes=["dense"], strict=True)
+    with api.collect_plans() as plans:
+        for one, tokens in zip(inputs, want, strict=True):
+            assert torch.equal(answer(model, one), tokens)
+    assert rewritten(plans) == {(3, 3)}

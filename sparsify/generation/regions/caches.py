@@ -37,28 +37,36 @@ class LayerNumber:
 LAYER = LayerNumber()
 
 
+class _Only:
+    """A list of layers of which one is there, under `LAYER`."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def __getitem__(self, number: Any) -> Any:
+        if number is not LAYER:
+            raise TypeError("the layer asks for the cache of another one")
+        return self.layer
+
+
 class LayerView(Cache):
     """A cache of one layer, for code that knows it as `LAYER`."""
 
     def __init__(self, layer: Any):
-        self.layers, self.layer_class_to_replicate, self.offloading = [layer], None, False
-
-    def _layer(self, number: Any) -> Any:
-        if number is not LAYER:
-            raise TypeError("the layer asks for the cache of another one")
-        return self.layers[0]
+        self.layers: Any = _Only(layer)
+        self.layer_class_to_replicate, self.offloading = None, False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self._layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: Any = None) -> Any:
-        return self._layer(layer_idx).get_seq_length()
+        return self.layers[layer_idx].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: Any = None) -> tuple[int, int]:
-        return self._layer(layer_idx).get_mask_sizes(query_length)
+        return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def get_max_length(self, layer_idx: Any = None) -> int:
-        return self._layer(layer_idx).get_max_length()
+        return self.layers[layer_idx].get_max_length()
 
 
 def trouble(cache: Any, layers: int) -> str:
@@ -141,9 +149,11 @@ class LayerCall:
             layer.call.storing = False
 
     def undo(self) -> None:
-        """Nothing has run: as before `begin`."""
-        if self.sparse and self.layer.is_first:
-            self.layer.call.storing = False
+        """Nothing has run: as before `begin`, but that lengths are read anew."""
+        if self.sparse:
+            self.layer.used = None
+            if self.layer.is_first:
+                self.layer.call.storing = False
 
 
 # numbers of ordinary layers that grow with the text

@@ -20,7 +20,14 @@ NUMBER = "layer_idx"
 
 
 class NotShared(Exception):
-    """Why the layers of a model, or of one call of it, do not share regions; the message is a clause."""
+    """Why the layers of a model, or of one call of it, do not share regions; the message is a clause.
+
+    lasting: it speaks against later calls too.
+    """
+
+    def __init__(self, reason: str, lasting: bool = False):
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -64,23 +71,29 @@ def _numbered(modules: nn.ModuleList) -> bool:
 
 
 class Shadow:
-    """Of one layer: `current()` is the module to call, over what the layer holds at the moment."""
+    """Of one layer: `current()` is the module to call, over what the layer holds at the moment, and `number` the one that it has."""
 
     def __init__(self, layer: nn.Module):
         self._layer = layer
-        self._copied: list[tuple[nn.Module, dict[str, Any], dict[str, nn.Module | None]]] = []
+        self._copied: list[tuple[nn.Module, tuple[Any, ...]]] = []
         self._module: nn.Module | None = None
+        self.number = -1
 
     def current(self) -> nn.Module:
-        if self._module is None or not all(map(_unchanged, self._copied)):
+        """Raises NotShared where the layer has no number any more, or several."""
+        if self._module is None or not all(_seen(module) == seen for module, seen in self._copied):
             self._copied = []
             self._module = self._copy(self._layer, top=True)
+            numbers = {vars(module)[NUMBER] for module, _ in self._copied if NUMBER in vars(module)}
+            if len(numbers) != 1:
+                raise NotShared("a layer's number changed")
+            (self.number,) = numbers
         return self._module
 
     def _copy(self, module: nn.Module, top: bool = False) -> nn.Module:
         if not top and not any(NUMBER in vars(part) for part in module.modules()):
             return module
-        self._copied.append((module, dict(vars(module)), dict(module._modules)))
+        self._copied.append((module, _seen(module)))
         twin = object.__new__(type(module))
         twin.__dict__.update(vars(module))
         twin.__dict__["_modules"] = {name: child if child is None else self._copy(child) for name, child in module._modules.items()}
@@ -91,12 +104,10 @@ class Shadow:
         return twin
 
 
-def _unchanged(copied: tuple[nn.Module, dict[str, Any], dict[str, nn.Module | None]]) -> bool:
-    module, values, children = copied
-    try:
-        return vars(module) == values and module._modules == children
-    except Exception:  # an attribute's own comparison
-        return False
+def _seen(module: nn.Module) -> tuple[Any, ...]:
+    """What a copy of a module has taken over, to be compared later: the copy keeps these objects alive, so that none takes another's id."""
+    values = vars(module)
+    return [*values], [*map(id, values.values())], [*map(id, module._modules.values())], [*module._modules], [*module._forward_hooks]
 
 
 class Watch:

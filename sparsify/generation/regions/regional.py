@@ -23,7 +23,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from sparsify import pipeline, progress
 from sparsify.generation import cache_attention
 from sparsify.generation.regions import caches, layers, masks
-from sparsify.generation.regions.caches import LayerCall
+from sparsify.generation.regions.caches import LayerCall, LayerView
 from sparsify.generation.regions.layers import Layer, NotShared
 from sparsify.generation.regions.masks import PostponedMask
 from sparsify.graph import compat as torch_compat
@@ -96,10 +96,13 @@ class RegionalModel:
             self._check_call(args, kwargs)
             return self._through_regions(args, kwargs)
         except NotShared as why:
-            reason = str(why)
+            reason, lasting = str(why), why.lasting
         if reason not in self._wholes:
             self._wholes[reason] = WholeModel(self.whole, reason)
-        return self._wholes[reason](*args, **kwargs)
+        result = self._wholes[reason](*args, **kwargs)
+        if lasting:  # and not the caller's mistake, which would have been raised
+            self.reason = reason
+        return result
 
     def _through_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(self)
@@ -271,9 +274,10 @@ class _Call:
         except NotShared as why:
             if not self.ran:
                 raise
-            self.model.reason = self.model.reason or str(why)
+            result = _uncompiled(layer.module, args, kwargs)
             log.warning("%s runs as it is in this call: %s", layer.path, why)
-            return _uncompiled(layer.module, args, kwargs)
+            self.model.reason = self.model.reason or str(why)
+            return result
 
     def _through_region(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -284,12 +288,13 @@ class _Call:
         if len(args) > len(layer.arguments):
             raise NotShared("its layers are called in a form that is not known")
         rest, args, cache, key_len = dict(kwargs), args[:1], None, 0
+        shadow = layer.shadow.current()
         names = tuple(name for name in _CACHES if rest.get(name) is not None)
         for name in names:
             held_cache = rest.pop(name)
             if why := caches.trouble(held_cache, len(self.model.layers)):
                 raise NotShared(why)
-            cache = LayerCall(held_cache, layer.number, query_len)
+            cache = LayerCall(held_cache, layer.shadow.number, query_len)
             key_len = cache.key_len
         postponed = {name: rest.pop(name) for name, value in kwargs.items() if isinstance(value, PostponedMask)}
         planned = {name: masks.plan(mask.recipe, hidden, cache and cache.layer) for name, mask in postponed.items()}
@@ -310,7 +315,7 @@ class _Call:
             held = _Held.of(cache and cache.copy, names, {name: plan for name, (plan, _) in planned.items()})
             padding = {name: varying for name, (_, varying) in planned.items()}
             state = cache.varying if cache else {}
-            result = region((batch, query_len, key_len), layer.shadow.current(), args, rest, held, state, padding)
+            result = region((batch, query_len, key_len), shadow, args, rest, held, state, padding)
         except TorchDynamoException as error:
             if isinstance(error, BackendCompilerFailed):
                 raise
@@ -318,12 +323,14 @@ class _Call:
                 cache.undo()
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             log.debug("%s cannot be a region", layer.path, exc_info=error)
-            self.model.reason = f"a layer cannot be captured as one graph: {lines[0] if lines else type(error).__name__}"
-            raise NotShared(self.model.reason) from None
-        if cache is not None:
-            cache.end()
+            what = lines[0] if lines else type(error).__name__
+            raise NotShared(f"a layer cannot be captured as one graph: {what}", lasting=True) from None
         self.ran = True
-        return result
+        if cache is None:
+            return result
+        cache.end()
+        given_back = lambda value: cache.cache if isinstance(value, LayerView) else value
+        return tuple(map(given_back, result)) if type(result) is tuple else given_back(result)
 
 
 _SIMPLE = (bool, int, float, str, torch.dtype, torch.device, type(None))
