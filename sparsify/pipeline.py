@@ -27,7 +27,7 @@ from sparsify.planning.choose import Choice, acts_on, make_plan, without_unasked
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
-from sparsify.rewriting import ffn_runs, layers, products, verify
+from sparsify.rewriting import ffn_runs, layers, verify
 from sparsify.rewriting.editor import Editor
 from sparsify.rewriting.trace import Trace
 from sparsify.rewriting.validate import Validator
@@ -268,17 +268,15 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     from torch._inductor.compile_fx import compile_fx
 
     patches = config.inductor_patches()
-
-    def compile_piece(piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if config.passes and config.single_row_products and products.write_out_single_rows(piece.graph):
-            piece.recompile()
-        return cast(Callable[..., Any], compile_fx(piece, list(inputs), config_patches=patches))
-
     if config.share_layers and not patches.get("triton.cudagraphs"):
+
+        def compile_piece(piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return cast(Callable[..., Any], compile_fx(piece, list(inputs), config_patches=patches))
+
         compiled = layers.compile_by_layers(gm, compile_piece)
         if compiled is not None:
             return compiled
-    return compile_piece(gm, example_inputs)
+    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
 def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:

@@ -68,11 +68,6 @@ class Config(BaseModel):
         description="Inductor compiles one of each kind of layer that a graph repeats, and the graph calls it for all of them. "
         "Off: the whole graph at once. CUDA graphs (`mode`) take the whole graph in any case.",
     )
-    single_row_products: bool = Field(
-        True,
-        description="Products of a weight with one row of activations, as a decode step of one sequence has them, become sums that "
-        "Inductor fuses with what surrounds them; they stream the weight faster than cuBLAS does. Half precision on CUDA.",
-    )
     validation: bool = Field(
         True,
         description="Run what was proved about a site before it is rewritten: the mask's own nodes against the rewriting, on small random "
