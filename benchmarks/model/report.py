@@ -118,7 +118,12 @@ def prefill_shortfalls(found: list[Found]) -> list[str]:
 
 def generate_table(found: Iterable[Found]) -> str:
     """Milliseconds a token through generate(), beside the bytes' time."""
-    names = {"eager": "eager, DynamicCache", "inductor": "Inductor, StaticCache", "sparsify": "sparsify"}
+    names = {
+        "eager": "eager, DynamicCache",
+        "inductor": "Inductor, StaticCache",
+        "sparsify": "sparsify",
+        "sparsify tuned": "sparsify, tuned",
+    }
     order = list(names)
     parts = []
     for group in groups(latest(found, Generate), lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
