@@ -22,9 +22,10 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from sparsify import pipeline, progress
 from sparsify.generation import cache_attention
-from sparsify.generation.regions import caches, layers, masks
+from sparsify.generation.regions import caches, layers, long_rows, masks
 from sparsify.generation.regions.caches import LayerCall, LayerView
 from sparsify.generation.regions.layers import Layer, NotShared
+from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.masks import PostponedMask
 from sparsify.graph import compat as torch_compat
 from sparsify.graph.module_paths import layer_number
@@ -422,13 +423,15 @@ def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None
         return
     for layer in regional.layers:
         layer.module._compiled_call_impl = Handover(layer)
+    for module in long_rows.find(model, regional.layers):
+        module._compiled_call_impl = LongRows(module, config)
     model._compiled_call_impl = regional
 
 
 def remove(model: nn.Module) -> None:
     """Takes back `install`."""
     for part in model.modules():
-        if isinstance(part._compiled_call_impl, Handover | RegionalModel | WholeModel):
+        if isinstance(part._compiled_call_impl, Handover | LongRows | RegionalModel | WholeModel):
             part._compiled_call_impl = None
 
 

@@ -142,3 +142,27 @@ def whole_model(device: str, dtype: torch.dtype, mode: dict) -> None:
 @pytest.mark.parametrize("mode", [{}, {"mode": "reduce-overhead"}], ids=["", "graphs"])
 def test_a_whole_model_skips_in_prompt_and_tokens(mode):
     whole_model("cuda", torch.bfloat16, mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", ["split", "gate_up", "plain"])
+def test_parts_like_the_reference_with_the_memory_of_one(layout, dtype):
+    from sparsify.backends.ffn import in_parts
+
+    rows, part_rows, hidden, intermediate = 5000, 1024, 512, 4096
+    x, up, down, call = operands(rows, hidden, intermediate, dtype)
+    gate = call["gate"] if layout == "split" else None
+    up = torch.cat([call["gate"], up]) if layout == "gate_up" else up
+    call = {"gate": gate, "layout": layout, "transposed": False, "activation": "silu", "version": feed_forward.VERSION}
+    call |= dict.fromkeys(("up_bias", "gate_bias", "down_bias"))
+    whole = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    want = in_parts.plain(x.double(), up.double(), down.double(), part_rows=rows, **whole)
+    in_parts.with_kernel(x, up, down, part_rows=part_rows, **call)  # cuBLAS's own workspace is there from here on
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = in_parts.with_kernel(x, up, down, part_rows=part_rows, **call)
+    taken = torch.cuda.max_memory_allocated() - before
+    bound = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype] * want.abs().max()
+    assert (got.double() - want).abs().max() <= bound
+    wide = part_rows * intermediate * x.element_size() * (1 if layout == "plain" else 2)
+    assert taken <= got.numel() * got.element_size() + wide + (4 << 20)

@@ -1,0 +1,66 @@
+"""What runs between regions over all rows of a prompt: the norm after the last layer.
+
+Uncompiled, a norm holds two copies of the residual stream in float32 at once, 32 GiB at a million tokens of an 8B model, and in blocks of a
+size that the allocator holds for nothing else. Where that is a large share of the GPU's memory it is compiled, as it would be in a graph of
+the whole model: one pass, and no copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from sparsify.costs import device as hardware
+from sparsify.generation.regions.layers import Layer
+from sparsify.planning.config.config import Config
+
+log = logging.getLogger(__name__)
+
+# share of the GPU's memory that two copies in float32 may take; compiling costs more time than shorter prompts save
+SHARE = 1 / 16
+
+
+def find(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
+    """The modules beside the list of layers that hold weights of one dimension and no modules: norms, as far as their call shows."""
+    beside = model.get_submodule(layers[0].path.rpartition(".")[0].rpartition(".")[0])
+    leaves = (child for child in beside.children() if not any(True for _ in child.children()))
+    return [leaf for leaf in leaves if (held := list(leaf.parameters())) and all(weight.dim() == 1 for weight in held)]
+
+
+class LongRows:
+    """What such a module is called through: compiled for inputs whose copies would fill memory, else the module itself."""
+
+    def __init__(self, module: nn.Module, config: Config):
+        self.module, self.config = module, config
+        self._lock = threading.Lock()
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._failed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_dynamo_compiling() and self._serves(args[0]):
+            try:
+                with self._lock:
+                    return self._run(args[0])
+            except TorchDynamoException as error:
+                self._failed = True
+                log.debug("%s is not compiled", type(self.module).__name__, exc_info=error)
+        return self.module._call_impl(*args, **kwargs)
+
+    def _serves(self, rows: Any) -> bool:
+        if self._failed or type(rows) is not Tensor or self.config.lower == "eager" or torch.is_grad_enabled():
+            return False
+        if self.module._forward_hooks or self.module._forward_pre_hooks or "forward" in vars(self.module):
+            return False
+        memory = hardware.describe(rows.device).memory
+        return memory is not None and 2 * 4 * rows.numel() > SHARE * memory
+
+    def _run(self, rows: Tensor) -> Tensor:
+        if self._compiled is None:
+            self._compiled = torch.compile(self.module.forward, dynamic=True, options=self.config.inductor_patches() or None)
+        return self._compiled(rows)
