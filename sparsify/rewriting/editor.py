@@ -120,7 +120,7 @@ class Editor:
         return [self.call(operator.getitem, pair, i) for i in range(count)]
 
     def repeated(self, end: fx.Node, start: fx.Node, value: fx.Node) -> fx.Node:
-        """Inserts once more what computes `end` from `start`, reading `value` in its place; sums in place become new tensors.
+        """Inserts once more what computes `end` from `start`, reading `value` in its place; `a += b` becomes a new tensor.
 
         Raises:
             RewriteError: another call on the way writes in place.
@@ -129,7 +129,7 @@ class Editor:
         copies = {start: value}
         for node in (n for n in self.graph.nodes if n in between):
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
-            if node.target in _SUMS_IN_PLACE:
+            if node.target is operator.iadd:
                 copies[node] = self.call(torch.add, *args, **kwargs)
             elif mutates(node):
                 raise RewriteError(f"{node.name} writes in place")
@@ -310,10 +310,6 @@ class Editor:
                 continue
             pending.extend(node.all_input_nodes)
             self.graph.erase_node(node)
-
-
-# what matching takes for a sum that is written into its first term
-_SUMS_IN_PLACE = (operator.iadd, "add_", "__iadd__")
 
 
 def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:

@@ -236,3 +236,73 @@ def test_reasons():
     got = run(build("llama"), logits(prompt(1, 9)), strict(passes=["ffn_parts", "ffn_skip"]))  # ffn_skip has blocks looked for
     assert got.rewritten() == 0
     assert any("the device's memory is not known" in reason for reason in got.refusals())
+
+
+def block_function(end):
+    """A block by hand: norm, gate and up, down, and what `end` makes of it and the residual stream."""
+    generator = torch.Generator().manual_seed(0)
+    up, gate, down = (torch.nn.Parameter(torch.randn(*shape, generator=generator) * 0.2) for shape in ((24, 8), (24, 8), (8, 24)))
+
+    def call(x):
+        n = F.layer_norm(x, (8,))
+        return end(F.linear(F.silu(F.linear(n, gate)) * F.linear(n, up), down), x)
+
+    return call
+
+
+def summed_in_place(out, x):
+    out += x
+    return out
+
+
+WEIGHT = torch.nn.Parameter(torch.linspace(0.5, 1.5, 8))
+ENDS = {
+    "sum": lambda out, x: x + out,
+    "in place": summed_in_place,
+    "scaled": lambda out, x: x + 0.5 * out,
+    "dropout at rest": lambda out, x: x + F.dropout(out, 0.5, training=False),
+    "normed": lambda out, x: x + F.layer_norm(out, (8,), WEIGHT),
+    "two streams": lambda out, x: out + x.sin() + x,
+}
+
+
+def run_block(call, **options):
+    torch._dynamo.reset()
+    x = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(1))
+    before = x.clone()
+    with torch.no_grad(), api.collect_plans() as plans:
+        want = call(x.clone())
+        got = torch.compile(call, backend="sparsify", options=in_rows(4, **options), fullgraph=True)(x)
+    assert torch.equal(x, before)
+    return got, want, plans
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_follows_the_products_is_kept(end, parts):
+    got, want, plans = run_block(block_function(ENDS[end]), validation=False)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert [d.method for plan in plans for d in plan.decisions] == ["ffn_parts"]
+    assert parts and max(parts) == 4
+
+
+def test_validation_finds_a_wrong_op(monkeypatch):
+    monkeypatch.setattr(in_parts, "_product", lambda x, weight, bias, out: torch.mm(x, weight, out=out).mul_(1.1))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="what was proved does not hold"):
+        run_block(block_function(ENDS["sum"]))
+
+
+def test_weights_of_another_dtype_under_autocast_stay():
+    call = block_function(ENDS["sum"])
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want, plans = run_block(call, validation=False)
+    assert torch.equal(got, want)
+    assert not any(plan.rewritten for plan in plans)
+
+
+def test_gradients_stay():
+    torch._dynamo.reset()
+    x = torch.randn(2, 7, 8)
+    with api.collect_plans() as plans:
+        torch.compile(block_function(ENDS["sum"]), backend="sparsify", options=in_rows(4), fullgraph=True)(x)
+    assert any("gradients" in reason for plan in plans for d in plan.decisions for reason in d.refusals)
+    assert not any(plan.rewritten for plan in plans)
