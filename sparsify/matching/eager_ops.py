@@ -132,7 +132,8 @@ def leads_to_product(node: object, depth: int = 16) -> bool:
     if is_product(node):
         return True
     known = ADD | MUL | DIV | SUB | CAST | SAME | VIEW | {operator.neg, torch.neg, "neg", torch.tanh, "tanh", torch.where, "where"}
-    known |= {"masked_fill", torch.masked_fill, "masked_fill_", torch.max, "clamp", torch.cat, "cat"}
+    known |= {"masked_fill", torch.masked_fill, "masked_fill_", torch.max, "clamp", torch.cat, torch.concat, torch.concatenate, "cat"}
+    known |= {operator.isub, "sub_", torch.subtract, "subtract", "subtract_", "multiply", torch.multiply, "divide", torch.divide}
     return node.target in known and any(leads_to_product(a, depth - 1) for a in node.all_input_nodes)
 
 

@@ -276,6 +276,35 @@ def test_every_sdpa_call_is_listed(name):
     assert site.near_miss and site.mask.opaque
 
 
+def shifted_in_place(scores):
+    scores -= scores.amax(-1, keepdim=True)
+    return scores
+
+
+BEFORE_SOFTMAX = {
+    "in-place difference": shifted_in_place,
+    "sub_": lambda scores: scores.sub_(scores.amax(-1, keepdim=True)),
+    "subtract": lambda scores: torch.subtract(scores, scores.amax(-1, keepdim=True)),
+    "reversed difference": lambda scores: scores.amax(-1, keepdim=True) - scores,
+    "concat": lambda scores: torch.concat([scores, scores[..., :1]], -1),
+    "concatenate": lambda scores: torch.concatenate((scores, scores[..., :1]), dim=-1),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_SOFTMAX)
+def test_every_written_out_attention_is_listed(name):
+    """What is done to the scores on the way may be unknown; that there is an attention is told all the same."""
+
+    def attend(q, k, v):
+        weights = torch.softmax(BEFORE_SOFTMAX[name](q @ k.transpose(2, 3)), -1)
+        return weights[..., : v.shape[-2]] @ v
+
+    q, k, v = tensors()
+    heads = q.shape[1] // k.shape[1]
+    (site,) = captured(attend, q, k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)).flat
+    assert site.near_miss
+
+
 def test_gradients_and_dropout_are_reported():
     q, k, v = tensors()
     assert not captured(sdpa, q, k, v, grad=True).flat[0].needs_grad
