@@ -4,6 +4,8 @@ decode kernels, and what serves stores of many tokens everywhere (policies are P
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,14 +57,15 @@ def cache_store(
         if kept.candidates > kept.capacity:
             kept.score(policies.parse(policy), query, scale, softcap, recent)
         # in a row to which padding leaves one token or none it is a call of that one token
-        several = None if empty or real is None else real.sum(-1) > 1
+        alone = None if empty or real is None else real
+        several = None if alone is None else alone.sum(-1) > 1
         held = (keys, values, positions, counts)
         for state, chosen in zip(held, (*kept.arranged(pinned, recent), kept.total.clamp(max=kept.capacity))):
             part = state[:, :, : chosen.shape[2]] if state.dim() > 2 else state
             part.copy_(chosen if several is None else torch.where(_like(several, part), chosen, part))
-        if several is not None:
-            first = real.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, key.shape[1], -1)
-            single = (real.any(-1) & ~several)[:, None]
+        if alone is not None and several is not None:
+            first = alone.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, key.shape[1], -1)
+            single = (alone.any(-1) & ~several)[:, None]
             _append(_gather_slots(key, first), _gather_slots(value, first), *held, seen, single, pinned)
     seen += key.shape[2] if real is None else real.sum(-1, dtype=seen.dtype)
     length += key.shape[2]
@@ -124,7 +127,7 @@ def _append_all(
     for state, new in ((keys, key), (values, value), (positions, at[:, None].expand_as(slot))):
         index = slot if state.dim() == 3 else slot[..., None].expand_as(new)
         if real is not None:
-            new = torch.where(_like(total[:, 0] > 0, state), new, state.gather(2, index[:, :, :1]))
+            new = torch.where(_like(real.any(-1), state), new, state.gather(2, index[:, :, :1]))
         state.scatter_(2, index, new.to(state.dtype))
     counts += total
 
@@ -163,6 +166,7 @@ class _Merge:
     def score(self, policy: policies.Policy, query: Tensor | None, scale: float, softcap: float, recent: int) -> None:
         queries = asked = None
         if policy.observed:
+            assert query is not None, "the policy reads queries, which the op was not given"
             asked = self.call_positions
             if self.real is None:
                 queries, asked = query[:, :, -policy.observed :], asked[:, -policy.observed :]
@@ -181,16 +185,16 @@ class _Merge:
             # stable, so that of the -1 entries nothing but their number matters
             order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(dim=-1, stable=True)
         else:
-            order = self._by_slot(pinned, recent)
+            order = self._by_slot(self.scores, pinned, recent)
         at = _gather_slots(self.positions, order)
         nothing = (at < 0)[..., None]
         # empty slots are hidden by a mask; zeros there keep a NaN of a padding token out of sums
         return _gather_slots(self.keys, order).masked_fill(nothing, 0), _gather_slots(self.values, order).masked_fill(nothing, 0), at
 
-    def _by_slot(self, pinned: int, recent: int) -> Tensor:
+    def _by_slot(self, scores: Tensor, pinned: int, recent: int) -> Tensor:
         """Candidate of each slot, [batch, kv_heads, capacity]; the order is described in `sparsify.ops.cache`."""
         # the recent ones first, then by falling score; of equal ones the older, so that padding around them cannot decide
-        kept = self.scores.argsort(dim=-1, descending=True, stable=True)[..., : self.capacity]
+        kept = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.capacity]
         at = _gather_slots(self.positions, kept)
         rank = torch.arange(self.capacity, device=at.device) - recent
         ring = self.capacity - recent + pinned - 1 - rank  # worst first
@@ -232,6 +236,7 @@ def cache_attention(
     output = cache.empty_output(query, values)
     asked = asked_positions(seen, query_len, real, new_key is not None)
     if new_key is not None:
+        assert new_value is not None, "new_key and new_value come together"
         at = asked if real is None else asked.masked_fill(~real, -1)
         keys, values = torch.cat((keys, new_key), 2), torch.cat((values, new_value), 2)
         positions = torch.cat((positions, at[:, None].expand(-1, keys.shape[1], -1).to(positions.dtype)), 2)
@@ -324,7 +329,7 @@ def cache_decode(
     pinned: int,
     real: Tensor | None = None,
     tickets: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """One token stored, then attention over the filled slots."""
     keys, values, positions, counts, seen, length = state

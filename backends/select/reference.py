@@ -92,9 +92,8 @@ def candidates(call: SelectCall) -> tuple[Tensor, Tensor]:
     bits = masks.key_bits(call, call.block_size)
     if bits is not None:
         reachable = reachable & (bits[:, None, None] & 1 != 0)
-    ranges = masks.query_segments(call, call.block_size, call.block_size)
-    if ranges is not None:
-        reachable = reachable & _overlap(ranges, masks.key_segments(call, call.block_size))[:, None]
+    if (ranges := masks.block_segments(call)) is not None:
+        reachable = reachable & _overlap(*ranges)[:, None]
     possible = reachable & _in_window(call, rows + call.start, cols, call.block_size, bits)
     sink = masks.sink_block(call)
     is_sink = (cols == 0) if sink is None else (cols == sink[:, None])[:, None, None]
@@ -178,7 +177,7 @@ def _visible_cells(call: SelectCall, end: int) -> int:
     """Key cells that query cells before `end` may see, as far as it is known without reading the device."""
     if not call.causal or call.query_start is not None:
         return call.key_cells
-    last = min(end * call.span, call.query_len) - 1 + call.start
+    last = min(end * call.span, call.query_len) - 1 + call.key_len - call.query_len
     return min(call.key_cells, max(0, last // call.stride + 1))
 
 
@@ -189,14 +188,14 @@ def _visible(call: SelectCall, rows: Tensor, cols: Tensor) -> Tensor:
     seen = torch.ones(1, 1, len(rows), len(cols), dtype=torch.bool, device=rows.device)
     if call.causal:
         seen = seen & (cols * call.stride <= last)
-    bits = masks.key_bits(call, call.stride)
-    if bits is not None:
-        seen = seen & (bits[:, None, None, cols] & 1 != 0) & (masks.query_bits(call)[:, None, rows, None] != 0)
-    ranges = masks.query_segments(call, call.span, call.stride)
-    if ranges is not None:
-        low, high = masks.key_segments(call, call.stride)
-        seen = seen & _overlap((ranges[0][:, rows], ranges[1][:, rows]), (low[:, cols], high[:, cols]))[:, None]
-    seen = seen & _in_window(call, first, cols, call.stride, bits)
+    key_bits = None
+    if (bits := masks.cell_bits(call)) is not None:
+        key_bits, query_bits = bits
+        seen = seen & (key_bits[:, None, None, cols] & 1 != 0) & (query_bits[:, None, rows, None] != 0)
+    if (ranges := masks.cell_segments(call)) is not None:
+        (row_low, row_high), (low, high) = ranges
+        seen = seen & _overlap((row_low[:, rows], row_high[:, rows]), (low[:, cols], high[:, cols]))[:, None]
+    seen = seen & _in_window(call, first, cols, call.stride, key_bits)
     if call.estimate.group and seen.shape[1] > 1:
         # one estimate serves all heads of a group: it covers what any of them may see
         seen = seen.unflatten(1, (call.kv_heads, -1)).any(2)

@@ -6,6 +6,7 @@ No step reads the device, and grids depend on shapes alone, so that a call can b
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,27 +142,26 @@ def _module(spec: SelectSpec) -> Any:
 
 def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, importances: Tensor | None, limits: Limits) -> None:
     module = _module(spec)
-    chunks = list(chunks_of(call, spec, limits.scratch_bytes))
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     sums = tops = None
-    operands, queries, keys, scales, loaded = _masks(call, spec), None, None, {}, None
-    for chunk in chunks:
-        if (chunk.batch, chunk.kv_heads) != loaded:
-            loaded = (chunk.batch, chunk.kv_heads)
-            queries, keys, scales = None, None, {}  # the last chunk's copies make room for this one's
-            queries, keys = _operands(call, spec, chunk)
-            if spec.estimate.prepared:
-                queries, keys, scales = _prepared(call, spec, module, chunk, queries, keys)
-        heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
-        if sums is None:  # no chunk is larger than the first
-            sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
-            tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
-        values = {"sums": sums, "tops": tops, **scales, **_sliced(operands, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
-        grid = (min(processors(call.query.device) * spec.tiling.per_sm, heads * cdiv(rows, spec.tiling.rows) * tiles),)
-        scored = {**values, "windows": values.get("scored_windows")}
-        tiling = spec.tiling
-        launch(module.score, grid, select_source.arguments(spec, "score"), scored, num_warps=tiling.warps, num_stages=tiling.stages)
-        _choose(call, spec, module, chunk, values, counts, indices, importances, limits.part)
+    operands, tiling = _masks(call, spec), spec.tiling
+    for _, chunks in itertools.groupby(chunks_of(call, spec, limits.scratch_bytes), lambda chunk: (chunk.batch, chunk.kv_heads)):
+        first, *more = chunks
+        scales: dict[str, Tensor | None] = {}
+        queries, keys = _operands(call, spec, first)
+        if spec.estimate.prepared:
+            queries, keys, scales = _prepared(call, spec, module, first, queries, keys)
+        for chunk in (first, *more):
+            heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
+            if sums is None:  # no chunk is larger than the first
+                sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
+                tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
+            values = {"sums": sums, "tops": tops, **scales, **_sliced(operands, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
+            grid = (min(processors(call.query.device) * tiling.per_sm, heads * cdiv(rows, tiling.rows) * tiles),)
+            scored = {**values, "windows": values.get("scored_windows")}
+            launch(module.score, grid, select_source.arguments(spec, "score"), scored, num_warps=tiling.warps, num_stages=tiling.stages)
+            _choose(call, spec, module, chunk, values, counts, indices, importances, limits.part)
+        del queries, keys, scales  # these copies make room for the next ones
 
 
 def _choose(
@@ -287,8 +287,8 @@ def _masks(call: SelectCall, spec: SelectSpec) -> dict[str, Any]:
     """Mask operands of the whole call, by argument name; `_sliced` cuts them for a chunk."""
     rows, cols = spec.tiling.rows, spec.tiling.cols
     values: dict[str, Any] = {}
-    if spec.key_flags:
-        key_bits, query_bits = masks.key_bits(call, call.stride), masks.query_bits(call)
+    if (bits := masks.cell_bits(call)) is not None:
+        key_bits, query_bits = bits
         cells = torch.arange(call.key_cells, device=call.key.device)
         first = cells * call.stride if call.causal else cells * 0
         values["key_first"] = _padded(first.where(key_bits & 1 != 0, _NEVER), cols, _NEVER)
@@ -298,12 +298,12 @@ def _masks(call: SelectCall, spec: SelectSpec) -> dict[str, Any]:
         last = (cells * call.span + call.stride).clamp(max=call.query_len) - 1 + call.start if call.causal else cells * 0
         values["query_last"] = _padded(last.where(query_bits != 0, -_NEVER), rows, -_NEVER)
         values["block_bits"], values["sink_blocks"] = masks.key_bits(call, call.block_size), masks.sink_block(call)
-    if spec.segments:
-        ours, theirs = masks.query_segments(call, call.span, call.stride), masks.key_segments(call, call.stride)
-        values["query_low"], values["query_high"] = _padded(ours[0], rows, _NEVER), _padded(ours[1], rows, -_NEVER)
-        values["key_low"], values["key_high"] = _padded(theirs[0], cols, _NEVER), _padded(theirs[1], cols, -_NEVER)
-        values["rows_low"], values["rows_high"] = masks.query_segments(call, call.block_size, call.block_size)
-        values["block_low"], values["block_high"] = masks.key_segments(call, call.block_size)
+    cell_ranges, block_ranges = masks.cell_segments(call), masks.block_segments(call)
+    if cell_ranges is not None and block_ranges is not None:
+        (low, high), (key_low, key_high) = cell_ranges
+        values["query_low"], values["query_high"] = _padded(low, rows, _NEVER), _padded(high, rows, -_NEVER)
+        values["key_low"], values["key_high"] = _padded(key_low, cols, _NEVER), _padded(key_high, cols, -_NEVER)
+        (values["rows_low"], values["rows_high"]), (values["block_low"], values["block_high"]) = block_ranges
     if spec.has_start:
         values["start_at"] = call.query_start
     if spec.window == "per_head":

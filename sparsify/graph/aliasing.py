@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _IN_PLACE_OPERATORS = {
@@ -71,7 +72,7 @@ def _written_by_schema(node: fx.Node, schema: torch.FunctionSchema) -> list[fx.N
     given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
     marked = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     found: list[fx.Node] = []
-    fx.node.map_arg(tuple(given.get(name) for name in marked), lambda n: found.append(n) or n)
+    map_arg(tuple(given.get(name) for name in marked), lambda n: found.append(n) or n)
     return found
 
 

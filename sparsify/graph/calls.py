@@ -31,6 +31,17 @@ class _Parameter:
     many: bool = False
 
 
+def as_node(argument: Any) -> fx.Node:
+    """An argument of a call that is known to be a node.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(argument, fx.Node):
+        raise TypeError(f"{argument} is no node")
+    return argument
+
+
 def bind(node: fx.Node, *signatures: str) -> SimpleNamespace:
     """The arguments of a call by name, with defaults filled in, under the first signature that they fit.
 

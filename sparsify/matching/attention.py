@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparsify.graph import unforeseen
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.calls import Unbound, bind
 from sparsify.masks import prove
 from sparsify.masks.prove import Extents
@@ -27,7 +27,10 @@ from sparsify.matching.sites import AttentionSite
 from sparsify.ops.gradients import TRANSFORMED
 from sparsify.ops.operands import plain_tensor
 
-_SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+_SDPA = {
+    F.scaled_dot_product_attention,
+    torch._C._nn.scaled_dot_product_attention,  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
+}
 _SDPA_CALL = (
     "query: tensor, key: tensor, value: tensor, attn_mask: tensor = None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False"
 )
@@ -71,8 +74,8 @@ def _site_of(context: MatchContext, node: fx.Node) -> AttentionSite | None:
         trouble = str(why)
     except Exception as error:
         trouble = unforeseen.reason(error, node.name)
-    operands = ((*node.all_input_nodes, node) * 3)[:3]
-    return bare_site(node, *operands, None, trouble, source="sdpa" if is_sdpa(node) else "eager")
+    query, key, value = ((*node.all_input_nodes, node) * 3)[:3]
+    return bare_site(node, query, key, value, None, trouble, source="sdpa" if is_sdpa(node) else "eager")
 
 
 def _sdpa_site(context: MatchContext, node: fx.Node) -> AttentionSite:
@@ -84,7 +87,7 @@ def _sdpa_site(context: MatchContext, node: fx.Node) -> AttentionSite:
     key_group, value_group = ungroup(context.memory, key, node), ungroup(context.memory, value, node)
     if not context.same(key_group.repeat, value_group.repeat):
         key_group, value_group = whole(key), whole(value)
-    q, k = sizes(tensor_of(query)), sizes(tensor_of(key_group.node))
+    q, k = sizes(example_tensor(query)), sizes(example_tensor(key_group.node))
     extents = Extents(q[0], q[1], q[2], k[2])
     if call.is_causal:
         proof = prove.top_left_causal(extents, context.shape_env)
@@ -92,9 +95,10 @@ def _sdpa_site(context: MatchContext, node: fx.Node) -> AttentionSite:
         proof = prove.unmasked(_appended(key_group.node, q[2])) if mask is None else context.proof([(mask, "mask", node)], extents)
     bias = Bias()
     # autocast would round the mask's numbers too
-    apart = mask is not None and proof.opaque and tensor_of(mask).dtype is tensor_of(node).dtype
-    if apart and (found := context.biased(mask, node, extents)) is not None:
-        bias, proof = found, context.proof(found.masks, extents) if found.masks else prove.none()
+    if mask is not None and proof.opaque and example_tensor(mask).dtype is example_tensor(node).dtype:
+        found = context.biased(mask, node, extents)
+        if found is not None:
+            bias, proof = found, context.proof(found.masks, extents) if found.masks else prove.none()
     try:
         empty = empty_rows.rows_of_sdpa(context, node, mask, proof, bias, extents)
     except NoMatch as why:
@@ -119,7 +123,7 @@ def _unfit(context: MatchContext, node: fx.Node, call: SimpleNamespace) -> str:
     if context.modes.transformed([node]):
         return TRANSFORMED
     operands = (call.query, call.key, call.value)
-    tensors = [tensor_of(x) for x in operands]
+    tensors = [example_tensor(x) for x in operands]
     if odd := [type(t).__name__ for t in tensors if not plain_tensor(t)]:
         return f"an operand is a {odd[0]}, not a plain tensor"
     if any(t.dim() != 4 for t in tensors):
@@ -135,7 +139,7 @@ def _unfit(context: MatchContext, node: fx.Node, call: SimpleNamespace) -> str:
         return "a flag is decided at run time"
     if call.is_causal and call.attn_mask is not None:
         return "a mask beside is_causal, which kernels take differently"
-    if any(size == 1 != out for size, out in zip((q[0], q[1], q[2]), sizes(tensor_of(node)))):
+    if any(size == 1 != out for size, out in zip((q[0], q[1], q[2]), sizes(example_tensor(node)))):
         return "the mask broadcasts the queries"
     if not call.enable_gqa and not context.same(q[1], k[1]) and k[1] != 1:  # one head broadcasts as a group would
         return "the head dimension is broadcast"
@@ -146,7 +150,7 @@ def _unfit(context: MatchContext, node: fx.Node, call: SimpleNamespace) -> str:
     return ""
 
 
-def _number(value: object, head_dim: sympy.Expr) -> float | fx.Node:
+def _number(value: float | fx.Node | None, head_dim: sympy.Expr) -> float | fx.Node:
     """A float where it is known now, else the node that holds it; by default one over the root of the head dimension."""
     if value is None:
         return 1.0 / math.sqrt(int(head_dim))

@@ -17,6 +17,7 @@ from sparsify.masks.predicate import MaskPredicate
 Phase = Literal["prefill", "chunk", "decode"]
 SiteKind = Literal["attention", "cache", "ffn"]
 PlanKind = Literal["attention", "ffn"]
+StrideOrder = Literal["bhqd", "bqhd", "other"]
 
 CACHE_SUFFIX = ".cache"  # of the names of a SparseCache's sites, behind their attention's path
 
@@ -34,7 +35,6 @@ class Site:
     layer: the last integer in that path.
     index: place among the graph's sites of this kind, from 0.
     output: the node whose value a pass replaces.
-    phase: decode: one query row of each sequence; prefill: as many rows as keys, starting at key 0; chunk: anything between.
     dtype, device: of the computation.
     near_miss: why a site that looks like its kind cannot be described further; every pass refuses with it.
     covered: nodes that only compute this site, output included.
@@ -45,22 +45,27 @@ class Site:
     kind: ClassVar[SiteKind]
     proved: ClassVar[bool] = True
     converted_operands: ClassVar[tuple[str, ...]] = ()
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every kind is a dataclass
 
     name: str
     layer: int | None
     index: int
     output: fx.Node
-    phase: Phase
     dtype: torch.dtype
     device: torch.device
-    output_stride_order: Literal["bhqd", "bqhd", "other"]
+    output_stride_order: StrideOrder
     near_miss: str
     covered: tuple[fx.Node, ...]
 
     def mapped(self, mapping: dict[fx.Node, fx.Node]) -> Self:
         """The same site in a copy of its graph; `mapping` sends each node to its copy."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every kind is a dataclass
-        return dataclasses.replace(self, **{f.name: _mapped(getattr(self, f.name), mapping) for f in fields})  # type: ignore[type-var]
+        fields = dataclasses.fields(self)
+        return dataclasses.replace(self, **{f.name: _mapped(getattr(self, f.name), mapping) for f in fields})
+
+    @property
+    def phase(self) -> Phase:
+        """decode: one query row of each sequence; prefill: as many rows as keys, starting at key 0; chunk: anything between."""
+        raise NotImplementedError
 
     # -- what a plan records -----------------------------------------------------------------------------------------------------------
 
@@ -133,7 +138,7 @@ class Site:
 
     def renumbered(self, name: str, layer: int, index: int, count: int) -> Self:
         """The same site in another layer, the `index`-th of `count`."""
-        return dataclasses.replace(self, name=name, layer=layer, index=index)  # type: ignore[type-var]
+        return dataclasses.replace(self, name=name, layer=layer, index=index)
 
     def resized(self, old: int, new: int) -> Self:
         """The site of a prompt of `old` tokens as that of one of `new` tokens, over nodes outside of any graph of the model."""
@@ -220,7 +225,7 @@ class SiteOverKeys(Site):
 
     def resized(self, old: int, new: int) -> Self:
         query_len, key_len = (new if length == old else length for length in (self.query_len, self.key_len))
-        return dataclasses.replace(self, query_len=query_len, key_len=key_len)  # type: ignore[type-var]
+        return dataclasses.replace(self, query_len=query_len, key_len=key_len)
 
 
 def _mapped(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from sparsify.graph.aliasing import Memory, tensor_of
-from sparsify.graph.calls import Unbound, bind
-from sparsify.masks.prove import Extents
+from sparsify.graph.aliasing import Memory, example_tensor, tensor_of
+from sparsify.graph.calls import Unbound, as_node, bind
+from sparsify.masks.prove import Extents, Form
 from sparsify.masks.reader import Reader
 from sparsify.masks.symbolic import BATCH, CONDITION, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
 
@@ -46,7 +48,7 @@ class _Reading:
         """The float tensor [heads] or [batch, heads] that holds this element of the site's (batch and) head."""
         batch, heads = self.facts.extents[BATCH], self.facts.extents[HEAD]
         for node in reversed(self.reader.nodes):
-            tensor = tensor_of(node)
+            tensor = example_tensor(node)
             if not tensor.dtype.is_floating_point or sizes(tensor) not in ((heads,), (batch, heads)):
                 continue
             place = (self.index(BATCH), self.index(HEAD))[-tensor.dim() :]
@@ -71,7 +73,7 @@ def alibi_slopes(bias: fx.Node, site: fx.Node, extents: Extents, memory: Memory,
     if flat:
         return alibi_slopes_flat(bias, site, extents, memory, shape_env)
     reading = _Reading(site, extents, memory, shape_env)
-    if not 2 <= tensor_of(bias).dim() <= 4:
+    if not 2 <= example_tensor(bias).dim() <= 4:
         return None
     return _slopes(reading, reading.at(bias, *(reading.index(s) for s in (BATCH, HEAD, QUERY, KEY))))
 
@@ -80,24 +82,27 @@ def alibi_slopes_flat(bias: fx.Node, site: fx.Node, extents: Extents, memory: Me
     """Likewise for a bias [batch · query_heads, 1 or query_len, key_len] made by repeating one per head, or by a reshape."""
     reading = _Reading(site, extents, memory, shape_env)
     place = {s: reading.index(s) for s in (BATCH, HEAD, QUERY, KEY)}
-    while bias.op == "call_method" and bias.target in ("to", "contiguous") and tensor_of(bias.args[0]).dtype is tensor_of(bias).dtype:
-        bias = bias.args[0]
-    source = bias.args[0] if bias.args else None
-    if tensor_of(source) is None or bias.op != "call_method":
+    while bias.op == "call_method" and bias.target in ("to", "contiguous"):
+        converted = as_node(bias.args[0])
+        if example_tensor(converted).dtype is not example_tensor(bias).dtype:
+            break
+        bias = converted
+    source = bias.args[0] if bias.op == "call_method" else None
+    if not isinstance(source, fx.Node) or (tensor := tensor_of(source)) is None:
         return None
-    shape = sizes(tensor_of(source))
+    shape = sizes(tensor)
     if bias.target == "repeat" and len(shape) == 3 and shape[0] == extents.heads:
         repeats = bind(bias, "input, *repeats").repeats
-        if len(repeats) != 3 or repeats[1:] != (1, 1) or sympy.expand(scalar(repeats[0]) - extents.batch) != 0:
+        if len(repeats) != 3 or repeats[1:] != (1, 1) or sympy.expand(typing.cast(sympy.Expr, scalar(repeats[0])) - extents.batch) != 0:
             return None
         return _slopes(reading, reading.at(source, place[HEAD], place[QUERY], place[KEY]))
     if bias.target in ("reshape", "view") and len(shape) == 4 and shape[:2] == (extents.batch, extents.heads):
-        if shape[2:] != sizes(tensor_of(bias))[1:]:
+        if shape[2:] != sizes(example_tensor(bias))[1:]:
             return None
         return _slopes(reading, reading.at(source, *place.values()))
     # transformers 5.17: [batch, heads, keys], which gets a dimension of one query
     if bias.target in ("reshape", "view") and shape == (extents.batch, extents.heads, extents.key_len):
-        if sizes(tensor_of(bias))[1:] != (1, extents.key_len):
+        if sizes(example_tensor(bias))[1:] != (1, extents.key_len):
             return None
         return _slopes(reading, reading.at(source, place[BATCH], place[HEAD], place[KEY]))
     return None
@@ -114,8 +119,7 @@ def per_key(bias: torch.Tensor, extents: Extents, flat: bool = False) -> bool:
 
 
 def _slopes(reading: _Reading, element: sympy.Expr | None) -> Slopes | None:
-    found = loads(element) if element is not None else set()
-    if len(found) != 1:
+    if element is None or len(found := loads(element)) != 1:
         return None
     load = next(iter(found))
     position = element.coeff(load, 1)
@@ -134,20 +138,20 @@ def per_head(column: fx.Node, site: fx.Node, extents: Extents, memory: Memory, s
     if element is None or not loads(element):
         return None
     node = reading.of_head(element)
-    return node if node is not None and tensor_of(node).dim() == 1 else None
+    return node if node is not None and example_tensor(node).dim() == 1 else None
 
 
-def parts(mask: fx.Node, shape_env: object) -> Iterator[tuple[fx.Node, tuple[fx.Node, str] | None]]:
+def parts(mask: fx.Node, shape_env: object) -> Iterator[tuple[fx.Node, tuple[fx.Node, Form] | None]]:
     """Ways to see a float mask as a bias and a condition: (bias, (condition, form) or None). Not all of them need hold."""
-    dtype, whole = tensor_of(mask).dtype, mask
+    dtype, whole = example_tensor(mask).dtype, mask
     while _only_broadcasts(mask):
-        mask = mask.args[0]
+        mask = as_node(mask.args[0])
     with contextlib.suppress(Unbound):  # a call of another form is not taken apart
         yield from _halves(mask, dtype, shape_env)
     yield whole, None
 
 
-def _halves(mask: fx.Node, dtype: torch.dtype, shape_env: object) -> Iterator[tuple[fx.Node, tuple[fx.Node, str]]]:
+def _halves(mask: fx.Node, dtype: torch.dtype, shape_env: object) -> Iterator[tuple[fx.Node, tuple[fx.Node, Form]]]:
     if mask.target in _SUMS:
         call = bind(mask, "input: tensor, other: tensor, *, alpha=1")
         if call.alpha == 1:
@@ -159,7 +163,8 @@ def _halves(mask: fx.Node, dtype: torch.dtype, shape_env: object) -> Iterator[tu
             yield call.input, (call.mask, "hidden")
     elif mask.target in (torch.where, "where"):
         call = bind(mask, "condition, input, other" if mask.target is torch.where else "input, condition, other")
-        for bias, low, form in ((call.input, call.other, "mask"), (call.other, call.input, "hidden")):
+        ways: tuple[tuple[Any, Any, Form], ...] = ((call.input, call.other, "mask"), (call.other, call.input, "hidden"))
+        for bias, low, form in ways:
             if tensor_of(bias) is not None and hides(low, dtype, shape_env):
                 yield bias, (call.condition, form)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from sparsify.graph import unforeseen
-from sparsify.matching.base import CACHE_SUFFIX, Phase
+from sparsify.graph.aliasing import example_tensor
+from sparsify.graph.calls import as_node
+from sparsify.matching.base import CACHE_SUFFIX
 from sparsify.matching.facts import layer_of
 from sparsify.matching.sites import CacheSite
 from sparsify.ops import cache
@@ -31,29 +33,29 @@ def made_inside(gm: fx.GraphModule) -> fx.Node | None:
     """The first cache op on a CUDA device whose buffers this very graph makes: CUDA graphs would take their memory back."""
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in (cache.store, cache.decode):
-            if len(node.args) < 4 or node.args[3].op == "placeholder":
+            if len(node.args) < 4 or as_node(node.args[3]).op == "placeholder":
                 continue
-            tensor = node.args[1].meta.get("example_value")
+            tensor = as_node(node.args[1]).meta.get("example_value")
             if tensor is not None and tensor.device.type == "cuda":
                 return node
     return None
 
 
 def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Node, int]) -> CacheSite:
-    query, key, value = store.args[:3]
-    state = tuple(store.args[_STATE])
+    key, value = as_node(store.args[1]), as_node(store.args[2])
+    state = tuple(map(as_node, store.args[_STATE]))
     mine = [reader for reader in readers if reader.args[1] is state[0]]
-    size = lambda node: [s if isinstance(s, int) else s.node.expr for s in node.meta["example_value"].shape]
-    single, empty = size(key)[2] == 1, store.kwargs["empty"]
-    phase: Phase = "decode" if single else "prefill" if empty else "chunk"
-    near_miss = "" if len(mine) == 1 or (phase == "prefill" and not mine) else f"{len(mine)} attentions read this layer's slots"
-    output = mine[0] if len(mine) == 1 else store
-    if phase == "decode" and not near_miss:
-        near_miss = _find_obstacle(store, output, state, order)
-    query = mine[0].args[0] if mine else key if query is None else query
-    name, layer = layer_of(output)
+    size = lambda node: [s if isinstance(s, int) else s.node.expr for s in example_tensor(node).shape]
     batch, kv_heads, query_len, qk_head_dim = size(key)
-    tensor = key.meta["example_value"]
+    single, empty = query_len == 1, store.kwargs["empty"] is True
+    stored_alone = empty and not single and not mine  # a prompt's attention is a site of its own
+    near_miss = "" if len(mine) == 1 or stored_alone else f"{len(mine)} attentions read this layer's slots"
+    output = mine[0] if len(mine) == 1 else store
+    if single and not near_miss:
+        near_miss = _find_obstacle(store, output, state, order)
+    query = as_node(mine[0].args[0]) if mine else key if store.args[0] is None else as_node(store.args[0])
+    name, layer = layer_of(output)
+    tensor = example_tensor(key)
     return CacheSite(
         name=name + CACHE_SUFFIX,
         layer=layer,
@@ -73,7 +75,7 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
         v_head_dim=size(value)[3],
         dtype=tensor.dtype,
         device=tensor.device,
-        phase=phase,
+        empty=empty,
         near_miss=near_miss,
     )
 

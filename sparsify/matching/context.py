@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from sparsify.graph.aliasing import Memory, tensor_of
+from sparsify.graph.aliasing import Memory, example_tensor
 from sparsify.masks import prove
 from sparsify.masks.predicate import MaskPredicate
 from sparsify.masks.prove import Extents
@@ -63,7 +63,7 @@ class MatchContext:
 
     def biased(self, mask: fx.Node, reader: fx.Node, extents: Extents, shift_sensitive: str = "") -> Bias | None:
         """A float mask taken apart into a position bias, or one number per key, and what hides. shift_sensitive: as in `scores.Term`."""
-        if not tensor_of(mask).dtype.is_floating_point or self.memory.written_between(mask, None, reader):
+        if not example_tensor(mask).dtype.is_floating_point or self.memory.written_between(mask, None, reader):
             return None
         for node, condition in biases.parts(mask, self.shape_env):
             masks = ((*condition, mask),) if condition is not None else ()
@@ -72,19 +72,20 @@ class MatchContext:
             slopes = biases.alibi_slopes(node, reader, extents, self.memory, self.shape_env)
             if slopes is not None and (slopes.constant == 0 or not shift_sensitive):
                 return Bias(slopes.node, (), masks)
-            if biases.per_key(tensor_of(node), extents) and not self.memory.written_between(node, None, reader):
-                filled = bool(masks) and not tensor_of(masks[0][0]).dtype.is_floating_point
+            if biases.per_key(example_tensor(node), extents) and not self.memory.written_between(node, None, reader):
+                filled = bool(masks) and not example_tensor(masks[0][0]).dtype.is_floating_point
                 return Bias(None, (KeyBias(node, on_hidden=not filled),), masks)
         return None
 
     def site(self, output: fx.Node, query: fx.Node, key: Grouped, value: Grouped, **fields: Any) -> AttentionSite:
         """The record of an attention whose operands are known; `fields` are the rest of its fields."""
-        q, k, v = (sizes(tensor_of(x)) for x in (query, key.node, value.node))
-        tensor = tensor_of(query)
+        q, k, v = (sizes(example_tensor(x)) for x in (query, key.node, value.node))
+        tensor = example_tensor(query)
         name, layer = layer_of(output)
         added = [fields[n] for n in ("sink_logits", "alibi_slopes") if fields.get(n) is not None]
         added += [one.node for one in fields.get("key_bias", ())]
         covered = only_for((output,), (*fields.pop("between", ()), *key.between, *value.between))
+        fields.setdefault("softcap", 0.0)
         return AttentionSite(
             name=name,
             layer=layer,
@@ -100,10 +101,10 @@ class MatchContext:
             key_len=plain(k[2]),
             qk_head_dim=plain(q[3]),
             v_head_dim=plain(v[3]),
-            dtype=tensor_of(output).dtype,
+            dtype=example_tensor(output).dtype,
             device=tensor.device,
             needs_grad=self.modes.needs_grad(output, (query, key.node, value.node, *added), covered),
-            output_stride_order=stride_order(tensor_of(output)),
+            output_stride_order=stride_order(example_tensor(output)),
             covered=covered,
-            **{"softcap": 0.0, **fields},
+            **fields,
         )

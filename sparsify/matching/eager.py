@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparsify.graph import unforeseen
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
+from sparsify.graph.calls import as_node
 from sparsify.graph.views import transposed
 from sparsify.masks import prove
 from sparsify.masks.prove import Extents
@@ -31,10 +32,10 @@ from sparsify.matching.eager_ops import (
     baddbmm_of,
     constant,
     einsum_of,
-    factors_of,
     leads_to_product,
     named,
     of_sequences,
+    product_factors,
     products,
 )
 from sparsify.matching.facts import autocast_to, bare_site
@@ -54,7 +55,7 @@ def find_eager(context: MatchContext, softmax: fx.Node) -> AttentionSite | None:
     if product is None:
         why = "the weights do not reach a product with the values"
         return bare_site(softmax, scores, scores, scores, None, why, source="eager") if of_sequences(scores) else None
-    value = factors_of(product)[1]
+    value = product_factors(product)[1]
     try:
         return _WrittenOut(context, softmax, product).site()
     except NoMatch as why:
@@ -90,7 +91,7 @@ class _WrittenOut:
                 raise NoMatch("the attention weights are used elsewhere too")
             self.chain.nodes.append(here)
             user = next(iter(here.users))
-            if tensor_of(user) is None or not tensor_of(user).dtype.is_floating_point:
+            if (tensor := tensor_of(user)) is None or not tensor.dtype.is_floating_point:
                 raise NoMatch("the weights become integers")
             if user.target in DROPOUT:
                 self.drop(user)
@@ -126,9 +127,10 @@ class _WrittenOut:
             self.chain.multiply(constant(call.alpha))
         query, key, _ = self.factors(product)
         if product.target not in EINSUM:
-            turned, key = key, transposed(key)
-            if key is None:
+            turned = key
+            if (source := transposed(turned)) is None:
                 raise NoMatch("keys are not transposed")
+            key = source
             self.chain.nodes.append(turned)
         elif einsum_of(product) != "scores":
             raise NoMatch("keys are transposed")
@@ -137,45 +139,46 @@ class _WrittenOut:
 
     def factors(self, scores: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         """What the two products multiply: query, transposed key, value."""
-        return *factors_of(scores), factors_of(self.product)[1]
+        return *product_factors(scores), product_factors(self.product)[1]
 
     def unwritten(self, factor: fx.Node, operand: fx.Node, reader: fx.Node, output: fx.Node) -> bool:
         """Whether the operand still holds, where the output is computed, what `reader` got of it: the factor, a copy or a view."""
-        memory, storage = self.context.memory, tensor_of(operand).untyped_storage()._cdata
+        memory, storage = self.context.memory, example_tensor(operand).untyped_storage()._cdata
         here = factor
         while here is not operand:
-            if tensor_of(here).untyped_storage()._cdata != storage and memory.written_between(here, None, output):
+            if example_tensor(here).untyped_storage()._cdata != storage and memory.written_between(here, None, output):
                 return False
-            reader, here = here, here.args[0]
+            reader, here = here, as_node(here.args[0])
         return not memory.written_between(operand, reader, output)
 
     def four(self, node: fx.Node) -> fx.Node:
         """[batch, heads, length, dim], before batch and heads are merged."""
-        if tensor_of(node).dim() == 4:
+        if example_tensor(node).dim() == 4:
             return node
-        if node.target not in VIEW or tensor_of(node.args[0]) is None or tensor_of(node.args[0]).dim() != 4:
+        if node.target not in VIEW or (tensor := tensor_of(node.args[0])) is None or tensor.dim() != 4:
             raise NoMatch("batch and heads are merged")
-        flat_heads(node.args[0], node)
+        source = as_node(node.args[0])
+        flat_heads(source, node)
         self.chain.nodes.append(node)
-        return node.args[0]
+        return source
 
     def uncast(self, node: fx.Node) -> fx.Node:
         """Query and key before a conversion to float32: kernels accumulate in float32 anyway."""
-        value = tensor_of(factors_of(self.product)[1])
-        while node.op == "call_method" and node.target in CAST and tensor_of(node).dtype is torch.float32:
-            source = tensor_of(node.args[0])
-            if source.dtype is not value.dtype:
+        value = example_tensor(product_factors(self.product)[1])
+        while node.op == "call_method" and node.target in CAST and example_tensor(node).dtype is torch.float32:
+            source = as_node(node.args[0])
+            if example_tensor(source).dtype is not value.dtype:
                 break
             self.chain.nodes.append(node)
-            node = node.args[0]
+            node = source
         return node
 
     def value_and_output(self) -> tuple[fx.Node, fx.Node]:
-        value, output = factors_of(self.product)[1], self.product
-        if tensor_of(output).dim() == 4:
+        value, output = product_factors(self.product)[1], self.product
+        if example_tensor(output).dim() == 4:
             return value, output
         users = list(output.users)
-        if len(users) != 1 or users[0].target not in VIEW or tensor_of(users[0]).dim() != 4:
+        if len(users) != 1 or users[0].target not in VIEW or example_tensor(users[0]).dim() != 4:
             raise NoMatch("batch and heads are merged")
         flat_heads(users[0], output)
         self.chain.nodes.append(output)
@@ -188,8 +191,8 @@ class _WrittenOut:
         key_group, value_group = ungroup(context.memory, key, output), ungroup(context.memory, value, output)
         if not context.same(key_group.repeat, value_group.repeat):
             key_group, value_group = whole(key), whole(value)
-        q, k, v = (sizes(tensor_of(n)) for n in (query, key_group.node, value_group.node))
-        if not all(plain_tensor(tensor_of(n)) for n in (query, key_group.node, value_group.node)):
+        q, k, v = (sizes(example_tensor(n)) for n in (query, key_group.node, value_group.node))
+        if not all(plain_tensor(example_tensor(n)) for n in (query, key_group.node, value_group.node)):
             raise NoMatch("an operand is no plain tensor")
         if any(len(s) != 4 for s in (q, k, v)):
             raise NoMatch("operands do not have 4 dimensions")
@@ -206,8 +209,6 @@ class _WrittenOut:
         if not all(self.reads_as_one(*mask, extents) for mask in chain.masks):
             raise NoMatch("a mask differs by merged batch and heads")
         added = self.added(extents, output)
-        softcap = float(chain.softcap)
-        factor = chain.factor * softcap if softcap else chain.factor
         between = tuple(chain.nodes)
         masks = chain.masks + added.masks
         mask = context.proof(masks, extents) if masks else prove.none()
@@ -219,8 +220,8 @@ class _WrittenOut:
             value_group,
             mask_node=masks[0][0] if len(masks) == 1 else None,
             mask=mask,
-            scale=factor,
-            softcap=softcap,
+            scale=chain.scale,
+            softcap=chain.softcap,
             dropout=self.dropout,
             source="eager",
             sink_logits=self.sink_logits(extents, output),
@@ -241,7 +242,7 @@ class _WrittenOut:
                 found.slopes = slopes
             elif not scaled and self.reads_as_one(*whole, extents) and not context.proof([whole], extents).opaque:
                 found.masks.append(whole)
-            elif self.is_key_bias(term, extents, output):
+            elif isinstance(term.factor, float) and self.is_key_bias(term, extents, output):
                 found.per_key.append(KeyBias(term.node, term.factor, term.flat, term.reader))
             elif not term.flat and not scaled and (parts := self.taken_apart(term, extents)) is not None:
                 if parts.slopes is not None and found.slopes is not None:
@@ -275,14 +276,14 @@ class _WrittenOut:
     def is_key_bias(self, term: Term, extents: Extents, output: fx.Node) -> bool:
         """One row of a mask that is made in the graph is taken apart instead: it may say which keys come first."""
         one_row = extents.query_len == 1 and term.factor == 1.0 and not term.flat
-        one_row = one_row and self.taken_apart(term, extents)
-        unwritten = not self.context.memory.written_between(term.node, None, output)
-        return not one_row and unwritten and isinstance(term.factor, float) and biases.per_key(tensor_of(term.node), extents, term.flat)
+        if (one_row and self.taken_apart(term, extents)) or self.context.memory.written_between(term.node, None, output):
+            return False
+        return biases.per_key(example_tensor(term.node), extents, term.flat)
 
     def sink_logits(self, extents: Extents, output: fx.Node) -> fx.Node | None:
         if self.chain.sinks is None:
             return None
-        if tensor_of(self.chain.sinks).dim() == 3 and extents.batch != 1:
+        if example_tensor(self.chain.sinks).dim() == 3 and extents.batch != 1:
             raise NoMatch("the extra column is over merged batch and heads")
         node = biases.per_head(self.chain.sinks, output, extents, self.context.memory, self.context.shape_env)
         if node is None:

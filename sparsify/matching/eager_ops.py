@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.calls import Unbound, bind
 
 ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -54,8 +54,8 @@ def baddbmm_of(node: fx.Node) -> SimpleNamespace:
     return named(node, "input: tensor, batch1: tensor, batch2: tensor, *, beta=1, alpha=1")
 
 
-def factors_of(product: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """What a product multiplies, without what baddbmm adds; (None, None) for anything else."""
+def factors_of(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What a product multiplies, without what baddbmm adds; None for anything else."""
     try:
         if product.target in BADDBMM:
             call = baddbmm_of(product)
@@ -67,7 +67,18 @@ def factors_of(product: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
             return named(product, "equation: str, *operands").operands
     except NoMatch:
         pass
-    return None, None
+    return None
+
+
+def product_factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What a node that is known to be a product multiplies.
+
+    Raises:
+        NoMatch: it is none.
+    """
+    if (found := factors_of(product)) is None:
+        raise NoMatch(f"{product.name} is no product")
+    return found
 
 
 def einsum_of(node: fx.Node) -> str:
@@ -92,7 +103,7 @@ def einsum_of(node: fx.Node) -> str:
 
 
 def is_product(node: fx.Node) -> bool:
-    return factors_of(node)[0] is not None
+    return factors_of(node) is not None
 
 
 def is_softmax(node: fx.Node) -> bool:
@@ -103,7 +114,7 @@ def is_softmax(node: fx.Node) -> bool:
         dim = softmax_of(node).dim
     except NoMatch:
         dim = -1
-    return tensor_of(node).dim() in (3, 4) and dim in (-1, tensor_of(node).dim() - 1)
+    return example_tensor(node).dim() in (3, 4) and dim in (-1, example_tensor(node).dim() - 1)
 
 
 def softmax_of(node: fx.Node) -> SimpleNamespace:
@@ -115,7 +126,8 @@ def softmax_of(node: fx.Node) -> SimpleNamespace:
 def products(node: fx.Node) -> Iterator[fx.Node]:
     """Products that have these weights on their left, through casts, dropout, views and slices."""
     for user in node.users:
-        if factors_of(user)[0] is node and (user.target in MATMUL or einsum_of(user) == "values"):
+        factors = factors_of(user)
+        if factors is not None and factors[0] is node and (user.target in MATMUL or einsum_of(user) == "values"):
             yield user
         elif (
             user.args
@@ -141,8 +153,8 @@ def of_sequences(node: fx.Node, depth: int = 16) -> bool:
     """Whether the product that a value leads back to has two factors of 3 or 4 dimensions: activations, not a weight matrix."""
     if not isinstance(node, fx.Node) or depth == 0:
         return False
-    if is_product(node):
-        return all(tensor_of(a) is not None and tensor_of(a).dim() >= 3 for a in factors_of(node))
+    if (factors := factors_of(node)) is not None:
+        return all((tensor := tensor_of(a)) is not None and tensor.dim() >= 3 for a in factors)
     return any(of_sequences(a, depth - 1) for a in node.all_input_nodes if leads_to_product(a))
 
 
@@ -150,7 +162,8 @@ def constant(value: object) -> float | fx.Node:
     """A number known now, or the node of one that is not."""
     if isinstance(value, (int, float)):
         return float(value)
-    example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    if isinstance(example, (torch.SymFloat, torch.SymInt)):
-        return float(example.node.expr) if example.node.expr.is_number else value
+    if isinstance(value, fx.Node):
+        example = value.meta.get("example_value")
+        if isinstance(example, (torch.SymFloat, torch.SymInt)):
+            return float(example.node.expr) if example.node.expr.is_number else value
     raise NoMatch("scores are scaled by a tensor")

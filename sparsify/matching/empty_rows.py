@@ -8,6 +8,7 @@ gives NaN, leaves such a row 0 under -inf.
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,23 +16,24 @@ import sympy
 import torch
 from torch import fx
 
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
+from sparsify.graph.calls import as_node
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.masks.prove import Extents
 from sparsify.masks.reader import Reader
-from sparsify.masks.symbolic import BATCH, HEAD, KEY, QUERY, Facts, Unreadable, cases
+from sparsify.masks.symbolic import BATCH, HEAD, KEY, QUERY, Element, Facts, Unreadable, cases
 from sparsify.matching import biases
 from sparsify.matching.context import Bias, MaskReading, MatchContext
 from sparsify.matching.eager_ops import FILLS, NoMatch
 from sparsify.matching.scores import AddedTerms, Chain
-from sparsify.matching.sites import KeyBias
+from sparsify.matching.sites import EmptyRowsKind, KeyBias
 
 
 @dataclass(frozen=True)
 class EmptyRows:
     """The fields of `sites.AttentionSite` that say it."""
 
-    empty_rows: str
+    empty_rows: EmptyRowsKind
     lowest: float = 0.0
 
 
@@ -65,19 +67,19 @@ def rows_of_sdpa(
     """
     if proof.opaque or (impossible(proof, extents, context.facts) and not parts.per_key):
         return IMPOSSIBLE
-    if mask is None or not tensor_of(mask).dtype.is_floating_point:
+    if mask is None or not example_tensor(mask).dtype.is_floating_point:
         return ZERO
     masks = parts.masks or (() if parts.per_key else ((mask, "mask", node),))
     numbers = {number for one in masks for number in _hidden(context, *one, extents)}
     if numbers <= {-math.inf}:
         return ZERO
-    if tensor_of(mask).dtype is not tensor_of(node).dtype:
+    if example_tensor(mask).dtype is not example_tensor(node).dtype:
         raise NoMatch("rows may see no key, under a mask of another dtype")
     # half types are computed in float32
-    math_dtype = torch.promote_types(tensor_of(node).dtype, torch.float32)
+    math_dtype = torch.promote_types(example_tensor(node).dtype, torch.float32)
     found = _decided({number: _swallows(number, math_dtype) for number in numbers})
     # fused kernels of GPUs multiply the mask by log2(e), beyond the range of float32: -inf to them
-    return ZERO if tensor_of(node).device.type == "cuda" else found
+    return ZERO if example_tensor(node).device.type == "cuda" else found
 
 
 def rows_of_written_out(
@@ -95,7 +97,7 @@ def rows_of_written_out(
     Raises:
         NoMatch: rows may see no key, and what they hold cannot be said.
     """
-    places = tuple(added.per_key)
+    places = added.per_key
     per_key = tuple(replace(one, reader=None) for one in places)  # no operand of the site
     # one more logit in the denominator outweighs everything hidden
     if proof.opaque or chain.sinks is not None or (impossible(proof, extents, context.facts) and not per_key):
@@ -106,7 +108,8 @@ def rows_of_written_out(
     for mask, form, reader in added.masks:
         sums.setdefault(adders.get(reader, reader), set()).update(_hidden(context, mask, form, reader, extents))
     levels = _levels(context, chain, softmax, fills, sums, {*adders.values()})
-    if per_key and any(not _swallows(torch.finfo(tensor_of(one.reader).dtype).min, tensor_of(one.reader).dtype) for one in places):
+    dtypes = {example_tensor(one.reader).dtype for one in places}
+    if any(not _swallows(torch.finfo(dtype).min, dtype) for dtype in dtypes):
         raise NoMatch("a bias per key may hide every key of a row, and float16 keeps scores beside it")
     if not masks:
         return NAN, per_key
@@ -155,7 +158,8 @@ def _decided(levels: dict[float, bool]) -> EmptyRows:
 def _reaches(context: MatchContext, bias: KeyBias, fills: list[fx.Node]) -> bool:
     """Whether scores that the mask hides get the bias too: not where a fill replaces their sum."""
     position = context.memory.position
-    after = {position[bias.reader] > position[fill] for fill in fills} or {True}
+    added = position[as_node(bias.reader)]
+    after = {added > position[fill] for fill in fills} or {True}
     if len(after) > 1:
         raise NoMatch("rows may see no key, and a bias per key is added between two masks")
     return bias.on_hidden and after == {True}
@@ -163,26 +167,31 @@ def _reaches(context: MatchContext, bias: KeyBias, fills: list[fx.Node]) -> bool
 
 def _hidden(context: MatchContext, mask: fx.Node, form: str, reader: fx.Node, extents: Extents) -> set[float]:
     """The numbers that a mask adds to hidden scores, or puts in their place. reader: as `masks.prove` takes it."""
-    if not tensor_of(mask).dtype.is_floating_point:
+    if not example_tensor(mask).dtype.is_floating_point:
         return {_filled(context, reader)}
     if (mask, extents) not in context.hiding_numbers:
         at = {BATCH: extents.batch, HEAD: extents.heads, QUERY: extents.query_len, KEY: extents.key_len}
         indices = [sympy.Integer(0) if size == 1 else symbol for symbol, size in at.items()]
         element = Reader(Facts(context.shape_env, at)).read(mask).broadcast(4)(*indices)
-        context.hiding_numbers[mask, extents] = {float(value) for _, value in cases(element)} - {0.0}
+        context.hiding_numbers[mask, extents] = {_float(value) for _, value in cases(element)} - {0.0}
     return context.hiding_numbers[mask, extents]
 
 
 def _filled(context: MatchContext, node: fx.Node) -> float:
     """The number that a fill, or a mask that is a broadcast of one, puts at hidden places."""
     while node.target not in FILLS:
-        node = node.args[0]
-    dtype = tensor_of(node).dtype
+        node = as_node(node.args[0])
+    dtype = example_tensor(node).dtype
     for operand in (*node.args, *node.kwargs.values()):
-        single = tensor_of(operand) is None or tensor_of(operand).dim() == 0
+        single = (tensor := tensor_of(operand)) is None or tensor.dim() == 0
         if single and biases.hides(operand, dtype, context.shape_env):
-            return _rounded(float(Reader(Facts(context.shape_env)).read(operand).at()), dtype)
+            return _rounded(_float(Reader(Facts(context.shape_env)).read(operand).at()), dtype)
     raise Unreadable("a mask fills with no number")
+
+
+def _float(element: Element) -> float:
+    """An element that is known to be a number."""
+    return float(typing.cast(sympy.Expr, element))
 
 
 def _rounded(number: float, dtype: torch.dtype) -> float:

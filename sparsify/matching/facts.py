@@ -9,29 +9,32 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import Max
 
+from sparsify.costs.sizes import Size
 from sparsify.graph import compat
-from sparsify.graph.aliasing import tensor_of
+from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.module_paths import layer_number, module_path
 from sparsify.masks import prove
 from sparsify.masks.symbolic import plain, scalar, sizes
-from sparsify.matching.sites import AttentionSite
+from sparsify.matching.base import StrideOrder
+from sparsify.matching.sites import AttentionSite, Source
 
 
 def autocast_to(output: fx.Node, operands: tuple[fx.Node, ...], *products: fx.Node) -> torch.dtype | None:
     """The dtype that attention computes in: its operands' own, or the one that autocast converts them to. None where dtypes differ for
     another reason. products: other results that autocast would have rounded too."""
-    dtype = tensor_of(output).dtype
-    found = {tensor_of(n).dtype for n in operands}
+    dtype = example_tensor(output).dtype
+    found = {example_tensor(n).dtype for n in operands}
     if found == {dtype}:
         return dtype
-    half = dtype in (torch.float16, torch.bfloat16) and all(tensor_of(n).dtype is dtype for n in products)
+    half = dtype in (torch.float16, torch.bfloat16) and all(example_tensor(n).dtype is dtype for n in products)
     return dtype if half and found <= {torch.float32, dtype} else None
 
 
-def stride_order(tensor: torch.Tensor) -> str:
+def stride_order(tensor: torch.Tensor) -> StrideOrder:
     """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter."""
     shape, strides = sizes(tensor), tuple(scalar(s) for s in tensor.stride())
-    for name, order in (("bhqd", (0, 1, 2, 3)), ("bqhd", (0, 2, 1, 3))):
+    orders: dict[StrideOrder, tuple[int, ...]] = {"bhqd": (0, 1, 2, 3), "bqhd": (0, 2, 1, 3)}
+    for name, order in orders.items():
         # torch writes the strides over a size that might be 0 with Max(1, size)
         for size in (lambda n: n, lambda n: n if n.is_number else Max(1, n)):
             expected, running = {}, sympy.Integer(1)
@@ -71,13 +74,13 @@ def missed(site: AttentionSite, reason: str) -> AttentionSite:
 
 
 def bare_site(
-    node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, near_miss: str, source: str = "sdpa"
+    node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, near_miss: str, source: Source = "sdpa"
 ) -> AttentionSite:
     """The record of an attention that could not be described: sizes as far as they exist, the reason in `near_miss`."""
-    tensor = tensor_of(query) if tensor_of(query) is not None else tensor_of(node)
+    tensor = example_tensor(node) if (found := tensor_of(query)) is None else found
     name, layer = layer_of(node)
 
-    def size(operand: fx.Node, dimension: int) -> object:
+    def size(operand: fx.Node, dimension: int) -> Size:
         found = tensor_of(operand)
         return plain(sizes(found)[dimension]) if found is not None and found.dim() >= -dimension else 1
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from sparsify.costs.sizes import Size
 from sparsify.graph import unforeseen
-from sparsify.graph.aliasing import Memory, tensor_of
+from sparsify.graph.aliasing import Memory, example_tensor, tensor_of
+from sparsify.graph.calls import as_node
 from sparsify.graph.views import transposed
 from sparsify.masks.symbolic import plain, sizes
 from sparsify.matching.base import SiteOverKeys
 from sparsify.matching.facts import layer_of
 from sparsify.matching.pointwise import CASTS, VIEWS, activation_of, form, inert, is_parameter, kind_of, norm_of, pair, scalar_of
-from sparsify.matching.sites import FeedForwardSite, Norm
+from sparsify.matching.sites import Activation, FeedForwardSite, Layout, Norm
 from sparsify.ops.gradients import TRANSFORMED, Modes
 from sparsify.ops.operands import plain_tensor
 
@@ -58,8 +63,8 @@ class _Core:
     up: _Product
     gate: _Product | None
     down: _Product
-    layout: str
-    activation: str
+    layout: Layout
+    activation: Activation
     nodes: tuple[fx.Node, ...]
 
 
@@ -98,10 +103,10 @@ class _Matcher:
             return None
         tail = _tail(node)
         norm, source, norm_nodes = self._own_norm(core)
-        tensor = tensor_of(tail.output)
+        tensor = example_tensor(tail.output)
         shape = sizes(tensor)
         covered = tuple(dict.fromkeys((*norm_nodes, *core.nodes, *tail.nodes)))
-        intermediate = sizes(tensor_of(core.down.weight))[0 if core.down.transposed else 1]
+        intermediate = sizes(example_tensor(core.down.weight))[0 if core.down.transposed else 1]
         parameters = (core.up.weight, core.down.weight, *((core.gate.weight,) if core.gate else ()))
         site = FeedForwardSite(
             *_name(core.down.nodes[-1]),
@@ -135,7 +140,7 @@ class _Matcher:
         )
         positions, cached = self._positions(site)
         site = dataclasses.replace(site, positions=positions, cached=cached)
-        return dataclasses.replace(site, near_miss=tail.trouble or self._find_obstacle(site, core))
+        return dataclasses.replace(site, near_miss=tail.trouble or self._find_obstacle(site, core, source))
 
     def _own_norm(self, core: _Core) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]]:
         """The norm that only this block reads, what it normalises, and its nodes; without one, the block's own input."""
@@ -145,15 +150,15 @@ class _Matcher:
             return Norm(), core.source, ()
         return found
 
-    def _find_obstacle(self, site: FeedForwardSite, core: _Core) -> str:
-        """Why a block with a residual cannot be replaced, or nothing."""
-        if self.modes.transformed((site.output, site.input, *site.covered)):
+    def _find_obstacle(self, site: FeedForwardSite, core: _Core, source: fx.Node) -> str:
+        """Why a block with a residual cannot be replaced, or nothing. source: the site's input."""
+        if self.modes.transformed((site.output, source, *site.covered)):
             return TRANSFORMED
-        read = (site.input, site.up, site.gate, site.down, site.up_bias, site.gate_bias, site.down_bias, site.norm.weight, site.norm.bias)
+        read = (source, site.up, site.gate, site.down, site.up_bias, site.gate_bias, site.down_bias, site.norm.weight, site.norm.bias)
         for node in (*read, site.post_norm.weight, *site.residuals):
-            if node is not None and not plain_tensor(tensor_of(node)):
-                return f"it reads a {type(tensor_of(node)).__name__}, not a plain tensor"
-        tensors = [tensor_of(n) for n in (site.output, site.input, site.up, site.down, *site.residuals)]
+            if node is not None and ((tensor := tensor_of(node)) is None or not plain_tensor(tensor)):
+                return f"it reads a {type(tensor).__name__}, not a plain tensor"
+        tensors = [example_tensor(n) for n in (site.output, source, core.up.weight, core.down.weight, *site.residuals)]
         if len({t.dtype for t in tensors}) > 1:
             return "weights and residual differ in dtype"
         if (core.gate is not None and core.gate.transposed != core.down.transposed) or core.up.transposed != core.down.transposed:
@@ -170,14 +175,14 @@ class _Matcher:
                 return "an operand is written in place before the block ends"
         return ""
 
-    def _query_len(self, output: fx.Node) -> object:
-        shape = sizes(tensor_of(output))
-        if len(shape) >= 3:
+    def _query_len(self, output: fx.Node) -> Size:
+        shape = sizes(example_tensor(output))
+        if example_tensor(output).dim() >= 3:
             return plain(shape[-2])
         if self.attention:
             return self.attention[0].query_len
         token_ids = [n for n in self.graph.nodes if n.op == "placeholder" and _integers(n, 2)]
-        return plain(sizes(tensor_of(token_ids[0]))[-1]) if token_ids else plain(shape[0])
+        return plain(sizes(example_tensor(token_ids[0]))[-1]) if token_ids else plain(shape[0])
 
     def _positions(self, site: FeedForwardSite) -> tuple[fx.Node | None, fx.Node | None]:
         """By name: a wrong one could only shift the warm-up, never a value that is computed."""
@@ -185,7 +190,7 @@ class _Matcher:
             if node is site.output:
                 break
             named = re.search(r"position_ids|cache_position", node.name) and (_integers(node, 1) or _integers(node, 2))
-            if named and plain(sizes(tensor_of(node))[-1]) == site.query_len:
+            if named and plain(sizes(example_tensor(node))[-1]) == site.query_len:
                 return node, None
         for one in self.attention:
             if not one.near_miss and not one.mask.opaque and one.mask.query_start.bottom_right and one.query_len == site.query_len:
@@ -202,7 +207,7 @@ class _Matcher:
             if layer is None:
                 continue
             scores = node.all_input_nodes[0]
-            tensor = tensor_of(scores)
+            tensor = example_tensor(scores)
             reason = "the block routes tokens to experts: which weights are read depends on the token already"
             path = name.rpartition(".")[0] or name
             site = FeedForwardSite(path, layer, 0, 0, scores, dtype=tensor.dtype, device=tensor.device, near_miss=reason)
@@ -221,11 +226,8 @@ def _name(down: fx.Node) -> tuple[str, int | None]:
     return name.rpartition(".")[0], layer
 
 
-def _product(shape: tuple) -> object:
-    total = 1
-    for size in shape:
-        total = total * size
-    return int(total) if getattr(total, "is_Integer", isinstance(total, int)) else total
+def _product(shape: tuple[sympy.Expr, ...]) -> Size:
+    return plain(math.prod(shape, start=sympy.Integer(1)))
 
 
 # -- the block itself ----------------------------------------------------------------------------------------------------------------
@@ -245,8 +247,8 @@ def _linear(node: fx.Node) -> _Product | None:
         if call is None or kind_of(call.mat1) not in VIEWS or set(inner.users) != {node}:
             return None
         before = call.mat1
-        source = before.args[0]
-        if set(before.users) != {inner} or sizes(tensor_of(source))[:-1] != sizes(tensor_of(node))[:-1]:
+        source = as_node(before.args[0])
+        if set(before.users) != {inner} or sizes(example_tensor(source))[:-1] != sizes(example_tensor(node))[:-1]:
             return None
         return _made(source, call.mat2, call.input, True, (before, inner, node))
     if kind == "addmm" and not any(kind_of(u) in VIEWS for u in node.users):
@@ -258,23 +260,27 @@ def _linear(node: fx.Node) -> _Product | None:
 _ADDMM = "input: tensor, mat1: tensor, mat2: tensor"
 
 
-def _made(source: object, weight: object, bias: object, transposed: bool, nodes: tuple[fx.Node, ...]) -> _Product | None:
-    if tensor_of(source) is None or not is_parameter(weight, 2) or not (bias is None or is_parameter(bias, 1)):
+def _made(source: Any, weight: fx.Node | None, bias: fx.Node | None, transposed: bool, nodes: tuple[fx.Node, ...]) -> _Product | None:
+    read, made = tensor_of(source), example_tensor(nodes[-1])
+    if read is None or weight is None or not is_parameter(weight, 2) or not (bias is None or is_parameter(bias, 1)):
         return None
     # views between them may have cut rows in another way, or read other bits
-    rows, columns = sizes(tensor_of(weight))[:: -1 if transposed else 1]
-    read, made = tensor_of(source), tensor_of(nodes[-1])
+    rows, columns = sizes(example_tensor(weight))[:: -1 if transposed else 1]
     views = ((source, nodes[0]), (nodes[1], nodes[2])) if len(nodes) == 3 else ()
-    if (sizes(read)[-1], sizes(made)[-1]) != (columns, rows) or any(tensor_of(a).dtype is not tensor_of(b).dtype for a, b in views):
+    if (sizes(read)[-1], sizes(made)[-1]) != (columns, rows):
+        return None
+    if any(example_tensor(a).dtype is not example_tensor(b).dtype for a, b in views):
         return None
     return _Product(source, weight, bias, transposed, nodes)
 
 
 def _half(node: fx.Node) -> tuple[_Product, int, tuple[fx.Node, ...]] | None:
     """One half of a fused product: `product.chunk(2, -1)[i]` or `product.split(n, -1)[i]`."""
-    if kind_of(node) != "getitem" or node.args[1] not in (0, 1) or not isinstance(node.args[0], fx.Node):
+    if kind_of(node) != "getitem":
         return None
-    parts = node.args[0]
+    parts, place = node.args
+    if not isinstance(parts, fx.Node) or not isinstance(place, int) or place not in (0, 1):
+        return None
     if kind_of(parts) not in ("chunk", "split") or len(parts.meta["example_value"]) != 2:
         return None
     call = form(parts, "input: tensor, chunks, dim=0", "tensor: tensor, split_size_or_sections, dim=0", "input: tensor, split_size, dim=0")
@@ -282,10 +288,10 @@ def _half(node: fx.Node) -> tuple[_Product, int, tuple[fx.Node, ...]] | None:
         return None
     whole = getattr(call, "input", None) or call.tensor
     product = _linear(whole)
-    if product is None or call.dim not in (-1, tensor_of(whole).dim() - 1):
+    if product is None or call.dim not in (-1, example_tensor(whole).dim() - 1):
         return None
     halves = [sizes(t)[-1] for t in parts.meta["example_value"]]
-    return (product, node.args[1], (parts, node)) if halves[0] == halves[1] else None
+    return (product, place, (parts, node)) if halves[0] == halves[1] else None
 
 
 def _core(node: fx.Node) -> _Core | None:
@@ -295,21 +301,24 @@ def _core(node: fx.Node) -> _Core | None:
         return None
     inner = down.source
     gated = _gated(inner)
+    layout: Layout
     if gated is not None:
         source, up, gate, layout, activation, nodes = gated
     else:
         found = activation_of(inner)
-        up = _linear(found[1]) if found else None
-        if up is None:
+        up = _linear(found[1]) if found is not None else None
+        if found is None or up is None:
             return None
         source, gate, layout, activation = up.source, None, "plain", found[0]
         nodes = (*up.nodes, *found[2])
-    if sizes(tensor_of(node))[-1] != sizes(tensor_of(source))[-1]:
+    if sizes(example_tensor(node))[-1] != sizes(example_tensor(source))[-1]:
         return None
     return _Core(source, up, gate, down, layout, activation, (*nodes, *down.nodes))
 
 
-def _gated(node: fx.Node) -> tuple | None:
+def _gated(
+    node: fx.Node,
+) -> tuple[fx.Node, _Product, _Product | None, Layout, Activation, tuple[fx.Node, ...]] | None:
     """`act(gate) · up`: source, up, gate, layout, activation, nodes."""
     factors = pair(node) if kind_of(node) == "mul" else None
     if factors is None or not all(isinstance(a, fx.Node) for a in factors):
@@ -324,7 +333,7 @@ def _gated(node: fx.Node) -> tuple | None:
             return gate.source, up, gate, "split", activation, (*gate.nodes, *steps, *up.nodes, node)
         first, second = _half(raw), _half(other)
         if first is not None and second is not None and first[0].nodes[-1] is second[0].nodes[-1] and first[1] != second[1]:
-            layout = "gate_up" if first[1] == 0 else "up_gate"
+            layout: Layout = "gate_up" if first[1] == 0 else "up_gate"
             nodes = (*first[0].nodes, *first[2], *steps, *second[2], node)
             return first[0].source, first[0], None, layout, activation, tuple(dict.fromkeys(nodes))
     return None
@@ -386,7 +395,7 @@ def _other_term(node: fx.Node, term: fx.Node) -> fx.Node | None:
     if terms is None or not all(isinstance(a, fx.Node) for a in terms):
         return None
     other = terms[1] if terms[0] is term else terms[0]
-    return other if tensor_of(other) is not None and tensor_of(other).is_floating_point() else None
+    return other if (tensor := tensor_of(other)) is not None and tensor.is_floating_point() else None
 
 
 def _norm_after(node: fx.Node) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import typing
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,18 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
 
-from sparsify.graph.aliasing import tensor_of, written
+from sparsify.graph.aliasing import example_tensor, tensor_of, written
 from sparsify.graph.calls import Unbound, bind
 from sparsify.masks.symbolic import sizes
-from sparsify.matching.sites import Norm
+from sparsify.matching.sites import Activation, Norm, NormKind
 
 _FUNCTIONS: dict[Any, str] = {
-    F.linear: "linear", torch._C._nn.linear: "linear", torch.addmm: "addmm", torch.matmul: "matmul", operator.matmul: "matmul",
+    F.linear: "linear", _nn.linear: "linear", torch.addmm: "addmm", torch.matmul: "matmul", operator.matmul: "matmul",
     operator.mul: "mul", torch.mul: "mul", operator.add: "add", torch.add: "add", operator.iadd: "iadd", operator.pow: "pow",
     torch.pow: "pow", torch.tanh: "tanh", torch.rsqrt: "rsqrt", operator.getitem: "getitem", torch.chunk: "chunk", torch.split: "split",
-    F.silu: "silu", F.gelu: "gelu", torch._C._nn.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.dropout: "dropout",
+    F.silu: "silu", F.gelu: "gelu", _nn.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.dropout: "dropout",
     torch.dropout: "dropout", F.layer_norm: "layer_norm", torch.layer_norm: "layer_norm", F.rms_norm: "rms_norm",
     torch.reshape: "reshape", torch.topk: "topk", torch.mean: "mean", operator.truediv: "truediv",
 }  # fmt: skip
@@ -31,6 +33,7 @@ _METHODS = {
 }  # fmt: skip
 VIEWS = ("view", "reshape")
 CASTS = ("to", "float", "type_as")
+_Coefficients = dict[tuple[int, ...], float]  # of a polynomial, by the powers of its symbols
 _GELU_SLOPE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -43,7 +46,7 @@ def kind_of(node: Any) -> str:
             return _FUNCTIONS.get(node.target, "")
         except TypeError:
             return ""
-    return node.target if node.op == "call_method" and node.target in _METHODS else ""
+    return str(node.target) if node.op == "call_method" and node.target in _METHODS else ""
 
 
 def form(node: fx.Node, *signatures: str) -> SimpleNamespace | None:
@@ -84,7 +87,7 @@ def scalar_of(node: fx.Node, factor: fx.Node) -> float | None:
 # -- activations -----------------------------------------------------------------------------------------------------------------------
 
 
-def activation_of(node: Any) -> tuple[str, fx.Node, tuple[fx.Node, ...]] | None:
+def activation_of(node: Any) -> tuple[Activation, fx.Node, tuple[fx.Node, ...]] | None:
     """(name, argument, nodes) when a node is silu, gelu, gelu_tanh or relu of its argument."""
     kind = kind_of(node)
     if kind in ("silu", "relu") and not written(node):
@@ -92,12 +95,12 @@ def activation_of(node: Any) -> tuple[str, fx.Node, tuple[fx.Node, ...]] | None:
         return (kind, call.input, (node,)) if call is not None else None
     if kind == "gelu":
         call = form(node, "input: tensor, approximate: str = 'none'")
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(call.approximate) if call is not None else None
-        return (name, call.input, (node,)) if name else None
+        names: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+        return (names[call.approximate], call.input, (node,)) if call is not None and call.approximate in names else None
     return _tanh_polynomial(node) if kind == "mul" else None
 
 
-def _tanh_polynomial(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] | None:
+def _tanh_polynomial(node: fx.Node) -> tuple[Activation, fx.Node, tuple[fx.Node, ...]] | None:
     """The tanh form of gelu written out: x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), in any arrangement of sums and products."""
     symbol = sympy.Symbol("x")
     values: dict[fx.Node, sympy.Expr] = {}
@@ -111,7 +114,7 @@ def _tanh_polynomial(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] 
             operands = _operands(here) if kind in ("add", "mul", "pow") and len(values) < 16 else None
             if operands is not None:
                 left, right = map(read, operands)
-                values[here] = {"add": left + right, "mul": left * right}.get(kind) if kind != "pow" else left**right
+                values[here] = left + right if kind == "add" else left * right if kind == "mul" else left**right
             elif kind == "tanh" and len(here.args) == 1 and not here.kwargs:
                 values[here] = sympy.tanh(read(here.args[0]))
             else:
@@ -126,7 +129,7 @@ def _tanh_polynomial(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] 
     (curve,) = tanhs
     saturation = sympy.Symbol("t")
     outer = _coefficients(expr.subs(curve, saturation), symbol, saturation)
-    inner = _coefficients(curve.args[0], symbol)
+    inner = _coefficients(typing.cast(sympy.Expr, curve.args[0]), symbol)
     wanted = ({(1, 0): 0.5, (1, 1): 0.5}, {(1,): _GELU_SLOPE, (3,): _GELU_SLOPE * _GELU_CUBIC})
     if not (_close(outer, wanted[0]) and _close(inner, wanted[1])):
         return None
@@ -138,14 +141,14 @@ def _operands(node: fx.Node) -> tuple[Any, Any] | None:
     return (call.input, call.exponent) if call is not None else pair(node) if kind_of(node) != "pow" else None
 
 
-def _coefficients(expr: sympy.Expr, *symbols: sympy.Symbol) -> dict[tuple[int, ...], float] | None:
+def _coefficients(expr: sympy.Expr, *symbols: sympy.Symbol) -> _Coefficients | None:
     try:
         return {powers: float(c) for powers, c in sympy.Poly(sympy.expand(expr), *symbols).terms()}
     except (sympy.PolynomialError, TypeError):
         return None
 
 
-def _close(found: dict | None, wanted: dict) -> bool:
+def _close(found: _Coefficients | None, wanted: _Coefficients) -> bool:
     return found is not None and found.keys() == wanted.keys() and all(abs(found[k] - wanted[k]) <= 1e-6 * abs(wanted[k]) for k in wanted)
 
 
@@ -165,13 +168,13 @@ def norm_of(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
             continue
         parameter, offset, weight_nodes = weight
         source, eps, inner_cast, unit_nodes = unit
-        if inner_cast and tensor_of(right).dtype is not tensor_of(source).dtype:
+        if inner_cast and example_tensor(right).dtype is not example_tensor(source).dtype:
             return None
-        exact = tensor_of(source).dtype == torch.float32
-        if tensor_of(node).dtype != tensor_of(source).dtype or (offset and inner_cast and not exact):
+        exact = example_tensor(source).dtype == torch.float32
+        if example_tensor(node).dtype != example_tensor(source).dtype or (offset and inner_cast and not exact):
             return None
-        kind = "rms_offset" if offset else "rms" if inner_cast or (exact and not cast) else "rms_fp32"
-        if sizes(tensor_of(parameter))[0] != sizes(tensor_of(source))[-1]:
+        kind: NormKind = "rms_offset" if offset else "rms" if inner_cast or (exact and not cast) else "rms_fp32"
+        if sizes(example_tensor(parameter))[0] != sizes(example_tensor(source))[-1]:
             return None
         return Norm(kind, parameter, None, eps), source, tuple(dict.fromkeys((*unit_nodes, *weight_nodes, body, node)))
     return None
@@ -207,7 +210,7 @@ def _norm_weight(node: Any) -> tuple[fx.Node, bool, tuple[fx.Node, ...]] | None:
         nodes.append(node)
         node = terms[1] if terms[0] == 1.0 else terms[0]
     cast, inner = _uncast(node)
-    if cast and isinstance(inner, fx.Node) and tensor_of(node).dtype is torch.float32:
+    if cast and isinstance(inner, fx.Node) and example_tensor(node).dtype is torch.float32:
         nodes.append(node)
         node = inner
     return (node, offset, tuple(nodes)) if is_parameter(node, 1) else None
@@ -228,7 +231,7 @@ def _unit(node: Any) -> tuple[fx.Node, float, bool, tuple[fx.Node, ...]] | None:
         square = _mean_of_last(mean) if kind_of(mean) == "mean" else None
         if square is None or not isinstance(eps, (int, float)):
             continue
-        if kind_of(square) != "pow" or _operands(square) != (wide, 2) or tensor_of(wide).dtype != torch.float32:
+        if kind_of(square) != "pow" or _operands(square) != (wide, 2) or example_tensor(wide).dtype != torch.float32:
             continue
         widened, source = _uncast(wide)
         nodes = [square, mean, total, root, body]

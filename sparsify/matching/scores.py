@@ -9,7 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from sparsify.graph.aliasing import tensor_of, written
+from sparsify.graph.aliasing import example_tensor, tensor_of, written
+from sparsify.graph.calls import as_node
 from sparsify.masks.symbolic import sizes
 from sparsify.matching import biases
 from sparsify.matching.context import MaskReading, MatchContext
@@ -78,6 +79,13 @@ class Chain:
     nodes: list[fx.Node] = field(default_factory=list)
 
     @property
+    def scale(self) -> float | fx.Node:
+        """What the product is multiplied with before everything else, a softcap's division undone."""
+        if isinstance(self.factor, fx.Node):  # then there is no softcap
+            return self.factor
+        return self.factor * self.softcap if self.softcap else self.factor
+
+    @property
     def bare(self) -> bool:
         """Nothing has happened to the scores yet that comes after a mask."""
         return not self.softcap and self.factor == 1.0
@@ -91,7 +99,7 @@ class Chain:
         """
         return "a softcap" if self.softcap else "a sink logit" if self.sinks is not None else ""
 
-    def multiply(self, by: object) -> None:
+    def multiply(self, by: float | fx.Node) -> None:
         if isinstance(by, fx.Node):
             if self.factor != 1.0 or self.softcap:
                 raise NoMatch("the scale is a product of run-time numbers")
@@ -108,8 +116,8 @@ def is_row_maximum(node: fx.Node) -> bool:
 
 def flat_heads(four: fx.Node, three: fx.Node) -> None:
     """Refuses a view that does anything but merge batch and heads."""
-    wide, flat = sizes(tensor_of(four)), sizes(tensor_of(three))
-    if tensor_of(four).dtype is not tensor_of(three).dtype:
+    wide, flat = sizes(example_tensor(four)), sizes(example_tensor(three))
+    if example_tensor(four).dtype is not example_tensor(three).dtype:
         raise NoMatch("a view reads numbers of another dtype")
     if wide == flat:
         return
@@ -119,12 +127,12 @@ def flat_heads(four: fx.Node, three: fx.Node) -> None:
 
 def is_flat(tensor: fx.Node, scores: fx.Node) -> bool:
     """Whether batch and heads are merged, in scores and in a tensor that is broadcast to them."""
-    return tensor_of(scores).dim() == 3 and tensor_of(tensor).dim() == 3 and sizes(tensor_of(tensor))[0] != 1
+    return example_tensor(scores).dim() == 3 and example_tensor(tensor).dim() == 3 and sizes(example_tensor(tensor))[0] != 1
 
 
 def check_cast(node: fx.Node) -> None:
     """Refuses conversions that do more than round."""
-    tensor, source = tensor_of(node), tensor_of(node.args[0])
+    tensor, source = example_tensor(node), example_tensor(node.args[0])
     if tensor.dtype not in FLOATS or tensor.device != source.device:
         raise NoMatch(f"a conversion to {tensor.dtype} on {tensor.device}")
 
@@ -160,19 +168,20 @@ class ScoreWalk:
     def before(self, here: fx.Node) -> fx.Node:
         """The scores that a step got; the step is noted in the chain."""
         scores = self.step(here)
-        before, after = sizes(tensor_of(scores)), sizes(tensor_of(here))
+        before, after = sizes(example_tensor(scores)), sizes(example_tensor(here))
         if here.target not in VIEW and (len(before) != len(after) or any(b == 1 != a for b, a in zip(before, after))):
             raise NoMatch("the scores are broadcast")
         return scores
 
     def step(self, here: fx.Node) -> fx.Node:
         chain, target = self.chain, here.target
-        if tensor_of(here) is None or not tensor_of(here).dtype.is_floating_point:
-            what = "are integers" if tensor_of(here) is not None else f"pass through {getattr(target, '__name__', target)}"
+        tensor = tensor_of(here)
+        if tensor is None or not tensor.dtype.is_floating_point:
+            what = "are integers" if tensor is not None else f"pass through {getattr(target, '__name__', target)}"
             raise NoMatch(f"the scores {what}")
         if target in CAST | SAME:
             check_cast(here)
-            return here.args[0]
+            return as_node(here.args[0])
         if target in MUL | DIV:
             return self.scale(here)
         if target in (operator.neg, torch.neg, "neg"):
@@ -223,7 +232,7 @@ class ScoreWalk:
             left, right = right, left
         if tensor_of(right) is None or leads_to_product(right):
             raise NoMatch("scores are a sum of other terms")
-        if not tensor_of(right).dtype.is_floating_point:
+        if not example_tensor(right).dtype.is_floating_point:
             raise NoMatch("integers are added to the scores")
         if len(self.chain.terms) == 3:
             raise NoMatch("many terms are added to the scores")
@@ -245,7 +254,7 @@ class ScoreWalk:
             scores, low, form = low, scores, "hidden"
         if tensor_of(scores) is None or tensor_of(condition) is None:
             raise NoMatch("a mask of another form")
-        if not biases.hides(low, tensor_of(node).dtype, self.context.shape_env):
+        if not biases.hides(low, example_tensor(node).dtype, self.context.shape_env):
             raise NoMatch("hidden scores are filled with a number that is not the lowest")
         self.chain.masks.append((condition, form, node))
         return scores
@@ -257,7 +266,7 @@ class ScoreWalk:
         if call.alpha != 1 or not isinstance(found, fx.Node) or not is_row_maximum(found):
             raise NoMatch("something is subtracted from the scores")
         maximum = named(found, "input, dim, keepdim: bool = False")
-        last = (-1, tensor_of(call.input).dim() - 1)
+        last = (-1, example_tensor(call.input).dim() - 1)
         if (
             maximum.input is not call.input
             or not maximum.keepdim
@@ -276,8 +285,8 @@ class ScoreWalk:
         if (
             len(parts) != 2
             or any(tensor_of(p) is None for p in parts)
-            or dim not in (-1, tensor_of(node).dim() - 1)
-            or tensor_of(parts[1]).shape[-1] != 1
+            or dim not in (-1, example_tensor(node).dim() - 1)
+            or example_tensor(parts[1]).shape[-1] != 1
         ):
             raise NoMatch("scores are concatenated with something")
         if self.chain.masks or self.chain.terms or not self.chain.bare or self.chain.sinks is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import sympy
 import torch
@@ -14,7 +14,13 @@ from sparsify.costs import seconds
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import FeedForwardSizes, Size
 from sparsify.masks.predicate import MaskKind, MaskPredicate
-from sparsify.matching.base import Phase, Site, SiteKind, SiteOverKeys, stand_in
+from sparsify.matching.base import Phase, Site, SiteKind, SiteOverKeys, StrideOrder, stand_in
+
+Source = Literal["sdpa", "eager"]
+EmptyRowsKind = Literal["impossible", "zero", "mean", "nan"]
+NormKind = Literal["none", "layer", "rms", "rms_fp32", "rms_offset"]
+Layout = Literal["split", "gate_up", "up_gate", "plain"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,12 @@ class AttentionSite(SiteOverKeys):
     dtype: torch.dtype
     device: torch.device
     needs_grad: bool
-    output_stride_order: Literal["bhqd", "bqhd", "other"]
-    source: Literal["sdpa", "eager"] = "sdpa"
+    output_stride_order: StrideOrder
+    source: Source = "sdpa"
     sink_logits: fx.Node | None = None  # [query_heads], one extra logit per head in the softmax's denominator
     alibi_slopes: fx.Node | None = None  # [query_heads] or [batch, query_heads], float: adds slope · key position
     key_bias: tuple[KeyBias, ...] = ()  # what else is added to the scores, the same for every query row
-    empty_rows: Literal["impossible", "zero", "mean", "nan"] = "zero"
+    empty_rows: EmptyRowsKind = "zero"
     lowest: float = 0.0
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)  # nodes that only compute this attention, output included
@@ -117,7 +123,7 @@ class CacheSite(SiteOverKeys):
     query, key, value: the call's tokens, [batch, heads, query_len, head_dim]; query is key where the store observes none.
     state: keys, values, positions, counts, seen, length.
     key_len: slots per KV head.
-    phase: decode for one token; prefill for the first call; chunk for later calls of several tokens.
+    empty: whether no token was stored before.
     near_miss: why the two ops cannot be described as one; kv_evict refuses with it.
     """
 
@@ -142,11 +148,15 @@ class CacheSite(SiteOverKeys):
     v_head_dim: Size
     dtype: torch.dtype
     device: torch.device
-    phase: Phase
+    empty: bool
     mask: MaskPredicate = field(default_factory=lambda: MaskPredicate(MaskKind.NONE, condition="kept slots"))
-    output_stride_order: Literal["bqhd"] = "bqhd"
+    output_stride_order: StrideOrder = "bqhd"
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)
+
+    @property
+    def phase(self) -> Phase:
+        return "decode" if self.query_len == 1 else "prefill" if self.empty else "chunk"
 
     @property
     def offers_choice(self) -> bool:
@@ -161,7 +171,7 @@ class Norm:
         where x̂ = x · rsqrt(mean(x²) + eps) and cast rounds to the input's dtype.
     """
 
-    kind: Literal["none", "layer", "rms", "rms_fp32", "rms_offset"] = "none"
+    kind: NormKind = "none"
     weight: fx.Node | None = None  # [hidden]
     bias: fx.Node | None = None  # [hidden], "layer" only
     eps: float = 0.0
@@ -201,9 +211,9 @@ class FeedForwardSite(Site):
     up_bias: fx.Node | None = None
     gate_bias: fx.Node | None = None
     down_bias: fx.Node | None = None
-    layout: Literal["split", "gate_up", "up_gate", "plain"] = "plain"
+    layout: Layout = "plain"
     transposed: bool = False
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     norm: Norm = Norm()
     post_norm: Norm = Norm()
     scale: float = 1.0
@@ -216,7 +226,7 @@ class FeedForwardSite(Site):
     needs_grad: bool = False
     positions: fx.Node | None = None
     cached: fx.Node | None = None
-    output_stride_order: Literal["bhqd"] = "bhqd"
+    output_stride_order: StrideOrder = "bhqd"
     near_miss: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)
 
@@ -252,7 +262,8 @@ class FeedForwardSite(Site):
     def resized(self, old: int, new: int) -> Self:
         if self.query_len != old or old == new:
             return self
-        rows = self.rows // self.query_len * new
+        rows = int(self.rows // self.query_len * new)
         shape = self.output.meta["example_value"].shape
-        output = stand_in(self.output, {dim: {old: new, self.rows: rows}.get(size, size) for dim, size in enumerate(shape[:-1])})
+        changed: dict[Any, Any] = {old: new, self.rows: rows}
+        output = stand_in(self.output, {dim: changed.get(size, size) for dim, size in enumerate(shape[:-1])})
         return dataclasses.replace(self, query_len=new, rows=rows, output=output)
