@@ -68,7 +68,7 @@ def choose(${parameters}):
     # candidates at or above each bound: with one left between them, it is the cutoff
     above_low = tl.sum((bits >= 0).to(tl.int32))
     above_high = 0
-%if density
+%if rule == "density"
     # a density is a fixed-point number of ${density_bits} bits
     wanted = (tl.sum(possible.to(tl.int64)) * share + ((1 << ${density_bits}) - 1)) >> ${density_bits}
     wanted = (wanted - tl.sum(forced.to(tl.int64))).to(tl.int32)
@@ -87,7 +87,7 @@ def choose(${parameters}):
     keep = (bits > low) | ((equal > 0) & (tl.cumsum(equal, 0) <= missing))
     everything = broken
 %else
-%if per_head
+%if rule == "taus"
     tau = tl.load(thresholds + h)
 %end
     gain = tl.where(other, mass, 0.0)
@@ -184,7 +184,7 @@ def pick(${parameters}):
     high = 0
     low = 0
     broken = 0
-%if density
+%if rule == "density"
     wanted = 0
     must = 0
 %else
@@ -195,18 +195,18 @@ def pick(${parameters}):
         mass, bits, possible, forced, bad = mass_of(importances, slot, first + lane, key_blocks, block, b, h, ${candidate_arguments})
         high = tl.maximum(high, tl.max(bits) + 1)
         broken = tl.maximum(broken, bad)
-%if density
+%if rule == "density"
         wanted += tl.sum(possible.to(tl.int32))
         must += tl.sum(forced.to(tl.int32))
 %else
         total += tl.sum(mass)
         must += tl.sum(tl.where(forced, mass, 0.0))
 %end
-%if density
+%if rule == "density"
     need = ((wanted.to(tl.int64) * share + ((1 << ${density_bits}) - 1)) >> ${density_bits}).to(tl.int32) - must
     everything = broken
 %else
-%if per_head
+%if rule == "taus"
     tau = tl.load(thresholds + h)
 %end
     need = tau * total - must
@@ -214,23 +214,23 @@ def pick(${parameters}):
 %end
     while high - low > 1:
         middle = low + (high - low) // 2
-        reached = ${"0" if density else "0.0"}
+        reached = ${"0" if rule == 'density' else "0.0"}
         for first in range(0, key_blocks, WIDTH):
             mass, bits, possible, forced, bad = mass_of(importances, slot, first + lane, key_blocks, block, b, h, ${candidate_arguments})
-            reached += tl.sum(${"(bits >= middle).to(tl.int32)" if density else "tl.where(bits >= middle, mass, 0.0)"})
+            reached += tl.sum(${"(bits >= middle).to(tl.int32)" if rule == 'density' else "tl.where(bits >= middle, mass, 0.0)"})
         low = tl.where(reached >= need, middle, low)
         high = tl.where(reached >= need, high, middle)
-    above = ${"0" if density else "0.0"}
+    above = ${"0" if rule == 'density' else "0.0"}
     for first in range(0, key_blocks, WIDTH):
         mass, bits, possible, forced, bad = mass_of(importances, slot, first + lane, key_blocks, block, b, h, ${candidate_arguments})
-        above += tl.sum(${"(bits > low).to(tl.int32)" if density else "tl.where(bits > low, mass, 0.0)"})
+        above += tl.sum(${"(bits > low).to(tl.int32)" if rule == 'density' else "tl.where(bits > low, mass, 0.0)"})
     count = 0
     ties = 0
     for first in range(0, key_blocks, WIDTH):
         mass, bits, possible, forced, bad = mass_of(importances, slot, first + lane, key_blocks, block, b, h, ${candidate_arguments})
         equal = (bits == low).to(tl.int32)
         rank = ties + tl.cumsum(equal, 0) - 1
-%if density
+%if rule == "density"
         keep = (bits > low) | ((equal > 0) & (rank < need - above))
 %else
         keep = (bits > 0) & ((bits > low) | ((equal > 0) & (above + rank.to(tl.float32) * mass < need)))

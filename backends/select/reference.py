@@ -31,13 +31,10 @@ from torch import Tensor
 
 from sparsify.backends.select import masks
 from sparsify.ops import block_lists
-from sparsify.ops.selection import SelectCall
+from sparsify.ops.selection import DENSITY_BITS, SelectCall
 
 # elements of one chunk's score matrix over all heads: 64 MB in fp32
 _CHUNK_ELEMENTS = 1 << 24
-
-# A density is a fixed-point number of this many bits, so that kernels agree on how many blocks it keeps.
-DENSITY_BITS = 24
 
 
 def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
@@ -51,7 +48,7 @@ def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
         counts, indices = call.empty_lists()
         return counts.zero_(), indices.zero_()
     possible, forced = candidates(call)
-    return block_lists.from_dense(choose(importance(call), possible, forced, call.threshold, call.density))
+    return block_lists.from_dense(choose(importance(call), possible, forced, call))
 
 
 def importance(call: SelectCall) -> Tensor:
@@ -102,28 +99,28 @@ def candidates(call: SelectCall) -> tuple[Tensor, Tensor]:
     return possible | forced, forced
 
 
-def choose(importance: Tensor, possible: Tensor, forced: Tensor, threshold: tuple[float, ...], density: float) -> Tensor:
-    """Bool table of kept blocks.
+def choose(importance: Tensor, possible: Tensor, forced: Tensor, call: SelectCall) -> Tensor:
+    """Bool table of kept blocks, by the call's rule.
 
     Args:
         importance: [batch, query_heads, query_blocks, key_blocks], not negative; see `importance`.
         possible, forced: broadcastable to it; see `candidates`. Forced blocks are possible.
-        threshold: share of each row's mass to keep, one or one per query head; 1 or more keeps all that is possible.
-        density: when positive, keep this share of each row's possible blocks instead, forced ones counted.
+        call: "tau", "taus": its threshold is the share of each row's mass to keep; 1 or more keeps all that is possible. "density": its
+            density is the share of each row's possible blocks to keep, forced ones counted.
     """
     possible, forced = possible.expand_as(importance), forced.expand_as(importance)
     broken = ~importance.isfinite().all(-1, keepdim=True)
     mass = importance.masked_fill(broken | ~possible, 0).double()
     others = mass.masked_fill(~possible | forced, -1)
     ranked, order = others.sort(dim=-1, descending=True, stable=True)
-    if density > 0:
-        share = int(density * (1 << DENSITY_BITS))
+    if call.rule == "density":
+        share = int(call.density * (1 << DENSITY_BITS))
         wanted = (possible.sum(-1, keepdim=True) * share + (1 << DENSITY_BITS) - 1) >> DENSITY_BITS
         rank = torch.arange(importance.shape[-1], device=importance.device)
         take = (rank < wanted - forced.sum(-1, keepdim=True)) & (ranked >= 0)
         everything = broken
     else:
-        tau = torch.tensor(threshold, dtype=torch.float64, device=importance.device)[:, None, None]
+        tau = torch.tensor(call.threshold, dtype=torch.float64, device=importance.device)[:, None, None]
         gains = ranked.clamp(min=0)
         before = (mass * forced).sum(-1, keepdim=True) + gains.cumsum(-1) - gains
         take = (before < tau * mass.sum(-1, keepdim=True)) & (ranked > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,10 +22,10 @@ from sparsify.backends.codegen.arguments import (
 )  # fmt: skip
 from sparsify.backends.codegen.template import render
 from sparsify.backends.select import choose_template, prepare, score_template
-from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import EXACT, Estimate
 from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE, SCORE_TILES_AT_ONCE_INT8, cdiv
+from sparsify.ops.selection import DENSITY_BITS, RULES
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SelectSpec:
     group: query heads per KV head.
     estimate: what is multiplied; `dtype` is what the op gets.
     window: "none", "one" or "per_head" (a tensor; 0 = none for that head).
-    rule: "tau" (one threshold), "taus" (a tensor) or "density".
+    rule: how blocks are chosen, a name in `sparsify.ops.selection.RULES`.
     wide: rows of key blocks do not fit in registers.
     negative: the scale of the logits is below 0; `score` gets its size.
     importance: `choose` also stores importances, for tests.
@@ -90,7 +91,7 @@ class SelectSpec:
             f"stride {self.stride}": self.stride not in (4, 8, 16),
             f"block {self.block} at a span of {self.span}": self.block % self.span != 0 or self.block % self.stride != 0,
             f"window {self.window!r}": self.window not in ("none", "one", "per_head"),
-            f"rule {self.rule!r}": self.rule not in ("tau", "taus", "density"),
+            f"rule {self.rule!r}": self.rule not in RULES,
             f"pooling by {self.reduce!r}": self.reduce not in ("sum", "max"),
             f"tiles of {self.tiling.rows} x {self.tiling.cols} cells": self.tiling.rows % max(1, self.block // self.span) != 0
             or self.tiling.cols * self.stride % self.block != 0,
@@ -184,8 +185,9 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         scales = pointers("fp32", "query_scales", "key_scales") if spec.estimate.int8 else []
         return (*_cells(spec), *scales, *sums, *start_at, *masks, *strides, *floats("scale"), *numbers, *_start(spec))
     lists, importances = [*pointers("i32", "counts"), *pointers("i16", "indices")], pointers("fp32", "importances")
-    rule = {"tau": floats("tau"), "taus": pointers("fp32", "thresholds"), "density": _runtime("share")}[spec.rule]
-    chosen = [*start_at, *_candidate_masks(spec), *rule]
+    kinds = {"fp32": floats, "i32": _runtime, "*fp32": functools.partial(pointers, "fp32")}
+    rule = [kinds[argument.type](argument.name) for argument in RULES[spec.rule].arguments]
+    chosen = [*start_at, *_candidate_masks(spec), *itertools.chain(*rule)]
     lengths = ["heads", "query_len", "key_len"]
     rows = ["query_cells", "first_cell", "row_count"]
     if kernel == "pool":
@@ -232,8 +234,6 @@ def generate(spec: SelectSpec) -> str:
         "finish_arguments": _names(
             arguments(spec, "score"), ("q", "k", "start_at", "start", "batch", "q_b", "q_h", "q_n", "k_b", "k_h", "k_n")
         ),
-        "density": spec.rule == "density",
-        "per_head": spec.rule == "taus",
         "density_bits": DENSITY_BITS,
         "span": spec.span,
         "steps": spec.steps,
@@ -259,6 +259,7 @@ def generate(spec: SelectSpec) -> str:
         "has_start",
         "importance",
         "negative",
+        "rule",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
     parts = [(score_template.HEADER + score_template.WALK, ""), (score_template.FINISH + score_template.SCORE, "score")]

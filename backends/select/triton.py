@@ -18,12 +18,11 @@ from sparsify.backends.codegen import source
 from sparsify.backends.codegen.launch import DTYPES, LOG2E, capability, launch, launching, power_of_two, processors, stride_values
 from sparsify.backends.select import masks, prepare
 from sparsify.backends.select import source as select_source
-from sparsify.backends.select.reference import DENSITY_BITS
 from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.errors import UnsupportedError
 from sparsify.ops.limits import cdiv
 from sparsify.ops.scratch import SUM_BYTES, WIDEST_ROW
-from sparsify.ops.selection import SelectCall
+from sparsify.ops.selection import RULES, RuleArgument, SelectCall
 
 _WHERE = "sparsify::select_blocks"
 _MAX_HEAD_DIM = 512
@@ -156,7 +155,8 @@ def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, im
             if sums is None:  # no chunk is larger than the first
                 sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
                 tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
-            values = {"sums": sums, "tops": tops, **scales, **_sliced(operands, call, chunk), **_numbers(call, spec, chunk, queries, keys)}
+            values = {"sums": sums, "tops": tops, **scales, **_sliced(operands, call, spec, chunk)}
+            values |= _numbers(call, spec, chunk, queries, keys)
             grid = (min(processors(call.query.device) * tiling.per_sm, heads * cdiv(rows, tiling.rows) * tiles),)
             scored = {**values, "windows": values.get("scored_windows")}
             launch(module.score, grid, select_source.arguments(spec, "score"), scored, num_warps=tiling.warps, num_stages=tiling.stages)
@@ -310,9 +310,14 @@ def _masks(call: SelectCall, spec: SelectSpec) -> dict[str, Any]:
         values["windows"] = _per_head(call.bounded_windows, torch.int32, call.query.device)
         groups = [call.bounded_windows[i : i + spec.shared] for i in range(0, call.heads, spec.shared)]
         values["scored_windows"] = _per_head(tuple(0 if 0 in g else max(g) for g in groups), torch.int32, call.query.device)
-    if spec.rule == "taus":
-        values["thresholds"] = _per_head(call.threshold, torch.float32, call.query.device)
+    for argument in _rule_arguments(spec, per_head=True):
+        values[argument.name] = _per_head(argument.value(call), torch.float32, call.query.device)
     return values
+
+
+def _rule_arguments(spec: SelectSpec, per_head: bool) -> list[RuleArgument]:
+    """What the rule's kernels read: one number per query head each, or a single number."""
+    return [argument for argument in RULES[spec.rule].arguments if argument.type.startswith("*") == per_head]
 
 
 def _padded(values: Tensor, size: int, fill: int) -> Tensor:
@@ -320,8 +325,8 @@ def _padded(values: Tensor, size: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values.to(torch.int32), (0, -values.shape[1] % size), value=fill)
 
 
-def _sliced(masks: dict[str, Any], call: SelectCall, chunk: _Chunk) -> dict[str, Any]:
-    per_head = {"windows": call.group, "thresholds": call.group}
+def _sliced(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> dict[str, Any]:
+    per_head = {"windows", *(argument.name for argument in _rule_arguments(spec, per_head=True))}
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     values = {}
     for name, mask in masks.items():
@@ -352,8 +357,8 @@ def _numbers(call: SelectCall, spec: SelectSpec, chunk: _Chunk, queries: Tensor,
     values |= stride_values(q=(queries, "bhn"), k=(keys, "bhn"))
     values |= {"query_len": call.query_len, "key_len": call.key_len, "query_cells": call.query_cells, "first_cell": chunk.cells[0]}
     values |= {"end_cell": chunk.cells[1], "row_count": chunk.cells[1] - chunk.cells[0], "counts_batch": call.heads * call.query_blocks}
-    values |= {"heads": queries.shape[1] * spec.shared, "share": int(call.density * (1 << DENSITY_BITS))}
-    values |= {"tau": call.threshold[0] if call.threshold else 0.0, "window": call.bounded_windows[0] if call.bounded_windows else 0}
+    values |= {"heads": queries.shape[1] * spec.shared, "window": call.bounded_windows[0] if call.bounded_windows else 0}
+    values |= {argument.name: argument.value(call) for argument in _rule_arguments(spec, per_head=False)}
     if not spec.has_start:
         values["start"] = call.start
     return values

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,45 @@ from sparsify.ops.limits import cdiv
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
 _MOST_BLOCKS = 32767
+# a density is a fixed-point number of this many bits, so that kernels agree on how many blocks it keeps
+DENSITY_BITS = 24
+
+
+@dataclass(frozen=True)
+class RuleArgument:
+    """What the kernels of a rule read of a call.
+
+    name: in the kernels' text.
+    type: as a Triton signature writes it: "fp32" or "i32" for a number, "*fp32" for one number per query head.
+    value: from a call: a number, or a tuple of one per query head.
+    """
+
+    name: str
+    type: Literal["fp32", "i32", "*fp32"]
+    value: Callable[[SelectCall], Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How blocks are chosen from their importances; `backends.select` has the rule itself, in plain PyTorch and in a kernel's text.
+
+    holds: whether a call asks for it.
+    arguments: of the kernels.
+    """
+
+    holds: Callable[[SelectCall], bool]
+    arguments: tuple[RuleArgument, ...]
+
+
+# by name; the first that holds decides
+RULES: dict[str, Rule] = {
+    # a share of each row's possible blocks
+    "density": Rule(lambda call: call.density > 0, (RuleArgument("share", "i32", lambda call: int(call.density * (1 << DENSITY_BITS))),)),
+    # a share of each row's mass, one per query head
+    "taus": Rule(lambda call: len(set(call.threshold)) > 1, (RuleArgument("thresholds", "*fp32", lambda call: call.threshold),)),
+    # a share of each row's mass, one for all heads
+    "tau": Rule(lambda call: True, (RuleArgument("tau", "fp32", lambda call: call.threshold[0]),)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +170,8 @@ class SelectCall(OpCall):
 
     @property
     def rule(self) -> str:
-        """How blocks are chosen: by "density", by one threshold "tau", or by one per head, "taus"."""
-        return "density" if self.density > 0 else "taus" if len(set(self.threshold)) > 1 else "tau"
+        """How blocks are chosen: a name in `RULES`."""
+        return next(name for name, rule in RULES.items() if rule.holds(self))
 
     def check(self) -> None:
         """Checks that the arguments fit together.

@@ -144,7 +144,7 @@ def test_an_unseen_write_is_caught(name, monkeypatch):
 
 @pytest.mark.parametrize("name", test_fuzz.COPIES)
 def test_a_copy_taken_for_its_original_is_caught(name, monkeypatch):
-    monkeypatch.setattr(eager._Match, "unwritten", lambda *reading: True)
+    monkeypatch.setattr(eager._WrittenOut, "unwritten", lambda *reading: True)
     caught_twice(lambda: test_fuzz.check_copies(name, "bfloat16"), monkeypatch)
 
 
@@ -178,18 +178,18 @@ def without_causality(possible, forced):
     return torch.ones_like(possible), forced
 
 
-def threshold_of_the_rest(importance, possible, forced, threshold, density):
+def threshold_of_the_rest(importance, possible, forced, call):
     """The share is taken of what is not forced, instead of the whole row."""
     rest = importance.masked_fill(forced.expand_as(importance), 0)
-    return real_choose(rest, possible, forced, threshold, density)
+    return real_choose(rest, possible, forced, call)
 
 
-def everything(importance, possible, forced, threshold, density):
+def everything(importance, possible, forced, call):
     return possible.expand_as(importance)
 
 
-def smallest_first(importance, possible, forced, threshold, density):
-    return real_choose(importance.amax(-1, keepdim=True) - importance, possible, forced, threshold, density)
+def smallest_first(importance, possible, forced, call):
+    return real_choose(importance.amax(-1, keepdim=True) - importance, possible, forced, call)
 
 
 def other_pool(call):

@@ -57,7 +57,7 @@ def test_equals_the_reference(name, stride, dim, tiling):
     block_lists.check(counts, indices, length, length, 0, 128)
     got = block_lists.to_dense(counts, indices, one.key_blocks)
     possible, forced = reference.candidates(one)
-    chosen = reference.choose(own, possible, forced, one.threshold, one.density)
+    chosen = reference.choose(own, possible, forced, one)
     assert (got ^ chosen).sum() <= 1e-4 * chosen.sum()
     again = triton_select.select_blocks(one, tiling=tiling)
     assert torch.equal(block_lists.to_dense(*again, one.key_blocks), got)

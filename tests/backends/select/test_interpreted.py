@@ -50,7 +50,7 @@ def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
     # a tie of 8 bits may fall the other way: the reference scales queries before it rounds them
     assert (own - wanted).nan_to_num().abs().max() < (5e-3 if rounded else 2e-3 if one.estimate.int8 else 5e-4)
     possible, forced = reference_select.candidates(one)
-    chosen = reference_select.choose(own, possible, forced, one.threshold, one.density)
+    chosen = reference_select.choose(own, possible, forced, one)
     assert torch.equal(got, chosen)
     reference = block_lists.to_dense(*reference_select.select_blocks(one), one.key_blocks)
     assert (got ^ reference).sum() <= 1

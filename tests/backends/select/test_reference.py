@@ -272,8 +272,9 @@ def test_equal_importances_go_by_index():
     importance = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.0]).expand(1, 1, 1, 6)
     forced = torch.tensor([True, False, False, False, False, False])
     possible = torch.ones(6, dtype=torch.bool)
-    assert reference.choose(importance, possible, forced, (0.5,), 0.0).int().tolist() == [[[[1, 1, 1, 0, 0, 0]]]]
-    assert reference.choose(importance, possible, forced, (), 1.0).all()
+    half, every = call(*inputs(32), threshold=[0.5]), call(*inputs(32), density=1.0)
+    assert reference.choose(importance, possible, forced, half).int().tolist() == [[[[1, 1, 1, 0, 0, 0]]]]
+    assert reference.choose(importance, possible, forced, every).all()
 
 
 def test_unused_cache_slots_take_no_part():

@@ -13,7 +13,7 @@ from sparsify.backends.select import triton
 from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, generate
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import EXAMPLES, Estimate
-from sparsify.ops.selection import SelectCall
+from sparsify.ops.selection import RULES, SelectCall
 from tests.support.goldens import check_kernel_text
 
 MASKS = {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "density"}
@@ -50,7 +50,7 @@ def test_golden_text(name, changes):
             **dict.fromkeys(("causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
             "estimate": st.sampled_from(EXAMPLES),
             "window": st.sampled_from(["none", "one", "per_head"]),
-            "rule": st.sampled_from(["tau", "taus", "density"]),
+            "rule": st.sampled_from([*RULES]),
             "reduce": st.sampled_from(["sum", "max"]),
             "head_dim": st.sampled_from([64, 96, 128]),
         }
