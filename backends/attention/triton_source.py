@@ -7,7 +7,12 @@ rows and folds key tiles into a running softmax in base 2. Key tiles that every 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from sparsify.backends.attention.split_template import JOIN
 from sparsify.backends.attention.triton_template import KERNEL, VISIT
@@ -23,12 +28,21 @@ from sparsify.backends.codegen.arguments import (
     present,
     unspecialised,
 )
-from sparsify.backends.codegen.launch import LOG2E
+from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capability, on_device
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
+from sparsify.ops.attention import AttentionCall
 from sparsify.ops.limits import cdiv
 
 MAX_HEAD_DIM = 256
+_WHERE = "sparsify::attention"
+# a call with at most this many (query, head of a group) rows shares one tile among the heads of a group
+_PACKED_QUERIES, _PACKED_ROWS = 16, 128
+# the op's arguments that the kernel knows; a call with another one is not served
+_SERVES = {
+    "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "key_bias", "windows", "sinks",
+    "softcap", "block_size",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,56 +136,109 @@ class AttentionSpec:
 
 
 PARTS = ("part_m", "part_l", "part_acc")
-_GROWING = ("splits", "query_len", "key_len")
 
 
 @functools.lru_cache(maxsize=512)
 def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
-    """The kernel's arguments in order."""
+    """The kernel's arguments in order. Those that follow from a call's record say how; the launch adds operands, outputs and strides."""
     strided = (("query", "bhm"), ("key", "bhn"), ("value", "bhn"), *(() if spec.split_keys else (("out", "bhm"),)))
     aligned = functools.partial(integers, aligned=True)
     return (
         *pointers(spec.dtype, *(name for name, _ in strided)),
         *pointers("fp32", *(PARTS if spec.split_keys else ("lse",))),
         *aligned(*(f"{name}_{axis}" for name, axes in strided for axis in axes)),
-        *integers("kv_heads"),
-        # a cache grows with every token: a kernel for lengths that are multiples of 16 would be compiled in the midst of a text
-        *(integers(*_GROWING, specialised=False) if spec.split_keys else aligned("query_len", "key_len")),
-        *(floats("tanh_scale", "cap_log2") if spec.softcap else floats("scale")),
+        *_lengths(spec),
+        *(
+            (
+                *_valued(floats("tanh_scale"), lambda call: 2 * LOG2E * call.scale / call.softcap),
+                *_valued(floats("cap_log2"), lambda call: call.softcap * LOG2E),
+            )
+            if spec.softcap
+            else _valued(floats("scale"), lambda call: call.scale * LOG2E)
+        ),
         *present(
-            (spec.has_start, pointers("i64", "query_start")),
-            (spec.window == "one", aligned("window")),
-            (spec.window == "per_head", pointers("i32", "windows")),
-            (spec.sinks == "count", integers("sinks")),
-            (spec.key_flags, [*pointers("u8", "key_flags"), *aligned("flags_b")]),
-            (bounded(spec), pointers("i32", "flag_bounds")),
-            (spec.segments, [*pointers("i32", "segments"), *aligned("segments_b")]),
-            (spec.block_lists, [*pointers("i32", "block_counts"), *pointers("i16", "block_indices"), *aligned("list_len")]),
-            (spec.alibi, [*pointers("fp32", "alibi_slopes"), *integers("alibi_b")]),
-            (spec.key_bias, [*pointers("fp32", "key_bias"), *integers("bias_b", "bias_h")]),
-            (spec.sink_logits and not spec.split_keys, pointers("fp32", "sink_logits")),
+            (spec.has_start, _start()),
+            (spec.window == "one", _valued(aligned("window"), lambda call: min(call.windows[0], LONGEST_WINDOW))),
+            (spec.window == "per_head", _valued(pointers("i32", "windows"), _windows)),
+            (spec.sinks == "count", _valued(integers("sinks"), lambda call: call.sinks)),
+            (spec.key_flags, _valued(pointers("u8", "key_flags"), _key_flags)),
+            (spec.key_flags, _valued(aligned("flags_b"), lambda call: _batch_stride(call.key_flags))),
+            (bounded(spec), _valued(pointers("i32", "flag_bounds"), lambda call: _flag_bounds(_key_flags(call), call.query.shape[0]))),
+            (spec.segments, _valued(pointers("i32", "segments"), lambda call: call.segments.to(torch.int32).contiguous())),
+            (spec.segments, _valued(aligned("segments_b"), lambda call: _batch_stride(call.segments))),
+            (spec.block_lists, _valued(pointers("i32", "block_counts"), lambda call: _for_heads(call, call.block_counts, torch.int32))),
+            (spec.block_lists, _valued(pointers("i16", "block_indices"), lambda call: _for_heads(call, call.block_indices, torch.int16))),
+            (spec.block_lists, _valued(aligned("list_len"), lambda call: call.block_indices.shape[-1])),
+            (spec.alibi, _slopes()),
+            (spec.key_bias, _valued(pointers("fp32", "key_bias"), lambda call: call.key_bias.to(torch.float32).contiguous())),
+            (spec.key_bias, _valued(integers("bias_b"), lambda call: _batch_stride(call.key_bias))),
+            (spec.key_bias, _valued(integers("bias_h"), lambda call: 0 if call.key_bias.shape[1] == 1 else call.key_bias.shape[2])),
+            (spec.sink_logits and not spec.split_keys, _sink_logits()),
         ),
     )
 
 
 @functools.lru_cache(maxsize=512)
 def join_arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
-    """The arguments of the kernel that joins the parts of a split call, in order."""
-    aligned = functools.partial(integers, aligned=True)
+    """The arguments of the kernel that joins the parts of a split call, in order; none for other calls."""
+    if not spec.split_keys:
+        return ()
     return (
         *pointers("fp32", *PARTS),
         *pointers(spec.dtype, "out"),
         *pointers("fp32", "lse"),
-        *aligned("out_b", "out_h", "out_m"),
-        *integers("kv_heads"),
-        *integers(*_GROWING, specialised=False),
-        *present(
-            (spec.sink_logits, pointers("fp32", "sink_logits")),
-            (spec.alibi, [*pointers("fp32", "alibi_slopes"), *integers("alibi_b")]),
-            (spec.alibi and spec.has_start, pointers("i64", "query_start")),
-        ),
+        *integers("out_b", "out_h", "out_m", aligned=True),
+        *_lengths(spec),
+        *present((spec.sink_logits, _sink_logits()), (spec.alibi, _slopes()), (spec.alibi and spec.has_start, _start())),
         *constexprs("SPLITS"),
     )
+
+
+def _valued(made: list[Argument], value: Callable[[Any], Any]) -> list[Argument]:
+    """Arguments whose value is made from the record of a call; the spec says which operands it has."""
+    return [argument.valued(value) for argument in made]
+
+
+def _lengths(spec: AttentionSpec) -> list[Argument]:
+    # a cache grows with every token: a kernel for lengths that are multiples of 16 would be compiled in the midst of a text
+    growing = functools.partial(integers, specialised=False) if spec.split_keys else functools.partial(integers, aligned=True)
+    return [
+        *_valued(integers("kv_heads"), lambda call: call.key.shape[1]),
+        *(growing("splits") if spec.split_keys else ()),
+        *_valued(growing("query_len"), lambda call: call.query.shape[2]),
+        *_valued(growing("key_len"), lambda call: call.key.shape[2]),
+    ]
+
+
+def _start() -> list[Argument]:
+    return _valued(pointers("i64", "query_start"), lambda call: call.query_start.to(call.device, torch.int64))
+
+
+def _slopes() -> list[Argument]:
+    slopes = _valued(pointers("fp32", "alibi_slopes"), lambda call: call.alibi_slopes.to(torch.float32).contiguous())
+    return [*slopes, *_valued(integers("alibi_b"), lambda call: _batch_stride(call.alibi_slopes))]
+
+
+def _sink_logits() -> list[Argument]:
+    return _valued(pointers("fp32", "sink_logits"), lambda call: call.sink_logits.to(torch.float32).contiguous())
+
+
+def _windows(call: AttentionCall) -> Tensor:
+    return on_device(tuple(min(window, LONGEST_WINDOW) for window in call.windows), call.device)
+
+
+def _key_flags(call: AttentionCall) -> Tensor:
+    assert call.key_flags is not None
+    return call.key_flags.to(torch.uint8).contiguous()
+
+
+def _for_heads(call: AttentionCall, lists: Tensor, dtype: torch.dtype) -> Tensor:
+    return lists.to(dtype).expand(*call.query.shape[:2], *lists.shape[2:]).contiguous()
+
+
+def _batch_stride(operand: Tensor) -> int:
+    """Elements from one batch row of the contiguous operand to the next; 0 where one row serves all."""
+    return 0 if operand.shape[0] == 1 else operand[0].numel()
 
 
 def bounded(spec: AttentionSpec) -> bool:
@@ -326,3 +393,65 @@ def choose_tiling(
     while stages > 1 and held + stages * keys * dims * element > limit:
         stages -= 1
     return AttentionTiling(queries, keys, warps, stages, edge_keys)
+
+
+_tiling = functools.cache(choose_tiling)
+
+
+def packed(call: AttentionCall) -> bool:
+    """Whether a call has so few queries that the heads of a group share a tile."""
+    query_len = call.query.shape[2]
+    return not call.listed and query_len <= _PACKED_QUERIES and query_len * call.group <= _PACKED_ROWS
+
+
+def make_spec(call: AttentionCall, tiling: AttentionTiling | None, split: bool = False) -> AttentionSpec:
+    """The kernel that a call needs; clauses that change nothing for it are left out."""
+    if others := call.beyond(_SERVES):
+        raise UnsupportedError(f"no attention kernel takes {', '.join(others)}", where=_WHERE, hint="the reference does")
+    query, (query_len, qk_head_dim), v_head_dim = call.query, call.query.shape[2:], call.value.shape[-1]
+    device = query.device
+    if query.dtype not in DTYPES or call.scale <= 0:
+        raise UnsupportedError(f"no attention kernel takes {query.dtype} with scale {call.scale}", where=_WHERE, hint="the reference does")
+    dtype, shares = DTYPES[query.dtype], packed(call)
+    flags, start = call.key_flags is not None, call.query_start is not None
+    segments = call.segments is not None
+    if tiling is None:
+        blocks, rows = call.block_size * call.listed, query_len * call.group * shares
+        tiling = _tiling(
+            dtype, qk_head_dim, v_head_dim, capability(device), block_size=blocks, packed_rows=rows, segments=segments, split=split
+        )
+    window = "none" if not call.windowed else "one" if len(set(call.windows)) == 1 else "per_head"
+    counted = "count" if call.sinks > 0 else "none"
+    return AttentionSpec(
+        dtype=dtype,
+        qk_head_dim=qk_head_dim,
+        v_head_dim=v_head_dim,
+        group=call.group,
+        tiling=tiling,
+        # the last row sees every key when it stands on the last one
+        causal=call.causal and (query_len > 1 or start),
+        window=window,
+        sinks="none" if not call.windowed else "flags" if flags else counted,
+        key_flags=flags,
+        segments=segments,
+        has_start=start,
+        block_lists=call.listed,
+        block_size=call.block_size if call.listed else 0,
+        softcap=call.softcap > 0,
+        alibi=call.alibi_slopes is not None,
+        key_bias=call.key_bias is not None,
+        sink_logits=call.sink_logits is not None,
+        packed=shares,
+        split_keys=split,
+        uniform=split and query_len == 1 and window != "per_head",
+    )
+
+
+def _flag_bounds(flags: Tensor, batch: int) -> Tensor:
+    """int32 [batch, 4]: first real key, one past the last, first sink, one past the last; empty ranges are (key_len, 0)."""
+    key = torch.arange(flags.shape[1], dtype=torch.int32, device=flags.device)
+    bounds = []
+    for bits in (1, 3):
+        present = flags & bits == bits
+        bounds += [torch.where(present, key, flags.shape[1]).amin(-1), torch.where(present, key + 1, 0).amax(-1)]
+    return torch.stack(bounds, -1).to(torch.int32).expand(batch, 4).contiguous()

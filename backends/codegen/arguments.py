@@ -5,8 +5,9 @@ One list of arguments is the signature in the text, the order at a launch, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 # dtypes as a signature writes them, and as the text does
 NUMBERS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -22,12 +23,24 @@ class Argument:
         type: as a Triton signature writes it: `*bf16` (pointer), `i32`, `fp32`, `tensordesc<bf16[64,128]>`, `constexpr`.
         aligned: a multiple of 16 in ordinary calls, which Triton specialises on.
         specialised: whether Triton may compile once more for numbers that are 1 or a multiple of 16; no for what changes from call to call.
+        value: makes its value from the record of a call; None where the launch says it.
     """
 
     name: str
     type: str
     aligned: bool = False
     specialised: bool = True
+    value: Callable[[Any], Any] | None = field(default=None, compare=False)
+
+    def valued(self, value: Callable[[Any], Any]) -> Argument:
+        """The same argument, with how its value is made."""
+        return replace(self, value=value)
+
+
+def argument_values(arguments: Iterable[Argument], call: Any) -> dict[str, Any]:
+    """By name, the values of those arguments that say how they are made from a call's record."""
+    makers = {argument.name: argument.value for argument in arguments}
+    return {name: make(call) for name, make in makers.items() if make is not None}
 
 
 def pointers(dtype: str, *names: str) -> list[Argument]:

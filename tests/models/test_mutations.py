@@ -6,7 +6,7 @@ Every mutation is one plausible mistake. The check that is named beside it passe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import sympy
@@ -19,6 +19,8 @@ from sparsify.graph import aliasing
 from sparsify.masks import prove as predicates
 from sparsify.masks.predicate import QueryStart
 from sparsify.matching import eager
+from sparsify.ops.attention import AttentionCall
+from sparsify.ops.call import schema_arguments
 from sparsify.ops.selection import SelectCall
 from sparsify.rewriting import editor
 from tests.fuzz import check as fuzz_check
@@ -220,12 +222,14 @@ def test_a_wrong_selection_is_caught(name, monkeypatch):
 # -- what attention computes -----------------------------------------------------------------------------------------------------------
 
 
+def clause_call(clause: str) -> AttentionCall:
+    sizes = {"kv_heads": 2, "group": 2, "query_len": 24, "key_len": 40, "batch": 2, "block_size": 8}
+    return attention_cases.make_call(attention_cases.Case(**sizes, **attention_cases.CLAUSES.get(clause, {})))
+
+
 def kernel(clause: str) -> None:
     """The reference against the plain definition on a call where that clause matters."""
-    case = attention_cases.Case(
-        kv_heads=2, group=2, query_len=24, key_len=40, batch=2, block_size=8, **attention_cases.CLAUSES.get(clause, {})
-    )
-    call = attention_cases.make_call(case)
+    call = clause_call(clause)
     got, lse = reference.attention(call)
     want, want_lse = attention_exact(call)
     assert (got - want).abs().max() < tolerance(torch.float32)
@@ -233,29 +237,33 @@ def kernel(clause: str) -> None:
     assert torch.equal(lse.isfinite(), seen) and (lse - want_lse)[seen].abs().max() < 1e-4
 
 
-IGNORED = {
-    "window": {"windows": ()},
-    "window_per_head": {"windows": (9,)},
-    "window_and_sinks": {"sinks": 0},
-    "left_padding_sinks": {"key_flags": None},
-    "padding": {"key_flags": None},
-    "segments": {"segments": None},
-    "lists": {"block_counts": None, "block_indices": None},
-    "softcap": {"softcap": 0.0},
-    "alibi": {"alibi_slopes": None},
-    "key_bias": {"key_bias": None},
-    "sink_logits": {"sink_logits": None},
-    "not_causal": {"causal": True},
-    "start": {"query_start": None},
-    "plain": {"causal": False},
-}
+def ignored(clause: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """Changes that leave out what a clause sets, each argument by itself; of a clause that sets none, causality."""
+    plain, call = clause_call("plain"), clause_call(clause)
+    defaults = {argument.name: argument.default for argument in schema_arguments(AttentionCall)}
+    names = call.beyond(plain.beyond(()))
+    for name in names:
+        if name == "sinks" and call.key_flags is not None:  # the flags say which keys are sinks
+            continue
+        if name == "block_counts":
+            yield "lists", dict.fromkeys(("block_counts", "block_indices"))
+        elif name != "block_indices":
+            yield name, {name: defaults[name]}
+        if isinstance(value := getattr(call, name), tuple) and len(value) > 1:
+            yield f"{name} of other heads", {name: value[-1:]}
+    if not names:
+        yield "causal", {"causal": not call.causal}
 
 
-@pytest.mark.parametrize("clause", IGNORED)
-def test_a_kernel_that_ignores_a_clause_is_caught(clause, monkeypatch):
+IGNORED = {f"{clause}: {name}": (clause, change) for clause in ("plain", *attention_cases.CLAUSES) for name, change in ignored(clause)}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_kernel_that_ignores_a_clause_is_caught(name, monkeypatch):
+    clause, change = IGNORED[name]
     kernel(clause)
     real = reference.attention
-    monkeypatch.setattr(reference, "attention", lambda call: real(dataclasses.replace(call, **IGNORED[clause])))
+    monkeypatch.setattr(reference, "attention", lambda call: real(dataclasses.replace(call, **change)))
     with pytest.raises(AssertionError):
         kernel(clause)
 

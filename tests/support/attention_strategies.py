@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import strategies as st
 
@@ -13,7 +15,6 @@ def cases(draw, *, max_len: int = 40, dims=(1, 8, 16), dtypes=(torch.float32, to
     """Small calls in which every clause may appear with every other."""
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     key_len = draw(st.integers(1, max_len))
-    some = st.booleans()
     return Case(
         batch=draw(st.integers(1, 3)),
         kv_heads=kv_heads,
@@ -23,17 +24,12 @@ def cases(draw, *, max_len: int = 40, dims=(1, 8, 16), dtypes=(torch.float32, to
         qk_head_dim=draw(st.sampled_from(dims)),
         v_head_dim=draw(st.sampled_from(dims)),
         dtype=draw(st.sampled_from(dtypes)),
-        causal=draw(some),
         windows=draw(st.sampled_from([(), (5,), (0,)]) | st.tuples(*[st.integers(0, max_len)] * (kv_heads * group))),
         sinks=draw(st.integers(0, 4)),
         padding=draw(st.sampled_from(["", "", "left", "right", "holes"])),
-        segments=draw(some),
         start=draw(st.none() | st.integers(-3, max_len + 3)),
-        lists=draw(some),
         softcap=draw(st.sampled_from([0.0, 2.0])),
-        alibi=draw(some),
-        sink_logits=draw(some),
         block_size=draw(st.sampled_from(block_sizes)),
-        seq_major=draw(some),
         seed=draw(st.integers(0, 1000)),
+        **{field.name: draw(st.booleans()) for field in dataclasses.fields(Case) if field.type == "bool"},
     )

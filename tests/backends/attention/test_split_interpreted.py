@@ -96,8 +96,8 @@ def test_many_keys_are_split_by_themselves(monkeypatch):
     from sparsify.backends.attention import triton
 
     asked = []
-    spec = triton._spec
-    monkeypatch.setattr(triton, "_spec", lambda *call: asked.append(spec(*call)) or asked[-1])
+    spec = triton.make_spec
+    monkeypatch.setattr(triton, "make_spec", lambda *call: asked.append(spec(*call)) or asked[-1])
     call = make_call(dataclasses.replace(DECODE, batch=1, key_len=1100, start=1000))
     output, _ = triton_attention(call)
     assert asked[0].split_keys and asked[0].uniform
