@@ -1,6 +1,6 @@
 """What a user waits for from the first prompt on: `generate()` uncompiled, compiled by regions (`sparsify.compile`) and as a whole.
 
-    python -m benchmarks.model.generate_seconds [--layers 32 4] [--hidden 4096] [--length 4096] [--prompts 14] [--tokens 32]
+    python -m benchmarks run generate_seconds [--layers 32 4] [--hidden 4096] [--length 4096] [--prompts 14] [--tokens 32]
         [--ways eager regions whole] [--states cold warm]
 
 Every measurement is a fresh process. It answers one prompt of `length` tokens twice, of which the second time compiles nothing, then

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, short, size
-from benchmarks.model import CompileTime, Generate, LongPrompt, Prefill
+from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Prefill
 
 
 def prefill_table(found: Iterable[Found]) -> str:
@@ -172,6 +172,49 @@ def long_prompt_table(found: Iterable[Found]) -> str:
     return "\n\n".join(parts)
 
 
+def generate_seconds_table(found: Iterable[Found]) -> str:
+    """Seconds of the first answer, of the same once more, and of answers to prompts of other lengths; one row a way and state."""
+    ways = {"eager": "uncompiled", "regions": "sparsify.compile", "whole": "sparsify.compile(whole=True)"}
+    order = list(ways)
+    parts = []
+    for group in groups(latest(found, GenerateSeconds), lambda r: (r["hidden"], r["tokens"], r["length"], r["machine"]["gpu"] or "CPU")):
+        rows = []
+        for record in sorted(group, key=lambda r: (-r["layers"], order.index(r["way"]), r["state"])):
+            later = sorted(record["prompts_s"])
+            rows.append(
+                [
+                    f"{record['layers']}",
+                    ways[record["way"]],
+                    record["state"] if record["way"] != "eager" else "–",
+                    *(f"{record[name]:.2f}" for name in ("first_s", "again_s", "beyond_s")),
+                    f"{sum(later):.1f}" if later else "–",
+                    f"{later[len(later) // 2]:.2f}" if later else "–",
+                    f"{record['graphs']}",
+                    _commit(record),
+                ]
+            )
+        first = group[0]
+        head = (
+            f"### Seconds from a process's first prompt on, {first['hidden']} wide, random weights\n\n"
+            f"A prompt of {size(first['length'])} and {first['tokens']} tokens, the same again, then {len(first['prompts_s'])} prompts of "
+            f"other lengths ({min(first['lengths'])} to {max(first['lengths'])}), once each. Cold: empty cache folders. {conditions(group)}"
+        )
+        header = [
+            "layers",
+            "way",
+            "caches",
+            "first, s",
+            "again, s",
+            "compiling, s",
+            "other prompts, s",
+            "median of them",
+            "graphs",
+            "commit",
+        ]
+        parts.append(head + "\n\n" + markdown(header, rows))
+    return "\n\n".join(parts)
+
+
 def compile_time_table(found: Iterable[Found]) -> str:
     """One row per model; the latest record of each counts."""
     last = {(r["layers"], r["hidden"], r["length"], r["machine"]["torch"]): r for r in found}
@@ -209,6 +252,15 @@ BENCHMARKS = (
         records=(Generate,),
         title="Tokens through generate()",
         table=generate_table,
+    ),
+    Benchmark(
+        name="generate_seconds",
+        place=11,
+        measures="seconds of a process's first prompts: uncompiled, compiled by regions and as a whole, cold and warm",
+        module="benchmarks.model.generate_seconds",
+        records=(GenerateSeconds,),
+        title="From the first prompt on",
+        table=generate_seconds_table,
     ),
     Benchmark(
         name="long_prompt",

@@ -13,7 +13,7 @@ from benchmarks import report
 from benchmarks.answers import run
 from benchmarks.lib import records
 from benchmarks.model import long_prompt, prefill
-from benchmarks.model.report import long_prompt_table
+from benchmarks.model.report import generate_seconds_table, long_prompt_table
 
 MACHINE = {
     "gpu": "NVIDIA H200",
@@ -215,3 +215,15 @@ def test_the_table_of_long_prompts() -> None:
     times = {"s": 44.0, "first_call_s": 61.0, "peak_bytes": 60 << 30, "first_reserved_bytes": 70 << 30}
     lines = long_prompt_table([facts | times | {"variant": "parts"}, facts | {"variant": "whole", "error": "out of memory"}]).splitlines()
     assert lines[-2].startswith("| 1024K | 3% | parts | – | 44.00 | 61.0 | 60.0 | 70.0 | 15.0 |") and "out of memory" in lines[-1]
+
+
+def test_the_table_of_first_prompts() -> None:
+    facts = {
+        "benchmark": "generate_seconds", "layers": 32, "hidden": 4096, "length": 4096, "tokens": 32, "exact": True, "machine": MACHINE,
+        "time": "2026-01-01T00:00:00+00:00",
+        "first_s": 20.0, "again_s": 0.5, "beyond_s": 19.5, "lengths": [500, 900, 700], "prompts_s": [3.0, 1.0, 2.0], "graphs": 2,
+    }  # fmt: skip
+    lines = generate_seconds_table([facts | {"way": way, "state": "cold"} for way in ("regions", "eager")]).splitlines()
+    rows = [line for line in lines if line.startswith("| 32 |")]
+    assert ["uncompiled" in row for row in rows] == [True, False]
+    assert "| 20.00 | 0.50 | 19.50 | 6.0 | 2.00 | 2 |" in rows[1] and "(500 to 900)" in "".join(lines)
