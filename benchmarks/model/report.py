@@ -148,6 +148,59 @@ def generate_table(found: Iterable[Found]) -> str:
     return "\n\n".join(parts)
 
 
+def generate_headlines(found: list[Found]) -> list[Row]:
+    """The exact token after the shortest and the longest prompt of one sequence, beside the fastest peer that was timed."""
+    cells = [r for r in measured(found, Generate) if r.get("ms") and r["batch"] == 1 and not r["sampled"]]
+    rows = []
+    for length in sorted({r["length"] for r in cells}):
+        ms = {r["variant"]: r["ms"] for r in cells if r["length"] == length}
+        peers = {name: ms[name] for name in ("eager", "inductor") if name in ms}
+        if "sparsify" not in ms or not peers:
+            continue
+        best = min(peers, key=peers.__getitem__)
+        name = {"eager": "eager", "inductor": "Inductor over a static cache"}[best]
+        tuned = f"; {ms['sparsify tuned']:.1f} ms tuned" if "sparsify tuned" in ms else ""
+        limit = next(r["limit_ms"] for r in cells if r["length"] == length)
+        rows.append(
+            [
+                f"an exact token through generate() after {size(length)} tokens, {cells[0]['shape'].upper()} shape, everything counted",
+                f"{ms['sparsify']:.1f} ms{tuned}",
+                f"{peers[best] / ms['sparsify']:.1f} × the fastest of eager and Inductor ({name}); the bytes' time is {limit:.1f} ms",
+            ]
+        )
+    return rows
+
+
+def generate_seconds_headlines(found: list[Found]) -> list[Row]:
+    cells = {(r["way"], r["state"]): r for r in measured(found, GenerateSeconds) if r["layers"] >= 32}
+    rows = []
+    for state in ("cold", "warm"):
+        if (record := cells.get(("regions", state))) is not None and (eager := cells.get(("eager", "cold"))) is not None:
+            count, total = len(record["prompts_s"]), sum(record["prompts_s"])
+            rows.append(
+                [
+                    f"`sparsify.compile`, {record['layers']} layers, {state} caches: first answer, then {count} prompts of other lengths",
+                    f"{record['first_s']:.1f} s, then {total:.1f} s",
+                    f"uncompiled {eager['first_s']:.1f} s, then {sum(eager['prompts_s']):.1f} s",
+                ]
+            )
+    return rows
+
+
+def long_prompt_headlines(found: list[Found]) -> list[Row]:
+    cells = [r for r in measured(found, LongPrompt) if r.get("s") and r["variant"] == "parts" and r.get("peak_bytes")]
+    if not cells:
+        return []
+    record = max(cells, key=lambda r: r["length"])
+    return [
+        [
+            f"a prompt of {size(record['length'])} into a SparseCache of {record['budget']}, {record['density']:.0%} of the blocks",
+            f"{record['s']:.1f} s",
+            f"{record['peak_bytes'] / 2**30:.0f} GiB at most, weights included",
+        ]
+    ]
+
+
 def long_prompt_table(found: Iterable[Found]) -> str:
     """Seconds and memory of a prompt, one row a length and variant."""
     gib = lambda number: f"{number / 2**30:.1f}" if number else "–"
@@ -252,6 +305,7 @@ BENCHMARKS = (
         records=(Generate,),
         title="Tokens through generate()",
         table=generate_table,
+        headlines=generate_headlines,
     ),
     Benchmark(
         name="generate_seconds",
@@ -261,6 +315,7 @@ BENCHMARKS = (
         records=(GenerateSeconds,),
         title="From the first prompt on",
         table=generate_seconds_table,
+        headlines=generate_seconds_headlines,
     ),
     Benchmark(
         name="long_prompt",
@@ -270,6 +325,7 @@ BENCHMARKS = (
         records=(LongPrompt,),
         title="Long prompts",
         table=long_prompt_table,
+        headlines=long_prompt_headlines,
     ),
     Benchmark(
         name="compile_time",
