@@ -10,7 +10,7 @@ import torch
 
 import sparsify.backends as backends
 from sparsify.backends import dispatch
-from sparsify.backends.attention import hopper, reference, triton
+from sparsify.backends.attention import hopper, reference, triton, triton_source
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.call import schema_arguments
@@ -114,7 +114,7 @@ def test_a_kernel_that_fails_is_named(monkeypatch):
 
 def test_reading_flags_once_finds_their_bounds():
     flags = torch.tensor([[0, 0, 3, 1, 3, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 2, 1, 0, 0, 0, 1]], dtype=torch.uint8)
-    assert triton._flag_bounds(flags, 3).tolist() == [[2, 6, 2, 5], [7, 0, 7, 0], [0, 7, 7, 0]]
+    assert triton_source._flag_bounds(flags, 3).tolist() == [[2, 6, 2, 5], [7, 0, 7, 0], [0, 7, 7, 0]]
 
 
 def test_torch_agrees_with_the_schema():

@@ -72,7 +72,7 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
     [
         ({"dtype": "fp64"}, "fp64"),
         ({"stride": 12}, "stride"),
-        ({"rule": "top"}, "rule"),
+        ({"rule": "none such"}, "rule"),
         ({"block": 24}, "block"),
     ],
 )
