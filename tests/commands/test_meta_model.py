@@ -28,6 +28,7 @@ def described(call: meta_model.CallSites) -> list[dict]:
     found = []
     for site in itertools.chain(*call.by_kind):
         numbers = {name: getattr(site, name) for name in _SIZES if hasattr(site, name)}
+        numbers = {name: value for name, value in numbers.items() if not isinstance(value, torch.fx.Node)}
         found.append({"kind": site.kind, "mask": site.mask_text, **numbers})
     return found
 
