@@ -18,7 +18,7 @@ from sparsify.backends.cache.append_template import FOLD, JOIN, VISIT
 from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, turned_queries
 from sparsify.backends.cache.reference import asked_positions
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, constexprs, integers, padded, parameters, pointers
+from sparsify.backends.codegen.arguments import Argument, constexprs, head_dim_values, integers, padded, parameters, pointers
 from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
@@ -119,10 +119,7 @@ def append_source(spec: AppendSpec) -> str:
     context = ["tanh_scale", "cap_log2"] if spec.softcap else ["scale"]
     values = vars(spec) | {
         "context": ", ".join(context + (["window", "sinks"] if spec.windowed else [])),
-        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
-        "qk_guard": "" if qk_dim == spec.qk_head_dim else f" & (qk_dims < {spec.qk_head_dim})[None, :]",
-        "v_guard": "" if v_dim == spec.v_head_dim else f" & (v_dims < {spec.v_head_dim})[None, :]",
-        "v_store": "" if v_dim == spec.v_head_dim else f", mask=v_dims < {spec.v_head_dim}",
+        **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         "fold_parameters": parameters(arguments(spec, "fold")),
         "join_parameters": parameters(arguments(spec, "join")),
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsify.backends.cache.decode_template import COMBINE, FINISH, SPLIT
 from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, turned_queries
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, constexprs, integers, padded, parameters, pointers
+from sparsify.backends.codegen.arguments import Argument, constexprs, head_dim_values, integers, padded, parameters, pointers
 from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
@@ -111,13 +111,10 @@ def decode_source(spec: DecodeSpec) -> str:
     qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
     qk_whole, v_whole = qk_dim == spec.qk_head_dim, v_dim == spec.v_head_dim
     values = vars(spec) | {
-        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
-        "qk_guard": "" if qk_whole else f" & (qk_dims < {spec.qk_head_dim})[None, :]",
-        "v_guard": "" if v_whole else f" & (v_dims < {spec.v_head_dim})[None, :]",
+        **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         "qk_mask": "" if qk_whole else f", mask=qk_dims < {spec.qk_head_dim}, other=0.0",
         "v_mask": "" if v_whole else f", mask=v_dims < {spec.v_head_dim}, other=0.0",
         "qk_store": "" if qk_whole else f", mask=qk_dims < {spec.qk_head_dim}",
-        "v_store": "" if v_whole else f", mask=v_dims < {spec.v_head_dim}",
         "v_guard3": "" if v_whole else f" & (v_dims < {spec.v_head_dim})[None, None, :]",
         "finish_context": ", ".join(
             (["tanh_scale", "cap_log2"] if spec.softcap else ["scale"])

@@ -88,7 +88,7 @@ def _append(
         value = value.masked_fill((counts >= keys.shape[2])[..., None, None], torch.nan)
     fresh = (key, value, seen[:, None, None].expand_as(slot).to(positions.dtype))
     for state, new in zip((keys, values, positions), fresh):
-        index = slot if state.dim() == 3 else slot[..., None].expand(-1, -1, -1, state.shape[-1])
+        index = _over_dims(state, slot)
         if real is not None:
             new = torch.where(_like(real[:, 0], state), new, state.gather(2, index))
         state.scatter_(2, index, new)
@@ -125,7 +125,7 @@ def _append_all(
     slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
     value = value.masked_fill((at >= capacity)[:, None, :, None], torch.nan)
     for state, new in ((keys, key), (values, value), (positions, at[:, None].expand_as(slot))):
-        index = slot if state.dim() == 3 else slot[..., None].expand_as(new)
+        index = _over_dims(state, slot)
         if real is not None:
             new = torch.where(_like(real.any(-1), state), new, state.gather(2, index[:, :, :1]))
         state.scatter_(2, index, new.to(state.dtype))
@@ -209,7 +209,12 @@ class _Merge:
 
 def _gather_slots(source: Tensor, index: Tensor) -> Tensor:
     """source [batch, heads, n] or [batch, heads, n, dim] at index [batch, heads, m] along n."""
-    return source.gather(2, index if source.dim() == 3 else index[..., None].expand(-1, -1, -1, source.shape[-1]))
+    return source.gather(2, _over_dims(source, index))
+
+
+def _over_dims(state: Tensor, slots: Tensor) -> Tensor:
+    """Slots [batch, heads, m] as an index along dimension 2 of a state [batch, heads, n] or [batch, heads, n, dim]."""
+    return slots if state.dim() == 3 else slots[..., None].expand(-1, -1, -1, state.shape[-1])
 
 
 def cache_attention(

@@ -86,3 +86,17 @@ def unspecialised(arguments: Iterable[Argument]) -> str:
 def padded(size: int) -> int:
     """The tile dimension that holds `size`: a power of two, at least 16, as `tl.dot` wants it."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def head_dim_values(dtype: str, qk_head_dim: int, v_head_dim: int) -> dict[str, str]:
+    """What templates say of head dims that are no powers of two, by name: guards of loads, and of the output's store; and of fp32 products.
+
+    dtype: as in Triton, such as "bf16".
+    """
+    qk_whole, v_whole = padded(qk_head_dim) == qk_head_dim, padded(v_head_dim) == v_head_dim
+    return {
+        "precision": ', input_precision="ieee"' if dtype == "fp32" else "",
+        "qk_guard": "" if qk_whole else f" & (qk_dims < {qk_head_dim})[None, :]",
+        "v_guard": "" if v_whole else f" & (v_dims < {v_head_dim})[None, :]",
+        "v_store": "" if v_whole else f", mask=v_dims < {v_head_dim}",
+    }

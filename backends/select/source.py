@@ -207,9 +207,6 @@ def _cells(spec: SelectSpec) -> list[Argument]:
     return [descriptor(name, dtype, 1, 1, 1, cells, spec.depth) for name, cells in (("q", spec.tiling.rows), ("k", spec.tiling.cols))]
 
 
-_NOT_OF_FINISH = ("q", "k", "start_at", "start", "batch", "q_b", "q_h", "q_n", "k_b", "k_h", "k_n")
-
-
 def _names(listed: Iterable[Argument], without: tuple[str, ...] = ()) -> str:
     return ", ".join([*(argument.name for argument in listed if argument.name not in without), "start"])
 

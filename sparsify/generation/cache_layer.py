@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsify.errors import CacheError
 from sparsify.ops import cache
+from sparsify.ops.limits import cdiv
 from sparsify.policies import Layout, Policy
 from sparsify.policies.full import STEP
 
@@ -21,7 +22,7 @@ _LEAST = 1024
 
 def _roomy(tokens: int) -> int:
     """Slots for so many tokens and half as many to come, so that growing copies each token no more than three times in all."""
-    return -(-max(tokens + tokens // 2, _LEAST) // STEP) * STEP
+    return cdiv(max(tokens + tokens // 2, _LEAST), STEP) * STEP
 
 
 class MaskSizeGuard:
@@ -137,7 +138,7 @@ class SparseLayer(CacheLayerMixin):
             tokens: number of tokens that a budget given as a share refers to.
         """
         if self.layout is None:
-            self.layout = self.policy.layout(max(1, -(-tokens * round(self.budget * 10**6) // 10**6)))
+            self.layout = self.policy.layout(max(1, cdiv(tokens * round(self.budget * 10**6), 10**6)))
         batch, kv_heads, _, head_dim = key_states.shape
         capacity = self.layout.capacity
         if self.layout.grows and (capacity < tokens or not capacity):
@@ -241,7 +242,7 @@ class SparseLayer(CacheLayerMixin):
 
     def reserve(self, tokens: int) -> None:
         """Room for `tokens` tokens in all; larger buffers take over what the old ones hold, one of them at a time."""
-        capacity = -(-tokens // STEP) * STEP
+        capacity = cdiv(tokens, STEP) * STEP
         if not self.grows or not self.is_initialized or capacity <= self.keys.shape[2]:
             return
         more = capacity - self.keys.shape[2]

@@ -9,6 +9,7 @@ import torch
 
 from sparsify.generation.full import full_cache
 from sparsify.generation.sparse_cache import SparseCache
+from sparsify.ops.limits import cdiv
 
 # a cache is kept where it takes no more than this share of the device's memory
 _SHARE = 0.125
@@ -52,4 +53,4 @@ class KeptCaches:
 def _rounded(tokens: int) -> int:
     """So many tokens or a quarter more, of few different numbers, so that calls of other lengths find a cache again."""
     step = max(256, 1 << max(tokens.bit_length() - 3, 0))
-    return -(-tokens // step) * step
+    return cdiv(tokens, step) * step

@@ -15,6 +15,7 @@ from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation import cache_attention
 from sparsify.generation.cache_layer import MASK_SIZE, MaskSizeGuard, SparseLayer, link_layers
 from sparsify.generation.rope import inverse_frequencies
+from sparsify.ops.limits import cdiv
 from sparsify.policies import Policy
 
 __all__ = ["SparseCache", "SparseLayer"]
@@ -217,7 +218,7 @@ def _checked_budget(budget: int | float | None, prompt_len: int | None) -> int |
         if not 0 < budget <= 1:
             raise ConfigError(f"a share lies above 0 and at most at 1, not {budget}", where="budget", hint="an int gives tokens")
         if prompt_len is not None:
-            return max(1, -(-prompt_len * round(budget * 10**6) // 10**6))
+            return max(1, cdiv(prompt_len * round(budget * 10**6), 10**6))
     return budget
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sympy
 import torch
@@ -24,13 +24,14 @@ from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_sy
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sparsify.rewriting.region import AUTOCAST, Numbered
+from sparsify.rewriting.region import AUTOCAST, Numbered, description
 
 # Fewer layers of a kind are compiled as fast in one piece with the rest.
 FEWEST = 3
 _ITEM = re.compile(r"(\[\d+\]|\.\d+|_modules\['\d+'\])$")
 _SYMBOL = re.compile(r"\b[a-z]+\d+\b")
 
+T = TypeVar("T")
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -75,9 +76,8 @@ def compile_by_layers(gm: fx.GraphModule, compiler: Compiler) -> Callable[..., A
             values[node] = graph.node_copy(node, values.__getitem__)
     for piece in pieces:
         if not any(isinstance(node.meta.get("example_value"), torch.Tensor) for node in piece.nodes):
-            read = {id(node.meta["example_value"]): values[node] for node in piece.inputs}
             for node in piece.nodes:  # sizes alone: nothing to compile
-                values[node] = graph.node_copy(node, lambda n, read=read: values[n] if n in values else read[id(n.meta["example_value"])])
+                values[node] = graph.node_copy(node, _lookup(piece, values))
             continue
         first, run = compiled.get(piece.kind, (piece, None))
         if run is None or not _same_assumptions(first, piece):
@@ -145,7 +145,7 @@ def split(gm: fx.GraphModule) -> list[Piece]:
         for node in (*piece.inputs, *piece.outputs):
             if not isinstance(node.meta.get("example_value"), FakeTensor | torch.SymInt | int | float):
                 raise CannotSplit(f"{node.name} crosses the border of a layer and is neither a tensor nor a number")
-        _describe(piece, same)
+        _describe(piece)
     kinds = Counter(piece.kind for piece in pieces)
     if max(kinds.values()) < FEWEST:
         raise CannotSplit("no layer repeats")
@@ -216,19 +216,20 @@ def _symbols(value: Any) -> set[sympy.Symbol]:
     return set(free_symbols(value)) if isinstance(value, torch.Tensor) else set()
 
 
-def _describe(piece: Piece, same: dict[int, fx.Node]) -> None:
+def _describe(piece: Piece) -> None:
     """Sets the piece's kind and symbols."""
     number = {node: i for i, node in enumerate([*piece.inputs, *piece.nodes])}
+    numbered = _lookup(piece, {node: Numbered(i) for node, i in number.items()})
     storages: dict[Any, int] = {}
     lines = []
     known = {symbol.name: symbol for node in number for symbol in _symbols(node.meta.get("example_value"))}
-    for node in number:
+    for node, place in number.items():
         value = node.meta.get("example_value")
         shared = storages.setdefault(StorageWeakRef(value.untyped_storage()), len(storages)) if isinstance(value, FakeTensor) else ""
-        if node in piece.inputs:
+        if place < len(piece.inputs):
             lines.append(f"input {_description(value)} {shared}")
         else:
-            call = map_arg((node.args, node.kwargs), lambda n: cast(Any, Numbered(_number(n, number, same))))
+            call = map_arg((node.args, node.kwargs), lambda n: cast(Any, numbered(n)))
             target = f"{node.op} {getattr(node.target, '__module__', '')} {node.target}"
             lines.append(f"{target} {call} {_description(value)} {shared}")
     lines.append(str([number[node] for node in piece.outputs]))
@@ -237,13 +238,15 @@ def _describe(piece: Piece, same: dict[int, fx.Node]) -> None:
     piece.symbols = [known[name] for name in names]
 
 
-def _number(node: fx.Node, number: dict[fx.Node, int], same: dict[int, fx.Node]) -> int:
-    return number[node] if node in number else number[same[id(node.meta["example_value"])]]
+def _lookup(piece: Piece, known: Mapping[fx.Node, T]) -> Callable[[fx.Node], T]:
+    """What is known of a node that the piece reads, or of the input that stands for it: another node of the very same tensor."""
+    inputs = {id(node.meta["example_value"]): node for node in piece.inputs}
+    return lambda node: known[node] if node in known else known[inputs[id(node.meta["example_value"])]]
 
 
 def _description(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()} {value.storage_offset()} {value.requires_grad}"
+        return f"{description(value)} {value.storage_offset()} {value.requires_grad}"
     if isinstance(value, tuple | list):
         return str([_description(v) for v in value])
     return f"{type(value).__name__} {value}"
@@ -255,9 +258,8 @@ def _as_graph(gm: fx.GraphModule, piece: Piece) -> tuple[fx.GraphModule, list[An
     for node in piece.inputs:
         values[node] = graph.placeholder(node.name)
         values[node].meta = dict(node.meta)
-    by_value = {id(node.meta["example_value"]): copy for node, copy in values.items()}
     for node in piece.nodes:
-        values[node] = graph.node_copy(node, lambda n: values[n] if n in values else by_value[id(n.meta["example_value"])])
+        values[node] = graph.node_copy(node, _lookup(piece, values))
     graph.output(tuple(values[node] for node in piece.outputs))
     return fx.GraphModule(gm, graph), [node.meta["example_value"] for node in piece.inputs]
 

@@ -148,7 +148,7 @@ class Regions:
         lines = [str(also)]
         for node in nodes:
             value = node.meta.get("example_value")
-            described = names.sub(lambda m: symbols.setdefault(m[0], f"s{len(symbols)}"), _description(value))
+            described = names.sub(lambda m: symbols.setdefault(m[0], f"s{len(symbols)}"), description(value))
             shared = [storages.setdefault(s, len(storages)) for s in self.memory.storages(node)]
             inside = all(n in number for n in node.all_input_nodes) and not self.begins_at(node, given)
             arguments = map_arg((node.args, node.kwargs), lambda n: cast(Any, Numbered(number[n]))) if inside else None
@@ -204,7 +204,8 @@ class Numbered:
         return f"%{self.number}"
 
 
-def _description(value: Any) -> str:
+def description(value: Any) -> str:
+    """A value as far as code that is made for it depends on it: dtype, device, shape and strides of a tensor."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
     return str(value)
