@@ -9,9 +9,9 @@ N ?= 10000
 SEED ?= 0
 
 # What a release of transformers breaks first: families once each, site names, layers, caches, generate() and the commands.
-HF_TESTS := tests/models/test_families.py tests/matching/test_attention.py tests/generation/test_sparse_cache.py tests/generation/test_cache_errors.py tests/generation/test_cache_transformers.py tests/passes/test_kv_evict.py tests/models/test_encoders.py \
+HF_TESTS := tests/models/test_families.py tests/matching/test_attention.py tests/generation/caches/test_sparse_cache.py tests/generation/caches/test_cache_errors.py tests/generation/caches/test_cache_transformers.py tests/passes/test_kv_evict.py tests/models/test_encoders.py \
 	tests/commands/test_calibrate_errors.py tests/commands/test_main.py tests/commands/test_meta_model.py tests/graph/test_module_paths.py \
-	tests/generation/test_regions.py tests/generation/test_loop.py tests/generation/test_full_cache.py
+	tests/generation/regions/test_regions.py tests/generation/decoding/test_loop.py tests/generation/caches/test_full_cache.py
 QUICK := not gpu and not slow and not interpreter
 
 .PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak lint clean

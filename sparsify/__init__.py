@@ -16,14 +16,14 @@ __distribution__ = releases.DISTRIBUTION
 
 if TYPE_CHECKING:
     from sparsify.api import compile, explain
-    from sparsify.generation.sparse_cache import SparseCache
+    from sparsify.generation.caches.sparse_cache import SparseCache
     from sparsify.planning.plan import Plan
 
 _HOME = {
     "compile": "sparsify.api",
     "explain": "sparsify.api",
     "Plan": "sparsify.planning.plan",
-    "SparseCache": "sparsify.generation.sparse_cache",
+    "SparseCache": "sparsify.generation.caches.sparse_cache",
 }
 __all__ = ["Plan", "SparseCache", "compile", "explain"]
 

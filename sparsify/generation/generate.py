@@ -21,10 +21,11 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from sparsify.errors import UnsupportedError
-from sparsify.generation import compat, loop, step_caches
-from sparsify.generation.kept_caches import KeptCaches
-from sparsify.generation.runner import CudaGraphs, Direct, Recorded, Runner
-from sparsify.generation.sparse_cache import SparseCache
+from sparsify.generation import compat
+from sparsify.generation.caches.kept import KeptCaches
+from sparsify.generation.caches.sparse_cache import SparseCache
+from sparsify.generation.decoding import loop, step_caches
+from sparsify.generation.decoding.runner import CudaGraphs, Direct, Recorded, Runner
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Custom ops of the evicting cache, beside those of `sparsify.ops.attention`. Schemas and fake kernels only; kernels register from
 `sparsify.backends`.
 
-State of one layer (`sparsify.generation.cache_layer`), all on one device, changed in place only:
+State of one layer (`sparsify.generation.caches.layer`), all on one device, changed in place only:
 
     keys, values    [batch, kv_heads, capacity, head_dim]
     positions       int32 [batch, kv_heads, capacity]  which real token of its row a slot holds, counted from 0; -1 for an empty slot

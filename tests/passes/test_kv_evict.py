@@ -16,7 +16,7 @@ import tests.support.cache_reference as reference
 from sparsify import SparseCache, pipeline
 from sparsify.api import collect_plans
 from sparsify.errors import UnsupportedError, VerifyError
-from sparsify.generation.full import full_cache
+from sparsify.generation.caches.full import full_cache
 from sparsify.matching.cache import find_cache
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.selection import SelectCall

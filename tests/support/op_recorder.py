@@ -46,7 +46,7 @@ class _Recording(TorchDispatchMode):
 
 
 class OpRecorder:
-    """As `sparsify.generation.runner.CudaGraphs`; counts what it did."""
+    """As `sparsify.generation.decoding.runner.CudaGraphs`; counts what it did."""
 
     def __init__(self) -> None:
         self.warmed = self.recorded = self.replayed = 0

@@ -21,9 +21,9 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import UnsupportedError
-from sparsify.generation.cache_layer import SparseLayer, link_layers
+from sparsify.generation.caches.layer import SparseLayer, link_layers
+from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.compat import with_cache
-from sparsify.generation.sparse_cache import SparseCache
 from sparsify.graph import isolated
 from sparsify.matching.attention import find_attention
 from sparsify.matching.cache import CacheSite, find_cache

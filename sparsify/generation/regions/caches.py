@@ -13,8 +13,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from sparsify.generation.cache_layer import CallState, SparseLayer
-from sparsify.generation.sparse_cache import SparseCache
+from sparsify.generation.caches.layer import CallState, SparseLayer
+from sparsify.generation.caches.sparse_cache import SparseCache
 
 # layers of ordinary caches whose update touches nothing but themselves
 _ALONE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from sparsify import pipeline, progress
-from sparsify.generation import cache_attention
+from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.regions import caches, layers, long_rows, masks
 from sparsify.generation.regions.caches import LayerCall, LayerView
 from sparsify.generation.regions.layers import Layer, NotShared

@@ -10,7 +10,7 @@ from sparsify.backends import dispatch
 from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.cache import reference
 from sparsify.backends.cache.decode import cache_decode
-from sparsify.generation.full import full_cache
+from sparsify.generation.caches.full import full_cache
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.attention import AttentionCall
 from tests.backends.cache.test_decode_gpu import layer

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sparsify.generation.full import full_cache
-from sparsify.generation.sparse_cache import SparseCache
+from sparsify.generation.caches.full import full_cache
+from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.ops.limits import cdiv
 
 # a cache is kept where it takes no more than this share of the device's memory

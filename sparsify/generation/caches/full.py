@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sparsify.generation.sparse_cache import SparseCache
+from sparsify.generation.caches.sparse_cache import SparseCache
 
 
 def full_cache(

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparsify.backends  # noqa: F401  (registers what serves the cache's ops)
 from sparsify.errors import CacheError, UnsupportedError
-from sparsify.generation.cache_layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
+from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
 from sparsify.generation.regions import masks
 from sparsify.ops import cache
 from sparsify.ops.attention import AttentionCall, attention

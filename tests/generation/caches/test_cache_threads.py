@@ -13,7 +13,7 @@ import torch
 import tests.support.cache_reference as reference
 from sparsify import SparseCache
 from sparsify.errors import CacheError
-from sparsify.generation.cache_layer import SparseLayer
+from sparsify.generation.caches.layer import SparseLayer
 from tests.support.cache_reference import text
 from tests.support.tiny_models import build
 
@@ -196,7 +196,7 @@ def test_nothing_is_left_of_a_call_that_stopped_between_update_and_attention(lla
 
 @torch.no_grad()
 def test_attention_that_comes_twice_or_never(llama, monkeypatch):
-    from sparsify.generation import cache_attention
+    from sparsify.generation.caches import attention as cache_attention
 
     ids, call = text(1, 12), cache_attention.attention_forward
     cache = SparseCache(llama.config, budget=32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.generation.processors import Part
+from sparsify.generation.decoding.processors import Part
 
 
 class Step:

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import tests.support.cache_reference as reference
 from sparsify import SparseCache
 from sparsify.errors import CacheError
-from sparsify.generation.full import full_cache
+from sparsify.generation.caches.full import full_cache
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
 from tests.support.tiny_models import build

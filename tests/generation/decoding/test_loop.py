@@ -26,9 +26,11 @@ from transformers.generation import BaseStreamer, GenerationMixin
 
 import sparsify
 from sparsify import SparseCache
-from sparsify.generation import compat, generate, kept_caches, loop
-from sparsify.generation.kept_caches import KeptCaches
-from sparsify.generation.runner import Recorded
+from sparsify.generation import compat, generate
+from sparsify.generation.caches import kept as kept_caches
+from sparsify.generation.caches.kept import KeptCaches
+from sparsify.generation.decoding import loop
+from sparsify.generation.decoding.runner import Recorded
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
 from tests.support.op_recorder import HostRead, NoReads, OpRecorder

@@ -12,9 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparsify import policies
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
-from sparsify.generation import cache_attention
-from sparsify.generation.cache_layer import MASK_SIZE, MaskSizeGuard, SparseLayer, link_layers
-from sparsify.generation.rope import inverse_frequencies
+from sparsify.generation.caches import attention as cache_attention
+from sparsify.generation.caches.layer import MASK_SIZE, MaskSizeGuard, SparseLayer, link_layers
+from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
 from sparsify.policies import Policy
 

@@ -10,9 +10,10 @@ import torch
 
 import sparsify
 from sparsify import SparseCache
-from sparsify.generation import generate, loop
-from sparsify.generation.runner import CudaGraphs
-from tests.generation.test_loop import CALLS, PADDED, SAMPLED, Recorder, same
+from sparsify.generation import generate
+from sparsify.generation.decoding import loop
+from sparsify.generation.decoding.runner import CudaGraphs
+from tests.generation.decoding.test_loop import CALLS, PADDED, SAMPLED, Recorder, same
 from tests.support.cache_reference import text
 from tests.support.harness import holding
 from tests.support.tiny_models import build

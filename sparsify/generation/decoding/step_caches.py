@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from sparsify.generation import compat
-from sparsify.generation.model_state import address
-from sparsify.generation.sparse_cache import SparseCache
+from sparsify.generation.caches.sparse_cache import SparseCache
+from sparsify.generation.decoding.model_state import address
 
 
 class StepCache(Protocol):

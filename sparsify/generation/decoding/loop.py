@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 
 from sparsify import progress
-from sparsify.generation import compat, processors
-from sparsify.generation.model_state import model_state
-from sparsify.generation.runner import Direct, Runner, drawing
-from sparsify.generation.step import Step
-from sparsify.generation.step_caches import StepCache, step_cache
-from sparsify.generation.stopping import Criteria, LateWatch, Watch, sort_criteria
+from sparsify.generation import compat
+from sparsify.generation.decoding import processors
+from sparsify.generation.decoding.model_state import model_state
+from sparsify.generation.decoding.runner import Direct, Runner, drawing
+from sparsify.generation.decoding.step import Step
+from sparsify.generation.decoding.step_caches import StepCache, step_cache
+from sparsify.generation.decoding.stopping import Criteria, LateWatch, Watch, sort_criteria
 
 # what a model is given beside its cache: each of these has a buffer in a Step, or serves the prompt alone, or is not for the model
 _KNOWN = {compat.CACHE_NAME, "attention_mask", "position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer"}
