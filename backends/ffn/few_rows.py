@@ -73,7 +73,7 @@ def ffn(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, down: Te
     need(contiguous, f"weights are not contiguous {residual.dtype}", _WHERE)
     biases = [call.get(name) is not None for name in ("up_bias", "gate_bias")]
     need(call.get("gate") is None or biases[0] == biases[1], "only one of gate and up has a bias", _WHERE)
-    spec = _spec_of(residual, down, rows, call)
+    spec = _kernel_spec(residual, down, rows, call)
     operands = residual.contiguous(), input.contiguous(), remaining, *_halves(spec, up, call)
     with launching(residual.device, lambda: f"{_WHERE} ({spec.describe()})"):
         if rows > limits.FFN_MAX_ROWS:
@@ -81,7 +81,7 @@ def ffn(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, down: Te
         return _run(spec, *operands, down, rows, call)
 
 
-def _spec_of(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]) -> FfnSpec:
+def _kernel_spec(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]) -> FfnSpec:
     dtype, hidden = DTYPES[residual.dtype], residual.shape[-1]
     intermediate = down.shape[0] if call["transposed"] else down.shape[1]
     gated = call["layout"] != "plain"
@@ -89,7 +89,7 @@ def _spec_of(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]) ->
     present = zip(("norm_bias", "wide_bias", "down_bias", "post_bias"), ("norm_bias", "up_bias", "down_bias", "post_bias"), strict=True)
     options += tuple((field, call.get(operand) is not None) for field, operand in present)
     if rows > limits.FFN_MAX_ROWS:
-        return many_rows.spec_of(dtype, hidden, intermediate, gated, options, many_rows.tilings.get(dtype))
+        return many_rows.kernel_spec(dtype, hidden, intermediate, gated, options, many_rows.tilings.get(dtype))
     tile = 16 if rows <= 16 else 32
     return _spec(dtype, tile, hidden, intermediate, processors(residual.device), gated, options, tilings.get((dtype, hidden, intermediate)))
 

@@ -22,7 +22,7 @@ tilings: dict[str, RowsTiling] = {}
 
 
 @functools.lru_cache(maxsize=4096)
-def spec_of(
+def kernel_spec(
     dtype: str, hidden: int, intermediate: int, gated: bool, options: tuple[tuple[str, Any], ...], tiling: RowsTiling | None
 ) -> FfnSpec:
     return FfnSpec(dtype, MANY, hidden, intermediate, tiling or choose_rows_tiling(dtype, gated), gated, **dict(options))

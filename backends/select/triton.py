@@ -72,7 +72,7 @@ def select_blocks(call: SelectCall, *, tiling: SelectTiling | None = None, limit
     counts, indices = call.empty_lists()
     if call.empty:
         return counts.zero_(), indices
-    spec = spec_of(call, tiling or _tiling(call.device, call.estimate.int8), limits.fused_width)
+    spec = kernel_spec(call, tiling or _tiling(call.device, call.estimate.int8), limits.fused_width)
     with launching(call.device, lambda: f"{_WHERE} ({spec.describe()})"):
         _run(call, spec, counts, indices, None, limits)
     return counts, indices
@@ -82,7 +82,7 @@ def importance(call: SelectCall, *, tiling: SelectTiling | None = None) -> Tenso
     """fp32 [batch, query_heads, query_blocks, key_blocks] as the kernels compute it, for tests."""
     counts, indices = call.empty_lists()
     result = torch.zeros(indices.shape, dtype=torch.float32, device=call.device)
-    spec = replace(spec_of(call, tiling or _tiling(call.device, call.estimate.int8), LIMITS.fused_width), importance=True)
+    spec = replace(kernel_spec(call, tiling or _tiling(call.device, call.estimate.int8), LIMITS.fused_width), importance=True)
     _run(call, spec, counts, indices, result, LIMITS)
     return result
 
@@ -101,7 +101,7 @@ def _tiling(device: torch.device, int8: bool) -> SelectTiling:
     return tiling_for(capability(device), torch.cuda.get_device_properties(device).shared_memory_per_block_optin, int8)
 
 
-def spec_of(call: SelectCall, tiling: SelectTiling, fused_width: int) -> SelectSpec:
+def kernel_spec(call: SelectCall, tiling: SelectTiling, fused_width: int) -> SelectSpec:
     """The kernels that a call needs.
 
     Raises:
@@ -144,7 +144,7 @@ def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, im
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     sums = tops = None
     operands, tiling = _masks(call, spec), spec.tiling
-    for _, chunks in itertools.groupby(chunks_of(call, spec, limits.scratch_bytes), lambda chunk: (chunk.batch, chunk.kv_heads)):
+    for _, chunks in itertools.groupby(plan_chunks(call, spec, limits.scratch_bytes), lambda chunk: (chunk.batch, chunk.kv_heads)):
         first, *more = chunks
         scales: dict[str, Tensor | None] = {}
         queries, keys = _operands(call, spec, first)
@@ -194,7 +194,7 @@ def _choose(
     launch(module.pick, grid, select_source.arguments(spec, "pick"), values, num_warps=8)
 
 
-def chunks_of(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:
+def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:
     """Everything at once when its scratch fits; else batch rows one by one, some KV heads at a time; else some rows of one KV head."""
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     importance_bytes = 4 * call.key_blocks * spec.shared / (call.block_size // call.span) if spec.wide else 0
@@ -225,8 +225,8 @@ def _operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor
     keys = call.key[b0:b1, g0:g1]
     real_queries, real_keys = masks.real_queries(call), masks.real_keys(call)
     return (
-        _ready(queries, _rows_of(real_queries, b0, b1), call.query_cells, call.span, call.stride, spec.estimate.prepared),
-        _ready(keys, _rows_of(real_keys, b0, b1), call.key_cells, call.stride, call.stride, spec.estimate.prepared),
+        _ready(queries, _batch_rows(real_queries, b0, b1), call.query_cells, call.span, call.stride, spec.estimate.prepared),
+        _ready(keys, _batch_rows(real_keys, b0, b1), call.key_cells, call.stride, call.stride, spec.estimate.prepared),
     )
 
 
@@ -234,14 +234,14 @@ def _prepared(
     call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them."""
-    mean = masks.keys_mean(call, keys, _rows_of(masks.real_keys(call), *chunk.batch)) if spec.estimate.int8 else None
+    mean = masks.keys_mean(call, keys, _batch_rows(masks.real_keys(call), *chunk.batch)) if spec.estimate.int8 else None
     make = functools.partial(prepare.prepare_cells, module, spec.dtype, steps=spec.steps, int8=spec.estimate.int8)
     queries, query_scales = make(queries, None, call.query_cells, call.span)
     keys, key_scales = make(keys, mean, call.key_cells, call.stride)
     return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
 
 
-def _rows_of(mask: Tensor | None, first: int, last: int) -> Tensor | None:
+def _batch_rows(mask: Tensor | None, first: int, last: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[first:last]
 
 
@@ -338,7 +338,7 @@ def _sliced(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk: _C
         elif name == "start_at":
             values[name] = mask
         else:
-            values[name] = _rows_of(mask, b0, b1)
+            values[name] = _batch_rows(mask, b0, b1)
     for name, example in (("flags_batch", "key_first"), ("segments_batch", "key_low")):
         if example in masks:
             values[name] = int(masks[example].shape[0] > 1)

@@ -93,7 +93,9 @@ def test_small_bands_of_several_heads_and_chunks():
     limits = triton_select.Limits(scratch_bytes=2000)
     found = triton_select.select_blocks(one, tiling=BANDS, limits=limits)
     assert block_lists.to_dense(*found, 11).equal(block_lists.to_dense(*expected, 11))
-    assert any(chunk.cells[0] for chunk in triton_select.chunks_of(one, triton_select.spec_of(one, BANDS, 4096), limits.scratch_bytes))
+    assert any(
+        chunk.cells[0] for chunk in triton_select.plan_chunks(one, triton_select.kernel_spec(one, BANDS, 4096), limits.scratch_bytes)
+    )
 
 
 def test_real_tile_sizes():
@@ -177,7 +179,7 @@ def test_chunks_of_rows_and_heads_give_the_same_lists():
     counts, indices = triton_select.select_blocks(one, tiling=TMA)
     whole = block_lists.to_dense(counts, indices, one.key_blocks)
     limits = triton_select.Limits(scratch_bytes=11_000)
-    chunks = list(triton_select.chunks_of(one, triton_select.spec_of(one, tiling, 4096), limits.scratch_bytes))
+    chunks = list(triton_select.plan_chunks(one, triton_select.kernel_spec(one, tiling, 4096), limits.scratch_bytes))
     assert len(chunks) == 8 and chunks[1].cells == (256, 275)
     counts, indices = triton_select.select_blocks(one, tiling=tiling, limits=limits)
     assert torch.equal(block_lists.to_dense(counts, indices, one.key_blocks), whole)

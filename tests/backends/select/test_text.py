@@ -92,12 +92,12 @@ def test_capability_decides_and_never_the_name():
 
 def test_clauses_that_change_nothing_are_left_out():
     query, key = torch.zeros(1, 4, 256, 64), torch.zeros(1, 2, 256, 64)
-    plain = triton.spec_of(describe(query, key), TMA_TILING, 8192)
+    plain = triton.kernel_spec(describe(query, key), TMA_TILING, 8192)
     same = describe(query, key, windows=[0, 0, 0, 0], threshold=[0.9] * 4)
-    assert triton.spec_of(same, TMA_TILING, 8192) == plain
-    assert triton.spec_of(describe(query, key, windows=[9, 9, 9, 9]), TMA_TILING, 8192).window == "one"
+    assert triton.kernel_spec(same, TMA_TILING, 8192) == plain
+    assert triton.kernel_spec(describe(query, key, windows=[9, 9, 9, 9]), TMA_TILING, 8192).window == "one"
     with pytest.raises(UnsupportedError, match="float64"):
-        triton.spec_of(describe(query.double(), key.double()), TMA_TILING, 8192)
+        triton.kernel_spec(describe(query.double(), key.double()), TMA_TILING, 8192)
 
 
 @given(
@@ -106,8 +106,8 @@ def test_clauses_that_change_nothing_are_left_out():
 def test_chunks_cover_everything_once_within_the_budget(batch, heads, length, stride, log2_bytes):
     query = torch.empty(batch, heads[0], length, 64, device="meta")
     call = describe(query, torch.empty(batch, heads[1], length, 64, device="meta"), stride=stride)
-    chosen = triton.spec_of(call, TMA_TILING, 8192)
-    chunks = list(triton.chunks_of(call, chosen, 1 << log2_bytes))
+    chosen = triton.kernel_spec(call, TMA_TILING, 8192)
+    chunks = list(triton.plan_chunks(call, chosen, 1 << log2_bytes))
     size = lambda c: math.prod(high - low for low, high in (c.batch, c.kv_heads, c.cells))
     assert sum(map(size, chunks)) == batch * heads[1] * call.query_cells and len(set(chunks)) == len(chunks)
     assert size(chunks[0]) == max(map(size, chunks))
@@ -120,9 +120,9 @@ def test_chunks_cover_everything_once_within_the_budget(batch, heads, length, st
 
 def test_a_million_tokens_stay_within_the_scratch_budget():
     call = describe(torch.empty(1, 32, 1 << 20, 128, device="meta"), torch.empty(1, 8, 1 << 20, 128, device="meta"))
-    chosen = triton.spec_of(call, TMA_TILING, triton.LIMITS.fused_width)
+    chosen = triton.kernel_spec(call, TMA_TILING, triton.LIMITS.fused_width)
     assert not chosen.wide
-    chunk = next(triton.chunks_of(call, chosen, triton.LIMITS.scratch_bytes))
+    chunk = next(triton.plan_chunks(call, chosen, triton.LIMITS.scratch_bytes))
     tiles = -(-call.key_cells // TMA_TILING.cols)
     assert 4 * (chunk.cells[1] - chunk.cells[0]) * tiles * (2 * chosen.tile_blocks + 4) <= 1 << 30
 
@@ -131,8 +131,8 @@ def test_one_launch_serves_a_whole_model_layer_at_128k():
     query, key = torch.empty(1, 32, 131072, 128, device="meta"), torch.empty(1, 8, 131072, 128, device="meta")
     for estimate, stride, launches in (("exact", 16, 1), ("half", 8, 1), ("exact", 8, 2)):
         call = describe(query, key, estimate=estimate, stride=stride)
-        chosen = triton.spec_of(call, TMA_TILING, triton.LIMITS.fused_width)
-        assert len(list(triton.chunks_of(call, chosen, triton.LIMITS.scratch_bytes))) == launches
+        chosen = triton.kernel_spec(call, TMA_TILING, triton.LIMITS.fused_width)
+        assert len(list(triton.plan_chunks(call, chosen, triton.LIMITS.scratch_bytes))) == launches
 
 
 @pytest.mark.parametrize("length", [512, 509])
@@ -140,8 +140,8 @@ def test_operands_are_copied_only_where_cells_are_not_whole(length):
     query = torch.randn(2, length, 4, 64).transpose(1, 2)
     key = torch.randn(2, 2, length, 64)
     call = describe(query, key)
-    chosen = triton.spec_of(call, TMA_TILING, 8192)
-    (chunk,) = triton.chunks_of(call, chosen, 1 << 30)
+    chosen = triton.kernel_spec(call, TMA_TILING, 8192)
+    (chunk,) = triton.plan_chunks(call, chosen, 1 << 30)
     queries, keys = triton._operands(call, chosen, chunk)
     assert torch.equal(queries[:, :, :length], query) and torch.equal(keys[:, :, :length], key)
     assert (queries.data_ptr() == query.data_ptr()) == (length == 512) == (keys.data_ptr() == key.data_ptr())
@@ -154,8 +154,8 @@ def test_padding_is_zero_in_the_copies():
     flags = torch.ones(2, 128, dtype=torch.uint8)
     flags[0] = 0
     call = describe(query, key, key_flags=flags)
-    chosen = triton.spec_of(call, TMA_TILING, 8192)
-    (chunk,) = triton.chunks_of(call, chosen, 1 << 30)
+    chosen = triton.kernel_spec(call, TMA_TILING, 8192)
+    (chunk,) = triton.plan_chunks(call, chosen, 1 << 30)
     for values in triton._operands(call, chosen, chunk):
         assert values[0].eq(0).all() and values[1].eq(1).all()
         assert all(step * 4 % 16 == 0 for step in values.stride()[:-1])
