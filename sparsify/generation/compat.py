@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 # the name by which `generate()` hands a cache to `prepare_inputs_for_generation` and to the model
@@ -34,6 +36,11 @@ def columns(input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any]
         return mask.shape[1]
     embeddings = model_kwargs.get("inputs_embeds")
     return getattr(generation_config, "_mask_length", None) or (input_ids if embeddings is None else embeddings).shape[1]
+
+
+def pad_token(generation_config: Any, device: torch.device) -> Tensor:
+    """The token that fills rows which have ended, int64 []. transformers keeps it beside the configuration's own fields."""
+    return generation_config._pad_token_tensor.to(device)
 
 
 _RECORDERS = "transformers.utils.output_capturing"

@@ -24,8 +24,9 @@ from sparsify.errors import UnsupportedError
 from sparsify.generation import compat
 from sparsify.generation.caches.kept import KeptCaches
 from sparsify.generation.caches.sparse_cache import SparseCache
-from sparsify.generation.decoding import loop, step_caches
+from sparsify.generation.decoding import call, loop, step_caches
 from sparsify.generation.decoding.runner import CudaGraphs, Direct, Recorded, Runner
+from sparsify.generation.decoding.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Decoder:
         self._model = weakref.ref(model)
         self.graphs, self.shown = graphs, shown
         self.caches = KeptCaches()
-        self.sessions: weakref.WeakKeyDictionary[Any, loop.Sessions] = weakref.WeakKeyDictionary()
+        self.sessions: weakref.WeakKeyDictionary[Any, Sessions] = weakref.WeakKeyDictionary()
         self.unserved = ""  # why no SparseCache serves this model
         try:
             # before anything is compiled: it makes the model's attention sparsify's, which compiled code depends on
@@ -55,7 +56,7 @@ class Decoder:
         if config.cache_implementation is not None or not model._supports_default_dynamic_cache():
             return None
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1}
-        reason = loop.refusal(model, config, model_kwargs) or self.unserved
+        reason = call.refusal(model, config, model_kwargs) or self.unserved
         if not reason and (model.training or dtypes != {model.dtype} or torch.is_autocast_enabled(model.device.type)):
             reason = "what dtype keys have is not known, or the model is in training mode"
         if not reason:
@@ -97,11 +98,11 @@ class _Request:
 
     def sample(self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin._sample`."""
-        call = inspect.signature(GenerationMixin._sample).bind(self.model, input_ids, *args, **kwargs)
-        call.apply_defaults()
-        given = call.arguments
+        bound = inspect.signature(GenerationMixin._sample).bind(self.model, input_ids, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
         config, model_kwargs, cache = given["generation_config"], given["model_kwargs"], given["model_kwargs"].get(compat.CACHE_NAME)
-        reason = loop.refusal(self.model, config, model_kwargs) or step_caches.refusal(cache, self.model)
+        reason = call.refusal(self.model, config, model_kwargs) or step_caches.refusal(cache, self.model)
         if not reason and given["synced_gpus"]:
             reason = "several processes decode in step"
         if not reason and (input_ids.dim() != 2 or input_ids.device != self.model.device):
@@ -112,17 +113,14 @@ class _Request:
             log.info("generate() runs transformers' loop because %s", reason)
             return original(self.model, input_ids, *args, **kwargs)
         users = cache is not self.borrowed and getattr(cache, "_is_user_defined", False)
-        private = not users and not config.return_dict_in_generate
+        names = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer", "model_kwargs")
         return loop.decode(
             self.model,
-            *(
-                given[name]
-                for name in ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer", "model_kwargs")
-            ),
-            private=private,
+            call.Call(**{name: given[name] for name in names}),
+            private=not users and not config.return_dict_in_generate,
             late=input_ids.device.type == "cuda",
             make_runner=self.decoder.runner,
-            sessions=self.decoder.sessions.setdefault(cache, loop.Sessions()),
+            sessions=self.decoder.sessions.setdefault(cache, Sessions()),
             shown=self.decoder.shown,
         )
 
