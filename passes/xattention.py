@@ -1,8 +1,8 @@
 """xattention: antidiagonal scoring picks key blocks per query block and head; attention visits only those.
 
 Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428. Beside the published sum over a query
-block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matters when one query needs it. `estimate`
-makes the scores cheaper.
+block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matters when one query needs it. With `pool = "row"` every cell
+of queries keeps its own share of its mass, and the block of queries visits what some cell kept. `estimate` makes the scores cheaper.
 
 A block's choice depends on all queries of its query block: values stay causal, but changing the tail of a prompt can change
 logits of up to block - 1 rows before it.
@@ -47,7 +47,11 @@ class XAttention(Pass):
 
     stride: Literal[4, 8, 16] = Field(8, description="tokens that one score of the estimate spans; smaller is finer and slower")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
-    pool: Pool = Field("max", description="how a query block's cells are combined; sum is the published rule")
+    pool: Pool = Field(
+        "max",
+        description="how a query block's cells are combined: by the sum or the maximum of their masses, or, with row, by the union of what "
+        "each cell keeps by itself; sum is the published rule",
+    )
     estimate: tuple[VariantName, ...] = Field(
         DEFAULT.variants,
         description="ways to make the estimate cheaper, any of them together: "
@@ -79,6 +83,8 @@ class XAttention(Pass):
     def _stride_divides_block(self) -> XAttention:
         if self.block % self.stride:
             raise ValueError(f"stride {self.stride} does not divide block {self.block}")
+        if self.pool == "row" and self.density:
+            raise ValueError('pool = "row" keeps by threshold: a density needs one importance for each block, which "sum" and "max" have')
         return self
 
     def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:

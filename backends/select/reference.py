@@ -9,9 +9,11 @@ the column of the first visible key is forced, not a row. With S = stride, per h
 1. Softmax of each query cell's logits over the key cells it may see, fp32. Padding contributes zero to a score; a cell of padding
    alone is excluded. The cell on the diagonal includes products of keys up to S - 1 after their query, as published.
 2. The probabilities of a key block's cells are added; then those of a query block's cells are added, or their maximum is taken:
-   the importance.
+   the importance. Under the row rule each cell keeps importances of its own.
 3. Forced: the block of the batch row's first visible key, and every key block that overlaps the query block's own positions. The
    others are added by falling importance (equal ones by rising index) while the mass before a candidate is below τ · the row's sum.
+   Under the row rule every cell adds blocks in this way, all that equal the last one included, and the query block visits what some cell
+   added: a cell that finds nothing is wrong however much its neighbours find.
 
 A query block with a visible logit that is not finite keeps every block it may see.
 
@@ -25,6 +27,8 @@ after the keys' mean is taken from every token of every key cell. The mean moves
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,16 +52,24 @@ def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
         counts, indices = call.empty_lists()
         return counts.zero_(), indices.zero_()
     possible, forced = candidates(call)
-    return block_lists.from_dense(choose(importance(call), possible, forced, call))
+    kept = [choose(mass, possible[:, :, blocks], forced[:, :, blocks], call) for blocks, mass in importances(call)]
+    return block_lists.from_dense(torch.cat(kept, 2))
 
 
 def importance(call: SelectCall) -> Tensor:
-    """fp32 [batch, query_heads, query_blocks, key_blocks], 0 where nothing is visible; NaN in rows with a visible non-finite logit."""
+    """fp32 [batch, query_heads, query_blocks, key_blocks], 0 where nothing is visible; NaN in rows with a visible non-finite logit.
+
+    Under the row rule [batch, query_heads, query_blocks, cells of a block, key_blocks].
+    """
+    return torch.cat([mass for _, mass in importances(call)], 2)
+
+
+def importances(call: SelectCall) -> Iterator[tuple[slice, Tensor]]:
+    """`importance` of some query blocks after the others, and which blocks those are."""
     queries, keys = _query_cells(call), _key_cells(call)
     batch, heads, cells, width = queries.shape
     per_block = call.block_size // call.span
     chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * call.key_cells * per_block)) * per_block
-    parts = []
     for first in range(0, cells, chunk):
         rows = torch.arange(first, min(first + chunk, cells), device=queries.device)
         limit = _visible_cells(call, int(first + len(rows)))
@@ -67,9 +79,8 @@ def importance(call: SelectCall) -> Tensor:
         mass = _softmax(logits, _visible(call, rows, cols))
         mass = torch.nn.functional.pad(mass, (0, call.key_blocks * (call.block_size // call.stride) - limit, 0, -len(rows) % per_block))
         mass = mass.unflatten(-1, (call.key_blocks, -1)).sum(-1).unflatten(2, (-1, per_block))
-        parts.append(mass.sum(3) if call.pool == "sum" else mass.amax(3))
-    result = torch.cat(parts, 2)
-    return result.repeat_interleave(call.heads // heads, 1)
+        mass = mass if call.pool == "row" else mass.sum(3) if call.pool == "sum" else mass.amax(3)
+        yield slice(first // per_block, first // per_block + mass.shape[2]), mass.repeat_interleave(call.heads // heads, 1)
 
 
 def candidates(call: SelectCall) -> tuple[Tensor, Tensor]:
@@ -104,10 +115,12 @@ def choose(importance: Tensor, possible: Tensor, forced: Tensor, call: SelectCal
 
     Args:
         importance: [batch, query_heads, query_blocks, key_blocks], not negative; see `importance`.
-        possible, forced: broadcastable to it; see `candidates`. Forced blocks are possible.
+        possible, forced: broadcastable to the table; see `candidates`. Forced blocks are possible.
         call: "tau", "taus": its threshold is the share of each row's mass to keep; 1 or more keeps all that is possible. "density": its
             density is the share of each row's possible blocks to keep, forced ones counted.
     """
+    if call.pool == "row":
+        return _union_of_cells(importance, possible, forced, call)
     possible, forced = possible.expand_as(importance), forced.expand_as(importance)
     broken = ~importance.isfinite().all(-1, keepdim=True)
     mass = importance.masked_fill(broken | ~possible, 0).double()
@@ -127,6 +140,19 @@ def choose(importance: Tensor, possible: Tensor, forced: Tensor, call: SelectCal
         everything = broken | (tau >= 1)
     keep = torch.zeros_like(possible).scatter_(-1, order, take) | forced
     return torch.where(everything, possible, keep)
+
+
+def _union_of_cells(importance: Tensor, possible: Tensor, forced: Tensor, call: SelectCall) -> Tensor:
+    """`choose` under the row rule: what some cell of [..., cells, key_blocks] needs for its own threshold."""
+    broken = ~importance.isfinite().all(-1).all(-1)[..., None]
+    mass = importance.masked_fill(broken[..., None] | ~possible[..., None, :], 0).double()
+    tau = torch.tensor(call.threshold, dtype=torch.float64, device=importance.device)[:, None, None]
+    others = mass.masked_fill(forced[..., None, :], 0)
+    ranked = others.sort(dim=-1, descending=True).values
+    before = (mass * forced[..., None, :]).sum(-1, keepdim=True) + ranked.cumsum(-1) - ranked
+    taken = (before < tau[..., None] * mass.sum(-1, keepdim=True)) & (ranked > 0)
+    last = ranked.masked_fill(~taken, torch.inf).amin(-1, keepdim=True)
+    return torch.where(broken | (tau >= 1), possible, forced | (others >= last).any(-2))
 
 
 def _query_cells(call: SelectCall) -> Tensor:

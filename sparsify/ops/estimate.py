@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sparsify.errors import UnsupportedError
 
 VariantName = Literal["half", "group", "pair", "quad", "int8"]
-Pool = Literal["sum", "max"]
+Pool = Literal["sum", "max", "row"]
 EXACT_NAME = "exact"
 
 

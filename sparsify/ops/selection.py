@@ -72,7 +72,8 @@ class SelectCall(OpCall):
     query: [batch, query_heads, query_len, head_dim], floating point; key has its dtype.
     key: [batch, kv_heads, key_len, head_dim].
     key_flags, segments, query_start, scale, causal, windows: as in `sparsify.ops.attention.AttentionCall`.
-    pool: how a query block's cells are combined, "sum" or "max".
+    pool: how a query block's cells are combined: "sum" or "max" of their masses, or "row": every cell chooses by its own, and the query
+        block visits what some cell chose.
     estimate: what is multiplied.
     stride: tokens that one score spans.
     block_size: query rows and keys of a block.
@@ -181,7 +182,7 @@ class SelectCall(OpCall):
         """
         super().check()
         need, heads, pools = self.need, self.heads, get_args(Pool)
-        need(self.pool in pools, f"unknown pool {self.pool!r}", " or ".join(pools))
+        need(self.pool in pools, f"unknown pool {self.pool!r}", ", ".join(pools))
         need(self.stride in (4, 8, 16), f"stride {self.stride}", "4, 8 or 16")
         fits = self.block_size in (32, 64, 128) and self.block_size % self.span == 0
         need(fits, f"block size {self.block_size} for stride {self.stride}", "64 or 128")
@@ -190,6 +191,10 @@ class SelectCall(OpCall):
         need(thresholds, f"{len(self.threshold)} thresholds for {heads} query heads", "one, or one per query head")
         need(all(t >= 0 for t in self.threshold), f"threshold {self.threshold}", "0 or more")
         need(0 <= self.density <= 1, f"density {self.density}", "0 (use the threshold) to 1")
+        whole = self.pool != "row" or not self.density
+        need(
+            whole, "a density under the row rule", "a threshold, or another pool: no block has one importance that others are compared with"
+        )
         fits = self.key_blocks <= _MOST_BLOCKS
         need(fits, f"{self.key_len} keys at block size {self.block_size}", f"at most {_MOST_BLOCKS} blocks: int16 indices")
 

@@ -195,10 +195,15 @@ def smallest_first(importance, possible, forced, call):
 
 
 def other_pool(call):
-    return real_importance(dataclasses.replace(call, pool="max"))
+    return real_importances(dataclasses.replace(call, pool="max"))
 
 
-real_choose, real_importance = reference_select.choose, reference_select.importance
+def one_cell_for_all(importance, possible, forced, call):
+    """Under the row rule, the block's mean row decides."""
+    return real_choose(importance.mean(-2, keepdim=True), possible, forced, call)
+
+
+real_choose, real_importances = reference_select.choose, reference_select.importances
 SELECTIONS = {
     "the diagonal is not forced": (selection, *candidates(without_diagonal)),
     "the sink is a row": (selection, *candidates(sink_as_row)),
@@ -206,7 +211,8 @@ SELECTIONS = {
     "another total": (selection, "choose", threshold_of_the_rest),
     "keeps everything": (selection, "choose", everything),
     "the least important first": (selection, "choose", smallest_first),
-    "another pool": (lambda: selection(pool="sum", stride=4, threshold=(0.7,)), "importance", other_pool),
+    "another pool": (lambda: selection(pool="sum", stride=4, threshold=(0.7,)), "importances", other_pool),
+    "one cell for all": (lambda: selection(pool="row", stride=4, threshold=(0.4,)), "choose", one_cell_for_all),
 }
 
 
@@ -308,7 +314,8 @@ def test_sinks_counted_from_key_zero_are_caught(monkeypatch):
 
 
 def test_one_selection_for_all_batch_rows_is_caught(monkeypatch):
-    real = reference_select.importance
-    monkeypatch.setattr(reference_select, "importance", lambda call: real(call)[:1].expand(call.batch, -1, -1, -1))
+    real = reference_select.importances
+    first_row = lambda call: ((rows, mass[:1].expand(call.batch, -1, -1, -1)) for rows, mass in real(call))
+    monkeypatch.setattr(reference_select, "importances", first_row)
     with pytest.raises(AssertionError):
         test_metamorphic.check_permuted_rows("xattention", 6 * test_metamorphic.BLOCK)

@@ -127,6 +127,7 @@ def test_thresholds_per_head_must_fit_the_site():
         ({"threshold": 1.5}, "between 0 and 1"),
         ({"threshold": ()}, "between 0 and 1"),
         ({"density": 0.0}, "greater than 0"),
+        ({"density": 0.1, "pool": "row"}, "keeps by threshold"),
         ({"estimate": ("half", "half")}, "twice"),
         ({"estimate": ("quarter",)}, "half"),
         ({"estimate": ("pair", "quad")}, "exclude"),
@@ -262,6 +263,7 @@ def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
 
 
 RULES = {"tau": {"threshold": 0.5}, "density": {"density": 0.4}, "per head": {"threshold": [0.2, 0.9, 0.5, 0.0]}}
+RULES["row"] = {"pool": "row", "threshold": 0.3}
 
 
 @pytest.mark.parametrize("rule, estimate", [*((rule, ()) for rule in RULES), *(("tau", estimate) for estimate in ESTIMATES[1:])])

@@ -48,10 +48,11 @@ class Oracle:
         return bool(ours) and min(ours) <= max(theirs) and min(theirs) <= max(ours)
 
     def importance(self, b, h):
-        """[query_blocks, key_blocks]"""
+        """[query_blocks, key_blocks]; under the row rule [query_blocks, cells of a block, key_blocks]"""
         s, span = self.stride, self.stride * (2 if self.half else 1)
         key_blocks = math.ceil(self.key_len / self.block)
-        result = torch.zeros(math.ceil(self.query_len / self.block), key_blocks, dtype=torch.float64)
+        per_block = self.block // span
+        result = torch.zeros(math.ceil(self.query_len / self.block), per_block, key_blocks, dtype=torch.float64)
         kv = h // (self.heads // self.key.shape[1])
         for i in range(math.ceil(self.query_len / span)):
             rows = range(i * span, min(i * span + s, self.query_len))
@@ -75,9 +76,10 @@ class Oracle:
                 total = sum(math.exp(x - top) for x in logits.values())
                 for j, x in logits.items():
                     mass[j * s // self.block] += math.exp(x - top) / total
-            block = i * span // self.block
-            result[block] = result[block] + mass if self.pool == "sum" else torch.maximum(result[block], mass)
-        return result
+            result[i // per_block, i % per_block] = mass
+        if self.pool == "row":
+            return result
+        return result.sum(1) if self.pool == "sum" else result.amax(1)
 
     def forced(self, b, h, block, possible):
         first = next((k for k in range(self.key_len) if self.real_key(b, k)), None)
@@ -90,6 +92,25 @@ class Oracle:
     def reachable(self, b, h, block, k):
         rows = range(block * self.block, min((block + 1) * self.block, self.query_len))
         return self.possible(b, h, rows, range(k * self.block, min((k + 1) * self.block, self.key_len)), window=False)
+
+    def union(self, b, h, block, importance):
+        """Blocks that some cell of one query block keeps, those that are forced, and how far every other block is from being decided the
+        other way: of a kept one, by the cell that is surest of it."""
+        cells = [self.row(b, h, block, mass) for mass in importance]
+        kept, forced, sure, loose = set(), cells[0][1], {}, {}
+        for mass, (mine, _, distance) in zip(importance, cells, strict=True):
+            total = max(float(mass.sum()), 1e-30)
+            floor = min((float(mass[k]) for k in mine - forced), default=math.inf)
+            mine = mine | {k for k in distance if float(mass[k]) == floor}
+            ceiling = max((float(mass[k]) for k in set(distance) - mine), default=-math.inf)
+            kept |= mine
+            for k in mine | set(distance):
+                x, far = float(mass[k]), distance.get(k, math.inf)
+                if k in mine:
+                    sure[k] = max(sure.get(k, 0.0), min(far, (x - ceiling) / total))
+                else:
+                    loose[k] = min(loose.get(k, math.inf), far, (floor - x) / total)
+        return kept, forced, {**loose, **sure}
 
     def row(self, b, h, block, importance):
         """Kept blocks of one query block, the others' cutoff (lowest kept, highest dropped) and each block's distance to the rule."""
@@ -122,6 +143,12 @@ def assert_selection(counts, indices, call, *, tolerance=1e-4):
         for h in range(oracle.heads):
             importance = oracle.importance(b, h)
             for block in range(importance.shape[0]):
+                if call.pool == "row":
+                    kept, forced, slack = oracle.union(b, h, block, importance[block])
+                    got = set(indices[b, h, block, : int(counts[b, h, block])].tolist())
+                    assert forced <= got, (b, h, block, forced, got)
+                    assert all(slack.get(k, math.inf) < tolerance for k in got ^ kept), (b, h, block, sorted(kept), sorted(got), slack)
+                    continue
                 kept, forced, slack = oracle.row(b, h, block, importance[block])
                 got = set(indices[b, h, block, : int(counts[b, h, block])].tolist())
                 assert forced <= got, (b, h, block, forced, got)

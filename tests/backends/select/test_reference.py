@@ -51,12 +51,13 @@ def problems(draw):
     options = {
         "causal": draw(st.booleans()),
         "windows": draw(st.sampled_from([[], [40], [0, 20][: heads[0]]])),
-        "pool": draw(st.sampled_from(["sum", "max"])),
+        "pool": draw(st.sampled_from(["sum", "max", "row"])),
         "estimate": draw(st.sampled_from([one for one in EXAMPLES if not (one.group or one.int8)])),
         "stride": draw(st.sampled_from([4, 8, 16])),
         "threshold": draw(st.sampled_from([[0.0], [0.5], [0.9], [1.0], [0.3, 0.97][: heads[0]]])),
         "density": draw(st.sampled_from([0.0, 0.0, 0.25, 0.6])),
     }
+    options["density"] *= options["pool"] != "row"
     masks = {}
     if draw(st.booleans()):
         flags = torch.ones(batch, key_len, dtype=torch.uint8)
@@ -92,26 +93,29 @@ def test_a_higher_threshold_gives_a_superset(problem, one, other):
     assert not (low & ~high).any()
 
 
-def test_sparse_differs_from_dense_and_threshold_one_is_dense():
+@pytest.mark.parametrize("pool", ["sum", "max", "row"])
+def test_sparse_differs_from_dense_and_threshold_one_is_dense(pool):
     query, key = inputs(512)
-    kept = table(query, key)
-    every = table(query, key, threshold=[1.0])
+    kept = table(query, key, pool=pool, threshold=[0.6])
+    every = table(query, key, pool=pool, threshold=[1.0])
     assert every.sum() == 2 * 16 * 17 / 2
     assert 0 < kept.sum() < every.sum()
 
 
-def test_threshold_zero_keeps_sink_and_diagonal():
+@pytest.mark.parametrize("pool", ["sum", "max", "row"])
+def test_threshold_zero_keeps_sink_and_diagonal(pool):
     query, key = inputs(256)
     want = torch.eye(8, dtype=torch.bool)
     want[:, 0] = True
-    assert torch.equal(table(query, key, threshold=[0.0]), want.expand(1, 2, 8, 8))
+    assert torch.equal(table(query, key, pool=pool, threshold=[0.0]), want.expand(1, 2, 8, 8))
 
 
-def test_each_head_has_its_threshold():
+@pytest.mark.parametrize("pool", ["sum", "max", "row"])
+def test_each_head_has_its_threshold(pool):
     query, key = inputs(512)
-    both = table(query, key, threshold=[0.5, 0.99])
-    assert torch.equal(both[:, 0], table(query, key, threshold=[0.5])[:, 0])
-    assert torch.equal(both[:, 1], table(query, key, threshold=[0.99])[:, 1])
+    both = table(query, key, pool=pool, threshold=[0.5, 0.99])
+    assert torch.equal(both[:, 0], table(query, key, pool=pool, threshold=[0.5])[:, 0])
+    assert torch.equal(both[:, 1], table(query, key, pool=pool, threshold=[0.99])[:, 1])
     assert not torch.equal(both[:, 0], both[:, 1])
 
 
@@ -124,7 +128,7 @@ def test_a_diagonal_off_the_block_grid_forces_two_blocks():
 # The pitfalls of the published code, in the order of its review.
 
 
-@pytest.mark.parametrize("pool", ["sum", "max"])
+@pytest.mark.parametrize("pool", ["sum", "max", "row"])
 @pytest.mark.parametrize("length", [256, 250])
 def test_a_chunk_selects_what_the_whole_prompt_selects(pool, length):
     query, key = inputs(length)
@@ -230,6 +234,7 @@ def test_the_maximum_keeps_a_block_that_one_query_needs():
     query[:, :, 992:1008, 0], query[:, :, 1016:, 0] = 60.0, 60.0
     options = {"scale": 1.0, "threshold": [0.3]}
     assert table(query, key, pool="max", **options)[0, 0, -1, 10]
+    assert table(query, key, pool="row", **options)[0, 0, -1, 10]
     assert not table(query, key, pool="sum", **options)[0, 0, -1, 10]
 
 
@@ -247,7 +252,7 @@ def test_a_density_keeps_that_share_of_the_causal_blocks(density):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("pool", ["sum", "max"])
+@pytest.mark.parametrize("pool", ["sum", "max", "row"])
 def test_a_row_that_is_not_finite_keeps_what_it_may_see(value, pool):
     query, key = inputs(256)
     plain = table(query, key, pool=pool, threshold=[0.5])
@@ -277,6 +282,33 @@ def test_equal_importances_go_by_index():
     assert reference.choose(importance, possible, forced, every).all()
 
 
+def test_each_cell_keeps_its_smallest_set():
+    # two cells of five blocks, the first of which is forced
+    importance = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0], [0.2, 0.0, 0.1, 0.2, 0.5]]).expand(1, 1, 1, 2, 5)
+    forced = torch.tensor([True, False, False, False, False])
+    kept = lambda t: reference.choose(importance, torch.ones_like(forced)[None], forced[None], call(*inputs(32), pool="row", threshold=[t]))
+    assert [kept(t).int().tolist()[0][0][0] for t in (0.1, 0.3, 0.6, 0.8, 0.95)] == [
+        [1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 1],
+        [1, 1, 0, 0, 1],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+    ]
+    flat = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2]).expand(1, 1, 1, 1, 5)
+    half = call(*inputs(32), pool="row", threshold=[0.5])
+    assert reference.choose(flat, torch.ones_like(forced)[None], forced[None], half).all(), "equal ones stay together"
+
+
+def test_a_query_block_visits_what_its_cells_visit():
+    query, key = inputs(8 * BLOCK, heads=1)
+    one = call(query, key, pool="row", threshold=[0.6])
+    mass, (possible, forced) = reference.importance(one), reference.candidates(one)
+    assert mass.shape == (1, 1, 8, BLOCK // one.stride, 8)
+    cells = [reference.choose(mass[:, :, :, i : i + 1], possible, forced, one) for i in range(mass.shape[3])]
+    assert torch.equal(torch.stack(cells).any(0), reference.choose(mass, possible, forced, one))
+    assert not torch.equal(cells[0], cells[1])
+
+
 def test_unused_cache_slots_take_no_part():
     query, key = inputs(64, 256)
     filled = key.clone()
@@ -304,6 +336,7 @@ def test_a_shared_estimate_gives_a_group_one_importance():
         ({"threshold": [0.1] * 3}, "3 thresholds for 2"),
         ({"threshold": [math.nan]}, "threshold"),
         ({"density": 1.5}, "density 1.5"),
+        ({"density": 0.5, "pool": "row"}, "density under the row rule"),
         ({"key_flags": torch.ones(1, 7)}, "key_flags"),
         ({"query_start": torch.zeros(2, dtype=torch.int64)}, "2 elements, not one"),
         ({"estimate": "third"}, "unknown variant 'third'"),
