@@ -12,15 +12,14 @@ from torch import Tensor
 
 from sparsify.backends import dispatch
 from sparsify.errors import KernelError
-from sparsify.ops import block_lists, cache, feed_forward, gradients, selection
+from sparsify.ops import block_lists, feed_forward, gradients, selection
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
+from sparsify.ops.call import OpCall
 from sparsify.ops.library import library
 from sparsify.ops.selection import SelectCall
 
 log = logging.getLogger(__name__)
-
-# ops that need nothing around what the table names
-_PLAIN = (cache.store, cache.length, cache.attention, cache.decode, cache.mass, feed_forward.ffn_start, feed_forward.ffn_prompt)
 
 
 def register(op: str, kernel: Callable[..., Any]) -> None:
@@ -42,6 +41,12 @@ def _served(op: str) -> Callable[..., Any]:
     defaults = {a.name: a.default_value for a in schema if a.kwarg_only and a.has_default_value()}
     serve = dispatch.serve(op)
     return lambda *args, **given: serve(*args, **{**defaults, **given})
+
+
+def _bound(call: type[OpCall]) -> Callable[..., Any]:
+    """`dispatch.serve` with the record of each call."""
+    serve = dispatch.serve(call.NAME)
+    return lambda *args, **options: serve(call.bind(*args, **options))
 
 
 _attention, _fill_empty_rows = dispatch.serve("attention"), dispatch.serve("empty_rows")
@@ -120,6 +125,7 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 register("attention", _checked_attention)
 register("select_blocks", _checked_select)
 register("ffn", _observed(_served("ffn")))
-register("ffn_parts", _served("ffn_parts"))
-for _op in (op._schema.name.partition("::")[2] for op in _PLAIN):
+for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):
     register(_op, _served(_op))
+for _record in (CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheMassCall):
+    register(_record.NAME, _bound(_record))

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheStoreCall
 from sparsify.planning.method import AttentionSite, CacheSite, Context, Editor, Pass, Proposal, Refusal, SiteKind, work
 
 _HINT = "pass a sparsify.SparseCache(model.config, policy=..., budget=...) as the model's cache"
@@ -36,24 +36,11 @@ class KvEvict(Pass):
         return Proposal.from_work(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
 
     def rewrite(self, editor: Editor, site: CacheSite) -> None:
-        store, attention = site.store.kwargs, site.output.kwargs
-        fused = editor.at(site).call(
-            cache_ops.decode,
-            site.query,
-            site.key,
-            site.value,
-            *site.state,
-            real=store.get("real"),
-            tickets=store.get("tickets"),
-            sink_logits=attention.get("sink_logits"),
-            inverse_frequencies=attention.get("inverse_frequencies"),
-            pinned=store["pinned"],
-            scale=attention["scale"],
-            softcap=attention["softcap"],
-            window=attention["window"],
-            sinks=attention["sinks"],
-            version=cache_ops.VERSION,
-        )
+        store = CacheStoreCall.bind(*site.store.args, **site.store.kwargs)
+        attention = CacheAttentionCall.bind(*site.output.args, **site.output.kwargs)
+        call = store.common(CacheDecodeCall) | attention.common(CacheDecodeCall)
+        call["real"] = store.real  # the attention need not know: the token is stored by then
+        fused = editor.at(site).emit(CacheDecodeCall(**call))
         editor.replace(site, fused)
         editor.supersede(site.store)
 

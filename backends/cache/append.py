@@ -35,9 +35,10 @@ from sparsify.backends.codegen.launch import (
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheAttentionCall
 from sparsify.ops.limits import cdiv
 
-_WHERE = "sparsify::cache_attention"
+_WHERE = f"sparsify::{CacheAttentionCall.NAME}"
 
 
 @dataclass(frozen=True)
@@ -136,62 +137,46 @@ def _module(spec: AppendSpec) -> ModuleType:
     return source.load(append_source(spec), "append")
 
 
-def cache_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    seen: Tensor,
-    *,
-    new_key: Tensor | None = None,
-    new_value: Tensor | None = None,
-    real: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    inverse_frequencies: Tensor | None = None,
-    scale: float,
-    softcap: float,
-    window: int,
-    sinks: int,
-    version: int,
-    tiling: AppendTiling | None = None,
-    splits: int | None = None,
-) -> Tensor:
-    """The op by generated kernels; see `sparsify.ops.cache`. tiling, splits: instead of the tables' choice, for tests and tuning.
+def cache_attention(call: CacheAttentionCall, *, tiling: AppendTiling | None = None, splits: int | None = None) -> Tensor:
+    """The op by generated kernels.
+
+    Args:
+        tiling, splits: instead of the tables' choice, for tests and tuning.
 
     Raises:
         UnsupportedError: no kernel takes this call.
         KernelError: a kernel could not be compiled or launched.
     """
-    _check(query, keys, values, new_key, new_value, scale)
-    (batch, heads, query_len, qk_head_dim), (_, kv_heads, capacity, _) = query.shape, keys.shape
-    v_head_dim, group, dtype = values.shape[3], heads // kv_heads, DTYPES[query.dtype]
-    turning = inverse_frequencies is not None
+    _check(call)
+    query, new_key, new_value = call.query, call.new_key, call.new_value
+    (batch, heads, query_len, qk_head_dim), (_, kv_heads, capacity, _) = query.shape, call.keys.shape
+    v_head_dim, group, dtype = call.values.shape[3], heads // kv_heads, DTYPES[query.dtype]
+    turning = call.inverse_frequencies is not None
     if tiling is None:
         tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability(query.device), turning)
     tiles, rows = cdiv(query_len * group, tiling.rows), batch * kv_heads
     count = splits or choose_splits(cdiv(capacity, tiling.keys), rows * tiles, processors(query.device) * tiling.programs)
     has_new = new_key is not None
     spec = AppendSpec(
-        dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, window > 0, real is not None and has_new, turning,
-        softcap > 0, sink_logits is not None,
+        dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, call.window > 0, call.real is not None and has_new, turning,
+        call.softcap > 0, call.sink_logits is not None,
     )  # fmt: skip
-    asked = asked_positions(seen, query_len, real, has_new).to(torch.int32).contiguous()
-    out = cache_ops.empty_output(query, values)
+    asked = asked_positions(call).to(torch.int32).contiguous()
+    out = cache_ops.empty_output(call)
     given: dict[str, Any] = {
-        "query": query, "keys": keys, "values": values, "positions": positions, "seen": seen, "asked": asked, "out": out,
-        "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "splits": count, "window": min(window, LONGEST_WINDOW),
-        "sinks": sinks, "SPLITS": max(2, power_of_two(count)), **logit_values(scale, softcap),
+        **vars(call), "asked": asked, "out": out, "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "splits": count,
+        "window": min(call.window, LONGEST_WINDOW), "SPLITS": max(2, power_of_two(count)), **logit_values(call.scale, call.softcap),
     }  # fmt: skip
     given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
     if new_key is not None and new_value is not None:
-        given |= {"new_key": new_key, "new_value": new_value, "at": asked if real is None else asked.masked_fill(~real, -1)}
+        given["at"] = asked if call.real is None else asked.masked_fill(~call.real, -1)
         given |= stride_values(key=(new_key, "bhn"), value=(new_value, "bhn"))
-        if window:
-            given["bounds"] = _bounds(asked, tiles, tiling.rows, group, given["window"], sinks)
-    if sink_logits is not None:
-        given["sink_logits"] = sink_logits.float().contiguous()
-    if turning:
-        given["turned"] = turned_queries(query, asked, sinks, window, inverse_frequencies)
+        if call.window:
+            given["bounds"] = _bounds(asked, tiles, tiling.rows, group, given["window"], call.sinks)
+    if call.sink_logits is not None:
+        given["sink_logits"] = call.sink_logits.float().contiguous()
+    if call.inverse_frequencies is not None:
+        given["turned"] = turned_queries(query, asked, call.sinks, call.window, call.inverse_frequencies)
     if count > 1:
         given |= partial_sums(rows * query_len * group * count, v_head_dim, query.device)
     with launching(query.device, lambda: f"append kernel ({spec})"):
@@ -213,10 +198,11 @@ def _bounds(asked: Tensor, tiles: int, rows: int, group: int, window: int, sinks
     return torch.stack((start, torch.minimum(start, sinks_end)), -1).to(torch.int32)
 
 
-def _check(query: Tensor, keys: Tensor, values: Tensor, new_key: Tensor | None, new_value: Tensor | None, scale: float) -> None:
-    given = [t for t in (query, keys, values, new_key, new_value) if t is not None]
+def _check(call: CacheAttentionCall) -> None:
+    query, keys, values = call.query, call.keys, call.values
+    given = [t for t in (query, keys, values, call.new_key, call.new_value) if t is not None]
     need(all(t.dtype == query.dtype for t in given) and query.dtype in DTYPES, f"dtypes {[str(t.dtype) for t in given]}", _WHERE)
     need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous", _WHERE)
     need(all(t.stride(-1) == 1 for t in given), "strided head dimensions", _WHERE)
     need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads", _WHERE)
-    need(query.shape[2] > 0 and scale > 0, f"{query.shape[2]} queries, scale {scale}", _WHERE)
+    need(query.shape[2] > 0 and call.scale > 0, f"{query.shape[2]} queries, scale {call.scale}", _WHERE)

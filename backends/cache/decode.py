@@ -31,9 +31,10 @@ from sparsify.backends.codegen.launch import (
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheDecodeCall
 from sparsify.ops.limits import cdiv
 
-_WHERE = "sparsify::cache_decode"
+_WHERE = f"sparsify::{CacheDecodeCall.NAME}"
 # Up to so many splits the program that joins them holds all in registers, and a launch is saved; long caches feel neither.
 _FUSED_SPLITS = 32
 # What so many slots hold is read in about the time that a load of their count takes.
@@ -137,83 +138,48 @@ def _module(spec: DecodeSpec) -> ModuleType:
     return source.load(decode_source(spec), "decode")
 
 
-def cache_decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    seen: Tensor,
-    length: Tensor,
-    *,
-    real: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    inverse_frequencies: Tensor | None = None,
-    pinned: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    sinks: int,
-    version: int,
-    tickets: Tensor | None = None,
-    tiling: DecodeTiling | None = None,
-) -> Tensor:
-    """The op by generated kernels; see `sparsify.ops.cache`.
+def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -> Tensor:
+    """The op by generated kernels.
+
+    Args:
+        tiling: instead of the table's choice, for tests and tuning.
 
     Raises:
         UnsupportedError: no kernel takes this call.
         KernelError: a kernel could not be compiled or launched.
     """
-    _check(query, key, value, keys, values, pinned, scale)
-    heads, qk_head_dim = query.shape[1], query.shape[3]
-    kv_heads, capacity, v_head_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    _check(call)
+    query, real, tickets = call.query, call.real, call.tickets
+    (batch, heads, _, qk_head_dim), kv_heads, capacity, v_head_dim = query.shape, call.kv_heads, call.capacity, call.values.shape[3]
     dtype = DTYPES[query.dtype]
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
-    turning = inverse_frequencies is not None
-    rows, grows = query.shape[0] * kv_heads, pinned == cache_ops.NEVER_OVERWRITTEN
+    rows, grows = batch * kv_heads, call.pinned == cache_ops.NEVER_OVERWRITTEN
     tiles, programs = cdiv(capacity, tiling.keys), processors(query.device) * tiling.programs
     count = choose_splits(tiles, rows, programs)
     if tickets is not None and _FUSED_SPLITS < count <= _FUSED_SPLITS * 5 // 4:  # a launch saved is worth a few idle processors
         count = choose_splits(tiles, rows, programs, _FUSED_SPLITS)
     spec = DecodeSpec(
-        dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, softcap > 0, sink_logits is not None, real is not None, turning,
-        tickets is not None and count <= _FUSED_SPLITS, capacity <= _WHOLE_SLOTS and not grows, grows,
+        dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, call.softcap > 0, call.sink_logits is not None, real is not None,
+        call.inverse_frequencies is not None, tickets is not None and count <= _FUSED_SPLITS, capacity <= _WHOLE_SLOTS and not grows, grows,
     )  # fmt: skip
-    out = cache_ops.empty_output(query, values)
+    out, partials = cache_ops.empty_output(call), max(2, power_of_two(count))
     given: dict[str, Any] = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "keys": keys,
-        "values": values,
-        "positions": positions,
-        "counts": counts,
-        "seen": seen,
-        "length": length,
-        "out": out,
-        "tickets": tickets,
-        "kv_heads": kv_heads,
-        "capacity": capacity,
-        "pinned": pinned,
-        "splits": count,
-        "sinks": sinks,
-        "SPLITS": (up := max(2, power_of_two(count))),
+        **vars(call), "out": out, "kv_heads": kv_heads, "capacity": capacity, "splits": count, "SPLITS": partials,
         # partial sums of so many heads are registers of the joining program at a time
-        "MEMBERS": max(1, min(power_of_two(spec.group), 16384 // (up * padded(v_head_dim)))),
-    }
-    given |= partial_sums(rows * spec.group * count, v_head_dim, query.device) | logit_values(scale, softcap)
+        "MEMBERS": max(1, min(power_of_two(spec.group), 16384 // (partials * padded(v_head_dim)))),
+        **logit_values(call.scale, call.softcap),
+    }  # fmt: skip
+    given |= partial_sums(rows * spec.group * count, v_head_dim, query.device)
     if not spec.fused:
         given["slots"] = torch.empty(rows, dtype=torch.int32, device=query.device)
-    given |= stride_values(query=(query, "bh"), key=(key, "bh"), value=(value, "bh"), out=(out, "bh"))
-    if sink_logits is not None:
-        given["sink_logits"] = sink_logits.float().contiguous()
+    given |= stride_values(query=(query, "bh"), key=(call.key, "bh"), value=(call.value, "bh"), out=(out, "bh"))
+    if call.sink_logits is not None:
+        given["sink_logits"] = call.sink_logits.float().contiguous()
     if real is not None:
         given |= {"real": real.view(torch.uint8), "real_b": real.stride(0)}
-    if turning:
-        at = seen if real is None else seen - 1 + real[:, 0].to(seen.dtype)
-        given["turned"] = turned_queries(query, at[:, None], sinks, window, inverse_frequencies)
+    if call.inverse_frequencies is not None:
+        at = call.seen if real is None else call.seen - 1 + real[:, 0].to(call.seen.dtype)
+        given["turned"] = turned_queries(query, at[:, None], call.sinks, call.window, call.inverse_frequencies)
     with launching(query.device, lambda: f"decode kernel ({spec})"):
         module = _module(spec)
         launch(module.split, (count, rows), arguments(spec, "split"), given, num_warps=tiling.warps, num_stages=tiling.stages)
@@ -222,10 +188,11 @@ def cache_decode(
     return out
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pinned: int, scale: float) -> None:
+def _check(call: CacheDecodeCall) -> None:
+    query, key, value, keys, values = call.query, call.key, call.value, call.keys, call.values
     need(query.shape[2] == key.shape[2] == value.shape[2] == 1, f"{query.shape[2]} queries, decode has one", _WHERE)
     need(query.dtype in DTYPES and query.dtype == keys.dtype == values.dtype == key.dtype, f"dtypes {query.dtype} and {keys.dtype}", _WHERE)
     need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous", _WHERE)
     need(all(t.stride(-1) == 1 for t in (query, key, value)), "strided head dimensions", _WHERE)
     need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads", _WHERE)
-    need(-1 <= pinned < keys.shape[2] and scale > 0, f"{pinned} pinned slots of {keys.shape[2]}, scale {scale}", _WHERE)
+    need(-1 <= call.pinned < call.capacity and call.scale > 0, f"{call.pinned} pinned slots of {call.capacity}, scale {call.scale}", _WHERE)

@@ -18,9 +18,10 @@ from sparsify.backends.codegen.arguments import Argument, integers, padded, para
 from sparsify.backends.codegen.launch import DTYPES, choose_splits, launch, launching, need, processors, stride_values
 from sparsify.backends.codegen.template import render
 from sparsify.errors import UnsupportedError
+from sparsify.ops.cache import CacheMassCall
 from sparsify.ops.limits import cdiv
 
-_WHERE = "sparsify::cache_mass"
+_WHERE = f"sparsify::{CacheMassCall.NAME}"
 # programs of `spread` on a multiprocessor that a split aims at
 _PROGRAMS = 2
 
@@ -94,38 +95,31 @@ def _module(spec: MassSpec) -> ModuleType:
     return source.load(mass_source(spec), "mass")
 
 
-def cache_mass(
-    query: Tensor,
-    keys: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    *,
-    scale: float,
-    softcap: float,
-    version: int,
-    tiling: MassTiling | None = None,
-    splits: int | None = None,
-) -> Tensor:
-    """The op by generated kernels; see `sparsify.ops.cache`. tiling, splits: instead of the tables' choice, for tests and tuning.
+def cache_mass(call: CacheMassCall, *, tiling: MassTiling | None = None, splits: int | None = None) -> Tensor:
+    """The op by generated kernels.
+
+    Args:
+        tiling, splits: instead of the tables' choice, for tests and tuning.
 
     Raises:
         UnsupportedError: no kernel takes this call.
         KernelError: a kernel could not be compiled or launched.
     """
+    query, keys = call.query, call.keys
     (batch, heads, query_len, head_dim), (_, kv_heads, key_len, _) = query.shape, keys.shape
-    served = query.dtype in DTYPES and keys.dtype == query.dtype and keys.stride(-1) == 1 and scale > 0 and query_len > 0
-    need(served, f"{query_len} {query.dtype} queries, {keys.dtype} keys of strides {keys.stride()}, scale {scale}", _WHERE)
+    served = query.dtype in DTYPES and keys.dtype == query.dtype and keys.stride(-1) == 1 and call.scale > 0 and query_len > 0
+    need(served, f"{query_len} {query.dtype} queries, {keys.dtype} keys of strides {keys.stride()}, scale {call.scale}", _WHERE)
     dtype, group, rows = DTYPES[query.dtype], heads // kv_heads, batch * kv_heads
     tiling = tiling or choose_tiling(dtype, head_dim, group, query_len)
-    spec = MassSpec(dtype, head_dim, group, tiling, softcap > 0)
+    spec = MassSpec(dtype, head_dim, group, tiling, call.softcap > 0)
     tiles = cdiv(group * query_len, tiling.rows)
     count = splits or choose_splits(cdiv(key_len, tiling.keys), rows * tiles, processors(query.device) * _PROGRAMS)
     part = torch.empty(2, rows, group * query_len, count, dtype=torch.float32, device=query.device)
     given: dict[str, Any] = {
-        "query": query.contiguous(), "keys": keys, "positions": positions.to(torch.int32).contiguous(),
-        "asked": query_positions.to(torch.int32).contiguous(), "kv_heads": kv_heads, "query_len": query_len, "key_len": key_len,
+        "query": query.contiguous(), "keys": keys, "positions": call.positions.to(torch.int32).contiguous(),
+        "asked": call.query_positions.to(torch.int32).contiguous(), "kv_heads": kv_heads, "query_len": query_len, "key_len": key_len,
         "splits": count, "split_len": cdiv(key_len, count * tiling.keys) * tiling.keys, "part_m": part[0], "part_l": part[1],
-        "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device), **logit_values(scale, softcap),
+        "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device), **logit_values(call.scale, call.softcap),
     }  # fmt: skip
     given |= stride_values(key=(keys, "bhn"))
     with launching(query.device, lambda: f"mass kernel ({spec})"):

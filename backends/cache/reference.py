@@ -4,115 +4,58 @@ decode kernels, and what serves stores of many tokens everywhere (policies are P
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from sparsify import policies
 from sparsify.ops import cache
+from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.policies import Candidates
 
 # elements of one chunk's score matrix over all heads: 64 MB in fp32
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def cache_store(
-    query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    seen: Tensor,
-    length: Tensor,
-    *,
-    real: Tensor | None = None,
-    tickets: Tensor | None = None,
-    pinned: int,
-    recent: int,
-    empty: bool,
-    policy: str,
-    scale: float,
-    softcap: float,
-    version: int,
-) -> None:
-    """Adds key and value [batch, kv_heads, query_len, head_dim] to the state; see `sparsify.ops.cache`.
-
-    real: bool [batch, query_len], False for padding. empty: nothing is stored yet, whatever a call that failed may have left behind.
-    policy: `Policy.describe`'s text.
-    """
-    if empty:
-        positions.fill_(-1)
-        for state in (values, counts, seen, length)[pinned == cache.NEVER_OVERWRITTEN :]:
+def cache_store(call: CacheStoreCall) -> None:
+    """Adds the call's tokens to the state."""
+    if call.empty:
+        call.positions.fill_(-1)
+        for state in (call.values, call.counts, call.seen, call.length)[call.pinned == cache.NEVER_OVERWRITTEN :]:
             state.zero_()
-    if pinned == cache.NEVER_OVERWRITTEN and key.shape[2] > 1:
-        _append_all(key, value, keys, values, positions, counts, seen, real, empty)
-    elif key.shape[2] == 1:
-        _append(key, value, keys, values, positions, counts, seen, real, pinned)
+    if call.pinned == cache.NEVER_OVERWRITTEN and call.query_len > 1:
+        _append_all(call)
+    elif call.query_len == 1:
+        _append(call)
     else:
-        old = None if empty else (keys, values, positions)
-        kept = _Merge(key, value, old, seen, real, keys.shape[2])
-        if kept.candidates > kept.capacity:
-            kept.score(policies.parse(policy), query, scale, softcap, recent)
-        # in a row to which padding leaves one token or none it is a call of that one token
-        alone = None if empty or real is None else real
-        several = None if alone is None else alone.sum(-1) > 1
-        held = (keys, values, positions, counts)
-        for state, chosen in zip(held, (*kept.arranged(pinned, recent), kept.total.clamp(max=kept.capacity))):
-            part = state[:, :, : chosen.shape[2]] if state.dim() > 2 else state
-            part.copy_(chosen if several is None else torch.where(_like(several, part), chosen, part))
-        if alone is not None and several is not None:
-            first = alone.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, key.shape[1], -1)
-            single = (alone.any(-1) & ~several)[:, None]
-            _append(_gather_slots(key, first), _gather_slots(value, first), *held, seen, single, pinned)
-    seen += key.shape[2] if real is None else real.sum(-1, dtype=seen.dtype)
-    length += key.shape[2]
+        _keep_the_best(call)
+    call.seen.add_(call.query_len if call.real is None else call.real.sum(-1, dtype=call.seen.dtype))
+    call.length.add_(call.query_len)
 
 
-def _append(
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    seen: Tensor,
-    real: Tensor | None,
-    pinned: int,
-) -> None:
+def _append(call: CacheStoreCall | CacheDecodeCall) -> None:
     """One token per row; padding writes back what is there."""
-    slot = cache.next_slot(counts, keys.shape[2], pinned)
-    if pinned == cache.NEVER_OVERWRITTEN:
-        value = value.masked_fill((counts >= keys.shape[2])[..., None, None], torch.nan)
-    fresh = (key, value, seen[:, None, None].expand_as(slot).to(positions.dtype))
-    for state, new in zip((keys, values, positions), fresh):
+    slot, value = cache.next_slot(call.counts, call.capacity, call.pinned), call.value
+    if call.pinned == cache.NEVER_OVERWRITTEN:
+        value = value.masked_fill((call.counts >= call.capacity)[..., None, None], torch.nan)
+    fresh = (call.key, value, call.seen[:, None, None].expand_as(slot).to(call.positions.dtype))
+    for state, new in zip((call.keys, call.values, call.positions), fresh):
         index = _over_dims(state, slot)
-        if real is not None:
-            new = torch.where(_like(real[:, 0], state), new, state.gather(2, index))
+        if call.real is not None:
+            new = torch.where(_like(call.real[:, 0], state), new, state.gather(2, index))
         state.scatter_(2, index, new)
-    counts += 1 if real is None else real.to(counts.dtype)
+    call.counts.add_(1 if call.real is None else call.real.to(call.counts.dtype))
 
 
-def _append_all(
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    seen: Tensor,
-    real: Tensor | None,
-    empty: bool,
-) -> None:
+def _append_all(call: CacheStoreCall) -> None:
     """Several tokens per row behind those that are stored, none of which goes; nothing else of the buffers is read or written."""
-    count, capacity = key.shape[2], keys.shape[2]
+    key, value, real, seen, count, capacity = call.key, call.value, call.real, call.seen, call.query_len, call.capacity
     at = torch.arange(count, device=key.device, dtype=torch.int32)
-    if empty and real is None and count <= capacity:
-        for state, new in ((keys, key), (values, value), (positions, at)):
+    if call.empty and real is None and count <= capacity:
+        for state, new in ((call.keys, key), (call.values, value), (call.positions, at)):
             state[:, :, :count].copy_(new)
-        counts += count
+        call.counts.add_(count)
         return
     total = count if real is None else real.sum(-1, dtype=seen.dtype)[:, None]
     if real is not None:
@@ -124,12 +67,31 @@ def _append_all(
     at = seen[:, None] + at
     slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
     value = value.masked_fill((at >= capacity)[:, None, :, None], torch.nan)
-    for state, new in ((keys, key), (values, value), (positions, at[:, None].expand_as(slot))):
+    for state, new in ((call.keys, key), (call.values, value), (call.positions, at[:, None].expand_as(slot))):
         index = _over_dims(state, slot)
         if real is not None:
             new = torch.where(_like(real.any(-1), state), new, state.gather(2, index[:, :, :1]))
         state.scatter_(2, index, new.to(state.dtype))
-    counts += total
+    call.counts.add_(total)
+
+
+def _keep_the_best(call: CacheStoreCall) -> None:
+    """Several tokens per row and those that are stored: as many as there are slots stay."""
+    merged = _Merge(call)
+    if merged.candidates > merged.capacity:
+        merged.score(call)
+    # in a row to which padding leaves one token or none it is a call of that one token
+    alone = None if call.empty or call.real is None else call.real
+    several = None if alone is None else alone.sum(-1) > 1
+    arranged = (*merged.arranged(call.pinned, call.recent), merged.total.clamp(max=merged.capacity))
+    for state, chosen in zip((call.keys, call.values, call.positions, call.counts), arranged):
+        part = state[:, :, : chosen.shape[2]] if state.dim() > 2 else state
+        part.copy_(chosen if several is None else torch.where(_like(several, part), chosen, part))
+    if alone is not None and several is not None:
+        first = alone.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, call.kv_heads, -1)
+        single = (alone.any(-1) & ~several)[:, None]
+        key, value = _gather_slots(call.key, first), _gather_slots(call.value, first)
+        _append(dataclasses.replace(call, key=key, value=value, real=single))
 
 
 def _like(rows: Tensor, state: Tensor) -> Tensor:
@@ -141,11 +103,10 @@ class _Merge:
     """The tokens of a layer and those of a call, of which a cache keeps as many as it has slots: empty slots and padding first, then the
     tokens side by side in order of position."""
 
-    def __init__(
-        self, key: Tensor, value: Tensor, old: tuple[Tensor, Tensor, Tensor] | None, seen: Tensor, real: Tensor | None, capacity: int
-    ):
+    def __init__(self, call: CacheStoreCall):
+        key, seen, real = call.key, call.seen, call.real
         kv_heads, count = key.shape[1:3]
-        self.capacity, self.real = capacity, real
+        self.capacity, self.real = call.capacity, real
         if real is None:
             at = seen[:, None] + torch.arange(count, device=key.device, dtype=torch.int32)
         else:
@@ -153,18 +114,19 @@ class _Merge:
         self.call_positions = at.to(torch.int32)  # [batch, query_len], -1 for padding
         self.newest = seen - 1 + (count if real is None else real.sum(-1, dtype=seen.dtype))
         at = self.call_positions[:, None].expand(-1, kv_heads, -1)
-        self.keys, self.values, self.positions = key, value, at
-        if old is not None:
-            self.keys, self.values, self.positions = (torch.cat(parts, 2) for parts in zip(old, (key, value, at)))
-        if old is not None or real is not None:
+        self.keys, self.values, self.positions = key, call.value, at
+        if not call.empty:
+            self.keys, self.values = torch.cat((call.keys, key), 2), torch.cat((call.values, call.value), 2)
+            self.positions = torch.cat((call.positions, at), 2)
+        if not call.empty or real is not None:
             order = self.positions.argsort(dim=-1, stable=True)
             self.keys, self.values, self.positions = (_gather_slots(held, order) for held in (self.keys, self.values, self.positions))
         self.candidates = self.keys.shape[2]
         self.total = (self.positions >= 0).sum(-1, dtype=torch.int32)  # [batch, kv_heads]
         self.scores: Tensor | None = None
 
-    def score(self, policy: policies.Policy, query: Tensor | None, scale: float, softcap: float, recent: int) -> None:
-        queries = asked = None
+    def score(self, call: CacheStoreCall) -> None:
+        policy, query, queries, asked = policies.parse(call.policy), call.query, None, None
         if policy.observed:
             assert query is not None, "the policy reads queries, which the op was not given"
             asked = self.call_positions
@@ -173,8 +135,8 @@ class _Merge:
             else:  # the last real queries of each row, wherever padding stands
                 last = self.real.to(torch.int8).argsort(dim=-1, stable=True)[:, -policy.observed :]
                 queries, asked = _gather_slots(query, last[:, None].expand(-1, query.shape[1], -1)), asked.gather(1, last)
-        found = policy.score(Candidates(self.keys, self.values, self.positions, queries, asked, self.newest, scale, softcap))
-        newest = self.positions > (self.newest - recent)[:, None, None]
+        found = policy.score(Candidates(self.keys, self.values, self.positions, queries, asked, self.newest, call.scale, call.softcap))
+        newest = self.positions > (self.newest - call.recent)[:, None, None]
         # a NaN score would win every comparison; the policy's word counts only between tokens that exist
         found = found.float().nan_to_num(nan=-3e38, neginf=-3e38, posinf=3e38).clamp(-3e38, 3e38)
         self.scores = found.masked_fill(newest, torch.inf).masked_fill(self.positions < 0, -torch.inf)
@@ -217,33 +179,17 @@ def _over_dims(state: Tensor, slots: Tensor) -> Tensor:
     return slots if state.dim() == 3 else slots[..., None].expand(-1, -1, -1, state.shape[-1])
 
 
-def cache_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    seen: Tensor,
-    *,
-    new_key: Tensor | None = None,
-    new_value: Tensor | None = None,
-    real: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    inverse_frequencies: Tensor | None = None,
-    scale: float,
-    softcap: float,
-    window: int,
-    sinks: int,
-    version: int,
-) -> Tensor:
-    """Output [batch, query_heads, query_len, v_head_dim] in query's dtype; see `sparsify.ops.cache`. fp32 math (fp64 for fp64 inputs)."""
+def cache_attention(call: CacheAttentionCall) -> Tensor:
+    """Output [batch, query_heads, query_len, v_head_dim] in query's dtype. fp32 math (fp64 for fp64 inputs)."""
+    query, keys, values, positions, sinks, window = call.query, call.keys, call.values, call.positions, call.sinks, call.window
     batch, heads, query_len, _ = query.shape
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
-    output = cache.empty_output(query, values)
-    asked = asked_positions(seen, query_len, real, new_key is not None)
-    if new_key is not None:
-        assert new_value is not None, "new_key and new_value come together"
-        at = asked if real is None else asked.masked_fill(~real, -1)
-        keys, values = torch.cat((keys, new_key), 2), torch.cat((values, new_value), 2)
+    output = cache.empty_output(call)
+    asked = asked_positions(call)
+    if call.new_key is not None:
+        assert call.new_value is not None, "new_key and new_value come together"
+        at = asked if call.real is None else asked.masked_fill(~call.real, -1)
+        keys, values = torch.cat((keys, call.new_key), 2), torch.cat((values, call.new_value), 2)
         positions = torch.cat((positions, at[:, None].expand(-1, keys.shape[1], -1).to(positions.dtype)), 2)
     nothing = (positions < 0)[..., None]
     keys, values = (t.to(math).masked_fill(nothing, 0).unsqueeze(2) for t in (keys, values))
@@ -253,27 +199,28 @@ def cache_attention(
     for first in range(0, query_len, chunk):
         part = slice(first, first + chunk)
         rows, p = grouped[..., part, :], asked[:, None, None, part, None]
-        logits = scale * (rows @ keys.transpose(-1, -2))
-        if inverse_frequencies is not None:
-            turned = turn(rows, -(asked[:, part] + 1 - sinks - window).clamp(min=0)[:, None, None], inverse_frequencies)
-            logits = torch.where(positions < sinks, scale * (turned @ keys.transpose(-1, -2)), logits)
+        logits = call.scale * (rows @ keys.transpose(-1, -2))
+        if call.inverse_frequencies is not None:
+            turned = turn(rows, -(asked[:, part] + 1 - sinks - window).clamp(min=0)[:, None, None], call.inverse_frequencies)
+            logits = torch.where(positions < sinks, call.scale * (turned @ keys.transpose(-1, -2)), logits)
         visible = (positions >= 0) & (positions <= p)
         if window:
             visible = visible & ((positions > p - window) | (positions < sinks))
-        weights = _softmax(logits, visible.expand_as(logits), softcap, sink_logits)
+        weights = _softmax(logits, visible.expand_as(logits), call.softcap, call.sink_logits)
         output[:, :, part] = (weights @ values).flatten(1, 2).to(output.dtype)
     return output
 
 
-def asked_positions(seen: Tensor, query_len: int, real: Tensor | None, has_new: bool) -> Tensor:
+def asked_positions(call: CacheAttentionCall) -> Tensor:
     """Position of each query of a call in its row, [batch, query_len]; padding has that of the real token before it.
 
     `seen` counts the call's tokens when they are stored already, which only a call of one token is.
     """
-    if not has_new:
+    seen, real = call.seen, call.real
+    if call.new_key is None:
         return seen[:, None] - 1
     if real is None:
-        return seen[:, None] + torch.arange(query_len, device=seen.device, dtype=seen.dtype)
+        return seen[:, None] + torch.arange(call.query.shape[2], device=seen.device, dtype=seen.dtype)
     return seen[:, None] + real.cumsum(-1, dtype=seen.dtype) - 1
 
 
@@ -308,37 +255,26 @@ def _softmax(logits: Tensor, visible: Tensor, softcap: float, sink_logits: Tenso
     return weights / total.masked_fill(total == 0, 1)
 
 
-def cache_mass(
-    query: Tensor, keys: Tensor, positions: Tensor, query_positions: Tensor, *, scale: float, softcap: float, version: int
-) -> Tensor:
+def cache_mass(call: CacheMassCall) -> Tensor:
     """Weights that keys get of the queries' attention; one KV head at a time bounds the logits to group x queries x keys."""
+    query, keys, positions = call.query, call.keys, call.positions
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     group, found = query.shape[1] // keys.shape[1], []
     for head in range(keys.shape[1]):
         rows = query[:, head * group : (head + 1) * group].to(math)
         at = positions[:, None, head : head + 1]
-        visible = (at >= 0) & (at <= query_positions[:, None, :, None])  # [batch, 1, queries, keys]
+        visible = (at >= 0) & (at <= call.query_positions[:, None, :, None])  # [batch, 1, queries, keys]
         # a hidden key may hold anything
         known = keys[:, head, None].to(math).masked_fill((at < 0).transpose(-1, -2), 0)
-        logits = scale * (rows @ known.transpose(-1, -2))
-        weights = _softmax(logits[:, :, None], visible[:, :, None], softcap, None)[:, :, 0]
+        logits = call.scale * (rows @ known.transpose(-1, -2))
+        weights = _softmax(logits[:, :, None], visible[:, :, None], call.softcap, None)[:, :, 0]
         found.append(weights.sum(2))
     return torch.cat(found, 1).float()
 
 
-def cache_decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *state: Tensor,
-    pinned: int,
-    real: Tensor | None = None,
-    tickets: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
+def cache_decode(call: CacheDecodeCall) -> Tensor:
     """One token stored, then attention over the filled slots."""
-    keys, values, positions, counts, seen, length = state
-    _append(key, value, keys, values, positions, counts, seen, real, pinned)
-    seen += 1 if real is None else real[:, 0].to(seen.dtype)
-    length += 1
-    return cache_attention(query, keys, values, positions, seen, **options)
+    _append(call)
+    call.seen.add_(1 if call.real is None else call.real[:, 0].to(call.seen.dtype))
+    call.length.add_(1)
+    return cache_attention(CacheAttentionCall(**call.common(CacheAttentionCall)))

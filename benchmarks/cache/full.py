@@ -30,7 +30,7 @@ from benchmarks.lib.models import SHAPES
 from sparsify import backends
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
 from sparsify.ops import attention as ops
-from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheDecodeCall
 
 _CALL = re.compile(r"(\d+)x(\d+)(p?)")
 _LAYER_BYTES = 8 << 30  # of all the layers that take turns
@@ -149,10 +149,9 @@ def contestants(case: Case, call_token: tuple[Tensor, ...], sweep: bool) -> dict
 
 def full(layer: Layer, call_token: tuple[Tensor, ...], tiling: DecodeTiling | None) -> Tensor:
     """Stores the token and attends; a CPU runs the reference."""
-    options = {"pinned": cache_ops.NEVER_OVERWRITTEN, "scale": call_token[0].shape[-1] ** -0.5, "softcap": 0.0, "window": 0, "sinks": 0}
-    options |= {"tickets": layer.tickets, "version": cache_ops.VERSION}
-    step = cache_ops.decode if tiling is None else lambda *call, **more: cache_decode(*call, **more, tiling=tiling)
-    return step(*call_token, layer.keys, layer.values, *layer.state, **options)
+    options = {"pinned": NEVER_OVERWRITTEN, "scale": call_token[0].shape[-1] ** -0.5, "softcap": 0.0, "window": 0, "sinks": 0}
+    call = CacheDecodeCall(*call_token, layer.keys, layer.values, *layer.state, tickets=layer.tickets, **options)
+    return call.run() if tiling is None else cache_decode(call, tiling=tiling)
 
 
 def error_over(case: Case, query: Tensor, run: Step, layer: Layer, stores: bool) -> float:

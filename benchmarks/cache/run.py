@@ -31,7 +31,7 @@ from benchmarks.lib.models import HEAD_DIM, HEADS, KV_HEADS
 from sparsify import backends, policies
 from sparsify.backends.cache import append as triton_append
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
-from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheStoreCall
 
 DIM = HEAD_DIM
 _CLOCK = Clock("cuda")
@@ -63,14 +63,13 @@ def step(batch: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) 
     return make(HEADS), make(KV_HEADS), make(KV_HEADS)
 
 
-def options_of() -> dict[str, Any]:
-    return {"pinned": 0, "scale": DIM**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
+OPTIONS = {"pinned": 0, "scale": DIM**-0.5, "softcap": 0.0, "window": 0, "sinks": 0}
 
 
 def check(batch: int, capacity: int, tokens: int, tiling: DecodeTiling | None) -> float:
     """Largest error against SDPA in fp32 over the filled slots."""
     layer, call = state(batch, capacity, tokens), step(batch)
-    out = cache_decode(*call, *layer, tiling=tiling, **options_of())
+    out = cache_decode(CacheDecodeCall(*call, *layer, **OPTIONS), tiling=tiling)
     filled = min(tokens + 1, capacity)
     keys, values = (t[:, :, :filled].float() for t in layer[:2])
     want = F.scaled_dot_product_attention(call[0].float(), keys, values, enable_gqa=True)
@@ -99,15 +98,12 @@ def kernel(options: argparse.Namespace) -> None:
             tokens = int(length * share) if share < 1 else length
             filled = (*layer[:3], *(torch.full_like(t, tokens) for t in layer[3:]))
             # tokens that count as padding are not stored, so that repeated calls do not fill the cache
-            real = {} if share == 1 else {"real": torch.zeros(batch, 1, dtype=torch.bool, device="cuda")}
-
+            real = None if share == 1 else torch.zeros(batch, 1, dtype=torch.bool, device="cuda")
             tickets = torch.zeros(batch * KV_HEADS + 1, dtype=torch.int32, device="cuda")
 
-            def run(filled: Any = filled, real: Any = real, tiling: Any = tiling, tickets: Any = tickets) -> None:
-                cache_decode(*call, *filled, tiling=tiling, tickets=tickets, **real, **options_of())  # noqa: B023  runs now
-
+            decode = CacheDecodeCall(*call, *filled, tickets=tickets, real=real, **OPTIONS)
             error = check(batch, length, tokens, tiling)
-            ms = _CLOCK.replays(run)
+            ms = _CLOCK.replays(lambda decode=decode, tiling=tiling: cache_decode(decode, tiling=tiling))
             facts = {"batch": batch, "length": length, "share": share, "error": error, "tiling": tiling and vars(tiling)}
             write(options, "sparsify", ms, int(full_bytes * share), ceiling, **facts)
 
@@ -127,11 +123,13 @@ def append(options: argparse.Namespace) -> None:
             1, 2
         )
         query, key, value = make(HEADS), make(KV_HEADS), make(KV_HEADS)
-        call = {"scale": DIM**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
+        call = CacheAttentionCall(
+            query, keys, values, positions, seen, new_key=key, new_value=value, scale=DIM**-0.5, softcap=0.0, window=0, sinks=0
+        )
         whole = [torch.cat(pair, 2) for pair in ((keys, key), (values, value))]
 
-        def ours(query=query, key=key, value=value, held=(keys, values, positions, seen), call=call) -> torch.Tensor:
-            return triton_append.cache_attention(query, *held, new_key=key, new_value=value, **call)
+        def ours(call: CacheAttentionCall = call) -> torch.Tensor:
+            return triton_append.cache_attention(call)
 
         def peer(query=query, whole=whole) -> torch.Tensor:
             return F.scaled_dot_product_attention(query, *whole, enable_gqa=True)
@@ -155,13 +153,10 @@ def store(options: argparse.Namespace) -> None:
         make = lambda heads, batch=batch, length=length: torch.randn(batch, heads, length, DIM, dtype=torch.bfloat16, device="cuda")
         query, key, value = make(HEADS), make(KV_HEADS), make(KV_HEADS)
         layer = state(batch, layout.capacity, 0)
-        call = {"pinned": layout.pinned, "recent": layout.recent, "policy": policy.describe(), "version": cache_ops.VERSION}
-
-        def run(query: Any = query, key: Any = key, value: Any = value, layer: Any = layer, call: Any = call) -> None:
-            cache_ops.store(query, key, value, *layer, empty=True, scale=DIM**-0.5, softcap=0.0, **call)
-
+        call = {"pinned": layout.pinned, "recent": layout.recent, "policy": policy.describe(), "scale": DIM**-0.5, "softcap": 0.0}
+        prompt = CacheStoreCall(query, key, value, *layer, empty=True, **call)
         with backends.strict():  # a reference in a kernel's place would be timed as one
-            ms = statistics.median(_CLOCK.samples(run, 20))
+            ms = statistics.median(_CLOCK.samples(prompt.run, 20))
         print(f"{name}, batch {batch}, {length} tokens, {layout.capacity} kept: {ms:.2f} ms a layer", flush=True)
         facts = {"policy": name, "batch": batch, "length": length, "budget": options.budget}
         records.append(options.out, DecodeStore(**facts, ms=ms))

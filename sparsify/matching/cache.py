@@ -12,8 +12,6 @@ from sparsify.matching.facts import layer_of
 from sparsify.matching.sites import CacheSite
 from sparsify.ops import cache
 
-_STATE = slice(3, 9)
-
 
 def find_cache(gm: fx.GraphModule) -> list[CacheSite]:
     """Every layer of a SparseCache, in execution order. Nothing in the graph is changed."""
@@ -42,18 +40,18 @@ def made_inside(gm: fx.GraphModule) -> fx.Node | None:
 
 
 def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Node, int]) -> CacheSite:
-    key, value = as_node(store.args[1]), as_node(store.args[2])
-    state = tuple(map(as_node, store.args[_STATE]))
+    call = cache.CacheStoreCall.bind(*store.args, **store.kwargs)
+    key, value, state = as_node(call.key), as_node(call.value), tuple(map(as_node, call.state))
     mine = [reader for reader in readers if reader.args[1] is state[0]]
     size = lambda node: [s if isinstance(s, int) else s.node.expr for s in example_tensor(node).shape]
     batch, kv_heads, query_len, qk_head_dim = size(key)
-    single, empty = query_len == 1, store.kwargs["empty"] is True
+    single, empty = query_len == 1, call.empty is True
     stored_alone = empty and not single and not mine  # a prompt's attention is a site of its own
     near_miss = "" if len(mine) == 1 or stored_alone else f"{len(mine)} attentions read this layer's slots"
     output = mine[0] if len(mine) == 1 else store
     if single and not near_miss:
         near_miss = _find_obstacle(store, output, state, order)
-    query = as_node(mine[0].args[0]) if mine else key if store.args[0] is None else as_node(store.args[0])
+    query = as_node(mine[0].args[0]) if mine else key if call.query is None else as_node(call.query)
     name, layer = layer_of(output)
     tensor = example_tensor(key)
     return CacheSite(

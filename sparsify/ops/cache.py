@@ -45,10 +45,14 @@ kernel that runs after a custom op has mutated that tensor; the output of an op 
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, ClassVar
+
 import torch
 from torch import Tensor
 
-from sparsify.ops.library import TAGS, library, traced
+from sparsify.ops.call import OpCall, Operand
+from sparsify.ops.library import TAGS, define, library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 2
@@ -56,59 +60,185 @@ VERSION = 2
 # `pinned` of a state from which no token is ever evicted
 NEVER_OVERWRITTEN = -1
 
-_STATE = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, Tensor(d!) counts, Tensor(e!) seen, Tensor(f!) length"
 
-library.define(
-    f"cache_store(Tensor? query, Tensor key, Tensor value, {_STATE}, *, Tensor? real=None, "
-    "Tensor? tickets=None, int pinned, int recent, bool empty, str policy, float scale, float softcap, int version) -> ()",
-    tags=TAGS,
-)
-library.define(
-    "cache_attention(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor seen, *, Tensor? new_key=None, "
-    "Tensor? new_value=None, Tensor? real=None, Tensor? sink_logits=None, Tensor? inverse_frequencies=None, "
-    "float scale, float softcap, int window, int sinks, int version) -> Tensor",
-    tags=TAGS,
-)
-library.define(
-    f"cache_decode(Tensor query, Tensor key, Tensor value, {_STATE}, *, Tensor? real=None, Tensor? sink_logits=None, "
-    "Tensor? inverse_frequencies=None, Tensor(g!)? tickets=None, int pinned, float scale, float softcap, int window, int sinks, "
-    "int version) -> Tensor",
-    tags=TAGS,
-)
-library.define(
-    "cache_mass(Tensor query, Tensor keys, Tensor positions, Tensor query_positions, *, float scale, float softcap, int version) -> Tensor",
-    tags=TAGS,
-)
+@dataclass(frozen=True, eq=False)
+class _WritingCall(OpCall):
+    """A call that stores tokens in a layer: its operands by position.
+
+    query: [batch, query_heads, query_len, head_dim], floating point.
+    key: [batch, kv_heads, query_len, head_dim], of the tokens to store.
+    value: [batch, kv_heads, query_len, v_head_dim].
+    keys, values, positions, counts, seen, length: the layer's state, changed in place; the module describes it.
+    """
+
+    VERSION: ClassVar[int] = VERSION
+
+    query: Annotated[Tensor | None, Operand("batch query_heads query_len head_dim", "floats")]
+    key: Annotated[Tensor, Operand("batch kv_heads query_len head_dim", "floats")]
+    value: Annotated[Tensor, Operand("batch kv_heads query_len v_head_dim", "floats")]
+    keys: Annotated[Tensor, Operand("batch kv_heads capacity head_dim", "floats", written=True)]
+    values: Annotated[Tensor, Operand("batch kv_heads capacity v_head_dim", "floats", written=True)]
+    positions: Annotated[Tensor, Operand("batch kv_heads capacity", "integers", written=True)]
+    counts: Annotated[Tensor, Operand("batch kv_heads", "integers", written=True)]
+    seen: Annotated[Tensor, Operand("batch", "integers", written=True)]
+    length: Annotated[Tensor, Operand("", "integers", written=True)]
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """keys, values, positions, counts, seen, length."""
+        return self.keys, self.values, self.positions, self.counts, self.seen, self.length
+
+    @property
+    def query_len(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each KV head."""
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class CacheStoreCall(_WritingCall):
+    """One call of `sparsify::cache_store`; the module says what is computed.
+
+    query: None for policies that observe no queries.
+    real: bool [batch, query_len], False for padding, which is not stored; None: no padding.
+    tickets: int32, of no use to this op: a decode step that is fused from it passes them on.
+    pinned: slots that are written once, or NEVER_OVERWRITTEN.
+    recent: newest tokens that no score evicts.
+    empty: nothing is stored yet, whatever a call that failed may have left in the buffers.
+    policy: `sparsify.policies.Policy.describe`'s text.
+    scale: of the attention's logits, for policies that observe queries.
+    softcap: bound of those logits, 0 for none.
+    """
+
+    NAME: ClassVar[str] = "cache_store"
+
+    _: KW_ONLY
+    real: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
+    tickets: Annotated[Tensor | None, Operand("*", "integers")] = None
+    pinned: int
+    recent: int
+    empty: bool
+    policy: str
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True, eq=False)
+class CacheDecodeCall(_WritingCall):
+    """One call of `sparsify::cache_decode`: query_len is 1.
+
+    real: bool [batch, 1], False for padding, which is not stored; None: no padding.
+    sink_logits: joins each row's denominator with no value.
+    inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
+    tickets: int32 [batch * kv_heads + 1], zeros before and after the call, by which a kernel's last program knows itself.
+    pinned: slots that are written once, or NEVER_OVERWRITTEN.
+    scale: of the logits.
+    softcap: bound of the logits, 0 for none.
+    window, sinks: as in `CacheAttentionCall`.
+    """
+
+    NAME: ClassVar[str] = "cache_decode"
+
+    query: Annotated[Tensor, Operand("batch query_heads 1 head_dim", "floats")]
+    key: Annotated[Tensor, Operand("batch kv_heads 1 head_dim", "floats")]
+    value: Annotated[Tensor, Operand("batch kv_heads 1 v_head_dim", "floats")]
+    _: KW_ONLY
+    real: Annotated[Tensor | None, Operand("batch 1", "integers")] = None
+    sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
+    inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
+    tickets: Annotated[Tensor | None, Operand("*", "integers", written=True)] = None
+    pinned: int
+    scale: float
+    softcap: float
+    window: int
+    sinks: int
+
+
+@dataclass(frozen=True, eq=False)
+class CacheAttentionCall(OpCall):
+    """One call of `sparsify::cache_attention`; the module says what is computed.
+
+    query: [batch, query_heads, query_len, head_dim], floating point.
+    keys, values, positions, seen: of the layer's state, read only.
+    new_key: [batch, kv_heads, query_len, head_dim], of the call's own tokens, which are not stored yet; None: they are.
+    new_value: [batch, kv_heads, query_len, v_head_dim]; given with new_key.
+    real: bool [batch, query_len], False for padding; None: no padding.
+    sink_logits: joins each row's denominator with no value.
+    inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
+    scale: of the logits.
+    softcap: bound of the logits, 0 for none.
+    window: last tokens that a query sees, its own included; 0: all.
+    sinks: first tokens that a window does not hide.
+    """
+
+    NAME: ClassVar[str] = "cache_attention"
+    VERSION: ClassVar[int] = VERSION
+
+    query: Annotated[Tensor, Operand("batch query_heads query_len head_dim", "floats")]
+    keys: Annotated[Tensor, Operand("batch kv_heads capacity head_dim", "floats")]
+    values: Annotated[Tensor, Operand("batch kv_heads capacity v_head_dim", "floats")]
+    positions: Annotated[Tensor, Operand("batch kv_heads capacity", "integers")]
+    seen: Annotated[Tensor, Operand("batch", "integers")]
+    _: KW_ONLY
+    new_key: Annotated[Tensor | None, Operand("batch kv_heads query_len head_dim", "floats")] = None
+    new_value: Annotated[Tensor | None, Operand("batch kv_heads query_len v_head_dim", "floats")] = None
+    real: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
+    sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
+    inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
+    scale: float
+    softcap: float
+    window: int
+    sinks: int
+
+
+@dataclass(frozen=True, eq=False)
+class CacheMassCall(OpCall):
+    """One call of `sparsify::cache_mass`; the module says what is computed.
+
+    query: [batch, query_heads, queries, head_dim], floating point.
+    keys: [batch, kv_heads, keys, head_dim].
+    positions: int32 [batch, kv_heads, keys], -1 for a key that does not exist.
+    query_positions: int32 [batch, queries], -1 for a query that does not exist.
+    scale: of the logits.
+    softcap: bound of the logits, 0 for none.
+    """
+
+    NAME: ClassVar[str] = "cache_mass"
+    VERSION: ClassVar[int] = VERSION
+
+    query: Annotated[Tensor, Operand("batch query_heads queries head_dim", "floats")]
+    keys: Annotated[Tensor, Operand("batch kv_heads keys head_dim", "floats")]
+    positions: Annotated[Tensor, Operand("batch kv_heads keys", "integers")]
+    query_positions: Annotated[Tensor, Operand("batch queries", "integers")]
+    _: KW_ONLY
+    scale: float
+    softcap: float
+
+
+def empty_output(call: CacheAttentionCall | CacheDecodeCall) -> Tensor:
+    """Uninitialised [batch, query_heads, query_len, v_head_dim], the transpose of a contiguous [batch, query_len, heads, dim]."""
+    batch, heads, query_len, _ = call.query.shape
+    return call.query.new_empty(batch, query_len, heads, call.values.shape[-1]).transpose(1, 2)
+
+
+def _empty_mass(call: CacheMassCall) -> Tensor:
+    return call.query.new_empty(*call.query.shape[:2], call.keys.shape[2], dtype=torch.float32)
+
+
+store = define(CacheStoreCall, lambda call: None, "()")
+attention = define(CacheAttentionCall, empty_output, "Tensor")
+decode = define(CacheDecodeCall, empty_output, "Tensor")
+mass = define(CacheMassCall, _empty_mass, "Tensor")
 library.define("cache_length(Tensor length) -> Tensor", tags=TAGS)
-
-
-def _output(query: Tensor, values: Tensor) -> Tensor:
-    """[batch, query_heads, query_len, v_head_dim], the transpose of a contiguous [batch, query_len, heads, dim]."""
-    batch, heads, query_len, _ = query.shape
-    return query.new_empty(batch, query_len, heads, values.shape[-1]).transpose(1, 2)
-
-
-def _store_fake(query: Tensor | None, key: Tensor, *state: Tensor, **options: object) -> None:
-    return None
-
-
-def _attention_fake(query: Tensor, keys: Tensor, values: Tensor, *state: Tensor, **options: object) -> Tensor:
-    return _output(query, values)
-
-
-def _decode_fake(query: Tensor, key: Tensor, value: Tensor, *state: Tensor, **options: object) -> Tensor:
-    return _output(query, value)
-
-
-def _mass_fake(query: Tensor, keys: Tensor, *positions: Tensor, **options: object) -> Tensor:
-    return query.new_empty(*query.shape[:2], keys.shape[2], dtype=torch.float32)
-
-
-traced("cache_mass", _mass_fake)
 traced("cache_length", torch.empty_like)
-traced("cache_store", _store_fake)
-traced("cache_attention", _attention_fake)
-traced("cache_decode", _decode_fake)
+length = torch.ops.sparsify.cache_length.default
 
 
 def next_slot(counts: Tensor, capacity: int, pinned: int) -> Tensor:
@@ -117,11 +247,3 @@ def next_slot(counts: Tensor, capacity: int, pinned: int) -> Tensor:
         return counts.clamp(max=capacity - 1).long()[..., None]
     ring = max(capacity - pinned, 1)
     return torch.where(counts < pinned, counts, pinned + (counts - pinned) % ring).long()[..., None]
-
-
-empty_output = _output
-store = torch.ops.sparsify.cache_store.default
-attention = torch.ops.sparsify.cache_attention.default
-mass = torch.ops.sparsify.cache_mass.default
-length = torch.ops.sparsify.cache_length.default
-decode = torch.ops.sparsify.cache_decode.default

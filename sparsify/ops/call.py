@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import string
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ class Operand:
         names: exactly one element.
     holds: "same" (floating point, in the dtype of the first operand), "floats" or "integers".
     anywhere: it may lie on another device than the first operand.
+    written: the op writes to it.
     """
 
     shape: str
     holds: str = "same"
     anywhere: bool = False
+    written: bool = False
 
     @functools.cached_property
     def sizes(self) -> tuple[tuple[str, bool], ...]:
@@ -97,12 +100,15 @@ def schema_arguments(record: type[OpCall]) -> tuple[Argument, ...]:
     """The op's arguments in the order of its schema, without the version."""
     hints = typing.get_type_hints(record, include_extras=True)
     found: list[Argument] = []
+    aliases = iter(string.ascii_lowercase)
     for field in dataclasses.fields(record):
         hint, operand = hints[field.name], None
         if typing.get_origin(hint) is typing.Annotated:
             hint, operand = typing.get_args(hint)
-        wire = _WIRES[hint]
-        found.append(Argument(field.name, wire[0], field.kw_only is True, field.default, operand, *wire[1:]))
+        wire, *converted = _WIRES[hint]
+        if operand is not None and operand.written:
+            wire = wire.replace("Tensor", f"Tensor({next(aliases)}!)")
+        found.append(Argument(field.name, wire, field.kw_only is True, field.default, operand, *converted))
     return tuple(sorted(found, key=lambda argument: argument.keyword))
 
 

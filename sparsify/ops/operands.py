@@ -15,25 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparsify.errors import UnsupportedError
 from sparsify.masks.symbolic import Facts, sizes
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.call import OpCall, Operand, misfit
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
-_CALLS: dict[str, type[OpCall]] = {call.NAME: call for call in (AttentionCall, SelectCall, SparseAttentionCall)}
+_RECORDS = (AttentionCall, SelectCall, SparseAttentionCall, CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheMassCall)
+_CALLS: dict[str, type[OpCall]] = {call.NAME: call for call in _RECORDS}
 # what the operands of ops without a record must be
 _OPERANDS: dict[str, dict[str, Operand]] = {
-    "cache_decode": {
-        "query": Operand("batch query_heads 1 head_dim", "floats"),
-        "key": Operand("batch kv_heads 1 head_dim", "floats"),
-        "value": Operand("batch kv_heads 1 v_head_dim", "floats"),
-        "keys": Operand("batch kv_heads capacity head_dim", "floats"),
-        "values": Operand("batch kv_heads capacity v_head_dim", "floats"),
-        "sink_logits": Operand("query_heads", "floats"),
-        "positions": Operand("batch kv_heads capacity", "integers"),
-        "counts": Operand("batch kv_heads", "integers"),
-        "seen": Operand("batch", "integers"),
-        "length": Operand("", "integers"),
-    },
     "ffn": {
         **dict.fromkeys(("up", "gate", "down"), Operand("* *")),
         **dict.fromkeys(("up_bias", "gate_bias", "down_bias"), Operand("*")),

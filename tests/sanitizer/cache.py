@@ -9,8 +9,9 @@ import torch
 
 from benchmarks.cache import run
 from sparsify.backends.cache import append, decode, mass
+from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall
 
-_OPTIONS = {"scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+_OPTIONS = {"scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0}
 _WINDOW = {"window": 250, "sinks": 4}
 
 
@@ -43,7 +44,7 @@ def one(tokens: int, tickets: bool = False, padded: bool = False, **options: Any
         options["tickets"] = torch.zeros(2 * run.KV_HEADS + 1, dtype=torch.int32, device="cuda")
     if padded:
         options["real"] = torch.tensor([[True], [False]], device="cuda")
-    decode.cache_decode(*run.step(2), *layer, pinned=4, **options)
+    decode.cache_decode(CacheDecodeCall(*run.step(2), *layer, pinned=4, **options))
 
 
 def several(count: int, padded: bool = False, **options: Any) -> None:
@@ -51,11 +52,12 @@ def several(count: int, padded: bool = False, **options: Any) -> None:
     query, key, value = (torch.randn(2, count, heads, run.DIM, dtype=keys.dtype, device="cuda").transpose(1, 2) for heads in (32, 8, 8))
     if padded:
         options["real"] = torch.rand(2, count, device="cuda") > 0.3
-    append.cache_attention(query, keys, values, positions, seen, new_key=key, new_value=value, **options)
+    append.cache_attention(CacheAttentionCall(query, keys, values, positions, seen, new_key=key, new_value=value, **options))
 
 
 def scores(queries: int, softcap: float = 0.0) -> None:
     make = lambda heads, count: torch.randn(2, heads, count, run.DIM, dtype=torch.bfloat16, device="cuda")
     at = torch.arange(1001, dtype=torch.int32, device="cuda")
     positions, asked = at.expand(2, run.KV_HEADS, -1), at[-queries:].expand(2, -1)
-    mass.cache_mass(make(run.HEADS, queries), make(run.KV_HEADS, 1001), positions, asked, scale=0.1, softcap=softcap, version=1)
+    call = CacheMassCall(make(run.HEADS, queries), make(run.KV_HEADS, 1001), positions, asked, scale=0.1, softcap=softcap)
+    mass.cache_mass(call)

@@ -19,8 +19,8 @@ from sparsify.backends.attention import reference, triton
 from sparsify.costs.samples import FEW_ROWS, Sample, Workload
 from sparsify.errors import ProfileError
 from sparsify.ops import block_lists, feed_forward
-from sparsify.ops import cache as cache_ops
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.cache import CacheDecodeCall
 from sparsify.ops.estimate import Estimate
 from sparsify.ops.limits import cdiv
 from sparsify.ops.selection import SelectCall
@@ -291,8 +291,9 @@ def _decode(workload: Workload, device: str) -> Call:
         return Call(lambda: [kernel(call) for call in calls], count, workload)
     key, value = token(workload.kv_heads), token(workload.kv_heads)
     filled = _cache_state(workload, device)
-    call = {"pinned": 0, "scale": workload.head_dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
-    return Call(lambda: [cache_ops.decode(query, key, value, k, v, *filled, **call) for k, v in caches], count, workload)
+    options: dict[str, Any] = {"pinned": 0, "scale": workload.head_dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0}
+    steps = [CacheDecodeCall(query, key, value, k, v, *filled, **options) for k, v in caches]
+    return Call(lambda: [step.run() for step in steps], count, workload)
 
 
 def _cache_state(workload: Workload, device: str) -> tuple[Tensor, ...]:

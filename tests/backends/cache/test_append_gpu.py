@@ -8,6 +8,7 @@ import torch
 from sparsify.backends.cache import reference
 from sparsify.backends.cache.append import cache_attention
 from sparsify.backends.cache.mass import cache_mass
+from sparsify.ops.cache import CacheAttentionCall, CacheMassCall
 from tests.backends.cache.test_decode_gpu import layer
 from tests.backends.cache.test_decode_interpreted import TOLERANCE
 
@@ -32,15 +33,14 @@ def test_against_the_reference(count, capacity, tokens, dim, group, dtype, padde
     keys, values, positions, _, seen, _ = layer(2, 2, capacity, dim, dtype, tokens, 4)
     make = lambda heads: torch.randn(2, count, heads, dim, device="cuda").to(dtype).transpose(1, 2)
     query, key, value = make(2 * group), make(2), make(2)
-    options = {"scale": dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1} | CLAUSES[clause]
+    options = {"scale": dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0} | CLAUSES[clause]
     if "sink_logits" in options:
         options["sink_logits"] = torch.randn(2 * group, device="cuda")
     if "inverse_frequencies" in options:
         options["inverse_frequencies"] = 1 / 10000 ** torch.linspace(0, 1, dim // 2, device="cuda")
     real = torch.rand(2, count, device="cuda") > 0.2 if padded else None
-    call = (query, keys, values, positions, seen)
-    want = reference.cache_attention(*call, new_key=key, new_value=value, real=real, **options)
-    got = cache_attention(*call, new_key=key, new_value=value, real=real, **options)
+    call = CacheAttentionCall(query, keys, values, positions, seen, new_key=key, new_value=value, real=real, **options)
+    want, got = reference.cache_attention(call), cache_attention(call)
     torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -56,8 +56,7 @@ def test_what_keys_get_of_the_queries(count, dim, group, queries, dtype, softcap
     real = torch.rand(2, 1, count, device="cuda") > 0.1
     positions = torch.where(real, real.cumsum(-1) - 1, -1).to(torch.int32).expand(-1, 2, -1)
     asked = (positions[:, 0].amax(-1, keepdim=True) - queries + 1 + torch.arange(queries, device="cuda")).to(torch.int32)
-    options = {"scale": dim**-0.5, "softcap": softcap, "version": 1}
-    want = reference.cache_mass(query, keys, positions, asked, **options)
-    got = cache_mass(query, keys, positions, asked, **options)
+    call = CacheMassCall(query, keys, positions, asked, scale=dim**-0.5, softcap=softcap)
+    want, got = reference.cache_mass(call), cache_mass(call)
     bound = 1e-4 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got, want, atol=bound * float(want.max()), rtol=bound)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparsify import policies
 from sparsify.backends.cache import reference
 from sparsify.backends.cache.append import AppendTiling, cache_attention
-from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheAttentionCall
 from tests.backends.cache.test_decode_interpreted import TOLERANCE, filled_state
 
 pytestmark = pytest.mark.interpreter
@@ -26,7 +26,7 @@ def check(
     layout = policies.Layout(capacity, pinned=sinks, recent=capacity - sinks)
     keys, values, positions, _, seen, _ = filled_state(batch, kv_heads, capacity, dims, tokens, layout, dtype, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    options = {"scale": 0.3, "softcap": clauses.pop("softcap", 0.0), "version": cache_ops.VERSION, "sinks": sinks}
+    options = {"scale": 0.3, "softcap": clauses.pop("softcap", 0.0), "sinks": sinks}
     options["window"] = capacity - sinks if window is None else window
     make = lambda heads, dim: torch.randn(batch, count, heads, dim, generator=generator).to(dtype).transpose(1, 2)
     query, key, value = make(kv_heads * group, dims[0]), make(kv_heads, dims[0]), make(kv_heads, dims[1])
@@ -40,8 +40,9 @@ def check(
     if new:
         options |= {"new_key": key, "new_value": value}
     assert not clauses
-    want = reference.cache_attention(query, keys, values, positions, seen, **options)
-    got = cache_attention(query, keys, values, positions, seen, tiling=SMALL, splits=splits, **options)
+    call = CacheAttentionCall(query, keys, values, positions, seen, **options)
+    want = reference.cache_attention(call)
+    got = cache_attention(call, tiling=SMALL, splits=splits)
     assert got.stride() == want.stride()
     torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     return got

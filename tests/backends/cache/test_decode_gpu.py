@@ -8,6 +8,7 @@ import torch
 from sparsify import SparseCache
 from sparsify.backends.cache import reference
 from sparsify.backends.cache.decode import cache_decode
+from sparsify.ops.cache import CacheDecodeCall
 from tests.backends.cache.test_decode_interpreted import TOLERANCE
 from tests.support.harness import holding
 from tests.support.tiny_models import VOCAB, build
@@ -33,12 +34,13 @@ def test_against_the_reference(capacity, tokens, dim, group, dtype):
     torch.manual_seed(0)
     ours = layer(2, 2, capacity, dim, dtype, tokens, 4)
     theirs = tuple(t.clone() for t in ours)
-    options = {"pinned": 4, "scale": dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    options = {"pinned": 4, "scale": dim**-0.5, "softcap": 0.0, "window": 0, "sinks": 0}
     options["tickets"] = torch.zeros(2 * 2 + 1, dtype=torch.int32, device="cuda")
     for _ in range(3):
         make = lambda heads: torch.randn(2, 1, heads, dim, device="cuda").to(dtype).transpose(1, 2)
         call = make(2 * group), make(2), make(2)
-        got, want = cache_decode(*call, *ours, **options), reference.cache_decode(*call, *theirs, **options)
+        got = cache_decode(CacheDecodeCall(*call, *ours, **options))
+        want = reference.cache_decode(CacheDecodeCall(*call, *theirs, **options))
         torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
@@ -48,13 +50,14 @@ def test_joining_in_the_last_program_loses_nothing():
     torch.manual_seed(0)
     ours = layer(2, 8, 1024, 128, torch.bfloat16, (5000, 700), 4)
     theirs = tuple(t.clone() for t in ours)
-    options = {"pinned": 4, "scale": 0.2, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    options = {"pinned": 4, "scale": 0.2, "softcap": 0.0, "window": 0, "sinks": 0}
     tickets = torch.zeros(17, dtype=torch.int32, device="cuda")
     pairs = []
     for i in range(400):
         call = tuple(torch.randn(2, 1, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8, 8))
-        real = {"real": torch.tensor([[True], [i % 3 > 0]], device="cuda")} if i >= 200 else {}
-        pairs.append((cache_decode(*call, *ours, tickets=tickets, **options, **real), cache_decode(*call, *theirs, **options, **real)))
+        options["real"] = torch.tensor([[True], [i % 3 > 0]], device="cuda") if i >= 200 else None
+        joined = CacheDecodeCall(*call, *ours, tickets=tickets, **options)
+        pairs.append((cache_decode(joined), cache_decode(CacheDecodeCall(*call, *theirs, **options))))
     got, want = (torch.stack(outputs) for outputs in zip(*pairs))
     torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and not tickets.any()
@@ -64,16 +67,16 @@ def test_joining_in_the_last_program_loses_nothing():
 def test_a_cuda_graph_replays_step_by_step(fused):
     state = layer(1, 2, 512, 128, torch.bfloat16, (100,), 4)
     call = tuple(torch.randn(1, 1, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2))
-    options = {"pinned": 4, "scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0, "version": 1}
+    options = {"pinned": 4, "scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0}
     options["tickets"] = torch.zeros(3, dtype=torch.int32, device="cuda") if fused else None
-    cache_decode(*call, *state, **options)  # compiled outside of the capture
+    cache_decode(CacheDecodeCall(*call, *state, **options))  # compiled outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cache_decode(*call, *state, **options)
+        out = cache_decode(CacheDecodeCall(*call, *state, **options))
     for _ in range(5):
         twin = tuple(t.clone() for t in state)
         graph.replay()
-        want = reference.cache_decode(*call, *twin, **options)
+        want = reference.cache_decode(CacheDecodeCall(*call, *twin, **options))
         torch.testing.assert_close(out.float(), want.float(), atol=3e-2, rtol=3e-2)
         assert all(torch.equal(a, b) for a, b in zip(state, twin))
 

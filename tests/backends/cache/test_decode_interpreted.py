@@ -16,7 +16,7 @@ from sparsify.backends.cache import reference
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
 from sparsify.backends.codegen.launch import choose_splits
 from sparsify.errors import KernelError
-from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheDecodeCall, CacheStoreCall
 
 pytestmark = pytest.mark.interpreter
 
@@ -42,8 +42,15 @@ def filled_state(batch, kv_heads, capacity, dims, tokens, layout, dtype, seed=0)
     value = torch.randn(batch, kv_heads, width, dims[1], generator=generator).to(dtype)
     policy = policies.make("streaming_llm", sinks=layout.pinned, window=capacity - layout.pinned)
     if width:
-        cache_ops_store = {"pinned": layout.pinned, "recent": layout.recent, "empty": True, "policy": policy.describe()}
-        reference.cache_store(None, key, value, *state, real=real, scale=1.0, softcap=0.0, version=1, **cache_ops_store)
+        stored = {
+            "pinned": layout.pinned,
+            "recent": layout.recent,
+            "empty": True,
+            "policy": policy.describe(),
+            "scale": 1.0,
+            "softcap": 0.0,
+        }
+        reference.cache_store(CacheStoreCall(None, key, value, *state, real=real, **stored))
     return state
 
 
@@ -54,7 +61,7 @@ def check(
     ours = filled_state(batch, kv_heads, capacity, dims, tokens, layout, dtype, seed)
     theirs = tuple(t.clone() for t in ours)
     generator = torch.Generator().manual_seed(seed + 1)
-    options = {"pinned": pinned, "scale": 0.3, "softcap": clauses.pop("softcap", 0.0), "version": cache_ops.VERSION}
+    options = {"pinned": pinned, "scale": 0.3, "softcap": clauses.pop("softcap", 0.0)}
     options |= {"window": capacity - pinned, "sinks": pinned}
     if clauses.pop("sink_logits", False):
         options["sink_logits"] = torch.randn(kv_heads * group, generator=generator)
@@ -73,8 +80,8 @@ def check(
             mask = torch.randint(0, 2, (batch, 5), generator=generator).bool()
             options["real"] = mask[:, -1:]
             value[~mask[:, -1]] = torch.nan
-        want = reference.cache_decode(query, key, value, *theirs, **options)
-        got = cache_decode(query, key, value, *ours, tiling=SMALL, tickets=tickets, **options)
+        want = reference.cache_decode(CacheDecodeCall(query, key, value, *theirs, **options))
+        got = cache_decode(CacheDecodeCall(query, key, value, *ours, tickets=tickets, **options), tiling=SMALL)
         assert tickets is None or not tickets.any(), "the next token needs zeros"
         bound = TOLERANCE[dtype]
         torch.testing.assert_close(got.float(), want.float(), atol=bound, rtol=bound)
@@ -149,11 +156,11 @@ def test_the_reference_can_repeat_a_step_whose_second_kernel_fails(monkeypatch):
 
     monkeypatch.setattr(triton_decode, "_module", lambda spec: SimpleNamespace(split=whole(spec).split, combine=defaultdict(lambda: fail)))
     query, key, value = (torch.randn(2, heads, 1, 16) for heads in (2, 1, 1))
-    options = {"pinned": 4, "scale": 0.3, "softcap": 0.0, "window": 16, "sinks": 4, "version": cache_ops.VERSION}
+    options = {"pinned": 4, "scale": 0.3, "softcap": 0.0, "window": 16, "sinks": 4}
     with pytest.raises(KernelError, match="ptxas exploded"):
-        cache_decode(query, key, value, *ours, tiling=SMALL, **options)
+        cache_decode(CacheDecodeCall(query, key, value, *ours, **options), tiling=SMALL)
     assert not torch.equal(ours[2], theirs[2]), "the first kernel ran"
-    got, want = (reference.cache_decode(query, key, value, *state, **options) for state in (ours, theirs))
+    got, want = (reference.cache_decode(CacheDecodeCall(query, key, value, *state, **options)) for state in (ours, theirs))
     assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 

@@ -11,15 +11,15 @@ from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.cache import reference
 from sparsify.backends.cache.decode import cache_decode
 from sparsify.generation.caches.full import full_cache
-from sparsify.ops import cache as cache_ops
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheDecodeCall
 from tests.backends.cache.test_decode_gpu import layer
 from tests.support.harness import holding
 from tests.support.tiny_models import VOCAB, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-CALL = {"pinned": cache_ops.NEVER_OVERWRITTEN, "scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}
+CALL = {"pinned": NEVER_OVERWRITTEN, "scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0}
 
 
 def token(batch, heads, kv_heads, dim=128):
@@ -38,14 +38,14 @@ def test_a_graph_over_a_full_cache_is_replayed_until_there_is_no_room(capacity, 
     if padded:
         options["real"] = torch.tensor([[True], [False]], device="cuda")
     warm = tuple(t.clone() for t in state)
-    cache_decode(*call, *warm, **options)  # compiled outside of the capture
+    cache_decode(CacheDecodeCall(*call, *warm, **options))  # compiled outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cache_decode(*call, *state, **options)
+        out = cache_decode(CacheDecodeCall(*call, *state, **options))
     for step in range(5):
         twin = tuple(t.clone() for t in state)
         graph.replay()
-        want = reference.cache_decode(*call, *twin, **options)
+        want = reference.cache_decode(CacheDecodeCall(*call, *twin, **options))
         torch.testing.assert_close(out.float(), want.float(), atol=3e-2, rtol=3e-2, equal_nan=True)
         assert out.isnan().any((1, 2, 3)).tolist() == [step >= 3, False]
         for a, b in zip(state, twin):

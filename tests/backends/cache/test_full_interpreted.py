@@ -8,13 +8,13 @@ import torch
 from sparsify import policies
 from sparsify.backends.cache import append, reference
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
-from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheAttentionCall, CacheDecodeCall, CacheStoreCall
 
 pytestmark = pytest.mark.interpreter
 
 BATCH, KV_HEADS, GROUP, DIM, CAPACITY = 2, 2, 3, 16, 64
-CALL = {"scale": 0.3, "softcap": 0.0, "version": cache_ops.VERSION}
-PINNED = {"pinned": cache_ops.NEVER_OVERWRITTEN}
+CALL = {"scale": 0.3, "softcap": 0.0}
+PINNED = {"pinned": NEVER_OVERWRITTEN}
 
 
 def filled(tokens: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
@@ -33,7 +33,7 @@ def filled(tokens: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     key, value = torch.randn(2, BATCH, KV_HEADS, width, DIM)
     value.transpose(1, 2)[~real] = torch.nan
     policy = policies.make("full").describe()
-    reference.cache_store(None, key, value, *state, real=real, empty=True, policy=policy, recent=0, **PINNED, **CALL)
+    reference.cache_store(CacheStoreCall(None, key, value, *state, real=real, empty=True, policy=policy, recent=0, **PINNED, **CALL))
     return state
 
 
@@ -52,11 +52,9 @@ def test_decode(fused, padding, tokens):
     tickets = torch.zeros(BATCH * KV_HEADS + 1, dtype=torch.int32) if fused else None
     for step in range(4):
         query, key, value = token()
-        real = {"real": torch.tensor([[step != 1], [step != 2]])} if padding else {}
-        want = reference.cache_decode(query, key, value, *theirs, window=0, sinks=0, **real, **PINNED, **CALL)
-        got = cache_decode(
-            query, key, value, *ours, window=0, sinks=0, tiling=DecodeTiling(16, 4, 2), tickets=tickets, **real, **PINNED, **CALL
-        )
+        options = {"real": torch.tensor([[step != 1], [step != 2]]) if padding else None, "window": 0, "sinks": 0, **PINNED, **CALL}
+        want = reference.cache_decode(CacheDecodeCall(query, key, value, *theirs, **options))
+        got = cache_decode(CacheDecodeCall(query, key, value, *ours, tickets=tickets, **options), tiling=DecodeTiling(16, 4, 2))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5, equal_nan=True)
         lost = ours[4] > CAPACITY
         assert torch.equal(got.isnan().all((1, 2, 3)), lost) and torch.equal(got.isnan().any((1, 2, 3)), lost)
@@ -72,6 +70,6 @@ def test_several_tokens(padding):
     call = {"new_key": key, "new_value": value, "window": 0, "sinks": 0, **CALL}
     if padding:
         call["real"] = torch.tensor([[False, True, True, False, True], [True, False, False, True, True]])
-    want = reference.cache_attention(query, keys, values, positions, seen, **call)
-    got = append.cache_attention(query, keys, values, positions, seen, **call)
+    record = CacheAttentionCall(query, keys, values, positions, seen, **call)
+    want, got = reference.cache_attention(record), append.cache_attention(record)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

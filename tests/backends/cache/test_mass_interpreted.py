@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparsify.backends.cache import reference
 from sparsify.backends.cache.mass import MassTiling, cache_mass
-from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheMassCall
 
 pytestmark = pytest.mark.interpreter
 
@@ -29,13 +29,12 @@ def operands(batch, kv_heads, group, queries, count, dim, dtype=torch.float32, m
 
 
 def check(*sizes, softcap=0.0, splits=2, **more):
-    call = operands(*sizes, **more)
-    options = {"scale": 0.4, "softcap": softcap, "version": cache_ops.VERSION}
-    got, want = cache_mass(*call, tiling=MassTiling(16, 16, 16), splits=splits, **options), reference.cache_mass(*call, **options)
-    bound = 1e-5 if call[0].dtype == torch.float32 else 2e-2
+    call = CacheMassCall(*operands(*sizes, **more), scale=0.4, softcap=softcap)
+    got, want = cache_mass(call, tiling=MassTiling(16, 16, 16), splits=splits), reference.cache_mass(call)
+    bound = 1e-5 if call.query.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, want, atol=bound, rtol=bound)
     # the weights of a query that sees anything sum to 1
-    seeing = (call[3] >= 0).sum(-1)[:, None].expand(want.shape[:2])
+    seeing = (call.query_positions >= 0).sum(-1)[:, None].expand(want.shape[:2])
     torch.testing.assert_close(got.sum(-1), seeing.to(got.dtype), atol=0.05, rtol=0.02)
     return got
 
