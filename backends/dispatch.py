@@ -20,6 +20,7 @@ from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.attention import triton as attention_triton
 from sparsify.backends.cache import append, decode, mass
 from sparsify.backends.cache import reference as cache_reference
+from sparsify.backends.codegen.launch import meant
 from sparsify.backends.ffn import few_rows, in_parts
 from sparsify.backends.ffn import reference as ffn_reference
 from sparsify.backends.select import reference as select_reference
@@ -111,7 +112,7 @@ def available(device: torch.device | str, kernels: str | None = None) -> tuple[s
         ConfigError: `kernels` is not one of `KERNELS`.
     """
     wanted = _wanted() if kernels is None else _checked(kernels)
-    device = torch.device(device)
+    device = meant(torch.device(device))
     if wanted == "reference":
         return "reference", "asked for"
     obstacle = _obstacle(device.type, device.index, wanted)

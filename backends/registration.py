@@ -22,6 +22,10 @@ from sparsify.ops.selection import SelectCall
 log = logging.getLogger(__name__)
 
 
+# what serves each op once it was registered, by the op's name
+SERVED: dict[str, Callable[..., Any]] = {}
+
+
 def register(op: str, kernel: Callable[..., Any]) -> None:
     """Makes a function serve an op on CPU and CUDA devices, outside of the caller's autocast: that would round the products within it."""
 
@@ -31,6 +35,7 @@ def register(op: str, kernel: Callable[..., Any]) -> None:
         with torch._C._DisableAutocast():
             return kernel(*args, **options)
 
+    SERVED[op] = call
     for device in ("CPU", "CUDA"):
         library.impl(op, call, device)
 

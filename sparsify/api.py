@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsify import pipeline
+from sparsify.backends import predict
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import block_lists
@@ -57,6 +58,9 @@ def compile(
     load_saved_plan(settings.plan)
     if mode is not None:
         options["mode"] = mode
+    if settings.compile_ahead and settings.lower == "inductor":
+        for device in {parameter.device for parameter in model.parameters()}:
+            predict.start(device, settings.kernels)
     if "transformers" not in sys.modules:
         whole = True
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import logging
 import warnings
@@ -15,6 +16,7 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis
 
 import sparsify.backends as backends
+from sparsify.backends import predict
 from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.graph import module_paths
@@ -56,7 +58,12 @@ def compile_graph(
     trace = Trace(config.trace)
     try:
         with module_paths.within(serves[0]) if serves else contextlib.nullcontext():
-            plan, rewritten, kept = rewrite_graph(gm, config, trace)
+            ahead = config.compile_ahead and config.lower == "inductor"
+            longer: list[fx.GraphModule] | None = [] if ahead and serves else None
+            plan, rewritten, kept = rewrite_graph(gm, config, trace, longer)
+            for graph in (rewritten, *(longer or ())):
+                if ahead and graph is not None:
+                    predict.compile_ahead(graph, config.kernels)
             if serves:
                 plan = plan.repeated(serves)
             unmatched.warn(gm, plan, config, compilation, ends=not serves)
@@ -86,8 +93,13 @@ def compile_graph(
     return _with_serving(compiled, config, runs)
 
 
-def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
+def rewrite_graph(
+    gm: fx.GraphModule, config: Config, trace: Trace, longer: list[fx.GraphModule] | None = None
+) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
     """Matches, plans, validates, rewrites and verifies; nothing is lowered.
+
+    Args:
+        longer: gets the graph as it will be rewritten for lengths from which other proposals win, where there are any.
 
     Returns:
         the plan; the rewritten graph, None when nothing changed; with `config.verify` the rewriting under keep-all settings, else None.
@@ -104,6 +116,8 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     plan, choices = without_unasked(*make_plan(sites, config, context), config)
     if config.validation:
         validate(choices, validator, config.strict)
+    if longer is not None:
+        longer.extend(_rewritten_for_more(gm, choices))
     trace.plan(plan)
     log.info("%d of %d sites will be rewritten", len(plan.rewritten), len(plan.decisions))
     for decision in plan.decisions:
@@ -116,6 +130,20 @@ def rewrite_graph(gm: fx.GraphModule, config: Config, trace: Trace) -> tuple[Pla
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
     kept = rewrite_copy(gm, choices, keep_all=True) if config.verify else None
     return plan, rewritten, kept
+
+
+def _rewritten_for_more(gm: fx.GraphModule, choices: list[Choice]) -> list[fx.GraphModule]:
+    """The graph as it will be for longer calls, only to be looked at: what it assumes of sizes is not asked."""
+    if not any(choice.later for choice in choices):
+        return []
+    later = [dataclasses.replace(c, proposal=c.later or c.proposal) for c in choices]
+    env = next((mode.shape_env for node in gm.graph.nodes if (mode := getattr(node.meta.get("example_value"), "fake_mode", None))), None)
+    try:
+        with env.suppress_guards() if env is not None else contextlib.nullcontext():
+            return [rewrite_copy(gm, later)]
+    except SparsifyError as error:
+        log.debug("no kernels of longer calls are compiled ahead", exc_info=error)
+        return []
 
 
 def validate(choices: list[Choice], validator: Validator, strict: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsify.backends.attention.hopper_source import DIALECTS, QUERY_TILE, GluonSpec, GluonTuning, arguments, generate
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capability, launching, on_device, processors
+from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capability, launching, meant, on_device, processors
 from sparsify.backends.codegen.launch import launch as launch_kernel
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
@@ -60,7 +60,7 @@ def serves(call: AttentionCall, capability: tuple[int, int], triton_release: tup
 
 def ready(device: torch.device) -> bool:
     """Whether Hopper kernels can run on a device at all: its capability, and a Triton release that was tried; others are logged once."""
-    if device.type != "cuda" or torch.version.hip is not None or capability(device)[0] != HOPPER.capability:
+    if meant(device).type != "cuda" or torch.version.hip is not None or capability(device)[0] != HOPPER.capability:
         return False
     if triton_release() not in DIALECTS:
         _log_release(triton_release())
@@ -70,7 +70,7 @@ def ready(device: torch.device) -> bool:
 def obstacle(call: AttentionCall) -> str | None:
     """`serves` for the device that the operands are on and the Triton that is installed."""
     device = call.query.device
-    if device.type != "cuda" or torch.version.hip is not None:
+    if meant(device).type != "cuda" or torch.version.hip is not None:
         return "no NVIDIA GPU"
     return serves(call, capability(device), triton_release())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.backends.codegen import ahead
 from sparsify.backends.codegen.arguments import Argument
 from sparsify.errors import KernelError, SparsifyError, UnsupportedError
 from sparsify.ops.limits import cdiv
@@ -35,16 +37,46 @@ def need(holds: bool, what: str, where: str) -> None:
         raise UnsupportedError(what, where=where, hint="the reference serves it")
 
 
-@functools.cache
+# the device that tensors without memory stand for
+_meant: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("sparsify_meant_device", default=None)
+
+
+@contextlib.contextmanager
+def meaning(device: torch.device) -> Iterator[None]:
+    """In this block, in this thread, tensors on `meta` stand for tensors on this device."""
+    token = _meant.set(device)
+    try:
+        yield
+    finally:
+        _meant.reset(token)
+
+
+def meant(device: torch.device) -> torch.device:
+    """The device itself, or what stands for `meta` here."""
+    return _meant.get() or device if device.type == "meta" else device
+
+
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_PROCESSORS
+    device = meant(device)
+    return properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_PROCESSORS
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; that of Hopper where the interpreter runs."""
+    device = meant(device)
+    return (properties(device).major, properties(device).minor) if device.type == "cuda" else (9, 0)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that a thread block of a CUDA device may take."""
+    return properties(meant(device)).shared_memory_per_block_optin
 
 
 @functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; that of Hopper where the interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def properties(device: torch.device) -> Any:
+    """What torch tells of a CUDA device."""
+    return torch.cuda.get_device_properties(device)
 
 
 def choose_splits(tiles: int, rows: int, programs: int, most: int = 128) -> int:
@@ -101,4 +133,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Iterable[Argument], va
     Args:
         options: Triton's own, such as num_warps.
     """
-    kernel[grid](*[values[argument.name] for argument in arguments], **options)
+    arguments = tuple(arguments)
+    given = [values[argument.name] for argument in arguments]
+    if not ahead.meet(kernel, arguments, given, options):
+        kernel[grid](*given, **options)

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.launch import DTYPES, LOG2E, capability, launch, launching, power_of_two, processors, stride_values
+from sparsify.backends.codegen.launch import (
+    DTYPES,
+    LOG2E,
+    capability,
+    launch,
+    launching,
+    meant,
+    power_of_two,
+    processors,
+    shared_bytes,
+    stride_values,
+)  # fmt: skip
 from sparsify.backends.select import masks, prepare
 from sparsify.backends.select import source as select_source
 from sparsify.backends.select.source import SelectSpec, SelectTiling
@@ -72,7 +83,7 @@ def select_blocks(call: SelectCall, *, tiling: SelectTiling | None = None, limit
     counts, indices = call.empty_lists()
     if call.empty:
         return counts.zero_(), indices
-    spec = kernel_spec(call, tiling or _tiling(call.device, call.estimate.int8), limits.fused_width)
+    spec = kernel_spec(call, tiling or _tiling(meant(call.device), call.estimate.int8), limits.fused_width)
     with launching(call.device, lambda: f"{_WHERE} ({spec.describe()})"):
         _run(call, spec, counts, indices, None, limits)
     return counts, indices
@@ -82,7 +93,7 @@ def importance(call: SelectCall, *, tiling: SelectTiling | None = None) -> Tenso
     """fp32 [batch, query_heads, query_blocks, key_blocks] as the kernels compute it, for tests."""
     counts, indices = call.empty_lists()
     result = torch.zeros(indices.shape, dtype=torch.float32, device=call.device)
-    spec = replace(kernel_spec(call, tiling or _tiling(call.device, call.estimate.int8), LIMITS.fused_width), importance=True)
+    spec = replace(kernel_spec(call, tiling or _tiling(meant(call.device), call.estimate.int8), LIMITS.fused_width), importance=True)
     _run(call, spec, counts, indices, result, LIMITS)
     return result
 
@@ -98,7 +109,7 @@ def tiling_for(capability: tuple[int, int], shared_bytes: int, int8: bool = Fals
 def _tiling(device: torch.device, int8: bool) -> SelectTiling:
     if device.type != "cuda":
         return select_source.POINTER_TILING
-    return tiling_for(capability(device), torch.cuda.get_device_properties(device).shared_memory_per_block_optin, int8)
+    return tiling_for(capability(device), shared_bytes(device), int8)
 
 
 def kernel_spec(call: SelectCall, tiling: SelectTiling, fused_width: int) -> SelectSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,13 @@ def attribute(node: fx.Node) -> str:
 def symbol_values(shape_env: Any) -> dict[Any, Any]:
     """Value of every backed symbol in the example inputs. The attribute has another name in torch 2.11."""
     return shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+
+
+def use_inductors_kernel_cache(device: torch.device) -> None:
+    """Makes Triton's cache folder the one that Inductor sets at its first kernel, where the user has set none."""
+    from torch._inductor.runtime import runtime_utils
+
+    os.environ.setdefault("TRITON_CACHE_DIR", getattr(runtime_utils, "triton_cache_dir")(device.index or 0))  # noqa: B009  (from elsewhere)
 
 
 def frame_scopes() -> dict[str, Any]:

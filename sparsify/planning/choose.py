@@ -28,11 +28,15 @@ from sparsify.planning.saved_plan import SavedPlan, load_saved_plan
 
 @dataclass
 class Choice:
-    """A site with the proposal that won, or None, and the decision as a record."""
+    """A site with the proposal that won, or None, and the decision as a record.
+
+    later: the most wanted proposal that nothing but the length spoke against, None where there is none.
+    """
 
     site: Site
     proposal: Proposal | None
     decision: Decision
+    later: Proposal | None = None
 
 
 def named_methods(config: Config) -> dict[str, type[Pass]]:
@@ -160,6 +164,7 @@ def _choose(
     decision.measured = measured
     proposed = _proposed(site, candidates, config, context, decision)
     pending: list[Proposal] = []
+    later: Proposal | None = None
     while True:
         pending += proposed if config.objective else [*itertools.islice(proposed, 1)]  # order asks no further than it must
         if not pending:
@@ -167,13 +172,14 @@ def _choose(
         proposal = pending.pop(_best(pending, site, config, dense))
         start = regimes.start(site, proposal)
         if start is None or not site.reaches(start):
+            later = later or (proposal if start is not None else None)
             what = f"key_len below {proposal.min_key_len if start is None else start}, where it starts to pay"
             decision.refusals.append(str(proposal.method.refuse(what, "set min_length to force it" if proposal.method.lossy else "")))
             continue
         _accept(decision, proposal, pending, size_hints(site), config)
-        return Choice(site, proposal, decision)
+        return Choice(site, proposal, decision, later)
     decision.reason = decision.refusals[0] if decision.refusals else "no method is enabled here"
-    return Choice(site, None, decision)
+    return Choice(site, None, decision, later)
 
 
 def _proposed(site: Site, candidates: list[Pass], config: Config, context: Context, decision: Decision) -> Iterator[Proposal]:

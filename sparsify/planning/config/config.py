@@ -105,6 +105,11 @@ class Config(BaseModel):
     lower: Literal["inductor", "eager"] = Field(
         "inductor", description="What compiles the rewritten graph. `eager` runs it uncompiled, for debugging and tests."
     )
+    compile_ahead: bool = Field(
+        True,
+        description="Compile kernels in a process beside this one while Inductor still compiles the graph that calls them, and those of "
+        "other lengths after them. Off: each kernel is compiled when it is first launched.",
+    )
     progress: bool = Field(
         True, description="Tell on the terminal of what takes more than two seconds: compiling, and long prompts of `generate()`."
     )
