@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from sparsify.backends.codegen.arguments import (
     ITEM_BYTES,
@@ -21,9 +22,9 @@ from sparsify.backends.codegen.arguments import (
     unspecialised,
 )  # fmt: skip
 from sparsify.backends.codegen.template import render
-from sparsify.backends.select import choose_template, prepare, score_template
+from sparsify.backends.select import choose_template, prepare, row_template, score_template
 from sparsify.errors import UnsupportedError
-from sparsify.ops.estimate import EXACT, Estimate
+from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE, SCORE_TILES_AT_ONCE_INT8, cdiv
 from sparsify.ops.selection import DENSITY_BITS, RULES
 
@@ -92,7 +93,8 @@ class SelectSpec:
             f"block {self.block} at a span of {self.span}": self.block % self.span != 0 or self.block % self.stride != 0,
             f"window {self.window!r}": self.window not in ("none", "one", "per_head"),
             f"rule {self.rule!r}": self.rule not in RULES,
-            f"pooling by {self.reduce!r}": self.reduce not in ("sum", "max"),
+            f"pooling by {self.reduce!r}": self.reduce not in get_args(Pool),
+            "a density under the row rule": self.reduce == "row" and self.rule == "density",
             f"tiles of {self.tiling.rows} x {self.tiling.cols} cells": self.tiling.rows % max(1, self.block // self.span) != 0
             or self.tiling.cols * self.stride % self.block != 0,
             "stored importances of wide rows": self.wide and self.importance,
@@ -191,7 +193,8 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
     lengths = ["heads", "query_len", "key_len"]
     rows = ["query_cells", "first_cell", "row_count"]
     if kernel == "pool":
-        return (*sums, *importances, *start_at, *_runtime(*lengths, *rows, "first_block"), *_start(spec), *constexprs("TILES", "PART"))
+        choosing = chosen if spec.reduce == "row" else start_at
+        return (*sums, *importances, *choosing, *_runtime(*lengths, *rows, "first_block"), *_start(spec), *constexprs("TILES", "PART"))
     if kernel == "pick":
         return (*lists, *importances, *chosen, *_runtime("counts_batch", *lengths, "first_block"), *_start(spec), *constexprs("WIDTH"))
     stored = importances if spec.importance else []
@@ -263,10 +266,12 @@ def generate(spec: SelectSpec) -> str:
     if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))
     parts.append((score_template.CANDIDATES + choose_template.LOADS, ""))
+    by_row = spec.reduce == "row"
     if spec.wide:
-        parts += [(choose_template.POOL, "pool"), (choose_template.PICK, "pick")]
+        parts.append((row_template.POOL_ROWS if by_row else choose_template.POOL, "pool"))
+        parts.append((row_template.PICK_ROWS if by_row else choose_template.PICK, "pick"))
     else:
-        parts.append((choose_template.CHOOSE, "choose"))
+        parts.append((row_template.CHOOSE_ROWS if by_row else choose_template.CHOOSE, "choose"))
     return "".join(render(text, values | _signature(spec, kernel)) for text, kernel in parts)
 
 

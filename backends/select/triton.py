@@ -39,6 +39,8 @@ _WHERE = "sparsify::select_blocks"
 _MAX_HEAD_DIM = 512
 # a position that no token has, as in the kernels
 _NEVER = 1 << 30
+# key blocks below which a narrower launch of `choose` gains nothing
+_LEAST_WIDTH = 128
 # so that a masked logit, minus infinity, never meets a scale of 0
 _LEAST_SCALE = 1e-12
 
@@ -46,11 +48,13 @@ _LEAST_SCALE = 1e-12
 @dataclass(frozen=True)
 class Limits:
     """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
-    fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond."""
+    fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond.
+    numbers: key blocks of a row for each warp of `choose`."""
 
     scratch_bytes: int = SUM_BYTES
     fused_width: int = WIDEST_ROW
     part: int = 2048
+    numbers: int = 1024
 
 
 LIMITS = Limits()
@@ -90,9 +94,10 @@ def select_blocks(call: SelectCall, *, tiling: SelectTiling | None = None, limit
 
 
 def importance(call: SelectCall, *, tiling: SelectTiling | None = None) -> Tensor:
-    """fp32 [batch, query_heads, query_blocks, key_blocks] as the kernels compute it, for tests."""
+    """As the reference's `importance`, as the kernels compute it, for tests."""
     counts, indices = call.empty_lists()
-    result = torch.zeros(indices.shape, dtype=torch.float32, device=call.device)
+    cells = (call.block_size // call.span,) if call.pool == "row" else ()
+    result = torch.zeros(*counts.shape, *cells, call.key_blocks, dtype=torch.float32, device=call.device)
     spec = replace(kernel_spec(call, tiling or _tiling(meant(call.device), call.estimate.int8), LIMITS.fused_width), importance=True)
     _run(call, spec, counts, indices, result, LIMITS)
     return result
@@ -171,7 +176,7 @@ def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, im
             grid = (min(processors(call.query.device) * tiling.per_sm, heads * cdiv(rows, tiling.rows) * tiles),)
             scored = {**values, "windows": values.get("scored_windows")}
             launch(module.score, grid, select_source.arguments(spec, "score"), scored, num_warps=tiling.warps, num_stages=tiling.stages)
-            _choose(call, spec, module, chunk, values, counts, indices, importances, limits.part)
+            _choose(call, spec, module, chunk, values, counts, indices, importances, limits)
         del queries, keys, scales  # these copies make room for the next ones
 
 
@@ -184,25 +189,45 @@ def _choose(
     counts: Tensor,
     indices: Tensor,
     importances: Tensor | None,
-    part: int,
+    limits: Limits,
 ) -> None:
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     heads = slice(g0 * call.group, g1 * call.group)
     per_block = call.block_size // call.span
     blocks = cdiv(chunk.cells[1] - chunk.cells[0], per_block)
-    grid = (blocks, (b1 - b0) * (heads.stop - heads.start))
-    values = {**values, "counts": counts[b0:b1, heads], "indices": indices[b0:b1, heads], "first_block": chunk.cells[0] // per_block}
+    first, served = chunk.cells[0] // per_block, (b1 - b0) * (heads.stop - heads.start)
+    grid = (blocks, served)
+    values = {**values, "counts": counts[b0:b1, heads], "indices": indices[b0:b1, heads], "first_block": first}
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     padded = power_of_two(tiles)
     if not spec.wide:
         values["importances"] = None if importances is None else importances[b0:b1, heads]
-        values["TILES"], warps = padded, min(8, max(1, padded * spec.tile_blocks // 1024))
-        launch(module.choose, grid, select_source.arguments(spec, "choose"), values, num_warps=warps)
+        for begin, end, width in _widths(call, spec, first, first + blocks, padded):
+            values |= {"TILES": width, "first_block": begin}
+            warps = min(8, max(1, width * spec.tile_blocks // limits.numbers))
+            launch(module.choose, (end - begin, served), select_source.arguments(spec, "choose"), values, num_warps=warps)
         return
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)
-    values |= {"TILES": padded, "PART": max(1, part // spec.tile_blocks), "WIDTH": part}
+    values |= {"TILES": padded, "PART": max(1, limits.part // spec.tile_blocks), "WIDTH": limits.part}
     launch(module.pool, grid, select_source.arguments(spec, "pool"), values, num_warps=4)
     launch(module.pick, grid, select_source.arguments(spec, "pick"), values, num_warps=8)
+
+
+def _widths(call: SelectCall, spec: SelectSpec, begin: int, end: int, tiles: int) -> Iterator[tuple[int, int, int]]:
+    """Query blocks that one launch of `choose` serves, first and past the last, and how many column tiles it holds.
+
+    The row rule goes over a row's columns again and again for each of its cells, so that rows which see half of them, or a quarter, are
+    served apart.
+    """
+    if spec.reduce == "row" and call.causal and isinstance(call.start, int):
+        for part in (4, 2):
+            seen = tiles // part * spec.tiling.cols * call.stride  # keys
+            last = min(end, max(begin, (seen - call.start) // call.block_size))
+            if tiles % part == 0 and tiles // part * spec.tile_blocks >= _LEAST_WIDTH and last > begin:
+                yield begin, last, tiles // part
+                begin = last
+    if begin < end:
+        yield begin, end, tiles
 
 
 def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:

@@ -11,7 +11,7 @@ class Answers(Record):
     """One method at one length."""
 
     NAME = "answers"
-    KEYS = ("model_sha256", "text_sha256", "method", "parameters", "length", "needles", "seeds")
+    KEYS = ("model_sha256", "text_sha256", "method", "parameters", "length", "needles", "seeds", "form")
     model: str
     model_sha256: str
     text_sha256: str
@@ -21,6 +21,7 @@ class Answers(Record):
     length: int  # bytes of a prompt
     needles: int  # facts in a prompt
     asks: int  # questions at its end
+    form: str | None = None  # how facts are written and asked for (`needles.FORMS`); None: as the model was trained
     seeds: list[int]  # first seed, and the one after the last
     right: int | None = None  # answers
     asked: int | None = None

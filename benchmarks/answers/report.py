@@ -37,7 +37,12 @@ def table(found: Iterable[Found]) -> str:
     cells = latest(found, Answers)
     parts = []
     for group in groups(
-        cells, lambda r: (r["model"], r["model_sha256"], r["text_sha256"], r["needles"], r["dtype"], r["machine"]["gpu"] or "CPU")
+        cells,
+        lambda r: (
+            *(r[key] for key in ("model", "model_sha256", "text_sha256", "needles", "dtype")),
+            r.get("form") or "",
+            r["machine"]["gpu"] or "CPU",
+        ),
     ):
         lengths = sorted({record["length"] for record in group})
         methods = {_method(record): _rank(record) for record in group}
@@ -47,8 +52,9 @@ def table(found: Iterable[Found]) -> str:
             rows.append([method, *(_answer_cell(by_length.get(length)) for length in lengths)])
         first = group[0]
         asked = sorted({record["asked"] for record in group if "asked" in record})
+        needles = f"{first['needles']} needles a prompt" + (f", written as `{first['form']}`" if first.get("form") else "")
         head = (
-            f"### {first['model']} ({first['dtype']}): {first['needles']} needles a prompt, {'/'.join(map(str, asked))} asked a cell\n\n"
+            f"### {first['model']} ({first['dtype']}): {needles}, {'/'.join(map(str, asked))} asked a cell\n\n"
             "Share right [95 % Wilson interval] · density over causal blocks (sink_window: tokens) · NLL in nats a byte. "
             f"{conditions(group)} "
             f"Model `{first['model_sha256'][:12]}`, text `{first['text_sha256'][:12]}`."
@@ -70,7 +76,7 @@ def plot(found: list[Found]) -> Any:
     """Needles right over density, one panel a length, with what eager answers as a line."""
     from matplotlib import pyplot
 
-    answers = [r for r in latest(newest_device(kind(found, Answers)), Answers, *_CURVES) if "right" in r]
+    answers = [r for r in latest(_as_trained(newest_device(kind(found, Answers))), Answers, *_CURVES) if "right" in r]
     if not answers:
         return None
     lengths = sorted({record["length"] for record in answers})
@@ -86,6 +92,11 @@ def plot(found: list[Found]) -> Any:
     axes[0][0].set_ylabel("needles right")
     figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return figure
+
+
+def _as_trained(found: Iterable[Found]) -> list[Found]:
+    """Without questions of another form than the model was trained on, and other kinds' records."""
+    return [record for record in kind(found, Answers) if not record.get("form")]
 
 
 def _answer_curves(axis: Any, found: list[Found]) -> None:
@@ -105,7 +116,7 @@ def _answer_curves(axis: Any, found: list[Found]) -> None:
 
 def lost(found: list[Found]) -> dict[Estimate, float]:
     """For each estimate that was asked the exact one's longest prompts of its stride: the share of answers that it loses to it."""
-    cells = [r for r in measured(found, Answers, *_CURVES, "seeds") if r["method"] == "xattention"]
+    cells = [r for r in measured(_as_trained(found), Answers, *_CURVES, "seeds") if r["method"] == "xattention"]
     right: dict[Estimate, dict[tuple, Found]] = {}
     for record in (r for r in cells if "right" in r):
         cell = (record["model_sha256"], record["length"], record["parameters"]["threshold"], *record["seeds"])

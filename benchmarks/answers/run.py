@@ -9,6 +9,7 @@ interval, realised density, mean NLL. Every method sees the same prompts. Append
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import sys
 import time
@@ -26,30 +27,41 @@ from sparsify.ops.estimate import parse_label
 
 ASKS = 16
 COMMON = {"min_length": 0, "strict": True}
+# rule and estimate, stride, thresholds: today's default, the exact estimate finer and finer, then what makes it cheaper
+ABLATION = (
+    ("max+pair+int8", 8, (0.9, 0.95)),
+    ("row", 4, (0.5, 0.6)),
+    ("row", 8, (0.6, 0.7, 0.8)),
+    ("row", 16, (0.7, 0.8)),
+    ("row+pair+int8", 4, (0.5, 0.6)),
+    ("row+pair+int8", 8, (0.6, 0.7, 0.8)),
+    ("row+pair+int8", 16, (0.7, 0.8)),
+)
 
 
 def cells(thresholds: list[float], strides: list[int], pools: list[str], sinks: int, windows: list[int]) -> list[dict[str, Any]]:
     """What to measure: {"method", "parameters", "options"}; options None means uncompiled.
 
-    pools: `sum` or `max`, then any variants of the estimate as suffixes: `max+half+int8`.
+    pools: `sum`, `max` or `row`, then any variants of the estimate as suffixes: `max+half+int8`.
     """
     found: list[dict[str, Any]] = [
         {"method": "eager", "parameters": {}, "options": None},
         {"method": "dense", "parameters": {}, "options": {"passes": ["dense"], **COMMON}},
     ]
-    for pool in pools:
-        for stride in strides:
-            for threshold in thresholds:
-                chosen = {"stride": stride, "pool": pool, "threshold": threshold}
-                reduce, estimate = parse_label(pool).values()
-                method = {**chosen, "pool": reduce, "estimate": list(estimate.variants)}
-                options = {"passes": ["xattention", "dense"], "xattention": method, **COMMON}
-                found.append({"method": "xattention", "parameters": chosen, "options": options})
+    found += [block_selection(pool, stride, threshold) for pool in pools for stride in strides for threshold in thresholds]
     for window in windows:
         chosen = {"sinks": sinks, "window": window}
         options = {"passes": ["sink_window", "dense"], "sink_window": chosen, **COMMON}
         found.append({"method": "sink_window", "parameters": chosen, "options": options})
     return found
+
+
+def block_selection(pool: str, stride: int, threshold: float) -> dict[str, Any]:
+    """A cell of xattention; pool: as `cells` takes them."""
+    chosen = {"stride": stride, "pool": pool, "threshold": threshold}
+    reduce, estimate = parse_label(pool).values()
+    method = {**chosen, "pool": reduce, "estimate": list(estimate.variants)}
+    return {"method": "xattention", "parameters": chosen, "options": {"passes": ["xattention", "dense"], "xattention": method, **COMMON}}
 
 
 def sink_window_density(length: int, sinks: int, window: int) -> float:
@@ -63,7 +75,9 @@ def load(folder: Path, device: str) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
-def measure(model: LlamaForCausalLM, cell: dict[str, Any], length: int, text: bytes, seeds: range, needles_count: int) -> dict[str, Any]:
+def measure(
+    model: LlamaForCausalLM, cell: dict[str, Any], length: int, text: bytes, seeds: range, needles_count: int, form: str = "hash"
+) -> dict[str, Any]:
     """One cell at one length, with the model compiled already. Density: mean over layers and prompts, and by layer."""
     device = model.device
 
@@ -72,7 +86,7 @@ def measure(model: LlamaForCausalLM, cell: dict[str, Any], length: int, text: by
 
     started = time.monotonic()
     with record_density() as found:
-        score = needles.score(logits, length, text, seeds, needles=needles_count, asks=ASKS, device=device)
+        score = needles.score(logits, length, text, seeds, needles=needles_count, asks=ASKS, device=device, form=form)
     layers = model.config.num_hidden_layers
     by_layer = None
     density = 1.0
@@ -108,10 +122,11 @@ def work(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> int:
         torch._dynamo.reset()
         model = load(options.model, options.device)
         if cell["options"] is not None:
-            model.compile(backend="sparsify", options=cell["options"], dynamic=not options.static)
-        for length in options.lengths:
+            lowered = {"lower": options.lower} if options.lower else {}
+            model.compile(backend="sparsify", options={**cell["options"], **lowered}, dynamic=not options.static)
+        for length, form in itertools.product(options.lengths, options.forms):
             try:
-                found = measure(model, cell, length, text, seeds, options.needles)
+                found = measure(model, cell, length, text, seeds, options.needles, form)
             except Exception as error:
                 traceback.print_exc()
                 failed += 1
@@ -124,6 +139,7 @@ def work(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> int:
                     length=length,
                     needles=options.needles,
                     asks=ASKS,
+                    form=None if form == "hash" else form,
                     seeds=[seeds.start, seeds.stop],
                     dtype=str(model.dtype).removeprefix("torch."),
                     **found,
@@ -131,7 +147,10 @@ def work(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> int:
                 ),
             )
             print(
-                {name: record.get(name) for name in ("method", "parameters", "length", "right", "asked", "density", "nll", "error")},
+                {
+                    name: record.get(name)
+                    for name in ("method", "parameters", "length", "form", "right", "asked", "density", "nll", "error")
+                },
                 flush=True,
             )
     return failed
@@ -149,9 +168,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=192, help="at least so many questions a cell")
     parser.add_argument("--needles", type=int, default=32, help="facts a prompt")
     parser.add_argument("--seed", type=int, default=needles.FIRST_SEED, help="first prompt's seed; the others follow")
+    parser.add_argument("--forms", nargs="+", default=["hash"], choices=[*needles.FORMS], help="how facts are written and asked for")
+    parser.add_argument("--ablation", action="store_true", help="xattention: rules and estimates with thresholds of their own, no products")
+    parser.add_argument("--lower", help="what compiles the rewritten graph; eager: nothing, which starts sooner and answers alike")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--strides", type=int, nargs="*", default=[8, 16])
-    parser.add_argument("--pools", nargs="*", default=["sum", "max"], help="sum or max, then any of +half, +group, +pair or +quad, +int8")
+    parser.add_argument(
+        "--pools", nargs="*", default=["sum", "max"], help="sum, max or row, then any of +half, +group, +pair or +quad, +int8"
+    )
     parser.add_argument("--sinks", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--methods", nargs="+", default=["eager", "dense", "xattention", "sink_window"])
@@ -165,7 +189,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    todo = cells(options.thresholds, options.strides, options.pools, options.sinks, options.windows)
+    todo = cells(options.thresholds, options.strides, [] if options.ablation else options.pools, options.sinks, options.windows)
+    if options.ablation:
+        todo += [block_selection(pool, stride, threshold) for pool, stride, thresholds in ABLATION for threshold in thresholds]
     todo = [cell for cell in todo if cell["method"] in options.methods]
     facts = {"model": options.model.name, "model_sha256": records.sha256(options.model), "text_sha256": records.sha256(options.text)}
     spawn = multiprocessing.get_context("spawn")

@@ -1,7 +1,8 @@
 """Needles in a haystack for byte-level models: prompts, and how to score a model on them.
 
 A prompt of n bytes is text with facts ``\\n## key: value\\n`` at random places (key: 6 lowercase letters, value: 6 digits) and, at its end,
-questions ``\\n?? key: value\\n``. Answers are teacher-forced in one prefill: an answer is right when each of its bytes is the argmax.
+questions ``\\n?? key: value\\n``, or facts and questions of another form (`FORMS`). Answers are teacher-forced in
+one prefill: an answer is right when each of its bytes is the argmax.
 The random draws follow one fixed order, so that a (length, text, seed, needles, asks) names one prompt on every machine.
 """
 
@@ -18,6 +19,13 @@ import torch
 
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 DIGITS = np.frombuffer(b"0123456789", np.uint8)
+# how a fact is written and how it is asked for, from a key and a value; the models are trained on "hash" alone
+FORMS = {
+    "hash": (b"\n## %s: %s\n", b"\n?? %s: "),
+    "assign": (b"\n%s = %s\n", b"\n%s = "),
+    "item": (b"\n- %s: %s\n", b"\n- %s: "),
+    "json": (b'\n"%s": "%s",\n', b'\n"%s": "'),
+}
 NLL_BYTES = 2048  # bytes from the prompt's middle on that the mean negative log-likelihood is taken over
 FIRST_SEED = 4242
 
@@ -64,14 +72,15 @@ def _word(rng: np.random.Generator, alphabet: np.ndarray, length: int) -> bytes:
     return alphabet[rng.integers(0, len(alphabet), length)].tobytes()
 
 
-def prompt(length: int, text: bytes, seed: int, needles: int = 32, asks: int = 16) -> Prompt:
+def prompt(length: int, text: bytes, seed: int, needles: int = 32, asks: int = 16, form: str = "hash") -> Prompt:
     """A prompt of exactly `length` bytes out of `text`. Raises ValueError when facts and questions do not fit or `text` is too short."""
     rng = np.random.default_rng(seed)
+    fact, question = FORMS[form]
     facts, questions = [], []
     for _ in range(needles):
         key, value = _word(rng, LETTERS, 6), _word(rng, DIGITS, 6)
-        facts.append(b"\n## " + key + b": " + value + b"\n")
-        questions.append((b"\n?? " + key + b": ", value))
+        facts.append(fact % (key, value))
+        questions.append((question % key, value))
     asked = [questions[index] for index in rng.permutation(needles)[:asks]]
     room = length - sum(map(len, facts)) - sum(len(question) + len(value) + 1 for question, value in asked)
     if room < 0 or len(text) <= room:
@@ -118,12 +127,13 @@ def score(
     needles: int = 32,
     asks: int = 16,
     device: str | torch.device = "cpu",
+    form: str = "hash",
 ) -> Score:
     """Scores `forward` (ids [1, n] int64 -> logits [1, n, 256]) on one prompt a seed. Raises ValueError when `seeds` is empty."""
     right = asked = 0
     nlls = []
     for seed in seeds:
-        item = prompt(length, text, seed, needles, asks)
+        item = prompt(length, text, seed, needles, asks, form)
         logits = forward(item.ids.to(device))
         answers = right_answers(logits, item)
         right, asked = right + sum(answers), asked + len(answers)

@@ -53,6 +53,9 @@ ESTIMATES = (
     (16, "max+half"),
 )
 ESTIMATES += ((16, "max+group"), (16, "max+half+int8"), (8, "max"), (8, "sum"), (8, "max+pair"), (8, "max+half+int8"))
+# rules and estimates at the densities that answers need of them (`benchmarks.answers`), in place of the others
+ABLATION = ((8, "max+pair+int8"), (4, "row"), (8, "row"), (16, "row"), (4, "row+pair+int8"), (8, "row+pair+int8"), (16, "row+pair+int8"))
+ABLATION_TARGETS = {32768: (0.05,), 131072: (0.04,), 262144: (0.03,)}
 MAIN = (16, "max")
 BLOCK = 128
 ROUNDS = 3
@@ -82,8 +85,10 @@ class Tuned:
     density: float
 
 
-def cells(length: int) -> list[Cell]:
+def cells(length: int, ablation: bool = False) -> list[Cell]:
     target = TARGET.get(length, 0.1)
+    if ablation:
+        return [Cell(*estimate, share) for estimate in ABLATION for share in ABLATION_TARGETS.get(length, (target,))]
     return [
         Cell(*MAIN, target),
         *(Cell(*estimate, target) for estimate in ESTIMATES),
@@ -150,7 +155,7 @@ def measure(length: int, options: argparse.Namespace, keep: Callable[..., None])
     clock = Clock(options.device)
     tuned: dict[str, Tuned] = {}
     failed: dict[str, str] = {}
-    for cell in cells(length):
+    for cell in cells(length, options.ablation):
         try:
             tuned[cell.name] = tune(query, key, cell)
         except Exception as error:
@@ -165,7 +170,7 @@ def measure(length: int, options: argparse.Namespace, keep: Callable[..., None])
         keep(kind="dense", length=length, name=name, ms=medians.get(name), samples=times.get(name), error=absent.get(name))
     rivals = {name: medians[name] for name in dense_names if name in medians and name != "ours, dense"}
     dense_lse = attend(*operands, (None, None))[1]
-    for cell in cells(length):
+    for cell in cells(length, options.ablation):
         shape = dataclasses.asdict(cell)
         error = failed.get(cell.name) or absent.get(cell.name)
         if error:
@@ -194,7 +199,7 @@ def measure(length: int, options: argparse.Namespace, keep: Callable[..., None])
             kept_mass=kept_mass(attend(*operands, lists)[1], dense_lse),
             scratch_bytes=peak_bytes(lambda one=one: whole(*operands, one)),
         )
-    if clock.cuda:
+    if clock.cuda and not options.ablation:
         keep(kind="chunks", length=length, stride=MAIN[0], pool=MAIN[1], select_ms=chunk_times(clock, query, key))
 
 
@@ -239,7 +244,7 @@ def line(record: dict[str, Any]) -> str:
 
 def compile_kernels(options: argparse.Namespace) -> None:
     """Compiles what `measure` needs into Triton's cache: one process per estimate, one for attention."""
-    estimates = sorted({(cell.stride, cell.pool) for length in options.lengths for cell in cells(length)})
+    estimates = sorted({(cell.stride, cell.pool) for length in options.lengths for cell in cells(length, options.ablation)})
     jobs = ["attention", *(f"{stride} {pool}" for stride, pool in estimates)]
     base = [sys.executable, "-m", "benchmarks.whole_op.run", "--lengths", *map(str, options.lengths)]
     precompile.compile_side_by_side({job: [*base, "--warm", job] for job in jobs}, 100)
@@ -271,6 +276,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=230, help="kill the worker after this long, compilation counted")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu: a smoke test on the reference")
+    parser.add_argument("--ablation", action="store_true", help="rules and estimates at few densities, see ABLATION")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

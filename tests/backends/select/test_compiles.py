@@ -19,6 +19,8 @@ CLAUSES = {
     "window": {"window": "one"},
     "not causal": {"causal": False},
     "everything": {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
+    "row": {"reduce": "row"},
+    "row everything": {"reduce": "row", "key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
     "shared": {"estimate": Estimate(half=True, group=True)},
     "int8 half": {"estimate": Estimate(half=True, int8=True), "key_flags": True},
     **{str(one): {"estimate": one} for one in EXAMPLES if one != EXACT},
@@ -47,8 +49,13 @@ def compiled(chosen: SelectSpec, kernel: str, arch: int, warps: int, **constexpr
 SPILLED = {(3, 7): {"everything": 32, "int8 everything": 32}}
 
 
-# other estimates have the text of one of these, but for how queries are strided
-QUICK = [clause for clause in CLAUSES if clause not in map(str, EXAMPLES)] + ["int8", "pair", "pair+int8", "quad+int8"]
+# other estimates have the text of one of these, but for how queries are strided; pools differ in what chooses
+QUICK = [clause for clause in CLAUSES if clause not in map(str, EXAMPLES) and not clause.startswith("row")] + [
+    "int8",
+    "pair",
+    "pair+int8",
+    "quad+int8",
+]
 
 
 @pytest.mark.parametrize("clause", [clause if clause in QUICK else pytest.param(clause, marks=pytest.mark.slow) for clause in CLAUSES])
@@ -72,7 +79,10 @@ def test_hopper_prepares_without_spills(stride, head_dim, clause):
     assert used.spilled == 0 and used.registers <= 128
 
 
-@pytest.mark.parametrize("clause, width", [("causal", 1024), ("density", 8192), ("everything", 8192), ("everything", 1024)])
+@pytest.mark.parametrize(
+    "clause, width",
+    [("causal", 1024), ("density", 8192), ("everything", 8192), ("everything", 1024), ("row", 1024), ("row everything", 8192)],
+)
 def test_hopper_chooses_without_spills(clause, width):
     chosen = spec(clause)
     used = compiled(chosen, "choose", 90, max(1, width // 1024), TILES=width // chosen.tile_blocks)
@@ -80,7 +90,7 @@ def test_hopper_chooses_without_spills(clause, width):
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
 
 
-@pytest.mark.parametrize("clause", ["density", "everything"])
+@pytest.mark.parametrize("clause", ["density", "everything", "row everything"])
 def test_long_rows_without_spills(clause):
     chosen = spec(clause, wide=True)
     assert compiled(chosen, "pool", 90, 4, TILES=1024, PART=2048 // chosen.tile_blocks).spilled == 0

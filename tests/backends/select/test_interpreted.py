@@ -67,6 +67,8 @@ def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
         {"causal": False, "windows": [100]},
         {"windows": [0, 70], "threshold": [0.5, 0.9]},
         {"pool": "sum", "estimate": "half", "threshold": [0.0]},
+        {"pool": "row", "threshold": [0.3]},
+        {"pool": "row", "stride": 4, "windows": [0, 70], "threshold": [0.2, 0.6], "estimate": "half"},
         *({"estimate": one} for one in EXAMPLES if one.merge > 1 and not (one.int8 or one.half)),
     ],
     ids=str,
@@ -164,7 +166,13 @@ def test_a_group_shares_one_estimate():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"key_flags": flags(), "threshold": [0.5, 0.9]}, {"density": 0.5, "pool": "sum"}], ids=["taus", "density"]
+    "changes",
+    [
+        {"key_flags": flags(), "threshold": [0.5, 0.9]},
+        {"density": 0.5, "pool": "sum"},
+        {"key_flags": flags(), "threshold": [0.2, 0.5], "pool": "row"},
+    ],
+    ids=["taus", "density", "row"],
 )
 def test_long_rows_in_parts(changes):
     query, key = inputs(batch=2 if "key_flags" in changes else 1, heads=2 if "threshold" in changes else 1)
@@ -185,16 +193,40 @@ def test_chunks_of_rows_and_heads_give_the_same_lists():
     assert torch.equal(block_lists.to_dense(counts, indices, one.key_blocks), whole)
 
 
-@pytest.mark.parametrize("estimate", ["exact", "int8"])
+@pytest.mark.parametrize("changes", [{}, {"estimate": "int8"}, {"pool": "row"}, {"pool": "row", "wide": True}], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rows_that_are_not_finite_keep_everything(value, estimate):
+def test_rows_that_are_not_finite_keep_everything(value, changes):
+    changes = dict(changes)
+    limits = triton_select.Limits(fused_width=2, part=4) if changes.pop("wide", False) else triton_select.LIMITS
     query, key = inputs(256)
     query[0, 0, 70] = value
-    assert compare(query, key, threshold=[0.2], estimate=estimate)[0, 0, 1].tolist() == [True, True, False, False]
+    assert compare(query, key, threshold=[0.2], limits=limits, **changes)[0, 0, 1].tolist() == [True, True, False, False]
     query, key = inputs(256)
     key[0, 0, 200] = value
-    kept = compare(query, key, threshold=[0.0], estimate=estimate)
+    kept = compare(query, key, threshold=[0.0], limits=limits, **changes)
     assert kept[0, 0].sum(-1).tolist() == [1, 2, 2, 4]
+
+
+def test_the_row_rule_keeps_equal_ones_together_and_everything_at_one():
+    query, key = inputs(256)
+    assert compare(query * 0, key, pool="row", threshold=[0.75])[0, 0].equal(torch.ones(4, 4).tril().bool())
+    assert compare(query, key, pool="row", threshold=[1.0])[0, 0].equal(torch.ones(4, 4).tril().bool())
+    some, more = (compare(query, key, pool="row", threshold=[tau]) for tau in (0.2, 0.4))
+    assert not (some & ~more).any() and not torch.equal(some, more)
+
+
+def test_rows_that_see_part_of_the_columns_are_served_apart(monkeypatch):
+    monkeypatch.setattr(triton_select, "_LEAST_WIDTH", 8)
+    query, key = inputs(1100, heads=1, kv_heads=1, dim=16)
+    one = call(query, key, pool="row", threshold=[0.3])
+    spec = triton_select.kernel_spec(one, TMA, 8192)
+    assert list(triton_select._widths(one, spec, 0, 18, 4)) == [(0, 8, 1), (8, 16, 2), (16, 18, 4)]
+    assert list(triton_select._widths(dataclasses.replace(one, query=query[:, :, 192:]), spec, 0, 15, 4)) == [
+        (0, 5, 1),
+        (5, 13, 2),
+        (13, 15, 4),
+    ]
+    compare(query, key, pool="row", threshold=[0.3])
 
 
 def test_strides_of_any_layout():

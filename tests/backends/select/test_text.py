@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sparsify.backends.select import triton
@@ -37,6 +37,8 @@ def describe(query, key, **changes):
         ("int8", {"estimate": Estimate(half=True, int8=True)}),
         ("pair", {"estimate": Estimate(merge=2)}),
         ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
+        ("row", {"reduce": "row"}),
+        ("row_wide", {"reduce": "row", "wide": True, "rule": "taus", "window": "one"}),
     ],
 )
 def test_golden_text(name, changes):
@@ -51,12 +53,13 @@ def test_golden_text(name, changes):
             "estimate": st.sampled_from(EXAMPLES),
             "window": st.sampled_from(["none", "one", "per_head"]),
             "rule": st.sampled_from([*RULES]),
-            "reduce": st.sampled_from(["sum", "max"]),
+            "reduce": st.sampled_from(["sum", "max", "row"]),
             "head_dim": st.sampled_from([64, 96, 128]),
         }
     ),
 )
 def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
+    assume(changes["reduce"] != "row" or changes["rule"] != "density")
     text = generate(spec(tiling=tiling, **changes))
     compile(text, "generated", "exec")
     assert "${" not in text and "%if" not in text
@@ -73,6 +76,7 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
         ({"dtype": "fp64"}, "fp64"),
         ({"stride": 12}, "stride"),
         ({"rule": "none such"}, "rule"),
+        ({"rule": "density", "reduce": "row"}, "a density under the row rule"),
         ({"block": 24}, "block"),
     ],
 )
