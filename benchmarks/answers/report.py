@@ -181,4 +181,10 @@ BENCHMARKS = (
         measures="trains the small model that the demo bundles",
         module="benchmarks.answers.train_demo_model",
     ),
+    Benchmark(
+        name="train_code_model",
+        place=91,
+        measures="trains a model of word pieces, GQA 4:1, on the code and documentation of installed packages",
+        module="benchmarks.answers.train_code_model",
+    ),
 )
