@@ -11,7 +11,7 @@ logits of up to block - 1 rows before it.
 from __future__ import annotations
 
 import functools
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import sympy
 from pydantic import Field, field_validator, model_validator
@@ -61,6 +61,15 @@ class XAttention(Pass):
         0.95, description="share of a row's estimated mass to keep; a list gives one per query head"
     )
     density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
+    windows: tuple[int, ...] = Field(
+        (),
+        description="one number per query head: a head with a positive one sees `sinks` first and so many last keys, by token, and no "
+        "other; 0 chooses blocks",
+    )
+    sinks: int = Field(4, ge=0, le=64, description="first visible keys that heads with a window see, in tokens")
+    expected: tuple[float, float] | None = Field(
+        None, description="density to expect of a prompt of 8192 tokens and the power of the length by which it falls, for predicted times"
+    )
 
     @field_validator("threshold")
     @classmethod
@@ -68,6 +77,13 @@ class XAttention(Pass):
         values = value if isinstance(value, tuple) else (value,)
         if not values or not all(0 <= v <= 1 for v in values):
             raise ValueError("must lie between 0 and 1")
+        return value
+
+    @field_validator("windows")
+    @classmethod
+    def _counts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not all(0 <= one <= 1 << 30 for one in value):
+            raise ValueError("must lie between 0 and 2^30")
         return value
 
     @field_validator("estimate")
@@ -85,6 +101,8 @@ class XAttention(Pass):
             raise ValueError(f"stride {self.stride} does not divide block {self.block}")
         if self.pool == "row" and self.density:
             raise ValueError('pool = "row" keeps by threshold: a density needs one importance for each block, which "sum" and "max" have')
+        if self.density and any(self.windows):
+            raise ValueError("windows go with a threshold, not with a density")
         return self
 
     def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
@@ -97,6 +115,10 @@ class XAttention(Pass):
             return self.refuse("the estimate does not model softcap, sink logits, alibi or another bias")
         if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
             return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")
+        if self.windows and len(self.windows) != site.query_heads:
+            return self.refuse(f"{len(self.windows)} windows for {site.query_heads} query heads")
+        if any(self.windows) and (site.mask.window is not None or site.mask.documents is not None):
+            return self.refuse("heads with sinks and a window of their own in a layer with a window or packed documents")
         if context.min_length is None and context.kernels == "reference":
             return self.refuse(
                 "no sparse kernel on this device: the plain reference is never faster than dense", "min_length = 0 forces it"
@@ -114,8 +136,10 @@ class XAttention(Pass):
                 max_cost_ratio=1.0 if self.density else context.max_cost_ratio,
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
             )  # fmt: skip
-        rule = f"density {self.density:g}" if self.density else f"τ {self.threshold}"
+        rule = f"density {self.density:g}" if self.density else f"τ {_shown(self.threshold)}"
         note = f"stride {self.stride}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
+        if any(self.windows):
+            note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
         works = functools.partial(self._works, context.family)
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
         return Proposal.from_work(self, site, context, works, note=note, **limits)
@@ -130,8 +154,15 @@ class XAttention(Pass):
 
     def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
-        share = self.density or expected_density(sizes.key_len)
+        share = self.density or self._expected(sizes.key_len)
         return work.selection(sizes, self.stride, self.block, self.variants), work.attention(sizes, kernel, share=share, listed=True)
+
+    def _expected(self, length: Any) -> sympy.Expr:
+        """Density to expect of a prompt: from calibration, else the published one."""
+        if self.expected is None:
+            return expected_density(length)
+        at, power = self.expected
+        return work.smallest(1, at * (sympy.Integer(8192) / length) ** power)
 
     @property
     def variants(self) -> Estimate:
@@ -139,29 +170,45 @@ class XAttention(Pass):
         return Estimate.from_names(self.estimate)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
-        mask = editor.at(site).mask_operands(site)
-        threshold = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        windows = self.windows if any(self.windows) else ()
+        own, sinks = ((site.mask.window,) if site.mask.window else ()), self.sinks if windows else 0
+        mask = editor.at(site).mask_operands(site, sinks=sinks)
         selection = {
             "key_flags": mask.key_flags,
             "segments": mask.segments,
             "query_start": mask.query_start,
             "scale": site.scale,
             "causal": mask.causal,
-            "windows": (mask.window,) if mask.window else (),
-            "pool": self.pool,
-            "estimate": self.variants,
-            "stride": self.stride,
-            "block_size": self.block,
-            "threshold": threshold,
-            "density": self.density or 0.0,
+            "windows": windows or own,
+            **self.selection(),
         }
         if self._lists_are_large(site):
-            attending = {"seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
+            attending = {"sinks": sinks, "seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = SparseAttentionCall.bind(site.query, site.key, site.value, **selection, **attending)
             editor.replace(site, editor.items(editor.emit(both), 1)[0])
             return
         counts, indices = editor.items(editor.emit(SelectCall.bind(site.query, site.key, **selection)), 2)
-        editor.replace(site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
+        lists = (counts, indices)
+        editor.replace(site, attention_call(editor, site, sinks=sinks, windows=windows or own, blocks=lists, block_size=self.block))
+
+    def selection(self) -> dict[str, Any]:
+        """The fields of `SelectCall` that the options decide, but for windows."""
+        return {
+            "pool": self.pool,
+            "estimate": self.variants,
+            "stride": self.stride,
+            "block_size": self.block,
+            "threshold": self._thresholds(),
+            "density": self.density or 0.0,
+        }
+
+    def _thresholds(self) -> tuple[float, ...]:
+        """One for all heads or one per query head; a head with a window keeps every block of it."""
+        thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        if not any(self.windows):
+            return thresholds
+        every = thresholds * (len(self.windows) // len(thresholds))
+        return tuple(1.0 if window else threshold for window, threshold in zip(self.windows, every, strict=True))
 
     def _lists_are_large(self, site: AttentionSite) -> bool:
         """Or may become so: then one op makes and uses them, a part of the heads after the other. Else they can be looked at."""
@@ -172,4 +219,9 @@ class XAttention(Pass):
         return batch * heads * scratch.list_bytes(query_len, key_len, self.block) > scratch.LIST_BYTES
 
     def keep_all(self) -> XAttention:
-        return self.model_copy(update={"threshold": 1.0, "density": None})
+        return self.model_copy(update={"threshold": 1.0, "density": None, "windows": ()})
+
+
+def _shown(threshold: float | tuple[float, ...]) -> str:
+    values = sorted(set(threshold)) if isinstance(threshold, tuple) else [threshold]
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g} by head"

@@ -23,13 +23,14 @@ class SparseAttentionCall(SelectCall):
     """One call of `sparsify::sparse_attention`: the fields of `SelectCall`, and some of `sparsify.ops.attention.AttentionCall`.
 
     value: [batch, kv_heads, key_len, v_head_dim], in query's dtype.
-    seq_major, empty_rows, lowest: as in `AttentionCall`.
+    sinks, seq_major, empty_rows, lowest: as in `AttentionCall`.
     """
 
     NAME: ClassVar[str] = "sparse_attention"
 
     value: Annotated[Tensor, Operand("batch kv_heads key_len v_head_dim")]
     _: KW_ONLY
+    sinks: int = 0
     seq_major: bool = False
     empty_rows: str = "zero"
     lowest: float = 0.0

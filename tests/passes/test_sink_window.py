@@ -91,3 +91,19 @@ def test_keep_all_covers_everything():
 def test_impossible_values(bad):
     with pytest.raises(ValueError):
         SinkWindow(**bad)
+
+
+def test_a_window_per_head_and_heads_that_see_everything():
+    inputs = attention.operands(query_len=12)
+    got = run(attention.causal, inputs, 1, [3, 0, 5, 0])
+    whole = attention.causal(*inputs)
+    torch.testing.assert_close(got[:, [1, 3]], whole[:, [1, 3]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[:, 0], masked(*inputs, 1, 3)[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[:, 2], masked(*inputs, 1, 5)[:, 2], atol=1e-5, rtol=1e-5)
+    assert (got - whole)[:, 0].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("window", [0, [0, 0], [-1, 3], []])
+def test_windows_that_say_nothing_are_refused(window):
+    with pytest.raises(ValueError, match="must"):
+        SinkWindow(window=window if isinstance(window, int) else tuple(window))

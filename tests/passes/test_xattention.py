@@ -332,3 +332,37 @@ def test_padding_and_a_start_at_run_time_are_no_obstacle():
     leaf = fx.Graph().placeholder("mask")
     mask = MaskPredicate(MaskKind.PROVED, causal=True, padding=Leaf(leaf), query_start=QueryStart(leaf=leaf))
     assert proposal(at=site(mask=mask)).density is None
+
+
+@pytest.mark.parametrize("pads", [0, 5])
+@pytest.mark.parametrize("together", [False, True])
+def test_heads_with_sinks_and_a_window_beside_heads_with_blocks(pads, together, monkeypatch):
+    """Those with a window are sink_window's, the others keep their blocks; also where one op makes and uses the lists."""
+    if together:
+        monkeypatch.setattr(XAttention, "_lists_are_large", lambda self, site: True)
+    model = build("llama", layers=1)
+    ids = torch.randint(3, VOCAB, (2, 200), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = 0
+    outputs = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0].unflatten(-1, (4, -1))))
+    call = lambda m: m(input_ids=ids, attention_mask=mask, use_cache=False)
+    shared = {"block": 64, "threshold": 0.5, "estimate": []}
+    for options in (
+        {"passes": ["xattention"], "xattention": shared | {"windows": [0, 8, 0, 70], "sinks": 3}},
+        {"passes": ["sink_window"], "sink_window": {"window": [0, 8, 0, 70], "sinks": 3}},
+        {"passes": ["xattention"], "xattention": shared},
+    ):
+        assert run(model, call, strict(**options)).rewritten() == 1
+    mixed, windows, blocks = (output[mask.bool()] for output in outputs)
+    torch.testing.assert_close(mixed[:, [1, 3]], windows[:, [1, 3]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[:, [0, 2]], blocks[:, [0, 2]], atol=1e-5, rtol=1e-5)
+    assert (mixed - blocks)[:, 1].abs().max() > 1e-3
+    assert (mixed - windows)[:, 0].abs().max() > 1e-3
+
+
+def test_windows_go_with_thresholds_and_with_every_head():
+    with pytest.raises(ValidationError, match="not with a density"):
+        XAttention(windows=(4,), density=0.5)
+    refused = XAttention(windows=(4, 0)).propose(site(), CONTEXT)
+    assert isinstance(refused, Refusal) and "2 windows for 32 query heads" in refused.reason
