@@ -16,7 +16,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import block_lists
 from sparsify.ops.selection import SelectCall, observing
-from sparsify.planning import registry
+from sparsify.planning import provenance, registry
 from sparsify.planning.config import config
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import load_saved_plan
@@ -49,13 +49,13 @@ def compile(
 
     Raises:
         ConfigError: unknown or impossible options.
-        PlanError: the plan file cannot be read, or names a method that does not exist.
+        PlanError: the plan file cannot be read, names a method that does not exist, or was calibrated on another model.
         UnsupportedError: `model` is the wrapper that torch.compile returns.
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
     settings = config.load(options, mode=mode, method_models=registry.discover())
-    load_saved_plan(settings.plan)
+    _check_plan(model, settings)
     if mode is not None:
         options["mode"] = mode
     if settings.compile_ahead and settings.lower == "inductor":
@@ -73,6 +73,12 @@ def compile(
 
         generate.install(model, graphs=not settings.inductor_patches().get("triton.cudagraphs"), shown=settings.progress)
     return model
+
+
+def _check_plan(model: nn.Module, settings: config.Config) -> None:
+    """Raises PlanError for a plan file that cannot be read, or that was calibrated on another model."""
+    if (saved := load_saved_plan(settings.plan)) is not None:
+        provenance.check_model(saved.plan.provenance, model, saved.where)
 
 
 def _regions() -> Any:
@@ -107,10 +113,10 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
 
     Raises:
         ConfigError: unknown or impossible options.
-        PlanError: the plan file cannot be read, or names a method that does not exist.
+        PlanError: the plan file cannot be read, names a method that does not exist, or was calibrated on another model.
     """
     settings = config.load({**(options or {}), "lower": "eager"}, method_models=registry.discover())
-    load_saved_plan(settings.plan)
+    _check_plan(model, settings)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
         call = forward if "transformers" not in sys.modules else _regions().like(model, settings, forward)

@@ -81,6 +81,8 @@ def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[
         PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
     """
     saved_plan = load_saved_plan(config.plan)
+    if saved_plan is not None and context.min_length is None:
+        context = dataclasses.replace(context, min_length=saved_plan.plan.min_length)
     regimes = _Regimes()
     choices = []
     for site, place in zip(sites, places(sites) if at is None else at, strict=True):

@@ -7,13 +7,14 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from sparsify.errors import ConfigError, PlanError
 from sparsify.graph.module_paths import layer_number
@@ -21,6 +22,7 @@ from sparsify.ops import attention
 from sparsify.planning import report
 from sparsify.planning.config import config
 from sparsify.planning.decision import STRICT, Decision
+from sparsify.planning.provenance import Provenance
 
 FORMAT = 1
 
@@ -35,6 +37,8 @@ class Plan:
     device: whose profile the seconds come from, and what that is worth.
     capture: how the model was captured where that was sparsify's choice: whole and why, or as regions.
     serves: layers for which the graph is called, each with its decisions here; 0 where it is no region.
+    min_length: key length in tokens from which the plan's lossy methods act, unless the configuration names one; None: each method's own.
+    provenance: how it was calibrated; None where it was not.
     """
 
     decisions: list[Decision] = field(default_factory=list)
@@ -43,6 +47,8 @@ class Plan:
     device: str = ""
     capture: str = ""
     serves: int = 0
+    min_length: int | None = None
+    provenance: Provenance | None = None
 
     @property
     def rewritten(self) -> list[Decision]:
@@ -62,7 +68,7 @@ class Plan:
         data = dataclasses.asdict(self)
         for decision in data["decisions"]:  # a cost may have no bound, which JSON has no number for
             decision.update({key: None for key, value in decision.items() if isinstance(value, float) and not math.isfinite(value)})
-        return json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False)
+        return _compact(json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False))
 
     @classmethod
     def from_json(cls, text: str, where: str = "plan") -> Plan:
@@ -81,7 +87,7 @@ class Plan:
             hint = getattr(error, "hint", "") or "save one with Plan.save"
             place, what = getattr(error, "where", "").removeprefix(": "), getattr(error, "what", error)
             raise PlanError(f"not a plan file: {place + ': ' if place else ''}{what}", where=where, hint=hint) from None
-        return cls(file.decisions, file.versions, file.fallback, file.device, file.capture, file.serves)
+        return cls(file.decisions, file.versions, file.fallback, file.device, file.capture, file.serves, file.min_length, file.provenance)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
@@ -119,6 +125,16 @@ class _File(BaseModel):
     device: str = ""
     capture: str = ""
     serves: int = 0
+    min_length: int | None = Field(None, ge=0)
+    provenance: Provenance | None = None
+
+
+_NUMBERS = re.compile(r"\[\s+(-?[\d.eE+-]+(?:,\s+-?[\d.eE+-]+)*)\s+\]")
+
+
+def _compact(text: str) -> str:
+    """JSON with every list of numbers on one line, so that one line of a difference is one layer's option."""
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _no_number(text: str) -> NoReturn:
