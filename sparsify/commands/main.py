@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsify import folders
 from sparsify.commands import arguments
+from sparsify.commands.calibrate.attention import command as attention_command
 from sparsify.commands.cost import command
 from sparsify.errors import ConfigError, SparsifyError, UnsupportedError
 
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     ffn.add_argument("--device", help="default: cuda where there is one")
     ffn.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
     ffn.set_defaults(run=_calibrate_ffn, attention="sdpa", length=None)
+    attention_command.add(what_for, common, _load_config, _load_model_and_tokens)
     command.add_errors(what_for, common, _load_config, _load_model_and_tokens)
     device = what_for.add_parser("device", help="ceilings and kernel efficiencies of the device here, for the cost model")
     device.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")

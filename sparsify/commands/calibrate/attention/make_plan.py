@@ -1,0 +1,126 @@
+"""A choice as a plan: one decision for each site, options compact where heads agree, and where it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import api
+from sparsify.commands.calibrate.attention.choose import DENSE, Choice, Chooser, Chosen
+from sparsify.commands.calibrate.attention.run import Asked, Measured
+from sparsify.commands.calibrate.attention.settings import Grid
+from sparsify.planning.decision import Decision
+from sparsify.planning.plan import Plan
+from sparsify.planning.provenance import Provenance
+
+_EXACT = ("dense", "kv_evict", "ffn_parts")
+
+
+def method_of(chosen: Chosen, grid: Grid) -> tuple[str, dict[str, Any]]:
+    """The method and the options, those that are not defaults, that do what was chosen for a layer. ("dense", {}): nothing lossy."""
+    if chosen.dense:
+        return "dense", {}
+    windows = [int(setting.value) if setting.family is None else 0 for setting in chosen.settings]
+    if chosen.family is None:
+        same = len(set(windows)) == 1
+        return "sink_window", {"sinks": grid.sinks, "window": windows[0] if same else windows, "decode": False}
+    method = grid.families[chosen.family].method
+    taus = [1.0 if setting.family is None else setting.value for setting in chosen.settings]
+    options: dict[str, Any] = method.model_dump(mode="json", exclude={"threshold", "density", "windows", "sinks", "expected"})
+    options["threshold"] = taus[0] if len(set(taus)) == 1 else taus
+    if any(windows):
+        options |= {"windows": windows, "sinks": grid.sinks}
+    options["expected"] = [round(chosen.density_8k, 5), round(chosen.power, 4)]
+    return "xattention", options
+
+
+def make_plan(
+    model: nn.Module, ids: Tensor, options: dict[str, Any], asked: Asked, measured: Measured, chooser: Chooser, choice: Choice
+) -> Plan:
+    """The plan that `options={"plan": ...}` loads.
+
+    Args:
+        ids: int64 [1, tokens]; one prompt of it is looked at, so that sites that were not calibrated stand in the plan too.
+    """
+    exact = {key: value for key, value in options.items() if key not in ("passes", "rules", "plan", "objective", "max_error")}
+    looked_at = ids[:, : max(asked.lengths)]
+    plan = api.explain(model, options={**exact, "passes": list(_EXACT)}, input_ids=looked_at, use_cache=False)
+    by_site = {(one.layer.site.place.name, one.layer.site.place.ordinal): one for one in choice.layers}
+    decisions = []
+    for decision in plan.decisions:
+        chosen = by_site.get((decision.site, decision.ordinal)) if decision.kind == "attention" else None
+        decisions.append(decision if chosen is None else _decided(decision, chosen, chooser))
+    return dataclasses.replace(
+        plan,
+        decisions=decisions,
+        device=choice.layers[0].layer.seconds.device.describe(),
+        min_length=chooser.shortest(choice),
+        provenance=_provenance(model, asked, measured, choice),
+    )
+
+
+def _decided(decision: Decision, chosen: Chosen, chooser: Chooser) -> Decision:
+    dense_seconds = chosen.layer.seconds.dense()
+    known = {"seconds": chosen.seconds, "dense_seconds": dense_seconds, "formula": "", "dense_formula": "", "refusals": []}
+    error = chosen.error[chooser.longest]
+    if chosen.dense:
+        return dataclasses.replace(decision, **known, reason=f"calibrated: dense; {decision.reason}", density=1.0, error=0.0)
+    method, options = method_of(chosen, chooser.grid)
+    return dataclasses.replace(
+        decision,
+        **known,
+        method=method,
+        options=options,
+        reason=f"calibrated: {describe(chosen, chooser.grid)}",
+        density=float(chosen.density.mean()),
+        error=error,
+        scratch=None,
+        measured=[{"method": method, "options": options, "error": error}],
+    )
+
+
+def describe(chosen: Chosen, grid: Grid) -> str:
+    """What a layer does, in words."""
+    dense = sum(setting == DENSE for setting in chosen.settings)
+    windows = sum(setting.family is None for setting in chosen.settings) - dense
+    blocks = len(chosen.settings) - dense - windows
+    parts = [f"{count} {name}" for count, name in ((dense, "dense"), (windows, "sinks + window"), (blocks, "by blocks")) if count]
+    name = "" if chosen.family is None else f", {grid.families[chosen.family].name}"
+    return f"heads {', '.join(parts)}{name}"
+
+
+def _provenance(model: nn.Module, asked: Asked, measured: Measured, choice: Choice) -> Provenance:
+    from sparsify import __version__
+
+    versions = {"sparsify": __version__, "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["transformers"] = importlib.metadata.version("transformers")
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    pieces = [sum(done[0] == length for done in measured.done) for length in asked.lengths]
+    return Provenance(
+        model=measured.identity["model"],
+        model_type=kind,
+        text=measured.identity["text"],
+        settings=measured.identity["settings"],
+        lengths=list(asked.lengths),
+        pieces=pieces,
+        seed=asked.seed,
+        budget={choice.budget.kind: float(choice.budget.value)},
+        at=choice.at,
+        target=choice.layers[0].layer.seconds.device.name,
+        seconds=_short(choice.seconds),
+        dense_seconds=_short(choice.dense_seconds),
+        density=_short(choice.density),
+        errors={str(length): _short(choice.error(length)) for length in choice.lengths},
+        gap=_short(choice.gap),
+        versions=versions,
+    )
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.5g}")

@@ -1,0 +1,66 @@
+"""Predicted seconds of one layer's attention by the cost model, as a sum over heads: what the heads of a layer share, and what each adds.
+
+Time over block lists is linear in density but for what its launch costs, so that two points of it say all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from sparsify.commands.calibrate.attention.settings import Family
+from sparsify.costs import work
+from sparsify.costs.device import Device
+from sparsify.costs.seconds import seconds
+from sparsify.costs.sizes import AttentionSizes
+
+_LOW, _HIGH = 0.02, 0.5  # densities between which time over block lists is taken to be a line
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Of one attention at one length.
+
+    sizes: numbers. kernel: family of the attention op. device: whose profile.
+    """
+
+    sizes: AttentionSizes
+    kernel: str
+    device: Device
+
+    @property
+    def heads(self) -> int:
+        return int(self.sizes.query_heads)
+
+    def dense(self) -> float:
+        """The fastest exact kernel."""
+        return min(self._of(work.attention(self.sizes, kernel)) for kernel in dict.fromkeys(("sdpa", self.kernel)))
+
+    def estimate(self, family: Family) -> float:
+        """Scores, choice and lists of all heads."""
+        method = family.method
+        return self._of(work.selection(self.sizes, method.stride, method.block, method.variants))
+
+    def lists(self) -> tuple[float, float]:
+        """Attention along block lists: what it takes at no density, and what a density of 1 of one head adds."""
+        low, high = (self._of(work.attention(self.sizes, self.kernel, share=d, listed=True)) for d in (_LOW, _HIGH))
+        slope = (high - low) / (_HIGH - _LOW)
+        return max(0.0, low - _LOW * slope), slope / self.heads
+
+    def along_lists(self, family: Family, density: float) -> float:
+        """Everything that a layer of block lists takes at a mean density."""
+        return self.estimate(family) + self._of(work.attention(self.sizes, self.kernel, share=density, listed=True))
+
+    def window(self, tokens: int) -> float:
+        """One head that sees so many tokens, sinks included."""
+        return self._of(work.attention(self.sizes, self.kernel, window=tokens)) / self.heads
+
+    def every_key(self) -> float:
+        """One dense head beside others with windows, by the same kernel."""
+        return self._of(work.attention(self.sizes, self.kernel)) / self.heads
+
+    def at(self, length: int) -> LayerSeconds:
+        return dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, query_len=length, key_len=length))
+
+    def _of(self, one: work.Work) -> float:
+        return float(seconds(one, self.device))
