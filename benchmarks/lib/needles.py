@@ -22,8 +22,8 @@ DIGITS = np.frombuffer(b"0123456789", np.uint8)
 # how a fact is written and how it is asked for, from a key and a value; the models are trained on "hash" alone
 FORMS = {
     "hash": (b"\n## %s: %s\n", b"\n?? %s: "),
-    "assign": (b"\n%s = %s\n", b"\n%s = "),
-    "item": (b"\n- %s: %s\n", b"\n- %s: "),
+    "comment": (b"\n# %s: %s\n", b"\n# %s: "),
+    "repeat": (b"\n?? %s: %s\n", b"\n?? %s: "),
     "json": (b'\n"%s": "%s",\n', b'\n"%s": "'),
 }
 NLL_BYTES = 2048  # bytes from the prompt's middle on that the mean negative log-likelihood is taken over

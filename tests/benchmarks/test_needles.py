@@ -102,3 +102,13 @@ def test_library_text_is_stable_and_cut() -> None:
     assert len(text) == 300_000
     assert text == needles.stdlib_text(300_000)
     assert text.count(b"def ") > 100
+
+
+@pytest.mark.parametrize("form", needles.FORMS)
+def test_each_form_asks_for_what_it_says(form):
+    item = needles.prompt(2000, TEXT, 3, needles=4, asks=2, form=form)
+    body = bytes(item.ids[0].tolist())
+    for start, size in item.answers:
+        key, question = body[:start].split(b"\n")[-1], needles.FORMS[form][1]
+        word = key.removeprefix(question.split(b"%s")[0].lstrip(b"\n")).removesuffix(question.split(b"%s")[1])
+        assert needles.FORMS[form][0] % (word, body[start : start + size]) in body[: item.answers[0][0]]
