@@ -13,6 +13,7 @@ import torch
 import torch.fx.experimental._config
 from torch import fx
 from torch._dynamo import convert_frame, eval_frame, symbolic_convert
+from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # operators as which torch 2.14 traces attributes that are views
@@ -44,6 +45,11 @@ def use_inductors_kernel_cache(device: torch.device) -> None:
     from torch._inductor.runtime import runtime_utils
 
     os.environ.setdefault("TRITON_CACHE_DIR", getattr(runtime_utils, "triton_cache_dir")(device.index or 0))  # noqa: B009  (from elsewhere)
+
+
+def compiled_graphs() -> int:
+    """How many graphs Dynamo has handed to a backend in this process, in all threads."""
+    return dynamo_utils.counters["stats"]["unique_graphs"]
 
 
 def frame_scopes() -> dict[str, Any]:

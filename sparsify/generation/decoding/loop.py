@@ -7,6 +7,7 @@ while the next token is being computed. What this loop does not know, `call.refu
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -59,25 +60,41 @@ def decode(
     reading = progress.start(f"reading {prompts} of {call.columns} tokens", shown)
     try:
         cache = step_cache(call.cache)
-        logits = _read_prompt(model, call, cache)
+        cache.reserve(_room(call))
+        one_token = _lacks_one_token(call, cache)
+        logits = None if one_token else _read_prompt(model, call, cache)
         late = late and (private or not call.criteria.by_content) and call.criteria.others is None
         generation = _Generation(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch)
-        generation.begin(logits)
+        with model._optimize_model_for_decode() if one_token else contextlib.nullcontext():
+            generation.begin(logits)
         generation.run(reading)
     finally:
         reading.done()
     return generation.finish()
 
 
+def _room(call: Call) -> int:
+    return room_for(call.columns, call.max_length - call.prompt_len)
+
+
+def _lacks_one_token(call: Call, cache: StepCache) -> bool:
+    """Whether the cache holds all columns of the prompt but the last, in which every row has a token: then reading it is a step like
+    any other, and whatever recorded such steps serves it."""
+    # the parts of a step are processors as they are from the second token of a row on, and after the logits' size is known
+    if call.columns < 2 or call.prompt_len < 2 or any(isinstance(part, processors.RepetitionPenalty) for part in call.parts or ()):
+        return False
+    if call.model_kwargs.get("inputs_embeds") is not None:
+        return False
+    return cache.stored() == call.columns - 1 and (call.padding_mask is None or bool(call.padding_mask[:, -1].all()))
+
+
 def _read_prompt(model: Any, call: Call, cache: StepCache) -> Tensor:
     """Stores the prompt in the cache, with room for new tokens. Returns the logits of its last token, fp32 [rows, vocabulary]."""
-    room = room_for(call.columns, call.max_length - call.prompt_len)
-    cache.reserve(room)
     outputs = model._prefill(call.input_ids, call.generation_config, call.model_kwargs)
     # a copy: the logits of a whole prompt may be large, and are let go
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=call.input_ids.device)
     del outputs
-    cache.reserve(room)  # a cache that only the prompt allocated
+    cache.reserve(_room(call))  # a cache that only the prompt allocated
     return logits
 
 
@@ -101,13 +118,22 @@ class _Generation:
         self.limit: int | None = None
         self.logits = self.scores = torch.empty(0)
 
-    def begin(self, logits: Tensor) -> None:
-        """The first token, from the logits of the prompt's last one, fp32 [rows, vocabulary]."""
-        call = self.call
-        self.cache.begin(call.rows, call.padding_mask, self.stored)
+    def begin(self, logits: Tensor | None) -> None:
+        """The first token, from the logits of the prompt's last one, fp32 [rows, vocabulary]. None: that one is not in the cache yet."""
+        call, mask = self.call, self.call.padding_mask
+        if logits is None:
+            self.stored -= 1
+            mask = None if mask is None else mask[:, :-1]
+        self.cache.begin(call.rows, mask, self.stored)
         self.limit = self.cache.room()
-        seen = processors.penalised(call.parts, call.logits_processor, call.input_ids, logits.shape[-1])
+        seen = None
+        if logits is not None:
+            seen = processors.penalised(call.parts, call.logits_processor, call.input_ids, logits.shape[-1])
         self.step.begin(call.input_ids, call.positions, call.pad, seen)
+        if logits is None:
+            self.step.token.copy_(call.input_ids[:, -1:])
+            self._next_token()
+            return
         self._choose(logits, call.input_ids)
         self.length += 1
 

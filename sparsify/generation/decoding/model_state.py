@@ -10,11 +10,22 @@ import torch
 def model_state(model: Any) -> Any:
     """All of a model that a recorded step depends on, as far as Python shows it: where weights lie, and the modules' plain attributes,
     hooks and compiled code. Equal for two calls between which nothing changed."""
-    tensors = tuple((address(t), t.dtype, t.shape) for ts in (model.parameters(), model.buffers()) for t in ts)
-    modules = tuple(_module_state(module) for module in model.modules())
+    modules: list[Any] = []  # flat, and one loop: it is asked in every call of `generate()`, of hundreds of modules
+    for module in model.modules():
+        modules += (type(module), id(module))
+        for name, value in vars(module).items():
+            if isinstance(value, _PLAIN):
+                modules += (name, value)
+            elif name in _TENSORS:
+                for held in value.values():
+                    modules += (None,) if held is None else (address(held), held.dtype, held.shape)
+            elif name in _HOOKS:
+                modules += (name, *map(id, value.values()))
+            elif callable(value) and name != "generate":
+                modules += (name, id(value))
     settings = tuple((name, value) for name, value in vars(model.config).items() if isinstance(value, _PLAIN))
     process = (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
-    return tensors, modules, settings, process
+    return modules, settings, process
 
 
 def address(tensor: torch.Tensor) -> Any:
@@ -25,14 +36,7 @@ def address(tensor: torch.Tensor) -> Any:
         return object()
 
 
-_PLAIN = bool | int | float | str | None
+_PLAIN = (bool, int, float, str, type(None))
+_TENSORS = ("_parameters", "_buffers")
 # dictionaries of hooks, by what a module calls them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def _module_state(module: torch.nn.Module) -> Any:
-    own = vars(module)
-    plain = tuple((name, value) for name, value in own.items() if isinstance(value, _PLAIN))
-    code = tuple((name, id(value)) for name, value in own.items() if callable(value) and name != "generate")
-    hooks = tuple(tuple(map(id, own[name].values())) for name in _HOOKS)
-    return type(module), id(module), plain, code, hooks

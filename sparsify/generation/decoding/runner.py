@@ -13,12 +13,15 @@ from typing import Any, Protocol
 
 import torch
 
+from sparsify.graph import compat
+
 log = logging.getLogger(__name__)
 
 # torch's default generator refuses to draw while any thread records, and graphs that are replayed share its place on the device
 drawing = threading.RLock()
 
-_WARMUPS = 2  # calls before a graph is recorded: the first compiles, tunes and allocates, the second meets what the first left
+# calls before a graph is recorded: the first compiles, tunes and allocates, and one that compiled nothing leaves nothing new for the next
+_MOST_WARMUPS = 2
 
 
 class Runner(Protocol):
@@ -61,7 +64,8 @@ class Recorder(Protocol):
 
 
 class Recorded:
-    """Calls the function a few times, then records it and replays that; where it cannot be recorded, it goes on calling it.
+    """Calls the function once, twice where the first call compiled something, then records it and replays that; where it cannot be
+    recorded, it goes on calling it.
 
     Args:
         function: works on buffers that stay where they are, and waits for nothing.
@@ -76,18 +80,20 @@ class Recorded:
         self.forget()
 
     def forget(self) -> None:
-        self._calls, self._replay = 0, None
+        self._calls, self._settled, self._replay = 0, False, None
 
     def __call__(self) -> None:
-        if self._replay is None and self._calls == _WARMUPS:
+        if self._replay is None and self._settled:
             self._replay = self._record()
         if self._replay is not None:
             with drawing:
                 self._replay()
             return
-        self._calls += 1
+        compiled = compat.compiled_graphs()
         with drawing:
             self.recorder.warm(self.function)
+        self._calls += 1
+        self._settled = compat.compiled_graphs() == compiled or self._calls == _MOST_WARMUPS
 
     def _record(self) -> Callable[[], None]:
         try:

@@ -23,6 +23,9 @@ class StepCache(Protocol):
     def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
         """After a prompt: the cache holds `stored` columns of each row; mask [rows, stored] is 0 for padding."""
 
+    def stored(self) -> int:
+        """Columns of each row that the cache holds; may wait for the device."""
+
     def inputs(self) -> dict[str, Any]:
         """What the model is given beside the token and its position; may be recorded."""
 
@@ -50,6 +53,9 @@ class SparseStep:
 
     def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
         pass
+
+    def stored(self) -> int:
+        return int(self._cache().get_seq_length())
 
     def inputs(self) -> dict[str, Any]:
         return {compat.CACHE_NAME: self._cache()}
@@ -86,6 +92,9 @@ class StaticStep:
             self._mask = torch.zeros(rows, 1, 1, layer.keys.shape[2], dtype=torch.bool, device=layer.keys.device)
         self._mask.zero_()
         self._mask[:, 0, 0, :stored] = True if mask is None else mask.bool()
+
+    def stored(self) -> int:
+        return int(self._cache().layers[0].get_seq_length())
 
     def inputs(self) -> dict[str, Any]:
         cache = self._cache()

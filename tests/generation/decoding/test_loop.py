@@ -29,7 +29,7 @@ from sparsify import SparseCache
 from sparsify.generation import compat, generate
 from sparsify.generation.caches import kept as kept_caches
 from sparsify.generation.caches.kept import KeptCaches
-from sparsify.generation.decoding import loop
+from sparsify.generation.decoding import loop, runner
 from sparsify.generation.decoding.runner import Recorded
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
@@ -200,11 +200,11 @@ AFTERWARDS = {"eta", "top_h", "ngrams", "bad words", "bias", "decay", "allowed",
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_step_can_be_recorded(llama, wanted, recorder, calls, name):
-    """Two steps warm up, the rest are replayed, and the tokens, the stream and the random numbers after it are transformers'."""
+    """A step warms up, the rest are replayed, and the tokens, the stream and the random numbers after it are transformers'."""
     got = run(llama, **CALLS[name])
     same(got, wanted(name))
     steps = got[0].shape[1] - CALLS[name]["input_ids"].shape[1] - 1
-    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (2, 1, steps - 2) and steps > 3
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (1, 1, steps - 1) and steps > 3
     assert len(calls) == 1
 
 
@@ -223,7 +223,22 @@ def test_graphs_are_kept_between_calls(llama, wanted, recorder, monkeypatch, nam
     reads_late(monkeypatch, late)
     for seed in range(2):
         same(run(llama, seed=seed, **another(name, seed)), wanted(name, seed))
-        assert (recorder.warmed, recorder.recorded) == (2, 1)
+        assert (recorder.warmed, recorder.recorded) == (1, 1)
+
+
+def test_a_step_that_compiles_is_followed_by_one_that_does_not(monkeypatch):
+    """What is recorded has been run as it is before."""
+    compiled = iter([0, 1, 1, 1, 5, 6, 6, 7])  # before and after each step
+    monkeypatch.setattr(runner.compat, "compiled_graphs", lambda: next(compiled))
+    recorder = OpRecorder()
+    step = Recorded(lambda: None, recorder)
+    for _ in range(4):
+        step()
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (2, 1, 2)
+    step.forget()
+    for _ in range(4):
+        step()
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (4, 2, 4), "no more than two, whatever other threads compile"
 
 
 # --- what ends a generation ---
@@ -342,6 +357,53 @@ def test_a_second_turn_over_a_cache_of_the_users(llama, twin, recorder, calls, m
         ids = torch.cat([got[0], text(2, 5, seed=turn + 7)], 1)
     assert len(calls) == 2 and recorder.recorded >= 1
     torch.testing.assert_close(cache.layers[1].positions[:, :, :12], other.layers[1].positions[:, :, :12])
+
+
+GOING_ON = [
+    ("full", "padded"),
+    ("full", "sampled padded"),
+    ("snapkv", "sampled"),
+    ("full", "ngrams"),
+    ("full", "suppressed"),
+    ("static", "padded"),
+]
+
+
+@pytest.mark.parametrize("name, call", GOING_ON)
+def test_a_prompt_that_lacks_one_token_is_a_step(llama, twin, recorder, monkeypatch, name, call):
+    """A call leaves its last token out of the cache. One that goes on from there reads it as any other token, by what was recorded."""
+    reads_late(monkeypatch)
+    prefilled, prefill = [], GenerationMixin._prefill
+    monkeypatch.setattr(
+        GenerationMixin, "_prefill", lambda model, *args, **given: prefilled.append(model) or prefill(model, *args, **given)
+    )
+    end = {"eos_token_id": [120], "max_new_tokens": 6}
+    make = lambda model: StaticCache(config=model.config, max_cache_len=60) if name == "static" else CACHES[name](model)
+    arguments, results = CALLS[call], []
+    for model in (llama, twin):
+        given = holding(make(model))
+        first = run(model, **arguments, **end, **given)
+        more = torch.ones(first[0].shape[0], first[0].shape[1] - 20, dtype=torch.long)
+        mask = torch.cat([arguments.get("attention_mask", torch.ones(first[0].shape[0], 20, dtype=torch.long)), more], 1)
+        second = run(model, seed=1, **(arguments | {"input_ids": first[0], "attention_mask": mask}), **end, **given)
+        results.append((first, second))
+    for got, want in zip(*results, strict=True):
+        same(got, want)
+    assert prefilled.count(llama) == (2 if "penalty" in call else 1) and prefilled.count(twin) == 2
+    assert recorder.recorded == (2 if call == "suppressed" else 1)  # what is suppressed at first names the prompt's length
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_row_that_ends_with_padding_is_a_prompt(llama, twin, recorder, ends):
+    """Its last column is no token: it is not read as one."""
+    results = []
+    for model in (llama, twin):
+        given = holding(SparseCache(model.config, "full", 64))
+        first = run(model, **PADDED, max_new_tokens=4, eos_token_id=None, **given)
+        mask = torch.cat([PADDED["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
+        mask[1, -1] = not ends
+        results.append(run(model, input_ids=first[0], attention_mask=mask, max_new_tokens=4, **given))
+    same(*results)
 
 
 @torch.no_grad()
