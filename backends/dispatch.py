@@ -23,6 +23,8 @@ from sparsify.backends.cache import reference as cache_reference
 from sparsify.backends.codegen.launch import meant
 from sparsify.backends.ffn import few_rows, in_parts
 from sparsify.backends.ffn import reference as ffn_reference
+from sparsify.backends.linear import reference as linear_reference
+from sparsify.backends.linear import triton as linear_triton
 from sparsify.backends.select import reference as select_reference
 from sparsify.backends.select import triton as select_triton
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
@@ -53,6 +55,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "ffn_parts": {"triton": in_parts.with_kernel, "reference": in_parts.plain},
     "ffn_prompt": {"reference": ffn_reference.ffn_prompt},
     "ffn_start": {"triton": few_rows.ffn_start, "reference": ffn_reference.ffn_start},
+    "linear": {"triton": linear_triton.linear, "reference": linear_reference.linear},
 }
 
 # what serves calls of which nothing else is said, in every thread

@@ -17,6 +17,7 @@ from sparsify.ops.attention import AttentionCall
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.call import OpCall
 from sparsify.ops.library import library
+from sparsify.ops.linear import LinearCall
 from sparsify.ops.selection import SelectCall
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,15 @@ def _checked_select(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return lists
 
 
+_linear = dispatch.serve("linear")
+
+
+def _checked_linear(*args: Any, **options: Any) -> list[Tensor]:
+    call = LinearCall.bind(*args, **options)
+    call.check()
+    return _linear(call)
+
+
 def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """Feed-forward blocks, and after each who observes them."""
 
@@ -129,6 +139,7 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 
 register("attention", _checked_attention)
 register("select_blocks", _checked_select)
+register("linear", _checked_linear)
 register("ffn", _observed(_served("ffn")))
 for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):
     register(_op, _served(_op))

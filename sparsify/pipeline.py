@@ -29,7 +29,7 @@ from sparsify.planning.choose import Choice, acts_on, make_plan, without_unasked
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
-from sparsify.rewriting import ffn_runs, layers, verify
+from sparsify.rewriting import few_rows, ffn_runs, layers, verify
 from sparsify.rewriting.editor import Editor
 from sparsify.rewriting.trace import Trace
 from sparsify.rewriting.validate import Validator
@@ -287,6 +287,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     Raises:
         UnsupportedError: CUDA graphs are requested, and a SparseCache allocates its buffers within the graph.
     """
+    gm = _with_few_rows(gm, config)
     if config.lower == "eager":
         return gm.forward
     if config.inductor_patches().get("triton.cudagraphs") and (node := made_inside(gm)) is not None:
@@ -305,6 +306,24 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         if compiled is not None:
             return compiled
     return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
+
+
+def _with_few_rows(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
+    """The graph with linear layers of few rows joined, where kernels serve them; itself without any, or where that failed."""
+    if config.linear_kernels == "never":
+        return gm
+    always = config.linear_kernels == "always"
+    serves = lambda device: always or (device.type == "cuda" and backends.available(device, config.kernels)[0] == "triton")
+    try:
+        joined = copy_graph(gm)
+        calls = few_rows.join(joined, serves)
+    except Exception as error:
+        if config.strict:
+            raise
+        log.warning("linear layers of few rows are left as they are: %s: %s", type(error).__name__, error)
+        return gm
+    log.info("%d calls of linear layers with few rows", calls)
+    return joined if calls else gm
 
 
 def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ from sparsify.generation.compat import with_cache
 BANDWIDTH = 4.8e12  # bytes a second of an H200's memory
 VARIANTS = ("sparsify", "sparsify tuned", "inductor", "eager")
 # Inductor writes products of one row as reductions of its own and searches for their tile sizes: faster tokens for longer compiling
-TUNED = {"inductor": {"coordinate_descent_tuning": True}}
+TUNED = {"inductor": {"coordinate_descent_tuning": True}, "linear_kernels": "never"}
 
 
 def main(arguments: list[str] | None = None) -> int:

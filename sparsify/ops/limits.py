@@ -16,6 +16,8 @@ MIN_CAPABILITY = (8, 0)
 DESCRIPTOR_CAPABILITY = (9, 0)
 # rows of the residual stream that the feed-forward kernels for few rows take
 FFN_MAX_ROWS = 32
+# rows of linear layers that share one stream of the weights
+LINEAR_MAX_ROWS = 16
 # query and key cells of a tile of the estimate's product, and tiles at a time on a multiprocessor, on devices with tensor descriptors
 SCORE_TILE, SCORE_TILES_AT_ONCE = (128, 256), 1
 SCORE_TILE_INT8, SCORE_TILES_AT_ONCE_INT8 = (128, 128), 2

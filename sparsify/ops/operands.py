@@ -17,10 +17,13 @@ from sparsify.masks.symbolic import Facts, sizes
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.call import OpCall, Operand, misfit
+from sparsify.ops.linear import LinearCall
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
-_RECORDS = (AttentionCall, SelectCall, SparseAttentionCall, CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheMassCall)
+_RECORDS = (
+    AttentionCall, SelectCall, SparseAttentionCall, CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheMassCall, LinearCall,
+)  # fmt: skip
 _CALLS: dict[str, type[OpCall]] = {call.NAME: call for call in _RECORDS}
 # what the operands of ops without a record must be
 _OPERANDS: dict[str, dict[str, Operand]] = {

@@ -71,7 +71,11 @@ class Editor:
 
     def at(self, site: Site) -> Editor:
         """Nodes are inserted before this site from now on."""
-        self._before = self._output = site.output
+        return self.before(site.output)
+
+    def before(self, node: fx.Node) -> Editor:
+        """Nodes are inserted before this one from now on, as parts of the module that it belongs to."""
+        self._before = self._output = node
         return self
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -150,6 +154,12 @@ class Editor:
             value = self.method("copy_", empty, value)
         site.output.replace_all_uses_with(value)
         self.replaced[site.output] = value
+
+    def substitute(self, node: fx.Node, value: fx.Node) -> None:
+        """Replaces every use of a node by a value of the same shape and strides, and erases what nothing uses any more."""
+        node.replace_all_uses_with(value)
+        self.replaced[node] = value
+        self._erase_upwards(node)
 
     def supersede(self, node: fx.Node) -> None:
         """Erases a mutating call whose effect an inserted node has, and tells verification that no mutation is lost."""

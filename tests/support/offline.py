@@ -23,7 +23,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """registers: per thread. spilled, shared: bytes. wgmma, mma, cp_async: instructions in the PTX."""
+    """registers: per thread. spilled, shared: bytes. wgmma, mma, cp_async: instructions in the PTX; wide_streams, narrow_streams: loads of
+    what is read once (evict_first), of 16 bytes a thread and of fewer."""
 
     registers: int
     spilled: int
@@ -31,6 +32,8 @@ class Resources:
     wgmma: int
     mma: int
     cp_async: int
+    wide_streams: int = 0
+    narrow_streams: int = 0
 
 
 BUDGETS = Path(__file__).parents[1] / "goldens" / "kernels" / "budgets"
@@ -89,6 +92,8 @@ def compile_kernel(
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages})
     ptx = compiled.asm["ptx"]
     registers, spilled = _usage(compiled.asm["cubin"])
+    streams = re.findall(r"ld\.global\S*evict_first\S*", ptx)
+    wide = sum(load.endswith((".v4.b32", ".v2.b64")) for load in streams)
     return Resources(
         registers=registers,
         spilled=spilled,
@@ -96,6 +101,8 @@ def compile_kernel(
         wgmma=ptx.count("wgmma.mma_async"),
         mma=len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),
         cp_async=ptx.count("cp.async"),
+        wide_streams=wide,
+        narrow_streams=len(streams) - wide,
     )
 
 

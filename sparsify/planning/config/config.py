@@ -77,6 +77,11 @@ class Config(BaseModel):
     kernels: Literal["auto", "triton", "reference"] = Field(
         "auto", description="What serves the attention ops. `auto`: Triton on CUDA, the PyTorch reference elsewhere."
     )
+    linear_kernels: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether linear layers of at most 16 rows, such as those of a generated token, are joined with their norms, gates and "
+        "sums and run by generated kernels. `auto`: on GPUs that Triton kernels serve. `always`: anywhere, by the reference elsewhere.",
+    )
     min_length: Literal["auto"] | int = Field(
         "auto", description="Key length, in tokens, from which lossy prefill methods act. `auto`: solved from the cost model."
     )
