@@ -322,8 +322,12 @@ def _with_few_rows(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
             raise
         log.warning("linear layers of few rows are left as they are: %s: %s", type(error).__name__, error)
         return gm
+    if not calls:
+        return gm
     log.info("%d calls of linear layers with few rows", calls)
-    return joined if calls else gm
+    if config.compile_ahead and config.lower == "inductor":
+        predict.compile_ahead(joined, config.kernels)
+    return joined
 
 
 def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from types import ModuleType
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.launch import DTYPES, capability, launch, launching, need
+from sparsify.backends.codegen.launch import DTYPES, capability, launch, launching, meant, need
 from sparsify.backends.linear import reference
 from sparsify.backends.linear.source import TENSOR_ROWS, LinearSpec, LinearTiling, arguments, choose_tiling, linear_source
 from sparsify.ops.limits import LINEAR_MAX_ROWS
@@ -33,7 +33,7 @@ def linear(call: LinearCall) -> list[Tensor]:
         return outputs
     need(call.input.dtype in DTYPES and all(weight.is_contiguous() for weight in call.weights), f"weights in {call.input.dtype}", _WHERE)
     need(len({bias is None for bias in call.biases}) == 1, "some of the weights have a bias", _WHERE)
-    device = call.input.device
+    device = meant(call.device)
     early = call.early and device.type == "cuda" and capability(device) >= _EARLY_CAPABILITY
     run(spec_of(call, early), call, outputs)
     return outputs

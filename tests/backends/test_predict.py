@@ -118,6 +118,15 @@ def test_longer_calls_are_rewritten_without_a_guard(monkeypatch):
     assert {one.kernel for graph in longer for one in predict.foreseen(graph, GPU)} == {"attention"}
 
 
+@pytest.mark.parametrize(
+    "rows, options", [(1, {"num_warps": 4, "num_stages": 1, "launch_pdl": True}), (3, {"num_warps": 4, "num_stages": 1})]
+)
+def test_linear_layers_are_foreseen(rows, options):
+    empty = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+    (launch,) = predict.launches("linear", (empty(rows, 512), empty(64, 512)), {"early": True}, GPU)
+    assert launch.kernel == "linear" and dict(launch.options) == options
+
+
 def test_nothing_is_started_without_a_gpu(monkeypatch):
     monkeypatch.setattr(ahead, "compiler", lambda target: pytest.fail("a process for a CPU"))
     predict.start(torch.device("cpu"))
