@@ -39,7 +39,7 @@ class KvEvict(Pass):
         store = CacheStoreCall.bind(*site.store.args, **site.store.kwargs)
         attention = CacheAttentionCall.bind(*site.output.args, **site.output.kwargs)
         call = store.common(CacheDecodeCall) | attention.common(CacheDecodeCall)
-        call["real"] = store.real  # the attention need not know: the token is stored by then
+        call["is_token"] = store.is_token  # the attention need not know: the token is stored by then
         fused = editor.at(site).emit(CacheDecodeCall(**call))
         editor.replace(site, fused)
         editor.supersede(site.store)

@@ -16,10 +16,19 @@ from torch import Tensor
 from sparsify.backends.attention.empty_rows import unseen
 from sparsify.backends.attention.empty_rows_template import SUMS, WRITE
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, floats, integers, padded, parameters, pointers, present
+from sparsify.backends.codegen.arguments import (
+    Argument,
+    check_head_dims,
+    dot_precision,
+    floats,
+    integers,
+    padded,
+    parameters,
+    pointers,
+    present,
+)
 from sparsify.backends.codegen.launch import DTYPES, LONGEST_WINDOW, batch_stride, launch, launching, need, stride_values
 from sparsify.backends.codegen.template import render
-from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.limits import cdiv
 
@@ -47,8 +56,7 @@ class EmptyRowsSpec:
     hidden: bool = False
 
     def __post_init__(self):
-        if not 0 < self.head_dim <= 256:
-            raise UnsupportedError(f"no kernel has head dim {self.head_dim}", where=_WHERE)
+        check_head_dims(_WHERE, self.head_dim)
 
     @property
     def rows(self) -> int:
@@ -91,7 +99,7 @@ def empty_rows_source(spec: EmptyRowsSpec) -> str:
     dim = padded(spec.head_dim)
     kernels = ("sums", "write") if spec.form == "mean" else ("write",)
     values = vars(spec) | {
-        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
+        "precision": dot_precision(spec.dtype),
         "guard": "" if dim == spec.head_dim else f" & (dims < {spec.head_dim})[None, :]",
         **{f"{kernel}_parameters": parameters(arguments(spec, kernel)) for kernel in kernels},
     }

@@ -19,6 +19,7 @@ from sparsify.backends.attention.triton_template import KERNEL, VISIT
 from sparsify.backends.codegen.arguments import (
     ITEM_BYTES,
     Argument,
+    check_head_dims,
     constexprs,
     floats,
     head_dim_values,
@@ -35,7 +36,6 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.limits import cdiv
 
-MAX_HEAD_DIM = 256
 _WHERE = "sparsify::attention"
 # a call with at most this many (query, head of a group) rows shares one tile among the heads of a group
 _PACKED_QUERIES, _PACKED_ROWS = 16, 128
@@ -95,9 +95,9 @@ class AttentionSpec:
     uniform: bool = False
 
     def __post_init__(self):
+        check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
         impossible = {
             f"dtype {self.dtype}": self.dtype not in ITEM_BYTES,
-            f"head dims {self.qk_head_dim} and {self.v_head_dim}": not 0 < max(self.qk_head_dim, self.v_head_dim) <= MAX_HEAD_DIM,
             f"window {self.window!r}": self.window not in ("none", "one", "per_head"),
             "sinks without a window": self.sinks != "none" and self.window == "none",
             "sinks by flags without flags": self.sinks == "flags" and not self.key_flags,
@@ -111,7 +111,7 @@ class AttentionSpec:
         }
         for what, wrong in impossible.items():
             if wrong:
-                raise UnsupportedError(f"no attention kernel has {what}", where="sparsify::attention")
+                raise UnsupportedError(f"no attention kernel has {what}", where=_WHERE)
 
     def describe(self) -> str:
         """One line: `bf16, head dim 128, 4 query heads per KV head; causal, window, sinks`."""

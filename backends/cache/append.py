@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.cache.append_template import FOLD, JOIN, VISIT
-from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, turned_queries
-from sparsify.backends.cache.reference import asked_positions
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, rotated_queries
+from sparsify.backends.cache.reference import find_query_positions
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, constexprs, head_dim_values, integers, padded, parameters, pointers
+from sparsify.backends.codegen.arguments import (
+    Argument,
+    check_head_dims,
+    constexprs,
+    head_dim_values,
+    integers,
+    padded,
+    parameters,
+    pointers,
+)
 from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
@@ -43,7 +52,12 @@ _WHERE = f"sparsify::{CacheAttentionCall.NAME}"
 
 @dataclass(frozen=True)
 class AppendTiling:
-    """rows, keys: of a tile. warps, stages: Triton's launch options. programs: thread blocks per multiprocessor that a split aims at."""
+    """How the work is cut.
+
+    rows, keys: of a tile.
+    warps, stages: Triton's launch options.
+    programs: thread blocks per multiprocessor that a split aims at.
+    """
 
     rows: int
     keys: int
@@ -54,8 +68,18 @@ class AppendTiling:
 
 @dataclass(frozen=True)
 class AppendSpec:
-    """What decides the kernels' text. group: query heads per KV head. has_new: the call's own keys are not stored yet. single: slots are
-    not split. padded: tokens may be padding. turning: sinks stand directly before the window, so that turned queries see them."""
+    """What decides the kernels' text.
+
+    dtype: of all tensors but integers, as `codegen.launch.DTYPES` names it.
+    group: query heads per KV head.
+    tiling: how the work is cut.
+    has_new: the call's own keys are not stored yet.
+    single: slots are not split.
+    windowed: a window hides keys.
+    padded: tokens may be padding.
+    rotate_sinks: sinks stand directly before the window, so that rotated queries see them.
+    softcap, sink_logits: whether the call has them.
+    """
 
     dtype: str
     qk_head_dim: int
@@ -66,19 +90,18 @@ class AppendSpec:
     single: bool = True
     windowed: bool = False
     padded: bool = False
-    turning: bool = False
+    rotate_sinks: bool = False
     softcap: bool = False
     sink_logits: bool = False
 
     def __post_init__(self):
-        if not 0 < max(self.qk_head_dim, self.v_head_dim) <= 256:
-            raise UnsupportedError(f"no kernel has head dims {self.qk_head_dim} and {self.v_head_dim}", where=_WHERE)
-        if self.turning and not self.windowed:
-            raise UnsupportedError("turned sinks without a window", where=_WHERE)
+        check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
+        if self.rotate_sinks and not self.windowed:
+            raise UnsupportedError("rotated sinks without a window", where=_WHERE)
 
 
-def choose_tiling(dtype: str, head_dim: int, rows: int, capability: tuple[int, int] = (9, 0), turning: bool = False) -> AppendTiling:
-    """`rows` is queries times group. 128 rows of 128 dims just fit into the registers of 8 warps; fp32 products are unrolled, and turned
+def choose_tiling(dtype: str, head_dim: int, rows: int, capability: tuple[int, int] = (9, 0), rotate_sinks: bool = False) -> AppendTiling:
+    """`rows` is queries times group. 128 rows of 128 dims just fit into the registers of 8 warps; fp32 products are unrolled, and rotated
     queries take a second product."""
     wanted = padded(max(rows, 1))
     if dtype == "fp32":
@@ -86,10 +109,10 @@ def choose_tiling(dtype: str, head_dim: int, rows: int, capability: tuple[int, i
     if head_dim > 128:
         return AppendTiling(min(wanted, 64), 32, 8 if wanted >= 64 else 4, 2)
     if wanted < 128:
-        return AppendTiling(wanted, 32 if turning else 64, 4, 2 if turning else 3)
+        return AppendTiling(wanted, 32 if rotate_sinks else 64, 4, 2 if rotate_sinks else 3)
     if capability < (9, 0):
         return AppendTiling(64, 64, 8, 2)
-    return AppendTiling(128, 32 if turning else 64, 8, 2)
+    return AppendTiling(128, 32 if rotate_sinks else 64, 8, 2)
 
 
 @functools.lru_cache(maxsize=512)
@@ -102,14 +125,14 @@ def arguments(spec: AppendSpec, kernel: str) -> tuple[Argument, ...]:
     sizes = integers("kv_heads", "query_len", "splits")
     if kernel == "join":
         return (*parts, *out, *sizes, *sinks, *constexprs("SPLITS"))
-    listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "seen", "asked")]
+    listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "seen", "query_positions")]
     listed += [*strides("query_b", "query_h", "query_m", "capacity"), *sizes]
     if spec.has_new:
         listed += [*data("new_key", "new_value"), *pointers("i32", "at")]
         listed += strides("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")
     if spec.windowed:
         listed += [*integers("window", "sinks"), *(pointers("i32", "bounds") if spec.has_new else [])]
-    listed += data("turned") if spec.turning else []
+    listed += data("rotated") if spec.rotate_sinks else []
     listed += logit_arguments(spec.softcap)
     return (*listed, *(out + sinks if spec.single else parts))
 
@@ -151,32 +174,33 @@ def cache_attention(call: CacheAttentionCall, *, tiling: AppendTiling | None = N
     query, new_key, new_value = call.query, call.new_key, call.new_value
     (batch, heads, query_len, qk_head_dim), (_, kv_heads, capacity, _) = query.shape, call.keys.shape
     v_head_dim, group, dtype = call.values.shape[3], heads // kv_heads, DTYPES[query.dtype]
-    turning = call.inverse_frequencies is not None
+    rotate_sinks = call.inverse_frequencies is not None
     if tiling is None:
-        tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability(query.device), turning)
+        tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability(query.device), rotate_sinks)
     tiles, rows = cdiv(query_len * group, tiling.rows), batch * kv_heads
     count = splits or choose_splits(cdiv(capacity, tiling.keys), rows * tiles, processors(query.device) * tiling.programs)
     has_new = new_key is not None
     spec = AppendSpec(
-        dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, call.window > 0, call.real is not None and has_new, turning,
-        call.softcap > 0, call.sink_logits is not None,
+        dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, call.window > 0, call.is_token is not None and has_new,
+        rotate_sinks, call.softcap > 0, call.sink_logits is not None,
     )  # fmt: skip
-    asked = asked_positions(call).to(torch.int32).contiguous()
+    query_positions = find_query_positions(call).to(torch.int32).contiguous()
     out = cache_ops.empty_output(call)
     given: dict[str, Any] = {
-        **vars(call), "asked": asked, "out": out, "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len, "splits": count,
-        "window": min(call.window, LONGEST_WINDOW), "SPLITS": max(2, power_of_two(count)), **logit_values(call.scale, call.softcap),
+        **vars(call), "query_positions": query_positions, "out": out, "kv_heads": kv_heads, "capacity": capacity, "query_len": query_len,
+        "splits": count, "window": min(call.window, LONGEST_WINDOW), "SPLITS": max(2, power_of_two(count)),
+        **logit_values(call.scale, call.softcap),
     }  # fmt: skip
     given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
     if new_key is not None and new_value is not None:
-        given["at"] = asked if call.real is None else asked.masked_fill(~call.real, -1)
+        given["at"] = query_positions if call.is_token is None else query_positions.masked_fill(~call.is_token, -1)
         given |= stride_values(key=(new_key, "bhn"), value=(new_value, "bhn"))
         if call.window:
-            given["bounds"] = _bounds(asked, tiles, tiling.rows, group, given["window"], call.sinks)
+            given["bounds"] = _bounds(query_positions, tiles, tiling.rows, group, given["window"], call.sinks)
     if call.sink_logits is not None:
         given["sink_logits"] = call.sink_logits.float().contiguous()
     if call.inverse_frequencies is not None:
-        given["turned"] = turned_queries(query, asked, call.sinks, call.window, call.inverse_frequencies)
+        given["rotated"] = rotated_queries(query, query_positions, call.sinks, call.window, call.inverse_frequencies)
     if count > 1:
         given |= partial_sums(rows * query_len * group * count, v_head_dim, query.device)
     with launching(query.device, lambda: f"append kernel ({spec})"):
@@ -187,14 +211,14 @@ def cache_attention(call: CacheAttentionCall, *, tiling: AppendTiling | None = N
     return out
 
 
-def _bounds(asked: Tensor, tiles: int, rows: int, group: int, window: int, sinks: int) -> Tensor:
+def _bounds(query_positions: Tensor, tiles: int, rows: int, group: int, window: int, sinks: int) -> Tensor:
     """Int32 [batch, tiles, 2]: the first of the call's keys in the window of any row of a tile, and one past the last sink before it.
 
-    `asked` [batch, query_len] never falls along a row, padding included, and a real key stands at its own `asked`.
+    `query_positions` [batch, query_len] never falls along a row, padding included; a key that is no padding stands at its own.
     """
-    lowest = asked[:, torch.arange(tiles, device=asked.device) * rows // group]
-    start = torch.searchsorted(asked, (lowest - window).contiguous(), right=True)
-    sinks_end = torch.searchsorted(asked, torch.full_like(asked[:, :1], sinks))
+    lowest = query_positions[:, torch.arange(tiles, device=query_positions.device) * rows // group]
+    start = torch.searchsorted(query_positions, (lowest - window).contiguous(), right=True)
+    sinks_end = torch.searchsorted(query_positions, torch.full_like(query_positions[:, :1], sinks))
     return torch.stack((start, torch.minimum(start, sinks_end)), -1).to(torch.int32)
 
 

@@ -2,7 +2,7 @@
 
 VISIT = '''\
 @triton.jit
-def visit(m, l, acc, q, ${"q_turned, near_sinks, " if turning else ""}key_head, value_head, key_n, value_n, at_head, first, end, p, ${context}):
+def visit(m, l, acc, q, ${"q_rotated, near_sinks, " if rotate_sinks else ""}key_head, value_head, key_n, value_n, at_head, first, end, p, ${context}):
     """Folds keys [first, first + KEYS), of which those below `end` exist, into the running softmax of each row; `at_head` holds positions."""
     offsets = tl.arange(0, KEYS)
     qk_dims = tl.arange(0, QK_DIM)
@@ -20,9 +20,9 @@ def visit(m, l, acc, q, ${"q_turned, near_sinks, " if turning else ""}key_head, 
     v = tl.load(value_tile, mask=readable[:, None]${v_guard}, other=0.0)
 %end
     s = tl.dot(q, tl.trans(k)${precision})
-%if turning
+%if rotate_sinks
     if near_sinks:
-        s = tl.where((at < sinks)[None, :], tl.dot(q_turned, tl.trans(k)${precision}), s)
+        s = tl.where((at < sinks)[None, :], tl.dot(q_rotated, tl.trans(k)${precision}), s)
 %end
 %if softcap
     # cap * tanh(scale * s / cap) in units of log2; tanh(y) = 1 - 2 / (1 + exp(2y))
@@ -65,11 +65,11 @@ def fold(
     v_dims = tl.arange(0, V_DIM)
     query_row = batch * query_b + head * query_h + tl.cast(i, tl.int64) * query_m
     q = tl.load(query + query_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
-%if turning
-    turned_row = ((batch * kv_heads * GROUP + head) * query_len + i) * ${qk_head_dim}
-    q_turned = tl.load(turned + turned_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
+%if rotate_sinks
+    rotated_row = ((batch * kv_heads * GROUP + head) * query_len + i) * ${qk_head_dim}
+    q_rotated = tl.load(rotated + rotated_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
 %end
-    p = tl.load(asked + batch * query_len + i, mask=inside, other=-1)
+    p = tl.load(query_positions + batch * query_len + i, mask=inside, other=-1)
     before = tl.load(seen + batch)
     filled = tl.minimum(before, capacity)
     split_len = tl.cdiv(tl.cdiv(filled, KEYS), splits) * KEYS
@@ -82,7 +82,7 @@ def fold(
     acc = tl.zeros([ROWS, V_DIM], tl.float32)
     for first in tl.range(begin, end, KEYS):
         m, l, acc = visit(
-            m, l, acc, q, ${"q_turned, first < sinks, " if turning else ""}keys + slot_row * ${qk_head_dim}, values + slot_row * ${v_head_dim},
+            m, l, acc, q, ${"q_rotated, first < sinks, " if rotate_sinks else ""}keys + slot_row * ${qk_head_dim}, values + slot_row * ${v_head_dim},
             ${qk_head_dim}, ${v_head_dim}, positions + slot_row, first, end, p, ${context},
         )
 %if has_new
@@ -98,14 +98,14 @@ def fold(
     sinks_end = tl.where(split_id == splits - 1, tl.load(bounds + bound + 1), 0)
     for first in tl.range(0, sinks_end, KEYS):
         m, l, acc = visit(
-            m, l, acc, q, ${"q_turned, True, " if turning else ""}new_key_head, new_value_head, key_n, value_n, at_row, first, sinks_end, p, ${context},
+            m, l, acc, q, ${"q_rotated, True, " if rotate_sinks else ""}new_key_head, new_value_head, key_n, value_n, at_row, first, sinks_end, p, ${context},
         )
 %else
     start = 0
 %end
     for first in tl.range(start, stop, KEYS):
         m, l, acc = visit(
-            m, l, acc, q, ${"q_turned, before < sinks, " if turning else ""}new_key_head, new_value_head, key_n, value_n, at_row, first, stop, p, ${context},
+            m, l, acc, q, ${"q_rotated, before < sinks, " if rotate_sinks else ""}new_key_head, new_value_head, key_n, value_n, at_row, first, stop, p, ${context},
         )
 %end
 %if single

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.cache.decode_template import COMBINE, FINISH, SPLIT
-from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, turned_queries
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, rotated_queries
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, constexprs, head_dim_values, integers, padded, parameters, pointers
+from sparsify.backends.codegen.arguments import (
+    Argument,
+    check_head_dims,
+    constexprs,
+    head_dim_values,
+    integers,
+    padded,
+    parameters,
+    pointers,
+)
 from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
@@ -43,7 +52,12 @@ _WHOLE_SLOTS = 8192
 
 @dataclass(frozen=True)
 class DecodeTiling:
-    """keys: slots per tile. warps, stages: Triton's launch options. programs: thread blocks per multiprocessor that the split aims at."""
+    """How the work is cut.
+
+    keys: slots per tile.
+    warps, stages: Triton's launch options.
+    programs: thread blocks per multiprocessor that a split aims at.
+    """
 
     keys: int
     warps: int
@@ -53,10 +67,18 @@ class DecodeTiling:
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """What decides the kernels' text. group: query heads per KV head. padded: tokens may be padding. turning: sinks stand directly before
-    the window, so that they are seen by turned queries. grows: no slot is ever
-    overwritten. fused: the last program of a KV head joins its splits. whole: empty slots are
-    read, too."""
+    """What decides the kernels' text.
+
+    dtype: of all tensors but integers, as `codegen.launch.DTYPES` names it.
+    group: query heads per KV head.
+    tiling: how the work is cut.
+    softcap, sink_logits: whether the call has them.
+    padded: tokens may be padding.
+    rotate_sinks: sinks stand directly before the window, so that they are seen by rotated queries.
+    fused: the last program of a KV head joins its splits.
+    whole: empty slots are read, too.
+    grows: no slot is ever overwritten.
+    """
 
     dtype: str
     qk_head_dim: int
@@ -66,14 +88,13 @@ class DecodeSpec:
     softcap: bool = False
     sink_logits: bool = False
     padded: bool = False
-    turning: bool = False
+    rotate_sinks: bool = False
     fused: bool = False
     whole: bool = False
     grows: bool = False
 
     def __post_init__(self):
-        if not 0 < max(self.qk_head_dim, self.v_head_dim) <= 256:
-            raise UnsupportedError(f"no decode kernel has head dims {self.qk_head_dim} and {self.v_head_dim}", where=_WHERE)
+        check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
         if self.group > 128:
             raise UnsupportedError(f"no decode kernel has {self.group} query heads per KV head", where=_WHERE)
 
@@ -97,8 +118,8 @@ def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
     if kernel == "split":
         listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "counts", "seen"), *shared]
         listed += [*(token if spec.fused else token[:2]), *sizes, *integers("pinned", "splits"), *logit]
-        listed += [Argument("real", "*u8"), *integers("real_b")] if spec.padded else []
-        listed += [*data("turned"), *integers("sinks")] if spec.turning else []
+        listed += [Argument("is_token", "*u8"), *integers("is_token_b")] if spec.padded else []
+        listed += [*data("rotated"), *integers("sinks")] if spec.rotate_sinks else []
         if not spec.fused:
             return tuple(listed)
         listed += [*data("key", "value", "out"), *pointers("i64", "length"), *pointers("i32", "tickets"), *sink]
@@ -119,7 +140,7 @@ def decode_source(spec: DecodeSpec) -> str:
         "v_guard3": "" if v_whole else f" & (v_dims < {spec.v_head_dim})[None, None, :]",
         "finish_context": ", ".join(
             (["tanh_scale", "cap_log2"] if spec.softcap else ["scale"])
-            + (["real", "real_b"] if spec.padded else [])
+            + (["is_token", "is_token_b"] if spec.padded else [])
             + (["sink_logits"] if spec.sink_logits else [])
             + (["count"] if spec.grows else [])
         ),
@@ -149,7 +170,7 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
         KernelError: a kernel could not be compiled or launched.
     """
     _check(call)
-    query, real, tickets = call.query, call.real, call.tickets
+    query, is_token, tickets = call.query, call.is_token, call.tickets
     (batch, heads, _, qk_head_dim), kv_heads, capacity, v_head_dim = query.shape, call.kv_heads, call.capacity, call.values.shape[3]
     dtype = DTYPES[query.dtype]
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
@@ -159,7 +180,7 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
     if tickets is not None and _FUSED_SPLITS < count <= _FUSED_SPLITS * 5 // 4:  # a launch saved is worth a few idle processors
         count = choose_splits(tiles, rows, programs, _FUSED_SPLITS)
     spec = DecodeSpec(
-        dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, call.softcap > 0, call.sink_logits is not None, real is not None,
+        dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, call.softcap > 0, call.sink_logits is not None, is_token is not None,
         call.inverse_frequencies is not None, tickets is not None and count <= _FUSED_SPLITS, capacity <= _WHOLE_SLOTS and not grows, grows,
     )  # fmt: skip
     out, partials = cache_ops.empty_output(call), max(2, power_of_two(count))
@@ -175,11 +196,11 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
     given |= stride_values(query=(query, "bh"), key=(call.key, "bh"), value=(call.value, "bh"), out=(out, "bh"))
     if call.sink_logits is not None:
         given["sink_logits"] = call.sink_logits.float().contiguous()
-    if real is not None:
-        given |= {"real": real.view(torch.uint8), "real_b": real.stride(0)}
+    if is_token is not None:
+        given |= {"is_token": is_token.view(torch.uint8), "is_token_b": is_token.stride(0)}
     if call.inverse_frequencies is not None:
-        at = call.seen if real is None else call.seen - 1 + real[:, 0].to(call.seen.dtype)
-        given["turned"] = turned_queries(query, at[:, None], call.sinks, call.window, call.inverse_frequencies)
+        at = call.seen if is_token is None else call.seen - 1 + is_token[:, 0].to(call.seen.dtype)
+        given["rotated"] = rotated_queries(query, at[:, None], call.sinks, call.window, call.inverse_frequencies)
     with launching(query.device, lambda: f"decode kernel ({spec})"):
         module = _module(spec)
         launch(module.split, (count, rows), arguments(spec, "split"), given, num_warps=tiling.warps, num_stages=tiling.stages)

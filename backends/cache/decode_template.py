@@ -22,7 +22,7 @@ def finish(
         tl.store(tickets + rows, 0)
         for one in tl.range(0, rows // kv_heads):
 %if padded
-            tl.store(seen + one, tl.load(seen + one) + tl.where(tl.load(real + one * real_b) != 0, 1, 0))
+            tl.store(seen + one, tl.load(seen + one) + tl.where(tl.load(is_token + one * is_token_b) != 0, 1, 0))
 %else
             tl.store(seen + one, tl.load(seen + one) + 1)
 %end
@@ -95,16 +95,16 @@ def split(
     kv_head = row % kv_heads
     count = tl.load(counts + row)
 %if padded
-    is_real = tl.load(real + batch * real_b).to(tl.int32)
+    stores = tl.load(is_token + batch * is_token_b).to(tl.int32)
 %else
-    is_real = 1
+    stores = 1
 %end
 %if grows
     slot = tl.minimum(count, capacity - 1)
 %else
     slot = tl.where(count < pinned, count, pinned + (count - pinned) % (capacity - pinned))
 %end
-    slot = tl.where(is_real != 0, slot, -1)
+    slot = tl.where(stores != 0, slot, -1)
     filled = tl.minimum(count, capacity)
 %if whole
     # a short cache is read whole: no load of keys waits for the count; empty slots hold zeros
@@ -118,8 +118,8 @@ def split(
     end = tl.minimum(begin + split_len, extent)
 %if not fused
     if split_id == 0:
-        tl.store(slots + row, ${"tl.where(is_real != 0, count, -1)" if grows else "slot"})
-        if is_real != 0:
+        tl.store(slots + row, ${"tl.where(stores != 0, count, -1)" if grows else "slot"})
+        if stores != 0:
             tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, tl.load(seen + batch))
 %end
 
@@ -130,9 +130,9 @@ def split(
     query_row = tl.cast(batch, tl.int64) * query_b + heads * query_h
     inside = members < GROUP
     q = tl.load(query + query_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
-%if turning
-    turned_row = (tl.cast(batch, tl.int64) * kv_heads * GROUP + heads) * ${qk_head_dim}
-    q_turned = tl.load(turned + turned_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
+%if rotate_sinks
+    rotated_row = (tl.cast(batch, tl.int64) * kv_heads * GROUP + heads) * ${qk_head_dim}
+    q_rotated = tl.load(rotated + rotated_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
 %end
     key_head = keys + tl.cast(row, tl.int64) * capacity * ${qk_head_dim}
     value_head = values + tl.cast(row, tl.int64) * capacity * ${v_head_dim}
@@ -147,9 +147,9 @@ def split(
         k = tl.load(key_head + at[:, None] * ${qk_head_dim} + qk_dims[None, :], mask=readable[:, None]${qk_guard}, other=0.0)
         v = tl.load(value_head + at[:, None] * ${v_head_dim} + v_dims[None, :], mask=readable[:, None]${v_guard}, other=0.0)
         s = tl.dot(q, tl.trans(k)${precision})
-%if turning
+%if rotate_sinks
         if first < sinks:
-            s = tl.where((at < sinks)[None, :], tl.dot(q_turned, tl.trans(k)${precision}), s)
+            s = tl.where((at < sinks)[None, :], tl.dot(q_rotated, tl.trans(k)${precision}), s)
 %end
 %if softcap
         # cap * tanh(scale * s / cap) in units of log2; tanh(y) = 1 - 2 / (1 + exp(2y))

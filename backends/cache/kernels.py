@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.backends.cache.reference import turn
+from sparsify.backends.cache.reference import rotate
 from sparsify.backends.codegen.arguments import Argument, floats
 from sparsify.backends.codegen.launch import LOG2E
 
@@ -26,8 +26,8 @@ def partial_sums(sums: int, v_head_dim: int, device: torch.device) -> dict[str, 
     return {"part_acc": part, "part_m": part[sums * v_head_dim :], "part_l": part[sums * (v_head_dim + 1) :]}
 
 
-def turned_queries(query: Tensor, at: Tensor, sinks: int, window: int, inverse_frequencies: Tensor) -> Tensor:
+def rotated_queries(query: Tensor, at: Tensor, sinks: int, window: int, inverse_frequencies: Tensor) -> Tensor:
     """Queries [batch, heads, query_len, head_dim] as sinks see them that stand directly before a window. at: their positions, [batch,
     query_len]."""
     steps = -(at + 1 - sinks - window).clamp(min=0)[:, None]
-    return turn(query.float(), steps, inverse_frequencies).to(query.dtype).contiguous()
+    return rotate(query.float(), steps, inverse_frequencies).to(query.dtype).contiguous()

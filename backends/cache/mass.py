@@ -14,10 +14,9 @@ from torch import Tensor
 from sparsify.backends.cache.kernels import logit_arguments, logit_values
 from sparsify.backends.cache.mass_template import GATHER, LOGITS, SPREAD
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, integers, padded, parameters, pointers
+from sparsify.backends.codegen.arguments import Argument, check_head_dims, dot_precision, integers, padded, parameters, pointers
 from sparsify.backends.codegen.launch import DTYPES, choose_splits, launch, launching, need, processors, stride_values
 from sparsify.backends.codegen.template import render
-from sparsify.errors import UnsupportedError
 from sparsify.ops.cache import CacheMassCall
 from sparsify.ops.limits import cdiv
 
@@ -28,7 +27,12 @@ _PROGRAMS = 2
 
 @dataclass(frozen=True)
 class MassTiling:
-    """rows, keys: of a tile of `spread`; window: queries of one head in a tile of `gather`. warps: of both."""
+    """Sizes of the tiles.
+
+    rows, keys: of a tile of `spread`.
+    window: queries of one head in a tile of `gather`.
+    warps: of both kernels.
+    """
 
     rows: int
     keys: int
@@ -38,7 +42,13 @@ class MassTiling:
 
 @dataclass(frozen=True)
 class MassSpec:
-    """What decides the kernels' text. group: query heads per KV head."""
+    """What decides the kernels' text.
+
+    dtype: of queries and keys, as `codegen.launch.DTYPES` names it.
+    group: query heads per KV head.
+    tiling: sizes of the tiles.
+    softcap: whether logits are bounded.
+    """
 
     dtype: str
     head_dim: int
@@ -47,8 +57,7 @@ class MassSpec:
     softcap: bool = False
 
     def __post_init__(self):
-        if not 0 < self.head_dim <= 256:
-            raise UnsupportedError(f"no kernel has head dim {self.head_dim}", where=_WHERE)
+        check_head_dims(_WHERE, self.head_dim)
 
 
 def choose_tiling(dtype: str, head_dim: int, group: int, query_len: int) -> MassTiling:
@@ -65,7 +74,7 @@ def choose_tiling(dtype: str, head_dim: int, group: int, query_len: int) -> Mass
 @functools.lru_cache(maxsize=512)
 def arguments(spec: MassSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "spread" or "gather", in order."""
-    listed = [*pointers(spec.dtype, "query", "keys"), *pointers("i32", "positions", "asked")]
+    listed = [*pointers(spec.dtype, "query", "keys"), *pointers("i32", "positions", "query_positions")]
     listed += [*integers("key_b", "key_h", "key_n", aligned=True), *integers("kv_heads", "query_len", "key_len")]
     listed += logit_arguments(spec.softcap)
     if kernel == "spread":
@@ -78,7 +87,7 @@ def mass_source(spec: MassSpec) -> str:
     dim = padded(spec.head_dim)
     values = vars(spec) | {
         "context": "tanh_scale, cap_log2" if spec.softcap else "scale",
-        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
+        "precision": dot_precision(spec.dtype),
         "guard": "" if dim == spec.head_dim else f" & (dims < {spec.head_dim})[None, :]",
         "spread_parameters": parameters(arguments(spec, "spread")),
         "gather_parameters": parameters(arguments(spec, "gather")),
@@ -117,9 +126,10 @@ def cache_mass(call: CacheMassCall, *, tiling: MassTiling | None = None, splits:
     part = torch.empty(2, rows, group * query_len, count, dtype=torch.float32, device=query.device)
     given: dict[str, Any] = {
         "query": query.contiguous(), "keys": keys, "positions": call.positions.to(torch.int32).contiguous(),
-        "asked": call.query_positions.to(torch.int32).contiguous(), "kv_heads": kv_heads, "query_len": query_len, "key_len": key_len,
-        "splits": count, "split_len": cdiv(key_len, count * tiling.keys) * tiling.keys, "part_m": part[0], "part_l": part[1],
-        "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device), **logit_values(call.scale, call.softcap),
+        "query_positions": call.query_positions.to(torch.int32).contiguous(), "kv_heads": kv_heads, "query_len": query_len,
+        "key_len": key_len, "splits": count, "split_len": cdiv(key_len, count * tiling.keys) * tiling.keys,
+        "part_m": part[0], "part_l": part[1], "mass": torch.empty(batch, heads, key_len, dtype=torch.float32, device=query.device),
+        **logit_values(call.scale, call.softcap),
     }  # fmt: skip
     given |= stride_values(key=(keys, "bhn"))
     with launching(query.device, lambda: f"mass kernel ({spec})"):

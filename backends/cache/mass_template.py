@@ -29,7 +29,7 @@ def spread(
     dims = tl.arange(0, DIM)
     own = tl.cast(row, tl.int64) * GROUP * query_len + flat
     q = tl.load(query + own[:, None] * ${head_dim} + dims[None, :], mask=inside[:, None]${guard}, other=0.0)
-    p = tl.load(asked + batch * query_len + flat % query_len, mask=inside, other=-1)
+    p = tl.load(query_positions + batch * query_len + flat % query_len, mask=inside, other=-1)
     key_head = keys + batch * key_b + tl.cast(row % kv_heads, tl.int64) * key_h
     at_head = positions + tl.cast(row, tl.int64) * key_len
     offsets = tl.arange(0, KEYS)
@@ -76,7 +76,7 @@ def gather(
             inside = start + rows < query_len
             own = head * query_len + start + rows
             q = tl.load(query + own[:, None] * ${head_dim} + dims[None, :], mask=inside[:, None]${guard}, other=0.0)
-            p = tl.load(asked + batch * query_len + start + rows, mask=inside, other=-1)
+            p = tl.load(query_positions + batch * query_len + start + rows, mask=inside, other=-1)
             sums = tl.load(lse + own, mask=inside, other=0.0)
             # a row that sees nothing has no key above -inf either: 0, not NaN
             sums = tl.where(sums == float("-inf"), 0.0, sums)

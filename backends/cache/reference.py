@@ -30,7 +30,7 @@ def cache_store(call: CacheStoreCall) -> None:
         _append(call)
     else:
         _keep_the_best(call)
-    call.seen.add_(call.query_len if call.real is None else call.real.sum(-1, dtype=call.seen.dtype))
+    call.seen.add_(call.query_len if call.is_token is None else call.is_token.sum(-1, dtype=call.seen.dtype))
     call.length.add_(call.query_len)
 
 
@@ -42,35 +42,35 @@ def _append(call: CacheStoreCall | CacheDecodeCall) -> None:
     fresh = (call.key, value, call.seen[:, None, None].expand_as(slot).to(call.positions.dtype))
     for state, new in zip((call.keys, call.values, call.positions), fresh):
         index = _over_dims(state, slot)
-        if call.real is not None:
-            new = torch.where(_like(call.real[:, 0], state), new, state.gather(2, index))
+        if call.is_token is not None:
+            new = torch.where(_like(call.is_token[:, 0], state), new, state.gather(2, index))
         state.scatter_(2, index, new)
-    call.counts.add_(1 if call.real is None else call.real.to(call.counts.dtype))
+    call.counts.add_(1 if call.is_token is None else call.is_token.to(call.counts.dtype))
 
 
 def _append_all(call: CacheStoreCall) -> None:
     """Several tokens per row behind those that are stored, none of which goes; nothing else of the buffers is read or written."""
-    key, value, real, seen, count, capacity = call.key, call.value, call.real, call.seen, call.query_len, call.capacity
+    key, value, is_token, seen, count, capacity = call.key, call.value, call.is_token, call.seen, call.query_len, call.capacity
     at = torch.arange(count, device=key.device, dtype=torch.int32)
-    if call.empty and real is None and count <= capacity:
+    if call.empty and is_token is None and count <= capacity:
         for state, new in ((call.keys, key), (call.values, value), (call.positions, at)):
             state[:, :, :count].copy_(new)
         call.counts.add_(count)
         return
-    total = count if real is None else real.sum(-1, dtype=seen.dtype)[:, None]
-    if real is not None:
+    total = count if is_token is None else is_token.sum(-1, dtype=seen.dtype)[:, None]
+    if is_token is not None:
         # padding repeats the row's last token, which leaves nothing of it; a row of padding alone writes back what is there
-        last = torch.where(real, at, 0).amax(-1, keepdim=True)
-        source = torch.where(real, at, last).long()[:, None].expand(-1, key.shape[1], -1)
+        last = torch.where(is_token, at, 0).amax(-1, keepdim=True)
+        source = torch.where(is_token, at, last).long()[:, None].expand(-1, key.shape[1], -1)
         key, value = _gather_slots(key, source), _gather_slots(value, source)
-        at = torch.where(real, real.cumsum(-1, dtype=at.dtype), total) - 1
+        at = torch.where(is_token, is_token.cumsum(-1, dtype=at.dtype), total) - 1
     at = seen[:, None] + at
     slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
     value = value.masked_fill((at >= capacity)[:, None, :, None], torch.nan)
     for state, new in ((call.keys, key), (call.values, value), (call.positions, at[:, None].expand_as(slot))):
         index = _over_dims(state, slot)
-        if real is not None:
-            new = torch.where(_like(real.any(-1), state), new, state.gather(2, index[:, :, :1]))
+        if is_token is not None:
+            new = torch.where(_like(is_token.any(-1), state), new, state.gather(2, index[:, :, :1]))
         state.scatter_(2, index, new.to(state.dtype))
     call.counts.add_(total)
 
@@ -81,7 +81,7 @@ def _keep_the_best(call: CacheStoreCall) -> None:
     if merged.candidates > merged.capacity:
         merged.score(call)
     # in a row to which padding leaves one token or none it is a call of that one token
-    alone = None if call.empty or call.real is None else call.real
+    alone = None if call.empty or call.is_token is None else call.is_token
     several = None if alone is None else alone.sum(-1) > 1
     arranged = (*merged.arranged(call.pinned, call.recent), merged.total.clamp(max=merged.capacity))
     for state, chosen in zip((call.keys, call.values, call.positions, call.counts), arranged):
@@ -91,7 +91,7 @@ def _keep_the_best(call: CacheStoreCall) -> None:
         first = alone.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, call.kv_heads, -1)
         single = (alone.any(-1) & ~several)[:, None]
         key, value = _gather_slots(call.key, first), _gather_slots(call.value, first)
-        _append(dataclasses.replace(call, key=key, value=value, real=single))
+        _append(dataclasses.replace(call, key=key, value=value, is_token=single))
 
 
 def _like(rows: Tensor, state: Tensor) -> Tensor:
@@ -104,21 +104,21 @@ class _Merge:
     tokens side by side in order of position."""
 
     def __init__(self, call: CacheStoreCall):
-        key, seen, real = call.key, call.seen, call.real
+        key, seen, is_token = call.key, call.seen, call.is_token
         kv_heads, count = key.shape[1:3]
-        self.capacity, self.real = call.capacity, real
-        if real is None:
+        self.capacity, self.is_token = call.capacity, is_token
+        if is_token is None:
             at = seen[:, None] + torch.arange(count, device=key.device, dtype=torch.int32)
         else:
-            at = torch.where(real, seen[:, None] + real.cumsum(-1, dtype=torch.int32) - 1, -1)
+            at = torch.where(is_token, seen[:, None] + is_token.cumsum(-1, dtype=torch.int32) - 1, -1)
         self.call_positions = at.to(torch.int32)  # [batch, query_len], -1 for padding
-        self.newest = seen - 1 + (count if real is None else real.sum(-1, dtype=seen.dtype))
+        self.newest = seen - 1 + (count if is_token is None else is_token.sum(-1, dtype=seen.dtype))
         at = self.call_positions[:, None].expand(-1, kv_heads, -1)
         self.keys, self.values, self.positions = key, call.value, at
         if not call.empty:
             self.keys, self.values = torch.cat((call.keys, key), 2), torch.cat((call.values, call.value), 2)
             self.positions = torch.cat((call.positions, at), 2)
-        if not call.empty or real is not None:
+        if not call.empty or is_token is not None:
             order = self.positions.argsort(dim=-1, stable=True)
             self.keys, self.values, self.positions = (_gather_slots(held, order) for held in (self.keys, self.values, self.positions))
         self.candidates = self.keys.shape[2]
@@ -126,16 +126,16 @@ class _Merge:
         self.scores: Tensor | None = None
 
     def score(self, call: CacheStoreCall) -> None:
-        policy, query, queries, asked = policies.parse(call.policy), call.query, None, None
+        policy, query, queries, at = policies.parse(call.policy), call.query, None, None
         if policy.observed:
             assert query is not None, "the policy reads queries, which the op was not given"
-            asked = self.call_positions
-            if self.real is None:
-                queries, asked = query[:, :, -policy.observed :], asked[:, -policy.observed :]
-            else:  # the last real queries of each row, wherever padding stands
-                last = self.real.to(torch.int8).argsort(dim=-1, stable=True)[:, -policy.observed :]
-                queries, asked = _gather_slots(query, last[:, None].expand(-1, query.shape[1], -1)), asked.gather(1, last)
-        found = policy.score(Candidates(self.keys, self.values, self.positions, queries, asked, self.newest, call.scale, call.softcap))
+            at = self.call_positions
+            if self.is_token is None:
+                queries, at = query[:, :, -policy.observed :], at[:, -policy.observed :]
+            else:  # the last queries of each row that are no padding, wherever padding stands
+                last = self.is_token.to(torch.int8).argsort(dim=-1, stable=True)[:, -policy.observed :]
+                queries, at = _gather_slots(query, last[:, None].expand(-1, query.shape[1], -1)), at.gather(1, last)
+        found = policy.score(Candidates(self.keys, self.values, self.positions, queries, at, self.newest, call.scale, call.softcap))
         newest = self.positions > (self.newest - call.recent)[:, None, None]
         # a NaN score would win every comparison; the policy's word counts only between tokens that exist
         found = found.float().nan_to_num(nan=-3e38, neginf=-3e38, posinf=3e38).clamp(-3e38, 3e38)
@@ -185,10 +185,10 @@ def cache_attention(call: CacheAttentionCall) -> Tensor:
     batch, heads, query_len, _ = query.shape
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     output = cache.empty_output(call)
-    asked = asked_positions(call)
+    query_positions = find_query_positions(call)
     if call.new_key is not None:
         assert call.new_value is not None, "new_key and new_value come together"
-        at = asked if call.real is None else asked.masked_fill(~call.real, -1)
+        at = query_positions if call.is_token is None else query_positions.masked_fill(~call.is_token, -1)
         keys, values = torch.cat((keys, call.new_key), 2), torch.cat((values, call.new_value), 2)
         positions = torch.cat((positions, at[:, None].expand(-1, keys.shape[1], -1).to(positions.dtype)), 2)
     nothing = (positions < 0)[..., None]
@@ -198,11 +198,11 @@ def cache_attention(call: CacheAttentionCall) -> Tensor:
     chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys.shape[3]))
     for first in range(0, query_len, chunk):
         part = slice(first, first + chunk)
-        rows, p = grouped[..., part, :], asked[:, None, None, part, None]
+        rows, p = grouped[..., part, :], query_positions[:, None, None, part, None]
         logits = call.scale * (rows @ keys.transpose(-1, -2))
         if call.inverse_frequencies is not None:
-            turned = turn(rows, -(asked[:, part] + 1 - sinks - window).clamp(min=0)[:, None, None], call.inverse_frequencies)
-            logits = torch.where(positions < sinks, call.scale * (turned @ keys.transpose(-1, -2)), logits)
+            rotated = rotate(rows, -(query_positions[:, part] + 1 - sinks - window).clamp(min=0)[:, None, None], call.inverse_frequencies)
+            logits = torch.where(positions < sinks, call.scale * (rotated @ keys.transpose(-1, -2)), logits)
         visible = (positions >= 0) & (positions <= p)
         if window:
             visible = visible & ((positions > p - window) | (positions < sinks))
@@ -211,22 +211,22 @@ def cache_attention(call: CacheAttentionCall) -> Tensor:
     return output
 
 
-def asked_positions(call: CacheAttentionCall) -> Tensor:
-    """Position of each query of a call in its row, [batch, query_len]; padding has that of the real token before it.
+def find_query_positions(call: CacheAttentionCall) -> Tensor:
+    """Position of each query of a call in its row, [batch, query_len]; padding has that of the token before it.
 
     `seen` counts the call's tokens when they are stored already, which only a call of one token is.
     """
-    seen, real = call.seen, call.real
+    seen, is_token = call.seen, call.is_token
     if call.new_key is None:
         return seen[:, None] - 1
-    if real is None:
+    if is_token is None:
         return seen[:, None] + torch.arange(call.query.shape[2], device=seen.device, dtype=seen.dtype)
-    return seen[:, None] + real.cumsum(-1, dtype=seen.dtype) - 1
+    return seen[:, None] + is_token.cumsum(-1, dtype=seen.dtype) - 1
 
 
-def turn(rows: Tensor, steps: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """`rows` [..., dim] turned by `steps` [...] positions of a rotary embedding in half-split layout."""
-    # fp32 angles lose the turn's fraction after some 100 000 positions
+def rotate(rows: Tensor, steps: Tensor, inverse_frequencies: Tensor) -> Tensor:
+    """`rows` [..., dim] rotated by `steps` [...] positions of a rotary embedding in half-split layout."""
+    # fp32 angles lose the fraction of the rotation after some 100 000 positions
     angles = steps[..., None].double() * inverse_frequencies.double()
     cos, sin, half = angles.cos().to(rows.dtype), angles.sin().to(rows.dtype), inverse_frequencies.numel()
     a, b, rest = rows[..., :half], rows[..., half : 2 * half], rows[..., 2 * half :]
@@ -275,6 +275,6 @@ def cache_mass(call: CacheMassCall) -> Tensor:
 def cache_decode(call: CacheDecodeCall) -> Tensor:
     """One token stored, then attention over the filled slots."""
     _append(call)
-    call.seen.add_(1 if call.real is None else call.real[:, 0].to(call.seen.dtype))
+    call.seen.add_(1 if call.is_token is None else call.is_token[:, 0].to(call.seen.dtype))
     call.length.add_(1)
     return cache_attention(CacheAttentionCall(**call.common(CacheAttentionCall)))

@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sparsify.errors import UnsupportedError
+
 # dtypes as a signature writes them, and as the text does
 NUMBERS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# a row of a tile holds a whole head
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,17 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def dot_precision(dtype: str) -> str:
+    """What a product of `dtype` adds to the arguments of `tl.dot`: fp32 stays fp32, where Triton would take TF32."""
+    return ', input_precision="ieee"' if dtype == "fp32" else ""
+
+
+def check_head_dims(where: str, *head_dims: int) -> None:
+    """Raises UnsupportedError, naming the op `where`, unless tiles hold these head dims."""
+    if not 0 < max(head_dims) <= MAX_HEAD_DIM:
+        raise UnsupportedError(f"no kernel has head dims {' and '.join(map(str, head_dims))}", where=where, hint=f"at most {MAX_HEAD_DIM}")
+
+
 def head_dim_values(dtype: str, qk_head_dim: int, v_head_dim: int) -> dict[str, str]:
     """What templates say of head dims that are no powers of two, by name: guards of loads, and of the output's store; and of fp32 products.
 
@@ -95,7 +110,7 @@ def head_dim_values(dtype: str, qk_head_dim: int, v_head_dim: int) -> dict[str, 
     """
     qk_whole, v_whole = padded(qk_head_dim) == qk_head_dim, padded(v_head_dim) == v_head_dim
     return {
-        "precision": ', input_precision="ieee"' if dtype == "fp32" else "",
+        "precision": dot_precision(dtype),
         "qk_guard": "" if qk_whole else f" & (qk_dims < {qk_head_dim})[None, :]",
         "v_guard": "" if v_whole else f" & (v_dims < {v_head_dim})[None, :]",
         "v_store": "" if v_whole else f", mask=v_dims < {v_head_dim}",

@@ -86,8 +86,7 @@ def _kernel_spec(residual: Tensor, down: Tensor, rows: int, call: dict[str, Any]
     intermediate = down.shape[0] if call["transposed"] else down.shape[1]
     gated = call["layout"] != "plain"
     options = tuple((name, call[name]) for name in ("transposed", "activation", "norm", "eps", "post_norm", "post_eps", "scale"))
-    present = zip(("norm_bias", "wide_bias", "down_bias", "post_bias"), ("norm_bias", "up_bias", "down_bias", "post_bias"), strict=True)
-    options += tuple((field, call.get(operand) is not None) for field, operand in present)
+    options += tuple((bias, call.get(bias) is not None) for bias in ("norm_bias", "up_bias", "down_bias", "post_bias"))
     if rows > limits.FFN_MAX_ROWS:
         return many_rows.kernel_spec(dtype, hidden, intermediate, gated, options, many_rows.tilings.get(dtype))
     tile = 16 if rows <= 16 else 32
@@ -142,9 +141,9 @@ def _run(
         start("normalise", rows, norm, row_warps)
         input = normal
     biases = {"up_bias": _given_or(up_bias, up), "gate_bias": _given_or(gate_bias, up)}
-    widened = {"source": input, "out": wide, "weight": weight, "up": up, "gate": gate, **biases}
-    start("widen", spec.wide_programs, widened, tiling.warps)
-    start("narrow", spec.narrow_programs, {"source": wide, "partial": partial, "down": down}, tiling.warps)
+    projected_up = {"source": input, "out": wide, "weight": weight, "up": up, "gate": gate, **biases}
+    start("project_up", spec.up_programs, projected_up, tiling.warps)
+    start("project_down", spec.down_programs, {"source": wide, "partial": partial, "down": down}, tiling.warps)
     finished = {"residual": residual, "partial": partial, "out": out, "after": after, "bias": _given_or(call.get("down_bias"), down)}
     finished |= {name: _given_or(call.get(name), down) for name in ("post_weight", "post_bias")}
     finished |= {name: call[name] for name in ("threshold", "skip_next")}

@@ -82,41 +82,41 @@ def activate_rows(${activate_rows_parameters}):
     tl.store(x + row * x_row + column, y.to(x.dtype.element_ty), mask=inside)
 """
 
-WIDEN = """\
+PROJECT_UP = """\
 @triton.jit
-def widen(${widen_parameters}):
+def project_up(${project_up_parameters}):
     \"\"\"One program a tile of the intermediate dimension, for all rows${": norm, " if fused_norm else ": "}${"gate, " if gated else ""}up, activation.\"\"\"
 ${flags}
-    column = tl.program_id(0) * WIDE_TILE + tl.arange(0, WIDE_TILE)
-    part = tl.arange(0, WIDE_STEP)
-    offsets = column.to(tl.int64)[:, None] * ${wide_stride_n} + part[None, :] * ${wide_stride_k}
+    column = tl.program_id(0) * UP_TILE + tl.arange(0, UP_TILE)
+    part = tl.arange(0, UP_STEP)
+    offsets = column.to(tl.int64)[:, None] * ${up_stride_n} + part[None, :] * ${up_stride_k}
     x_offsets = row[None, :] * HIDDEN + part[:, None]
-    up_acc = tl.zeros([WIDE_TILE, ROWS], tl.float32)
+    up_acc = tl.zeros([UP_TILE, ROWS], tl.float32)
 %if gated
-    gate_acc = tl.zeros([WIDE_TILE, ROWS], tl.float32)
+    gate_acc = tl.zeros([UP_TILE, ROWS], tl.float32)
 %end
 %if fused_norm
     squares = tl.zeros([ROWS], tl.float32)
 %end
-    for first in tl.range(0, HIDDEN, WIDE_STEP, num_stages=${wide_stages}):
-%if wide_ragged
+    for first in tl.range(0, HIDDEN, UP_STEP, num_stages=${up_stages}):
+%if up_ragged
         fits = (column < INTERMEDIATE)[:, None] & (first + part < HIDDEN)[None, :]
-        u = tl.load(up + offsets + first * ${wide_stride_k}, mask=fits, other=0.0)
+        u = tl.load(up + offsets + first * ${up_stride_k}, mask=fits, other=0.0)
 %if gated
-        g = tl.load(gate + offsets + first * ${wide_stride_k}, mask=fits, other=0.0)
+        g = tl.load(gate + offsets + first * ${up_stride_k}, mask=fits, other=0.0)
 %end
         x = tl.load(source + x_offsets + first, mask=active[None, :] & (first + part < HIDDEN)[:, None], other=0.0)
 %else
-        u = tl.load(up + offsets + first * ${wide_stride_k}, eviction_policy="evict_first")
+        u = tl.load(up + offsets + first * ${up_stride_k}, eviction_policy="evict_first")
 %if gated
-        g = tl.load(gate + offsets + first * ${wide_stride_k}, eviction_policy="evict_first")
+        g = tl.load(gate + offsets + first * ${up_stride_k}, eviction_policy="evict_first")
 %end
         x = tl.load(source + x_offsets + first, mask=active[None, :], other=0.0)
 %end
 %if fused_norm
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 0)
-%if wide_ragged
+%if up_ragged
         scale = tl.load(weight + first + part, mask=first + part < HIDDEN, other=0.0).to(tl.float32)
 %else
         scale = tl.load(weight + first + part).to(tl.float32)
@@ -135,7 +135,7 @@ ${flags}
     gate_acc *= unit[None, :]
 %end
 %end
-%if wide_bias
+%if up_bias
     up_acc += tl.load(up_bias + column, mask=column < INTERMEDIATE, other=0.0).to(tl.float32)[:, None]
 %if gated
     gate_acc += tl.load(gate_bias + column, mask=column < INTERMEDIATE, other=0.0).to(tl.float32)[:, None]
@@ -152,27 +152,27 @@ ${flags}
     tl.store(out + row[None, :] * INTERMEDIATE + column[:, None], result.to(kind), mask=inside)
 """
 
-NARROW = """\
+PROJECT_DOWN = """\
 @triton.jit
-def narrow(${narrow_parameters}):
+def project_down(${project_down_parameters}):
     \"\"\"One program a tile of the hidden dimension and a part of the intermediate one: its share of the down projection, in float32.\"\"\"
 ${flags}
-    tiles = tl.cdiv(HIDDEN, NARROW_TILE)
-    column = (tl.program_id(0) % tiles) * NARROW_TILE + tl.arange(0, NARROW_TILE)
+    tiles = tl.cdiv(HIDDEN, DOWN_TILE)
+    column = (tl.program_id(0) % tiles) * DOWN_TILE + tl.arange(0, DOWN_TILE)
     share = tl.program_id(0) // tiles
     begin = share * PART
-    part = tl.arange(0, NARROW_STEP)
-    offsets = column.to(tl.int64)[:, None] * ${narrow_stride_n} + part[None, :] * ${narrow_stride_k}
-    down += begin.to(tl.int64) * ${narrow_stride_k}
+    part = tl.arange(0, DOWN_STEP)
+    offsets = column.to(tl.int64)[:, None] * ${down_stride_n} + part[None, :] * ${down_stride_k}
+    down += begin.to(tl.int64) * ${down_stride_k}
     x_offsets = row[None, :] * INTERMEDIATE + begin + part[:, None]
-    acc = tl.zeros([NARROW_TILE, ROWS], tl.float32)
-    for first in tl.range(0, PART, NARROW_STEP, num_stages=${narrow_stages}):
-%if narrow_ragged
+    acc = tl.zeros([DOWN_TILE, ROWS], tl.float32)
+    for first in tl.range(0, PART, DOWN_STEP, num_stages=${down_stages}):
+%if down_ragged
         inside = (first + part < PART) & (begin + first + part < INTERMEDIATE)
-        w = tl.load(down + offsets + first * ${narrow_stride_k}, mask=(column < HIDDEN)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(down + offsets + first * ${down_stride_k}, mask=(column < HIDDEN)[:, None] & inside[None, :], other=0.0)
         x = tl.load(source + x_offsets + first, mask=active[None, :] & inside[:, None], other=0.0)
 %else
-        w = tl.load(down + offsets + first * ${narrow_stride_k}, eviction_policy="evict_first")
+        w = tl.load(down + offsets + first * ${down_stride_k}, eviction_policy="evict_first")
         x = tl.load(source + x_offsets + first, mask=active[None, :], other=0.0)
 %end
         acc = tl.dot(w, x, acc${precision})

@@ -68,7 +68,7 @@ def run(
     turn = lambda box: box[::-1] if spec.transposed else box
     unused = down  # an operand that the kernel has no use for still needs a pointer
     or_unused = lambda tensor: unused if tensor is None else tensor
-    programs = lambda columns, wide_tile: min(processors(residual.device), cdiv(rows, tile) * cdiv(columns, wide_tile))
+    programs = lambda columns, up_tile: min(processors(residual.device), cdiv(rows, tile) * cdiv(columns, up_tile))
     shared = {"remaining": remaining, "order": order, "slots": slots, "count": count, "rows": rows}
     start = lambda kernel, grid, values, warps: launch(
         getattr(module, kernel), (grid,), arguments(spec, kernel), shared | values, num_warps=warps
@@ -76,17 +76,17 @@ def run(
     start("compact", cdiv(rows, CHUNK), {}, 8)
     norm = {name: or_unused(call.get(f"norm_{name}")) for name in ("weight", "bias")}
     start("normalise", rows, {"source": input, "out": compacted, **norm}, row_warps)
-    weight_box = turn([tiling.wide_tile, step])
-    widened = {
+    weight_box = turn([tiling.up_tile, step])
+    projected_up = {
         "source": _descriptor(compacted, [tile, step]), "up": _descriptor(up[0], weight_box), "gate": _descriptor(gate[0], weight_box),
-        "out": _descriptor(wide, [tile, tiling.wide_tile]), "up_bias": or_unused(up[1]), "gate_bias": or_unused(gate[1]),
+        "out": _descriptor(wide, [tile, tiling.up_tile]), "up_bias": or_unused(up[1]), "gate_bias": or_unused(gate[1]),
     }  # fmt: skip
-    start("widen", programs(spec.intermediate, tiling.wide_tile), widened, tiling.warps)
-    narrowed = {
-        "source": _descriptor(wide, [tile, step]), "down": _descriptor(down, turn([tiling.narrow_tile, step])),
-        "out": _descriptor(updates, [tile, tiling.narrow_tile // 2]), "bias": or_unused(call.get("down_bias")),
+    start("project_up", programs(spec.intermediate, tiling.up_tile), projected_up, tiling.warps)
+    projected_down = {
+        "source": _descriptor(wide, [tile, step]), "down": _descriptor(down, turn([tiling.down_tile, step])),
+        "out": _descriptor(updates, [tile, tiling.down_tile // 2]), "bias": or_unused(call.get("down_bias")),
     }  # fmt: skip
-    start("narrow", programs(spec.hidden, tiling.narrow_tile), narrowed, tiling.warps)
+    start("project_down", programs(spec.hidden, tiling.down_tile), projected_down, tiling.warps)
     finished = {"residual": residual, "updates": updates, "out": out, "after": after}
     finished |= {name: or_unused(call.get(name)) for name in ("post_weight", "post_bias")}
     finished |= {name: call[name] for name in ("threshold", "skip_next")}

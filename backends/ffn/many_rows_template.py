@@ -29,21 +29,21 @@ def place(tile, row_tiles, col_tiles):
     return first + tile % size % height, tile % size // height
 """
 
-WIDEN = """\
+PROJECT_UP = """\
 @triton.jit
-def widen(${widen_parameters}):
+def project_up(${project_up_parameters}):
     \"\"\"Persistent: tiles of activation(gate) * up, or of activation(up), over the compacted rows. source, out: descriptors.\"\"\"
     row_tiles = tl.cdiv(tl.load(count), ROW_TILE)
-    col_tiles = tl.cdiv(INTERMEDIATE, WIDE_TILE)
+    col_tiles = tl.cdiv(INTERMEDIATE, UP_TILE)
     for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)${", flatten=True" if flatten else ""}):
         row_tile, col_tile = place(tile, row_tiles, col_tiles)
         row = row_tile * ROW_TILE
-        column = col_tile * WIDE_TILE
-        up_acc = tl.zeros([ROW_TILE, WIDE_TILE], tl.float32)
+        column = col_tile * UP_TILE
+        up_acc = tl.zeros([ROW_TILE, UP_TILE], tl.float32)
 %if gated
-        gate_acc = tl.zeros([ROW_TILE, WIDE_TILE], tl.float32)
+        gate_acc = tl.zeros([ROW_TILE, UP_TILE], tl.float32)
 %end
-        for first in tl.range(0, HIDDEN, STEP, num_stages=${wide_stages}):
+        for first in tl.range(0, HIDDEN, STEP, num_stages=${up_stages}):
             x = source.load([row, first])
 %if transposed
             up_acc = tl.dot(x, up.load([first, column]), up_acc${precision})
@@ -57,8 +57,8 @@ def widen(${widen_parameters}):
 %end
 %end
         kind = out.dtype
-%if wide_bias
-        place_in = column + tl.arange(0, WIDE_TILE)
+%if up_bias
+        place_in = column + tl.arange(0, UP_TILE)
         up_acc += tl.load(up_bias + place_in, mask=place_in < INTERMEDIATE, other=0.0).to(tl.float32)[None, :]
 %if gated
         gate_acc += tl.load(gate_bias + place_in, mask=place_in < INTERMEDIATE, other=0.0).to(tl.float32)[None, :]
@@ -73,18 +73,18 @@ def widen(${widen_parameters}):
         out.store([row, column], result.to(kind))
 """
 
-NARROW = """\
+PROJECT_DOWN = """\
 @triton.jit
-def narrow(${narrow_parameters}):
+def project_down(${project_down_parameters}):
     \"\"\"Persistent: tiles of the down projection over the compacted rows. source, down, out: descriptors, out's of half a tile's columns.\"\"\"
     row_tiles = tl.cdiv(tl.load(count), ROW_TILE)
-    col_tiles = tl.cdiv(HIDDEN, NARROW_TILE)
+    col_tiles = tl.cdiv(HIDDEN, DOWN_TILE)
     for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)${", flatten=True" if flatten else ""}):
         row_tile, col_tile = place(tile, row_tiles, col_tiles)
         row = row_tile * ROW_TILE
-        column = col_tile * NARROW_TILE
-        acc = tl.zeros([ROW_TILE, NARROW_TILE], tl.float32)
-        for first in tl.range(0, INTERMEDIATE, STEP, num_stages=${narrow_stages}):
+        column = col_tile * DOWN_TILE
+        acc = tl.zeros([ROW_TILE, DOWN_TILE], tl.float32)
+        for first in tl.range(0, INTERMEDIATE, STEP, num_stages=${down_stages}):
             x = source.load([row, first])
 %if transposed
             acc = tl.dot(x, down.load([first, column]), acc${precision})
@@ -92,11 +92,11 @@ def narrow(${narrow_parameters}):
             acc = tl.dot(x, down.load([column, first]).T, acc${precision})
 %end
 %if down_bias
-        place_in = column + tl.arange(0, NARROW_TILE)
+        place_in = column + tl.arange(0, DOWN_TILE)
         acc += tl.load(bias + place_in, mask=place_in < HIDDEN, other=0.0).to(tl.float32)[None, :]
 %end
         # in halves: a whole tile would not fit beside the pipeline's buffers
-        left, right = tl.split(tl.permute(tl.reshape(acc, [ROW_TILE, 2, NARROW_TILE // 2]), [0, 2, 1]))
+        left, right = tl.split(tl.permute(tl.reshape(acc, [ROW_TILE, 2, DOWN_TILE // 2]), [0, 2, 1]))
         out.store([row, column], left.to(out.dtype))
-        out.store([row, column + NARROW_TILE // 2], right.to(out.dtype))
+        out.store([row, column + DOWN_TILE // 2], right.to(out.dtype))
 """

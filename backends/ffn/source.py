@@ -1,8 +1,8 @@
 """From a spec of one feed-forward block to the text of its Triton kernels. Needs neither a GPU nor Triton.
 
 Few rows share one stream of the weights, so the time is the weights' bytes over the bandwidth. Four kernels in order: `normalise` (only
-where the norm cannot be folded into the product), `widen`, `narrow`, `finish`. Their programs read the rows' counters first; when every
-row skips they return before a weight is loaded, and `finish` copies the residual.
+where the norm cannot be folded into the product), `project_up`, `project_down`, `finish`. Their programs read the rows' counters first;
+when every row skips they return before a weight is loaded, and `finish` copies the residual.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sparsify.backends.codegen.arguments import (
     Argument,
     constexprs,
     descriptor,
+    dot_precision,
     floats,
     integers,
     padded,
@@ -24,7 +25,7 @@ from sparsify.backends.codegen.arguments import (
 from sparsify.backends.codegen.launch import power_of_two
 from sparsify.backends.codegen.template import render
 from sparsify.backends.ffn import many_rows_template as for_rows
-from sparsify.backends.ffn.few_rows_template import ACTIVATE, ACTIVATE_ROWS, FINISH, FLAGS, NARROW, NORMALISE, START, WIDEN
+from sparsify.backends.ffn.few_rows_template import ACTIVATE, ACTIVATE_ROWS, FINISH, FLAGS, NORMALISE, PROJECT_DOWN, PROJECT_UP, START
 from sparsify.errors import UnsupportedError
 from sparsify.ops.limits import cdiv
 
@@ -46,37 +47,61 @@ _STAGE = 16 * 1024
 
 @dataclass(frozen=True)
 class FfnTiling:
-    """wide_tile, narrow_tile: columns of a program in `widen` and `narrow`; *_step: elements of the summed dimension at a time.
-    parts: programs that share a tile of `narrow`. warps: of both. *_stages: depth of the weights' pipeline."""
+    """How the work for few rows is cut.
 
-    wide_tile: int
-    wide_step: int
-    narrow_tile: int
-    narrow_step: int
+    up_tile, down_tile: columns of a program in `project_up` and in `project_down`.
+    up_step, down_step: elements of the summed dimension at a time.
+    parts: programs that share a tile of `project_down`.
+    warps: of both kernels.
+    up_stages, down_stages: depth of the weights' pipeline.
+    """
+
+    up_tile: int
+    up_step: int
+    down_tile: int
+    down_step: int
     parts: int
     warps: int
-    wide_stages: int
-    narrow_stages: int
+    up_stages: int
+    down_stages: int
 
 
 @dataclass(frozen=True)
 class RowsTiling:
-    """For many rows. row_tile, wide_tile, narrow_tile: rows and columns of a tile in `widen` and `narrow`; step: elements of the summed
-    dimension at a time; *_stages: depth of the pipeline; warps: of both; flatten: whether a tile's loads begin during the one before."""
+    """How the work for many rows is cut.
+
+    row_tile: rows of a tile.
+    up_tile, down_tile: columns of a tile in `project_up` and in `project_down`.
+    step: elements of the summed dimension at a time.
+    up_stages, down_stages: depth of the pipeline.
+    warps: of both kernels.
+    flatten: whether a tile's loads begin during the one before.
+    """
 
     row_tile: int = 128
-    wide_tile: int = 128
-    narrow_tile: int = 256
+    up_tile: int = 128
+    down_tile: int = 256
     step: int = 64
-    wide_stages: int = 3
-    narrow_stages: int = 3
+    up_stages: int = 3
+    down_stages: int = 3
     warps: int = 8
     flatten: bool = False
 
 
 @dataclass(frozen=True)
 class FfnSpec:
-    """What decides the kernels' text. rows: rows of a tile, 16 or 32, or MANY. wide_bias: on up and, where there is one, gate."""
+    """What decides the kernels' text.
+
+    dtype: of all tensors but integers, as `codegen.launch.DTYPES` names it.
+    rows: rows of a tile, 16 or 32, or MANY.
+    hidden, intermediate: sizes of the block.
+    tiling: how the work is cut.
+    gated: whether there is a gate beside up.
+    transposed: weights are [inputs, outputs], not [outputs, inputs].
+    activation, norm, eps, post_norm, post_eps, scale: as the op takes them.
+    norm_bias, down_bias, post_bias: whether there are biases.
+    up_bias: whether up and, where there is one, gate have biases.
+    """
 
     dtype: str
     rows: int
@@ -89,7 +114,7 @@ class FfnSpec:
     norm: str = "rms"
     norm_bias: bool = False
     eps: float = 1e-6
-    wide_bias: bool = False
+    up_bias: bool = False
     down_bias: bool = False
     post_norm: str = "none"
     post_bias: bool = False
@@ -130,17 +155,17 @@ class FfnSpec:
 
     @property
     def part(self) -> int:
-        """Elements of the intermediate dimension that one program of `narrow` sums."""
-        steps = cdiv(self.intermediate, self.few.narrow_step)
-        return cdiv(steps, self.few.parts) * self.few.narrow_step
+        """Elements of the intermediate dimension that one program of `project_down` sums."""
+        steps = cdiv(self.intermediate, self.few.down_step)
+        return cdiv(steps, self.few.parts) * self.few.down_step
 
     @property
-    def wide_programs(self) -> int:
-        return cdiv(self.intermediate, self.tiling.wide_tile)
+    def up_programs(self) -> int:
+        return cdiv(self.intermediate, self.tiling.up_tile)
 
     @property
-    def narrow_programs(self) -> int:
-        return cdiv(self.hidden, self.few.narrow_tile) * self.few.parts
+    def down_programs(self) -> int:
+        return cdiv(self.hidden, self.few.down_tile) * self.few.parts
 
     def describe(self) -> str:
         kind = f"{'gated ' if self.gated else ''}{self.activation}"
@@ -156,8 +181,8 @@ def arguments(spec: FfnSpec, kernel: str) -> tuple[Argument, ...]:
     if spec.rows != MANY:
         few = {
             "normalise": [*data("source"), *counters("remaining"), *data("out", "weight", "bias")],
-            "widen": [*data("source"), *counters("remaining"), *data("out", "weight", "up", "gate", "up_bias", "gate_bias")],
-            "narrow": [*data("source"), *counters("remaining"), *pointers("fp32", "partial"), *data("down")],
+            "project_up": [*data("source"), *counters("remaining"), *data("out", "weight", "up", "gate", "up_bias", "gate_bias")],
+            "project_down": [*data("source"), *counters("remaining"), *pointers("fp32", "partial"), *data("down")],
             "finish": [*data("residual"), *counters("remaining"), *pointers("fp32", "partial"), *data("out"), *counters("after")],
         }
         few["finish"] += [*data("bias", "post_weight", "post_bias"), *ends]
@@ -169,12 +194,12 @@ def arguments(spec: FfnSpec, kernel: str) -> tuple[Argument, ...]:
     many = {
         "compact": [*counters("remaining", "order", "slots", "count"), *integers("rows")],
         "normalise": [*data("source"), *counters("order", "count"), *data("out", "weight", "bias")],
-        "widen": [rows, weight("up", tiling.wide_tile), weight("gate", tiling.wide_tile), box("out", tiling.row_tile, tiling.wide_tile)],
-        "narrow": [rows, weight("down", tiling.narrow_tile), box("out", tiling.row_tile, tiling.narrow_tile // 2), *counters("count")],
+        "project_up": [rows, weight("up", tiling.up_tile), weight("gate", tiling.up_tile), box("out", tiling.row_tile, tiling.up_tile)],
+        "project_down": [rows, weight("down", tiling.down_tile), box("out", tiling.row_tile, tiling.down_tile // 2), *counters("count")],
         "finish": [*data("residual"), *counters("remaining", "slots"), *data("updates", "out"), *counters("after")],
     }
-    many["widen"] += [*counters("count"), *data("up_bias", "gate_bias")]
-    many["narrow"] += data("bias")
+    many["project_up"] += [*counters("count"), *data("up_bias", "gate_bias")]
+    many["project_down"] += data("bias")
     many["finish"] += [*data("post_weight", "post_bias"), *ends]
     return tuple(many[kernel])
 
@@ -195,43 +220,43 @@ def start_source() -> str:
 
 
 def ffn_source(spec: FfnSpec) -> str:
-    """Module text with the kernels `normalise` (unless the norm is folded in or absent), `widen`, `narrow` and `finish`."""
+    """Module text with the kernels `normalise` (unless the norm is folded in or absent), `project_up`, `project_down` and `finish`."""
     tiling = spec.few
-    wide_strides = (1, spec.intermediate) if spec.transposed else (spec.hidden, 1)
-    narrow_strides = (1, spec.hidden) if spec.transposed else (spec.intermediate, 1)
+    up_strides = (1, spec.intermediate) if spec.transposed else (spec.hidden, 1)
+    down_strides = (1, spec.hidden) if spec.transposed else (spec.intermediate, 1)
     values = vars(spec) | {
         "flags": FLAGS.rstrip("\n"),
         "many": False,
         "fused_norm": spec.fused_norm,
-        "wide_stages": tiling.wide_stages,
-        "narrow_stages": tiling.narrow_stages,
-        "wide_stride_n": wide_strides[0],
-        "wide_stride_k": wide_strides[1],
-        "narrow_stride_n": narrow_strides[0],
-        "narrow_stride_k": narrow_strides[1],
-        "wide_ragged": spec.intermediate % tiling.wide_tile != 0 or spec.hidden % tiling.wide_step != 0,
-        "narrow_ragged": spec.hidden % tiling.narrow_tile != 0
-        or spec.part % tiling.narrow_step != 0
+        "up_stages": tiling.up_stages,
+        "down_stages": tiling.down_stages,
+        "up_stride_n": up_strides[0],
+        "up_stride_k": up_strides[1],
+        "down_stride_n": down_strides[0],
+        "down_stride_k": down_strides[1],
+        "up_ragged": spec.intermediate % tiling.up_tile != 0 or spec.hidden % tiling.up_step != 0,
+        "down_ragged": spec.hidden % tiling.down_tile != 0
+        or spec.part % tiling.down_step != 0
         or spec.part * tiling.parts != spec.intermediate,
-        "precision": _precision(spec),
-        **_parameters(spec, "normalise", "widen", "narrow", "finish"),
+        "precision": dot_precision(spec.dtype),
+        **_parameters(spec, "normalise", "project_up", "project_down", "finish"),
     }
     parts = [_header(spec), render(ACTIVATE, values)]
     if needs_normalise(spec):
         parts.append(render(NORMALISE, values))
-    parts += [render(template, values) for template in (WIDEN, NARROW, FINISH)]
+    parts += [render(template, values) for template in (PROJECT_UP, PROJECT_DOWN, FINISH)]
     return "\n\n".join(parts)
 
 
 def rows_source(spec: FfnSpec) -> str:
-    """Module text for many rows: the kernels `compact`, `normalise`, `widen`, `narrow` and `finish`, in the order in which they run.
+    """Module text for many rows: the kernels `compact`, `normalise`, `project_up`, `project_down` and `finish`, in this order.
 
-    Sizes of the products are known on the device alone, so `widen` and `narrow` are persistent: as many programs as the device holds,
-    each taking tiles until the computing rows are used up.
+    Sizes of the products are known on the device alone, so `project_up` and `project_down` are persistent: as many programs as the device
+    holds, each taking tiles until the computing rows are used up.
     """
-    values = vars(spec) | vars(spec.tiling) | {"many": True, "precision": _precision(spec)}
-    values |= _parameters(spec, "compact", "normalise", "widen", "narrow", "finish")
-    templates = (ACTIVATE, for_rows.COMPACT, NORMALISE, for_rows.PLACE, for_rows.WIDEN, for_rows.NARROW, FINISH)
+    values = vars(spec) | vars(spec.tiling) | {"many": True, "precision": dot_precision(spec.dtype)}
+    values |= _parameters(spec, "compact", "normalise", "project_up", "project_down", "finish")
+    templates = (ACTIVATE, for_rows.COMPACT, NORMALISE, for_rows.PLACE, for_rows.PROJECT_UP, for_rows.PROJECT_DOWN, FINISH)
     return "\n\n".join([_header(spec), *(render(template, values) for template in templates)])
 
 
@@ -254,10 +279,6 @@ def activation_source(dtype: str, activation: str, gated: bool) -> str:
     return "\n\n".join([imports, render(ACTIVATE, values), render(ACTIVATE_ROWS, values)])
 
 
-def _precision(spec: FfnSpec) -> str:
-    return ', input_precision="ieee"' if spec.dtype == "fp32" else ""
-
-
 def needs_normalise(spec: FfnSpec) -> bool:
     return spec.norm != "none" and not spec.fused_norm
 
@@ -268,8 +289,8 @@ def _header(spec: FfnSpec) -> str:
         "HIDDEN": spec.hidden,
         "HIDDEN_PADDED": power_of_two(spec.hidden),
         "INTERMEDIATE": spec.intermediate,
-        "WIDE_TILE": tiling.wide_tile,
-        "NARROW_TILE": tiling.narrow_tile,
+        "UP_TILE": tiling.up_tile,
+        "DOWN_TILE": tiling.down_tile,
         "EPS": spec.eps,
         "POST_EPS": spec.post_eps,
         "SCALE": spec.scale,
@@ -277,7 +298,7 @@ def _header(spec: FfnSpec) -> str:
     if isinstance(tiling, RowsTiling):
         constants |= {"ROW_TILE": tiling.row_tile, "STEP": tiling.step, "BAND": _BAND, "CHUNK": CHUNK}
     else:
-        constants |= {"ROWS": spec.rows, "WIDE_STEP": tiling.wide_step, "NARROW_STEP": tiling.narrow_step}
+        constants |= {"ROWS": spec.rows, "UP_STEP": tiling.up_step, "DOWN_STEP": tiling.down_step}
         constants |= {"PARTS": tiling.parts, "PART": spec.part}
     lines = [
         f'"""Feed-forward block: {spec.describe()}. Generated by sparsify."""',
@@ -297,24 +318,24 @@ def choose_tiling(dtype: str, rows: int, hidden: int, intermediate: int, gated: 
     """
     element = ITEM_BYTES[dtype]
     matrices = 2 if gated else 1
-    wide_tile = narrow_tile = 64
-    while wide_tile > 16 and intermediate // wide_tile < processors:
-        wide_tile //= 2
-    while narrow_tile > 16 and hidden * 8 // narrow_tile < processors:
-        narrow_tile //= 2
-    wide_step, wide_stages = _pipeline(wide_tile * matrices * element, rows * element, padded(hidden))
-    narrow_step, narrow_stages = _pipeline(narrow_tile * element, rows * element, padded(intermediate))
+    up_tile = down_tile = 64
+    while up_tile > 16 and intermediate // up_tile < processors:
+        up_tile //= 2
+    while down_tile > 16 and hidden * 8 // down_tile < processors:
+        down_tile //= 2
+    up_step, up_stages = _pipeline(up_tile * matrices * element, rows * element, padded(hidden))
+    down_step, down_stages = _pipeline(down_tile * element, rows * element, padded(intermediate))
     parts = 1
-    while cdiv(hidden, narrow_tile) * parts * 2 <= 3 * processors and intermediate // (2 * parts) >= 4 * narrow_step:
+    while cdiv(hidden, down_tile) * parts * 2 <= 3 * processors and intermediate // (2 * parts) >= 4 * down_step:
         parts *= 2
-    return FfnTiling(wide_tile, wide_step, narrow_tile, narrow_step, parts, 4, wide_stages, narrow_stages)
+    return FfnTiling(up_tile, up_step, down_tile, down_step, parts, 4, up_stages, down_stages)
 
 
 def choose_rows_tiling(dtype: str, gated: bool) -> RowsTiling:
     """Tiles that fill the registers of two warp groups with sums. On an H200 three stages are faster than four, which would fit."""
     if dtype == "fp32":  # not for GPUs, where `many_rows` refuses it
         return RowsTiling(64, 64, 128, 32, 3, 3, 8)
-    return RowsTiling() if gated else RowsTiling(wide_tile=256)
+    return RowsTiling() if gated else RowsTiling(up_tile=256)
 
 
 def _pipeline(weights: int, rows: int, most: int) -> tuple[int, int]:

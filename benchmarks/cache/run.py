@@ -98,10 +98,10 @@ def kernel(options: argparse.Namespace) -> None:
             tokens = int(length * share) if share < 1 else length
             filled = (*layer[:3], *(torch.full_like(t, tokens) for t in layer[3:]))
             # tokens that count as padding are not stored, so that repeated calls do not fill the cache
-            real = None if share == 1 else torch.zeros(batch, 1, dtype=torch.bool, device="cuda")
+            is_token = None if share == 1 else torch.zeros(batch, 1, dtype=torch.bool, device="cuda")
             tickets = torch.zeros(batch * KV_HEADS + 1, dtype=torch.int32, device="cuda")
 
-            decode = CacheDecodeCall(*call, *filled, tickets=tickets, real=real, **OPTIONS)
+            decode = CacheDecodeCall(*call, *filled, tickets=tickets, is_token=is_token, **OPTIONS)
             error = check(batch, length, tokens, tiling)
             ms = _CLOCK.replays(lambda decode=decode, tiling=tiling: cache_decode(decode, tiling=tiling))
             facts = {"batch": batch, "length": length, "share": share, "error": error, "tiling": tiling and vars(tiling)}

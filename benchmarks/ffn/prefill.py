@@ -29,9 +29,9 @@ def candidates() -> dict[str, dict[str, Any]]:
     return {
         "chosen": {},
         "flatten": {"flatten": True},
-        "4 stages": {"wide_stages": 4, "narrow_stages": 4},
-        "4 stages, flatten": {"wide_stages": 4, "narrow_stages": 4, "flatten": True},
-        "narrow 128, flatten": {"narrow_tile": 128, "flatten": True},
+        "4 stages": {"up_stages": 4, "down_stages": 4},
+        "4 stages, flatten": {"up_stages": 4, "down_stages": 4, "flatten": True},
+        "narrow 128, flatten": {"down_tile": 128, "flatten": True},
     }
 
 

@@ -52,7 +52,7 @@ def candidates(rows: int, shape: Shape) -> Iterator[Any]:
     base = choose_tiling("bf16", 16 if rows <= 16 else 32, shape.hidden, shape.intermediate, True, 132)
     yield base
     for tile, step, stages in [(64, 64, 4), (64, 64, 6), (64, 128, 2), (32, 128, 4), (32, 256, 3), (16, 256, 4), (128, 64, 4), (32, 64, 6)]:
-        yield dataclasses.replace(base, wide_tile=tile, wide_step=step, wide_stages=stages)
+        yield dataclasses.replace(base, up_tile=tile, up_step=step, up_stages=stages)
     for tile, step, stages, parts in [
         (64, 128, 4, 4),
         (64, 128, 3, 8),
@@ -62,7 +62,7 @@ def candidates(rows: int, shape: Shape) -> Iterator[Any]:
         (16, 256, 5, 1),
         (16, 512, 3, 2),
     ]:
-        yield dataclasses.replace(base, narrow_tile=tile, narrow_step=step, narrow_stages=stages, parts=parts)
+        yield dataclasses.replace(base, down_tile=tile, down_step=step, down_stages=stages, parts=parts)
     yield dataclasses.replace(base, warps=8)
 
 
@@ -93,12 +93,12 @@ def find_tiling(rows: int, shape: Shape, seconds: float, out: Path) -> Any:
             break
         measure(tiling)
     base = listed[0]
-    narrows = ("narrow_tile", "narrow_step", "narrow_stages", "parts")
-    wides = ("wide_tile", "wide_step", "wide_stages")
+    narrows = ("down_tile", "down_step", "down_stages", "parts")
+    wides = ("up_tile", "up_step", "up_stages")
     same = lambda one, names: one.warps == base.warps and all(getattr(one, n) == getattr(base, n) for n in names)
     wide = min((t for t in found if same(t, narrows)), key=found.get, default=base)
-    narrow = min((t for t in found if same(t, wides)), key=found.get, default=base)
-    measure(dataclasses.replace(wide, **{name: getattr(narrow, name) for name in narrows}))
+    project_down = min((t for t in found if same(t, wides)), key=found.get, default=base)
+    measure(dataclasses.replace(wide, **{name: getattr(project_down, name) for name in narrows}))
     best = min(found, key=found.get)
     few_rows.tilings[key] = best
     print(f"best for {rows} rows: {1e3 * found[best]:.1f} us a block: {best}", flush=True)

@@ -29,12 +29,12 @@ from sparsify.matching.eager_ops import (
     SAME,
     VIEW,
     NoMatch,
-    baddbmm_of,
+    baddbmm_arguments,
+    bind_or_refuse,
     constant,
-    einsum_of,
+    einsum_role,
     leads_to_product,
-    named,
-    of_sequences,
+    multiplies_sequences,
     product_factors,
     products,
 )
@@ -54,7 +54,7 @@ def find_eager(context: MatchContext, softmax: fx.Node) -> AttentionSite | None:
     product = next(products(softmax), None)
     if product is None:
         why = "the weights do not reach a product with the values"
-        return bare_site(softmax, scores, scores, scores, None, why, source="eager") if of_sequences(scores) else None
+        return bare_site(softmax, scores, scores, scores, None, why, source="eager") if multiplies_sequences(scores) else None
     value = product_factors(product)[1]
     try:
         return _WrittenOut(context, softmax, product).site()
@@ -107,9 +107,9 @@ class _WrittenOut:
 
     def drop(self, node: fx.Node) -> None:
         if node.target is F.dropout:
-            call = named(node, "input, p=0.5, training=True, inplace=False")
+            call = bind_or_refuse(node, "input, p=0.5, training=True, inplace=False")
         else:
-            call = named(node, "input, p, train")
+            call = bind_or_refuse(node, "input, p, train")
         probability, training = call.p, call.training if node.target is F.dropout else call.train
         if training is not False and probability != 0:
             if not isinstance(probability, (int, float)):
@@ -120,21 +120,21 @@ class _WrittenOut:
 
     def operands(self, product: fx.Node) -> tuple[fx.Node, fx.Node]:
         if product.target in BADDBMM:
-            call = baddbmm_of(product)
+            call = baddbmm_arguments(product)
             if constant(call.beta) != 1.0 or self.chain.softcap:
                 raise NoMatch("baddbmm of another form")
             self.chain.terms.append(Term(call.input, product, self.chain.factor, is_flat(call.input, product), self.chain.shift_sensitive))
             self.chain.multiply(constant(call.alpha))
         query, key, _ = self.factors(product)
         if product.target not in EINSUM:
-            turned = key
-            if (source := transposed(turned)) is None:
+            transposed_key = key
+            if (source := transposed(transposed_key)) is None:
                 raise NoMatch("keys are not transposed")
             key = source
-            self.chain.nodes.append(turned)
-        elif einsum_of(product) != "scores":
+            self.chain.nodes.append(transposed_key)
+        elif einsum_role(product) != "scores":
             raise NoMatch("keys are transposed")
-        query, key = self.four(query), self.four(key)
+        query, key = self.as_four_dims(query), self.as_four_dims(key)
         return self.uncast(query), self.uncast(key)
 
     def factors(self, scores: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -151,7 +151,7 @@ class _WrittenOut:
             reader, here = here, as_node(here.args[0])
         return not memory.written_between(operand, reader, output)
 
-    def four(self, node: fx.Node) -> fx.Node:
+    def as_four_dims(self, node: fx.Node) -> fx.Node:
         """[batch, heads, length, dim], before batch and heads are merged."""
         if example_tensor(node).dim() == 4:
             return node
@@ -182,7 +182,7 @@ class _WrittenOut:
             raise NoMatch("batch and heads are merged")
         flat_heads(users[0], output)
         self.chain.nodes.append(output)
-        return self.four(value), users[0]
+        return self.as_four_dims(value), users[0]
 
     # -- the record --------------------------------------------------------------------------------------------------------------
 

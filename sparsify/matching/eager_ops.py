@@ -38,7 +38,7 @@ class NoMatch(Exception):
     """The chain looks like attention but cannot be described; the message says why."""
 
 
-def named(node: fx.Node, *signatures: str) -> SimpleNamespace:
+def bind_or_refuse(node: fx.Node, *signatures: str) -> SimpleNamespace:
     """The arguments of a call that belongs to attention.
 
     Raises:
@@ -50,21 +50,21 @@ def named(node: fx.Node, *signatures: str) -> SimpleNamespace:
         raise NoMatch(str(why)) from why
 
 
-def baddbmm_of(node: fx.Node) -> SimpleNamespace:
-    return named(node, "input: tensor, batch1: tensor, batch2: tensor, *, beta=1, alpha=1")
+def baddbmm_arguments(node: fx.Node) -> SimpleNamespace:
+    return bind_or_refuse(node, "input: tensor, batch1: tensor, batch2: tensor, *, beta=1, alpha=1")
 
 
-def factors_of(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def find_factors(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """What a product multiplies, without what baddbmm adds; None for anything else."""
     try:
         if product.target in BADDBMM:
-            call = baddbmm_of(product)
+            call = baddbmm_arguments(product)
             return call.batch1, call.batch2
         if product.target in MATMUL:
-            call = named(product, "input: tensor, other: tensor", "input: tensor, mat2: tensor")
+            call = bind_or_refuse(product, "input: tensor, other: tensor", "input: tensor, mat2: tensor")
             return call.input, getattr(call, "other", None) or call.mat2
-        if product.target in EINSUM and einsum_of(product):
-            return named(product, "equation: str, *operands").operands
+        if product.target in EINSUM and einsum_role(product):
+            return bind_or_refuse(product, "equation: str, *operands").operands
     except NoMatch:
         pass
     return None
@@ -76,16 +76,16 @@ def product_factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     Raises:
         NoMatch: it is none.
     """
-    if (found := factors_of(product)) is None:
+    if (found := find_factors(product)) is None:
         raise NoMatch(f"{product.name} is no product")
     return found
 
 
-def einsum_of(node: fx.Node) -> str:
+def einsum_role(node: fx.Node) -> str:
     """ "scores" for queries times keys that are not transposed, "values" for weights times values, both with every leading dimension in
     common; empty for other sums of products."""
     try:
-        call = named(node, "equation: str, *operands")
+        call = bind_or_refuse(node, "equation: str, *operands")
     except NoMatch:
         return ""
     equation = call.equation.replace(" ", "")
@@ -103,7 +103,7 @@ def einsum_of(node: fx.Node) -> str:
 
 
 def is_product(node: fx.Node) -> bool:
-    return factors_of(node) is not None
+    return find_factors(node) is not None
 
 
 def is_softmax(node: fx.Node) -> bool:
@@ -111,23 +111,23 @@ def is_softmax(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
         return False
     try:
-        dim = softmax_of(node).dim
+        dim = softmax_arguments(node).dim
     except NoMatch:
         dim = -1
     return example_tensor(node).dim() in (3, 4) and dim in (-1, example_tensor(node).dim() - 1)
 
 
-def softmax_of(node: fx.Node) -> SimpleNamespace:
+def softmax_arguments(node: fx.Node) -> SimpleNamespace:
     """Its input, dim and dtype. _stacklevel: where a warning is said to come from."""
     middle = "_stacklevel: int = 3, " if node.target is F.softmax else ""
-    return named(node, f"input: tensor, dim: int, {middle}dtype: dtype = None")
+    return bind_or_refuse(node, f"input: tensor, dim: int, {middle}dtype: dtype = None")
 
 
 def products(node: fx.Node) -> Iterator[fx.Node]:
     """Products that have these weights on their left, through casts, dropout, views and slices."""
     for user in node.users:
-        factors = factors_of(user)
-        if factors is not None and factors[0] is node and (user.target in MATMUL or einsum_of(user) == "values"):
+        factors = find_factors(user)
+        if factors is not None and factors[0] is node and (user.target in MATMUL or einsum_role(user) == "values"):
             yield user
         elif (
             user.args
@@ -149,13 +149,13 @@ def leads_to_product(node: object, depth: int = 16) -> bool:
     return node.target in known and any(leads_to_product(a, depth - 1) for a in node.all_input_nodes)
 
 
-def of_sequences(node: fx.Node, depth: int = 16) -> bool:
+def multiplies_sequences(node: fx.Node, depth: int = 16) -> bool:
     """Whether the product that a value leads back to has two factors of 3 or 4 dimensions: activations, not a weight matrix."""
     if not isinstance(node, fx.Node) or depth == 0:
         return False
-    if (factors := factors_of(node)) is not None:
+    if (factors := find_factors(node)) is not None:
         return all((tensor := tensor_of(a)) is not None and tensor.dim() >= 3 for a in factors)
-    return any(of_sequences(a, depth - 1) for a in node.all_input_nodes if leads_to_product(a))
+    return any(multiplies_sequences(a, depth - 1) for a in node.all_input_nodes if leads_to_product(a))
 
 
 def constant(value: object) -> float | fx.Node:

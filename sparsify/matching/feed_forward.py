@@ -21,7 +21,18 @@ from sparsify.graph.views import transposed
 from sparsify.masks.symbolic import plain, sizes
 from sparsify.matching.base import SiteOverKeys
 from sparsify.matching.facts import layer_of
-from sparsify.matching.pointwise import CASTS, VIEWS, activation_of, form, inert, is_parameter, kind_of, norm_of, pair, scalar_of
+from sparsify.matching.pointwise import (
+    CASTS,
+    VIEWS,
+    binary_operands,
+    bind_or_none,
+    constant_factor,
+    is_inactive_dropout,
+    is_parameter,
+    match_activation,
+    match_norm,
+    op_kind,
+)
 from sparsify.matching.sites import Activation, FeedForwardSite, Layout, Norm
 from sparsify.ops.gradients import TRANSFORMED, Modes
 from sparsify.ops.operands import plain_tensor
@@ -145,7 +156,7 @@ class _Matcher:
     def _own_norm(self, core: _Core) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]]:
         """The norm that only this block reads, what it normalises, and its nodes; without one, the block's own input."""
         readers = {product.nodes[0] for product in (core.up, core.gate) if product is not None}
-        found = norm_of(core.source)
+        found = match_norm(core.source)
         if found is None or set(core.source.users) - readers:
             return Norm(), core.source, ()
         return found
@@ -201,7 +212,7 @@ class _Matcher:
         """One refused site per layer that chooses experts."""
         found: dict[object, FeedForwardSite] = {}
         for node in self.graph.nodes:
-            if kind_of(node) != "topk" or not node.all_input_nodes:
+            if op_kind(node) != "topk" or not node.all_input_nodes:
                 continue
             name, layer = layer_of(node)
             if layer is None:
@@ -235,24 +246,24 @@ def _product(shape: tuple[sympy.Expr, ...]) -> Size:
 
 def _linear(node: fx.Node) -> _Product | None:
     """A product with a two-dimensional parameter: F.linear, matmul with a transposed weight, or addmm between views."""
-    kind = kind_of(node)
+    kind = op_kind(node)
     if kind == "linear":
-        call = form(node, "input: tensor, weight: tensor, bias: tensor = None")
+        call = bind_or_none(node, "input: tensor, weight: tensor, bias: tensor = None")
         return _made(call.input, call.weight, call.bias, False, (node,)) if call is not None else None
     if kind == "matmul" and len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], fx.Node):
         return _made(node.args[0], transposed(node.args[1]), None, False, (node,))
-    if kind in VIEWS and isinstance(node.args[0], fx.Node) and kind_of(node.args[0]) == "addmm":
+    if kind in VIEWS and isinstance(node.args[0], fx.Node) and op_kind(node.args[0]) == "addmm":
         inner = node.args[0]
-        call = form(inner, _ADDMM)
-        if call is None or kind_of(call.mat1) not in VIEWS or set(inner.users) != {node}:
+        call = bind_or_none(inner, _ADDMM)
+        if call is None or op_kind(call.mat1) not in VIEWS or set(inner.users) != {node}:
             return None
         before = call.mat1
         source = as_node(before.args[0])
         if set(before.users) != {inner} or sizes(example_tensor(source))[:-1] != sizes(example_tensor(node))[:-1]:
             return None
         return _made(source, call.mat2, call.input, True, (before, inner, node))
-    if kind == "addmm" and not any(kind_of(u) in VIEWS for u in node.users):
-        call = form(node, _ADDMM)
+    if kind == "addmm" and not any(op_kind(u) in VIEWS for u in node.users):
+        call = bind_or_none(node, _ADDMM)
         return _made(call.mat1, call.mat2, call.input, True, (node,)) if call is not None else None
     return None
 
@@ -276,14 +287,16 @@ def _made(source: Any, weight: fx.Node | None, bias: fx.Node | None, transposed:
 
 def _half(node: fx.Node) -> tuple[_Product, int, tuple[fx.Node, ...]] | None:
     """One half of a fused product: `product.chunk(2, -1)[i]` or `product.split(n, -1)[i]`."""
-    if kind_of(node) != "getitem":
+    if op_kind(node) != "getitem":
         return None
     parts, place = node.args
     if not isinstance(parts, fx.Node) or not isinstance(place, int) or place not in (0, 1):
         return None
-    if kind_of(parts) not in ("chunk", "split") or len(parts.meta["example_value"]) != 2:
+    if op_kind(parts) not in ("chunk", "split") or len(parts.meta["example_value"]) != 2:
         return None
-    call = form(parts, "input: tensor, chunks, dim=0", "tensor: tensor, split_size_or_sections, dim=0", "input: tensor, split_size, dim=0")
+    call = bind_or_none(
+        parts, "input: tensor, chunks, dim=0", "tensor: tensor, split_size_or_sections, dim=0", "input: tensor, split_size, dim=0"
+    )
     if call is None:
         return None
     whole = getattr(call, "input", None) or call.tensor
@@ -305,7 +318,7 @@ def _core(node: fx.Node) -> _Core | None:
     if gated is not None:
         source, up, gate, layout, activation, nodes = gated
     else:
-        found = activation_of(inner)
+        found = match_activation(inner)
         up = _linear(found[1]) if found is not None else None
         if found is None or up is None:
             return None
@@ -320,11 +333,11 @@ def _gated(
     node: fx.Node,
 ) -> tuple[fx.Node, _Product, _Product | None, Layout, Activation, tuple[fx.Node, ...]] | None:
     """`act(gate) · up`: source, up, gate, layout, activation, nodes."""
-    factors = pair(node) if kind_of(node) == "mul" else None
+    factors = binary_operands(node) if op_kind(node) == "mul" else None
     if factors is None or not all(isinstance(a, fx.Node) for a in factors):
         return None
     for active, other in (factors, factors[::-1]):
-        found = activation_of(active)
+        found = match_activation(active)
         if found is None:
             continue
         activation, raw, steps = found
@@ -360,11 +373,11 @@ def _tail(node: fx.Node) -> _Tail:
         if len(users) != 1 or users[0].op == "output":
             break
         user = users[0]
-        kind = kind_of(user)
+        kind = op_kind(user)
         if kind == "dropout":
-            if not inert(user):
+            if not is_inactive_dropout(user):
                 return done("dropout is active: call model.eval()")
-        elif kind == "mul" and not residuals and (factor := scalar_of(user, here)) is not None:
+        elif kind == "mul" and not residuals and (factor := constant_factor(user, here)) is not None:
             if post_norm.kind != "none":
                 return done("the block's output is scaled after its norm")
             scale *= factor
@@ -383,7 +396,7 @@ def _tail(node: fx.Node) -> _Tail:
     if not residuals:
         return done("the block's output is not added to a residual stream")
     # steps after the last sum belong to what follows
-    while kind_of(here) not in _SUMS:
+    while op_kind(here) not in _SUMS:
         nodes.pop()
         here = nodes[-1]
     return done()
@@ -391,7 +404,7 @@ def _tail(node: fx.Node) -> _Tail:
 
 def _other_term(node: fx.Node, term: fx.Node) -> fx.Node | None:
     """The other tensor of a sum of two; None for anything else."""
-    terms = pair(node)
+    terms = binary_operands(node)
     if terms is None or not all(isinstance(a, fx.Node) for a in terms):
         return None
     other = terms[1] if terms[0] is term else terms[0]
@@ -407,7 +420,7 @@ def _norm_after(node: fx.Node) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | No
             return None
         reached.update(frontier)
         for candidate in frontier:
-            found = norm_of(candidate)
+            found = match_norm(candidate)
             if found is not None and found[1] is node and not _continues(candidate):
                 norm, _, steps = found
                 return (norm, candidate, steps) if set(node.users) <= set(steps) else None
@@ -416,4 +429,4 @@ def _norm_after(node: fx.Node) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | No
 
 def _continues(node: fx.Node) -> bool:
     """Whether a norm's value is only cast next, and the cast belongs to the norm."""
-    return len(node.users) == 1 and kind_of(next(iter(node.users))) in CASTS and norm_of(next(iter(node.users))) is not None
+    return len(node.users) == 1 and op_kind(next(iter(node.users))) in CASTS and match_norm(next(iter(node.users))) is not None

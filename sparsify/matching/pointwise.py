@@ -37,7 +37,7 @@ _Coefficients = dict[tuple[int, ...], float]  # of a polynomial, by the powers o
 _GELU_SLOPE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-def kind_of(node: Any) -> str:
+def op_kind(node: Any) -> str:
     """What a node computes, in one word; empty for anything that is not read here."""
     if not isinstance(node, fx.Node):
         return ""
@@ -49,7 +49,7 @@ def kind_of(node: Any) -> str:
     return str(node.target) if node.op == "call_method" and node.target in _METHODS else ""
 
 
-def form(node: fx.Node, *signatures: str) -> SimpleNamespace | None:
+def bind_or_none(node: fx.Node, *signatures: str) -> SimpleNamespace | None:
     """The arguments of a call, None where it has another form."""
     try:
         return bind(node, *signatures)
@@ -57,9 +57,9 @@ def form(node: fx.Node, *signatures: str) -> SimpleNamespace | None:
         return None
 
 
-def pair(node: fx.Node) -> tuple[Any, Any] | None:
+def binary_operands(node: fx.Node) -> tuple[Any, Any] | None:
     """The two terms of a sum, or factors of a product."""
-    call = form(node, "input, other, *, alpha=1")
+    call = bind_or_none(node, "input, other, *, alpha=1")
     return (call.input, call.other) if call is not None and call.alpha == 1 else None
 
 
@@ -69,15 +69,15 @@ def is_parameter(node: Any, dims: int) -> bool:
     return tensor is not None and node.op in ("placeholder", "get_attr") and tensor.dim() == dims and tensor.is_floating_point()
 
 
-def inert(node: fx.Node) -> bool:
+def is_inactive_dropout(node: fx.Node) -> bool:
     """Whether a dropout does nothing."""
-    call = form(node, "input, p, train" if node.target is torch.dropout else "input, p=0.5, training=True, inplace=False")
+    call = bind_or_none(node, "input, p, train" if node.target is torch.dropout else "input, p=0.5, training=True, inplace=False")
     return call is not None and (getattr(call, "training", getattr(call, "train", True)) is False or call.p == 0)
 
 
-def scalar_of(node: fx.Node, factor: fx.Node) -> float | None:
+def constant_factor(node: fx.Node, factor: fx.Node) -> float | None:
     """The number that a product multiplies `factor` with."""
-    factors = pair(node)
+    factors = binary_operands(node)
     if factors is None:
         return None
     other = factors[1] if factors[0] is factor else factors[0]
@@ -87,14 +87,14 @@ def scalar_of(node: fx.Node, factor: fx.Node) -> float | None:
 # -- activations -----------------------------------------------------------------------------------------------------------------------
 
 
-def activation_of(node: Any) -> tuple[Activation, fx.Node, tuple[fx.Node, ...]] | None:
+def match_activation(node: Any) -> tuple[Activation, fx.Node, tuple[fx.Node, ...]] | None:
     """(name, argument, nodes) when a node is silu, gelu, gelu_tanh or relu of its argument."""
-    kind = kind_of(node)
+    kind = op_kind(node)
     if kind in ("silu", "relu") and not written(node):
-        call = form(node, "input: tensor, inplace=False")
+        call = bind_or_none(node, "input: tensor, inplace=False")
         return (kind, call.input, (node,)) if call is not None else None
     if kind == "gelu":
-        call = form(node, "input: tensor, approximate: str = 'none'")
+        call = bind_or_none(node, "input: tensor, approximate: str = 'none'")
         names: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
         return (names[call.approximate], call.input, (node,)) if call is not None and call.approximate in names else None
     return _tanh_polynomial(node) if kind == "mul" else None
@@ -110,7 +110,7 @@ def _tanh_polynomial(node: fx.Node) -> tuple[Activation, fx.Node, tuple[fx.Node,
         if isinstance(here, (int, float)):
             return sympy.Float(here)
         if here not in values:
-            kind = kind_of(here)
+            kind = op_kind(here)
             operands = _operands(here) if kind in ("add", "mul", "pow") and len(values) < 16 else None
             if operands is not None:
                 left, right = map(read, operands)
@@ -137,8 +137,8 @@ def _tanh_polynomial(node: fx.Node) -> tuple[Activation, fx.Node, tuple[fx.Node,
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any] | None:
-    call = form(node, "input, exponent") if kind_of(node) == "pow" else None
-    return (call.input, call.exponent) if call is not None else pair(node) if kind_of(node) != "pow" else None
+    call = bind_or_none(node, "input, exponent") if op_kind(node) == "pow" else None
+    return (call.input, call.exponent) if call is not None else binary_operands(node) if op_kind(node) != "pow" else None
 
 
 def _coefficients(expr: sympy.Expr, *symbols: sympy.Symbol) -> _Coefficients | None:
@@ -155,15 +155,15 @@ def _close(found: _Coefficients | None, wanted: _Coefficients) -> bool:
 # -- norms -----------------------------------------------------------------------------------------------------------------------------
 
 
-def norm_of(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
+def match_norm(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
     """(norm, what it normalises, its nodes) when a node is a norm over the last dimension with a weight of its own."""
-    if kind_of(node) in ("layer_norm", "rms_norm"):
+    if op_kind(node) in ("layer_norm", "rms_norm"):
         return _library_norm(node)
     cast, body = _uncast(node)
-    factors = pair(body) if kind_of(body) == "mul" else None
+    factors = binary_operands(body) if op_kind(body) == "mul" else None
     for left, right in (factors, factors[::-1]) if factors else ():
         weight = _norm_weight(left)
-        unit = _unit(right) if weight else None
+        unit = _unit_rms(right) if weight else None
         if weight is None or unit is None:
             continue
         parameter, offset, weight_nodes = weight
@@ -181,9 +181,9 @@ def norm_of(node: Any) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
 
 
 def _library_norm(node: fx.Node) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | None:
-    layer = kind_of(node) == "layer_norm"
+    layer = op_kind(node) == "layer_norm"
     more = "bias=None, eps=1e-5, cudnn_enable=True" if layer else "eps=None"
-    call = form(node, f"input: tensor, normalized_shape, weight=None, {more}")
+    call = bind_or_none(node, f"input: tensor, normalized_shape, weight=None, {more}")
     if call is None or not isinstance(call.normalized_shape, (tuple, list)) or len(call.normalized_shape) != 1:
         return None
     bias = call.bias if layer else None
@@ -194,7 +194,7 @@ def _library_norm(node: fx.Node) -> tuple[Norm, fx.Node, tuple[fx.Node, ...]] | 
 
 def _uncast(node: Any) -> tuple[bool, Any]:
     """Looks through one change of dtype."""
-    kind = kind_of(node)
+    kind = op_kind(node)
     if kind == "type_as" or kind == "float" or (kind == "to" and len(node.args) == 2 and isinstance(node.args[1], torch.dtype)):
         return True, node.args[0]
     return False, node
@@ -204,7 +204,7 @@ def _norm_weight(node: Any) -> tuple[fx.Node, bool, tuple[fx.Node, ...]] | None:
     """(parameter, whether 1 is added, nodes)."""
     nodes: list[fx.Node] = []
     offset = False
-    terms = pair(node) if kind_of(node) == "add" else None
+    terms = binary_operands(node) if op_kind(node) == "add" else None
     if terms is not None and 1.0 in terms:
         offset = True
         nodes.append(node)
@@ -216,31 +216,31 @@ def _norm_weight(node: Any) -> tuple[fx.Node, bool, tuple[fx.Node, ...]] | None:
     return (node, offset, tuple(nodes)) if is_parameter(node, 1) else None
 
 
-def _unit(node: Any) -> tuple[fx.Node, float, bool, tuple[fx.Node, ...]] | None:
+def _unit_rms(node: Any) -> tuple[fx.Node, float, bool, tuple[fx.Node, ...]] | None:
     """x · rsqrt(mean(x²) + eps) in float32: (x, eps, whether the result is cast before the weight, nodes)."""
     cast, body = _uncast(node)
-    factors = pair(body) if kind_of(body) == "mul" else None
+    factors = binary_operands(body) if op_kind(body) == "mul" else None
     for wide, root in (factors, factors[::-1]) if factors else ():
-        if kind_of(root) != "rsqrt" or len(root.args) != 1 or root.kwargs or kind_of(root.args[0]) != "add":
+        if op_kind(root) != "rsqrt" or len(root.args) != 1 or root.kwargs or op_kind(root.args[0]) != "add":
             continue
         total = root.args[0]
-        terms = pair(total)
+        terms = binary_operands(total)
         if terms is None:
             continue
         mean, eps = terms if isinstance(terms[0], fx.Node) else terms[::-1]
-        square = _mean_of_last(mean) if kind_of(mean) == "mean" else None
+        square = _mean_of_last(mean) if op_kind(mean) == "mean" else None
         if square is None or not isinstance(eps, (int, float)):
             continue
-        if kind_of(square) != "pow" or _operands(square) != (wide, 2) or example_tensor(wide).dtype != torch.float32:
+        if op_kind(square) != "pow" or _operands(square) != (wide, 2) or example_tensor(wide).dtype != torch.float32:
             continue
-        widened, source = _uncast(wide)
+        upcast, source = _uncast(wide)
         nodes = [square, mean, total, root, body]
-        nodes += ([wide] if widened else []) + ([node] if cast else [])
-        return source if widened else wide, float(eps), cast, tuple(nodes)
+        nodes += ([wide] if upcast else []) + ([node] if cast else [])
+        return source if upcast else wide, float(eps), cast, tuple(nodes)
     return None
 
 
 def _mean_of_last(node: fx.Node) -> fx.Node | None:
     """What is averaged over its last dimension, which is kept."""
-    call = form(node, "input: tensor, dim, keepdim=False")
+    call = bind_or_none(node, "input: tensor, dim, keepdim=False")
     return call.input if call is not None and call.dim in (-1, (-1,), [-1]) and call.keepdim is True else None

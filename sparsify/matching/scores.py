@@ -26,11 +26,11 @@ from sparsify.matching.eager_ops import (
     SUB,
     VIEW,
     NoMatch,
+    bind_or_refuse,
     constant,
     is_product,
     leads_to_product,
-    named,
-    softmax_of,
+    softmax_arguments,
 )
 from sparsify.matching.sites import KeyBias
 
@@ -145,7 +145,7 @@ class ScoreWalk:
 
     def product(self, softmax: fx.Node) -> fx.Node:
         """Walks back from the softmax to the product of query and key."""
-        here, reader = softmax_of(softmax).input, softmax
+        here, reader = softmax_arguments(softmax).input, softmax
         while True:
             edits = self.edits(here, reader)
             if {u for u in here.users if not is_row_maximum(u) and u.target not in SHAPE_ONLY} != {*edits, reader}:
@@ -186,12 +186,12 @@ class ScoreWalk:
             return self.scale(here)
         if target in (operator.neg, torch.neg, "neg"):
             chain.multiply(-1.0)
-            return named(here, "input").input
+            return bind_or_refuse(here, "input").input
         if target in (torch.tanh, "tanh"):
             if chain.softcap or isinstance(chain.factor, fx.Node) or chain.factor <= 0:
                 raise NoMatch("a softcap of another form")
             chain.softcap, chain.factor = chain.factor, 1.0
-            return named(here, "input").input
+            return bind_or_refuse(here, "input").input
         if target in ADD:
             return self.add(here)
         if target in FILLS:
@@ -207,7 +207,7 @@ class ScoreWalk:
         raise NoMatch(f"the scores pass through {getattr(target, '__name__', target)}")
 
     def scale(self, node: fx.Node) -> fx.Node:
-        call = named(node, "input, other" if node.target in MUL else "input, other, *, rounding_mode=None")
+        call = bind_or_refuse(node, "input, other" if node.target in MUL else "input, other, *, rounding_mode=None")
         left, right = call.input, call.other
         if getattr(call, "rounding_mode", None) is not None:
             raise NoMatch("the scores are rounded")
@@ -222,7 +222,7 @@ class ScoreWalk:
         return left
 
     def add(self, node: fx.Node) -> fx.Node:
-        call = named(node, "input, other, *, alpha=1")
+        call = bind_or_refuse(node, "input, other, *, alpha=1")
         left, right = call.input, call.other
         if self.chain.softcap:
             raise NoMatch("a mask or bias is added before the softcap")
@@ -244,10 +244,10 @@ class ScoreWalk:
         if not self.chain.bare:
             raise NoMatch("a mask is applied before the scale")
         if node.target in _NAMES:
-            call = named(node, _NAMES[node.target])
+            call = bind_or_refuse(node, _NAMES[node.target])
             condition, scores, low = call.condition, call.input, call.other
         else:
-            call = named(node, "input: tensor, mask: tensor, value")
+            call = bind_or_refuse(node, "input: tensor, mask: tensor, value")
             condition, scores, low = call.mask, call.input, call.value
         form = "mask" if node.target in _NAMES else "hidden"
         if form == "mask" and not leads_to_product(scores):
@@ -260,12 +260,12 @@ class ScoreWalk:
         return scores
 
     def without_row_maximum(self, node: fx.Node) -> fx.Node:
-        call = named(node, "input: tensor, other, *, alpha=1")
+        call = bind_or_refuse(node, "input: tensor, other, *, alpha=1")
         right = call.other
         found = right.args[0] if isinstance(right, fx.Node) and right.target is operator.getitem and right.args[1] == 0 else right
         if call.alpha != 1 or not isinstance(found, fx.Node) or not is_row_maximum(found):
             raise NoMatch("something is subtracted from the scores")
-        maximum = named(found, "input, dim, keepdim: bool = False")
+        maximum = bind_or_refuse(found, "input, dim, keepdim: bool = False")
         last = (-1, example_tensor(call.input).dim() - 1)
         if (
             maximum.input is not call.input
@@ -280,7 +280,7 @@ class ScoreWalk:
 
     def concatenated(self, node: fx.Node) -> fx.Node:
         """cat([scores, one more column], -1)."""
-        call = named(node, "tensors, dim: int = 0")
+        call = bind_or_refuse(node, "tensors, dim: int = 0")
         parts, dim = call.tensors, call.dim
         if (
             len(parts) != 2

@@ -4,9 +4,9 @@
 State of one layer (`sparsify.generation.caches.layer`), all on one device, changed in place only:
 
     keys, values    [batch, kv_heads, capacity, head_dim]
-    positions       int32 [batch, kv_heads, capacity]  which real token of its row a slot holds, counted from 0; -1 for an empty slot
+    positions       int32 [batch, kv_heads, capacity]  which token of its row a slot holds, counted from 0; -1 for an empty slot
     counts          int32 [batch, kv_heads]            tokens written in slot order: the next one goes to slot_of(counts)
-    seen            int32 [batch]                      real (unpadded) tokens of the row so far
+    seen            int32 [batch]                      tokens of the row so far, without padding
     length          int64 []                           tokens so far, padding included: what transformers calls the sequence length
 
 The first `pinned` slots are written once, the others are a ring: slot_of(n) = n for n < pinned, else
@@ -55,7 +55,7 @@ from sparsify.ops.call import OpCall, Operand
 from sparsify.ops.library import TAGS, define, library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 2
+VERSION = 3
 
 # `pinned` of a state from which no token is ever evicted
 NEVER_OVERWRITTEN = -1
@@ -107,7 +107,7 @@ class CacheStoreCall(_WritingCall):
     """One call of `sparsify::cache_store`; the module says what is computed.
 
     query: None for policies that observe no queries.
-    real: bool [batch, query_len], False for padding, which is not stored; None: no padding.
+    is_token: bool [batch, query_len], False for padding, which is not stored; None: no padding.
     tickets: int32, of no use to this op: a decode step that is fused from it passes them on.
     pinned: slots that are written once, or NEVER_OVERWRITTEN.
     recent: newest tokens that no score evicts.
@@ -120,7 +120,7 @@ class CacheStoreCall(_WritingCall):
     NAME: ClassVar[str] = "cache_store"
 
     _: KW_ONLY
-    real: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
+    is_token: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers")] = None
     pinned: int
     recent: int
@@ -134,7 +134,7 @@ class CacheStoreCall(_WritingCall):
 class CacheDecodeCall(_WritingCall):
     """One call of `sparsify::cache_decode`: query_len is 1.
 
-    real: bool [batch, 1], False for padding, which is not stored; None: no padding.
+    is_token: bool [batch, 1], False for padding, which is not stored; None: no padding.
     sink_logits: joins each row's denominator with no value.
     inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
     tickets: int32 [batch * kv_heads + 1], zeros before and after the call, by which a kernel's last program knows itself.
@@ -150,7 +150,7 @@ class CacheDecodeCall(_WritingCall):
     key: Annotated[Tensor, Operand("batch kv_heads 1 head_dim", "floats")]
     value: Annotated[Tensor, Operand("batch kv_heads 1 v_head_dim", "floats")]
     _: KW_ONLY
-    real: Annotated[Tensor | None, Operand("batch 1", "integers")] = None
+    is_token: Annotated[Tensor | None, Operand("batch 1", "integers")] = None
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers", written=True)] = None
@@ -169,7 +169,7 @@ class CacheAttentionCall(OpCall):
     keys, values, positions, seen: of the layer's state, read only.
     new_key: [batch, kv_heads, query_len, head_dim], of the call's own tokens, which are not stored yet; None: they are.
     new_value: [batch, kv_heads, query_len, v_head_dim]; given with new_key.
-    real: bool [batch, query_len], False for padding; None: no padding.
+    is_token: bool [batch, query_len], False for padding; None: no padding.
     sink_logits: joins each row's denominator with no value.
     inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
     scale: of the logits.
@@ -189,7 +189,7 @@ class CacheAttentionCall(OpCall):
     _: KW_ONLY
     new_key: Annotated[Tensor | None, Operand("batch kv_heads query_len head_dim", "floats")] = None
     new_value: Annotated[Tensor | None, Operand("batch kv_heads query_len v_head_dim", "floats")] = None
-    real: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
+    is_token: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     scale: float

@@ -224,7 +224,7 @@ def step(between=None, readers=1):
         nodes[name].meta["example_value"] = value
     state = [nodes[n] for n in ("keys", "values", "positions", "counts", "seen", "length")]
     options = {"pinned": 0, "recent": 6, "empty": False, "policy": "{}", "scale": 1.0, "softcap": 0.0, "version": cache_ops.VERSION}
-    graph.call_function(cache_ops.store, (None, nodes["k"], nodes["v"], *state), {"real": None, **options})
+    graph.call_function(cache_ops.store, (None, nodes["k"], nodes["v"], *state), {"is_token": None, **options})
     if between:
         graph.call_function(operator.add, (nodes[between], 1)).meta["example_value"] = example[between]
     options = {"scale": 1.0, "softcap": 0.0, "window": 0, "sinks": 0, "version": cache_ops.VERSION}

@@ -31,13 +31,13 @@ def new_state(batch, kv_heads, capacity, dim):
     )
 
 
-def store(state, policy, layout, key, query=None, real=None, empty=False):
+def store(state, policy, layout, key, query=None, is_token=None, empty=False):
     cache_ops.store(
         query,
         key,
         key + 100,
         *state,
-        real=real,
+        is_token=is_token,
         pinned=layout.pinned,
         recent=layout.recent,
         empty=empty,
@@ -68,11 +68,11 @@ def test_streaming_keeps_first_and_last_wherever_padding_stands(sinks, window, c
     layout = policy.layout(None)
     state, at, tokens = new_state(1, 1, layout.capacity, 2), 0, []
     for i, count in enumerate(calls):
-        real = ~torch.tensor([pads[at : at + count]])
+        is_token = ~torch.tensor([pads[at : at + count]])
         key = marked(at, count)
-        key[0, 0, ~real[0]] = torch.nan  # whatever a model computes for padding must never come back
-        store(state, policy, layout, key, real=real, empty=i == 0)
-        tokens += [at + j for j in range(count) if real[0, j]]
+        key[0, 0, ~is_token[0]] = torch.nan  # whatever a model computes for padding must never come back
+        store(state, policy, layout, key, is_token=is_token, empty=i == 0)
+        tokens += [at + j for j in range(count) if is_token[0, j]]
         at += count
     keys, values, positions, counts, seen, length = state
     expected = sorted(set(range(min(sinks, len(tokens)))) | set(range(max(0, len(tokens) - window), len(tokens))))
@@ -157,14 +157,14 @@ def test_padding_does_not_change_snapkv():
     key, query = torch.randn(1, 2, 20, 8), torch.randn(1, 4, 20, 8)
     plain = new_state(1, 2, 10, 8)
     store(plain, policy, layout, key, query, empty=True)
-    for real in ([0] * 7 + [1] * 20, [1] * 20 + [0] * 7, [1] * 18 + [0] * 5 + [1] * 2 + [0] * 2):
-        real = torch.tensor([real], dtype=torch.bool)
+    for is_token in ([0] * 7 + [1] * 20, [1] * 20 + [0] * 7, [1] * 18 + [0] * 5 + [1] * 2 + [0] * 2):
+        is_token = torch.tensor([is_token], dtype=torch.bool)
         wide_key, wide_query = torch.full((1, 2, 27, 8), torch.nan), torch.full((1, 4, 27, 8), 50.0)
-        wide_key[:, :, real[0]], wide_query[:, :, real[0]] = key, query
-        wide_key[:, :, ~real[0]] = 50.0
+        wide_key[:, :, is_token[0]], wide_query[:, :, is_token[0]] = key, query
+        wide_key[:, :, ~is_token[0]] = 50.0
         padded = new_state(1, 2, 10, 8)
-        store(padded, policy, layout, wide_key, wide_query, real=real, empty=True)
-        if real[0, -1] or real[0, :20].all():  # inner padding separates neighbours, which smoothing feels
+        store(padded, policy, layout, wide_key, wide_query, is_token=is_token, empty=True)
+        if is_token[0, -1] or is_token[0, :20].all():  # inner padding separates neighbours, which smoothing feels
             assert torch.equal(padded[2], plain[2])
             torch.testing.assert_close(padded[0], plain[0])
         assert padded[4].tolist() == [20]
@@ -175,9 +175,9 @@ def test_fewer_real_queries_than_the_window():
     layout = policy.layout(8)
     torch.manual_seed(3)
     state = new_state(2, 1, 8, 4)
-    real = torch.ones(2, 20, dtype=torch.bool)
-    real[1, :17] = False
-    store(state, policy, layout, torch.randn(2, 1, 20, 4), torch.randn(2, 2, 20, 4), real=real, empty=True)
+    is_token = torch.ones(2, 20, dtype=torch.bool)
+    is_token[1, :17] = False
+    store(state, policy, layout, torch.randn(2, 1, 20, 4), torch.randn(2, 2, 20, 4), is_token=is_token, empty=True)
     assert state[2][1, 0].tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
     assert state[2][0, 0].min() >= 0 and set(range(14, 20)) <= set(state[2][0, 0].tolist())
 

@@ -43,7 +43,7 @@ def one(tokens: int, tickets: bool = False, padded: bool = False, **options: Any
     if tickets:
         options["tickets"] = torch.zeros(2 * run.KV_HEADS + 1, dtype=torch.int32, device="cuda")
     if padded:
-        options["real"] = torch.tensor([[True], [False]], device="cuda")
+        options["is_token"] = torch.tensor([[True], [False]], device="cuda")
     decode.cache_decode(CacheDecodeCall(*run.step(2), *layer, pinned=4, **options))
 
 
@@ -51,7 +51,7 @@ def several(count: int, padded: bool = False, **options: Any) -> None:
     (keys, values, positions, _, seen, _), options = _filled(1000, options)
     query, key, value = (torch.randn(2, count, heads, run.DIM, dtype=keys.dtype, device="cuda").transpose(1, 2) for heads in (32, 8, 8))
     if padded:
-        options["real"] = torch.rand(2, count, device="cuda") > 0.3
+        options["is_token"] = torch.rand(2, count, device="cuda") > 0.3
     append.cache_attention(CacheAttentionCall(query, keys, values, positions, seen, new_key=key, new_value=value, **options))
 
 

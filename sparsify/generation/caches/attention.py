@@ -257,10 +257,10 @@ def _attend(
         "version": cache.VERSION,
     }
     if query.shape[2] == 1 and not empty and not torch.compiler.is_dynamo_compiling():
-        step = {"real": is_token, "tickets": layer.tickets, "pinned": layout.pinned, "version": cache.VERSION}
+        step = {"is_token": is_token, "tickets": layer.tickets, "pinned": layout.pinned, "version": cache.VERSION}
         return cache.decode(query, key, value, *layer.state, **how, **shape, **rotation, **step)
     if query.shape[2] == 1:  # two ops, by which graphs are matched: the method kv_evict makes one of them
-        cache.store(None, key, value, *layer.state, real=is_token, empty=empty, tickets=layer.tickets, **stored)
+        cache.store(None, key, value, *layer.state, is_token=is_token, empty=empty, tickets=layer.tickets, **stored)
         keys, values, positions, _, seen, _ = layer.state
         return cache.attention(query, keys, values, positions, seen, **how, **shape, **rotation, version=cache.VERSION)
     if empty and not layout.rotate_sinks:
@@ -279,14 +279,14 @@ def _attend(
             seen,
             new_key=key,
             new_value=value,
-            real=is_token,
+            is_token=is_token,
             **how,
             **shape,
             **rotation,
             version=cache.VERSION,
         )
     observed = query if layer.policy.observed else None
-    cache.store(observed, key, value, *layer.state, real=is_token, empty=empty, **stored)
+    cache.store(observed, key, value, *layer.state, is_token=is_token, empty=empty, **stored)
     return output
 
 

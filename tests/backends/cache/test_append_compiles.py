@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
 
-ALL = {"windowed": True, "padded": True, "turning": True, "softcap": True, "sink_logits": True}
+ALL = {"windowed": True, "padded": True, "rotate_sinks": True, "softcap": True, "sink_logits": True}
 
 
 def compiled(spec: AppendSpec, arch: int, kernel: str = "fold") -> Resources:
@@ -27,7 +27,7 @@ def compiled(spec: AppendSpec, arch: int, kernel: str = "fold") -> Resources:
 
 
 def spec(rows: int, dtype: str = "bf16", dim: int = 128, arch: int = 90, **clauses) -> AppendSpec:
-    return AppendSpec(dtype, dim, dim, 4, choose_tiling(dtype, dim, rows, divmod(arch, 10), clauses.get("turning", False)), **clauses)
+    return AppendSpec(dtype, dim, dim, 4, choose_tiling(dtype, dim, rows, divmod(arch, 10), clauses.get("rotate_sinks", False)), **clauses)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CLAUSES = {
     "plain": {},
     "window": {"window": 296, "sinks": 4},
-    "turned": {"window": 296, "sinks": 4, "inverse_frequencies": True},
+    "rotated": {"window": 296, "sinks": 4, "inverse_frequencies": True},
     "logits": {"softcap": 20.0, "sink_logits": True},
 }
 
@@ -38,8 +38,8 @@ def test_against_the_reference(count, capacity, tokens, dim, group, dtype, padde
         options["sink_logits"] = torch.randn(2 * group, device="cuda")
     if "inverse_frequencies" in options:
         options["inverse_frequencies"] = 1 / 10000 ** torch.linspace(0, 1, dim // 2, device="cuda")
-    real = torch.rand(2, count, device="cuda") > 0.2 if padded else None
-    call = CacheAttentionCall(query, keys, values, positions, seen, new_key=key, new_value=value, real=real, **options)
+    is_token = torch.rand(2, count, device="cuda") > 0.2 if padded else None
+    call = CacheAttentionCall(query, keys, values, positions, seen, new_key=key, new_value=value, is_token=is_token, **options)
     want, got = reference.cache_attention(call), cache_attention(call)
     torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -53,8 +53,8 @@ def test_what_keys_get_of_the_queries(count, dim, group, queries, dtype, softcap
     torch.manual_seed(0)
     make = lambda heads, size: torch.randn(2, size, heads, dim, device="cuda").to(dtype).transpose(1, 2)
     query, keys = make(2 * group, queries), make(2, count)
-    real = torch.rand(2, 1, count, device="cuda") > 0.1
-    positions = torch.where(real, real.cumsum(-1) - 1, -1).to(torch.int32).expand(-1, 2, -1)
+    is_token = torch.rand(2, 1, count, device="cuda") > 0.1
+    positions = torch.where(is_token, is_token.cumsum(-1) - 1, -1).to(torch.int32).expand(-1, 2, -1)
     asked = (positions[:, 0].amax(-1, keepdim=True) - queries + 1 + torch.arange(queries, device="cuda")).to(torch.int32)
     call = CacheMassCall(query, keys, positions, asked, scale=dim**-0.5, softcap=softcap)
     want, got = reference.cache_mass(call), cache_mass(call)

@@ -32,11 +32,11 @@ def check(
     query, key, value = make(kv_heads * group, dims[0]), make(kv_heads, dims[0]), make(kv_heads, dims[1])
     if clauses.pop("sink_logits", False):
         options["sink_logits"] = torch.randn(kv_heads * group, generator=generator)
-    if clauses.pop("turning", False):
+    if clauses.pop("rotate_sinks", False):
         options["inverse_frequencies"] = 1.0 / 10.0 ** torch.linspace(0, 2, dims[0] // 4)
     if clauses.pop("padding", False):
-        options["real"] = torch.randint(0, 3, (batch, count), generator=generator) > 0
-        value.transpose(1, 2)[~options["real"]] = torch.nan
+        options["is_token"] = torch.randint(0, 3, (batch, count), generator=generator) > 0
+        value.transpose(1, 2)[~options["is_token"]] = torch.nan
     if new:
         options |= {"new_key": key, "new_value": value}
     assert not clauses
@@ -56,8 +56,8 @@ def check(
         {"padding": True, "kv_heads": 2},
         {"window": 0, "padding": True, "softcap": 3.0, "sink_logits": True},
         {"window": 0, "softcap": 3.0, "sink_logits": True, "splits": 2},
-        {"turning": True, "splits": 2},
-        {"turning": True, "padding": True, "tokens": (0, 2), "count": 40, "capacity": 9},
+        {"rotate_sinks": True, "splits": 2},
+        {"rotate_sinks": True, "padding": True, "tokens": (0, 2), "count": 40, "capacity": 9},
         {"tokens": (0, 0), "count": 50, "capacity": 12, "sinks": 3},
         {"new": False, "count": 1, "window": 0},
         {"new": False, "count": 1, "splits": 3},
@@ -72,7 +72,7 @@ def test_against_the_reference(clauses):
 
 def test_clauses_change_the_result():
     plain = check()
-    for clause in ({"softcap": 0.5}, {"sink_logits": True}, {"turning": True}, {"window": 0}, {"window": 9}, {"padding": True}):
+    for clause in ({"softcap": 0.5}, {"sink_logits": True}, {"rotate_sinks": True}, {"window": 0}, {"window": 9}, {"padding": True}):
         assert not torch.allclose(check(**clause).nan_to_num(), plain, atol=1e-3), clause
 
 
@@ -85,11 +85,24 @@ def test_clauses_change_the_result():
     tokens=st.lists(st.integers(0, 40), min_size=2, max_size=2),
     count=st.integers(2, 36),
     padding=st.booleans(),
-    turning=st.booleans(),
+    rotate_sinks=st.booleans(),
     splits=st.integers(1, 3),
 )
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_sizes_together(kv_heads, group, capacity, sinks, window, tokens, count, padding, turning, splits):
+def test_sizes_together(kv_heads, group, capacity, sinks, window, tokens, count, padding, rotate_sinks, splits):
     sinks = min(sinks, capacity - 1)
-    turning = turning and window != 0
-    check(2, kv_heads, group, capacity, (16, 16), tuple(tokens), sinks, count, window, splits=splits, padding=padding, turning=turning)
+    rotate_sinks = rotate_sinks and window != 0
+    check(
+        2,
+        kv_heads,
+        group,
+        capacity,
+        (16, 16),
+        tuple(tokens),
+        sinks,
+        count,
+        window,
+        splits=splits,
+        padding=padding,
+        rotate_sinks=rotate_sinks,
+    )

@@ -28,7 +28,7 @@ def spec(dtype="bf16", dim=128, group=4, **clauses) -> DecodeSpec:
     return DecodeSpec(dtype, dim, dim, group, choose_tiling(dtype, dim), **clauses)
 
 
-ALL = {"softcap": True, "sink_logits": True, "padded": True, "turning": True}
+ALL = {"softcap": True, "sink_logits": True, "padded": True, "rotate_sinks": True}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

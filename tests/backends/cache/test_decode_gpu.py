@@ -55,7 +55,7 @@ def test_joining_in_the_last_program_loses_nothing():
     pairs = []
     for i in range(400):
         call = tuple(torch.randn(2, 1, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8, 8))
-        options["real"] = torch.tensor([[True], [i % 3 > 0]], device="cuda") if i >= 200 else None
+        options["is_token"] = torch.tensor([[True], [i % 3 > 0]], device="cuda") if i >= 200 else None
         joined = CacheDecodeCall(*call, *ours, tickets=tickets, **options)
         pairs.append((cache_decode(joined), cache_decode(CacheDecodeCall(*call, *theirs, **options))))
     got, want = (torch.stack(outputs) for outputs in zip(*pairs))

@@ -37,7 +37,7 @@ def filled_state(batch, kv_heads, capacity, dims, tokens, layout, dtype, seed=0)
         torch.zeros((), dtype=torch.int64),
     )
     width = max(tokens)
-    real = torch.tensor([[0] * (width - n) + [1] * n for n in tokens], dtype=torch.bool)
+    is_token = torch.tensor([[0] * (width - n) + [1] * n for n in tokens], dtype=torch.bool)
     key = torch.randn(batch, kv_heads, width, dims[0], generator=generator).to(dtype)
     value = torch.randn(batch, kv_heads, width, dims[1], generator=generator).to(dtype)
     policy = policies.make("streaming_llm", sinks=layout.pinned, window=capacity - layout.pinned)
@@ -50,7 +50,7 @@ def filled_state(batch, kv_heads, capacity, dims, tokens, layout, dtype, seed=0)
             "scale": 1.0,
             "softcap": 0.0,
         }
-        reference.cache_store(CacheStoreCall(None, key, value, *state, real=real, **stored))
+        reference.cache_store(CacheStoreCall(None, key, value, *state, is_token=is_token, **stored))
     return state
 
 
@@ -65,7 +65,7 @@ def check(
     options |= {"window": capacity - pinned, "sinks": pinned}
     if clauses.pop("sink_logits", False):
         options["sink_logits"] = torch.randn(kv_heads * group, generator=generator)
-    if clauses.pop("turning", False):
+    if clauses.pop("rotate_sinks", False):
         options["inverse_frequencies"] = 1.0 / 10.0 ** torch.linspace(0, 2, dims[0] // 4)
     padding = clauses.pop("padding", False)
     limit = triton_decode._WHOLE_SLOTS
@@ -78,7 +78,7 @@ def check(
         query, key, value = make(kv_heads * group, dims[0]), make(kv_heads, dims[0]), make(kv_heads, dims[1])
         if padding:
             mask = torch.randint(0, 2, (batch, 5), generator=generator).bool()
-            options["real"] = mask[:, -1:]
+            options["is_token"] = mask[:, -1:]
             value[~mask[:, -1]] = torch.nan
         want = reference.cache_decode(CacheDecodeCall(query, key, value, *theirs, **options))
         got = cache_decode(CacheDecodeCall(query, key, value, *ours, tickets=tickets, **options), tiling=SMALL)
@@ -98,12 +98,12 @@ def check(
         {},
         {"fused": False},
         {"whole": False},
-        {"whole": False, "fused": False, "padding": True, "turning": True, "sink_logits": True, "softcap": 3.0},
+        {"whole": False, "fused": False, "padding": True, "rotate_sinks": True, "sink_logits": True, "softcap": 3.0},
         {"softcap": 5.0},
         {"sink_logits": True},
-        {"turning": True},
+        {"rotate_sinks": True},
         {"padding": True},
-        {"padding": True, "turning": True, "sink_logits": True, "softcap": 3.0},
+        {"padding": True, "rotate_sinks": True, "sink_logits": True, "softcap": 3.0},
         {"dims": (24, 40)},
         {"group": 1},
         {"group": 20},
@@ -122,7 +122,7 @@ def test_against_the_reference(clauses):
 
 def test_clauses_change_the_result():
     plain = check()
-    for clause in ({"softcap": 0.5}, {"sink_logits": True}, {"turning": True}):
+    for clause in ({"softcap": 0.5}, {"sink_logits": True}, {"rotate_sinks": True}):
         assert not torch.allclose(check(**clause), plain, atol=1e-3), clause
 
 
@@ -134,13 +134,13 @@ def test_clauses_change_the_result():
     pinned=st.integers(0, 10),
     tokens=st.lists(st.integers(0, 90), min_size=3, max_size=3),
     padding=st.booleans(),
-    turning=st.booleans(),
+    rotate_sinks=st.booleans(),
     fused=st.booleans(),
 )
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_sizes_together(batch, kv_heads, group, capacity, pinned, tokens, padding, turning, fused):
+def test_sizes_together(batch, kv_heads, group, capacity, pinned, tokens, padding, rotate_sinks, fused):
     pinned = min(pinned, capacity - 1)
-    more = {"padding": padding, "turning": turning and pinned > 0, "fused": fused}
+    more = {"padding": padding, "rotate_sinks": rotate_sinks and pinned > 0, "fused": fused}
     check(batch, kv_heads, group, capacity, (16, 16), tuple(tokens[:batch]), pinned, steps=2, **more)
 
 

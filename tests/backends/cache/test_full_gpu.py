@@ -36,7 +36,7 @@ def test_a_graph_over_a_full_cache_is_replayed_until_there_is_no_room(capacity, 
     call = token(2, 32, 8)
     options = CALL | {"tickets": torch.zeros(17, dtype=torch.int32, device="cuda") if fused else None}
     if padded:
-        options["real"] = torch.tensor([[True], [False]], device="cuda")
+        options["is_token"] = torch.tensor([[True], [False]], device="cuda")
     warm = tuple(t.clone() for t in state)
     cache_decode(CacheDecodeCall(*call, *warm, **options))  # compiled outside of the capture
     graph = torch.cuda.CUDAGraph()

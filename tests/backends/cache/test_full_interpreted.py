@@ -29,11 +29,13 @@ def filled(tokens: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         torch.zeros((), dtype=torch.int64),
     )
     width = max(tokens)
-    real = torch.tensor([[0] * (width - n) + [1] * n for n in tokens], dtype=torch.bool)
+    is_token = torch.tensor([[0] * (width - n) + [1] * n for n in tokens], dtype=torch.bool)
     key, value = torch.randn(2, BATCH, KV_HEADS, width, DIM)
-    value.transpose(1, 2)[~real] = torch.nan
+    value.transpose(1, 2)[~is_token] = torch.nan
     policy = policies.make("full").describe()
-    reference.cache_store(CacheStoreCall(None, key, value, *state, real=real, empty=True, policy=policy, recent=0, **PINNED, **CALL))
+    reference.cache_store(
+        CacheStoreCall(None, key, value, *state, is_token=is_token, empty=True, policy=policy, recent=0, **PINNED, **CALL)
+    )
     return state
 
 
@@ -52,7 +54,7 @@ def test_decode(fused, padding, tokens):
     tickets = torch.zeros(BATCH * KV_HEADS + 1, dtype=torch.int32) if fused else None
     for step in range(4):
         query, key, value = token()
-        options = {"real": torch.tensor([[step != 1], [step != 2]]) if padding else None, "window": 0, "sinks": 0, **PINNED, **CALL}
+        options = {"is_token": torch.tensor([[step != 1], [step != 2]]) if padding else None, "window": 0, "sinks": 0, **PINNED, **CALL}
         want = reference.cache_decode(CacheDecodeCall(query, key, value, *theirs, **options))
         got = cache_decode(CacheDecodeCall(query, key, value, *ours, tickets=tickets, **options), tiling=DecodeTiling(16, 4, 2))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5, equal_nan=True)
@@ -69,7 +71,7 @@ def test_several_tokens(padding):
     query, key, value = (torch.randn(BATCH, 5, heads, DIM).transpose(1, 2) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
     call = {"new_key": key, "new_value": value, "window": 0, "sinks": 0, **CALL}
     if padding:
-        call["real"] = torch.tensor([[False, True, True, False, True], [True, False, False, True, True]])
+        call["is_token"] = torch.tensor([[False, True, True, False, True], [True, False, False, True, True]])
     record = CacheAttentionCall(query, keys, values, positions, seen, **call)
     want, got = reference.cache_attention(record), append.cache_attention(record)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

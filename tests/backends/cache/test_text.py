@@ -15,7 +15,7 @@ def decode_spec(**clauses):
 
 
 def append_spec(rows=4096, **clauses):
-    tiling = append.choose_tiling("bf16", 128, rows, turning=clauses.get("turning", False))
+    tiling = append.choose_tiling("bf16", 128, rows, rotate_sinks=clauses.get("rotate_sinks", False))
     return append.AppendSpec("bf16", 128, 128, 4, tiling, **clauses)
 
 
@@ -28,12 +28,12 @@ KERNELS = {
     "decode": (decode, decode.decode_source, decode_spec(), ("split", "combine")),
     "decode_fused": (decode, decode.decode_source, decode_spec(fused=True, whole=True), ("split",)),
     "decode_all": (
-        decode, decode.decode_source, decode_spec(softcap=True, sink_logits=True, padded=True, turning=True), ("split", "combine"),
+        decode, decode.decode_source, decode_spec(softcap=True, sink_logits=True, padded=True, rotate_sinks=True), ("split", "combine"),
     ),
     "append": (append, append.append_source, append_spec(), ("fold",)),
     "append_split": (append, append.append_source, append_spec(20, single=False, has_new=False), ("fold", "join")),
     "append_all": (
-        append, append.append_source, append_spec(windowed=True, padded=True, turning=True, softcap=True, sink_logits=True), ("fold",),
+        append, append.append_source, append_spec(windowed=True, padded=True, rotate_sinks=True, softcap=True, sink_logits=True), ("fold",),
     ),
     "mass": (mass, mass.mass_source, mass_spec(), ("spread", "gather")),
     "mass_softcap": (mass, mass.mass_source, mass_spec(80, softcap=True), ("spread", "gather")),
@@ -54,6 +54,6 @@ def test_text_is_python_whose_parameters_are_the_arguments(name):
         assert [parameter.arg for parameter in functions[kernel].args.args] == [a.name for a in module.arguments(spec, kernel)]
 
 
-@pytest.mark.parametrize("word", ["cap_log2", "sink_logits", "q_turned", "is_real = tl.load"])
+@pytest.mark.parametrize("word", ["cap_log2", "sink_logits", "q_rotated", "stores = tl.load"])
 def test_a_clause_is_in_the_text_only_where_it_is_asked_for(word):
     assert word in decode.decode_source(KERNELS["decode_all"][2]) and word not in decode.decode_source(KERNELS["decode"][2])

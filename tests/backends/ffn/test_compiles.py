@@ -28,9 +28,9 @@ FAMILIES = {
     "llama": {},
     "phi3": {"hidden": 3072, "intermediate": 8192},
     "gemma": {"activation": "gelu_tanh", "norm": "rms_offset", "post_norm": "rms_offset", "hidden": 2304, "intermediate": 9216},
-    "gpt2": {"activation": "gelu_tanh", "norm": "layer", "norm_bias": True, "wide_bias": True, "down_bias": True, "gated": False,
+    "gpt2": {"activation": "gelu_tanh", "norm": "layer", "norm_bias": True, "up_bias": True, "down_bias": True, "gated": False,
              "transposed": True, "hidden": 768, "intermediate": 3072},
-    "neox": {"activation": "gelu", "norm": "layer", "norm_bias": True, "wide_bias": True, "down_bias": True, "gated": False,
+    "neox": {"activation": "gelu", "norm": "layer", "norm_bias": True, "up_bias": True, "down_bias": True, "gated": False,
              "hidden": 5120, "intermediate": 20480},
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str
     """ones: numbers that are 1 in the call, which Triton makes constants."""
     module = source.load(ffn_source(chosen), "ffn")
     found = {}
-    for name in ("normalise", "widen", "narrow", "finish"):
+    for name in ("normalise", "project_up", "project_down", "finish"):
         if name == "normalise" and not needs_normalise(chosen):
             continue
         kernel = getattr(module, name)
@@ -69,7 +69,7 @@ def test_hopper(family, rows):
         within_budget(f"ffn {name} {family} {rows} rows sm_90", resources)
         assert resources.spilled == 0, name
         assert resources.shared <= SHARED_LIMIT[90]
-    for name in ("widen", "narrow"):
+    for name in ("project_up", "project_down"):
         assert used[name].mma + used[name].wgmma > 0
         assert used[name].cp_async > 0
         # two programs share a processor
@@ -97,14 +97,14 @@ def test_one_row():
 
 
 def compiled_rows(family: str, arch: int) -> dict[str, Resources]:
-    """The kernels for many rows; all but `widen` and `narrow` read and write plain pointers."""
+    """The kernels for many rows; all but `project_up` and `project_down` read and write plain pointers."""
     fields = {"hidden": 4096, "intermediate": 14336, "gated": True, **FAMILIES[family]}
     tiling = choose_rows_tiling("bf16", fields["gated"])
     chosen = FfnSpec("bf16", MANY, tiling=tiling, **fields)
     module = source.load(rows_source(chosen), "ffn_rows")
     found = {}
-    for name in ("compact", "normalise", "widen", "narrow", "finish"):
-        warps = tiling.warps if name in ("widen", "narrow") else 8
+    for name in ("compact", "normalise", "project_up", "project_down", "finish"):
+        warps = tiling.warps if name in ("project_up", "project_down") else 8
         found[name] = compile_kernel(getattr(module, name), arguments(chosen, name), arch=arch, num_warps=warps, num_stages=3)
     return found
 
@@ -116,14 +116,14 @@ def test_many_rows_on_hopper(family):
         within_budget(f"ffn rows {name} {family} sm_90", resources)
         assert resources.spilled == 0, name
         assert resources.shared <= SHARED_LIMIT[90]
-    assert used["widen"].wgmma > 0 and used["narrow"].wgmma > 0
+    assert used["project_up"].wgmma > 0 and used["project_down"].wgmma > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma", "neox"])
 def test_many_rows_on_blackwell(family):
     used = compiled_rows(family, 100)
-    assert used["widen"].mma > 0 and used["narrow"].mma > 0
+    assert used["project_up"].mma > 0 and used["project_down"].mma > 0
     assert all(r.shared <= SHARED_LIMIT[100] for r in used.values())
 
 

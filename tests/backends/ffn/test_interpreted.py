@@ -30,7 +30,7 @@ CASES = {
     "granite": {"scale": 0.22, "post_norm": "rms", "post_eps": 1e-5},
 }
 HIDDEN, INTERMEDIATE = 64, 160
-TILING = FfnTiling(wide_tile=64, wide_step=64, narrow_tile=64, narrow_step=32, parts=2, warps=4, wide_stages=2, narrow_stages=2)
+TILING = FfnTiling(up_tile=64, up_step=64, down_tile=64, down_step=32, parts=2, warps=4, up_stages=2, down_stages=2)
 
 
 def operands(case: str, rows: int, dtype: torch.dtype, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE):
@@ -136,7 +136,7 @@ def test_rows_do_not_influence_each_other():
 
 # -- many rows: those that compute are compacted -----------------------------------------------------------------------------------------
 
-ROWS_TILING = RowsTiling(row_tile=16, wide_tile=64, narrow_tile=64, step=32, wide_stages=2, narrow_stages=2, warps=4)
+ROWS_TILING = RowsTiling(row_tile=16, up_tile=64, down_tile=64, step=32, up_stages=2, down_stages=2, warps=4)
 
 
 @pytest.fixture

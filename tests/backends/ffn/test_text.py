@@ -15,7 +15,7 @@ from tests.support.goldens import check_kernel_text
 FAMILIES = {
     "llama": {"hidden": 4096, "intermediate": 14336},
     "gpt2": {"hidden": 768, "intermediate": 3072, "gated": False, "transposed": True, "activation": "gelu_tanh", "norm": "layer",
-             "norm_bias": True, "wide_bias": True, "down_bias": True},
+             "norm_bias": True, "up_bias": True, "down_bias": True},
     "gemma": {"hidden": 2304, "intermediate": 9216, "activation": "gelu_tanh", "norm": "rms_offset", "post_norm": "rms_offset"},
     "olmo2": {"hidden": 2048, "intermediate": 8192, "norm": "none", "post_norm": "rms_fp32", "scale": 0.5},
 }  # fmt: skip
@@ -40,8 +40,8 @@ def test_golden_text(family, rows):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_is_python_with_the_kernels_that_are_launched(family, rows):
     names = {node.name for node in ast.parse(text_of(family, rows)).body if isinstance(node, ast.FunctionDef)}
-    few = {"activate", "widen", "narrow", "finish"} | ({"normalise"} if family == "gpt2" else set())
-    assert names == ({"activate", "compact", "normalise", "place", "widen", "narrow", "finish"} if rows == MANY else few)
+    few = {"activate", "project_up", "project_down", "finish"} | ({"normalise"} if family == "gpt2" else set())
+    assert names == ({"activate", "compact", "normalise", "place", "project_up", "project_down", "finish"} if rows == MANY else few)
 
 
 @pytest.mark.parametrize("rows", [16, MANY])
@@ -75,12 +75,12 @@ def test_two_programs_fit_a_processor_and_parts_cover_the_sum(dtype, rows, hidde
     tiling = choose_tiling(dtype, rows, hidden, intermediate, gated, processors)
     one = FfnSpec(dtype, rows, hidden, intermediate, tiling, gated)
     element = 4 if dtype == "fp32" else 2
-    wide = tiling.wide_stages * tiling.wide_step * (tiling.wide_tile * (1 + gated) + rows) * element
-    narrow = tiling.narrow_stages * tiling.narrow_step * (tiling.narrow_tile + rows) * element
-    assert max(wide, narrow) <= 112 * 1024
-    assert min(tiling.wide_tile, tiling.wide_step, tiling.narrow_tile, tiling.narrow_step) >= 16 and tiling.parts >= 1
-    assert one.part * tiling.parts >= intermediate and one.part % tiling.narrow_step == 0
-    assert one.wide_programs * tiling.wide_tile >= intermediate
+    wide = tiling.up_stages * tiling.up_step * (tiling.up_tile * (1 + gated) + rows) * element
+    project_down = tiling.down_stages * tiling.down_step * (tiling.down_tile + rows) * element
+    assert max(wide, project_down) <= 112 * 1024
+    assert min(tiling.up_tile, tiling.up_step, tiling.down_tile, tiling.down_step) >= 16 and tiling.parts >= 1
+    assert one.part * tiling.parts >= intermediate and one.part % tiling.down_step == 0
+    assert one.up_programs * tiling.up_tile >= intermediate
 
 
 def test_the_activation_of_parts_is_in_the_text():
