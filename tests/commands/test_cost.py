@@ -102,6 +102,18 @@ def test_predictions_are_near_what_was_measured(of_8b):
         assert row.dense.memory.peak == pytest.approx(peak, rel=0.03)
 
 
+def test_feed_forward_blocks_in_parts_take_the_memory_of_one_part():
+    """8192 rows at a time hold gate and up of 8192 rows; below `min_rows` blocks are whole."""
+    from transformers import LlamaConfig
+
+    model = meta_model.build("two layers", config=LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 2}))
+    options = {"passes": ["dense", "ffn_parts"], "ffn_parts": {"min_rows": 8192, "part_rows": 8192}}
+    short, long = forecaster(model, **options).forecast([4096, 32768]).rows
+    assert short.chosen.memory == short.dense.memory
+    assert long.dense.memory.scratch - long.chosen.memory.scratch == (32768 - 8192) * 2 * 14336 * 2
+    assert {group.choice for group in long.chosen.groups if group.what == "ffn" and group.phase == "prefill"} == {"ffn_parts"}
+
+
 def test_crossovers_are_where_the_plan_changes(of_8b):
     found = [one for one in of_8b.crossovers if one.after == "xattention"]
     assert [(one.phase, one.layers) for one in found] == [("prefill", tuple(range(32)))]

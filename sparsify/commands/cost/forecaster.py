@@ -91,7 +91,7 @@ class Forecaster:
 
     def decide(self, call: CallSites, config: Config) -> Decided:
         """What the compiler would decide for every site of a call. Sites that differ in their name alone are planned once."""
-        sites: list[AnySite] = [*call.attention, *call.cache, *(call.feed_forward if acts_on("ffn", config) else ())]
+        sites: list[AnySite] = [*call.attention, *call.cache, *(call.feed_forward if acts_on("ffn", config, self.context.device) else ())]
         found: Decided = []
         for site, at in zip(sites, places(sites), strict=True):
             asked = self.asked(site, config, at)
@@ -112,7 +112,7 @@ class Forecaster:
     def _side(self, calls: PromptAndToken, length: int, config: Config) -> Side:
         prefill = self.decide(calls.prefill, config)
         decode = self.decide(filled(calls.decode, length), config)
-        scratch = self._activations(length) + max((_scratch(site, d) for site, d in prefill), default=0)
+        scratch = self._activations(length, prefill) + max((_scratch(*one) for one in of_kind(prefill, "attention", "cache")), default=0)
         memory = Memory(self.model.weight_bytes, sum(calls.cache_bytes), scratch)
         groups = (*grouped(PREFILL, prefill, length, self.context), *grouped(DECODE, decode, length + 1, self.context))
         return Side(self._seconds(prefill, length, length), self._seconds(decode, 1, length + 1), memory, groups)
@@ -183,12 +183,13 @@ class Forecaster:
         sizes = dataclasses.replace(site.sizes, key_len=site.query_len, causal=True)
         return float(attention_seconds(sizes, self.context.device, window=band or None, kernel=self.context.family))
 
-    def _activations(self, length: int) -> int:
+    def _activations(self, length: int, prefill: Decided) -> int:
         """What a layer's widest moment holds for all rows, and the logits of the last ones: two wide rows and four of the stream, as
-        measured on a compiled model of Llama's shape."""
-        widest = max(shape.intermediate for shape in self._shapes.values())
+        measured on a compiled model of Llama's shape. A feed-forward block that is computed in parts holds what its method says instead."""
         rows = self.batch * length * self.model.dtype.itemsize
-        return rows * (2 * widest + 4 * self.model.hidden) + 4 * self.batch * self.model.vocabulary
+        parts = {site.layer: int(decision.scratch) for site, decision in of_kind(prefill, "ffn") if decision.scratch}
+        wide = (parts.get(layer, rows * 2 * self._shapes[kind].intermediate) for layer, kind in enumerate(self.model.kinds))
+        return max(wide) + rows * 4 * self.model.hidden + 4 * self.batch * self.model.vocabulary
 
     def _layer_shapes(self, call: CallSites) -> dict[int, _LayerShape]:
         shapes = {}
