@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparsify.backends.codegen.arguments import ITEM_BYTES, Argument, integers, parameters, pointers
+from sparsify.backends.codegen.arguments import ITEM_BYTES, Argument, dot_precision, integers, parameters, pointers
 from sparsify.backends.codegen.launch import power_of_two
 from sparsify.backends.codegen.template import render
 from sparsify.backends.ffn.few_rows_template import ACTIVATE
@@ -108,7 +108,7 @@ def linear_source(spec: LinearSpec) -> str:
     tiling = spec.tiling
     values = {**vars(spec), **_masks(spec), "gated": spec.gated, "parts": len(spec.outputs), "parameters": parameters(arguments(spec))}
     values |= {"tensor": tiling.tensor, "stages": tiling.stages, "steps": cdiv(spec.inputs, tiling.stride)}
-    values |= {"precision": ', input_precision="ieee"' if spec.dtype == "fp32" else ""}
+    values["precision"] = dot_precision(spec.dtype)
     values |= {f"{name}weights": _load(values, "weight", first) for name, first in _FIRSTS.items()}
     values |= {f"{name}ups": _load(values, "weight_2", first) for name, first in _FIRSTS.items()}
     begin, step = (template.TENSOR_BEGIN, template.TENSOR_STEP) if tiling.tensor else (template.BEGIN, template.STEP)

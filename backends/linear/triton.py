@@ -35,11 +35,11 @@ def linear(call: LinearCall) -> list[Tensor]:
     need(len({bias is None for bias in call.biases}) == 1, "some of the weights have a bias", _WHERE)
     device = meant(call.device)
     early = call.early and device.type == "cuda" and capability(device) >= _EARLY_CAPABILITY
-    run(spec_of(call, early), call, outputs)
+    run(kernel_spec(call, early), call, outputs)
     return outputs
 
 
-def spec_of(call: LinearCall, early: bool = False, tiling: LinearTiling | None = None) -> LinearSpec:
+def kernel_spec(call: LinearCall, early: bool = False, tiling: LinearTiling | None = None) -> LinearSpec:
     """The spec of a call.
 
     Args:

@@ -21,7 +21,7 @@ from torch import fx
 
 from sparsify.graph.aliasing import Memory, example_tensor, tensor_of
 from sparsify.masks.symbolic import plain, sizes
-from sparsify.matching.pointwise import activation_of, form, is_parameter, kind_of, norm_of, pair
+from sparsify.matching.pointwise import binary_operands, bind_or_none, is_parameter, match_activation, match_norm, op_kind
 from sparsify.matching.sites import Norm
 from sparsify.ops.gradients import Modes
 from sparsify.ops.limits import LINEAR_MAX_ROWS
@@ -98,7 +98,7 @@ def join(gm: fx.GraphModule, serves: Callable[[torch.device], bool]) -> int:
 
 def _product(node: fx.Node, serves: Callable[[torch.device], bool]) -> _Product | None:
     """A linear layer of few rows, as far as it can be told without a guard."""
-    call = form(node, "input: tensor, weight: tensor, bias: tensor = None") if kind_of(node) == "linear" else None
+    call = bind_or_none(node, "input: tensor, weight: tensor, bias: tensor = None") if op_kind(node) == "linear" else None
     if call is None or not is_parameter(call.weight, 2) or not (call.bias is None or is_parameter(call.bias, 1)):
         return None
     read, weight, made = example_tensor(call.input), example_tensor(call.weight), example_tensor(node)
@@ -154,9 +154,9 @@ def _candidates(graph: fx.Graph, products: dict[fx.Node, _Product]) -> Iterator[
 
 def _gate(node: fx.Node, products: dict[fx.Node, _Product]) -> _Join | None:
     """act(gate) · up."""
-    factors = pair(node) if kind_of(node) == "mul" else None
+    factors = binary_operands(node) if op_kind(node) == "mul" else None
     for active, other in (factors, factors[::-1]) if factors else ():
-        read = activation_of(active) if isinstance(active, fx.Node) else None
+        read = match_activation(active) if isinstance(active, fx.Node) else None
         if read is None or read[1] not in products or other not in products or read[1] is other:
             continue
         gate, up = products[read[1]], products[other]
@@ -168,9 +168,9 @@ def _gate(node: fx.Node, products: dict[fx.Node, _Product]) -> _Join | None:
 
 def _with_residual(one: _Join) -> _Join:
     """The same with the sum that alone reads it, where there is one."""
-    if len(one.products) != 1 or len(users := list(one.outputs[0].users)) != 1 or kind_of(users[0]) != "add":
+    if len(one.products) != 1 or len(users := list(one.outputs[0].users)) != 1 or op_kind(users[0]) != "add":
         return one
-    terms = pair(users[0])
+    terms = binary_operands(users[0])
     if terms is None or terms[0] is terms[1] or not all(isinstance(term, fx.Node) for term in terms):
         return one
     other = terms[1] if terms[0] is one.outputs[0] else terms[0]
@@ -186,7 +186,7 @@ def _with_norm(one: _Join) -> _Join:
     """The same with the RMS norm of its input, which nothing else reads. Of a single row: the kernels of more have none."""
     if not _known_few(example_tensor(one.input), 1):
         return one
-    read = norm_of(one.input)
+    read = match_norm(one.input)
     if read is None or not read[0].kind.startswith("rms") or set(one.input.users) - {product.node for product in one.products}:
         return one
     norm, source, nodes = read

@@ -56,7 +56,7 @@ def make_call(
 def run(call: LinearCall, tiling: LinearTiling | None = None) -> list[torch.Tensor]:
     call.check()
     outputs = [output.fill_(float("nan")) for output in call.empty_outputs()]
-    kernels.run(kernels.spec_of(call, tiling=tiling), call, outputs)
+    kernels.run(kernels.kernel_spec(call, tiling=tiling), call, outputs)
     return outputs
 
 

@@ -159,7 +159,7 @@ def test_a_row_of_a_call_is_the_row_alone(before, call, recent):
         real = torch.cat((flags[:, part], torch.ones_like(flags[:, part])))
         padded = key[:, :, part].masked_fill(~flags[:, None, part, None], torch.nan)  # whatever a model computes for padding
         both = torch.cat((padded, key[:, :, part])), query[:, :, part].expand(2, -1, -1, -1)
-        store(batch, policy, layout, *both, real=real, empty=part.start == 0)
+        store(batch, policy, layout, *both, is_token=real, empty=part.start == 0)
         own = flags[0, part]
         if own.any():
             tokens = [tensor[:, :, part][:, :, own] for tensor in (key, query)]
@@ -189,7 +189,7 @@ def test_policies_see_tokens_side_by_side(holes, monkeypatch):
     tokens = 0
     for i in range(2):
         number = torch.where(real, tokens + real.cumsum(-1) - 1, -7).float()
-        store(state, Neighbours(), layout, number[:, None, :, None].expand(1, 1, 10, 2).contiguous(), real=real, empty=i == 0)
+        store(state, Neighbours(), layout, number[:, None, :, None].expand(1, 1, 10, 2).contiguous(), is_token=real, empty=i == 0)
         tokens += int(real.sum())
         positions, keys, values = seen[-1]
         count = int((positions >= 0).sum())
