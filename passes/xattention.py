@@ -38,6 +38,9 @@ from sparsify.planning.method import (
     work,
 )
 
+# blocks that a coarse list holds for one that the finer stage keeps, on models that were measured
+_LISTED = 3
+
 
 class XAttention(Pass):
     """threshold: share of a row's estimated mass to keep, one for all heads or one per query head; 1 keeps everything.
@@ -61,6 +64,12 @@ class XAttention(Pass):
         0.95, description="share of a row's estimated mass to keep; a list gives one per query head"
     )
     density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
+    refine_stride: Literal[4, 8] | None = Field(
+        None,
+        description="two stages, with the row rule: blocks that `stride` lists with `coarse_threshold` are scored again at this finer "
+        "stride, and `threshold` chooses among them",
+    )
+    coarse_threshold: float = Field(0.9, ge=0, le=1, description="share of a row's mass that the first of two stages keeps")
     windows: tuple[int, ...] = Field(
         (),
         description="one number per query head: a head with a positive one sees `sinks` first and so many last keys, by token, and no "
@@ -101,6 +110,11 @@ class XAttention(Pass):
             raise ValueError(f"stride {self.stride} does not divide block {self.block}")
         if self.pool == "row" and self.density:
             raise ValueError('pool = "row" keeps by threshold: a density needs one importance for each block, which "sum" and "max" have')
+        if self.refine_stride:
+            if self.pool != "row" or self.refine_stride >= self.stride:
+                raise ValueError('refine_stride goes with pool = "row" and is finer than stride')
+            if max((one for one in self._thresholds() if one < 1), default=0.0) > self.coarse_threshold:
+                raise ValueError("coarse_threshold must not lie below threshold")
         if self.density and any(self.windows):
             raise ValueError("windows go with a threshold, not with a density")
         return self
@@ -137,7 +151,8 @@ class XAttention(Pass):
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {_shown(self.threshold)}"
-        note = f"stride {self.stride}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
+        stages = f" (τ {self.coarse_threshold:g}), then {self.refine_stride}" if self.refine_stride else ""
+        note = f"stride {self.stride}{stages}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         if any(self.windows):
             note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
         works = functools.partial(self._works, context.family)
@@ -155,7 +170,13 @@ class XAttention(Pass):
     def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or self._expected(sizes.key_len)
-        return work.selection(sizes, self.stride, self.block, self.variants), work.attention(sizes, kernel, share=share, listed=True)
+        attending = work.attention(sizes, kernel, share=share, listed=True)
+        first = work.selection(sizes, self.stride, self.block, self.variants, self.pool)
+        if not self.refine_stride:
+            return first, attending
+        # what the first stage lists is some times what the second keeps
+        listed = work.smallest(1, _LISTED * share)
+        return first, work.selection(sizes, self.refine_stride, self.block, self.variants, self.pool, listed), attending
 
     def _expected(self, length: Any) -> sympy.Expr:
         """Density to expect of a prompt: from calibration, else the published one."""
@@ -200,6 +221,8 @@ class XAttention(Pass):
             "block_size": self.block,
             "threshold": self._thresholds(),
             "density": self.density or 0.0,
+            "refine_stride": self.refine_stride or 0,
+            "coarse_threshold": self.coarse_threshold,
         }
 
     def _thresholds(self) -> tuple[float, ...]:

@@ -15,6 +15,9 @@ the column of the first visible key is forced, not a row. With S = stride, per h
    Under the row rule every cell adds blocks in this way, all that equal the last one included, and the query block visits what some cell
    added: a cell that finds nothing is wrong however much its neighbours find.
 
+With two stages, 1 to 3 with the row rule and a threshold of their own list blocks, and 1 to 3 with a finer stride choose again, among those
+alone: what is not listed is not possible, and τ is a share of a cell's mass over the list.
+
 A query block with a visible logit that is not finite keeps every block it may see.
 
 With the variant pair (quad) the mean of M = 2 (4) neighbouring tokens, counted from the cell's first, stands for them, among queries and
@@ -52,6 +55,10 @@ def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
         counts, indices = call.empty_lists()
         return counts.zero_(), indices.zero_()
     possible, forced = candidates(call)
+    if call.refine_stride:
+        coarse, call = call.stages
+        possible = block_lists.to_dense(*select_blocks(coarse), call.key_blocks)
+        forced = forced & possible
     kept = [choose(mass, possible[:, :, blocks], forced[:, :, blocks], call) for blocks, mass in importances(call)]
     return block_lists.from_dense(torch.cat(kept, 2))
 

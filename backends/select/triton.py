@@ -87,6 +87,8 @@ def select_blocks(call: SelectCall, *, tiling: SelectTiling | None = None, limit
     counts, indices = call.empty_lists()
     if call.empty:
         return counts.zero_(), indices
+    if call.refine_stride:
+        raise UnsupportedError("a second, finer stage of the estimate", where=_WHERE, hint="the reference serves it")
     spec = kernel_spec(call, tiling or _tiling(meant(call.device), call.estimate.int8), limits.fused_width)
     with launching(call.device, lambda: f"{_WHERE} ({spec.describe()})"):
         _run(call, spec, counts, indices, None, limits)

@@ -36,6 +36,9 @@ ABLATION = (
     ("row+pair+int8", 4, (0.5, 0.6)),
     ("row+pair+int8", 8, (0.6, 0.7, 0.8)),
     ("row+pair+int8", 16, (0.7, 0.8)),
+    ("row+pair+int8/4@0.9", 16, (0.5, 0.6)),
+    ("row+pair+int8/4@0.95", 16, (0.5, 0.6)),
+    ("row/4@0.95", 16, (0.5,)),
 )
 
 
@@ -59,8 +62,8 @@ def cells(thresholds: list[float], strides: list[int], pools: list[str], sinks: 
 def block_selection(pool: str, stride: int, threshold: float) -> dict[str, Any]:
     """A cell of xattention; pool: as `cells` takes them."""
     chosen = {"stride": stride, "pool": pool, "threshold": threshold}
-    reduce, estimate = parse_label(pool).values()
-    method = {**chosen, "pool": reduce, "estimate": list(estimate.variants)}
+    found = parse_label(pool)
+    method = {**chosen, **found, "estimate": list(found["estimate"].variants)}
     return {"method": "xattention", "parameters": chosen, "options": {"passes": ["xattention", "dense"], "xattention": method, **COMMON}}
 
 

@@ -7,6 +7,7 @@ coefficients and a formula stays short enough to print:
     call      1                                                                           seconds of a call, however small
     work      FLOPs of whole tiles / matrix ceiling, in whole waves over the processors   1 / efficiency
     scores    softmax entries / matrix ceiling                                            FLOPs that an entry costs
+    masses    masses that the row rule compares with cutoffs / matrix ceiling             FLOPs that a mass costs
     work8     8-bit operations / twice the matrix ceiling                                 1 / efficiency
     bytes     bytes that must move / bandwidth                                            1 / efficiency
     scratch   bytes of scratch written and read / bandwidth                               1 / efficiency
@@ -32,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sparsify.errors import ProfileError
 
 FORMAT = 1
-FEATURES = ("call", "work", "scores", "work8", "bytes", "scratch", "prepare", "passes", "steps", "rows", "tail", "spill")
+FEATURES = ("call", "work", "scores", "masses", "work8", "bytes", "scratch", "prepare", "passes", "steps", "rows", "tail", "spill")
 _MOST = 1e6  # no coefficient of a real device comes near
 
 

@@ -19,7 +19,7 @@ import torch
 
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
-from sparsify.ops.estimate import EXACT, Estimate
+from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import score_tile
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
@@ -55,6 +55,7 @@ class Work:
     flops: matrix FLOPs of whole tiles.
     longest: FLOPs of the longest tile, which one processor computes alone.
     scores: softmax entries.
+    masses: of cells over key blocks, each compared with one cutoff after the other.
     flops8: operations on 8-bit numbers.
     size: bytes that must move.
     stream: of those, bytes that one processor reads alone.
@@ -72,6 +73,7 @@ class Work:
     flops: sympy.Expr = _ZERO
     longest: sympy.Expr = _ZERO
     scores: sympy.Expr = _ZERO
+    masses: sympy.Expr = _ZERO
     flops8: sympy.Expr = _ZERO
     size: sympy.Expr = _ZERO
     stream: sympy.Expr = _ZERO
@@ -100,6 +102,7 @@ class Work:
             "call": sympy.Integer(1),
             "work": work,
             "scores": self.scores / ceiling,
+            "masses": self.masses / ceiling,
             "work8": eight,
             "bytes": self.size / device.bandwidth,
             "scratch": self.scratch / device.bandwidth,
@@ -206,13 +209,18 @@ def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:
     )
 
 
-def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Estimate = EXACT) -> Work:
-    """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428)."""
-    return _selection(sizes, stride, block, estimate)
+def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Estimate = EXACT, pool: Pool = "max", share: Any = 1) -> Work:
+    """Antidiagonal scores, the choice of blocks from them, and their lists (arXiv 2503.16428).
+
+    Args:
+        pool: how a query block's cells are combined.
+        share: of the causal blocks that are scored at all: those that an earlier, coarser stage lists.
+    """
+    return _selection(sizes, stride, block, estimate, pool, share)
 
 
 @functools.lru_cache(maxsize=1024)
-def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate) -> Work:
+def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate, pool: Pool, share: Any) -> Work:
     span = estimate.span(stride)
     scored = s.batch * estimate.scored_heads(s.query_heads, s.kv_heads)
     rows, columns = sympy.sympify(s.query_len) / span, sympy.sympify(s.key_len) / stride
@@ -220,10 +228,12 @@ def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate) -
     # causal cells; the column tile that the diagonal cuts is computed whole
     start = columns - rows * span / stride
     cells = rows * (start + (columns - start) / 2 + sympy.Rational(tile_columns, 2)) if s.causal else rows * columns
+    cells = cells * share
     depth = sympy.Rational(stride, estimate.merge) * s.qk_head_dim
     flops = sympy.sympify(2 * scored * cells * depth)
     blocks = sympy.sympify(s.query_len) / block
-    sums = scored * rows * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # fp16
+    masses = rows * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * share
+    sums = scored * masses * 2  # fp16
     lists = s.batch * s.query_heads * blocks * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # int16
     tile = 2 * at_once * tile_rows * tile_columns * depth
     return Work(
@@ -232,6 +242,8 @@ def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate) -
         flops=_ZERO if estimate.int8 else flops,
         flops8=flops if estimate.int8 else _ZERO,
         scores=sympy.sympify(scored * cells),
+        # every query head bisects each of its cells' masses
+        masses=sympy.sympify(s.batch * s.query_heads * masses) if pool == "row" else _ZERO,
         longest=sympy.sympify(tile),
         tiles=sympy.sympify(scored * cells) / (at_once * tile_rows * tile_columns),
         size=s.operand_bytes / 2,

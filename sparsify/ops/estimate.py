@@ -136,15 +136,19 @@ DEFAULT = Estimate(merge=2, int8=True)
 EXAMPLES = (EXACT, *(Estimate.parse(text) for one in VARIANTS.values() for text in one.examples))
 
 
-def label(pool: str, estimate: Estimate) -> str:
-    """How records and notes name both at once: "max", "max+pair+int8"."""
-    return "+".join((pool, *estimate.variants))
+def label(pool: str, estimate: Estimate, refine_stride: int = 0, coarse_threshold: float = 0.0) -> str:
+    """How records and notes name both at once: "max", "max+pair+int8"; with a second stage "row+int8/4@0.9"."""
+    stages = f"/{refine_stride}@{coarse_threshold:g}" if refine_stride else ""
+    return "+".join((pool, *estimate.variants)) + stages
 
 
 def parse_label(text: str) -> dict[str, Any]:
-    """The arguments `pool` and `estimate` of the op for a label."""
-    pool, *names = text.split("+")
-    return {"pool": pool, "estimate": Estimate.from_names(names)}
+    """The arguments `pool` and `estimate` of the op for a label, and those of a second stage where it has one."""
+    first, _, second = text.partition("/")
+    pool, *names = first.split("+")
+    stride, _, threshold = second.partition("@")
+    stages = {"refine_stride": int(stride), "coarse_threshold": float(threshold)} if second else {}
+    return {"pool": pool, "estimate": Estimate.from_names(names), **stages}
 
 
 def as_markdown() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -79,6 +80,10 @@ class SelectCall(OpCall):
     block_size: query rows and keys of a block.
     threshold: share of each row's mass to keep, one for all heads or one per query head; 1 or more keeps everything.
     density: when positive, keep this share of each row's possible blocks instead.
+    refine_stride: when positive, two stages under the row rule: cells of `stride` keep `coarse_threshold` of their mass, and of the blocks
+        listed so, cells of this finer stride keep `threshold` of theirs, counted over that list alone. Heads with a threshold of 1 or
+        more keep everything.
+    coarse_threshold: share of each row's mass that the first of two stages keeps, no less than any threshold below 1.
     """
 
     NAME: ClassVar[str] = "select_blocks"
@@ -99,6 +104,16 @@ class SelectCall(OpCall):
     block_size: int = 128
     threshold: tuple[float, ...] = ()
     density: float = 0.0
+    refine_stride: int = 0
+    coarse_threshold: float = 0.9
+
+    @property
+    def stages(self) -> tuple[SelectCall, SelectCall]:
+        """The two calls that this one is when it refines: the coarse one, and the fine one, which chooses among what the first lists."""
+        coarse = tuple(1.0 if threshold >= 1 else self.coarse_threshold for threshold in self.threshold)
+        one = SelectCall(**self.common(SelectCall))
+        single = dataclasses.replace(one, refine_stride=0)
+        return dataclasses.replace(single, threshold=coarse), dataclasses.replace(single, stride=self.refine_stride)
 
     @property
     def batch(self) -> int:
@@ -195,6 +210,19 @@ class SelectCall(OpCall):
         need(
             whole, "a density under the row rule", "a threshold, or another pool: no block has one importance that others are compared with"
         )
+        if self.refine_stride:
+            need(
+                self.refine_stride in (4, 8) and self.refine_stride < self.stride,
+                f"stride {self.stride}, then {self.refine_stride}",
+                "4 or 8, finer than the first",
+            )
+            need(self.pool == "row", f"two stages under the rule {self.pool}", "row")
+            highest = max((t for t in self.threshold if t < 1), default=0.0)
+            need(
+                highest <= self.coarse_threshold <= 1,
+                f"a coarse threshold of {self.coarse_threshold} for {highest}",
+                "no less than any threshold, at most 1",
+            )
         fits = self.key_blocks <= _MOST_BLOCKS
         need(fits, f"{self.key_len} keys at block size {self.block_size}", f"at most {_MOST_BLOCKS} blocks: int16 indices")
 

@@ -19,6 +19,8 @@ def test_names_go_there_and_back():
         found = Estimate.from_names(reversed(names))
         assert found.variants == names and Estimate.parse(str(found)) == found
         assert parse_label(label("sum", found)) == {"pool": "sum", "estimate": found}
+        stages = {"refine_stride": 4, "coarse_threshold": 0.95}
+        assert parse_label(label("row", found, **stages)) == {"pool": "row", "estimate": found, **stages}
     assert (str(EXACT), str(DEFAULT), label("max", EXACT)) == ("exact", "pair+int8", "max")
 
 

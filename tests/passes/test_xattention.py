@@ -128,6 +128,8 @@ def test_thresholds_per_head_must_fit_the_site():
         ({"threshold": ()}, "between 0 and 1"),
         ({"density": 0.0}, "greater than 0"),
         ({"density": 0.1, "pool": "row"}, "keeps by threshold"),
+        ({"refine_stride": 4}, "goes with pool"),
+        ({"refine_stride": 4, "pool": "row", "threshold": 0.95}, "coarse_threshold must not lie below"),
         ({"estimate": ("half", "half")}, "twice"),
         ({"estimate": ("quarter",)}, "half"),
         ({"estimate": ("pair", "quad")}, "exclude"),
@@ -253,6 +255,7 @@ def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
     method = XAttention(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
     threshold = method.threshold if isinstance(method.threshold, tuple) else (method.threshold,)
     selection = {"pool": method.pool, "estimate": method.variants, "stride": method.stride, "block_size": method.block}
+    selection |= {"refine_stride": method.refine_stride or 0, "coarse_threshold": method.coarse_threshold}
     want = reference_run(model, call, **selection, threshold=threshold, density=method.density or 0.0)
     with torch.no_grad():
         dense = call(model)
@@ -264,13 +267,14 @@ def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
 
 RULES = {"tau": {"threshold": 0.5}, "density": {"density": 0.4}, "per head": {"threshold": [0.2, 0.9, 0.5, 0.0]}}
 RULES["row"] = {"pool": "row", "threshold": 0.3}
+RULES["two stages"] = {"pool": "row", "threshold": 0.3, "stride": 16, "refine_stride": 4, "coarse_threshold": 0.6}
 
 
 @pytest.mark.parametrize("rule, estimate", [*((rule, ()) for rule in RULES), *(("tau", estimate) for estimate in ESTIMATES[1:])])
 def test_a_model_equals_the_masked_reference(rule, estimate):
     ids = prompt(1, 450)
     call = lambda m: m(input_ids=ids, use_cache=False).logits
-    seen = compare(sharp(), call, block=64, stride=8, estimate=list(estimate), **RULES[rule])
+    seen = compare(sharp(), call, **{"block": 64, "stride": 8, "estimate": list(estimate), **RULES[rule]})
     assert len(seen) == 2
     if rule == "per head":
         kept = seen[0][0].sum(-1)[0]

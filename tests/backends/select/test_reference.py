@@ -309,6 +309,45 @@ def test_a_query_block_visits_what_its_cells_visit():
     assert not torch.equal(cells[0], cells[1])
 
 
+TWO_STAGES = {"pool": "row", "stride": 16, "refine_stride": 4, "coarse_threshold": 0.9}
+
+
+def test_two_stages_choose_by_the_finer_scores_among_what_the_coarser_list():
+    query, key = inputs(16 * BLOCK)
+    listed = table(query, key, pool="row", stride=16, threshold=[0.6])
+    options = {**TWO_STAGES, "coarse_threshold": 0.6, "threshold": [0.3]}
+    kept, fine = table(query, key, **options), table(query, key, pool="row", stride=4, threshold=[0.3])
+    assert not (kept & ~listed).any() and kept.sum() < listed.sum()
+    assert not torch.equal(kept, listed & fine), "a share of the list's mass is less than the same share of everything's"
+    # by hand: masses of what is not listed are taken away, and the rest is divided by its own sum
+    one = call(query, key, pool="row", stride=4, threshold=[0.3])
+    mass = reference.importance(one) * listed[:, :, :, None]
+    mass = mass / mass.sum(-1, keepdim=True)
+    possible, forced = reference.candidates(one)
+    assert torch.equal(kept, reference.choose(mass, possible, forced, one))
+
+
+@settings(max_examples=20, deadline=None)
+@given(problems(), st.floats(0, 0.9), st.floats(0, 0.9))
+def test_two_stages_keep_supersets_and_everything_at_one(problem, one, other):
+    query, key, options = problem
+    options |= {"density": 0.0, **TWO_STAGES}
+    low, high = (table(query, key, **{**options, "threshold": [t]}) for t in sorted((one, other)))
+    assert not (low & ~high).any()
+    plain = {**options, "refine_stride": 0, "threshold": [1.0]}
+    assert torch.equal(table(query, key, **{**options, "threshold": [1.0]}), table(query, key, **plain))
+    counts, indices = select(query, key, **{**options, "threshold": [one]})
+    start = options.get("query_start", key.shape[2] - query.shape[2])
+    block_lists.check(counts, indices, query.shape[2], key.shape[2], int(start), BLOCK, causal=options["causal"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_two_stages_keep_what_a_row_that_is_not_finite_may_see(value):
+    query, key = inputs(256)
+    query[0, 0, 70] = value
+    assert table(query, key, **TWO_STAGES, threshold=[0.2])[0, 0, 2].tolist() == [True] * 3 + [False] * 5
+
+
 def test_unused_cache_slots_take_no_part():
     query, key = inputs(64, 256)
     filled = key.clone()
@@ -337,6 +376,9 @@ def test_a_shared_estimate_gives_a_group_one_importance():
         ({"threshold": [math.nan]}, "threshold"),
         ({"density": 1.5}, "density 1.5"),
         ({"density": 0.5, "pool": "row"}, "density under the row rule"),
+        ({"refine_stride": 4}, "two stages under the rule max"),
+        ({"refine_stride": 8, "pool": "row"}, "stride 8, then 8"),
+        ({**TWO_STAGES, "threshold": [0.95]}, "coarse threshold of 0.9 for 0.95"),
         ({"key_flags": torch.ones(1, 7)}, "key_flags"),
         ({"query_start": torch.zeros(2, dtype=torch.int64)}, "2 elements, not one"),
         ({"estimate": "third"}, "unknown variant 'third'"),
