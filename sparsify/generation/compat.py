@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+
+
+def stock(name: str) -> Callable[..., Any]:
+    """transformers' own method of that name. Their types ask for more of `self` than the class that holds them has."""
+    return getattr(GenerationMixin, name)
+
 
 # the name by which `generate()` hands a cache to `prepare_inputs_for_generation` and to the model
-CACHE_NAME = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+CACHE_NAME = "cache" if "cache" in inspect.signature(stock("prepare_inputs_for_generation")).parameters else "past_key_values"
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerationMixin
 
 from sparsify.errors import UnsupportedError
 from sparsify.generation import compat
@@ -72,7 +72,10 @@ class Decoder:
 
     def runner(self, function: Callable[[], None], failed: Callable[[], None]) -> Runner:
         """What runs a step: a CUDA graph wherever that can be."""
-        device = self._model().device
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model that decodes is gone")
+        device = model.device
         if not self.graphs or device.type != "cuda" or torch.is_autocast_enabled("cuda"):
             return Direct(function)
         return Recorded(function, CudaGraphs(device), failed)
@@ -98,7 +101,7 @@ class _Request:
 
     def sample(self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin._sample`."""
-        bound = inspect.signature(GenerationMixin._sample).bind(self.model, input_ids, *args, **kwargs)
+        bound = inspect.signature(compat.stock("_sample")).bind(self.model, input_ids, *args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         config, model_kwargs, cache = given["generation_config"], given["model_kwargs"], given["model_kwargs"].get(compat.CACHE_NAME)
@@ -127,7 +130,9 @@ class _Request:
     def finish(self, alone: bool) -> None:
         """After the call. alone: it ended well, and nobody has the cache that was borrowed."""
         cache = self.borrowed
-        recorded = cache is not None and cache in self.decoder.sessions and self.decoder.sessions[cache].by_key
+        if cache is None:
+            return
+        recorded = cache in self.decoder.sessions and self.decoder.sessions[cache].by_key
         if alone and recorded and not torch.is_inference_mode_enabled():
             self.decoder.caches.give_back(cache)
 
@@ -142,17 +147,20 @@ def install(model: Any, *, graphs: bool = True, shown: bool = True) -> str:
     graphs: see `Decoder`. shown: tell of long prompts on the terminal.
     """
     kind = type(model)
-    if not isinstance(model, GenerationMixin) or kind.generate is not GenerationMixin.generate:
+    if not issubclass(kind, GenerationMixin) or not _is_stock(kind, "generate"):
         return "the model's generate() is not transformers' own"
     for name in ("_sample", "_prepare_cache_for_generation"):
-        method = getattr(kind, name)
-        if method is not getattr(GenerationMixin, name) and not hasattr(method, "passes_on"):
+        if not _is_stock(kind, name) and not hasattr(getattr(kind, name), "passes_on"):
             return f"the model has its own {name}"
     _pass_on(kind, "_sample", lambda request, original, *args, **kwargs: request.sample(original, *args, **kwargs))
     _pass_on(kind, "_prepare_cache_for_generation", lambda request, original, *args: request.prepare_cache(original, *args))
     _decoders[model] = Decoder(model, graphs=graphs, shown=shown)
     model.generate = types.MethodType(generate, model)
     return ""
+
+
+def _is_stock(kind: type, name: str) -> bool:
+    return getattr(kind, name) is compat.stock(name)
 
 
 def _pass_on(kind: type, name: str, ours: Callable[..., Any]) -> None:
@@ -168,11 +176,11 @@ def _pass_on(kind: type, name: str, ours: Callable[..., Any]) -> None:
             return inherited(self, *args, **kwargs)
         return ours(request, inherited, *args, **kwargs)
 
-    method.passes_on = True  # type: ignore[attr-defined]
+    vars(method)["passes_on"] = True
     setattr(kind, name, method)
 
 
-@functools.wraps(GenerationMixin.generate)
+@functools.wraps(compat.stock("generate"))
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     original, decoder = type(self).generate, _decoders.get(self)
     given = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments

@@ -10,7 +10,7 @@ import copyreg
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +201,7 @@ def _check_call(
             raise UnsupportedError(f"attention takes a tensor {name!r} that a SparseCache does not serve", where=where)
     if mask is not None and mask.dim() != 2:
         raise UnsupportedError("a mask of four dimensions", where=where, hint="give the 2-D attention_mask, 1 for real tokens")
-    if window is not None and not (layer.is_sliding and layer.layout.window == window):
+    if window is not None and not (layer.is_sliding and layer.layout is not None and layer.layout.window == window):
         raise CacheError(f"the model's window of {window} is not the cache's", where=where, hint="make a new cache from model.config")
 
 
@@ -231,6 +231,21 @@ def _longest_row(query: Tensor, is_token: Tensor | None) -> int:
     return query.shape[2] if is_token is None or torch.compiler.is_dynamo_compiling() else int(is_token.sum(-1).max())
 
 
+class _Scores(TypedDict):
+    """How scores become weights, as the ops take it."""
+
+    sink_logits: Tensor | None
+    scale: float
+    softcap: float
+
+
+class _Window(TypedDict):
+    """The tokens that a query sees beside the last `window`, as the ops take it."""
+
+    window: int
+    sinks: int
+
+
 def _attend(
     layer: SparseLayer,
     query: Tensor,
@@ -243,10 +258,12 @@ def _attend(
 ) -> Tensor:
     """Attention output [batch, query_heads, query_len, v_head_dim]. The call's tokens are stored after it was computed."""
     layout, empty = layer.layout, not layer.started
+    if layout is None:
+        raise CacheError("the layer is not allocated", where=f"layer {layer.index}")
     if empty:  # compiled code would write it back at every token
         layer.started = True
-    shape = {"window": layout.window, "sinks": layout.sinks if layout.window else 0}
-    how = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
+    shape: _Window = {"window": layout.window, "sinks": layout.sinks if layout.window else 0}
+    how: _Scores = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
     rotation = {"inverse_frequencies": layer.inverse_frequencies if layout.rotate_sinks else None}
     stored = {
         "pinned": layout.pinned,
@@ -270,7 +287,7 @@ def _attend(
         if empty:  # whatever a prompt that failed may have left in the buffers
             positions, seen = torch.full_like(positions, -1), torch.zeros_like(seen)
         elif is_token is not None and not layout.window and not layout.grows:
-            positions = _positions_after_overwrite(layer, is_token)
+            positions = _positions_after_overwrite(layer, layout.pinned, is_token)
         output = cache.attention(
             query,
             keys,
@@ -290,13 +307,13 @@ def _attend(
     return output
 
 
-def _positions_after_overwrite(layer: SparseLayer, is_token: Tensor) -> Tensor:
+def _positions_after_overwrite(layer: SparseLayer, pinned: int, is_token: Tensor) -> Tensor:
     """Slot positions for rows that hold one token beside padding: the slot that this token overwrites reads -1 (hidden).
 
     `cache_attention` runs before `cache_store`, while a call of one token stores first; both must see the same keys.
     """
     capacity = layer.keys.shape[2]
-    slot = cache.next_slot(layer.counts, capacity, layer.layout.pinned)
+    slot = cache.next_slot(layer.counts, capacity, pinned)
     gone = (torch.arange(capacity, device=slot.device) == slot) & (is_token.sum(-1) == 1)[:, None, None]
     return layer.positions.masked_fill(gone, -1)
 

@@ -31,7 +31,7 @@ class MaskSizeGuard:
     Sparsify's attention does not use it. Any other code that computes with it gets a CacheError.
     """
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+    def _refuse(*args: Any, **kwargs: Any) -> Any:
         raise CacheError(
             "the model builds an ordinary attention mask for a SparseCache",
             hint="make the cache with SparseCache(model.config, ...) of this very model, after any set_attn_implementation; one that was "
@@ -144,9 +144,11 @@ class SparseLayer(CacheLayerMixin):
         if self.layout.grows and (capacity < tokens or not capacity):
             capacity = _roomy(tokens)
         self.batch_size, self.dtype, self.device = batch, key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch, kv_heads, capacity, head_dim)
-        self.values = value_states.new_zeros(batch, kv_heads, capacity, value_states.shape[-1])
-        self.positions = key_states.new_full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+        slots = batch, kv_heads, capacity
+        # tensors, as all other buffers are: the base class has None until here, where `is_initialized` says that there are none
+        self.keys: Tensor = key_states.new_zeros(*slots, head_dim)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.values: Tensor = value_states.new_zeros(*slots, value_states.shape[-1])  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.positions = key_states.new_full(slots, -1, dtype=torch.int32)
         self.counts = key_states.new_zeros(batch, kv_heads, dtype=torch.int32)
         self.seen = key_states.new_zeros(batch, dtype=torch.int32)
         self.length = key_states.new_zeros((), dtype=torch.int64)
@@ -163,7 +165,7 @@ class SparseLayer(CacheLayerMixin):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         if self.is_initialized:
             self.device = self.device or self.keys.device
             self.mark_static()
@@ -176,7 +178,7 @@ class SparseLayer(CacheLayerMixin):
         if not torch.compiler.is_dynamo_compiling():
             for name in _BUFFERS:
                 torch._dynamo.mark_static_address(getattr(self, name), guard=False)
-            if self.layout.grows:  # one graph serves caches of all sizes
+            if self.grows:  # one graph serves caches of all sizes
                 for name in ("keys", "values", "positions"):
                     torch._dynamo.maybe_mark_dynamic(getattr(self, name), 2)
 

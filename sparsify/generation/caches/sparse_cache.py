@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from sparsify import policies
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.caches.layer import MASK_SIZE, MaskSizeGuard, SparseLayer, link_layers
+from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, link_layers
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
 from sparsify.policies import Policy
@@ -46,6 +47,8 @@ class SparseCache(Cache):
         UnsupportedError: a model that cannot be served exactly, with the reason.
     """
 
+    layers: list[SparseLayer]  # pyright: ignore[reportIncompatibleVariableOverride]  # nobody puts another kind of layer there
+
     def __init__(
         self,
         config: Any,
@@ -66,14 +69,15 @@ class SparseCache(Cache):
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
-        super().__init__(layers=layers)
+        super().__init__(layers=[*layers])
         self.config, self.policy, self.call = config, policy, link_layers(layers)
-        if batch_size is not None:
+        if batch_size is not None and device is not None:
             heads, head_dim = _kv_head_sizes(config)
-            self.early_initialization(batch_size, heads, head_dim, dtype or getattr(config, "dtype", None) or torch.float32, device)
+            stored_as = dtype or getattr(config, "dtype", None) or torch.float32
+            self.early_initialization(batch_size, heads, head_dim, stored_as, torch.device(device))
 
-    def get_query_offset(self, layer_idx: int = 0) -> MaskSizeGuard:
-        """Only ordinary masks need it, and a SparseCache has none; reading the length here would synchronise with the device."""
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """A MaskSizeGuard: only ordinary masks need the offset, and reading the length here would synchronise with the device."""
         return MASK_SIZE
 
     def attach(self, config: Any) -> SparseCache:
@@ -192,13 +196,16 @@ class SparseCache(Cache):
         return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in (*layer.state, layer.tickets))
 
 
-@torch.compiler.disable  # torch 2.11 fails where compiled code raises
-def _refuse_halfway() -> None:
+def _raise_halfway() -> None:
     raise CacheError(
         "an earlier call failed halfway: some layers hold its tokens and others do not",
         where="SparseCache",
         hint="reset() the cache, or make a new one, and give it the whole text",
     )
+
+
+# torch 2.11 fails where compiled code raises
+_refuse_halfway = cast("Callable[[], None]", torch.compiler.disable(_raise_halfway))
 
 
 def _refuse_overflow(layer: SparseLayer) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerationMixin
 
 from sparsify.generation import compat
 from sparsify.generation.decoding import processors
@@ -24,7 +23,7 @@ def refusal(model: Any, config: Any, model_kwargs: dict[str, Any]) -> str:
     """
     kind = type(model)
     hooks = ("prepare_inputs_for_generation", "_prefill", "_update_model_kwargs_for_generation")
-    own = [name for name in hooks if name in vars(model) or getattr(kind, name) is not getattr(GenerationMixin, name)]
+    own = [name for name in hooks if name in vars(model) or getattr(kind, name) is not compat.stock(name)]
     plain = bool | int | float | str | None
     unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and not isinstance(value, plain)]
     positions = model_kwargs.get("position_ids")

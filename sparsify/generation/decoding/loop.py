@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ class _Generation:
             ids: int64 [rows, tokens so far].
         """
         self.logits = logits.clone()
-        self.scores = self.call.logits_processor(ids, self.logits)  # may work in place
+        self.scores = self.call.logits_processor(cast("torch.LongTensor", ids), self.logits)  # may work in place
         with drawing:
             self.step.choose(self.scores)
 

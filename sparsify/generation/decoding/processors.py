@@ -83,6 +83,8 @@ class RepetitionPenalty:
     penalty: float
 
     def __call__(self, scores: Tensor, state: State) -> Tensor:
+        if state.seen is None:
+            raise ValueError("a repetition penalty needs to know which tokens occurred")
         lowered = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
         return torch.where(state.seen[:, :-1], lowered, scores)
 

@@ -61,6 +61,7 @@ class Recorder(Protocol):
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """The function's work, to be called any number of times. Raises what the function, or recording it, raises."""
+        ...
 
 
 class Recorded:

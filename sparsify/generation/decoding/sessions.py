@@ -78,7 +78,10 @@ def _step(model: Any, cache: StepCache, call: Call) -> Step:
     alive, flags = weakref.ref(model), call.flags  # a step is kept for as long as the model lives, and must not keep it alive
 
     def forward(**inputs: Tensor) -> Tensor:
-        logits = alive()(**inputs, **cache.inputs(), **flags, return_dict=True).logits
+        living = alive()
+        if living is None:
+            raise ReferenceError("the model that decodes is gone")
+        logits = living(**inputs, **cache.inputs(), **flags, return_dict=True).logits
         return logits[:, -1].to(copy=True, dtype=torch.float32)
 
     longest = 1 << max(call.max_length - 1, 1023).bit_length()  # longer than is asked for, so that later turns find this step

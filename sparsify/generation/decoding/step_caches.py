@@ -6,11 +6,11 @@ A cache is held weakly: steps are kept for as long as it lives, and must not kee
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from sparsify.generation import compat
 from sparsify.generation.caches.sparse_cache import SparseCache
@@ -28,6 +28,7 @@ class StepCache(Protocol):
 
     def inputs(self) -> dict[str, Any]:
         """What the model is given beside the token and its position; may be recorded."""
+        ...
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` of each row where the cache can grow."""
@@ -45,11 +46,26 @@ class StepCache(Protocol):
         """Where the buffers lie; None before they are allocated."""
 
 
-class SparseStep:
-    """A SparseCache: it knows its padding and makes its own masks, so that a token needs none."""
+C = TypeVar("C", bound=Cache)
 
-    def __init__(self, cache: SparseCache):
+
+class _Over(Generic[C]):
+    """Holds the cache weakly."""
+
+    def __init__(self, cache: C):
         self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> C:
+        """Raises ReferenceError when nobody holds the cache any more."""
+        cache = self._cache()
+        if cache is None:
+            raise ReferenceError("the cache of a recorded step is gone")
+        return cache
+
+
+class SparseStep(_Over[SparseCache]):
+    """A SparseCache: it knows its padding and makes its own masks, so that a token needs none."""
 
     def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
         pass
@@ -58,38 +74,38 @@ class SparseStep:
         return int(self._cache().get_seq_length())
 
     def inputs(self) -> dict[str, Any]:
-        return {compat.CACHE_NAME: self._cache()}
+        return {compat.CACHE_NAME: self.cache}
 
     def reserve(self, tokens: int) -> None:
-        self._cache().reserve(tokens)
+        self.cache.reserve(tokens)
 
     def room(self) -> int | None:
-        return self._cache().room()
+        return self.cache.room()
 
     def forget(self) -> None:
-        self._cache().call.forget()
+        self.cache.call.forget()
 
     def finish(self) -> None:
-        self._cache().recount()
+        self.cache.recount()
 
     def state(self) -> Any:
-        return tuple((layer.layout, *map(address, (*layer.state, layer.tickets))) for layer in self._cache().layers)
+        return tuple((layer.layout, *map(address, (*layer.state, layer.tickets))) for layer in self.cache.layers)
 
 
-class StaticStep:
+class StaticStep(_Over[StaticCache]):
     """A StaticCache of transformers without windows: its slots are columns, and the mask of a row says which of them are tokens.
 
     The mask is a buffer, bool [rows, 1, 1, slots], in which each token marks its own slot.
     """
 
     def __init__(self, cache: StaticCache):
-        self._cache = weakref.ref(cache)
+        super().__init__(cache)
         self._mask: Tensor | None = None
 
     def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
-        layer = self._cache().layers[0]
         if self._mask is None:
-            self._mask = torch.zeros(rows, 1, 1, layer.keys.shape[2], dtype=torch.bool, device=layer.keys.device)
+            keys, _, _ = _buffers(self.cache.layers[0])
+            self._mask = torch.zeros(rows, 1, 1, keys.shape[2], dtype=torch.bool, device=keys.device)
         self._mask.zero_()
         self._mask[:, 0, 0, :stored] = True if mask is None else mask.bool()
 
@@ -97,9 +113,11 @@ class StaticStep:
         return int(self._cache().layers[0].get_seq_length())
 
     def inputs(self) -> dict[str, Any]:
-        cache = self._cache()
-        self._mask.index_fill_(3, cache.layers[0].cumulative_length.reshape(1), True)
-        return {compat.CACHE_NAME: cache, "attention_mask": self._mask}
+        if self._mask is None:
+            raise RuntimeError("a step runs before its prompt")
+        _, _, length = _buffers(self.cache.layers[0])
+        self._mask.index_fill_(3, length.reshape(1), True)
+        return {compat.CACHE_NAME: self.cache, "attention_mask": self._mask}
 
     def reserve(self, tokens: int) -> None:
         pass
@@ -114,7 +132,14 @@ class StaticStep:
         pass
 
     def state(self) -> Any:
-        return tuple(tuple(map(address, (layer.keys, layer.values, layer.cumulative_length))) for layer in self._cache().layers)
+        return tuple(tuple(map(address, _buffers(layer))) for layer in self.cache.layers)
+
+
+def _buffers(layer: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and the number of tokens of a static layer, int64 []."""
+    if not isinstance(layer, StaticLayer) or layer.keys is None or layer.values is None:
+        raise TypeError(f"not a static layer with buffers: {type(layer).__name__}")
+    return layer.keys, layer.values, layer.cumulative_length
 
 
 def refusal(cache: Any, model: Any) -> str:

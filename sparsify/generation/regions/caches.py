@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -28,7 +29,7 @@ class LayerNumber:
         raise TypeError("the layer computes with its number")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __truediv__ = __floordiv__ = __index__ = __int__ = _refuse
-    __float__ = __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _refuse  # type: ignore[assignment]
+    __float__ = __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _refuse
 
     def __deepcopy__(self, memo: Any) -> LayerNumber:
         return self
@@ -88,27 +89,26 @@ def _stands_alone(layer: Any) -> bool:
     return type(layer) in _ALONE or isinstance(layer, SparseLayer)
 
 
-class LayerCall:
+L = TypeVar("L", bound=CacheLayerMixin)
+
+
+class LayerCall(Generic[L]):
     """One call of a layer over its cache.
 
-    A region gets a copy of the layer, made for the call, in which the first and the last layer of a SparseCache are like any other; what
-    it changes there goes back to the layer. `begin`, `end` and `undo` stand around it and keep what a SparseCache knows of the call.
+    A region gets a copy of the layer, made for the call; what it changes there goes back to the layer. `begin`, `end` and `undo` stand
+    around it.
 
     copy: the copy, without what varies. varying: its tensors, and the numbers that grow, by attribute.
     """
 
-    def __init__(self, cache: Cache, number: int, query_len: int):
-        self.cache, self.layer, self.query_len = cache, cache.layers[number], query_len
-        self.sparse = isinstance(self.layer, SparseLayer)
-        if not self.sparse:
-            _straighten(self.layer)
-        values = dict(vars(self.layer))
-        if self.sparse:
-            values.update(index="any", is_first=False, is_last=False, call=CallState(), used=None)
+    def __init__(self, cache: Cache, layer: L, **instead: Any):
+        """instead: attributes of the copy in place of the layer's own."""
+        self.cache, self.layer = cache, layer
+        values = {**vars(layer), **instead}
         self.given = {name: value for name, value in values.items() if isinstance(value, Tensor) or name in _GROWING}
         self.varying = {name: _alias(value) if isinstance(value, Tensor) else value for name, value in self.given.items()}
-        self.copy = object.__new__(type(self.layer))
-        self.copy.__dict__.update({name: value for name, value in values.items() if name not in self.given})
+        self.copy: L = object.__new__(type(layer))
+        vars(self.copy).update({name: value for name, value in values.items() if name not in self.given})
 
     @property
     def key_len(self) -> int:
@@ -117,12 +117,35 @@ class LayerCall:
 
     def kind(self) -> tuple[Any, ...]:
         """What tells graphs over such a layer apart, beside sizes."""
-        empty = not (self.layer.started if self.sparse else self.layer.is_initialized)
-        return type(self.layer), empty, self.layer.is_initialized
+        return type(self.layer), not self.layer.is_initialized, self.layer.is_initialized
 
     def begin(self) -> None:
-        if not self.sparse:
-            return
+        pass
+
+    def end(self) -> None:
+        self._hand_back({})
+
+    def undo(self) -> None:
+        """Nothing has run: as before `begin`, but that lengths are read anew."""
+
+    def _hand_back(self, kept: dict[str, Any]) -> None:
+        """Gives the layer what its copy has now. kept: attributes that get these values instead."""
+        for name, value in vars(self.copy).items():
+            if name not in self.varying or value is not self.varying[name]:
+                vars(self.layer)[name] = kept.get(name, value)
+
+
+class SparseLayerCall(LayerCall[SparseLayer]):
+    """The same over a layer of a SparseCache, whose copy is neither the first nor the last one; keeps what the cache knows of the call."""
+
+    def __init__(self, cache: Cache, layer: SparseLayer, query_len: int):
+        super().__init__(cache, layer, index="any", is_first=False, is_last=False, call=CallState(), used=None)
+        self.query_len = query_len
+
+    def kind(self) -> tuple[Any, ...]:
+        return type(self.layer), not self.layer.started, self.layer.is_initialized
+
+    def begin(self) -> None:
         layer = self.layer
         if layer.is_first and isinstance(self.cache, SparseCache):
             self.cache.check_consistent(self.query_len > 1 or not layer.is_initialized or layer.keys.device.type == "cpu")
@@ -136,12 +159,7 @@ class LayerCall:
 
     def end(self) -> None:
         layer, fresh = self.layer, not self.layer.is_initialized
-        kept = {name: layer.__dict__[name] for name in ("index", "is_first", "is_last", "call", "used") if self.sparse}
-        for name, value in self.copy.__dict__.items():
-            if name not in self.varying or value is not self.varying[name]:
-                layer.__dict__[name] = kept.get(name, value)
-        if not self.sparse:
-            return
+        self._hand_back({name: vars(layer)[name] for name in ("index", "is_first", "is_last", "call", "used")})
         if fresh and layer.is_initialized:
             layer.used = self.query_len
             layer.mark_static()
@@ -149,11 +167,20 @@ class LayerCall:
             layer.call.storing = False
 
     def undo(self) -> None:
-        """Nothing has run: as before `begin`, but that lengths are read anew."""
-        if self.sparse:
-            self.layer.used = None
-            if self.layer.is_first:
-                self.layer.call.storing = False
+        self.layer.used = None
+        if self.layer.is_first:
+            self.layer.call.storing = False
+
+
+def layer_call(cache: Cache, number: int, query_len: int) -> LayerCall[Any]:
+    """A call over the layer `number` of a cache in which `trouble` finds none."""
+    layer = cache.layers[number]
+    if isinstance(layer, SparseLayer):
+        return SparseLayerCall(cache, layer, query_len)
+    if not isinstance(layer, CacheLayerMixin):
+        raise TypeError(f"a {type(layer).__name__} holds no keys")
+    _straighten(layer)
+    return LayerCall(cache, layer)
 
 
 # numbers of ordinary layers that grow with the text
@@ -172,8 +199,10 @@ def view(copy: Any, varying: dict[str, Any]) -> LayerView:
     return LayerView(copy)
 
 
-def _straighten(layer: Any) -> None:
+def _straighten(layer: CacheLayerMixin) -> None:
     """A prompt leaves keys as the transpose of what the projection wrote, `cat` contiguous ones and a window's slice neither: one layout
     for all later calls, so that they have one graph."""
-    if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.dim() == 4:
+    if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
+        return
+    if layer.keys is not None and layer.values is not None and layer.keys.dim() == 4:
         layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()

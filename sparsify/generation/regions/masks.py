@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 # whether masks that are asked for in this thread are put off: around the calls of a model whose layers are regions
 postponing: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_postponing", default=False)
@@ -35,18 +36,17 @@ class PostponedMask(torch.Tensor):
     recipe: Recipe
     made: Tensor | None
 
-    @staticmethod
     def __new__(cls, recipe: Recipe, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> PostponedMask:
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device(device))
         mask.recipe, mask.made = recipe, None
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]  # as torch's documents have it
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         real = lambda value: value.make() if isinstance(value, PostponedMask) else value
-        args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
+        args, kwargs = _pytree.tree_map(real, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def make(self) -> Tensor:
@@ -54,7 +54,7 @@ class PostponedMask(torch.Tensor):
             self.made = self.recipe.function(**self.recipe.call)
         return self.made
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PostponedMask({tuple(self.shape)})"
 
 
@@ -152,6 +152,6 @@ def build(plan: Plan, varying: dict[str, Any], hidden: Tensor, layer: Any) -> Te
         call["kv_length"] = hidden.shape[1]
     elif plan.keys:
         call["kv_length"], call["kv_offset"] = layer.get_mask_sizes(hidden.shape[1])
-    if plan.start:
+    if plan.start and layer is not None:
         call["q_offset"] = layer.get_seq_length()
     return plan.function(**call)

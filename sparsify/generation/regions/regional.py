@@ -23,7 +23,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from sparsify import pipeline, progress
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.regions import caches, layers, long_rows, masks
-from sparsify.generation.regions.caches import LayerCall, LayerView
+from sparsify.generation.regions.caches import LayerView
 from sparsify.generation.regions.layers import Layer, NotShared
 from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.masks import PostponedMask
@@ -295,7 +295,7 @@ class _Call:
             held_cache = rest.pop(name)
             if why := caches.trouble(held_cache, len(self.model.layers)):
                 raise NotShared(why)
-            cache = LayerCall(held_cache, layer.shadow.number, query_len)
+            cache = caches.layer_call(held_cache, layer.shadow.number, query_len)
             key_len = cache.key_len
         postponed = {name: rest.pop(name) for name, value in kwargs.items() if isinstance(value, PostponedMask)}
         planned = {name: masks.plan(mask.recipe, hidden, cache and cache.layer) for name, mask in postponed.items()}
@@ -416,6 +416,8 @@ def _asked(layer: Layer, config: Config, saved: SavedPlan | None) -> Any:
 def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None) -> None:
     """Lets calls of a model, which was compiled as a whole, go through regions; says why not where that cannot be."""
     whole = model._compiled_call_impl
+    if whole is None:
+        raise ValueError("the model is not compiled")
     try:
         regional = RegionalModel(model, config, whole, options, dynamic)
     except NotShared as why:
