@@ -1,4 +1,4 @@
-"""What people write on the command line: lengths such as 4K, model folders and hub names, devices."""
+"""What people write on the command line: lengths such as 4K, model folders and hub names, devices, and the options of several commands."""
 
 from __future__ import annotations
 
@@ -30,6 +30,38 @@ def tokens(text: str) -> int:
 def tokens_or_none(text: str) -> int:
     """An argparse type: tokens, 0 too."""
     return 0 if count(text) == 0 else tokens(text)
+
+
+def common_options() -> argparse.ArgumentParser:
+    """The options of every command that has a configuration, as a parent of its parser."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--config", metavar="FILE", help="a configuration file, after sparsify.toml and SPARSIFY_CONFIG")
+    options.add_argument(
+        "-o", "--option", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as xattention.stride=16"
+    )
+    options.add_argument("--debug", action="store_true", help="show tracebacks")
+    return options
+
+
+def model_options() -> argparse.ArgumentParser:
+    """The model and its prompt, as a parent of the parsers of commands that run it."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
+    what = options.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="FILE", help="text to run the model on; bytes become tokens where the model has no tokenizer")
+    what.add_argument("--length", metavar="N", type=tokens, help=f"run on N random tokens, as 4K (default: {LENGTH}, if they fit)")
+    options.add_argument("--max-tokens", metavar="N", type=tokens, help="only the prompt's first N tokens")
+    add_device_and_dtype(options)
+    options.add_argument(
+        "--attention", metavar="NAME", default="sdpa", help="transformers' attention implementation (default: %(default)s)"
+    )
+    return options
+
+
+def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+    """Where and in which precision a model is loaded."""
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
 
 
 def check_model(name: str) -> None:

@@ -282,6 +282,6 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 def test_the_command_asks_for_the_gpu_here_by_default():
     parser = argparse.ArgumentParser()
-    cost_command.add(parser.add_subparsers(), argparse.ArgumentParser(add_help=False), None)
+    cost_command.add(parser.add_subparsers())
     given = parser.parse_args(["cost", "m"])
     assert (given.device, given.lengths, given.budget, given.batch) == (None, "4K..1M", None, 1)

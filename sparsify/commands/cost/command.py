@@ -1,5 +1,4 @@
-"""`sparsify cost`: what a model's prefill, decode and memory would be at which length, and what would be chosen; nothing is run.
-`sparsify calibrate errors`: what `max_error` is compared with."""
+"""`sparsify cost`: what a model's prefill, decode and memory would be at which length, and what would be chosen; nothing is run."""
 
 from __future__ import annotations
 
@@ -7,20 +6,21 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from sparsify.commands import arguments
-from sparsify.errors import ConfigError, UnsupportedError
+from sparsify.commands import arguments, loading
+from sparsify.commands.exit_codes import DONE
+from sparsify.errors import ConfigError
 
 DEFAULT_LENGTHS = "4K..1M"
 _LONGEST, _MOST = 1 << 24, 64
 
 
-def add(commands: Any, common: argparse.ArgumentParser, load_config: Callable[[argparse.Namespace], Any]) -> None:
-    """The command's arguments. load_config: the configuration in effect from `--config` and `-o`."""
-    cost = commands.add_parser("cost", parents=[common], help="predicted prefill, decode, memory and choice by length, without running")
+def add(commands: Any) -> None:
+    """Declares the command. commands: argparse's subparsers."""
+    cost = commands.add_parser(
+        "cost", parents=[arguments.common_options()], help="predicted prefill, decode, memory and choice by length, without running"
+    )
     cost.add_argument("model", metavar="MODEL", help="a folder with a config.json, or a hub name")
     cost.add_argument(
         "--lengths", metavar="LENGTHS", default=DEFAULT_LENGTHS, help="tokens: 4K..1M doubles, 8192,32K lists (default: %(default)s)"
@@ -34,10 +34,10 @@ def add(commands: Any, common: argparse.ArgumentParser, load_config: Callable[[a
     cost.add_argument("--why", action="store_true", help="also print the reasons at the longest length")
     cost.add_argument("--plot", metavar="FILE", help="draw time and memory over length")
     cost.add_argument("--json", action="store_true", help="print everything as JSON instead of a table")
-    cost.set_defaults(run=lambda given: run(given, load_config))
+    cost.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace, load_config: Callable[[argparse.Namespace], Any]) -> int:
+def run(given: argparse.Namespace) -> int:
     lengths = parse_lengths(given.lengths)
     if given.batch < 1:
         raise ConfigError(f"must be at least 1, not {given.batch}", where="--batch")
@@ -51,7 +51,7 @@ def run(given: argparse.Namespace, load_config: Callable[[argparse.Namespace], A
     from sparsify.commands.cost import forecaster, meta_model, report
     from sparsify.costs import device as hardware
 
-    settings = load_config(given)
+    settings, _ = loading.load_config(given)
     device = forecast_device.named(given.device)
     model = meta_model.build(given.model, dtype=None if given.dtype == "auto" else getattr(torch, given.dtype), attention=given.attention)
     here = torch.cuda.is_available() and device == hardware.describe(torch.device("cuda"))
@@ -66,47 +66,7 @@ def run(given: argparse.Namespace, load_config: Callable[[argparse.Namespace], A
     else:
         width = 160 if not sys.stdout.isatty() else None
         print(report.table(found, width, given.why))
-    return 0
-
-
-def add_errors(
-    commands: Any, common: argparse.ArgumentParser, load_config: Callable[..., Any], load_model_and_tokens: Callable[..., Any]
-) -> None:
-    """The arguments of `calibrate errors`. The callables take the parsed arguments, as `sparsify.commands.main` has them."""
-    errors = commands.add_parser("errors", parents=[common], help="how far each lossy attention method leaves the exact result, by site")
-    errors.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
-    errors.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the prompts to come")
-    errors.add_argument("--chunk", metavar="N", type=arguments.tokens, default=4096, help="tokens a prompt (default: %(default)s)")
-    errors.add_argument("--max-tokens", metavar="N", type=arguments.tokens, default=32768, help="of the text (default: %(default)s)")
-    errors.add_argument("--save", metavar="FILE", help="write a plan file, or add to one")
-    errors.add_argument("--device", help="default: cuda where there is one")
-    errors.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
-    loaders = (load_config, load_model_and_tokens)
-    errors.set_defaults(run=lambda given: run_errors(given, *loaders), attention="sdpa", length=None)
-
-
-def run_errors(given: argparse.Namespace, load_config: Callable[..., Any], load_model_and_tokens: Callable[..., Any]) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from sparsify.commands.calibrate import errors as calibrate_errors
-    from sparsify.planning.plan import Plan
-
-    _, options = load_config(given)
-    before = Plan.load(given.save) if given.save and Path(given.save).exists() else None
-    model, ids = load_model_and_tokens(given)
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("errors", total=None)
-        show = lambda done, whole: bar.update(task, completed=done, total=whole)
-        errors = calibrate_errors.measure(model, ids, options, chunk=given.chunk, progress=show)
-    print(calibrate_errors.table(errors))
-    if given.save:
-        plan = calibrate_errors.plan_for(model, ids[:, : given.chunk], options, errors, before)
-        try:
-            plan.save(given.save)
-        except OSError as error:
-            raise UnsupportedError(f"cannot write the plan: {error.strerror}", where=given.save) from None
-    return 0
+    return DONE
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import UnsupportedError
-from sparsify.generation.caches.layer import SparseLayer, link_layers
+from sparsify.generation.caches.layer import link_layers
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.compat import with_cache
 from sparsify.graph import isolated
@@ -121,7 +121,7 @@ class MetaModel:
             cache = _growing(self.config) if make_cache is None else make_cache(self.config)
             if isinstance(cache, SparseCache):  # of the layers that were cut away nothing is stored: the last one left ends a call
                 del cache.layers[max(self.kinds) + 1 :]
-                cache.call = link_layers(cast(list[SparseLayer], cache.layers))
+                cache.call = link_layers(cache.layers)
             with _capture(self.model) as (forward, graphs):
                 prefill = self._call(forward, graphs, length, batch, cache)
                 filled = {kind: _bytes(cache.layers[kind]) if kind < len(cache.layers) else 0 for kind in set(self.kinds)}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsify.commands import arguments
+from sparsify.commands import arguments, loading
+from sparsify.commands.exit_codes import DONE
 from sparsify.errors import ConfigError, UnsupportedError
 
 
-def add(commands: Any, common: argparse.ArgumentParser, load_config: Callable[..., Any], load_model_and_tokens: Callable[..., Any]) -> None:
-    """The command's arguments. The callables take the parsed arguments, as `sparsify.commands.main` has them."""
-    attention = commands.add_parser("attention", parents=[common], help="a method and a setting for every head, within a budget")
+def add(methods: Any) -> None:
+    """Declares the command. methods: argparse's subparsers of `sparsify calibrate`."""
+    parents = [arguments.common_options()]
+    attention = methods.add_parser("attention", parents=parents, help="a method and a setting for every head, within a budget")
     attention.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
     attention.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the prompts to come")
     budget = attention.add_mutually_exclusive_group(required=True)
@@ -40,10 +41,10 @@ def add(commands: Any, common: argparse.ArgumentParser, load_config: Callable[..
     attention.add_argument("--report", metavar="FOLDER", help="write heat maps, the front of error over time, and a page with both")
     attention.add_argument("--device", help="where the model runs; default: cuda where there is one")
     attention.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
-    attention.set_defaults(run=lambda given: run(given, load_config, load_model_and_tokens), attention="sdpa", length=None, chunk=1)
+    attention.set_defaults(run=run, attention="sdpa", length=None, chunk=1)
 
 
-def run(given: argparse.Namespace, load_config: Callable[..., Any], load_model_and_tokens: Callable[..., Any]) -> int:
+def run(given: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -63,11 +64,11 @@ def run(given: argparse.Namespace, load_config: Callable[..., Any], load_model_a
     for path in (save, file):
         if not path.parent.is_dir():
             raise UnsupportedError("there is no such folder", where=str(path.parent))
-    settings, options = load_config(given)
+    settings, options = loading.load_config(given)
     grid = tried.grid(options)
     target = _target(given.target)
     context = forecast_device.context(target, settings.model_copy(update={"kernels": "auto"}))
-    model, ids = load_model_and_tokens(given)
+    model, ids = loading.load_model_and_tokens(given)
     lengths = runs.lengths_for(ids.shape[1], arguments.positions(model), wanted)
     asked = runs.Asked(grid, lengths, given.pieces, given.seed)
     with Progress(console=Console(stderr=True)) as bar:
@@ -88,7 +89,7 @@ def run(given: argparse.Namespace, load_config: Callable[..., Any], load_model_a
         report.write(Path(given.report), chooser, choice, plan)
     print(_summary(chooser, choice, measured, plan))
     print(f"plan: {save}; measurements, for other budgets: {file}", file=sys.stderr)
-    return 0
+    return DONE
 
 
 def _budget(given: argparse.Namespace) -> Any:

@@ -1,0 +1,5 @@
+"""What the `sparsify` command returns to the shell."""
+
+DONE = 0
+DIFFERS = 1  # eager and compiled differ, or the graph was left untouched after a failure
+FAILED = 2  # wrong usage, configuration or model
