@@ -119,7 +119,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     _check_plan(model, settings)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
-        call = forward if "transformers" not in sys.modules else _regions().like(model, settings, forward)
+        call = forward if "transformers" not in sys.modules else _regions().captured_like(model, settings, forward)
         call(*args, **inputs)
     device = next((plan.device for plan in plans if plan.device), "")
     fallback = "; ".join(dict.fromkeys(plan.fallback for plan in plans if plan.fallback))

@@ -52,7 +52,7 @@ def check(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[int]:
+def open_folder(folder: Path) -> Iterator[int]:
     """A descriptor of a folder that the user named, made when missing, for `create`.
 
     Raises:

@@ -25,7 +25,7 @@ from sparsify.matching.base import Site
 from sparsify.matching.cache import find_cache, made_inside
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.planning import unmatched
-from sparsify.planning.choose import Choice, acts_on, make_plan, without_unasked
+from sparsify.planning.choose import Choice, acts_on, leave_out_untouched_ffn, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
@@ -57,7 +57,7 @@ def compile_graph(
     """
     trace = Trace(config.trace)
     try:
-        with module_paths.within(serves[0]) if serves else contextlib.nullcontext():
+        with module_paths.outermost_module(serves[0]) if serves else contextlib.nullcontext():
             ahead = config.compile_ahead and config.lower == "inductor"
             longer: list[fx.GraphModule] | None = [] if ahead and serves else None
             plan, rewritten, kept = rewrite_graph(gm, config, trace, longer)
@@ -113,7 +113,7 @@ def rewrite_graph(
         return Plan(), None, None
     context = make_context(sites[0].device, config)
     validator = Validator(gm.graph, functools.partial(backends.serving, "reference"))
-    plan, choices = without_unasked(*make_plan(sites, config, context), config)
+    plan, choices = leave_out_untouched_ffn(*make_plan(sites, config, context), config)
     if config.validation:
         validate(choices, validator, config.strict)
     if longer is not None:

@@ -96,7 +96,12 @@ _lock = threading.Lock()
 
 
 def start(label: str, shown: bool = True) -> Task:
-    """Tells of work that begins now, until `done()` of what is returned. shown: False says nothing."""
+    """Shows a line about work that begins now, until `done()` of what is returned is called.
+
+    Args:
+        label: what the work is.
+        shown: False shows nothing.
+    """
     global _line
     if not shown:
         return Task(None)
@@ -107,7 +112,12 @@ def start(label: str, shown: bool = True) -> Task:
 
 @contextmanager
 def task(label: str, shown: bool = True) -> Iterator[None]:
-    """Tells of the work inside the block while it runs. shown: False says nothing."""
+    """Shows a line about the work inside the block while it runs.
+
+    Args:
+        label: what the work is.
+        shown: False shows nothing.
+    """
     running = start(label, shown)
     try:
         yield

@@ -1,8 +1,8 @@
 """`model.generate()` of models that sparsify compiled: our loop and our cache where they serve the call, transformers' own otherwise.
 
-transformers looks its decoding methods up on the class, so that the class gets a method that passes calls on; only calls made through the
-`generate` of a model that was put here, on that instance, are ours. (`generate(custom_generate=...)` would lose the streamer and the
-tokenizer on its way.)
+transformers looks its decoding methods up on the model's class. `install` therefore gives the class methods that pass calls on, and the
+instance a `generate` of its own: only calls that came through that one reach our loop. (`generate(custom_generate=...)` would lose the
+streamer and the tokenizer on its way.)
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class Decoder:
-    """How one model decodes.
+    """How one model decodes, and what it keeps between calls.
 
-    graphs: record CUDA graphs; off where the compiled model makes its own. shown: tell of long prompts on the terminal.
+    Args:
+        graphs: record CUDA graphs; off where the compiled model makes its own.
+        shown: show a line on the terminal while a long prompt is read.
     """
 
     def __init__(self, model: Any, *, graphs: bool = True, shown: bool = True):
@@ -50,7 +52,15 @@ class Decoder:
             self.unserved = str(error)
 
     def cache_for(self, model: Any, config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int) -> SparseCache | None:
-        """An exact cache for a call that brings none, None where transformers' own is the right one."""
+        """An exact cache for a call that brings none; None where transformers' own is the right one.
+
+        Args:
+            config: the call's generation configuration.
+            model_kwargs: what `generate()` hands to the decoding method.
+            mode: transformers' GenerationMode.
+            rows: sequences side by side.
+            tokens: of each row in all, those to be generated included.
+        """
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or model_kwargs.get(compat.CACHE_NAME) is not None:
             return None
         if config.cache_implementation is not None or not model._supports_default_dynamic_cache():
@@ -71,7 +81,7 @@ class Decoder:
         return None
 
     def runner(self, function: Callable[[], None], failed: Callable[[], None]) -> Runner:
-        """What runs a step: a CUDA graph wherever that can be."""
+        """What runs a step: a CUDA graph of it wherever that can be, see `sessions.MakeRunner`."""
         model = self._model()
         if model is None:
             raise ReferenceError("the model that decodes is gone")
@@ -128,7 +138,7 @@ class _Request:
         )
 
     def finish(self, alone: bool) -> None:
-        """After the call. alone: it ended well, and nobody has the cache that was borrowed."""
+        """After the call: hands the borrowed cache back. alone: the call ended well, and its caller did not get the cache."""
         cache = self.borrowed
         if cache is None:
             return
@@ -142,9 +152,13 @@ _request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("spar
 
 
 def install(model: Any, *, graphs: bool = True, shown: bool = True) -> str:
-    """Makes `model.generate()` decode with our loop, on this instance. Returns why that is not done, empty where it is.
+    """Makes `model.generate()` decode with our loop, on this instance.
 
-    graphs: see `Decoder`. shown: tell of long prompts on the terminal.
+    Args:
+        graphs, shown: as `Decoder` takes them.
+
+    Returns:
+        why that is not done; empty where it is.
     """
     kind = type(model)
     if not issubclass(kind, GenerationMixin) or not _is_stock(kind, "generate"):

@@ -42,8 +42,8 @@ _base: contextvars.ContextVar[str] = contextvars.ContextVar("sparsify_base_path"
 
 
 @contextmanager
-def within(path: str) -> Iterator[None]:
-    """In this block the outermost module is the one of this path in a larger model, and paths start there."""
+def outermost_module(path: str) -> Iterator[None]:
+    """In this block a graph's outermost module lies at `path` in a larger model, and module paths begin with that."""
     token = _base.set(path)
     try:
         yield
@@ -58,7 +58,7 @@ def layer_number(path: str) -> int | None:
 
 
 def module_path(source: str, scopes: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Path of a module from the outermost module that its source expression passes through; "" for that module itself. See `within`.
+    """Path of a module from the outermost module that its source expression passes through, or from `outermost_module`; "" for itself.
 
     Args:
         source: an entry of `nn_module_stack`, such as `L['args'][0].model.layers.0`.

@@ -59,8 +59,9 @@ def acts_on(kind: SiteKind, config: Config, device: Device | None = None) -> boo
     return any(name in ruled or method(**config.methods.get(name, {})).looks_for_sites(device) for name, method in methods.items())
 
 
-def without_unasked(plan: Plan, choices: list[Choice], config: Config) -> tuple[Plan, list[Choice]]:
-    """The plan without feed-forward blocks that stay as they are, where nothing but the default methods looked at them."""
+def leave_out_untouched_ffn(plan: Plan, choices: list[Choice], config: Config) -> tuple[Plan, list[Choice]]:
+    """Leaves feed-forward blocks that no method acts on out of the plan and the choices, unless a setting, a rule or a plan file asks for
+    them: with the defaults they would be rows of a table that say nothing."""
     asked = config.plan is not None or "ffn_parts" in config.methods or config.passes != Config.model_fields["passes"].default
     if asked or any("ffn" in method.kinds for rule in config.rules for name in rule.method if (method := discover().get(name))):
         return plan, choices

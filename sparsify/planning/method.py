@@ -1,4 +1,4 @@
-"""What a method is, and all that the file of one imports of sparsify beside its ops.
+"""The base class of all methods, and what they answer with. A method's file imports from here and from `sparsify.ops`, nothing else.
 
 A method is a frozen pydantic model whose fields are its options, so that configuration, plan files and code share one validation:
 

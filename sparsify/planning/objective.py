@@ -28,13 +28,13 @@ def refuse_error(method: Pass, measured: Sequence[dict[str, Any]], max_error: fl
         return None
     error = measured_error(method, measured)
     if error is None:
-        return method.refuse(f"the plan has no measured error for it here{_with(method)}", "sparsify calibrate errors")
+        return method.refuse(f"the plan has no measured error for it here{_changed_options(method)}", "sparsify calibrate errors")
     if not error <= max_error:
-        return method.refuse(f"measured error {error:.3g} exceeds max_error {max_error:g}{_with(method)}")
+        return method.refuse(f"measured error {error:.3g} exceeds max_error {max_error:g}{_changed_options(method)}")
     return None
 
 
-def _with(method: Pass) -> str:
+def _changed_options(method: Pass) -> str:
     """The options that are not the defaults, since one method may be tried with several."""
     own = method.model_dump(mode="json", exclude_defaults=True)
     return f" with {', '.join(f'{name} = {value}' for name, value in own.items())}" if own else ""

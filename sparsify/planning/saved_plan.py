@@ -41,7 +41,7 @@ class SavedPlan:
     def has(self, place: Place) -> bool:
         return (place.kind, place.name) in self._decisions
 
-    def under(self, path: str) -> tuple[Any, ...]:
+    def decisions_in(self, path: str) -> tuple[Any, ...]:
         """What the plan says of the sites of a module, equal for modules of which it says the same."""
         return tuple(
             (kind, site.removeprefix(path), tuple((one.ordinal, repr(_content(one))) for one in found))

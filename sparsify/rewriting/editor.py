@@ -129,7 +129,7 @@ class Editor:
         Raises:
             RewriteError: another call on the way writes in place.
         """
-        between = _between(start, end)
+        between = _nodes_between(start, end)
         copies = {start: value}
         for node in (n for n in self.graph.nodes if n in between):
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
@@ -322,7 +322,7 @@ class Editor:
             self.graph.erase_node(node)
 
 
-def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
+def _nodes_between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
     """The nodes that `end` is computed by from `start`: `end` itself, and without `start`."""
     reached, pending = {start}, [start]
     while pending:

@@ -65,7 +65,7 @@ class Trace:
 
     def _write(self, target: Path, name: str, content: str) -> Path:
         """Creates one file in the folder `target` and returns its path."""
-        with folders.opened(target) as folder:
+        with folders.open_folder(target) as folder:
             if self.number is not None:
                 folders.create(folder, f"{self.number:03d}-{name}", content)
                 return target / f"{self.number:03d}-{name}"

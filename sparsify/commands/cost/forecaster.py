@@ -140,7 +140,7 @@ class Forecaster:
             skips = any(one.method is not None for one in decisions)
             chosen = sum((one.dense_seconds if one.method is None else one.seconds) or 0.0 for one in decisions) if skips else block
             feed_forward += chosen + self._routed(rows, weights)
-            elementwise += self._between(self.model.kinds[layer], rows, tokens)
+            elementwise += self._elementwise_seconds(self.model.kinds[layer], rows, tokens)
         head = self._linear(self.batch, self.model.hidden, self.model.head // self.model.hidden) if self.model.head else 0.0
         host = STEP_LAUNCHES * self.context.device.launch if tokens == 1 else 0.0
         return Seconds(attention, feed_forward, other, elementwise, cache, head, host)
@@ -159,7 +159,7 @@ class Forecaster:
             total += max(self._linear(rows * weights.active, inputs, outputs), streamed)
         return total
 
-    def _between(self, kind: int, rows: int, tokens: int) -> float:
+    def _elementwise_seconds(self, kind: int, rows: int, tokens: int) -> float:
         """Norms, sums, rotation, activation and the cache's store, fused as Inductor fuses them: each operand read or written once."""
         shape = self._shapes[kind]
         elements = 8 * self.model.hidden + 2 * (shape.query_width + shape.kv_width) + 4 * shape.kv_width + 3 * shape.intermediate
@@ -268,14 +268,14 @@ def crossovers(forecaster: Forecaster, calls: dict[int, PromptAndToken], longest
     lengths = sorted(calls)
     longest = max(longest, lengths[-1])
 
-    def at(phase: str, length: int) -> list[tuple[AnySite, str]]:
+    def labelled(phase: str, length: int) -> list[tuple[AnySite, str]]:
         near = min((n for n in lengths if n >= length), default=lengths[-1])
         call = getattr(resized(calls[near], near, length), phase)
         decided = forecaster.decide(filled(call, length), forecaster.config)
         return [(site, label(site, decision, forecaster.context)) for site, decision in decided]
 
     def choices(phase: str, length: int) -> list[str]:
-        return [choice for _, choice in at(phase, length)]
+        return [choice for _, choice in labelled(phase, length)]
 
     for phase in (PREFILL, DECODE):
         low = min(1024, lengths[0])
@@ -290,7 +290,7 @@ def crossovers(forecaster: Forecaster, calls: dict[int, PromptAndToken], longest
                 middle = (below + above) // 2
                 below, above = (middle, above) if choices(phase, middle) == before else (below, middle)
             changed: dict[tuple[str, str, str], list[int]] = {}
-            for (site, after), was in zip(at(phase, above), before, strict=True):
+            for (site, after), was in zip(labelled(phase, above), before, strict=True):
                 if after != was:
                     sees = site.sees(above + (phase == DECODE))
                     changed.setdefault((sees, was, after), []).append(cast(int, site.layer))

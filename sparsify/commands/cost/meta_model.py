@@ -148,7 +148,7 @@ class MetaModel:
             ends = found[wanted[low]], found[wanted[high]]
             if _same(resized(ends[0], wanted[low], wanted[high], ends[1].cache_bytes), ends[1]):
                 for length in between:
-                    found[length] = resized(ends[1], wanted[high], length, _between(ends, wanted[low], wanted[high], length))
+                    found[length] = resized(ends[1], wanted[high], length, _interpolated(ends, wanted[low], wanted[high], length))
                 continue
             middle = (low + high) // 2
             found[wanted[middle]] = self.calls(wanted[middle], batch, make_cache)
@@ -209,7 +209,7 @@ def _facts(site: AnySite) -> tuple[Any, ...]:
     return (site.kind, site.phase, site.mask_text, *facts)
 
 
-def _between(ends: tuple[PromptAndToken, PromptAndToken], low: int, high: int, length: int) -> tuple[int, ...]:
+def _interpolated(ends: tuple[PromptAndToken, PromptAndToken], low: int, high: int, length: int) -> tuple[int, ...]:
     """Bytes of a cache that grows by the token or not at all."""
     pairs = zip(ends[0].cache_bytes, ends[1].cache_bytes, strict=True)
     return tuple(small + (large - small) * (length - low) // (high - low) for small, large in pairs)

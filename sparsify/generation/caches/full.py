@@ -1,4 +1,4 @@
-"""The exact cache that `generate()` works best with: all room at once, so that nothing is copied and a CUDA graph can be replayed."""
+"""The exact cache that `generate()` works best with: allocated at once, so that nothing is copied and a CUDA graph can be replayed."""
 
 from __future__ import annotations
 

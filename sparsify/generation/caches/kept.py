@@ -1,4 +1,4 @@
-"""Exact caches that generate() borrows, kept between calls so that the graphs which were recorded over them are of use again."""
+"""Exact caches that `generate()` borrows. They are kept between calls, so that CUDA graphs recorded over them can be replayed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class KeptCaches:
         self._lock = threading.Lock()
 
     def borrow(self, model: Any, rows: int, tokens: int) -> SparseCache:
-        """A cache that is empty, with room for `tokens` of each row, for this call alone.
+        """An empty cache with room for `tokens` of each row, which no other call uses until it is given back.
 
         Raises:
             UnsupportedError: no SparseCache serves the model.
@@ -42,7 +42,7 @@ class KeptCaches:
         return full_cache(model.config, rows, _rounded(tokens), model.device, model.dtype)
 
     def give_back(self, cache: SparseCache) -> None:
-        """A cache that nobody else has, after a call that came to its end. It is kept unless it is too large."""
+        """Keeps a cache that nobody else holds for the next call, unless it is too large."""
         device = cache.layers[0].keys.device
         if device.type == "cuda" and cache.kept_bytes() > _SHARE * torch.cuda.get_device_properties(device).total_memory:
             return
@@ -51,6 +51,6 @@ class KeptCaches:
 
 
 def _rounded(tokens: int) -> int:
-    """So many tokens or a quarter more, of few different numbers, so that calls of other lengths find a cache again."""
+    """`tokens` rounded up by a quarter at most to one of few numbers, so that calls of slightly other lengths find the same cache."""
     step = max(256, 1 << max(tokens.bit_length() - 3, 0))
     return cdiv(tokens, step) * step

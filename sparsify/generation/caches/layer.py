@@ -1,4 +1,4 @@
-"""One layer of a SparseCache: its buffers, and what reorder, select, repeat, crop, reset and offload do to them."""
+"""One layer of a SparseCache: its buffers, how they grow, and transformers' operations on them (reorder, select, crop, reset, offload)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEAST = 1024
 
 
 def _roomy(tokens: int) -> int:
-    """Slots for so many tokens and half as many to come, so that growing copies each token no more than three times in all."""
+    """Slots for `tokens` and half as many to come, so that growing again and again copies each token three times at most."""
     return cdiv(max(tokens + tokens // 2, _LEAST), STEP) * STEP
 
 

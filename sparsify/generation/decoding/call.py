@@ -17,9 +17,11 @@ _KNOWN = {compat.CACHE_NAME, "attention_mask", "position_ids", "inputs_embeds", 
 
 
 def refusal(model: Any, config: Any, model_kwargs: dict[str, Any]) -> str:
-    """Why transformers' own loop serves this call of `generate()`, as far as it does not depend on the cache; empty where it does not.
+    """Why the decoding loop does not serve a call of `generate()`, in a clause; empty where it does. `step_caches.refusal` does the cache.
 
-    config: the call's generation configuration. model_kwargs: what `generate()` hands to the decoding method beside its own arguments.
+    Args:
+        config: the call's generation configuration.
+        model_kwargs: what `generate()` hands to the decoding method beside its own arguments.
     """
     kind = type(model)
     hooks = ("prepare_inputs_for_generation", "_prefill", "_update_model_kwargs_for_generation")
@@ -85,7 +87,7 @@ class Call:
 
     @property
     def pad(self) -> Tensor | None:
-        """The token that a row goes on with once it has ended, int64 []; None where it goes on as it likes."""
+        """The token that fills a row once it has ended, int64 []; None where rows go on with generated tokens."""
         return compat.pad_token(self.generation_config, self.input_ids.device) if self.criteria.pads else None
 
     @property

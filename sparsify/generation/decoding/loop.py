@@ -49,9 +49,9 @@ def decode(
         call: the arguments of `_sample`.
         private: nobody sees the cache after the call, so that it may hold a token too many.
         late: read whether to stop one token late, where that leaves no trace.
-        make_runner: makes what runs the steps, of the step and of what to do when recording it failed.
+        make_runner: makes what runs the steps, from the step and from what to do when recording it failed.
         sessions: those over this very cache from earlier calls; new ones are added.
-        shown: tell of a long prompt on the terminal.
+        shown: show a line on the terminal while a long prompt is read.
 
     Returns:
         int64 [rows, tokens], or what `generate(return_dict_in_generate=True)` returns.
@@ -237,7 +237,7 @@ class _Kept:
 
 
 class _Draws:
-    """Where the default generator stood before the last steps, so that a step too many leaves no trace in it."""
+    """The default random generator's state before each of the last two steps, so that a step too many can be undone."""
 
     def __init__(self, device: torch.device, sample: bool):
         self.generator = None

@@ -19,20 +19,25 @@ from transformers.generation import logits_process as stock
 class State(Protocol):
     """What processors see of a generation.
 
-    length: int64 [1], tokens of each row so far. seen: bool [rows, vocabulary + 1], the tokens that occurred in each row, of use to the
-    repetition penalty; the last column stands for all that are none of the vocabulary. mask(tokens, like): bool [vocabulary].
+    length: int64 [1], tokens of each row so far.
+    seen: bool [rows, vocabulary + 1], the tokens that occurred in each row, for the repetition penalty; the last column stands for all
+        tokens outside of the vocabulary. None where nothing needs it.
     """
 
     length: Tensor
     seen: Tensor | None
 
-    def mask(self, tokens: tuple[int, ...], scores: Tensor) -> Tensor: ...
+    def mask(self, tokens: tuple[int, ...], scores: Tensor) -> Tensor:
+        """True for the given tokens, bool [vocabulary], on the device of scores."""
+        ...
 
 
 class Part(Protocol):
-    """One processor. Equal parts do the same, so that graphs are found by them. scores: fp32 [rows, vocabulary], not changed in place."""
+    """One processor. Parts that are equal do the same, so that a graph can be found by its parts."""
 
-    def __call__(self, scores: Tensor, state: State) -> Tensor: ...
+    def __call__(self, scores: Tensor, state: State) -> Tensor:
+        """Changed scores, fp32 [rows, vocabulary], from scores of that form, which are not changed in place."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,11 @@ _SCORES_ONLY = {
 def recordable(processors: Sequence[Any], prompt_len: int) -> tuple[Part, ...] | None:
     """The processors as parts for the tokens after the first new one, or None where one of them cannot be recorded.
 
-    Reads lists of tokens from the device. prompt_len: tokens of the prompt's rows, which the first new token follows.
+    Reads lists of tokens from the device, which waits for it.
+
+    Args:
+        processors: of transformers, in the order in which they are applied.
+        prompt_len: tokens of each row before the first new one.
     """
     parts: list[Part] = []
     for processor in processors:
@@ -142,7 +151,13 @@ def _part(processor: Any, prompt_len: int) -> list[Part] | None:
 
 
 def penalised(parts: Sequence[Part] | None, processors: Sequence[Any], ids: Tensor, vocabulary: int) -> Tensor | None:
-    """The `seen` of a State after a prompt, None where the parts do not need it. ids: int64 [rows, prompt_len]."""
+    """`State.seen` after a prompt; None where no part needs it.
+
+    Args:
+        processors: those that the parts were made from.
+        ids: int64 [rows, prompt_len].
+        vocabulary: number of tokens.
+    """
     if not any(isinstance(part, RepetitionPenalty) for part in parts or ()):
         return None
     ignored = next(p for p in processors if type(p) is stock.RepetitionPenaltyLogitsProcessor).prompt_ignore_length

@@ -115,7 +115,7 @@ class CudaGraphs:
         self.device = device
 
     @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
+    def _on_side_stream(self) -> Iterator[None]:
         stream, current = _stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -123,13 +123,13 @@ class CudaGraphs:
         current.wait_stream(stream)
 
     def warm(self, function: Callable[[], None]) -> None:
-        with self._beside():
+        with self._on_side_stream():
             function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would also empty the allocator's cache, which the next prompt needs, and wait for the device
-        with self._beside(), _without_collection():
+        with self._on_side_stream(), _without_collection():
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 function()

@@ -23,7 +23,7 @@ class Step:
         parts: logits processors; None where they cannot be recorded: then `choose` is left to the caller.
         sample: draw from the distribution rather than take its maximum.
         eos: tokens that end their row.
-        pad: what a row that has ended goes on with, int64 []; None where it goes on as it likes.
+        pad: the token that fills a row once it has ended, int64 []; None where rows go on with generated tokens.
 
     Buffers:
         token       int64 [rows, 1]     last token of each row, not yet in the cache
@@ -32,7 +32,7 @@ class Step:
         sequences   int64 [rows, size]  all of them
         running     int64 [rows]        1 for rows that have not ended
         seen        bool [rows, vocabulary + 1] or None: see `processors.State`
-        status      bool [2]            all rows have ended; a distribution was none
+        status      bool [2]            all rows have ended; some row's scores were no distribution (inf or nan)
         logits, scores  fp32 [rows, vocabulary]  of the last call, before and after the processors
     """
 

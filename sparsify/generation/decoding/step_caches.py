@@ -37,10 +37,10 @@ class StepCache(Protocol):
         """Tokens of each row beyond which `reserve` is needed; None where it never is."""
 
     def forget(self) -> None:
-        """A call was given up between two layers, while nothing was stored."""
+        """Recording was given up between two layers, before anything was stored."""
 
     def finish(self) -> None:
-        """Tokens were stored by what runs no Python."""
+        """After the last step. Replayed graphs have stored tokens without running the cache's Python code."""
 
     def state(self) -> Any:
         """Where the buffers lie; None before they are allocated."""
@@ -49,7 +49,7 @@ class StepCache(Protocol):
 C = TypeVar("C", bound=Cache)
 
 
-class _Over(Generic[C]):
+class _WeakCache(Generic[C]):
     """Holds the cache weakly."""
 
     def __init__(self, cache: C):
@@ -64,7 +64,7 @@ class _Over(Generic[C]):
         return cache
 
 
-class SparseStep(_Over[SparseCache]):
+class SparseStep(_WeakCache[SparseCache]):
     """A SparseCache: it knows its padding and makes its own masks, so that a token needs none."""
 
     def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
@@ -92,7 +92,7 @@ class SparseStep(_Over[SparseCache]):
         return tuple((layer.layout, *map(address, (*layer.state, layer.tickets))) for layer in self.cache.layers)
 
 
-class StaticStep(_Over[StaticCache]):
+class StaticStep(_WeakCache[StaticCache]):
     """A StaticCache of transformers without windows: its slots are columns, and the mask of a row says which of them are tokens.
 
     The mask is a buffer, bool [rows, 1, 1, slots], in which each token marks its own slot.
@@ -153,5 +153,5 @@ def refusal(cache: Any, model: Any) -> str:
 
 
 def step_cache(cache: Any) -> StepCache:
-    """Of a cache that `refusal` does not refuse."""
+    """What steps use in place of a cache that `refusal` does not refuse."""
     return SparseStep(cache) if isinstance(cache, SparseCache) else StaticStep(cache)

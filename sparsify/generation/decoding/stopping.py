@@ -16,9 +16,12 @@ from transformers.generation import stopping_criteria as stock
 class Criteria:
     """transformers' stopping criteria by where they can be asked.
 
-    max_length: tokens of a row, None without a limit. deadlines: seconds since the epoch. eos: tokens that end their row, tested as part of
-    a token's step. pads: a row that has ended goes on with padding. texts: those that compute on the device without waiting for it, asked
-    after every step. others: all criteria, as they were given, where one of them may do anything; then every token is waited for.
+    max_length: tokens of a row, the prompt included; None without a limit.
+    deadlines: seconds since the epoch.
+    eos: tokens that end their row, tested as part of a token's step.
+    pads: whether a row that has ended goes on with padding.
+    texts: those that compute on the device without waiting for it, asked after every step.
+    others: all criteria, as they were given, where one of them may do anything; then every token is waited for. Else None.
     """
 
     max_length: int | None
@@ -64,7 +67,7 @@ def sort_criteria(criteria: Sequence[Any]) -> Criteria:
 class Watch:
     """Tells after each token whether all rows have ended, waiting for the device; hands tokens to the streamer.
 
-    status: bool [2] on the device, written by each step: all rows have ended; a distribution was none.
+    status: bool [2] on the device, written by each step: see `Step`.
     """
 
     def __init__(self, status: Tensor, tokens: Tensor, streamer: Any = None):
@@ -88,7 +91,7 @@ class Watch:
 
 
 class LateWatch(Watch):
-    """The same one token late: the host reads what a step said while the next one runs, which is undone if it was one too many."""
+    """Tells the same one token later: the host reads a step's status while the next one runs; the loop undoes one too many."""
 
     def __init__(self, status: Tensor, tokens: Tensor, streamer: Any = None):
         super().__init__(status, tokens, streamer)

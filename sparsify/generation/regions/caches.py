@@ -1,4 +1,8 @@
-"""What a region sees of a model's cache: the layer that is its own, under a number with which nothing can be computed."""
+"""What a region sees of a model's cache: one layer of it, under a stand-in for the layer's number.
+
+A region serves many layers, so that its code must depend neither on a layer's number nor on the cache of another layer: `LayerNumber`
+refuses to be computed with, and `LayerView` holds one layer only.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +42,8 @@ class LayerNumber:
 LAYER = LayerNumber()
 
 
-class _Only:
-    """A list of layers of which one is there, under `LAYER`."""
+class _OneLayer:
+    """Stands for a cache's list of layers: the region's own layer can be read, by `LAYER`, and no other."""
 
     def __init__(self, layer: Any):
         self.layer = layer
@@ -54,7 +58,7 @@ class LayerView(Cache):
     """A cache of one layer, for code that knows it as `LAYER`."""
 
     def __init__(self, layer: Any):
-        self.layers: Any = _Only(layer)
+        self.layers: Any = _OneLayer(layer)
         self.layer_class_to_replicate, self.offloading = None, False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,11 @@ class LayerView(Cache):
 
 
 def trouble(cache: Any, layers: int) -> str:
-    """Why the layers of a cache do not stand alone, empty where they do. layers: how many the model has."""
+    """Why regions cannot serve a cache, in a clause; empty where each of its layers depends on nothing but itself.
+
+    Args:
+        layers: number of the model's decoder layers.
+    """
     if not isinstance(cache, Cache):
         return f"a cache that is a {type(cache).__name__}"
     if getattr(cache, "offloading", False):
@@ -98,7 +106,8 @@ class LayerCall(Generic[L]):
     A region gets a copy of the layer, made for the call; what it changes there goes back to the layer. `begin`, `end` and `undo` stand
     around it.
 
-    copy: the copy, without what varies. varying: its tensors, and the numbers that grow, by attribute.
+    copy: the copy, without the attributes in `varying`.
+    varying: the layer's tensors, and its numbers that grow with the text, by attribute.
     """
 
     def __init__(self, cache: Cache, layer: L, **instead: Any):
@@ -179,7 +188,7 @@ def layer_call(cache: Cache, number: int, query_len: int) -> LayerCall[Any]:
         return SparseLayerCall(cache, layer, query_len)
     if not isinstance(layer, CacheLayerMixin):
         raise TypeError(f"a {type(layer).__name__} holds no keys")
-    _straighten(layer)
+    _make_contiguous(layer)
     return LayerCall(cache, layer)
 
 
@@ -193,15 +202,20 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def view(copy: Any, varying: dict[str, Any]) -> LayerView:
-    """What a region's layer gets as its cache, within the region."""
+    """The cache that the decoder layer is given within a region.
+
+    Args:
+        copy: `LayerCall.copy`.
+        varying: `LayerCall.varying`, as inputs of the region's graph.
+    """
     for name, value in varying.items():
         setattr(copy, name, value)
     return LayerView(copy)
 
 
-def _straighten(layer: CacheLayerMixin) -> None:
-    """A prompt leaves keys as the transpose of what the projection wrote, `cat` contiguous ones and a window's slice neither: one layout
-    for all later calls, so that they have one graph."""
+def _make_contiguous(layer: CacheLayerMixin) -> None:
+    """Gives the keys of an ordinary layer one layout for all calls, so that they have one graph: a prompt leaves the transpose of what the
+    projection wrote, `cat` leaves contiguous keys, and a window's slice neither."""
     if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
         return
     if layer.keys is not None and layer.values is not None and layer.keys.dim() == 4:

@@ -1,7 +1,7 @@
-"""A model's decoder layers, and what stands for each of them in code that serves all that are alike.
+"""A model's decoder layers, and a stand-in for each of them in code that serves all layers of a kind.
 
-A layer's attention knows its number, which compiled code is specialised on. A shadow is a copy of the few modules on the way to such a
-number, over the same parameters, buffers and other modules, in which every number is the same.
+A layer's attention has a number, and compiled code is specialised on it. A shadow is a copy of the few modules that lead to this number,
+over the same parameters, buffers and other modules, in which every number is replaced by `caches.LAYER`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NUMBER = "layer_idx"
 
 
 class NotShared(Exception):
-    """Why the layers of a model, or of one call of it, do not share regions; the message is a clause.
+    """The layers of a model, or of one call of it, do not share regions; the message is the reason in a clause.
 
-    lasting: it speaks against later calls too.
+    lasting: whether the reason holds for later calls too.
     """
 
     def __init__(self, reason: str, lasting: bool = False):
@@ -32,8 +32,14 @@ class NotShared(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer. path: from the model, such as `model.layers.3`. shadow: what stands for it, made anew when the layer changed.
-    arguments: of its forward, those that may be given by position."""
+    """A decoder layer.
+
+    path: from the model, such as `model.layers.3`.
+    number: its index.
+    module: the layer itself.
+    shadow: what stands for it, made anew when the layer has changed.
+    arguments: names of its forward's parameters that may be given by position.
+    """
 
     path: str
     number: int
@@ -71,7 +77,10 @@ def _numbered(modules: nn.ModuleList) -> bool:
 
 
 class Shadow:
-    """Of one layer: `current()` is the module to call, over what the layer holds at the moment, and `number` the one that it has."""
+    """Makes the module that stands for a layer.
+
+    number: the layer's own, known after `current()`.
+    """
 
     def __init__(self, layer: nn.Module):
         self._layer = layer
@@ -80,7 +89,11 @@ class Shadow:
         self.number = -1
 
     def current(self) -> nn.Module:
-        """Raises NotShared where the layer has no number any more, or several."""
+        """The module to call, over what the layer holds at the moment.
+
+        Raises:
+            NotShared: the layer has no number any more, or several.
+        """
         if self._module is None or not all(_seen(module) == seen for module, seen in self._copied):
             self._copied = []
             self._module = self._copy(self._layer, top=True)
@@ -111,7 +124,7 @@ def _seen(module: nn.Module) -> tuple[Any, ...]:
 
 
 class Watch:
-    """What is done to layers from outside that a region would not show, or would show for one of them only."""
+    """Looks for changes to layers that a region would miss, or would take over for one layer only: hooks, replaced forwards."""
 
     def __init__(self, layers: list[Layer]):
         self._layers = layers

@@ -1,8 +1,8 @@
-"""What runs between regions over all rows of a prompt: the norm after the last layer.
+"""Compiles the norm after the last layer for long prompts, where running it uncompiled would fill the GPU's memory.
 
-Uncompiled, a norm holds two copies of the residual stream in float32 at once, 32 GiB at a million tokens of an 8B model, and in blocks of a
-size that the allocator holds for nothing else. Where that is a large share of the GPU's memory it is compiled, as it would be in a graph of
-the whole model: one pass, and no copies.
+It lies outside of all regions. Uncompiled, it holds two copies of the residual stream in float32 at once, 32 GiB at a million tokens of an
+8B model, in blocks of a size that the allocator keeps for nothing else. Compiled, as in a graph of the whole model, it is one pass without
+copies.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 SHARE = 1 / 16
 
 
-def find(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
-    """The modules beside the list of layers that hold weights of one dimension and no modules: norms, as far as their call shows."""
+def find_norms(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
+    """The norms beside the list of layers: modules without submodules all of whose weights have one dimension."""
     beside = model.get_submodule(layers[0].path.rpartition(".")[0].rpartition(".")[0])
     leaves = (child for child in beside.children() if not any(True for _ in child.children()))
     return [leaf for leaf in leaves if (held := list(leaf.parameters())) and all(weight.dim() == 1 for weight in held)]
 
 
 class LongRows:
-    """What such a module is called through: compiled for inputs whose copies would fill memory, else the module itself."""
+    """Stands for a norm's call: compiled for inputs whose copies would take more than `SHARE` of the memory, else the module itself."""
 
     def __init__(self, module: nn.Module, config: Config):
         self.module, self.config = module, config

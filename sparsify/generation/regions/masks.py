@@ -1,5 +1,7 @@
-"""Masks that a model makes before its layers run, put off until a layer is captured: a region's graph then shows how its mask came about,
-which is what a proof reads, and a mask of query_len × key_len is never written where no attention needs it.
+"""Postpones the attention masks that a model makes before its layers run until a layer is captured.
+
+A region's graph then shows how its mask is computed, which is what a proof reads, and a mask of query_len × key_len is never written where
+no attention needs it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ postponing: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_post
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a mask is made: `function(**call)`. transformers' arguments are sizes, offsets, a condition on indices and a padding mask."""
+    """How a mask is made: `function(**call)`.
+
+    function: one of transformers' mask functions.
+    call: its arguments by name: sizes, offsets, a condition on indices, a padding mask.
+    """
 
     function: Callable[..., Tensor]
     call: dict[str, Any]
@@ -31,7 +37,7 @@ class Recipe:
 
 
 class PostponedMask(torch.Tensor):
-    """A mask [batch, 1, query_len, key_len] without memory. Any operation makes it, so that a model that works on its mask finds one."""
+    """A mask [batch, 1, query_len, key_len] without memory. The first operation on it makes the real one, for models that change masks."""
 
     recipe: Recipe
     made: Tensor | None
@@ -59,7 +65,7 @@ class PostponedMask(torch.Tensor):
 
 
 def postpone(base: str, function: Callable[..., Any], call: dict[str, Any]) -> Any:
-    """The mask `function(**call)` of transformers' implementation `base`, put off; None where scaled_dot_product_attention needs none.
+    """The mask `function(**call)` of transformers' implementation `base`, postponed; None where scaled_dot_product_attention needs none.
 
     The padding is looked at once a call, which synchronises with the device, as transformers itself does outside of compiled code.
     """
@@ -94,9 +100,13 @@ _VARYING = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "att
 class Plan:
     """How a region makes a mask.
 
-    function, fixed: the recipe without what varies. rows: batch_size and q_length are those of the hidden states. keys: kv_length and
-    kv_offset are the cache layer's, or q_length without a cache. start: q_offset is the cache layer's length. A size that is taken from
-    what the region is given has one symbol in its graph.
+    A size that is taken from the region's other inputs has one symbol in its graph.
+
+    function: of the recipe.
+    fixed: the recipe's arguments that are the same in all calls.
+    rows: whether batch_size and q_length are those of the hidden states.
+    keys: whether kv_length and kv_offset are the cache layer's, or q_length without a cache.
+    start: whether q_offset is the cache layer's length.
     """
 
     function: Callable[..., Tensor]

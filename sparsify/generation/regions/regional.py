@@ -1,8 +1,8 @@
-"""Calls of a model in which each kind of decoder layer is compiled once, and called for all layers of that kind.
+"""Compiles each kind of decoder layer of a model once and calls the result for all layers of that kind.
 
-A call that regions cannot serve is captured whole, as `model.compile(backend="sparsify")` would do it: that shows before the first layer
-runs, and the call starts again there. A layer of a later kind that cannot be compiled runs as it is in that call, and later calls are
-captured whole.
+A call that this cannot serve is captured whole, as `model.compile(backend="sparsify")` would do it. Mostly that shows before the first
+layer runs, and the call starts again. Where it shows later, the layer at hand runs uncompiled in this call, and later calls are captured
+whole.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _active: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("sparsify
 
 
 class WholeModel:
-    """A model's call, captured as one graph for a reason that its plans tell."""
+    """A model's call, captured as one graph; plans made in it tell the reason."""
 
     def __init__(self, call: Callable[..., Any], reason: str):
         self.call, self.reason = call, reason
@@ -206,7 +206,9 @@ def _release() -> None:
 class _Held(nn.Module):
     """What a region is specialised on: Dynamo takes the numbers of a module for constants.
 
-    cache: the copy of a cache layer. names: the arguments by which the layer takes it. masks: how to make the masks, by argument.
+    cache: the copy of a cache layer.
+    names: the arguments by which the decoder layer takes it.
+    masks: how to make the masks, by argument.
     """
 
     cache: Any
@@ -214,7 +216,7 @@ class _Held(nn.Module):
     masks: dict[str, masks.Plan]
 
     @classmethod
-    def of(cls, cache: Any, names: tuple[str, ...], plans: dict[str, masks.Plan]) -> _Held:
+    def make(cls, cache: Any, names: tuple[str, ...], plans: dict[str, masks.Plan]) -> _Held:
         held = object.__new__(cls)
         held.__dict__.update(_EMPTY_MODULE, cache=cache, names=names, masks=plans)
         return held
@@ -248,7 +250,11 @@ def _private(function: types.FunctionType) -> types.FunctionType:
 
 
 class _Call:
-    """A call of the model that is under way. ran: whether a region has run, so that the call cannot start again elsewhere."""
+    """A call of the model that is under way.
+
+    ran: whether a region has run, so that the call cannot start again elsewhere.
+    compiled: whether a region was compiled in it.
+    """
 
     def __init__(self, model: RegionalModel):
         self.model = model
@@ -313,7 +319,7 @@ class _Call:
         if cache is not None:
             cache.begin()
         try:
-            held = _Held.of(cache and cache.copy, names, {name: plan for name, (plan, _) in planned.items()})
+            held = _Held.make(cache and cache.copy, names, {name: plan for name, (plan, _) in planned.items()})
             padding = {name: varying for name, (_, varying) in planned.items()}
             state = cache.varying if cache else {}
             result = region((batch, query_len, key_len), shadow, args, rest, held, state, padding)
@@ -410,7 +416,7 @@ def _asked(layer: Layer, config: Config, saved: SavedPlan | None) -> Any:
         path = f"{layer.path}.{name}" if name else layer.path
         for site in (path, f"{path}.cache"):
             found.append(tuple(frozenset(layer_patterns.numbers(rule.layers, site, layer_number(site))) for rule in config.rules))
-    return tuple(found), saved and saved.under(layer.path)
+    return tuple(found), saved and saved.decisions_in(layer.path)
 
 
 def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None) -> None:
@@ -425,7 +431,7 @@ def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None
         return
     for layer in regional.layers:
         layer.module._compiled_call_impl = Handover(layer)
-    for module in long_rows.find(model, regional.layers):
+    for module in long_rows.find_norms(model, regional.layers):
         module._compiled_call_impl = LongRows(module, config)
     model._compiled_call_impl = regional
 
@@ -437,8 +443,8 @@ def remove(model: nn.Module) -> None:
             part._compiled_call_impl = None
 
 
-def like(model: nn.Module, config: Config, whole: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of the model that is captured as its own calls are, layer by layer or whole, with other settings and apart from them.
+def captured_like(model: nn.Module, config: Config, whole: Callable[..., Any]) -> Callable[..., Any]:
+    """A separate call of the model with other settings, captured as its own calls are: layer by layer, or whole.
 
     Args:
         whole: the model's call, captured as one graph.
