@@ -1,4 +1,4 @@
-"""`sparsify calibrate`: values for a method, measured on a model and a text (`ffn`, `attention`, `errors`) or on the device here (`device`)."""
+"""`sparsify calibrate`: values for methods, measured on a model and a text (`ffn`, `attention`, `errors`), or on the device (`device`)."""
 
 from __future__ import annotations
 
