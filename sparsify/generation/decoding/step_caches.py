@@ -25,6 +25,7 @@ class StepCache(Protocol):
 
     def stored(self) -> int:
         """Columns of each row that the cache holds; may wait for the device."""
+        ...
 
     def inputs(self) -> dict[str, Any]:
         """What the model is given beside the token and its position; may be recorded."""
@@ -71,7 +72,7 @@ class SparseStep(_WeakCache[SparseCache]):
         pass
 
     def stored(self) -> int:
-        return int(self._cache().get_seq_length())
+        return int(self.cache.get_seq_length())
 
     def inputs(self) -> dict[str, Any]:
         return {compat.CACHE_NAME: self.cache}
@@ -110,7 +111,7 @@ class StaticStep(_WeakCache[StaticCache]):
         self._mask[:, 0, 0, :stored] = True if mask is None else mask.bool()
 
     def stored(self) -> int:
-        return int(self._cache().layers[0].get_seq_length())
+        return int(self.cache.get_seq_length())
 
     def inputs(self) -> dict[str, Any]:
         if self._mask is None:
