@@ -49,7 +49,9 @@ def test_no_further_from_float64_than_the_library(rows, dtype):
 def test_kernels_that_overlap_in_a_cuda_graph_read_what_came_before(rows):
     torch.manual_seed(0)
     hidden, wide, depth = 512, 1536, 24
-    layers = [[draw(wide, hidden, scale=hidden**-0.5) for _ in range(2)] + [draw(hidden, wide, scale=wide**-0.5)] for _ in range(depth)]
+    # small enough that products of products neither grow nor vanish beside the residual stream
+    weight = lambda outputs, inputs: draw(outputs, inputs, scale=0.5 * inputs**-0.5)
+    layers = [(weight(wide, hidden), weight(wide, hidden), weight(hidden, wide)) for _ in range(depth)]
     x = draw(rows, hidden)
 
     def run(early: bool) -> torch.Tensor:
@@ -67,7 +69,7 @@ def test_kernels_that_overlap_in_a_cuda_graph_read_what_came_before(rows):
         torch.manual_seed(seed)
         x.copy_(draw(rows, hidden))
         graph.replay()
-        assert torch.equal(got, run(False))
+        assert got.isfinite().all() and torch.equal(got, run(False))
 
 
 def test_a_call_is_one_kernel():
