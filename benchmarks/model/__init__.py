@@ -36,7 +36,7 @@ class Generate(Record):
     """One variant's tokens through `generate()` after a prompt whose keys are in the cache."""
 
     NAME = "generate"
-    KEYS = ("shape", "layers", "variant", "length", "batch", "padded", "sampled")
+    KEYS = ("shape", "layers", "variant", "length", "batch", "padded", "sampled", "tokens", "density")
     shape: str  # of benchmarks.lib.models
     layers: int
     variant: str  # of benchmarks.model.generate.VARIANTS
@@ -52,6 +52,7 @@ class Generate(Record):
     first_call_s: float | None = None  # compilation included
     whole_first_s: float | None = None  # a call that reads its prompt, the first one
     whole_s: float | None = None  # and the next one
+    density: float | None = None  # share of a prompt's causal blocks that is visited; None: all
     error: str | None = None
 
 

@@ -3,11 +3,13 @@
 
     python -m benchmarks run generate --lengths 32768 131072
     python -m benchmarks run generate --lengths 16384 --batch 8 --padded
+    python -m benchmarks run generate --lengths 131072 --tokens 256 --whole --repeats 1 --variants sparsify "sparsify sparse" inductor eager
     python -m benchmarks run generate --shape tiny --lengths 64 --tokens 8 --hidden 64
 
 The model is a Llama of the 8B shape with random weights. Caches are filled at random, which costs a token what a prompt's keys cost, so
 that no time goes into prompts: each call of `generate()` is a last token of the prompt and `--tokens` new ones. The first call compiles
-and records; then the median of `--repeats` calls is divided by the tokens. `--whole` also times calls that read the prompt themselves.
+and records; then the median of `--repeats` calls is divided by the tokens. `--whole` also times calls that read the prompt themselves;
+"sparsify sparse" visits `--density` of the prompt's causal blocks in such a call, and is the exact variant in all else.
 
 `limit_ms` is the time that the bytes of all weights and of the keys and values of all tokens take at 4.8 TB/s. Appends to
 results/generate.jsonl.
@@ -36,7 +38,7 @@ from sparsify import SparseCache
 from sparsify.generation.compat import with_cache
 
 BANDWIDTH = 4.8e12  # bytes a second of an H200's memory
-VARIANTS = ("sparsify", "sparsify tuned", "inductor", "eager")
+VARIANTS = ("sparsify", "sparsify tuned", "sparsify sparse", "inductor", "eager")
 # Inductor writes products of one row as reductions of its own and searches for their tile sizes: faster tokens for longer compiling
 TUNED = {"inductor": {"coordinate_descent_tuning": True}, "linear_kernels": "never"}
 
@@ -49,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch._dynamo.reset()
         model.__dict__.pop("generate", None)
         model._compiled_call_impl = None
-        if variant in ("sparsify", "sparsify tuned"):
-            sparsify.compile(model, progress=False, **(TUNED if variant == "sparsify tuned" else {}))
+        if variant.startswith("sparsify"):
+            sparsify.compile(model, progress=False, **settings(variant, options.density))
         for length in options.lengths:
             clean(options.device)
             facts = {
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "padded": options.padded,
                 "tokens": options.tokens,
                 "sampled": options.sample,
+                "density": options.density if variant == "sparsify sparse" else None,
                 "limit_ms": limit_ms(model, length, options),
             }
             try:
@@ -75,6 +78,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def settings(variant: str, density: float) -> dict[str, Any]:
+    """Options of `sparsify.compile` for one of its variants."""
+    if variant == "sparsify sparse":
+        return {"passes": ["xattention", "dense"], "xattention": {"density": density}, "min_length": 0}
+    return TUNED if variant == "sparsify tuned" else {}
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
@@ -85,6 +95,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="also time a call that reads its prompt")
+    parser.add_argument("--density", type=float, default=0.1, help='share of the causal blocks that "sparsify sparse" visits')
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--hidden", type=int, help="another hidden size than the shape has")

@@ -123,34 +123,36 @@ def generate_table(found: Iterable[Found]) -> str:
         "inductor": "Inductor, StaticCache",
         "sparsify": "sparsify",
         "sparsify tuned": "sparsify, tuned",
+        "sparsify sparse": "sparsify",
     }
     order = list(names)
     parts = []
     for group in groups(latest(found, Generate), lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
         rows = []
-        for record in sorted(group, key=lambda r: (r["batch"], r["length"], r["sampled"], order.index(r["variant"]))):
+        for record in sorted(group, key=lambda r: (r["batch"], r["length"], r["tokens"], r["sampled"], order.index(r["variant"]))):
             call = f"{size(record['length'])}, batch {record['batch']}" + ", padded" * record["padded"] + ", sampled" * record["sampled"]
+            call += f", {record['tokens']} tokens"
+            name = names[record["variant"]] + (f", {record['density']:.0%} of the blocks" if record.get("density") else "")
             if record.get("error"):
-                rows.append([call, names[record["variant"]], failure(record["error"]), *["–"] * 4, _commit(record)])
+                rows.append([call, name, failure(record["error"]), *["–"] * 4, _commit(record)])
                 continue
             ratio, first = f"{record['ms'] / record['limit_ms']:.2f}", f"{record['first_call_s']:.1f}"
             whole = f"{record['whole_s']:.2f}" if record.get("whole_s") else "–"
-            rows.append(
-                [call, names[record["variant"]], f"{record['ms']:.2f}", f"{record['limit_ms']:.2f}", ratio, first, whole, _commit(record)]
-            )
+            rows.append([call, name, f"{record['ms']:.2f}", f"{record['limit_ms']:.2f}", ratio, first, whole, _commit(record)])
         first_of_group = group[0]
         head = (
             f"### A token through generate(), shape {first_of_group['shape']}, {first_of_group['layers']} layers, random weights\n\n"
             f"Whole calls over a cache that holds the prompt, everything counted, medians. {conditions(group)}"
         )
-        header = ["prompt", "variant", "ms a token", "bytes' time, ms", "× bytes' time", "first call, s", "with its prompt, s", "commit"]
+        header = ["call", "variant", "ms a token", "bytes' time, ms", "× bytes' time", "first call, s", "with its prompt, s", "commit"]
         parts.append(head + "\n\n" + markdown(header, rows))
     return "\n\n".join(parts)
 
 
 def generate_headlines(found: list[Found]) -> list[Row]:
     """The exact token after the shortest and the longest prompt of one sequence, beside the fastest peer that was timed."""
-    cells = [r for r in measured(found, Generate) if r.get("ms") and r["batch"] == 1 and not r["sampled"]]
+    single = [r for r in measured(found, Generate) if r.get("ms") and r["batch"] == 1 and not r["sampled"]]
+    cells = [r for r in single if not r.get("whole_s")]
     rows = []
     for length in sorted({r["length"] for r in cells}):
         ms = {r["variant"]: r["ms"] for r in cells if r["length"] == length}
@@ -168,7 +170,19 @@ def generate_headlines(found: list[Found]) -> list[Row]:
                 f"{peers[best] / ms['sparsify']:.1f} × the fastest of eager and Inductor ({name}); the bytes' time is {limit:.1f} ms",
             ]
         )
-    return rows
+    return rows + [row for length in sorted({r["length"] for r in single if r.get("whole_s")}) for row in _whole_calls(single, length)]
+
+
+def _whole_calls(cells: list[Found], length: int) -> list[Row]:
+    """Calls that read their prompt and generate, beside the fastest peer's and our own exact one."""
+    found = {r["variant"]: r for r in cells if r["length"] == length and r.get("whole_s")}
+    peers = [found[name]["whole_s"] for name in ("eager", "inductor") if name in found]
+    if "sparsify sparse" not in found or not peers:
+        return []
+    ours, exact = found["sparsify sparse"], found.get("sparsify")
+    what = f"a whole generate() call: {size(length)} tokens read at {ours['density']:.0%} of the blocks, {ours['tokens']} generated"
+    beside = f"{min(peers) / ours['whole_s']:.1f} × the fastest of eager and Inductor"
+    return [[what, f"{ours['whole_s']:.2f} s", beside + (f"; {exact['whole_s']:.2f} s exact" if exact else "")]]
 
 
 def generate_seconds_headlines(found: list[Found]) -> list[Row]:
