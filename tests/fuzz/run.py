@@ -104,7 +104,7 @@ def write_script(program: Program, error: Exception, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"repro_{hashlib.sha256(program.source.encode()).hexdigest()[:12]}.py"
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300].replace('"""', "'''")
-    bounds = {dtype: Slack(program.around)(dtype) for dtype in BOUND}
+    bounds = {dtype: Slack.of(program)(dtype) for dtype in BOUND}
     path.write_text(_SCRIPT.format(summary=summary, source=program.source, methods=METHODS, strict=STRICT, bound=bounds))
     return path.absolute()
 

@@ -431,3 +431,16 @@ def test_rows_that_only_the_cpu_averages_are_not_compared(monkeypatch):
     monkeypatch.setattr(validate._Pair, "cpu_alone_averages", lambda pair: True)
     assert verdict(gm, there).verdict == "agrees"
     assert verdict(gm, mask(padding=None)(there)).verdict == "differs"
+
+
+def test_scores_beside_a_large_bias_are_rounded():
+    """Eager's sum leaves float32 scores three decimal places beside -10000, which only rows without another key show."""
+
+    def hidden(query, key, value, keep, slopes, counter):
+        scores = query @ repeated(key, query).transpose(-1, -2) * 0.25 + slopes[:, None, None] * torch.arange(key.shape[2])
+        return (scores + torch.where(keep.bool()[:, None, None, :], 0.0, -10000.0)).softmax(-1) @ repeated(value, query)
+
+    gm, site = captured(hidden, False)
+    assert site.key_bias
+    assert verdict(gm, site).verdict == "agrees"
+    assert verdict(gm, dataclasses.replace(site, scale=0.26)).verdict == "differs"
