@@ -1,6 +1,6 @@
 """Tables and plots out of the recorded results: no number is typed by hand.
 
-    python -m benchmarks report            # results/README.md, *.png, docs/compatibility.md, parts of README.md, docs/benchmarks.md
+    python -m benchmarks report            # results/README.md, *.png, docs/compatibility.md, parts of README.md and docs
     python -m benchmarks report --check    # fails when one of the texts is not what the records say
 
 The latest record of a cell on a device counts; failures stay visible.
@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.answers import code_report
 from benchmarks.lib import records, registry
 from benchmarks.lib.tables import Found, conditions, kind, markdown
 from benchmarks.test_runs import compatibility
@@ -95,6 +96,7 @@ def texts(folder: Path) -> dict[Path, str]:
         made[ROOT / "docs" / "compatibility.md"] = compatibility.page(found)
         for path, name, part in ((ROOT / "README.md", "results", headlines), (ROOT / "docs" / "benchmarks.md", "shortfalls", shortfalls)):
             made[path] = filled(path.read_text(), name, part(found))
+        made[ROOT / "docs" / "models.md"] = filled((ROOT / "docs" / "models.md").read_text(), "code-model", code_report.trained())
     return made
 
 

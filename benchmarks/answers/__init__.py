@@ -31,3 +31,27 @@ class Answers(Record):
     density_by_layer: list[float] | None = None
     seconds: float | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeAnswers(Record):
+    """One method at one length and task, of the bundled model of word pieces."""
+
+    NAME = "code_answers"
+    KEYS = ("model_sha256", "text_sha256", "dtype", "method", "parameters", "task", "length", "seeds")
+    model: str
+    model_sha256: str
+    text_sha256: str
+    dtype: str
+    method: str  # "eager", "dense", "xattention" or "sink_window"
+    parameters: dict[str, Any]  # of the method
+    task: str  # of benchmarks.lib.recall.asked, or "text"
+    length: int  # tokens of a prompt
+    seeds: list[int]  # first seed, and the one after the last
+    right: int | None = None  # answers
+    asked: int | None = None
+    interval: list[float] | None = None  # of right / asked: Wilson, 95 %
+    nll: float | None = None  # nats a token of text
+    density: float | None = None  # visited share of the causal blocks; of sink_window, of the causal pairs
+    seconds: float | None = None
+    error: str | None = None

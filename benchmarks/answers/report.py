@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.answers import Answers
+from benchmarks.answers import Answers, code_report
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, size
@@ -181,10 +181,5 @@ BENCHMARKS = (
         measures="trains the small model that the demo bundles",
         module="benchmarks.answers.train_demo_model",
     ),
-    Benchmark(
-        name="train_code_model",
-        place=91,
-        measures="trains a model of word pieces, GQA 4:1, on the code and documentation of installed packages",
-        module="benchmarks.answers.train_code_model",
-    ),
+    *code_report.BENCHMARKS,
 )

@@ -23,7 +23,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -497,7 +496,7 @@ def evaluate(
         say(f"held-out text, last 1024 of {length} tokens: {report['nll'][length]:.4f} nats a token")
     for length in setup.look:
         report["answers"][length] = {}
-        for name, task in evaluated(maker, length).items():
+        for name, task in recall.asked(maker, length).items():
             if not time_left(options, began):
                 break
             right = asked = 0
@@ -518,27 +517,6 @@ def evaluate(
 
 def time_left(options: argparse.Namespace, began: float) -> bool:
     return time.time() < began + 60 * options.minutes
-
-
-def evaluated(maker: recall.Maker, length: int) -> dict[str, Callable[[random.Random], recall.Tokens]]:
-    """The tasks of the evaluation: wordings one by one, those never trained on, RULER's needles, chains."""
-
-    def facts(form: str, rng: random.Random) -> recall.Tokens:
-        return maker.assemble(rng, length, [], maker.facts(rng, length, {form: forms[form]}, "end"), "text")
-
-    def magic(values: str, filler: str, rng: random.Random) -> recall.Tokens:
-        first, units, kind = maker.magic(rng, length, values, filler)
-        return maker.assemble(rng, length, [first], units, kind)
-
-    def chains(code: bool, rng: random.Random) -> recall.Tokens:
-        first, units, kind = maker.chains(rng, length, code)
-        return maker.assemble(rng, length, [first] if first else [], units, kind)
-
-    forms = {name: recall.FORMS[name] for name in ("hash", "assign", "value", "remember")} | recall.HELD_OUT_FORMS
-    found: dict[str, Callable[[random.Random], recall.Tokens]] = {f"facts, {name}": partial(facts, name) for name in forms}
-    pairs = (("digits", "text"), ("digits", "sentences"), ("digits", "needles"), ("uuid", "needles"))
-    found |= {f"magic, {values} in {filler}": partial(magic, values, filler) for values, filler in pairs}
-    return found | {"chains, code": partial(chains, True), "chains, ruler": partial(chains, False)}
 
 
 def prepare(options: argparse.Namespace, setup: Setup, began: float) -> None:

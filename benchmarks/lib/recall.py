@@ -20,6 +20,7 @@ import string
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -339,3 +340,24 @@ def answers(codes: np.ndarray) -> list[tuple[int, int]]:
     """Where the answers of one sequence lie: (start, length) in tokens; codes [n]."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], (codes == ANSWER).astype(np.int8), [0]])))
     return [(int(start), int(end - start)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def asked(maker: Maker, length: int) -> dict[str, Callable[[random.Random], Tokens]]:
+    """What a model is asked, by name: wordings one by one, those never trained on, RULER's needles, chains; each makes a sequence."""
+
+    def facts(form: str, rng: random.Random) -> Tokens:
+        return maker.assemble(rng, length, [], maker.facts(rng, length, {form: forms[form]}, "end"), "text")
+
+    def magic(values: str, filler: str, rng: random.Random) -> Tokens:
+        first, units, kind = maker.magic(rng, length, values, filler)
+        return maker.assemble(rng, length, [first], units, kind)
+
+    def chains(code: bool, rng: random.Random) -> Tokens:
+        first, units, kind = maker.chains(rng, length, code)
+        return maker.assemble(rng, length, [first] if first else [], units, kind)
+
+    forms = {name: FORMS[name] for name in ("hash", "assign", "value", "remember")} | HELD_OUT_FORMS
+    found: dict[str, Callable[[random.Random], Tokens]] = {f"facts, {name}": partial(facts, name) for name in forms}
+    pairs = (("digits", "text"), ("digits", "sentences"), ("digits", "needles"), ("uuid", "needles"))
+    found |= {f"magic, {values} in {filler}": partial(magic, values, filler) for values, filler in pairs}
+    return found | {"chains, code": partial(chains, True), "chains, ruler": partial(chains, False)}

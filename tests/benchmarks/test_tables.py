@@ -187,6 +187,7 @@ def test_check_notices_a_stale_quotation(tmp_path: Path, monkeypatch: pytest.Mon
     (results / "some.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (DENSE, *DECODE)))
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     (tmp_path / "docs" / "benchmarks.md").write_text("<!-- shortfalls -->\n<!-- /shortfalls -->\n")
+    (tmp_path / "docs" / "models.md").write_text("<!-- code-model -->\n<!-- /code-model -->\n")
     check = ["--folder", str(results), "--check"]
     assert report.main(check) == 1
     for path, text in report.texts(results).items():
