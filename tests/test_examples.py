@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from sparsify import testing
 
@@ -17,7 +16,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    torch._dynamo.reset()  # a program of its own
 
     def load(name: str) -> ModuleType:
         return importlib.import_module(name)

@@ -1,7 +1,8 @@
 """Proves what an attention mask says: its subgraph is read as a condition on (b, h, q, k), which is split into a predicate's clauses.
 
 A step is taken only when it is an identity or follows from Dynamo's ranges and guards; no guard is installed. The only assumptions are the
-bounds on sizes and data in `symbolic`, by which overflow is excluded. Any remainder makes the mask OPAQUE, with the reason.
+bounds on sizes and data in `symbolic`, by which overflow is excluded, and that a tensor has the batch's rows where both are symbols of one
+value, which the rewriting turns into a guard. Any remainder makes the mask OPAQUE, with the reason.
 """
 
 from __future__ import annotations
@@ -416,9 +417,10 @@ class _Proof:
         return Leaf(node, computed(shift))
 
     def rows_of_batch(self, node: fx.Node) -> bool:
-        """Whether a tensor has one row, or exactly those of the batch."""
-        rows = sizes(example_tensor(node))[0]
-        return rows == 1 or self.facts.holds(sympy.Eq(rows, self.facts.extents[BATCH]))
+        """Whether a tensor has one row, or exactly those of the batch: as far as is known, where they are symbols that do not contradict
+        it; expanding the rows to the batch, when the site is rewritten, makes it a guard."""
+        rows, batch = sizes(example_tensor(node))[0], self.facts.extents[BATCH]
+        return rows == 1 or self.facts.holds(sympy.Eq(rows, batch)) or self.facts.equal_so_far(rows, batch)
 
     def is_wide(self, node: fx.Node, width: sympy.Expr) -> bool:
         return self.facts.holds(sympy.Ge(sizes(example_tensor(node))[-1], width))

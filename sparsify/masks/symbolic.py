@@ -21,6 +21,8 @@ from sympy.logic.boolalg import Boolean, BooleanAtom, BooleanFunction
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
+from sparsify.graph.compat import symbol_values
+
 BATCH, HEAD, QUERY, KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
 MAX_CASES = 32
 # Assumptions by which overflow is excluded where no narrower bound is known: a symbolic size stays below LONGEST, any other symbolic
@@ -250,6 +252,14 @@ class Facts:
         if self.shape_env is None:
             return False
         return self.shape_env._maybe_evaluate_static(statement) in (True, sympy.true)
+
+    def equal_so_far(self, one: sympy.Expr, other: sympy.Expr) -> bool:
+        """Whether two symbols, which nothing relates, have one value in the example. Automatic dynamic shapes give each input's sizes
+        symbols of their own."""
+        if self.shape_env is None or not (one.is_Symbol and other.is_Symbol) or self.holds(sympy.Ne(one, other)):
+            return False
+        known = symbol_values(self.shape_env)
+        return one in known and known[one] == known.get(other)
 
     def extreme(self, expr: sympy.Expr, highest: bool) -> sympy.Expr | None:
         """The largest (or smallest) value over all indices; None where the expression is not linear in them."""
