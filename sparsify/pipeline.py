@@ -19,7 +19,7 @@ import sparsify.backends as backends
 from sparsify.backends import predict
 from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
-from sparsify.graph import module_paths
+from sparsify.graph import module_paths, unforeseen
 from sparsify.matching.attention import find_attention
 from sparsify.matching.base import Site
 from sparsify.matching.cache import find_cache, made_inside
@@ -317,10 +317,13 @@ def _with_few_rows(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
     try:
         joined = copy_graph(gm)
         calls = few_rows.join(joined, serves)
+    except UnsupportedError as error:
+        log.info("linear layers of few rows are left as they are: %s", error)
+        return gm
     except Exception as error:
         if config.strict:
             raise
-        log.warning("linear layers of few rows are left as they are: %s: %s", type(error).__name__, error)
+        log.warning("linear layers of few rows are left as they are: %s", unforeseen.reason(error))
         return gm
     if not calls:
         return gm

@@ -212,3 +212,17 @@ def test_nothing_is_joined_on_a_cpu_unless_asked(served, setting, expected):
     with torch.no_grad():
         torch.compile(Layer(), backend="sparsify", options={"lower": "eager", "linear_kernels": setting})(*token())
     assert len(served) == expected
+
+
+@pytest.mark.unforeseen
+def test_a_failure_leaves_the_graph_as_it_was(served, monkeypatch, caplog):
+    def fail(*given):
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr(few_rows, "_emit", fail)
+    layer, given = Layer(), token()
+    compiled = torch.compile(layer, backend="sparsify", options={"lower": "eager", "linear_kernels": "always"})
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*given), layer(*given))
+    assert not served and "left as they are" in caplog.text
