@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import textwrap
+import types
 from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
@@ -77,10 +79,10 @@ class Program:
         return f"Program(source:\n{textwrap.indent(self.source, '    ')})"
 
     def load(self) -> dict:
-        """The text's names."""
-        namespace: dict = {"__name__": "fuzzed"}
-        exec(compile(self.source, "<fuzzed program>", "exec"), namespace)
-        return namespace
+        """The text's names, of a module that can be imported until the next program is loaded: Dynamo of torch 2.11 imports it."""
+        module = sys.modules["fuzzed"] = types.ModuleType("fuzzed")
+        exec(compile(self.source, "<fuzzed program>", "exec"), vars(module))
+        return vars(module)
 
 
 @st.composite

@@ -202,3 +202,11 @@ def test_results_that_differ_in_any_way_are_told_apart():
             fuzz_check.compare((got, args), ([one], [one] if args else []), rows, "different")
     with pytest.raises(fuzz_check.Wrong):
         fuzz_check.compare(([one * torch.nan], []), ([one], []), rows, "not a number")
+
+
+def test_a_run_in_which_most_programs_were_not_run_says_little():
+    tally = fuzz_check.Tally(programs=10)
+    tally.invalid.update({"RuntimeError: one": 4, "InternalTorchDynamoError: no module": 9})
+    assert not fuzz.too_few(tally)
+    tally.invalid["InternalTorchDynamoError: no module"] = 11
+    assert "no module" in fuzz.too_few(tally)
