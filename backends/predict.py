@@ -20,7 +20,7 @@ from torch.fx.node import map_aggregate
 from sparsify.backends import dispatch, registration
 from sparsify.backends.codegen import ahead
 from sparsify.backends.codegen.launch import capability, meaning
-from sparsify.graph.compat import symbol_values, use_inductors_kernel_cache
+from sparsify.graph.compat import prepare_inductor, symbol_values, use_inductors_kernel_cache
 from sparsify.ops.library import NAMESPACE
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ _WARP = 32
 
 
 def start(device: torch.device, kernels: str = "auto") -> None:
-    """Starts the process that compiles ahead, where kernels run on this device. kernels: the setting of that name."""
+    """Starts what compiles ahead, Inductor's processes too, where kernels run on this device. kernels: the setting of that name."""
     if (found := _compiler(device, kernels)) is not None:
         found.start()
+        prepare_inductor()
 
 
 def compile_ahead(gm: fx.GraphModule, kernels: str = "auto") -> None:

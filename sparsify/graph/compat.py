@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import os
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ from torch import fx
 from torch._dynamo import convert_frame, eval_frame, symbolic_convert
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+log = logging.getLogger(__name__)
 
 # operators as which torch 2.14 traces attributes that are views
 _ATTRIBUTES: dict[Any, str] = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT", torch.ops.aten.matrix_H: "H", torch.ops.aten.mH: "mH"}
@@ -45,6 +50,22 @@ def use_inductors_kernel_cache(device: torch.device) -> None:
     from torch._inductor.runtime import runtime_utils
 
     os.environ.setdefault("TRITON_CACHE_DIR", getattr(runtime_utils, "triton_cache_dir")(device.index or 0))  # noqa: B009  (from elsewhere)
+
+
+@functools.cache
+def prepare_inductor() -> None:
+    """Starts the processes in which Inductor compiles kernels, and threads that compute what its caches are keyed by, hashes over the files
+    of torch and Triton: each takes seconds, for which the first graph would wait. Once in a process."""
+    try:
+        from torch._inductor import codecache
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.runtime import triton_compat
+
+        AsyncCompile.use_process_pool()
+        for key in (codecache.torch_key, triton_compat.triton_key):
+            threading.Thread(target=key, name="sparsify cache keys", daemon=True).start()
+    except Exception as error:  # nothing depends on it
+        log.debug("Inductor prepares itself when it compiles", exc_info=error)
 
 
 def compiled_graphs() -> int:
