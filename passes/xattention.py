@@ -164,7 +164,8 @@ class XAttention(Pass):
         rows, blocks = sympy.sympify(site.query_len) / self.block, sympy.sympify(site.key_len) / self.block
         heads = self.variants.scored_heads(site.query_heads, site.kv_heads)
         cells = sympy.sympify(site.query_len) / self.variants.span(self.stride)
-        lists, sums = 2 * site.batch * site.query_heads * rows * blocks, 2 * site.batch * heads * cells * blocks
+        lists = (4 if self.refine_stride else 2) * site.batch * site.query_heads * rows * blocks
+        sums = 2 * site.batch * heads * cells * blocks
         return sympy.Min(lists, scratch.LIST_BYTES) + sympy.Min(sums, scratch.SUM_BYTES)
 
     def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:

@@ -22,7 +22,7 @@ from sparsify.backends.codegen.arguments import (
     unspecialised,
 )  # fmt: skip
 from sparsify.backends.codegen.template import render
-from sparsify.backends.select import choose_template, prepare, row_template, score_template
+from sparsify.backends.select import choose_template, listed_template, prepare, row_template, score_template
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE, SCORE_TILES_AT_ONCE_INT8, cdiv
@@ -66,6 +66,7 @@ class SelectSpec:
     wide: rows of key blocks do not fit in registers.
     negative: the scale of the logits is below 0; `score` gets its size.
     importance: `choose` also stores importances, for tests.
+    listed: the second of two stages: blocks that a coarser one lists are scored and chosen among.
     """
 
     dtype: str
@@ -85,6 +86,7 @@ class SelectSpec:
     wide: bool = False
     importance: bool = False
     negative: bool = False
+    listed: bool = False
 
     def __post_init__(self):
         impossible = {
@@ -97,6 +99,8 @@ class SelectSpec:
             "a density under the row rule": self.reduce == "row" and self.rule == "density",
             f"tiles of {self.tiling.rows} x {self.tiling.cols} cells": self.tiling.rows % max(1, self.block // self.span) != 0
             or self.tiling.cols * self.stride % self.block != 0,
+            "a second stage of another kind": self.listed
+            and (self.reduce != "row" or self.wide or self.key_flags or self.segments or self.window != "none" or self.shared > 1),
             "stored importances of wide rows": self.wide and self.importance,
         }
         for what, wrong in impossible.items():
@@ -178,6 +182,7 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
     if kernel == "prepare_cells":
         return prepare.arguments(spec.dtype, spec.estimate.int8)
     start_at = pointers("i64", "start_at") if spec.has_start else []
+    listed = [*pointers("i32", "listed_counts"), *pointers("i16", "listed_indices")] if spec.listed else []
     sums = [*pointers("fp16", "sums"), *pointers("fp32", "tops")]
     if kernel == "score":
         flags = pointers("i32", "key_first", "query_last", *["key_last"] * (spec.window != "none"))
@@ -185,6 +190,9 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         strides = [] if spec.tiling.tma else integers("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", aligned=True)
         numbers = _runtime("batch", "scored_heads", "query_len", "key_len", "query_cells", "first_cell", "end_cell")
         scales = pointers("fp32", "query_scales", "key_scales") if spec.estimate.int8 else []
+        if spec.listed:
+            numbers = _runtime("heads", "counts_batch", "query_len", "key_len", "query_cells", "first_cell", "end_cell", "first_block")
+            return (*_cells(spec), *scales, *sums, *listed, *start_at, *strides, *floats("scale"), *numbers, *_start(spec))
         return (*_cells(spec), *scales, *sums, *start_at, *masks, *strides, *floats("scale"), *numbers, *_start(spec))
     lists, importances = [*pointers("i32", "counts"), *pointers("i16", "indices")], pointers("fp32", "importances")
     kinds = {"fp32": floats, "i32": _runtime, "*fp32": functools.partial(pointers, "fp32")}
@@ -199,7 +207,8 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         return (*lists, *importances, *chosen, *_runtime("counts_batch", *lengths, "first_block"), *_start(spec), *constexprs("WIDTH"))
     stored = importances if spec.importance else []
     numbers = _runtime("counts_batch", *lengths, *rows, "first_block")
-    return (*sums, *lists, *stored, *chosen, *numbers, *_start(spec), *constexprs("TILES"))
+    bounds = constexprs("TILES", "LEAST") if spec.listed else constexprs("TILES")
+    return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *bounds)
 
 
 def _cells(spec: SelectSpec) -> list[Argument]:
@@ -215,7 +224,7 @@ def _names(listed: Iterable[Argument], without: tuple[str, ...] = ()) -> str:
 
 
 def generate(spec: SelectSpec) -> str:
-    """The module's text: `score`, and `choose` or, for wide rows, `pool` and `pick`."""
+    """The module's text: `score`, and `choose` or, for wide rows, `pool` and `pick`; of a second stage, those for lists."""
     tiling = spec.tiling
     constants = {
         "description": spec.describe(),
@@ -262,12 +271,15 @@ def generate(spec: SelectSpec) -> str:
         "rule",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
-    parts = [(score_template.HEADER + score_template.WALK, ""), (score_template.FINISH + score_template.SCORE, "score")]
+    scoring = listed_template.SCORE_LISTED if spec.listed else score_template.FINISH + score_template.SCORE
+    parts = [(score_template.HEADER + score_template.WALK, ""), (scoring, "score")]
     if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))
     parts.append((score_template.CANDIDATES + choose_template.LOADS, ""))
     by_row = spec.reduce == "row"
-    if spec.wide:
+    if spec.listed:
+        parts.append((listed_template.CHOOSE_LISTED, "choose"))
+    elif spec.wide:
         parts.append((row_template.POOL_ROWS if by_row else choose_template.POOL, "pool"))
         parts.append((row_template.PICK_ROWS if by_row else choose_template.PICK, "pick"))
     else:

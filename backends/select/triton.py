@@ -49,7 +49,7 @@ _LEAST_SCALE = 1e-12
 class Limits:
     """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
     fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond.
-    numbers: key blocks of a row for each warp of `choose`."""
+    numbers: key blocks of a row for each warp of `choose`; half of them under the row rule, which holds more of each."""
 
     scratch_bytes: int = SUM_BYTES
     fused_width: int = WIDEST_ROW
@@ -153,28 +153,28 @@ def kernel_spec(call: SelectCall, tiling: SelectTiling, fused_width: int) -> Sel
 
 
 @functools.lru_cache(maxsize=256)
-def _module(spec: SelectSpec) -> Any:
+def load_module(spec: SelectSpec) -> Any:
     return source.load(select_source.generate(spec), f"select_{spec.dtype}_{spec.head_dim}_s{spec.stride}")
 
 
 def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, importances: Tensor | None, limits: Limits) -> None:
-    module = _module(spec)
+    module = load_module(spec)
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     sums = tops = None
-    operands, tiling = _masks(call, spec), spec.tiling
+    operands, tiling = mask_operands(call, spec), spec.tiling
     for _, chunks in itertools.groupby(plan_chunks(call, spec, limits.scratch_bytes), lambda chunk: (chunk.batch, chunk.kv_heads)):
         first, *more = chunks
         scales: dict[str, Tensor | None] = {}
-        queries, keys = _operands(call, spec, first)
+        queries, keys = chunk_operands(call, spec, first)
         if spec.estimate.prepared:
-            queries, keys, scales = _prepared(call, spec, module, first, queries, keys)
+            queries, keys, scales = prepared_operands(call, spec, module, first, queries, keys)
         for chunk in (first, *more):
             heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
             if sums is None:  # no chunk is larger than the first
                 sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
                 tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
-            values = {"sums": sums, "tops": tops, **scales, **_sliced(operands, call, spec, chunk)}
-            values |= _numbers(call, spec, chunk, queries, keys)
+            values = {"sums": sums, "tops": tops, **scales, **chunk_masks(operands, call, spec, chunk)}
+            values |= chunk_numbers(call, spec, chunk, queries, keys)
             grid = (min(processors(call.query.device) * tiling.per_sm, heads * cdiv(rows, tiling.rows) * tiles),)
             scored = {**values, "windows": values.get("scored_windows")}
             launch(module.score, grid, select_source.arguments(spec, "score"), scored, num_warps=tiling.warps, num_stages=tiling.stages)
@@ -206,7 +206,8 @@ def _choose(
         values["importances"] = None if importances is None else importances[b0:b1, heads]
         for begin, end, width in _widths(call, spec, first, first + blocks, padded):
             values |= {"TILES": width, "first_block": begin}
-            warps = min(8, max(1, width * spec.tile_blocks // limits.numbers))
+            numbers = limits.numbers // 2 if spec.reduce == "row" else limits.numbers
+            warps = min(8, max(1, width * spec.tile_blocks // numbers))
             launch(module.choose, (end - begin, served), select_source.arguments(spec, "choose"), values, num_warps=warps)
         return
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)
@@ -253,7 +254,7 @@ def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Itera
                 yield _Chunk((b, b + 1), (g, min(g + count, call.kv_heads)), (cell, min(cell + step, call.query_cells)))
 
 
-def _operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     """[batch, scored heads, query_len, head_dim] and [batch, kv_heads, key_len, head_dim] of a chunk, copied only where kernels need it:
     to zero what is padding, to fill the last cell, or because of strides. Cells that are prepared are filled up by what prepares them."""
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
@@ -268,7 +269,7 @@ def _operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor
     )
 
 
-def _prepared(
+def prepared_operands(
     call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them."""
@@ -321,8 +322,8 @@ def _descriptor(values: Tensor, cells: int, span: int, used: int, rows: int, dep
     return TensorDescriptor(values, [batch, heads, used, cells, dim], [b, h, n, span * n, 1], [1, 1, 1, rows, depth])
 
 
-def _masks(call: SelectCall, spec: SelectSpec) -> dict[str, Any]:
-    """Mask operands of the whole call, by argument name; `_sliced` cuts them for a chunk."""
+def mask_operands(call: SelectCall, spec: SelectSpec) -> dict[str, Any]:
+    """Mask operands of the whole call, by argument name; `chunk_masks` cuts them for a chunk."""
     rows, cols = spec.tiling.rows, spec.tiling.cols
     values: dict[str, Any] = {}
     if (bits := masks.cell_bits(call)) is not None:
@@ -363,7 +364,7 @@ def _padded(values: Tensor, size: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values.to(torch.int32), (0, -values.shape[1] % size), value=fill)
 
 
-def _sliced(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> dict[str, Any]:
+def chunk_masks(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> dict[str, Any]:
     per_head = {"windows", *(argument.name for argument in _rule_arguments(spec, per_head=True))}
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     values = {}
@@ -383,7 +384,7 @@ def _sliced(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk: _C
     return values
 
 
-def _numbers(call: SelectCall, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
+def chunk_numbers(call: SelectCall, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
     tiling, span, steps = spec.tiling, call.span, call.steps
     if tiling.tma:
         q = _descriptor(queries, call.query_cells, steps if spec.estimate.prepared else span, steps, tiling.rows, spec.depth)

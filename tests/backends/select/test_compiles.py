@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsify.backends.codegen import source
-from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, arguments, generate
+from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, SelectTiling, arguments, generate
 from sparsify.ops.estimate import EXACT, EXAMPLES, Estimate
 from sparsify.releases import triton_release
 from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
@@ -114,3 +114,12 @@ def test_other_architectures(clause, arch):
 def test_hopper_head_dims_strides_and_dtypes(head_dim, stride, block, dtype):
     used = compiled(spec(dtype=dtype, head_dim=head_dim, stride=stride, block=block), "score", 90, 8)
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90] and used.wgmma > 0
+
+
+@pytest.mark.parametrize("estimate", [EXACT, Estimate(merge=2, int8=True)], ids=str)
+def test_hopper_scores_and_chooses_among_listed_blocks_without_spills(estimate):
+    chosen = spec("row", stride=4, tiling=SelectTiling(32, 128, 4, 3, 1, False), listed=True, estimate=estimate)
+    used = compiled(chosen, "score", 90, 4)
+    assert used.spilled == 0 and used.mma > 0 and used.shared <= SHARED_LIMIT[90]
+    for width in (256, 1024):
+        assert compiled(chosen, "choose", 90, max(1, width // 512), TILES=width // chosen.tile_blocks, LEAST=-1).spilled == 0

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sparsify.backends.select import reference as reference_select
+from sparsify.backends.select import stages
 from sparsify.backends.select import triton as triton_select
 from sparsify.backends.select.source import SelectTiling
+from sparsify.errors import UnsupportedError
 from sparsify.ops import block_lists
 from sparsify.ops.estimate import EXAMPLES
 from sparsify.ops.selection import SelectCall
@@ -252,3 +254,51 @@ def test_equals_the_definition():
     one = call(query, key, block_size=32, key_flags=flags(150)[:1])
     counts, indices = triton_select.select_blocks(one, tiling=TMA)
     assert_selection(counts, indices, one, tolerance=2e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, shape",
+    [
+        ({}, {"query_len": 520, "heads": 2}),
+        ({"estimate": "pair+int8", "threshold": [0.2, 0.5]}, {"query_len": 250, "key_len": 510}),
+        ({"causal": False, "scale": -0.25}, {"query_len": 130, "key_len": 300}),
+        ({"query_start": torch.tensor([200])}, {"query_len": 130, "key_len": 400, "batch": 2}),
+    ],
+    ids=["exact", "8 bits of a chunk", "not causal", "start"],
+)
+def test_a_second_stage_chooses_among_what_is_listed(changes, shape, monkeypatch):
+    monkeypatch.setattr(stages, "_NARROW", 4)
+    query, key = inputs(**shape)
+    options = {"pool": "row", "stride": 16, "refine_stride": 4, "coarse_threshold": 0.7, "threshold": [0.4], **changes}
+    one = call(query, key, **options)
+    coarse, fine = one.stages
+    listed = triton_select.select_blocks(coarse)
+    own = torch.zeros(*listed[0].shape, 16, one.key_blocks)
+    spec = dataclasses.replace(stages.listed_spec(fine, triton_select.LIMITS), importance=True)
+    stages.refine(fine, spec, listed, one.empty_lists(), own, triton_select.LIMITS)
+    among = block_lists.to_dense(*listed, one.key_blocks)
+    wanted = reference_select.importance(fine) * among[:, :, :, None]
+    wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-30)
+    assert (own - wanted).abs().max() < (1e-2 if one.estimate.int8 else 1e-3)
+    _, forced = reference_select.candidates(fine)
+    chosen = reference_select.choose(own, among, forced & among, fine)
+    for limits in (triton_select.LIMITS, triton_select.Limits(scratch_bytes=40_000)):
+        counts, indices = stages.select_blocks(one, limits=limits)
+        block_lists.check(counts, indices, one.query_len, one.key_len, int(one.start), one.block_size, causal=one.causal)
+        assert torch.equal(block_lists.to_dense(counts, indices, one.key_blocks), chosen)
+    assert chosen.sum() < among.sum()
+
+
+def test_a_second_stage_keeps_everything_at_one_and_where_a_row_is_not_finite():
+    query, key = inputs(256)
+    query[0, 0, 70] = math.nan
+    options = {"pool": "row", "stride": 16, "refine_stride": 4, "threshold": [0.2, 1.0]}
+    kept = block_lists.to_dense(*stages.select_blocks(call(query, key, **options)), 4)
+    assert kept[0, 0, 1].tolist() == [True, True, False, False] and kept[0, 1].equal(torch.ones(4, 4).tril().bool())
+
+
+def test_a_second_stage_refuses_what_it_does_not_know():
+    options = {"pool": "row", "stride": 16, "refine_stride": 4, "threshold": [0.2]}
+    for changes, match in (({"key_flags": flags()[:1]}, "padding"), ({"windows": [70]}, "windows"), ({"estimate": "group"}, "a group")):
+        with pytest.raises(UnsupportedError, match=match):
+            stages.select_blocks(call(*inputs(), **options, **changes))

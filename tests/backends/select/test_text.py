@@ -10,12 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sparsify.backends.select import triton
-from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, generate
+from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, SelectTiling, generate
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import EXAMPLES, Estimate
 from sparsify.ops.selection import RULES, SelectCall
 from tests.support.goldens import check_kernel_text
 
+LISTED = SelectTiling(32, 128, 4, 3, 1, False)
 MASKS = {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "density"}
 
 
@@ -38,6 +39,7 @@ def describe(query, key, **changes):
         ("pair", {"estimate": Estimate(merge=2)}),
         ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
         ("row", {"reduce": "row"}),
+        ("row_listed", {"reduce": "row", "listed": True, "stride": 4, "tiling": LISTED, "estimate": Estimate(merge=2, int8=True)}),
         ("row_wide", {"reduce": "row", "wide": True, "rule": "taus", "window": "one"}),
     ],
 )
@@ -146,7 +148,7 @@ def test_operands_are_copied_only_where_cells_are_not_whole(length):
     call = describe(query, key)
     chosen = triton.kernel_spec(call, TMA_TILING, 8192)
     (chunk,) = triton.plan_chunks(call, chosen, 1 << 30)
-    queries, keys = triton._operands(call, chosen, chunk)
+    queries, keys = triton.chunk_operands(call, chosen, chunk)
     assert torch.equal(queries[:, :, :length], query) and torch.equal(keys[:, :, :length], key)
     assert (queries.data_ptr() == query.data_ptr()) == (length == 512) == (keys.data_ptr() == key.data_ptr())
     assert queries.shape[2] == 512 and not queries[:, :, length:].any() and not keys[:, :, length:].any()
@@ -160,6 +162,6 @@ def test_padding_is_zero_in_the_copies():
     call = describe(query, key, key_flags=flags)
     chosen = triton.kernel_spec(call, TMA_TILING, 8192)
     (chunk,) = triton.plan_chunks(call, chosen, 1 << 30)
-    for values in triton._operands(call, chosen, chunk):
+    for values in triton.chunk_operands(call, chosen, chunk):
         assert values[0].eq(0).all() and values[1].eq(1).all()
         assert all(step * 4 % 16 == 0 for step in values.stride()[:-1])

@@ -1,0 +1,140 @@
+"""The text of the second, finer stage: scores of the listed blocks alone, and the row rule among them.
+
+Scratch is as in one stage, with a place in a row's list where that has a key block: a column tile is TILE_BLOCKS places.
+"""
+
+SCORE_LISTED = '''
+
+@triton.jit(do_not_specialize=[${unspecialised}])
+def score(${parameters}):
+    """One query block of one head: its cells against the key cells of its listed blocks, TILE_BLOCKS of them at a time.
+
+    sums: fp16 [heads, end_cell - first_cell, column tiles * TILE_BLOCKS]. tops: fp32 [heads, column tiles, end_cell - first_cell].
+    """
+%if has_start
+    start = tl.load(start_at).to(tl.int32)
+%end
+    block = first_block + tl.num_programs(0) - 1 - tl.program_id(0)  # long rows first
+    head = tl.program_id(1)
+    b = head // heads
+    h = head % heads
+    row = b.to(tl.int64) * counts_batch + h * ((query_len + BLOCK - 1) // BLOCK) + block
+    key_blocks = (key_len + BLOCK - 1) // BLOCK
+    key_cells = (key_len + STRIDE - 1) // STRIDE
+    tiles = column_tiles(key_len)
+    row_count = end_cell - first_cell
+    count = tl.load(listed_counts + row)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, DEPTH)
+    q_tile = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + rows.to(tl.int64)[:, None] * (${query_step} * q_n) + dims[None, :]
+    k_head = k + b.to(tl.int64) * k_b + (h // GROUP).to(tl.int64) * k_h + dims[None, :]
+    row_mask = (rows < query_cells)[:, None]
+    row_last = ${"tl.minimum(rows * SPAN + STRIDE, query_len) - 1 + start" if causal else "rows * 0"}
+%if int8
+    row_scale = tl.load(query_scales + head * query_cells + rows, mask=rows < query_cells, other=0.0) * scale
+%end
+    at = head.to(tl.int64) * row_count + rows - first_cell
+    for first in range(0, count, TILE_BLOCKS):
+        slot = first + tl.arange(0, TILE_BLOCKS)
+        listed = tl.load(listed_indices + row * key_blocks + slot, mask=slot < count, other=32767).to(tl.int32)
+        cols = tl.reshape(listed[:, None] * COL_CELLS + tl.arange(0, COL_CELLS)[None, :], [COLS])
+        k_tile = k_head + cols.to(tl.int64)[:, None] * (STEPS * k_n)
+        col_mask = (cols < key_cells)[:, None]
+        acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
+        for i in tl.range(0, STEPS * CHUNKS, num_stages=STAGES):
+            r = i // CHUNKS
+            c = (i - r * CHUNKS) * DEPTH
+%if chunks * depth != head_dim
+            inside = (dims < HEAD_DIM - c)[None, :]
+            x = tl.load(q_tile + (STEPS - 1 - r) * q_n + c, mask=row_mask & inside, other=0.0)
+            y = tl.load(k_tile + r * k_n + c, mask=col_mask & inside, other=0.0)
+%else
+            x = tl.load(q_tile + (STEPS - 1 - r) * q_n + c, mask=row_mask, other=0.0)
+            y = tl.load(k_tile + r * k_n + c, mask=col_mask, other=0.0)
+%end
+            acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
+%if int8
+        col_scale = tl.load(key_scales + (b * (heads // GROUP) + h // GROUP) * key_cells + cols, mask=cols < key_cells, other=0.0)
+        s = acc.to(tl.float32) * col_scale[None, :]
+        factor = row_scale[:, None]
+%else
+        s = acc + acc * 0.0
+        factor = scale
+%end
+%if negative
+        s = -s
+%end
+        col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
+        s = tl.where(col_first[None, :] <= row_last[:, None], s, float("-inf"))
+        top = tl.max(s, 1) * ${"row_scale" if int8 else "scale"}
+        base = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.sum(tl.reshape(tl.exp2(s * factor - base[:, None]), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+        kept = rows < end_cell
+        tl.store(tops + (head * tiles + first // TILE_BLOCKS).to(tl.int64) * row_count + rows - first_cell, top, mask=kept)
+        tl.store(sums + at[:, None] * (tiles * TILE_BLOCKS) + slot[None, :], p.to(tl.float16), mask=kept[:, None])
+'''
+
+CHOOSE_LISTED = '''
+
+@triton.jit(do_not_specialize=[${unspecialised}])
+def choose(${parameters}):
+    """As the one stage's, of the query blocks that list more than LEAST blocks and no more than the columns held here."""
+%if has_start
+    start = tl.load(start_at).to(tl.int32)
+%end
+    block, b, h, scratch_head, _seen = place(first_block, heads, query_len, key_len, start)
+    row = b.to(tl.int64) * counts_batch + h * ((query_len + BLOCK - 1) // BLOCK) + block
+    count = tl.load(listed_counts + row)
+    if (count > LEAST) & (count <= TILES * TILE_BLOCKS):
+        tiles = column_tiles(key_len)
+        key_blocks = (key_len + BLOCK - 1) // BLOCK
+        t = tl.arange(0, TILES)
+        slot = t[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]
+        possible = slot < count
+        col = tl.load(listed_indices + row * key_blocks + slot, mask=possible, other=32767).to(tl.int32)
+        _possible, forced = candidates(col, block, b, h, ${candidate_arguments})
+        forced = forced & possible
+        other = possible & (forced == 0)
+        seen = (count + TILE_BLOCKS - 1) // TILE_BLOCKS
+%if rule == "taus"
+        tau = tl.load(thresholds + h)
+%end
+        least = tl.maximum(1.0 - tau, 0.0) * (0.5 / (TILES * TILE_BLOCKS))
+        wanted = tl.zeros([TILES, TILE_BLOCKS], tl.int32)
+        everything = tl.where(tau >= 1.0, 1, 0)
+        for r in range(ROW_CELLS):
+            cell = block * ROW_CELLS + r
+            inside = (t < seen) & (cell < query_cells)
+            factor = tile_scale(tops, scratch_head, cell - first_cell, inside, row_count, tiles, TILES)
+            at = sums + (scratch_head.to(tl.int64) * row_count + cell - first_cell) * (tiles * TILE_BLOCKS) + slot
+            p = tl.load(at, mask=inside[:, None] & possible, other=0.0).to(tl.float32) * factor[:, None]
+            total = tl.sum(p)
+            everything = tl.where(total != total, 1, everything)
+            p = p * tl.where(total == 0.0, 0.0, 1.0 / total)
+%if importance
+            tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=possible)
+%end
+            gain = tl.where(other, p, 0.0)
+            rest = tl.sum(gain)
+            must = tl.sum(tl.where(forced, p, 0.0))
+            need = tau * (rest + must) - must
+            bits = gain.to(tl.int32, bitcast=True)
+            high = tl.max(bits) + 1
+            low = tl.where(need > 0.0, tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high)
+            above_low = tl.sum((bits >= low).to(tl.int32))
+            above_high = 0
+            while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, those >= high have not
+                middle = low + (high - low) // 2
+                enough = tl.sum(tl.where(bits >= middle, gain, 0.0)) >= need
+                number = tl.sum((bits >= middle).to(tl.int32))
+                above_low = tl.where(enough, number, above_low)
+                above_high = tl.where(enough, above_high, number)
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle)
+            wanted |= (bits >= low).to(tl.int32)
+        kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
+        kept = tl.reshape(kept, [TILES * TILE_BLOCKS])
+        col = tl.reshape(col, [TILES * TILE_BLOCKS])
+        tl.store(counts + row, tl.sum(kept))
+        tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
+'''
