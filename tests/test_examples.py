@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from sparsify import testing
 
@@ -16,6 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    torch._dynamo.reset()  # a program of its own
 
     def load(name: str) -> ModuleType:
         return importlib.import_module(name)
