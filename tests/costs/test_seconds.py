@@ -280,3 +280,12 @@ def test_the_estimate_is_computed_in_whole_waves():
 def test_a_step_that_nobody_waits_for_is_shorter():
     waited, alone = (float(whole_model.decode_seconds(LLAMA_8B, H200, 4096, waited=one)) for one in (True, False))
     assert waited > alone
+
+
+def test_the_row_rule_costs_its_comparisons_and_a_second_stage_its_share():
+    sizes = prompt(32768)
+    of_row, of_max = (seconds.seconds(work.selection(sizes, 8, pool=pool), H200) for pool in ("row", "max"))
+    assert 0.5e-4 < float(of_row - of_max) < 3e-4  # 0.05 ms at 32K, as 0.8 ms at 128K were measured, and some more
+    tenth = work.selection(sizes, 4, pool="row", share=0.1)
+    whole = work.selection(sizes, 4, pool="row")
+    assert float(tenth.flops) == pytest.approx(0.1 * float(whole.flops)) and float(tenth.masses) == pytest.approx(0.1 * float(whole.masses))

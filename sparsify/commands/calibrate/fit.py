@@ -19,7 +19,7 @@ FEATURES = {
     "lists": ("call", "work", "scores", "rows", "tail", "spill"),
     "window": ("call", "work", "rows", "tail"),
     "decode": ("call", "bytes", "rows", "tail"),
-    "select": ("call", "work", "work8", "scores", "scratch", "prepare", "passes", "steps", "rows"),
+    "select": ("call", "work", "work8", "scores", "masses", "scratch", "prepare", "passes", "steps", "rows"),
     "skip": ("call", "bytes", "rows"),
     "linear": ("call", "work", "bytes"),
     "stream": ("call", "bytes"),
@@ -28,7 +28,7 @@ FEATURES = {
 # Not fitted: scratch grows with the estimate's work, so that times cannot tell them apart, and moves at the speed of a copy.
 _FIXED = {"scratch": 1.0}
 # How large a coefficient may easily be that an earlier profile of the family does without: seconds, and shares.
-_SCALE = {"call": 1e-5, "passes": 1e-6, "steps": 1e-6, "rows": 1e-6, "scores": 30.0}
+_SCALE = {"call": 1e-5, "passes": 1e-6, "steps": 1e-6, "rows": 1e-6, "scores": 30.0, "masses": 300.0}
 _SCALE_OF_SHARES = 0.1
 _ROUNDS = 6
 _HUBER = 0.05  # relative errors beyond this count linearly

@@ -39,7 +39,7 @@ class LayerSeconds:
     def estimate(self, family: Family) -> float:
         """Scores, choice and lists of all heads."""
         method = family.method
-        return self._of(work.selection(self.sizes, method.stride, method.block, method.variants))
+        return self._of(work.selection(self.sizes, method.stride, method.block, method.variants, method.pool))
 
     def lists(self) -> tuple[float, float]:
         """Attention along block lists: what it takes at no density, and what a density of 1 of one head adds."""
