@@ -39,6 +39,7 @@ SELECTION: dict[str, dict[str, Any]] = {
     "group, density": {"pool": "sum", "estimate": Estimate(group=True), "density": 0.3},
     "flags, window": {"flags": True, "windows": (300,)},
     "wide": {"wide": True},
+    "row": {"pool": "row", "stride": 8, "length": 1001},
 }
 _SUMMARIES = (r"ERROR SUMMARY: (\d+) error", r"RACECHECK SUMMARY: (\d+) hazard")
 

@@ -21,6 +21,7 @@ MASKS = {
     "ragged": {},
     "padded": {},
     "window": {"windows": [700]},
+    "row": {"pool": "row", "threshold": [0.4]},
     **{str(one): {"estimate": one} for one in EXAMPLES},
 }
 
@@ -61,6 +62,22 @@ def test_equals_the_reference(name, stride, dim, tiling):
     assert (got ^ chosen).sum() <= 1e-4 * chosen.sum()
     again = triton_select.select_blocks(one, tiling=tiling)
     assert torch.equal(block_lists.to_dense(*again, one.key_blocks), got)
+
+
+@pytest.mark.parametrize("label", ["row/4@0.6", "row+pair+int8/4@0.7", "row/8@0.6"])
+@pytest.mark.parametrize("length", [4096, 4999])
+def test_a_second_stage_chooses_among_what_is_listed(length, label):
+    from sparsify.backends.select import stages
+
+    query, key = inputs(length, batch=2)
+    one = call(query, key, **parse_label(label), threshold=[0.3])
+    counts, indices = stages.select_blocks(one)
+    block_lists.check(counts, indices, length, length, 0, 128)
+    got = block_lists.to_dense(counts, indices, one.key_blocks)
+    wanted = block_lists.to_dense(*reference.select_blocks(one), one.key_blocks)
+    assert (got ^ wanted).sum() <= 2e-3 * wanted.sum()
+    assert wanted.sum() < block_lists.to_dense(*reference.select_blocks(one.stages[0]), one.key_blocks).sum()
+    assert all(map(torch.equal, stages.select_blocks(one)[:1], (counts,)))
 
 
 def test_a_captured_call_replays_on_new_values():
