@@ -155,7 +155,7 @@ class XAttention(Pass):
         note = f"stride {self.stride}{stages}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         if any(self.windows):
             note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
-        works = functools.partial(self._works, context.family)
+        works = functools.partial(self.works, kernel=context.family)
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
         return Proposal.from_work(self, site, context, works, note=note, **limits)
 
@@ -168,7 +168,7 @@ class XAttention(Pass):
         sums = 2 * site.batch * heads * cells * blocks
         return sympy.Min(lists, scratch.LIST_BYTES) + sympy.Min(sums, scratch.SUM_BYTES)
 
-    def _works(self, kernel: str, sizes: AttentionSizes) -> tuple[Work, ...]:
+    def works(self, sizes: AttentionSizes, kernel: str) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or self._expected(sizes.key_len)
         attending = work.attention(sizes, kernel, share=share, listed=True)
@@ -204,6 +204,8 @@ class XAttention(Pass):
             "windows": windows or own,
             **self.selection(),
         }
+        if self.head_numbers() and (thresholds := editor.head_numbers(site, "threshold")) is not None:
+            selection |= {"threshold": (), "head_thresholds": thresholds}
         if self._lists_are_large(site):
             attending = {"sinks": sinks, "seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = SparseAttentionCall.bind(site.query, site.key, site.value, **selection, **attending)
@@ -212,6 +214,14 @@ class XAttention(Pass):
         counts, indices = editor.items(editor.emit(SelectCall.bind(site.query, site.key, **selection)), 2)
         lists = (counts, indices)
         editor.replace(site, attention_call(editor, site, sinks=sinks, windows=windows or own, blocks=lists, block_size=self.block))
+
+    @classmethod
+    def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
+        by_head = isinstance(options.get("threshold"), list | tuple)
+        return {name: value for name, value in options.items() if name != "expected" and not (by_head and name == "threshold")}
+
+    def head_numbers(self) -> dict[str, tuple[float, ...]]:
+        return {"threshold": self._thresholds()} if isinstance(self.threshold, tuple) and not self.density else {}
 
     def selection(self) -> dict[str, Any]:
         """The fields of `SelectCall` that the options decide, but for windows."""

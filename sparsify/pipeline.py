@@ -29,6 +29,7 @@ from sparsify.planning.choose import Choice, acts_on, leave_out_untouched_ffn, m
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
+from sparsify.planning.saved_plan import load_saved_plan
 from sparsify.rewriting import few_rows, ffn_runs, layers, verify
 from sparsify.rewriting.editor import Editor
 from sparsify.rewriting.trace import Trace
@@ -66,6 +67,8 @@ def compile_graph(
                     predict.compile_ahead(graph, config.kernels)
             if serves:
                 plan = plan.repeated(serves)
+                if (saved := load_saved_plan(config.plan)) is not None:
+                    plan = saved.recalled(plan)
             unmatched.warn(gm, plan, config, compilation, ends=not serves)
     except Exception as error:
         if config.strict:

@@ -140,7 +140,7 @@ def choose(importance: Tensor, possible: Tensor, forced: Tensor, call: SelectCal
         take = (rank < wanted - forced.sum(-1, keepdim=True)) & (ranked >= 0)
         everything = broken
     else:
-        tau = torch.tensor(call.threshold, dtype=torch.float64, device=importance.device)[:, None, None]
+        tau = _thresholds(call, importance.device)[:, None, None]
         gains = ranked.clamp(min=0)
         before = (mass * forced).sum(-1, keepdim=True) + gains.cumsum(-1) - gains
         take = (before < tau * mass.sum(-1, keepdim=True)) & (ranked > 0)
@@ -149,11 +149,16 @@ def choose(importance: Tensor, possible: Tensor, forced: Tensor, call: SelectCal
     return torch.where(everything, possible, keep)
 
 
+def _thresholds(call: SelectCall, device: torch.device) -> Tensor:
+    """fp64 [1 or query_heads]."""
+    return torch.as_tensor(call.thresholds, dtype=torch.float64, device=device)
+
+
 def _union_of_cells(importance: Tensor, possible: Tensor, forced: Tensor, call: SelectCall) -> Tensor:
     """`choose` under the row rule: what some cell of [..., cells, key_blocks] needs for its own threshold."""
     broken = ~importance.isfinite().all(-1).all(-1)[..., None]
     mass = importance.masked_fill(broken[..., None] | ~possible[..., None, :], 0).double()
-    tau = torch.tensor(call.threshold, dtype=torch.float64, device=importance.device)[:, None, None]
+    tau = _thresholds(call, importance.device)[:, None, None]
     others = mass.masked_fill(forced[..., None, :], 0)
     ranked = others.sort(dim=-1, descending=True).values
     before = (mass * forced[..., None, :]).sum(-1, keepdim=True) + ranked.cumsum(-1) - ranked

@@ -403,7 +403,9 @@ def chunk_numbers(call: SelectCall, spec: SelectSpec, chunk: _Chunk, queries: Te
     return values
 
 
-def _per_head(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _per_head(values: tuple[float, ...] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.to(dtype).contiguous()
     host = _host_values(values, dtype, device.type == "cuda")
     return host.to(device, non_blocking=True)
 

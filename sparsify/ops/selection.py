@@ -35,7 +35,7 @@ class RuleArgument:
 
     name: in the kernels' text.
     type: as a Triton signature writes it: "fp32" or "i32" for a number, "*fp32" for one number per query head.
-    value: from a call: a number, or a tuple of one per query head.
+    value: from a call: a number, or one per query head in a tuple or tensor.
     """
 
     name: str
@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {
     # a share of each row's possible blocks
     "density": Rule(lambda call: call.density > 0, (RuleArgument("share", "i32", lambda call: int(call.density * (1 << DENSITY_BITS))),)),
     # a share of each row's mass, one per query head
-    "taus": Rule(lambda call: len(set(call.threshold)) > 1, (RuleArgument("thresholds", "*fp32", lambda call: call.threshold),)),
+    "taus": Rule(lambda call: call.by_head, (RuleArgument("thresholds", "*fp32", lambda call: call.thresholds),)),
     # a share of each row's mass, one for all heads
     "tau": Rule(lambda call: True, (RuleArgument("tau", "fp32", lambda call: call.threshold[0]),)),
 }
@@ -84,6 +84,7 @@ class SelectCall(OpCall):
         listed so, cells of this finer stride keep `threshold` of theirs, counted over that list alone. Heads with a threshold of 1 or
         more keep everything.
     coarse_threshold: share of each row's mass that the first of two stages keeps, no less than any threshold below 1.
+    head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
     """
 
     NAME: ClassVar[str] = "select_blocks"
@@ -95,6 +96,7 @@ class SelectCall(OpCall):
     key_flags: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
     segments: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
     query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
+    head_thresholds: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     scale: float
     causal: bool
     windows: tuple[int, ...] = ()
@@ -113,7 +115,10 @@ class SelectCall(OpCall):
         coarse = tuple(1.0 if threshold >= 1 else self.coarse_threshold for threshold in self.threshold)
         one = SelectCall(**self.common(SelectCall))
         single = dataclasses.replace(one, refine_stride=0)
-        return dataclasses.replace(single, threshold=coarse), dataclasses.replace(single, stride=self.refine_stride)
+        heads = self.head_thresholds
+        coarse_heads = None if heads is None else torch.where(heads >= 1, 1.0, self.coarse_threshold).to(heads.dtype)
+        first = dataclasses.replace(single, threshold=coarse, head_thresholds=coarse_heads)
+        return first, dataclasses.replace(single, stride=self.refine_stride)
 
     @property
     def batch(self) -> int:
@@ -185,6 +190,16 @@ class SelectCall(OpCall):
         return 0 in (self.batch, self.heads, self.query_len, self.key_len)
 
     @property
+    def by_head(self) -> bool:
+        """Whether heads have thresholds of their own."""
+        return self.head_thresholds is not None or len(set(self.threshold)) > 1
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | Tensor:
+        """One for all heads, or one per query head."""
+        return self.threshold if self.head_thresholds is None else self.head_thresholds
+
+    @property
     def rule(self) -> str:
         """How blocks are chosen: a name in `RULES`."""
         return next(name for name, rule in RULES.items() if rule.holds(self))
@@ -202,7 +217,7 @@ class SelectCall(OpCall):
         fits = self.block_size in (32, 64, 128) and self.block_size % self.span == 0
         need(fits, f"block size {self.block_size} for stride {self.stride}", "64 or 128")
         need(len(self.windows) in (0, 1, heads), f"{len(self.windows)} windows for {heads} query heads", "none, one, or one per query head")
-        thresholds = len(self.threshold) in (1, heads) or self.density > 0
+        thresholds = len(self.threshold) in (1, heads) or self.density > 0 or self.head_thresholds is not None
         need(thresholds, f"{len(self.threshold)} thresholds for {heads} query heads", "one, or one per query head")
         need(all(t >= 0 for t in self.threshold), f"threshold {self.threshold}", "0 or more")
         need(0 <= self.density <= 1, f"density {self.density}", "0 (use the threshold) to 1")

@@ -60,6 +60,7 @@ class SparseAttentionCall(SelectCall):
             segments=per_row(self.segments),
             windows=per_head(self.windows),
             threshold=per_head(self.threshold),
+            head_thresholds=None if self.head_thresholds is None else self.head_thresholds[served],
         )
 
 

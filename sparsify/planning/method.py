@@ -167,6 +167,15 @@ class Pass(BaseModel):
     def options(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
+    @classmethod
+    def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options without those in which layers of one compiled region may differ."""
+        return options
+
+    def head_numbers(self) -> dict[str, tuple[float, ...]]:
+        """By option, what a region takes as operands instead: a number for each query head."""
+        return {}
+
     def refuse(self, reason: str, hint: str = "") -> Refusal:
         return Refusal(self.name, reason, hint)
 

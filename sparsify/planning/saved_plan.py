@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,13 +42,34 @@ class SavedPlan:
     def has(self, place: Place) -> bool:
         return (place.kind, place.name) in self._decisions
 
-    def decisions_in(self, path: str) -> tuple[Any, ...]:
-        """What the plan says of the sites of a module, equal for modules of which it says the same."""
+    def decisions_in(self, path: str, measured: bool = True) -> tuple[Any, ...]:
+        """What the plan says of the sites of a module, equal for modules of which it says the same, up to numbers that a graph takes as
+        operands. measured: errors count as well."""
         return tuple(
-            (kind, site.removeprefix(path), tuple((one.ordinal, repr(_content(one))) for one in found))
+            (kind, site.removeprefix(path), tuple((one.ordinal, repr(_kind(one, measured))) for one in found))
             for (kind, site), found in sorted(self._decisions.items())
             if site == path or site.startswith(f"{path}.")
         )
+
+    def head_numbers(self, path: str) -> dict[tuple[str, str], tuple[float, ...]]:
+        """By site (relative to a module's path) and option, numbers of the heads that a graph takes as operands."""
+        methods, numbers = discover(), {}
+        for (kind, site), found in self._decisions.items():
+            if kind == "attention" and len(found) == 1 and found[0].method is not None and (site == path or site.startswith(f"{path}.")):
+                method = config.validate(methods[found[0].method], found[0].options, self.where)
+                numbers |= {(site.removeprefix(path), option): values for option, values in method.head_numbers().items()}
+        return numbers
+
+    def recalled(self, plan: Plan) -> Plan:
+        """A plan that was made for several layers at once, with what this one says of each."""
+        decisions = []
+        for one in plan.decisions:
+            found = self._decisions.get((one.kind, one.site), [])
+            if len(found) == 1 and found[0].method == one.method and found[0].options != one.options:
+                own = found[0]
+                one = dataclasses.replace(one, options=own.options, error=own.error, density=own.density, measured=own.measured)
+            decisions.append(one)
+        return dataclasses.replace(plan, decisions=decisions)
 
     def find(self, place: Place) -> Decision:
         """The decision for a site.
@@ -74,6 +96,11 @@ def load_saved_plan(path: Path | None) -> SavedPlan | None:
 
 def _content(decision: Decision) -> tuple[Any, ...]:
     return decision.method, decision.options, decision.measured
+
+
+def _kind(decision: Decision, measured: bool) -> tuple[Any, ...]:
+    options = decision.options if decision.method is None else discover()[decision.method].kind(decision.options)
+    return (decision.method, options, decision.measured) if measured else (decision.method, options)
 
 
 def _check(decision: Decision, methods: Mapping[str, type[Pass]], where: str, key: str) -> None:

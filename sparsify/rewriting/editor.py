@@ -25,6 +25,7 @@ from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops import operands
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.call import OpCall
+from sparsify.ops.head_numbers import head_numbers
 from sparsify.ops.library import NAMESPACE
 
 AnySite = TypeVar("AnySite", bound=Site)
@@ -118,6 +119,13 @@ class Editor:
         self.at(site)
         changed = {n: self.method("to", getattr(site, n), site.dtype) for n in names}
         return dataclasses.replace(site, **changed)  # pyright: ignore[reportArgumentType]  # every kind of site is a dataclass
+
+    def head_numbers(self, site: Site, option: str) -> fx.Node | None:
+        """The graph's operand that holds a method's option for each query head of a site; None where there is none: it is a constant."""
+        for node in self.graph.nodes:
+            if node.target is head_numbers and node.args[1:] == (site.name, option):
+                return node.args[0]
+        return None
 
     def items(self, pair: fx.Node, count: int) -> list[fx.Node]:
         """The elements of a node that returns a tuple."""

@@ -20,10 +20,11 @@ from sparsify.commands.calibrate.attention import run as runs
 from sparsify.commands.calibrate.attention import settings as tried
 from sparsify.commands.calibrate.attention.choose import DENSE, Budget, Chooser
 from sparsify.commands.calibrate.attention.densities import Densities
-from sparsify.commands.calibrate.attention.make_plan import make_plan
+from sparsify.commands.calibrate.attention.make_plan import choose_shared, kinds, make_plan
 from sparsify.commands.calibrate.attention.measure import Record, measure, possible_blocks, window_blocks
 from sparsify.commands.cost import device as forecast_device
 from sparsify.errors import PlanError, UnsupportedError
+from sparsify.generation.regions import regional
 from sparsify.ops.selection import SelectCall
 from sparsify.planning.plan import Plan
 from sparsify.planning.provenance import model_digest
@@ -234,6 +235,17 @@ def test_below_the_plans_length_attention_is_dense(model, measured, chooser, tmp
     for length, method in ((299, "dense"), (300, "xattention")):
         found = api.explain(model, options={"plan": str(tmp_path / "plan.json")}, input_ids=IDS[:, :length], use_cache=False)
         assert {decision.method for decision in found.decisions} == {method}
+
+
+def test_layers_of_too_many_kinds_are_chosen_without_windows(chooser, monkeypatch):
+    budget = Budget("keep_error", 10.0)
+    free, note = choose_shared(chooser, budget)
+    assert not note and any(s.family is None and s != DENSE for one in free.layers for s in one.settings)
+    monkeypatch.setattr(regional, "MOST_KINDS", 0)
+    shared, note = choose_shared(chooser, budget)
+    assert "without windows" in note and shared.seconds > free.seconds
+    assert all(s.family is not None or s == DENSE for one in shared.layers for s in one.settings)
+    assert kinds(shared, GRID) == 1  # thresholds make no kinds
 
 
 def test_plans_differ_in_the_lines_that_differ(model, measured, chooser):

@@ -29,6 +29,7 @@ from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.masks import PostponedMask
 from sparsify.graph import compat as torch_compat
 from sparsify.graph.module_paths import layer_number
+from sparsify.ops.head_numbers import head_numbers
 from sparsify.planning import unmatched
 from sparsify.planning.choose import named_methods
 from sparsify.planning.config import layer_patterns
@@ -82,6 +83,8 @@ class RegionalModel:
         self.layers = layers.find_layers(model)
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self.kinds = _kinds(self.layers, config)
+        self._saved = load_saved_plan(config.plan)
+        self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
         self.reason = ""  # why no call is served by regions any more
         self._regions: dict[Any, _Region] = {}
@@ -135,6 +138,14 @@ class RegionalModel:
 
     def layer(self, module: nn.Module) -> Layer | None:
         return self._by_module.get(id(module))
+
+    def head_numbers(self, layer: Layer, device: torch.device) -> dict[str, Tensor]:
+        """What a layer's region takes as operands of the plan, float32 [query_heads] by the site's path in the layer and the option."""
+        key = layer.number, device
+        if key not in self._head_numbers:
+            found = {} if self._saved is None else self._saved.head_numbers(layer.path)
+            self._head_numbers[key] = {f"{site} {option}": torch.tensor(values, device=device) for (site, option), values in found.items()}
+        return self._head_numbers[key]
 
     def region(self, key: Any, layer: Layer) -> _Region:
         with self._lock:
@@ -209,16 +220,18 @@ class _Held(nn.Module):
     cache: the copy of a cache layer.
     names: the arguments by which the decoder layer takes it.
     masks: how to make the masks, by argument.
+    path: of the first layer that the region serves.
     """
 
     cache: Any
     names: tuple[str, ...]
     masks: dict[str, masks.Plan]
+    path: str
 
     @classmethod
-    def make(cls, cache: Any, names: tuple[str, ...], plans: dict[str, masks.Plan]) -> _Held:
+    def make(cls, cache: Any, names: tuple[str, ...], plans: dict[str, masks.Plan], path: str) -> _Held:
         held = object.__new__(cls)
-        held.__dict__.update(_EMPTY_MODULE, cache=cache, names=names, masks=plans)
+        held.__dict__.update(_EMPTY_MODULE, cache=cache, names=names, masks=plans, path=path)
         return held
 
 
@@ -226,12 +239,21 @@ _EMPTY_MODULE = vars(nn.Module())
 
 
 def _run(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: _Held, state: dict[str, Any], padding: dict[str, Any]
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    held: _Held,
+    state: dict[str, Any],
+    padding: dict[str, Any],
+    numbers: dict[str, Tensor],
 ) -> Any:
     """What a region is captured from: the masks, then the layer.
 
-    state: what varies of the cache layer. padding: what varies of the masks, by name.
+    state: what varies of the cache layer. padding: what varies of the masks, by name. numbers: of heads, see `RegionalModel.head_numbers`.
     """
+    for name, values in numbers.items():
+        site, option = name.split(" ")
+        head_numbers(values, held.path + site, option)
     hidden = args[0] if args else kwargs["hidden_states"]
     given = dict(kwargs)
     if held.cache is not None:
@@ -319,10 +341,11 @@ class _Call:
         if cache is not None:
             cache.begin()
         try:
-            held = _Held.make(cache and cache.copy, names, {name: plan for name, (plan, _) in planned.items()})
+            held = _Held.make(cache and cache.copy, names, {name: plan for name, (plan, _) in planned.items()}, region.paths[0])
             padding = {name: varying for name, (_, varying) in planned.items()}
             state = cache.varying if cache else {}
-            result = region((batch, query_len, key_len), shadow, args, rest, held, state, padding)
+            numbers = self.model.head_numbers(layer, hidden.device) if query_len > 1 else {}
+            result = region((batch, query_len, key_len), shadow, args, rest, held, state, padding, numbers)
         except TorchDynamoException as error:
             if isinstance(error, BackendCompilerFailed):
                 raise
@@ -416,7 +439,8 @@ def _asked(layer: Layer, config: Config, saved: SavedPlan | None) -> Any:
         path = f"{layer.path}.{name}" if name else layer.path
         for site in (path, f"{path}.cache"):
             found.append(tuple(frozenset(layer_patterns.numbers(rule.layers, site, layer_number(site))) for rule in config.rules))
-    return tuple(found), saved and saved.decisions_in(layer.path)
+    measured = config.objective is not None or config.max_error is not None
+    return tuple(found), saved and saved.decisions_in(layer.path, measured)
 
 
 def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None) -> None:

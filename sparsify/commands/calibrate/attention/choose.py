@@ -140,7 +140,7 @@ class Chooser:
             for place, site in measured.sites.items()
             if place in measured.records
         ]
-        self._options = [list(self._configs(layer)) for layer in self.layers]
+        self._options: list[list[tuple[int | None, float, Tensor]]] = [list(self._configs(layer)) for layer in self.layers]
 
     def _layer(self, site: Captured, records: dict[int, Record], device: Device, kernel: str) -> Layer:
         longest, densities = records[self.longest], Densities.fit(self.grid, records)
@@ -171,26 +171,37 @@ class Chooser:
             lists = lists.masked_fill(~mine[:, None] | untried, torch.inf)
             if family.method.estimate and "group" in family.method.estimate:
                 lists[1 : 1 + len(self.grid.windows)] = torch.inf  # one estimate for heads that see different keys
-            yield number, shared + costs.estimate(family), lists
+            own = torch.tensor([setting.family == number for setting in settings])
+            yield number, shared + costs.estimate(family, float(layer.density[own].mean())), lists
 
-    def choose(self, budget: Budget, exact: bool = True) -> Choice:
+    def _without_windows(self) -> list[list[tuple[int | None, float, Tensor]]]:
+        every = []
+        for options in self._options:
+            kept = [(family, fixed, seconds.clone()) for family, fixed, seconds in options if family is not None or fixed > 0]
+            for _, _, seconds in kept:
+                seconds[1 : 1 + len(self.grid.windows)] = torch.inf
+            every.append(kept)
+        return every
+
+    def choose(self, budget: Budget, exact: bool = True, windows: bool = True) -> Choice:
         """The best choice within a budget.
 
         Args:
-            exact: False: by the relaxation alone, whose gap is what it says.
+            exact: False: by the relaxation alone, whose gap is what it says. windows: whether heads may have sinks and a window.
 
         Raises:
             UnsupportedError: no choice keeps the budget, with the best that can be had.
         """
+        every = self._options if windows else self._without_windows()
         limit, dense = self._limit(budget), sum(layer.seconds.dense() for layer in self.layers)
         for _ in range(_ROUNDS):
             problem = [
-                [self._config(layer, option, budget.kind) for option in options] for layer, options in zip(self.layers, self._options)
+                [self._config(layer, option, budget.kind) for option in options] for layer, options in zip(self.layers, every, strict=True)
             ]
             found = (solve.solve if exact else solve.relaxed)(problem, limit)
             if found is None:
                 raise UnsupportedError(self._impossible(budget), where=f"--{budget.kind.replace('_', '-')}")
-            choice = self._choice(found, budget)
+            choice = self._choice(found, budget, every)
             if budget.kind != "speedup" or choice.seconds <= dense / budget.value * (1 + 1e-9):
                 return choice
             limit *= min(0.999, dense / budget.value / choice.seconds)  # lists take longer than the line through two densities
@@ -225,10 +236,10 @@ class Chooser:
         best = sum(min(fixed + float(s.min(0).values.sum()) for _, fixed, s in options) for options in self._options)
         return f"nothing that was tried is so fast: at most {dense / best:.2f} times dense attention at {self.at} tokens"
 
-    def _choice(self, found: Solution, budget: Budget) -> Choice:
+    def _choice(self, found: Solution, budget: Budget, every: list[list[tuple[int | None, float, Tensor]]]) -> Choice:
         layers = [
             self.serve(layer, options[index][0], picked)
-            for layer, options, (index, picked) in zip(self.layers, self._options, found.chosen, strict=True)
+            for layer, options, (index, picked) in zip(self.layers, every, found.chosen, strict=True)
         ]
         return Choice(tuple(layers), budget, self.at, found.gap)
 

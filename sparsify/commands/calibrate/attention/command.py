@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> int:
     from sparsify.commands.calibrate.attention import run as runs
     from sparsify.commands.calibrate.attention import settings as tried
     from sparsify.commands.calibrate.attention.choose import Chooser
-    from sparsify.commands.calibrate.attention.make_plan import make_plan
+    from sparsify.commands.calibrate.attention.make_plan import choose_shared, make_plan
     from sparsify.commands.cost import command as cost
     from sparsify.commands.cost import device as forecast_device
 
@@ -77,7 +77,7 @@ def run(given: argparse.Namespace) -> int:
         measured = runs.run(model, ids, asked, options, file=file, progress=show)
         bar.update(task, description="choosing")
         chooser = Chooser(grid, measured, target, context.family, given.at)
-        choice = chooser.choose(budget)
+        choice, note = choose_shared(chooser, budget)
         plan = make_plan(model, ids, options, asked, measured, chooser, choice)
     try:
         plan.save(save)
@@ -87,7 +87,7 @@ def run(given: argparse.Namespace) -> int:
         from sparsify.commands.calibrate.attention import report
 
         report.write(Path(given.report), chooser, choice, plan)
-    print(_summary(chooser, choice, measured, plan))
+    print(_summary(chooser, choice, measured, plan), *([note] if note else []), sep="\n")
     print(f"plan: {save}; measurements, for other budgets: {file}", file=sys.stderr)
     return DONE
 

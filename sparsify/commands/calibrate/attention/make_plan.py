@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import api
-from sparsify.commands.calibrate.attention.choose import DENSE, Choice, Chooser, Chosen
+from sparsify.commands.calibrate.attention.choose import DENSE, Budget, Choice, Chooser, Chosen
 from sparsify.commands.calibrate.attention.run import Asked, Measured
 from sparsify.commands.calibrate.attention.settings import Grid
+from sparsify.generation.regions import regional
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
 from sparsify.planning.provenance import Provenance
+from sparsify.planning.registry import discover
 
 _EXACT = ("dense", "kv_evict", "ffn_parts")
 
@@ -32,11 +34,34 @@ def method_of(chosen: Chosen, grid: Grid) -> tuple[str, dict[str, Any]]:
     method = grid.families[chosen.family].method
     taus = [1.0 if setting.family is None else setting.value for setting in chosen.settings]
     options: dict[str, Any] = method.model_dump(mode="json", exclude={"threshold", "density", "windows", "sinks", "expected"})
-    options["threshold"] = taus[0] if len(set(taus)) == 1 else taus
+    options["threshold"] = taus  # as a list even where heads agree: layers of one region may differ in it
     if any(windows):
         options |= {"windows": windows, "sinks": grid.sinks}
     options["expected"] = [round(chosen.density_8k, 5), round(chosen.power, 4)]
     return "xattention", options
+
+
+def kinds(choice: Choice, grid: Grid) -> int:
+    """How many regions a compiled model needs for the layers: those that differ in thresholds alone share one."""
+    found = set()
+    for one in choice.layers:
+        method, options = method_of(one, grid)
+        found.add((method, repr(discover()[method].kind(options))))
+    return len(found)
+
+
+def choose_shared(chooser: Chooser, budget: Budget) -> tuple[Choice, str]:
+    """The best choice of which `sparsify.compile` makes regions: one without windows where windows make too many kinds of layers. And what
+    that costs, in words; empty where it costs nothing."""
+    choice = chooser.choose(budget)
+    count = kinds(choice, chooser.grid)
+    if count <= regional.MOST_KINDS:
+        return choice, ""
+    shared = chooser.choose(budget, windows=False)
+    more = f"{shared.seconds * 1e3:.3g} ms instead of {choice.seconds * 1e3:.3g}"
+    if budget.kind != "keep_error":
+        more = f"error {shared.error(chooser.longest):.4f} instead of {choice.error(chooser.longest):.4f}"
+    return shared, f"without windows, which would make {count} kinds of layers where {regional.MOST_KINDS} can share regions: {more}"
 
 
 def make_plan(

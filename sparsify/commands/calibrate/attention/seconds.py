@@ -36,10 +36,10 @@ class LayerSeconds:
         """The fastest exact kernel."""
         return min(self._of(work.attention(self.sizes, kernel)) for kernel in dict.fromkeys(("sdpa", self.kernel)))
 
-    def estimate(self, family: Family) -> float:
-        """Scores, choice and lists of all heads."""
-        method = family.method
-        return self._of(work.selection(self.sizes, method.stride, method.block, method.variants, method.pool))
+    def estimate(self, family: Family, density: float) -> float:
+        """Scores, choice and lists of all heads; of two stages the second costs what the first lists, which grows with the density."""
+        expecting = family.method.model_copy(update={"density": density})
+        return sum(self._of(one) for one in expecting.works(self.sizes, self.kernel)[:-1])
 
     def lists(self) -> tuple[float, float]:
         """Attention along block lists: what it takes at no density, and what a density of 1 of one head adds."""
@@ -49,7 +49,7 @@ class LayerSeconds:
 
     def along_lists(self, family: Family, density: float) -> float:
         """Everything that a layer of block lists takes at a mean density."""
-        return self.estimate(family) + self._of(work.attention(self.sizes, self.kernel, share=density, listed=True))
+        return self.estimate(family, density) + self._of(work.attention(self.sizes, self.kernel, share=density, listed=True))
 
     def window(self, tokens: int) -> float:
         """One head that sees so many tokens, sinks included."""

@@ -35,7 +35,8 @@ class Family:
 
     @property
     def name(self) -> str:
-        return f"stride {self.method.stride} {self.method.pool}"
+        finer = f", then {self.method.refine_stride}" if self.method.refine_stride else ""
+        return f"stride {self.method.stride} {self.method.pool}{finer}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,10 @@ def grid(options: Mapping[str, Any]) -> Grid:
     families = []
     for one in tried:
         method = config.validate(XAttention, one, "options", "xattention")
-        families.append(Family(method, THRESHOLDS[method.pool] if tau is None else (tau,) if isinstance(tau, float | int) else tuple(tau)))
+        thresholds = THRESHOLDS[method.pool] if tau is None else (tau,) if isinstance(tau, float | int) else tuple(tau)
+        if method.refine_stride:
+            thresholds = tuple(one for one in thresholds if one <= method.coarse_threshold)
+        families.append(Family(method, thresholds))
     asked = options.get("sink_window", {})
     window = asked.get("window", WINDOWS)
     return Grid(tuple(families), tuple(window) if isinstance(window, list | tuple) else (window,), asked.get("sinks", SINKS))
