@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from sparsify.planning.config.config import Config
 
 
-def _options(given: argparse.Namespace) -> dict[str, Any]:
-    """`--config` and `-o` as the mapping that `torch.compile(options=...)` takes."""
+def options_of(texts: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE, with dots in keys for tables, as the mapping that `torch.compile(options=...)` takes.
+
+    Raises:
+        ConfigError: something else, or a key that is both a value and a table.
+    """
     options: dict[str, Any] = {}
-    for text in given.option:
+    for text in texts:
         key, equals, value = text.partition("=")
         names = [name.strip() for name in key.split(".")]
         if not equals or not all(names):
@@ -30,6 +35,12 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
             if not isinstance(table, dict):
                 raise ConfigError(f"{name!r} has a value already", where=f"-o {text}")
         table[names[-1]] = _value(value.strip())
+    return options
+
+
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    """`--config` and `-o` together."""
+    options = options_of(given.option)
     if given.config is not None:
         options["config"] = given.config
     return options
@@ -95,7 +106,7 @@ def load_model_and_tokens(given: argparse.Namespace) -> tuple[Any, Tensor]:
     """
     import torch
 
-    data = _read(given.prompt) if given.prompt is not None else None  # before the model, which may take minutes to load
+    data = read(given.prompt) if given.prompt is not None else None  # before the model, which may take minutes to load
     model = load_model(given)
     vocabulary = model.get_input_embeddings().num_embeddings
     if data is None:
@@ -115,7 +126,7 @@ def load_model_and_tokens(given: argparse.Namespace) -> tuple[Any, Tensor]:
     return model, ids[None].to(model.device)
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -123,7 +134,7 @@ def _read(path: str) -> bytes:
 
 
 def _encode(name: str, data: bytes, vocabulary: int) -> list[int]:
-    if not _has_tokenizer(name):
+    if not has_tokenizer(name):
         if max(data, default=0) >= vocabulary:
             raise UnsupportedError(
                 f"the model has no tokenizer, and bytes do not fit its {vocabulary} tokens", where=name, hint="use --length"
@@ -138,7 +149,7 @@ def _encode(name: str, data: bytes, vocabulary: int) -> list[int]:
         raise UnsupportedError(f"cannot load the tokenizer: {reason[0] if reason else type(error).__name__}", where=name) from error
 
 
-def _has_tokenizer(name: str) -> bool:
+def has_tokenizer(name: str) -> bool:
     folder = Path(name)
     if not folder.is_dir():
         return True  # a hub name

@@ -1,4 +1,4 @@
-"""`sparsify explain | cost | diff | calibrate | config | methods | --version`; each command declares its arguments beside what it does."""
+"""`sparsify explain | cost | diff | eval | calibrate | config | methods | --version`; each command declares its arguments beside what it does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from sparsify.commands import arguments, diff, explain, listings
 from sparsify.commands.calibrate import command as calibrate
 from sparsify.commands.cost import command as cost
+from sparsify.commands.eval import command as evaluate
 from sparsify.commands.exit_codes import FAILED
 from sparsify.errors import SparsifyError
 
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsify", description="A torch.compile backend for sparse long context.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of sparsify, torch, triton and transformers")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (explain, cost, diff, calibrate, listings):
+    for command in (explain, cost, diff, evaluate, calibrate, listings):
         command.add(commands)
     return parser
 
