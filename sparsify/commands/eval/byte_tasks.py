@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Needles:
             right, questions, depths = zip(*answered, strict=True)
             scores = tuple(map(float, right))
             cell = Cell(setting=run.setting.name, task=row, length=self.length, scores=scores, questions=questions, depths=depths)
-            found.append(Cell(**{**vars(cell), **measured.data()}))
+            found.append(replace(cell, **measured.data()))
         return found
 
     def _row(self, turn: int) -> str:

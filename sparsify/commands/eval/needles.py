@@ -21,8 +21,8 @@ NLL_BYTES = 2048  # bytes from the prompt's middle on that the mean negative log
 FIRST_SEED = 4242
 
 
-# How a fact is written and how it is asked for, from a key and a value. needle-14m is trained on "hash" alone; what dense attention does not
-# answer in a form says nothing about sparse attention.
+# How a fact is written and how it is asked for, from a key and a value. needle-14m is trained on "hash" alone; what dense attention does
+# not answer in a form says nothing about sparse attention.
 FORMS = {
     "hash": (b"\n## %s: %s\n", b"\n?? %s: "),
     "comment": (b"\n# %s: %s\n", b"\n# %s: "),

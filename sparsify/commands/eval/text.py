@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class TextNll:
                 run.answered(1)
         questions = tuple(map(str, self.starts))
         cell = Cell(setting=run.setting.name, task=self.name, length=self.length, metric="nll", higher_is_better=False)
-        return [Cell(**{**vars(cell), "scores": tuple(scores), "questions": questions, **measured.data()})]
+        return [replace(cell, scores=tuple(scores), questions=questions, **measured.data())]
 
 
 def _nll(model: Any, ids: torch.Tensor, judged: int) -> float:
