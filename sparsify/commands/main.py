@@ -1,4 +1,4 @@
-"""`sparsify explain | cost | diff | eval | calibrate | config | methods | --version`; each command declares its arguments beside what it does."""
+"""`sparsify explain | cost | diff | eval | calibrate | config | methods | --version`; a command declares its own arguments."""
 
 from __future__ import annotations
 

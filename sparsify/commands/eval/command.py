@@ -20,7 +20,9 @@ _MANY = 16  # lengths
 
 def add(commands: Any) -> None:
     """The command's arguments."""
-    own = commands.add_parser("eval", parents=[arguments.common_options()], help="answers under sparse attention beside dense attention's, task by task")
+    own = commands.add_parser(
+        "eval", parents=[arguments.common_options()], help="answers under sparse attention, task by task, beside dense"
+    )
     own.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
     own.add_argument(
         "--setting",
