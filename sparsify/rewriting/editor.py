@@ -28,6 +28,8 @@ from sparsify.ops.call import OpCall
 from sparsify.ops.head_numbers import head_numbers
 from sparsify.ops.library import NAMESPACE
 
+_MADE_BY = ("nn_module_stack", "source_fn_stack", "stack_trace")  # what Dynamo notes of a node's origin
+
 AnySite = TypeVar("AnySite", bound=Site)
 
 
@@ -107,7 +109,7 @@ class Editor:
         # sites lie where no gradient is followed, whatever mode the graph is compiled in
         with fake_mode or contextlib.nullcontext(), torch.no_grad():
             node.meta["example_value"] = function(*values(args), **values(kwargs))
-        for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+        for key in _MADE_BY:
             if key in self._output.meta:
                 node.meta[key] = self._output.meta[key]
         self.inserted.append(node)
@@ -230,9 +232,14 @@ class Editor:
                 after = after.next
             site, self._before = self._before, after.next
             try:
-                return self.method("clone", leaf)
+                node = self.method("clone", leaf)
             finally:
                 self._before = site
+            for key in _MADE_BY:  # no part of the site's layer, which runs later
+                node.meta.pop(key, None)
+                if key in leaf.meta:
+                    node.meta[key] = leaf.meta[key]
+            return node
 
         return self.shared(("snapshot", leaf), copy)
 

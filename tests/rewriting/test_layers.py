@@ -180,16 +180,43 @@ def test_an_assumption_of_the_compiled_layer_is_guarded_for_the_others():
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_models_give_eager_results(cached):
-    model = build("llama")
-    more = nn.ModuleList([*model.model.layers, *build("llama").model.layers])
-    for i, layer in enumerate(more):
-        layer.self_attn.layer_idx = i
-    model.model.layers, model.config.num_hidden_layers = more, len(more)
+    model = deeper("llama")
     calls = [{"input_ids": IDS, "use_cache": cached}]
     (got,), counts = compiled_pieces(model.forward, *calls)
     assert counts == [3]  # before the layers, a layer, after them
     with torch.no_grad():
         torch.testing.assert_close(got.logits, model(**calls[0]).logits)
+
+
+def deeper(family: str) -> nn.Module:
+    """A model of a family with twice its layers."""
+    model = build(family)
+    model.model.layers = nn.ModuleList([*model.model.layers, *build(family).model.layers])
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = i
+    model.config.num_hidden_layers = len(model.model.layers)
+    return model
+
+
+@pytest.mark.parametrize("method", ["dense", "sink_window"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rewritten_models_are_split_too(monkeypatch, method, padded):
+    """What the layers share, such as flags made from the mask that a caller gives, belongs to the first or to what lies before it."""
+    import torch._inductor.compile_fx as inductor
+
+    pieces = []
+    monkeypatch.setattr(inductor, "compile_fx", lambda gm, *rest, **kw: pieces.append(gm) or gm.forward)
+    model, mask = deeper("llama"), torch.ones_like(IDS)
+    mask[0, :3] = 1 - int(padded)
+    options = {"strict": True, "passes": [method], "min_length": 0, "sink_window": {"sinks": 1, "window": 4}}
+    call = {"input_ids": IDS, "attention_mask": mask, "use_cache": True}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(model, backend="sparsify", options=options)(**call).logits
+        want = model(**call).logits
+    assert 3 <= len(pieces) <= 4  # before the layers, the first if it makes what all share, one for the others, after them
+    if method == "dense":
+        torch.testing.assert_close(got[mask.bool()], want[mask.bool()])
 
 
 def test_what_spans_layers_leaves_the_graph_whole():
