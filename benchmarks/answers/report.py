@@ -132,10 +132,10 @@ def lost(found: list[Found]) -> dict[Estimate, float]:
 
 
 def _answer_cells(found: list[Found]) -> tuple[Found | None, Found | None]:
-    """Eager's and the default estimate's needles at the longest length both have."""
-    cells = [r for r in measured(found, Answers, *_CURVES) if "right" in r]
+    """Eager's and the default estimate's needles at the longest length both have, of the run that asked most."""
+    cells = [r for r in measured(_as_trained(found), Answers, *_CURVES, "seeds") if "right" in r]
     default = [r for r in cells if r["method"] == "xattention" and r["parameters"] == DEFAULT]
-    for record in sorted(default, key=lambda r: -r["length"]):
+    for record in sorted(default, key=lambda r: (-r["length"], -r["asked"])):
         eager = [r for r in cells if r["method"] == "eager" and all(r[k] == record[k] for k in ("length", "model_sha256", "seeds"))]
         if eager:
             return eager[0], record
