@@ -74,6 +74,13 @@ def shortfalls(found: list[Found]) -> str:
     return "\n".join(f"- {line}" for line in lines) or _ABSENT
 
 
+def seconds(found: list[Found]) -> str:
+    """docs/generate.md's tables: from a process's first prompt on, and by token, on the device of the newest GPU record."""
+    mine = _newest_gpu(found)
+    of = {one.name: one for one in registry.find()}
+    return "\n\n".join(one.table(kind(mine, *one.records)) for one in (of["generate_seconds"], of["generate"]) if one.table) or _ABSENT
+
+
 def _newest_gpu(found: list[Found]) -> list[Found]:
     """Records of the GPU that was measured last."""
     newest = max((r for r in found if r["machine"]["gpu"]), key=lambda r: r["time"], default=None)
@@ -94,8 +101,13 @@ def texts(folder: Path) -> dict[Path, str]:
     if folder.resolve() == records.RESULTS.resolve():
         found = read(folder)
         made[ROOT / "docs" / "compatibility.md"] = compatibility.page(found)
-        for path, name, part in ((ROOT / "README.md", "results", headlines), (ROOT / "docs" / "benchmarks.md", "shortfalls", shortfalls)):
-            made[path] = filled(path.read_text(), name, part(found))
+        marked = (
+            ("README.md", "results", headlines),
+            ("docs/benchmarks.md", "shortfalls", shortfalls),
+            ("docs/generate.md", "seconds", seconds),
+        )
+        for path, name, part in marked:
+            made[ROOT / path] = filled((ROOT / path).read_text(), name, part(found))
         made[ROOT / "docs" / "models.md"] = filled((ROOT / "docs" / "models.md").read_text(), "code-model", code_report.trained())
     return made
 
