@@ -113,6 +113,7 @@ def test_densities_follow_a_power_of_the_length():
     assert bool((Densities.fit(GRID, {1024: record(1024)}).at(1 << 22) > 0).all())
 
 
+@pytest.mark.slow
 def test_without_any_error_all_is_dense(model, measured, chooser):
     choice = chooser.choose(Budget("keep_error", 0.0))
     assert all(one.dense for one in choice.layers)
@@ -175,6 +176,7 @@ def mixed(chooser: Chooser):
     return type(choice)(layers, choice.budget, choice.at, 0.0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_interrupted(model, tmp_path):
     file = tmp_path / "measured.pt"
     twice = runs.Asked(GRID, (256,), 2, seed=0)
@@ -227,6 +229,7 @@ def test_a_plan_for_another_model_is_refused(model, measured, chooser, tmp_path)
     assert model_digest(copy.deepcopy(model).to(torch.bfloat16)) == model_digest(model)
 
 
+@pytest.mark.slow
 def test_below_the_plans_length_attention_is_dense(model, measured, chooser, tmp_path):
     plan = make_plan(model, IDS, OPTIONS, asked(), measured, chooser, mixed(chooser))
     assert plan.min_length >= 256

@@ -70,6 +70,7 @@ def test_nothing_to_measure_says_why(model):
         calibrate_errors.measure(model, IDS, {"passes": ["dense"]})
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_a_bound_reads(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_bytes(bytes(IDS[0].tolist()))

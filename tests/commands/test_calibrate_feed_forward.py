@@ -70,6 +70,7 @@ def test_too_large_a_share_says_what_is_possible():
         feed_forward.propose(torch.rand(6, 50), 0.9)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_plan_that_acts(tmp_path, capsys):
     model = build("llama", layers=6)
     model.save_pretrained(tmp_path / "model")

@@ -81,6 +81,7 @@ def test_the_choice_is_the_one_that_a_compilation_makes():
     assert len({d.method for d in plan.decisions}) > 1
 
 
+@pytest.mark.slow
 def test_whole_models_cost_what_the_cost_model_says(llama, of_8b):
     shape = whole_model.ModelShape.from_config(llama.config)
     for row in of_8b.rows:
@@ -102,6 +103,7 @@ def test_predictions_are_near_what_was_measured(of_8b):
         assert row.dense.memory.peak == pytest.approx(peak, rel=0.03)
 
 
+@pytest.mark.slow
 def test_feed_forward_blocks_in_parts_take_the_memory_of_one_part():
     """8192 rows at a time hold gate and up of 8192 rows; below `min_rows` blocks are whole."""
     from transformers import LlamaConfig
@@ -125,6 +127,7 @@ def test_crossovers_are_where_the_plan_changes(of_8b):
     assert of_8b.rows[2].chosen.prefill.total < 0.6 * of_8b.rows[2].dense.prefill.total
 
 
+@pytest.mark.slow
 def test_a_cache_that_shrinks_makes_later_reads_cheaper_and_windows_do_not_benefit(gemma):
     budget = forecaster(gemma, make_cache=lambda c: SparseCache(c, "snapkv", 1024)).forecast([256, 16384, 65536])
     short, middle, long = budget.rows
@@ -177,6 +180,7 @@ def test_experts_cost_what_is_active():
     assert "2 layers route each token to 4 of 64 experts" in remark
 
 
+@pytest.mark.slow
 def test_keys_rebuilt_from_latents_are_paid_at_every_step():
     model = meta_model.build("mla", config=build("deepseek_v3").config, dtype=torch.bfloat16)
     found = forecaster(model).forecast([1024, 262144])
@@ -186,6 +190,7 @@ def test_keys_rebuilt_from_latents_are_paid_at_every_step():
     assert found.rows[0].dense.memory.cache < 1024 * 2 * 4 * (24 + 16) * 2 / 2 and long > 1.5 * short
 
 
+@pytest.mark.slow
 def test_rules_show_as_groups_of_layers(llama):
     options = {"rules": [{"layers": "0-3", "method": "sink_window", "window": 1024}]}
     row = forecaster(llama, **options).forecast([32768]).rows[0]
@@ -194,6 +199,7 @@ def test_rules_show_as_groups_of_layers(llama):
     assert report.choices(row.chosen, "prefill") == "sink_window ×4\nxattention ×28"
 
 
+@pytest.mark.slow
 def test_a_bound_on_the_error_shows_by_layer(llama, tmp_path):
     measured = lambda error: [{"method": "xattention", "options": {}, "error": error}]
     sites = [f"model.layers.{i}.self_attn" for i in range(32)]

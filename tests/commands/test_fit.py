@@ -36,6 +36,7 @@ def timed(cells, device: Device, noise: float = 0.0) -> list[Sample]:
     return [Sample(cell, predict(cell, device) * factor) for cell, factor in zip(cells, factors, strict=True)]
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.floats(1.0, 3.0), st.floats(1e-6, 1e-4), st.floats(0, 1e-5), st.floats(0, 1.0), st.floats(0, 0.5))
 def test_synthetic_coefficients_come_back_as_times(work, call, rows, tail, spill):

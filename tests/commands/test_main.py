@@ -215,6 +215,7 @@ def test_diff_exits_0_when_nothing_differs(capsys, model_folder, tmp_path):
     assert not (tmp_path / "sparsify_repro.py").exists()
 
 
+@pytest.mark.slow
 def test_diff_names_the_bad_site_and_its_repro_script_reproduces_it(capsys, model_folder, tmp_path):
     (tmp_path / "prompt.txt").write_text("a prompt of some length, " * 10)
     code, out, _ = run(capsys, "diff", model_folder, "--prompt", "prompt.txt", *BAD_LAYER)

@@ -74,6 +74,7 @@ def test_a_sparse_cache_is_captured_too(policy):
     assert found.cache_bytes[1] > found.cache_bytes[0]
 
 
+@pytest.mark.slow
 def test_lengths_in_between_are_not_captured_again_where_the_ends_agree(monkeypatch):
     model = meta_model.build("", config=build("mistral_window", layers=2).config)
     captured, calls = [], meta_model.MetaModel.calls

@@ -70,6 +70,7 @@ def test_compiled_models_keep_their_code(llama):
         same._compiled_call_impl = None
 
 
+@pytest.mark.slow
 def test_every_look_compiles_anew(llama):
     sparsify.compile(llama, **OPTIONS)
     try:

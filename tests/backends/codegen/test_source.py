@@ -149,6 +149,7 @@ def test_where_the_folder_is(monkeypatch, tmp_path):
         assert source.cache_folder() == tmp_path / ".cache" / "sparsify"
 
 
+@pytest.mark.slow
 def test_processes_may_race(folder):
     code = f"import sparsify.backends.codegen.source as s; assert s.load({TEXT!r}, 'race').answer() == 42"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

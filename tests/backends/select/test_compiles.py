@@ -97,6 +97,7 @@ def test_long_rows_without_spills(clause):
     assert compiled(chosen, "pick", 90, 8, WIDTH=2048).spilled == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clause", ["causal", "everything", "int8"])
 @pytest.mark.parametrize("arch", [80, 100])
 def test_other_architectures(clause, arch):

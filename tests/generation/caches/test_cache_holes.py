@@ -94,6 +94,7 @@ def test_snapkv_chooses_by_tokens(pool, given_batch):
             assert torch.equal(layer.positions[row], own.positions[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hole_is_no_part_of_the_window_compiled_too():
     model, ids = build("llama"), text(1, TOKENS)

@@ -134,6 +134,7 @@ def test_requests_in_threads_give_what_they_give_alone(compiled):
             torch.testing.assert_close(one, alone, **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_graph_that_breaks_between_update_and_attention(llama, monkeypatch):
     ids, model = text(1, 12), build("llama", layers=1)

@@ -199,6 +199,7 @@ def test_autocast_rounds_no_more_than_with_an_ordinary_cache(policy, early, impl
     assert (got - exact).norm() < 1.3 * (ordinary - exact).norm()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_autocast_compiled():
     model, ids = build("llama", layers=1), text(2, 23)

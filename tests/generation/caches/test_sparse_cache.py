@@ -393,6 +393,7 @@ def test_compiled_whole_and_never_again(llama, policy, padded):
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_buffers_change_in_place(llama):
     from torch._inductor.utils import run_and_get_code

@@ -278,6 +278,7 @@ def test_a_model_of_which_every_layer_has_its_own_scale():
     assert many._compiled_call_impl.reason == "its 9 layers are of 9 kinds"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_calls_that_are_captured_whole_leave_the_others_to_regions():
     model = build("llama", attn_implementation="eager", layers=2)
@@ -421,6 +422,7 @@ def test_generating_over_a_static_cache():
     assert not model._compiled_call_impl.reason
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_that_are_put_in_another_order():
     model, inputs = build("llama", layers=3), prompt(1, 20)
@@ -434,6 +436,7 @@ def test_layers_that_are_put_in_another_order():
     assert torch.equal(found, answer(model, inputs)) and not reason
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_wrong_call_is_the_callers_error_and_changes_nothing_for_others():
     model, ids = build("llama", layers=2), prompt(1, 20)["input_ids"]
