@@ -217,11 +217,12 @@ class XAttention(Pass):
 
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
-        by_head = isinstance(options.get("threshold"), list | tuple)
+        by_head = isinstance(threshold := options.get("threshold"), list | tuple) and len(threshold) > 1
         return {name: value for name, value in options.items() if name != "expected" and not (by_head and name == "threshold")}
 
     def head_numbers(self) -> dict[str, tuple[float, ...]]:
-        return {"threshold": self._thresholds()} if isinstance(self.threshold, tuple) and not self.density else {}
+        by_head = isinstance(self.threshold, tuple) and len(self.threshold) > 1
+        return {"threshold": self._thresholds()} if by_head and not self.density else {}
 
     def selection(self) -> dict[str, Any]:
         """The fields of `SelectCall` that the options decide, but for windows."""

@@ -119,15 +119,14 @@ def rewrite_graph(
     plan, choices = leave_out_untouched_ffn(*make_plan(sites, config, context), config)
     if config.validation:
         validate(choices, validator, config.strict)
-    if longer is not None:
-        longer.extend(_rewritten_for_more(gm, choices))
     trace.plan(plan)
     log.info("%d of %d sites will be rewritten", len(plan.rewritten), len(plan.decisions))
     for decision in plan.decisions:
         log.debug("%s: %s; %s", decision.site, decision.method or "left as is", decision.reason)
-    if not plan.rewritten:
-        return plan, None, None
-    rewritten = rewrite_where_possible(gm, choices, config.strict)
+    rewritten = rewrite_where_possible(gm, choices, config.strict) if plan.rewritten else None
+    # after the rewriting that counts: what fake tensors compute while guards are suppressed they remember, and ask for no guard again
+    if longer is not None:
+        longer.extend(_rewritten_for_more(gm, choices))
     if rewritten is None:
         return plan, None, None
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))

@@ -199,7 +199,9 @@ class Compiler:
         if self._process is None or self._process.stdout is None:
             return False
         pipe = self._process.stdout
-        if not select.select([pipe], [], [], seconds)[0]:
+        ready = select.poll()  # select.select() takes no descriptor from 1024 on
+        ready.register(pipe, select.POLLIN | select.POLLHUP)
+        if not ready.poll(1e3 * seconds):
             return False
         line = pipe.readline().decode().split(maxsplit=2)
         if not line:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class SavedPlan:
         """What the plan says of the sites of a module, equal for modules of which it says the same, up to numbers that a graph takes as
         operands. measured: errors count as well."""
         return tuple(
-            (kind, site.removeprefix(path), tuple((one.ordinal, repr(_kind(one, measured))) for one in found))
+            (kind, site.removeprefix(path), tuple((one.ordinal, repr(_kind(one, measured, _takes_operands(kind, found)))) for one in found))
             for (kind, site), found in sorted(self._decisions.items())
             if site == path or site.startswith(f"{path}.")
         )
@@ -55,7 +55,7 @@ class SavedPlan:
         """By site (relative to a module's path) and option, numbers of the heads that a graph takes as operands."""
         methods, numbers = discover(), {}
         for (kind, site), found in self._decisions.items():
-            if kind == "attention" and len(found) == 1 and found[0].method is not None and (site == path or site.startswith(f"{path}.")):
+            if _takes_operands(kind, found) and found[0].method is not None and (site == path or site.startswith(f"{path}.")):
                 method = config.validate(methods[found[0].method], found[0].options, self.where)
                 numbers |= {(site.removeprefix(path), option): values for option, values in method.head_numbers().items()}
         return numbers
@@ -98,8 +98,15 @@ def _content(decision: Decision) -> tuple[Any, ...]:
     return decision.method, decision.options, decision.measured
 
 
-def _kind(decision: Decision, measured: bool) -> tuple[Any, ...]:
-    options = decision.options if decision.method is None else discover()[decision.method].kind(decision.options)
+def _takes_operands(kind: str, found: Sequence[Decision]) -> bool:
+    """Whether the sites of one path may take numbers of their heads as operands: names tell operands apart, and several share theirs."""
+    return kind == "attention" and len(found) == 1
+
+
+def _kind(decision: Decision, measured: bool, operands: bool) -> tuple[Any, ...]:
+    options = decision.options
+    if operands and decision.method is not None:
+        options = discover()[decision.method].kind(options)
     return (decision.method, options, decision.measured) if measured else (decision.method, options)
 
 

@@ -81,17 +81,20 @@ def join(gm: fx.GraphModule, serves: Callable[[torch.device], bool]) -> int:
     if not products or not all(map(_asked, {product.input: None for product in products.values()})):
         return 0
     memory, modes = Memory(graph), Modes(graph)
-    found = []
+    found: list[_Join] = []
+    taken: set[fx.Node] = set()  # a sum of two products goes to one of them
     for candidate in _candidates(graph, products):
         summed = _with_residual(candidate)
         # where not all of it may be joined, a part may
         variants = (_with_norm(summed), summed, _with_norm(candidate), candidate)
-        if (chosen := next((one for one in variants if _allowed(one, memory, modes)), None)) is not None:
+        if (chosen := next((one for one in variants if not one.covered & taken and _allowed(one, memory, modes)), None)) is not None:
             found.append(chosen)
+            taken |= chosen.covered
     editor = Editor(graph)
     inputs = {storage for node in graph.nodes if node.op == "placeholder" for storage in memory.storages(node)}
     for one, early in [(one, _may_be_early(one, memory, inputs)) for one in found]:
         _emit(editor, one, memory, early)
+    graph.lint()
     gm.recompile()
     return len(found)
 

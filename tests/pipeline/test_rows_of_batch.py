@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsify import api
+from sparsify import api, pipeline
 
 LENGTH = 12
 
@@ -39,6 +39,18 @@ def test_rows_of_a_mask_are_the_batch_by_a_guard():
     (decision,) = plans[0].decisions
     assert decision.method == "dense" and decision.validation.endswith("agree"), decision.reason
     assert made == [1, 1, 2, 2], "a mask of other rows gets a graph of its own, and only that"
+
+
+def test_a_look_at_longer_calls_takes_no_guard_away(monkeypatch):
+    rewrite = pipeline.rewrite_graph
+    monkeypatch.setattr(pipeline, "rewrite_graph", lambda gm, config, trace, longer=None: rewrite(gm, config, trace, []))
+    torch._dynamo.reset()
+    options = {"passes": ["xattention", "dense"], "min_length": 1000, "validation": False, "lower": "eager"}
+    compiled = torch.compile(attend, backend="sparsify", options=options, fullgraph=True)
+    with torch.no_grad():
+        for batch, rows in ((3, 3), (3, 4)):
+            given = operands(batch, rows)
+            torch.testing.assert_close(compiled(*given)[:, :, 7:], attend(*given)[:, :, 7:])
 
 
 def test_a_second_model_of_another_batch_in_one_process():

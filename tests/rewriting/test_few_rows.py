@@ -131,6 +131,16 @@ def test_a_product_that_something_else_reads_keeps_its_sum():
     assert "residual" not in call
 
 
+def test_a_sum_of_two_products_goes_to_one_of_them():
+    one, other = nn.Linear(HIDDEN, HIDDEN).requires_grad_(False), nn.Linear(HIDDEN, HIDDEN).requires_grad_(False)
+
+    def run(x):
+        return one(x) + other(torch.relu(x))
+
+    (calls,) = joined(run, token())
+    assert sorted("residual" in call for call in calls) == [False, True]
+
+
 def test_what_is_written_in_between_is_read_before():
     layer = Layer()
 

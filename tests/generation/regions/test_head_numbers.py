@@ -11,6 +11,7 @@ import sparsify
 from sparsify import api
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
+from sparsify.planning.saved_plan import SavedPlan
 from tests.support.harness import strict
 from tests.support.tiny_models import VOCAB, build
 
@@ -55,3 +56,30 @@ def test_one_region_serves_layers_with_other_thresholds(tmp_path, windows):
     sparsify.compile(alike, **strict(passes=["xattention"], xattention=plan.decisions[0].options))
     assert (alike(input_ids=IDS, use_cache=False).logits - results[False]).abs().max() > 1e-4
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_one_threshold_of_a_plan_is_one_for_all_heads(tmp_path):
+    options = {"block": 64, "stride": 16, "estimate": [], "threshold": [0.3]}
+    Plan([Decision(f"model.layers.{i}.self_attn", i, "", {}, "", "xattention", options) for i in range(3)]).save(tmp_path / "plan.json")
+    model = build("llama", layers=3)
+    sparsify.compile(model, **strict(plan=str(tmp_path / "plan.json"), lower="eager"))
+    with api.collect_plans() as found:
+        model(input_ids=IDS, use_cache=False)
+    assert [decision.method for decision in found[0].decisions] == ["xattention"] * 3
+    torch._dynamo.reset()
+
+
+def test_sites_of_one_path_keep_thresholds_apart():
+    """Operands are told by the path, so that two sites of one have constants, and layers that differ in them are two kinds."""
+    decisions = [
+        Decision(f"layers.{i}.mix", i, "", {}, "", "xattention", {"threshold": [0.1 * (i + 1), 0.5]}, ordinal=ordinal)
+        for i in range(2)
+        for ordinal in range(2)
+    ]
+    plan = SavedPlan(Plan(decisions), "p")
+    assert plan.head_numbers("layers.0") == {}
+    assert plan.decisions_in("layers.0") != plan.decisions_in("layers.1")
+    alone = SavedPlan(Plan(decisions[::2]), "p")
+    assert alone.head_numbers("layers.1") == {(".mix", "threshold"): (0.2, 0.5)}
+    assert alone.decisions_in("layers.0") == alone.decisions_in("layers.1")
