@@ -88,12 +88,14 @@ def test_permuting_batch_rows_permutes_outputs(method):
     check_permuted_rows(method, 6 * BLOCK if method == "xattention" else 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", ["dense", "sink_window"])
 def test_amounts_of_padding_do_not_matter(method, side):
     check_padding(method, side, (1, 13))
 
 
+@pytest.mark.slow
 def test_left_padding_by_whole_blocks_does_not_matter_to_block_methods():
     check_padding("xattention", "left", (BLOCK, 2 * BLOCK), length=4 * BLOCK + 10)
     keep_all = strict(passes=["xattention"], xattention=XATTENTION | {"threshold": 1.0})
@@ -118,6 +120,7 @@ def test_appended_tokens_change_nothing_before_them(method):
     assert difference(long[:, :45], short) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [{"density": 1.0}, {"threshold": 1.0}])
 def test_keeping_everything_is_dense(rule):
     inputs = {"input_ids": prompt(2, 3 * BLOCK + 5)}

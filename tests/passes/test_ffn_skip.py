@@ -88,6 +88,7 @@ def without(model: torch.nn.Module, left_out: callable):
             handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_threshold_above_one_is_dense(family):
     model = build(family, layers=LAYERS)
@@ -204,6 +205,7 @@ def test_left_padded_batches():
     assert torch.equal(run(model, call, skipping(threshold=-1.0, warmup=2)).value, want)
 
 
+@pytest.mark.slow
 def test_a_second_prompt_starts_anew_and_turns_stay_dense():
     model = build("llama", layers=2)
     options = skipping(threshold=-1.0, warmup=2)
@@ -251,6 +253,7 @@ def test_own_calls_with_a_static_cache():
     assert visible_error(run(model, call, skipping(threshold=-1.0, warmup=3)).value, want) < FP32
 
 
+@pytest.mark.slow
 def test_a_schedule_leaves_out_lower_blocks_as_generation_goes_on():
     model = build("llama", layers=6)
     call = steps(prompt(2, 15), count=6)
@@ -264,6 +267,7 @@ def test_a_schedule_leaves_out_lower_blocks_as_generation_goes_on():
     assert skipped == [0, 0, 1, 2, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_static_layers_by_rule(warmup):
     model = build("llama", layers=LAYERS)
@@ -293,6 +297,7 @@ def test_static_without_warmup_leaves_no_product_behind():
     assert "silu" not in texts[0]
 
 
+@pytest.mark.slow
 def test_inductor_gives_the_same():
     model = build("llama", layers=3)
     call = steps(prompt(2, 11), count=4)
@@ -364,6 +369,7 @@ def test_explain_names_the_blocks():
     assert "prompts stay dense" in str(plan)
 
 
+@pytest.mark.slow
 def test_experts_are_refused_and_the_rest_is_served():
     """DeepSeek's first layer is dense, its second one routes."""
     model = build("deepseek_v3", layers=2)
@@ -498,6 +504,7 @@ ALONE = [True, True, False, False, False]
 HERE = lambda call, *args: call(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [10, 30])  # the positions of one continue those of the other, or do not
 def test_models_of_one_shape_count_for_themselves(second):
     models = [build("llama", layers=2, seed=seed) for seed in range(2)]
