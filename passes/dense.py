@@ -61,7 +61,7 @@ class Dense(Pass):
         return self.model_copy(update={"kernel": kernel})
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
-        editor.at(site)
+        editor.move_to(site)
         if self.kernel == "attention" or not serves_sdpa(site):
             editor.replace(site, attention_call(editor, site))
             return

@@ -72,7 +72,7 @@ class FfnParts(Pass):
 
     def rewrite(self, editor: Editor, site: FeedForwardSite) -> None:
         assert site.source is not None and site.product is not None  # as in propose
-        editor.at(site)
+        editor.move_to(site)
         product = editor.call(
             feed_forward.ffn_parts,
             site.source,

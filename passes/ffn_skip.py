@@ -129,7 +129,7 @@ class FfnSkip(Pass):
         return self._needs_position and (self.policy == "static" or first)
 
     def rewrite(self, editor: Editor, site: FeedForwardSite) -> None:
-        editor.at(site)
+        editor.move_to(site)
         if site.phase != "decode" and not self.prefill:
             editor.replace(site, self._after_prompt(editor, site))
             return

@@ -40,7 +40,7 @@ class KvEvict(Pass):
         attention = CacheAttentionCall.bind(*site.output.args, **site.output.kwargs)
         call = store.common(CacheDecodeCall) | attention.common(CacheDecodeCall)
         call["is_token"] = store.is_token  # the attention need not know: the token is stored by then
-        fused = editor.at(site).emit(CacheDecodeCall(**call))
+        fused = editor.move_to(site).emit(CacheDecodeCall(**call))
         editor.replace(site, fused)
         editor.supersede(site.store)
 

@@ -92,7 +92,7 @@ class SinkWindow(Pass):
         return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
-        editor.replace(site, attention_call(editor.at(site), site, sinks=self.sinks, windows=self.windows))
+        editor.replace(site, attention_call(editor.move_to(site), site, sinks=self.sinks, windows=self.windows))
 
     def works(self, sizes: AttentionSizes, kernel: str) -> tuple[Work, ...]:
         """What heads of each width do, one kernel for all of them: its time is counted as if it ran once for each width."""

@@ -194,7 +194,7 @@ class XAttention(Pass):
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         windows = self.windows if any(self.windows) else ()
         own, sinks = ((site.mask.window,) if site.mask.window else ()), self.sinks if windows else 0
-        mask = editor.at(site).mask_operands(site, sinks=sinks)
+        mask = editor.move_to(site).mask_operands(site, sinks=sinks)
         selection = {
             "key_flags": mask.key_flags,
             "segments": mask.segments,

@@ -1,4 +1,4 @@
-"""The text of the kernels that write rows without a visible key; `empty_rows_triton` keeps the clauses that a spec has."""
+"""The text of the kernels that write rows without a visible key; `backends.attention.empty_rows_triton` keeps the clauses that a spec has."""
 
 SUMS = '''\
 @triton.jit

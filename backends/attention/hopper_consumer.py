@@ -1,4 +1,4 @@
-"""Templates of the Hopper kernel's consumer warpgroups and of the kernel that starts all. `hopper_source` expands them."""
+"""Templates of the Hopper kernel's consumer warpgroups and of the kernel that starts all; `attention.hopper_source` expands them."""
 
 CONSUMER = '''@gluon.jit
 def _read(message):

@@ -1,4 +1,4 @@
-"""The text of the kernels for calls of several tokens over an evicting cache; `triton_append` keeps the clauses that a spec has."""
+"""The text of the kernels for calls of several tokens over an evicting cache; `backends.cache.append` keeps the clauses that a spec has."""
 
 VISIT = '''\
 @triton.jit

@@ -72,11 +72,11 @@ class Editor:
     def shape_env(self) -> Any | None:
         return find_shape_env(self.graph)
 
-    def at(self, site: Site) -> Editor:
+    def move_to(self, site: Site) -> Editor:
         """Nodes are inserted before this site from now on."""
-        return self.before(site.output)
+        return self.move_before(site.output)
 
-    def before(self, node: fx.Node) -> Editor:
+    def move_before(self, node: fx.Node) -> Editor:
         """Nodes are inserted before this one from now on, as parts of the module that it belongs to."""
         self._before = self._output = node
         return self
@@ -96,7 +96,7 @@ class Editor:
 
     def _insert(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         if self._before is None or self._output is None:
-            raise RewriteError("the editor has no position", hint="call editor.at(site) first")
+            raise RewriteError("the editor has no position", hint="call editor.move_to(site) first")
         # a site's operand may be an earlier site's output: left alone, the old attention would stay alive and be read
         args, kwargs = map_arg((args, kwargs), self.current)
         with self.graph.inserting_before(self._before):
@@ -118,7 +118,7 @@ class Editor:
     def converted(self, site: AnySite) -> AnySite:
         """The site with conversions of its operands to its dtype inserted, as autocast converts them for attention."""
         names = [n for n in site.converted_operands if values(getattr(site, n)).dtype != site.dtype]
-        self.at(site)
+        self.move_to(site)
         changed = {n: self.method("to", getattr(site, n), site.dtype) for n in names}
         return dataclasses.replace(site, **changed)  # pyright: ignore[reportArgumentType]  # every kind of site is a dataclass
 

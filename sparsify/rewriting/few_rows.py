@@ -227,7 +227,7 @@ def _may_be_early(one: _Join, memory: Memory, inputs: set[Any]) -> bool:
 def _emit(editor: Editor, one: _Join, memory: Memory, early: bool) -> None:
     """Inserts the call where its first output is made, and puts its results in their places."""
     first = min(one.outputs, key=memory.position.__getitem__)
-    editor.before(first)
+    editor.move_before(first)
     last = lambda node: int(sizes(example_tensor(node))[-1])
     flat = lambda node: node if example_tensor(node).dim() == 2 else editor.method("reshape", node, -1, last(node))
     products = one.products

@@ -129,7 +129,7 @@ def test_an_estimate_without_memory_on_a_cpu_leaves_attention_dense(monkeypatch,
 
     inputs = operands()
     dense = attention(*inputs)
-    monkeypatch.setattr(reference, "importance", greedy)
+    monkeypatch.setattr(reference, "importances", greedy)
     torch.testing.assert_close(attend(inputs), dense, atol=1e-5, rtol=1e-5)
     assert caplog.text.count("every block is visited") == 1
     with pytest.raises((RuntimeError, MemoryError), match=r"allocate memory|17 GiB"):
@@ -140,7 +140,7 @@ def test_other_errors_of_an_estimate_are_not_taken_for_a_lack_of_memory(monkeypa
     def broken(call):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(reference, "importance", broken)
+    monkeypatch.setattr(reference, "importances", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         attend(operands(), validation=False)
 

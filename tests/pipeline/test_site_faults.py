@@ -113,7 +113,7 @@ def test_a_rewriting_that_changes_a_shape_costs_one_site(monkeypatch):
     def rewrite(self, editor, site):
         calls.append(site)
         if len(calls) == 1:
-            return editor.at(site).replace(site, editor.call(torch.cat, [site.query, site.query], 0))
+            return editor.move_to(site).replace(site, editor.call(torch.cat, [site.query, site.query], 0))
         return original(self, editor, site)
 
     monkeypatch.setattr(Dense, "rewrite", rewrite)
@@ -191,7 +191,7 @@ def test_an_operand_that_does_not_fit_refuses_its_site(monkeypatch):
 
     def rewrite(self, editor, site):
         if site.index == 0:
-            editor.at(site).emit(AttentionCall(site.query, site.key, site.query, key_bias=site.value, scale=0.5, causal=True))
+            editor.move_to(site).emit(AttentionCall(site.query, site.key, site.query, key_bias=site.value, scale=0.5, causal=True))
         return original(self, editor, site)
 
     monkeypatch.setattr(Dense, "rewrite", rewrite)
