@@ -20,6 +20,7 @@ from sparsify.backends import predict
 from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.graph import module_paths, unforeseen
+from sparsify.masks.symbolic import find_shape_env
 from sparsify.matching.attention import find_attention
 from sparsify.matching.base import Site
 from sparsify.matching.cache import find_cache, made_inside
@@ -139,7 +140,7 @@ def _rewritten_for_more(gm: fx.GraphModule, choices: list[Choice]) -> list[fx.Gr
     if not any(choice.later for choice in choices):
         return []
     later = [dataclasses.replace(c, proposal=c.later or c.proposal) for c in choices]
-    env = next((mode.shape_env for node in gm.graph.nodes if (mode := getattr(node.meta.get("example_value"), "fake_mode", None))), None)
+    env = find_shape_env(gm.graph)
     try:
         with env.suppress_guards() if env is not None else contextlib.nullcontext():
             return [rewrite_copy(gm, later)]
@@ -317,6 +318,8 @@ def _with_few_rows(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
     always = config.linear_kernels == "always"
     serves = lambda device: always or (device.type == "cuda" and backends.available(device, config.kernels)[0] == "triton")
     try:
+        if not few_rows.finds_any(gm.graph, serves):
+            return gm
         joined = copy_graph(gm)
         calls = few_rows.join(joined, serves)
     except UnsupportedError as error:

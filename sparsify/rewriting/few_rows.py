@@ -67,6 +67,11 @@ class _Join:
         return (node for node in given if node is not None)
 
 
+def finds_any(graph: fx.Graph, serves: Callable[[torch.device], bool]) -> bool:
+    """Whether a graph has a linear layer that `join` would look at; guards nothing."""
+    return any(_product(node, serves) is not None for node in graph.nodes)
+
+
 def join(gm: fx.GraphModule, serves: Callable[[torch.device], bool]) -> int:
     """Joins linear layers of up to 16 rows, in place. Where the number of rows is a symbol, a guard asks for it.
 
