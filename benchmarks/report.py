@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.answers import code_report
@@ -81,6 +82,15 @@ def seconds(found: list[Found]) -> str:
     return "\n\n".join(one.table(kind(mine, *one.records)) for one in (of["generate_seconds"], of["generate"]) if one.table) or _ABSENT
 
 
+# file, name of its marks, what stands between them
+MARKED: tuple[tuple[str, str, Callable[[list[Found]], str]], ...] = (
+    ("README.md", "results", headlines),
+    ("docs/benchmarks.md", "shortfalls", shortfalls),
+    ("docs/generate.md", "seconds", seconds),
+    ("docs/models.md", "code-model", lambda _: code_report.trained()),
+)
+
+
 def _newest_gpu(found: list[Found]) -> list[Found]:
     """Records of the GPU that was measured last."""
     newest = max((r for r in found if r["machine"]["gpu"]), key=lambda r: r["time"], default=None)
@@ -101,14 +111,8 @@ def texts(folder: Path) -> dict[Path, str]:
     if folder.resolve() == records.RESULTS.resolve():
         found = read(folder)
         made[ROOT / "docs" / "compatibility.md"] = compatibility.page(found)
-        marked = (
-            ("README.md", "results", headlines),
-            ("docs/benchmarks.md", "shortfalls", shortfalls),
-            ("docs/generate.md", "seconds", seconds),
-        )
-        for path, name, part in marked:
+        for path, name, part in MARKED:
             made[ROOT / path] = filled((ROOT / path).read_text(), name, part(found))
-        made[ROOT / "docs" / "models.md"] = filled((ROOT / "docs" / "models.md").read_text(), "code-model", code_report.trained())
     return made
 
 

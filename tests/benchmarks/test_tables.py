@@ -185,9 +185,8 @@ def test_check_notices_a_stale_quotation(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report.records, "RESULTS", results)
     (results / "some.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (DENSE, *DECODE)))
-    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
-    (tmp_path / "docs" / "benchmarks.md").write_text("<!-- shortfalls -->\n<!-- /shortfalls -->\n")
-    (tmp_path / "docs" / "models.md").write_text("<!-- code-model -->\n<!-- /code-model -->\n")
+    for path, name, _ in report.MARKED:
+        (tmp_path / path).write_text(f"<!-- {name} -->\n<!-- /{name} -->\n")
     check = ["--folder", str(results), "--check"]
     assert report.main(check) == 1
     for path, text in report.texts(results).items():
