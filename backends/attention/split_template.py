@@ -1,9 +1,9 @@
 """The text of the kernel that joins the parts of attention whose keys are split; `triton_template` has the one that computes the parts."""
 
-JOIN = '''\
-@triton.jit(do_not_specialize=[${join_unspecialised}])
-def join(
-    ${join_parameters},
+COMBINE = '''\
+@triton.jit(do_not_specialize=[${combine_unspecialised}])
+def combine(
+    ${combine_parameters},
 ):
     """One program joins what parts of the keys gave for one query row of one head."""
     row = tl.program_id(0)

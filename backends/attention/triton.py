@@ -14,7 +14,7 @@ from sparsify.backends.attention.triton_source import (
     AttentionTiling,
     arguments,
     attention_source,
-    join_arguments,
+    combine_arguments,
     make_spec,
     packed,
     programs,
@@ -63,7 +63,7 @@ def triton_attention(
         kernel = module.split if spec.split_keys else module.attention
         launch(kernel, grid, arguments(spec), values, num_warps=spec.tiling.warps, num_stages=spec.tiling.stages)
         if spec.split_keys:
-            launch(module.join, (group_rows, rows), join_arguments(spec), values, num_warps=4)
+            launch(module.combine, (group_rows, rows), combine_arguments(spec), values, num_warps=4)
     return output, lse
 
 
@@ -73,7 +73,7 @@ def _splits(call: AttentionCall) -> int:
     if not packed(call) or key_len < _LEAST_SPLIT_KEYS:
         return 1
     tiles, rows, at_once = cdiv(key_len, _SPLIT_TILE), batch * kv_heads, 2 * processors(call.query.device)
-    # the join is compiled for a power of two: 33 would cost twice the registers, and a kernel more as a cache grows
+    # `combine` is compiled for a power of two: 33 would cost twice the registers, and a kernel more as a cache grows
     return choose_splits(tiles, rows, at_once, 32 if at_once // rows < 40 else 128)
 
 
@@ -82,7 +82,7 @@ def _values(spec: AttentionSpec, call: AttentionCall, output: Tensor, lse: Tenso
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (call.query, call.key, call.value))
     values: dict[str, Any] = {"query": query, "key": key, "value": value, "out": output, "lse": lse}
     values |= stride_values(query=(query, "bhm"), key=(key, "bhn"), value=(value, "bhn"), out=(output, "bhm"))
-    return values | argument_values((*arguments(spec), *join_arguments(spec)), call)
+    return values | argument_values((*arguments(spec), *combine_arguments(spec)), call)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,8 +1,8 @@
 """The text of the attention kernel, with every clause of the op; `triton_source` keeps the clauses that a spec has."""
 
-VISIT = '''\
+FOLD_TILE = '''\
 @triton.jit
-def visit(${state}, q, key_head, value_head, key_n, value_n, first, end, ${context}, TILE: tl.constexpr, EDGE: tl.constexpr):
+def fold_tile(${state}, q, key_head, value_head, key_n, value_n, first, end, ${context}, TILE: tl.constexpr, EDGE: tl.constexpr):
     """Folds keys [first, first + TILE) into the running softmax. Only EDGE keys need the mask${flags_note}."""
     offsets = tl.arange(0, TILE)
     keys = first + offsets
@@ -249,7 +249,7 @@ def ${"split" if split_keys else "attention"}(
 %if segments
     for i in tl.range(0, count * ${edge_split}, num_stages=1):
         first = ${edge_entry}
-        ${state} = visit(${call}, TILE=EDGE_KEYS, EDGE=True)
+        ${state} = fold_tile(${call}, TILE=EDGE_KEYS, EDGE=True)
 %else
     # entries rise: the first ones may cross the lower edge of what every row sees, the last ones its upper edge
     lead = 0
@@ -262,11 +262,11 @@ def ${"split" if split_keys else "attention"}(
         tail -= 1
     for i in tl.range(lead * ${split}, tail * ${split}):
         first = ${entry}
-        ${state} = visit(${call}, TILE=KEYS, EDGE=False)
+        ${state} = fold_tile(${call}, TILE=KEYS, EDGE=False)
     for j in tl.range(0, (lead + count - tail) * ${edge_split}, num_stages=1):
         i = tl.where(j < lead * ${edge_split}, j, j + (tail - lead) * ${edge_split})
         first = ${edge_entry}
-        ${state} = visit(${call}, TILE=EDGE_KEYS, EDGE=True)
+        ${state} = fold_tile(${call}, TILE=EDGE_KEYS, EDGE=True)
 %end
 %else
 %if sinks == "flags"
@@ -297,7 +297,7 @@ def ${"split" if split_keys else "attention"}(
         bits = tl.where(i < sink_tiles, 3, 1)
 %end
 %end
-        ${state} = visit(${call}, TILE=KEYS, EDGE=True)
+        ${state} = fold_tile(${call}, TILE=KEYS, EDGE=True)
 %else
 %if sinks != "none"
     sink_end = tl.where(part == 0, tl.minimum(sink_end, lower), 0)
@@ -322,7 +322,7 @@ def ${"split" if split_keys else "attention"}(
 %end
     full_end = full_begin + tl.maximum(full_end - full_begin, 0) // KEYS * KEYS
     for first in tl.range(full_begin, full_end, KEYS):
-        ${state} = visit(${call}, TILE=KEYS, EDGE=False)
+        ${state} = fold_tile(${call}, TILE=KEYS, EDGE=False)
 %end
     # what needs the mask: ${edges}
 %if sinks != "none"
@@ -343,7 +343,7 @@ def ${"split" if split_keys else "attention"}(
     for i in tl.range(0, upper_tiles, num_stages=1):
         first = full_end + i * EDGE_KEYS
 %end
-        ${state} = visit(${call}, TILE=EDGE_KEYS, EDGE=True)
+        ${state} = fold_tile(${call}, TILE=EDGE_KEYS, EDGE=True)
 %end
 %end
 

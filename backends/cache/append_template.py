@@ -1,8 +1,8 @@
 """The text of the kernels for calls of several tokens over an evicting cache; `backends.cache.append` keeps the clauses that a spec has."""
 
-VISIT = '''\
+FOLD_TILE = '''\
 @triton.jit
-def visit(m, l, acc, q, ${"q_rotated, near_sinks, " if rotate_sinks else ""}key_head, value_head, key_n, value_n, at_head, first, end, p, ${context}):
+def fold_tile(m, l, acc, q, ${"q_rotated, near_sinks, " if rotate_sinks else ""}key_head, value_head, key_n, value_n, at_head, first, end, p, ${context}):
     """Folds keys [first, first + KEYS), of which those below `end` exist, into the running softmax of each row; `at_head` holds positions."""
     offsets = tl.arange(0, KEYS)
     qk_dims = tl.arange(0, QK_DIM)
@@ -45,10 +45,10 @@ def visit(m, l, acc, q, ${"q_rotated, near_sinks, " if rotate_sinks else ""}key_
     return m_new, l, acc
 '''
 
-FOLD = '''\
+SPLIT = '''\
 @triton.jit
-def fold(
-    ${fold_parameters},
+def split(
+    ${split_parameters},
 ):
     """One program folds one split of a KV head's slots into the softmax of one tile of (query, head of the group) rows; that of the last
     split folds the call's own keys, too."""
@@ -81,7 +81,7 @@ def fold(
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_DIM], tl.float32)
     for first in tl.range(begin, end, KEYS):
-        m, l, acc = visit(
+        m, l, acc = fold_tile(
             m, l, acc, q, ${"q_rotated, first < sinks, " if rotate_sinks else ""}keys + slot_row * ${qk_head_dim}, values + slot_row * ${v_head_dim},
             ${qk_head_dim}, ${v_head_dim}, positions + slot_row, first, end, p, ${context},
         )
@@ -97,14 +97,14 @@ def fold(
     start = tl.load(bounds + bound)
     sinks_end = tl.where(split_id == splits - 1, tl.load(bounds + bound + 1), 0)
     for first in tl.range(0, sinks_end, KEYS):
-        m, l, acc = visit(
+        m, l, acc = fold_tile(
             m, l, acc, q, ${"q_rotated, True, " if rotate_sinks else ""}new_key_head, new_value_head, key_n, value_n, at_row, first, sinks_end, p, ${context},
         )
 %else
     start = 0
 %end
     for first in tl.range(start, stop, KEYS):
-        m, l, acc = visit(
+        m, l, acc = fold_tile(
             m, l, acc, q, ${"q_rotated, before < sinks, " if rotate_sinks else ""}new_key_head, new_value_head, key_n, value_n, at_row, first, stop, p, ${context},
         )
 %end
@@ -126,10 +126,10 @@ def fold(
 %end
 '''
 
-JOIN = '''\
+COMBINE = '''\
 @triton.jit
-def join(
-    ${join_parameters},
+def combine(
+    ${combine_parameters},
 ):
     """One program joins the splits of one query of one head."""
     flat = tl.program_id(0)

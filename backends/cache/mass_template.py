@@ -14,10 +14,10 @@ def logits(q, k, at, p, ${context}):
     return tl.where((at >= 0)[None, :] & (at[None, :] <= p[:, None]), s, float("-inf"))
 '''
 
-SPREAD = '''\
+ROW_SUMS = '''\
 @triton.jit
-def spread(
-    ${spread_parameters},
+def row_sums(
+    ${row_sums_parameters},
 ):
     """One program folds one split of a KV head's keys into the softmax sums of one tile of its (head of the group, query) rows."""
     split_id = tl.program_id(0)
@@ -52,10 +52,10 @@ def spread(
     tl.store(part_l + own * splits + split_id, l, mask=inside)
 '''
 
-GATHER = '''\
+KEY_SUMS = '''\
 @triton.jit
-def gather(
-    ${gather_parameters},
+def key_sums(
+    ${key_sums_parameters},
 ):
     """One program sums the weights of one tile of a KV head's keys over the queries, for each head of the group."""
     first = tl.program_id(0) * KEYS

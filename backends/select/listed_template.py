@@ -114,24 +114,7 @@ def choose(${parameters}):
 %if importance
             tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=possible)
 %end
-            gain = tl.where(other, p, 0.0)
-            rest = tl.sum(gain)
-            must = tl.sum(tl.where(forced, p, 0.0))
-            need = tau * (rest + must) - must
-            bits = gain.to(tl.int32, bitcast=True)
-            high = tl.max(bits) + 1
-            low = tl.where(need > 0.0, tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high)
-            above_low = tl.sum((bits >= low).to(tl.int32))
-            above_high = 0
-            while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, those >= high have not
-                middle = low + (high - low) // 2
-                enough = tl.sum(tl.where(bits >= middle, gain, 0.0)) >= need
-                number = tl.sum((bits >= middle).to(tl.int32))
-                above_low = tl.where(enough, number, above_low)
-                above_high = tl.where(enough, above_high, number)
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle)
-            wanted |= (bits >= low).to(tl.int32)
+            wanted |= needed(p, other, forced, tau, least)
         kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
         kept = tl.reshape(kept, [TILES * TILE_BLOCKS])
         col = tl.reshape(col, [TILES * TILE_BLOCKS])

@@ -4,6 +4,35 @@ A cell keeps what is at or above its cutoff, so that nothing is sorted and no ce
 after the other, and what is kept of them is one bit a column in registers.
 """
 
+NEEDED = '''
+
+@triton.jit
+def needed(p, other, forced, tau, least):
+    """1 for the fewest and heaviest of `other` that reach, with the forced ones, tau of one cell's mass: bisection on the bits of the cutoff.
+
+    p: the cell's masses. least: as a share of all mass, less than any that can be needed.
+    """
+    gain = tl.where(other, p, 0.0)
+    rest = tl.sum(gain)
+    must = tl.sum(tl.where(forced, p, 0.0))
+    need = tau * (rest + must) - must
+    # the order of the bits is the order of the values, as none is negative
+    bits = gain.to(tl.int32, bitcast=True)
+    high = tl.max(bits) + 1
+    low = tl.where(need > 0.0, tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high)
+    above_low = tl.sum((bits >= low).to(tl.int32))
+    above_high = 0
+    while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, those >= high have not
+        middle = low + (high - low) // 2
+        enough = tl.sum(tl.where(bits >= middle, gain, 0.0)) >= need
+        count = tl.sum((bits >= middle).to(tl.int32))
+        above_low = tl.where(enough, count, above_low)
+        above_high = tl.where(enough, above_high, count)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return (bits >= low).to(tl.int32)
+'''
+
 CHOOSE_ROWS = '''
 
 @triton.jit(do_not_specialize=[${unspecialised}])
@@ -39,25 +68,7 @@ def choose(${parameters}):
 %if importance
         tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=col < key_blocks)
 %end
-        gain = tl.where(other, p, 0.0)
-        rest = tl.sum(gain)
-        must = tl.sum(tl.where(forced, p, 0.0))
-        need = tau * (rest + must) - must
-        # the order of the bits is the order of the values, as none is negative
-        bits = gain.to(tl.int32, bitcast=True)
-        high = tl.max(bits) + 1
-        low = tl.where(need > 0.0, tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high)
-        above_low = tl.sum((bits >= low).to(tl.int32))
-        above_high = 0
-        while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, those >= high have not
-            middle = low + (high - low) // 2
-            enough = tl.sum(tl.where(bits >= middle, gain, 0.0)) >= need
-            count = tl.sum((bits >= middle).to(tl.int32))
-            above_low = tl.where(enough, count, above_low)
-            above_high = tl.where(enough, above_high, count)
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-        wanted |= (bits >= low).to(tl.int32)
+        wanted |= needed(p, other, forced, tau, least)
     kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
     kept = tl.reshape(kept, [TILES * TILE_BLOCKS])
     col = tl.arange(0, TILES * TILE_BLOCKS)

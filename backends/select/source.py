@@ -276,15 +276,19 @@ def generate(spec: SelectSpec) -> str:
     if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))
     parts.append((score_template.CANDIDATES + choose_template.LOADS, ""))
-    by_row = spec.reduce == "row"
-    if spec.listed:
-        parts.append((listed_template.CHOOSE_LISTED, "choose"))
-    elif spec.wide:
-        parts.append((row_template.POOL_ROWS if by_row else choose_template.POOL, "pool"))
-        parts.append((row_template.PICK_ROWS if by_row else choose_template.PICK, "pick"))
-    else:
-        parts.append((row_template.CHOOSE_ROWS if by_row else choose_template.CHOOSE, "choose"))
+    parts += _choosing(spec)
     return "".join(render(text, values | _signature(spec, kernel)) for text, kernel in parts)
+
+
+def _choosing(spec: SelectSpec) -> list[tuple[str, str]]:
+    """Template and kernel name of what turns sums into lists; a template without a kernel has "" for a name."""
+    by_row = spec.reduce == "row"
+    if spec.wide:
+        pool, pick = (row_template.POOL_ROWS, row_template.PICK_ROWS) if by_row else (choose_template.POOL, choose_template.PICK)
+        return [(pool, "pool"), (pick, "pick")]
+    if spec.listed:
+        return [(row_template.NEEDED, ""), (listed_template.CHOOSE_LISTED, "choose")]
+    return [(row_template.NEEDED, ""), (row_template.CHOOSE_ROWS, "choose")] if by_row else [(choose_template.CHOOSE, "choose")]
 
 
 def _signature(spec: SelectSpec, kernel: str) -> dict[str, str]:

@@ -63,6 +63,7 @@ def test_sites_without_weights_are_the_compilers(family):
     assert len(found.prefill.attention) == len(found.decode.attention) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["snapkv", pytest.param("streaming_llm", marks=pytest.mark.slow)])
 def test_a_sparse_cache_is_captured_too(policy):
     model = build("gemma3", layers=3)

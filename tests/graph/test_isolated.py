@@ -59,6 +59,7 @@ LOOKS = {
 }
 
 
+@pytest.mark.slow
 def test_compiled_models_keep_their_code(llama):
     other, same = sparsify.compile(build("qwen2", layers=1), **OPTIONS), sparsify.compile(llama, **OPTIONS)
     assert [graphs(model) for model in (other, same, other, same)] == [1, 1, 0, 0]

@@ -285,7 +285,7 @@ joins = st.one_of(st.just("and"), st.just("and"), st.sampled_from(sorted(JOINS))
 SEEN = dict.fromkeys(MaskKind, 0)
 
 
-@settings(max_examples=90, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     first=atoms,
     rest=st.lists(st.tuples(joins, atoms), max_size=3),

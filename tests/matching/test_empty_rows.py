@@ -372,6 +372,7 @@ def minimax_m3():
 MODELS = {"blt": (blt, 4), "minimax_m3": (minimax_m3, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("blt", marks=pytest.mark.slow), "minimax_m3"])
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()

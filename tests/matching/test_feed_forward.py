@@ -58,7 +58,7 @@ def sites_of(function, *inputs, **keywords) -> list[FeedForwardSite]:
     return sites
 
 
-@pytest.mark.parametrize("family", every(3, FAMILIES))
+@pytest.mark.parametrize("family", every(5, FAMILIES))
 def test_every_layer_has_one_site(family):
     model = build(family, "eager" if family in EAGER_ONLY else "sdpa", layers=LAYERS)
     sites = sites_of(model.forward, input_ids=torch.randint(3, VOCAB, (2, 5)), use_cache=False)

@@ -58,7 +58,7 @@ def passed_before(journal: Path, cell: Cell) -> bool:
     return any(e["id"] == cell.id and e["sources"] == digest() for e in entries)
 
 
-@pytest.mark.parametrize("cell", every(3, sorted(QUICK, key=lambda c: c.id)), ids=lambda cell: cell.id)
+@pytest.mark.parametrize("cell", every(5, sorted(QUICK, key=lambda c: c.id)), ids=lambda cell: cell.id)
 def test_each_family(cell):
     matrix.check(cell)
 
@@ -93,6 +93,7 @@ def test_shards_share_the_cells_out(monkeypatch):
     assert min(map(len, shares)) > len(SLOW) // 5
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_listed_wrongly_fails(monkeypatch):
     """The tables are checked both ways: a site that is rewritten though listed, and one that is refused though not."""
     cell = Cell("llama", "sdpa", "prefill", "keep_all")

@@ -102,6 +102,7 @@ def test_left_padding_by_whole_blocks_does_not_matter_to_block_methods():
     check_padding(keep_all, "left", (7, 50), length=2 * BLOCK + 10)
 
 
+@pytest.mark.slow
 def test_left_padding_by_part_of_a_block_moves_the_blocks():
     """What block methods cannot promise: another alignment makes other blocks, so other choices."""
     with pytest.raises(AssertionError):

@@ -124,6 +124,7 @@ def test_gradients_are_refused():
     assert "gradients" in plans[0].decisions[0].refusals[0]
 
 
+@pytest.mark.slow
 def test_without_passes_inductor_gets_its_own_graph():
     """The artefact that plain Inductor cached serves the sparsify backend: nothing else gets slower."""
     inputs = attention.operands(dim=8)

@@ -129,6 +129,7 @@ def test_cold_blocks_are_never_left_out():
     assert any("cold" in r for r in got.refusals())
 
 
+@pytest.mark.slow
 def test_real_similarity_decides_row_by_row():
     """Against a reference that reads the residual stream around each block of the eager model."""
     model = build("llama", layers=LAYERS, hidden_size=64)
@@ -194,6 +195,7 @@ def test_generate_stays_dense_for_the_first_tokens(cache, length):
     assert dense == [True] * warmup + [False] * (tokens - 1 + first - warmup)
 
 
+@pytest.mark.slow
 def test_left_padded_batches():
     model = build("llama", layers=LAYERS)
     mask = torch.ones(3, 12, dtype=torch.long)
@@ -222,6 +224,7 @@ def test_a_second_prompt_starts_anew_and_turns_stay_dense():
     assert dense == [True, True, False, False] * 2 + [True] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["similarity", *(pytest.param(p, marks=pytest.mark.slow) for p in ("schedule", "static"))])
 def test_a_prompt_that_ends_where_the_last_run_did_starts_anew(policy):
     """By their positions alone, its tokens would go on with the run before."""

@@ -9,5 +9,6 @@ import pytest
 
 
 def every(step: int, cases: Iterable[Any]) -> list[Any]:
-    """Cases for `pytest.mark.parametrize`: the first of every `step` is quick, the others are marked `slow`."""
-    return [case if place % step == 0 else pytest.param(case, marks=pytest.mark.slow) for place, case in enumerate(cases)]
+    """Cases for `pytest.mark.parametrize`: the first of every `step` is quick, the others are `slow`. A tuple has a value a name."""
+    values = [case if type(case) is tuple else (case,) for case in cases]
+    return [pytest.param(*one, marks=[pytest.mark.slow] if place % step else []) for place, one in enumerate(values)]

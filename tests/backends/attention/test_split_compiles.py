@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsify.backends.attention.triton_source import AttentionSpec, arguments, attention_source, choose_tiling, join_arguments
+from sparsify.backends.attention.triton_source import AttentionSpec, arguments, attention_source, choose_tiling, combine_arguments
 from sparsify.backends.codegen import source
 from sparsify.releases import triton_release
 from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
@@ -31,11 +31,11 @@ def compiled(clause: str, arch: int, kernel: str = "split", dtype: str = "bf16",
     chosen = AttentionSpec(dtype, *dims, 4, tiling, **CLAUSES[clause])
     return compile_kernel(
         getattr(source.load(attention_source(chosen, triton_release()), "attention"), kernel),
-        arguments(chosen) if kernel == "split" else join_arguments(chosen),
+        arguments(chosen) if kernel == "split" else combine_arguments(chosen),
         arch=arch,
         num_warps=tiling.warps if kernel == "split" else 4,
         num_stages=tiling.stages if kernel == "split" else 3,
-        constexprs={"SPLITS": 64} if kernel == "join" else {},
+        constexprs={"SPLITS": 64} if kernel == "combine" else {},
     )
 
 
@@ -50,7 +50,7 @@ def test_split(clause):
 
 @pytest.mark.parametrize("clause", ["static cache", "logits"])
 def test_join(clause):
-    used = compiled(clause, 90, "join")
+    used = compiled(clause, 90, "combine")
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
 
 

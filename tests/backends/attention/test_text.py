@@ -23,7 +23,7 @@ def test_golden_text(clause):
 def test_text_is_python_whose_parameters_are_the_arguments(clause):
     chosen = spec(clause)
     functions = {node.name: node for node in ast.parse(attention_source(chosen)).body if isinstance(node, ast.FunctionDef)}
-    assert set(functions) == {"visit", "attention"}
+    assert set(functions) == {"fold_tile", "attention"}
     assert [parameter.arg for parameter in functions["attention"].args.args] == [argument.name for argument in arguments(chosen)]
 
 

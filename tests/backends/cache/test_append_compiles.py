@@ -15,14 +15,14 @@ ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (8
 ALL = {"windowed": True, "padded": True, "rotate_sinks": True, "softcap": True, "sink_logits": True}
 
 
-def compiled(spec: AppendSpec, arch: int, kernel: str = "fold") -> Resources:
+def compiled(spec: AppendSpec, arch: int, kernel: str = "split") -> Resources:
     return compile_kernel(
         getattr(source.load(append_source(spec), "append"), kernel),
         arguments(spec, kernel),
         arch=arch,
-        num_warps=spec.tiling.warps if kernel == "fold" else 4,
-        num_stages=spec.tiling.stages if kernel == "fold" else 3,
-        constexprs={"SPLITS": 64} if kernel == "join" else {},
+        num_warps=spec.tiling.warps if kernel == "split" else 4,
+        num_stages=spec.tiling.stages if kernel == "split" else 3,
+        constexprs={"SPLITS": 64} if kernel == "combine" else {},
     )
 
 
@@ -32,7 +32,7 @@ def spec(rows: int, dtype: str = "bf16", dim: int = 128, arch: int = 90, **claus
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [20, 4096])
-def test_fold(rows, arch):
+def test_split(rows, arch):
     used = compiled(spec(rows, arch=arch, single=rows > 128), arch)
     within_budget(f"append {rows} rows sm_{arch}", used)
     assert used.spilled == 0 and used.mma + used.wgmma > 0
@@ -43,7 +43,7 @@ def test_every_clause():
     used = compiled(spec(4096, **ALL), 90)
     within_budget("append all sm_90", used)
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
-    assert compiled(spec(20, single=False, **ALL), 90, "join").spilled == 0
+    assert compiled(spec(20, single=False, **ALL), 90, "combine").spilled == 0
 
 
 @pytest.mark.slow

@@ -19,12 +19,12 @@ def compiled(spec: MassSpec, arch: int, kernel: str) -> Resources:
         arguments(spec, kernel),
         arch=arch,
         num_warps=spec.tiling.warps,
-        num_stages=3 if kernel == "spread" else 1,
+        num_stages=3 if kernel == "row_sums" else 1,
     )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", ["spread", "gather"])
+@pytest.mark.parametrize("kernel", ["row_sums", "key_sums"])
 def test_snapkv_of_an_8b_shape(kernel, arch):
     used = compiled(MassSpec("bf16", 128, 4, choose_tiling("bf16", 128, 4, 32)), arch, kernel)
     within_budget(f"mass {kernel} sm_{arch}", used)
@@ -36,6 +36,6 @@ def test_snapkv_of_an_8b_shape(kernel, arch):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("dim, group, queries", [(64, 1, 1), (80, 7, 32), (256, 8, 64), (128, 2, 4096)])
 def test_dims_and_groups(dim, group, queries, dtype):
-    for kernel in ("spread", "gather"):
+    for kernel in ("row_sums", "key_sums"):
         used = compiled(MassSpec(dtype, dim, group, choose_tiling(dtype, dim, group, queries), softcap=True), 90, kernel)
         assert used.shared <= SHARED_LIMIT[90] and used.spilled == 0

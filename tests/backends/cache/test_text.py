@@ -30,13 +30,14 @@ KERNELS = {
     "decode_all": (
         decode, decode.decode_source, decode_spec(softcap=True, sink_logits=True, padded=True, rotate_sinks=True), ("split", "combine"),
     ),
-    "append": (append, append.append_source, append_spec(), ("fold",)),
-    "append_split": (append, append.append_source, append_spec(20, single=False, has_new=False), ("fold", "join")),
+    "append": (append, append.append_source, append_spec(), ("split",)),
+    "append_split": (append, append.append_source, append_spec(20, single=False, has_new=False), ("split", "combine")),
     "append_all": (
-        append, append.append_source, append_spec(windowed=True, padded=True, rotate_sinks=True, softcap=True, sink_logits=True), ("fold",),
+        append, append.append_source, append_spec(windowed=True, padded=True, rotate_sinks=True, softcap=True, sink_logits=True),
+        ("split",),
     ),
-    "mass": (mass, mass.mass_source, mass_spec(), ("spread", "gather")),
-    "mass_softcap": (mass, mass.mass_source, mass_spec(80, softcap=True), ("spread", "gather")),
+    "mass": (mass, mass.mass_source, mass_spec(), ("row_sums", "key_sums")),
+    "mass_softcap": (mass, mass.mass_source, mass_spec(80, softcap=True), ("row_sums", "key_sums")),
 }  # fmt: skip
 
 

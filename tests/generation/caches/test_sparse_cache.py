@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import tests.support.cache_reference as reference
 from sparsify import SparseCache
 from tests.support.cache_reference import left_padded, text
+from tests.support.cases import every
 from tests.support.harness import holding
 from tests.support.tiny_models import EAGER_ONLY, build
 
@@ -370,8 +371,10 @@ def test_keys_live_no_longer_than_their_layer(llama):
 # --- torch.compile ---
 
 
-@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
-@pytest.mark.parametrize("padded", [False, True])
+PADDINGS = [("streaming_llm", False), ("snapkv", False), ("snapkv", True), ("streaming_llm", True)]
+
+
+@pytest.mark.parametrize(("policy", "padded"), every(2, PADDINGS))
 @torch.no_grad()
 def test_compiled_whole_and_never_again(llama, policy, padded):
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -13,6 +13,7 @@ from sparsify import SparseCache, api
 from sparsify.errors import ConfigError
 from sparsify.generation.regions.regional import RegionalModel
 from sparsify.planning.plan import Plan
+from tests.support.cases import every
 from tests.support.harness import holding, strict
 from tests.support.tiny_models import VOCAB, build
 
@@ -101,7 +102,7 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", every(2, CACHES))
 @torch.no_grad()
 def test_turns_over_a_cache(kind):
     """First turn, tokens, a second turn and tokens again; then other lengths over another cache, for which nothing is compiled."""
@@ -120,6 +121,7 @@ def test_turns_over_a_cache(kind):
         assert {d.method for d in plans[1].decisions} == {"kv_evict"}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_hybrid_layers_are_two_kinds():
     model = build("gemma3", layers=6)
@@ -149,6 +151,7 @@ def test_gradients_flow_through_regions():
 # --- rules, plans, reports ---
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_rules_by_layer_number_make_kinds():
     model = build("llama", layers=5)
