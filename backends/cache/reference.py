@@ -256,20 +256,24 @@ def _softmax(logits: Tensor, visible: Tensor, softcap: float, sink_logits: Tenso
 
 
 def cache_mass(call: CacheMassCall) -> Tensor:
-    """Weights that keys get of the queries' attention; one KV head at a time bounds the logits to group x queries x keys."""
+    """Weights that keys get of the queries' attention, of one KV head and of some queries at a time, which bounds the logits' memory."""
     query, keys, positions = call.query, call.keys, call.positions
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
-    group, found = query.shape[1] // keys.shape[1], []
-    for head in range(keys.shape[1]):
-        rows = query[:, head * group : (head + 1) * group].to(math)
+    (batch, heads, query_len, _), (kv_heads, key_len) = query.shape, keys.shape[1:3]
+    group = heads // kv_heads
+    mass = query.new_zeros(batch, heads, key_len, dtype=torch.float32)
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * group * key_len))
+    for head in range(kv_heads):
+        members = slice(head * group, (head + 1) * group)
         at = positions[:, None, head : head + 1]
-        visible = (at >= 0) & (at <= call.query_positions[:, None, :, None])  # [batch, 1, queries, keys]
         # a hidden key may hold anything
         known = keys[:, head, None].to(math).masked_fill((at < 0).transpose(-1, -2), 0)
-        logits = call.scale * (rows @ known.transpose(-1, -2))
-        weights = _softmax(logits[:, :, None], visible[:, :, None], call.softcap, None)[:, :, 0]
-        found.append(weights.sum(2))
-    return torch.cat(found, 1).float()
+        for first in range(0, query_len, chunk):
+            part = slice(first, first + chunk)
+            visible = (at >= 0) & (at <= call.query_positions[:, None, part, None])  # [batch, 1, queries, keys]
+            logits = call.scale * (query[:, members, part].to(math) @ known.transpose(-1, -2))
+            mass[:, members] += _softmax(logits[:, :, None], visible[:, :, None], call.softcap, None)[:, :, 0].sum(2)
+    return mass
 
 
 def cache_decode(call: CacheDecodeCall) -> Tensor:

@@ -12,10 +12,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from sparsify.ops import cache
-from sparsify.policies.base import Candidates, Layout, Policy
+from sparsify.policies.base import Candidates
+from sparsify.policies.scored import ScoredPolicy
 
 
-class SnapKV(Policy):
+class SnapKV(ScoredPolicy):
     """What the last queries of a prompt look at stays, and they themselves.
 
     Prompts are attended in full and cut down once at the end of every call with more than one token.
@@ -24,8 +25,6 @@ class SnapKV(Policy):
     pool: smoothing of the scores along the keys, "avg" or "max".
     kernel: keys that the smoothing spans, odd; None: 5 for "avg", 7 for "max".
     group: how the query heads of one KV head agree.
-    recent_share: share of the budget that tokens after the prompt may take over, worst-scored prompt tokens first; beyond it, the
-        oldest of them go.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -34,7 +33,6 @@ class SnapKV(Policy):
     pool: Literal["avg", "max"] = Field("avg", description="smoothing of the scores along the keys")
     kernel: int | None = Field(None, ge=1, le=255, description="keys that the smoothing spans, odd; None: 5 for avg, 7 for max")
     group: Literal["mean", "max"] = Field("mean", description="how the query heads of one KV head agree")
-    recent_share: float = Field(0.25, ge=0, le=1, description="share of the budget that tokens after the prompt may take over")
 
     @field_validator("kernel")
     @classmethod
@@ -47,15 +45,9 @@ class SnapKV(Policy):
     def observed(self) -> int:
         return self.window
 
-    def layout(self, budget: int | None) -> Layout:
-        if budget is None:
-            raise self.refuse("no budget is given", "SparseCache(..., budget=4096)")
-        if budget <= self.window:
-            raise self.refuse(
-                f"a budget of {budget} tokens leaves none beside the window of {self.window}", f"give at least {self.window + 1}"
-            )
-        ring = max(self.window, int(budget * self.recent_share))
-        return Layout(budget, pinned=budget - ring, recent=self.window)
+    @property
+    def newest(self) -> int:
+        return self.window
 
     def score(self, candidates: Candidates) -> Tensor:
         keys, at = candidates.keys, candidates.positions

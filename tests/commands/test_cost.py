@@ -142,6 +142,16 @@ def test_a_cache_that_shrinks_makes_later_reads_cheaper_and_windows_do_not_benef
     assert plain == {(0, 2): "64 keys", (1, 3): ""}  # the windows read the same with and without a budget
 
 
+@pytest.mark.slow
+def test_sums_of_attention_cost_a_prompt_its_logits_again(gemma):
+    totals = {}
+    for policy in ("h2o", "keydiff"):
+        rows = forecaster(gemma, make_cache=lambda c, policy=policy: SparseCache(c, policy, 1024)).forecast([16384, 65536]).rows
+        totals[policy] = [row.chosen.prefill.total for row in rows]
+    more = [h2o - keydiff for h2o, keydiff in zip(totals["h2o"], totals["keydiff"], strict=True)]
+    assert 0 < 8 * more[0] < more[1], "quadratic in the prompt"
+
+
 def test_sink_window_reads_its_window_in_decode():
     near, far = (plan_for(site(1, keys), passes=["sink_window"], min_length=0) for keys in (16384, 1 << 20))
     assert near.seconds == pytest.approx(far.seconds) and far.seconds < far.dense_seconds / 10

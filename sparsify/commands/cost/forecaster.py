@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from sparsify import policies
 from sparsify.commands.cost.meta_model import AnySite, CallSites, MetaModel, PromptAndToken, Weights, resized
 from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
 from sparsify.costs import work
@@ -26,6 +27,8 @@ from sparsify.planning.method import Context
 
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
 _STORE_LAUNCHES = (30, 90)
+# Observed queries whose logits cost no more than reading the keys, which is counted.
+_FEW_QUERIES = 64
 
 
 Decided = list[tuple[Any, Decision]]  # the sites of one call, each with what would be decided for it
@@ -174,7 +177,12 @@ class Forecaster:
         kept = site.batch * site.kv_heads * site.key_len * (site.qk_head_dim + site.v_head_dim)
         moved = (2 * keys * observed + 2 * kept) * site.dtype.itemsize
         device = self.context.device
-        return float(seconds(work.elementwise(moved), device)) + _STORE_LAUNCHES[observed] * device.launch
+        found = float(seconds(work.elementwise(moved), device)) + _STORE_LAUNCHES[observed] * device.launch
+        queries = min(policies.parse(str(site.store.kwargs["policy"])).observed, int(site.query_len))
+        if queries > _FEW_QUERIES:  # logits twice, for each row's sum and for each key's: as many products as attention
+            sizes = dataclasses.replace(site.sizes, query_len=queries, key_len=site.query_len, causal=True)
+            found += float(attention_seconds(sizes, device, kernel=self.context.family))
+        return found
 
     def _windowed(self, site: CacheSite) -> float:
         """A prompt's attention under a policy whose rows see sinks and a window."""

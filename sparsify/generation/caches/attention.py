@@ -302,7 +302,7 @@ def _attend(
             **rotation,
             version=cache.VERSION,
         )
-    observed = query if layer.policy.observed else None
+    observed = query if layer.observes else None
     cache.store(observed, key, value, *layer.state, is_token=is_token, empty=empty, **stored)
     return output
 

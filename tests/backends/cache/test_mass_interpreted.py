@@ -47,6 +47,7 @@ def check(*sizes, softcap=0.0, splits=2, **more):
         ((2, 1, 4, 8, 50, 16), {"missing": 3}),
         ((1, 1, 2, 4, 30, 16), {"missing": 4, "splits": 4}),
         ((1, 2, 1, 6, 50, 16), {"dtype": torch.bfloat16}),
+        ((1, 1, 2, 70, 75, 16), {}),  # more queries than a tile has
     ],
     ids=str,
 )
