@@ -15,7 +15,16 @@ from sparsify.planning.decision import STRICT
 
 # of a model's configuration: says where it came from or how it runs, not what it is
 _NOT_THE_MODEL = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation", "attn_implementation"}
+    {
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "_attn_implementation",
+        "attn_implementation",
+        "architectures",  # written into the configuration when the model is saved
+    }
 )
 _SAMPLES = 16  # numbers of each weight that are compared
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from sparsify import policies
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
+from sparsify.generation.caches import files
 from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, link_layers
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
@@ -70,7 +72,7 @@ class SparseCache(Cache):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
         super().__init__(layers=[*layers])
-        self.config, self.policy, self.call = config, policy, link_layers(layers)
+        self.config, self.policy, self.budget, self.call = config, policy, budget, link_layers(layers)
         if batch_size is not None and device is not None:
             heads, head_dim = _kv_head_sizes(config)
             stored_as = dtype or getattr(config, "dtype", None) or torch.float32
@@ -97,6 +99,46 @@ class SparseCache(Cache):
         for holder in (self, *self.layers):
             holder.config = config
         return self
+
+    def save(self, path: str | Path, model: Any) -> None:
+        """Writes the tokens stored so far to a file (safetensors), to go on from it in another process or on another device.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            model: that computed them; only this model, with these weights, will load the file.
+
+        Raises:
+            CacheError: an earlier call stopped halfway.
+            OSError: the file cannot be written.
+        """
+        self.check_consistent(True)
+        files.write(Path(path), self.layers, self.policy.describe(), self.budget, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, device: torch.device | str | None = None) -> SparseCache:
+        """The cache that `save` wrote, for the same model.
+
+        Args:
+            path: of the file.
+            model: that will use it; making the cache sets its attention implementation, as making a new one does.
+            device: of the buffers; None: the model's.
+
+        Raises:
+            CacheError: not such a file, damaged, of another model or a newer sparsify.
+            UnsupportedError: as for a new cache.
+            OSError: the file cannot be read.
+        """
+        header = files.read_header(Path(path), model)
+        cache = cls(model.config, policies.parse(header.policy), header.budget)
+        if len(cache.layers) != len(header.layers):
+            raise CacheError(f"it holds {len(header.layers)} layers, the model has {len(cache.layers)}", where=str(path))
+        files.fill(Path(path), header, cache.layers, device or model.device)
+        cache.check_consistent(True)
+        return cache
+
+    def fork(self) -> SparseCache:
+        """An independent copy: another continuation of the same prompt."""
+        return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
         """An independent copy with the tokens stored so far, for the same model: one prompt, many continuations."""

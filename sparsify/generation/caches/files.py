@@ -1,0 +1,165 @@
+"""A SparseCache in a file: safetensors, which run no code when they are read, with a header that says what the tensors belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsify import folders
+from sparsify.errors import CacheError
+from sparsify.generation.caches.layer import SparseLayer
+from sparsify.planning.provenance import model_digest
+from sparsify.policies import Layout
+
+# raised with every change that an older sparsify would misread
+FORMAT = 1
+_HEADER = "sparsify_cache"
+# in this order along dimension 2, of which layers that grow save what is used
+_BY_SLOT = ("keys", "values", "positions")
+_BY_ROW = ("counts", "seen", "length")
+
+
+class LayerHeader(BaseModel):
+    """layout: how the slots are used; None where a budget given as a share waits for the first call.
+
+    started: whether a call has been stored. slots: of the file's tensors; None where nothing was allocated.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    layout: dict[str, Any] | None
+    started: bool
+    slots: int | None
+
+
+class Header(BaseModel):
+    """format: of the file. model: digest of configuration and weights. model_type: for messages.
+
+    policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. versions: of what wrote the file.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: int
+    model: str
+    model_type: str
+    policy: str
+    budget: int | float | None
+    layers: list[LayerHeader]
+    versions: dict[str, str]
+
+
+def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, model: Any) -> None:
+    """Writes layers of one cache, all of them between two calls.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for layer in layers:
+        slots = None
+        if layer.is_initialized:
+            slots = min(int(layer.length), layer.keys.shape[2]) if layer.grows else layer.keys.shape[2]
+            for name in _BY_SLOT:
+                tensors[f"{layer.index}.{name}"] = getattr(layer, name)[:, :, :slots].contiguous()
+            for name in _BY_ROW:
+                tensors[f"{layer.index}.{name}"] = getattr(layer, name).clone()
+        layout = None if layer.layout is None else dataclasses.asdict(layer.layout)
+        described.append(LayerHeader(layout=layout, started=layer.started, slots=slots))
+    model = _unwrapped(model)
+    header = Header(
+        format=FORMAT,
+        model=model_digest(model),
+        model_type=_kind(model),
+        policy=policy,
+        budget=budget,
+        layers=described,
+        versions={"torch": torch.__version__},
+    )
+    with folders.replacing(path) as temporary:
+        save_file(tensors, temporary, {_HEADER: header.model_dump_json()})
+
+
+def read_header(path: Path, model: Any) -> Header:
+    """The header of a file that `write` wrote for this very model.
+
+    Raises:
+        CacheError: it is no such file, is damaged, was written by a newer sparsify or for another model.
+        OSError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+    except SafetensorError as error:
+        raise CacheError(f"not a file that a SparseCache was saved to, or damaged: {error}", where=str(path)) from error
+    if text is None:
+        raise CacheError("no SparseCache was saved to this file", where=str(path))
+    try:
+        header = Header.model_validate_json(text)
+    except ValidationError as error:
+        hint = "it may come from a newer sparsify: save the cache anew"
+        raise CacheError(f"its header is not read: {error.errors()[0]['msg']}", where=str(path), hint=hint) from error
+    if header.format != FORMAT:
+        raise CacheError(f"format {header.format} is not read, but {FORMAT}", where=str(path), hint="save the cache anew")
+    model = _unwrapped(model)
+    if header.model != model_digest(model):
+        same = header.model_type == _kind(model)
+        what = f"this {_kind(model)} has another configuration or other weights" if same else f"this is a {_kind(model)}"
+        hint = "its keys mean nothing to another model: compute the prompt again"
+        raise CacheError(f"the cache was saved for another model: for a {header.model_type}, and {what}", where=str(path), hint=hint)
+    return header
+
+
+def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.device | str) -> None:
+    """Puts what a file holds into the layers of a new cache, on `device`.
+
+    Raises:
+        CacheError: the file's tensors are not what its header says.
+    """
+    with safe_open(path, "pt", device=str(device)) as file:
+        for layer, described in zip(layers, header.layers, strict=True):
+            layer.layout = None if described.layout is None else Layout(**described.layout)
+            layer.started = described.started
+            if described.slots is None:
+                continue
+            try:
+                saved = {name: file.get_tensor(f"{layer.index}.{name}") for name in (*_BY_SLOT, *_BY_ROW)}
+            except SafetensorError as error:
+                raise CacheError(f"a tensor is missing: {error}", where=f"{path}, layer {layer.index}") from error
+            _check_shapes(saved, described.slots, f"{path}, layer {layer.index}")
+            layer.allocate(saved["keys"], saved["values"], described.slots)
+            for name in _BY_SLOT:
+                getattr(layer, name)[:, :, : described.slots].copy_(saved[name])
+            for name in _BY_ROW:
+                getattr(layer, name).copy_(saved[name])
+            layer.used = None  # only the device knows, until the next call asks
+
+
+def _check_shapes(saved: dict[str, Tensor], slots: int, where: str) -> None:
+    batch, kv_heads = saved["keys"].shape[:2]
+    wanted = {
+        "keys": (batch, kv_heads, slots, saved["keys"].shape[-1]),
+        "values": (batch, kv_heads, slots, saved["values"].shape[-1]),
+        "positions": (batch, kv_heads, slots),
+        "counts": (batch, kv_heads),
+        "seen": (batch,),
+        "length": (),
+    }
+    for name, shape in wanted.items():
+        if saved[name].shape != shape:
+            raise CacheError(f"{name} is {tuple(saved[name].shape)}, not {shape}", where=where)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The module that torch.compile was given."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _kind(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
