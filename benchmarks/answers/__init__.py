@@ -7,46 +7,16 @@ from benchmarks.lib.records import Record
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers(Record):
-    """One method at one length."""
+class Asked(Record):
+    """What one method answers at one length, whatever the model."""
 
-    NAME = "answers"
-    KEYS = ("model_sha256", "text_sha256", "method", "parameters", "length", "needles", "seeds", "form")
     model: str
     model_sha256: str
     text_sha256: str
     dtype: str
     method: str  # "eager", "dense", "xattention" or "sink_window"
     parameters: dict[str, Any]  # of the method
-    length: int  # bytes of a prompt
-    needles: int  # facts in a prompt
-    asks: int  # questions at its end
-    form: str | None = None  # how facts are written and asked for (`needles.FORMS`); None: as the model was trained
-    seeds: list[int]  # first seed, and the one after the last
-    right: int | None = None  # answers
-    asked: int | None = None
-    interval: list[float] | None = None  # of right / asked: Wilson, 95 %
-    nll: float | None = None  # nats a byte of text
-    density: float | None = None  # visited share of the causal blocks; of sink_window, of the causal pairs
-    density_by_layer: list[float] | None = None
-    seconds: float | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeAnswers(Record):
-    """One method at one length and task, of the bundled model of word pieces."""
-
-    NAME = "code_answers"
-    KEYS = ("model_sha256", "text_sha256", "dtype", "method", "parameters", "task", "length", "seeds")
-    model: str
-    model_sha256: str
-    text_sha256: str
-    dtype: str
-    method: str  # "eager", "dense", "xattention" or "sink_window"
-    parameters: dict[str, Any]  # of the method
-    task: str  # of benchmarks.lib.recall.asked, or "text"
-    length: int  # tokens of a prompt
+    length: int  # tokens of a prompt; of the byte-level models, bytes
     seeds: list[int]  # first seed, and the one after the last
     right: int | None = None  # answers
     asked: int | None = None
@@ -55,3 +25,24 @@ class CodeAnswers(Record):
     density: float | None = None  # visited share of the causal blocks; of sink_window, of the causal pairs
     seconds: float | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(Asked):
+    """One method at one length."""
+
+    NAME = "answers"
+    KEYS = ("model_sha256", "text_sha256", "method", "parameters", "length", "needles", "seeds", "form")
+    needles: int  # facts in a prompt
+    asks: int  # questions at its end
+    form: str | None = None  # how facts are written and asked for (`needles.FORMS`); None: as the model was trained
+    density_by_layer: list[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeAnswers(Asked):
+    """One method at one length and task, of the bundled model of word pieces."""
+
+    NAME = "code_answers"
+    KEYS = ("model_sha256", "text_sha256", "dtype", "method", "parameters", "task", "length", "seeds")
+    task: str  # of benchmarks.lib.recall.asked, or "text"

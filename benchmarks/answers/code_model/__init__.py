@@ -1,0 +1,1 @@
+"""Parts of the training of the bundled model of word pieces (`train_code_model`)."""
