@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsify.errors import SparsifyError
 from sparsify.graph import unforeseen
 from sparsify.masks.symbolic import find_shape_env
+from sparsify.matching.eager_ops import is_softmax
 from sparsify.rewriting import instances
 from sparsify.rewriting.editor import Editor, mutates
 from sparsify.rewriting.instances import STYLES, Guards, InstanceError, Numbers
@@ -211,7 +212,27 @@ class _Pair:
                 value = execute(self.original, bias.node, values, numbers)
             sizes = value[value.isfinite()].double().abs() * abs(bias.scale) * torch.finfo(value.dtype).eps
             found = max([found, *sizes[sizes < _MOST_LOST].flatten().tolist()])
-        return found
+        return max(found, self.rounded_scores(numbers, values))
+
+    def rounded_scores(self, numbers: Numbers, values: dict[str, Any]) -> float:
+        """How far written-out scores are rounded in half precision, on the average of a row by its weights, in the row where that is most.
+
+        Raises:
+            _CannotRun: too far for a comparison to say anything.
+        """
+        softmax = next((n for n in reversed(list(self.original.nodes)) if is_softmax(n)), None)
+        if softmax is None or self.tolerance() < TOLERANCE[torch.float16]:
+            return 0.0
+        with _quiet(self.output):
+            scores = execute(self.original, softmax.all_input_nodes[0], values, numbers).double()
+            weights = execute(self.original, softmax, values, numbers).double()
+        # of what is hidden by a large number, as in rows that see nothing, no digit counts
+        scores = scores.where(scores.abs() < _HIDING, 0.0)
+        each = torch.finfo(self.least_exact()).eps * scores.abs()
+        lost = float((weights.nan_to_num() * each).sum(-1).max()) if each.numel() else 0.0
+        if lost > _MOST_ROUNDED:
+            raise _CannotRun(f"half precision rounds the scores of an instance by {lost:.1g}")
+        return lost
 
     def cpu_alone_averages(self) -> bool:
         """Whether rows that see no key are 0 on the site's device and an average on the CPU: under a float mask, fused kernels of GPUs
@@ -223,11 +244,17 @@ class _Pair:
 
     def tolerance(self) -> float:
         """The tolerance of the least exact dtype that the graph computes in."""
+        return TOLERANCE.get(self.least_exact(), 1e-4)
+
+    def least_exact(self) -> torch.dtype:
         values = (n.meta.get("example_value") for n in self.original.nodes)
-        return max(TOLERANCE.get(v.dtype, 1e-4) for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
+        found = (v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
+        return max(found, key=lambda dtype: TOLERANCE.get(dtype, 1e-4))
 
 
 _MOST_LOST = 0.01  # rounding of scores from which a comparison would say little
+_MOST_ROUNDED = 0.1  # the same, where the rounding of every score is known
+_HIDING = 5000.0  # scores beyond it are hidden by a number
 
 
 class _CannotRun(Exception):

@@ -444,3 +444,27 @@ def test_scores_beside_a_large_bias_are_rounded():
     assert site.key_bias
     assert verdict(gm, site).verdict == "agrees"
     assert verdict(gm, dataclasses.replace(site, scale=0.26)).verdict == "differs"
+
+
+def test_half_precision_beside_a_bias_is_compared_to_the_digits_that_it_leaves():
+    """Slopes times distances up to 130: bfloat16 has steps of one half there, and eager's own result shows it."""
+
+    def distant(query, key, value, keep, slopes, counter):
+        scores = query @ repeated(key, query).transpose(-1, -2) * 0.25
+        scores = scores + slopes[:, None, None].to(query.dtype) * (torch.arange(key.shape[2]) - 129).to(query.dtype)
+        return scores.softmax(-1) @ repeated(value, query)
+
+    gm, site = captured(distant, False, inputs(dtype=torch.bfloat16))
+    assert verdict(gm, site).verdict == "agrees"
+    assert verdict(gm, dataclasses.replace(site, scale=0.6)).verdict == "differs"
+    assert verdict(gm, dataclasses.replace(site, key_bias=(), alibi_slopes=None)).verdict == "differs"
+
+
+def test_scores_of_which_half_precision_leaves_nothing_are_not_compared():
+    def distant(query, key, value, keep, slopes, counter):
+        scores = query @ repeated(key, query).transpose(-1, -2) * 0.25 + (torch.arange(key.shape[2]) + 900).to(query.dtype)
+        return scores.softmax(-1) @ repeated(value, query)
+
+    gm, site = captured(distant, False, inputs(dtype=torch.bfloat16))
+    outcome = verdict(gm, site)
+    assert outcome.verdict == "unchecked" and "half precision rounds the scores" in outcome.why
