@@ -178,7 +178,7 @@ class _Pair:
         """Where the two disagree on one instance, or nothing.
 
         Raises:
-            _CannotRun: the original itself fails on it.
+            _CannotRun: the original itself fails on it, or rounds too far for a difference to say anything.
         """
         with _quiet(self.output):
             try:
@@ -201,7 +201,12 @@ class _Pair:
             want, got = want * seen, got * seen
         if not bool(want.isfinite().any()):
             raise _CannotRun("an instance has nothing finite to compare")
-        return different(want, got, self.tolerance() + 2 * self.lost_digits(numbers, values))
+        found = different(want, got, self.tolerance() + 2 * self.lost_digits(numbers, values))
+        if found and (rounded := self.rounded_scores(numbers, values)):
+            if rounded > _MOST_ROUNDED:
+                raise _CannotRun(f"half precision rounds the scores of an instance by {rounded:.1g}")
+            found = different(want, got, self.tolerance() + 2 * rounded)
+        return found
 
     def lost_digits(self, numbers: Numbers, values: dict[str, Any]) -> float:
         """How far scores are rounded by the sum with the largest bias per key, where most of them is left: kernels add biases elsewhere
@@ -212,14 +217,10 @@ class _Pair:
                 value = execute(self.original, bias.node, values, numbers)
             sizes = value[value.isfinite()].double().abs() * abs(bias.scale) * torch.finfo(value.dtype).eps
             found = max([found, *sizes[sizes < _MOST_LOST].flatten().tolist()])
-        return max(found, self.rounded_scores(numbers, values))
+        return found
 
     def rounded_scores(self, numbers: Numbers, values: dict[str, Any]) -> float:
-        """How far written-out scores are rounded in half precision, on the average of a row by its weights, in the row where that is most.
-
-        Raises:
-            _CannotRun: too far for a comparison to say anything.
-        """
+        """How far written-out scores are rounded in half precision: a row's average by its weights, in the row where that is most."""
         softmax = next((n for n in reversed(list(self.original.nodes)) if is_softmax(n)), None)
         if softmax is None or self.tolerance() < TOLERANCE[torch.float16]:
             return 0.0
@@ -229,10 +230,7 @@ class _Pair:
         # of what is hidden by a large number, as in rows that see nothing, no digit counts
         scores = scores.where(scores.abs() < _HIDING, 0.0)
         each = torch.finfo(self.least_exact()).eps * scores.abs()
-        lost = float((weights.nan_to_num() * each).sum(-1).max()) if each.numel() else 0.0
-        if lost > _MOST_ROUNDED:
-            raise _CannotRun(f"half precision rounds the scores of an instance by {lost:.1g}")
-        return lost
+        return float((weights.nan_to_num() * each).sum(-1).max()) if each.numel() else 0.0
 
     def cpu_alone_averages(self) -> bool:
         """Whether rows that see no key are 0 on the site's device and an average on the CPU: under a float mask, fused kernels of GPUs
@@ -253,7 +251,7 @@ class _Pair:
 
 
 _MOST_LOST = 0.01  # rounding of scores from which a comparison would say little
-_MOST_ROUNDED = 0.1  # the same, where the rounding of every score is known
+_MOST_ROUNDED = 0.1  # the same, where the rounding of every score is looked at
 _HIDING = 5000.0  # scores beyond it are hidden by a number
 
 

@@ -462,7 +462,7 @@ def test_half_precision_beside_a_bias_is_compared_to_the_digits_that_it_leaves()
 
 def test_scores_of_which_half_precision_leaves_nothing_are_not_compared():
     def distant(query, key, value, keep, slopes, counter):
-        scores = query @ repeated(key, query).transpose(-1, -2) * 0.25 + (torch.arange(key.shape[2]) + 900).to(query.dtype)
+        scores = query @ repeated(key, query).transpose(-1, -2) * 2.0 + (torch.arange(key.shape[2]) * 0.001 + 900).to(query.dtype)
         return scores.softmax(-1) @ repeated(value, query)
 
     gm, site = captured(distant, False, inputs(dtype=torch.bfloat16))
