@@ -14,7 +14,7 @@ HF_TESTS := tests/models/test_families.py tests/matching/test_attention.py tests
 	tests/generation/regions/test_regions.py tests/generation/decoding/test_loop.py tests/generation/caches/test_full_cache.py
 QUICK := not gpu and not slow and not interpreter
 
-.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak lint clean
+.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak sweep lint clean
 
 # .venv holds the versions that last passed, .venv-KIND those that tools/setup_venv.sh says
 %/.done: pyproject.toml tools/setup_venv.sh tools/constraints/tested.txt tools/constraints/oldest.txt
@@ -56,6 +56,10 @@ fuzz: $(VENV)/.done
 
 soak: $(VENV)/.done
 	$(TEST_ENV) $(BIN)/python -m tests.models.soak $(if $(RECORD),--record)
+
+# Every model type of transformers, tiny; goes on where it stopped. ONLY=llama,gemma3 for some; RECORD=1 afterwards.
+sweep: $(VENV)/.done
+	$(TEST_ENV) $(BIN)/python -m tests.sweep.run --attention sdpa eager --jobs $(JOBS) $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record)
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

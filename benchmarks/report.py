@@ -15,8 +15,9 @@ from pathlib import Path
 
 from benchmarks.answers import code_report
 from benchmarks.lib import records, registry
+from benchmarks.lib.pages import filled
 from benchmarks.lib.tables import Found, conditions, kind, markdown
-from benchmarks.test_runs import compatibility
+from benchmarks.test_runs import compatibility, sweep_report
 
 ROOT = records.RESULTS.parent.parent
 _ABSENT = "No results are recorded yet."
@@ -88,6 +89,7 @@ MARKED: tuple[tuple[str, str, Callable[[list[Found]], str]], ...] = (
     ("docs/benchmarks.md", "shortfalls", shortfalls),
     ("docs/generate.md", "seconds", seconds),
     ("docs/models.md", "code-model", lambda _: code_report.trained()),
+    ("docs/support.md", "sweep", sweep_report.part),
 )
 
 
@@ -95,14 +97,6 @@ def _newest_gpu(found: list[Found]) -> list[Found]:
     """Records of the GPU that was measured last."""
     newest = max((r for r in found if r["machine"]["gpu"]), key=lambda r: r["time"], default=None)
     return [r for r in found if newest and r["machine"]["gpu"] == newest["machine"]["gpu"]]
-
-
-def filled(text: str, name: str, part: str) -> str:
-    """`text` with `part` between `<!-- name -->` and `<!-- /name -->`. Raises ValueError where the marks are not there once each."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{begin} and {end} have to be there once each, in this order")
-    return f"{text[: text.index(begin)]}{begin}\n{part}\n{text[text.index(end) :]}"
 
 
 def texts(folder: Path) -> dict[Path, str]:

@@ -50,3 +50,19 @@ class Compatibility(Record):
     suite: str
     counts: dict[str, int]  # passed, failed, error, skipped
     failed: list[str]  # tests
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Record):
+    """One model type under the sweep of transformers' model types."""
+
+    NAME = "sweep"
+    KEYS = ("list", "model", "attention")
+    list: str  # of model types, by its name in tests/sweep/lists.py
+    model: str  # type
+    attention: str  # "sdpa": what the type takes by itself; "eager": written out
+    verdict: str  # of the whole type: the worst of its scenarios
+    trained: bool = False  # chooses keys or blocks by itself
+    part: str | None = None  # class of the language decoder, where only that was called
+    note: str | None = None  # why it was not built
+    found: dict[str, dict[str, Any]]  # by scenario what tests/sweep/check.py's Finding says

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, conditions, latest, markdown, short
-from benchmarks.test_runs import Compatibility, Fuzz, Sanitize, Soak
+from benchmarks.test_runs import Compatibility, Fuzz, Sanitize, Soak, Sweep
 
 _WITH = ("torch", "triton", "transformers")
 
@@ -49,7 +49,7 @@ BENCHMARKS = (
         place=11,
         measures="programs of the fuzzer and calls of the soak that were wrong (`make fuzz RECORD=1`, `make soak RECORD=1`)",
         records=(Fuzz, Soak),
-        unshown=(Compatibility,),  # docs/compatibility.md has them
+        unshown=(Compatibility, Sweep),  # docs/compatibility.md and docs/support.md have them
         title="Fuzzing and soak",
         table=table,
     ),

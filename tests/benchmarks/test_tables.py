@@ -12,6 +12,7 @@ from benchmarks.answers import report as answers
 from benchmarks.attention import report as attention
 from benchmarks.cache import report as cache
 from benchmarks.ffn import report as ffn
+from benchmarks.lib import pages
 from benchmarks.whole_op import report as whole_op
 from sparsify.ops.estimate import label
 
@@ -159,10 +160,10 @@ def test_a_quick_estimate_is_quoted_only_when_it_keeps_the_exact_ones_answers() 
 
 def test_marked_parts_are_filled_and_missing_marks_are_refused() -> None:
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
-    assert report.filled(text, "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
+    assert pages.filled(text, "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
     for broken in ("", text + text, "<!-- /x --> <!-- x -->"):
         with pytest.raises(ValueError, match="once each"):
-            report.filled(broken, "x", "new")
+            pages.filled(broken, "x", "new")
 
 
 def test_every_section_and_record_shows(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The family matrix as data: which cells there are, what is refused in them and why, and how one cell is checked.
 
     python -m tests.models.matrix [PART]     checks the cells whose id contains PART, one line each
-    python -m tests.models.matrix --write-docs   writes docs/support.md from the same data
+    python -m tests.models.matrix --write-docs   renews docs/support.md from the same data
 
 A cell is a family, an attention implementation, a way of running the model (mode) and a claim: `keep_all` (settings under which nothing
 is dropped equal eager execution of the same implementation) or `sparse` (dropping a lot equals a masked softmax that knows nothing of
@@ -268,9 +268,9 @@ def _check_sites(cell: Cell, mode: Mode, got: Run) -> None:
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--write-docs"]:
-        from tests.models.matrix_docs import document
+        from tests.models.matrix_docs import page
 
-        DOCS.write_text(document())
+        DOCS.write_text(page())
         return 0
     failed = 0
     for cell in cells():

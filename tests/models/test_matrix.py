@@ -18,11 +18,20 @@ import transformers
 
 from tests.models import matrix
 from tests.models.matrix import BROKEN, DOCS, QUICK, REFUSED, Cell
-from tests.models.matrix_docs import document
+from tests.models.matrix_docs import page
 from tests.support.cases import every
 
 ROOT = Path(__file__).parents[2]
-JUDGES = ("support/harness.py", "models/matrix.py", "models/matrix_modes.py", "models/matrix_reference.py", "support/tiny_models.py")
+JUDGES = (
+    "support/harness.py",
+    "models/matrix.py",
+    "models/matrix_modes.py",
+    "models/matrix_reference.py",
+    "support/tiny_configs.py",
+    "support/tiny_models.py",
+    "support/tiny_overrides.py",
+    "support/tiny_sizes.py",
+)
 
 
 def in_shard(cell: Cell) -> bool:
@@ -74,7 +83,7 @@ def test_every_cell(cell, journal):
 
 
 def test_the_documentation_says_what_the_cells_check():
-    assert DOCS.read_text() == document(), "run python -m tests.models.matrix --write-docs"
+    assert DOCS.read_text() == page(), "run python -m tests.models.matrix --write-docs"
 
 
 def test_no_entry_of_the_tables_is_idle():

@@ -1,74 +1,54 @@
-"""Tiny random-weight decoders, one per family, small enough for a CPU: `build("llama")`."""
+"""Tiny random-weight models, small enough for a CPU: `build("llama")` by family, `build_class` of any of transformers' classes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-VOCAB = 128
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_LLAMA_LIKE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-_GPT_LIKE = {"vocab_size": VOCAB, "n_embd": 64, "n_head": 4, "n_positions": 512}
-_MHA = {key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"}
-_DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-}
-_FALCON = {"vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4}
-_OPT = {"vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "max_position_embeddings": 512}
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+from tests.support.tiny_configs import tiny_config
+from tests.support.tiny_overrides import OVERRIDES
+from tests.support.tiny_sizes import VOCAB
 
-# family -> (transformers configuration class, its arguments beside the number of layers)
-_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", _LLAMA_LIKE),
-    "qwen2": ("Qwen2Config", _LLAMA_LIKE),
-    "qwen3": ("Qwen3Config", {**_LLAMA_LIKE, "head_dim": 16}),
-    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": None}),
-    "mistral_window": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": 8}),
-    "gemma3": ("Gemma3TextConfig", {**_LLAMA_LIKE, **_GEMMA, "sliding_window_pattern": 2}),
-    "phi3": ("Phi3Config", _LLAMA_LIKE),
-    "gpt_neox": ("GPTNeoXConfig", _MHA),
-    "olmo2": ("Olmo2Config", _LLAMA_LIKE),
-    "gemma": ("GemmaConfig", {**_LLAMA_LIKE, "head_dim": 16}),
-    "gemma2": ("Gemma2Config", {**_LLAMA_LIKE, **_GEMMA}),
-    "gpt2": ("GPT2Config", _GPT_LIKE),
-    "opt": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 64}),
-    "falcon": ("FalconConfig", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
-    "falcon_mqa": ("FalconConfig", {**_FALCON, "new_decoder_architecture": False, "multi_query": True, "alibi": False}),
-    "falcon_alibi": ("FalconConfig", {**_FALCON, "new_decoder_architecture": False, "multi_query": True, "alibi": True}),
-    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_head": 4}),
-    "gpt_oss": ("GptOssConfig", {**_LLAMA_LIKE, "head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
-    "starcoder2": ("Starcoder2Config", _LLAMA_LIKE),
-    "cohere": ("CohereConfig", _LLAMA_LIKE),
-    "granite": ("GraniteConfig", _LLAMA_LIKE),
-    "gptj": ("GPTJConfig", {**_GPT_LIKE, "rotary_dim": 8}),
-    "stablelm": ("StableLmConfig", _LLAMA_LIKE),
-    "phi": ("PhiConfig", _LLAMA_LIKE),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_LLAMA_LIKE, **_MOE, "head_dim": 16}),
-    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4}),
-    "deepseek_v3": ("DeepseekV3Config", {**_LLAMA_LIKE, **_DEEPSEEK}),
+__all__ = ["CORE_FAMILIES", "EAGER_ONLY", "FAMILIES", "MOST_WEIGHTS", "VOCAB", "build", "build_class", "spread_weights"]
+
+MOST_WEIGHTS = 30_000_000
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_WINDOW = {"sliding_window": 8}
+_GEMMA = {**_WINDOW, "query_pre_attn_scalar": 16}
+
+# family -> (model type, what of its tiny configuration is otherwise)
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral_window": ("mistral", _WINDOW),
+    "gemma3": ("gemma3_text", {**_GEMMA, "sliding_window_pattern": 2}),
+    "phi3": ("phi3", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "olmo2": ("olmo2", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", _GEMMA),
+    "gpt2": ("gpt2", {}),
+    "opt": ("opt", {}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "alibi": False}),
+    "falcon_mqa": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "alibi": False}),
+    "falcon_alibi": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "alibi": True}),
+    "bloom": ("bloom", {}),
+    "gpt_oss": ("gpt_oss", _WINDOW),
+    "starcoder2": ("starcoder2", {}),
+    "cohere": ("cohere", {}),
+    "granite": ("granite", {}),
+    "gptj": ("gptj", {}),
+    "stablelm": ("stablelm", {}),
+    "phi": ("phi", {}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16}),
+    "mixtral": ("mixtral", {}),
+    "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 1}),
 }
-FAMILIES = tuple(_RECIPES)
+FAMILIES = tuple(_FAMILIES)
 # the families that the first release promises; the rest are breadth
 CORE_FAMILIES = FAMILIES[: FAMILIES.index("gemma")]
 # transformers offers these no SDPA implementation
@@ -80,11 +60,56 @@ def build(name: str, attn_implementation: str = "sdpa", layers: int = 2, *, seed
 
     attn_implementation: "sdpa" or "eager". overrides: configuration fields. Raises KeyError for an unknown family.
     """
-    import transformers
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    class_name, arguments = _RECIPES[name]
-    arguments = {**arguments, **_TOKENS, **overrides}
-    arguments["n_layer" if class_name in ("GPT2Config", "GPTJConfig", "BloomConfig") else "num_hidden_layers"] = layers
-    config = getattr(transformers, class_name)(**arguments)
+    model_type, fields = _FAMILIES[name]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    given = {**_TOKENS, **fields, **overrides}
+    return build_class(model_class, attn_implementation, layers=layers, by_layer=False, seed=seed, overrides=given)
+
+
+def build_class(
+    model_class: Any,
+    attn_implementation: str | None = None,
+    *,
+    layers: int = 2,
+    kv_heads: int = 2,
+    by_layer: bool = True,
+    seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
+    """A model of one of transformers' classes, float32, in eval mode, weights drawn from `seed`.
+
+    attn_implementation: "sdpa", "eager", or None for what the class takes by itself. layers, kv_heads, by_layer: as in `tiny_config`.
+    overrides: configuration fields, beside those of its type. Raises ValueError for a model that is not tiny.
+    """
+    given = {**OVERRIDES.get(model_class.config_class.model_type, {}), **(overrides or {})}
+    config = tiny_config(model_class.config_class, kv_heads=kv_heads, layers=layers, by_layer=by_layer, overrides=given)
+    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        sizes = [p.numel() for p in model_class._from_config(config, dtype=torch.float32, **chosen).parameters()]
+    if sum(sizes) > MOST_WEIGHTS:
+        raise ValueError(f"{sum(sizes)} weights, the largest tensors of {sorted(sizes)[-4:]}")
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+    return model_class._from_config(config, dtype=torch.float32, **chosen).to(torch.float32).eval()
+
+
+@torch.no_grad()
+def spread_weights(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draws weights anew, large enough for attention to be far from uniform, and for parameters that begin as zeros to show."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.normal_(0, 0.5)
+        elif isinstance(weight, torch.nn.Parameter) and weight.dim() == 2:
+            if isinstance(module, torch.nn.Linear):
+                weight.normal_(0, 1.2 / weight.shape[1] ** 0.5)
+            elif "Conv1D" in type(module).__name__:  # GPT-2's: a linear layer with its weight the other way around
+                weight.normal_(0, 1.2 / weight.shape[0] ** 0.5)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        unset = float(parameter.abs().max()) == 0 or not torch.isfinite(parameter).all()
+        if unset or (parameter.dim() == 3 and "expert" in name):
+            parameter.normal_(0, 0.1)

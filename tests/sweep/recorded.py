@@ -1,0 +1,47 @@
+"""What the journal knows as records in benchmarks/results: one line per model type, without what is as it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib import records
+from benchmarks.test_runs import Sweep
+from tests.sweep.check import Finding
+from tests.sweep.journal import Entry, Subject, open_scenarios, verdict
+
+FILE = records.RESULTS / "sweep.jsonl"
+
+
+def record(known: Mapping[Subject, Mapping[str, Entry]], path: Path = FILE) -> int:
+    """Appends a line for each type of which every scenario is known; 1 where some are not."""
+    open_ = [subject for subject, entries in known.items() if open_scenarios(dict(entries)) != []]
+    for subject, entries in known.items():
+        if subject not in open_:
+            records.append(path, line(subject, entries))
+    print(f"{len(known) - len(open_)} types recorded in {path}; {len(open_)} are not finished: {', '.join(s.model_type for s in open_)}")
+    return int(bool(open_))
+
+
+def line(subject: Subject, entries: Mapping[str, Entry]) -> Sweep:
+    some = next(iter(entries.values()))
+    return Sweep(
+        list=subject.which,
+        model=subject.model_type,
+        attention=subject.attention,
+        verdict=verdict(entry.finding for entry in entries.values()),
+        trained=some.trained,
+        part=some.part or None,
+        note=entries[""].finding.note if "" in entries else None,
+        found={name: _brief(entry.finding) for name, entry in entries.items() if name},
+    )
+
+
+def _brief(finding: Finding) -> dict[str, Any]:
+    """Without zeros and what was not found; the error rounded."""
+    values = {name: value for name, value in dataclasses.asdict(finding).items() if value not in (None, "", 0, {})}
+    if "error" in values:
+        values["error"] = float(f"{values['error']:.1e}") if values["error"] < 1e30 else None
+    return values
