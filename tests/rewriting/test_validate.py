@@ -460,11 +460,14 @@ def test_half_precision_beside_a_bias_is_compared_to_the_digits_that_it_leaves()
     assert verdict(gm, dataclasses.replace(site, key_bias=(), alibi_slopes=None)).verdict == "differs"
 
 
-def test_scores_of_which_half_precision_leaves_nothing_are_not_compared():
+def test_scores_of_which_half_precision_leaves_nothing_show_no_difference(monkeypatch):
+    """Steps of 4 beside 900: some instances differ by eager's rounding, which says nothing about the rewriting."""
+
     def distant(query, key, value, keep, slopes, counter):
-        scores = query @ repeated(key, query).transpose(-1, -2) * 2.0 + (torch.arange(key.shape[2]) * 0.001 + 900).to(query.dtype)
+        scores = query @ repeated(key, query).transpose(-1, -2) * 8.0 + (torch.arange(key.shape[2]) * 0.001 + 900).to(query.dtype)
         return scores.softmax(-1) @ repeated(value, query)
 
     gm, site = captured(distant, False, inputs(dtype=torch.bfloat16))
-    outcome = verdict(gm, site)
-    assert outcome.verdict == "unchecked" and "half precision rounds the scores" in outcome.why
+    assert verdict(gm, site).verdict == "agrees", "those that can be compared"
+    monkeypatch.setattr(validate._Pair, "rounded_scores", lambda *_: 0.0)
+    assert verdict(gm, site).verdict == "differs"
