@@ -206,6 +206,17 @@ def _expand(reader: Reader, node: fx.Node, input: Any) -> At:
     return reader.spread(input, sizes(example_tensor(node)))
 
 
+@handles("repeat", signature="input, *_repeats")
+@handles("tile", signature="input, *_dims")
+def _repeat(reader: Reader, node: fx.Node, input: Any) -> At:
+    """Read where each dimension stays or is one element many times."""
+    source, target = reader.read(input), sizes(example_tensor(node))
+    rank = len(target) - len(source.shape)
+    if any(old not in (1, new) for old, new in zip(source.shape, target[rank:], strict=True)):
+        raise Unreadable("a repeat of more than one element")
+    return source.broadcast(len(target))
+
+
 @handles("unsqueeze", signature="input, dim")
 def _unsqueeze(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
     source, place = reader.read(input), dim % example_tensor(node).dim()

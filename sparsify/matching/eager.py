@@ -40,7 +40,7 @@ from sparsify.matching.eager_ops import (
 )
 from sparsify.matching.facts import autocast_to, bare_site
 from sparsify.matching.grouping import ungroup, whole
-from sparsify.matching.scores import AddedTerms, Chain, ScoreWalk, Term, check_cast, flat_heads, is_flat
+from sparsify.matching.scores import AddedTerms, Chain, ScoreWalk, Term, check_cast, heads_of_view, is_flat
 from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops.gradients import TRANSFORMED
 from sparsify.ops.operands import plain_tensor
@@ -102,7 +102,7 @@ class _WrittenOut:
                     raise NoMatch("a part of the weights is taken")
                 self.dropped_column = True
             elif user.target in VIEW and user is not self.product:
-                flat_heads(here, user)
+                self.chain.note_split(heads_of_view(here, user))
             here = user
 
     def drop(self, node: fx.Node) -> None:
@@ -158,7 +158,7 @@ class _WrittenOut:
         if node.target not in VIEW or (tensor := tensor_of(node.args[0])) is None or tensor.dim() != 4:
             raise NoMatch("batch and heads are merged")
         source = as_node(node.args[0])
-        flat_heads(source, node)
+        self.chain.note_split(heads_of_view(source, node))
         self.chain.nodes.append(node)
         return source
 
@@ -180,7 +180,7 @@ class _WrittenOut:
         users = list(output.users)
         if len(users) != 1 or users[0].target not in VIEW or example_tensor(users[0]).dim() != 4:
             raise NoMatch("batch and heads are merged")
-        flat_heads(users[0], output)
+        self.chain.note_split(heads_of_view(users[0], output))
         self.chain.nodes.append(output)
         return self.as_four_dims(value), users[0]
 
@@ -200,6 +200,8 @@ class _WrittenOut:
             raise NoMatch("query, key and value differ in batch, heads or length")
         if not context.same(sympy.expand(k[1] * key_group.repeat), q[1]) and k[1] != 1:
             raise NoMatch("the head dimension is broadcast")
+        if not all(context.same(q[0], batch) and context.same(q[1], heads) for batch, heads in chain.splits):
+            raise NoMatch("batch and heads are merged and taken apart in different ways")
         if autocast_to(output, (query, key_group.node, value_group.node), scores) is None:
             raise NoMatch("query, key and value differ in dtype")
         readings = zip(self.factors(scores), (query, key, value), (scores, scores, self.product), strict=True)

@@ -32,6 +32,12 @@ SHAPE_ONLY = {
     *(torch.ones_like, torch.zeros_like, torch.empty_like, torch.full_like),
     *("new_ones", "new_zeros", "new_empty", "new_full", "size", "dim"),
 }
+# likewise, of their second argument
+SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
+# the larger of a tensor and a number: two operands, or one and its bound
+MAXIMA = {torch.max, torch.maximum, "max", "maximum"}
+CLAMPS = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
+CLAMPS_FROM_BELOW = {torch.clamp_min, "clamp_min", "clamp_min_"}
 
 
 class NoMatch(Exception):
@@ -106,6 +112,31 @@ def is_product(node: fx.Node) -> bool:
     return find_factors(node) is not None
 
 
+def reads_values(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user reads more of a tensor than its shape, dtype and device."""
+    if user.target in SHAPED_LIKE:
+        return user.args[:1] == (node,)
+    return user.target not in SHAPE_ONLY
+
+
+def lower_bound(node: fx.Node) -> tuple[fx.Node, object] | None:
+    """(scores, number) where a node is the larger of scores and something; None for anything else."""
+    try:
+        if node.target in MAXIMA:
+            call = bind_or_refuse(node, "input: tensor, other: tensor")
+            left, right = call.input, call.other
+            return (right, left) if leads_to_product(right) and not leads_to_product(left) else (left, right)
+        if node.target in CLAMPS:
+            call = bind_or_refuse(node, "input: tensor, min=None, max=None")
+            return (call.input, call.min) if call.max is None and call.min is not None else None
+        if node.target in CLAMPS_FROM_BELOW:
+            call = bind_or_refuse(node, "input: tensor, min")
+            return call.input, call.min
+    except NoMatch:
+        pass
+    return None
+
+
 def is_softmax(node: fx.Node) -> bool:
     """A softmax over the last dimension of something of 3 or 4 dimensions; in a form that is not known, maybe one."""
     if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
@@ -144,7 +175,8 @@ def leads_to_product(node: object, depth: int = 16) -> bool:
     if is_product(node):
         return True
     known = ADD | MUL | DIV | SUB | CAST | SAME | VIEW | {operator.neg, torch.neg, "neg", torch.tanh, "tanh", torch.where, "where"}
-    known |= {"masked_fill", torch.masked_fill, "masked_fill_", torch.max, "clamp", torch.cat, torch.concat, torch.concatenate, "cat"}
+    known |= {"masked_fill", torch.masked_fill, "masked_fill_", torch.cat, torch.concat, torch.concatenate, "cat"}
+    known |= MAXIMA | CLAMPS | CLAMPS_FROM_BELOW
     known |= {operator.isub, "sub_", torch.subtract, "subtract", "subtract_", "multiply", torch.multiply, "divide", torch.divide}
     return node.target in known and any(leads_to_product(a, depth - 1) for a in node.all_input_nodes)
 

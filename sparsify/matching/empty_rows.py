@@ -109,6 +109,8 @@ def rows_of_written_out(
         sums.setdefault(adders.get(reader, reader), set()).update(_hidden(context, mask, form, reader, extents))
     levels = _levels(context, chain, softmax, fills, sums, {*adders.values()})
     dtypes = {example_tensor(one.reader).dtype for one in places}
+    if per_key and chain.bounds:
+        raise NoMatch("a bias per key may hide every key of a row, and scores are bounded from below")
     if any(not _swallows(torch.finfo(dtype).min, dtype) for dtype in dtypes):
         raise NoMatch("a bias per key may hide every key of a row, and float16 keeps scores beside it")
     if not masks:
@@ -136,6 +138,12 @@ def _levels(
         if node in adders:
             levels = {number: _swallows(number, tensor.dtype) for number in levels}
         levels |= dict.fromkeys(fills.get(node, ()), True)
+        if node in chain.bounds:
+            low, raised = _number_of(context, node), {}
+            for number, equal in levels.items():
+                held = max(number, low)
+                raised[held] = raised.get(held, True) and (equal or number < low)
+            levels = raised
         rounded: dict[float, bool] = {}
         for number, equal in levels.items():
             held = _rounded(number, tensor.dtype)
@@ -181,6 +189,11 @@ def _filled(context: MatchContext, node: fx.Node) -> float:
     """The number that a fill, or a mask that is a broadcast of one, puts at hidden places."""
     while node.target not in FILLS:
         node = as_node(node.args[0])
+    return _number_of(context, node)
+
+
+def _number_of(context: MatchContext, node: fx.Node) -> float:
+    """The number among the operands of a fill or of a bound."""
     dtype = example_tensor(node).dtype
     for operand in (*node.args, *node.kwargs.values()):
         single = (tensor := tensor_of(operand)) is None or tensor.dim() == 0

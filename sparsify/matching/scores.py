@@ -22,7 +22,6 @@ from sparsify.matching.eager_ops import (
     FLOATS,
     MUL,
     SAME,
-    SHAPE_ONLY,
     SUB,
     VIEW,
     NoMatch,
@@ -30,6 +29,8 @@ from sparsify.matching.eager_ops import (
     constant,
     is_product,
     leads_to_product,
+    lower_bound,
+    reads_values,
     softmax_arguments,
 )
 from sparsify.matching.sites import KeyBias
@@ -69,6 +70,8 @@ class Chain:
     """What lies between the product of query and key and the softmax, gathered from the softmax backwards.
 
     masks: conditions that hide scores, as (condition, form, reader).
+    bounds: nodes that raise scores to the lowest number of their dtype.
+    splits: (batch, heads) of every view that merges the two or takes them apart.
     """
 
     factor: float | fx.Node = 1.0
@@ -76,6 +79,8 @@ class Chain:
     masks: list[MaskReading] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     sinks: fx.Node | None = None
+    bounds: list[fx.Node] = field(default_factory=list)
+    splits: list[tuple[sympy.Expr, sympy.Expr]] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -99,6 +104,10 @@ class Chain:
         """
         return "a softcap" if self.softcap else "a sink logit" if self.sinks is not None else ""
 
+    def note_split(self, heads: tuple[sympy.Expr, sympy.Expr] | None) -> None:
+        if heads is not None:
+            self.splits.append(heads)
+
     def multiply(self, by: float | fx.Node) -> None:
         if isinstance(by, fx.Node):
             if self.factor != 1.0 or self.softcap:
@@ -111,18 +120,23 @@ class Chain:
 
 
 def is_row_maximum(node: fx.Node) -> bool:
-    return node.target in _MAXIMA
+    return node.target in _MAXIMA and not any(isinstance(tensor_of(a), torch.Tensor) for a in (*node.args[1:], *node.kwargs.values()))
 
 
-def flat_heads(four: fx.Node, three: fx.Node) -> None:
-    """Refuses a view that does anything but merge batch and heads."""
-    wide, flat = sizes(example_tensor(four)), sizes(example_tensor(three))
-    if example_tensor(four).dtype is not example_tensor(three).dtype:
+def heads_of_view(one: fx.Node, other: fx.Node) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """(batch, heads) of a view between four dimensions and three, in whichever direction; None where the shape stays.
+
+    Raises:
+        NoMatch: it does anything but merge batch and heads or take them apart.
+    """
+    if example_tensor(one).dtype is not example_tensor(other).dtype:
         raise NoMatch("a view reads numbers of another dtype")
+    flat, wide = sorted((sizes(example_tensor(one)), sizes(example_tensor(other))), key=len)
     if wide == flat:
-        return
+        return None
     if len(wide) != 4 or len(flat) != 3 or sympy.expand(wide[0] * wide[1] - flat[0]) != 0 or wide[2:] != flat[1:]:
-        raise NoMatch("the weights are reshaped")
+        raise NoMatch("the scores or weights are reshaped")
+    return wide[0], wide[1]
 
 
 def is_flat(tensor: fx.Node, scores: fx.Node) -> bool:
@@ -148,7 +162,7 @@ class ScoreWalk:
         here, reader = softmax_arguments(softmax).input, softmax
         while True:
             edits = self.edits(here, reader)
-            if {u for u in here.users if not is_row_maximum(u) and u.target not in SHAPE_ONLY} != {*edits, reader}:
+            if {u for u in here.users if not is_row_maximum(u) and reads_values(u, here)} != {*edits, reader}:
                 raise NoMatch("the attention scores are used elsewhere too")
             for edit in reversed(edits):
                 self.chain.nodes.append(edit)
@@ -202,8 +216,10 @@ class ScoreWalk:
             return self.concatenated(here)
         if target in VIEW:
             scores = here.all_input_nodes[0]
-            flat_heads(here, scores)
+            chain.note_split(heads_of_view(here, scores))
             return scores
+        if (bounded := lower_bound(here)) is not None:
+            return self.bound(here, *bounded)
         raise NoMatch(f"the scores pass through {getattr(target, '__name__', target)}")
 
     def scale(self, node: fx.Node) -> fx.Node:
@@ -257,6 +273,15 @@ class ScoreWalk:
         if not biases.hides(low, example_tensor(node).dtype, self.context.shape_env):
             raise NoMatch("hidden scores are filled with a number that is not the lowest")
         self.chain.masks.append((condition, form, node))
+        return scores
+
+    def bound(self, node: fx.Node, scores: fx.Node, low: object) -> fx.Node:
+        """max(scores, lowest): no score is below it, and one that is hidden by -inf is hidden still."""
+        if not self.chain.bare:
+            raise NoMatch("scores are bounded from below before the scale")
+        if tensor_of(scores) is None or not biases.hides(low, example_tensor(node).dtype, self.context.shape_env):
+            raise NoMatch("scores are bounded from below by a number that is not the lowest")
+        self.chain.bounds.append(node)
         return scores
 
     def without_row_maximum(self, node: fx.Node) -> fx.Node:

@@ -110,6 +110,10 @@ VIEWS: Table = {
     "narrow": (lambda q, k: k <= torch.arange(14).narrow(dim=0, start=2, length=12)[:, None], "causal from 2"),
     "expand": (lambda q, k: k <= q.expand(size=(12, 12)), "causal"),
     "broadcast": (lambda q, k: torch.broadcast_to(input=k <= q, size=(1, 12, 12)), "causal"),
+    "repeat": (lambda q, k: k.repeat(1, 1, 12, 1) <= q.repeat(repeats=(1, 12)), "causal"),
+    "repeat, spread": (lambda q, k: (k <= q).repeat(1, 1, 1), "causal"),
+    "tile": (lambda q, k: torch.tile(k <= q, dims=(1, 1, 1, 1)), "causal"),
+    "repeat that tiles": (lambda q, k: k <= torch.arange(6).repeat(2)[:, None], "opaque"),
 }
 MASKS: Table = {
     "tril": (lambda q, k: torch.tril(input=ones(12, 12, dtype=torch.bool)), "causal"),

@@ -15,7 +15,8 @@ _HIDDEN = -1e30  # masks fill with −inf or the lowest number of the dtype, sco
 
 
 class _SinkWindow(TorchFunctionMode):
-    """Masks each attention's scores once more. Four-dimensional softmaxes are attentions, and layers come in order."""
+    """Masks each attention's scores once more. Softmaxes of four dimensions are attentions, and of three: batch and heads are merged.
+    Layers come in order."""
 
     def __init__(self, sinks: int, window: int, windowed: list[bool], added_columns: int, prompts_only: bool):
         super().__init__()
@@ -29,8 +30,10 @@ class _SinkWindow(TorchFunctionMode):
             return self.sdpa(*args, **kwargs)
         if function in _SOFTMAX:
             scores = args[0] if args else kwargs.pop("input")
-            if scores.dim() == 4:
-                args, self.calls = (self.hidden(scores), *args[1:]), self.calls + 1
+            if scores.dim() in (3, 4):
+                four = scores if scores.dim() == 4 else scores[None]
+                scores, self.calls = self.hidden(four).reshape(scores.shape), self.calls + 1
+            args = (scores, *args[1:])
         return function(*args, **kwargs)
 
     def hidden(self, scores: torch.Tensor) -> torch.Tensor:

@@ -212,6 +212,45 @@ def kept(form):
     return function
 
 
+def merged(x):
+    """Batch and heads as one dimension."""
+    return x.reshape(BATCH * HEADS, *x.shape[2:])
+
+
+def apart(x, *heads):
+    return x.view(*(heads or (BATCH, HEADS)), *x.shape[1:])
+
+
+def merged_scores(query, key):
+    return torch.bmm(merged(query / 4), merged(key).transpose(1, 2))
+
+
+def masked_apart(query, key, value):
+    """As fairseq's descendants: products of three dimensions, the mask added to four."""
+    x = merged(apart(merged_scores(query, key)) + torch.where(causal(), 0.0, LOWEST)).softmax(-1)
+    return apart(torch.bmm(merged(apart(x)), merged(value)))
+
+
+def bounded(form, low=LOWEST, hide=-torch.inf):
+    def function(query, key, value):
+        x = scores(query, key) + torch.where(causal(), 0.0, hide)
+        return form(x, low).softmax(-1) @ value
+
+    return function
+
+
+def shaped_by_the_scores(query, key, value):
+    x = query @ key.mT / 4
+    x.masked_fill_((~causal()).view(1, 1, LENGTH, LENGTH).expand_as(x), LOWEST)
+    return x.double().softmax(-1).type_as(x) @ value
+
+
+def onto_zeros(query, key, value):
+    zeros = torch.zeros(BATCH * HEADS, LENGTH, LENGTH)
+    x = torch.baddbmm(zeros, merged(query), merged(key).mT, beta=1.0, alpha=0.25)
+    return apart(torch.bmm(hidden(apart(x)).softmax(-1).view(-1, LENGTH, LENGTH), merged(value)))
+
+
 # name: (program, what the plan says of the mask, whether sinks and a window act)
 REWRITTEN = {
     "in-place statements": (in_place_statements, "causal", True),
@@ -229,6 +268,12 @@ REWRITTEN = {
         True,
     ),
     "two masks": (two_masks, "causal, window 9", False),
+    "masked apart": (masked_apart, "causal", True),
+    "the larger of scores and the lowest number": (bounded(lambda x, low: torch.max(x, torch.full((), low))), "causal", True),
+    "the lowest number first": (bounded(lambda x, low: torch.maximum(torch.tensor(low), x)), "causal", True),
+    "clamped to the lowest number": (bounded(lambda x, low: x.clamp(min=low)), "causal", True),
+    "shaped by the scores": (shaped_by_the_scores, "causal", True),
+    "onto zeros": (onto_zeros, "causal", True),
     "alibi in the mask": (alibi_in_the_mask, "causal", True),
     "alibi filled": (alibi_filled, "causal", True),
     "a bias per key": (bias_per_key, "causal", True),
@@ -294,6 +339,17 @@ def edit_that_is_used(query, key, value):
     return x.softmax(-1) @ value, y
 
 
+def heads_first(query, key, value):
+    """Merged batch and heads that are taken apart the other way round."""
+    x = apart(merged_scores(query, key), HEADS, BATCH) + (value[:, 0, None, :, 0] > 0).float().sub(1).mul(-LOWEST)
+    return apart(torch.bmm(merged(x).softmax(-1), merged(value)))
+
+
+def split_within_a_head(query, key, value):
+    x = hidden(merged_scores(query, key)).view(BATCH * HEADS, 2, LENGTH // 2, LENGTH).softmax(-1).view(-1, LENGTH, LENGTH)
+    return apart(torch.bmm(x, merged(value)))
+
+
 def relative_buckets(query, key, value):
     """As in T5: a number per head and distance."""
     bias = query[0, :, :8, 0][:, ahead().clamp(0, 7)]
@@ -331,6 +387,12 @@ def sums(query, key, value):
 
 
 REFUSED = {
+    "heads first": (heads_first, "merged and taken apart in different ways"),
+    "split within a head": (split_within_a_head, "reshaped"),
+    "the larger of scores and another number": (bounded(lambda x, low: torch.max(x, torch.full((), -5.0))), "not the lowest"),
+    "clamped from above": (bounded(lambda x, low: x.clamp(low, 5.0)), "clamp"),
+    "clamped before the scale": (bounded(lambda x, low: x.clamp(min=low) * 0.5), "before the scale"),
+    "the larger of two products": (lambda q, k, v: hidden(torch.max(scores(q, k), scores(k, q))).softmax(-1) @ v, "bounded|the scores"),
     "einsum over the queries": (
         lambda q, k, v: torch.einsum("bhij,bhid->bhjd", hidden(torch.einsum("bhid,bhjd->bhij", q, k) / 4).softmax(-1), v),
         "do not reach a product",
