@@ -13,6 +13,7 @@ from sparsify.costs import seconds, work
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes, Size
 from sparsify.masks.predicate import MaskPredicate
+from sparsify.matching.layouts import IN_ORDER, Layouts, length_dim
 
 Phase = Literal["prefill", "chunk", "decode"]
 SiteKind = Literal["attention", "cache", "ffn"]
@@ -148,7 +149,7 @@ class Site:
 class SiteOverKeys(Site):
     """What attention and a cache's layer have in common: queries that read keys.
 
-    query: [batch, query_heads, query_len, qk_head_dim]; key, value: [batch, kv_heads, key_len, head_dim].
+    query: [batch, query_heads, query_len, qk_head_dim]; key, value: [batch, kv_heads, key_len, head_dim], in the order of `layouts`.
     """
 
     query: fx.Node
@@ -162,6 +163,7 @@ class SiteOverKeys(Site):
     key_len: Size
     qk_head_dim: Size
     v_head_dim: Size
+    layouts: Layouts = IN_ORDER
 
     @property
     def mask_text(self) -> str:
@@ -185,13 +187,14 @@ class SiteOverKeys(Site):
         """
         found: dict[str, int] = {}
         dimensions = (
-            (self.query, ("batch", "query_heads", "query_len", "qk_head_dim")),
-            (self.key, ("batch", "kv_heads", "key_len", "")),
-            (self.value, ("batch", "kv_heads", "", "v_head_dim")),
+            (self.query, self.layouts.query, {"b": "batch", "h": "query_heads", "l": "query_len", "d": "qk_head_dim"}),
+            (self.key, self.layouts.key, {"b": "batch", "h": "kv_heads", "l": "key_len"}),
+            (self.value, self.layouts.value, {"b": "batch", "h": "kv_heads", "d": "v_head_dim"}),
         )
-        for operand, names in dimensions:
+        for operand, layout, names in dimensions:
             value = operand.meta.get("example_value")
-            for name, size in zip(names, () if value is None else value.shape, strict=False):
+            for letter, size in zip(layout, () if value is None else value.shape, strict=False):
+                name = names.get(letter)
                 hint = size.node.hint if isinstance(size, torch.SymInt) else size
                 if name and name not in found and hint is not None and not isinstance(getattr(self, name), int):
                     found[name] = int(hint)
@@ -221,7 +224,7 @@ class SiteOverKeys(Site):
 
     @property
     def example_length(self) -> int | torch.SymInt:
-        return self.key.meta["example_value"].shape[2]
+        return self.key.meta["example_value"].shape[length_dim(self.layouts.key)]
 
     def resized(self, old: int, new: int) -> Self:
         query_len, key_len = (new if length == old else length for length in (self.query_len, self.key_len))

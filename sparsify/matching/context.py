@@ -17,6 +17,7 @@ from sparsify.masks.symbolic import Facts, find_shape_env, plain, sizes
 from sparsify.matching import biases
 from sparsify.matching.facts import layer_of, missed, only_for, stride_order
 from sparsify.matching.grouping import Grouped
+from sparsify.matching.layouts import IN_ORDER, arranged
 from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops.gradients import TRANSFORMED, Modes
 
@@ -77,9 +78,14 @@ class MatchContext:
                 return Bias(None, (KeyBias(node, on_hidden=not filled),), masks)
         return None
 
-    def site(self, output: fx.Node, query: fx.Node, key: Grouped, value: Grouped, **fields: Any) -> AttentionSite:
-        """The record of an attention whose operands are known; `fields` are the rest of its fields."""
-        q, k, v = (sizes(example_tensor(x)) for x in (query, key.node, value.node))
+    def site(
+        self, output: fx.Node, query: fx.Node, key: Grouped, value: Grouped, heads: tuple[sympy.Expr, ...] = (), **fields: Any
+    ) -> AttentionSite:
+        """The record of an attention whose operands are known; `fields` are the rest of its fields. heads: (batch, heads) of operands in
+        which the two are one dimension."""
+        layouts = fields.setdefault("layouts", IN_ORDER)
+        nodes = {"query": query, "key": key.node, "value": value.node}
+        q, k, v = (arranged(sizes(example_tensor(node)), getattr(layouts, name), heads) for name, node in nodes.items())
         tensor = example_tensor(query)
         name, layer = layer_of(output)
         added = [fields[n] for n in ("sink_logits", "alibi_slopes") if fields.get(n) is not None]
@@ -104,7 +110,7 @@ class MatchContext:
             dtype=example_tensor(output).dtype,
             device=tensor.device,
             needs_grad=self.modes.needs_grad(output, (query, key.node, value.node, *added), covered),
-            output_stride_order=stride_order(example_tensor(output)),
+            output_stride_order=stride_order(example_tensor(output), layouts.output, heads),
             covered=covered,
             **fields,
         )

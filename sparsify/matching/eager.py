@@ -5,7 +5,7 @@ a near miss with its reason; nothing is matched whose weights are read by anythi
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -15,7 +15,7 @@ from torch import fx
 from sparsify.graph import unforeseen
 from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.calls import as_node
-from sparsify.graph.views import transposed
+from sparsify.graph.views import permutation
 from sparsify.masks import prove
 from sparsify.masks.prove import Extents
 from sparsify.masks.symbolic import sizes
@@ -32,15 +32,17 @@ from sparsify.matching.eager_ops import (
     baddbmm_arguments,
     bind_or_refuse,
     constant,
-    einsum_role,
+    einsum_scores,
+    einsum_values,
     leads_to_product,
     multiplies_sequences,
     product_factors,
     products,
 )
 from sparsify.matching.facts import autocast_to, bare_site
-from sparsify.matching.grouping import ungroup, whole
-from sparsify.matching.scores import AddedTerms, Chain, ScoreWalk, Term, check_cast, heads_of_view, is_flat
+from sparsify.matching.grouping import Grouped, ungroup, whole
+from sparsify.matching.layouts import STANDARD, Layouts, arranged
+from sparsify.matching.scores import AddedTerms, Chain, ScoreWalk, Term, check_cast, heads_of_view, is_flat, merges_heads
 from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops.gradients import TRANSFORMED
 from sparsify.ops.operands import plain_tensor
@@ -64,12 +66,22 @@ def find_eager(context: MatchContext, softmax: fx.Node) -> AttentionSite | None:
         return bare_site(product, scores, value, value, None, unforeseen.reason(error, product.name), source="eager")
 
 
+@dataclass(frozen=True)
+class Operand:
+    """A query, key or value: the factor of the product, the node that stands for it, and how that node is laid out."""
+
+    factor: fx.Node
+    node: fx.Node
+    layout: str
+
+
 class _WrittenOut:
     def __init__(self, context: MatchContext, softmax: fx.Node, product: fx.Node):
         self.context, self.softmax, self.product = context, softmax, product
         self.chain = Chain()
         self.dropout = 0.0
         self.dropped_column = False
+        self.weighted = softmax  # the weights as the product with the values gets them
 
     def site(self) -> AttentionSite:
         if self.context.modes.transformed([self.softmax, self.product]):
@@ -79,8 +91,7 @@ class _WrittenOut:
         if self.dropped_column != (self.chain.sinks is not None):
             raise NoMatch("a column of the weights is dropped" if self.dropped_column else "a column is added to the scores and kept")
         query, key = self.operands(scores)
-        value, output = self.value_and_output()
-        return self.describe(query, key, value, output, scores)
+        return self.describe(query, key, *self.value_and_output(), scores)
 
     # -- after the softmax -------------------------------------------------------------------------------------------------------
 
@@ -90,7 +101,7 @@ class _WrittenOut:
             if len(here.users) != 1:
                 raise NoMatch("the attention weights are used elsewhere too")
             self.chain.nodes.append(here)
-            user = next(iter(here.users))
+            self.weighted, user = here, next(iter(here.users))
             if (tensor := tensor_of(user)) is None or not tensor.dtype.is_floating_point:
                 raise NoMatch("the weights become integers")
             if user.target in DROPOUT:
@@ -118,94 +129,130 @@ class _WrittenOut:
 
     # -- operands ----------------------------------------------------------------------------------------------------------------
 
-    def operands(self, product: fx.Node) -> tuple[fx.Node, fx.Node]:
-        if product.target in BADDBMM:
-            call = baddbmm_arguments(product)
-            if constant(call.beta) != 1.0 or self.chain.softcap:
-                raise NoMatch("baddbmm of another form")
-            self.chain.terms.append(Term(call.input, product, self.chain.factor, is_flat(call.input, product), self.chain.shift_sensitive))
-            self.chain.multiply(constant(call.alpha))
-        query, key, _ = self.factors(product)
-        if product.target not in EINSUM:
-            transposed_key = key
-            if (source := transposed(transposed_key)) is None:
-                raise NoMatch("keys are not transposed")
-            key = source
-            self.chain.nodes.append(transposed_key)
-        elif einsum_role(product) != "scores":
-            raise NoMatch("keys are transposed")
-        query, key = self.as_four_dims(query), self.as_four_dims(key)
-        return self.uncast(query), self.uncast(key)
+    def operands(self, product: fx.Node) -> tuple[Operand, Operand]:
+        """Query and key."""
+        if product.target in EINSUM:
+            query, key = einsum_scores(product)
+        else:
+            if product.target in BADDBMM:
+                self.added_product(product)
+            left, right = product_factors(product)
+            merged = example_tensor(product).dim() == 3
+            query, key = (left, "nld" if merged else "bhld"), (right, "ndl" if merged else "bhdl")
+        return self.operand(*query), self.operand(*key)
 
-    def factors(self, scores: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-        """What the two products multiply: query, transposed key, value."""
-        return *product_factors(scores), product_factors(self.product)[1]
+    def added_product(self, product: fx.Node) -> None:
+        call = baddbmm_arguments(product)
+        if constant(call.beta) != 1.0 or self.chain.softcap:
+            raise NoMatch("baddbmm of another form")
+        self.chain.terms.append(Term(call.input, product, self.chain.factor, is_flat(call.input, product), self.chain.shift_sensitive))
+        self.chain.multiply(constant(call.alpha))
 
-    def unwritten(self, factor: fx.Node, operand: fx.Node, reader: fx.Node, output: fx.Node) -> bool:
+    def operand(self, factor: fx.Node, layout: str) -> Operand:
+        """An operand of a product: before views and copies, where it lies in the standard order there or has batch and heads apart."""
+        found = [Operand(factor, factor, layout)]
+        while found[-1].layout != STANDARD and (before := self.before(found[-1])) is not None:
+            found.append(before)
+        standard, apart = ([one for one in found if fits(one.layout)] for fits in (STANDARD.__eq__, lambda letters: "n" not in letters))
+        best = (standard or apart or found)[0]
+        for one in found[: found.index(best)]:
+            self.chain.nodes.append(one.node)
+            if "n" in one.layout and "n" not in best.layout:
+                self.chain.note_split(arranged(sizes(example_tensor(best.node)), best.layout)[:2])
+        return replace(best, node=self.uncast(best.node))
+
+    def before(self, operand: Operand) -> Operand | None:
+        """The tensor of which an operand is a view, a copy or a conversion to float32, and how it is laid out; None where it is none."""
+        node, layout = operand.node, operand.layout
+        if (found := permutation(node)) is not None:
+            source, order = found
+            letters = dict(zip(order, layout, strict=True))
+            return replace(operand, node=source, layout="".join(letters[place] for place in range(len(layout))))
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or tensor_of(source) is None:
+            return None
+        if node.target in VIEW and layout[0] == "n" and merges_heads(source, node):
+            return replace(operand, node=source, layout="bh" + layout[1:])
+        if node.target in SAME:
+            return replace(operand, node=source)
+        return replace(operand, node=self.uncast(node)) if self.uncast(node) is not node else None
+
+    def unwritten(self, operand: Operand, reader: fx.Node, output: fx.Node) -> bool:
         """Whether the operand still holds, where the output is computed, what `reader` got of it: the factor, a copy or a view."""
-        memory, storage = self.context.memory, example_tensor(operand).untyped_storage()._cdata
-        here = factor
-        while here is not operand:
+        memory, storage = self.context.memory, example_tensor(operand.node).untyped_storage()._cdata
+        here = operand.factor
+        while here is not operand.node:
             if example_tensor(here).untyped_storage()._cdata != storage and memory.written_between(here, None, output):
                 return False
             reader, here = here, as_node(here.args[0])
-        return not memory.written_between(operand, reader, output)
-
-    def as_four_dims(self, node: fx.Node) -> fx.Node:
-        """[batch, heads, length, dim], before batch and heads are merged."""
-        if example_tensor(node).dim() == 4:
-            return node
-        if node.target not in VIEW or (tensor := tensor_of(node.args[0])) is None or tensor.dim() != 4:
-            raise NoMatch("batch and heads are merged")
-        source = as_node(node.args[0])
-        self.chain.note_split(heads_of_view(source, node))
-        self.chain.nodes.append(node)
-        return source
+        return not memory.written_between(operand.node, reader, output)
 
     def uncast(self, node: fx.Node) -> fx.Node:
         """Query and key before a conversion to float32: kernels accumulate in float32 anyway."""
-        value = example_tensor(product_factors(self.product)[1])
         while node.op == "call_method" and node.target in CAST and example_tensor(node).dtype is torch.float32:
             source = as_node(node.args[0])
-            if example_tensor(source).dtype is not value.dtype:
+            if example_tensor(source).dtype is not self.value_dtype():
                 break
             self.chain.nodes.append(node)
             node = source
         return node
 
-    def value_and_output(self) -> tuple[fx.Node, fx.Node]:
-        value, output = product_factors(self.product)[1], self.product
-        if example_tensor(output).dim() == 4:
-            return value, output
-        users = list(output.users)
-        if len(users) != 1 or users[0].target not in VIEW or example_tensor(users[0]).dim() != 4:
-            raise NoMatch("batch and heads are merged")
-        self.chain.note_split(heads_of_view(users[0], output))
-        self.chain.nodes.append(output)
-        return self.as_four_dims(value), users[0]
+    def value_dtype(self) -> torch.dtype:
+        return next(example_tensor(factor).dtype for factor in product_factors(self.product) if factor is not self.weighted)
+
+    def value_and_output(self) -> tuple[Operand, fx.Node, str]:
+        """Values, the output and its layout."""
+        product = self.product
+        if product.target in EINSUM:
+            value, layout, of_output = einsum_values(product, self.weighted)
+            return self.operand(value, layout), product, of_output
+        value = product_factors(product)[1]
+        if example_tensor(product).dim() == 4:
+            return self.operand(value, STANDARD), product, STANDARD
+        users = list(product.users)
+        if len(users) == 1 and users[0].target in VIEW and example_tensor(users[0]).dim() == 4:
+            self.chain.note_split(heads_of_view(users[0], product))
+            self.chain.nodes.append(product)
+            return self.operand(value, "nld"), users[0], STANDARD
+        return self.operand(value, "nld"), product, "nld"
+
+    def batch_and_heads(self, *operands: Operand) -> tuple[sympy.Expr, ...]:
+        """(batch, heads) where an operand or a view tells them apart; empty where none does."""
+        if self.chain.splits:
+            return self.chain.splits[0]
+        known = [one for one in operands if "n" not in one.layout]
+        return arranged(sizes(example_tensor(known[0].node)), known[0].layout)[:2] if known else ()
 
     # -- the record --------------------------------------------------------------------------------------------------------------
 
-    def describe(self, query: fx.Node, key: fx.Node, value: fx.Node, output: fx.Node, scores: fx.Node) -> AttentionSite:
-        context, chain = self.context, self.chain
-        key_group, value_group = ungroup(context.memory, key, output), ungroup(context.memory, value, output)
+    def describe(self, query: Operand, key: Operand, value: Operand, output: fx.Node, of_output: str, scores: fx.Node) -> AttentionSite:
+        context, chain, operands = self.context, self.chain, (query, key, value)
+        layouts = Layouts(query.layout, key.layout, value.layout, of_output)
+        key_group, value_group = (self.ungrouped(one, output) for one in (key, value))
         if not context.same(key_group.repeat, value_group.repeat):
-            key_group, value_group = whole(key), whole(value)
-        q, k, v = (sizes(example_tensor(n)) for n in (query, key_group.node, value_group.node))
-        if not all(plain_tensor(example_tensor(n)) for n in (query, key_group.node, value_group.node)):
+            key_group, value_group = whole(key.node), whole(value.node)
+        nodes = (query.node, key_group.node, value_group.node)
+        if not all(plain_tensor(example_tensor(n)) for n in nodes):
             raise NoMatch("an operand is no plain tensor")
-        if any(len(s) != 4 for s in (q, k, v)):
+        heads = self.batch_and_heads(*operands)
+        if not heads and "n" in "".join((*(one.layout for one in operands), of_output)):
+            raise NoMatch("batch and heads are merged")
+        if any(example_tensor(one.node).dim() != len(one.layout) for one in operands):
             raise NoMatch("operands do not have 4 dimensions")
+        q, k, v = (arranged(sizes(example_tensor(n)), one.layout, heads) for n, one in zip(nodes, operands, strict=True))
+        for one in (o for o in operands if "n" in o.layout):
+            merged = sizes(example_tensor(one.node))[one.layout.index("n")]
+            if not context.same(sympy.expand(heads[0] * heads[1]), merged):
+                raise NoMatch("query, key and value differ in batch, heads or length")
         if not (context.same(q[0], k[0]) and context.same(q[0], v[0]) and context.same(k[1], v[1])) or context.differ(k[2], v[2]):
             raise NoMatch("query, key and value differ in batch, heads or length")
         if not context.same(sympy.expand(k[1] * key_group.repeat), q[1]) and k[1] != 1:
             raise NoMatch("the head dimension is broadcast")
         if not all(context.same(q[0], batch) and context.same(q[1], heads) for batch, heads in chain.splits):
             raise NoMatch("batch and heads are merged and taken apart in different ways")
-        if autocast_to(output, (query, key_group.node, value_group.node), scores) is None:
+        if autocast_to(output, nodes, scores) is None:
             raise NoMatch("query, key and value differ in dtype")
-        readings = zip(self.factors(scores), (query, key, value), (scores, scores, self.product), strict=True)
-        if not all(self.unwritten(*reading, output) for reading in readings):
+        if not all(self.unwritten(one, reader, output) for one, reader in zip(operands, (scores, scores, self.product), strict=True)):
             raise NoMatch("query, key or value is written before the output is computed")
         extents = Extents(q[0], q[1], q[2], k[2])
         if not all(self.reads_as_one(*mask, extents) for mask in chain.masks):
@@ -217,9 +264,11 @@ class _WrittenOut:
         empty, per_key = empty_rows.rows_of_written_out(context, chain, self.softmax, masks, added, mask, extents)
         return context.site(
             output,
-            query,
+            query.node,
             key_group,
             value_group,
+            heads,
+            layouts=layouts,
             mask_node=masks[0][0] if len(masks) == 1 else None,
             mask=mask,
             scale=chain.scale,
@@ -232,6 +281,9 @@ class _WrittenOut:
             **vars(empty),
             between=between,
         )
+
+    def ungrouped(self, operand: Operand, output: fx.Node) -> Grouped:
+        return ungroup(self.context.memory, operand.node, output) if operand.layout == STANDARD else whole(operand.node)
 
     def added(self, extents: Extents, output: fx.Node) -> AddedTerms:
         """What each added term is: slopes of a position bias, a bias per key, a mask, or the sum of a bias and a mask."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -69,7 +71,7 @@ def find_factors(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if product.target in MATMUL:
             call = bind_or_refuse(product, "input: tensor, other: tensor", "input: tensor, mat2: tensor")
             return call.input, getattr(call, "other", None) or call.mat2
-        if product.target in EINSUM and einsum_role(product):
+        if product.target in EINSUM and contraction(product):
             return bind_or_refuse(product, "equation: str, *operands").operands
     except NoMatch:
         pass
@@ -87,25 +89,73 @@ def product_factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return found
 
 
-def einsum_role(node: fx.Node) -> str:
-    """ "scores" for queries times keys that are not transposed, "values" for weights times values, both with every leading dimension in
-    common; empty for other sums of products."""
+@dataclass(frozen=True)
+class Contraction:
+    """An einsum of two tensors that sums over one letter which the result lacks. left, right, result: a letter a dimension."""
+
+    left: str
+    right: str
+    result: str
+
+    @property
+    def summed(self) -> str:
+        return next(letter for letter in self.left if letter not in self.result)
+
+
+def contraction(node: fx.Node) -> Contraction | None:
+    """What an einsum sums; None for any other call, and for one of another form."""
     try:
         call = bind_or_refuse(node, "equation: str, *operands")
     except NoMatch:
-        return ""
-    equation = call.equation.replace(" ", "")
-    if len(call.operands) != 2 or any(tensor_of(o) is None for o in call.operands) or "." in equation or "->" not in equation:
-        return ""
-    (left, _, right), result = equation.split("->")[0].partition(","), equation.split("->")[1]
-    same_rank = len(left) == len(right) == len(result) in (3, 4) and "," not in right
-    if not same_rank or any(len(set(letters)) != len(letters) for letters in (left, right, result)):
-        return ""
-    lead, row, column = left[:-2], left[-2], left[-1]
-    other = next((c for c in right[len(lead) :] if c != column), "")
-    if not lead == right[: len(lead)] == result[: len(lead)] or result[len(lead) :] != row + other:
-        return ""
-    return {other + column: "scores", column + other: "values"}.get(right[len(lead) :], "")
+        return None
+    found = re.fullmatch(r"([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)", call.equation.replace(" ", ""))
+    if found is None or len(call.operands) != 2 or any(tensor_of(o) is None for o in call.operands):
+        return None
+    left, right, result = map(str, found.groups())
+    if any(len(set(letters)) != len(letters) for letters in (left, right, result)) or not set(left + right) >= set(result):
+        return None
+    summed = set(left + right) - set(result)
+    return Contraction(left, right, result) if len(summed) == 1 and summed <= set(left) & set(right) else None
+
+
+def einsum_scores(node: fx.Node) -> tuple[tuple[fx.Node, str], tuple[fx.Node, str]]:
+    """((query, layout), (key, layout)) of an einsum that gives scores, [batch, heads, query, key] or with the first two merged.
+
+    Raises:
+        NoMatch: it sums something else.
+    """
+    sums, operands = contraction(node), product_factors(node)
+    if sums is None or len(sums.result) not in (3, 4):
+        raise NoMatch("the scores are an einsum of another form")
+    *lead, row, column = sums.result
+    sides = {sums.left: operands[0], sums.right: operands[1]} if sums.left != sums.right else {}
+    names = {**dict(zip(lead, "bh" if len(lead) == 2 else "n", strict=True)), row: "l", column: "l", sums.summed: "d"}
+    queries, keys = ([text for text in sides if set(text) == {*lead, letter, sums.summed}] for letter in (row, column))
+    if len(queries) != 1 or len(keys) != 1:
+        raise NoMatch("the scores are an einsum of another form")
+    query, key = ((sides[text], "".join(names[letter] for letter in text)) for text in (queries[0], keys[0]))
+    return query, key
+
+
+def einsum_values(node: fx.Node, weights: fx.Node) -> tuple[fx.Node, str, str]:
+    """(value, its layout, the output's layout) of an einsum of attention weights [batch, heads, query, key] and values.
+
+    Raises:
+        NoMatch: it sums something else.
+    """
+    sums, operands = contraction(node), product_factors(node)
+    if sums is None or (operands[0] is weights) == (operands[1] is weights) or len(sums.result) not in (3, 4):
+        raise NoMatch("the weights go into an einsum of another form")
+    first = operands[0] is weights
+    of_weights, of_value, value = (sums.left, sums.right, operands[1]) if first else (sums.right, sums.left, operands[0])
+    *lead, row, column = of_weights
+    numbers = set(of_value) - {*lead, column}
+    if sums.summed != column or len(numbers) != 1 or len(lead) not in (1, 2) or set(of_value) != {*lead, column, *numbers}:
+        raise NoMatch("the weights go into an einsum of another form")
+    names = {**dict(zip(lead, "bh" if len(lead) == 2 else "n", strict=True)), row: "l", column: "l", numbers.pop(): "d"}
+    if set(sums.result) != set(names) - {column}:
+        raise NoMatch("the weights go into an einsum of another form")
+    return value, "".join(names[letter] for letter in of_value), "".join(names[letter] for letter in sums.result)
 
 
 def is_product(node: fx.Node) -> bool:
@@ -158,7 +208,7 @@ def products(node: fx.Node) -> Iterator[fx.Node]:
     """Products that have these weights on their left, through casts, dropout, views and slices."""
     for user in node.users:
         factors = find_factors(user)
-        if factors is not None and factors[0] is node and (user.target in MATMUL or einsum_role(user) == "values"):
+        if factors is not None and ((factors[0] is node and user.target in MATMUL) or (node in factors and user.target in EINSUM)):
             yield user
         elif (
             user.args

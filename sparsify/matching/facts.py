@@ -16,7 +16,10 @@ from sparsify.graph.module_paths import layer_number, module_path
 from sparsify.masks import prove
 from sparsify.masks.symbolic import plain, scalar, sizes
 from sparsify.matching.base import StrideOrder
+from sparsify.matching.layouts import STANDARD, arranged
 from sparsify.matching.sites import AttentionSite, Source
+
+Heads = tuple[sympy.Expr, ...]  # (batch, heads) where the two may be one dimension
 
 
 def autocast_to(output: fx.Node, operands: tuple[fx.Node, ...], *products: fx.Node) -> torch.dtype | None:
@@ -30,9 +33,9 @@ def autocast_to(output: fx.Node, operands: tuple[fx.Node, ...], *products: fx.No
     return dtype if half and found <= {torch.float32, dtype} else None
 
 
-def stride_order(tensor: torch.Tensor) -> StrideOrder:
-    """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter."""
-    shape, strides = sizes(tensor), tuple(scalar(s) for s in tensor.stride())
+def stride_order(tensor: torch.Tensor, layout: str = STANDARD, heads: Heads = ()) -> StrideOrder:
+    """How a [batch, heads, query, dim] value lies in memory; sizes of 1 do not matter. heads: as `layouts.arranged` takes it."""
+    shape, strides = shape_and_strides(tensor, layout, heads)
     orders: dict[StrideOrder, tuple[int, ...]] = {"bhqd": (0, 1, 2, 3), "bqhd": (0, 2, 1, 3)}
     for name, order in orders.items():
         # torch writes the strides over a size that might be 0 with Max(1, size)
@@ -44,6 +47,15 @@ def stride_order(tensor: torch.Tensor) -> StrideOrder:
             if all(shape[d] == 1 or sympy.expand(strides[d] - expected[d]) == 0 for d in range(4)):
                 return name
     return "other"
+
+
+def shape_and_strides(tensor: torch.Tensor, layout: str, heads: Heads) -> tuple[tuple[sympy.Basic, ...], tuple[sympy.Basic, ...]]:
+    """Of the same memory as [batch, heads, length, dim]. heads: as `layouts.arranged` takes it."""
+    strides, steps = tuple(scalar(s) for s in tensor.stride()), ()
+    if "n" in layout:
+        step = strides[layout.index("n")]
+        steps = (sympy.expand(sympy.Mul(heads[1], step)), step)
+    return arranged(sizes(tensor), layout, heads), arranged(strides, layout, steps)
 
 
 def layer_of(node: fx.Node) -> tuple[str, int | None]:

@@ -139,6 +139,14 @@ def heads_of_view(one: fx.Node, other: fx.Node) -> tuple[sympy.Expr, sympy.Expr]
     return wide[0], wide[1]
 
 
+def merges_heads(source: fx.Node, view: fx.Node) -> bool:
+    """Whether a view of four dimensions merges the first two."""
+    try:
+        return example_tensor(source).dim() == 4 and heads_of_view(source, view) is not None
+    except NoMatch:
+        return False
+
+
 def is_flat(tensor: fx.Node, scores: fx.Node) -> bool:
     """Whether batch and heads are merged, in scores and in a tensor that is broadcast to them."""
     return example_tensor(scores).dim() == 3 and example_tensor(tensor).dim() == 3 and sizes(example_tensor(tensor))[0] != 1

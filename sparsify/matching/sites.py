@@ -15,6 +15,7 @@ from sparsify.costs.device import Device
 from sparsify.costs.sizes import FeedForwardSizes, Size
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Phase, Site, SiteKind, SiteOverKeys, StrideOrder, stand_in
+from sparsify.matching.layouts import IN_ORDER, Layouts, length_dim
 
 Source = Literal["sdpa", "eager"]
 EmptyRowsKind = Literal["impossible", "zero", "mean", "nan"]
@@ -44,6 +45,7 @@ class AttentionSite(SiteOverKeys):
     output: the node whose value is the attention's output, [batch, query_heads, query_len, v_head_dim]: the node a pass replaces.
     query: [batch, query_heads, query_len, qk_head_dim]; key, value: [batch, kv_heads, key_len, head_dim], *before* any repeat
         over the GQA group. Query head h reads KV head h // (query_heads // kv_heads).
+    layouts: in which order these four hold their dimensions; the editor arranges them as above for methods.
     mask_node: the graph's own mask, None without one and where there are several. mask: what it was proved to say.
     dtype: what attention computes in; under autocast query, key and value may be float32 still, and are converted first.
     scale: float, or the node that holds it. softcap: c of c·tanh(s/c), 0 without. dropout: probability.
@@ -87,6 +89,7 @@ class AttentionSite(SiteOverKeys):
     empty_rows: EmptyRowsKind = "zero"
     lowest: float = 0.0
     near_miss: str = ""
+    layouts: Layouts = IN_ORDER
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)  # nodes that only compute this attention, output included
 
     @property
@@ -96,6 +99,10 @@ class AttentionSite(SiteOverKeys):
         if self.query_len == self.key_len and self.mask.query_start.bottom_right:
             return "prefill"
         return "chunk"
+
+    @property
+    def batch_and_heads(self) -> tuple[sympy.Expr, sympy.Expr]:
+        return sympy.sympify(self.batch), sympy.sympify(self.query_heads)
 
     @property
     def mask_bytes(self) -> int:
@@ -109,7 +116,8 @@ class AttentionSite(SiteOverKeys):
             return self
         nodes = {"query": query_len, "key": key_len, "value": key_len}
         mask = None if self.mask_node is None else stand_in(self.mask_node, {-2: int(query_len), -1: int(key_len)})
-        operands = {name: stand_in(getattr(self, name), {2: int(length)}) for name, length in nodes.items()}
+        places = {name: length_dim(getattr(self.layouts, name)) for name in nodes}
+        operands = {name: stand_in(getattr(self, name), {places[name]: int(length)}) for name, length in nodes.items()}
         return dataclasses.replace(site, mask_node=mask, **operands)
 
 

@@ -21,6 +21,8 @@ from sparsify.graph.aliasing import written
 from sparsify.masks.predicate import Leaf
 from sparsify.masks.symbolic import COMPUTED, FURTHEST, find_shape_env, scalar
 from sparsify.matching.base import Site
+from sparsify.matching.facts import shape_and_strides
+from sparsify.matching.layouts import IN_ORDER, Layouts, back, order
 from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops import operands
 from sparsify.ops.attention import AttentionCall
@@ -116,11 +118,32 @@ class Editor:
         return node
 
     def converted(self, site: AnySite) -> AnySite:
-        """The site with conversions of its operands to its dtype inserted, as autocast converts them for attention."""
+        """The site with its operands as methods take them: in its dtype, as autocast converts them for attention, and in the standard order
+        of dimensions."""
         names = [n for n in site.converted_operands if values(getattr(site, n)).dtype != site.dtype]
         self.move_to(site)
-        changed = {n: self.method("to", getattr(site, n), site.dtype) for n in names}
-        return dataclasses.replace(site, **changed)  # pyright: ignore[reportArgumentType]  # every kind of site is a dataclass
+        changed: dict[str, Any] = {n: self.method("to", getattr(site, n), site.dtype) for n in names}
+        if isinstance(site, AttentionSite) and site.layouts != IN_ORDER:
+            changed |= self.arranged(dataclasses.replace(site, **changed))
+            changed["layouts"] = Layouts(output=site.layouts.output)
+        return dataclasses.replace(site, **changed)
+
+    def arranged(self, site: AttentionSite) -> dict[str, fx.Node]:
+        """Query, key and value as [batch, heads, length, dim]; the editor stands at the site."""
+        found: dict[str, fx.Node] = {}
+        for name in ("query", "key", "value"):
+            node, layout = getattr(site, name), getattr(site.layouts, name)
+            if "n" in layout:
+                heads = tuple(self.size(site, number) for number in site.batch_and_heads)
+                node = self.method("unflatten", node, layout.index("n"), heads)
+            found[name] = node if order(layout) == (0, 1, 2, 3) else self.method("permute", node, *order(layout))
+        return found
+
+    def laid_out(self, node: fx.Node, layout: str) -> fx.Node:
+        """A value [batch, heads, length, dim] in another layout."""
+        if back(layout) != (0, 1, 2, 3):
+            node = self.method("permute", node, *back(layout))
+        return self.method("flatten", node, layout.index("n"), layout.index("n") + 1) if "n" in layout else node
 
     def head_numbers(self, site: Site, option: str) -> fx.Node | None:
         """The graph's operand that holds a method's option for each query head of a site; None where there is none: it is a constant."""
@@ -159,9 +182,14 @@ class Editor:
         elif site.output_stride_order == "bqhd" and not new.transpose(1, 2).is_contiguous():
             value = self.method("transpose", self.method("contiguous", self.method("transpose", value, 1, 2)), 1, 2)
         elif site.output_stride_order == "other":
-            shape, strides = (tuple(self.size(site, scalar(n)) for n in numbers) for numbers in (old.shape, old.stride()))
+            told: tuple[Any, Any] = (old.shape, old.stride())
+            if isinstance(site, AttentionSite):
+                told = shape_and_strides(old, site.layouts.output, site.batch_and_heads)
+            shape, strides = (tuple(self.size(site, scalar(n)) for n in numbers) for numbers in told)
             empty = self.call(torch.empty_strided, shape, strides, dtype=old.dtype, device=old.device)
             value = self.method("copy_", empty, value)
+        if isinstance(site, AttentionSite):
+            value = self.laid_out(value, site.layouts.output)
         site.output.replace_all_uses_with(value)
         self.replaced[site.output] = value
 

@@ -231,6 +231,32 @@ def masked_apart(query, key, value):
     return apart(torch.bmm(merged(apart(x)), merged(value)))
 
 
+def no_view_apart(query, key, value):
+    """Batch and heads are never apart but in the keys, nor in the result."""
+    rows = query.permute(2, 0, 1, 3).reshape(LENGTH, BATCH * HEADS, DIM).transpose(0, 1)
+    x = torch.bmm(hidden(torch.bmm(rows, merged(key).mT) / 4).softmax(-1), merged(value))
+    return x.transpose(0, 1).reshape(LENGTH, BATCH, HEADS, DIM).permute(1, 2, 0, 3)
+
+
+def tokens_in_front(query, key, value):
+    """As XLNet: [length, batch, heads, dim]."""
+    query, key, value = (x.permute(2, 0, 1, 3).contiguous() for x in (query, key, value))
+    x = hidden(torch.einsum("ibnd,jbnd->bnij", query, key) * 0.25).softmax(dim=3)
+    return torch.einsum("bnij,jbnd->ibnd", x, value).permute(1, 2, 0, 3)
+
+
+def tokens_before_heads(query, key, value):
+    """As Funnel, with the operands of the second product exchanged."""
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    x = hidden(torch.einsum("bjnd,bind->bnij", key, query) * 0.25).softmax(-1)
+    return torch.einsum("bjnd,bnij->bind", value, x).transpose(1, 2)
+
+
+def einsum_of_merged_heads(query, key, value):
+    x = hidden(torch.einsum("nid,njd->nij", merged(query), merged(key)) / 4).softmax(-1)
+    return apart(torch.einsum("nij,njd->nid", x, merged(value)))
+
+
 def bounded(form, low=LOWEST, hide=-torch.inf):
     def function(query, key, value):
         x = scores(query, key) + torch.where(causal(), 0.0, hide)
@@ -272,6 +298,17 @@ REWRITTEN = {
     "the larger of scores and the lowest number": (bounded(lambda x, low: torch.max(x, torch.full((), low))), "causal", True),
     "the lowest number first": (bounded(lambda x, low: torch.maximum(torch.tensor(low), x)), "causal", True),
     "clamped to the lowest number": (bounded(lambda x, low: x.clamp(min=low)), "causal", True),
+    "scaled when merged": (
+        lambda q, k, v: apart(hidden(merged(q) / 4 @ merged(k).mT).softmax(-1) @ merged(v)),
+        "causal",
+        True,
+    ),
+    "no view apart": (no_view_apart, "causal", True),
+    "keys twice transposed": (lambda q, k, v: hidden(torch.einsum("bhid,bhdj->bhij", q, k.mT) / 4).softmax(-1) @ v, "causal", True),
+    "keys that are no transpose": (lambda q, k, v: hidden(q @ (k.mT / 4)).softmax(-1) @ v, "causal", True),
+    "tokens in front": (tokens_in_front, "causal", True),
+    "tokens before heads": (tokens_before_heads, "causal", True),
+    "einsum of merged heads": (einsum_of_merged_heads, "causal", True),
     "shaped by the scores": (shaped_by_the_scores, "causal", True),
     "onto zeros": (onto_zeros, "causal", True),
     "alibi in the mask": (alibi_in_the_mask, "causal", True),
@@ -395,9 +432,16 @@ REFUSED = {
     "the larger of two products": (lambda q, k, v: hidden(torch.max(scores(q, k), scores(k, q))).softmax(-1) @ v, "bounded|the scores"),
     "einsum over the queries": (
         lambda q, k, v: torch.einsum("bhij,bhid->bhjd", hidden(torch.einsum("bhid,bhjd->bhij", q, k) / 4).softmax(-1), v),
+        "einsum of another form",
+    ),
+    "einsum of three": (
+        lambda q, k, v: torch.einsum("bhij,bhjd,d->bhid", hidden(scores(q, k)).softmax(-1), v, v[0, 0, 0]),
         "do not reach a product",
     ),
-    "keys transposed twice": (lambda q, k, v: hidden(torch.einsum("bhid,bhdj->bhij", q, k.mT) / 4).softmax(-1) @ v, "keys are transposed"),
+    "einsum over heads too": (
+        lambda q, k, v: torch.einsum("bhij,bhjd->bid", hidden(scores(q, k)).softmax(-1), v),
+        "do not reach a product",
+    ),
     "weights returned": (lambda q, k, v: ((w := hidden(scores(q, k)).softmax(-1)) @ v, w.mean(1)), "weights are used elsewhere"),
     "scores edited through a view": (edited_through_a_view, "scores are used elsewhere"),
     "scores edited after reading": (edited_after_reading, "scores are used elsewhere"),

@@ -16,6 +16,7 @@ from torch import fx
 
 from sparsify.masks.predicate import MaskPredicate
 from sparsify.matching.attention import find_attention
+from sparsify.matching.layouts import order
 from sparsify.matching.sites import AttentionSite
 
 
@@ -139,12 +140,18 @@ class _Checker(fx.Interpreter):
         return found | {"key_bias": [self.env[one.node].clone() for one in site.key_bias]}
 
     def check(self, site: AttentionSite, operands: dict[str, Any], result: torch.Tensor) -> None:
+        for name in ("query", "key", "value"):
+            layout = getattr(site.layouts, name)
+            apart = operands[name].unflatten(layout.index("n"), (-1, int(site.query_heads))) if "n" in layout else operands[name]
+            operands[name] = apart.permute(order(layout))
         query, key = operands["query"], operands["key"]
         sizes = (query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3], operands["value"].shape[3])
         said = (site.batch, site.query_heads, site.kv_heads, site.query_len, site.key_len, site.qk_head_dim, site.v_head_dim)
         assert tuple(int(sympy.sympify(s).xreplace(self.symbols)) for s in said) == sizes
         visible = evaluate(site.mask, self.leaves, self.symbols, (query.shape[0], query.shape[2], key.shape[2]))
         self.check_mask(site, visible)
+        layout = site.layouts.output
+        result = (result.unflatten(layout.index("n"), (-1, int(site.query_heads))) if "n" in layout else result).permute(order(layout))
         expected = attention(site, operands, visible).reshape(result.shape)
         rows = visible.any(-1)[:, None, :, None].expand(*query.shape[:3], result.shape[-1]).reshape(result.shape)
         error = (result.double() - expected).abs()[rows].nan_to_num(torch.inf).max().item() if rows.any() else 0.0

@@ -19,6 +19,7 @@ from sparsify.passes.xattention import XAttention
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Place, places
 from sparsify.planning.method import Context, Refusal
+from sparsify.rewriting.editor import Editor
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Capture:
                 continue
             captured = self.sites[place] = Captured(place, site.layer, site.sizes, float(site.scale))
             self._calls.append(captured)
+            operands = Editor(gm.graph).move_to(site).arranged(site)
             with gm.graph.inserting_after(site.output):
-                gm.graph.call_function(self._record, (len(self._calls) - 1, site.query, site.key, site.value))
+                gm.graph.call_function(self._record, (len(self._calls) - 1, *operands.values()))
         gm.recompile()
         return gm.forward
 
