@@ -131,10 +131,14 @@ def _slopes(reading: _Reading, element: sympy.Expr | None) -> Slopes | None:
     return Slopes(node, constant) if node is not None else None
 
 
-def per_head(column: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object) -> fx.Node | None:
-    """The tensor [query_heads] that `column`, [batch, query_heads, query_len, 1], repeats; None where it is anything else."""
+def per_head(column: fx.Node, site: fx.Node, extents: Extents, memory: Memory, shape_env: object, rank: int = 4) -> fx.Node | None:
+    """The tensor [query_heads] that `column` repeats; None where it is anything else. column: broadcastable to [batch, query_heads,
+    query_len, 1], of rank 3 to the first three of these."""
     reading = _Reading(site, extents, memory, shape_env)
-    element = reading.at(column, *(reading.index(s) for s in (BATCH, HEAD, QUERY)), sympy.Integer(0))
+    place = [*(reading.index(s) for s in (BATCH, HEAD, QUERY)), sympy.Integer(0)]
+    if example_tensor(column).dim() > rank:
+        return None
+    element = reading.at(column, *place[:rank])
     if element is None or not loads(element):
         return None
     node = reading.of_head(element)

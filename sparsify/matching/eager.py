@@ -26,6 +26,7 @@ from sparsify.matching.eager_ops import (
     CAST,
     DROPOUT,
     EINSUM,
+    MATMUL,
     SAME,
     VIEW,
     NoMatch,
@@ -38,11 +39,13 @@ from sparsify.matching.eager_ops import (
     multiplies_sequences,
     product_factors,
     products,
+    softmax_arguments,
 )
 from sparsify.matching.facts import autocast_to, bare_site
 from sparsify.matching.grouping import Grouped, ungroup, whole
 from sparsify.matching.layouts import STANDARD, Layouts, arranged
 from sparsify.matching.scores import AddedTerms, Chain, ScoreWalk, Term, check_cast, heads_of_view, is_flat, merges_heads
+from sparsify.matching.sinks import ScalingSink, scaling_sink
 from sparsify.matching.sites import AttentionSite, KeyBias
 from sparsify.ops.gradients import TRANSFORMED
 from sparsify.ops.operands import plain_tensor
@@ -87,11 +90,13 @@ class _WrittenOut:
         if self.context.modes.transformed([self.softmax, self.product]):
             raise NoMatch(TRANSFORMED)
         self.weights()
+        sink = self.scaling_sink()
         scores = ScoreWalk(self.context, self.chain).product(self.softmax)
-        if self.dropped_column != (self.chain.sinks is not None):
+        if self.dropped_column != (self.chain.sinks is not None and not self.chain.scaled):
             raise NoMatch("a column of the weights is dropped" if self.dropped_column else "a column is added to the scores and kept")
         query, key = self.operands(scores)
-        return self.describe(query, key, *self.value_and_output(), scores)
+        value, output, layout = self.value_and_output()
+        return self.describe(query, key, value, output if sink is None else sink.output, layout, scores)
 
     # -- after the softmax -------------------------------------------------------------------------------------------------------
 
@@ -115,6 +120,14 @@ class _WrittenOut:
             elif user.target in VIEW and user is not self.product:
                 self.chain.note_split(heads_of_view(here, user))
             here = user
+
+    def scaling_sink(self) -> ScalingSink | None:
+        """Notes a sink that scales the product with the values."""
+        sink = scaling_sink(softmax_arguments(self.softmax).input, self.product) if self.product.target in MATMUL else None
+        if sink is not None:
+            self.chain.sinks, self.chain.scaled, self.chain.readers = sink.logits, sink.rank, sink.nodes
+            self.chain.nodes += [self.product, *sink.nodes]
+        return sink
 
     def drop(self, node: fx.Node) -> None:
         if node.target is F.dropout:
@@ -337,9 +350,11 @@ class _WrittenOut:
     def sink_logits(self, extents: Extents, output: fx.Node) -> fx.Node | None:
         if self.chain.sinks is None:
             return None
-        if example_tensor(self.chain.sinks).dim() == 3 and extents.batch != 1:
+        if not self.chain.scaled and example_tensor(self.chain.sinks).dim() == 3 and extents.batch != 1:
             raise NoMatch("the extra column is over merged batch and heads")
-        node = biases.per_head(self.chain.sinks, output, extents, self.context.memory, self.context.shape_env)
+        node = biases.per_head(self.chain.sinks, output, extents, self.context.memory, self.context.shape_env, self.chain.scaled or 4)
         if node is None:
-            raise NoMatch("the extra column is no number per head")
+            raise NoMatch(
+                "the sink that scales the output is no number per head" if self.chain.scaled else "the extra column is no number per head"
+            )
         return node

@@ -100,7 +100,7 @@ def rows_of_written_out(
     places = added.per_key
     per_key = tuple(replace(one, reader=None) for one in places)  # no operand of the site
     # one more logit in the denominator outweighs everything hidden
-    if proof.opaque or chain.sinks is not None or (impossible(proof, extents, context.facts) and not per_key):
+    if proof.opaque or (chain.sinks is not None and not chain.scaled) or (impossible(proof, extents, context.facts) and not per_key):
         return IMPOSSIBLE if chain.sinks is None else ZERO, per_key
     adders = {term.node: term.reader for term in chain.terms}
     fills = {reader: {_filled(context, reader)} for _, _, reader in chain.masks}
@@ -108,6 +108,12 @@ def rows_of_written_out(
     for mask, form, reader in added.masks:
         sums.setdefault(adders.get(reader, reader), set()).update(_hidden(context, mask, form, reader, extents))
     levels = _levels(context, chain, softmax, fills, sums, {*adders.values()})
+    if chain.scaled:
+        if places:
+            raise NoMatch("a bias per key may hide every key of a row that a sink scales")
+        if -math.inf in levels:
+            raise NoMatch("rows may see no key, and what a sink scales is NaN there")
+        return ZERO, per_key  # whatever they average, it is scaled by sigmoid of about the number that hides
     dtypes = {example_tensor(one.reader).dtype for one in places}
     if per_key and chain.bounds:
         raise NoMatch("a bias per key may hide every key of a row, and scores are bounded from below")

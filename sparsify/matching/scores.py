@@ -70,6 +70,8 @@ class Chain:
     """What lies between the product of query and key and the softmax, gathered from the softmax backwards.
 
     masks: conditions that hide scores, as (condition, form, reader).
+    sinks: sink logits, broadcastable to a column of the scores. scaled: dimensions of the rows' log-sums
+        from which they are subtracted to scale the output, 0 where they are a column; `readers` read the scores for it.
     bounds: nodes that raise scores to the lowest number of their dtype.
     splits: (batch, heads) of every view that merges the two or takes them apart.
     """
@@ -79,6 +81,8 @@ class Chain:
     masks: list[MaskReading] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     sinks: fx.Node | None = None
+    scaled: int = 0
+    readers: tuple[fx.Node, ...] = ()
     bounds: list[fx.Node] = field(default_factory=list)
     splits: list[tuple[sympy.Expr, sympy.Expr]] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
@@ -170,7 +174,7 @@ class ScoreWalk:
         here, reader = softmax_arguments(softmax).input, softmax
         while True:
             edits = self.edits(here, reader)
-            if {u for u in here.users if not is_row_maximum(u) and reads_values(u, here)} != {*edits, reader}:
+            if {u for u in here.users if not is_row_maximum(u) and reads_values(u, here)} - {*self.chain.readers} != {*edits, reader}:
                 raise NoMatch("the attention scores are used elsewhere too")
             for edit in reversed(edits):
                 self.chain.nodes.append(edit)

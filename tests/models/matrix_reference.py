@@ -28,6 +28,8 @@ class _SinkWindow(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return self.sdpa(*args, **kwargs)
+        if function is torch.logsumexp and args[0].dim() == 4:  # of the rows whose softmax comes next
+            args = (self.hidden(args[0]), *args[1:])
         if function in _SOFTMAX:
             scores = args[0] if args else kwargs.pop("input")
             if scores.dim() in (3, 4):

@@ -257,6 +257,17 @@ def einsum_of_merged_heads(query, key, value):
     return apart(torch.einsum("nij,njd->nid", x, merged(value)))
 
 
+def scaled_by_a_sink(of_lse=lambda lse, sink: (lse - sink[:, None]).sigmoid()[..., None], of_output=lambda out, factor: out * factor):
+    """As GraniteSWA: the sink scales the output."""
+
+    def function(query, key, value):
+        x = scores(query, key) + torch.where(causal(), 0.0, LOWEST)
+        factor = of_lse(torch.logsumexp(x, dim=-1), 3 * query[0, :, 0, 0])
+        return of_output(x.softmax(-1) @ value, factor)
+
+    return function
+
+
 def bounded(form, low=LOWEST, hide=-torch.inf):
     def function(query, key, value):
         x = scores(query, key) + torch.where(causal(), 0.0, hide)
@@ -309,6 +320,15 @@ REWRITTEN = {
     "tokens in front": (tokens_in_front, "causal", True),
     "tokens before heads": (tokens_before_heads, "causal", True),
     "einsum of merged heads": (einsum_of_merged_heads, "causal", True),
+    "scaled by a sink": (scaled_by_a_sink(), "causal", True),
+    "scaled by a sink, kept apart": (
+        scaled_by_a_sink(
+            lambda lse, sink: torch.sigmoid(lse.unsqueeze(-1).float() - sink.view(1, -1, 1, 1)),
+            lambda out, factor: factor.to(out.dtype) * out,
+        ),
+        "causal",
+        True,
+    ),
     "shaped by the scores": (shaped_by_the_scores, "causal", True),
     "onto zeros": (onto_zeros, "causal", True),
     "alibi in the mask": (alibi_in_the_mask, "causal", True),
@@ -430,6 +450,13 @@ REFUSED = {
     "clamped from above": (bounded(lambda x, low: x.clamp(low, 5.0)), "clamp"),
     "clamped before the scale": (bounded(lambda x, low: x.clamp(min=low) * 0.5), "before the scale"),
     "the larger of two products": (lambda q, k, v: hidden(torch.max(scores(q, k), scores(k, q))).softmax(-1) @ v, "bounded|the scores"),
+    "scaled by one minus a sink": (scaled_by_a_sink(lambda lse, sink: (sink[:, None] - lse).sigmoid()[..., None]), "used elsewhere"),
+    "scaled by a sink of each row": (
+        scaled_by_a_sink(lambda lse, sink: (lse - lse.cumsum(-1)).sigmoid()[..., None]),
+        "used elsewhere|no number per head",
+    ),
+    "scaled by half a sink": (scaled_by_a_sink(lambda lse, sink: (lse / 2 - sink[:, None]).sigmoid()[..., None]), "used elsewhere"),
+    "a sink is added": (scaled_by_a_sink(of_output=lambda out, factor: out + factor), "used elsewhere"),
     "einsum over the queries": (
         lambda q, k, v: torch.einsum("bhij,bhid->bhjd", hidden(torch.einsum("bhid,bhjd->bhij", q, k) / 4).softmax(-1), v),
         "einsum of another form",
