@@ -23,6 +23,7 @@ from torch import fx
 
 import sparsify.masks.readings  # noqa: F401  (registers how operators are read)
 from sparsify.graph.aliasing import Memory, example_tensor
+from sparsify.graph.compat import operator_word
 from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.masks.reader import Reader, describe_failure
 from sparsify.masks.symbolic import (
@@ -57,6 +58,9 @@ _RELATIONS: dict[type[Relational], _Relation] = {
     sympy.Lt: "lt",
     sympy.Le: "le",
 }
+
+# what gives numbers of a model, not a mask, where it is all that is added to scores
+_BIASES = {"embedding", "gather", "take_along_dim", "index_select", "linear", "matmul", "bmm", "baddbmm", "einsum"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ class _Proof:
         dtype = example_tensor(mask).dtype
         if dtype.is_floating_point:
             if isinstance(element, AppliedUndef):
-                raise Unreadable(self.why(element))
+                looked_up = operator_word(self.reader.leaves[element.func.__name__]) in _BIASES
+                raise Unreadable("the mask adds a bias" if looked_up else self.why(element))
             return additive(element, dtype)
         if dtype is not torch.bool:
             raise Unreadable(f"a mask of {dtype}")

@@ -23,6 +23,7 @@ from sparsify.matching.eager import find_eager
 from sparsify.matching.eager_ops import NoMatch, is_softmax
 from sparsify.matching.facts import autocast_to, bare_site
 from sparsify.matching.grouping import ungroup, whole
+from sparsify.matching.lookalikes import WHOLE
 from sparsify.matching.sites import AttentionSite
 from sparsify.ops.gradients import TRANSFORMED
 from sparsify.ops.operands import plain_tensor
@@ -40,12 +41,15 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Every attention of the graph, in execution order, `index` counting from 0. Nothing in the graph is changed.
 
     A call of scaled_dot_product_attention always yields a site, and so does a written-out attention; what cannot be described carries
-    its reason in `near_miss`.
+    its reason in `near_miss`. So does whatever looks like attention: a softmax between two products, with anything in between.
     """
     context = MatchContext(gm.graph)
     sites: list[AttentionSite] = []
     for node in gm.graph.nodes:
-        if (is_sdpa(node) or is_softmax(node)) and (site := _site_of(context, node)) is not None:
+        if node.target in WHOLE and tensor_of(node.args[0]) is not None:
+            query, key, value = (*node.all_input_nodes, node, node)[:3]
+            sites.append(bare_site(node, query, key, value, None, "torch.nn.MultiheadAttention is one call, which is not taken apart"))
+        elif (is_sdpa(node) or is_softmax(node)) and (site := _site_of(context, node)) is not None:
             sites.append(site)
     return [replace(context.untransformed(site), index=index) for index, site in enumerate(sites)]
 

@@ -40,6 +40,7 @@ class Site:
     near_miss: why a site that looks like its kind cannot be described further; every pass refuses with it.
     covered: nodes that only compute this site, output included.
     proved: whether something was proved about the site, which can be run.
+    layouts: in which order query, key, value and output hold their dimensions, where the site has these.
     converted_operands: fields that hold operands of another dtype than the site's under autocast.
     """
 
@@ -57,6 +58,12 @@ class Site:
     output_stride_order: StrideOrder
     near_miss: str
     covered: tuple[fx.Node, ...]
+    layouts: Layouts = IN_ORDER
+
+    @property
+    def batch_and_heads(self) -> tuple[sympy.Expr, ...]:
+        """Numbers of batch rows and heads, where the site has heads."""
+        return ()
 
     def mapped(self, mapping: dict[fx.Node, fx.Node]) -> Self:
         """The same site in a copy of its graph; `mapping` sends each node to its copy."""
@@ -163,7 +170,6 @@ class SiteOverKeys(Site):
     key_len: Size
     qk_head_dim: Size
     v_head_dim: Size
-    layouts: Layouts = IN_ORDER
 
     @property
     def mask_text(self) -> str:

@@ -19,7 +19,7 @@ from sparsify.graph.views import permutation
 from sparsify.masks import prove
 from sparsify.masks.prove import Extents
 from sparsify.masks.symbolic import sizes
-from sparsify.matching import biases, empty_rows
+from sparsify.matching import biases, empty_rows, lookalikes
 from sparsify.matching.context import Bias, MatchContext
 from sparsify.matching.eager_ops import (
     BADDBMM,
@@ -40,6 +40,7 @@ from sparsify.matching.eager_ops import (
     product_factors,
     products,
     softmax_arguments,
+    why_not_over_keys,
 )
 from sparsify.matching.facts import autocast_to, bare_site
 from sparsify.matching.grouping import Grouped, ungroup, whole
@@ -54,12 +55,19 @@ from sparsify.ops.operands import plain_tensor
 def find_eager(context: MatchContext, softmax: fx.Node) -> AttentionSite | None:
     """The attention around a softmax: a site, a near miss, or None where it is no attention at all."""
     scores = softmax.all_input_nodes[0]
-    if not leads_to_product(scores):
+    known = leads_to_product(scores)
+    if not known and lookalikes.origin(scores) is None:
         return None
-    product = next(products(softmax), None)
-    if product is None:
-        why = "the weights do not reach a product with the values"
-        return bare_site(softmax, scores, scores, scores, None, why, source="eager") if multiplies_sequences(scores) else None
+    product, why = next(products(softmax), None), why_not_over_keys(softmax)
+    if product is None or why:
+        if (found := lookalikes.reached(softmax)) is not None:
+            passed = lookalikes.way(softmax, found[1])
+            why = why or (f"the weights pass through {passed}" if passed else "the weights go into a product of another form")
+        elif not why and known and multiplies_sequences(scores):
+            why = "the weights do not reach a product with the values"
+        else:
+            return None
+        return bare_site(softmax, scores, scores, scores, None, why, source="eager")
     value = product_factors(product)[1]
     try:
         return _WrittenOut(context, softmax, product).site()
@@ -171,7 +179,8 @@ class _WrittenOut:
         for one in found[: found.index(best)]:
             self.chain.nodes.append(one.node)
             if "n" in one.layout and "n" not in best.layout:
-                self.chain.note_split(arranged(sizes(example_tensor(best.node)), best.layout)[:2])
+                batch, heads, _, _ = arranged(sizes(example_tensor(best.node)), best.layout)
+                self.chain.note_split((batch, heads))
         return replace(best, node=self.uncast(best.node))
 
     def before(self, operand: Operand) -> Operand | None:

@@ -21,7 +21,7 @@ SUB = {operator.sub, torch.sub, "sub"}
 DIV = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_", "true_divide"}
 MATMUL = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
 BADDBMM = {torch.baddbmm, "baddbmm"}
-SOFTMAX = {F.softmax, torch.softmax, "softmax"}
+SOFTMAX = {F.softmax, torch.softmax, torch.special.softmax, "softmax"}
 CAST = {"to", "type", "float", "half", "bfloat16", "double", "type_as"}
 SAME = {"contiguous", "clone"}
 VIEW = {"view", "reshape", torch.reshape}
@@ -188,14 +188,19 @@ def lower_bound(node: fx.Node) -> tuple[fx.Node, object] | None:
 
 
 def is_softmax(node: fx.Node) -> bool:
-    """A softmax over the last dimension of something of 3 or 4 dimensions; in a form that is not known, maybe one."""
-    if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX or tensor_of(node) is None:
-        return False
+    return node.op in ("call_function", "call_method") and node.target in SOFTMAX and tensor_of(node) is not None
+
+
+def why_not_over_keys(softmax: fx.Node) -> str:
+    """Why a softmax is none of attention's, which is over the last of 3 or 4 dimensions; empty where it may be one."""
+    rank = example_tensor(softmax).dim()
     try:
-        dim = softmax_arguments(node).dim
+        dim = softmax_arguments(softmax).dim
     except NoMatch:
         dim = -1
-    return example_tensor(node).dim() in (3, 4) and dim in (-1, example_tensor(node).dim() - 1)
+    if rank not in (3, 4):
+        return f"the scores have {rank} dimensions"
+    return "" if dim in (-1, rank - 1) else f"the softmax is over dimension {dim} of {rank}, not over the keys"
 
 
 def softmax_arguments(node: fx.Node) -> SimpleNamespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import replace
 
 import sympy
@@ -51,9 +52,10 @@ def stride_order(tensor: torch.Tensor, layout: str = STANDARD, heads: Heads = ()
 
 def shape_and_strides(tensor: torch.Tensor, layout: str, heads: Heads) -> tuple[tuple[sympy.Basic, ...], tuple[sympy.Basic, ...]]:
     """Of the same memory as [batch, heads, length, dim]. heads: as `layouts.arranged` takes it."""
-    strides, steps = tuple(scalar(s) for s in tensor.stride()), ()
+    strides: tuple[sympy.Basic, ...] = tuple(scalar(s) for s in tensor.stride())
+    steps: tuple[sympy.Basic, ...] = ()
     if "n" in layout:
-        step = strides[layout.index("n")]
+        step = typing.cast(sympy.Expr, strides[layout.index("n")])
         steps = (sympy.expand(sympy.Mul(heads[1], step)), step)
     return arranged(sizes(tensor), layout, heads), arranged(strides, layout, steps)
 

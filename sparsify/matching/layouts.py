@@ -37,6 +37,8 @@ def back(layout: str) -> tuple[int, ...]:
 
 def arranged(sizes: Sequence[Size], layout: str, heads: Sequence[Size] = ()) -> tuple[Size, ...]:
     """A tensor's sizes as [batch, heads, length, dim]. heads: (batch, heads) where the two are one dimension."""
+    if layout == STANDARD:
+        return tuple(sizes)
     if "n" in layout:
         place = layout.index("n")
         sizes = [*sizes[:place], *heads, *sizes[place + 1 :]]

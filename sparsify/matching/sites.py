@@ -101,7 +101,7 @@ class AttentionSite(SiteOverKeys):
         return "chunk"
 
     @property
-    def batch_and_heads(self) -> tuple[sympy.Expr, sympy.Expr]:
+    def batch_and_heads(self) -> tuple[sympy.Expr, ...]:
         return sympy.sympify(self.batch), sympy.sympify(self.query_heads)
 
     @property

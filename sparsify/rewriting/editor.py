@@ -19,7 +19,7 @@ from sparsify.costs.sizes import Size
 from sparsify.errors import RewriteError
 from sparsify.graph.aliasing import written
 from sparsify.masks.predicate import Leaf
-from sparsify.masks.symbolic import COMPUTED, FURTHEST, find_shape_env, scalar
+from sparsify.masks.symbolic import COMPUTED, FURTHEST, find_shape_env
 from sparsify.matching.base import Site
 from sparsify.matching.facts import shape_and_strides
 from sparsify.matching.layouts import IN_ORDER, Layouts, back, order
@@ -123,12 +123,12 @@ class Editor:
         names = [n for n in site.converted_operands if values(getattr(site, n)).dtype != site.dtype]
         self.move_to(site)
         changed: dict[str, Any] = {n: self.method("to", getattr(site, n), site.dtype) for n in names}
-        if isinstance(site, AttentionSite) and site.layouts != IN_ORDER:
+        if site.layouts != IN_ORDER:
             changed |= self.arranged(dataclasses.replace(site, **changed))
             changed["layouts"] = Layouts(output=site.layouts.output)
         return dataclasses.replace(site, **changed)
 
-    def arranged(self, site: AttentionSite) -> dict[str, fx.Node]:
+    def arranged(self, site: Site) -> dict[str, fx.Node]:
         """Query, key and value as [batch, heads, length, dim]; the editor stands at the site."""
         found: dict[str, fx.Node] = {}
         for name in ("query", "key", "value"):
@@ -182,14 +182,11 @@ class Editor:
         elif site.output_stride_order == "bqhd" and not new.transpose(1, 2).is_contiguous():
             value = self.method("transpose", self.method("contiguous", self.method("transpose", value, 1, 2)), 1, 2)
         elif site.output_stride_order == "other":
-            told: tuple[Any, Any] = (old.shape, old.stride())
-            if isinstance(site, AttentionSite):
-                told = shape_and_strides(old, site.layouts.output, site.batch_and_heads)
-            shape, strides = (tuple(self.size(site, scalar(n)) for n in numbers) for numbers in told)
+            told = shape_and_strides(old, site.layouts.output, site.batch_and_heads)
+            shape, strides = (tuple(self.size(site, n) for n in numbers) for numbers in told)
             empty = self.call(torch.empty_strided, shape, strides, dtype=old.dtype, device=old.device)
             value = self.method("copy_", empty, value)
-        if isinstance(site, AttentionSite):
-            value = self.laid_out(value, site.layouts.output)
+        value = self.laid_out(value, site.layouts.output)
         site.output.replace_all_uses_with(value)
         self.replaced[site.output] = value
 

