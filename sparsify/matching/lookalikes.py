@@ -18,11 +18,14 @@ from sparsify.masks.symbolic import sizes
 from sparsify.matching.eager_ops import BADDBMM, CAST, DROPOUT, EINSUM, MATMUL, SAME, VIEW
 
 # attention that reaches the compiler as one call
-WHOLE = {F.multi_head_attention_forward, torch._native_multi_head_attention}
+WHOLE = {F.multi_head_attention_forward, torch._native_multi_head_attention}  # pyright: ignore[reportPrivateImportUsage]
 _PRODUCTS = MATMUL | BADDBMM | EINSUM | {torch.tensordot, torch.inner, "inner", "tensordot"}
 # what takes a part of its input, or puts inputs side by side
-_PARTS = {operator.getitem, torch.narrow, "narrow", torch.select, "select", torch.cat, torch.concat, torch.concatenate, torch.stack}
-_PARTS |= {torch.index_select, "index_select", torch.split, "split", torch.chunk, "chunk", torch.unbind, "unbind", F.pad}
+_PARTS = {
+    *(operator.getitem, torch.narrow, torch.select, torch.index_select, torch.split, torch.chunk, torch.unbind),
+    *("narrow", "select", "index_select", "split", "chunk", "unbind"),
+    *(torch.cat, torch.concat, torch.concatenate, torch.stack, F.pad),
+}
 _STEPS = 32
 
 
