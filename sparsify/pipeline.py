@@ -9,6 +9,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,17 +23,21 @@ from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, Verif
 from sparsify.graph import module_paths, unforeseen
 from sparsify.masks.symbolic import find_shape_env
 from sparsify.matching.attention import find_attention
-from sparsify.matching.base import Site
+from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.cache import find_cache, made_inside
 from sparsify.matching.feed_forward import find_feed_forward
+from sparsify.matching.sites import AttentionSite
 from sparsify.planning import unmatched
 from sparsify.planning.choose import Choice, acts_on, leave_out_untouched_ffn, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import load_saved_plan
-from sparsify.rewriting import few_rows, ffn_runs, layers, verify
+from sparsify.rewriting import few_rows, ffn_runs, layers, observed_masks, verify
+from sparsify.rewriting.assumed import Assumed
+from sparsify.rewriting.copies import copy_graph
 from sparsify.rewriting.editor import Editor
+from sparsify.rewriting.observed_masks import Assumption
 from sparsify.rewriting.trace import Trace
 from sparsify.rewriting.validate import Validator
 
@@ -42,8 +47,38 @@ log = logging.getLogger(__name__)
 collector: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("sparsify_plans", default=None)
 
 
+# How many forms of the masks that arrive as inputs one captured graph is compiled for; further ones are not observed.
+MOST_FORMS = 4
+
+
+@dataclass(frozen=True)
+class Retraced:
+    """Of a graph that is captured once more because its masks are no longer what they were observed to say.
+
+    forms: how many forms of masks it may still be compiled for.
+    names: kind, path and layer of the sites, which capturing a graph loses.
+    """
+
+    forms: int
+    names: tuple[tuple[SiteKind, str, int | None], ...]
+
+    def named(self, sites: list[Site]) -> list[Site]:
+        """The sites under their names; none where they are others."""
+        if [site.kind for site in sites] != [kind for kind, _, _ in self.names]:
+            log.warning("a graph that was captured again has other sites than before, and is left as it is")
+            return []
+        return [
+            dataclasses.replace(cast(Any, site), name=name, layer=layer) for site, (_, name, layer) in zip(sites, self.names, strict=True)
+        ]
+
+
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, compilation: Any = None, serves: Sequence[str] = ()
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    compilation: Any = None,
+    serves: Sequence[str] = (),
+    retraced: Retraced | None = None,
 ) -> Callable[..., Any]:
     """Compiles one graph that Dynamo captured. A failure of a stage leaves the graph untouched, with one warning; `strict` raises instead.
 
@@ -53,16 +88,18 @@ def compile_graph(
         config: settings of this compilation.
         compilation: any object that all graphs of one torch.compile call share, such as its options; warnings are given once for it.
         serves: paths of the modules that the graph will be called for, where it is a part of a model's call and not all of it.
+        retraced: what is known of a graph that was captured from another.
 
     Returns:
         a callable with the graph's inputs and outputs.
     """
     trace = Trace(config.trace)
+    assumption = None
     try:
         with module_paths.outermost_module(serves[0]) if serves else contextlib.nullcontext():
             ahead = config.compile_ahead and config.lower == "inductor"
             longer: list[fx.GraphModule] | None = [] if ahead and serves else None
-            plan, rewritten, kept = rewrite_graph(gm, config, trace, longer)
+            assumption, (plan, rewritten, kept) = _rewritten(gm, example_inputs, config, trace, longer, retraced)
             for graph in (rewritten, *(longer or ())):
                 if ahead and graph is not None:
                     predict.compile_ahead(graph, config.kernels)
@@ -74,14 +111,15 @@ def compile_graph(
     except Exception as error:
         if config.strict:
             raise
-        plan, rewritten, kept = _warn_fallback(error), None, None
+        plan, rewritten, kept, assumption = _warn_fallback(error), None, None, None
     if (plans := collector.get()) is not None:
         plans.append(plan)
     if rewritten is None:
         return lower(gm, example_inputs, config)
     runs = ffn_runs.owner(gm, rewritten)
-    pristine = copy_graph(gm) if config.verify else gm  # rewriting works on copies; only lowering consumes a graph
+    pristine = copy_graph(gm) if config.verify or assumption else gm  # rewriting works on copies; only lowering consumes a graph
     try:
+        check = None if assumption is None else _lower_check(assumption, example_inputs, config)
         compiled = lower(rewritten, example_inputs, config)
     except RestartAnalysis:  # how lower stages ask Dynamo to trace again, knowing more: no failure
         if plans is not None:
@@ -94,24 +132,92 @@ def compile_graph(
         return lower(gm, example_inputs, config)
     if config.verify and kept is not None:
         compiled = _verify_first_call(compiled, pristine, kept, config, example_inputs)
-    return _with_serving(compiled, config, runs)
+    served = _with_serving(compiled, config, runs)
+    if assumption is None or check is None:
+        return served
+    forms = MOST_FORMS if retraced is None else retraced.forms
+    names = tuple(_name(site) for site in _sites(assumption.graph, config, assumption.attention))
+    again = lambda graph, inputs: compile_graph(graph, inputs, config, compilation, serves, Retraced(forms - 1, names))
+    return Assumed(check, assumption.places, served, pristine, again)
+
+
+def _name(site: Site) -> tuple[SiteKind, str, int | None]:
+    return site.kind, site.name, site.layer
+
+
+def _rewritten(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    trace: Trace,
+    longer: list[fx.GraphModule] | None,
+    retraced: Retraced | None,
+) -> tuple[Assumption | None, tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]]:
+    """`rewrite_graph`, under an assumption about the graph's inputs where a site that is rewritten needs one."""
+    attention = find_attention(gm)
+    assumption = _assumption(gm, attention, example_inputs, config, retraced)
+    if assumption is not None:
+        result = rewrite_graph(assumption.graph, config, trace, longer, assumption.attention, retraced)
+        if _counts_on(result[0], assumption):
+            return assumption, result
+    return None, rewrite_graph(gm, config, trace, longer, attention, retraced)
+
+
+def _assumption(
+    gm: fx.GraphModule, attention: list[AttentionSite], example_inputs: Sequence[Any], config: Config, retraced: Retraced | None
+) -> Assumption | None:
+    """What the masks that arrive as inputs were observed to say, where that lets a site be described."""
+    if retraced is not None and retraced.forms < 1:
+        return None
+    try:
+        return observed_masks.find(gm, attention, example_inputs)
+    except Exception as error:
+        if config.strict:
+            raise
+        log.warning("masks that arrive as inputs are not observed: %s", unforeseen.reason(error))
+        return None
+
+
+def _counts_on(plan: Plan, assumption: Assumption) -> bool:
+    """Whether a plan for the assumption's graph rewrites a site that was not described without it; the plan then says so."""
+    decisions = [plan.decisions[index] for index in assumption.counting]
+    for decision in decisions:
+        decision.mask += f" ({observed_masks.LOOKED_AT})"
+    return any(decision.method is not None for decision in decisions)
+
+
+def _lower_check(assumption: Assumption, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Compiles what compares masks with what they were observed to say: a callable that returns a sequence of one bool []."""
+    if config.lower == "eager":
+        return assumption.check.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**config.inductor_patches(), "triton.cudagraphs": False}  # its result is waited for
+    return cast(Callable[..., Any], compile_fx(assumption.check, [example_inputs[i] for i in assumption.places], config_patches=patches))
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, config: Config, trace: Trace, longer: list[fx.GraphModule] | None = None
+    gm: fx.GraphModule,
+    config: Config,
+    trace: Trace,
+    longer: list[fx.GraphModule] | None = None,
+    attention: list[AttentionSite] | None = None,
+    retraced: Retraced | None = None,
 ) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
     """Matches, plans, validates, rewrites and verifies; nothing is lowered.
 
     Args:
+        attention: what `find_attention` found in the graph, where that was asked already.
+        retraced: as in `compile_graph`.
         longer: gets the graph as it will be rewritten for lengths from which other proposals win, where there are any.
 
     Returns:
         the plan; the rewritten graph, None when nothing changed; with `config.verify` the rewriting under keep-all settings, else None.
     """
     trace.stage("captured", lambda: gm.print_readable(print_output=False))
-    over_keys = [*find_attention(gm), *find_cache(gm)]
-    device = hardware.describe(over_keys[0].device) if over_keys else None
-    sites: list[Site] = [*over_keys, *(find_feed_forward(gm, over_keys) if acts_on("ffn", config, device) else ())]
+    sites = _sites(gm, config, attention)
+    if retraced is not None:
+        sites = retraced.named(sites)
     if not sites:
         log.info("no site in this graph")
         return Plan(), None, None
@@ -133,6 +239,13 @@ def rewrite_graph(
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
     kept = rewrite_copy(gm, choices, keep_all=True) if config.verify else None
     return plan, rewritten, kept
+
+
+def _sites(gm: fx.GraphModule, config: Config, attention: list[AttentionSite] | None) -> list[Site]:
+    """Everything in a graph that methods may act on. attention: as in `rewrite_graph`."""
+    over_keys = [*(find_attention(gm) if attention is None else attention), *find_cache(gm)]
+    device = hardware.describe(over_keys[0].device) if over_keys else None
+    return [*over_keys, *(find_feed_forward(gm, over_keys) if acts_on("ffn", config, device) else ())]
 
 
 def _rewritten_for_more(gm: fx.GraphModule, choices: list[Choice]) -> list[fx.GraphModule]:
@@ -249,39 +362,6 @@ def _try_rewrite(gm: fx.GraphModule, choices: list[Choice], keep_all: bool) -> f
                 raise _SiteFailed(choice, error) from error
         raise
     return copy
-
-
-def copy_graph(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.GraphModule:
-    """A copy of the graph with its metadata, over the same parameters and attributes.
-
-    Args:
-        mapping: filled with old node -> new node.
-    """
-    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
-    values = mapping if mapping is not None else {}
-    result = graph.graph_copy(gm.graph, values)
-    old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    output = graph.output(result)
-    output.meta = dict(old_output.meta)
-    graph._codegen = gm.graph._codegen
-    copy = fx.GraphModule(gm, graph)
-    copy.meta.update(gm.meta)
-    _keep_sources(gm, copy, values)
-    return copy
-
-
-def _keep_sources(gm: fx.GraphModule, copy: fx.GraphModule, mapping: dict[fx.Node, fx.Node]) -> None:
-    """Copies the attributes in which Dynamo records where inputs came from, and which fx does not copy.
-
-    Without them AOTAutograd treats no input as static: CUDA graphs then copy every weight on every call, and are not used where an input
-    such as a cache is mutated. Duplicate inputs would have no guard.
-    """
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(copy, name, getattr(gm, name))
-    for node, twin in mapping.items():
-        if node.op == "placeholder" and hasattr(node, "_dynamo_source"):
-            setattr(twin, "_dynamo_source", getattr(node, "_dynamo_source"))  # noqa: B009, B010  (no attributes that fx declares)
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:

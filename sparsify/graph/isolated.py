@@ -40,7 +40,7 @@ def compiled(function: Callable[..., Any], backend: Callable[..., Any], **how: A
     token = _codes.set(codes)
     handle = compat.after_compiling(_note)
     try:
-        yield torch.compile(_copy(torch._dynamo.eval_frame.innermost_fn(function)), backend=mine, **compat.ISOLATED, **how)
+        yield torch.compile(copy_of(torch._dynamo.eval_frame.innermost_fn(function)), backend=mine, **compat.ISOLATED, **how)
     finally:
         handle.remove()
         _codes.reset(token)
@@ -53,10 +53,10 @@ def _note(code: types.CodeType, new_code: types.CodeType) -> None:
         codes.append(code)
 
 
-def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+def copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own, under a unique name: Dynamo remembers by name which sizes varied."""
     if isinstance(function, types.MethodType):
-        return types.MethodType(_copy(function.__func__), function.__self__)
+        return types.MethodType(copy_of(function.__func__), function.__self__)
     if not isinstance(function, types.FunctionType):
         return function
     code = function.__code__.replace(co_name=f"{function.__code__.co_name}_isolated_{next(_numbers)}")

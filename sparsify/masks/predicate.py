@@ -69,6 +69,7 @@ class MaskPredicate:
     documents: tensor of document numbers; None without the clause.
     condition: the sympy condition on (b, h, q, k) as text, for reports.
     reason: why the mask is OPAQUE.
+    inputs: of an OPAQUE mask, the inputs of the graph that it is made from, or views of them: what is the last to share their memory.
     """
 
     kind: MaskKind
@@ -79,6 +80,7 @@ class MaskPredicate:
     documents: Leaf | None = None
     condition: str = ""
     reason: str = ""
+    inputs: tuple[fx.Node, ...] = field(default=(), repr=False)
 
     @property
     def opaque(self) -> bool:

@@ -118,10 +118,13 @@ def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memo
     Returns:
         the predicate; OPAQUE with the reason where anything could not be proved.
     """
+    proof = None
     try:
-        return _Proof(masks, extents, memory, shape_env).run()
+        proof = _Proof(masks, extents, memory, shape_env)
+        found = proof.run()
     except Exception as why:
-        return opaque(describe_failure(why))
+        found = opaque(describe_failure(why))
+    return dataclasses.replace(found, inputs=proof.inputs()) if proof is not None and found.opaque else found
 
 
 @dataclass
@@ -180,6 +183,13 @@ class _Proof:
         if dtype is not torch.bool:
             raise Unreadable(f"a mask of {dtype}")
         return as_condition(element) if form == "mask" else sympy.Not(as_condition(element))
+
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What the masks take from inputs of the graph, as `MaskPredicate.inputs`."""
+        given = {s for node in self.reader.leaves.values() if node.op == "placeholder" for s in self.memory.storages(node)}
+        members = {*self.reader.nodes, *(reader for _, _, reader in self.masks)}
+        views = [node for node in self.reader.nodes if given & set(self.memory.storages(node))]
+        return tuple(node for node in views if any(user in members and user not in views for user in node.users))
 
     def classify(self, condition: Boolean) -> MaskPredicate:
         text = str(condition)[:400]
@@ -272,8 +282,9 @@ class _Proof:
         """Why a clause is not recognised: the tensor or the form that prevents it."""
         for load in sorted(loads(clause), key=str):
             node = self.reader.leaves.get(load.func.__name__)
-            if node is not None and example_tensor(node).dim() == 4:
-                return "the mask is an input of the graph" if node.op == "placeholder" else f"{node.name}: {self.reader.reasons[node.name]}"
+            if node is None or not (example_tensor(node).dim() == 4 or load.free_symbols >= {QUERY, KEY}):
+                continue
+            return "the mask is an input of the graph" if node.op == "placeholder" else f"{node.name}: {self.reader.reasons[node.name]}"
         if isinstance(clause, sympy.Or):
             return "visibility is a disjunction (prefix, chunks or a union of masks)"
         for load in sorted(loads(clause), key=str):
@@ -384,10 +395,11 @@ class _Proof:
                 return dataclasses.replace(leaf, relation=relation, number=int(right))
         for node in reversed(self.reader.nodes):
             tensor = example_tensor(node)
-            if tensor.dim() == 2 and tensor.dtype is torch.bool and self.rows_of_batch(node) and self.is_wide(node, self.key_len):
+            flat = tensor.dim() > 1 and all(size == 1 for size in sizes(tensor)[1:-1])
+            if flat and tensor.dtype is torch.bool and self.rows_of_batch(node) and self.is_wide(node, self.key_len):
                 row = sympy.Integer(0) if tensor.shape[0] == 1 else BATCH
                 key = sympy.Integer(0) if KEY in self.fixed() else KEY
-                if as_condition(self.reader.read(node).at(row, key)) == wanted:
+                if as_condition(self.reader.read(node).at(row, *[sympy.Integer(0)] * (tensor.dim() - 2), key)) == wanted:
                     return Leaf(node)
         raise Unreadable(self.why(wanted))
 

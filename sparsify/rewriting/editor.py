@@ -83,6 +83,13 @@ class Editor:
         self._before = self._output = node
         return self
 
+    def move_after(self, node: fx.Node) -> Editor:
+        """Nodes are inserted after this one, a tensor, from now on, and after the inputs of the graph."""
+        self._before, self._output = node.next, node
+        while self._before.op == "placeholder":
+            self._before = self._before.next
+        return self
+
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Inserts a call_function node before the current site; its example value is computed on fake tensors."""
         return self._insert("call_function", target, args, kwargs)

@@ -91,29 +91,7 @@ class Broken:
     covers, is_of, is_about = Refused.covers, Refused.is_of, Refused.is_about
 
 
-NOT_BLOOM = r"(?!bloom|falcon_alibi)\w+"  # bloom makes its mask inside the graph
-
-REFUSED: tuple[Refused, ...] = (
-    Refused(
-        NOT_BLOOM,
-        "eager",
-        "generate_static",
-        "the mask is an input of the graph",
-        "`generate()` makes the mask of a static cache outside the graph and hands it over as a tensor. Of one row it says no more than "
-        "which keys are visible, and decode is rewritten; written-out attention gets such a tensor for the prompt too, of which "
-        "nothing can be proved. Own calls over a `StaticCache` are rewritten throughout.",
-        sites="graph 0",
-    ),
-    Refused(
-        "mistral_window|gemma3",
-        "sdpa",
-        "generate_static",
-        "the mask is an input of the graph",
-        "Of a static cache that is cut to a layer's window, `generate()` hands over some prompts' masks as tensors too.",
-        sites="graph 0",
-        always=False,
-    ),
-)
+REFUSED: tuple[Refused, ...] = ()
 BROKEN: tuple[Broken, ...] = (
     Broken(
         "bloom",
