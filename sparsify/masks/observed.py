@@ -68,12 +68,17 @@ def observe(mask: Tensor) -> Observed | None:
         return Constant(low)
     if mask.dim() > 4 or low != low or not bool(((mask == low) | (mask == high)).all()):
         return None
+    forms: list[Visibility] = []
     for shown, hidden in ((high, low), (low, high)):
         seen = shows(Visibility(shown, hidden, None), mask, run)
-        if bool((seen == (mask == shown)).all()):  # whatever the head
-            for form in _forms(seen, shown, hidden):
-                if bool((visible(form, mask, seen.shape[-2:], mask.device, run) == seen).all()):
-                    return form
+        if not bool((seen == (mask == shown)).all()):
+            return None  # heads differ
+        forms += _forms(seen, shown, hidden)
+    # what a mask shows and what it hides may both have a form: the plainer one first
+    for form in sorted(forms, key=lambda form: form.start == "tensor"):
+        said = visible(form, mask, mask.shape[-2:], mask.device, run)
+        if bool((said == (mask == form.shown)).all()):
+            return form
     return None
 
 
