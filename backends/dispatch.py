@@ -1,4 +1,4 @@
-"""Which implementation serves an op on which device, decided at every call, in one table: Hopper kernels, Triton kernels, the reference."""
+"""Which implementation serves an op on which device, decided at every call, in one table: Hopper, Triton, C++ on CPUs, the reference."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from sparsify import releases
+from sparsify.backends.attention import cpp as attention_cpp
 from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
 from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.attention import triton as attention_triton
 from sparsify.backends.cache import append, decode, mass
 from sparsify.backends.cache import reference as cache_reference
+from sparsify.backends.codegen import cpp
 from sparsify.backends.codegen.launch import meant
 from sparsify.backends.ffn import few_rows, in_parts
 from sparsify.backends.ffn import reference as ffn_reference
@@ -41,6 +43,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {
         "hopper": hopper.attention,
         "triton": attention_triton.triton_attention,
+        "cpp": attention_cpp.attention,
         "reference": attention_reference.attention,
     },
     # not an op: what follows attention where a mask may leave rows without a key
@@ -97,8 +100,8 @@ def use(kernels: str) -> None:
     """Says what serves the ops from now on, in this process, but for compiled models that say it themselves.
 
     Args:
-        kernels: "auto" (Triton on CUDA devices that it supports, the reference elsewhere and for calls that Triton kernels do not
-            take), "triton" (or an error) or "reference".
+        kernels: "auto" (Triton on CUDA devices that it supports, C++ on CPUs where there is a compiler, the reference elsewhere and for
+            calls that those kernels do not take), "triton" (or an error) or "reference".
 
     Raises:
         ConfigError: another word.
@@ -108,7 +111,8 @@ def use(kernels: str) -> None:
 
 
 def available(device: torch.device | str, kernels: str | None = None) -> tuple[str, str]:
-    """("triton" | "reference", reason): what serves the ops on `device` where `kernels` is asked for (default: as `serving` or `use` say).
+    """("triton" | "reference", reason): what serves the ops on `device` where `kernels` is asked for (default: as `serving` or `use` say);
+    on a CPU some have a C++ kernel before the reference (`attention_family`).
 
     Raises:
         UnsupportedError: "triton" is asked for and cannot run there.
@@ -126,9 +130,22 @@ def available(device: torch.device | str, kernels: str | None = None) -> tuple[s
     return "reference", obstacle
 
 
-def attention_family(device: torch.device) -> str:
-    """The kernel family that serves long prefill on a device that Triton supports: "hopper" or "triton"."""
-    return "hopper" if hopper.ready(device) else "triton"
+def attention_family(device: torch.device, kernels: str | None = None) -> tuple[str, str]:
+    """What serves attention over long prompts on a device: a family in the table, and why it is no other.
+
+    Args:
+        kernels: as for `available`, which says what is raised.
+    """
+    served, reason = available(device, kernels)
+    if served == "triton":
+        return ("hopper" if hopper.ready(device) else "triton"), reason
+    obstacle = _cpp_obstacle(device, _wanted() if kernels is None else kernels)
+    return ("reference", f"{reason}, {obstacle}" if obstacle else reason) if obstacle is not None else ("cpp", reason)
+
+
+def _cpp_obstacle(device: torch.device, wanted: str) -> str | None:
+    """Why no C++ kernel serves a device, "" where none is asked for or there is none for it; None where one does."""
+    return "" if wanted != "auto" or meant(device).type != "cpu" else cpp.obstacle()
 
 
 def _checked(kernels: str) -> str:
@@ -186,8 +203,9 @@ def serve(op: str) -> Callable[..., Any]:
 def _families(op: str, device: torch.device) -> tuple[str, ...]:
     """The table's families that may serve a call on a device, best first: never none."""
     if available(device)[0] == "reference":
-        return ("reference",)
-    out = {"hopper": not hopper.ready(device), "reference": _wanted() == "triton"}
+        here = "cpp" in _TABLE[op] and _cpp_obstacle(device, _wanted()) is None
+        return ("cpp", "reference") if here else ("reference",)
+    out = {"hopper": not hopper.ready(device), "reference": _wanted() == "triton", "cpp": True}
     return tuple(family for family in _TABLE[op] if not out.get(family))
 
 

@@ -42,7 +42,7 @@ class Dense(Pass):
         refusal = refuse_common(self, site)
         if refusal is not None:
             return refusal
-        operands = f"exact; mask as operands of {context.kernels} attention"
+        operands = f"exact; mask as operands of {context.family} attention"
         on = lambda kernel: lambda sizes: (work.attention(sizes, kernel),)
         ours = Proposal.from_work(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or not serves_sdpa(site):

@@ -133,9 +133,10 @@ class XAttention(Pass):
             return self.refuse(f"{len(self.windows)} windows for {site.query_heads} query heads")
         if any(self.windows) and (site.mask.window is not None or site.mask.documents is not None):
             return self.refuse("heads with sinks and a window of their own in a layer with a window or packed documents")
-        if context.min_length is None and context.kernels == "reference":
+        if context.min_length is None and context.family == "reference":
+            why = f" ({context.obstacle})" if context.obstacle else ""
             return self.refuse(
-                "no sparse kernel on this device: the plain reference is never faster than dense", "min_length = 0 forces it"
+                f"no sparse kernel on this device{why}: the plain reference is never faster than dense", "min_length = 0 forces it"
             )
         if context.min_length is None and site.mask.window is not None:
             return self.refuse(

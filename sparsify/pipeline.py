@@ -286,10 +286,9 @@ def make_context(device: torch.device, config: Config) -> Context:
     """What methods may ask about the machine: its cost profile, which kernels serve it, and the configured thresholds."""
     kernels, reason = backends.available(device, config.kernels)
     log.debug("kernels: %s (%s)", kernels, reason)
-    family = backends.attention_family(device) if kernels == "triton" else kernels
-    return Context(
-        hardware.describe(device), kernels, None if config.min_length == "auto" else config.min_length, family, config.max_cost_ratio
-    )
+    family, why = backends.attention_family(device, config.kernels)
+    min_length = None if config.min_length == "auto" else config.min_length
+    return Context(hardware.describe(device), kernels, min_length, family, config.max_cost_ratio, obstacle=why)
 
 
 class _SiteFailed(Exception):

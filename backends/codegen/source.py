@@ -41,7 +41,7 @@ def load(text: str, stem: str) -> types.ModuleType:
             private temporary folder can be written.
     """
     digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_DIGITS]
-    path = _store(text, f"{stem}_{digest}.py")
+    path = write_text(text, f"{stem}_{digest}.py")
     with _lock:
         module = _modules.get(str(path))
         if module is None:
@@ -63,7 +63,7 @@ def _execute(text: str, path: Path) -> types.ModuleType:
     return module
 
 
-def _store(text: str, name: str) -> Path:
+def write_text(text: str, name: str) -> Path:
     """The path of a file that holds `text`, in the cache folder or, when that cannot be written, in a private temporary one."""
     global _private
     folder: Path | None = None

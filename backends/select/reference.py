@@ -40,8 +40,9 @@ from sparsify.backends.select import masks
 from sparsify.ops import block_lists
 from sparsify.ops.selection import DENSITY_BITS, SelectCall
 
-# elements of one chunk's score matrix over all heads: 64 MB in fp32
-_CHUNK_ELEMENTS = 1 << 24
+# elements of one chunk's score matrix over all heads: 4 MB in fp32. A chunk multiplies the keys up to its last row alone, so that few rows
+# save what causality hides, and stays in a CPU's cache while it is worked on; products of 128 rows or more run at the rate of large ones.
+_CHUNK_ELEMENTS = 1 << 20
 
 
 def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
@@ -252,10 +253,13 @@ def _in_window(call: SelectCall, first: Tensor, cols: Tensor, size: int, bits: T
 
 
 def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
-    """Rows without a visible cell become 0; rows with a visible logit that is not finite become NaN."""
-    broken = (~logits.isfinite() & visible).any(-1, keepdim=True)
-    logits = logits.masked_fill(~visible, -torch.inf)
+    """Rows without a visible cell become 0; rows with a visible logit that is not finite become NaN. Written over the logits."""
+    # a sum is finite only where every term is: one pass where the question took four. Elsewhere asking would synchronise.
+    whole = logits.device.type == "cpu" and bool(logits.sum().isfinite())
+    broken = None if whole else (~logits.isfinite() & visible).any(-1, keepdim=True)
+    logits = logits.masked_fill_(~visible, -torch.inf)
     top = logits.amax(-1, keepdim=True)
-    weights = (logits - top.masked_fill(top == -torch.inf, 0)).exp_()
+    weights = logits.sub_(top.masked_fill(top == -torch.inf, 0)).exp_()
     total = weights.sum(-1, keepdim=True)
-    return (weights / total.masked_fill(total == 0, 1)).masked_fill(broken, torch.nan)
+    weights = weights.div_(total.masked_fill(total == 0, 1))
+    return weights if broken is None else weights.masked_fill_(broken, torch.nan)

@@ -160,7 +160,7 @@ def attention(sizes: AttentionSizes, kernel: str, *, share: Any = 1, window: Siz
     """Attention over `share` of the blocks that a row could visit.
 
     Args:
-        kernel: "sdpa", "hopper", "triton" or "reference".
+        kernel: "sdpa", "hopper", "triton", "cpp" or "reference".
         share: of the blocks.
         window: keys a row sees besides what the site's own mask says, sinks included, tokens.
         listed: along block lists, with `share` the density over causal blocks.
@@ -191,8 +191,9 @@ def _attention(s: AttentionSizes, kernel: str, share: Any, window: Size | None, 
 
 
 def step_kernel(kernel: str) -> str:
-    """What serves a decode step where a kernel serves prompts: all but one of a tile's 128 rows would be empty, so that keys are split."""
-    return "split" if kernel in ("hopper", "triton") else kernel
+    """What serves a decode step where a kernel serves prompts: all but one of a tile's 128 rows would be empty. Keys are split, or read
+    by the reference."""
+    return {"hopper": "split", "triton": "split", "cpp": "reference"}.get(kernel, kernel)
 
 
 def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:

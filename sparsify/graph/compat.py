@@ -68,6 +68,19 @@ def prepare_inductor() -> None:
         log.debug("Inductor prepares itself when it compiles", exc_info=error)
 
 
+@functools.cache
+def cpp_obstacle() -> str | None:
+    """Why Inductor cannot compile C++ here; None where it can."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:
+        log.debug("no C++ compiler", exc_info=error)
+        return "no C++ compiler (install g++, or set CXX)"
+    return None
+
+
 def compiled_graphs() -> int:
     """How many graphs Dynamo has handed to a backend in this process, in all threads."""
     return dynamo_utils.counters["stats"]["unique_graphs"]

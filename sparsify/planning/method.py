@@ -119,9 +119,10 @@ class Context:
     """What a proposal may depend on beside its site.
 
     device: where the site will run.
-    kernels: what will serve the custom ops, "triton" or "reference".
+    kernels: what will serve the custom ops, "triton" or "reference"; some of them have a family of their own.
     min_length: configured crossover in tokens; None: solve it from the costs.
     family: kernel family of the attention op, the first half of a family in a device profile.
+    obstacle: why it is no faster one.
     max_cost_ratio: largest share of dense attention's time for a lossy method that acts by default.
     formulas: whether costs are wanted in letters too, which takes longer than all else.
     """
@@ -132,6 +133,7 @@ class Context:
     family: str = "triton"
     max_cost_ratio: float = crossovers.MAX_COST_RATIO
     formulas: bool = True
+    obstacle: str = ""
 
 
 class Pass(BaseModel):

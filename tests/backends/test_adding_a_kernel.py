@@ -34,7 +34,7 @@ def test_its_values_and_its_line(folder: Path) -> None:
     assert len([test() for test in pages.tests(module)]) == 4
     (folder / "dispatch.py").write_text(pages.patched(PAGE, "backends/dispatch.py"))
     table = pages.load(folder / "dispatch.py")
-    assert list(table._TABLE["attention"]) == ["hopper", "causal_rows", "triton", "reference"]
+    assert list(table._TABLE["attention"]) == ["hopper", "causal_rows", "triton", "cpp", "reference"]
     plain, windowed = module.make_call(5, 5), module.make_call(5, 5, windows=(3,))
     with table.serving("triton"):
         assert torch.equal(table.serve("attention")(plain)[0], module.causal_rows.attention(plain)[0])

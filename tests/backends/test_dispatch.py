@@ -170,7 +170,8 @@ def test_every_op_has_a_row_and_ends_with_the_reference():
     made_of_others, computes_nothing = {"sparse_attention"}, {"head_numbers"}
     assert set(dispatch._TABLE) - {"empty_rows"} == named - made_of_others - computes_nothing
     assert all(
-        list(row) == [f for f in ("hopper", "triton", "reference") if f in row] and "reference" in row for row in dispatch._TABLE.values()
+        list(row) == [f for f in ("hopper", "triton", "cpp", "reference") if f in row] and "reference" in row
+        for row in dispatch._TABLE.values()
     )
 
 

@@ -117,7 +117,7 @@ def test_thresholds_per_head_must_fit_the_site():
     found = XAttention(threshold=(0.9,) * 16).propose(site(), CONTEXT)
     assert isinstance(found, Refusal) and "16 thresholds for 32 query heads" in found.reason
     proposal(XAttention(threshold=(0.9,) * 32))
-    assert isinstance(XAttention().propose(site(), Context(HOPPER, "reference")), Refusal)
+    assert isinstance(XAttention().propose(site(), Context(HOPPER, "reference", family="reference")), Refusal)
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,12 @@ def workloads(device: str, small: bool = False) -> list[Workload]:
     Args:
         small: sizes that a CPU does in seconds.
     """
+    ours = [family for family in (backends.attention_family(torch.device(device))[0],) if family != "reference"]
     if small or device != "cuda":
-        return _workloads(
-            ("sdpa", "reference"), (128, 256, 512), (128, 512), {"query_heads": 2, "kv_heads": 1, "head_dim": 32}, 64, "float32"
-        )
-    ours = [backends.attention_family(torch.device(device))] if backends.available(device)[0] == "triton" else []
+        lengths, shape = ((128, 256, 512), (1, 32, 64)) if small else ((1 * K, 2 * K, 4 * K), (2, 64, 512))
+        kv_heads, head_dim, hidden = shape
+        heads = {"query_heads": 2 * kv_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        return _workloads(("sdpa", "reference", *ours), lengths, (lengths[0], lengths[-1]), heads, hidden, "float32")
     kernels: tuple[str, ...] = tuple(dict.fromkeys(("sdpa", *ours, *(["triton"] if ours else []))))
     return _workloads(kernels, (1 * K, 4 * K, 32 * K), (4 * K, 64 * K), {}, 4096, "bfloat16")
 

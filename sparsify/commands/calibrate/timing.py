@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.backends.attention import reference, triton
+from sparsify.backends.attention import cpp, reference, triton
 from sparsify.costs.samples import FEW_ROWS, Sample, Workload
 from sparsify.errors import ProfileError
 from sparsify.ops import block_lists, feed_forward
@@ -204,6 +204,8 @@ def _kernel(name: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
         return hopper.launch
     if name in ("triton", "split"):  # few queries over many keys are split by themselves
         return triton.triton_attention
+    if name == "cpp":
+        return cpp.launch
     if name == "reference":
         return reference.attention
     raise ProfileError(f"no attention kernel {name!r}", where="timing")

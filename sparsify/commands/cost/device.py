@@ -58,7 +58,9 @@ def named(name: str | None) -> Device:
 def context(device: Device, config: Config) -> Context:
     """What proposals may depend on when the device is not in hand: Triton kernels on every GPU that they support."""
     here = pipeline.make_context(torch.device("cpu"), config.model_copy(update={"kernels": "auto"}))
-    if device.type != "cuda" or (device.capability or (0, 0)) < (8, 0) or config.kernels == "reference":
+    if device.type == "cpu" and config.kernels != "reference":
+        kernels, family = here.kernels, here.family
+    elif device.type != "cuda" or (device.capability or (0, 0)) < (8, 0) or config.kernels == "reference":
         kernels = family = "reference"
     else:
         kernels, family = "triton", "hopper" if device.capability == (9, 0) else "triton"
