@@ -15,9 +15,11 @@ from sparsify.backends import predict
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import block_lists
+from sparsify.ops.block_maps import BlockMap, block_map
 from sparsify.ops.selection import SelectCall, observing
 from sparsify.planning import provenance, registry
 from sparsify.planning.config import config
+from sparsify.planning.decision import labels
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import load_saved_plan
 
@@ -109,7 +111,8 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         args, inputs: arguments of the model's forward.
 
     Returns:
-        a plan, which prints as a table; densities are those measured in this call.
+        a plan, which prints as a table and saves as JSON or, under a name that ends in `.html`, as a page; densities and maps of blocks are
+        those of this call.
 
     Raises:
         ConfigError: unknown or impossible options.
@@ -118,20 +121,53 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     settings = config.load({**(options or {}), "lower": "eager"}, method_models=registry.discover())
     _check_plan(model, settings)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
-    with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, record_density() as densities:
+    with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, _record_maps() as maps, _costs_beside():
         call = forward if "transformers" not in sys.modules else _regions().captured_like(model, settings, forward)
         call(*args, **inputs)
-    device = next((plan.device for plan in plans if plan.device), "")
-    fallback = "; ".join(dict.fromkeys(plan.fallback for plan in plans if plan.fallback))
-    capture = "; ".join(dict.fromkeys(plan.capture for plan in plans if plan.capture))
-    merged = Plan([d for plan in plans for d in plan.decisions], fallback=fallback, device=device, capture=capture)
-    if all(plan.serves for plan in plans):  # in the order in which layers run
-        merged.decisions.sort(key=lambda decision: decision.layer or 0)
-    selecting = [d for d in merged.decisions if d.kind == "attention" and d.method is not None and "threshold" in d.options]
-    if len(selecting) == len(densities):  # else a graph ran twice or not to its end, and densities cannot be assigned to sites
-        for decision, density in zip(selecting, densities, strict=True):
-            decision.realised_density = density
+    merged = _merged(plans)
+    selecting = [
+        (label, decision)
+        for label, decision in zip(labels(merged.decisions), merged.decisions, strict=True)
+        if decision.kind == "attention" and decision.method is not None and "threshold" in decision.options
+    ]
+    if len(selecting) == len(maps):  # else a graph ran twice or not to its end, and selections cannot be assigned to sites
+        for (label, decision), found in zip(selecting, maps, strict=True):
+            decision.realised_density = sum(found.density) / len(found.density)
+            merged.block_maps[label] = found
     return merged
+
+
+def _merged(plans: list[Plan]) -> Plan:
+    """One plan for all graphs of a call, in the order in which layers run."""
+    merged = Plan(
+        [d for plan in plans for d in plan.decisions],
+        fallback="; ".join(dict.fromkeys(plan.fallback for plan in plans if plan.fallback)),
+        device=next((plan.device for plan in plans if plan.device), ""),
+        capture="; ".join(dict.fromkeys(plan.capture for plan in plans if plan.capture)),
+    )
+    for part, seconds in ((part, seconds) for plan in plans for part, seconds in plan.beside.items()):
+        merged.beside[part] = merged.beside.get(part, 0.0) + seconds
+    if all(plan.serves for plan in plans):
+        merged.decisions.sort(key=lambda decision: decision.layer or 0)
+    return merged
+
+
+@contextmanager
+def _record_maps() -> Iterator[list[BlockMap]]:
+    """Collects a map of every block selection in the block, in order of execution."""
+    maps: list[BlockMap] = []
+    with observing(lambda call, counts, indices: maps.append(block_map(call, counts, indices))):
+        yield maps
+
+
+@contextmanager
+def _costs_beside() -> Iterator[None]:
+    """In this block plans tell what their graphs cost beside their sites."""
+    token = pipeline.costs_beside.set(True)
+    try:
+        yield
+    finally:
+        pipeline.costs_beside.reset(token)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.graph import module_paths, unforeseen
 from sparsify.masks.symbolic import find_shape_env
+from sparsify.matching import beside
 from sparsify.matching.attention import find_attention
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.cache import find_cache, made_inside
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 # List that receives every plan while it is set, for `explain` and `testing.compare`.
 collector: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("sparsify_plans", default=None)
+
+# Whether plans tell what a graph costs beside its sites, for `explain`.
+costs_beside: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_costs_beside", default=False)
 
 
 # How many forms of the masks that arrive as inputs one captured graph is compiled for; further ones are not observed.
@@ -226,6 +230,8 @@ def rewrite_graph(
     plan, choices = leave_out_untouched_ffn(*make_plan(sites, config, context), config)
     if config.validation:
         validate(choices, validator, config.strict)
+    if costs_beside.get():
+        plan.beside = _seconds_beside(gm, sites, context)
     trace.plan(plan)
     log.info("%d of %d sites will be rewritten", len(plan.rewritten), len(plan.decisions))
     for decision in plan.decisions:
@@ -246,6 +252,14 @@ def _sites(gm: fx.GraphModule, config: Config, attention: list[AttentionSite] | 
     over_keys = [*(find_attention(gm) if attention is None else attention), *find_cache(gm)]
     device = hardware.describe(over_keys[0].device) if over_keys else None
     return [*over_keys, *(find_feed_forward(gm, over_keys) if acts_on("ffn", config, device) else ())]
+
+
+def _seconds_beside(gm: fx.GraphModule, sites: list[Site], context: Context) -> dict[str, float]:
+    try:
+        return beside.seconds_beside(gm, sites, context.device)
+    except Exception as error:  # numbers for people alone
+        log.info("what this graph costs beside its attention is unknown: %s", unforeseen.reason(error))
+        return {}
 
 
 def _rewritten_for_more(gm: fx.GraphModule, choices: list[Choice]) -> list[fx.GraphModule]:

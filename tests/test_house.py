@@ -27,6 +27,13 @@ def modules() -> set[str]:
     return found
 
 
+def data_files() -> set[str]:
+    """What is no code and is read at run time: profiles, templates."""
+    tracked = subprocess.run(["git", "ls-files", "sparsify", "passes", "backends"], cwd=ROOT, capture_output=True, text=True).stdout
+    files = {name for name in tracked.splitlines() if "." in Path(name).name and not name.endswith(".py")}
+    return {name if name.startswith("sparsify/") else f"sparsify/{name}" for name in files}
+
+
 def test_layers_point_one_way():
     done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -39,6 +46,7 @@ def test_a_wheel_has_every_module(tmp_path):
     (wheel,) = tmp_path.glob("sparsify_compiler-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert modules() - names == set()
+    assert data_files() - names == set()
     assert not any(n.startswith(("tests/", "benchmarks/", "passes/", "backends/")) for n in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert "sparsify = sparsify_entry:backend" in entry_points

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from sparsify.commands import arguments, loading
@@ -16,6 +17,7 @@ def add(commands: Any) -> None:
         "explain", parents=[arguments.model_options(), arguments.common_options()], help="what sparsify would do with a model, and why"
     )
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write a page: reasons, costs, densities by head, maps of the chosen blocks")
     parser.set_defaults(run=run)
 
 
@@ -27,8 +29,14 @@ def run(given: argparse.Namespace) -> int:
     plan = sparsify.explain(model, options=options, input_ids=ids, use_cache=False)
     print(plan)
     if given.save:
-        try:
-            plan.save(given.save)
-        except OSError as error:
-            raise UnsupportedError(f"cannot write the plan: {error.strerror}", where=given.save) from None
+        _write(plan.to_json() + "\n", given.save, "the plan")
+    if given.html:
+        _write(plan.to_html(given.model), given.html, "the page")
     return DIFFERS if plan.fallback else DONE
+
+
+def _write(text: str, path: str, what: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UnsupportedError(f"cannot write {what}: {error.strerror}", where=path) from None

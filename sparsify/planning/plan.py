@@ -19,9 +19,11 @@ from pydantic import BaseModel, Field
 from sparsify.errors import ConfigError, PlanError
 from sparsify.graph.module_paths import layer_number
 from sparsify.ops import attention
+from sparsify.ops.block_maps import BlockMap
 from sparsify.planning import report
 from sparsify.planning.config import config
 from sparsify.planning.decision import STRICT, Decision
+from sparsify.planning.page import page
 from sparsify.planning.provenance import Provenance
 
 FORMAT = 1
@@ -39,6 +41,9 @@ class Plan:
     serves: layers for which the graph is called, each with its decisions here; 0 where it is no region.
     min_length: key length in tokens from which the plan's lossy methods act, unless the configuration names one; None: each method's own.
     provenance: how it was calibrated; None where it was not.
+    beside: expected seconds of what the graph computes beside its attention, by part (`sparsify.matching.beside.PARTS`), every feed-forward
+        block computed; empty where nobody looked.
+    block_maps: which blocks a run selected, by the site's label (`decision.labels`). Not saved as JSON.
     """
 
     decisions: list[Decision] = field(default_factory=list)
@@ -49,6 +54,8 @@ class Plan:
     serves: int = 0
     min_length: int | None = None
     provenance: Provenance | None = None
+    beside: dict[str, float] = field(default_factory=dict)
+    block_maps: dict[str, BlockMap] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rewritten(self) -> list[Decision]:
@@ -62,10 +69,12 @@ class Plan:
                 site = path + decision.site.removeprefix(paths[0]) if decision.site.startswith(paths[0]) else decision.site
                 decisions.append(dataclasses.replace(copy.deepcopy(decision), site=site, layer=layer_number(site)))
         capture = f"one region for {len(paths)} layers" if len(paths) > 1 else "one region for 1 layer"
-        return dataclasses.replace(self, decisions=decisions, capture=capture, serves=len(paths))
+        beside = {part: seconds * len(paths) for part, seconds in self.beside.items()}
+        return dataclasses.replace(self, decisions=decisions, capture=capture, serves=len(paths), beside=beside)
 
     def to_json(self) -> str:
-        data = dataclasses.asdict(self)
+        data = dataclasses.asdict(dataclasses.replace(self, block_maps={}))
+        del data["block_maps"]
         for decision in data["decisions"]:  # a cost may have no bound, which JSON has no number for
             decision.update({key: None for key, value in decision.items() if isinstance(value, float) and not math.isfinite(value)})
         return _compact(json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False))
@@ -87,10 +96,20 @@ class Plan:
             hint = getattr(error, "hint", "") or "save one with Plan.save"
             place, what = getattr(error, "where", "").removeprefix(": "), getattr(error, "what", error)
             raise PlanError(f"not a plan file: {place + ': ' if place else ''}{what}", where=where, hint=hint) from None
-        return cls(file.decisions, file.versions, file.fallback, file.device, file.capture, file.serves, file.min_length, file.provenance)
+        return cls(**{name: getattr(file, name) for name in _File.model_fields if name != "format"})
+
+    def to_html(self, title: str = "") -> str:
+        """The plan as one page that needs nothing else: decisions, reasons, costs, densities and maps of blocks.
+
+        Args:
+            title: what was looked at, such as the model's name.
+        """
+        return page.render(self, title)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Writes the plan: a page for people where the name ends in `.html`, else JSON, which `Plan.load` and the setting `plan` read."""
+        text = self.to_html() if Path(path).suffix.lower() in (".html", ".htm") else self.to_json() + "\n"
+        Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -127,6 +146,7 @@ class _File(BaseModel):
     serves: int = 0
     min_length: int | None = Field(None, ge=0)
     provenance: Provenance | None = None
+    beside: dict[str, float] = {}
 
 
 _NUMBERS = re.compile(r"\[\s+(-?[\d.eE+-]+(?:,\s+-?[\d.eE+-]+)*)\s+\]")

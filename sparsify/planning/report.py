@@ -11,6 +11,8 @@ from rich.table import Table
 
 from sparsify.planning.decision import Decision, labels
 
+LETTERS = "B batch, H and G query and KV heads, Q and N query and key length"  # of cost formulas
+
 
 def table(decisions: Sequence[Decision], device: str, capture: str = "", width: int = 180) -> str:
     """One row per site; equal neighbours are folded (`layers 4-27`). device: whose costs they are. capture: as in a plan."""
@@ -40,7 +42,7 @@ def _title(decisions: Sequence[Decision]) -> str:
     known = [(d, d.dense_seconds) for d in decisions if d.dense_seconds is not None]
     if known:
         chosen = sum(dense if d.method is None or d.seconds is None else d.seconds for d, dense in known)
-        counts.append(f"{_time(sum(dense for _, dense in known))} expected dense, {_time(chosen)} as chosen")
+        counts.append(f"{time_text(sum(dense for _, dense in known))} expected dense, {time_text(chosen)} as chosen")
     return ", ".join(counts)
 
 
@@ -50,9 +52,8 @@ def _formulas(decisions: Sequence[Decision], device: str) -> list[str]:
     for d in decisions:
         for name, formula, seconds in (("dense", d.dense_formula, d.dense_seconds), (d.method, d.formula, d.seconds)):
             if formula:
-                lines[f"  {name}, {d.phase} {d.sizes['query_len']}×{d.sizes['key_len']}: {_time(seconds) or '?'} = {formula}"] = None
-    letters = "B batch, H and G query and KV heads, Q and N query and key length"
-    return [f"costs on {device}; {letters}; seconds:", *lines] if lines else []
+                lines[f"  {name}, {d.phase} {d.sizes['query_len']}×{d.sizes['key_len']}: {time_text(seconds) or '?'} = {formula}"] = None
+    return [f"costs on {device}; {LETTERS}; seconds:", *lines] if lines else []
 
 
 def _folded(decisions: Sequence[Decision]) -> list[list[Decision]]:
@@ -71,7 +72,7 @@ def _row(group: list[Decision], label: str, last_label: str) -> tuple[str, ...]:
     first, last = group[0], group[-1]
     until = last_label if last.layer is None or last.layer == first.layer else last.layer
     name = label if len(group) == 1 else f"{label} … {until} ({len(group)})"
-    sizes = f"{_SIZES[first.kind](first.sizes)} {first.phase}"
+    sizes = f"{sizes_text(first)} {first.phase}"
     reason = first.reason
     others = [r for r in first.refusals if r != first.reason]
     if others:
@@ -81,7 +82,7 @@ def _row(group: list[Decision], label: str, last_label: str) -> tuple[str, ...]:
         density = f"{sum(densities) / len(densities):.1%}"
     else:
         density = "" if first.density is None else f"≈{first.density:.0%}"
-    return name, sizes, first.mask, first.method or "left as is", reason, _time(first.dense_seconds), _time(first.seconds), density
+    return name, sizes, first.mask, first.method or "left as is", reason, time_text(first.dense_seconds), time_text(first.seconds), density
 
 
 def _attention_sizes(s: Mapping[str, str]) -> str:
@@ -93,10 +94,16 @@ def _feed_forward_sizes(s: Mapping[str, str]) -> str:
     return f"{s['rows']} rows·{s['hidden']}→{s['intermediate']}"
 
 
+def sizes_text(decision: Decision) -> str:
+    """The numbers that a site's cost depends on, in one word."""
+    return _SIZES[decision.kind](decision.sizes)
+
+
 _SIZES: dict[str, Callable[[Mapping[str, str]], str]] = {"attention": _attention_sizes, "ffn": _feed_forward_sizes}
 
 
-def _time(seconds: float | None) -> str:
+def time_text(seconds: float | None) -> str:
+    """Seconds as people read them; empty where they are unknown."""
     if seconds is None:
         return ""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):

@@ -126,9 +126,22 @@ def test_every_option_has_a_description():
 
 def test_explain_lists_every_site_and_saves_the_plan(capsys, model_folder, tmp_path):
     code, out, _ = run(
-        capsys, "explain", model_folder, "--length", 300, *SINK_WINDOW, "-o", "passes=['sink_window']", "--save", "plan.json"
+        capsys,
+        "explain",
+        model_folder,
+        "--length",
+        300,
+        *SINK_WINDOW,
+        "-o",
+        "passes=['sink_window']",
+        "--save",
+        "plan.json",
+        "--html",
+        "plan.html",
     )
     assert code == 0, out
+    page = (tmp_path / "plan.html").read_text()
+    assert f"<h1>{model_folder}</h1>" in page and page.count('data-state="rewritten"') == 4
     assert "4 of 4 attention sites rewritten" in out
     decisions = json.loads((tmp_path / "plan.json").read_text())["decisions"]
     assert [d["method"] for d in decisions] == ["sink_window"] * 4
