@@ -14,7 +14,7 @@ HF_TESTS := tests/models/test_families.py tests/matching/test_attention.py tests
 	tests/generation/regions/test_regions.py tests/generation/decoding/test_loop.py tests/generation/caches/test_full_cache.py
 QUICK := not gpu and not slow and not interpreter
 
-.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak sweep lint clean
+.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak sweep docs lint clean
 
 # .venv holds the versions that last passed, .venv-KIND those that tools/setup_venv.sh says
 %/.done: pyproject.toml tools/setup_venv.sh tools/constraints/tested.txt tools/constraints/oldest.txt
@@ -60,6 +60,16 @@ soak: $(VENV)/.done
 # Every model type of transformers, tiny; goes on where it stopped. ONLY=llama,gemma3 for some; RECORD=1 afterwards.
 sweep: $(VENV)/.done
 	$(TEST_ENV) $(BIN)/python -m tests.sweep.run --attention sdpa eager --jobs $(JOBS) $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record)
+
+# The site, build/site/index.html, to be read from the folder as it is. A link that leads nowhere is an error.
+.venv-docs/.done: tools/setup_venv.sh tools/constraints/docs.txt
+	PYTHON=$(PYTHON) bash tools/setup_venv.sh .venv-docs docs
+	touch $@
+
+docs: .venv-docs/.done
+	.venv-docs/bin/python tools/site/pages.py build/pages
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

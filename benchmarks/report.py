@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.answers import code_report
+from benchmarks.answers import report as answers_report
 from benchmarks.lib import records, registry
 from benchmarks.lib.pages import filled
 from benchmarks.lib.tables import Found, conditions, kind, markdown
@@ -60,14 +61,18 @@ def plot(folder: Path) -> list[Path]:
 
 
 def headlines(found: list[Found]) -> str:
-    """README.md's table: one row a result, on the device of the newest GPU record; a row whose records are absent is left out."""
+    """docs/benchmarks.md's table: one row a result, on the device of the newest GPU record; a row whose records are absent is left out."""
     mine = _newest_gpu(found)
     rows = [row for one in registry.find() for row in one.headlines(mine)]
     if not rows:
         return _ABSENT
     used = kind(mine, *(record for one in registry.find() for record in one.records))
-    where = "[All results](benchmarks/results/README.md), [how they were measured and what falls short](docs/benchmarks.md)."
-    return "\n\n".join([markdown(["what", "measured", "beside"], rows), f"{conditions(used)} {where}"])
+    return "\n\n".join([markdown(["what", "measured", "beside"], rows), conditions(used)])
+
+
+def answers(found: list[Found]) -> str:
+    """README.md's table of answers, on the device of the newest GPU record."""
+    return answers_report.comparison(_newest_gpu(found)) or _ABSENT
 
 
 def shortfalls(found: list[Found]) -> str:
@@ -85,7 +90,8 @@ def seconds(found: list[Found]) -> str:
 
 # file, name of its marks, what stands between them
 MARKED: tuple[tuple[str, str, Callable[[list[Found]], str]], ...] = (
-    ("README.md", "results", headlines),
+    ("README.md", "answers", answers),
+    ("docs/benchmarks.md", "results", headlines),
     ("docs/benchmarks.md", "shortfalls", shortfalls),
     ("docs/generate.md", "seconds", seconds),
     ("docs/models.md", "code-model", lambda _: code_report.trained()),
@@ -106,7 +112,7 @@ def texts(folder: Path) -> dict[Path, str]:
         found = read(folder)
         made[ROOT / "docs" / "compatibility.md"] = compatibility.page(found)
         for path, name, part in MARKED:
-            made[ROOT / path] = filled((ROOT / path).read_text(), name, part(found))
+            made[ROOT / path] = filled(made.get(ROOT / path) or (ROOT / path).read_text(), name, part(found))
     return made
 
 

@@ -45,7 +45,8 @@ def compile(
     Args:
         model: changed in place.
         mode: mode of torch.compile, such as "reduce-overhead".
-        dynamic, fullgraph: as for torch.compile. Sizes of layers vary from the first call on unless `dynamic` is False.
+        dynamic: as for torch.compile. Sizes of layers vary from the first call on unless it is False.
+        fullgraph: as for torch.compile.
         whole: captures the whole model in any case.
         options: as in docs/configuration.md, for example `passes=["dense"]` or `xattention={"stride": 16}`.
 
@@ -107,8 +108,9 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     The model and everything compiled before stay as they were.
 
     Args:
+        args: positional arguments of the model's forward.
         options: as in docs/configuration.md.
-        args, inputs: arguments of the model's forward.
+        inputs: further arguments of the model's forward.
 
     Returns:
         a plan, which prints as a table and saves as JSON or, under a name that ends in `.html`, as a page; densities and maps of blocks are

@@ -188,7 +188,8 @@ def compare_tokens(
 
     Args:
         inputs: keyword arguments of `generate`, or its `input_ids`.
-        options, keep_all: as for `compare`.
+        options: as for `compare`.
+        keep_all: as for `compare`.
         generate: further arguments of `generate`.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
@@ -341,7 +342,9 @@ def bisect(
     Compiles about 2 + methods + log2(sites) times. The binary search over sites assumes that more rewritten sites differ more.
 
     Args:
-        inputs, options, tolerance: as for `compare`.
+        inputs: as for `compare`.
+        options: as for `compare`.
+        tolerance: as for `compare`.
         on_step: called with the name and the result of every comparison.
 
     Returns:

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with sparsify in it, ready for tests and the demo.
 #
-#   setup_venv.sh FOLDER [tested|oldest|newest|newest-transformers]
+#   setup_venv.sh FOLDER [tested|oldest|newest|newest-transformers|docs]
 #
 # tested: exactly the versions that last passed (tools/constraints/tested.txt). oldest: the oldest that are promised. newest: whatever the
-# registry has. newest-transformers: likewise, but torch and triton as tested, since another torch is gigabytes and rarely what changed.
+# registry has. newest-transformers: likewise, but torch and triton as tested, since another torch is gigabytes and rarely what changed. docs: what builds
+# the site (tools/constraints/docs.txt), without sparsify and torch: docstrings are read, not imported.
 set -euo pipefail
 venv=$1 kind=${2:-tested}
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sparsify needs Python 3.11 or newer; set PYTHON=" >&2; exit 1; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if [ "$kind" = docs ]; then
+    exec "$venv/bin/python" -m pip --disable-pip-version-check install -q -r "$here/constraints/docs.txt"
+fi
 constraints=$venv/constraints.txt
 case $kind in
     tested | oldest) cp "$here/constraints/$kind.txt" "$constraints" ;;

@@ -147,6 +147,29 @@ def _share(record: Found) -> str:
     return f"{record['right']} of {record['asked']} [{low:.0%}, {high:.0%}]"
 
 
+def comparison(found: list[Found]) -> str:
+    """README.md's table: facts answered by dense attention, by the default settings, and from first and last tokens alone, by length.
+
+    The window is the one whose share of the keys comes nearest to the default's share of the blocks.
+    """
+    cells = [r for r in measured(_as_trained(found), Answers, *_CURVES, "seeds") if "right" in r]
+    asked = {(r["model_sha256"], r["length"], *r["seeds"]) for r in cells if r["method"] == "eager"}
+    default = [r for r in cells if r["parameters"] == DEFAULT and (r["model_sha256"], r["length"], *r["seeds"]) in asked]
+    most: dict[tuple[str, int], Found] = {}
+    for record in sorted(default, key=lambda r: r["asked"]):
+        most[record["model_sha256"], record["length"]] = record
+    rows = []
+    for (model, length), record in sorted(most.items(), key=lambda item: item[0][1]):
+        alike = [r for r in cells if (r["model_sha256"], r["length"]) == (model, length)]
+        (eager,) = (r for r in alike if r["method"] == "eager" and r["seeds"] == record["seeds"])
+        windows = sorted((r for r in alike if r["method"] == "sink_window"), key=lambda r: abs(r["density"] - record["density"]))
+        cell = lambda r: f"{_share(r)}; {r['density']:.0%} of all pairs"
+        rows.append([f"{size(length)} bytes", _share(eager), cell(record), cell(windows[0]) if windows else "–"])
+    if not rows:
+        return ""
+    return markdown(["prompt", "dense attention", "`xattention`, default settings", "`sink_window`: first and last tokens"], rows)
+
+
 def headlines(found: list[Found]) -> list[Row]:
     eager, default = _answer_cells(found)
     if eager is None or default is None:

@@ -25,7 +25,7 @@ class Benchmark:
     records: what its table shows; `beside`: other benchmarks' records that the table compares with; `unshown`: its own without a table.
     title, table: its section on the page, Markdown; without a table it has none.
     plots: by file name without .png, what draws a figure of all records, or None when there is nothing to draw.
-    headlines: rows of README.md: what, measured, beside.
+    headlines: rows of docs/benchmarks.md: what, measured, beside.
     shortfalls: lines of docs/benchmarks.md: what is slower, worse or missing.
     """
 

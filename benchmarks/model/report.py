@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.lib.registry import Benchmark
@@ -174,15 +175,85 @@ def generate_headlines(found: list[Found]) -> list[Row]:
 
 
 def _whole_calls(cells: list[Found], length: int) -> list[Row]:
-    """Calls that read their prompt and generate, beside the fastest peer's and our own exact one."""
+    """Calls that read their prompt and generate, beside the fastest peer's and our own with the default settings."""
     found = {r["variant"]: r for r in cells if r["length"] == length and r.get("whole_s")}
     peers = [found[name]["whole_s"] for name in ("eager", "inductor") if name in found]
     if "sparsify sparse" not in found or not peers:
         return []
-    ours, exact = found["sparsify sparse"], found.get("sparsify")
+    ours, default = found["sparsify sparse"], found.get("sparsify")
     what = f"a whole generate() call: {size(length)} tokens read at {ours['density']:.0%} of the blocks, {ours['tokens']} generated"
     beside = f"{min(peers) / ours['whole_s']:.1f} × the fastest of eager and Inductor"
-    return [[what, f"{ours['whole_s']:.2f} s", beside + (f"; {exact['whole_s']:.2f} s exact" if exact else "")]]
+    return [[what, f"{ours['whole_s']:.2f} s", beside + (f"; {default['whole_s']:.2f} s with the default settings" if default else "")]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Seconds of one call of `generate()` that reads its prompt. timed: as one call; else its two parts were timed apart."""
+
+    name: str
+    prompt: float
+    tokens: float
+    timed: bool
+
+
+_CALLS = {"eager": "eager", "inductor": "Inductor,\nstatic cache", "sparsify": "sparsify,\ndefaults", "sparsify sparse": "sparsify"}
+
+
+def whole_call_bars(found: list[Found]) -> tuple[Found, list[Bar]] | None:
+    """The longest whole call of sparsify's that was timed, and a bar a variant.
+
+    Where a peer's whole call was not timed its prompt is eager's, since transformers compiles the tokens over a static cache and nothing
+    else, and its tokens are those after a prompt of this length. Of a call with the default settings the share of blocks is that of the
+    prefill's record.
+    """
+    cells = [r for r in latest(found, Generate) if r.get("ms") and r["batch"] == 1 and not r["sampled"]]
+    ours = [r for r in cells if r.get("whole_s") and r["variant"].startswith("sparsify")]
+    if not ours:
+        return None
+    call = max(ours, key=lambda r: (r["length"], r["time"]))
+    alike = [r for r in cells if all(r[key] == call[key] for key in ("shape", "layers", "length"))]
+    prompts: dict[str, Found] = {
+        r["variant"]: r
+        for r in latest(found, Prefill)
+        if "ms" in r and r["requested_density"] is None and all(r[key] == call[key] for key in ("shape", "layers", "length"))
+    }
+    visited = prompts.get("default", {}).get("density")
+    bars = []
+    for variant, name in _CALLS.items():
+        mine = sorted((r for r in alike if r["variant"] == variant), key=lambda r: (bool(r.get("whole_s")), r["tokens"] == call["tokens"]))
+        if not mine:
+            continue
+        record = mine[-1]
+        density = record.get("density") or (visited if variant == "sparsify" else None)
+        label = name + (f",\n{density:.0%} of the blocks" if density else "")
+        tokens = record["ms"] * call["tokens"] / 1e3
+        if record.get("whole_s") and record["tokens"] == call["tokens"]:
+            bars.append(Bar(label, record["whole_s"] - tokens, tokens, timed=True))
+        elif variant in ("eager", "inductor") and "eager" in prompts:
+            bars.append(Bar(label, prompts["eager"]["ms"] / 1e3, tokens, timed=False))
+    return call, bars
+
+
+def whole_call_plot(found: list[Found]) -> Any:
+    """Seconds of a call that reads a prompt and generates, one bar a variant."""
+    from matplotlib import pyplot
+
+    if (calls := whole_call_bars(newest_device(kind(found, Generate, Prefill)))) is None:
+        return None
+    call, bars = calls
+    figure, axis = pyplot.subplots(figsize=(8, 0.7 * len(bars) + 1.3), layout="constrained")
+    names = [bar.name + ("" if bar.timed else " *") for bar in bars]
+    axis.barh(names, [bar.prompt for bar in bars], label="prompt", color="#4c72b0")
+    axis.barh(names, [bar.tokens for bar in bars], left=[bar.prompt for bar in bars], label="tokens", color="#dd8452")
+    for row, bar in enumerate(bars):
+        axis.text(bar.prompt + bar.tokens, row, f" {bar.prompt + bar.tokens:.1f}", va="center")
+    axis.invert_yaxis()
+    axis.set_xlim(right=1.08 * max(bar.prompt + bar.tokens for bar in bars))
+    where = call["machine"]["gpu"] or "CPU"
+    axis.set_title(f"{size(call['length'])} tokens read, {call['tokens']} generated, {call['shape'].upper()} shape, {where}", fontsize=10)
+    axis.set_xlabel("seconds" + ("" if all(bar.timed for bar in bars) else "      * prompt and tokens timed apart"))
+    axis.legend(fontsize=8)
+    return figure
 
 
 def generate_seconds_headlines(found: list[Found]) -> list[Row]:
@@ -319,6 +390,7 @@ BENCHMARKS = (
         records=(Generate,),
         title="Tokens through generate()",
         table=generate_table,
+        plots={"whole_call": whole_call_plot},
         headlines=generate_headlines,
     ),
     Benchmark(

@@ -13,6 +13,7 @@ from benchmarks.attention import report as attention
 from benchmarks.cache import report as cache
 from benchmarks.ffn import report as ffn
 from benchmarks.lib import pages
+from benchmarks.model import report as model
 from benchmarks.whole_op import report as whole_op
 from sparsify.ops.estimate import label
 
@@ -99,10 +100,10 @@ def test_saved_time_of_skipped_blocks() -> None:
     text = ffn.table(FFN)
     assert "| 1 | sparsify, all rows | 25% | 3.100 | 0.70 | 90% | 3.00 |" in text  # 0.9 ms of 1 ms
     assert "| 8 | sparsify, each row by itself | 25% | 3.990 | – | 1% |" in text
-    model = [{**one, "benchmark": "ffn-model", "ms": one["ms"] + 5} for one in FFN[:3]]
-    assert "| 1 | sparsify, all rows | 25% | 8.100 | 0.86 | 90% |" in ffn.table(model)
-    assert ffn.ffn_saved([*model, *FFN], {**model[2], "ms": 8.5}) == pytest.approx(0.5)  # of the 4 ms that the blocks take alone
-    assert ffn.ffn_saved(model, model[2]) == pytest.approx(0.9)  # a quarter of 10 GB at 2.5 TB/s is 1 ms
+    whole = [{**one, "benchmark": "ffn-model", "ms": one["ms"] + 5} for one in FFN[:3]]
+    assert "| 1 | sparsify, all rows | 25% | 8.100 | 0.86 | 90% |" in ffn.table(whole)
+    assert ffn.ffn_saved([*whole, *FFN], {**whole[2], "ms": 8.5}) == pytest.approx(0.5)  # of the 4 ms that the blocks take alone
+    assert ffn.ffn_saved(whole, whole[2]) == pytest.approx(0.9)  # a quarter of 10 GB at 2.5 TB/s is 1 ms
 
 
 def test_headlines_quote_the_stricter_speed_up_and_only_estimates_with_known_answers() -> None:
@@ -131,6 +132,43 @@ def test_lost_answers_are_a_shortfall() -> None:
     assert "80 of 100" in report.shortfalls([eager, lossy])
     assert report.shortfalls([eager, {**lossy, "right": 90}]) == "No results are recorded yet."
     assert "| 90 of 100" in report.headlines([eager, {**lossy, "right": 90}])
+
+
+def test_the_readmes_answers_are_of_the_same_questions() -> None:
+    facts = {"model_sha256": "a", "length": 8192, "seeds": [0, 1], "asked": 100}
+    eager = record("answers", method="eager", parameters={}, right=90, density=1.0, **facts)
+    default = record("answers", method="xattention", parameters=answers.DEFAULT, right=80, density=0.2, **facts)
+    other = {**default, "seeds": [2, 3], "right": 7, "asked": 99}
+    windows = [
+        record("answers", method="sink_window", parameters={"window": size}, right=right, density=share, **facts)
+        for size, right, share in ((10, 30, 0.25), (20, 70, 0.9))
+    ]
+    assert report.answers([eager, default, other, *windows]).splitlines()[2:] == [
+        "| 8K bytes | 90 of 100 [83%, 94%] | 80 of 100 [71%, 87%]; 20% of all pairs | 30 of 100 [22%, 40%]; 25% of all pairs |"
+    ]
+    assert report.answers([eager, other]) == report.answers([]) == "No results are recorded yet."
+
+
+def test_whole_calls_that_were_not_timed_are_added_up_and_say_so() -> None:
+    call = {"shape": "8b", "layers": 32, "length": 131072}
+    token = {**call, "batch": 1, "sampled": False, "padded": False}
+    found = [
+        record("prefill", variant="eager", requested_density=None, ms=11000.0, **call),
+        record("generate", variant="eager", ms=20.0, tokens=64, **token),
+        record("generate", variant="inductor", ms=50.0, tokens=64, **token),
+        record("generate", variant="sparsify", ms=9.0, tokens=64, **token),
+        record("generate", variant="sparsify", ms=8.0, tokens=200, whole_s=11.0, **token),
+        record("generate", variant="sparsify sparse", ms=8.0, tokens=200, whole_s=6.0, density=0.1, **token),
+    ]
+    found_call, bars = model.whole_call_bars(found) or pytest.fail("no whole call")
+    assert found_call["tokens"] == 200
+    assert [(bar.prompt, bar.tokens, bar.timed) for bar in bars] == [
+        pytest.approx(bar) for bar in [(11.0, 4.0, False), (11.0, 10.0, False), (9.4, 1.6, True), (4.4, 1.6, True)]
+    ]
+    timed = record("generate", variant="eager", ms=20.0, tokens=200, whole_s=14.5, **token)
+    _, bars = model.whole_call_bars([*found, timed]) or pytest.fail("no whole call")
+    assert (bars[0].prompt, bars[0].timed) == (pytest.approx(10.5), True)
+    assert model.whole_call_bars(found[:4]) is None
 
 
 def test_the_defaults_that_headlines_quote_are_the_methods() -> None:
@@ -187,11 +225,13 @@ def test_check_notices_a_stale_quotation(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(report.records, "RESULTS", results)
     (results / "some.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (DENSE, *DECODE)))
     for path, name, _ in report.MARKED:
-        (tmp_path / path).write_text(f"<!-- {name} -->\n<!-- /{name} -->\n")
+        with (tmp_path / path).open("a") as page:
+            page.write(f"<!-- {name} -->\n<!-- /{name} -->\n")
     check = ["--folder", str(results), "--check"]
     assert report.main(check) == 1
     for path, text in report.texts(results).items():
         path.write_text(text)
     assert report.main(check) == 0
-    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace("0.91", "1.09"))
+    quoted = tmp_path / "docs" / "benchmarks.md"
+    quoted.write_text(quoted.read_text().replace("0.91", "1.09"))
     assert report.main(check) == 1

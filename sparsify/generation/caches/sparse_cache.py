@@ -41,8 +41,10 @@ class SparseCache(Cache):
         budget: tokens kept per KV head, padding not counted; a float is a share of `prompt_len` or, without that, of the
             tokens of the first call's longest row (in compiled code of its columns). None where the policy's options say it all.
         prompt_len: tokens that a budget given as a share refers to.
-        batch_size, dtype, device: given together, allocate at once. CUDA graphs (`mode="reduce-overhead"`) need that when the first
+        batch_size: allocates at once, given together with `device`. CUDA graphs (`mode="reduce-overhead"`) need that when the first
             call is compiled too.
+        dtype: of what is allocated at once; None: the configuration's.
+        device: where it is allocated.
 
     Raises:
         ConfigError: unknown policy or option, or a budget that the policy cannot work with.
