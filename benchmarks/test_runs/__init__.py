@@ -64,5 +64,6 @@ class Sweep(Record):
     verdict: str  # of the whole type: the worst of its scenarios
     trained: bool = False  # chooses keys or blocks by itself
     part: str | None = None  # class of the language decoder, where only that was called
+    sees: bool | None = None  # got images, with tokens for what its vision tower makes of them
     note: str | None = None  # why it was not built
     found: dict[str, dict[str, Any]]  # by scenario what tests/sweep/check.py's Finding says

@@ -36,6 +36,8 @@ def part(found: Iterable[Found]) -> str:
     tables = [_counts(cells), "Why attentions are left as they are:", _reasons(cells)]
     if decoders := _named(one["model"] for one in cells if one.get("part")):
         tables.append(f"Of these only the language decoder was called, by itself: {decoders}.")
+    if seeing := _named((one["model"] for one in cells if one.get("sees")), most=None):
+        tables.append(f"Called with images and their tokens: {seeing}.")
     notes = groups((one for one in cells if one["verdict"] == "not built"), lambda one: one["note"])
     if notes:
         rows = [[_named(one["model"] for one in same), _cell(same[0]["note"])] for same in notes]
@@ -68,10 +70,10 @@ def _reasons(cells: Sequence[Found]) -> str:
     return markdown(["reason", "types", "which"], rows)
 
 
-def _named(models: Iterable[str]) -> str:
+def _named(models: Iterable[str], most: int | None = _MOST_NAMED) -> str:
     names = sorted(set(models))
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    more = f" and {len(names) - most} more" if most and len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _cell(text: str) -> str:

@@ -28,6 +28,7 @@ _COMPASS_TEXT = {"layer_types": _WINDOW_FULL, "rope_parameters": _THETA_BY_KIND}
 _MUSICGEN = {"num_codebooks": 1, "pad_token_id": 0, "bos_token_id": 1}
 _MEL80 = {"encoder_config": {"num_mel_bins": 80}}
 _VISIBLE_TOKEN = {"vocabulary_map": {"<image>": 5}}
+_THREE_TILES = {"image_grid_pinpoints": [[32, 64]]}  # of 32: two and the whole image
 _TINY_TOKENIZER = {"num_filters": 4, "hidden_size": 16}
 
 
@@ -91,13 +92,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "emu3": _VISIBLE_TOKEN,
     "ernie4_5_vl_moe": _mrope(3, 3, 2),
+    "gemma3": {"mm_tokens_per_image": 4}, "shieldgemma2": {"mm_tokens_per_image": 4},
     "glm4v": _mrope(2, 3, 3), "glm46v": _mrope(2, 3, 3), "glm_ocr": _mrope(2, 3, 3), "glmga": _mrope(2, 3, 3),
     "glm4v_moe": _mrope(1, 1, 2),
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "spatial_vision_layer": 0},
     "hunyuan_vl": {
-        "text_config": {"head_dim": 16, "rope_parameters": {**_THETA, "mrope_section": [2, 3, 3], "xdrope_section": [2, 2, 2, 2]}},
+        "text_config": {"head_dim": 16, "rope_parameters": {**_THETA, "mrope_section": [2, 2, 2, 2], "xdrope_section": [2, 2, 2, 2]}},
     },
     "hy_v4_vl": _mrope(1, 1, 2),
+    "llava_next": _THREE_TILES, "llava_next_video": _THREE_TILES, "llava_onevision": _THREE_TILES,
     "llama4": {"text_config": _LLAMA4_TEXT},
     "mistral_large4": {
         "text_config": {

@@ -33,13 +33,15 @@ class Subject(NamedTuple):
 @dataclass(frozen=True)
 class Entry:
     """scenario: "" for what is said of the type as a whole. planned: all its scenarios. part: the class of its language decoder, where only
-    that was called. trained: whether it chooses keys or blocks by itself. sources: digest of everything that decides the finding."""
+    that was called. sees: whether it got images. trained: whether it chooses keys or blocks by itself. sources: digest of everything that
+    decides the finding."""
 
     subject: Subject
     scenario: str
     planned: list[str]
     finding: Finding
     part: str = ""
+    sees: bool = False
     trained: bool = False
     sources: str = ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_models import build_class, spread_weights
+from tests.support.tiny_overrides import OVERRIDES
+from tests.sweep.images import ImageInputs, image_inputs
 from tests.sweep.inputs import Inputs, inputs_of
 from tests.sweep.lists import CAUSAL, LISTS
 from tests.sweep.scenarios import SHORT, Lengths, Scenario, scenarios
@@ -46,11 +48,12 @@ class NotBuilt(Exception):
 
 @dataclass(frozen=True)
 class Built:
-    """part: the class of the language decoder where only that can be called, empty for a whole model."""
+    """part: the class of the language decoder where only that can be called, empty for a whole model. sees: whether it gets images."""
 
     model: nn.Module
     scenarios: list[Scenario]
     part: str = ""
+    sees: bool = False
 
 
 def build(which: str, model_type: str, attention: str | None) -> Built:
@@ -62,13 +65,18 @@ def build(which: str, model_type: str, attention: str | None) -> Built:
     if model_type in NOT_BUILT:
         raise NotBuilt([NOT_BUILT[model_type]])
     failures: list[str] = []
-    for make, inputs in _ways(which, model_type, attention):
+    for make in _ways(which, model_type, attention):
         try:
             model, part = make()
             spread_weights(model)
-            return Built(model, _called(model, inputs), part)
         except Exception as error:
             failures.append(brief(error))
+            continue
+        for inputs in [Inputs()] if part else _inputs(which, model_type, model):
+            try:
+                return Built(model, _called(model, inputs), part, isinstance(inputs, ImageInputs))
+            except Exception as error:
+                failures.append(brief(error))
     raise NotBuilt(list(dict.fromkeys(failures)))
 
 
@@ -76,19 +84,26 @@ def brief(error: BaseException, letters: int = 200) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:letters]
 
 
-def _ways(which: str, model_type: str, attention: str | None) -> Iterator[tuple[Any, Inputs]]:
-    """Functions that make (a model, the name of a part), with what it is given: the whole in several sizes, then its language decoder."""
+def _inputs(which: str, model_type: str, model: nn.Module) -> Iterator[Inputs]:
+    """What a whole model may be given: images if it takes them, and nothing but text."""
+    if which == "multimodal":
+        yield from image_inputs(model)
+    yield inputs_of(which, model_type)
+
+
+def _ways(which: str, model_type: str, attention: str | None) -> Iterator[Callable[[], tuple[nn.Module, str]]]:
+    """Functions that make (a model, the name of a part): the whole in several sizes, then its language decoder."""
     model_class = LISTS[which].class_of(model_type)
     more = {name: True for name in ("is_decoder", "causal") if which == CAUSAL and hasattr(model_class.config_class(), name)}
     whole = lambda sizes: build_class(model_class, attention, overrides=more, **sizes)
     for sizes in _SIZES:
-        yield lambda sizes=sizes: (whole(sizes), ""), inputs_of(which, model_type)
+        yield lambda sizes=sizes: (whole(sizes), "")
     if which == CAUSAL:
         return
     for sizes in _SIZES:
-        yield lambda sizes=sizes: _language_model(whole(sizes)), Inputs()
+        yield lambda sizes=sizes: _language_model(whole(sizes))
     for auto, kv_heads in itertools.product((transformers.AutoModelForCausalLM, transformers.AutoModel), (2, 4)):
-        yield lambda auto=auto, kv_heads=kv_heads: _from_text_config(auto, model_class.config_class, kv_heads, attention), Inputs()
+        yield lambda auto=auto, kv_heads=kv_heads: _from_text_config(auto, model_class.config_class, kv_heads, attention)
 
 
 def _language_model(whole: Any) -> tuple[nn.Module, str]:
@@ -102,7 +117,8 @@ def _from_text_config(auto: Any, kind: Any, kv_heads: int, attention: str | None
     text = next(getattr(default, name) for name in _TEXT_PARTS if getattr(default, name, None) is not None)
     chosen = {"attn_implementation": attention} if attention else {}
     torch.manual_seed(0)
-    part = auto.from_config(tiny_config(type(text), kv_heads=kv_heads), dtype=torch.float32, **chosen).eval()
+    fields = OVERRIDES.get(kind.model_type, {}).get("text_config")
+    part = auto.from_config(tiny_config(type(text), kv_heads=kv_heads, overrides=fields), dtype=torch.float32, **chosen).eval()
     return part, type(part).__name__
 
 

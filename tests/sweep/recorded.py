@@ -34,6 +34,7 @@ def line(subject: Subject, entries: Mapping[str, Entry]) -> Sweep:
         verdict=verdict(entry.finding for entry in entries.values()),
         trained=some.trained,
         part=some.part or None,
+        sees=some.sees or None,
         note=entries[""].finding.note if "" in entries else None,
         found={name: _brief(entry.finding) for name, entry in entries.items() if name},
     )

@@ -43,7 +43,7 @@ def look(subject: Subject, scenarios: list[str] | None, send: Callable[[Entry], 
     for scenario in built.scenarios:
         if scenarios is None or scenario.name in scenarios:
             found = check.check(built.model, scenario, sparse=scenario.name == "prefill")
-            send(Entry(subject, scenario.name, planned, found, built.part, models.trains_sparsity(built.model.config)))
+            send(Entry(subject, scenario.name, planned, found, built.part, built.sees, models.trains_sparsity(built.model.config)))
 
 
 def ended(task: Task, before: dict[str, Entry]) -> list[Entry]:
@@ -56,13 +56,16 @@ def ended(task: Task, before: dict[str, Entry]) -> list[Entry]:
     rest = [name for name in planned if name not in known]
     like = entries[-1] if entries else Entry(task.name, "", [], check.Finding(""))
     finding = check.Finding(task.end, note=f"after {task.seconds:.0f} s")
-    return entries + [Entry(task.name, name, planned, finding, like.part, like.trained) for name in rest[:1] or [""]]
+    return entries + [Entry(task.name, name, planned, finding, like.part, like.sees, like.trained) for name in rest[:1] or [""]]
 
 
-def _tasks(wanted: list[Subject], journal: Journal, again: list[str] | None) -> Iterator[Task]:
+def _tasks(wanted: list[Subject], journal: Journal, again: list[str] | None, asked: list[str] | None) -> Iterator[Task]:
+    """again: as in `open_scenarios`, empty for everything. asked: names of scenarios, None for all."""
     known = journal.current()
     for subject in wanted:
         scenarios = None if again == [] else open_scenarios(known.get(subject, {}), again or ())
+        if asked is not None:
+            scenarios = asked if scenarios is None else [name for name in scenarios if name in asked]
         if scenarios is None or scenarios:
             yield Task(subject, lambda send, subject=subject, scenarios=scenarios: look(subject, scenarios, send))
 
@@ -80,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("lists", nargs="*", choices=[*LISTS, []], help=f"of {', '.join(LISTS)} (default: all)")
     parser.add_argument("--only", help="model types, with commas")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["sdpa"], help="eager: written-out attention (default: sdpa)")
+    parser.add_argument("--scenarios", nargs="+", help="of prefill, left, right, chunks (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=Limits.cpu_s, help="seconds of processor time for one type (default: %(default)s)")
     parser.add_argument("--memory", type=float, default=Limits.memory_gib, help="GiB for one type (default: %(default)s)")
@@ -100,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
-    tasks = list(_tasks(wanted, journal, given.again))
+    tasks = list(_tasks(wanted, journal, given.again, given.scenarios))
     print(f"{len(tasks)} types to check, {len(wanted) - len(tasks)} known", flush=True)
     if tasks:
         _warm()

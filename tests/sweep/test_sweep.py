@@ -39,6 +39,13 @@ def test_a_type_is_checked_whole_and_against_the_oracle():
     assert [one.name for one in built.scenarios] == ["prefill", "left", "chunks"] and not built.part
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "gemma3", "llava", "idefics3"])
+def test_images_are_shown_where_a_model_takes_them(model_type):
+    """Patches with their grid, an image, an image and sizes, tiles: as many tokens as features, or the model refuses them."""
+    built = models.build("multimodal", model_type, None)
+    assert built.sees and not built.part
+
+
 def test_what_is_no_attention_is_none():
     rows = torch.linspace(-1, 1, 40).reshape(1, 10, 4)
     assert check(torch.nn.Linear(4, 4), Scenario("prefill", lambda model: model(rows))).verdict == "none"
