@@ -57,13 +57,14 @@ class Sweep(Record):
     """One model type under the sweep of transformers' model types."""
 
     NAME = "sweep"
-    KEYS = ("list", "model", "attention")
-    list: str  # of model types, by its name in tests/sweep/lists.py
+    KEYS = ("task", "model", "attention")
+    task: str  # the list of model types, by its name in tests/sweep/lists.py
     model: str  # type
     attention: str  # "sdpa": what the type takes by itself; "eager": written out
     verdict: str  # of the whole type: the worst of its scenarios
     trained: bool = False  # chooses keys or blocks by itself
     part: str | None = None  # class of the language decoder, where only that was called
     sees: bool | None = None  # got images, with tokens for what its vision tower makes of them
+    unrun: list[str] | None = None  # scenarios that were not run
     note: str | None = None  # why it was not built
     found: dict[str, dict[str, Any]]  # by scenario what tests/sweep/check.py's Finding says

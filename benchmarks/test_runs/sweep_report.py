@@ -30,10 +30,14 @@ _MOST_NAMED = 12  # types in one cell
 
 def part(found: Iterable[Found]) -> str:
     """Counts by list, why sites are left, and which types were not called whole."""
-    cells = sorted(latest(found, Sweep), key=lambda one: (list(TITLES).index(one["list"]), one["attention"] != "sdpa", one["model"]))
+    cells = sorted(latest(found, Sweep), key=lambda one: (list(TITLES).index(one["task"]), one["attention"] != "sdpa", one["model"]))
     if not cells:
         return "No results are recorded yet."
     tables = [_counts(cells), "Why attentions are left as they are:", _reasons(cells)]
+    if unrun := [one for one in cells if one.get("unrun")]:
+        kinds = groups(unrun, lambda one: (one["task"], one["attention"], *one["unrun"]))
+        said = [f"{len(same)} {TITLES[same[0]['task']]} ({same[0]['attention']}) without {', '.join(same[0]['unrun'])}" for same in kinds]
+        tables.append(f"Not every run was made: {'; '.join(said)}.")
     if decoders := _named(one["model"] for one in cells if one.get("part")):
         tables.append(f"Of these only the language decoder was called, by itself: {decoders}.")
     if seeing := _named((one["model"] for one in cells if one.get("sees")), most=None):
@@ -47,13 +51,13 @@ def part(found: Iterable[Found]) -> str:
 
 def _counts(cells: Sequence[Found]) -> str:
     rows = []
-    for same in groups(cells, lambda one: (list(TITLES).index(one["list"]), one["attention"] != "sdpa", one["trained"])):
+    for same in groups(cells, lambda one: (list(TITLES).index(one["task"]), one["attention"] != "sdpa", one["trained"])):
         verdicts = Counter(one["verdict"] for one in same)
         trained = ", trained sparsity" if same[0]["trained"] else ""
         counts = [sum(verdicts[name] for name in names) for names in _COLUMNS.values()]
         sparse = sum(any(run.get("sparse") == "agrees" for run in one["found"].values()) for one in same)
         shown = [str(count or "–") for count in (len(same), *counts, sparse)]
-        rows.append([TITLES[same[0]["list"]] + trained, same[0]["attention"], *shown])
+        rows.append([TITLES[same[0]["task"]] + trained, same[0]["attention"], *shown])
     return markdown(["types", "attention", "all", *_COLUMNS, "sparse as the oracle"], rows)
 
 

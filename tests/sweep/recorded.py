@@ -16,25 +16,25 @@ FILE = records.RESULTS / "sweep.jsonl"
 
 
 def record(known: Mapping[Subject, Mapping[str, Entry]], path: Path = FILE) -> int:
-    """Appends a line for each type of which every scenario is known; 1 where some are not."""
-    open_ = [subject for subject, entries in known.items() if open_scenarios(dict(entries)) != []]
+    """Appends a line for each type; 1 where scenarios of some have not been run, which their lines say."""
+    unfinished = [subject.model_type for subject, entries in known.items() if open_scenarios(dict(entries))]
     for subject, entries in known.items():
-        if subject not in open_:
-            records.append(path, line(subject, entries))
-    print(f"{len(known) - len(open_)} types recorded in {path}; {len(open_)} are not finished: {', '.join(s.model_type for s in open_)}")
-    return int(bool(open_))
+        records.append(path, line(subject, entries))
+    print(f"{len(known)} types recorded in {path}; {len(unfinished)} are not finished: {', '.join(unfinished)}")
+    return int(bool(unfinished))
 
 
 def line(subject: Subject, entries: Mapping[str, Entry]) -> Sweep:
     some = next(iter(entries.values()))
     return Sweep(
-        list=subject.which,
+        task=subject.which,
         model=subject.model_type,
         attention=subject.attention,
         verdict=verdict(entry.finding for entry in entries.values()),
         trained=some.trained,
         part=some.part or None,
         sees=some.sees or None,
+        unrun=open_scenarios(dict(entries)) or None,
         note=entries[""].finding.note if "" in entries else None,
         found={name: _brief(entry.finding) for name, entry in entries.items() if name},
     )
