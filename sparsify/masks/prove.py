@@ -100,7 +100,7 @@ def top_left_causal(extents: Extents, shape_env: object) -> MaskPredicate:
     return MaskPredicate(MaskKind.PROVED, causal=True, query_start=start, condition="k <= q")
 
 
-Form = Literal["mask", "hidden"]
+Form = Literal["mask", "hidden", "ones"]
 
 
 def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object) -> MaskPredicate:
@@ -109,7 +109,8 @@ def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memo
     Args:
         masks: a tuple (mask, form, reader) for each.
             mask: boolean [.., query_len, key_len] (True: visible; form "hidden": True hides) or float (0: visible, -inf or the dtype's
-            minimum: hidden), broadcastable to [batch, query_heads, query_len, key_len]. reader: the node that consumes it.
+            minimum: hidden) or of form "ones" (1: visible, 0: hidden), broadcastable to [batch, query_heads, query_len, key_len]. reader:
+            the node that consumes it.
         extents: the site's sizes. A mask's last two sizes replace query_len and key_len where they are not 1: attention would fail
             if they differed.
         memory: the in-place writes of the graph.
@@ -175,6 +176,8 @@ class _Proof:
         """The condition under which one mask shows a key."""
         element = self.element(mask, reader)
         dtype = example_tensor(mask).dtype
+        if form == "ones":
+            return ones(element)
         if dtype.is_floating_point:
             if isinstance(element, AppliedUndef):
                 looked_up = operator_word(self.reader.leaves[element.func.__name__]) in _BIASES
@@ -480,6 +483,20 @@ def additive(element: Element, dtype: torch.dtype) -> Boolean:
         elif not (value == -sympy.oo or (value.is_finite and value <= sympy.Rational(lowest))):
             raise Unreadable(f"the mask adds {float(typing.cast(sympy.Expr, value)):g}")
     return sympy.Or(*visible)
+
+
+def ones(element: Element) -> Boolean:
+    """The condition under which a tensor of ones and zeros is 1.
+
+    Raises:
+        Unreadable: it holds other numbers.
+    """
+    if isinstance(element, Boolean):
+        return element
+    found = list(cases(element))
+    if any(value not in (0, 1) for _, value in found):
+        raise Unreadable("a factor of other numbers than 0 and 1")
+    return sympy.Or(*(condition for condition, value in found if value == 1))
 
 
 def computed(size: sympy.Expr) -> sympy.Expr:

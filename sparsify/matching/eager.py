@@ -17,10 +17,11 @@ from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.calls import as_node
 from sparsify.graph.views import permutation
 from sparsify.masks import prove
+from sparsify.masks.predicate import MaskPredicate
 from sparsify.masks.prove import Extents
 from sparsify.masks.symbolic import sizes
 from sparsify.matching import biases, empty_rows, lookalikes
-from sparsify.matching.context import Bias, MatchContext
+from sparsify.matching.context import Bias, MaskReading, MatchContext
 from sparsify.matching.eager_ops import (
     BADDBMM,
     CAST,
@@ -283,6 +284,7 @@ class _WrittenOut:
         between = tuple(chain.nodes)
         masks = chain.masks + added.masks
         mask = context.proof(masks, extents) if masks else prove.none()
+        self.check_gates(masks, mask, extents)
         empty, per_key = empty_rows.rows_of_written_out(context, chain, self.softmax, masks, added, mask, extents)
         return context.site(
             output,
@@ -303,6 +305,17 @@ class _WrittenOut:
             **vars(empty),
             between=between,
         )
+
+    def check_gates(self, masks: list[MaskReading], mask: MaskPredicate, extents: Extents) -> None:
+        """Refuses scores that are multiplied with anything but 1 where a mask shows them: beside the number that hides, 0 is a score like
+        any other."""
+        for gate in self.chain.gates:
+            alone = self.context.proof([gate], extents)
+            if alone.opaque or not self.reads_as_one(*gate, extents):
+                raise NoMatch("scores are scaled by a tensor")
+            both = self.context.proof([*masks, gate], extents)
+            if not mask.opaque and replace(both, condition="") != replace(mask, condition=""):
+                raise NoMatch("scores are set to 0 that no mask hides")
 
     def ungrouped(self, operand: Operand, output: fx.Node) -> Grouped:
         return ungroup(self.context.memory, operand.node, output) if operand.layout == STANDARD else whole(operand.node)

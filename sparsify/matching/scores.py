@@ -70,6 +70,7 @@ class Chain:
     """What lies between the product of query and key and the softmax, gathered from the softmax backwards.
 
     masks: conditions that hide scores, as (condition, form, reader).
+    gates: tensors of ones and zeros that scores are multiplied with, likewise.
     sinks: sink logits, broadcastable to a column of the scores. scaled: dimensions of the rows' log-sums
         from which they are subtracted to scale the output, 0 where they are a column; `readers` read the scores for it.
     bounds: nodes that raise scores to the lowest number of their dtype.
@@ -79,6 +80,7 @@ class Chain:
     factor: float | fx.Node = 1.0
     softcap: float = 0.0
     masks: list[MaskReading] = field(default_factory=list)
+    gates: list[MaskReading] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     sinks: fx.Node | None = None
     scaled: int = 0
@@ -241,6 +243,9 @@ class ScoreWalk:
             raise NoMatch("the scores are rounded")
         if node.target in MUL and not leads_to_product(left):
             left, right = right, left
+        if node.target in MUL and (factor := tensor_of(right)) is not None and 2 <= factor.dim() <= 4 and not leads_to_product(right):
+            self.chain.gates.append((right, "ones", node))
+            return left
         number = constant(right)
         if node.target in DIV:
             if isinstance(number, fx.Node) or number == 0:

@@ -39,6 +39,16 @@ _PRODUCTS = (
     "({q} * 0.5) @ key.mT",
     "torch.einsum('bhid,bhjd->bhij', {q}, key)",
     "torch.einsum('bhid,bhdj->bhij', {q}, torch.einsum('bhjd->bhdj', key))",
+    "torch.einsum('bihd,bjhd->bhij', {q}.transpose(1, 2), key.transpose(1, 2))",
+    "torch.einsum('jbhd,bhid->bhij', key.permute(2, 0, 1, 3).contiguous(), {q})",
+    "{q} @ (key.mT * 2.0)",
+)
+# the product of weights and values
+_OUTPUTS = (
+    "weights @ value",
+    "torch.einsum('bhij,bhjd->bhid', weights, value)",
+    "torch.einsum('bhij,bjhd->bihd', weights, value.transpose(1, 2)).transpose(1, 2)",
+    "torch.einsum('jbhd,bhij->ibhd', value.permute(2, 0, 1, 3), weights).permute(1, 2, 0, 3)",
 )
 _SCALES = ("scores * {s}", "{s} * scores", "scores / {s}", "scores.mul({s})", "scores.mul_({s})", "scores.div_({s})", "scores")
 _CAPS = ("torch.tanh(scores / 3.0) * 3.0", "3.0 * (scores / 3.0).tanh()", "torch.tanh(scores * 0.5) * 2.0", "torch.tanh(scores)")
@@ -51,6 +61,30 @@ _HIDDEN = (
     "scores += torch.where(mask, 0.0, float('-inf'))",
     "scores = scores.masked_fill(~mask, -50.0)",
     "scores.masked_fill_(~mask, float('-inf'))",
+    "scores.masked_fill_((~mask).expand_as(scores), torch.finfo(scores.dtype).min)",
+    "scores = scores * mask + torch.finfo(scores.dtype).min * (1 - mask.to(scores.dtype))",
+    "scores = scores * mask.to(scores.dtype) - 1e4 * (1 - mask.to(scores.dtype))",
+    "scores = scores * mask.to(scores.dtype)",
+)
+_BOUNDS = (
+    "scores = torch.max(scores, torch.full((), torch.finfo(scores.dtype).min))",
+    "scores = scores.clamp(min=torch.finfo(scores.dtype).min)",
+    "scores = torch.maximum(torch.tensor(float('-inf')), scores)",
+    "scores = scores.clamp_min(-1.0)",
+    "scores = torch.max(scores, scores * 0.5)",
+)
+# views between four dimensions and three
+_VIEWS = (
+    "scores = scores.reshape(B * H * G, Q, K).view(B, H * G, Q, K)",
+    "scores = scores.reshape(H * G, B, Q, K).reshape(B, H * G, Q, K)",
+    "scores = scores.reshape(-1, Q, K).view(B, H * G, K, Q).mT",
+)
+# sinks that scale the output, and near relatives
+_SCALED = (
+    "(torch.logsumexp(scores, -1) - sinks[:, None]).sigmoid()[..., None]",
+    "torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sinks.view(1, -1, 1, 1))",
+    "torch.sigmoid(sinks.view(1, -1, 1, 1) - scores.logsumexp(-1, keepdim=True))",
+    "(torch.logsumexp(scores * 2, -1) - sinks[:, None]).sigmoid()[..., None]",
 )
 # what a softmax cannot feel if it comes next, and near relatives that it feels
 _SHIFTS = (
@@ -112,6 +146,10 @@ def _written_out(draw, build: Build, kind: str, query: str, out: str) -> None:
         steps.append(["scores.mul_(0.5)"])
     if rarely(draw, 12):
         steps.append([pick(draw, *_SHIFTS)])
+    if rarely(draw, 12):
+        steps.append([pick(draw, *_BOUNDS)])
+    if rarely(draw, 12):
+        steps.append([pick(draw, *_VIEWS)])
     if rarely(draw, 5):
         _bias(draw, build, flat=False)
         steps.append([pick(draw, *_ADDED)])
@@ -126,9 +164,16 @@ def _written_out(draw, build: Build, kind: str, query: str, out: str) -> None:
         first = pick(draw, *range(len(steps) - 1))
         steps[first], steps[first + 1] = steps[first + 1], steps[first]
     body += [line for step in steps for line in step]
+    scaled = not flat and rarely(draw, 12)
+    if scaled:
+        build.inputs["sinks"] = "draw(H * G)"
+        body.append(f"factor = {pick(draw, *_SCALED)}")
     _weights(draw, build)
     tamper(draw, build, "after the weights", ["raw_key", "raw_value"])
-    body.append(f"{out} = (weights.view(-1, Q, K) @ flat_value).view(B, H * G, Q, V)" if flat else f"{out} = weights @ value")
+    product = "weights @ value" if build.broadcast else pick(draw, *_OUTPUTS)
+    body.append(f"{out} = (weights.view(-1, Q, K) @ flat_value).view(B, H * G, Q, V)" if flat else f"{out} = {product}")
+    if scaled:
+        body.append(f"{out} = {out} * factor.to({out}.dtype)")
 
 
 def _scores(draw, build: Build, query: str, scale: str, flat: bool) -> None:

@@ -268,6 +268,17 @@ def scaled_by_a_sink(of_lse=lambda lse, sink: (lse - sink[:, None]).sigmoid()[..
     return function
 
 
+def times_ones(low=LOWEST, ones=None, dtype=torch.float32):
+    """As OpenAI GPT: hidden scores times 0, and the number that hides added to them."""
+
+    def function(query, key, value):
+        b = torch.tril(torch.ones(LENGTH, LENGTH, dtype=dtype)).view(1, 1, LENGTH, LENGTH)
+        x = scores(query, key) * (b if ones is None else ones(b)) + low * (1 - b)
+        return x.softmax(-1) @ value
+
+    return function
+
+
 def bounded(form, low=LOWEST, hide=-torch.inf):
     def function(query, key, value):
         x = scores(query, key) + torch.where(causal(), 0.0, hide)
@@ -329,6 +340,8 @@ REWRITTEN = {
         "causal",
         True,
     ),
+    "times ones": (times_ones(), "causal", True),
+    "times more ones": (times_ones(ones=lambda b: torch.tril(torch.ones_like(b), 2)), "causal", True),
     "shaped by the scores": (shaped_by_the_scores, "causal", True),
     "onto zeros": (onto_zeros, "causal", True),
     "alibi in the mask": (alibi_in_the_mask, "causal", True),
@@ -450,6 +463,10 @@ REFUSED = {
     "clamped from above": (bounded(lambda x, low: x.clamp(low, 5.0)), "clamp"),
     "clamped before the scale": (bounded(lambda x, low: x.clamp(min=low) * 0.5), "before the scale"),
     "the larger of two products": (lambda q, k, v: hidden(torch.max(scores(q, k), scores(k, q))).softmax(-1) @ v, "bounded|the scores"),
+    "times ones and a number that scores may reach": (times_ones(-1e4), "adds -10000"),
+    "times fewer ones": (times_ones(ones=lambda b: torch.tril(torch.ones_like(b), -1)), "set to 0 that no mask hides"),
+    "times other numbers": (times_ones(ones=lambda b: b * 2 - 1), "scaled by a tensor"),
+    "times numbers of rows": (times_ones(ones=lambda b: b.cumsum(-1)), "scaled by a tensor"),
     "scaled by one minus a sink": (scaled_by_a_sink(lambda lse, sink: (sink[:, None] - lse).sigmoid()[..., None]), "used elsewhere"),
     "scaled by a sink of each row": (
         scaled_by_a_sink(lambda lse, sink: (lse - lse.cumsum(-1)).sigmoid()[..., None]),
