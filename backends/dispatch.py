@@ -209,6 +209,11 @@ def _families(op: str, device: torch.device) -> tuple[str, ...]:
     return tuple(family for family in _TABLE[op] if not out.get(family))
 
 
+def first_families(device: torch.device) -> dict[str, str]:
+    """For every op the family that calls on a device go to first."""
+    return {op: _families(op, device)[0] for op in _TABLE}
+
+
 def _implementation(op: str, family: str) -> Callable[..., Any]:
     return _TABLE[op][family]
 

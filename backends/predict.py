@@ -38,6 +38,11 @@ def start(device: torch.device, kernels: str = "auto") -> None:
         prepare_inductor()
 
 
+def compiles_ahead(device: torch.device, kernels: str = "auto") -> bool:
+    """Whether a graph's kernels are compiled ahead on a device; nothing is started. kernels: the setting of that name."""
+    return _compiler(device, kernels) is not None
+
+
 def compile_ahead(gm: fx.GraphModule, kernels: str = "auto") -> None:
     """Has the kernels of a rewritten graph compiled in a process of their own, those of its first call first. Returns at once.
 

@@ -34,6 +34,12 @@ def obstacle(name: str) -> str:
     return f"{name} {version} is older than {oldest}, the oldest that sparsify works with" if old else ""
 
 
+def newer(name: str) -> str:
+    """That a package is newer than what was tested, in one clause; empty where it is not, or is not installed."""
+    version, newest = installed(name), TESTED[name][1]
+    return f"{name} {version} is newer than {newest}" if version is not None and _release(version) > _release(newest) else ""
+
+
 def require(*names: str) -> None:
     """Raises UnsupportedError where one of these packages is too old, with what is needed."""
     for name in names:
@@ -49,14 +55,10 @@ def check() -> None:
         UnsupportedError: torch is too old. Old optional packages are only named here; what needs them raises.
     """
     require("torch")
-    newer = [
-        f"{name} {version} is newer than {newest}"
-        for name, (_, newest) in TESTED.items()
-        if (version := installed(name)) and _release(version) > _release(newest)
-    ]
+    ahead = [why for name in TESTED if (why := newer(name))]
     told = [why for name in TESTED if (why := obstacle(name))]
-    if newer:
-        told.append(f"{' and '.join(newer)}, the newest that sparsify was tested with: what it does not recognise there stays as it was")
+    if ahead:
+        told.append(f"{' and '.join(ahead)}, the newest that sparsify was tested with: what it does not recognise there stays as it was")
     if told:
         log.warning("; ".join(told))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import pprint
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from sparsify.errors import ConfigError, UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.testing import Culprit
+    from sparsify.testing import Comparison, Culprit
 
 
 def add(commands: Any) -> None:
@@ -31,6 +34,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--repro", metavar="FILE", default="sparsify_repro.py", help="script written when they differ (default: %(default)s)"
     )
+    parser.add_argument("--json", action="store_true", help="print every comparison, and what was found, as JSON at the end")
     parser.set_defaults(run=run)
 
 
@@ -42,19 +46,42 @@ def run(given: argparse.Namespace) -> int:
         raise ConfigError(f"must be at least 0, not {given.tolerance}", where="--tolerance")
     model, ids = loading.load_model_and_tokens(given)
     inputs = {"input_ids": ids, "use_cache": False}
+    steps: dict[str, Comparison] = {}
+
+    def on_step(step: str, result: Comparison) -> None:
+        steps[step] = result
+        if not given.json:
+            print(f"{step}: {result}", flush=True)
+
     with testing.settings(options, given.keep_all) as effective:
         culprit, whole = testing.bisect(
             model,
             inputs,
             options=effective,
             tolerance=given.tolerance,
-            on_step=lambda step, result: print(f"{step}: {result}", flush=True),
+            on_step=on_step,
         )
-        if culprit is None:
-            return DIFFERS if whole.plan.fallback else DONE
-        print(f"first to leave the tolerance: {culprit}")
-        _write_repro(given, ids, culprit)
-    return DIFFERS
+        if culprit is not None:
+            _write_repro(given, ids, culprit)
+    if given.json:
+        print(json.dumps(_data(steps, culprit, given.repro), indent=1))
+    elif culprit is not None:
+        print(f"first to leave the tolerance: {culprit}\nrepro script: {given.repro}")
+    return DIFFERS if culprit is not None or whole.plan.fallback else DONE
+
+
+def _data(steps: Mapping[str, Comparison], culprit: Culprit | None, repro: str) -> dict[str, Any]:
+    numbers = ("relative_error", "bound", "error", "token_agreement", "kl", "rows", "density", "rewritten", "close")
+    listed = [{"step": step, **{name: _number(getattr(result, name)) for name in numbers}} for step, result in steps.items()]
+    found = None
+    if culprit is not None:
+        found = {name: getattr(culprit, name) for name in ("kind", "method", "site", "alone", "options")} | {"repro": repro}
+    return {"steps": listed, "culprit": found}
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no infinity, nor NaN."""
+    return value if value is None or math.isfinite(value) else None
 
 
 _REPRO = '''\
@@ -101,4 +128,3 @@ def _write_repro(given: argparse.Namespace, ids: Tensor, culprit: Culprit) -> No
         folders.write(text, Path(given.repro))
     except OSError as error:
         raise UnsupportedError(f"cannot write the repro script: {error.strerror}", where=given.repro) from None
-    print(f"repro script: {given.repro}")

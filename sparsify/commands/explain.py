@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
         "explain", parents=[arguments.model_options(), arguments.common_options()], help="what sparsify would do with a model, and why"
     )
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
     parser.add_argument("--html", metavar="FILE", help="write a page: reasons, costs, densities by head, maps of the chosen blocks")
     parser.set_defaults(run=run)
 
@@ -27,7 +28,7 @@ def run(given: argparse.Namespace) -> int:
     _, options = loading.load_config(given)
     model, ids = loading.load_model_and_tokens(given)
     plan = sparsify.explain(model, options=options, input_ids=ids, use_cache=False)
-    print(plan)
+    print(plan.to_json() if given.json else plan)
     if given.save:
         _write(plan.to_json() + "\n", given.save, "the plan")
     if given.html:

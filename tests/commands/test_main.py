@@ -109,6 +109,35 @@ def test_methods_lists_every_method(capsys):
     assert "stride = 8: 4, 8, 16" in out
 
 
+def test_listings_are_json_too(capsys):
+    code, out, _ = run(capsys, "methods", "--json")
+    found = json.loads(out)
+    assert code == 0 and found.keys() == registry.discover().keys()
+    assert found["xattention"]["result"] == "lossy" and found["xattention"]["options"]["properties"]["stride"]["default"] == 8
+    code, out, _ = run(capsys, "config", "--json", "-o", "xattention.stride=16")
+    assert code == 0 and json.loads(out)["xattention"]["stride"] == 16
+
+
+def test_completions_are_printed_where_shtab_is_installed(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--print-completion", "bash"])
+    assert caught.value.code == 2 and "sparsify-compiler[completion]" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "shtab")
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--print-completion", "bash"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "doctor" in out and "--print-completion" in out and "_shtab_sparsify_explain___html_COMPGEN=_shtab_compgen_files" in out
+
+
+def test_the_command_line_page_names_every_command():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert {name for name in commands.choices if f"`sparsify {name}" not in page} == set()
+
+
 def test_the_configuration_reference_is_current(capsys):
     code, out, _ = run(capsys, "config", "--markdown")
     assert code == 0
