@@ -76,7 +76,7 @@ def check(model: nn.Module, scenario: Scenario, sparse: bool = False) -> Finding
     got = _run(model, scenario, "sparsify", EXACT, fullgraph=True)
     if got.failure is not None:
         whole, got = False, _run(model, scenario, "sparsify", EXACT, fullgraph=False)
-    found = _counted(got, sum(seen.attentions.values()), whole)
+    found = _counted(got, seen.count, whole)
     if got.value is None:
         plain = _run(model, scenario, "eager", None, fullgraph=False)
         found.verdict = "crashed" if plain.failure is None else "fails"

@@ -11,16 +11,23 @@ from torch.overrides import TorchFunctionMode
 
 SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax}
 _WHOLE = {F.multi_head_attention_forward, torch._native_multi_head_attention}
+_LOGSUMEXP = {torch.logsumexp, torch.Tensor.logsumexp}
+_LSE = "logsumexp"
 _FEW = 16  # rows and columns below which a softmax chooses experts, or something else than keys
 
 
 class Seen(TorchFunctionMode):
-    """While it is active: `attentions`, how many by kind; `calls`, of any function of torch."""
+    """While it is active: `attentions`, how many by kind; `calls`, of any function of torch. `count` is how many attentions that makes: a
+    log-sum-exp is one of its own only where nothing else is, else it goes with a softmax."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attentions: Counter[str] = Counter()
         self.calls = 0
+
+    @property
+    def count(self) -> int:
+        return sum(self.attentions.values()) - self.attentions[_LSE] or self.attentions[_LSE]
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -33,9 +40,10 @@ class Seen(TorchFunctionMode):
 def _kind(function: Any, args: tuple, kwargs: dict) -> str:
     if function is F.scaled_dot_product_attention:
         return "sdpa"
-    if function in SOFTMAX:
+    if function in SOFTMAX or function in _LOGSUMEXP:
         scores = args[0] if args else kwargs["input"]
-        return "softmax" if scores.dim() >= 3 and min(scores.shape[-2:]) >= _FEW else ""
+        name = _LSE if function in _LOGSUMEXP else "softmax"
+        return name if scores.dim() >= 3 and min(scores.shape[-2:]) >= _FEW else ""
     if function in _WHOLE:
         return "multi_head_attention"
     return "flex_attention" if "flex_attention" in getattr(function, "__name__", "") else ""

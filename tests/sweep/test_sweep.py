@@ -23,6 +23,7 @@ from tests.sweep.oracle import SINKS, WINDOW, SinkWindow
 from tests.sweep.recorded import record
 from tests.sweep.run import ended
 from tests.sweep.scenarios import Scenario
+from tests.sweep.seen import Seen
 
 LLAMA = Subject("causal", "llama", "sdpa")
 
@@ -176,3 +177,15 @@ def test_the_tables_say_what_was_recorded(tmp_path):
     assert "| causal language models, trained sparsity | sdpa | 1 | – | – | 1 | – | – | – | – | – |" in text
     assert f"| {why} | 1 | llama |" in text and "| chosen | 1 | deepseek_v32 (trained sparsity) |" in text
     assert list(sweep_report.TITLES) == list(LISTS)
+
+
+def test_attentions_are_counted_however_they_are_written():
+    scores = torch.linspace(-1, 1, 800).reshape(2, 20, 20)
+    with Seen() as seen:
+        (scores - scores.logsumexp(-1, keepdim=True)).exp()
+    assert seen.count == 1
+    with seen:
+        scores.softmax(-1)
+        scores[:, :4].softmax(-1)  # too few rows: it chooses among something else
+        F.scaled_dot_product_attention(scores, scores, scores)
+    assert seen.count == 2
