@@ -312,7 +312,7 @@ class _WrittenOut:
         for gate in self.chain.gates:
             alone = self.context.proof([gate], extents)
             if alone.opaque or not self.reads_as_one(*gate, extents):
-                raise NoMatch("scores are scaled by a tensor")
+                raise NoMatch(f"scores are scaled by a tensor: {alone.reason or 'it differs by merged batch and heads'}")
             both = self.context.proof([*masks, gate], extents)
             if not mask.opaque and replace(both, condition="") != replace(mask, condition=""):
                 raise NoMatch("scores are set to 0 that no mask hides")
@@ -342,7 +342,10 @@ class _WrittenOut:
             elif scaled:
                 raise NoMatch("a mask or bias is added before the scale")
             elif len(self.chain.terms) > 1 or term.flat:
-                raise NoMatch("the scores carry a bias that is neither slope times key position nor one number per key")
+                unread = f": {why}" if (why := context.proof([whole], extents).reason) else ""
+                raise NoMatch(
+                    f"the scores carry a bias that is neither slope times key position nor one number per key, nor a mask{unread}"
+                )
             else:
                 found.masks.append(whole)
         return found
