@@ -495,7 +495,7 @@ def ones(element: Element) -> Boolean:
         return element
     found = list(cases(element))
     if any(value not in (0, 1) for _, value in found):
-        raise Unreadable("a factor of other numbers than 0 and 1")
+        raise Unreadable("a factor that is not known to be 0 or 1")
     return sympy.Or(*(condition for condition, value in found if value == 1))
 
 
