@@ -76,7 +76,7 @@ def observe(mask: Tensor) -> Observed | None:
         forms += _forms(seen, shown, hidden)
     # what a mask shows and what it hides may both have a form: the plainer one first
     for form in sorted(forms, key=lambda form: form.start == "tensor"):
-        said = visible(form, mask, mask.shape[-2:], mask.device, run)
+        said = visible(form, mask, (mask.shape[-2], mask.shape[-1]), mask.device, run)
         if bool((said == (mask == form.shown)).all()):
             return form
     return None

@@ -66,7 +66,7 @@ class MaskPredicate:
     query_start: key position of the first query row.
     window: number of last tokens that each row sees, its own included; None without the clause. A window that covers all keys is dropped.
     padding: tensor that says which keys are tokens; None without the clause.
-    documents: tensor of document numbers; None without the clause.
+    documents: tensor of document numbers, or of any number by which keys are grouped, such as that of a chunk; None without the clause.
     condition: the sympy condition on (b, h, q, k) as text, for reports.
     reason: why the mask is OPAQUE.
     inputs: of an OPAQUE mask, the inputs of the graph that it is made from, or views of them: what is the last to share their memory.

@@ -136,14 +136,14 @@ class _Clauses:
     lower: bounds l with k - q >= l.
     limits: bounds m with k <= m.
     padding: conditions on tensors read at the key.
-    documents: pairs of reads of one tensor, at the key and at the query, that must be equal.
+    documents: pairs of numbers, one of the key and one of the query, that must be equal.
     """
 
     upper: list[sympy.Expr] = field(default_factory=list)
     lower: list[sympy.Expr] = field(default_factory=list)
     limits: list[sympy.Expr] = field(default_factory=list)
     padding: list[Boolean] = field(default_factory=list)
-    documents: list[tuple[AppliedUndef, AppliedUndef]] = field(default_factory=list)
+    documents: list[tuple[sympy.Expr, sympy.Expr]] = field(default_factory=list)
 
 
 class _Proof:
@@ -238,13 +238,23 @@ class _Proof:
             raise Unreadable("it hides every key")
         if isinstance(clause, _ORDER) and self.bound(clause, found):
             return
-        equal = _equalities(clause)
-        if equal and any(KEY in side.free_symbols for side in equal[0]) and QUERY in clause.free_symbols | self.fixed():
-            found.documents.append(equal[0])
+        if (pair := self.compared(clause)) is not None:
+            found.documents.append(pair)
         elif not clause.free_symbols & {QUERY, HEAD} and KEY in clause.free_symbols | self.fixed():
             found.padding.append(clause)
         else:
             raise Unreadable(self.why(clause))
+
+    def compared(self, clause: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
+        """What an equality compares: a number of the key with one of the query."""
+        if not isinstance(clause, sympy.Eq):
+            return None
+        one, other = sides(clause)
+        for of_key, of_query in ((one, other), (other, one)):
+            mine = KEY in of_key.free_symbols and not of_key.free_symbols & {QUERY, HEAD}
+            if mine and QUERY in of_query.free_symbols | self.fixed() and not of_query.free_symbols & {KEY, HEAD}:
+                return (of_key, of_query) if loads(of_query) or QUERY in of_query.free_symbols else None
+        return None
 
     def fixed(self) -> set[sympy.Symbol]:
         """Index symbols of dimensions of size 1, whose only value is 0."""
@@ -450,21 +460,37 @@ class _Proof:
         return not self.facts.holds(sympy.Lt(sizes(example_tensor(node))[-1], width))
 
     def documents(self, clauses: _Clauses, offset: sympy.Expr) -> Leaf | None:
-        pairs = list({frozenset(pair): pair for pair in clauses.documents}.values())
+        pairs = list(dict.fromkeys(clauses.documents))
         if not pairs:
             return None
-        if len(pairs) > 1 or pairs[0][0].func != pairs[0][1].func:
+        if len(pairs) > 1:
             raise Unreadable("two document masks")
-        for of_key, of_query in (pairs[0], pairs[0][::-1]):
-            leaf, place = self.rows(of_key, KEY, self.key_len), self.rows(of_query, QUERY, self.query_len)
-            if QUERY in of_key.free_symbols or KEY in of_query.free_symbols or leaf is None or place is None:
+        ((of_key, of_query),) = pairs
+        leaf = self.number_of_key(of_key)
+        if leaf is None:
+            raise Unreadable(self.why(sympy.Eq(of_key, of_query)))
+        own = offset if QUERY in self.fixed() else offset + QUERY
+        if sympy.expand(of_key.xreplace({KEY: own})) != sympy.expand(of_query):
+            raise Unreadable("documents are compared at other positions than the causal clause's")
+        if not self.facts.holds(sympy.Ge(offset, 0)) or not self.facts.holds(sympy.Le(offset + self.query_len, self.key_len)):
+            raise Unreadable("documents of queries that have no key of their own")
+        return leaf
+
+    def number_of_key(self, number: sympy.Expr) -> Leaf | None:
+        """The tensor that holds a number of the key; None without one."""
+        if isinstance(number, AppliedUndef):
+            return self.rows(number, KEY, self.key_len)
+        for node in reversed(self.reader.nodes):
+            tensor = example_tensor(node)
+            if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() < 1 or any(size != 1 for size in sizes(tensor)[1:-1]):
                 continue
-            if not self.facts.holds(sympy.Eq(sympy.expand(place.shift - leaf.shift - offset), 0)):
+            if (tensor.dim() > 1 and not self.rows_of_batch(node)) or not self.is_wide(node, self.key_len):
                 continue
-            if not self.facts.holds(sympy.Ge(offset, 0)) or not self.facts.holds(sympy.Le(offset + self.query_len, self.key_len)):
-                raise Unreadable("documents of queries that have no key of their own")
-            return leaf
-        raise Unreadable("documents are compared at other positions than the causal clause's")
+            row = [] if tensor.dim() == 1 else [sympy.Integer(0) if tensor.shape[0] == 1 else BATCH]
+            place = [*row, *[sympy.Integer(0)] * (tensor.dim() - 1 - len(row)), KEY]
+            if self.reader.read(node).at(*place) == number:
+                return Leaf(node)
+        return None
 
 
 def additive(element: Element, dtype: torch.dtype) -> Boolean:

@@ -151,6 +151,7 @@ def example_value(value: Any) -> Any:
 
 # -- how calls are bound -------------------------------------------------------------------------------------------------------------------
 
+_NN: Any = getattr(torch._C, "_nn")  # noqa: B009  (not in torch's stubs); as which Dynamo traces some functions of torch.nn.functional
 _NAMES: dict[Any, str] = {}
 _READINGS: dict[str, Reading] = {}
 
@@ -199,7 +200,7 @@ def handles(*names: str, signature: str, method: str = "") -> Callable[[Handler]
             raise TypeError(f"the reading of {names[0]} ignores {sorted(missing)}")
         for name in names:
             _READINGS[name] = Reading(handler, function, of_method, settled)
-            for space in (operator, torch, torch.nn.functional, builtins):
+            for space in (operator, torch, torch.nn.functional, _NN, builtins):
                 if callable(getattr(space, name, None)):
                     _NAMES[getattr(space, name)] = name
         return handler

@@ -6,11 +6,13 @@ value's shape and dtype.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.compat import operator_word
@@ -71,6 +73,20 @@ def _product(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
         return lambda *i: sympy.And(as_condition(left(*i)), as_condition(right(*i)))
     kinds = _dtypes(reader, input, other)
     return lambda *i: arithmetic(reader.facts, "mul", (left(*i), kinds[0]), (right(*i), kinds[1]), dtype)
+
+
+@handles("floordiv", "floor_divide", signature=_BINARY)
+def _floor_quotient(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
+    """Of integers by a constant, rounded towards minus infinity."""
+    dtype, source, divisor = example_tensor(node).dtype, reader.read(input), reader.read(other)
+    by = None if divisor.shape or divisor.dtype not in INTEGERS else divisor.at()
+    if dtype not in INTEGERS or not isinstance(by, sympy.Integer) or by < 1:
+        raise Unreadable("a quotient by another number than a positive constant")
+
+    def quotient(value: sympy.Expr) -> sympy.Basic:
+        return FloorDiv(value, by)  # pyright: ignore[reportReturnType]  # sympy types what it makes as a class
+
+    return lambda *i: lift(quotient, as_number(cast(reader.facts, source.at(*i), source.dtype, dtype)))
 
 
 @handles("neg", "negative", signature="input")
@@ -215,6 +231,31 @@ def _repeat(reader: Reader, node: fx.Node, input: Any) -> At:
     if any(old not in (1, new) for old, new in zip(source.shape, target[rank:], strict=True)):
         raise Unreadable("a repeat of more than one element")
     return source.broadcast(len(target))
+
+
+@handles("pad", signature="input, pad, mode='constant', value=None", method="input")
+def _pad(reader: Reader, node: fx.Node, input: Any, pad: Any = (), mode: str = "", value: Any = None) -> At:
+    """Of a constant, put before and behind."""
+    source, dtype = reader.read(input), example_tensor(node).dtype
+    filled = reader.read(0 if value is None else value)
+    if mode != "constant" or filled.shape or not isinstance(pad, (tuple, list)):
+        raise Unreadable("padded by other than a constant")
+    fill = cast(reader.facts, filled.at(), filled.dtype, dtype)
+    borders = [scalar(size) for size in pad]
+    if not all(isinstance(size, sympy.Expr) and reader.facts.holds(sympy.Ge(size, 0)) for size in borders):
+        raise Unreadable("a pad that may cut off")
+    before = [*([sympy.Integer(0)] * (len(source.shape) - len(borders) // 2)), *borders[-2::-2]]
+
+    def at(*i: sympy.Expr) -> Element:
+        places = [sympy.expand(operator.sub(index, skipped)) for index, skipped in zip(i, before, strict=True)]
+        inside = [
+            condition
+            for place, size in zip(places, source.shape, strict=True)
+            for condition in (compare(sympy.Ge, place, sympy.Integer(0)), compare(sympy.Lt, place, size))
+        ]
+        return choose(reader.facts.reduce(sympy.And(*inside)), source.at(*places), fill)
+
+    return at
 
 
 @handles("unsqueeze", signature="input, dim")

@@ -232,6 +232,8 @@ def clause(b: Builder, rows: fx.Node, columns: fx.Node, data: dict[str, fx.Node]
     moved = lambda: b.spell(b.pick("add", "sub"), rows, other=shift, forms="fmo")
     distance = lambda: b.call(operator.sub, columns, rows)
     square = lambda size: b.call(b.pick(torch.ones, torch.zeros), *b.pick((b.Q, b.K), ((b.Q, b.K),)), dtype=b.pick(torch.bool, torch.int64))
+    length, fractions = b.pick(2, 3, -2), b.dtype(columns).is_floating_point or b.dtype(rows).is_floating_point
+    chunk = lambda x: b.spell("floor_divide", x, other=length, forms="f") if length == 3 else b.call(operator.floordiv, x, length)
     options: tuple[Callable[[], fx.Node], ...] = (
         *(lambda: b.call(operator.le, columns, rows),) * 3,
         lambda: compared(b, columns, rows),
@@ -242,6 +244,7 @@ def clause(b: Builder, rows: fx.Node, columns: fx.Node, data: dict[str, fx.Node]
         lambda: compared(b, per_key(keep), b.pick(0, 1, 0.5)),
         lambda: b.call(b.pick("bool", "to"), per_key(keep), *b.pick((), (torch.bool,))),
         lambda: b.call(operator.eq, per_key(documents), per_row(documents)),
+        *(() if fractions else (lambda: b.call(operator.eq, chunk(columns), chunk(rows)),)),
         lambda: b.spell(b.pick("tril", "triu"), square(0), **b.pick({}, {"diagonal": small(b)})),
         lambda: b.call(operator.getitem, keep, (0, columns)),
         lambda: compared(b, columns, shift),
@@ -264,6 +267,9 @@ def edited(b: Builder, x: fx.Node) -> fx.Node:
         lambda: b.spell("masked_fill", x, mask=x, value=b.pick(True, False, 0.5, 2, 0)),
         lambda: b.call(b.pick("expand", "broadcast_to"), x, b.pick((b.B, 1, b.Q, b.K), (-1, -1, b.Q, b.K), (b.Q, b.K))),
         lambda: b.spell("add", x, other=x),
+        lambda: b.call(operator.getitem, b.call(F.pad, x, (0, 1), value=b.pick(True, 0)), (Ellipsis, slice(b.pick(1, 0), None))),
+        lambda: b.call(operator.getitem, b.call(F.pad, x, (1, 0), "constant", b.pick(True, 0)), (Ellipsis, slice(None, -1))),
+        lambda: b.call(b.pick("repeat", "tile"), x, *[1] * b.rank(x)),
         lambda: b.call(operator.invert, x),
     )
     found = b.pick(*options)()

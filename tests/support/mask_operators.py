@@ -78,6 +78,21 @@ def _times(x: Scalar, y: Scalar) -> Scalar:
     return x * y if isinstance(x, (bool, int)) or isinstance(y, (bool, int)) or (x == x and y == y) else math.nan
 
 
+@operates("floordiv", "floor_divide")
+def _floor_quotient(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
+    given = bind(node, args, kwargs, "input", "other")
+    dtype = result_type(given["input"], given["other"])
+    if dtype not in WHOLE:
+        raise Unevaluable("a quotient of fractions")
+
+    def at(x: Scalar, y: Scalar) -> Scalar:
+        if y == 0:
+            raise Unevaluable("a quotient by zero")
+        return x // y
+
+    return elementwise(at, dtype, (given["input"], given["other"]), dtype)
+
+
 @operates("neg", "negative", "abs", "absolute")
 def _sign(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
     source = bind(node, args, kwargs, "input")["input"]

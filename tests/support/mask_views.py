@@ -51,6 +51,33 @@ def _shaped(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> tuple[Arr
     return source, list(args[0]) if len(args) == 1 and isinstance(args[0], (list, tuple)) else list(args)
 
 
+@operates("repeat", "tile")
+def _repeat(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
+    source, times = _shaped(node, args, kwargs)
+    rank = max(len(times), len(source.shape))
+    shape, times = [1] * (rank - len(source.shape)) + list(source.shape), [1] * (rank - len(times)) + list(times)
+    skip = rank - len(source.shape)
+    at = lambda *i: source[[i[skip + d] % size for d, size in enumerate(source.shape)]]
+    return make([size * count for size, count in zip(shape, times, strict=True)], source.dtype, at)
+
+
+@operates("pad")
+def _pad(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
+    given = bind(node, args, kwargs, "input", "pad", "mode", "value")
+    source, borders = given["input"], list(given["pad"])
+    if given.get("mode", "constant") != "constant" or min(borders) < 0:
+        raise Unevaluable("padded otherwise")
+    rest = len(source.shape) - len(borders) // 2
+    sides = [(0, 0)] * rest + [(borders[n], borders[n + 1]) for n in range(len(borders) - 2, -1, -2)]
+    value = given.get("value") or 0
+
+    def at(*i: int) -> Scalar:
+        place = [index - before for index, (before, _) in zip(i, sides, strict=True)]
+        return source[place] if all(0 <= n < size for n, size in zip(place, source.shape, strict=True)) else value
+
+    return make([size + sum(side) for size, side in zip(source.shape, sides, strict=True)], source.dtype, at)
+
+
 @operates("view", "reshape", "view_as", "reshape_as")
 def _reshape(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
     source, size = _shaped(node, args, kwargs)
