@@ -81,7 +81,8 @@ def picture(maps: list[torch.Tensor], path: Path, title: str, facts: Sequence[Fa
     causal = torch.ones(maps[0].shape[2:], dtype=torch.bool).tril()
     density = torch.stack([(one[0] & causal).sum((-1, -2)) / causal.sum() for one in maps])
     figure = pyplot.figure(figsize=(13, 7.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.2))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 2.2))
+    left, right = halves
     axis = left.subplots()
     axis.imshow(density.numpy(), cmap="Greys", vmin=0, vmax=1)
     for layer, shares in enumerate(density.tolist()):
@@ -177,7 +178,7 @@ def timed(model: LlamaForCausalLM, inputs: dict[str, Any]) -> tuple[torch.Tensor
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--text", type=Path, help="file to hide the facts in; without it, source of Python's standard library")
     parser.add_argument("--seed", type=int, help="names one prompt; without it, a fresh one")

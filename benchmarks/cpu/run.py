@@ -82,11 +82,10 @@ def prefill(folder: Path, length: int, rounds: int) -> Cpu:
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     item = needles.prompt(length, needles.stdlib_text(4_000_000), 1, 24, 20)
-    inputs = {"input_ids": item.ids, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": item.ids, "use_cache": False}
     settings = folder / "sparsify.toml"
-    compiled = torch.compile(
-        model.forward, backend="sparsify", options={"config": str(settings)} if settings.is_file() else {"passes": ["xattention", "dense"]}
-    )
+    options: dict[str, Any] = {"config": str(settings)} if settings.is_file() else {"passes": ["xattention", "dense"]}
+    compiled: Any = torch.compile(model.forward, backend="sparsify", options=options)
     assert sparsify.__file__  # registers the backend
     with record_blocks() as selections:
         first = timed(lambda: compiled(**inputs))
@@ -94,7 +93,7 @@ def prefill(folder: Path, length: int, rounds: int) -> Cpu:
         what=folder.resolve().name,
         length=length,
         heads=model.config.num_attention_heads,
-        head_dim=model.config.head_dim,
+        head_dim=int(model.config.head_dim or 0),
         threads=torch.get_num_threads(),
         requested_density=None,
         density=statistics.mean(one.density for one in selections) if selections else 1.0,
