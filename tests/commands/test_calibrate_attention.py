@@ -287,8 +287,9 @@ def test_the_command(model, tmp_path, capsys):
     assert data["front"][0]["error"] == 0 and data["front"][-1]["error"] > 0.2
     assert data["looking_back"]["beyond"] == 200
     before = plan.read_text()
-    assert cli.main([*command, "--keep-error", "0.2"]) == 0  # from the measurements
-    assert plan.read_text() == before
+    capsys.readouterr()
+    assert cli.main([*command, "--keep-error", "0.2", "--json"]) == 0  # from the measurements
+    assert plan.read_text() == before == capsys.readouterr().out
     for wrong in (["--keep-error", "-1"], ["--density", "0"], ["--speedup", "0.5"], ["--keep-error", "0.1", "--lengths", "4096"]):
         assert cli.main([*command, *wrong]) == 2
     assert math.isfinite(Plan.load(plan).provenance.seconds)

@@ -55,8 +55,9 @@ def test_the_fit_explains_what_was_measured():
     assert found.error("reference/causal") < 1
 
 
-def test_a_profile_can_be_saved_elsewhere(folder, tmp_path):
-    assert cli.main(["calibrate", "device", "--device", "cpu", "--small", "--save", str(tmp_path / "mine.json")]) == 0
+def test_a_profile_can_be_saved_elsewhere(folder, tmp_path, capsys):
+    assert cli.main(["calibrate", "device", "--device", "cpu", "--small", "--json", "--save", str(tmp_path / "mine.json")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "mine.json").read_text())
     assert Profile.load(tmp_path / "mine.json").measured
     assert not folder.exists()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,10 @@ def test_the_command_writes_what_a_bound_reads(model, tmp_path, capsys):
     for window in (8, 1000):
         assert cli.main([*command, "-o", "passes=['sink_window','dense']", "-o", f"sink_window.window={window}"]) == 0
     assert "worst" in capsys.readouterr().out
+    assert cli.main([*command, "--json", "-o", "passes=['sink_window','dense']", "-o", "sink_window.window=1000"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [one["site"] for one in printed] == [d.site for d in Plan.load(plan).decisions]
+    assert all(one["measured"][0]["options"]["window"] == 1000 for one in printed)
     measured = Plan.load(plan).decisions[0].measured
     assert [one["options"]["window"] for one in measured] == [8, 1000]
     bound = {"plan": plan, "max_error": 0.01, "passes": ["sink_window", "dense"]}

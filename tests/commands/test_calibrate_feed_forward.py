@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -80,6 +82,9 @@ def test_the_command_writes_a_plan_that_acts(tmp_path, capsys):
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert "[ffn_skip]" in said and "block   5" in said
+    assert cli.main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["blocks"]) == 6 and f"skip = {printed['ffn_skip']['skip']}" in said
     assert (tmp_path / "plot.png").stat().st_size > 1000
     got = run(model, lambda m: m(input_ids=torch.tensor([[5]]), use_cache=False), strict(plan=str(tmp_path / "plan.json")))
     assert 2 <= got.rewritten("ffn_skip") <= 4

@@ -179,9 +179,9 @@ def test_explain_lists_every_site_and_saves_the_plan(capsys, model_folder, tmp_p
 
 def test_explain_reads_bytes_where_there_is_no_tokenizer(capsys, model_folder, tmp_path):
     (tmp_path / "prompt.txt").write_bytes(bytes(range(256)))
-    code, out, _ = run(capsys, "explain", model_folder, "--prompt", "prompt.txt", "--max-tokens", 200, "-o", "passes=['dense']")
+    code, out, _ = run(capsys, "explain", model_folder, "--prompt", "prompt.txt", "--max-tokens", 200, "-o", "passes=['dense']", "--json")
     assert code == 0
-    assert "200×200" in out
+    assert {d["sizes"]["key_len"] for d in json.loads(out)["decisions"]} == {"200"}
 
 
 @pytest.mark.parametrize(
@@ -270,9 +270,11 @@ def test_diff_names_the_bad_site_and_its_repro_script_reproduces_it(capsys, mode
 
 
 def test_diff_with_keep_all_forgives_what_is_only_lossy(capsys, model_folder):
-    code, out, _ = run(capsys, "diff", model_folder, "--length", 200, *BAD_LAYER, "--keep-all")
+    code, out, _ = run(capsys, "diff", model_folder, "--length", 200, *BAD_LAYER, "--keep-all", "--json")
     assert code == 0, out
-    assert "4 of 4 sites rewritten" in out
+    found = json.loads(out)
+    assert [(one["step"], one["close"], one["rewritten"]) for one in found["steps"]] == [("everything", True, 4)]
+    assert found["culprit"] is None
 
 
 def test_the_command_runs_as_a_module(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def _add_ffn(methods: Any) -> None:
     ffn.add_argument("--chunk", metavar="N", type=arguments.tokens, default=1024, help="tokens a piece (default: %(default)s)")
     ffn.add_argument("--save", metavar="FILE", help="write a plan file")
     ffn.add_argument("--plot", metavar="FILE", help="draw similarity over blocks")
+    ffn.add_argument("--json", action="store_true", help="print the values and the similarities of every block as JSON")
     ffn.set_defaults(run=run_ffn)
 
 
@@ -61,10 +64,16 @@ def run_ffn(given: argparse.Namespace) -> int:
             model, ids, chunk=given.chunk, progress=lambda done, all_: bar.update(task, completed=done, total=all_)
         )
     proposal = calibrate.propose(table, given.share)
-    for block, row in enumerate(table):
-        print(f"block {block:3d}  mean cosine {row.mean():.4f}  10 % below {row.quantile(0.1):.4f}")
-    print(f"skips {proposal.share:.1%} of the blocks on this text; a skipped one loses a turn of {proposal.lost:.4f} (1 - cosine)")
-    print("\n[ffn_skip]", *(f"{key} = {value}" for key, value in (proposal.options() | {"warmup": given.warmup}).items()), sep="\n")
+    found = proposal.options() | {"warmup": given.warmup}
+    blocks = [(float(row.mean()), float(row.quantile(0.1))) for row in table]
+    if given.json:
+        listed = [{"mean_cosine": mean, "tenth": tenth} for mean, tenth in blocks]
+        print(json.dumps({"ffn_skip": found, "share": proposal.share, "lost": proposal.lost, "blocks": listed}, indent=1))
+    else:
+        for block, (mean, tenth) in enumerate(blocks):
+            print(f"block {block:3d}  mean cosine {mean:.4f}  10 % below {tenth:.4f}")
+        print(f"skips {proposal.share:.1%} of the blocks on this text; a skipped one loses a turn of {proposal.lost:.4f} (1 - cosine)")
+        print("\n[ffn_skip]", *(f"{key} = {value}" for key, value in found.items()), sep="\n")
     if given.plot:
         calibrate.plot(table, proposal, given.plot)
     if given.save:
@@ -84,6 +93,7 @@ def _add_errors(methods: Any) -> None:
     errors.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the prompts to come")
     errors.add_argument("--chunk", metavar="N", type=arguments.tokens, default=4096, help="tokens a prompt (default: %(default)s)")
     errors.add_argument("--save", metavar="FILE", help="write a plan file, or add to one")
+    errors.add_argument("--json", action="store_true", help="print the errors at every site, and who refused, as JSON")
     errors.set_defaults(run=run_errors)
 
 
@@ -101,7 +111,7 @@ def run_errors(given: argparse.Namespace) -> int:
         task = bar.add_task("errors", total=None)
         show = lambda done, whole: bar.update(task, completed=done, total=whole)
         errors = calibrate_errors.measure(model, ids, options, chunk=given.chunk, progress=show)
-    print(calibrate_errors.table(errors))
+    print(json.dumps(calibrate_errors.data(errors), indent=1) if given.json else calibrate_errors.table(errors))
     if given.save:
         plan = calibrate_errors.plan_for(model, ids[:, : given.chunk], options, errors, before)
         try:
@@ -116,6 +126,7 @@ def _add_device(methods: Any) -> None:
     device.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     device.add_argument("--small", action="store_true", help="few and small calls: a trial of the calibration itself")
     device.add_argument("--save", metavar="FILE", help="write the profile here instead of into the cache folder, which explain reads")
+    device.add_argument("--json", action="store_true", help="print the profile as JSON instead of a table")
     device.add_argument("--debug", action="store_true", help="show tracebacks")
     device.set_defaults(run=run_device)
 
@@ -133,14 +144,15 @@ def run_device(given: argparse.Namespace) -> int:
         task = bar.add_task("compiling", total=None)
         show = lambda done, calls, what: bar.update(task, completed=done, total=calls, description=what)
         found = calibrate_device.calibrate(device, small=given.small, progress=show)
-    print(calibrate_device.table(found))
+    print(found.profile.to_json() if given.json else calibrate_device.table(found))
+    told = sys.stderr if given.json else sys.stdout
     if given.save:
         try:
             Path(given.save).write_text(found.profile.to_json(), encoding="utf-8")
         except OSError as error:
             raise UnsupportedError(f"cannot write the profile: {error.strerror}", where=given.save) from None
-        print(f"profile: {given.save}")
+        print(f"profile: {given.save}", file=told)
         return DONE
-    print(f"profile: {profile_cache.store(found.profile, profile_cache.identity(device))}")
+    print(f"profile: {profile_cache.store(found.profile, profile_cache.identity(device))}", file=told)
     hardware.forget()
     return DONE

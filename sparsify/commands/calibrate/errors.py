@@ -143,6 +143,15 @@ def plan_for(model: nn.Module, ids: Tensor, options: dict[str, Any], errors: Err
     return dataclasses.replace(plan, decisions=decisions)
 
 
+def data(errors: Errors) -> list[dict[str, Any]]:
+    """What was measured at every site, and who refused there, as JSON takes it."""
+    places = dict.fromkeys([*(place for _, place, _ in errors.sums), *errors.refusals])
+    return [
+        {"site": str(place), "measured": errors.measured_at(place.name, place.ordinal), "refusals": errors.refusals.get(place, [])}
+        for place in places
+    ]
+
+
 def table(errors: Errors) -> str:
     """One line per method: the median over the sites, the worst site, and who refused."""
     lines = []

@@ -39,6 +39,7 @@ def add(methods: Any) -> None:
     attention.add_argument("--target", metavar="NAME", help="device that times are predicted for, as in `sparsify cost --device`")
     attention.add_argument("--max-tokens", metavar="N", type=arguments.tokens, help="only the text's first N tokens")
     attention.add_argument("--report", metavar="FOLDER", help="write heat maps, the front of error over time, and a page with both")
+    attention.add_argument("--json", action="store_true", help="print the plan as JSON instead of a summary")
     attention.add_argument("--device", help="where the model runs; default: cuda where there is one")
     attention.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
     attention.set_defaults(run=run, attention="sdpa", length=None, chunk=1)
@@ -87,7 +88,9 @@ def run(given: argparse.Namespace) -> int:
         from sparsify.commands.calibrate.attention import report
 
         report.write(Path(given.report), chooser, choice, plan)
-    print(_summary(chooser, choice, measured, plan), *([note] if note else []), sep="\n")
+    print(plan.to_json() if given.json else _summary(chooser, choice, measured, plan))
+    if note:
+        print(note, file=sys.stderr if given.json else sys.stdout)
     print(f"plan: {save}; measurements, for other budgets: {file}", file=sys.stderr)
     return DONE
 
