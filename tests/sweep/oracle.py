@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tests.support.harness import sink_window_mask
-from tests.sweep.seen import SOFTMAX
+from tests.sweep.seen import LOGSUMEXP, SOFTMAX
 
 SINKS, WINDOW = 4, 32
 _HIDDEN = -1e30  # masks fill with −inf or the lowest number of the dtype, scores are small
@@ -34,6 +34,11 @@ class SinkWindow(TorchFunctionMode):
         if function in SOFTMAX:
             scores, *rest = args if args else (kwargs.pop("input"),)
             return function(self._hidden(scores), *rest, **kwargs)
+        if function in LOGSUMEXP:  # beside a softmax it scales the output by what the same scores make of a sink
+            scores, *rest = args if args else (kwargs.pop("input"),)
+            changed, hidden = self.changed, self._hidden(scores)
+            self.changed = changed
+            return function(hidden, *rest, **kwargs)
         return function(*args, **kwargs)
 
     def _hidden(self, scores: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax}
 _WHOLE = {F.multi_head_attention_forward, torch._native_multi_head_attention}
-_LOGSUMEXP = {torch.logsumexp, torch.Tensor.logsumexp}
+LOGSUMEXP = {torch.logsumexp, torch.Tensor.logsumexp}
 _LSE = "logsumexp"
 _FEW = 16  # rows and columns below which a softmax chooses experts, or something else than keys
 
@@ -40,9 +40,9 @@ class Seen(TorchFunctionMode):
 def _kind(function: Any, args: tuple, kwargs: dict) -> str:
     if function is F.scaled_dot_product_attention:
         return "sdpa"
-    if function in SOFTMAX or function in _LOGSUMEXP:
+    if function in SOFTMAX or function in LOGSUMEXP:
         scores = args[0] if args else kwargs["input"]
-        name = _LSE if function in _LOGSUMEXP else "softmax"
+        name = _LSE if function in LOGSUMEXP else "softmax"
         return name if scores.dim() >= 3 and min(scores.shape[-2:]) >= _FEW else ""
     if function in _WHOLE:
         return "multi_head_attention"

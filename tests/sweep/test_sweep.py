@@ -158,7 +158,10 @@ def test_the_oracle_masks_what_is_plainly_causal():
         plain = F.scaled_dot_product_attention(query, query, query, is_causal=True)
         written = (query @ query.mT * 8**-0.5).masked_fill(~causal, -torch.inf).softmax(-1) @ query
         windowed = F.scaled_dot_product_attention(query, query, query, kept)
+        scores = (query @ query.mT * 8**-0.5).masked_fill(~causal, -torch.inf)
+        denominator = scores.logsumexp(-1)
     assert oracle.changed == 2
+    torch.testing.assert_close(denominator, scores.masked_fill(~kept, -torch.inf).logsumexp(-1))
     want = F.scaled_dot_product_attention(query, query, query, kept)
     for got in (plain, written, windowed):
         torch.testing.assert_close(got, want)
