@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsify import releases
+from sparsify.generation import registering
 
 __version__ = "0.1.0"
 __distribution__ = releases.DISTRIBUTION
@@ -39,3 +40,4 @@ def __getattr__(name: str) -> Any:
 
 
 releases.check()
+registering.register()

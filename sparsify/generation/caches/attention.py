@@ -1,4 +1,5 @@
-"""Attention for models that use a SparseCache: registered with transformers as `sparsify` (for sdpa models) and `sparsify_eager`.
+"""Attention for models that use a SparseCache: registered with transformers as `sparsify_sdpa`, `sparsify_eager` and `sparsify`, by what
+serves calls without one.
 
 transformers does not pass the cache to attention. `SparseLayer.update` therefore marks the key tensor with its layer. Keys without a mark
 go to the attention implementation that the model was loaded with.
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparsify.backends  # noqa: F401  (registers what serves the cache's ops)
 from sparsify.errors import CacheError, UnsupportedError
+from sparsify.generation import interface
 from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
 from sparsify.generation.regions import masks
 from sparsify.ops import cache
@@ -43,7 +45,7 @@ class _Saved(str):
 
 
 # the model's own implementation -> name of sparsify's function that wraps it; plain strings, because compiled code compares them
-NAMES = {"sdpa": "sparsify", "eager": "sparsify_eager"}
+NAMES = {"sdpa": "sparsify_sdpa", "eager": "sparsify_eager", interface.NAME: interface.NAME}
 
 
 def _reduce_config(config: Any) -> Any:
@@ -77,11 +79,12 @@ _IGNORED = ("is_causal", "output_attentions", "position_ids", "use_cache", "cach
 
 
 def register_attention() -> None:
-    """Registers both attention functions with transformers."""
+    """Registers the attention functions with transformers."""
     for base, name in NAMES.items():
         if name not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(attention_forward, base))
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, functools.partial(mask_function, base))
+            masks_of = "sdpa" if base == interface.NAME else base
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, functools.partial(mask_function, masks_of))
 
 
 def use_sparse_attention(config: Any) -> None:
@@ -178,7 +181,7 @@ def attention_forward(
 def _base_attention(base: str, module: torch.nn.Module) -> Callable[..., Any]:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[base]
+    return interface.attend if base == interface.NAME else ALL_ATTENTION_FUNCTIONS[base]
 
 
 def _check_call(

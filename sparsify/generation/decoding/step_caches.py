@@ -149,7 +149,7 @@ def refusal(cache: Any, model: Any) -> str:
         return ""
     if type(cache) is StaticCache and all(type(layer) is StaticLayer for layer in cache.layers) and not cache.offloading:
         written = model.config.get_text_config(decoder=True)._attn_implementation
-        return "" if written in ("sdpa", "sparsify") else f"of a StaticCache under attention {written!r}"
+        return "" if written in ("sdpa", "sparsify_sdpa", "sparsify") else f"of a StaticCache under attention {written!r}"
     return f"of the cache, a {type(cache).__name__}"
 
 
