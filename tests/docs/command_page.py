@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from sparsify.commands import exit_codes
 from sparsify.commands.main import _parser  # pyright: ignore[reportPrivateUsage]
 
+# where a command is described; the others on the command line's page
 PAGES = {
-    "explain": "command-line.md",
     "cost": "costs.md",
     "diff": "faq.md#answers-differ",
     "eval": "eval.md",
@@ -34,7 +34,8 @@ HEAD = f"""# Every argument of the command line
 def page() -> str:
     parts = [HEAD]
     for name, about, parser in commands(_parser()):
-        parts.append(f"## `sparsify {name}`\n\n{_sentence(about)} See [{PAGES[name].partition('#')[0]}]({PAGES[name]}).\n")
+        to = PAGES.get(name, "command-line.md")
+        parts.append(f"## `sparsify {name}`\n\n{_sentence(about)} See [{to.partition('#')[0]}]({to}).\n")
         inner = list(commands(parser))
         if not inner:
             parts.append(table(parser))
