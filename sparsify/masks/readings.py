@@ -233,6 +233,18 @@ def _repeat(reader: Reader, node: fx.Node, input: Any) -> At:
     return source.broadcast(len(target))
 
 
+@handles("repeat_interleave", signature="input, repeats, dim=None, *, _output_size=None")
+def _repeat_interleave(reader: Reader, node: fx.Node, input: Any, repeats: Any, dim: Any = None) -> At:
+    """By one constant count: element i of the dimension is element i // count of the input's."""
+    source = reader.read(input)
+    if type(repeats) is not int or repeats < 1:
+        raise Unreadable("a repeat by another count than a positive constant")
+    if dim is None and len(source.shape) != 1:
+        raise Unreadable("a repeat that merges dimensions")
+    place = 0 if dim is None else dim % len(source.shape)
+    return lambda *i: source.at(*i[:place], sympy.expand(FloorDiv(i[place], sympy.Integer(repeats))), *i[place + 1 :])
+
+
 @handles("pad", signature="input, pad, mode='constant', value=None", method="input")
 def _pad(reader: Reader, node: fx.Node, input: Any, pad: Any = (), mode: str = "", value: Any = None) -> At:
     """Of a constant, put before and behind."""

@@ -89,6 +89,7 @@ RANGES: Table = {
     "backwards": (lambda q, k: torch.arange(11, -1, -1)[:, None] <= torch.arange(11, end=-1, step=-1)[None], "causal"),
     "negative start": (lambda q, k: k <= torch.arange(start=-1, end=11, device="cpu")[:, None], "causal from -1"),
 }
+interleave, CHUNKS = torch.repeat_interleave, "causal, documents"
 VIEWS: Table = {
     "unsqueeze": (lambda q, k: torch.arange(12).unsqueeze(dim=0) <= torch.unsqueeze(torch.arange(12), dim=-1), "causal"),
     "transpose": (lambda q, k: k <= torch.transpose(k, dim0=0, dim1=1), "causal"),
@@ -114,6 +115,20 @@ VIEWS: Table = {
     "repeat, spread": (lambda q, k: (k <= q).repeat(1, 1, 1), "causal"),
     "tile": (lambda q, k: torch.tile(k <= q, dims=(1, 1, 1, 1)), "causal"),
     "repeat that tiles": (lambda q, k: k <= torch.arange(6).repeat(2)[:, None], "opaque"),
+    "interleaved": (
+        lambda q, k: (k <= q) & (interleave(torch.arange(3), 4)[None] == torch.arange(3).repeat_interleave(4)[:, None]),
+        CHUNKS,
+    ),
+    "interleaved, by name": (lambda q, k: (k <= q) & (interleave(input=torch.arange(4), repeats=3, dim=0)[None] > 1), "causal, padding"),
+    "interleaved once": (lambda q, k: k <= q.repeat_interleave(1, dim=0), "causal"),
+    "interleaved columns": (lambda q, k: (k <= q) & (torch.arange(6)[None] > 1).repeat_interleave(2, dim=-1), "causal, padding"),
+    "interleaved rows alone": (lambda q, k: (k <= q) & (k // 4 == torch.arange(3)[:, None].repeat_interleave(4, dim=0)), CHUNKS),
+    "interleaved otherwise": (lambda q, k: (k <= q) & (k // 4 == torch.arange(4)[:, None].repeat_interleave(3, dim=0)), "opaque"),
+    "interleaved, merged": (lambda q, k: k <= q.repeat_interleave(1)[:, None], "opaque"),
+    "interleaved by a tensor": (
+        lambda q, k: k <= torch.arange(2).repeat_interleave(torch.tensor([5, 7]), output_size=12)[:, None],
+        "opaque",
+    ),
 }
 MASKS: Table = {
     "tril": (lambda q, k: torch.tril(input=ones(12, 12, dtype=torch.bool)), "causal"),
