@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_strict"
 
 
 @contextlib.contextmanager
-def serving(kernels: str = "auto", strict: bool = False) -> Iterator[None]:
+def serving(kernels: str = "auto", strict: bool = False) -> Generator[None]:
     """In this block, in this thread: what serves the ops, and whether failures raise; everything else keeps its own ways.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -91,7 +91,7 @@ def _regions() -> Any:
 
 
 @contextmanager
-def collect_plans() -> Iterator[list[Plan]]:
+def collect_plans() -> Generator[list[Plan]]:
     """Collects the plans of all graphs that are compiled inside the block, in order of compilation."""
     plans: list[Plan] = []
     token = pipeline.collector.set(plans)
@@ -155,7 +155,7 @@ def _merged(plans: list[Plan]) -> Plan:
 
 
 @contextmanager
-def _record_maps() -> Iterator[list[BlockMap]]:
+def _record_maps() -> Generator[list[BlockMap]]:
     """Collects a map of every block selection in the block, in order of execution."""
     maps: list[BlockMap] = []
     with observing(lambda call, counts, indices: maps.append(block_map(call, counts, indices))):
@@ -163,7 +163,7 @@ def _record_maps() -> Iterator[list[BlockMap]]:
 
 
 @contextmanager
-def _costs_beside() -> Iterator[None]:
+def _costs_beside() -> Generator[None]:
     """In this block plans tell what their graphs cost beside their sites."""
     token = pipeline.costs_beside.set(True)
     try:
@@ -173,7 +173,7 @@ def _costs_beside() -> Iterator[None]:
 
 
 @contextmanager
-def record_density() -> Iterator[list[float]]:
+def record_density() -> Generator[list[float]]:
     """Collects the density (selected share of the causal blocks, 0 to 1) of every block selection in the block, in order of execution."""
     densities: list[float] = []
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from sparsify.errors import CacheFolderError
@@ -52,7 +52,7 @@ def check(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path) -> Iterator[int]:
+def open_folder(folder: Path) -> Generator[int]:
     """A descriptor of a folder that the user named, made when missing, for `create`.
 
     Raises:
@@ -84,7 +84,7 @@ def write(text: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """A file beside `path`, readable by its user alone, that takes its place at the end, or vanishes with an error."""
     handle, name = tempfile.mkstemp(prefix=path.stem + ".", suffix=".tmp", dir=path.parent)
     os.close(handle)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -111,7 +111,7 @@ def start(label: str, shown: bool = True) -> Task:
 
 
 @contextmanager
-def task(label: str, shown: bool = True) -> Iterator[None]:
+def task(label: str, shown: bool = True) -> Generator[None]:
     """Shows a line about the work inside the block while it runs.
 
     Args:

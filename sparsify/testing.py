@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import glob
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,7 +117,7 @@ class Selection:
 
 
 @contextmanager
-def record_blocks() -> Iterator[list[Selection]]:
+def record_blocks() -> Generator[list[Selection]]:
     """Collects every block selection that runs inside the block, in order of execution, in compiled graphs too."""
     selections: list[Selection] = []
 
@@ -273,7 +273,7 @@ def _clone_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Iterator[dict[str, Any]]:
+def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Generator[dict[str, Any]]:
     """The options unchanged, or with `keep_all` the same choice of methods under keep-all options.
 
     A plan file is then copied to a temporary file that exists as long as the context.

@@ -18,7 +18,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ _recorded: contextvars.ContextVar[list[Planned] | None] = contextvars.ContextVar
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Planned]]:
+def recording() -> Generator[list[Planned]]:
     """In this block, in this thread, kernels are not launched: the list tells what would have been."""
     launches: list[Planned] = []
     token = _recorded.set(launches)

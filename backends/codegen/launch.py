@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ _meant: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("sp
 
 
 @contextlib.contextmanager
-def meaning(device: torch.device) -> Iterator[None]:
+def meaning(device: torch.device) -> Generator[None]:
     """In this block, in this thread, tensors on `meta` stand for tensors on this device."""
     token = _meant.set(device)
     try:
@@ -107,7 +107,7 @@ def stride_values(**tensors: tuple[Tensor, str]) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def launching(device: torch.device, where: Callable[[], str]) -> Iterator[None]:
+def launching(device: torch.device, where: Callable[[], str]) -> Generator[None]:
     """Compiles and launches on a device.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 from sparsify.costs import profile, profile_cache
 from sparsify.costs.profile import Profile
 from sparsify.errors import SparsifyError
+from sparsify.graph.typed_torch import device_properties
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _describe(kind: str, index: int | None) -> Device:
     if found is None:
         found = profile_cache.default(kind, index)
     device = Device.from_profile(kind, found)
-    return device if kind != "cuda" else dataclasses.replace(device, memory=torch.cuda.get_device_properties(index).total_memory)
+    return device if kind != "cuda" else dataclasses.replace(device, memory=device_properties(index).total_memory)
 
 
 def forget() -> None:

@@ -19,6 +19,7 @@ from sparsify import folders, releases
 from sparsify.costs import profile
 from sparsify.costs.profile import Profile
 from sparsify.errors import CacheFolderError, ProfileError
+from sparsify.graph.typed_torch import device_properties
 
 # of the memory's own rate, what a copy reaches: 4.13 of 4.8 TB/s on an H200
 _REACHED = 0.86
@@ -119,7 +120,7 @@ def default(kind: str, index: int | None = None) -> Profile:
     """The shipped profile for a device that was not measured here."""
     if kind != "cuda":
         return profile.shipped("cpu").model_copy(update={"device": kind})
-    properties = torch.cuda.get_device_properties(index)
+    properties = device_properties(index)
     facts: dict[str, Any] = {"device": properties.name, "processors": properties.multi_processor_count}
     # in kHz and bits, of releases of torch that tell them; two transfers a clock
     clock, width = (getattr(properties, name, 0) or 0 for name in ("memory_clock_rate", "memory_bus_width"))

@@ -104,9 +104,9 @@ class Workload:
     def from_record(cls, record: dict[str, Any]) -> Workload:
         """The workload that `as_record` wrote; other keys are ignored. Raises ProfileError for a record without a kind."""
         names = {f.name for f in dataclasses.fields(cls)}
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in names
-        }
+        fields = {name: value for name, value in record.items() if name in names}
+        if "variants" in fields:
+            fields["variants"] = tuple(fields["variants"])
         if "kind" not in fields:
             raise ProfileError("a record that says no kind of call", where=str(record)[:80])
         return cls(**fields)

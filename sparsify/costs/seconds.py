@@ -109,7 +109,7 @@ def value_at(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float | Non
 
 def _substituted(expr: sympy.Expr, values: Mapping[Any, float]) -> sympy.Expr:
     """The expression with all symbols replaced at once, which never compares half of a maximum's arguments with the rest."""
-    return cast(sympy.Expr, expr.xreplace({symbol: sympy.sympify(value) for symbol, value in values.items()}))
+    return expr.xreplace({symbol: sympy.sympify(value) for symbol, value in values.items()})
 
 
 def formula(works: Callable[[AttentionSizes], Iterable[Work]], example: AttentionSizes, device: Device) -> str:

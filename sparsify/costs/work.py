@@ -141,7 +141,10 @@ def _beyond(sizes: AttentionSizes, band: Size | None, margin: Size) -> sympy.Exp
     if not band:
         return _ZERO
     rows, keys = sympy.sympify(sizes.query_len), sympy.sympify(sizes.key_len)
-    past = lambda position: largest(0, position - band - margin)
+
+    def past(position: sympy.Expr) -> sympy.Expr:
+        return largest(0, position - band - margin)
+
     if not sizes.causal:
         return rows * past(keys)
     return (past(keys) ** 2 - past(keys - rows) ** 2) / 2

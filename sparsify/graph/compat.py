@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -118,7 +118,7 @@ def graph_breaks_after(gm: fx.GraphModule) -> bool:
 
 
 @contextmanager
-def independent_sizes() -> Iterator[None]:
+def independent_sizes() -> Generator[None]:
     """What is captured in this block with sizes that vary takes none of them for another because they are equal at the moment, and none of
     a module's floats for one that varies."""
     settings: Any = torch.fx.experimental._config  # torch installs `patch` when it loads the module

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ _codes: contextvars.ContextVar[list[types.CodeType] | None] = contextvars.Contex
 
 
 @contextmanager
-def compiled(function: Callable[..., Any], backend: Callable[..., Any], **how: Any) -> Iterator[Callable[..., Any]]:
+def compiled(function: Callable[..., Any], backend: Callable[..., Any], **how: Any) -> Generator[Callable[..., Any]]:
     """Gives `torch.compile(function, backend=backend, **how)` for calls within the block.
 
     Args:

@@ -11,7 +11,7 @@ import ast
 import contextvars
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ _base: contextvars.ContextVar[str] = contextvars.ContextVar("sparsify_base_path"
 
 
 @contextmanager
-def outermost_module(path: str) -> Iterator[None]:
+def outermost_module(path: str) -> Generator[None]:
     """In this block a graph's outermost module lies at `path` in a larger model, and module paths begin with that."""
     token = _base.set(path)
     try:

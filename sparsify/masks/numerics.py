@@ -6,6 +6,7 @@ floats are exact. Computed floats may be rounded, and comparisons with them are 
 
 from __future__ import annotations
 
+import functools
 import operator
 import typing
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def cast(facts: Facts, element: Element, source: torch.dtype, target: torch.dtyp
     if target is torch.bool:
         return truth(element, source)
     if target in INTEGERS:
-        return lift(lambda value: _whole(facts, value, source, target), as_number(element))
+        return lift(functools.partial(_whole, facts, source=source, target=target), as_number(element))
     if not target.is_floating_point:
         raise Unreadable(f"a conversion to {target}")
 

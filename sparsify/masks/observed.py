@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from sparsify.graph.typed_torch import AND
 from sparsify.masks.symbolic import FURTHEST
 
 Call = Callable[..., Any]
@@ -97,7 +98,7 @@ def _forms(seen: Tensor, shown: float | int | bool, hidden: float | int | bool) 
     place = torch.arange(query_len, device=seen.device)
     reach = int((last - place)[rows].max())
     padded = not bool(seen.any(-2).all())
-    clauses = ({}, {"tokens": True}) if padded else ({},)
+    clauses: tuple[dict[str, bool], ...] = ({}, {"tokens": True}) if padded else ({},)
     if padded:
         yield Visibility(shown, hidden, None, tokens=True)
     if query_len == 1:
@@ -126,7 +127,7 @@ def visible(form: Visibility, mask: Any, lengths: tuple[Any, Any], device: torch
     seen = shows(form, mask, call)
     query = call(torch.unsqueeze, call(torch.arange, lengths[0], device=device), 1)
     key = call(torch.unsqueeze, call(torch.arange, lengths[1], device=device), 0)
-    clauses = []
+    clauses: list[Any] = []
     if form.start is not None:
         row = query
         if form.start == "bottom right":
@@ -141,7 +142,7 @@ def visible(form: Visibility, mask: Any, lengths: tuple[Any, Any], device: torch
     if form.documents:
         border = call(torch.amin, call(torch.where, seen, key, FURTHEST), -1)
         clauses.append(call(operator.eq, call(torch.unsqueeze, border, -2), call(torch.unsqueeze, border, -1)))
-    return functools.reduce(lambda one, other: call(operator.and_, one, other), clauses)
+    return functools.reduce(lambda one, other: call(AND, one, other), clauses)
 
 
 def shows(form: Visibility, mask: Any, call: Call) -> Any:

@@ -90,7 +90,7 @@ class MaskPredicate:
         """One short phrase for tables: `causal, window 4096, padding`."""
         if self.opaque:
             return f"opaque: {self.reason}"
-        words = []
+        words: list[str] = []
         if self.causal:
             start = self.query_start
             if start.bottom_right:

@@ -21,7 +21,7 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-import sparsify.masks.readings  # noqa: F401  (registers how operators are read)
+import sparsify.masks.readings  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers how operators are read
 from sparsify.graph.aliasing import Memory, example_tensor
 from sparsify.graph.compat import operator_word
 from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
@@ -361,7 +361,7 @@ class _Proof:
             tensor = example_tensor(node)
             if all(s == 1 for s in sizes(tensor)):
                 function = sympy.Function(name, integer=True)
-                found.add(typing.cast(AppliedUndef, function(*([sympy.Integer(0)] * max(tensor.dim(), 1)))))
+                found.add(function(*([sympy.Integer(0)] * max(tensor.dim(), 1))))
         return found
 
     def window(self, clauses: _Clauses, causal: bool, start: QueryStart, offset: sympy.Expr) -> tuple[int | None, QueryStart]:
@@ -486,7 +486,7 @@ class _Proof:
                 continue
             if (tensor.dim() > 1 and not self.rows_of_batch(node)) or not self.is_wide(node, self.key_len):
                 continue
-            row = [] if tensor.dim() == 1 else [sympy.Integer(0) if tensor.shape[0] == 1 else BATCH]
+            row: list[sympy.Expr] = [] if tensor.dim() == 1 else [sympy.Integer(0) if tensor.shape[0] == 1 else BATCH]
             place = [*row, *[sympy.Integer(0)] * (tensor.dim() - 1 - len(row)), KEY]
             if self.reader.read(node).at(*place) == number:
                 return Leaf(node)
@@ -506,7 +506,7 @@ def additive(element: Element, dtype: torch.dtype) -> Boolean:
             raise Unreadable("the mask adds a bias")
         if value == 0:
             visible.append(condition)
-        elif not (value == -sympy.oo or (value.is_finite and value <= sympy.Rational(lowest))):
+        elif not (value == -sympy.oo or (value.is_finite and typing.cast(sympy.Expr, value) <= sympy.Rational(lowest))):
             raise Unreadable(f"the mask adds {float(typing.cast(sympy.Expr, value)):g}")
     return sympy.Or(*visible)
 
@@ -549,7 +549,7 @@ def _equalities(clause: Boolean) -> list[tuple[AppliedUndef, AppliedUndef]]:
 
 
 def _last_index(load: AppliedUndef) -> sympy.Expr:
-    return typing.cast(sympy.Expr, load.args[-1])
+    return load.args[-1]
 
 
 def _expand_relations(clause: Boolean) -> Boolean:

@@ -22,6 +22,7 @@ from torch import fx
 from sparsify.graph import calls
 from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.compat import attribute, operator_word
+from sparsify.graph.typed_torch import TRACED_FUNCTIONAL
 from sparsify.masks.numerics import FLOATS, WIDE
 from sparsify.masks.symbolic import CONDITION, Cases, Element, Facts, Unreadable, loads, scalar, sizes
 
@@ -151,7 +152,6 @@ def example_value(value: Any) -> Any:
 
 # -- how calls are bound -------------------------------------------------------------------------------------------------------------------
 
-_NN: Any = getattr(torch._C, "_nn")  # noqa: B009  (not in torch's stubs); as which Dynamo traces some functions of torch.nn.functional
 _NAMES: dict[Any, str] = {}
 _READINGS: dict[str, Reading] = {}
 
@@ -200,7 +200,7 @@ def handles(*names: str, signature: str, method: str = "") -> Callable[[Handler]
             raise TypeError(f"the reading of {names[0]} ignores {sorted(missing)}")
         for name in names:
             _READINGS[name] = Reading(handler, function, of_method, settled)
-            for space in (operator, torch, torch.nn.functional, _NN, builtins):
+            for space in (operator, torch, torch.nn.functional, TRACED_FUNCTIONAL, builtins):
                 if callable(getattr(space, name, None)):
                     _NAMES[getattr(space, name)] = name
         return handler

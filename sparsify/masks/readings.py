@@ -6,8 +6,9 @@ value's shape and dtype.
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+import types
+import typing
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -17,10 +18,12 @@ from torch.utils._sympy.functions import FloorDiv
 from sparsify.graph.aliasing import example_tensor, tensor_of
 from sparsify.graph.compat import operator_word
 from sparsify.graph.views import PERMUTATIONS, permutation
-from sparsify.masks.numerics import INTEGERS, arithmetic, cast, relation, truth
+from sparsify.masks.numerics import INTEGERS, Typed, arithmetic, cast, relation, truth
 from sparsify.masks.reader import At, Reader, TensorFunction, bind_named_call, checked_index, example_value, handles
 from sparsify.masks.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, compare, lift, number, scalar, sizes
 
+# what stands between the brackets for one dimension
+_Index: TypeAlias = "int | slice[Any, Any, Any] | fx.Node | torch.SymInt | types.EllipsisType | None"
 _OPTIONS = "_dtype=None, _device=None, _layout=None, _pin_memory=False, _requires_grad=False"
 _FACTORY = f"*, {_OPTIONS}"
 _LIKE = f"{_FACTORY}, _memory_format=None"
@@ -84,7 +87,7 @@ def _floor_quotient(reader: Reader, node: fx.Node, input: Any, other: Any) -> At
         raise Unreadable("a quotient by another number than a positive constant")
 
     def quotient(value: sympy.Expr) -> sympy.Basic:
-        return FloorDiv(value, by)  # pyright: ignore[reportReturnType]  # sympy types what it makes as a class
+        return FloorDiv(value, by)
 
     return lambda *i: lift(quotient, as_number(cast(reader.facts, source.at(*i), source.dtype, dtype)))
 
@@ -123,7 +126,9 @@ def _compare(reader: Reader, node: fx.Node, input: Any, other: Any) -> At:
 def _plain_example(operand: Any) -> Any:
     """An operand for torch.result_type: its example tensor, or a Python number of the same type."""
     example = example_value(operand)
-    return {torch.SymInt: 1, torch.SymFloat: 1.0, torch.SymBool: True}.get(type(example), example)
+    if isinstance(example, torch.SymBool):
+        return True
+    return 1 if isinstance(example, torch.SymInt) else 1.0 if isinstance(example, torch.SymFloat) else example
 
 
 @handles(
@@ -156,7 +161,10 @@ def _where(reader: Reader, node: fx.Node, condition: Any, input: Any, other: Any
     kinds = _dtypes(reader, condition, input, other)
     if kinds[0] is not torch.bool:
         raise Unreadable("a condition that is not boolean")
-    convert = lambda element, kind: cast(reader.facts, element, kind, dtype)
+
+    def convert(element: Element, kind: torch.dtype) -> Element:
+        return cast(reader.facts, element, kind, dtype)
+
     return lambda *i: choose(as_condition(c(*i)), convert(x(*i), kinds[1]), convert(y(*i), kinds[2]))
 
 
@@ -178,7 +186,8 @@ def _arange(reader: Reader, node: fx.Node, start: Any = 0, step: Any = 1) -> At:
         raise Unreadable("a range that is not of integers")
 
     def at(i: sympy.Expr) -> Element:
-        value = sympy.expand(first.at() + i * by.at())
+        begin, by_one = (typing.cast(sympy.Expr, number.at()) for number in (first, by))
+        value = sympy.expand(begin + i * by_one)
         return cast(reader.facts, value, torch.int64, dtype)
 
     return at
@@ -246,20 +255,22 @@ def _repeat_interleave(reader: Reader, node: fx.Node, input: Any, repeats: Any, 
 
 
 @handles("pad", signature="input, pad, mode='constant', value=None", method="input")
-def _pad(reader: Reader, node: fx.Node, input: Any, pad: Any = (), mode: str = "", value: Any = None) -> At:
+def _pad(
+    reader: Reader, node: fx.Node, input: Any, pad: tuple[Any, ...] | list[Any] | fx.Node = (), mode: str = "", value: Any = None
+) -> At:
     """Of a constant, put before and behind."""
     source, dtype = reader.read(input), example_tensor(node).dtype
     filled = reader.read(0 if value is None else value)
     if mode != "constant" or filled.shape or not isinstance(pad, (tuple, list)):
         raise Unreadable("padded by other than a constant")
     fill = cast(reader.facts, filled.at(), filled.dtype, dtype)
-    borders = [scalar(size) for size in pad]
-    if not all(isinstance(size, sympy.Expr) and reader.facts.holds(sympy.Ge(size, 0)) for size in borders):
+    borders = [size for size in map(scalar, pad) if isinstance(size, sympy.Expr) and reader.facts.holds(sympy.Ge(size, 0))]
+    if len(borders) < len(pad):
         raise Unreadable("a pad that may cut off")
     before = [*([sympy.Integer(0)] * (len(source.shape) - len(borders) // 2)), *borders[-2::-2]]
 
     def at(*i: sympy.Expr) -> Element:
-        places = [sympy.expand(operator.sub(index, skipped)) for index, skipped in zip(i, before, strict=True)]
+        places = [sympy.expand(index - skipped) for index, skipped in zip(i, before, strict=True)]
         inside = [
             condition
             for place, size in zip(places, source.shape, strict=True)
@@ -311,20 +322,21 @@ def _permute(reader: Reader, node: fx.Node) -> At:
 
 
 @handles("getitem", signature="input, index")
-def _getitem(reader: Reader, node: fx.Node, input: Any, index: Any) -> At:
+def _getitem(reader: Reader, node: fx.Node, input: Any, index: tuple[_Index, ...] | _Index) -> At:
     if tensor_of(input) is None:
         raise Unreadable("an item of a tuple")
-    source, index = reader.read(input), list(index) if isinstance(index, tuple) else [index]
-    if any(tensor_of(j) is not None for j in index):
-        return _gather(reader, node, source, index)
-    if any(j is Ellipsis for j in index):
-        place = next(n for n, j in enumerate(index) if j is Ellipsis)
-        used = sum(j is not None for j in index) - 1
-        index[place : place + 1] = [slice(None)] * (len(source.shape) - used)
-    index += [slice(None)] * (len(source.shape) - sum(j is not None for j in index))
+    source = reader.read(input)
+    items: list[_Index] = list(index) if isinstance(index, tuple) else [index]
+    if any(tensor_of(j) is not None for j in items):
+        return _gather(reader, node, source, items)
+    if any(j is Ellipsis for j in items):
+        place = next(n for n, j in enumerate(items) if j is Ellipsis)
+        used = sum(j is not None for j in items) - 1
+        items[place : place + 1] = [slice(None)] * (len(source.shape) - used)
+    items += [slice(None)] * (len(source.shape) - sum(j is not None for j in items))
     steps: list[tuple[str, Any]] = []
     dimension = 0
-    for j in index:
+    for j in items:
         if j is None:
             steps.append(("new", None))
             continue
@@ -332,7 +344,8 @@ def _getitem(reader: Reader, node: fx.Node, input: Any, index: Any) -> At:
         dimension += 1
 
     def at(*i: sympy.Expr) -> Element:
-        rest, indices = list(i), []
+        rest = list(i)
+        indices: list[sympy.Expr] = []
         for kind, value in steps:
             if kind == "new":
                 rest.pop(0)
@@ -343,7 +356,7 @@ def _getitem(reader: Reader, node: fx.Node, input: Any, index: Any) -> At:
     return at
 
 
-def _step(reader: Reader, index: Any, size: sympy.Expr) -> tuple[str, sympy.Expr]:
+def _step(reader: Reader, index: _Index, size: sympy.Expr) -> tuple[str, sympy.Expr]:
     """How one dimension is indexed: ("at", position) or ("from", first position)."""
     if isinstance(index, slice):
         if index.step not in (None, 1):
@@ -396,7 +409,8 @@ def _triangle(reader: Reader, node: fx.Node, input: Any, diagonal: Any) -> At:
     upper = operator_word(node) == "triu"
 
     def at(*i: sympy.Expr) -> Element:
-        distance = arithmetic(reader.facts, "sub", (i[-1] - i[-2], torch.int64), (border.at(), torch.int64), torch.int64)
+        element = arithmetic(reader.facts, "sub", (i[-1] - i[-2], torch.int64), (border.at(), torch.int64), torch.int64)
+        distance = typing.cast(sympy.Expr, element)
         kept = sympy.Ge(distance, 0) if upper else sympy.Le(distance, 0)
         return choose(kept, source.at(*i), sympy.false if dtype is torch.bool else sympy.Integer(0))
 
@@ -413,7 +427,10 @@ def _diff(reader: Reader, node: fx.Node, input: Any, n: int, dim: int, prepend: 
 
     def at(*i: sympy.Expr) -> Element:
         *row, last = i
-        subtract = lambda x, y: arithmetic(reader.facts, "sub", (x, source.dtype), y, dtype)
+
+        def subtract(x: Element, y: Typed) -> Element:
+            return arithmetic(reader.facts, "sub", (x, source.dtype), y, dtype)
+
         first = subtract(source.at(*row, sympy.Integer(0)), (before.at(*row, sympy.Integer(0)), before.dtype))
         other = subtract(source.at(*row, last), (source.at(*row, last - 1), source.dtype))
         return first if first == other else choose(compare(sympy.Eq, last, sympy.Integer(0)), first, other)
@@ -443,7 +460,10 @@ def _cumsum(reader: Reader, node: fx.Node, input: Any, dim: int) -> At:
     probe = sympy.symbols(f"i:{tensor.dim()}", integer=True, nonnegative=True)
     term = cast(reader.facts, as_number(source.at(*probe)), source.dtype, tensor.dtype)
     if not isinstance(term, Cases) and term.is_Integer:
-        places = lambda i: (sympy.expand(i + 1), torch.int64)
+
+        def places(i: sympy.Expr) -> Typed:
+            return sympy.expand(i + 1), torch.int64
+
         return lambda *i: arithmetic(reader.facts, "mul", (term, tensor.dtype), places(i[-1]), tensor.dtype)
     positions = _positions_of_breaks(input)
     if positions is not None:

@@ -22,6 +22,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from sparsify.graph.compat import symbol_values
+from sparsify.graph.typed_torch import FLOOR_DIV, SYMBOLIC_MAX, SYMBOLIC_MIN, expression, symbolic_node
 
 BATCH, HEAD, QUERY, KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
 MAX_CASES = 32
@@ -49,15 +50,15 @@ Element = sympy.Basic | Cases
 # functions of integers whose value is no larger than the largest of their arguments
 _NO_LARGER = (sympy.Abs, sympy.Max, sympy.Min, Max, Min, FloorDiv, Mod, PythonMod)
 # how sizes are computed at run time, by the functions of their expressions; a power is a product
-COMPUTED = {
+COMPUTED: dict[Any, Callable[[Any, Any], Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
     sympy.Pow: operator.mul,
-    sympy.Max: torch.sym_max,
-    sympy.Min: torch.sym_min,
-    Max: torch.sym_max,
-    Min: torch.sym_min,
-    FloorDiv: operator.floordiv,
+    sympy.Max: SYMBOLIC_MAX,
+    sympy.Min: SYMBOLIC_MIN,
+    Max: SYMBOLIC_MAX,
+    Min: SYMBOLIC_MIN,
+    FloorDiv: FLOOR_DIV,
     Mod: operator.mod,
     PythonMod: operator.mod,
 }
@@ -78,7 +79,11 @@ def as_number(element: Element) -> Element:
 def as_condition(element: Element) -> Boolean:
     if isinstance(element, CONDITION):
         return element
-    return typing.cast(Boolean, lift(lambda x: compare(sympy.Ne, x, sympy.Integer(0)), element))
+    return typing.cast(Boolean, lift(_nonzero, element))
+
+
+def _nonzero(value: sympy.Expr) -> Boolean:
+    return compare(sympy.Ne, value, sympy.Integer(0))
 
 
 def lift(function: Callable[..., sympy.Basic], *elements: Element) -> Element:
@@ -129,10 +134,10 @@ def choose(condition: Boolean, then: Element, otherwise: Element) -> Element:
 def compare(relation: type[Relational], left: sympy.Expr, right: sympy.Expr) -> Boolean:
     """A relation between plain expressions. It is decided where their difference is a number; |x| < c becomes x < c and -x < c."""
     if left.is_infinite or right.is_infinite:
-        return _relation(relation, left, right)
+        return relation(left, right)
     difference = sympy.expand(left - right)
     if difference.is_number:
-        return _relation(relation, difference, sympy.Integer(0))
+        return relation(difference, sympy.Integer(0))
     distances = difference.atoms(sympy.Abs)
     if len(distances) == 1 and relation in (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge):
         (distance,) = distances
@@ -141,12 +146,7 @@ def compare(relation: type[Relational], left: sympy.Expr, right: sympy.Expr) -> 
         if factor.is_Integer and not rest.has(sympy.Abs):
             sides = [compare(relation, rest + sign * factor * inner, sympy.Integer(0)) for sign in (1, -1)]
             return sympy.And(*sides) if (factor > 0) == (relation in (sympy.Lt, sympy.Le)) else sympy.Or(*sides)
-    return _relation(relation, left, right)
-
-
-def _relation(kind: type[Relational], left: sympy.Expr, right: sympy.Expr) -> Boolean:
-    """A relation, which sympy decides where it can; sympy types it as a number too."""
-    return typing.cast(Boolean, kind(left, right))
+    return relation(left, right)
 
 
 def sides(relation: Relational) -> tuple[sympy.Expr, sympy.Expr]:
@@ -182,11 +182,12 @@ def scalar(value: Any) -> sympy.Basic:
     if isinstance(value, fx.Node):
         value = value.meta.get("example_value")
     if isinstance(value, torch.SymFloat):
-        if not value.node.expr.is_number:
+        found = expression(value)
+        if not found.is_number:
             raise Unreadable("a float that depends on sizes")
-        return number(float(value.node.expr))
+        return number(float(found))
     if isinstance(value, (torch.SymInt, torch.SymBool)):
-        return value.node.expr
+        return expression(value)
     if isinstance(value, (bool, int, float)):
         return number(value)
     raise Unreadable(f"a {type(value).__name__} where a number was expected")
@@ -218,11 +219,11 @@ def find_shape_env(graph: fx.Graph) -> Any | None:
     for node in graph.nodes:
         value = node.meta.get("example_value")
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
-            return value.node.shape_env
+            return symbolic_node(value).shape_env
         if isinstance(value, torch.Tensor):
             for size in value.shape:
                 if isinstance(size, torch.SymInt):
-                    return size.node.shape_env
+                    return symbolic_node(size).shape_env
     return None
 
 
@@ -265,7 +266,7 @@ class Facts:
         """The largest (or smallest) value over all indices; None where the expression is not linear in them."""
         expr = sympy.expand(expr)
         for symbol, extent in self.extents.items():
-            coefficient = typing.cast(sympy.Expr, expr.coeff(symbol, 1))
+            coefficient = expr.coeff(symbol, 1)
             rest = sympy.expand(expr - coefficient * symbol)
             if rest.has(symbol) or not coefficient.is_Integer:
                 return None
@@ -315,11 +316,11 @@ class Facts:
 
     def never(self, statement: Relational) -> bool:
         """Whether an inequality holds at no index."""
-        return self.always(typing.cast(Relational, statement.negated))
+        return self.always(statement.negated)
 
     def reduce(self, condition: Boolean) -> Boolean:
         """The condition, with every inequality replaced by true or false where it always or never holds."""
-        decided = {}
+        decided: dict[Relational, Boolean] = {}
         for atom in condition.atoms(Relational):
             if self.always(atom):
                 decided[atom] = sympy.true

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import sympy
@@ -199,7 +200,8 @@ class SiteOverKeys(Site):
         )
         for operand, layout, names in dimensions:
             value = operand.meta.get("example_value")
-            for letter, size in zip(layout, () if value is None else value.shape, strict=False):
+            shape: Sequence[Any] = () if value is None else value.shape
+            for letter, size in zip(layout, shape, strict=False):
                 name = names.get(letter)
                 hint = size.node.hint if isinstance(size, torch.SymInt) else size
                 if name and name not in found and hint is not None and not isinstance(getattr(self, name), int):

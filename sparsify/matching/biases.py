@@ -42,7 +42,7 @@ class _Reading:
             return None
         if isinstance(element, (Cases, *CONDITION)) or any(self.memory.written_between(n, None, self.site) for n in self.reader.nodes):
             return None
-        return sympy.expand(element)
+        return sympy.expand(typing.cast(sympy.Expr, element))
 
     def of_head(self, element: sympy.Expr) -> fx.Node | None:
         """The float tensor [heads] or [batch, heads] that holds this element of the site's (batch and) head."""
@@ -190,4 +190,4 @@ def hides(value: object, dtype: torch.dtype, shape_env: object) -> bool:
         number = Reader(Facts(shape_env)).read(value).at()
     except (Unreadable, TypeError):
         return False
-    return bool(number == -sympy.oo or (getattr(number, "is_Rational", False) and number <= sympy.Rational(torch.finfo(dtype).min)))
+    return bool(number == -sympy.oo or (isinstance(number, sympy.Rational) and number <= sympy.Rational(torch.finfo(dtype).min)))

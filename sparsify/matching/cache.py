@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from sparsify.graph import unforeseen
@@ -43,7 +44,7 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
     call = cache.CacheStoreCall.bind(*store.args, **store.kwargs)
     key, value, state = as_node(call.key), as_node(call.value), tuple(map(as_node, call.state))
     mine = [reader for reader in readers if reader.args[1] is state[0]]
-    size = lambda node: [s if isinstance(s, int) else s.node.expr for s in example_tensor(node).shape]
+    size = lambda node: [s.node.expr if isinstance(s, torch.SymInt) else s for s in example_tensor(node).shape]
     batch, kv_heads, query_len, qk_head_dim = size(key)
     single, empty = query_len == 1, call.empty is True
     stored_alone = empty and not single and not mine  # a prompt's attention is a site of its own

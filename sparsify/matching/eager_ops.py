@@ -236,7 +236,7 @@ def leads_to_product(node: object, depth: int = 16) -> bool:
     return node.target in known and any(leads_to_product(a, depth - 1) for a in node.all_input_nodes)
 
 
-def multiplies_sequences(node: fx.Node, depth: int = 16) -> bool:
+def multiplies_sequences(node: object, depth: int = 16) -> bool:
     """Whether the product that a value leads back to has two factors of 3 or 4 dimensions: activations, not a weight matrix."""
     if not isinstance(node, fx.Node) or depth == 0:
         return False

@@ -49,7 +49,7 @@ def impossible(mask: MaskPredicate, extents: Extents, facts: Facts) -> bool:
         return False
     if start.bottom_right and query_len == 1:
         return True
-    first = sympy.expand(key_len - query_len) if start.bottom_right else start.constant
+    first = sympy.expand(key_len - query_len) if start.constant is None else start.constant
     behind = sympy.expand(first + query_len - key_len)  # the last row's position, counted from the last key
     if (mask.causal or mask.documents is not None) and not facts.holds(sympy.Ge(first, 0)):
         return False

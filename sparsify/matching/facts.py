@@ -40,7 +40,7 @@ def stride_order(tensor: torch.Tensor, layout: str = STANDARD, heads: Heads = ()
     orders: dict[StrideOrder, tuple[int, ...]] = {"bhqd": (0, 1, 2, 3), "bqhd": (0, 2, 1, 3)}
     for name, order in orders.items():
         # torch writes the strides over a size that might be 0 with Max(1, size)
-        for size in (lambda n: n, lambda n: n if n.is_number else Max(1, n)):
+        for size in (lambda n: n, lambda n: n if n.is_number else typing.cast(sympy.Expr, Max(1, n))):
             expected, running = {}, sympy.Integer(1)
             for dimension in reversed(order):
                 expected[dimension] = running

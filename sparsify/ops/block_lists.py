@@ -101,4 +101,4 @@ def check(counts: Tensor, indices: Tensor, query_len: int, key_len: int, start: 
 
 def _refuse(wrong: Tensor, what: str) -> None:
     if bool(wrong.any()):
-        raise VerifyError(what, where=f"block lists at {wrong.nonzero()[0].tolist()}")
+        raise VerifyError(what, where=f"block lists at {[int(index) for index in wrong.nonzero()[0]]}")

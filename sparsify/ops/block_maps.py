@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify.graph.typed_torch import as_floats
 from sparsify.ops import block_lists
 from sparsify.ops.selection import SelectCall
 
@@ -54,10 +55,11 @@ def block_map(call: SelectCall, counts: Tensor, indices: Tensor, side: int = SID
     if not call.causal:
         allowed = torch.full_like(allowed, key_blocks)
     every = torch.arange(key_blocks, device=counts.device).expand(query_blocks, -1)
-    visited = _cells(counts.flatten(0, -2), indices.flatten(0, -3), side).unflatten(0, counts.shape[:-1]).sum(0, dtype=torch.int32)
+    cells = _cells(counts.flatten(0, -2), indices.flatten(0, -3), side)
+    visited = cells.reshape(*counts.shape[:-1], *cells.shape[1:]).sum(0, dtype=torch.int32)
     possible = _cells(allowed[None], every[None], side)[0] * counts.shape[0]
     per_head = visited.sum((-1, -2)).double() / possible.sum().clamp(min=1)
-    return BlockMap(visited.cpu(), possible.cpu(), tuple(per_head.tolist()), int(call.query_len), int(call.key_len), call.block_size)
+    return BlockMap(visited.cpu(), possible.cpu(), tuple(as_floats(per_head)), int(call.query_len), int(call.key_len), call.block_size)
 
 
 def _cells(counts: Tensor, indices: Tensor, side: int) -> Tensor:

@@ -51,6 +51,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
+from sparsify.graph.typed_torch import define_op
 from sparsify.ops.call import OpCall, Operand
 from sparsify.ops.library import TAGS, define, library, traced
 
@@ -232,11 +233,11 @@ def _empty_mass(call: CacheMassCall) -> Tensor:
     return call.query.new_empty(*call.query.shape[:2], call.keys.shape[2], dtype=torch.float32)
 
 
-store = define(CacheStoreCall, lambda call: None, "()")
+store = define(CacheStoreCall, lambda _: None, "()")
 attention = define(CacheAttentionCall, empty_output, "Tensor")
 decode = define(CacheDecodeCall, empty_output, "Tensor")
 mass = define(CacheMassCall, _empty_mass, "Tensor")
-library.define("cache_length(Tensor length) -> Tensor", tags=TAGS)
+define_op(library, "cache_length(Tensor length) -> Tensor", TAGS)
 traced("cache_length", torch.empty_like)
 length = torch.ops.sparsify.cache_length.default
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import Estimate
@@ -82,6 +83,10 @@ class Argument:
         return f"{self.wire} {self.name}={repr(value).replace(chr(39), chr(34)) if isinstance(value, str) else value}"
 
 
+def _estimate(value: Estimate | str) -> Estimate:
+    return value if isinstance(value, Estimate) else Estimate.parse(value)
+
+
 _WIRES: dict[Any, tuple[Any, ...]] = {
     Tensor: ("Tensor",),
     Tensor | None: ("Tensor?",),
@@ -91,7 +96,7 @@ _WIRES: dict[Any, tuple[Any, ...]] = {
     str: ("str",),
     tuple[int, ...]: ("int[]", list, tuple),
     tuple[float, ...]: ("float[]", list, tuple),
-    Estimate: ("str", str, lambda value: value if isinstance(value, Estimate) else Estimate.parse(value)),
+    Estimate: ("str", str, _estimate),
 }
 
 
@@ -171,7 +176,7 @@ class OpCall:
         return next(value.device for value in values if isinstance(value, Tensor))
 
     @classmethod
-    def op(cls) -> torch._ops.OpOverload:
+    def op(cls) -> OpOverload:
         """What graphs call."""
         return getattr(torch.ops.sparsify, cls.NAME).default
 

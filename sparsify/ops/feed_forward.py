@@ -35,37 +35,40 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, MutableMapping
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparsify.graph.typed_torch import define_op, without_modes
 from sparsify.ops.library import TAGS, library, traced
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
 VERSION = 1
 
 
-library.define(
+define_op(
+    library,
     "ffn_start(Tensor like, Tensor? positions, SymInt slot, *, int warmup, int most, int length, int key, int version) -> Tensor",
-    tags=TAGS,
+    TAGS,
 )
-library.define(
+define_op(
+    library,
     "ffn(Tensor residual, Tensor input, Tensor remaining, Tensor up, Tensor down, *, Tensor? gate=None, Tensor? up_bias=None, "
     "Tensor? gate_bias=None, Tensor? down_bias=None, Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? post_weight=None, "
     "Tensor? post_bias=None, str layout, bool transposed, str activation, str norm, float eps, str post_norm, float post_eps, float scale, "
     "float threshold, int skip_next, int version) -> (Tensor, Tensor)",
-    tags=TAGS,
+    TAGS,
 )
 
 
-library.define("ffn_prompt(Tensor like, *, int key, int version) -> Tensor", tags=TAGS)
-library.define(
+define_op(library, "ffn_prompt(Tensor like, *, int key, int version) -> Tensor", TAGS)
+define_op(
+    library,
     "ffn_parts(Tensor input, Tensor up, Tensor down, *, Tensor? gate=None, Tensor? up_bias=None, Tensor? gate_bias=None, "
     "Tensor? down_bias=None, str layout, bool transposed, str activation, int part_rows, int version) -> Tensor",
-    tags=TAGS,
+    TAGS,
 )
 
 
@@ -87,10 +90,18 @@ def _ffn_fake(residual: Tensor, input: Tensor, remaining: Tensor, up: Tensor, do
     return residual.new_empty(residual.shape), torch.empty_like(remaining)
 
 
-traced("ffn_prompt", lambda like, *, key, version: torch.empty_like(like))
+def _prompt_fake(like: Tensor, *, key: int, version: int) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _parts_fake(input: Tensor, up: Tensor, down: Tensor, *, transposed: bool, **call: object) -> Tensor:
+    return input.new_empty((*input.shape[:-1], down.shape[1 if transposed else 0]))
+
+
+traced("ffn_prompt", _prompt_fake)
 traced("ffn_start", _start_fake)
 traced("ffn", _ffn_fake)
-traced("ffn_parts", lambda input, up, down, **call: input.new_empty((*input.shape[:-1], down.shape[1 if call["transposed"] else 0])))
+traced("ffn_parts", _parts_fake)
 
 ffn_start = torch.ops.sparsify.ffn_start.default
 ffn_prompt = torch.ops.sparsify.ffn_prompt.default
@@ -102,7 +113,7 @@ _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVa
 
 
 @contextlib.contextmanager
-def observing(observer: Observer) -> Iterator[None]:
+def observing(observer: Observer) -> Generator[None]:
     """Calls `observer(remaining before, remaining after)` after each feed-forward block that runs here. Reading them synchronises."""
     token = _observers.set((*_observers.get(), observer))
     try:
@@ -125,7 +136,7 @@ class _Thread(threading.local):
     """A thread's runs, by a weight of the model, and those of calls outside of any compiled model."""
 
     def __init__(self) -> None:
-        self.by_weight = WeakTensorKeyDictionary()
+        self.by_weight: MutableMapping[Tensor, Runs] = WeakTensorKeyDictionary()
         self.other: Runs = {}
 
 
@@ -134,7 +145,7 @@ _here: contextvars.ContextVar[Runs | None] = contextvars.ContextVar("sparsify_ff
 
 
 @contextlib.contextmanager
-def counting(weight: Tensor | None, keys: Iterable[tuple[torch.device, int]]) -> Iterator[None]:
+def counting(weight: Tensor | None, keys: Iterable[tuple[torch.device, int]]) -> Generator[None]:
     """In this block, in this thread, generated tokens of the model with this weight are counted; None: of no model in particular.
 
     keys: device and key of the runs that are needed, so that they lie outside of the memory of a CUDA graph that is recorded here.
@@ -154,7 +165,7 @@ def run_state(device: torch.device, key: int) -> Tensor:
     found = _here.get()
     runs = _thread.other if found is None else found
     if (device, key) not in runs:
-        with _disable_current_modes():
+        with without_modes():
             runs[device, key] = torch.full((2,), _NO_POSITION, dtype=torch.int64, device=device)
     return runs[device, key]
 

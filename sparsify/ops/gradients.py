@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
-from torch.autograd import forward_ad
 
 from sparsify.errors import UnsupportedError
 from sparsify.graph.aliasing import example_tensor, tensor_of
+from sparsify.graph.typed_torch import dual_levels, is_wrapped, register_kernel, tangent, within_transform
 
 TRANSFORMED = "it lies within a transform of torch.func"
 _HINT = "run it under torch.no_grad(), or leave what needs gradients to torch"
@@ -28,7 +27,7 @@ class Modes:
         self._grad: dict[fx.Node, bool] = {}
         self._transforms: dict[fx.Node, int] = {}
         # Dynamo compiles under the modes in which the graph starts, and guards on them
-        grad, transforms = torch.is_grad_enabled(), int(_functorch.maybe_current_level() is not None) + _dual_levels()
+        grad, transforms = torch.is_grad_enabled(), int(within_transform()) + dual_levels()
         before: dict[fx.Node, bool] = {}
         for node in graph.nodes:
             self._grad[node], self._transforms[node] = grad, transforms
@@ -65,12 +64,7 @@ def _requires_grad(node: fx.Node) -> bool:
 
 
 def _wrapped(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _dual_levels() -> int:
-    """Number of open levels of forward-mode derivatives."""
-    return forward_ad._current_level + 1
+    return tensor is not None and is_wrapped(tensor)
 
 
 def refuse(op: str, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -83,7 +77,7 @@ def refuse(op: str, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
     Raises:
         UnsupportedError: a tensor requires a gradient or carries a tangent.
     """
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() or dual_levels():
         for operand in (*operands, *options.values()):
             if isinstance(operand, torch.Tensor):
                 _check(op, operand)
@@ -92,7 +86,7 @@ def refuse(op: str, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
 def _check(op: str, operand: torch.Tensor) -> None:
     if torch.is_grad_enabled() and operand.requires_grad:
         raise UnsupportedError("it has no gradient, and an operand requires one", where=f"sparsify::{op}", hint=_HINT)
-    if forward_ad._current_level >= 0 and torch._VF._unpack_dual(operand, level=forward_ad._current_level).tangent is not None:
+    if dual_levels() and tangent(operand) is not None:
         raise UnsupportedError("it has no derivative, and an operand carries a tangent", where=f"sparsify::{op}", hint=_HINT)
 
 
@@ -102,4 +96,4 @@ def refuse_transforms(op: str, library: torch.library.Library) -> None:
     def call(*args: Any, **options: Any) -> Any:
         raise UnsupportedError("it knows nothing of torch.func's grad, vjp, jvp and vmap", where=f"sparsify::{op}", hint=_HINT)
 
-    library.impl(op, call, "FuncTorchDynamicLayerFrontMode")
+    register_kernel(library, op, call, "FuncTorchDynamicLayerFrontMode")

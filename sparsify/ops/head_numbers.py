@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.graph.typed_torch import define_op, register_fake, register_kernel
 from sparsify.ops.library import NAMESPACE, library
 
-library.define("head_numbers(Tensor numbers, str site, str option) -> ()")
+define_op(library, "head_numbers(Tensor numbers, str site, str option) -> ()")
 
 
 def _nothing(numbers: Tensor, site: str, option: str) -> None:
     return None
 
 
-library.impl("head_numbers", _nothing, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::head_numbers", _nothing, lib=library)
+register_kernel(library, "head_numbers", _nothing, "CompositeExplicitAutograd")
+register_fake(library, f"{NAMESPACE}::head_numbers", _nothing)
 head_numbers = torch.ops.sparsify.head_numbers.default

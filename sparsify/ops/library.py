@@ -5,19 +5,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch._ops import OpOverload
 
+from sparsify.graph.typed_torch import define_op, register_fake
 from sparsify.ops import gradients
 from sparsify.ops.call import OpCall
 
+Call = TypeVar("Call", bound=OpCall)
 NAMESPACE = "sparsify"
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(call: type[OpCall], fake: Callable[..., Any], returns: str = "(Tensor, Tensor)") -> torch._ops.OpOverload:
+def define(call: type[Call], fake: Callable[[Call], Any], returns: str = "(Tensor, Tensor)") -> OpOverload:
     """Defines the op of a record.
 
     Args:
@@ -25,8 +28,12 @@ def define(call: type[OpCall], fake: Callable[..., Any], returns: str = "(Tensor
         fake: makes empty outputs from a call's record.
         returns: the outputs' types in the schema.
     """
-    library.define(f"{call.schema()} -> {returns}", tags=TAGS)
-    traced(call.NAME, lambda *args, **options: fake(call.bind(*args, **options)))
+    define_op(library, f"{call.schema()} -> {returns}", TAGS)
+
+    def outputs(*args: Any, **options: Any) -> Any:
+        return fake(call.bind(*args, **options))
+
+    traced(call.NAME, outputs)
     return getattr(torch.ops.sparsify, call.NAME).default
 
 
@@ -42,5 +49,5 @@ def traced(op: str, fake: Callable[..., Any]) -> None:
         gradients.refuse(op, args, options)
         return fake(*args, **options)
 
-    torch.library.register_fake(f"{NAMESPACE}::{op}", call, lib=library)
+    register_fake(library, f"{NAMESPACE}::{op}", call)
     gradients.refuse_transforms(op, library)

@@ -4,19 +4,22 @@ fails within a user's call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.errors import UnsupportedError
+from sparsify.graph.typed_torch import argument_names
 from sparsify.masks.symbolic import Facts, sizes
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.call import OpCall, Operand, misfit
+from sparsify.ops.library import NAMESPACE
 from sparsify.ops.linear import LinearCall
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
@@ -44,7 +47,7 @@ def plain_tensor(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def check(op: torch._ops.OpOverload, args: tuple[Any, ...], options: Mapping[str, Any], shape_env: object) -> None:
+def check(op: OpOverload, args: tuple[Any, ...], options: Mapping[str, Any], shape_env: object) -> None:
     """Checks a call of one of our ops while a graph is rewritten.
 
     Args:
@@ -56,10 +59,10 @@ def check(op: torch._ops.OpOverload, args: tuple[Any, ...], options: Mapping[str
         UnsupportedError: an operand's kind, shape, dtype or device is not what the op takes. Sizes that may be equal are taken to be: the
             program that is rewritten would fail otherwise.
     """
-    call = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | dict(options)
-    what = _misfit(op._opname, call, Facts(shape_env))
+    call = dict(zip(argument_names(op), args, strict=False)) | dict(options)
+    what = _misfit(op.name().removeprefix(f"{NAMESPACE}::"), call, Facts(shape_env))
     if what:
-        raise UnsupportedError(what, where=f"sparsify::{op._opname}")
+        raise UnsupportedError(what, where=op.name())
 
 
 def _misfit(op: str, call: dict[str, Any], facts: Facts) -> str:
@@ -67,7 +70,10 @@ def _misfit(op: str, call: dict[str, Any], facts: Facts) -> str:
     for name, tensor in tensors.items():
         if not plain_tensor(tensor):
             return f"{name} is a {type(tensor).__name__}"
-    differ = lambda a, b: a != b and facts.holds(sympy.Ne(a, b))
+
+    def differ(one: sympy.Expr, other: sympy.Expr | int) -> bool:
+        return one != other and facts.holds(sympy.Ne(one, other))
+
     if op in _CALLS:
         return _CALLS[op].bind(**call).misfit(sizes, differ)
     described = _OPERANDS.get(op, {})
@@ -76,13 +82,16 @@ def _misfit(op: str, call: dict[str, Any], facts: Facts) -> str:
     return found or (_weights(call, differ) if op in ("ffn", "ffn_parts") else "")
 
 
-def _weights(call: dict[str, Any], differ: Any) -> str:
+def _weights(call: dict[str, Any], differ: Callable[[Any, Any], bool]) -> str:
     """Whether the matrices of a feed-forward block fit each other."""
     residual = call.get("residual", call["input"])
     rows, (*read_rows, hidden) = sizes(residual), sizes(call["input"])
     if len(rows) != len(read_rows) + 1 or any(map(differ, rows, (*read_rows, hidden))) or residual.dtype is not call["input"].dtype:
         return f"input is {list(call['input'].shape)} {call['input'].dtype}, not as the residual sum"
-    turned = lambda name: sizes(call[name])[:: -1 if call["transposed"] else 1]
+
+    def turned(name: str) -> tuple[sympy.Expr, ...]:
+        return sizes(call[name])[:: -1 if call["transposed"] else 1]
+
     (wide, read), (written, intermediate) = turned("up"), turned("down")
     fused = 2 if call["layout"] in ("gate_up", "up_gate") else 1
     gate = turned("gate") if call.get("gate") is not None else (intermediate, hidden)

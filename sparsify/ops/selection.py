@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -260,7 +260,7 @@ select_blocks = define(SelectCall, SelectCall.empty_lists)
 
 
 @contextlib.contextmanager
-def observing(observer: Observer) -> Iterator[None]:
+def observing(observer: Observer) -> Generator[None]:
     """Calls `observer(call, counts, indices)` after each block selection of this block and thread.
 
     Reading the block lists costs a device synchronisation, so nobody observes unless a tool asks.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from sparsify.ops.call import Operand
 from sparsify.ops.library import define
 from sparsify.ops.scratch import Part
 from sparsify.ops.selection import SelectCall
+
+_Numbers = TypeVar("_Numbers", tuple[int, ...], tuple[float, ...])
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +51,13 @@ class SparseAttentionCall(SelectCall):
     def part(self, part: Part) -> SparseAttentionCall:
         """The call as some of the heads and batch rows see it."""
         rows, owners, served = (slice(*bounds) for bounds in (part.batch, part.kv_heads, part.heads))
-        per_head = lambda numbers: numbers[served] if len(numbers) == self.heads > 1 else numbers
-        per_row = lambda operand: operand if operand is None or operand.shape[0] == 1 else operand[rows]
+
+        def per_head(numbers: _Numbers) -> _Numbers:
+            return numbers[served] if len(numbers) == self.heads > 1 else numbers
+
+        def per_row(operand: Tensor | None) -> Tensor | None:
+            return operand if operand is None or operand.shape[0] == 1 else operand[rows]
+
         return dataclasses.replace(
             self,
             query=self.query[rows, served],

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.experimental.sym_node import SymNode
 
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import value_at
-from sparsify.costs.sizes import Size, as_text
+from sparsify.costs.sizes import as_text
 from sparsify.errors import SparsifyError
 from sparsify.graph import unforeseen
 from sparsify.graph.compat import symbol_values
+from sparsify.graph.typed_torch import symbolic_node
 from sparsify.matching.base import CACHE_SUFFIX, Site, SiteKind
 from sparsify.planning import objective
 from sparsify.planning.config.config import Config
@@ -85,7 +87,7 @@ def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[
     if saved_plan is not None and context.min_length is None:
         context = dataclasses.replace(context, min_length=saved_plan.plan.min_length)
     regimes = _Regimes()
-    choices = []
+    choices: list[Choice] = []
     for site, place in zip(sites, places(sites) if at is None else at, strict=True):
         saved = _saved(place, saved_plan)
         candidates, measured = _candidates(site, place, config, saved), saved.measured if saved else []
@@ -128,7 +130,7 @@ def _candidates(site: Site, place: Place, config: Config, saved: Decision | None
 
 def _with_measured(configured: list[tuple[str, dict[str, Any]]], measured: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """The configured methods, each followed by the other options of it that were measured."""
-    wanted = []
+    wanted: list[tuple[str, dict[str, Any]]] = []
     for name, options in configured:
         wanted += [(name, options), *((name, one["options"]) for one in measured if one["method"] == name)]
     return wanted
@@ -265,15 +267,15 @@ def size_hints(site: Site) -> dict[Any, int]:
     hints: dict[Any, int] = {}
     for node in site.hint_nodes:
         for size in node.meta["example_value"].shape:
-            if isinstance(size, torch.SymInt) and size.node.hint is not None:
-                hints |= _solve(size.node.expr, size.node)
+            if isinstance(size, torch.SymInt) and (node := symbolic_node(size)).hint is not None:
+                hints |= _solve(node)
     return hints
 
 
-def _solve(expr: Size, node: Any) -> dict[Any, int]:
+def _solve(node: SymNode) -> dict[Any, int]:
     env = node.shape_env
-    found = {}
-    for symbol in getattr(expr, "free_symbols", ()):
+    found: dict[Any, int] = {}
+    for symbol in node.expr.free_symbols:
         table = symbol_values(env)
         if symbol in table:
             found[symbol] = int(table[symbol])

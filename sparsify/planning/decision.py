@@ -40,8 +40,9 @@ class Place(NamedTuple):
 def places(sites: Iterable[Site]) -> list[Place]:
     """The places of a graph's sites, which come in its order."""
     keys: list[tuple[PlanKind, str]] = [(plan_kind(site.kind), site.name) for site in sites]
-    counts, seen = Counter(keys), Counter()
-    found = []
+    counts = Counter(keys)
+    seen: Counter[tuple[PlanKind, str]] = Counter()
+    found: list[Place] = []
     for key in keys:
         kind, name = key
         found.append(Place(kind, name, seen[key], counts[key]))

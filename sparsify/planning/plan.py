@@ -22,6 +22,7 @@ from sparsify.ops import attention
 from sparsify.ops.block_maps import BlockMap
 from sparsify.planning import report
 from sparsify.planning.config import config
+from sparsify.planning.config.values import is_table
 from sparsify.planning.decision import STRICT, Decision
 from sparsify.planning.page import page
 from sparsify.planning.provenance import Provenance
@@ -63,7 +64,7 @@ class Plan:
 
     def repeated(self, paths: Sequence[str]) -> Plan:
         """The same decisions for every module that the graph serves; it was named after the first of `paths`."""
-        decisions = []
+        decisions: list[Decision] = []
         for path in paths:
             for decision in self.decisions:
                 site = path + decision.site.removeprefix(paths[0]) if decision.site.startswith(paths[0]) else decision.site
@@ -84,7 +85,7 @@ class Plan:
         """Raises PlanError for text that is not a plan of this format, in every detail."""
         try:
             data = json.loads(text, parse_constant=_no_number)
-            if not isinstance(data, dict):
+            if not is_table(data):
                 raise ConfigError("must be a table")
             if data.get("format", FORMAT) != FORMAT:
                 raise PlanError(f"plan of format {data['format']!r}", where=where, hint=f"this version reads format {FORMAT}")

@@ -70,10 +70,10 @@ def model_digest(model: nn.Module) -> str:
     The same for a model that was moved, or loaded in another dtype of no less precision.
     """
     config: Any = getattr(model, "config", None)
-    known = config.to_dict() if hasattr(config, "to_dict") else {}
-    known = {key: value for key, value in known.items() if key not in _NOT_THE_MODEL}
+    every: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    known = {key: value for key, value in every.items() if key not in _NOT_THE_MODEL}
     state = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
-    samples = []
+    samples: list[torch.Tensor] = []
     for name, weight in model.named_parameters():
         state.update(f"{name} {tuple(weight.shape)}\n".encode())
         if type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta:

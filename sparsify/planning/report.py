@@ -34,7 +34,7 @@ def table(decisions: Sequence[Decision], device: str, capture: str = "", width: 
 
 
 def _title(decisions: Sequence[Decision]) -> str:
-    counts = []
+    counts: list[str] = []
     for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks")):
         of_kind = [d for d in decisions if d.kind == kind]
         if of_kind or kind == "attention":

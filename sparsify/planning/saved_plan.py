@@ -53,7 +53,8 @@ class SavedPlan:
 
     def head_numbers(self, path: str) -> dict[tuple[str, str], tuple[float, ...]]:
         """By site (relative to a module's path) and option, numbers of the heads that a graph takes as operands."""
-        methods, numbers = discover(), {}
+        methods = discover()
+        numbers: dict[tuple[str, str], tuple[float, ...]] = {}
         for (kind, site), found in self._decisions.items():
             if _takes_operands(kind, found) and found[0].method is not None and (site == path or site.startswith(f"{path}.")):
                 method = config.validate(methods[found[0].method], found[0].options, self.where)
@@ -62,7 +63,7 @@ class SavedPlan:
 
     def recalled(self, plan: Plan) -> Plan:
         """A plan that was made for several layers at once, with what this one says of each."""
-        decisions = []
+        decisions: list[Decision] = []
         for one in plan.decisions:
             found = self._decisions.get((one.kind, one.site), [])
             if len(found) == 1 and found[0].method == one.method and found[0].options != one.options:

@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +32,9 @@ _MOST = 256  # compilations that are remembered
 
 @dataclass
 class _Compilation:
-    """What was seen of one call of torch.compile. owner: keeps what identifies it alive, or says that it is gone."""
+    """What was seen of one call of torch.compile. owner: what identifies it, None where that is gone."""
 
-    owner: Any
+    owner: Callable[[], Any]
     rules: tuple[Rule, ...]
     sites: dict[tuple[str, int | None], None] = field(default_factory=dict)
     matched: set[int] = field(default_factory=set)
@@ -84,9 +84,8 @@ def conclude(config: Config, asked: Any = None) -> None:
 def _compilation(rules: tuple[Rule, ...], asked: Any) -> _Compilation:
     owner = asked if asked is not None else compat.frame_scopes().get("L", {}).get("self")
     found = _compilations.get(id(owner))
-    alive = found.owner() if found is not None and isinstance(found.owner, weakref.ref) else found and found.owner
-    if owner is None or found is None or alive is not owner or found.rules != rules:
-        held = _weakly(owner) if asked is None and owner is not None else owner
+    if owner is None or found is None or found.owner() is not owner or found.rules != rules:
+        held = _weakly(owner) if asked is None and owner is not None else lambda: owner
         found = _compilations[id(owner)] = _Compilation(held, rules)
     _compilations.move_to_end(id(owner))
     while len(_compilations) > _MOST:
@@ -94,12 +93,12 @@ def _compilation(rules: tuple[Rule, ...], asked: Any) -> _Compilation:
     return found
 
 
-def _weakly(owner: Any) -> Any:
-    """A weak reference, or the object itself where it takes none."""
+def _weakly(owner: Any) -> Callable[[], Any]:
+    """A weak reference, or one that keeps the object where it takes none."""
     try:
         return weakref.ref(owner)
     except TypeError:
-        return owner
+        return lambda: owner
 
 
 def _feed_forward(gm: fx.GraphModule) -> list[tuple[Place, int | None]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,7 +169,7 @@ class _Pair:
             if isinstance(value, torch.Tensor):
                 count = 1
                 for size in value.shape:
-                    count *= size if isinstance(size, int) else 16
+                    count *= 16 if isinstance(size, torch.SymInt) else size
                 elements = max(elements, count)
         width = max((int(s) for s in self.output.meta["example_value"].shape[-1:] if isinstance(s, int)), default=1)
         return elements <= _MOST_ELEMENTS and elements * width <= _MOST_WORK
@@ -260,7 +260,7 @@ class _CannotRun(Exception):
 
 
 @contextlib.contextmanager
-def _quiet(output: fx.Node) -> Iterator[None]:
+def _quiet(output: fx.Node) -> Generator[None]:
     """Real tensors on the CPU, no gradients, and the autocast of the site's device."""
     device = output.meta["example_value"].device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

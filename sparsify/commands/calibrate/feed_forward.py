@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Proposal:
 
 
 @contextmanager
-def _recording(model: nn.Module) -> Iterator[tuple[Callable[..., Any], dict[int, list[Tensor]]]]:
+def _recording(model: nn.Module) -> Generator[tuple[Callable[..., Any], dict[int, list[Tensor]]]]:
     """The model's forward with every feed-forward block observed: similarities [tokens] by block."""
     found: dict[int, list[Tensor]] = {}
 

@@ -239,7 +239,7 @@ class Forecaster:
 
 def filled(call: CallSites, length: int) -> CallSites:
     """A decode step over caches that hold no more than the prompt and the step's token."""
-    cache = tuple(dataclasses.replace(site, key_len=min(site.key_len, length + 1)) for site in call.cache)
+    cache = tuple(dataclasses.replace(site, key_len=min(int(site.key_len), length + 1)) for site in call.cache)
     return dataclasses.replace(call, cache=cache)
 
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -349,7 +349,7 @@ def _empty_at_first(layer_type: type) -> type:
 
 
 @contextmanager
-def _capture(model: nn.Module) -> Iterator[tuple[Callable[..., Any], list[CallSites]]]:
+def _capture(model: nn.Module) -> Generator[tuple[Callable[..., Any], list[CallSites]]]:
     """The model's forward under torch.compile, and the sites of each graph that the last call was captured in."""
     graphs: list[CallSites] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,7 +74,7 @@ class Run:
             return DynamicCache(config=self.model.config)
 
     @contextmanager
-    def measuring(self) -> Iterator[Measured]:
+    def measuring(self) -> Generator[Measured]:
         found, started = Measured(), time.monotonic()
         with api.record_density() as densities:
             yield found

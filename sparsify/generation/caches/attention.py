@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import sparsify.backends  # noqa: F401  (registers what serves the cache's ops)
+import sparsify.backends  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers what serves the cache's ops
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation import interface
 from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys

@@ -260,7 +260,7 @@ def _refuse_overflow(layer: SparseLayer) -> None:
     )
 
 
-def _checked_budget(budget: int | float | None, prompt_len: int | None) -> int | float | None:
+def _checked_budget(budget: object, prompt_len: int | None) -> int | float | None:
     if isinstance(budget, bool) or not isinstance(budget, int | float | None):
         raise ConfigError(f"must be tokens or a share, not {budget!r}", where="budget")
     if isinstance(budget, int) and budget < 1:

@@ -8,7 +8,7 @@ import gc
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import torch
@@ -115,7 +115,7 @@ class CudaGraphs:
         self.device = device
 
     @contextlib.contextmanager
-    def _on_side_stream(self) -> Iterator[None]:
+    def _on_side_stream(self) -> Generator[None]:
         stream, current = _stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -147,7 +147,7 @@ def _stream(device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
+def _without_collection() -> Generator[None]:
     """Freeing what holds device memory is not allowed while a graph is recorded."""
     enabled = gc.isenabled()
     gc.disable()

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sparsify.costs.crossovers import MAX_COST_RATIO
 from sparsify.errors import ConfigError, nearest
 from sparsify.planning.config import inductor_options, layer_patterns
+from sparsify.planning.config.values import is_list, is_path, is_sequence, is_table
 
 log = logging.getLogger(__name__)
 
@@ -190,11 +191,11 @@ def load(
         merger.add_file(folder / Path(environ[CONFIG_VARIABLE]).expanduser(), f"{CONFIG_VARIABLE}={environ[CONFIG_VARIABLE]}")
     if environ.get(TRACE_VARIABLE):
         merger.add({"trace": environ[TRACE_VARIABLE]}, TRACE_VARIABLE, folder)
-    if options is not None and not isinstance(options, Mapping):
+    if options is not None and not is_table(options):
         raise ConfigError(f"must be a mapping, not {_show(options)}", where="options", hint='for example options={"passes": ["dense"]}')
     given = dict(options or {})
     if (named := given.pop("config", None)) is not None:
-        if not isinstance(named, str | os.PathLike):
+        if not is_path(named):
             raise ConfigError(f"must name a file, not {_show(named)}", where="options: config")
         merger.add_file(folder / Path(named).expanduser(), os.fspath(named))
     if mode is not None:
@@ -252,7 +253,7 @@ class _Merger:
                     raise ConfigError("must name a path, not ''", where=f"{source}: {key}")
                 table[key] = str(folder / Path(table[key]).expanduser())
         for key in [*self.models, "inductor"]:
-            if key in table and not isinstance(table[key], Mapping):
+            if key in table and not is_table(table[key]):
                 raise ConfigError(f"must be a table, not {_show(table[key])}", where=f"{source}: {key}")
         if "inductor" in table:
             table["inductor"] = inductor_options.flatten(table["inductor"], source)
@@ -283,7 +284,7 @@ class _Merger:
 
     def _rule(self, rule: Any, where: str) -> dict[str, Any]:
         """A rule's flat table with its options sorted by the methods that have them."""
-        if not isinstance(rule, Mapping):
+        if not is_table(rule):
             raise ConfigError(f"must be a table, not {_show(rule)}", where=where, hint="write [[rules]]")
         for key in ("layers", "method"):
             if key not in rule:
@@ -291,12 +292,12 @@ class _Merger:
         methods = [rule["method"]] if isinstance(rule["method"], str) else _list(rule["method"], f"{where}.method")
         for name in methods:
             self._known_method(name, f"{where}.method")
-        own = {name: rule[name] for name in methods if isinstance(rule.get(name), Mapping)}
+        own: dict[str, dict[str, Any]] = {name: rule[name] for name in methods if is_table(rule.get(name))}
         flat = {key: value for key, value in rule.items() if key not in ("layers", "method", *own)}
         fields = {name: set(self.models[name].model_fields) for name in methods}
         for key in flat:
             if not any(key in names for names in fields.values()):
-                known = sorted(set().union(*fields.values()))
+                known = sorted(set[str]().union(*fields.values()))
                 label = f"not an option of {' or '.join(methods)}" if methods else "an option without a method"
                 raise ConfigError(label, where=f"{where}.{key}", hint=nearest(key, ["layers", "method", *known]))
         options = {name: {key: flat[key] for key in flat if key in fields[name]} | own.get(name, {}) for name in methods}
@@ -384,7 +385,7 @@ def _show(value: Any) -> str:
 
 
 def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list | tuple):
+    if not is_sequence(value):
         raise ConfigError(f"must be a list, not {_show(value)}", where=where)
     return list(value)
 
@@ -395,16 +396,16 @@ def _plain(value: Any, where: str) -> Any:
     Raises:
         ConfigError: for anything else, such as a date or a tensor.
     """
-    if isinstance(value, Mapping):
+    if is_table(value):
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"keys are strings, not {_show(key)}", where=where)
         return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if is_sequence(value):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, os.PathLike):
+    if is_path(value):
         return os.fspath(value)
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float):
         return value
     raise ConfigError(f"must be a string, number, boolean, list or table, not {_show(value)}", where=where)
 
@@ -413,13 +414,13 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     """Tables key by key, `above` first. The result shares no table or list with either."""
     merged = {key: _copy(value) for key, value in below.items()}
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        both = is_table(value) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else _copy(value)
     return merged
 
 
 def _copy(value: Any) -> Any:
     # not copy.deepcopy: Inductor's options may hold objects that cannot be copied
-    if isinstance(value, Mapping):
+    if is_table(value):
         return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
+    return [_copy(item) for item in value] if is_list(value) else value

@@ -8,15 +8,15 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sparsify.planning.config.config import SETTINGS, Config, Rule
+from sparsify.planning.config.values import is_sequence, is_table, is_union
 
 _INTRODUCTION = """\
 # Configuration
@@ -108,7 +108,7 @@ def _words(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ", ".join(f"`{_toml(value)}`" for value in parts)
-    if origin in (Union, types.UnionType):
+    if is_union(kind):
         return " or ".join(_words(part) for part in parts if part is not type(None))
     if origin in (tuple, list):
         return "list of " + {"number": "numbers", "string": "strings", "integer": "integers"}.get(_words(parts[0]), _words(parts[0]))
@@ -126,7 +126,7 @@ def option_lines(model: type[BaseModel]) -> str:
 
 def toml(config: Config) -> str:
     """The configuration as a file that `SPARSIFY_CONFIG` could name. Settings that are unset stand as comments."""
-    tables = {name: value for name, value in config.as_options().items() if isinstance(value, Mapping)}
+    tables = {name: value for name, value in config.as_options().items() if is_table(value)}
     plain = {name: value for name, value in config.as_options().items() if name not in tables and name != "rules"}
     lines = [f"{name} = {_toml(value)}" if value is not None else f"# {name} is not set" for name, value in plain.items()]
     for name, table in tables.items():
@@ -141,9 +141,9 @@ def toml(config: Config) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Mapping):
+    if is_table(value):
         return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
-    if isinstance(value, list | tuple):
+    if is_sequence(value):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, int | float):
         return repr(value)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from sparsify.errors import ConfigError, nearest
+from sparsify.planning.config.values import is_table, is_union
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def flatten(table: Mapping[Any, Any], source: str) -> dict[str, Any]:
                 if not _accepts(known[name], value):
                     raise ConfigError(f"must be {_type_name(known[name])}, not {value!r}", where=f"{source}: inductor.{name}")
                 flat[name] = value
-            elif isinstance(value, Mapping) and any(option.startswith(f"{name}.") for option in known):
+            elif is_table(value) and any(option.startswith(f"{name}.") for option in known):
                 walk(value, f"{name}.")
             else:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -53,7 +53,7 @@ def _accepts(kind: Any, value: Any) -> bool:
     origin = get_origin(kind)
     if origin is Literal:
         return value in get_args(kind)
-    if origin in (Union, types.UnionType):
+    if is_union(kind):
         return any(_accepts(part, value) for part in get_args(kind))
     if isinstance(origin, type) and origin in (list, dict, tuple):
         return isinstance(value, origin)

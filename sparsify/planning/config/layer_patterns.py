@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparsify.errors import ConfigError
+from sparsify.planning.config.values import is_list
 
 
 def parse(layers: Any, where: str) -> list[str]:
@@ -16,7 +17,7 @@ def parse(layers: Any, where: str) -> list[str]:
     Raises:
         ConfigError: something that is no pattern, at `where`.
     """
-    patterns = [piece.strip() for item in (layers if isinstance(layers, list) else [layers]) for piece in _pieces(item, where)]
+    patterns = [piece.strip() for item in (layers if is_list(layers) else [layers]) for piece in _pieces(item, where)]
     for pattern in patterns:
         bounds = re.fullmatch(r"(\d+)\s*-\s*(\d+)", pattern)
         if bounds and int(bounds[1]) > int(bounds[2]):

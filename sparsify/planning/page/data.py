@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sparsify.graph.typed_torch import as_floats
 from sparsify.matching.beside import FEED_FORWARD, PARTS
 from sparsify.ops.block_maps import SIDE, BlockMap
 from sparsify.planning.decision import Decision, Place, labels
@@ -270,7 +271,7 @@ def _map_data(label: str, one: BlockMap, side: int) -> dict[str, Any]:
 
 
 def _cells(shares: Tensor) -> str:
-    return "".join(NOTHING if math.isnan(share) else _level(share) for share in shares.flatten().tolist())
+    return "".join(NOTHING if math.isnan(share) else _level(share) for share in as_floats(shares.flatten()))
 
 
 def _level(share: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ class Capture:
         self._calls: list[Captured] = []
 
     @contextmanager
-    def running(self) -> Iterator[Callable[[Tensor], None]]:
+    def running(self) -> Generator[Callable[[Tensor], None]]:
         """Gives a function that runs the model over ids, int64 [1, tokens]."""
         extra: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:

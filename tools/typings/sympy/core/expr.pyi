@@ -1,0 +1,2 @@
+from sympy._declared import AtomicExpr as AtomicExpr
+from sympy._declared import Expr as Expr

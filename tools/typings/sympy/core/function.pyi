@@ -1,0 +1,1 @@
+from sympy._declared import AppliedUndef as AppliedUndef
