@@ -159,7 +159,7 @@ def _rewritten(
 ) -> tuple[Assumption | None, tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]]:
     """`rewrite_graph`, under an assumption about the graph's inputs where a site that is rewritten needs one."""
     attention = find_attention(gm)
-    assumption = _assumption(gm, attention, example_inputs, config, retraced)
+    assumption, attention = _assumption(gm, attention, example_inputs, config, retraced)
     if assumption is not None:
         result = rewrite_graph(assumption.graph, config, trace, longer, assumption.attention, retraced)
         if _counts_on(result[0], assumption):
@@ -169,17 +169,17 @@ def _rewritten(
 
 def _assumption(
     gm: fx.GraphModule, attention: list[AttentionSite], example_inputs: Sequence[Any], config: Config, retraced: Retraced | None
-) -> Assumption | None:
-    """What the masks that arrive as inputs were observed to say, where that lets a site be described."""
+) -> tuple[Assumption | None, list[AttentionSite]]:
+    """What the masks that arrive as inputs were observed to say, where that lets a site be described; and the sites, with reasons."""
     if retraced is not None and retraced.forms < 1:
-        return None
+        return None, attention
     try:
         return observed_masks.find(gm, attention, example_inputs)
     except Exception as error:
         if config.strict:
             raise
         log.warning("masks that arrive as inputs are not observed: %s", unforeseen.reason(error))
-        return None
+        return None, attention
 
 
 def _counts_on(plan: Plan, assumption: Assumption) -> bool:

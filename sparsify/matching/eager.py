@@ -73,7 +73,7 @@ def find_eager(context: MatchContext, softmax: fx.Node) -> AttentionSite | None:
     try:
         return _WrittenOut(context, softmax, product).site()
     except NoMatch as why:
-        return bare_site(product, scores, value, value, None, str(why), source="eager")
+        return bare_site(product, scores, value, value, None, str(why), source="eager", inputs=why.inputs)
     except Exception as error:
         return bare_site(product, scores, value, value, None, unforeseen.reason(error, product.name), source="eager")
 
@@ -310,10 +310,10 @@ class _WrittenOut:
         """Refuses scores that are multiplied with anything but 1 where a mask shows them: beside the number that hides, 0 is a score like
         any other."""
         for gate in self.chain.gates:
-            alone = self.context.proof([gate], extents)
+            alone, both = self.context.proof([gate], extents), self.context.proof([*masks, gate], extents)
             if alone.opaque or not self.reads_as_one(*gate, extents):
-                raise NoMatch(f"scores are scaled by a tensor: {alone.reason or 'it differs by merged batch and heads'}")
-            both = self.context.proof([*masks, gate], extents)
+                why = alone.reason or "it differs by merged batch and heads"
+                raise NoMatch(f"scores are scaled by a tensor: {why}", both.inputs)
             if not mask.opaque and replace(both, condition="") != replace(mask, condition=""):
                 raise NoMatch("scores are set to 0 that no mask hides")
 
@@ -342,9 +342,11 @@ class _WrittenOut:
             elif scaled:
                 raise NoMatch("a mask or bias is added before the scale")
             elif len(self.chain.terms) > 1 or term.flat:
-                unread = f": {why}" if (why := context.proof([whole], extents).reason) else ""
+                proof = context.proof([whole], extents)
+                unread = f": {proof.reason}" if proof.reason else ""
                 raise NoMatch(
-                    f"the scores carry a bias that is neither slope times key position nor one number per key, nor a mask{unread}"
+                    f"the scores carry a bias that is neither slope times key position nor one number per key, nor a mask{unread}",
+                    proof.inputs,
                 )
             else:
                 found.masks.append(whole)

@@ -43,7 +43,14 @@ CLAMPS_FROM_BELOW = {torch.clamp_min, "clamp_min", "clamp_min_"}
 
 
 class NoMatch(Exception):
-    """The chain looks like attention but cannot be described; the message says why."""
+    """The chain looks like attention but cannot be described; the message says why.
+
+    inputs: as `MaskPredicate.inputs`, of what could not be proved.
+    """
+
+    def __init__(self, why: str, inputs: tuple[fx.Node, ...] = ()):
+        super().__init__(why)
+        self.inputs = inputs
 
 
 def bind_or_refuse(node: fx.Node, *signatures: str) -> SimpleNamespace:

@@ -88,9 +88,17 @@ def missed(site: AttentionSite, reason: str) -> AttentionSite:
 
 
 def bare_site(
-    node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, near_miss: str, source: Source = "sdpa"
+    node: fx.Node,
+    query: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    mask: fx.Node | None,
+    near_miss: str,
+    source: Source = "sdpa",
+    inputs: tuple[fx.Node, ...] = (),
 ) -> AttentionSite:
-    """The record of an attention that could not be described: sizes as far as they exist, the reason in `near_miss`."""
+    """The record of an attention that could not be described: sizes as far as they exist, the reason in `near_miss`. inputs: as
+    `MaskPredicate.inputs`."""
     tensor = example_tensor(node) if (found := tensor_of(query)) is None else found
     name, layer = layer_of(node)
 
@@ -107,7 +115,7 @@ def bare_site(
         key=key,
         value=value,
         mask_node=mask,
-        mask=prove.opaque(near_miss),
+        mask=replace(prove.opaque(near_miss), inputs=inputs),
         batch=size(query, -4),
         query_heads=size(query, -3),
         kv_heads=size(key, -3),

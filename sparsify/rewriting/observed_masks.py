@@ -53,18 +53,23 @@ class Assumption:
     counting: tuple[int, ...] = ()
 
 
-def find(gm: fx.GraphModule, attention: list[AttentionSite], example_inputs: Sequence[Any]) -> Assumption | None:
+def find(
+    gm: fx.GraphModule, attention: list[AttentionSite], example_inputs: Sequence[Any]
+) -> tuple[Assumption | None, list[AttentionSite]]:
     """The assumption that lets most sites be described, None where none does. It holds for the example inputs.
 
     Args:
         gm: the graph, which stays as it is.
         attention: what `find_attention` finds in it.
         example_inputs: its inputs.
+
+    Returns:
+        the assumption, and the sites of the graph itself: those that no assumption describes say what is in the way under it.
     """
     nodes = candidates(attention)
     forms = observe(gm, nodes, example_inputs) if nodes else {}
     masks = {node: form for node, form in forms.items() if isinstance(form, Visibility)}
-    best = None
+    best, told = None, attention
     for some in dict.fromkeys(tuple(one) for one in (masks, forms) if one):
         mapping: dict[fx.Node, fx.Node] = {}
         copy = copy_graph(gm, mapping)
@@ -74,13 +79,24 @@ def find(gm: fx.GraphModule, attention: list[AttentionSite], example_inputs: Seq
         if len(counting) > (0 if best is None else len(best.counting)):
             best = dataclasses.replace(found, attention=sites, counting=counting)
             log.info("%d masks are looked at on every call: %s", len(some), "; ".join(dict.fromkeys(_words(forms[node]) for node in some)))
-    return best
+        told = [_told(old, new) for old, new in zip(told, sites, strict=True)]
+    return best, told
+
+
+def _told(old: AttentionSite, new: AttentionSite) -> AttentionSite:
+    """A site that is described neither by its graph nor under an assumption, with both reasons."""
+    why = new.near_miss or new.mask.reason
+    if not (old.mask.opaque and new.mask.opaque) or why in (old.near_miss or old.mask.reason):
+        return old
+    reason = f"{old.near_miss or old.mask.reason}, and read by its values: {why}"
+    mask = dataclasses.replace(old.mask, reason=reason)
+    return dataclasses.replace(old, mask=mask, near_miss=reason if old.near_miss else "")
 
 
 def candidates(sites: Iterable[AttentionSite]) -> list[fx.Node]:
-    """Inputs of the graph, or views of them, that masks are made from which could not be proved. A mask of one row is left alone: it would
-    be compared for every token."""
-    opaque = [site for site in sites if site.mask.opaque and not site.near_miss and site.query_len != 1]
+    """Inputs of the graph, or views of them, that masks are made from which could not be proved, and factors of scores that stand for
+    masks. A mask of one row is left alone: it would be compared for every token."""
+    opaque = [site for site in sites if site.mask.opaque and site.query_len != 1]
     return list(dict.fromkeys(node for site in opaque for node in site.mask.inputs))
 
 

@@ -112,7 +112,7 @@ def test_a_cell_that_is_listed_wrongly_fails(monkeypatch):
     with pytest.raises(AssertionError, match="rewritten now"):
         matrix.check(cell)
     monkeypatch.setattr(matrix, "REFUSED", ())
-    monkeypatch.setattr(observed_masks, "find", lambda *args: None)  # then masks that arrive are refused
+    monkeypatch.setattr(observed_masks, "find", lambda gm, attention, inputs: (None, attention))  # then masks that arrive are refused
     with pytest.raises(AssertionError, match="refused"):
         matrix.check(Cell("llama", "eager", "generate_static", "keep_all"))
     monkeypatch.setattr(matrix, "BROKEN", (matrix.Broken("llama", ".*", ".*", "anything", "it fails"),))

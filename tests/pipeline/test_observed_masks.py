@@ -194,6 +194,45 @@ def test_a_causal_buffer_that_changes(change):
     assert masks[0] == (f"causal ({LOOKED_AT})", "dense") and masks[1:] == [(f"causal, window 3 ({LOOKED_AT})", "dense")]
 
 
+class Factored(torch.nn.Module):
+    """As OpenAI's GPT writes it, whose number is -10000. number: what hides."""
+
+    def __init__(self, number, factor):
+        super().__init__()
+        self.register_buffer("bias", factor[None, None], persistent=False)
+        self.number = number
+
+    def forward(self, query, key, value):
+        scores = query @ key.transpose(-1, -2)
+        shown = self.bias[:, :, : scores.shape[-2], : scores.shape[-1]]
+        return (scores * shown + self.number * (1 - shown)).softmax(-1) @ value
+
+
+@pytest.mark.parametrize(
+    ("number", "factor", "why"),
+    [
+        (LOWEST, torch.ones(16, 16).tril(), ""),
+        (LOWEST, torch.ones(16, 16).tril().triu(-2), ""),
+        (-1e4, torch.ones(16, 16).tril(), "the mask adds -10000"),
+        (LOWEST, torch.ones(16, 16).tril() * 0.5, "a factor that is not known to be 0 or 1"),
+        (LOWEST, torch.ones(16, 16).tril() + 1, "a factor that is not known to be 0 or 1"),
+    ],
+)
+@torch.no_grad()
+def test_a_factor_that_arrives(number, factor, why):
+    """Read where the mask beside it hides by the lowest number; scores may stand below any other."""
+    model, given = Factored(number, factor), operands()
+    given[0] *= 3
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="sparsify", options=strict(passes=["dense"]))
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(run(*given), model(*given))
+        model.bias.copy_(torch.ones(16, 16).tril(-3).logical_not())  # and now something else
+        torch.testing.assert_close(run(*given), model(*given))
+    decision = plans[0].decisions[0]
+    assert (decision.method is None) == bool(why) and why in decision.reason, decision.reason
+
+
 @torch.no_grad()
 def test_token_types_that_are_all_one():
     """Visibility by `or`, of which a prompt without images needs one side alone."""
