@@ -19,7 +19,8 @@ from sparsify.graph.views import permutation
 from sparsify.masks import prove
 from sparsify.masks.predicate import MaskPredicate
 from sparsify.masks.prove import Extents
-from sparsify.masks.symbolic import sizes
+from sparsify.masks.reader import Reader
+from sparsify.masks.symbolic import Facts, Unreadable, sizes
 from sparsify.matching import biases, empty_rows, lookalikes
 from sparsify.matching.context import Bias, MaskReading, MatchContext
 from sparsify.matching.eager_ops import (
@@ -27,6 +28,7 @@ from sparsify.matching.eager_ops import (
     CAST,
     DROPOUT,
     EINSUM,
+    FILLS_FIRST,
     MATMUL,
     SAME,
     VIEW,
@@ -94,6 +96,7 @@ class _WrittenOut:
         self.dropout = 0.0
         self.dropped_column = False
         self.weighted = softmax  # the weights as the product with the values gets them
+        self.zeroed: list[MaskReading] = []  # conditions under which weights are set to 0
 
     def site(self) -> AttentionSite:
         if self.context.modes.transformed([self.softmax, self.product]):
@@ -122,6 +125,8 @@ class _WrittenOut:
                 self.drop(user)
             elif user.target in CAST | SAME:
                 check_cast(user)
+            elif user.target in FILLS_FIRST:
+                self.zero(here, user)
             elif user.target is operator.getitem:
                 if user.args[1] not in ((Ellipsis, slice(None, -1, None)), (Ellipsis, slice(0, -1, None))):
                     raise NoMatch("a part of the weights is taken")
@@ -129,6 +134,20 @@ class _WrittenOut:
             elif user.target in VIEW and user is not self.product:
                 self.chain.note_split(heads_of_view(here, user))
             here = user
+
+    def zero(self, weights: fx.Node, node: fx.Node) -> None:
+        """masked_fill(weights, hidden, 0)"""
+        call = bind_or_refuse(node, "input: tensor, mask: tensor, value")
+        try:
+            value = Reader(Facts(self.context.shape_env)).read(call.value)
+            number = None if value.shape else value.at()
+        except Unreadable:
+            number = None
+        if call.input is not weights or number != 0:
+            raise NoMatch("weights are filled with another number than 0")
+        if sizes(example_tensor(node)) != sizes(example_tensor(weights)):
+            raise NoMatch("the weights are broadcast")
+        self.zeroed.append((call.mask, "hidden", node))
 
     def scaling_sink(self) -> ScalingSink | None:
         """Notes a sink that scales the product with the values."""
@@ -286,6 +305,8 @@ class _WrittenOut:
         mask = context.proof(masks, extents) if masks else prove.none()
         self.check_gates(masks, mask, extents)
         empty, per_key = empty_rows.rows_of_written_out(context, chain, self.softmax, masks, added, mask, extents)
+        if self.zeroed:
+            empty = self.zeroed_rows(masks, mask, empty, bool(per_key), extents)
         return context.site(
             output,
             query.node,
@@ -316,6 +337,32 @@ class _WrittenOut:
                 raise NoMatch(f"scores are scaled by a tensor: {why}", both.inputs)
             if not mask.opaque and replace(both, condition="") != replace(mask, condition=""):
                 raise NoMatch("scores are set to 0 that no mask hides")
+
+    def zeroed_rows(
+        self, masks: list[MaskReading], mask: MaskPredicate, empty: empty_rows.EmptyRows, biased: bool, extents: Extents
+    ) -> empty_rows.EmptyRows:
+        """What rows that see no key hold after weights were set to 0 where keys are hidden: there the weights of other rows are 0 anyway.
+
+        Raises:
+            NoMatch: weights of visible keys are set to 0, or not all of hidden ones where a row may have no others.
+        """
+        if mask.opaque:
+            return empty
+        if self.chain.sinks is not None or biased:
+            raise NoMatch("weights are set to 0 beside a sink or a bias per key")
+        if not all(self.reads_as_one(*one, extents) for one in self.zeroed):
+            raise NoMatch("weights are set to 0 by a mask that differs by merged batch and heads")
+        alone = self.context.proof(self.zeroed, extents)
+        if alone.opaque:
+            raise NoMatch(f"weights are set to 0: {alone.reason}", alone.inputs)
+        if replace(alone, condition="") == replace(mask, condition=""):
+            return empty_rows.ZERO if empty.empty_rows != "impossible" else empty
+        both = self.context.proof([*masks, *self.zeroed], extents)
+        if replace(both, condition="") != replace(mask, condition=""):
+            raise NoMatch("weights are set to 0 that no mask hides")
+        if empty.empty_rows != "impossible":
+            raise NoMatch("rows may see no key, and some of their weights are set to 0")
+        return empty
 
     def ungrouped(self, operand: Operand, output: fx.Node) -> Grouped:
         return ungroup(self.context.memory, operand.node, output) if operand.layout == STANDARD else whole(operand.node)

@@ -28,6 +28,7 @@ VIEW = {"view", "reshape", torch.reshape}
 DROPOUT = {F.dropout, torch.dropout}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FILLS = {torch.where, "where", torch.masked_fill, "masked_fill", "masked_fill_"}
+FILLS_FIRST = {torch.masked_fill, "masked_fill", "masked_fill_"}  # those whose first argument is what they fill
 EINSUM = {torch.einsum, torch.functional.einsum}
 # what reads a tensor's shape, dtype and device alone
 SHAPE_ONLY = {
@@ -225,7 +226,7 @@ def products(node: fx.Node) -> Iterator[fx.Node]:
         elif (
             user.args
             and user.args[0] is node
-            and (user.target in CAST | SAME | VIEW | DROPOUT | {operator.getitem} and tensor_of(user) is not None)
+            and (user.target in CAST | SAME | VIEW | DROPOUT | FILLS_FIRST | {operator.getitem} and tensor_of(user) is not None)
         ):
             yield from products(user)
 

@@ -246,6 +246,49 @@ BESIDE = {
         scores(q, k[:, :, :9]) + additive(torch.arange(9) <= torch.arange(LENGTH)[:, None] - 3, q, LOW), v[:, :, :9]
     ),
 }
+ZEROED = {
+    "hidden by -inf": lambda q, k, v, keep: zeroed(q, k, v, causal_and(keep), -torch.inf, causal_and(keep)),
+    "hidden by the lowest number": lambda q, k, v, keep: zeroed(q, k, v, causal_and(keep), LOW, causal_and(keep)),
+    "in place": lambda q, k, v, keep: (
+        scores(q, k).masked_fill(~causal_and(keep), LOW).softmax(-1).masked_fill_(causal_and(keep).logical_not(), 0.0) @ repeat(v, 2)
+    ),
+}
+ZEROED_REFUSED = {
+    "some of them": (lambda q, k, v, keep: zeroed(q, k, v, causal_and(keep), LOW, keep.bool()[:, None, None]), "some of their weights"),
+    "visible ones": (
+        lambda q, k, v, keep: zeroed(q, k, v, causal_and(torch.ones_like(keep)), LOW, causal_and(keep)),
+        "set to 0 that no mask hides",
+    ),
+    "by a window": (lambda q, k, v, keep: zeroed(q, k, v, causal_and(keep), LOW, visible(keep, DOCUMENTS, "window")), "that no mask hides"),
+    "another number": (lambda q, k, v, keep: zeroed(q, k, v, causal_and(keep), LOW, causal_and(keep), 0.5), "another number than 0"),
+    "beside a bias": (
+        lambda q, k, v, keep: (
+            (scores(q, k) + extended(keep)).masked_fill(~causal_and(torch.ones_like(keep)), -torch.inf).softmax(-1)
+            .masked_fill(~causal_and(torch.ones_like(keep)), 0.0) @ repeat(v, 2)
+        ),
+        "beside a sink or a bias",
+    ),
+}  # fmt: skip
+
+
+def zeroed(query, key, value, seen, number, shown, weight=0.0):
+    """As CPM-Ant writes it: what is hidden before the softmax is set to 0 behind it."""
+    return scores(query, key).masked_fill(~seen, number).softmax(-1).masked_fill(~shown, weight) @ repeat(value, 2)
+
+
+@pytest.mark.parametrize("name", ZEROED | ZEROED_REFUSED)
+def test_weights_that_are_set_to_zero(name):
+    inputs = operands(2, HEADS, KV_HEADS, LENGTH, dim=DIM)
+    if name in ZEROED:
+        want = check(ZEROED[name], *inputs, LEFT)
+        assert (want[0, :, :4] == 0).all()
+        return
+    function, why = ZEROED_REFUSED[name]
+    got, (decision,) = compiled(function, *inputs, LEFT)
+    torch.testing.assert_close(got, function(*inputs, LEFT), equal_nan=True)
+    assert decision.method is None and why in decision.reason, decision.reason
+
+
 BESIDE_REFUSED = {
     "added lowest twice": lambda q, k, v, keep: attend(
         scores(q, k) + additive(causal_and(torch.ones_like(keep)), q, LOW) + additive(keep.bool()[:, None, None], q, LOW), v
