@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -23,9 +24,8 @@ def _register() -> None:
     from sparsify import releases
 
     if not releases.obstacle("transformers"):  # named in a warning already
-        from sparsify.generation.caches.attention import register_attention
-
-        register_attention()
+        # registers itself when it has been imported; it may be the one that imports transformers' registry just now
+        importlib.import_module("sparsify.generation.caches.attention")
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

@@ -229,8 +229,15 @@ class _Pair:
             weights = execute(self.original, softmax, values, numbers).double()
         # of what is hidden by a large number, as in rows that see nothing, no digit counts
         scores = scores.where(scores.abs() < _HIDING, 0.0)
-        each = torch.finfo(self.least_exact()).eps * scores.abs()
+        each = max(torch.finfo(dtype).eps for dtype in self.score_dtypes(softmax)) * scores.abs()
         return float((weights.nan_to_num() * each).sum(-1).max()) if each.numel() else 0.0
+
+    def score_dtypes(self, softmax: fx.Node) -> set[torch.dtype]:
+        """Of every value that has the scores' shape."""
+        shape = lambda node: tuple(map(str, node.meta["example_value"].shape))
+        values = (n for n in self.original.nodes if isinstance(n.meta.get("example_value"), torch.Tensor))
+        alike = (n.meta["example_value"].dtype for n in values if shape(n) == shape(softmax))
+        return {dtype for dtype in alike if dtype.is_floating_point}
 
     def cpu_alone_averages(self) -> bool:
         """Whether rows that see no key are 0 on the site's device and an average on the CPU: under a float mask, fused kernels of GPUs

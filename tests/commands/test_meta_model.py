@@ -92,7 +92,7 @@ def test_lengths_in_between_are_not_captured_again_where_the_ends_agree(monkeypa
 def test_layers_are_captured_once_for_each_kind():
     model = meta_model.build("", config=build("gemma3", layers=6).config)
     assert (model.kinds, len(model.model.model.layers)) == ((0, 1, 0, 1, 0, 1), 2)
-    assert model.calls(64).cache_bytes == (2 * 2 * 7 * 16 * 2, 2 * 2 * 64 * 16 * 2) * 3
+    assert model.calls(64).cache_bytes == (2 * 2 * 7 * 16 * 4, 2 * 2 * 64 * 16 * 4) * 3, "keys and values of two heads, in float32"
 
 
 def test_parameters_and_experts_are_those_of_the_real_model():

@@ -71,7 +71,7 @@ MUST_NOT_MATCH = {
     "softmax over heads": "return torch.softmax(query @ key.transpose(-1, -2), 1) @ value,",
     "a mask of the data": "return F.scaled_dot_product_attention(query, key, value, attn_mask=(query @ key.mT) > -1),",
     "prefix": "return F.scaled_dot_product_attention(query, key, value, attn_mask=(k <= q) | (k < 2)),",
-    "chunks": "return F.scaled_dot_product_attention(query, key, value, attn_mask=(k // 2) == (q // 2)),",
+    "overlapping chunks": "return F.scaled_dot_product_attention(query, key, value, attn_mask=(k // 2) == ((q + 1) // 2)),",
     "strided": "return F.scaled_dot_product_attention(query, key, value, attn_mask=((q - k) % 2 == 0) & (k <= q)),",
     "a mask per head": "mask = k <= q + torch.arange(H)[:, None, None]; "
     "return F.scaled_dot_product_attention(query, key, value, attn_mask=mask),",

@@ -120,10 +120,11 @@ def test_weights_are_never_written_out() -> None:
         interface.attend(torch.nn.Identity(), query, query, query, None, output_attentions=True)
 
 
-@pytest.mark.parametrize("first", ["sparsify", "transformers"])
-def test_importing_sparsify_registers(first) -> None:
-    second = {"sparsify": "transformers", "transformers": "sparsify"}[first]
-    code = f"import {first}, {second}; from transformers import AttentionInterface; assert 'sparsify' in AttentionInterface()"
+@pytest.mark.parametrize(
+    "imports", ["import sparsify, transformers", "import transformers, sparsify", "from sparsify import SparseCache", "import sparsify.api"]
+)
+def test_importing_sparsify_registers(imports) -> None:
+    code = f"{imports}; from transformers import AttentionInterface; assert 'sparsify' in AttentionInterface()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

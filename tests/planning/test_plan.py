@@ -113,8 +113,9 @@ def test_decode_is_never_estimated():
 
 def test_the_reference_never_pays_unless_forced():
     cpu = hardware.describe(torch.device("cpu"))
-    assert plan_for(site(131072), Context(cpu, "reference")).method == "dense"
-    assert plan_for(site(131072), Context(cpu, "reference", min_length=0)).method == "xattention"
+    assert plan_for(site(131072), Context(cpu, "reference", family="reference")).method == "dense"
+    assert plan_for(site(131072), Context(cpu, "reference", min_length=0, family="reference")).method == "xattention"
+    assert plan_for(site(131072), Context(cpu, "reference", family="cpp")).method == "xattention"
 
 
 def test_thresholds_per_head_must_fit_the_heads():

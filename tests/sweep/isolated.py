@@ -83,7 +83,8 @@ def _work(task: Task, sender: Connection, limits: Limits) -> None:
     most = int(limits.memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     used = int(time.process_time())  # a fork begins with none, but that is not promised
-    resource.setrlimit(resource.RLIMIT_CPU, (used + limits.cpu_s, used + limits.cpu_s))
+    # at the hard limit a process is killed like one that dies
+    resource.setrlimit(resource.RLIMIT_CPU, (used + limits.cpu_s, used + limits.cpu_s + 5))
     task.work(sender.send)
     sender.close()
     os._exit(0)  # without torch's and Python's farewells, of which there are many after a fork

@@ -380,3 +380,6 @@ def _gather_columns(tensor: Tensor, order: Tensor) -> Tensor:
     """
     rows = tensor.transpose(1, 2)
     return rows.gather(1, order[:, :, None, None].expand_as(rows)).transpose(1, 2)
+
+
+register_attention()
