@@ -20,7 +20,21 @@ from sparsify.graph.compat import operator_word
 from sparsify.graph.views import PERMUTATIONS, permutation
 from sparsify.masks.numerics import INTEGERS, Typed, arithmetic, cast, relation, truth
 from sparsify.masks.reader import At, Reader, TensorFunction, bind_named_call, checked_index, example_value, handles
-from sparsify.masks.symbolic import Cases, Element, Unreadable, as_condition, as_number, choose, compare, lift, number, scalar, sizes
+from sparsify.masks.symbolic import (
+    Cases,
+    Element,
+    Unreadable,
+    as_condition,
+    as_number,
+    cases,
+    choose,
+    compare,
+    lift,
+    loads,
+    number,
+    scalar,
+    sizes,
+)
 
 # what stands between the brackets for one dimension
 _Index: TypeAlias = "int | slice[Any, Any, Any] | fx.Node | torch.SymInt | types.EllipsisType | None"
@@ -267,6 +281,10 @@ def _pad(
     borders = [size for size in map(scalar, pad) if isinstance(size, sympy.Expr) and reader.facts.holds(sympy.Ge(size, 0))]
     if len(borders) < len(pad):
         raise Unreadable("a pad that may cut off")
+    anywhere = source.at(*(sympy.Dummy(integer=True, nonnegative=True) for _ in source.shape))
+    if any(loads(part) for pair in cases(anywhere) for part in pair):
+        # a clause on the padded tensor is as wide as the keys, one on what it is made of is not
+        raise Unreadable("a pad of values that the graph is given")
     before = [*([sympy.Integer(0)] * (len(source.shape) - len(borders) // 2)), *borders[-2::-2]]
 
     def at(*i: sympy.Expr) -> Element:

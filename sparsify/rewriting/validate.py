@@ -233,10 +233,10 @@ class _Pair:
         return float((weights.nan_to_num() * each).sum(-1).max()) if each.numel() else 0.0
 
     def score_dtypes(self, softmax: fx.Node) -> set[torch.dtype]:
-        """Of every value that has the scores' shape."""
+        """Of everything before the softmax that has the scores' shape."""
         shape = lambda node: tuple(map(str, node.meta["example_value"].shape))
-        values = (n for n in self.original.nodes if isinstance(n.meta.get("example_value"), torch.Tensor))
-        alike = (n.meta["example_value"].dtype for n in values if shape(n) == shape(softmax))
+        tensors = (n for n in _needed(self.original, softmax) if n is not softmax and isinstance(n.meta.get("example_value"), torch.Tensor))
+        alike = (n.meta["example_value"].dtype for n in tensors if shape(n) == shape(softmax))
         return {dtype for dtype in alike if dtype.is_floating_point}
 
     def cpu_alone_averages(self) -> bool:
