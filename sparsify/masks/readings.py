@@ -281,7 +281,7 @@ def _pad(
     borders = [size for size in map(scalar, pad) if isinstance(size, sympy.Expr) and reader.facts.holds(sympy.Ge(size, 0))]
     if len(borders) < len(pad):
         raise Unreadable("a pad that may cut off")
-    anywhere = source.at(*(sympy.Dummy(integer=True, nonnegative=True) for _ in source.shape))
+    anywhere = source.at(*(sympy.Symbol(f"place{n}", integer=True, nonnegative=True) for n in range(len(source.shape))))
     if any(loads(part) for pair in cases(anywhere) for part in pair):
         # a clause on the padded tensor is as wide as the keys, one on what it is made of is not
         raise Unreadable("a pad of values that the graph is given")
