@@ -1,7 +1,8 @@
 """Sparse attention on a CPU beside dense: the op alone beside `scaled_dot_product_attention`, or the prefill of a model beside eager.
 
 python -m benchmarks run cpu                                        # the op, 8192 tokens, 10 % of the blocks
-python -m benchmarks run cpu --model FOLDER --length 16384          # a byte-level model, with sparsify.toml beside it or the defaults
+python -m benchmarks run cpu --model benchmarks/models/code --length 16384 --rounds 1    # the demo's model
+python -m benchmarks run cpu --model FOLDER --length 16384          # a byte-level model; sparsify.toml beside it, or the defaults
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cpu import Cpu
-from benchmarks.lib import needles, records
+from benchmarks.lib import code_model, code_prompt, needles, records
 from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
 from sparsify.testing import record_blocks
@@ -75,14 +76,20 @@ def attention(length: int, heads: int, kv_heads: int, head_dim: int, density: fl
 
 
 def prefill(folder: Path, length: int, rounds: int) -> Cpu:
-    """A prompt of a byte-level model: eager beside compiled."""
+    """A prompt of a byte-level model, or of one of word pieces as benchmarks/models/code: eager beside compiled."""
     from transformers import LlamaForCausalLM
 
     import sparsify
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    item = needles.prompt(length, needles.stdlib_text(4_000_000), 1, 24, 20)
-    inputs: dict[str, Any] = {"input_ids": item.ids, "use_cache": False}
+    inputs: dict[str, Any] = {"use_cache": False}
+    if (folder / "tokenizer.json").is_file():
+        model = code_model.load(torch.float32, folder)
+        item = code_prompt.prompt(code_model.maker(folder=folder), length, 1, 24, 20)
+        inputs["logits_to_keep"] = item.kept
+    else:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        item = needles.prompt(length, needles.stdlib_text(4_000_000), 1, 24, 20)
+    inputs["input_ids"] = item.ids
     settings = folder / "sparsify.toml"
     options: dict[str, Any] = {"config": str(settings)} if settings.is_file() else {"passes": ["xattention", "dense"]}
     compiled: Any = torch.compile(model.forward, backend="sparsify", options=options)
@@ -105,7 +112,7 @@ def prefill(folder: Path, length: int, rounds: int) -> Cpu:
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a folder with a byte-level Llama; without it, the op alone")
+    parser.add_argument("--model", type=Path, help="benchmarks/models/code, or a folder with a byte-level Llama; without it, the op alone")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
