@@ -2,8 +2,8 @@
 
     python examples/long_document.py [--length 3000] [--seed 0]
 
-The model is the demo's, bundled: a small Llama whose tokens are bytes, trained to find facts like `## qwerty: 314159` when it is asked
-`?? qwerty: `. On a CPU sparsify runs plain PyTorch, which is right but not fast: what this shows is that the answers stay.
+The model is bundled: a small Llama whose tokens are bytes, trained to find facts like `## qwerty: 314159` when it is asked
+`?? qwerty: `. At these lengths nothing is gained in time: what this shows is that the answers stay.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ BENCHMARKS = (
     Benchmark(
         name="train_demo_model",
         place=90,
-        measures="trains the small model that the demo bundles",
+        measures="trains the bundled model of bytes, which the tutorial uses",
         module="benchmarks.answers.train_demo_model",
     ),
     *code_report.BENCHMARKS,

@@ -1,4 +1,4 @@
-"""Trains the demo's model (benchmarks/models/demo): a byte-level Llama of under 2 MB that finds facts in long text.
+"""Trains the tutorial's model (benchmarks/models/demo): a byte-level Llama of under 2 MB that finds facts in long text.
 
     python -m benchmarks run train_demo_model --out DIR --minutes 7             # several configurations at once, the best kept
     python -m benchmarks run train_demo_model --out DIR --minutes 1 --smoke     # a micro configuration on a CPU
