@@ -270,6 +270,7 @@ def edited(b: Builder, x: fx.Node) -> fx.Node:
         lambda: b.call(operator.getitem, b.call(F.pad, x, (0, 1), value=b.pick(True, 0)), (Ellipsis, slice(b.pick(1, 0), None))),
         lambda: b.call(operator.getitem, b.call(F.pad, x, (1, 0), "constant", b.pick(True, 0)), (Ellipsis, slice(None, -1))),
         lambda: b.call(b.pick("repeat", "tile"), x, *[1] * b.rank(x)),
+        lambda: b.call(operator.getitem, b.call("repeat_interleave", x, 2, dim=-1), (Ellipsis, slice(None, None, 2))),
         lambda: b.call(operator.invert, x),
     )
     found = b.pick(*options)()

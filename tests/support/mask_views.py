@@ -61,6 +61,21 @@ def _repeat(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
     return make([size * count for size, count in zip(shape, times, strict=True)], source.dtype, at)
 
 
+@operates("repeat_interleave")
+def _repeat_interleave(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
+    given = bind(node, args, kwargs, "input", "repeats", "dim", "output_size")
+    source, times, dim = given["input"], given["repeats"], given.get("dim")
+    if not isinstance(times, int):
+        raise Unevaluable("a count for each element")
+    if dim is None:
+        if len(source.shape) != 1:
+            raise Unevaluable("repeats of what is made flat first")
+        dim = 0
+    dim %= len(source.shape)
+    shape = [size * times if d == dim else size for d, size in enumerate(source.shape)]
+    return make(shape, source.dtype, lambda *i: source[[index // times if d == dim else index for d, index in enumerate(i)]])
+
+
 @operates("pad")
 def _pad(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Array:
     given = bind(node, args, kwargs, "input", "pad", "mode", "value")
