@@ -10,8 +10,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from sparsify.ops import cache
 from sparsify.policies.base import Candidates, Layout, Policy
+from sparsify.policies.scored import attention_mass
 
 # more queries than a call can have
 _ALL = 1 << 30
@@ -43,7 +43,6 @@ class H2O(Policy):
         return Layout(budget, pinned=heavy, recent=budget - heavy)
 
     def score(self, candidates: Candidates) -> Tensor:
-        numbers = {"scale": candidates.scale, "softcap": candidates.softcap, "version": cache.VERSION}
-        mass = cache.mass(candidates.queries, candidates.keys, candidates.positions, candidates.query_positions, **numbers)
+        mass = attention_mass(candidates)
         batch, kv_heads, count = candidates.positions.shape
         return mass.view(batch, kv_heads, -1, count).mean(2)

@@ -9,26 +9,19 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from sparsify.policies.base import Candidates
-from sparsify.policies.scored import ScoredPolicy
+from sparsify.policies.scored import KeyPolicy
 
 
-class KeyDiff(ScoredPolicy):
-    """Tokens whose keys are least similar to the mean direction of all keys stay, chosen per KV head, and the last ones. Reads no queries.
+class KeyDiff(KeyPolicy):
+    """Tokens whose keys are least similar to the mean direction of all keys stay, chosen per KV head, and the last ones.
 
-    recent: last tokens that stay whatever their keys.
+    Reads no queries.
     """
 
     name: ClassVar[str] = "keydiff"
-
-    recent: int = Field(32, ge=1, le=1 << 20, description="last tokens that stay, in tokens")
-
-    @property
-    def newest(self) -> int:
-        return self.recent
 
     def score(self, candidates: Candidates) -> Tensor:
         # what is no token has any key, NaN among them

@@ -7,26 +7,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor
 
 from sparsify.policies.base import Candidates
-from sparsify.policies.scored import ScoredPolicy
+from sparsify.policies.scored import KeyPolicy
 
 
-class Knorm(ScoredPolicy):
-    """Tokens whose keys have the smallest L2 norm stay, chosen per KV head, and the last ones. Reads no queries.
-
-    recent: last tokens that stay whatever their keys.
-    """
+class Knorm(KeyPolicy):
+    """Tokens whose keys have the smallest L2 norm stay, chosen per KV head, and the last ones. Reads no queries."""
 
     name: ClassVar[str] = "knorm"
-
-    recent: int = Field(32, ge=1, le=1 << 20, description="last tokens that stay, in tokens")
-
-    @property
-    def newest(self) -> int:
-        return self.recent
 
     def score(self, candidates: Candidates) -> Tensor:
         return -candidates.keys.float().norm(dim=-1)

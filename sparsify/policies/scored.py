@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from pydantic import Field
+from torch import Tensor
 
-from sparsify.policies.base import Layout, Policy
+from sparsify.ops import cache
+from sparsify.policies.base import Candidates, Layout, Policy
+
+
+def attention_mass(candidates: Candidates) -> Tensor:
+    """What each key gets of the observed queries' attention, float32 [batch, query_heads, candidates]."""
+    numbers = {"scale": candidates.scale, "softcap": candidates.softcap, "version": cache.VERSION}
+    return cache.mass(candidates.queries, candidates.keys, candidates.positions, candidates.query_positions, **numbers)
 
 
 class ScoredPolicy(Policy):
@@ -29,3 +37,16 @@ class ScoredPolicy(Policy):
             raise self.refuse(f"a budget of {budget} tokens leaves none beside {kept}", f"give at least {self.newest + 1}")
         ring = max(self.newest, int(budget * self.recent_share))
         return Layout(budget, pinned=budget - ring, recent=self.newest)
+
+
+class KeyPolicy(ScoredPolicy):
+    """Base of those that score keys alone.
+
+    recent: last tokens that stay whatever their keys.
+    """
+
+    recent: int = Field(32, ge=1, le=1 << 20, description="last tokens that stay, in tokens")
+
+    @property
+    def newest(self) -> int:
+        return self.recent

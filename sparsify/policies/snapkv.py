@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from sparsify.ops import cache
 from sparsify.policies.base import Candidates
-from sparsify.policies.scored import ScoredPolicy
+from sparsify.policies.scored import ScoredPolicy, attention_mass
 
 
 class SnapKV(ScoredPolicy):
@@ -50,9 +49,7 @@ class SnapKV(ScoredPolicy):
         return self.window
 
     def score(self, candidates: Candidates) -> Tensor:
-        keys, at = candidates.keys, candidates.positions
-        numbers = {"scale": candidates.scale, "softcap": candidates.softcap, "version": cache.VERSION}
-        mass = cache.mass(candidates.queries, keys, at, candidates.query_positions, **numbers)
+        mass, at = attention_mass(candidates), candidates.positions
         batch, kv_heads, count = at.shape
         own = at > (candidates.newest - self.window)[:, None, None]
         # the window's own keys stay anyway and must not smear into their neighbours

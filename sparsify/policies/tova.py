@@ -9,9 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparsify.ops import cache
 from sparsify.policies.base import Candidates
-from sparsify.policies.scored import ScoredPolicy
+from sparsify.policies.scored import ScoredPolicy, attention_mass
 
 
 class TOVA(ScoredPolicy):
@@ -32,6 +31,4 @@ class TOVA(ScoredPolicy):
         return 1
 
     def score(self, candidates: Candidates) -> Tensor:
-        numbers = {"scale": candidates.scale, "softcap": candidates.softcap, "version": cache.VERSION}
-        mass = cache.mass(candidates.queries, candidates.keys, candidates.positions, candidates.query_positions, **numbers)
-        return mass.mean(1, keepdim=True).expand(candidates.positions.shape)
+        return attention_mass(candidates).mean(1, keepdim=True).expand(candidates.positions.shape)

@@ -249,12 +249,8 @@ class _Pair:
 
     def tolerance(self) -> float:
         """The tolerance of the least exact dtype that the graph computes in."""
-        return TOLERANCE.get(self.least_exact(), 1e-4)
-
-    def least_exact(self) -> torch.dtype:
         values = (n.meta.get("example_value") for n in self.original.nodes)
-        found = (v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
-        return max(found, key=lambda dtype: TOLERANCE.get(dtype, 1e-4))
+        return max(TOLERANCE.get(v.dtype, 1e-4) for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
 
 
 _MOST_LOST = 0.01  # rounding of scores from which a comparison would say little
