@@ -86,13 +86,24 @@ def model_digest(model: nn.Module) -> str:
     return state.hexdigest()
 
 
+def model_kind(model: nn.Module) -> str:
+    """A model's type as its configuration names it, else its class."""
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def other_model(digest: str, kind: str, model: nn.Module) -> str:
+    """What a model is, in words, where something was made for another one of this digest and kind; empty where it is the same."""
+    if digest == model_digest(model):
+        return ""
+    own = model_kind(model)
+    return f"this {own} has another configuration or other weights" if kind == own else f"this is a {own}"
+
+
 def check_model(found: Provenance | None, model: nn.Module, where: str) -> None:
     """Raises PlanError where a plan was calibrated on another model. A plan without provenance says nothing about that."""
-    if found is None or found.model == model_digest(model):
+    what = "" if found is None else other_model(found.model, found.model_type, model)
+    if found is None or not what:
         return
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    what = f"this {kind} has another configuration or other weights" if kind == found.model_type else f"this is a {kind}"
     raise PlanError(
         f"the plan was calibrated on another model: on a {found.model_type}, and {what}",
         where=where,

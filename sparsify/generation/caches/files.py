@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsify import folders
 from sparsify.errors import CacheError
 from sparsify.generation.caches.layer import SparseLayer
-from sparsify.planning.provenance import model_digest
+from sparsify.planning.provenance import model_digest, model_kind, other_model
 from sparsify.policies import Layout
 
 # raised with every change that an older sparsify would misread
@@ -76,7 +76,7 @@ def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | floa
     header = Header(
         format=FORMAT,
         model=model_digest(model),
-        model_type=_kind(model),
+        model_type=model_kind(model),
         policy=policy,
         budget=budget,
         layers=described,
@@ -107,10 +107,7 @@ def read_header(path: Path, model: Any) -> Header:
         raise CacheError(f"its header is not read: {error.errors()[0]['msg']}", where=str(path), hint=hint) from error
     if header.format != FORMAT:
         raise CacheError(f"format {header.format} is not read, but {FORMAT}", where=str(path), hint="save the cache anew")
-    model = _unwrapped(model)
-    if header.model != model_digest(model):
-        same = header.model_type == _kind(model)
-        what = f"this {_kind(model)} has another configuration or other weights" if same else f"this is a {_kind(model)}"
+    if what := other_model(header.model, header.model_type, _unwrapped(model)):
         hint = "its keys mean nothing to another model: compute the prompt again"
         raise CacheError(f"the cache was saved for another model: for a {header.model_type}, and {what}", where=str(path), hint=hint)
     return header
@@ -159,7 +156,3 @@ def _check_shapes(saved: dict[str, Tensor], slots: int, where: str) -> None:
 def _unwrapped(model: Any) -> Any:
     """The module that torch.compile was given."""
     return getattr(model, "_orig_mod", model)
-
-
-def _kind(model: Any) -> str:
-    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
