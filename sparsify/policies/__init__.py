@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparsify.errors import ConfigError, nearest
-from sparsify.policies.base import Candidates, Layout, Policy, parse_options
+from sparsify.policies.base import Candidates, LayerFacts, Layout, Policy, parse_options
 
-__all__ = ["Candidates", "Layout", "Policy", "discover", "make", "parse"]
+__all__ = ["Candidates", "LayerFacts", "Layout", "Policy", "discover", "make", "parse"]
 
 ENTRY_POINT_GROUP = "sparsify.policies"
 

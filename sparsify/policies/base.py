@@ -7,6 +7,7 @@ padding, positions and the tokens that always stay are the cache's business.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,6 +68,21 @@ class Candidates:
     softcap: float
 
 
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a policy may ask of the layer that it serves.
+
+    index: number of the layer among those that evict, from 0.
+    count: how many there are.
+    inverse_frequencies: gives the angle per position of each pair that the rotary embedding turns, fp32 [rotated dimensions / 2], the first
+        dimensions of a head in half-split layout. Raises UnsupportedError where the model's is not known to do that.
+    """
+
+    index: int
+    count: int
+    inverse_frequencies: Callable[[], Tensor]
+
+
 class Policy(BaseModel):
     """Base of all policies.
 
@@ -80,6 +96,19 @@ class Policy(BaseModel):
     def observed(self) -> int:
         """How many of the last queries `score` reads; 0 for policies that read none."""
         return 0
+
+    def bind(self, layer: LayerFacts) -> Policy:
+        """The policy for one layer of a model; most are the same for all.
+
+        Raises:
+            UnsupportedError: the policy cannot serve the model.
+        """
+        return self
+
+    @property
+    def scorer(self) -> Policy:
+        """What scores the tokens: one policy for all layers where it can be, so that compiled code of one layer serves the others."""
+        return self
 
     def layout(self, budget: int | None) -> Layout:
         """How `budget` slots per KV head are used.

@@ -5,19 +5,17 @@ Liu et al., "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Lon
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from sparsify import policies
-from sparsify.errors import ConfigError
-from sparsify.policies.base import Candidates, Layout, Policy
+from sparsify.policies.base import Candidates, LayerFacts, Layout, Policy
+from sparsify.policies.wrapper import Wrapper
 
 
-class ChunkKV(Policy):
+class ChunkKV(Wrapper):
     """Runs of `chunk` tokens stay or go by the mean of their scores under the policy `of`, which also says how the budget is laid out.
 
     of: name of the policy that scores.
@@ -31,23 +29,15 @@ class ChunkKV(Policy):
     options: dict[str, Any] = Field(default_factory=dict, description="its options")
     chunk: int = Field(10, ge=2, le=4096, description="tokens of a run")
 
-    @model_validator(mode="after")
-    def _scores(self) -> ChunkKV:
-        if self.of in (self.name, "full", "streaming_llm"):
-            raise ValueError(f"{self.of} scores no tokens that could be joined to chunks")
-        try:
-            _ = self.inner
-        except ConfigError as error:  # pydantic reports ValueErrors alone
-            raise ValueError(str(error)) from error
-        return self
-
-    @functools.cached_property
-    def inner(self) -> Policy:
-        return policies.make(self.of, **self.options)
+    def bind(self, layer: LayerFacts) -> Policy:
+        return self._over(self.inner.bind(layer))
 
     @property
-    def observed(self) -> int:
-        return self.inner.observed
+    def scorer(self) -> Policy:
+        return self._over(self.inner.scorer)
+
+    def _over(self, inner: Policy) -> Policy:
+        return self if inner is self.inner else ChunkKV(of=inner.name, options=inner.model_dump(mode="json"), chunk=self.chunk)
 
     def layout(self, budget: int | None) -> Layout:
         return self.inner.layout(budget)

@@ -22,6 +22,8 @@ OPTIONS = {
     "keydiff": {"recent": 4},
     "tova": {},
     "h2o": {},
+    "expected_attention": {"future": 32},
+    "pyramidkv": {"of": "snapkv", "options": {"window": 4}, "beta": 2},
     "chunkkv": {"of": "snapkv", "options": {"window": 4}, "chunk": 3},
 }
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -46,7 +48,7 @@ def test_a_budget_that_holds_the_text_changes_nothing_and_a_smaller_one_does(lla
     """A padded batch with a second turn."""
     ids, mask, cuts = text(2, 34), left_padded([34, 25]), [12, 1, 1, 9, 1, 10]
     want = reference.through(llama, DynamicCache(config=llama.config), ids, cuts, mask)[mask.bool()]
-    torch.testing.assert_close(reference.through(llama, make(llama, policy, 40), ids, cuts, mask)[mask.bool()], want, **CLOSE)
+    torch.testing.assert_close(reference.through(llama, make(llama, policy, 80), ids, cuts, mask)[mask.bool()], want, **CLOSE)
     assert (reference.through(llama, make(llama, policy), ids, cuts, mask)[mask.bool()] - want).abs().max() > 1e-3
 
 
@@ -69,9 +71,11 @@ def test_no_more_than_the_budget_is_stored(llama, policy):
     cache = make(llama, policy)
     reference.through(llama, cache, text(1, 60), [50] + [1] * 6 + [4])
     for layer in cache.layers:
-        assert layer.keys.shape[2] == layer.values.shape[2] == 16
+        slots = layer.layout.capacity
+        assert layer.keys.shape[2] == layer.values.shape[2] == slots
         assert (layer.positions >= 0).all() and (layer.seen == 60).all()
-        assert all(len(set(head)) == 16 and 59 in head for head in layer.positions[0].tolist())
+        assert all(len(set(head)) == slots and 59 in head for head in layer.positions[0].tolist())
+    assert sum(layer.layout.capacity for layer in cache.layers) == 16 * len(cache.layers)
 
 
 @pytest.mark.parametrize("policy", every(3, [name for name in OPTIONS if name not in ("streaming_llm", "snapkv")]))

@@ -119,7 +119,7 @@ class SparseLayer(CacheLayerMixin):
         super().__init__()
         self.index, self.config, self.policy, self.budget = index, config, policy, budget
         self.is_sliding, self.inverse_frequencies = sliding, frequencies
-        self.policy_text, self.observes = policy.describe(), policy.observed > 0
+        self.policy_text, self.observes = policy.scorer.describe(), policy.observed > 0
         self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
         self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
         self.used: int | None = 0  # columns stored so far as the host counts them, for layers that grow; None: only the device knows

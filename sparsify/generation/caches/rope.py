@@ -1,4 +1,4 @@
-"""Inverse frequencies of a model's rotary embedding, which a cache needs to rotate sinks; refused where they cannot be verified."""
+"""Inverse frequencies of a model's rotary embedding, by which caches rotate sinks and policies turn queries; refused where unverified."""
 
 from __future__ import annotations
 
@@ -33,41 +33,41 @@ _FAMILIES = (
 )
 
 
-def inverse_frequencies(config: Any, layer_type: str | None) -> Tensor:
+def inverse_frequencies(config: Any, layer_type: str | None, purpose: str, hint: str) -> Tensor:
     """Angle per position of each rotated pair, fp32 [rotated dimensions / 2]; read from the family's rotary module and checked against it.
 
     Args:
         config: a transformers text configuration.
         layer_type: as in `config.layer_types`, for families with one rotary embedding per type; None for the others.
+        purpose: what cannot be done without them, for messages. hint: what works all the same.
 
     Raises:
         UnsupportedError: the family, its layout or its scaling is not known to rotate keys by a fixed angle per position.
     """
-    hint = 'positions="absolute" works with every rotary embedding'
     kind = getattr(config, "model_type", "")
     if kind not in _FAMILIES:
-        raise UnsupportedError(f"sinks cannot be moved along: the rotary embedding of {kind!r} is not known", hint=hint)
+        raise UnsupportedError(f"{purpose}: the rotary embedding of {kind!r} is not known", hint=hint)
     parameters = getattr(config, "rope_parameters", None) or {}
     if layer_type in parameters:
         parameters = parameters[layer_type]
     scaling = parameters.get("rope_type", "default")
     if scaling not in _STATIC:
-        raise UnsupportedError(f"sinks cannot be moved along under {scaling!r} RoPE: its angles change with the length", hint=hint)
+        raise UnsupportedError(f"{purpose} under {scaling!r} RoPE: its angles change with the length", hint=hint)
     module = importlib.import_module(f"transformers.models.{kind.removesuffix('_text')}.modeling_{kind.removesuffix('_text')}")
     rotary = next((v for n, v in vars(module).items() if n.endswith("RotaryEmbedding") and v.__module__ == module.__name__), None)
     if rotary is None:
-        raise UnsupportedError(f"sinks cannot be moved along: {kind!r} has no rotary module of its own", hint=hint)
+        raise UnsupportedError(f"{purpose}: {kind!r} has no rotary module of its own", hint=hint)
     embedding = rotary(config=config)
     found = getattr(
         embedding, "inv_freq" if layer_type is None or not hasattr(embedding, f"{layer_type}_inv_freq") else f"{layer_type}_inv_freq"
     )
     frequencies = found.detach().float().clone()
-    _check(embedding, frequencies, layer_type, kind, hint)
+    _check(embedding, frequencies, layer_type, f"{purpose}: the rotary embedding of {kind!r}", hint)
     return frequencies
 
 
 @torch.no_grad()
-def _check(embedding: Any, frequencies: Tensor, layer_type: str | None, kind: str, hint: str) -> None:
+def _check(embedding: Any, frequencies: Tensor, layer_type: str | None, what: str, hint: str) -> None:
     """Checks that the module computes cos and sin of position · frequency, repeated for both halves, up to one common factor (scaling).
 
     Raises:
@@ -82,4 +82,4 @@ def _check(embedding: Any, frequencies: Tensor, layer_type: str | None, kind: st
     if cos.shape[-1] != want.shape[-1] or not (
         torch.allclose(cos[0], factor * want.cos(), atol=1e-5) and torch.allclose(sin[0], factor * want.sin(), atol=1e-5)
     ):
-        raise UnsupportedError(f"sinks cannot be moved along: the rotary embedding of {kind!r} is not half-split", hint=hint)
+        raise UnsupportedError(f"{what} is not half-split", hint=hint)

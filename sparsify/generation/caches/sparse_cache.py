@@ -19,7 +19,7 @@ from sparsify.generation.caches import files
 from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, link_layers
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
-from sparsify.policies import Policy
+from sparsify.policies import LayerFacts, Policy
 
 __all__ = ["SparseCache", "SparseLayer"]
 
@@ -69,7 +69,9 @@ class SparseCache(Cache):
         _check_model(config)
         policy = policies.make(policy, **options)
         budget = _checked_budget(budget, prompt_len)
-        layers = [_make_layer(i, stock, config, policy, budget) for i, stock in enumerate(DynamicCache(config=config).layers)]
+        stock = DynamicCache(config=config).layers
+        evicting = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
+        layers = [_make_layer(i, layer, config, policy, budget, evicting) for i, layer in enumerate(stock)]
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
@@ -295,11 +297,12 @@ def _check_model(config: Any) -> None:
             raise UnsupportedError(f"{reason} are not served" if reason[-1] == "s" else f"{reason} is not served", where=kind)
 
 
-def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any) -> SparseLayer:
+def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int]) -> SparseLayer:
     """The SparseLayer that replaces one layer of an ordinary cache.
 
     Args:
         stock: the layer that DynamicCache has at this index.
+        evicting: numbers of the layers that the policy serves.
 
     Raises:
         UnsupportedError: a kind of layer that cannot be replaced.
@@ -312,9 +315,14 @@ def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any
         return SparseLayer(index, config, own, None, sliding=True, frequencies=None)
     if type(stock) is not DynamicLayer:
         raise UnsupportedError(f"{type(stock).__name__} is not served", where=where, hint="use an ordinary cache")
+    frequencies_of = lambda purpose, hint: inverse_frequencies(config, types[index] if types else None, purpose, hint)
+    turned = lambda: frequencies_of(f"policy {policy.name} cannot turn queries back", "another policy")
+    policy = policy.bind(LayerFacts(evicting.index(index), len(evicting), turned))
     layout = None if isinstance(budget, float) else policy.layout(budget)
     rotates = layout.rotate_sinks if layout is not None else getattr(policy, "positions", "") == "in_cache"
-    frequencies = inverse_frequencies(config, types[index] if types else None) if rotates else None
+    frequencies = None
+    if rotates:
+        frequencies = frequencies_of("sinks cannot be moved along", 'positions="absolute" works with every rotary embedding')
     return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies)
 
 

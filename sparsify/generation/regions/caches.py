@@ -90,7 +90,10 @@ def trouble(cache: Any, layers: int) -> str:
     if len(cache.layers) != layers:
         return f"a cache of {len(cache.layers)} layers for {layers}"
     foreign = next((layer for layer in cache.layers if not _stands_alone(layer)), None)
-    return "" if foreign is None else f"a cache with a {type(foreign).__name__}"
+    if foreign is not None:
+        return f"a cache with a {type(foreign).__name__}"
+    layouts = {layer.layout for layer in cache.layers if isinstance(layer, SparseLayer) and not layer.is_sliding}
+    return "a cache whose layers have budgets of their own, which are constants of a graph" if len(layouts) > 1 else ""
 
 
 def _stands_alone(layer: Any) -> bool:

@@ -1,0 +1,43 @@
+"""What policies share that change how another policy's choice is carried out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from pydantic import model_validator
+
+from sparsify import policies
+from sparsify.errors import ConfigError
+from sparsify.policies.base import Policy
+
+
+class Wrapper(Policy):
+    """Base of such policies.
+
+    of: name of the policy that scores tokens.
+    options: its options.
+    """
+
+    of: str
+    options: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _scores(self) -> Wrapper:
+        if self.of in ("full", "streaming_llm"):
+            raise ValueError(f"{self.of} scores no tokens")
+        try:
+            inner = self.inner
+        except ConfigError as error:  # pydantic reports ValueErrors alone
+            raise ValueError(str(error)) from error
+        if isinstance(inner, type(self)):
+            raise ValueError(f"{self.of} within itself scores no tokens")
+        return self
+
+    @functools.cached_property
+    def inner(self) -> Policy:
+        return policies.make(self.of, **self.options)
+
+    @property
+    def observed(self) -> int:
+        return self.inner.observed
