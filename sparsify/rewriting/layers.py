@@ -193,7 +193,7 @@ def _layer(node: fx.Node) -> str | None:
 def _inputs(piece: Piece, symbols: dict[Any, fx.Node], same: dict[int, fx.Node]) -> list[fx.Node]:
     inside = set(piece.nodes)
     inputs: dict[fx.Node, None] = {}
-    needed = set()
+    needed: dict[sympy.Symbol, None] = {}
     for node in piece.nodes:
         for read in node.all_input_nodes:
             if read not in inside:
@@ -201,19 +201,24 @@ def _inputs(piece: Piece, symbols: dict[Any, fx.Node], same: dict[int, fx.Node])
                 inputs.setdefault(same.get(id(value), read) if isinstance(value, torch.Tensor) else read)
                 needed |= _symbols(value)
         needed |= _symbols(node.meta.get("example_value"))
-    if missing := [symbol for symbol in needed if symbol not in symbols]:
-        raise CannotSplit(f"{missing[0]} is no input of the graph")
-    for symbol in sorted(needed & symbols.keys(), key=str):
+    # in the order in which they are met: the same of all layers of a kind, which the order of their names is not
+    for symbol in needed:
+        if symbol not in symbols:
+            raise CannotSplit(f"{symbol} is no input of the graph")
         inputs.setdefault(symbols[symbol])
     return list(inputs)
 
 
-def _symbols(value: Any) -> set[sympy.Symbol]:
+def _symbols(value: Any) -> dict[sympy.Symbol, None]:
+    """The symbols of a value's numbers, sizes and strides, in this order."""
     if isinstance(value, tuple | list):
-        return {symbol for part in value for symbol in _symbols(part)}
+        return {symbol: None for part in value for symbol in _symbols(part)}
+    if isinstance(value, torch.Tensor):
+        places = (*value.shape, *(value.stride() if value.layout is torch.strided else ()), *free_symbols(value))
+        return {symbol: None for place in places for symbol in _symbols(place)}
     if isinstance(value, torch.SymInt | torch.SymBool):
-        return set(value.node.expr.free_symbols)
-    return set(free_symbols(value)) if isinstance(value, torch.Tensor) else set()
+        return dict.fromkeys(sorted(value.node.expr.free_symbols, key=str))
+    return {value: None} if isinstance(value, sympy.Symbol) else {}
 
 
 def _describe(piece: Piece) -> None:

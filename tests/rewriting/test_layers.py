@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import sparsify
 from sparsify.rewriting import layers
 from tests.support.tiny_models import build
 
@@ -186,6 +188,27 @@ def test_models_give_eager_results(cached):
     assert counts == [3]  # before the layers, a layer, after them
     with torch.no_grad():
         torch.testing.assert_close(got.logits, model(**calls[0]).logits)
+
+
+def test_a_cache_that_grows_gives_every_layer_the_same_piece(monkeypatch):
+    """Each layer's keys and values have sizes of their own, and the names of these come in another order in each layer."""
+    import torch._inductor.compile_fx as inductor
+
+    pieces = []
+    monkeypatch.setattr(inductor, "compile_fx", lambda gm, *rest, **kw: pieces.append(gm) or gm.forward)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, **sizes)).eval()
+    given = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    prompts = [IDS[:1, :length] for length in (24, 17)]
+    with torch.no_grad():
+        want = [model.generate(ids, attention_mask=torch.ones_like(ids), **given) for ids in prompts]
+        torch._dynamo.reset()
+        sparsify.compile(model, whole=True, strict=True, passes=["dense"])
+        for ids, tokens in zip(prompts, want, strict=True):
+            assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **given), tokens)
+    # a prompt, a token, both with sizes that vary. Each: what lies before the layers, the first, one for the others, what comes after
+    assert len(pieces) <= 4 * 4
+    assert max(len(gm.graph.nodes) for gm in pieces) < 2 * 100  # a layer has about 80
 
 
 def deeper(family: str) -> nn.Module:
