@@ -19,7 +19,7 @@ from sparsify.backends.attention import cpp as attention_cpp
 from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
 from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.attention import triton as attention_triton
-from sparsify.backends.cache import append, decode, mass
+from sparsify.backends.cache import append, decode, mass, pages, pages_reference
 from sparsify.backends.cache import reference as cache_reference
 from sparsify.backends.codegen import cpp
 from sparsify.backends.codegen.launch import meant
@@ -50,6 +50,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "empty_rows": {"triton": empty_rows_triton.fill, "reference": empty_rows.fill},
     "select_blocks": {"triton": select_stages.select_blocks, "reference": select_reference.select_blocks},
     "cache_attention": {"triton": append.cache_attention, "reference": cache_reference.cache_attention},
+    "cache_bounds": {"triton": pages.cache_bounds, "reference": pages_reference.cache_bounds},
     "cache_decode": {"triton": decode.cache_decode, "reference": cache_reference.cache_decode},
     "cache_length": {"reference": cache_reference.cache_length},
     "cache_mass": {"triton": mass.cache_mass, "reference": cache_reference.cache_mass},

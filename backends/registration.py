@@ -14,7 +14,7 @@ from sparsify.backends import dispatch
 from sparsify.errors import KernelError
 from sparsify.ops import block_lists, feed_forward, gradients, selection
 from sparsify.ops.attention import AttentionCall
-from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
+from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.call import OpCall
 from sparsify.ops.library import library
 from sparsify.ops.linear import LinearCall
@@ -143,5 +143,5 @@ register("linear", _checked_linear)
 register("ffn", _observed(_served("ffn")))
 for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):
     register(_op, _served(_op))
-for _record in (CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheMassCall):
+for _record in (CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheBoundsCall, CacheMassCall):
     register(_record.NAME, _bound(_record))

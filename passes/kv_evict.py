@@ -33,7 +33,12 @@ class KvEvict(Pass):
         if site.phase == "chunk":
             return self.refuse("several tokens at once: attention over slots and the store stay two ops")
         note = f"store, evict and attend over {site.key_len} slots as one op ({context.kernels})"
-        return Proposal.from_work(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
+        pages = site.pages
+        if pages is None:
+            return Proposal.from_work(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
+        read = f"{pages.count} of its" if pages.count else f"{100 * pages.share:g} % of its"
+        note += f"; reads {read} pages of {pages.size} slots, the first {pages.sinks} tokens and the last {pages.recent}"
+        return Proposal.from_work(self, site, context, lambda sizes: work.page_reading(sizes, pages), note=note)
 
     def rewrite(self, editor: Editor, site: CacheSite) -> None:
         store = CacheStoreCall.bind(*site.store.args, **site.store.kwargs)

@@ -18,15 +18,17 @@ __distribution__ = releases.DISTRIBUTION
 if TYPE_CHECKING:
     from sparsify.api import compile, explain
     from sparsify.generation.caches.sparse_cache import SparseCache
+    from sparsify.ops.pages import Pages
     from sparsify.planning.plan import Plan
 
 _HOME = {
     "compile": "sparsify.api",
     "explain": "sparsify.api",
+    "Pages": "sparsify.ops.pages",
     "Plan": "sparsify.planning.plan",
     "SparseCache": "sparsify.generation.caches.sparse_cache",
 }
-__all__ = ["Plan", "SparseCache", "compile", "explain"]
+__all__ = ["Pages", "Plan", "SparseCache", "compile", "explain"]
 
 
 def __getattr__(name: str) -> Any:

@@ -222,6 +222,7 @@ def _bounds(query_positions: Tensor, tiles: int, rows: int, group: int, window: 
 
 def _check(call: CacheAttentionCall) -> None:
     query, keys, values = call.query, call.keys, call.values
+    need(call.pages is None, "pages are read by the kernels of one token that is not stored yet", _WHERE)
     given = [t for t in (query, keys, values, call.new_key, call.new_value) if t is not None]
     need(all(t.dtype == query.dtype for t in given) and query.dtype in DTYPES, f"dtypes {[str(t.dtype) for t in given]}", _WHERE)
     need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous", _WHERE)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.cache.decode_template import COMBINE, FINISH, SPLIT
+from sparsify.backends.cache import pages as page_kernels
+from sparsify.backends.cache.decode_template import COMBINE, FINISH, RENEW_BOUNDS, SPLIT
 from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, rotated_queries
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
@@ -78,6 +79,7 @@ class DecodeSpec:
     fused: the last program of a KV head joins its splits.
     whole: empty slots are read, too.
     grows: no slot is ever overwritten.
+    page: slots of the pages that are read along a list; 0: all slots are.
     """
 
     dtype: str
@@ -92,6 +94,7 @@ class DecodeSpec:
     fused: bool = False
     whole: bool = False
     grows: bool = False
+    page: int = 0
 
     def __post_init__(self):
         check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
@@ -115,17 +118,19 @@ def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
     logit = logit_arguments(spec.softcap)
     token = integers("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h", aligned=True)
     sink = pointers("fp32", "sink_logits") if spec.sink_logits else []
+    paged = [*data("bounds"), *integers("pages")] if spec.page else []
     if kernel == "split":
         listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "counts", "seen"), *shared]
         listed += [*(token if spec.fused else token[:2]), *sizes, *integers("pinned", "splits"), *logit]
         listed += [Argument("is_token", "*u8"), *integers("is_token_b")] if spec.padded else []
         listed += [*data("rotated"), *integers("sinks")] if spec.rotate_sinks else []
+        listed += [*pointers("i32", "listed", "chosen"), *integers("most")] if spec.page else []
         if not spec.fused:
             return tuple(listed)
-        listed += [*data("key", "value", "out"), *pointers("i64", "length"), *pointers("i32", "tickets"), *sink]
+        listed += [*data("key", "value", "out"), *pointers("i64", "length"), *pointers("i32", "tickets"), *sink, *paged]
         return (*listed, *constexprs("SPLITS", "MEMBERS"))
     listed = [*data("query", "key", "value", "keys", "values"), *pointers("i32", "counts", "seen"), *pointers("i64", "length")]
-    return (*listed, *shared, *data("out"), *token, *sizes, *integers("splits"), *logit, *sink, *constexprs("SPLITS"))
+    return (*listed, *shared, *data("out"), *token, *sizes, *integers("splits"), *logit, *sink, *paged, *constexprs("SPLITS"))
 
 
 def decode_source(spec: DecodeSpec) -> str:
@@ -142,14 +147,15 @@ def decode_source(spec: DecodeSpec) -> str:
             (["tanh_scale", "cap_log2"] if spec.softcap else ["scale"])
             + (["is_token", "is_token_b"] if spec.padded else [])
             + (["sink_logits"] if spec.sink_logits else [])
-            + (["count"] if spec.grows else [])
+            + (["count"] if spec.grows or spec.page else [])
+            + (["bounds", "pages"] if spec.page else [])
         ),
         "split_parameters": parameters(arguments(spec, "split")),
         "combine_parameters": parameters(arguments(spec, "combine")),
     }
     constants = {"GROUP": spec.group, "ROWS": padded(spec.group), "KEYS": spec.tiling.keys, "QK_DIM": qk_dim, "V_DIM": v_dim}
-    constants |= {"LOG2E": LOG2E}
-    texts = [FINISH, SPLIT] if spec.fused else [SPLIT, COMBINE]
+    constants |= {"LOG2E": LOG2E} | ({"PAGE": spec.page} if spec.page else {})
+    texts = [*([RENEW_BOUNDS] if spec.page else []), *([FINISH, SPLIT] if spec.fused else [SPLIT, COMBINE])]
     return "\n\n".join([header("Attention of one token over a cache", constants), *(render(text, values) for text in texts)])
 
 
@@ -173,14 +179,16 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
     (batch, heads, _, qk_head_dim), kv_heads, capacity, v_head_dim = query.shape, call.kv_heads, call.capacity, call.values.shape[3]
     dtype = DTYPES[query.dtype]
     tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
-    rows, grows = batch * kv_heads, call.pinned == cache_ops.NEVER_OVERWRITTEN
-    tiles, programs = cdiv(capacity, tiling.keys), processors(query.device) * tiling.programs
+    rows, grows, pages = batch * kv_heads, call.pinned == cache_ops.NEVER_OVERWRITTEN, call.pages
+    read = capacity if pages is None else min(capacity, pages.most(capacity, call.sinks, in_order=True) * pages.size)
+    tiles, programs = cdiv(read, tiling.keys), processors(query.device) * tiling.programs
     count = choose_splits(tiles, rows, programs)
     if tickets is not None and _FUSED_SPLITS < count <= _FUSED_SPLITS * 5 // 4:  # a launch saved is worth a few idle processors
         count = choose_splits(tiles, rows, programs, _FUSED_SPLITS)
     spec = DecodeSpec(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, call.softcap > 0, call.sink_logits is not None, is_token is not None,
-        call.inverse_frequencies is not None, tickets is not None and count <= _FUSED_SPLITS, capacity <= _WHOLE_SLOTS and not grows, grows,
+        call.inverse_frequencies is not None, tickets is not None and count <= _FUSED_SPLITS,
+        capacity <= _WHOLE_SLOTS and not grows and pages is None, grows, 0 if pages is None else pages.size,
     )  # fmt: skip
     out, partials = cache_ops.empty_output(call), max(2, power_of_two(count))
     given: dict[str, Any] = {
@@ -200,6 +208,9 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
     if call.inverse_frequencies is not None:
         at = call.seen if is_token is None else call.seen - 1 + is_token[:, 0].to(call.seen.dtype)
         given["rotated"] = rotated_queries(query, at[:, None], call.sinks, call.window, call.inverse_frequencies)
+    if pages is not None and call.bounds is not None:
+        listed, chosen = page_kernels.choose(call, pages)
+        given |= {"listed": listed, "chosen": chosen, "most": listed.shape[1], "pages": call.bounds.shape[2]}
     with launching(query.device, lambda: f"decode kernel ({spec})"):
         module = _module(spec)
         launch(module.split, (count, rows), arguments(spec, "split"), given, num_warps=tiling.warps, num_stages=tiling.stages)
@@ -212,7 +223,12 @@ def _check(call: CacheDecodeCall) -> None:
     query, key, value, keys, values = call.query, call.key, call.value, call.keys, call.values
     need(query.shape[2] == key.shape[2] == value.shape[2] == 1, f"{query.shape[2]} queries, decode has one", _WHERE)
     need(query.dtype in DTYPES and query.dtype == keys.dtype == values.dtype == key.dtype, f"dtypes {query.dtype} and {keys.dtype}", _WHERE)
-    need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous", _WHERE)
+    buffers = [keys, values, *([] if call.bounds is None else [call.bounds])]
+    need(
+        all(t.is_contiguous() and t.dtype == keys.dtype for t in buffers),
+        "the cache's buffers are not contiguous, or of two dtypes",
+        _WHERE,
+    )
     need(all(t.stride(-1) == 1 for t in (query, key, value)), "strided head dimensions", _WHERE)
     need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads", _WHERE)
     need(-1 <= call.pinned < call.capacity and call.scale > 0, f"{call.pinned} pinned slots of {call.capacity}, scale {call.scale}", _WHERE)

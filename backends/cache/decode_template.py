@@ -1,5 +1,23 @@
 """The text of the decode kernels; `decode` keeps the clauses that a spec has."""
 
+RENEW_BOUNDS = '''\
+@triton.jit
+def renew_bounds(bounds, keys, row, slot, filled, k, capacity, pages):
+    """The least and the largest number of each channel, of the keys of the page that `slot` lies in, `k` in its place."""
+    page = slot // PAGE
+    at = page * PAGE + tl.arange(0, PAGE)
+    dims = tl.arange(0, QK_DIM)
+    others = ((at < filled) & (at != slot))[:, None]${qk_guard.replace('qk_dims', 'dims')}
+    place = (tl.cast(row, tl.int64) * capacity + at)[:, None] * ${qk_head_dim} + dims[None, :]
+    old = tl.load(keys + place, mask=others, other=0.0).to(tl.float32)
+    own = k.to(tl.float32)
+    least = tl.minimum(tl.min(tl.where(others, old, float("inf")), 0), own)
+    largest = tl.maximum(tl.max(tl.where(others, old, float("-inf")), 0), own)
+    ends = bounds + (tl.cast(row, tl.int64) * pages + page) * ${2 * qk_head_dim} + dims
+    tl.store(ends, least.to(bounds.dtype.element_ty)${qk_store.replace('qk_dims', 'dims')})
+    tl.store(ends + ${qk_head_dim}, largest.to(bounds.dtype.element_ty)${qk_store.replace('qk_dims', 'dims')})
+'''
+
 FINISH = '''\
 @triton.jit
 def finish(
@@ -74,6 +92,9 @@ def finish(
         out_row = batch_wide * out_b + heads * out_h
         tl.store(out + out_row[:, None] + v_dims[None, :], result.to(out.dtype.element_ty), mask=inside[:, None]${v_guard})
     if slot >= 0:
+%if page
+        renew_bounds(bounds, keys, row, slot, tl.minimum(count, capacity), k, capacity, pages)
+%end
         place = tl.cast(row, tl.int64) * capacity + slot
         tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
         tl.store(values + place * ${v_head_dim} + v_dims, v${v_store})
@@ -106,7 +127,11 @@ def split(
 %end
     slot = tl.where(stores != 0, slot, -1)
     filled = tl.minimum(count, capacity)
-%if whole
+%if page
+    # slots of the pages that are read, in the list's order
+    extent = tl.load(chosen + row) * PAGE
+    row_listed = listed + tl.cast(row, tl.int64) * most
+%elif whole
     # a short cache is read whole: no load of keys waits for the count; empty slots hold zeros
     extent = capacity
 %else
@@ -144,11 +169,15 @@ def split(
     for first in tl.range(begin, end, KEYS):
         at = first + offsets
         readable = at < end
+%if page
+        at = tl.load(row_listed + at // PAGE, mask=readable, other=0) * PAGE + at % PAGE
+        readable = readable & (at < filled)
+%end
         k = tl.load(key_head + at[:, None] * ${qk_head_dim} + qk_dims[None, :], mask=readable[:, None]${qk_guard}, other=0.0)
         v = tl.load(value_head + at[:, None] * ${v_head_dim} + v_dims[None, :], mask=readable[:, None]${v_guard}, other=0.0)
         s = tl.dot(q, tl.trans(k)${precision})
 %if rotate_sinks
-        if first < sinks:
+        ${"if tl.min(at, 0) < sinks:" if page else "if first < sinks:"}
             s = tl.where((at < sinks)[None, :], tl.dot(q_rotated, tl.trans(k)${precision}), s)
 %end
 %if softcap
@@ -237,6 +266,9 @@ def combine(
 
     if head == 0:
         if slot >= 0:
+%if page
+            renew_bounds(bounds, keys, row, slot, tl.minimum(tl.load(counts + row), capacity), k, capacity, pages)
+%end
             place = tl.cast(row, tl.int64) * capacity + slot
             tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
             tl.store(values + place * ${v_head_dim} + v_dims, v${v_store})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify import policies
+from sparsify.backends.cache import pages_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.policies import Candidates
@@ -25,11 +26,14 @@ def cache_store(call: CacheStoreCall) -> None:
         for state in (call.values, call.counts, call.seen, call.length)[call.pinned == cache.NEVER_OVERWRITTEN :]:
             state.zero_()
     if call.pinned == cache.NEVER_OVERWRITTEN and call.query_len > 1:
+        before = call.counts.clone() if call.bounds is not None else None
         _append_all(call)
+        pages_reference.renew_all(call, before)
     elif call.query_len == 1:
         _append(call)
     else:
         _keep_the_best(call)
+        pages_reference.renew_all(call, None)
     call.seen.add_(call.query_len if call.is_token is None else call.is_token.sum(-1, dtype=call.seen.dtype))
     call.length.add_(call.query_len)
 
@@ -45,6 +49,7 @@ def _append(call: CacheStoreCall | CacheDecodeCall) -> None:
         if call.is_token is not None:
             new = torch.where(_like(call.is_token[:, 0], state), new, state.gather(2, index))
         state.scatter_(2, index, new)
+    pages_reference.renew(call, slot)
     call.counts.add_(1 if call.is_token is None else call.is_token.to(call.counts.dtype))
 
 
@@ -182,6 +187,8 @@ def _over_dims(state: Tensor, slots: Tensor) -> Tensor:
 def cache_attention(call: CacheAttentionCall) -> Tensor:
     """Output [batch, query_heads, query_len, v_head_dim] in query's dtype. fp32 math (fp64 for fp64 inputs)."""
     query, keys, values, positions, sinks, window = call.query, call.keys, call.values, call.positions, call.sinks, call.window
+    if call.pages is not None and call.bounds is not None:
+        keys, values, positions = pages_reference.gathered(call, call.pages, call.bounds)
     batch, heads, query_len, _ = query.shape
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     output = cache.empty_output(call)

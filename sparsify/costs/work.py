@@ -21,6 +21,7 @@ from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import score_tile
+from sparsify.ops.pages import Pages
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
@@ -211,6 +212,20 @@ def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:
         stream=_ZERO if kernel in _SPLITTING else sympy.sympify(slots * (s.qk_head_dim + s.v_head_dim) * s.dtype.itemsize),
         rows=sympy.sympify(s.batch * s.kv_heads),
     )
+
+
+def page_reading(s: AttentionSizes, pages: Pages) -> tuple[Work, Work]:
+    """One query row of each sequence over some pages of its keys: the bounds of all of them are read, then what is chosen."""
+    slots = sympy.sympify(s.key_len)
+    # both ends of each channel, a page at a time
+    bounds = Work(
+        family="cache/decode",
+        dtype=s.dtype,
+        size=sympy.sympify(s.batch * s.kv_heads * 2 * s.qk_head_dim * s.dtype.itemsize * slots / pages.size),
+        rows=sympy.sympify(s.batch * s.kv_heads),
+    )
+    chosen = sympy.Integer(pages.count * pages.size) if pages.count else slots * sympy.Rational(pages.parts, 10**6)
+    return bounds, decode(s, "cache", smallest(slots, chosen + pages.sinks + pages.recent))
 
 
 def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Estimate = EXACT, pool: Pool = "max", share: Any = 1) -> Work:

@@ -76,6 +76,7 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
         device=tensor.device,
         empty=empty,
         near_miss=near_miss,
+        pages=call.pages,
     )
 
 

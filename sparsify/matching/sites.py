@@ -16,6 +16,7 @@ from sparsify.costs.sizes import FeedForwardSizes, Size
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Phase, Site, SiteKind, SiteOverKeys, StrideOrder, stand_in
 from sparsify.matching.layouts import IN_ORDER, Layouts, length_dim
+from sparsify.ops.pages import Pages
 
 Source = Literal["sdpa", "eager"]
 EmptyRowsKind = Literal["impossible", "zero", "mean", "nan"]
@@ -133,6 +134,7 @@ class CacheSite(SiteOverKeys):
     key_len: slots per KV head.
     empty: whether no token was stored before.
     near_miss: why the two ops cannot be described as one; kv_evict refuses with it.
+    pages: which slots one token reads; None: all.
     """
 
     kind: ClassVar[SiteKind] = "cache"
@@ -160,6 +162,7 @@ class CacheSite(SiteOverKeys):
     mask: MaskPredicate = field(default_factory=lambda: MaskPredicate(MaskKind.NONE, condition="kept slots"))
     output_stride_order: StrideOrder = "bqhd"
     near_miss: str = ""
+    pages: Pages | None = None
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)
 
     @property

@@ -35,6 +35,13 @@ first 2 * len(inverse_frequencies) dimensions. A row without a visible key gives
 `cache_decode` is cache_store of one token, then cache_attention without new keys: the fusion that decode kernels serve. For it every
 filled slot is visible, which one-token stores guarantee (a ring of `window` slots holds exactly the window).
 
+With `pages` a call of one token reads some of the slots only, by KV head: those of the pages with the highest bounds, which slots
+[i * size, (i + 1) * size) are for page i, and those of the pages that are always read (`sparsify.ops.pages.Pages`). Of a page that holds
+tokens, `bounds` [batch, kv_heads, pages, 2, head_dim] has the least and the largest number of each channel of its keys. A page counts by
+the largest of its bounds for the group's queries; of equal pages the first is read. Every op that stores tokens renews the bounds of
+the pages that they go to; `cache_bounds` computes those of all pages that hold a slot from `since` [batch, kv_heads] on, by `positions`.
+Pages whose token is seen by rotated queries are always read.
+
 `cache_mass` is what policies that look at queries score by: fp32 [batch, query_heads, keys], the sum over the queries (query [batch,
 query_heads, queries, head_dim] at query_positions int32 [batch, queries], -1 for none) of the weight that each key gets, of keys [batch,
 kv_heads, keys, head_dim] at positions int32 [batch, kv_heads, keys], those at 0 <= position <= the query's.
@@ -54,9 +61,10 @@ from torch import Tensor
 from sparsify.graph.typed_torch import define_op
 from sparsify.ops.call import OpCall, Operand
 from sparsify.ops.library import TAGS, define, library, traced
+from sparsify.ops.pages import Pages
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 3
+VERSION = 4
 
 # `pinned` of a state from which no token is ever evicted
 NEVER_OVERWRITTEN = -1
@@ -113,9 +121,11 @@ class CacheStoreCall(_WritingCall):
     pinned: slots that are written once, or NEVER_OVERWRITTEN.
     recent: newest tokens that no score evicts.
     empty: nothing is stored yet, whatever a call that failed may have left in the buffers.
+    bounds: of the keys of pages, renewed; given with `pages`.
     policy: `sparsify.policies.Policy.describe`'s text.
     scale: of the attention's logits, for policies that observe queries.
     softcap: bound of those logits, 0 for none.
+    pages: how the slots are cut into pages; None: not at all.
     """
 
     NAME: ClassVar[str] = "cache_store"
@@ -123,6 +133,8 @@ class CacheStoreCall(_WritingCall):
     _: KW_ONLY
     is_token: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers")] = None
+    bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats", written=True)] = None
+    pages: Pages | None = None
     pinned: int
     recent: int
     empty: bool
@@ -139,6 +151,8 @@ class CacheDecodeCall(_WritingCall):
     sink_logits: joins each row's denominator with no value.
     inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
     tickets: int32 [batch * kv_heads + 1], zeros before and after the call, by which a kernel's last program knows itself.
+    bounds: of the keys of pages, renewed; given with `pages`.
+    pages: which slots are read; None: all.
     pinned: slots that are written once, or NEVER_OVERWRITTEN.
     scale: of the logits.
     softcap: bound of the logits, 0 for none.
@@ -155,6 +169,8 @@ class CacheDecodeCall(_WritingCall):
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers", written=True)] = None
+    bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats", written=True)] = None
+    pages: Pages | None = None
     pinned: int
     scale: float
     softcap: float
@@ -177,6 +193,8 @@ class CacheAttentionCall(OpCall):
     softcap: bound of the logits, 0 for none.
     window: last tokens that a query sees, its own included; 0: all.
     sinks: first tokens that a window does not hide.
+    bounds: of the keys of pages; given with `pages`.
+    pages: which slots are read, in a call of one token that is stored already; None: all.
     """
 
     NAME: ClassVar[str] = "cache_attention"
@@ -193,10 +211,33 @@ class CacheAttentionCall(OpCall):
     is_token: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
+    bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats")] = None
+    pages: Pages | None = None
     scale: float
     softcap: float
     window: int
     sinks: int
+
+
+@dataclass(frozen=True, eq=False)
+class CacheBoundsCall(OpCall):
+    """One call of `sparsify::cache_bounds`; the module says what is computed.
+
+    keys, positions: of the layer's state, read only.
+    bounds: written.
+    since: int32 [batch, kv_heads], slots below which nothing has changed; None: all slots may have.
+    size: slots of a page.
+    """
+
+    NAME: ClassVar[str] = "cache_bounds"
+    VERSION: ClassVar[int] = VERSION
+
+    keys: Annotated[Tensor, Operand("batch kv_heads capacity head_dim", "floats")]
+    positions: Annotated[Tensor, Operand("batch kv_heads capacity", "integers")]
+    bounds: Annotated[Tensor, Operand("batch kv_heads pages ends head_dim", written=True)]
+    _: KW_ONLY
+    since: Annotated[Tensor | None, Operand("batch kv_heads", "integers")] = None
+    size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +278,7 @@ store = define(CacheStoreCall, lambda _: None, "()")
 attention = define(CacheAttentionCall, empty_output, "Tensor")
 decode = define(CacheDecodeCall, empty_output, "Tensor")
 mass = define(CacheMassCall, _empty_mass, "Tensor")
+bounds = define(CacheBoundsCall, lambda _: None, "()")
 define_op(library, "cache_length(Tensor length) -> Tensor", TAGS)
 traced("cache_length", torch.empty_like)
 length = torch.ops.sparsify.cache_length.default

@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import Estimate
+from sparsify.ops.pages import Pages
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,19 @@ def _estimate(value: Estimate | str) -> Estimate:
     return value if isinstance(value, Estimate) else Estimate.parse(value)
 
 
+def _pages_text(value: Pages | None) -> str:
+    return "" if value is None else str(value)
+
+
+@functools.cache
+def _parsed_pages(text: str) -> Pages | None:
+    return Pages.parse(text) if text else None
+
+
+def _pages(value: Pages | str | None) -> Pages | None:
+    return _parsed_pages(value) if isinstance(value, str) else value
+
+
 _WIRES: dict[Any, tuple[Any, ...]] = {
     Tensor: ("Tensor",),
     Tensor | None: ("Tensor?",),
@@ -97,6 +111,7 @@ _WIRES: dict[Any, tuple[Any, ...]] = {
     tuple[int, ...]: ("int[]", list, tuple),
     tuple[float, ...]: ("float[]", list, tuple),
     Estimate: ("str", str, _estimate),
+    Pages | None: ("str", _pages_text, _pages),
 }
 
 

@@ -17,7 +17,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.graph.typed_torch import argument_names
 from sparsify.masks.symbolic import Facts, sizes
 from sparsify.ops.attention import AttentionCall
-from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
+from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.call import OpCall, Operand, misfit
 from sparsify.ops.library import NAMESPACE
 from sparsify.ops.linear import LinearCall
@@ -25,7 +25,8 @@ from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
 _RECORDS = (
-    AttentionCall, SelectCall, SparseAttentionCall, CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheMassCall, LinearCall,
+    AttentionCall, SelectCall, SparseAttentionCall, CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheBoundsCall, CacheMassCall,
+    LinearCall,
 )  # fmt: skip
 _CALLS: dict[str, type[OpCall]] = {call.NAME: call for call in _RECORDS}
 # what the operands of ops without a record must be

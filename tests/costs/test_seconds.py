@@ -16,6 +16,7 @@ from sparsify.costs import crossovers, profile, seconds, work
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.ops.estimate import EXACT, EXAMPLES, Estimate
+from sparsify.ops.pages import Pages
 
 H200 = Device.from_profile("cuda", profile.shipped("sm_90"))
 A100 = Device.from_profile("cuda", profile.for_capability((8, 0)))
@@ -122,6 +123,18 @@ def test_decode_is_the_stream_of_keys_and_values():
     assert work.attention(AttentionSizes(query_len=1, key_len=131072), "hopper").family == "split/decode"
     windowed = dataclasses.replace(AttentionSizes(query_len=1, key_len=131072), window=1024)
     assert work.attention(windowed, "sdpa").size == 2 * 8 * 1024 * 128 * 2
+
+
+def test_a_step_over_pages_reads_all_bounds_and_what_is_chosen():
+    sizes = AttentionSizes(query_len=1, key_len=131072)
+    whole = work.decode(sizes, "cache").size
+    bounds, chosen = work.page_reading(sizes, Pages(size=16, share=0.05, sinks=4, recent=60))
+    assert bounds.size == whole / 16
+    assert chosen.size == pytest.approx(float(whole * (0.05 + 64 / 131072)))
+    _, counted = work.page_reading(sizes, Pages(size=16, count=100, sinks=4, recent=60))
+    assert counted.size == whole * (1600 + 64) / 131072
+    _, everything = work.page_reading(AttentionSizes(query_len=1, key_len=1024), Pages(share=1.0))
+    assert everything.size == work.decode(AttentionSizes(query_len=1, key_len=1024), "cache").size
 
 
 def test_symbols_go_through_and_give_the_same_number():

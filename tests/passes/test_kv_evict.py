@@ -13,7 +13,7 @@ from torch import fx
 from transformers import StaticCache
 
 import tests.support.cache_reference as reference
-from sparsify import SparseCache, pipeline
+from sparsify import Pages, SparseCache, pipeline
 from sparsify.api import collect_plans
 from sparsify.errors import UnsupportedError, VerifyError
 from sparsify.generation.caches.full import full_cache
@@ -280,3 +280,20 @@ def test_one_graph_serves_full_caches_of_all_sizes(llama, ids):
             torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-4)
     assert [decision.method for plan in plans for decision in plan.decisions] == ["kv_evict"] * len(cache.layers)
     torch._dynamo.reset()
+
+
+def test_plans_say_which_pages_a_token_reads_and_count_what_they_read(llama, ids):
+    text, formulas = [], []
+    for read in (None, Pages(size=8, share=0.25), Pages(size=16, count=3)):
+        cache = full_cache(llama.config, 2, 64, "cpu")
+        if read is not None:
+            cache = SparseCache(llama.config, "full", 64, batch_size=2, device="cpu", read=read)
+        _, plans = generate(llama, ids, cache)
+        steps = [d for plan in plans for d in plan.decisions if d.method == "kv_evict"]
+        assert len(steps) == 2
+        text.append(steps[0].reason)
+        formulas.append(steps[0].formula)
+    assert "pages" not in text[0]
+    assert "reads 25 % of its pages of 8 slots, the first 4 tokens and the last 64" in text[1]
+    assert "reads 3 of its pages of 16 slots" in text[2]
+    assert len(set(formulas)) == 3

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.cache import run
-from sparsify.backends.cache import append, decode, mass
-from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall
+from sparsify.backends.cache import append, decode, mass, pages
+from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheMassCall
+from sparsify.ops.pages import Pages
 
 _OPTIONS = {"scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0}
 _WINDOW = {"window": 250, "sinks": 4}
@@ -21,6 +22,9 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"one token, one kernel, {tokens} held", lambda tokens=tokens: one(tokens, tickets=True)
         yield f"one token, two kernels, {tokens} held", lambda tokens=tokens: one(tokens)
     yield "one token, padding, turned sinks, softcap", lambda: one(1000, tickets=True, padded=True, **turned)
+    yield "one token, pages", lambda: one(1000, tickets=True, pages=Pages(size=16, count=3))
+    yield "one token, pages, two kernels, padding", lambda: one(1000, padded=True, pages=Pages(size=8, share=0.3))
+    yield "bounds of pages", bounds_of_pages
     yield "several tokens, slots split", lambda: several(5)
     yield "several tokens, window", lambda: several(300, **_WINDOW)
     yield "several tokens, padding, turned sinks, softcap", lambda: several(70, padded=True, **turned)
@@ -44,7 +48,15 @@ def one(tokens: int, tickets: bool = False, padded: bool = False, **options: Any
         options["tickets"] = torch.zeros(2 * run.KV_HEADS + 1, dtype=torch.int32, device="cuda")
     if padded:
         options["is_token"] = torch.tensor([[True], [False]], device="cuda")
+    if read := options.get("pages"):
+        options["bounds"] = layer[0].new_zeros(2, run.KV_HEADS, read.of(254), 2, run.DIM)
     decode.cache_decode(CacheDecodeCall(*run.step(2), *layer, pinned=4, **options))
+
+
+def bounds_of_pages() -> None:
+    (keys, _, positions, counts, _, _), _ = _filled(200, {})
+    bounds = keys.new_zeros(2, run.KV_HEADS, 16, 2, run.DIM)
+    pages.cache_bounds(CacheBoundsCall(keys, positions, bounds, since=counts // 2, size=16))
 
 
 def several(count: int, padded: bool = False, **options: Any) -> None:

@@ -267,6 +267,7 @@ def _attend(
         layer.started = True
     shape: _Window = {"window": layout.window, "sinks": layout.sinks if layout.window else 0}
     how: _Scores = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
+    pages = layer.reading()
     rotation = {"inverse_frequencies": layer.inverse_frequencies if layout.rotate_sinks else None}
     stored = {
         "pinned": layout.pinned,
@@ -275,14 +276,15 @@ def _attend(
         "scale": scale,
         "softcap": softcap,
         "version": cache.VERSION,
+        **pages,
     }
     if query.shape[2] == 1 and not empty and not torch.compiler.is_dynamo_compiling():
         step = {"is_token": is_token, "tickets": layer.tickets, "pinned": layout.pinned, "version": cache.VERSION}
-        return cache.decode(query, key, value, *layer.state, **how, **shape, **rotation, **step)
+        return cache.decode(query, key, value, *layer.state, **how, **shape, **rotation, **step, **pages)
     if query.shape[2] == 1:  # two ops, by which graphs are matched: the method kv_evict makes one of them
         cache.store(None, key, value, *layer.state, is_token=is_token, empty=empty, tickets=layer.tickets, **stored)
         keys, values, positions, _, seen, _ = layer.state
-        return cache.attention(query, keys, values, positions, seen, **how, **shape, **rotation, version=cache.VERSION)
+        return cache.attention(query, keys, values, positions, seen, **how, **shape, **rotation, **pages, version=cache.VERSION)
     if empty and not layout.rotate_sinks:
         output = _attend_prompt(query, key, value, is_token, **how, **shape)
     else:

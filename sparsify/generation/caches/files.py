@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsify import folders
 from sparsify.errors import CacheError
 from sparsify.generation.caches.layer import SparseLayer
+from sparsify.ops.pages import Pages
 from sparsify.planning.provenance import model_digest, model_kind, other_model
 from sparsify.policies import Layout
 
@@ -41,7 +42,8 @@ class LayerHeader(BaseModel):
 class Header(BaseModel):
     """format: of the file. model: digest of configuration and weights. model_type: for messages.
 
-    policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. versions: of what wrote the file.
+    policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. read: as `Pages` writes itself, empty for
+    everything. versions: of what wrote the file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -50,11 +52,12 @@ class Header(BaseModel):
     model_type: str
     policy: str
     budget: int | float | None
+    read: str = ""
     layers: list[LayerHeader]
     versions: dict[str, str]
 
 
-def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, model: Any) -> None:
+def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, read: Pages | None, model: Any) -> None:
     """Writes layers of one cache, all of them between two calls.
 
     Raises:
@@ -79,6 +82,7 @@ def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | floa
         model_type=model_kind(model),
         policy=policy,
         budget=budget,
+        read="" if read is None else str(read),
         layers=described,
         versions={"torch": torch.__version__},
     )
@@ -135,6 +139,7 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
                 getattr(layer, name)[:, :, : described.slots].copy_(saved[name])
             for name in _BY_ROW:
                 getattr(layer, name).copy_(saved[name])
+            layer.renew_bounds()
             layer.used = None  # only the device knows, until the next call asks
 
 

@@ -11,11 +11,14 @@ from transformers.cache_utils import CacheLayerMixin
 from sparsify.errors import CacheError
 from sparsify.ops import cache
 from sparsify.ops.limits import cdiv
+from sparsify.ops.pages import Pages
 from sparsify.policies import Layout, Policy
 from sparsify.policies.full import STEP
 
 _STATE = ("keys", "values", "positions", "counts", "seen", "length")
-_BUFFERS = (*_STATE, "tickets")
+_BUFFERS = (*_STATE, "tickets", "bounds")
+# buffers whose dimension 2 is slots, and what an empty slot holds
+_BY_SLOT = (("keys", 0), ("values", 0), ("positions", -1))
 # tokens that a growing cache of unknown length has room for at first
 _LEAST = 1024
 
@@ -23,6 +26,15 @@ _LEAST = 1024
 def _roomy(tokens: int) -> int:
     """Slots for `tokens` and half as many to come, so that growing again and again copies each token three times at most."""
     return cdiv(max(tokens + tokens // 2, _LEAST), STEP) * STEP
+
+
+def _longer(old: Tensor, size: int, fill: int) -> Tensor:
+    """A buffer [batch, kv_heads, n, ...] with more places, which hold `fill`."""
+    kept = old.shape[2]
+    grown = old.new_empty(*old.shape[:2], size, *old.shape[3:])
+    grown[:, :, :kept].copy_(old)
+    grown[:, :, kept:].fill_(fill)
+    return grown
 
 
 class MaskSizeGuard:
@@ -111,14 +123,27 @@ class SparseLayer(CacheLayerMixin):
         budget: tokens per KV head; a float is a share of the first call's tokens, and `layout` stays None until that call.
         sliding: the layer has a sliding window of the model's own, which is kept exactly.
         frequencies: inverse frequencies of the rotary embedding, fp32 [rotated dimensions / 2], where sinks are rotated; else None.
+        read: the pages that one token reads; None: everything that is kept.
     """
 
     is_compileable = False  # generate() would then build 4-D masks and compile by itself
 
-    def __init__(self, index: int, config: Any, policy: Policy, budget: Any, *, sliding: bool, frequencies: Tensor | None):
+    def __init__(
+        self,
+        index: int,
+        config: Any,
+        policy: Policy,
+        budget: Any,
+        *,
+        sliding: bool,
+        frequencies: Tensor | None,
+        read: Pages | None = None,
+    ):
         super().__init__()
         self.index, self.config, self.policy, self.budget = index, config, policy, budget
         self.is_sliding, self.inverse_frequencies = sliding, frequencies
+        self.read, self.read_text = read, "" if read is None else str(read)
+        self.bounds: Tensor | None = None
         self.policy_text, self.observes = policy.scorer.describe(), policy.observed > 0
         self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
         self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
@@ -153,6 +178,8 @@ class SparseLayer(CacheLayerMixin):
         self.seen = key_states.new_zeros(batch, dtype=torch.int32)
         self.length = key_states.new_zeros((), dtype=torch.int64)
         self.tickets = key_states.new_zeros(batch * kv_heads + 1, dtype=torch.int32)
+        if self.read is not None:
+            self.bounds = key_states.new_zeros(batch, kv_heads, self.read.of(capacity), 2, head_dim)
         if self.inverse_frequencies is not None:
             self.inverse_frequencies = self.inverse_frequencies.to(self.device)
         self.is_initialized = True
@@ -176,15 +203,32 @@ class SparseLayer(CacheLayerMixin):
         Without a guard, so that another cache records a new CUDA graph but compiles nothing.
         """
         if not torch.compiler.is_dynamo_compiling():
-            for name in _BUFFERS:
-                torch._dynamo.mark_static_address(getattr(self, name), guard=False)
+            for buffer in self.buffers():
+                torch._dynamo.mark_static_address(buffer, guard=False)
             if self.grows:  # one graph serves caches of all sizes
-                for name in ("keys", "values", "positions"):
-                    torch._dynamo.maybe_mark_dynamic(getattr(self, name), 2)
+                for buffer in (self.keys, self.values, self.positions, *self._extras()):
+                    torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
     @property
     def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.keys, self.values, self.positions, self.counts, self.seen, self.length
+
+    def buffers(self) -> list[Tensor]:
+        """All tensors of the layer."""
+        return [*self.state, self.tickets, *self._extras()]
+
+    def _extras(self) -> list[Tensor]:
+        """Buffers by row and slot or page that not every layer has."""
+        return [] if self.bounds is None else [self.bounds]
+
+    def reading(self) -> dict[str, Any]:
+        """What ops are told of the slots that a token reads."""
+        return {"bounds": self.bounds, "pages": self.read_text} if self.read is not None else {}
+
+    def renew_bounds(self) -> None:
+        """After slots were changed by something else than an op that stores tokens."""
+        if self.bounds is not None and self.read is not None:
+            cache.bounds(self.keys, self.positions, self.bounds, size=self.read.size, version=cache.VERSION)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Checks the new keys and values and returns them unchanged, or under autocast in the cache's dtype. Attention stores them later.
@@ -247,13 +291,10 @@ class SparseLayer(CacheLayerMixin):
         capacity = cdiv(tokens, STEP) * STEP
         if not self.grows or not self.is_initialized or capacity <= self.keys.shape[2]:
             return
-        more = capacity - self.keys.shape[2]
-        for name, fill in (("keys", 0), ("values", 0), ("positions", -1)):
-            old = getattr(self, name)
-            grown = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
-            grown[:, :, :-more].copy_(old)
-            grown[:, :, -more:].fill_(fill)
-            setattr(self, name, grown)
+        for name, fill in _BY_SLOT:
+            setattr(self, name, _longer(getattr(self, name), capacity, fill))
+        if self.bounds is not None and self.read is not None:
+            self.bounds = _longer(self.bounds, self.read.of(capacity), 0)
         self.mark_static()
 
     @property
@@ -292,8 +333,7 @@ class SparseLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place: row b becomes row beam_idx[b]."""
         if self.is_initialized:
-            for name in _STATE[:-1]:
-                state = getattr(self, name)
+            for state in (*self.state[:-1], *self._extras()):
                 if self.grows and self.used is not None and state.dim() > 2:  # what lies behind is nobody's
                     state = state[:, :, : self.used]
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
@@ -306,8 +346,9 @@ class SparseLayer(CacheLayerMixin):
 
     def _map_rows(self, change: Any) -> None:
         if self.is_initialized:
-            for name in _STATE[:-1]:
-                setattr(self, name, change(getattr(self, name)))
+            for name in (*_STATE[:-1], "bounds"):
+                if getattr(self, name) is not None:
+                    setattr(self, name, change(getattr(self, name)))
             self.batch_size = self.keys.shape[0]
             self.tickets = self.tickets.new_zeros(self.batch_size * self.keys.shape[1] + 1)
             self.mark_static()
@@ -322,7 +363,8 @@ class SparseLayer(CacheLayerMixin):
     def _move(self, device: Any, non_blocking: bool) -> None:
         if self.is_initialized and self.keys.device != torch.device(device):
             for name in _BUFFERS:
-                setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
+                if getattr(self, name) is not None:
+                    setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
             self.mark_static()
 
     @property
@@ -368,6 +410,7 @@ class SparseLayer(CacheLayerMixin):
         gone = self.positions >= self.seen[:, None, None]
         self.positions.masked_fill_(gone, -1)
         self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
+        self.renew_bounds()
         self.started, self.used = int(self.length) > 0, None
 
     def activate_past_recording(self) -> None:

@@ -19,6 +19,7 @@ from sparsify.generation.caches import files
 from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, link_layers
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
+from sparsify.ops.pages import Pages
 from sparsify.policies import LayerFacts, Policy
 
 __all__ = ["SparseCache", "SparseLayer"]
@@ -45,6 +46,8 @@ class SparseCache(Cache):
             call is compiled too.
         dtype: of what is allocated at once; None: the configuration's.
         device: where it is allocated.
+        read: "pages" or a `sparsify.Pages`: each token reads the pages of what is kept whose keys may get the most weight, and forgets
+            none (Quest, arXiv 2406.10774); calls of several tokens read everything. None: everything.
 
     Raises:
         ConfigError: unknown policy or option, or a budget that the policy cannot work with.
@@ -63,20 +66,21 @@ class SparseCache(Cache):
         batch_size: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        read: str | Pages | None = None,
         **options: Any,
     ):
         config = config.get_text_config(decoder=True)
         _check_model(config)
         policy = policies.make(policy, **options)
-        budget = _checked_budget(budget, prompt_len)
+        budget, pages = _checked_budget(budget, prompt_len), _checked_read(read)
         stock = DynamicCache(config=config).layers
         evicting = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
-        layers = [_make_layer(i, layer, config, policy, budget, evicting) for i, layer in enumerate(stock)]
+        layers = [_make_layer(i, layer, config, policy, budget, evicting, pages) for i, layer in enumerate(stock)]
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
         super().__init__(layers=[*layers])
-        self.config, self.policy, self.budget, self.call = config, policy, budget, link_layers(layers)
+        self.config, self.policy, self.budget, self.read, self.call = config, policy, budget, pages, link_layers(layers)
         if batch_size is not None and device is not None:
             heads, head_dim = _kv_head_sizes(config)
             stored_as = dtype or getattr(config, "dtype", None) or torch.float32
@@ -116,7 +120,7 @@ class SparseCache(Cache):
             OSError: the file cannot be written.
         """
         self.check_consistent(True)
-        files.write(Path(path), self.layers, self.policy.describe(), self.budget, model)
+        files.write(Path(path), self.layers, self.policy.describe(), self.budget, self.read, model)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, device: torch.device | str | None = None) -> SparseCache:
@@ -133,7 +137,8 @@ class SparseCache(Cache):
             OSError: the file cannot be read.
         """
         header = files.read_header(Path(path), model)
-        cache = cls(model.config, policies.parse(header.policy), header.budget)
+        read = Pages.parse(header.read) if header.read else None
+        cache = cls(model.config, policies.parse(header.policy), header.budget, read=read)
         if len(cache.layers) != len(header.layers):
             raise CacheError(f"it holds {len(header.layers)} layers, the model has {len(cache.layers)}", where=str(path))
         files.fill(Path(path), header, cache.layers, device or model.device)
@@ -239,7 +244,7 @@ class SparseCache(Cache):
 
     def kept_bytes(self) -> int:
         """Bytes of all allocated buffers."""
-        return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in (*layer.state, layer.tickets))
+        return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in layer.buffers())
 
 
 def _raise_halfway() -> None:
@@ -275,6 +280,14 @@ def _checked_budget(budget: object, prompt_len: int | None) -> int | float | Non
     return budget
 
 
+def _checked_read(read: str | Pages | None) -> Pages | None:
+    if read is None or isinstance(read, Pages):
+        return read
+    if read != "pages":
+        raise ConfigError(f'must be "pages", a sparsify.Pages or None, not {read!r}', where="read")
+    return Pages()
+
+
 def _check_model(config: Any) -> None:
     kind = getattr(config, "model_type", type(config).__name__)
     base = config._attn_implementation
@@ -297,7 +310,7 @@ def _check_model(config: Any) -> None:
             raise UnsupportedError(f"{reason} are not served" if reason[-1] == "s" else f"{reason} is not served", where=kind)
 
 
-def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int]) -> SparseLayer:
+def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int], read: Pages | None) -> SparseLayer:
     """The SparseLayer that replaces one layer of an ordinary cache.
 
     Args:
@@ -323,7 +336,7 @@ def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any
     frequencies = None
     if rotates:
         frequencies = frequencies_of("sinks cannot be moved along", 'positions="absolute" works with every rotary embedding')
-    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies)
+    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies, read=read)
 
 
 def _kv_head_sizes(config: Any) -> tuple[int, int]:

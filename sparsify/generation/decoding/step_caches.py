@@ -90,7 +90,7 @@ class SparseStep(_WeakCache[SparseCache]):
         self.cache.recount()
 
     def state(self) -> Any:
-        return tuple((layer.layout, *map(address, (*layer.state, layer.tickets))) for layer in self.cache.layers)
+        return tuple((layer.layout, *map(address, layer.buffers())) for layer in self.cache.layers)
 
 
 class StaticStep(_WeakCache[StaticCache]):

@@ -165,7 +165,7 @@ class SparseLayerCall(LayerCall[SparseLayer]):
             before = layer.keys
             layer.make_room(self.query_len)
             if layer.keys is not before:
-                for name in ("keys", "values", "positions"):
+                for name in ("keys", "values", "positions", *(() if layer.bounds is None else ("bounds",))):
                     self.given[name] = self.varying[name] = getattr(layer, name)
         layer.call.storing = True
 

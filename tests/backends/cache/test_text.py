@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from sparsify.backends.cache import append, decode, mass
+from sparsify.backends.cache import append, decode, mass, pages
 from tests.support.goldens import check_kernel_text
 
 
@@ -23,6 +23,8 @@ def mass_spec(dim=128, softcap=False):
     return mass.MassSpec("bf16", dim, 4, mass.choose_tiling("bf16", dim, 4, 32), softcap)
 
 
+PAGES = pages.PagesSpec("bf16", 128, 4, 16, 8192, single=True, padded=True)
+
 # name -> module, text, spec, kernels
 KERNELS = {
     "decode": (decode, decode.decode_source, decode_spec(), ("split", "combine")),
@@ -30,6 +32,8 @@ KERNELS = {
     "decode_all": (
         decode, decode.decode_source, decode_spec(softcap=True, sink_logits=True, padded=True, rotate_sinks=True), ("split", "combine"),
     ),
+    "decode_pages": (decode, decode.decode_source, decode_spec(fused=True, grows=True, page=16), ("split",)),
+    "pages": (pages, pages.pages_source, PAGES, ("score", "choose")),
     "append": (append, append.append_source, append_spec(), ("split",)),
     "append_split": (append, append.append_source, append_spec(20, single=False, has_new=False), ("split", "combine")),
     "append_all": (

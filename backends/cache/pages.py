@@ -1,0 +1,197 @@
+"""Pages of keys by generated kernels: their bounds, and which of them a token reads (Quest, arXiv 2406.10774). How many those are is known
+on the device alone, so that CUDA graphs can hold it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.cache.pages_template import BOUNDS, CHOOSE, SCORE
+from sparsify.backends.codegen import source
+from sparsify.backends.codegen.arguments import (
+    Argument,
+    check_head_dims,
+    dot_precision,
+    integers,
+    padded,
+    parameters,
+    pointers,
+    present,
+)
+from sparsify.backends.codegen.launch import DTYPES, launch, launching, need, stride_values
+from sparsify.backends.codegen.template import header, render
+from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheBoundsCall, CacheDecodeCall
+from sparsify.ops.limits import cdiv
+from sparsify.ops.pages import Pages
+
+# pages whose scores one program of `choose` holds in registers; it reads more of them again for every bit
+_HELD = 8192
+
+
+@dataclass(frozen=True)
+class BoundsSpec:
+    """What decides the text of `bounds_of`.
+
+    dtype: of keys and bounds, as `codegen.launch.DTYPES` names it.
+    size: slots of a page.
+    since: slots below a number of the row's have not changed.
+    """
+
+    dtype: str
+    head_dim: int
+    size: int
+    since: bool
+
+    def __post_init__(self):
+        check_head_dims("sparsify::cache_bounds", self.head_dim)
+
+    @property
+    def tile(self) -> int:
+        """Pages of a program, whose least and largest numbers are registers."""
+        return 16 if padded(self.head_dim) <= 128 else 8
+
+
+@dataclass(frozen=True)
+class PagesSpec:
+    """What decides the text of `score` and `choose`.
+
+    dtype: of queries, keys and bounds.
+    group: query heads per KV head.
+    size: slots of a page.
+    lanes: scores that a program of `choose` holds at once.
+    single: those are all of them.
+    counted: a number of pages is read, no share.
+    padded: tokens may be padding.
+    grows: slot n holds token n.
+    """
+
+    dtype: str
+    head_dim: int
+    group: int
+    size: int
+    lanes: int
+    single: bool
+    counted: bool = False
+    padded: bool = False
+    grows: bool = False
+
+    def __post_init__(self):
+        check_head_dims("sparsify::cache_decode", self.head_dim)
+
+    @property
+    def tile(self) -> int:
+        """Pages of a program of `score`."""
+        return 16 if self.dtype == "fp32" or self.head_dim > 128 else 64
+
+
+@functools.lru_cache(maxsize=256)
+def bounds_arguments(spec: BoundsSpec) -> tuple[Argument, ...]:
+    """The arguments of `bounds_of`, in order."""
+    listed = [*pointers(spec.dtype, "keys", "bounds"), *pointers("i32", "positions")]
+    return (*listed, *present((spec.since, pointers("i32", "since"))), *integers("capacity", aligned=True), *integers("pages"))
+
+
+@functools.lru_cache(maxsize=256)
+def arguments(spec: PagesSpec, kernel: str) -> tuple[Argument, ...]:
+    """The arguments of "score" or "choose", in order."""
+    scores = pointers("fp32", "scores")
+    if kernel == "choose":
+        return (*scores, *pointers("i32", "listed", "chosen"), *integers("pages", "most", "number"))
+    listed = [*pointers(spec.dtype, "query", "bounds"), *pointers("i32", "positions", "counts", "seen"), *scores]
+    listed += [*integers("query_b", "query_h", aligned=True), *integers("kv_heads"), *integers("capacity", aligned=True)]
+    listed += integers("pinned", "pages", "always_sinks", "recent")
+    return (*listed, *present((spec.padded, [Argument("is_token", "*u8"), *integers("is_token_b")])))
+
+
+def bounds_source(spec: BoundsSpec) -> str:
+    """Module text with `bounds_of` (grid: tiles of pages, batch * kv_heads)."""
+    dim = padded(spec.head_dim)
+    values = vars(spec) | {"guard": _guard(spec.head_dim), "parameters": parameters(bounds_arguments(spec))}
+    constants = {"SIZE": spec.size, "PAGES": spec.tile, "DIM": dim}
+    return "\n\n".join([header("Bounds of pages of keys", constants), render(BOUNDS, values)])
+
+
+def pages_source(spec: PagesSpec) -> str:
+    """Module text with `score` (grid: tiles of pages, batch * kv_heads) and `choose` (grid: batch * kv_heads)."""
+    values = vars(spec) | {
+        "guard": _guard(spec.head_dim),
+        "precision": dot_precision(spec.dtype),
+        "score_parameters": parameters(arguments(spec, "score")),
+        "choose_parameters": parameters(arguments(spec, "choose")),
+    }
+    constants = {"GROUP": spec.group, "ROWS": padded(spec.group), "SIZE": spec.size, "PAGES": spec.tile, "DIM": padded(spec.head_dim)}
+    constants |= {"LANES": spec.lanes}
+    return "\n\n".join([header("Pages of keys that one token reads", constants), *(render(text, values) for text in (SCORE, CHOOSE))])
+
+
+def _guard(head_dim: int) -> str:
+    return "" if padded(head_dim) == head_dim else f" & (dims < {head_dim})[None, :]"
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds_module(spec: BoundsSpec) -> ModuleType:
+    return source.load(bounds_source(spec), "bounds")
+
+
+@functools.lru_cache(maxsize=256)
+def _module(spec: PagesSpec) -> ModuleType:
+    return source.load(pages_source(spec), "pages")
+
+
+def cache_bounds(call: CacheBoundsCall) -> None:
+    """The op by a generated kernel.
+
+    Raises:
+        UnsupportedError: no kernel takes this call.
+        KernelError: the kernel could not be compiled or launched.
+    """
+    keys, bounds = call.keys, call.bounds
+    where = f"sparsify::{CacheBoundsCall.NAME}"
+    need(keys.dtype in DTYPES and bounds.dtype == keys.dtype, f"dtypes {keys.dtype} and {bounds.dtype}", where)
+    need(all(t.is_contiguous() for t in (keys, bounds, call.positions)), "the cache's buffers are not contiguous", where)
+    batch, kv_heads, capacity, head_dim = keys.shape
+    spec = BoundsSpec(DTYPES[keys.dtype], head_dim, call.size, call.since is not None)
+    given = {**vars(call), "capacity": capacity, "pages": bounds.shape[2]}
+    with launching(keys.device, lambda: f"bounds of pages ({spec})"):
+        grid = (cdiv(bounds.shape[2], spec.tile), batch * kv_heads)
+        launch(_bounds_module(spec).bounds_of, grid, bounds_arguments(spec), given, num_warps=4, num_stages=2)
+
+
+def choose(call: CacheDecodeCall, pages: Pages) -> tuple[Tensor, Tensor]:
+    """The pages that a token reads, which is counted as stored and is not yet.
+
+    Args:
+        call: checked, with bounds.
+
+    Returns:
+        int32 [batch * kv_heads, at most `pages.most`], in order of place; int32 [batch * kv_heads]: how many of them there are.
+    """
+    query, bounds, is_token = call.query, call.bounds, call.is_token
+    assert bounds is not None, "bounds are given with pages"
+    (batch, heads, _, head_dim), total, grows = query.shape, bounds.shape[2], call.pinned == cache_ops.NEVER_OVERWRITTEN
+    rows, single = batch * call.kv_heads, total <= _HELD
+    lanes = min(_HELD, max(64, padded(total))) if single else _HELD
+    spec = PagesSpec(
+        DTYPES[query.dtype], head_dim, heads // call.kv_heads, pages.size, lanes, single, pages.count > 0, is_token is not None, grows
+    )
+    most = pages.most(call.capacity, call.sinks, grows)
+    make = functools.partial(torch.empty, device=query.device)
+    listed, chosen = make(rows, most, dtype=torch.int32), make(rows, dtype=torch.int32)
+    given = {
+        **vars(call), "scores": make(rows, total, dtype=torch.float32), "listed": listed, "chosen": chosen, "kv_heads": call.kv_heads,
+        "capacity": call.capacity, "pages": total, "most": most, "number": pages.count or pages.parts,
+        "always_sinks": max(pages.sinks, call.sinks), "recent": pages.recent, **stride_values(query=(query, "bh")),
+    }  # fmt: skip
+    if is_token is not None:
+        given |= {"is_token": is_token.view(torch.uint8), "is_token_b": is_token.stride(0)}
+    with launching(query.device, lambda: f"pages kernel ({spec})"):
+        module = _module(spec)
+        launch(module.score, (cdiv(total, spec.tile), rows), arguments(spec, "score"), given, num_warps=4, num_stages=1)
+        launch(module.choose, (rows,), arguments(spec, "choose"), given, num_warps=8 if lanes > 1024 else 4, num_stages=1)
+    return listed, chosen

@@ -1,0 +1,85 @@
+"""Pages of keys in plain PyTorch, without reading a value back to the host: their bounds, which a token reads, and what lies there."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsify.ops import cache
+from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheStoreCall
+from sparsify.ops.pages import Pages
+
+# a bound that is no number hides nothing: its page is read
+_HIGHEST = 3e38
+
+
+def cache_bounds(call: CacheBoundsCall) -> None:
+    """The bounds of all pages; those of pages that did not change come out as they are."""
+    call.bounds.copy_(_bounds(_cut(call.keys, call.size), _cut(call.positions, call.size, -1) >= 0))
+
+
+def renew(call: CacheStoreCall | CacheDecodeCall, slot: Tensor) -> None:
+    """The bounds of the pages that one token of each row went to. slot: int64 [batch, kv_heads, 1]."""
+    bounds, pages = call.bounds, call.pages
+    if bounds is None or pages is None:
+        return
+    page = slot // pages.size
+    at = page * pages.size + torch.arange(pages.size, device=slot.device)
+    inside = at < call.capacity
+    at = at.clamp(max=call.capacity - 1)
+    held = (call.positions.gather(2, at) >= 0) & inside
+    keys = call.keys.gather(2, at[..., None].expand(-1, -1, -1, call.keys.shape[3]))
+    index = page[..., None, None].expand(-1, -1, -1, *bounds.shape[3:])
+    bounds.scatter_(2, index, _bounds(keys[:, :, None], held[:, :, None]).to(bounds.dtype))
+
+
+def _bounds(keys: Tensor, held: Tensor) -> Tensor:
+    """[batch, kv_heads, pages, 2, head_dim] of keys [batch, kv_heads, pages, size, head_dim]; 0 where no slot of a page is held."""
+    least = keys.masked_fill(~held[..., None], torch.inf).amin(3)
+    largest = keys.masked_fill(~held[..., None], -torch.inf).amax(3)
+    return torch.stack((least, largest), 3).masked_fill(~held.any(3)[..., None, None], 0)
+
+
+def _cut(state: Tensor, size: int, fill: int = 0) -> Tensor:
+    """[batch, kv_heads, slots, ...] as [batch, kv_heads, pages, size, ...], filled up to whole pages."""
+    missing = -state.shape[2] % size
+    if missing:
+        state = F.pad(state, (0,) * 2 * (state.dim() - 3) + (0, missing), value=fill)
+    return state.unflatten(2, (-1, size))
+
+
+def choose(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> Tensor:
+    """The pages that a call of one token reads, int64 [batch, kv_heads, at most pages.most]; -1 for none."""
+    math = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    batch, kv_heads, capacity, head_dim = call.keys.shape
+    query, ends = call.query.to(math).reshape(batch, kv_heads, -1, head_dim), bounds.to(math)
+    highest = query.clamp(min=0) @ ends[:, :, :, 1].transpose(-1, -2) + query.clamp(max=0) @ ends[:, :, :, 0].transpose(-1, -2)
+    score = highest.nan_to_num(nan=_HIGHEST).amax(2).clamp(-_HIGHEST, _HIGHEST)  # [batch, kv_heads, pages]
+    at = _cut(call.positions, pages.size, -1)
+    newest = call.seen[:, None, None, None] - 1
+    always = (at >= 0) & ((at < max(pages.sinks, call.sinks)) | (at > newest - pages.recent))
+    held, always = (at >= 0).any(3), always.any(3)
+    score = score.masked_fill(always, torch.inf).masked_fill(~held, -torch.inf)
+    filled, fixed = held.sum(-1, keepdim=True), always.sum(-1, keepdim=True)
+    wanted = torch.full_like(filled, pages.count) if pages.count else -(filled * pages.parts // -(10**6))
+    wanted = fixed + torch.minimum(wanted, filled - fixed)
+    # stable: of equal pages the first
+    order = score.sort(dim=-1, descending=True, stable=True).indices[..., : pages.most(capacity, call.sinks, in_order=False)]
+    return order.masked_fill(torch.arange(order.shape[2], device=order.device) >= wanted, -1)
+
+
+def gathered(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and positions of the slots that a call of one token reads, -1 for none, [batch, kv_heads, slots, ...]."""
+    capacity, listed = call.keys.shape[2], choose(call, pages, bounds)
+    at = (listed[..., None] * pages.size + torch.arange(pages.size, device=listed.device)).flatten(2)
+    nothing = (at < 0) | (at >= capacity)
+    at = at.clamp(0, capacity - 1)
+    over = lambda state: state.gather(2, at[..., None].expand(-1, -1, -1, state.shape[3]))
+    return over(call.keys), over(call.values), call.positions.gather(2, at).masked_fill(nothing, -1)
+
+
+def renew_all(call: CacheStoreCall, since: Tensor | None) -> None:
+    """The bounds of the pages that several tokens went to. since: as in `CacheBoundsCall`."""
+    if call.bounds is not None and call.pages is not None:
+        cache.bounds(call.keys, call.positions, call.bounds, since=since, size=call.pages.size, version=cache.VERSION)
