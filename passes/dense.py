@@ -79,7 +79,7 @@ def serves_sdpa(site: AttentionSite) -> bool:
     mask = site.mask
     if site.softcap or site.sink_logits is not None or site.qk_head_dim != site.v_head_dim:
         return False
-    if site.alibi_slopes is not None or site.key_bias:
+    if site.alibi_slopes is not None or site.bias:
         return False
     if mask.kind is MaskKind.NONE:
         return True

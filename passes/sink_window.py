@@ -68,14 +68,14 @@ class SinkWindow(Pass):
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
         if site.mask.documents is not None and self.sinks:
             return self.refuse("packed documents have sinks of their own", "set sinks = 0")
-        if site.empty_rows in ("mean", "nan") and not self.sinks:
+        if site.empty_rows not in ("impossible", "zero") and not self.sinks:
             return self.refuse("rows beyond every window cannot be told from rows that the mask leaves without a key", "set sinks = 1")
         heads = site.query_heads
         if site.query_len == 1 and not self.decode:
             return self.refuse("one query row, and decode = false keeps those dense")
         if len(self.windows) not in (1, heads):
             return self.refuse(f"{len(self.windows)} windows for {heads} query heads")
-        if len(self.windows) > 1 and site.key_bias:
+        if len(self.windows) > 1 and site.bias:
             return self.refuse("rows with a bias per key take one window for all heads")
         band = self.sinks + max(self.windows) if all(self.windows) else _LONGEST
         if site.query_len == 1:

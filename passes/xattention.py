@@ -125,7 +125,7 @@ class XAttention(Pass):
             return refusal
         if site.phase == "decode":
             return self.refuse("one query row: nothing to estimate, decode stays dense")
-        if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None or site.key_bias:
+        if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None or site.bias:
             return self.refuse("the estimate does not model softcap, sink logits, alibi or another bias")
         if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
             return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")

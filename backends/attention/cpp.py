@@ -18,7 +18,7 @@ from sparsify.ops.limits import cdiv
 
 _WHERE = "sparsify::attention"
 _SERVED = (
-    "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "key_bias", "scale", "causal",
+    "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "bias", "scale", "causal",
     "windows", "sinks", "softcap", "block_size",
 )  # fmt: skip
 # fewer scores, or fewer rows, the reference computes as fast
@@ -68,7 +68,7 @@ def _values(call: AttentionCall, output: Tensor, lse: Tensor) -> dict[str, Any]:
     flags = None if call.key_flags is None else call.key_flags.to(torch.uint8).contiguous()
     segments = None if call.segments is None else call.segments.long().contiguous()
     slopes = None if call.alibi_slopes is None else call.alibi_slopes.float().contiguous()
-    bias = None if call.key_bias is None else call.key_bias.float().contiguous()
+    bias = None if call.bias is None else call.bias.float().contiguous()
     windows = call.windows if len(call.windows) == heads else call.windows * heads
     counts, indices = call.block_counts, call.block_indices
     by_row = lambda x: 0 if x is None or x.shape[0] == 1 else x.stride(0)
@@ -102,6 +102,7 @@ def _values(call: AttentionCall, output: Tensor, lse: Tensor) -> dict[str, Any]:
         "bias": bias,
         "bias_b": by_row(bias),
         "bias_h": 0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
+        "bias_n": 0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
         "scale": call.scale,
         "softcap": call.softcap,
     }

@@ -25,6 +25,7 @@ FIELDS: dict[str, str] = {
     "bias": "const float*",
     "bias_b": "int64_t",
     "bias_h": "int64_t",
+    "bias_n": "int64_t",
     "scale": "float",
     "softcap": "float",
 }
@@ -115,15 +116,21 @@ static void visit(const Tile& t, int64_t begin, int64_t end) {
     product(key, key_n, 1, t.s.queries.data(), wide, scores, wide, keys, wide, dim, false);
     const float* bias = c.bias ? c.bias + t.b * c.bias_b + t.h * c.bias_h : nullptr;
     const float slope = c.slopes ? c.slopes[t.b * c.slopes_b + t.h] : 0.0f;
-    if (c.softcap > 0 || bias || c.slopes)
+    const bool per_key = bias && c.bias_n == 0;
+    if (c.softcap > 0 || per_key || c.slopes)
         for (int64_t k = 0; k < keys; k++) {
             // counted from the tile's last row, so that slope * distance is small where weights are large
-            const V more = all((bias ? bias[begin + k] : 0.0f) + slope * float(begin + k - t.last));
+            const V more = all((per_key ? bias[begin + k] : 0.0f) + slope * float(begin + k - t.last));
             for (float *at = scores + k * wide, *stop = at + wide; at < stop; at += W) {
                 V x = load(at);
                 if (c.softcap > 0) x = hyperbolic_tangent(x / all(c.softcap)) * all(c.softcap);
                 store(at, x + more);
             }
+        }
+    if (bias && !per_key)
+        for (int64_t q = 0; q < t.rows; q++) {
+            const float* of_row = bias + (t.first + q) * c.bias_n + begin;
+            for (int64_t k = 0; k < keys; k++) scores[k * wide + q] += of_row[k];
         }
     if (which == SOME) hide(t, scores, begin, end);
     bool moved = false;

@@ -24,7 +24,7 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
     empty, value = unseen(lse, call), call.value
     if output.device.type == "cpu" and not empty.any():  # elsewhere asking costs a synchronisation
         return
-    if call.key_bias is not None:
+    if call.bias is not None:
         _fill_weighted(output, empty, call)
     elif call.empty_rows == "nan":
         output.masked_fill_(empty[..., None], torch.nan)
@@ -36,7 +36,7 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
 
 def unseen(lse: Tensor, call: AttentionCall) -> Tensor:
     """Bool like the LSE: rows to fill. Kernels in base 2 take the lowest finite bias for -inf."""
-    if call.key_bias is not None:
+    if call.bias is not None:
         return lse < SUNK
     empty = lse == -torch.inf
     if call.listed:
@@ -81,10 +81,8 @@ def _fill_weighted(output: Tensor, empty: Tensor, call: AttentionCall) -> None:
     value, mask = call.value, reference.Mask.from_call(call)
     key_len = value.shape[2]
     keys = torch.arange(key_len, device=value.device)
-    assert call.key_bias is not None
-    shown = call.key_bias[:, :, None].float()
-    lowest = call.lowest if call.empty_rows == "mean" else -torch.inf
-    hidden = lowest + (0.0 if call.hidden_bias is None else call.hidden_bias[:, :, None].float())
+    assert call.bias is not None
+    lowest = call.lowest if call.empty_rows != "nan" else -torch.inf
     values = value.float().repeat_interleave(call.group, 1)
     chunk = max(1, min(query_len, reference.CHUNK_ELEMENTS // (batch * heads * key_len)))
     for first in range(0, query_len, chunk):
@@ -92,5 +90,8 @@ def _fill_weighted(output: Tensor, empty: Tensor, call: AttentionCall) -> None:
         if output.device.type == "cpu" and not empty[:, :, part].any():
             continue
         seen = mask.visible(torch.arange(first, part.stop, device=value.device), keys)
+        shown = reference.bias_rows(call.bias, part).float()
+        hidden = lowest + (0.0 if call.hidden_bias is None else reference.bias_rows(call.hidden_bias, part).float())
         weights = torch.where(seen, shown, hidden).expand(batch, heads, -1, -1).softmax(-1)
+        weights = weights.nan_to_num(0.0) if call.empty_rows == "fused" else weights
         output[:, :, part] = torch.where(empty[:, :, part, None], (weights @ values).to(output.dtype), output[:, :, part])

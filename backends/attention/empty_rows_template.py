@@ -46,7 +46,11 @@ def write(
         # scores are lost beside what biases and the mask add: a softmax without a product
         kv_head = tl.cast(row % heads // GROUP, tl.int64)
         value_head = value + tl.cast(batch, tl.int64) * value_b + kv_head * value_h
-        bias_row = key_bias + tl.cast(batch, tl.int64) * bias_b + tl.cast(row % heads, tl.int64) * bias_h
+        bias_row = bias + tl.cast(batch, tl.int64) * bias_b + tl.cast(row % heads, tl.int64) * bias_h + index.to(tl.int64) * bias_m
+%if hidden
+        hidden_row = hidden_bias + tl.cast(batch, tl.int64) * hidden_b + tl.cast(row % heads, tl.int64) * hidden_h
+        hidden_row = hidden_row + index.to(tl.int64) * hidden_m
+%end
         position = index + ${"tl.load(query_start).to(tl.int32)" if has_start else "key_len - query_len"}
 %if segments
         segments_row = segments + tl.cast(batch, tl.int64) * segments_b
@@ -60,12 +64,12 @@ def write(
         for first in tl.range(0, key_len, KEYS):
             at = first + offsets
             present = at < key_len
-            shown = tl.load(bias_row + at, mask=present, other=float("-inf"))
+            held_here = (index < query_len)[:, None] & present[None, :]
+            shown = tl.load(bias_row[:, None] + at[None, :], mask=held_here, other=float("-inf"))
 %if hidden
-            low = tl.load(hidden_bias + tl.cast(batch, tl.int64) * hidden_b + tl.cast(row % heads, tl.int64) * hidden_h + at, mask=present, other=0.0)
-            low = low + lowest
+            low = tl.load(hidden_row[:, None] + at[None, :], mask=held_here, other=0.0) + lowest
 %else
-            low = tl.full([KEYS], 0.0, tl.float32) + lowest
+            low = tl.full([ROWS, KEYS], 0.0, tl.float32) + lowest
 %end
             seen = (index[:, None] >= 0) & present[None, :]
 %if causal
@@ -87,7 +91,7 @@ def write(
             other = tl.load(segments_row + at, mask=present, other=0)
             seen = seen & (own[:, None] == other[None, :]) & has_segment[:, None]
 %end
-            s = tl.where(present[None, :], tl.where(seen, shown[None, :], low[None, :]), float("-inf"))
+            s = tl.where(present[None, :], tl.where(seen, shown, low), float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             # a row may have met -inf alone: -inf - -inf is NaN
             base = tl.where(m_new == float("-inf"), 0.0, m_new)

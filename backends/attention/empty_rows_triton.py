@@ -27,7 +27,7 @@ from sparsify.backends.codegen.arguments import (
     pointers,
     present,
 )
-from sparsify.backends.codegen.launch import DTYPES, LONGEST_WINDOW, batch_stride, launch, launching, need, stride_values
+from sparsify.backends.codegen.launch import DTYPES, LONGEST_WINDOW, batch_stride, broadcast_stride, launch, launching, need, stride_values
 from sparsify.backends.codegen.template import header, render
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.limits import cdiv
@@ -41,7 +41,7 @@ _WARPS = 4
 class EmptyRowsSpec:
     """What decides the kernels' text. group: query heads per KV head.
 
-    form: "nan", "mean", or "weighted" by biases per key; the clauses below serve the last alone.
+    form: "nan", "mean", or "weighted" by a bias; the clauses below serve the last alone.
     """
 
     dtype: str
@@ -84,14 +84,14 @@ def arguments(spec: EmptyRowsSpec, kernel: str) -> tuple[Argument, ...]:
     if spec.form == "mean":
         return (*listed, *parts)
     clauses = present(
-        (spec.hidden, [*pointers("fp32", "hidden_bias"), *integers("hidden_b", "hidden_h")]),
+        (spec.hidden, [*pointers("fp32", "hidden_bias"), *integers("hidden_b", "hidden_h", "hidden_m")]),
         (spec.has_start, pointers("i64", "query_start")),
         (spec.windowed, integers("window")),
         (spec.windowed and not spec.key_flags, integers("sinks")),
         (spec.key_flags, [*pointers("u8", "key_flags"), *integers("flags_b")]),
         (spec.segments, [*pointers("i32", "segments"), *integers("segments_b")]),
     )
-    return (*listed, *values, *pointers("fp32", "key_bias"), *integers("bias_b", "bias_h"), *floats("lowest"), *clauses)
+    return (*listed, *values, *pointers("fp32", "bias"), *integers("bias_b", "bias_h", "bias_m"), *floats("lowest"), *clauses)
 
 
 def empty_rows_source(spec: EmptyRowsSpec) -> str:
@@ -124,9 +124,9 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
     if empty_rows == "zero" or output.numel() == 0 or call.key.shape[2] == 0:
         return
     (batch, heads, query_len, head_dim), (kv_heads, key_len) = output.shape, value.shape[1:3]
-    biased = call.key_bias is not None
+    biased = call.bias is not None
     served = value.dtype in DTYPES and output.stride(-1) == 1 and not (biased and len({*call.windows}) > 1)
-    need(served, f"{value.dtype} values, windows {call.windows[:4]}", _WHERE)
+    need(served and empty_rows != "fused", f"{empty_rows} rows of {value.dtype} values, windows {call.windows[:4]}", _WHERE)
     spec = EmptyRowsSpec(DTYPES[value.dtype], head_dim, call.group, "weighted" if biased else empty_rows)
     empty = unseen(lse, call).contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
@@ -136,8 +136,8 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
         "key_len": key_len, "splits": splits, "lowest": call.lowest if empty_rows == "mean" else -torch.inf,
         **stride_values(value=(value, "bhn"), out=(output, "bhm")),
     }  # fmt: skip
-    if call.key_bias is not None:
-        spec, more = _weighted(spec, call, call.key_bias)
+    if call.bias is not None:
+        spec, more = _weighted(spec, call, call.bias)
         given |= more
     elif empty_rows == "mean":
         given["wanted"] = empty.view(batch * kv_heads, -1).any(-1).view(torch.int8)
@@ -151,19 +151,19 @@ def fill(output: Tensor, lse: Tensor, call: AttentionCall) -> None:
         launch(module.write, grid, arguments(spec, "write"), given, num_warps=_WARPS, num_stages=1)
 
 
-def _weighted(spec: EmptyRowsSpec, call: AttentionCall, key_bias: Tensor) -> tuple[EmptyRowsSpec, dict[str, Any]]:
+def _weighted(spec: EmptyRowsSpec, call: AttentionCall, bias: Tensor) -> tuple[EmptyRowsSpec, dict[str, Any]]:
     """The spec with the call's clauses, and their values."""
     windows, flags, segments, start = call.windows, call.key_flags, call.segments, call.query_start
     found = replace(
         spec, causal=call.causal, windowed=call.windowed, key_flags=flags is not None, segments=segments is not None,
         has_start=start is not None, hidden=call.hidden_bias is not None,
     )  # fmt: skip
-    by_head = lambda tensor: 0 if tensor.shape[1] == 1 else tensor.stride(1)
-    bias = key_bias.float().contiguous()
-    given: dict[str, Any] = {"key_bias": bias, "bias_b": batch_stride(bias), "bias_h": by_head(bias)}
+    steps = lambda name, tensor: {f"{name}_{axis}": broadcast_stride(tensor, dim) for dim, axis in enumerate("bhm")}
+    bias = bias.float().contiguous()
+    given: dict[str, Any] = {"bias": bias, **steps("bias", bias)}
     if call.hidden_bias is not None:
         hidden = call.hidden_bias.float().contiguous()
-        given |= {"hidden_bias": hidden, "hidden_b": batch_stride(hidden), "hidden_h": by_head(hidden)}
+        given |= {"hidden_bias": hidden, **steps("hidden", hidden)}
     if start is not None:
         given["query_start"] = start.to(call.query.device, torch.int64)
     if call.windowed:

@@ -110,7 +110,7 @@ def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None)
             continue
         logits = (grouped[:, :, :, part].to(math) * call.scale) @ keys[..., begin:end, :].transpose(-1, -2)
         seen = mask.visible(torch.arange(first, part.stop, device=query.device), torch.arange(begin, end, device=query.device))
-        bias = None if call.key_bias is None else call.key_bias[:, :, None, begin:end].to(math)
+        bias = None if call.bias is None else bias_rows(call.bias, part)[..., begin:end].to(math)
         seen = seen if bias is None else seen & (bias != -torch.inf)
         weights, lse[:, :, part] = _softmax(call, logits.flatten(1, 2), seen, end - 1, bias)
         result = weights.view_as(logits) @ values[..., begin:end, :]
@@ -119,6 +119,11 @@ def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None)
             result[regrouped @ tainted[..., begin:end, :].to(math) > 0] = torch.nan
         output[:, :, part] = result.flatten(1, 2).to(output.dtype)
     return output, lse
+
+
+def bias_rows(bias: Tensor, rows: slice) -> Tensor:
+    """Of a bias [batch or 1, heads or 1, query_len or 1, key_len] what these query rows get."""
+    return bias if bias.shape[2] == 1 else bias[:, :, rows]
 
 
 def _softmax(call: AttentionCall, logits: Tensor, seen: Tensor, anchor: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:

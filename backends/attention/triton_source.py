@@ -30,7 +30,7 @@ from sparsify.backends.codegen.arguments import (
     present,
     unspecialised,
 )
-from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, capability, on_device
+from sparsify.backends.codegen.launch import DTYPES, LOG2E, LONGEST_WINDOW, broadcast_stride, capability, on_device
 from sparsify.backends.codegen.template import header, render
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
@@ -41,7 +41,7 @@ _WHERE = "sparsify::attention"
 _PACKED_QUERIES, _PACKED_ROWS = 16, 128
 # the op's arguments that the kernel knows; a call with another one is not served
 _SERVES = {
-    "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "key_bias", "windows", "sinks",
+    "key_flags", "segments", "query_start", "block_counts", "block_indices", "sink_logits", "alibi_slopes", "bias", "windows", "sinks",
     "softcap", "block_size",
 }  # fmt: skip
 
@@ -68,6 +68,7 @@ class AttentionSpec:
     window: "none", "one" (the same for all heads) or "per_head" (a tensor; 0 = none for that head).
     sinks: keys that a window does not hide: "none", "count" (the first ones) or "flags" (bit 1 of key_flags).
     has_start: the position of the first query row is read from a tensor; otherwise it is key_len - query_len.
+    key_bias: each key has a bias, whatever the row. bias: each row has its own for each key, in this dtype; "" without.
     packed: a tile's rows are (query, head of the group) pairs, for calls with few queries.
     split_keys: keys are shared out among programs, whose partial results a second kernel joins; only for packed calls.
     uniform: every row of a tile sees the same keys, as those of a single query do; only for split calls.
@@ -89,6 +90,7 @@ class AttentionSpec:
     softcap: bool = False
     alibi: bool = False
     key_bias: bool = False
+    bias: str = ""
     sink_logits: bool = False
     packed: bool = False
     split_keys: bool = False
@@ -128,6 +130,7 @@ class AttentionSpec:
             "softcap": self.softcap,
             "ALiBi": self.alibi,
             "bias per key": self.key_bias,
+            f"{self.bias} bias": bool(self.bias),
             "sink logits": self.sink_logits,
             "packed heads": self.packed,
             "split keys": self.split_keys,
@@ -171,9 +174,11 @@ def arguments(spec: AttentionSpec) -> tuple[Argument, ...]:
             (spec.block_lists, _valued(pointers("i16", "block_indices"), lambda call: _for_heads(call, call.block_indices, torch.int16))),
             (spec.block_lists, _valued(aligned("list_len"), lambda call: call.block_indices.shape[-1])),
             (spec.alibi, _slopes()),
-            (spec.key_bias, _valued(pointers("fp32", "key_bias"), lambda call: call.key_bias.to(torch.float32).contiguous())),
-            (spec.key_bias, _valued(integers("bias_b"), lambda call: _batch_stride(call.key_bias))),
-            (spec.key_bias, _valued(integers("bias_h"), lambda call: 0 if call.key_bias.shape[1] == 1 else call.key_bias.shape[2])),
+            (spec.key_bias, _valued(pointers("fp32", "key_bias"), lambda call: call.bias[:, :, 0].to(torch.float32).contiguous())),
+            (spec.key_bias, _valued(integers("bias_b"), lambda call: _batch_stride(call.bias[:, :, 0]))),
+            (spec.key_bias, _valued(integers("bias_h"), lambda call: 0 if call.bias.shape[1] == 1 else call.bias.shape[3])),
+            (bool(spec.bias), _valued(pointers(spec.bias or "fp32", "bias"), _bias)),
+            *((bool(spec.bias), _valued(aligned(f"bias_{axis}"), _bias_step(dim))) for dim, axis in enumerate("bhm")),
             (spec.sink_logits and not spec.split_keys, _sink_logits()),
         ),
     )
@@ -228,6 +233,17 @@ def _windows(call: AttentionCall) -> Tensor:
     return on_device(tuple(min(window, LONGEST_WINDOW) for window in call.windows), call.device)
 
 
+def _bias(call: AttentionCall) -> Tensor:
+    """Where it is broadcast no memory is taken for it."""
+    assert call.bias is not None
+    bias = call.bias if call.bias.dtype in DTYPES else call.bias.to(torch.float32)
+    return bias if bias.stride(-1) == 1 else bias.contiguous()
+
+
+def _bias_step(dim: int) -> Callable[[AttentionCall], int]:
+    return lambda call: broadcast_stride(_bias(call), dim)
+
+
 def _key_flags(call: AttentionCall) -> Tensor:
     assert call.key_flags is not None
     return call.key_flags.to(torch.uint8).contiguous()
@@ -276,6 +292,7 @@ def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 
         (spec.alibi, "slope"),
         (spec.alibi, "anchor"),
         (spec.key_bias, "bias_row"),
+        (bool(spec.bias), "bias_rows"),
     ]
     context += [name for present, name in needed if present]
     qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
@@ -292,7 +309,7 @@ def attention_source(spec: AttentionSpec, triton_release: tuple[int, int] = (3, 
         "exposed": exposed,
         # one comparison less in whole tiles, which leaves Triton 3.8's compiler the registers that 3.6's has anyway
         "lean": triton_release >= (3, 8),
-        "raw": not (spec.softcap or spec.alibi or spec.key_bias),
+        "raw": not (spec.softcap or spec.alibi or spec.key_bias or spec.bias),
         "per_row_window": spec.window == "per_head" and spec.packed,
         **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         "state": state,
@@ -350,7 +367,7 @@ def choose_tiling(
     *,
     block_size: int = 0,
     packed_rows: int = 0,
-    segments: bool = False,
+    masked: bool = False,
     split: bool = False,
 ) -> AttentionTiling:
     """Tile sizes by head dim and dtype, with as many stages as shared memory holds.
@@ -359,7 +376,7 @@ def choose_tiling(
         capability: CUDA compute capability.
         block_size: of the block lists that the tiles must divide, or 0.
         packed_rows: query rows times group of a call with few queries, or 0.
-        segments: every tile needs the mask, so query tiles are kept small.
+        masked: every tile needs the mask or a bias, so query tiles are kept small.
         split: keys are shared out among programs, of which two fit on a multiprocessor.
     """
     widest = max(padded(qk_head_dim), padded(v_head_dim))
@@ -379,7 +396,7 @@ def choose_tiling(
         queries, keys = min(queries, padded(packed_rows)), min(keys, 64)
     if split and dtype != "fp32":
         stages = max(stages, 3)
-    if segments:
+    if masked:
         queries = min(queries, 64)
     if block_size:
         queries, keys = min(queries, block_size), min(keys, block_size)
@@ -413,10 +430,11 @@ def make_spec(call: AttentionCall, tiling: AttentionTiling | None, split: bool =
     dtype, shares = DTYPES[query.dtype], packed(call)
     flags, start = call.key_flags is not None, call.query_start is not None
     segments = call.segments is not None
+    by_row = call.bias is not None and call.bias.shape[2] > 1
     if tiling is None:
         blocks, rows = call.block_size * call.listed, query_len * call.group * shares
         tiling = _tiling(
-            dtype, qk_head_dim, v_head_dim, capability(device), block_size=blocks, packed_rows=rows, segments=segments, split=split
+            dtype, qk_head_dim, v_head_dim, capability(device), block_size=blocks, packed_rows=rows, masked=segments or by_row, split=split
         )
     window = "none" if not call.windowed else "one" if len(set(call.windows)) == 1 else "per_head"
     counted = "count" if call.sinks > 0 else "none"
@@ -437,7 +455,8 @@ def make_spec(call: AttentionCall, tiling: AttentionTiling | None, split: bool =
         block_size=call.block_size if call.listed else 0,
         softcap=call.softcap > 0,
         alibi=call.alibi_slopes is not None,
-        key_bias=call.key_bias is not None,
+        key_bias=call.bias is not None and not by_row,
+        bias=DTYPES.get(call.bias.dtype, "fp32") if call.bias is not None and by_row else "",
         sink_logits=call.sink_logits is not None,
         packed=shares,
         split_keys=split,

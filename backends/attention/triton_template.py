@@ -48,6 +48,13 @@ def fold_tile(${state}, q, key_head, value_head, key_n, value_n, first, end, ${c
 %end
     s = ${"s" if softcap or alibi else "s * scale"} + bias * LOG2E
 %end
+%if bias
+    if EDGE:
+        more = tl.load(bias_rows[:, None] + keys[None, :], mask=(keys < end)[None, :], other=0.0)
+    else:
+        more = tl.load(bias_rows[:, None] + keys[None, :])
+    s = ${"s" if softcap or alibi else "s * scale"} + more.to(tl.float32) * LOG2E
+%end
 
 %if uniform
     s = tl.where(readable[None, :], s, float("-inf"))
@@ -95,7 +102,7 @@ def fold_tile(${state}, q, key_head, value_head, key_n, value_n, first, end, ${c
     m_new = tl.maximum(m, tl.max(s, 1))
 %end
     base = m_new
-%if key_flags or key_bias or uniform
+%if key_flags or key_bias or bias or uniform
     # a row may have seen nothing yet: -inf - -inf is NaN
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
 %else
@@ -195,6 +202,11 @@ def ${"split" if split_keys else "attention"}(
 %end
 %if key_bias
     bias_row = key_bias + batch_wide * bias_b + head * bias_h
+%end
+%if bias
+    # rows past the last read the last one's
+    bias_rows = tl.minimum(index, query_len - 1).to(tl.int64) * bias_m
+    bias_rows = bias + batch_wide * bias_b + tl.cast(head, tl.int64) * bias_h + bias_rows
 %end
 
     # some row may see keys [begin, end); every row sees keys [full_begin, full_end)

@@ -98,7 +98,12 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 def batch_stride(operand: Tensor) -> int:
     """Elements from one batch row to the next; 0 where one row serves all."""
-    return 0 if operand.shape[0] == 1 else operand.stride(0)
+    return broadcast_stride(operand, 0)
+
+
+def broadcast_stride(operand: Tensor, dim: int) -> int:
+    """Elements from one place of a dimension to the next; 0 where one serves all."""
+    return 0 if operand.shape[dim] == 1 else operand.stride(dim)
 
 
 def stride_values(**tensors: tuple[Tensor, str]) -> dict[str, int]:

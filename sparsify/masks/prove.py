@@ -60,7 +60,7 @@ _RELATIONS: dict[type[Relational], _Relation] = {
 }
 
 # what gives numbers of a model, not a mask, where it is all that is added to scores
-_BIASES = {"embedding", "gather", "take_along_dim", "index_select", "linear", "matmul", "bmm", "baddbmm", "einsum"}
+SOURCES = {"embedding", "gather", "take_along_dim", "index_select", "linear", "matmul", "bmm", "baddbmm", "einsum"}
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Proof:
             return ones(element)
         if dtype.is_floating_point:
             if isinstance(element, AppliedUndef):
-                looked_up = operator_word(self.reader.leaves[element.func.__name__]) in _BIASES
+                looked_up = operator_word(self.reader.leaves[element.func.__name__]) in SOURCES
                 raise Unreadable("the mask adds a bias" if looked_up else self.why(element))
             return additive(element, dtype)
         if dtype is not torch.bool:
@@ -470,7 +470,8 @@ class _Proof:
         if leaf is None:
             raise Unreadable(self.why(sympy.Eq(of_key, of_query)))
         own = offset if QUERY in self.fixed() else offset + QUERY
-        if sympy.expand(of_key.xreplace({KEY: own})) != sympy.expand(of_query):
+        mine, other = (self.facts.settled(sympy.expand(one)) for one in (of_key.xreplace({KEY: own}), of_query))
+        if sympy.expand(mine) != sympy.expand(other):
             raise Unreadable("documents are compared at other positions than the causal clause's")
         if not self.facts.holds(sympy.Ge(offset, 0)) or not self.facts.holds(sympy.Le(offset + self.query_len, self.key_len)):
             raise Unreadable("documents of queries that have no key of their own")

@@ -100,7 +100,7 @@ def _sdpa_site(context: MatchContext, node: fx.Node) -> AttentionSite:
     bias = Bias()
     # autocast would round the mask's numbers too
     if mask is not None and proof.opaque and example_tensor(mask).dtype is example_tensor(node).dtype:
-        found = context.biased(mask, node, extents)
+        found = context.biased(mask, node, node, extents)
         if found is not None:
             bias, proof = found, context.proof(found.masks, extents) if found.masks else prove.none()
     try:
@@ -117,7 +117,7 @@ def _sdpa_site(context: MatchContext, node: fx.Node) -> AttentionSite:
         scale=_number(call.scale, q[3]),
         dropout=call.dropout_p,
         alibi_slopes=bias.slopes,
-        key_bias=bias.per_key,
+        bias=bias.biases,
         **vars(empty),
     )
 

@@ -15,11 +15,19 @@ from torch import fx
 
 from sparsify.graph.aliasing import Memory, example_tensor, tensor_of
 from sparsify.graph.calls import Unbound, as_node, bind
-from sparsify.masks.prove import Extents, Form
+from sparsify.graph.compat import operator_word
+from sparsify.masks.prove import SOURCES, Extents, Form
 from sparsify.masks.reader import Reader
 from sparsify.masks.symbolic import BATCH, CONDITION, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
 
 _SUMS = (operator.add, torch.add, "add")
+# by the words of their operators: steps that keep the numbers of a tensor, products, and sums or choices, which keep those of all terms
+_SAME = {
+    *("to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "getitem", "select", "narrow", "squeeze"),
+    *("unsqueeze", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "expand", "expand_as", "repeat", "neg"),
+}
+_FACTORS = {"mul", "imul", "truediv", "itruediv", "div"}
+_TERMS = {"add", "iadd", "sub", "isub", "masked_fill", "where"}
 
 
 class _Reading:
@@ -118,6 +126,67 @@ def per_key(bias: torch.Tensor, extents: Extents, flat: bool = False) -> bool:
     return leads and padded[2] == 1 and padded[3] == extents.key_len
 
 
+def per_row(bias: torch.Tensor, extents: Extents, flat: bool = False) -> bool:
+    """Likewise for a number per (batch row, head,) query row and key."""
+    shape = sizes(bias)
+    if flat:
+        return shape == (sympy.expand(extents.batch * extents.heads), extents.query_len, extents.key_len)
+    padded = (1,) * (4 - len(shape)) + shape
+    leads = len(padded) == 4 and padded[0] in (1, extents.batch) and padded[1] in (1, extents.heads)
+    return leads and padded[2:] == (extents.query_len, extents.key_len)
+
+
+def of_scores(bias: fx.Node, extents: Extents, flat: bool = False) -> bool:
+    """Whether what is added to the scores is a bias: a number per key, or one per row and key that is no mask that could not be read."""
+    tensor = example_tensor(bias)
+    return per_key(tensor, extents, flat) or (per_row(tensor, extents, flat) and computed(bias))
+
+
+def computed(bias: fx.Node) -> bool:
+    """Whether a product or a table of the model gives a tensor's floats, by steps that hide nothing: then it is no mask."""
+    return _computed(bias, {})
+
+
+def _computed(value: object, known: dict[fx.Node, bool]) -> bool:
+    if not isinstance(value, fx.Node) or (tensor := tensor_of(value)) is None or not tensor.dtype.is_floating_point:
+        return False
+    if value not in known:
+        known[value] = False
+        known[value] = _step_is_computed(value, known)
+    return known[value]
+
+
+def _step_is_computed(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    word = operator_word(node).removesuffix("_")
+    operands = [*node.args, *node.kwargs.values()]
+    if word in SOURCES or (word == "getitem" and _looks_up(operands[1])):
+        return True
+    if word in _SAME:
+        return _computed(operands[0], known)
+    if word in _FACTORS:
+        return any(_computed(one, known) for one in operands)
+    if word in _TERMS:
+        terms = [one for one in operands if not _is_small(one) and not _is_condition(one)]
+        return bool(terms) and all(_computed(one, known) for one in terms)
+    return False
+
+
+def _looks_up(index: object) -> bool:
+    """Whether an index chooses by the numbers of a tensor."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any((tensor := tensor_of(one)) is not None and tensor.dtype is not torch.bool for one in parts)
+
+
+def _is_small(value: object) -> bool:
+    """Whether a number is none by which masks hide."""
+    return isinstance(value, (int, float)) and abs(value) < 1000
+
+
+def _is_condition(value: object) -> bool:
+    tensor = tensor_of(value)
+    return tensor is not None and tensor.dtype is torch.bool
+
+
 def _slopes(reading: _Reading, element: sympy.Expr | None) -> Slopes | None:
     if element is None or len(found := loads(element)) != 1:
         return None
@@ -174,14 +243,14 @@ def _halves(mask: fx.Node, dtype: torch.dtype, shape_env: object) -> Iterator[tu
 
 
 def _only_broadcasts(node: fx.Node) -> bool:
-    """Whether a view does no more than broadcasting would: dimensions of size 1 in front, or a wider shape."""
+    """Whether a step does no more than broadcasting would, dimensions of size 1 in front or a wider shape, or copies."""
     if node.op == "call_method" and node.target == "unsqueeze":
         return node.args[1:] == (0,)
     if node.target is operator.getitem and tensor_of(node.args[0]) is not None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         leading = index[: len(index) - next((n for n, i in enumerate(reversed(index)) if i is None), len(index))]
         return all(i is None for i in leading) and all(i is Ellipsis or i == slice(None) for i in index[len(leading) :])
-    return node.op == "call_method" and node.target == "expand"
+    return node.op == "call_method" and node.target in ("expand", "contiguous", "clone")
 
 
 def hides(value: object, dtype: torch.dtype, shape_env: object) -> bool:

@@ -18,7 +18,7 @@ from sparsify.matching import biases
 from sparsify.matching.facts import layer_of, missed, only_for, stride_order
 from sparsify.matching.grouping import Grouped
 from sparsify.matching.layouts import IN_ORDER, arranged
-from sparsify.matching.sites import AttentionSite, KeyBias
+from sparsify.matching.sites import AttentionSite, ScoreBias
 from sparsify.ops.gradients import TRANSFORMED, Modes
 
 MaskReading = tuple[fx.Node, prove.Form, fx.Node]  # a condition, its form, and the node that reads it
@@ -29,7 +29,7 @@ class Bias:
     """What a float mask adds to the scores, and the conditions that it hides by, as (condition, form, reader)."""
 
     slopes: fx.Node | None = None
-    per_key: tuple[KeyBias, ...] = ()
+    biases: tuple[ScoreBias, ...] = ()
     masks: tuple[MaskReading, ...] = ()
 
 
@@ -62,20 +62,25 @@ class MatchContext:
             self._proofs[key] = prove.prove(masks, extents, self.memory, self.shape_env)
         return self._proofs[key]
 
-    def biased(self, mask: fx.Node, reader: fx.Node, extents: Extents, shift_sensitive: str = "") -> Bias | None:
-        """A float mask taken apart into a position bias, or one number per key, and what hides. shift_sensitive: as in `scores.Term`."""
+    def biased(self, mask: fx.Node, reader: fx.Node, output: fx.Node, extents: Extents, shift_sensitive: str = "") -> Bias | None:
+        """A float mask taken apart into a bias, by position or of numbers, and what hides.
+
+        Args:
+            reader: the node that adds it. output: the site's, where its operands are read.
+            shift_sensitive: as in `scores.Term`.
+        """
         if not example_tensor(mask).dtype.is_floating_point or self.memory.written_between(mask, None, reader):
             return None
         for node, condition in biases.parts(mask, self.shape_env):
             masks = ((*condition, mask),) if condition is not None else ()
             if masks and self.proof(masks, extents).opaque:
                 continue
-            slopes = biases.alibi_slopes(node, reader, extents, self.memory, self.shape_env)
+            slopes = biases.alibi_slopes(node, output, extents, self.memory, self.shape_env)
             if slopes is not None and (slopes.constant == 0 or not shift_sensitive):
                 return Bias(slopes.node, (), masks)
-            if biases.per_key(example_tensor(node), extents) and not self.memory.written_between(node, None, reader):
+            if biases.of_scores(node, extents) and not self.memory.written_between(node, None, output):
                 filled = bool(masks) and not example_tensor(masks[0][0]).dtype.is_floating_point
-                return Bias(None, (KeyBias(node, on_hidden=not filled),), masks)
+                return Bias(None, (ScoreBias(node, on_hidden=not filled),), masks)
         return None
 
     def site(
@@ -89,7 +94,7 @@ class MatchContext:
         tensor = example_tensor(query)
         name, layer = layer_of(output)
         added = [fields[n] for n in ("sink_logits", "alibi_slopes") if fields.get(n) is not None]
-        added += [one.node for one in fields.get("key_bias", ())]
+        added += [one.node for one in fields.get("bias", ())]
         covered = only_for((output,), (*fields.pop("between", ()), *key.between, *value.between))
         fields.setdefault("softcap", 0.0)
         return AttentionSite(

@@ -50,7 +50,7 @@ from sparsify.matching.grouping import Grouped, ungroup, whole
 from sparsify.matching.layouts import STANDARD, Layouts, arranged
 from sparsify.matching.scores import AddedTerms, Chain, ScoreWalk, Term, check_cast, heads_of_view, is_flat, merges_heads
 from sparsify.matching.sinks import ScalingSink, scaling_sink
-from sparsify.matching.sites import AttentionSite, KeyBias
+from sparsify.matching.sites import AttentionSite, ScoreBias
 from sparsify.ops.gradients import TRANSFORMED
 from sparsify.ops.operands import plain_tensor
 
@@ -304,9 +304,9 @@ class _WrittenOut:
         masks = chain.masks + added.masks
         mask = context.proof(masks, extents) if masks else prove.none()
         self.check_gates(masks, mask, extents)
-        empty, per_key = empty_rows.rows_of_written_out(context, chain, self.softmax, masks, added, mask, extents)
+        empty, added_biases = empty_rows.rows_of_written_out(context, chain, self.softmax, masks, added, mask, extents)
         if self.zeroed:
-            empty = self.zeroed_rows(masks, mask, empty, bool(per_key), extents)
+            empty = self.zeroed_rows(masks, mask, empty, bool(added_biases), extents)
         return context.site(
             output,
             query.node,
@@ -322,7 +322,7 @@ class _WrittenOut:
             source="eager",
             sink_logits=self.sink_logits(extents, output),
             alibi_slopes=added.slopes,
-            key_bias=tuple(replace(one, reader=None) for one in per_key),  # whatever node a site names is an operand
+            bias=tuple(replace(one, reader=None) for one in added_biases),  # whatever node a site names is an operand
             **vars(empty),
             between=between,
         )
@@ -378,13 +378,13 @@ class _WrittenOut:
                 found.slopes = slopes
             elif not scaled and self.reads_as_one(*whole, extents) and not context.proof([whole], extents).opaque:
                 found.masks.append(whole)
-            elif isinstance(term.factor, float) and self.is_key_bias(term, extents, output):
-                found.per_key.append(KeyBias(term.node, term.factor, term.flat, term.reader))
-            elif not term.flat and not scaled and (parts := self.taken_apart(term, extents)) is not None:
+            elif isinstance(term.factor, float) and self.is_bias(term, extents, output):
+                found.biases.append(ScoreBias(term.node, term.factor, term.flat, term.reader))
+            elif not term.flat and not scaled and (parts := self.taken_apart(term, extents, output)) is not None:
                 if parts.slopes is not None and found.slopes is not None:
                     raise NoMatch("two position biases are added to the scores")
                 found.slopes = parts.slopes or found.slopes
-                found.per_key += [replace(one, reader=term.reader) for one in parts.per_key]
+                found.biases += [replace(one, reader=term.reader) for one in parts.biases]
                 found.masks += parts.masks
             elif scaled:
                 raise NoMatch("a mask or bias is added before the scale")
@@ -399,8 +399,8 @@ class _WrittenOut:
                 found.masks.append(whole)
         return found
 
-    def taken_apart(self, term: Term, extents: Extents) -> Bias | None:
-        return self.context.biased(term.node, term.reader, extents, term.shift_sensitive)
+    def taken_apart(self, term: Term, extents: Extents, output: fx.Node) -> Bias | None:
+        return self.context.biased(term.node, term.reader, output, extents, term.shift_sensitive)
 
     def reads_as_one(self, mask: fx.Node, form: prove.Form, reader: fx.Node, extents: Extents) -> bool:
         """Whether a mask may be read by batch row and head: one over merged batch and heads only where it is the same for all."""
@@ -414,19 +414,22 @@ class _WrittenOut:
         found = biases.alibi_slopes(term.node, output, extents, self.context.memory, self.context.shape_env, term.flat)
         return found.node if found is not None and (found.constant == 0 or not term.shift_sensitive) else None
 
-    def is_key_bias(self, term: Term, extents: Extents, output: fx.Node) -> bool:
+    def is_bias(self, term: Term, extents: Extents, output: fx.Node) -> bool:
         """One row of a mask that is made in the graph is taken apart instead: it may say which keys come first."""
         one_row = extents.query_len == 1 and term.factor == 1.0 and not term.flat
-        if (one_row and self.taken_apart(term, extents)) or self.context.memory.written_between(term.node, None, output):
+        if (one_row and self.taken_apart(term, extents, output)) or self.context.memory.written_between(term.node, None, output):
             return False
-        return biases.per_key(example_tensor(term.node), extents, term.flat)
+        return biases.of_scores(term.node, extents, term.flat)
 
     def sink_logits(self, extents: Extents, output: fx.Node) -> fx.Node | None:
         if self.chain.sinks is None:
             return None
         if not self.chain.scaled and example_tensor(self.chain.sinks).dim() == 3 and extents.batch != 1:
             raise NoMatch("the extra column is over merged batch and heads")
-        node = biases.per_head(self.chain.sinks, output, extents, self.context.memory, self.context.shape_env, self.chain.scaled or 4)
+        sinks, memory = self.chain.sinks, self.context.memory
+        node = biases.per_head(sinks, output, extents, memory, self.context.shape_env, self.chain.scaled or 4)
+        if node is None and not self.chain.scaled and example_tensor(sinks).dim() == 4 and not memory.written_between(sinks, None, output):
+            return sinks  # one for each row
         if node is None:
             raise NoMatch(
                 "the sink that scales the output is no number per head" if self.chain.scaled else "the extra column is no number per head"

@@ -26,7 +26,7 @@ from sparsify.matching import biases
 from sparsify.matching.context import Bias, MaskReading, MatchContext
 from sparsify.matching.eager_ops import FILLS, NoMatch
 from sparsify.matching.scores import AddedTerms, Chain
-from sparsify.matching.sites import EmptyRowsKind, KeyBias
+from sparsify.matching.sites import EmptyRowsKind, ScoreBias
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def rows_of_sdpa(
     Raises:
         NoMatch: rows may see no key, and what they hold cannot be said.
     """
-    if proof.opaque or (impossible(proof, extents, context.facts) and not parts.per_key):
+    if proof.opaque or (impossible(proof, extents, context.facts) and not parts.biases):
         return IMPOSSIBLE
     if mask is None or not example_tensor(mask).dtype.is_floating_point:
         return ZERO
-    masks = parts.masks or (() if parts.per_key else ((mask, "mask", node),))
+    masks = parts.masks or (() if parts.biases else ((mask, "mask", node),))
     numbers = {number for one in masks for number in _hidden(context, *one, extents)}
     if numbers <= {-math.inf}:
         return ZERO
@@ -79,7 +79,9 @@ def rows_of_sdpa(
     math_dtype = torch.promote_types(example_tensor(node).dtype, torch.float32)
     found = _decided({number: _swallows(number, math_dtype) for number in numbers})
     # fused kernels of GPUs multiply the mask by log2(e), beyond the range of float32: -inf to them
-    return ZERO if example_tensor(node).device.type == "cuda" else found
+    if example_tensor(node).device.type == "cuda":
+        return ZERO
+    return replace(found, empty_rows="fused") if parts.biases and found.empty_rows == "mean" else found
 
 
 def rows_of_written_out(
@@ -90,18 +92,18 @@ def rows_of_written_out(
     added: AddedTerms,
     proof: MaskPredicate,
     extents: Extents,
-) -> tuple[EmptyRows, tuple[KeyBias, ...]]:
-    """For written-out attention under a proved mask, and its biases per key with `on_hidden` set. masks: all of them; added: what
+) -> tuple[EmptyRows, tuple[ScoreBias, ...]]:
+    """For written-out attention under a proved mask, and its biases with `on_hidden` set. masks: all of them; added: what
     the added terms are.
 
     Raises:
         NoMatch: rows may see no key, and what they hold cannot be said.
     """
-    places = added.per_key
-    per_key = tuple(replace(one, reader=None) for one in places)  # no operand of the site
+    places = added.biases
+    added_biases = tuple(replace(one, reader=None) for one in places)  # no operand of the site
     # one more logit in the denominator outweighs everything hidden
-    if proof.opaque or (chain.sinks is not None and not chain.scaled) or (impossible(proof, extents, context.facts) and not per_key):
-        return IMPOSSIBLE if chain.sinks is None else ZERO, per_key
+    if proof.opaque or (chain.sinks is not None and not chain.scaled) or (impossible(proof, extents, context.facts) and not added_biases):
+        return IMPOSSIBLE if chain.sinks is None else ZERO, added_biases
     adders = {term.node: term.reader for term in chain.terms}
     fills = {reader: {_filled(context, reader)} for _, _, reader in chain.masks}
     sums: dict[fx.Node, set[float]] = {}
@@ -110,17 +112,17 @@ def rows_of_written_out(
     levels = _levels(context, chain, softmax, fills, sums, {*adders.values()})
     if chain.scaled:
         if places:
-            raise NoMatch("a bias per key may hide every key of a row that a sink scales")
+            raise NoMatch("a bias may hide every key of a row that a sink scales")
         if -math.inf in levels:
             raise NoMatch("rows may see no key, and what a sink scales is NaN there")
-        return ZERO, per_key  # whatever they average, it is scaled by sigmoid of about the number that hides
+        return ZERO, added_biases  # whatever they average, it is scaled by sigmoid of about the number that hides
     dtypes = {example_tensor(one.reader).dtype for one in places}
-    if per_key and chain.bounds:
-        raise NoMatch("a bias per key may hide every key of a row, and scores are bounded from below")
+    if added_biases and chain.bounds:
+        raise NoMatch("a bias may hide every key of a row, and scores are bounded from below")
     if any(not _swallows(torch.finfo(dtype).min, dtype) for dtype in dtypes):
-        raise NoMatch("a bias per key may hide every key of a row, and float16 keeps scores beside it")
+        raise NoMatch("a bias may hide every key of a row, and float16 keeps scores beside it")
     if not masks:
-        return NAN, per_key
+        return NAN, added_biases
     return _decided(levels), tuple(replace(one, reader=None, on_hidden=_reaches(context, one, [*fills])) for one in places)
 
 
@@ -169,13 +171,13 @@ def _decided(levels: dict[float, bool]) -> EmptyRows:
     return EmptyRows("mean", number)
 
 
-def _reaches(context: MatchContext, bias: KeyBias, fills: list[fx.Node]) -> bool:
+def _reaches(context: MatchContext, bias: ScoreBias, fills: list[fx.Node]) -> bool:
     """Whether scores that the mask hides get the bias too: not where a fill replaces their sum."""
     position = context.memory.position
     added = position[as_node(bias.reader)]
     after = {added > position[fill] for fill in fills} or {True}
     if len(after) > 1:
-        raise NoMatch("rows may see no key, and a bias per key is added between two masks")
+        raise NoMatch("rows may see no key, and a bias is added between two masks")
     return bias.on_hidden and after == {True}
 
 

@@ -33,7 +33,7 @@ from sparsify.matching.eager_ops import (
     reads_values,
     softmax_arguments,
 )
-from sparsify.matching.sites import KeyBias
+from sparsify.matching.sites import ScoreBias
 
 _MAXIMA = (torch.max, "max", torch.amax, "amax")
 _NAMES = {torch.where: "condition, input, other", "where": "input, condition, other"}
@@ -56,12 +56,12 @@ class AddedTerms:
     """The terms that are added to the scores, told apart.
 
     slopes: of a position bias.
-    per_key: biases of one number per key.
+    biases: of one number per key, or per row and key.
     masks: (condition, form, reader) each.
     """
 
     slopes: fx.Node | None = None
-    per_key: list[KeyBias] = field(default_factory=list)
+    biases: list[ScoreBias] = field(default_factory=list)
     masks: list[MaskReading] = field(default_factory=list)
 
 
@@ -263,7 +263,7 @@ class ScoreWalk:
             raise NoMatch("what is added to the scores is scaled by alpha")
         if not leads_to_product(left):
             left, right = right, left
-        if tensor_of(right) is None or leads_to_product(right):
+        if tensor_of(right) is None or (leads_to_product(right) and not self.is_bias(right)):
             raise NoMatch("scores are a sum of other terms")
         if not example_tensor(right).dtype.is_floating_point:
             raise NoMatch("integers are added to the scores")
@@ -271,6 +271,10 @@ class ScoreWalk:
             raise NoMatch("many terms are added to the scores")
         self.chain.terms.append(Term(right, node, self.chain.factor, is_flat(right, node), self.chain.shift_sensitive))
         return left
+
+    def is_bias(self, term: fx.Node) -> bool:
+        """Whether a term is a bias that is computed, or the sum of one and of what hides."""
+        return any(biases.computed(part) for part, _ in biases.parts(term, self.context.shape_env))
 
     def fill(self, node: fx.Node) -> fx.Node:
         """masked_fill(scores, hidden, lowest) and where(visible, scores, lowest)."""

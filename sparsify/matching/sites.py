@@ -19,16 +19,17 @@ from sparsify.matching.layouts import IN_ORDER, Layouts, length_dim
 from sparsify.ops.pages import Pages
 
 Source = Literal["sdpa", "eager"]
-EmptyRowsKind = Literal["impossible", "zero", "mean", "nan"]
+EmptyRowsKind = Literal["impossible", "zero", "nan", "mean", "fused"]
 NormKind = Literal["none", "layer", "rms", "rms_fp32", "rms_offset"]
 Layout = Literal["split", "gate_up", "up_gate", "plain"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True)
-class KeyBias:
-    """scale · node is added to the scores. node: float, broadcastable to [batch, query_heads, 1, key_len]; flat: [batch · query_heads, 1,
-    key_len]. reader: the node that adds it, while the site is described. on_hidden: scores that the mask hides get it, too."""
+class ScoreBias:
+    """scale · node is added to the scores. node: float, broadcastable to [batch, query_heads, query_len, key_len]; flat: [batch ·
+    query_heads, 1 or query_len, key_len]. reader: the node that adds it, while the site is described. on_hidden: scores that the mask
+    hides get it, too."""
 
     node: fx.Node
     scale: float = 1.0
@@ -51,7 +52,7 @@ class AttentionSite(SiteOverKeys):
     dtype: what attention computes in; under autocast query, key and value may be float32 still, and are converted first.
     scale: float, or the node that holds it. softcap: c of c·tanh(s/c), 0 without. dropout: probability.
     empty_rows: what a row that sees no key holds, as `sparsify.ops.attention` says; "impossible" where every row was proved to see one.
-        lowest: the finite number that hides, where it is "mean".
+        lowest: the finite number that hides, where it is "mean" or "fused".
     output_stride_order: "bhqd" when the replaced value is contiguous as [batch, heads, query, dim], "bqhd" when it is the
         transpose of a contiguous [batch, query, heads, dim], else "other".
     near_miss: why a site that looks like attention cannot be described further; every pass refuses with it.
@@ -84,9 +85,9 @@ class AttentionSite(SiteOverKeys):
     needs_grad: bool
     output_stride_order: StrideOrder
     source: Source = "sdpa"
-    sink_logits: fx.Node | None = None  # [query_heads], one extra logit per head in the softmax's denominator
+    sink_logits: fx.Node | None = None  # one more logit in the softmax's denominator: [query_heads], or a column of the scores
     alibi_slopes: fx.Node | None = None  # [query_heads] or [batch, query_heads], float: adds slope · key position
-    key_bias: tuple[KeyBias, ...] = ()  # what else is added to the scores, the same for every query row
+    bias: tuple[ScoreBias, ...] = ()  # what else is added to the scores
     empty_rows: EmptyRowsKind = "zero"
     lowest: float = 0.0
     near_miss: str = ""

@@ -15,15 +15,16 @@ heads, or one per query head (0 = none for that head). A row without a visible k
     zero    0, as scaled_dot_product_attention gives it for a boolean mask
     nan     NaN, as the softmax of -inf alone
     mean    the average of all keys' values: `lowest`, the finite number that hides, swallows every score beside it
+    fused   as mean, but 0 where mean gives NaN, as scaled_dot_product_attention does
 
-With "nan" or "mean" and key_bias, rows whose visible keys all have a bias that hides (LSE below SUNK) are among them: they hold the average
-that is weighted by the softmax of key_bias over visible keys and of lowest + hidden_bias (-inf for "nan") over the others.
+With one of the last three and a bias, rows whose visible keys all have a bias that hides (LSE below SUNK) are among them: they hold the
+average that is weighted by the softmax of the bias over visible keys and of lowest + hidden_bias (-inf for "nan") over the others.
 
 Rows that only block lists leave without a key hold 0 in any case.
 
-    logit = softcap(scale · q·k) + alibi_slopes[b, h] · k + key_bias[b, h, k];  softcap(x) = c · tanh(x / c) when softcap = c > 0
+    logit = softcap(scale · q·k) + alibi_slopes[b, h] · k + bias[b, h, q, k];  softcap(x) = c · tanh(x / c) when softcap = c > 0
 
-A batch of 1 broadcasts in key_flags, segments, alibi_slopes, key_bias and hidden_bias, and one head in the last two.
+A batch of 1 broadcasts in key_flags, segments, alibi_slopes, bias and hidden_bias; one head and one query row in the last two.
 
 `sink_logits[h]` joins the softmax's denominator (and the LSE) with no value.
 
@@ -45,11 +46,11 @@ from sparsify.ops.library import define
 from sparsify.ops.limits import cdiv
 
 # Inductor and AOTAutograd cache compiled graphs by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 3
+VERSION = 4
 
 # a log of a sum of exponentials below this is made of numbers that hide, not of scores
 SUNK = -1e30
-EMPTY_ROWS = ("zero", "mean", "nan")
+EMPTY_ROWS = ("zero", "nan", "mean", "fused")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class AttentionCall(OpCall):
     block_indices: which key blocks those are, rising.
     sink_logits: joins each row's denominator with no value.
     alibi_slopes: times the key position, added to the logits.
-    key_bias: added to the logits, whatever the row.
+    bias: added to the logits; of one query row: whatever the row.
     hidden_bias: added to `lowest` at hidden keys of rows without a visible one.
     scale: of the logits.
     causal: whether later keys are hidden from a row.
@@ -75,8 +76,8 @@ class AttentionCall(OpCall):
     softcap: bound of the logits, 0 for none.
     block_size: query rows and keys of a block of the block lists.
     seq_major: the output is the transpose of a contiguous [batch, query_len, heads, dim].
-    empty_rows: what rows without a visible key hold: "zero", "mean" or "nan".
-    lowest: the finite number that hides, for "mean".
+    empty_rows: what rows without a visible key hold, one of EMPTY_ROWS.
+    lowest: the finite number that hides, for "mean" and "fused".
     """
 
     NAME: ClassVar[str] = "attention"
@@ -94,8 +95,8 @@ class AttentionCall(OpCall):
     block_indices: Annotated[Tensor | None, Operand("batch query_heads query_blocks *", "integers")] = None
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     alibi_slopes: Annotated[Tensor | None, Operand("batch|1 query_heads", "floats")] = None
-    key_bias: Annotated[Tensor | None, Operand("batch|1 query_heads|1 key_len", "floats")] = None
-    hidden_bias: Annotated[Tensor | None, Operand("batch|1 query_heads|1 key_len", "floats")] = None
+    bias: Annotated[Tensor | None, Operand("batch|1 query_heads|1 query_len|1 key_len", "floats")] = None
+    hidden_bias: Annotated[Tensor | None, Operand("batch|1 query_heads|1 query_len|1 key_len", "floats")] = None
     scale: float
     causal: bool
     windows: tuple[int, ...] = ()
@@ -143,7 +144,7 @@ class AttentionCall(OpCall):
             need(self.block_size > 0, f"block size {self.block_size}")
             found, blocks = self.block_counts.shape[2], cdiv(query_len, self.block_size)
             need(found == blocks, f"block_counts has {found} query blocks, not {blocks}")
-        hides = self.empty_rows != "mean" or -math.inf < self.lowest < 0.0
+        hides = self.empty_rows not in ("mean", "fused") or -math.inf < self.lowest < 0.0
         need(self.empty_rows in EMPTY_ROWS and hides, f"empty rows hold {self.empty_rows!r}, hidden by {self.lowest}")
 
     def in_dtype(self, dtype: torch.dtype) -> AttentionCall:

@@ -23,7 +23,7 @@ from sparsify.masks.symbolic import COMPUTED, FURTHEST, find_shape_env
 from sparsify.matching.base import Site
 from sparsify.matching.facts import shape_and_strides
 from sparsify.matching.layouts import IN_ORDER, Layouts, back, order
-from sparsify.matching.sites import AttentionSite, KeyBias
+from sparsify.matching.sites import AttentionSite, ScoreBias
 from sparsify.ops import operands
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.call import OpCall
@@ -395,33 +395,39 @@ def mutates(node: fx.Node) -> bool:
     return node.op == "call_module" or bool(written(node))
 
 
-def _key_bias(editor: Editor, site: AttentionSite, biases: Iterable[KeyBias]) -> fx.Node | None:
-    """The sum of what is added per key, [batch or 1, query_heads or 1, key_len]."""
+def _bias(editor: Editor, site: AttentionSite, biases: Iterable[ScoreBias]) -> fx.Node | None:
+    """The sum of what is added, [batch or 1, query_heads or 1, query_len or 1, key_len]."""
     total = None
     for one in biases:
         bias = one.node
         if one.flat:
-            bias = editor.method("reshape", bias, editor.length(site.query, 0), editor.length(site.query, 1), -1)
+            rows = 1 if values(bias).shape[1] == 1 else editor.length(site.query, 2)
+            bias = editor.method("reshape", bias, editor.length(site.query, 0), editor.length(site.query, 1), rows, -1)
         else:
             for _ in range(4 - values(bias).dim()):
                 bias = editor.method("unsqueeze", bias, 0)
-            bias = editor.method("select", bias, 2, 0)
         bias = bias if one.scale == 1.0 else editor.call(operator.mul, bias, one.scale)
         total = bias if total is None else editor.call(operator.add, total, bias)
     return total
 
 
-def empty_row_operands(editor: Editor, site: AttentionSite, key_bias: fx.Node | None = None) -> dict[str, Any]:
+def empty_row_operands(editor: Editor, site: AttentionSite, bias: fx.Node | None = None) -> dict[str, Any]:
     """Operands of the attention ops that describe rows without a visible key; empty where such rows are 0 or do not exist."""
     if site.empty_rows in ("impossible", "zero"):
         return {}
     if site.empty_rows == "nan":
         return {"empty_rows": "nan"}
-    found: dict[str, Any] = {"empty_rows": "mean", "lowest": site.lowest}
-    reaching = [one for one in site.key_bias if one.on_hidden]
+    found: dict[str, Any] = {"empty_rows": site.empty_rows, "lowest": site.lowest}
+    reaching = [one for one in site.bias if one.on_hidden]
     if reaching:
-        found["hidden_bias"] = key_bias if len(reaching) == len(site.key_bias) else _key_bias(editor, site, reaching)
+        found["hidden_bias"] = bias if len(reaching) == len(site.bias) else _bias(editor, site, reaching)
     return found
+
+
+def _with_sinks(editor: Editor, output: fx.Node, lse: fx.Node, sinks: fx.Node | None) -> fx.Node:
+    """Attention with one more logit for each row, from the output and the LSE without it: `matching.sinks` says why."""
+    share = editor.call(torch.sigmoid, editor.call(operator.sub, editor.method("unsqueeze", lse, -1), sinks))
+    return editor.method("to", editor.call(operator.mul, output, share), values(output).dtype)
 
 
 def attention_call(
@@ -449,7 +455,8 @@ def attention_call(
     slopes = site.alibi_slopes
     if slopes is not None and values(slopes).dim() == 1:
         slopes = editor.method("unsqueeze", slopes, 0)  # one row of slopes serves every batch row
-    key_bias = _key_bias(editor, site, site.key_bias)
+    bias = _bias(editor, site, site.bias)
+    sink_column = site.sink_logits is not None and values(site.sink_logits).dim() == 4
     call = AttentionCall.bind(
         site.query,
         site.key,
@@ -459,9 +466,9 @@ def attention_call(
         query_start=mask.query_start,
         block_counts=blocks[0] if blocks else None,
         block_indices=blocks[1] if blocks else None,
-        sink_logits=site.sink_logits,
+        sink_logits=None if sink_column else site.sink_logits,
         alibi_slopes=slopes,
-        key_bias=key_bias,
+        bias=bias,
         scale=site.scale,
         causal=mask.causal,
         windows=own if windows is None else windows,
@@ -469,6 +476,9 @@ def attention_call(
         softcap=site.softcap,
         block_size=block_size,
         seq_major=site.output_stride_order != "bhqd",
-        **empty_row_operands(editor, site, key_bias),
+        **empty_row_operands(editor, site, bias),
     )
-    return editor.items(editor.emit(call), 1)[0]
+    if not sink_column:
+        return editor.items(editor.emit(call), 1)[0]
+    output, lse = editor.items(editor.emit(call), 2)
+    return _with_sinks(editor, output, lse, site.sink_logits)

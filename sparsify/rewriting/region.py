@@ -25,7 +25,7 @@ AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._ex
 _IN_PLACE_DRAWS = {"uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_"}
 _NOT_OF_A_KIND = {"name", "layer", "index", "count", "covered"}
 # Operands that the region computes itself, so that a wrongly matched one is found.
-_MADE_IN_REGION = {"sink_logits", "alibi_slopes", "key_bias", "output", "mask_node", "mask", "source", "product", "covered"}
+_MADE_IN_REGION = {"sink_logits", "alibi_slopes", "bias", "output", "mask_node", "mask", "source", "product", "covered"}
 _NOT_OPERANDS = {"output", "mask_node", "mask", "source", "product", "covered"}
 
 

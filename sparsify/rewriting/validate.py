@@ -209,10 +209,10 @@ class _Pair:
         return found
 
     def lost_digits(self, numbers: Numbers, values: dict[str, Any]) -> float:
-        """How far scores are rounded by the sum with the largest bias per key, where most of them is left: kernels add biases elsewhere
+        """How far scores are rounded by the sum with the largest bias, where most of them is left: kernels add biases elsewhere
         and round otherwise, which shows in rows whose keys all get that bias."""
         found = 0.0
-        for bias in getattr(self.region.site, "key_bias", ()):
+        for bias in getattr(self.region.site, "bias", ()):
             with _quiet(self.output):
                 value = execute(self.original, bias.node, values, numbers)
             sizes = value[value.isfinite()].double().abs() * abs(bias.scale) * torch.finfo(value.dtype).eps

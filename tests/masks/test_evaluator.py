@@ -93,7 +93,7 @@ def visible(value: Any, dtype: torch.dtype) -> bool | None:
 def check_proof(b: Builder, mask: fx.Node, evaluator: Evaluator) -> bool:
     """Whether something was proved; it holds at every (b, h, q, k)."""
     (site,) = find_attention(fx.GraphModule(nn.Module(), b.graph))
-    if site.near_miss or site.mask.opaque or site.key_bias or site.alibi_slopes is not None:
+    if site.near_miss or site.mask.opaque or site.bias or site.alibi_slopes is not None:
         return False
     try:
         said = evaluator.value(mask)

@@ -188,7 +188,7 @@ ARGUMENTS = {
     ),
     "columns by numpy's name": (
         lambda q, k, v: torch.cat([scores(q, k), v[:, :, :, :1]], axis=-1).softmax(-1)[..., :-1] @ v,
-        "no number per head",
+        "",
     ),
     "rows that are concatenated": (
         lambda q, k, v: torch.cat([scores(q, k), scores(q, k)[:, :, :1]], 2).softmax(-1) @ v,
@@ -263,7 +263,7 @@ MERGED = {
     "a bias per key for all": (added(lambda q, k, v: v[0, 0, :, 0]), ""),
     "a bias per key for all, of three dimensions": (added(lambda q, k, v: v[:1, 0, None, :, 0]), ""),
     "a bias per query": (added(lambda q, k, v: flat(v)[..., :1]), "carry a bias|adds a bias"),
-    "a bias per row and key": (added(lambda q, k, v: flat(q @ v.mT)), "other terms"),
+    "a bias per row and key": (added(lambda q, k, v: flat(q @ v.mT)), ""),
     "causal for all": (filled(lambda q, k, v: seen().expand(q.shape[0] * q.shape[1], -1, -1)), ""),
     "causal as numbers": (added(lambda q, k, v: hidden().expand(q.shape[0] * q.shape[1], -1, -1)), ""),
     "keys by row": (filled(lambda q, k, v: (rows(q) > 0) | (torch.arange(LENGTH) < 6)), "merged batch and heads"),
@@ -299,7 +299,7 @@ EINSUM = {
     "one operand": (permuted, "pass through|other terms|subtracted"),
     "subscripts as lists": (
         lambda q, k, v: (torch.einsum(q, [0, 1, 2, 4], k, [0, 1, 3, 4], [0, 1, 2, 3]) * 0.3 + scores(q, k)).softmax(-1) @ v,
-        "adds a bias",
+        "",
     ),
     "operands as a list": (lambda q, k, v: (torch.einsum("bhid,bhjd->bhij", [q, k]) * 0.3).softmax(-1) @ v, ""),
 }

@@ -152,7 +152,7 @@ def test_other_families(family, phase):
     capture = run(family, phase)
     all_described(capture)
     # its slopes and products are rounded to bfloat16: no slope times position, but a number per key
-    assert all(bool(s.key_bias) == (family == "falcon_alibi") for s in capture.flat)
+    assert all(bool(s.bias) == (family == "falcon_alibi") for s in capture.flat)
 
 
 # -- written-out attention -----------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_eager_attention(family, phase):
     assert all(s.softcap == (50.0 if family == "gemma2" else 0.0) for s in capture.flat)
     assert all((s.sink_logits is not None) == (family == "gpt_oss") for s in capture.flat)
     counted = family == "falcon_alibi" or (family == "bloom" and phase == "left_padded")  # a number per key, not slope times position
-    assert all(bool(s.key_bias) == counted for s in capture.flat)
+    assert all(bool(s.bias) == counted for s in capture.flat)
     assert all((s.alibi_slopes is not None) == (family == "bloom" and not counted) for s in capture.flat)
 
 

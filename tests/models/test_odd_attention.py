@@ -300,6 +300,16 @@ def onto_zeros(query, key, value):
 
 
 # name: (program, what the plan says of the mask, whether sinks and a window act)
+def relative_buckets(query, key, value):
+    """As in T5: a number per head and distance."""
+    bias = query[0, :, :8, 0][:, ahead().clamp(0, 7)]
+    return hidden(scores(query, key) + bias).softmax(-1) @ value
+
+
+def bias_per_row_and_key(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden(query @ key.mT))
+
+
 REWRITTEN = {
     "in-place statements": (in_place_statements, "causal", True),
     "a mask shaped like the scores": (mask_shaped_like_the_scores, "causal", True),
@@ -340,6 +350,8 @@ REWRITTEN = {
         "causal",
         True,
     ),
+    "relative buckets": (relative_buckets, "causal", True),
+    "a bias per row and key": (bias_per_row_and_key, "causal", True),
     "times ones": (times_ones(), "causal", True),
     "times more ones": (times_ones(ones=lambda b: torch.tril(torch.ones_like(b), 2)), "causal", True),
     "shaped by the scores": (shaped_by_the_scores, "causal", True),
@@ -420,16 +432,6 @@ def split_within_a_head(query, key, value):
     return apart(torch.bmm(x, merged(value)))
 
 
-def relative_buckets(query, key, value):
-    """As in T5: a number per head and distance."""
-    bias = query[0, :, :8, 0][:, ahead().clamp(0, 7)]
-    return hidden(scores(query, key) + bias).softmax(-1) @ value
-
-
-def bias_per_row_and_key(query, key, value):
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden(query @ key.mT))
-
-
 def prefix_lengths(query, key, value):
     length = (value[:, 0, 0, 0] > 0).long() + 3
     return F.scaled_dot_product_attention(query, key, value, attn_mask=causal() | (length[:, None] > torch.arange(LENGTH))[:, None, None])
@@ -491,16 +493,10 @@ REFUSED = {
     "scores edited after reading": (edited_after_reading, "scores are used elsewhere"),
     "an edit that is used": (edit_that_is_used, "scores are used elsewhere"),
     "an item set": (lambda q, k, v: (x := scores(q, k), x.__setitem__((..., 0), 1.0), x.softmax(-1) @ v)[2], "the scores"),
-    "relative buckets": (relative_buckets, ""),
-    "a bias per row and key": (bias_per_row_and_key, ""),
     "hidden by a large number": (lambda q, k, v: torch.where(causal(), scores(q, k), -1e9).softmax(-1) @ v, "not the lowest"),
     "hidden before the scale": (lambda q, k, v: (hidden(scores(q, k)) / 2).softmax(-1) @ v, "before the scale"),
     "a bounded score": (lambda q, k, v: hidden(scores(q, k).clamp(-2, 2)).softmax(-1) @ v, "clamp"),
     "a learned scale": (lambda q, k, v: hidden(q @ k.mT * q[0, 0, 0, 0]).softmax(-1) @ v, "scaled by a tensor"),
-    "a zero column": (
-        lambda q, k, v: torch.cat([hidden(scores(q, k)), q.new_zeros(BATCH, HEADS, LENGTH, 1)], -1).softmax(-1)[..., :-1] @ v,
-        "extra column",
-    ),
     "prefix lengths": (prefix_lengths, "disjunction"),
     "counted positions": (counted_positions, "cumulative sum of data"),
     "distance at least": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=ahead().abs() >= 4), "disjunction"),

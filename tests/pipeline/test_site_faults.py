@@ -147,7 +147,12 @@ def meta(*shape, dtype=torch.float32):
 FITS = {
     "grouped": {"key": meta(1, 1, 6, 4), "value": meta(1, 1, 6, 8)},
     "flags": {"key_flags": meta(1, 6, dtype=torch.uint8), "segments": meta(1, 6, dtype=torch.int32)},
-    "biases": {"key_bias": meta(1, 1, 6), "alibi_slopes": meta(1, 2), "sink_logits": meta(2, dtype=torch.bfloat16)},
+    "biases": {
+        "bias": meta(1, 1, 1, 6),
+        "hidden_bias": meta(1, 2, 6, 6),
+        "alibi_slopes": meta(1, 2),
+        "sink_logits": meta(2, dtype=torch.bfloat16),
+    },
 }
 BAD = {
     "another batch": ({"key": meta(2, 2, 6, 4)}, "key is"),
@@ -155,10 +160,10 @@ BAD = {
     "another head dim": ({"key": meta(1, 2, 6, 5)}, "key is"),
     "heads that do not divide": ({"query": meta(1, 3, 6, 4)}, "no multiple"),
     "another dtype": ({"value": meta(1, 2, 6, 4, dtype=torch.float16)}, "value is torch.float16"),
-    "another device": ({"key_bias": torch.zeros(1, 2, 6)}, "on cpu"),
-    "merged heads": ({"key_bias": meta(1, 6, 6)}, "key_bias is"),
-    "a bias of four dimensions": ({"key_bias": meta(1, 2, 1, 6)}, "4 dimensions"),
-    "a bias of integers": ({"key_bias": meta(1, 2, 6, dtype=torch.int64)}, "not floating point"),
+    "another device": ({"bias": torch.zeros(1, 2, 1, 6)}, "on cpu"),
+    "merged heads": ({"bias": meta(1, 6, 1, 6)}, "bias is"),
+    "a bias of three dimensions": ({"bias": meta(1, 2, 6)}, "3 dimensions"),
+    "a bias of integers": ({"bias": meta(1, 2, 1, 6, dtype=torch.int64)}, "not floating point"),
     "flags of floats": ({"key_flags": meta(1, 6)}, "not integers"),
     "flags of another row": ({"segments": meta(3, 6, dtype=torch.int32)}, "segments is"),
     "slopes of other heads": ({"alibi_slopes": meta(1, 3)}, "alibi_slopes is"),
@@ -191,12 +196,12 @@ def test_an_operand_that_does_not_fit_refuses_its_site(monkeypatch):
 
     def rewrite(self, editor, site):
         if site.index == 0:
-            editor.move_to(site).emit(AttentionCall(site.query, site.key, site.query, key_bias=site.value, scale=0.5, causal=True))
+            editor.move_to(site).emit(AttentionCall(site.query, site.key, site.query, sink_logits=site.value, scale=0.5, causal=True))
         return original(self, editor, site)
 
     monkeypatch.setattr(Dense, "rewrite", rewrite)
     decisions = compiled(two, inputs())
-    assert [d.method for d in decisions] == [None, "dense"] and "key_bias has 4 dimensions" in decisions[0].reason
+    assert [d.method for d in decisions] == [None, "dense"] and "sink_logits has 4 dimensions" in decisions[0].reason
 
 
 # -- feed-forward blocks -------------------------------------------------------------------------------------------------------------------

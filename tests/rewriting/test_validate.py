@@ -17,7 +17,7 @@ from sparsify import api
 from sparsify.backends import dispatch
 from sparsify.masks.predicate import Leaf, QueryStart
 from sparsify.matching.attention import find_attention
-from sparsify.matching.sites import AttentionSite, KeyBias
+from sparsify.matching.sites import AttentionSite, ScoreBias
 from sparsify.ops.selection import observing
 from sparsify.passes.dense import Dense
 from sparsify.passes.sink_window import SinkWindow
@@ -180,7 +180,7 @@ WRONG = [(program, name, change) for program in PROGRAMS for name, change in EVE
     (written_out, "rows without a key", lambda site: later(dataclasses.replace(site, empty_rows="zero"))),
     (biased, "no slopes", fields(alibi_slopes=None)),
     (biased, "slopes as a sink", lambda site: dataclasses.replace(site, alibi_slopes=None, sink_logits=site.alibi_slopes)),
-    (biased, "a bias per key", lambda site: dataclasses.replace(site, key_bias=(KeyBias(site.alibi_slopes),), alibi_slopes=None)),
+    (biased, "a bias per key", lambda site: dataclasses.replace(site, bias=(ScoreBias(site.alibi_slopes),), alibi_slopes=None)),
     (counted, "one row later", later),
 ]
 
@@ -441,7 +441,7 @@ def test_scores_beside_a_large_bias_are_rounded():
         return (scores + torch.where(keep.bool()[:, None, None, :], 0.0, -10000.0)).softmax(-1) @ repeated(value, query)
 
     gm, site = captured(hidden, False)
-    assert site.key_bias
+    assert site.bias
     assert verdict(gm, site).verdict == "agrees"
     assert verdict(gm, dataclasses.replace(site, scale=0.26)).verdict == "differs"
 
@@ -457,7 +457,7 @@ def test_half_precision_beside_a_bias_is_compared_to_the_digits_that_it_leaves()
     gm, site = captured(distant, False, inputs(dtype=torch.bfloat16))
     assert verdict(gm, site).verdict == "agrees"
     assert verdict(gm, dataclasses.replace(site, scale=0.6)).verdict == "differs"
-    assert verdict(gm, dataclasses.replace(site, key_bias=(), alibi_slopes=None)).verdict == "differs"
+    assert verdict(gm, dataclasses.replace(site, bias=(), alibi_slopes=None)).verdict == "differs"
 
 
 def test_scores_of_which_half_precision_leaves_nothing_show_no_difference(monkeypatch):

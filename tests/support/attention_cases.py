@@ -31,7 +31,8 @@ class Case:
     lists: bool = False
     softcap: float = 0.0
     alibi: bool = False
-    key_bias: tuple[int, int] = (0, 0)  # its batch rows and heads
+    bias: tuple[int, int] = (0, 0)  # its batch rows and heads
+    bias_rows: bool = False  # whether each query row has its own
     sink_logits: bool = False
     block_size: int = 16
     seq_major: bool = False
@@ -53,8 +54,10 @@ CLAUSES = {
     "lists": {"lists": True},
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi": True},
-    "key_bias": {"key_bias": (2, 4)},
-    "one_key_bias": {"key_bias": (1, 1)},
+    "key_bias": {"bias": (2, 4)},
+    "one_key_bias": {"bias": (1, 1)},
+    "bias": {"bias": (2, 4), "bias_rows": True},
+    "one_bias": {"bias": (1, 1), "bias_rows": True},
     "sink_logits": {"sink_logits": True},
     "not_causal": {"causal": False},
     "start": {"start": 3},
@@ -87,7 +90,7 @@ def make_call(case: Case) -> AttentionCall:
         block_indices=indices if case.lists else None,
         sink_logits=torch.randn(case.heads) if case.sink_logits else None,
         alibi_slopes=torch.rand(case.batch, case.heads) * 0.5 if case.alibi else None,
-        key_bias=torch.randn(*case.key_bias, case.key_len) if all(case.key_bias) else None,
+        bias=torch.randn(*case.bias, case.query_len if case.bias_rows else 1, case.key_len) if all(case.bias) else None,
         scale=default_scale(case.qk_head_dim) * 1.5,
         causal=case.causal,
         windows=case.windows,

@@ -10,7 +10,7 @@ import torch
 def attention_exact(call):
     """Output and LSE of an `AttentionCall` in fp64."""
     query, key, value = call.query.double(), call.key.double(), call.value.double()
-    windows, segments, slopes, bias = call.windows, call.segments, call.alibi_slopes, call.key_bias
+    windows, segments, slopes, bias = call.windows, call.segments, call.alibi_slopes, call.bias
     batch, heads, query_len, _dim = query.shape
     group, key_len = heads // key.shape[1], key.shape[2]
     start = key_len - query_len if call.query_start is None else int(call.query_start)
@@ -47,7 +47,7 @@ def attention_exact(call):
                 if slopes is not None:
                     logits = logits + slopes[b, h].double() * torch.tensor(keys, dtype=torch.float64)
                 if bias is not None:
-                    logits = logits + bias[min(b, len(bias) - 1), min(h, bias.shape[1] - 1), keys].double()
+                    logits = logits + bias[min(b, len(bias) - 1), min(h, bias.shape[1] - 1), min(q, bias.shape[2] - 1), keys].double()
                 every = logits if call.sink_logits is None else torch.cat([logits, call.sink_logits[h : h + 1].double()])
                 lse[b, h, q] = torch.logsumexp(every, 0)
                 output[b, h, q] = torch.exp(logits - lse[b, h, q]) @ value[b, h // group, keys]

@@ -27,9 +27,9 @@ class Call:
         """In float32, which is where scores are lost beside the lowest number."""
         op = self.op.in_dtype(torch.float32)
         x = op.query @ op.key.repeat_interleave(op.group, 1).mT * op.scale
-        x = x if op.key_bias is None else x + op.key_bias[:, :, None].float()
+        x = x if op.bias is None else x + op.bias.float()
         number = op.lowest if op.empty_rows == "mean" else -torch.inf
-        if op.hidden_bias is not None or op.key_bias is None:
+        if op.hidden_bias is not None or op.bias is None:
             x = x + torch.where(self.seen, 0.0, number)
         else:
             x = torch.where(self.seen, x, number)
@@ -39,9 +39,10 @@ class Call:
 
 def make(
     form: str, *, batch=2, heads=4, kv_heads=2, query_len=9, key_len=14, dim=16, dtype=torch.float32, causal=True, window=0, sinks=0,
-    padding=True, documents=False, start=False, bias="", seed=0,
+    padding=True, documents=False, start=False, bias="", rows=False, seed=0,
 ) -> Call:  # fmt: skip
-    """bias: "added" to hidden scores too, or replaced where the mask "fills"; it hides some keys by the lowest number, others by -inf."""
+    """bias: "added" to hidden scores too, or replaced where the mask "fills"; it hides some keys by the lowest number, others by -inf.
+    rows: each row has a bias of its own."""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(shape, generator=generator)
     tensors = random(batch, heads, query_len, dim), random(batch, kv_heads, key_len, dim), random(batch, kv_heads, key_len, dim)
@@ -68,12 +69,13 @@ def make(
     if start:
         options["query_start"] = torch.tensor(begin)
     if bias:
-        drawn = torch.rand(batch, heads, key_len, generator=generator)
-        key_bias = torch.where(drawn < 0.5, LOWEST, torch.where(drawn < 0.6, -torch.inf, random(batch, heads, key_len)))
-        key_bias[0, 0] = LOWEST
-        key_bias[0, 1] = -torch.inf
-        options["key_bias"] = key_bias
-        options["hidden_bias"] = key_bias if bias == "added" else None
+        shape = batch, heads, query_len if rows else 1, key_len
+        drawn = torch.rand(shape, generator=generator)
+        added = torch.where(drawn < 0.5, LOWEST, torch.where(drawn < 0.6, -torch.inf, random(*shape)))
+        added[0, 0] = LOWEST
+        added[0, 1] = -torch.inf
+        options["bias"] = added
+        options["hidden_bias"] = added if bias == "added" else None
     if form == "mean":
         options["lowest"] = LOWEST
     op = AttentionCall(*(x.to(dtype) for x in tensors), scale=0.4, seq_major=True, empty_rows=form, **options)
@@ -98,5 +100,7 @@ BIASED = {
     "bias without padding": {"bias": "added", "padding": False},
     "bias, window and documents": {"bias": "filled", "window": 5, "documents": True, "start": True},
     "bias, window, sinks": {"bias": "added", "window": 2, "sinks": 2, "causal": False},
+    "added bias per row": {"bias": "added", "rows": True},
+    "filled bias per row, window": {"bias": "filled", "rows": True, "window": 5, "start": True},
     "bias, bfloat16": {"bias": "added", "dtype": torch.bfloat16, "dim": 24},
 }

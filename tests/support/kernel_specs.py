@@ -19,6 +19,7 @@ CLAUSES = {
     "block_lists_and_windows": {"block_lists": True, "block_size": 128, "window": "per_head", "sinks": "flags", "key_flags": True},
     "logits": {"softcap": True, "alibi": True, "sink_logits": True},
     "key_bias": {"key_bias": True},
+    "bias": {"bias": "bf16"},
     "softcap_window": {"softcap": True, "window": "one"},
     "decode_key_bias": {"packed": True, "key_bias": True, "key_flags": True},
     "decode": {"packed": True, "has_start": True},
@@ -35,6 +36,6 @@ def spec(clause: str, *, dtype: str = "bf16", dims: tuple[int, int] = (128, 128)
         capability,
         block_size=chosen.get("block_size", 0),
         packed_rows=4 if chosen.get("packed") else 0,
-        segments=chosen.get("segments", False),
+        masked=chosen.get("segments", False) or bool(chosen.get("bias")),
     )
     return AttentionSpec(dtype, *dims, 4, tiling, **chosen)

@@ -65,7 +65,7 @@ def attention(site: AttentionSite, operands: dict[str, Any], visible: torch.Tens
     if operands["alibi_slopes"] is not None:
         slopes = operands["alibi_slopes"].double().reshape(-1, query.shape[1], 1, 1)
         logits = logits + slopes * torch.arange(key.shape[2])
-    for one, bias in zip(site.key_bias, operands["key_bias"], strict=True):
+    for one, bias in zip(site.bias, operands["bias"], strict=True):
         shape = (*query.shape[:2], 1, key.shape[2])
         logits = logits + (bias.double().reshape(shape) if one.flat else bias.double().expand(shape)) * one.scale
     logits = logits.masked_fill(~visible[:, None], -torch.inf)
@@ -137,7 +137,7 @@ class _Checker(fx.Interpreter):
         at = lambda n: self.env[n] if isinstance(n, fx.Node) else n
         names = ("query", "key", "value", "scale", "sink_logits", "alibi_slopes")
         found = {n: v.clone() if isinstance(v := at(getattr(site, n)), torch.Tensor) else v for n in names}
-        return found | {"key_bias": [self.env[one.node].clone() for one in site.key_bias]}
+        return found | {"bias": [self.env[one.node].clone() for one in site.bias]}
 
     def check(self, site: AttentionSite, operands: dict[str, Any], result: torch.Tensor) -> None:
         for name in ("query", "key", "value"):
@@ -161,7 +161,7 @@ class _Checker(fx.Interpreter):
         self.capture.checked.append(site)
 
     def check_mask(self, site: AttentionSite, visible: torch.Tensor) -> None:
-        if site.mask_node is None or site.alibi_slopes is not None or site.key_bias:
+        if site.mask_node is None or site.alibi_slopes is not None or site.bias:
             return
         mask = self.env[site.mask_node]
         if site.source == "eager" and mask.dtype is torch.bool:
