@@ -262,6 +262,17 @@ class Facts:
         known = symbol_values(self.shape_env)
         return one in known and known[one] == known.get(other)
 
+    def settled(self, expr: sympy.Expr) -> sympy.Expr:
+        """The expression with every maximum and minimum that the sizes decide replaced by the argument that it is."""
+        found: dict[sympy.Basic, sympy.Basic] = {}
+        for choice in expr.atoms(sympy.Max, sympy.Min, Max, Min):
+            relation = sympy.Ge if isinstance(choice, (sympy.Max, Max)) else sympy.Le
+            for one in choice.args:
+                if all(one is other or self.holds(relation(one, other)) for other in choice.args):
+                    found[choice] = one
+                    break
+        return typing.cast(sympy.Expr, expr.xreplace(found)) if found else expr
+
     def extreme(self, expr: sympy.Expr, highest: bool) -> sympy.Expr | None:
         """The largest (or smallest) value over all indices; None where the expression is not linear in them."""
         expr = sympy.expand(expr)

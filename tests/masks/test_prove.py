@@ -180,6 +180,24 @@ def test_chunks_are_documents(name):
     assert prove(lambda q, k, pad: (k <= q + 4) & CHUNKS[name](q + 4, k, pad), 2, 6, pad).describe() == "causal, documents"
 
 
+@pytest.mark.parametrize(("places", "words"), [(0, "causal, documents"), (1, "other positions")])
+def test_chunks_after_keys_were_dropped(places, words):
+    """As with Llama 4's cache, which keeps a chunk's keys: where they start is a maximum that the sizes decide."""
+
+    def function(query, key, value, past):
+        begun = past.shape[0]
+        if begun < 3:
+            raise ValueError("nothing was dropped")
+        q, k = torch.arange(query.shape[2])[:, None] + begun, torch.arange(key.shape[2])[None] + max(0, begun - 3)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=(k <= q) & (k // 4 == (q + places) // 4))
+
+    query, key, value = operands(2, 5)
+    past = torch.zeros(6)
+    torch._dynamo.mark_dynamic(past, 0)
+    found = capture(function, query, key, value, past, dynamic=None)
+    assert len(found.masks) == 1 and words in found.masks[0] + found.flat[0].mask.reason
+
+
 OPAQUE = {
     "prefix": (lambda q, k: (k <= q) | (k < 2), "disjunction"),
     "chunks by a tensor": (lambda q, k: k // (k + 1) == q // (q + 1), ""),
