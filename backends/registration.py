@@ -18,6 +18,7 @@ from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeC
 from sparsify.ops.call import OpCall
 from sparsify.ops.library import library
 from sparsify.ops.linear import LinearCall
+from sparsify.ops.reselection import CacheObserveCall, CacheReselectCall
 from sparsify.ops.selection import SelectCall
 
 log = logging.getLogger(__name__)
@@ -143,5 +144,6 @@ register("linear", _checked_linear)
 register("ffn", _observed(_served("ffn")))
 for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):
     register(_op, _served(_op))
-for _record in (CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheBoundsCall, CacheMassCall):
+_CACHE = (CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheBoundsCall, CacheMassCall, CacheReselectCall, CacheObserveCall)
+for _record in _CACHE:
     register(_record.NAME, _bound(_record))

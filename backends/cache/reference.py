@@ -13,6 +13,7 @@ from sparsify import policies
 from sparsify.backends.cache import pages_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
+from sparsify.ops.reselection import CacheReselectCall
 from sparsify.policies import Candidates
 
 # elements of one chunk's score matrix over all heads: 64 MB in fp32
@@ -67,7 +68,7 @@ def _append_all(call: CacheStoreCall) -> None:
         # padding repeats the row's last token, which leaves nothing of it; a row of padding alone writes back what is there
         last = torch.where(is_token, at, 0).amax(-1, keepdim=True)
         source = torch.where(is_token, at, last).long()[:, None].expand(-1, key.shape[1], -1)
-        key, value = _gather_slots(key, source), _gather_slots(value, source)
+        key, value = gather_slots(key, source), gather_slots(value, source)
         at = torch.where(is_token, is_token.cumsum(-1, dtype=at.dtype), total) - 1
     at = seen[:, None] + at
     slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
@@ -82,7 +83,7 @@ def _append_all(call: CacheStoreCall) -> None:
 
 def _keep_the_best(call: CacheStoreCall) -> None:
     """Several tokens per row and those that are stored: as many as there are slots stay."""
-    merged = _Merge(call)
+    merged = Merge(call)
     if merged.candidates > merged.capacity:
         merged.score(call)
     # in a row to which padding leaves one token or none it is a call of that one token
@@ -95,7 +96,7 @@ def _keep_the_best(call: CacheStoreCall) -> None:
     if alone is not None and several is not None:
         first = alone.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, call.kv_heads, -1)
         single = (alone.any(-1) & ~several)[:, None]
-        key, value = _gather_slots(call.key, first), _gather_slots(call.value, first)
+        key, value = gather_slots(call.key, first), gather_slots(call.value, first)
         _append(dataclasses.replace(call, key=key, value=value, is_token=single))
 
 
@@ -104,11 +105,11 @@ def _like(rows: Tensor, state: Tensor) -> Tensor:
     return rows.view(-1, *(1,) * (state.dim() - 1))
 
 
-class _Merge:
+class Merge:
     """The tokens of a layer and those of a call, of which a cache keeps as many as it has slots: empty slots and padding first, then the
     tokens side by side in order of position."""
 
-    def __init__(self, call: CacheStoreCall):
+    def __init__(self, call: CacheStoreCall | CacheReselectCall):
         key, seen, is_token = call.key, call.seen, call.is_token
         kv_heads, count = key.shape[1:3]
         self.capacity, self.is_token = call.capacity, is_token
@@ -123,12 +124,29 @@ class _Merge:
         if not call.empty:
             self.keys, self.values = torch.cat((call.keys, key), 2), torch.cat((call.values, call.value), 2)
             self.positions = torch.cat((call.positions, at), 2)
+        self.order: Tensor | None = None
         if not call.empty or is_token is not None:
-            order = self.positions.argsort(dim=-1, stable=True)
-            self.keys, self.values, self.positions = (_gather_slots(held, order) for held in (self.keys, self.values, self.positions))
+            self.order = self.positions.argsort(dim=-1, stable=True)
+            self.keys, self.values, self.positions = map(self.in_order, (self.keys, self.values, self.positions))
         self.candidates = self.keys.shape[2]
         self.total = (self.positions >= 0).sum(-1, dtype=torch.int32)  # [batch, kv_heads]
         self.scores: Tensor | None = None
+
+    def in_order(self, held: Tensor) -> Tensor:
+        """What stored tokens hold, then those of the call, by candidate."""
+        return held if self.order is None else gather_slots(held, self.order)
+
+    def ranked(self, found: Tensor, recent: int) -> Tensor:
+        """Rank of each candidate, 0 for the best, by what a policy says of them."""
+        best = self.usable(found, recent).argsort(dim=-1, descending=True, stable=True)
+        return torch.empty_like(best).scatter_(-1, best, torch.arange(self.candidates, device=best.device).expand_as(best))
+
+    def usable(self, found: Tensor, recent: int) -> Tensor:
+        """A policy's scores with what is not its to say."""
+        newest = self.positions > (self.newest - recent)[:, None, None]
+        # a NaN score would win every comparison; the policy's word counts only between tokens that exist
+        found = found.float().nan_to_num(nan=-3e38, neginf=-3e38, posinf=3e38).clamp(-3e38, 3e38)
+        return found.masked_fill(newest, torch.inf).masked_fill(self.positions < 0, -torch.inf)
 
     def score(self, call: CacheStoreCall) -> None:
         policy, query, queries, at = policies.parse(call.policy), call.query, None, None
@@ -139,12 +157,9 @@ class _Merge:
                 queries, at = query[:, :, -policy.observed :], at[:, -policy.observed :]
             else:  # the last queries of each row that are no padding, wherever padding stands
                 last = self.is_token.to(torch.int8).argsort(dim=-1, stable=True)[:, -policy.observed :]
-                queries, at = _gather_slots(query, last[:, None].expand(-1, query.shape[1], -1)), at.gather(1, last)
+                queries, at = gather_slots(query, last[:, None].expand(-1, query.shape[1], -1)), at.gather(1, last)
         found = policy.score(Candidates(self.keys, self.values, self.positions, queries, at, self.newest, call.scale, call.softcap))
-        newest = self.positions > (self.newest - call.recent)[:, None, None]
-        # a NaN score would win every comparison; the policy's word counts only between tokens that exist
-        found = found.float().nan_to_num(nan=-3e38, neginf=-3e38, posinf=3e38).clamp(-3e38, 3e38)
-        self.scores = found.masked_fill(newest, torch.inf).masked_fill(self.positions < 0, -torch.inf)
+        self.scores = self.usable(found, call.recent)
 
     def arranged(self, pinned: int, recent: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions by slot, [batch, kv_heads, at most capacity, ...]."""
@@ -153,16 +168,16 @@ class _Merge:
             order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(dim=-1, stable=True)
         else:
             order = self._by_slot(self.scores, pinned, recent)
-        at = _gather_slots(self.positions, order)
+        at = gather_slots(self.positions, order)
         nothing = (at < 0)[..., None]
         # empty slots are hidden by a mask; zeros there keep a NaN of a padding token out of sums
-        return _gather_slots(self.keys, order).masked_fill(nothing, 0), _gather_slots(self.values, order).masked_fill(nothing, 0), at
+        return gather_slots(self.keys, order).masked_fill(nothing, 0), gather_slots(self.values, order).masked_fill(nothing, 0), at
 
     def _by_slot(self, scores: Tensor, pinned: int, recent: int) -> Tensor:
         """Candidate of each slot, [batch, kv_heads, capacity]; the order is described in `sparsify.ops.cache`."""
         # the recent ones first, then by falling score; of equal ones the older, so that padding around them cannot decide
         kept = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.capacity]
-        at = _gather_slots(self.positions, kept)
+        at = gather_slots(self.positions, kept)
         rank = torch.arange(self.capacity, device=at.device) - recent
         ring = self.capacity - recent + pinned - 1 - rank  # worst first
         chosen = torch.where(rank < pinned, rank, ring)
@@ -174,7 +189,7 @@ class _Merge:
         return torch.empty_like(kept).scatter_(-1, slot, kept)
 
 
-def _gather_slots(source: Tensor, index: Tensor) -> Tensor:
+def gather_slots(source: Tensor, index: Tensor) -> Tensor:
     """source [batch, heads, n] or [batch, heads, n, dim] at index [batch, heads, m] along n."""
     return source.gather(2, _over_dims(source, index))
 

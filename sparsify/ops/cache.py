@@ -71,7 +71,7 @@ NEVER_OVERWRITTEN = -1
 
 
 @dataclass(frozen=True, eq=False)
-class _WritingCall(OpCall):
+class WritingCall(OpCall):
     """A call that stores tokens in a layer: its operands by position.
 
     query: [batch, query_heads, query_len, head_dim], floating point.
@@ -112,7 +112,7 @@ class _WritingCall(OpCall):
 
 
 @dataclass(frozen=True, eq=False)
-class CacheStoreCall(_WritingCall):
+class CacheStoreCall(WritingCall):
     """One call of `sparsify::cache_store`; the module says what is computed.
 
     query: None for policies that observe no queries.
@@ -144,7 +144,7 @@ class CacheStoreCall(_WritingCall):
 
 
 @dataclass(frozen=True, eq=False)
-class CacheDecodeCall(_WritingCall):
+class CacheDecodeCall(WritingCall):
     """One call of `sparsify::cache_decode`: query_len is 1.
 
     is_token: bool [batch, 1], False for padding, which is not stored; None: no padding.

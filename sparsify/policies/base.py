@@ -26,6 +26,7 @@ class Layout:
     pinned: slots that later tokens never overwrite. NEVER_OVERWRITTEN (`sparsify.ops.cache`): no token is evicted, and `capacity` is what
         the buffers hold at first.
     recent: newest tokens that stay whatever their score.
+    room: slots beyond the budget, which tokens fill until the policy selects anew; 0: tokens replace others one by one.
     window: last keys that a query sees besides the sinks, 0: all that are kept.
     sinks: first tokens of each row that a window does not hide.
     rotate_sinks: sinks stand directly before the window, as positions inside the cache (arXiv 2309.17453, section 3.2).
@@ -34,6 +35,7 @@ class Layout:
     capacity: int
     pinned: int
     recent: int
+    room: int = 0
     window: int = 0
     sinks: int = 0
     rotate_sinks: bool = False
@@ -41,7 +43,16 @@ class Layout:
     @property
     def grows(self) -> bool:
         """Whether buffers are made larger where another policy would evict."""
-        return self.pinned == NEVER_OVERWRITTEN
+        return self.pinned == NEVER_OVERWRITTEN and not self.room
+
+    @property
+    def kept(self) -> int:
+        """Slots that a selection fills."""
+        return self.capacity - self.room
+
+    def with_room(self, tokens: int) -> Layout:
+        """The same with room for so many tokens beyond the budget."""
+        return Layout(self.capacity + tokens, NEVER_OVERWRITTEN, self.recent, room=tokens)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class Candidates:
     newest: int32 [batch], position of each row's last token.
     scale: of the logits, as the layer's attention applies it.
     softcap: bound of the logits, likewise; 0: none.
+    carried: fp32 [batch, kv_heads, candidates], what `Policy.carry` gave each token when the policy selected last, 0 for those that came
+        since; None for policies that carry nothing, and where tokens replace others one by one.
     """
 
     keys: Tensor
@@ -66,6 +79,7 @@ class Candidates:
     newest: Tensor
     scale: float
     softcap: float
+    carried: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,25 @@ class Policy(BaseModel):
     def scorer(self) -> Policy:
         """What scores the tokens: one policy for all layers where it can be, so that compiled code of one layer serves the others."""
         return self
+
+    @property
+    def carries(self) -> bool:
+        """Whether tokens keep a number from one selection to the next: `Candidates.carried`."""
+        return False
+
+    def carry(self, candidates: Candidates, scores: Tensor) -> Tensor | None:
+        """What each token takes along, fp32 [batch, kv_heads, candidates], given what `score` said; also of tokens that go."""
+        return candidates.carried
+
+    @property
+    def awaits(self) -> bool:
+        """Whether tokens are scored by what `SparseCache.observe` is told after each call; such policies need room (`every`)."""
+        return False
+
+    @property
+    def decay(self) -> float:
+        """By which what tokens carry is multiplied after each turn."""
+        return 1.0
 
     def layout(self, budget: int | None) -> Layout:
         """How `budget` slots per KV head are used.

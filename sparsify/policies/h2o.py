@@ -21,7 +21,8 @@ class H2O(Policy):
     """Keys with the largest sums of attention over the queries of a call stay, chosen per KV head, and the last tokens.
 
     The sums are computed anew from keys and queries, never as a matrix of queries by keys; that takes about as long as the prompt's own
-    attention. Queries of earlier calls, and of tokens one by one, do not count: after the prompt the last tokens take turns.
+    attention. Where the cache has room to select anew (`every`), sums go on from call to call and from token to token, as in the paper.
+    Otherwise queries of earlier calls, and of tokens one by one, do not count: after the prompt the last tokens take turns.
 
     heavy_share: share of the budget that heavy hitters take; the last tokens have the rest.
     """
@@ -45,4 +46,12 @@ class H2O(Policy):
     def score(self, candidates: Candidates) -> Tensor:
         mass = attention_mass(candidates)
         batch, kv_heads, count = candidates.positions.shape
-        return mass.view(batch, kv_heads, -1, count).mean(2)
+        mass = mass.view(batch, kv_heads, -1, count).mean(2)
+        return mass if candidates.carried is None else candidates.carried + mass
+
+    @property
+    def carries(self) -> bool:
+        return True
+
+    def carry(self, candidates: Candidates, scores: Tensor) -> Tensor:
+        return scores

@@ -16,8 +16,8 @@ from sparsify.policies.scored import ScoredPolicy, attention_mass
 class TOVA(ScoredPolicy):
     """Tokens that the last query of a call attends to most, on the average of all query heads, stay.
 
-    The paper drops one token a step by that step's query; here a prompt's last query cuts the prompt down at once, and later tokens replace
-    the worst-scored ones.
+    The paper drops one token a step by that step's query, as a cache with `every=1` does. Otherwise a prompt's last query cuts the prompt
+    down at once, and later tokens replace the worst-scored ones.
     """
 
     name: ClassVar[str] = "tova"

@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 from pydantic import model_validator
+from torch import Tensor
 
 from sparsify import policies
 from sparsify.errors import ConfigError
-from sparsify.policies.base import Policy
+from sparsify.policies.base import Candidates, Policy
 
 
 class Wrapper(Policy):
@@ -41,3 +42,18 @@ class Wrapper(Policy):
     @property
     def observed(self) -> int:
         return self.inner.observed
+
+    @property
+    def carries(self) -> bool:
+        return self.inner.carries
+
+    def carry(self, candidates: Candidates, scores: Tensor) -> Tensor | None:
+        return self.inner.carry(candidates, self.inner.score(candidates))
+
+    @property
+    def awaits(self) -> bool:
+        return self.inner.awaits
+
+    @property
+    def decay(self) -> float:
+        return self.inner.decay

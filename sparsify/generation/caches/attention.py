@@ -24,7 +24,7 @@ from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation import interface
 from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
 from sparsify.generation.regions import masks
-from sparsify.ops import cache
+from sparsify.ops import cache, reselection
 from sparsify.ops.attention import AttentionCall, attention
 
 
@@ -278,10 +278,15 @@ def _attend(
         "version": cache.VERSION,
         **pages,
     }
+    if layout.room:
+        if layer.logits != (scale, softcap):  # compiled code would write it back at every token
+            layer.logits = (scale, softcap)
+        if query.shape[2] == 1 and not empty and layer.queries is not None:
+            reselection.observe(query, layer.queries, layer.query_positions, layer.seen, is_token=is_token, version=reselection.VERSION)
     if query.shape[2] == 1 and not empty and not torch.compiler.is_dynamo_compiling():
         step = {"is_token": is_token, "tickets": layer.tickets, "pinned": layout.pinned, "version": cache.VERSION}
         return cache.decode(query, key, value, *layer.state, **how, **shape, **rotation, **step, **pages)
-    if query.shape[2] == 1:  # two ops, by which graphs are matched: the method kv_evict makes one of them
+    if query.shape[2] == 1 and not (empty and layout.room):  # two ops, by which graphs are matched: the method kv_evict makes one of them
         cache.store(None, key, value, *layer.state, is_token=is_token, empty=empty, tickets=layer.tickets, **stored)
         keys, values, positions, _, seen, _ = layer.state
         return cache.attention(query, keys, values, positions, seen, **how, **shape, **rotation, **pages, version=cache.VERSION)
@@ -291,7 +296,7 @@ def _attend(
         keys, values, positions, _, seen, _ = layer.state
         if empty:  # whatever a prompt that failed may have left in the buffers
             positions, seen = torch.full_like(positions, -1), torch.zeros_like(seen)
-        elif is_token is not None and not layout.window and not layout.grows:
+        elif is_token is not None and not layout.window and layout.pinned != cache.NEVER_OVERWRITTEN:
             positions = _positions_after_overwrite(layer, layout.pinned, is_token)
         output = cache.attention(
             query,
@@ -308,6 +313,11 @@ def _attend(
             version=cache.VERSION,
         )
     observed = query if layer.observes else None
+    if layout.room:
+        how_chosen = layer.selecting(layer.keys.shape[2], scale, softcap)
+        reselection.reselect(observed, key, value, *layer.state, is_token=is_token, empty=empty, **how_chosen)
+        layer.renew_bounds()
+        return output
     cache.store(observed, key, value, *layer.state, is_token=is_token, empty=empty, **stored)
     return output
 

@@ -20,7 +20,7 @@ from sparsify.planning.provenance import model_digest, model_kind, other_model
 from sparsify.policies import Layout
 
 # raised with every change that an older sparsify would misread
-FORMAT = 1
+FORMAT = 2
 _HEADER = "sparsify_cache"
 # in this order along dimension 2, of which layers that grow save what is used
 _BY_SLOT = ("keys", "values", "positions")
@@ -42,8 +42,8 @@ class LayerHeader(BaseModel):
 class Header(BaseModel):
     """format: of the file. model: digest of configuration and weights. model_type: for messages.
 
-    policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. read: as `Pages` writes itself, empty for
-    everything. versions: of what wrote the file.
+    policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. every: tokens beside it, 0 for none. read: as
+    `Pages` writes itself, empty for everything. versions: of what wrote the file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -52,12 +52,15 @@ class Header(BaseModel):
     model_type: str
     policy: str
     budget: int | float | None
+    every: int
     read: str = ""
     layers: list[LayerHeader]
     versions: dict[str, str]
 
 
-def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, read: Pages | None, model: Any) -> None:
+def write(
+    path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, every: int, read: Pages | None, model: Any
+) -> None:
     """Writes layers of one cache, all of them between two calls.
 
     Raises:
@@ -73,6 +76,8 @@ def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | floa
                 tensors[f"{layer.index}.{name}"] = getattr(layer, name)[:, :, :slots].contiguous()
             for name in _BY_ROW:
                 tensors[f"{layer.index}.{name}"] = getattr(layer, name).clone()
+            for name, known in layer.known():
+                tensors[f"{layer.index}.{name}"] = known.clone()
         layout = None if layer.layout is None else dataclasses.asdict(layer.layout)
         described.append(LayerHeader(layout=layout, started=layer.started, slots=slots))
     model = _unwrapped(model)
@@ -83,6 +88,7 @@ def write(path: Path, layers: list[SparseLayer], policy: str, budget: int | floa
         policy=policy,
         budget=budget,
         read="" if read is None else str(read),
+        every=every,
         layers=described,
         versions={"torch": torch.__version__},
     )
@@ -139,6 +145,10 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
                 getattr(layer, name)[:, :, : described.slots].copy_(saved[name])
             for name in _BY_ROW:
                 getattr(layer, name).copy_(saved[name])
+            for name, known in layer.known():
+                if (found := f"{layer.index}.{name}") not in set(file.keys()) or file.get_slice(found).get_shape() != [*known.shape]:
+                    raise CacheError(f"{name} is missing or has another shape", where=f"{path}, layer {layer.index}")
+                known.copy_(file.get_tensor(found))
             layer.renew_bounds()
             layer.used = None  # only the device knows, until the next call asks
 

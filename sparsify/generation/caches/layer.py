@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsify.errors import CacheError
-from sparsify.ops import cache
+from sparsify.ops import cache, reselection
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
 from sparsify.policies import Layout, Policy
@@ -19,6 +19,10 @@ _STATE = ("keys", "values", "positions", "counts", "seen", "length")
 _BUFFERS = (*_STATE, "tickets", "bounds")
 # buffers whose dimension 2 is slots, and what an empty slot holds
 _BY_SLOT = (("keys", 0), ("values", 0), ("positions", -1))
+# of a layer whose policy selects anew, by row; `sparsify.ops.reselection` describes them
+_KNOWN = ("carried", "queries", "query_positions")
+# queries that are kept for policies that observe all of them and forget none
+_OBSERVED = 64
 # tokens that a growing cache of unknown length has room for at first
 _LEAST = 1024
 
@@ -124,6 +128,7 @@ class SparseLayer(CacheLayerMixin):
         sliding: the layer has a sliding window of the model's own, which is kept exactly.
         frequencies: inverse frequencies of the rotary embedding, fp32 [rotated dimensions / 2], where sinks are rotated; else None.
         read: the pages that one token reads; None: everything that is kept.
+        every: tokens beyond the budget that are stored before the policy selects anew; 0: tokens replace others one by one.
     """
 
     is_compileable = False  # generate() would then build 4-D masks and compile by itself
@@ -138,6 +143,7 @@ class SparseLayer(CacheLayerMixin):
         sliding: bool,
         frequencies: Tensor | None,
         read: Pages | None = None,
+        every: int = 0,
     ):
         super().__init__()
         self.index, self.config, self.policy, self.budget = index, config, policy, budget
@@ -145,10 +151,20 @@ class SparseLayer(CacheLayerMixin):
         self.read, self.read_text = read, "" if read is None else str(read)
         self.bounds: Tensor | None = None
         self.policy_text, self.observes = policy.scorer.describe(), policy.observed > 0
-        self.layout: Layout | None = None if isinstance(budget, float) else policy.layout(budget)
+        self.every, self.told = every, True  # told: what the policy awaits of the last call has come
+        self.logits = (1.0, 0.0)  # scale and softcap of the layer's attention
+        self.carried: Tensor | None = None
+        self.queries: Tensor | None = None
+        self.query_positions: Tensor | None = None
+        self.layout: Layout | None = None if isinstance(budget, float) else self.lay_out(budget)
         self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
         self.used: int | None = 0  # columns stored so far as the host counts them, for layers that grow; None: only the device knows
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
+
+    def lay_out(self, budget: int | None) -> Layout:
+        """How the policy uses a budget, with room for `every` tokens beside it."""
+        layout = self.policy.layout(budget)
+        return layout.with_room(self.every) if self.every else layout
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates all slots, for the batch, heads, dtype and device of `key_states` [batch, kv_heads, tokens, head_dim]."""
@@ -163,7 +179,7 @@ class SparseLayer(CacheLayerMixin):
             tokens: number of tokens that a budget given as a share refers to.
         """
         if self.layout is None:
-            self.layout = self.policy.layout(max(1, cdiv(tokens * round(self.budget * 10**6), 10**6)))
+            self.layout = self.lay_out(max(1, cdiv(tokens * round(self.budget * 10**6), 10**6)))
         batch, kv_heads, _, head_dim = key_states.shape
         capacity = self.layout.capacity
         if self.layout.grows and (capacity < tokens or not capacity):
@@ -180,10 +196,28 @@ class SparseLayer(CacheLayerMixin):
         self.tickets = key_states.new_zeros(batch * kv_heads + 1, dtype=torch.int32)
         if self.read is not None:
             self.bounds = key_states.new_zeros(batch, kv_heads, self.read.of(capacity), 2, head_dim)
+        if self.layout.room:
+            self._allocate_known(key_states)
+            self.used = None
         if self.inverse_frequencies is not None:
             self.inverse_frequencies = self.inverse_frequencies.to(self.device)
         self.is_initialized = True
         self.mark_static()
+
+    def _allocate_known(self, key_states: Tensor) -> None:
+        """Room for what the policy is told when it selects anew."""
+        batch, kv_heads, capacity = self.positions.shape
+        if self.policy.carries:
+            self.carried = key_states.new_zeros(batch, kv_heads, capacity, dtype=torch.float32)
+        if self.observes:
+            observed = min(self.policy.observed, max(self.every, _OBSERVED))
+            heads = self.config.num_attention_heads
+            self.queries = key_states.new_zeros(batch, heads, observed, key_states.shape[-1])
+            self.query_positions = key_states.new_full((batch, observed), -1, dtype=torch.int32)
+
+    def known(self) -> list[tuple[str, Tensor]]:
+        """What the policy is told when it selects anew, by attribute."""
+        return [(name, tensor) for name in _KNOWN if (tensor := getattr(self, name)) is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -203,7 +237,7 @@ class SparseLayer(CacheLayerMixin):
         Without a guard, so that another cache records a new CUDA graph but compiles nothing.
         """
         if not torch.compiler.is_dynamo_compiling():
-            for buffer in self.buffers():
+            for buffer in (*self.buffers(), *(tensor for _, tensor in self.known())):
                 torch._dynamo.mark_static_address(buffer, guard=False)
             if self.grows:  # one graph serves caches of all sizes
                 for buffer in (self.keys, self.values, self.positions, *self._extras()):
@@ -256,6 +290,8 @@ class SparseLayer(CacheLayerMixin):
             self._check(key_states, value_states)
             if self.grows:
                 self.make_room(key_states.shape[2])
+            elif self.every:
+                self.make_way(key_states.shape[2])
         self.call.pending = self
         setattr(key_states, _LAYER, self)
         return key_states, value_states
@@ -286,6 +322,74 @@ class SparseLayer(CacheLayerMixin):
         if self.used > self.keys.shape[2]:
             self.reserve(_roomy(self.used))
 
+    def make_way(self, tokens: int) -> None:
+        """Before a call: where it would find no room, the policy selects. Compiled code leaves that to whoever calls it."""
+        if torch.compiler.is_dynamo_compiling():
+            self.used = None
+            return
+        if self.policy.awaits and tokens > self.every:
+            where, hint = f"layer {self.index}", "read it in several calls and observe each, or give a larger `every`"
+            raise CacheError(f"{tokens} tokens at once, policy {self.policy.name} has room for {self.every}", where=where, hint=hint)
+        used = self.settle(tokens) + tokens
+        self.used = None if used > self.keys.shape[2] else used
+        self.told = not self.policy.awaits
+
+    def settle(self, tokens: int = 1) -> int:
+        """Selects where the fullest row has no room for a token, or for all of them where the policy awaits what is said of them.
+
+        Returns:
+            How many tokens the fullest row holds then.
+        """
+        if self.used is None or not self.started:
+            self.used = int(self.counts.max()) if self.started else 0
+        free = tokens if self.policy.awaits else 1
+        if self.used + free > self.keys.shape[2]:
+            self.select(self.keys.shape[2] - free)
+            self.used = int(self.counts.max())
+        return self.used
+
+    def select(self, limit: int) -> None:
+        """In rows with more than `limit` tokens the policy's choice stays."""
+        if self.layout is None or not self.layout.room or not self.started:
+            return
+        if not self.told:
+            where, hint = f"layer {self.index}", "call cache.observe(logits, input_ids) after every call"
+            raise CacheError(f"policy {self.policy.name} was not told the logits of the last call", where=where, hint=hint)
+        nothing = self.keys[:, :, :0], self.values[:, :, :0]
+        with torch.no_grad():
+            reselection.reselect(None, *nothing, *self.state, empty=False, **self.selecting(limit, *self.logits))
+        self.renew_bounds()
+        self.used = None
+
+    def selecting(self, limit: int, scale: float, softcap: float) -> dict[str, Any]:
+        """What the op that selects is told beside tokens and state."""
+        layout = self.layout
+        if layout is None:
+            raise CacheError("the layer is not allocated", where=f"layer {self.index}")
+        how = {"limit": limit, "kept": layout.kept, "recent": layout.recent, "policy": self.policy_text, "scale": scale, "softcap": softcap}
+        return {**how, "version": reselection.VERSION, **{name: getattr(self, name) for name in _KNOWN}}
+
+    def tell(self, numbers: Tensor, is_token: Tensor | None) -> None:
+        """What the last call's tokens carry from now on, fp32 [batch, tokens]; is_token as attention had it."""
+        if self.carried is None:
+            return
+        count = numbers.shape[1]
+        tokens = self.seen.new_full(self.seen.shape, count) if is_token is None else is_token.sum(-1, dtype=self.seen.dtype)
+        if is_token is not None:  # padding in front
+            order = is_token.to(torch.uint8).argsort(dim=-1, stable=True)
+            numbers = numbers.gather(1, order)
+        # the last column is the newest token
+        column = self.positions - (self.seen - count)[:, None, None]
+        told = (column >= count - tokens[:, None, None]) & (self.positions >= 0)
+        rows = numbers[:, None].expand(-1, column.shape[1], -1).gather(2, column.clamp(0, count - 1).long())
+        self.carried.copy_(torch.where(told, rows, self.carried))
+        self.told = True
+
+    def forget_a_turn(self) -> None:
+        """At the end of a turn: what tokens carry fades."""
+        if self.carried is not None and self.policy.decay != 1:
+            self.carried.mul_(self.policy.decay)
+
     def reserve(self, tokens: int) -> None:
         """Room for `tokens` tokens in all; larger buffers take over what the old ones hold, one of them at a time."""
         capacity = cdiv(tokens, STEP) * STEP
@@ -305,7 +409,8 @@ class SparseLayer(CacheLayerMixin):
     @property
     def overflowed(self) -> bool:
         """Whether compiled code, which makes no room, was given more tokens than there was room for. Reads from the device."""
-        return self.grows and self.is_initialized and bool((self.counts > self.keys.shape[2]).any())
+        never_overwritten = self.layout is not None and self.layout.pinned == cache.NEVER_OVERWRITTEN
+        return never_overwritten and self.is_initialized and bool((self.counts > self.keys.shape[2]).any())
 
     def get_seq_length(self) -> Any:
         """Tokens so far, padding included: an int, or within a compiled graph a tensor."""
@@ -326,7 +431,9 @@ class SparseLayer(CacheLayerMixin):
         self.positions.fill_(-1)
         for name in ("keys", "values", "counts", "seen", "length"):
             getattr(self, name).zero_()
-        self.started, self.used = False, 0
+        for name, tensor in self.known():
+            tensor.fill_(-1 if name == "query_positions" else 0)
+        self.started, self.used, self.told = False, 0, True
         if isinstance(self.budget, float):
             self.layout, self.is_initialized = None, False
 
@@ -337,6 +444,8 @@ class SparseLayer(CacheLayerMixin):
                 if self.grows and self.used is not None and state.dim() > 2:  # what lies behind is nobody's
                     state = state[:, :, : self.used]
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
+            for _, tensor in self.known():
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda state: state.repeat_interleave(repeats, 0))
@@ -349,6 +458,8 @@ class SparseLayer(CacheLayerMixin):
             for name in (*_STATE[:-1], "bounds"):
                 if getattr(self, name) is not None:
                     setattr(self, name, change(getattr(self, name)))
+            for name, tensor in self.known():
+                setattr(self, name, change(tensor))
             self.batch_size = self.keys.shape[0]
             self.tickets = self.tickets.new_zeros(self.batch_size * self.keys.shape[1] + 1)
             self.mark_static()
@@ -365,6 +476,8 @@ class SparseLayer(CacheLayerMixin):
             for name in _BUFFERS:
                 if getattr(self, name) is not None:
                     setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
+            for name, tensor in self.known():
+                setattr(self, name, tensor.to(device, non_blocking=non_blocking))
             self.mark_static()
 
     @property
@@ -385,9 +498,10 @@ class SparseLayer(CacheLayerMixin):
             raise CacheError(f"{tokens} tokens are to be removed, {length} were seen", where=where)
         if bool((self.seen != length).any()):
             raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
-        if bool((self.seen > self.keys.shape[2]).any()):
+        kept = min(int(self.counts.min()), self.keys.shape[2])
+        if bool((self.seen > self.keys.shape[2]).any()) or (self.every and bool((self.counts != self.seen[:, None]).any())):
             raise CacheError(
-                f"{length} tokens were seen and {self.keys.shape[2]} are kept: what came before the removed tokens is evicted",
+                f"{length} tokens were seen and {kept} are kept: what came before the removed tokens is evicted",
                 where=where,
                 hint="give a budget that holds the whole text; assisted decoding and rollback need it",
             )
@@ -411,6 +525,10 @@ class SparseLayer(CacheLayerMixin):
         self.positions.masked_fill_(gone, -1)
         self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
         self.renew_bounds()
+        if self.carried is not None:
+            self.carried.masked_fill_(gone, 0)
+        if self.query_positions is not None:
+            self.query_positions.masked_fill_(self.query_positions >= self.seen[:, None], -1)
         self.started, self.used = int(self.length) > 0, None
 
     def activate_past_recording(self) -> None:

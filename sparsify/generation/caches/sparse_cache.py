@@ -17,6 +17,7 @@ from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.caches import files
 from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, link_layers
+from sparsify.generation.caches.outlook import Outlook
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
@@ -41,6 +42,8 @@ class SparseCache(Cache):
         policy: name or instance of an eviction policy; `options` go to the named one.
         budget: tokens kept per KV head, padding not counted; a float is a share of `prompt_len` or, without that, of the
             tokens of the first call's longest row (in compiled code of its columns). None where the policy's options say it all.
+        every: tokens beyond the budget that are stored before the policy selects anew, with the queries since then; None: it selects at the
+            end of calls of several tokens alone, and others replace the worst. At most budget + every tokens are kept between calls.
         prompt_len: tokens that a budget given as a share refers to.
         batch_size: allocates at once, given together with `device`. CUDA graphs (`mode="reduce-overhead"`) need that when the first
             call is compiled too.
@@ -62,6 +65,7 @@ class SparseCache(Cache):
         policy: str | Policy = "streaming_llm",
         budget: int | float | None = None,
         *,
+        every: int | None = None,
         prompt_len: int | None = None,
         batch_size: int | None = None,
         dtype: torch.dtype | None = None,
@@ -73,14 +77,16 @@ class SparseCache(Cache):
         _check_model(config)
         policy = policies.make(policy, **options)
         budget, pages = _checked_budget(budget, prompt_len), _checked_read(read)
+        every = _checked_every(every, policy, budget)
         stock = DynamicCache(config=config).layers
         evicting = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
-        layers = [_make_layer(i, layer, config, policy, budget, evicting, pages) for i, layer in enumerate(stock)]
+        layers = [_make_layer(i, layer, config, policy, budget, evicting, every, pages) for i, layer in enumerate(stock)]
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
         super().__init__(layers=[*layers])
         self.config, self.policy, self.budget, self.read, self.call = config, policy, budget, pages, link_layers(layers)
+        self.every, self.outlook = every, Outlook()
         if batch_size is not None and device is not None:
             heads, head_dim = _kv_head_sizes(config)
             stored_as = dtype or getattr(config, "dtype", None) or torch.float32
@@ -109,7 +115,8 @@ class SparseCache(Cache):
         return self
 
     def save(self, path: str | Path, model: Any) -> None:
-        """Writes the tokens stored so far to a file (safetensors), to go on from it in another process or on another device.
+        """Writes the tokens stored so far to a file (safetensors), to go on from it in another process or on another device. What `observe`
+        was told last is not part of it: the file's next token begins a turn.
 
         Args:
             path: of the file; one that is there is replaced.
@@ -120,7 +127,7 @@ class SparseCache(Cache):
             OSError: the file cannot be written.
         """
         self.check_consistent(True)
-        files.write(Path(path), self.layers, self.policy.describe(), self.budget, self.read, model)
+        files.write(Path(path), self.layers, self.policy.describe(), self.budget, self.every, self.read, model)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, device: torch.device | str | None = None) -> SparseCache:
@@ -138,7 +145,7 @@ class SparseCache(Cache):
         """
         header = files.read_header(Path(path), model)
         read = Pages.parse(header.read) if header.read else None
-        cache = cls(model.config, policies.parse(header.policy), header.budget, read=read)
+        cache = cls(model.config, policies.parse(header.policy), header.budget, every=header.every or None, read=read)
         if len(cache.layers) != len(header.layers):
             raise CacheError(f"it holds {len(header.layers)} layers, the model has {len(cache.layers)}", where=str(path))
         files.fill(Path(path), header, cache.layers, device or model.device)
@@ -186,9 +193,56 @@ class SparseCache(Cache):
         if not consistent:
             _refuse_halfway()
         if read_lengths and not torch.compiler.is_dynamo_compiling():
-            growing = next((layer for layer in self.layers if layer.grows), None)  # all of them hold the same tokens
+            growing = next((layer for layer in self.layers if layer.grows or layer.every), None)  # all of them hold as many tokens
             if growing is not None and growing.overflowed:
                 _refuse_overflow(growing)
+
+    def settle(self) -> None:
+        """Before a compiled call that is not sparsify's own: where no room is left for another token, the policy selects (`every`).
+
+        Uncompiled calls, models compiled by `sparsify.compile` and `generate()` do that by themselves.
+        """
+        for layer in self.layers:
+            if layer.every and layer.is_initialized:
+                layer.used = None
+                layer.settle()
+
+    def end_turn(self) -> None:
+        """The policy selects now: what is kept goes back to the budget. Under "sirllm", what is known of tokens fades.
+
+        Raises:
+            ConfigError: the cache has no room beside its budget (`every`).
+            CacheError: an earlier call stopped halfway, or the policy awaits `observe`.
+        """
+        if not self.every:
+            raise ConfigError(
+                "the policy selects in every call of several tokens", where="every", hint="SparseCache(..., every=tokens of a turn)"
+            )
+        self.check_consistent(True)
+        for layer in self.layers:
+            if layer.every and layer.layout is not None and layer.is_initialized:
+                layer.select(layer.layout.kept)
+                layer.forget_a_turn()
+        self.outlook.forget()
+
+    def observe(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Tells a policy that scores by them ("sirllm") what the model made of the last call; others ignore it.
+
+        The first token of a turn, which nothing foretold, gets the largest number of its call.
+
+        Args:
+            logits: of the call, [batch, tokens, vocabulary], floating point.
+            input_ids: its tokens, int64 [batch, tokens].
+            attention_mask: as the call was given it.
+
+        Raises:
+            CacheError: not as many as the call had.
+        """
+        is_token = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        surprise = self.outlook.surprise(logits, input_ids, is_token)
+        for layer in self.layers:
+            if layer.carried is not None and self.policy.awaits:
+                layer.tell(surprise, is_token)
 
     def _lengths(self) -> list[int]:
         """Tokens that each layer's buffers have seen, padding included."""
@@ -234,8 +288,12 @@ class SparseCache(Cache):
             layer.reserve(tokens)
 
     def room(self) -> int | None:
-        """Tokens, with padding, that layers which never evict have room for; None without such layers or before they are allocated."""
-        return min((layer.keys.shape[2] for layer in self.layers if layer.grows and layer.is_initialized), default=None)
+        """Tokens, with padding, after which layers that never evict have to grow, or the policy selects anew (`every`); None without such
+        layers or before they are allocated."""
+        held = [layer for layer in self.layers if layer.is_initialized]
+        free = [layer.keys.shape[2] for layer in held if layer.grows]
+        free += [int(layer.length) + layer.keys.shape[2] - int(layer.counts.max()) for layer in held if layer.every]
+        return min(free, default=None)
 
     def recount(self) -> None:
         """Says that tokens were stored by what runs no Python, as a CUDA graph: the next uncompiled call reads lengths from the device."""
@@ -288,6 +346,21 @@ def _checked_read(read: str | Pages | None) -> Pages | None:
     return Pages()
 
 
+def _checked_every(every: object, policy: Policy, budget: int | float | None) -> int:
+    if every is None:
+        if policy.awaits:
+            raise ConfigError(
+                f"{policy.name} scores tokens after their call, which takes room for them", where="every", hint="give every=512"
+            )
+        return 0
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ConfigError(f"must be at least 1 token, not {every!r}", where="every")
+    layout = policy.layout(1 << 30 if isinstance(budget, float) else budget)
+    if layout.window or layout.grows:
+        raise ConfigError(f"{policy.name} has nothing to select anew", where="every", hint="leave every out")
+    return every
+
+
 def _check_model(config: Any) -> None:
     kind = getattr(config, "model_type", type(config).__name__)
     base = config._attn_implementation
@@ -310,12 +383,15 @@ def _check_model(config: Any) -> None:
             raise UnsupportedError(f"{reason} are not served" if reason[-1] == "s" else f"{reason} is not served", where=kind)
 
 
-def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int], read: Pages | None) -> SparseLayer:
+def _make_layer(
+    index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int], every: int, read: Pages | None
+) -> SparseLayer:
     """The SparseLayer that replaces one layer of an ordinary cache.
 
     Args:
         stock: the layer that DynamicCache has at this index.
         evicting: numbers of the layers that the policy serves.
+        every: tokens beyond the budget that are stored before the policy selects anew; 0: it does not.
 
     Raises:
         UnsupportedError: a kind of layer that cannot be replaced.
@@ -336,7 +412,7 @@ def _make_layer(index: int, stock: Any, config: Any, policy: Policy, budget: Any
     frequencies = None
     if rotates:
         frequencies = frequencies_of("sinks cannot be moved along", 'positions="absolute" works with every rotary embedding')
-    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies, read=read)
+    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies, every=every, read=read)
 
 
 def _kv_head_sizes(config: Any) -> tuple[int, int]:

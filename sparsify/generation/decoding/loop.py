@@ -190,9 +190,12 @@ class _Generation:
         self.length += 1
 
     def _make_room(self) -> None:
-        """Makes the cache larger, whose buffers move."""
+        """Makes the cache larger, whose buffers move, or smaller where its policy selects, which stay where they are."""
+        before = self.cache.state()
         self.cache.reserve(room_for(self.stored, self.call.max_length - self.length + 1))
         self.limit = self.cache.room()
+        if self.cache.state() == before:
+            return
         self.runner.forget()
         self.sessions.move(self.model, self.cache)
 

@@ -32,7 +32,7 @@ class StepCache(Protocol):
         ...
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` of each row where the cache can grow."""
+        """Makes room for `tokens` of each row where the cache can grow, and for some where its policy selects anew."""
 
     def room(self) -> int | None:
         """Tokens of each row beyond which `reserve` is needed; None where it never is."""
@@ -79,6 +79,7 @@ class SparseStep(_WeakCache[SparseCache]):
 
     def reserve(self, tokens: int) -> None:
         self.cache.reserve(tokens)
+        self.cache.settle()
 
     def room(self) -> int | None:
         return self.cache.room()

@@ -167,13 +167,15 @@ class SparseLayerCall(LayerCall[SparseLayer]):
             if layer.keys is not before:
                 for name in ("keys", "values", "positions", *(() if layer.bounds is None else ("bounds",))):
                     self.given[name] = self.varying[name] = getattr(layer, name)
+        elif layer.every and layer.is_initialized:
+            layer.make_way(self.query_len)
         layer.call.storing = True
 
     def end(self) -> None:
         layer, fresh = self.layer, not self.layer.is_initialized
         self._hand_back({name: vars(layer)[name] for name in ("index", "is_first", "is_last", "call", "used")})
         if fresh and layer.is_initialized:
-            layer.used = self.query_len
+            layer.used = None if layer.every else self.query_len
             layer.mark_static()
         if layer.is_last:
             layer.call.storing = False

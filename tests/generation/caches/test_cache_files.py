@@ -120,7 +120,7 @@ def test_what_is_no_such_file_is_refused(llama, tmp_path):
         header = json.loads(file.metadata()["sparsify_cache"])
     tensors = load_file(tmp_path / "prompt")
     changed = lambda name, header, tensors: save_file(tensors, tmp_path / name, {"sparsify_cache": json.dumps(header)})
-    changed("newer", header | {"format": 2}, tensors)
+    changed("newer", header | {"format": 99}, tensors)
     changed("more", header | {"pages": 3}, tensors)
     changed("missing", header, {name: held for name, held in tensors.items() if name != "1.values"})
     changed("shape", header, tensors | {"0.seen": torch.zeros(3, dtype=torch.int32)})
@@ -128,7 +128,7 @@ def test_what_is_no_such_file_is_refused(llama, tmp_path):
         "cut": "damaged",
         "text": "damaged",
         "weights": "no SparseCache was saved",
-        "newer": "format 2 is not read",
+        "newer": "format 99 is not read",
         "more": "header is not read",
         "missing": "a tensor is missing",
         "shape": r"seen is \(3,\), not \(2,\)",
