@@ -53,22 +53,29 @@ def score(${parameters}):
             y = tl.load(k_tile + r * k_n + c, mask=col_mask, other=0.0)
 %end
             acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
-%if int8
+%if int8 and peak
+        s = acc
+%elif int8
         col_scale = tl.load(key_scales + (b * (heads // GROUP) + h // GROUP) * key_cells + cols, mask=cols < key_cells, other=0.0)
         s = acc.to(tl.float32) * col_scale[None, :]
-        factor = row_scale[:, None]
 %else
         s = acc + acc * 0.0
-        factor = scale
 %end
 %if negative
         s = -s
 %end
         col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
-        s = tl.where(col_first[None, :] <= row_last[:, None], s, float("-inf"))
-        top = tl.max(s, 1) * ${"row_scale" if int8 else "scale"}
-        base = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.sum(tl.reshape(tl.exp2(s * factor - base[:, None]), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+        s = tl.where(col_first[None, :] <= row_last[:, None], s, ${lowest})
+%if int8 and peak
+        block_cells = listed * COL_CELLS
+        scales_at = key_scales + (b * (heads // GROUP) + h // GROUP) * key_cells + block_cells
+        block_scale = tl.load(scales_at, mask=block_cells < key_cells, other=0.0)
+        top, p = pooled(s, row_scale, block_scale)
+%elif int8
+        top, p = pooled(s, row_scale)
+%else
+        top, p = pooled(s, scale)
+%end
         kept = rows < end_cell
         tl.store(tops + (head * tiles + first // TILE_BLOCKS).to(tl.int64) * row_count + rows - first_cell, top, mask=kept)
         tl.store(sums + at[:, None] * (tiles * TILE_BLOCKS) + slot[None, :], p.to(tl.float16), mask=kept[:, None])
@@ -88,36 +95,29 @@ def choose(${parameters}):
     if (count > LEAST) & (count <= TILES * TILE_BLOCKS):
         tiles = column_tiles(key_len)
         key_blocks = (key_len + BLOCK - 1) // BLOCK
-        t = tl.arange(0, TILES)
-        slot = t[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]
+        slot = tl.arange(0, TILES * TILE_BLOCKS)
         possible = slot < count
         col = tl.load(listed_indices + row * key_blocks + slot, mask=possible, other=32767).to(tl.int32)
         _possible, forced = candidates(col, block, b, h, ${candidate_arguments})
         forced = forced & possible
         other = possible & (forced == 0)
-        seen = (count + TILE_BLOCKS - 1) // TILE_BLOCKS
 %if rule == "taus"
         tau = tl.load(thresholds + h)
 %end
         least = tl.maximum(1.0 - tau, 0.0) * (0.5 / (TILES * TILE_BLOCKS))
-        wanted = tl.zeros([TILES, TILE_BLOCKS], tl.int32)
+        wanted = tl.zeros([TILES * TILE_BLOCKS], tl.int32)
         everything = tl.where(tau >= 1.0, 1, 0)
-        for r in range(ROW_CELLS):
-            cell = block * ROW_CELLS + r
-            inside = (t < seen) & (cell < query_cells)
-            factor = tile_scale(tops, scratch_head, cell - first_cell, inside, row_count, tiles, TILES)
-            at = sums + (scratch_head.to(tl.int64) * row_count + cell - first_cell) * (tiles * TILE_BLOCKS) + slot
-            p = tl.load(at, mask=inside[:, None] & possible, other=0.0).to(tl.float32) * factor[:, None]
-            total = tl.sum(p)
-            everything = tl.where(total != total, 1, everything)
-            p = p * tl.where(total == 0.0, 0.0, 1.0 / total)
+        for first in range(0, ROW_CELLS, TOGETHER):
+            cells = block * ROW_CELLS + first + tl.arange(0, TOGETHER)
+            inside = possible[None, :] & (cells < query_cells)[:, None]
+            p = masses(tops, sums, scratch_head, cells - first_cell, slot, inside, row_count, tiles)
+            everything = tl.maximum(everything, tl.max(tl.max((p != p).to(tl.int32), 1), 0))
 %if importance
-            tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=possible)
+            at = (row * ROW_CELLS + first + tl.arange(0, TOGETHER))[:, None] * key_blocks + col[None, :]
+            tl.store(importances + at, p, mask=possible[None, :])
 %end
             wanted |= needed(p, other, forced, tau, least)
         kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
-        kept = tl.reshape(kept, [TILES * TILE_BLOCKS])
-        col = tl.reshape(col, [TILES * TILE_BLOCKS])
         tl.store(counts + row, tl.sum(kept))
         tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
 '''

@@ -24,9 +24,13 @@ With the variant pair (quad) the mean of M = 2 (4) neighbouring tokens, counted 
 among keys, so that a score is a sum over S / M products of means and logit = score · scale · M / S: a mean over S · M products of tokens
 instead of S.
 
-With int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own,
-after the keys' mean is taken from every token of every key cell. The mean moves all logits of a row alike (Zhang et al.,
-"SageAttention", arXiv 2410.02367, smooth their keys in this way).
+With peak the mass of a key block is that of its highest visible logit: in step 1 the softmax runs over key blocks with the highest of
+their visible logits, and step 2 adds nothing over keys. A block of many middling cells counts for less, and one that a single cell needs
+for as much as before.
+
+With int8 the cells, padding's zeros included, are rounded to symmetric 8-bit numbers, each cell with a scale of its own (with peak the key
+cells of a block share one), after the keys' mean is taken from every token of every key cell. The mean moves all logits of a row alike
+(Zhang et al., "SageAttention", arXiv 2410.02367, smooth their keys in this way).
 """
 
 from __future__ import annotations
@@ -84,9 +88,8 @@ def importances(call: SelectCall) -> Iterator[tuple[slice, Tensor]]:
         cols = torch.arange(limit, device=queries.device)
         grouped_rows = queries[:, :, rows].reshape(batch, call.kv_heads, -1, width)
         logits = (grouped_rows @ keys[:, :, :limit].transpose(-1, -2)).view(batch, heads, len(rows), limit)
-        mass = _softmax(logits, _visible(call, rows, cols))
-        mass = torch.nn.functional.pad(mass, (0, call.key_blocks * (call.block_size // call.stride) - limit, 0, -len(rows) % per_block))
-        mass = mass.unflatten(-1, (call.key_blocks, -1)).sum(-1).unflatten(2, (-1, per_block))
+        mass = _block_masses(call, logits, _visible(call, rows, cols))
+        mass = torch.nn.functional.pad(mass, (0, 0, 0, -len(rows) % per_block)).unflatten(2, (-1, per_block))
         mass = mass if call.pool == "row" else mass.sum(3) if call.pool == "sum" else mass.amax(3)
         yield slice(first // per_block, first // per_block + mass.shape[2]), mass.repeat_interleave(call.heads // heads, 1)
 
@@ -179,6 +182,16 @@ def _query_cells(call: SelectCall) -> Tensor:
     return _rounded(cells) if call.estimate.int8 else cells
 
 
+def _block_masses(call: SelectCall, logits: Tensor, visible: Tensor) -> Tensor:
+    """Each key block's share of a query cell's mass, [..., query cells, key_blocks], of logits of all or the first key cells."""
+    blocks = lambda values, fill: torch.nn.functional.pad(
+        values, (0, call.key_blocks * (call.block_size // call.stride) - values.shape[-1]), value=fill
+    ).unflatten(-1, (call.key_blocks, -1))
+    if call.estimate.peak:
+        return _softmax(blocks(logits.masked_fill_(~visible, -torch.inf), -torch.inf).amax(-1), blocks(visible, False).any(-1))
+    return blocks(_softmax(logits, visible), 0.0).sum(-1)
+
+
 def _key_cells(call: SelectCall) -> Tensor:
     """fp32 [batch, kv_heads, key_cells, steps · head_dim]."""
     real = masks.real_keys(call)
@@ -187,7 +200,7 @@ def _key_cells(call: SelectCall) -> Tensor:
     cells = _cells(values, call.stride)
     if call.estimate.int8:
         cells = cells - masks.keys_mean(call, values, real)[:, :, None, None]
-        return _rounded(_merged(call, cells).flatten(3))
+        return _rounded(_merged(call, cells).flatten(3), call.block_size // call.stride if call.estimate.peak else 1)
     return _merged(call, cells).flatten(3)
 
 
@@ -199,9 +212,14 @@ def _merged(call: SelectCall, cells: Tensor) -> Tensor:
     return means if call.estimate.int8 else means.to(call.key.dtype).float()
 
 
-def _rounded(cells: Tensor) -> Tensor:
-    """Each cell [..., numbers] rounded to 255 steps between minus and plus its largest size; NaN when one of them is not finite."""
-    size = cells.abs().amax(-1, keepdim=True).clamp(min=1e-20)
+def _rounded(cells: Tensor, sharing: int = 1) -> Tensor:
+    """Each cell [..., cells, numbers] rounded to 255 steps between minus and plus the largest size in `sharing` neighbouring cells, which
+    share a scale; NaN when one of these is not finite."""
+    size = cells.abs().amax(-1, keepdim=True)
+    if sharing > 1:
+        shared = torch.nn.functional.pad(size, (0, 0, 0, -size.shape[-2] % sharing)).unflatten(-2, (-1, sharing)).amax(-2)
+        size = shared.repeat_interleave(sharing, -2)[..., : size.shape[-2], :]
+    size = size.clamp(min=1e-20)
     return (cells * (127 / size)).round() * torch.where(size.isfinite(), size / 127, torch.nan)
 
 

@@ -32,6 +32,7 @@ MERGED = tl.constexpr(${merged})  # tokens that one mean stands for
 WIDTH = tl.constexpr(${width})  # numbers of a token that a program prepares, some past the head dim
 PITCH = tl.constexpr(${pitch})  # numbers from one prepared token to the next
 CELLS = tl.constexpr(${part})  # cells that a program prepares
+SHARED_CELLS = ${sharing}  # of a scale of keys
 %end
 '''
 
@@ -88,6 +89,32 @@ def locate(band, offset, first_tile, end_tile, query_len, key_len, start):
     return row, col
 '''
 
+POOLED = '''
+
+@triton.jit
+def pooled(s, ${"row_scale, block_scale" if int8 and peak else "row_scale" if int8 else "scale"}):
+    """From a tile's scores, ${lowest} where masked, to each row's highest logit and each key block's sum of exp2(logit - highest)."""
+%if peak
+    # of a block the highest score alone goes on: nothing but a comparison for each of the others
+    peak = tl.max(tl.reshape(s, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+%if int8
+    peak = tl.where(peak == ${lowest}, float("-inf"), peak.to(tl.float32) * (row_scale[:, None] * block_scale[None, :]))
+%else
+    # NaN, which a maximum passes over, has to stay; masked scores are minus infinity, of which that would make NaN
+    peak = peak * scale + tl.sum(tl.reshape(tl.where(s == float("-inf"), 0.0, s * 0.0), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+%end
+    top = tl.max(peak, 1)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.exp2(peak - base[:, None])
+%else
+    # multiplied after the maximum, and below beside the subtraction: one operation less for each score
+    top = tl.max(s, 1) * ${"row_scale" if int8 else "scale"}
+    base = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(s * ${"row_scale[:, None]" if int8 else "scale"} - base[:, None])
+    return top, tl.sum(tl.reshape(p, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+%end
+'''
+
 FINISH = '''
 
 @triton.jit
@@ -115,13 +142,15 @@ def finish(acc, head, row_tile, col_tile, ${finish_arguments}):
 %end
 %if int8
     row_scale = tl.load(query_scales + head * query_cells + rows, mask=rows < query_cells, other=0.0) * scale
+%if peak
+    s = acc
+%else
     col_scale = tl.load(key_scales + head // GROUP * key_cells + cols, mask=cols < key_cells, other=0.0)
     s = acc.to(tl.float32) * col_scale[None, :]
-    factor = row_scale[:, None]
+%end
 %else
     # makes NaN of what is not finite, so that `choose` keeps the whole row
     s = acc + acc * 0.0
-    factor = scale
 %end
 %if negative
     s = -s
@@ -143,13 +172,13 @@ def finish(acc, head, row_tile, col_tile, ${finish_arguments}):
         col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
         row_last = ${"tl.minimum(rows * SPAN + STRIDE, query_len) - 1 + start" if causal else "rows * 0"}
 %end
-        s = tl.where(col_first[None, :] <= row_last[:, None], s, float("-inf"))
+        s = tl.where(col_first[None, :] <= row_last[:, None], s, ${lowest})
 %if segments
         # a cell of padding alone has an empty range
         ours = b * segments_batch * padded_rows + rows
         theirs = b * segments_batch * (tiles * COLS) + cols
-        s = tl.where(tl.load(query_low + ours)[:, None] <= tl.load(key_high + theirs)[None, :], s, float("-inf"))
-        s = tl.where(tl.load(query_high + ours)[:, None] >= tl.load(key_low + theirs)[None, :], s, float("-inf"))
+        s = tl.where(tl.load(query_low + ours)[:, None] <= tl.load(key_high + theirs)[None, :], s, ${lowest})
+        s = tl.where(tl.load(query_high + ours)[:, None] >= tl.load(key_low + theirs)[None, :], s, ${lowest})
 %end
 %if window != "none"
         row_floor = tl.where(window > 0, rows * SPAN + start - window, -NEVER)
@@ -158,16 +187,21 @@ def finish(acc, head, row_tile, col_tile, ${finish_arguments}):
 %else
         col_last = tl.minimum((cols + 1) * STRIDE, key_len) - 1
 %end
-        s = tl.where(col_last[None, :] > row_floor[:, None], s, float("-inf"))
+        s = tl.where(col_last[None, :] > row_floor[:, None], s, ${lowest})
 %end
-    # multiplied after the maximum, and below beside the subtraction: one operation less for each score
-    top = tl.max(s, 1) * ${"row_scale" if int8 else "scale"}
-    base = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.sum(tl.reshape(tl.exp2(s * factor - base[:, None]), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+    blocks = col_tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+%if int8 and peak
+    first_cols = blocks * COL_CELLS
+    block_scale = tl.load(key_scales + head // GROUP * key_cells + first_cols, mask=first_cols < key_cells, other=0.0)
+    top, p = pooled(s, row_scale, block_scale)
+%elif int8
+    top, p = pooled(s, row_scale)
+%else
+    top, p = pooled(s, scale)
+%end
     kept = rows < end_cell
     at = head.to(tl.int64) * row_count + rows - first_cell
     tl.store(tops + (head * tiles + col_tile).to(tl.int64) * row_count + rows - first_cell, top, mask=kept)
-    blocks = col_tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     tl.store(sums + at[:, None] * (tiles * TILE_BLOCKS) + blocks[None, :], p.to(tl.float16), mask=kept[:, None])
 '''
 

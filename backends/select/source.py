@@ -134,6 +134,11 @@ class SelectSpec:
         return min((full, full // 2), key=lambda d: (cdiv(self.head_dim, d) * d, -d))
 
     @property
+    def sharing(self) -> int:
+        """Key cells that share a scale: those of a block, where integers of a block are compared."""
+        return self.block // self.stride if self.estimate.int8 and self.estimate.peak else 1
+
+    @property
     def tile_blocks(self) -> int:
         """Key blocks of a column tile."""
         return self.tiling.cols * self.stride // self.block
@@ -150,6 +155,7 @@ class SelectSpec:
         one = self.estimate
         pool = self.reduce + (", half the query cells" if one.half else "") + (", shared by a group" if self.shared > 1 else "")
         pool += (f", means of {one.merge} tokens" if one.merge > 1 else "") + (", 8 bits" if one.int8 else "")
+        pool += ", highest scores" if one.peak else ""
         kept = ", ".join(name for name, on in clauses.items() if on) or "no mask"
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
@@ -207,7 +213,7 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         return (*lists, *importances, *chosen, *_runtime("counts_batch", *lengths, "first_block"), *_start(spec), *constexprs("WIDTH"))
     stored = importances if spec.importance else []
     numbers = _runtime("counts_batch", *lengths, *rows, "first_block")
-    bounds = constexprs("TILES", "LEAST") if spec.listed else constexprs("TILES")
+    bounds = constexprs("TILES", *(["TOGETHER"] if spec.reduce == "row" else []), *(["LEAST"] if spec.listed else []))
     return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *bounds)
 
 
@@ -250,10 +256,13 @@ def generate(spec: SelectSpec) -> str:
         "shared": spec.shared,
         "merged": spec.estimate.merge,
         "int8": spec.estimate.int8,
+        "peak": spec.estimate.peak,
+        "lowest": "-2147483648" if spec.estimate.int8 and spec.estimate.peak else 'float("-inf")',
         "prepared": spec.estimate.prepared,
         "query_step": "STEPS" if spec.estimate.prepared else "SPAN",
         "number": NUMBERS[spec.dtype],
-        **prepare.constants(spec.head_dim, spec.steps),
+        "sharing": spec.sharing,
+        **prepare.constants(spec.head_dim, spec.steps, spec.sharing),
         "candidate_arguments": _names([*_candidate_masks(spec), *_runtime("query_len", "key_len")]),
     }
     names = (
@@ -271,7 +280,7 @@ def generate(spec: SelectSpec) -> str:
         "rule",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
-    scoring = listed_template.SCORE_LISTED if spec.listed else score_template.FINISH + score_template.SCORE
+    scoring = score_template.POOLED + (listed_template.SCORE_LISTED if spec.listed else score_template.FINISH + score_template.SCORE)
     parts = [(score_template.HEADER + score_template.WALK, ""), (scoring, "score")]
     if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))

@@ -79,13 +79,13 @@ def refine(
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     per_block = call.block_size // call.span
     sums = tops = None
-    operands = triton.mask_operands(call, spec)
+    operands, mean = triton.mask_operands(call, spec), triton.whole_mean(call, spec)
     for _, chunks in itertools.groupby(triton.plan_chunks(call, spec, limits.scratch_bytes), lambda chunk: (chunk.batch, chunk.kv_heads)):
         first, *more = chunks
         scales: dict[str, Tensor | None] = {}
         queries, keys = triton.chunk_operands(call, spec, first)
         if spec.estimate.prepared:
-            queries, keys, scales = triton.prepared_operands(call, spec, module, first, queries, keys)
+            queries, keys, scales = triton.prepared_operands(call, spec, module, first, queries, keys, mean)
         for chunk in (first, *more):
             (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
             heads, rows = slice(g0 * call.group, g1 * call.group), chunk.cells[1] - chunk.cells[0]
@@ -105,7 +105,8 @@ def refine(
             launch(module.score, grid, select_source.arguments(spec, "score"), values, num_warps=4, num_stages=spec.tiling.stages)
             whole, narrow, least = power_of_two(tiles) * spec.tile_blocks, max(_NARROW, spec.tile_blocks), -1
             for width in (narrow, whole) if narrow < whole else (whole,):
-                values |= {"TILES": width // spec.tile_blocks, "LEAST": least}
-                launch(module.choose, grid, select_source.arguments(spec, "choose"), values, num_warps=min(8, max(1, width // 512)))
+                together, warps = triton.choosing(spec, width, limits)
+                values |= {"TILES": width // spec.tile_blocks, "TOGETHER": together, "LEAST": least}
+                launch(module.choose, grid, select_source.arguments(spec, "choose"), values, num_warps=warps)
                 least = width
         del queries, keys, scales

@@ -49,12 +49,14 @@ _LEAST_SCALE = 1e-12
 class Limits:
     """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
     fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond.
-    numbers: key blocks of a row for each warp of `choose`; half of them under the row rule, which holds more of each."""
+    numbers: key blocks of a row for each warp of `choose`; under the row rule those of all cells that are served together.
+    together: query cells whose cutoffs the row rule seeks at once, where so many rows stay in registers."""
 
     scratch_bytes: int = SUM_BYTES
     fused_width: int = WIDEST_ROW
     part: int = 2048
     numbers: int = 1024
+    together: int = 4
 
 
 LIMITS = Limits()
@@ -162,12 +164,13 @@ def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, im
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     sums = tops = None
     operands, tiling = mask_operands(call, spec), spec.tiling
+    mean = whole_mean(call, spec)
     for _, chunks in itertools.groupby(plan_chunks(call, spec, limits.scratch_bytes), lambda chunk: (chunk.batch, chunk.kv_heads)):
         first, *more = chunks
         scales: dict[str, Tensor | None] = {}
         queries, keys = chunk_operands(call, spec, first)
         if spec.estimate.prepared:
-            queries, keys, scales = prepared_operands(call, spec, module, first, queries, keys)
+            queries, keys, scales = prepared_operands(call, spec, module, first, queries, keys, mean)
         for chunk in (first, *more):
             heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
             if sums is None:  # no chunk is larger than the first
@@ -205,15 +208,20 @@ def _choose(
     if not spec.wide:
         values["importances"] = None if importances is None else importances[b0:b1, heads]
         for begin, end, width in _widths(call, spec, first, first + blocks, padded):
-            values |= {"TILES": width, "first_block": begin}
-            numbers = limits.numbers // 2 if spec.reduce == "row" else limits.numbers
-            warps = min(8, max(1, width * spec.tile_blocks // numbers))
+            together, warps = choosing(spec, width * spec.tile_blocks, limits)
+            values |= {"TILES": width, "TOGETHER": together, "first_block": begin}
             launch(module.choose, (end - begin, served), select_source.arguments(spec, "choose"), values, num_warps=warps)
         return
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)
     values |= {"TILES": padded, "PART": max(1, limits.part // spec.tile_blocks), "WIDTH": limits.part}
     launch(module.pool, grid, select_source.arguments(spec, "pool"), values, num_warps=4)
     launch(module.pick, grid, select_source.arguments(spec, "pick"), values, num_warps=8)
+
+
+def choosing(spec: SelectSpec, blocks: int, limits: Limits) -> tuple[int, int]:
+    """Query cells that `choose` serves at once, and its warps, for rows of so many key blocks."""
+    together = 1 if spec.reduce != "row" else min(limits.together, spec.block // spec.span, max(1, WIDEST_ROW // blocks))
+    return together, min(8, max(1, together * blocks // limits.numbers))
 
 
 def _widths(call: SelectCall, spec: SelectSpec, begin: int, end: int, tiles: int) -> Iterator[tuple[int, int, int]]:
@@ -269,14 +277,25 @@ def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[T
     )
 
 
+def whole_mean(call: SelectCall, spec: SelectSpec) -> Tensor | None:
+    """The mean that is taken from the keys of all chunks, by one pass for all of them; None where keys are copied first."""
+    return masks.keys_mean(call, call.key, None) if spec.estimate.int8 and masks.real_keys(call) is None else None
+
+
 def prepared_operands(
-    call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor
+    call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor, mean: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-    """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them."""
-    mean = masks.keys_mean(call, keys, _batch_rows(masks.real_keys(call), *chunk.batch)) if spec.estimate.int8 else None
+    """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them.
+
+    mean: as `whole_mean`.
+    """
+    if mean is not None:
+        mean = mean[slice(*chunk.batch), slice(*chunk.kv_heads)].contiguous()
+    elif spec.estimate.int8:
+        mean = masks.keys_mean(call, keys, _batch_rows(masks.real_keys(call), *chunk.batch))
     make = functools.partial(prepare.prepare_cells, module, spec.dtype, steps=spec.steps, int8=spec.estimate.int8)
     queries, query_scales = make(queries, None, call.query_cells, call.span)
-    keys, key_scales = make(keys, mean, call.key_cells, call.stride)
+    keys, key_scales = make(keys, mean, call.key_cells, call.stride, sharing=spec.sharing)
     return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
 
 

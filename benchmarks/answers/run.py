@@ -27,18 +27,16 @@ from sparsify.ops.estimate import parse_label
 
 ASKS = 16
 COMMON = {"min_length": 0, "strict": True}
-# rule and estimate, stride, thresholds: today's default, the exact estimate finer and finer, then what makes it cheaper
+# rule and estimate, stride, thresholds: what was the default before, the exact estimate, then what makes it cheaper, finer and finer
 ABLATION = (
-    ("max+pair+int8", 8, (0.9, 0.95)),
-    ("row", 4, (0.5, 0.6)),
-    ("row", 8, (0.6, 0.7, 0.8)),
-    ("row", 16, (0.7, 0.8)),
-    ("row+pair+int8", 4, (0.5, 0.6)),
-    ("row+pair+int8", 8, (0.6, 0.7, 0.8)),
-    ("row+pair+int8", 16, (0.7, 0.8)),
-    ("row+pair+int8/4@0.9", 16, (0.5, 0.6)),
-    ("row+pair+int8/4@0.95", 16, (0.5, 0.6)),
-    ("row/4@0.95", 16, (0.5,)),
+    ("max+pair+int8", 8, (0.95,)),
+    ("row", 4, (0.6,)),
+    ("row+pair+int8", 8, (0.8, 0.9)),
+    ("row+pair+int8", 4, (0.6, 0.8)),
+    ("row+pair+int8+peak", 8, (0.8, 0.9)),
+    ("row+pair+int8+peak", 4, (0.5, 0.6, 0.7, 0.8)),
+    ("row+quad+int8+peak", 4, (0.7, 0.8)),
+    ("row+pair+int8+peak/4@0.95", 8, (0.7,)),
 )
 
 

@@ -54,8 +54,9 @@ ESTIMATES = (
 )
 ESTIMATES += ((16, "max+group"), (16, "max+half+int8"), (8, "max"), (8, "sum"), (8, "max+pair"), (8, "max+half+int8"))
 # rules and estimates at the densities that answers need of them (`benchmarks.answers`), in place of the others
-ABLATION = ((8, "max+pair+int8"), (4, "row"), (8, "row"), (16, "row"), (4, "row+pair+int8"), (8, "row+pair+int8"), (16, "row+pair+int8"))
-ABLATION += ((8, "row+quad+int8"), (16, "row+pair+int8/4@0.9"), (16, "row+pair+int8/4@0.95"), (16, "row+quad+int8/4@0.95"))
+ABLATION = ((8, "max+pair+int8"), (16, "row+pair+int8"), (8, "row+pair+int8"), (4, "row+pair+int8"))
+ABLATION += ((8, "max+pair+int8+peak"), (8, "row+pair+int8+peak"), (4, "row+pair+int8+peak"), (4, "row+quad+int8+peak"))
+ABLATION += ((8, "row+pair+int8+peak/4@0.95"),)
 ABLATION_TARGETS = {32768: (0.05,), 131072: (0.04,), 262144: (0.03,)}
 MAIN = (16, "max")
 BLOCK = 128

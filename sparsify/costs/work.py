@@ -260,7 +260,7 @@ def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate, p
         dtype=s.dtype,
         flops=_ZERO if estimate.int8 else flops,
         flops8=flops if estimate.int8 else _ZERO,
-        scores=sympy.sympify(scored * cells),
+        scores=sympy.sympify(scored * cells) * sympy.Rational(estimate.entry.numerator, estimate.entry.denominator),
         # every query head bisects each of its cells' masses
         masses=sympy.sympify(s.batch * s.query_heads * masses) if pool == "row" else _ZERO,
         longest=sympy.sympify(tile),

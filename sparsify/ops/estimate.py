@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sparsify.errors import UnsupportedError
 
-VariantName = Literal["half", "group", "pair", "quad", "int8"]
+VariantName = Literal["half", "group", "pair", "quad", "int8", "peak"]
 Pool = Literal["sum", "max", "row"]
 EXACT_NAME = "exact"
 
@@ -25,6 +25,7 @@ class Variant:
     computes: what is computed, for people, as docs/kernels.md lists it.
     cost: its share of the exact estimate's work, likewise.
     share: its products over the exact estimate's, 8-bit ones counted half; of the number of query heads per KV head.
+    entry: what a score costs beside its products, over the exact estimate's, where it is exponentiated and added up.
     examples: estimates that it is tested in.
     """
 
@@ -33,6 +34,7 @@ class Variant:
     cost: str
     share: Callable[[int], Fraction]
     examples: tuple[str, ...]
+    entry: Fraction = Fraction(1)
 
 
 VARIANTS: dict[VariantName, Variant] = {
@@ -61,6 +63,14 @@ VARIANTS: dict[VariantName, Variant] = {
         lambda group: Fraction(1, 2),
         ("int8",),
     ),
+    "peak": Variant(
+        {"peak": True},
+        "a key block counts by its highest score, not by the sum over its cells; with 8 bits all cells of a key block share a scale",
+        "1, but one exponential for a block of keys instead of one for each cell",
+        lambda group: Fraction(1),
+        ("peak", "int8+peak", "pair+int8+peak", "half+quad+peak"),
+        entry=Fraction(1, 4),
+    ),
 }
 
 
@@ -72,12 +82,14 @@ class Estimate:
     group: one estimate per KV head, from the mean of its query heads.
     merge: so many neighbouring tokens' mean stands for them all, of queries and of keys; 1: none are merged.
     int8: cells are rounded to 8 bits, each with a scale of its own, keys after their mean is taken away.
+    peak: the mass of a key block is that of its highest score; int8 gives the cells of a key block one scale, so that integers compare.
     """
 
     half: bool = False
     group: bool = False
     merge: int = 1
     int8: bool = False
+    peak: bool = False
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> Estimate:
@@ -129,6 +141,11 @@ class Estimate:
         for name in self.variants:
             share *= VARIANTS[name].share(group)
         return share
+
+    @property
+    def entry(self) -> Fraction:
+        """What a score costs beside its products, over the exact estimate's."""
+        return VARIANTS["peak"].entry if self.peak else Fraction(1)
 
 
 EXACT = Estimate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsify.backends.codegen import source
+from sparsify.backends.select import triton
 from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, SelectTiling, arguments, generate
 from sparsify.ops.estimate import EXACT, EXAMPLES, Estimate
 from sparsify.releases import triton_release
@@ -71,21 +72,36 @@ def test_hopper_scores_without_spills(clause):
     assert used.shared < 4 * (128 + 256) * 64 * 2 + 1024
 
 
-@pytest.mark.parametrize("clause", ["int8", "pair+int8", "pair", "quad+int8"])
+@pytest.mark.parametrize("clause", ["int8", "pair+int8", "pair", "quad+int8", "int8+peak", "pair+int8+peak"])
 @pytest.mark.parametrize("stride, head_dim", [(16, 128), (8, 64), (4, 40), (16, 256)])
 def test_hopper_prepares_without_spills(stride, head_dim, clause):
     chosen = spec(clause, stride=stride, head_dim=head_dim)
-    used = compiled(chosen, "prepare_cells", 90, 8, APART=stride, SHIFTED=chosen.estimate.int8)
-    assert used.spilled == 0 and used.registers <= 128
+    used = compiled(chosen, "prepare_cells", 90, 8, APART=stride, SHIFTED=chosen.estimate.int8, SHARING=chosen.sharing)
+    assert used.spilled == 0 and used.registers <= (128 if chosen.sharing == 1 else 192)
+
+
+def choosing(chosen: SelectSpec, arch: int, width: int, **constexprs: int) -> Resources:
+    """`choose` as it is launched for rows of so many key blocks."""
+    together, warps = triton.choosing(chosen, width, triton.LIMITS)
+    constexprs |= {"TOGETHER": together} if chosen.reduce == "row" else {}
+    return compiled(chosen, "choose", arch, warps, TILES=width // chosen.tile_blocks, **constexprs)
 
 
 @pytest.mark.parametrize(
     "clause, width",
-    [("causal", 1024), ("density", 8192), ("everything", 8192), ("everything", 1024), ("row", 1024), ("row everything", 8192)],
+    [
+        ("causal", 1024),
+        ("density", 8192),
+        ("everything", 8192),
+        ("everything", 1024),
+        ("row", 1024),
+        ("row", 4096),
+        ("row everything", 8192),
+    ],
 )
 def test_hopper_chooses_without_spills(clause, width):
     chosen = spec(clause)
-    used = compiled(chosen, "choose", 90, max(1, width // 1024), TILES=width // chosen.tile_blocks)
+    used = choosing(chosen, 90, width)
     within_budget(f"select choose {clause} {width} sm_90", used)
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
 
@@ -105,7 +121,7 @@ def test_other_architectures(clause, arch):
     used = compiled(chosen, "score", arch, chosen.tiling.warps)
     assert used.mma > 0
     assert used.shared <= (99 * 1024 if arch == 80 else SHARED_LIMIT[arch])
-    compiled(chosen, "choose", arch, 1, TILES=64)
+    choosing(chosen, arch, 64 * chosen.tile_blocks)
 
 
 @pytest.mark.slow
@@ -123,4 +139,4 @@ def test_hopper_scores_and_chooses_among_listed_blocks_without_spills(estimate):
     used = compiled(chosen, "score", 90, 4)
     assert used.spilled == 0 and used.mma > 0 and used.shared <= SHARED_LIMIT[90]
     for width in (256, 1024):
-        assert compiled(chosen, "choose", 90, max(1, width // 512), TILES=width // chosen.tile_blocks, LEAST=-1).spilled == 0
+        assert choosing(chosen, 90, width, LEAST=-1).spilled == 0

@@ -122,8 +122,9 @@ def test_padding_per_batch_row(extra):
     compare(query, key, tiling=POINTERS if extra else TMA, key_flags=flags(), **extra)
 
 
-def test_segments_alone():
-    compare(*inputs(), segments=(torch.arange(LENGTH) // 90)[None])
+@pytest.mark.parametrize("estimate", ["exact", "peak", "quad+peak"])
+def test_segments_alone(estimate):
+    compare(*inputs(), segments=(torch.arange(LENGTH) // 90)[None], estimate=estimate)
 
 
 def test_a_chunk_and_a_start_from_a_tensor():
@@ -141,6 +142,9 @@ def test_a_chunk_and_a_start_from_a_tensor():
         *((TMA, {"estimate": one}, {"query_len": 250, "heads": 4, "kv_heads": 2}) for one in EXAMPLES if one.int8),
         (POINTERS, {"estimate": "half+int8", "windows": [100]}, {"query_len": 230, "dim": 40, "dtype": torch.float32}),
         (TMA, {"estimate": "group+int8", "density": 0.4}, {"heads": 4, "kv_heads": 2}),
+        (TMA, {"estimate": "pair+int8+peak", "pool": "row", "scale": -0.25}, {"query_len": 250, "heads": 4, "kv_heads": 2}),
+        (POINTERS, {"estimate": "pair+int8+peak", "pool": "row", "windows": [100]}, {"query_len": 230}),
+        (POINTERS, {"estimate": "int8+peak", "key_flags": True}, {"batch": 2, "kv_heads": 2}),
         (TMA, {"estimate": "int8", "key_flags": True}, {"batch": 2, "kv_heads": 2}),
         (POINTERS, {"estimate": "half+pair+int8", "key_flags": True}, {"batch": 2, "kv_heads": 2}),
     ],
@@ -195,7 +199,11 @@ def test_chunks_of_rows_and_heads_give_the_same_lists():
     assert torch.equal(block_lists.to_dense(counts, indices, one.key_blocks), whole)
 
 
-@pytest.mark.parametrize("changes", [{}, {"estimate": "int8"}, {"pool": "row"}, {"pool": "row", "wide": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"estimate": "int8"}, {"pool": "row"}, {"pool": "row", "wide": True}, {"estimate": "peak"}, {"estimate": "int8+peak"}],
+    ids=str,
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rows_that_are_not_finite_keep_everything(value, changes):
     changes = dict(changes)
@@ -261,10 +269,11 @@ def test_equals_the_definition():
     [
         ({}, {"query_len": 520, "heads": 2}),
         ({"estimate": "pair+int8", "threshold": [0.2, 0.5]}, {"query_len": 250, "key_len": 510}),
-        ({"causal": False, "scale": -0.25}, {"query_len": 130, "key_len": 300}),
+        ({"estimate": "pair+int8+peak", "threshold": [0.2, 0.5]}, {"query_len": 250, "key_len": 510}),
+        ({"causal": False, "scale": -0.25, "estimate": "peak"}, {"query_len": 130, "key_len": 300}),
         ({"query_start": torch.tensor([200])}, {"query_len": 130, "key_len": 400, "batch": 2}),
     ],
-    ids=["exact", "8 bits of a chunk", "not causal", "start"],
+    ids=["exact", "8 bits of a chunk", "highest of 8 bits", "not causal, highest", "start"],
 )
 def test_a_second_stage_chooses_among_what_is_listed(changes, shape, monkeypatch):
     monkeypatch.setattr(stages, "_NARROW", 4)

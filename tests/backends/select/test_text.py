@@ -37,6 +37,7 @@ def describe(query, key, **changes):
         ("masked_density", MASKS),
         ("int8", {"estimate": Estimate(half=True, int8=True)}),
         ("pair", {"estimate": Estimate(merge=2)}),
+        ("peak", {"estimate": Estimate(int8=True, peak=True), "tiling": INT8_TILING}),
         ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
         ("row", {"reduce": "row"}),
         ("row_listed", {"reduce": "row", "listed": True, "stride": 4, "tiling": LISTED, "estimate": Estimate(merge=2, int8=True)}),
