@@ -8,6 +8,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 log = logging.getLogger(__name__)
 
+UNREAD = "a form that is not read"  # begins the reason
+
 
 def reason(error: Exception, where: str = "") -> str:
     """The reason for refusing a site after an unexpected exception; call it in the except block.
@@ -18,4 +20,4 @@ def reason(error: Exception, where: str = "") -> str:
     if isinstance(error, TorchDynamoException):
         raise error
     log.info("unforeseen at %s", where, exc_info=error)
-    return f"a form that is not read: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"{UNREAD}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -271,7 +271,7 @@ class Facts:
                 if all(one is other or self.holds(relation(one, other)) for other in choice.args):
                     found[choice] = one
                     break
-        return typing.cast(sympy.Expr, expr.xreplace(found)) if found else expr
+        return expr.xreplace(found)
 
     def extreme(self, expr: sympy.Expr, highest: bool) -> sympy.Expr | None:
         """The largest (or smallest) value over all indices; None where the expression is not linear in them."""

@@ -35,7 +35,15 @@ def tiny_config(
         by_layer: whether lists with an entry per layer keep one entry of each kind; without, the class makes them itself.
         overrides: fields that are not as the names say; nested for nested configurations; `DROP` leaves a field to the class.
     """
-    return kind(**_merged(_arguments(kind, kv_heads, layers, by_layer, VOCAB - 2), overrides or {}))
+    return kind(**_merged(_arguments(kind, kv_heads, layers, by_layer, VOCAB - 2, overrides=overrides), overrides or {}))
+
+
+def default_config(kind: type[PreTrainedConfig], overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+    """The class's own configuration, with these fields where it has none that holds by itself."""
+    try:
+        return kind()
+    except Exception:
+        return kind(**(overrides or {}))
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -43,10 +51,16 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _arguments(
-    kind: type[PreTrainedConfig], kv_heads: int, layers: int, by_layer: bool, token: int, nested: bool = False
+    kind: type[PreTrainedConfig],
+    kv_heads: int,
+    layers: int,
+    by_layer: bool,
+    token: int,
+    nested: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """token: the highest identifier that is free for a special token; nested configurations get others than what they stand in."""
-    fields = _fields(kind())
+    fields = _fields(default_config(kind, overrides))
     count = _count_of_layers(kind, fields)
     lists = _lists_by_layer(fields, fields[count]) if by_layer and count else {}
     kept = _one_of_each(lists, fields[count], layers) if lists and count else []

@@ -36,6 +36,16 @@ def _mrope(*section: int, **more: Any) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": {**_THETA, "mrope_section": list(section)}, **more}}
 
 
+def _gemma4_draft(text: str) -> dict[str, Any]:
+    """All of a draft's layers read keys and values of the model that it drafts for."""
+    return {
+        "model_type": text, "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 2, "num_kv_shared_layers": 2,
+        "layer_types": _WINDOW_FULL, "sliding_window": 64, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+        "rope_parameters": _THETA_BY_KIND,
+    }  # fmt: skip
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     # decoders
     "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
@@ -101,6 +111,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hy_v4_vl": _mrope(1, 1, 2),
     "llava_next": _THREE_TILES, "llava_next_video": _THREE_TILES, "llava_onevision": _THREE_TILES,
+    "gemma4_assistant": {"text_config": _gemma4_draft("gemma4_text")},
+    "gemma4_unified_assistant": {"text_config": _gemma4_draft("gemma4_unified_text")},
     "llama4": {"text_config": _LLAMA4_TEXT},
     "mistral_large4": {
         "text_config": {

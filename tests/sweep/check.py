@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import api, pipeline
+from sparsify.graph.unforeseen import UNREAD
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
 from tests.sweep.models import brief
@@ -82,7 +83,8 @@ def check(model: nn.Module, scenario: Scenario, sparse: bool = False) -> Finding
         found.verdict = "crashed" if plain.failure is None else "fails"
         found.note = brief(got.failure or RuntimeError("no value"))
         return found
-    found.error, found.note = difference(got.value, want, scenario.rows)
+    found.error, odd = difference(got.value, want, scenario.rows)
+    found.note = found.note or odd
     if not found.error < CLOSE:
         plain = _run(model, scenario, "eager", None, fullgraph=whole)
         if plain.value is None or difference(plain.value, want, scenario.rows)[0] < found.error / 3:
@@ -106,6 +108,8 @@ def _counted(got: _Ran, seen: int, whole: bool) -> Finding:
     found.missed = max(0, seen - len(sites)) if whole or not sites else 0
     if any("does not hold" in d.validation for d in left):
         found.verdict = "wrong"
+    elif ours := next((text for text in found.reasons if f"{UNREAD}:" in text), ""):
+        found.verdict, found.note = "crashed", ours
     elif not sites and not seen:
         found.verdict = "none"
     else:

@@ -35,6 +35,29 @@ class Inputs:
         return tokens[..., None].expand(*tokens.shape, self.codebooks) % 60 if self.codebooks else tokens
 
 
+@dataclass(frozen=True)
+class DraftInputs(Inputs):
+    """Of a draft, which reads keys and values that another model has of the text: its next token's states, and as many keys as tokens."""
+
+    def beside(self, model: nn.Module, tokens: Tensor, first: int = 0) -> dict[str, Any]:
+        (rows, length), config = tokens.shape, model.config
+        text: Any = config.get_text_config()
+        generator = torch.Generator().manual_seed(5)
+        draw = lambda *shape: torch.randn(rows, *shape, generator=generator)
+        kept: dict[str, tuple[int, int, int]] = {}
+        for layer in (one for one in model.modules() if hasattr(one, "num_key_value_groups")):
+            seen = length if layer.layer_type == "full_attention" else min(length, text.sliding_window)
+            kept[layer.layer_type] = (text.num_attention_heads // layer.num_key_value_groups, seen, layer.head_dim)
+        return {
+            "inputs_embeds": draw(1, 2 * config.backbone_hidden_size),
+            "position_ids": torch.full((rows, 1), length - 1),
+            "shared_kv_states": {kind: (draw(*shape), draw(*shape)) for kind, shape in kept.items()},
+        }
+
+    def part(self, given: dict[str, Any], part: slice) -> dict[str, Any]:
+        return given
+
+
 def _noise(name: str, *shape: int) -> Inputs:
     """Of each row of the batch an array of this shape."""
     return Inputs(sound=lambda rows: {name: torch.randn(rows, *shape, generator=torch.Generator().manual_seed(5))})
@@ -54,13 +77,15 @@ _SOURCES: dict[str, Inputs] = {
     "vision-encoder-decoder": _noise("pixel_values", 3, 32, 32),
     "whisper": _noise("input_features", 80, 200),
     "dia": Inputs(codebooks=9),
+    "gemma4_assistant": DraftInputs(),
+    "gemma4_unified_assistant": DraftInputs(),
 }
 
 
 def inputs_of(which: str, model_type: str) -> Inputs:
     """What a type of a list is given."""
     if which == "causal":
-        return Inputs()
+        return _SOURCES.get(model_type, Inputs()) if model_type.endswith("_assistant") else Inputs()
     if which == "speech" and model_type.startswith("seamless_m4t"):  # on another list it reads text
         return _SEAMLESS
     return _SOURCES.get(model_type, Inputs(encoder=which == "masked"))

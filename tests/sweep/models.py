@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.support.tiny_configs import tiny_config
+from tests.support.tiny_configs import default_config, tiny_config
 from tests.support.tiny_models import build_class, spread_weights
 from tests.support.tiny_overrides import OVERRIDES
 from tests.sweep.images import ImageInputs, image_inputs
@@ -23,8 +23,6 @@ from tests.sweep.seen import Seen
 # what cannot be called by itself, or needs packages beside transformers
 NOT_BUILT = {
     "gemma3n": "its vision tower needs timm; its text model is on the list as gemma3n_text",
-    "gemma4_assistant": "drafts for another model, whose keys and values it reads",
-    "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads",
 }
 _MANY_CALLS = 2500  # of torch's functions in a prompt: a model that loops over tokens
 _TEXT_PARTS = ("text_config", "decoder_config", "llm_config", "thinker_config", "decoder")
@@ -94,7 +92,8 @@ def _inputs(which: str, model_type: str, model: nn.Module) -> Iterator[Inputs]:
 def _ways(which: str, model_type: str, attention: str | None) -> Iterator[Callable[[], tuple[nn.Module, str]]]:
     """Functions that make (a model, the name of a part): the whole in several sizes, then its language decoder."""
     model_class = LISTS[which].class_of(model_type)
-    more = {name: True for name in ("is_decoder", "causal") if which == CAUSAL and hasattr(model_class.config_class(), name)}
+    default = default_config(model_class.config_class, OVERRIDES.get(model_type))
+    more = {name: True for name in ("is_decoder", "causal") if which == CAUSAL and hasattr(default, name)}
     whole = lambda sizes: build_class(model_class, attention, overrides=more, **sizes)
     for sizes in _SIZES:
         yield lambda sizes=sizes: (whole(sizes), "")

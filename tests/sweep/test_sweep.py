@@ -47,6 +47,14 @@ def test_images_are_shown_where_a_model_takes_them(model_type):
     assert built.sees and not built.part
 
 
+def test_a_draft_reads_keys_that_it_is_given():
+    """One row over as many keys as the text has tokens, of each kind of layer."""
+    built, scenario = prefill("gemma4_assistant")
+    found = check(built.model, scenario)
+    assert (found.verdict, found.sites, found.rewritten) == ("whole", 2, 2)
+    assert scenario.call(built.model).shape[:2] == (1, 1)
+
+
 def test_what_is_no_attention_is_none():
     rows = torch.linspace(-1, 1, 40).reshape(1, 10, 4)
     assert check(torch.nn.Linear(4, 4), Scenario("prefill", lambda model: model(rows))).verdict == "none"
@@ -78,7 +86,8 @@ def test_an_error_of_ours_is_no_failure_of_the_model(monkeypatch):
     monkeypatch.setattr(Dense, "rewrite", rewrite)
     built, scenario = prefill("llama")
     found = check(built.model, scenario)
-    assert (found.verdict == "refused" and found.reasons == {"llama.layers: AttributeError: ours": 2}) or found.verdict == "refused"
+    why = "cannot be run: a form that is not read: AttributeError: ours"
+    assert (found.verdict, found.note, found.rewritten, found.reasons) == ("crashed", why, 0, {why: 2})
 
 
 def test_reasons_of_different_nodes_are_one():
