@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.cache.append_template import COMBINE, FOLD_TILE, SPLIT
-from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, rotated_queries
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, packed_values, partial_sums, rotated_queries
 from sparsify.backends.cache.reference import find_query_positions
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
@@ -79,6 +79,7 @@ class AppendSpec:
     padded: tokens may be padding.
     rotate_sinks: sinks stand directly before the window, so that rotated queries see them.
     softcap, sink_logits: whether the call has them.
+    packed: heads have numbers of slots of their own, side by side.
     """
 
     dtype: str
@@ -93,6 +94,7 @@ class AppendSpec:
     rotate_sinks: bool = False
     softcap: bool = False
     sink_logits: bool = False
+    packed: bool = False
 
     def __post_init__(self):
         check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
@@ -125,7 +127,8 @@ def arguments(spec: AppendSpec, kernel: str) -> tuple[Argument, ...]:
     sizes = integers("kv_heads", "query_len", "splits")
     if kernel == "combine":
         return (*parts, *out, *sizes, *sinks, *constexprs("SPLITS"))
-    listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "seen", "query_positions")]
+    listed = pointers("i32", "starts") if spec.packed else []
+    listed += [*data("query", "keys", "values"), *pointers("i32", "positions", "seen", "query_positions")]
     listed += [*strides("query_b", "query_h", "query_m", "capacity"), *sizes]
     if spec.has_new:
         listed += [*data("new_key", "new_value"), *pointers("i32", "at")]
@@ -144,6 +147,7 @@ def append_source(spec: AppendSpec) -> str:
     values = vars(spec) | {
         "context": ", ".join(context + (["window", "sinks"] if spec.windowed else [])),
         **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
+        **packed_values(spec.packed),
         "split_parameters": parameters(arguments(spec, "split")),
         "combine_parameters": parameters(arguments(spec, "combine")),
     }
@@ -180,7 +184,7 @@ def cache_attention(call: CacheAttentionCall, *, tiling: AppendTiling | None = N
     has_new = new_key is not None
     spec = AppendSpec(
         dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, call.window > 0, call.is_token is not None and has_new,
-        rotate_sinks, call.softcap > 0, call.sink_logits is not None,
+        rotate_sinks, call.softcap > 0, call.sink_logits is not None, call.starts is not None,
     )  # fmt: skip
     query_positions = find_query_positions(call).to(torch.int32).contiguous()
     out = cache_ops.empty_output(call)

@@ -71,11 +71,16 @@ def split(
 %end
     p = tl.load(query_positions + batch * query_len + i, mask=inside, other=-1)
     before = tl.load(seen + batch)
-    filled = tl.minimum(before, capacity)
+%if packed
+    bound = starts + batch * (kv_heads + 1) + kv_head
+    size = tl.load(bound + 1) - tl.load(bound)
+    first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
+%end
+    filled = tl.minimum(before, ${size})
     split_len = tl.cdiv(tl.cdiv(filled, KEYS), splits) * KEYS
     begin = split_id * split_len
     end = tl.minimum(begin + split_len, filled)
-    slot_row = tl.cast(row, tl.int64) * capacity
+    slot_row = ${place}
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify.backends.cache import pages as page_kernels
 from sparsify.backends.cache.decode_template import COMBINE, FINISH, RENEW_BOUNDS, SPLIT
-from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums, rotated_queries
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, packed_values, partial_sums, rotated_queries
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
     Argument,
@@ -79,6 +79,7 @@ class DecodeSpec:
     fused: the last program of a KV head joins its splits.
     whole: empty slots are read, too.
     grows: no slot is ever overwritten.
+    packed: heads have numbers of slots of their own, side by side.
     page: slots of the pages that are read along a list; 0: all slots are.
     """
 
@@ -95,6 +96,7 @@ class DecodeSpec:
     whole: bool = False
     grows: bool = False
     page: int = 0
+    packed: bool = False
 
     def __post_init__(self):
         check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
@@ -118,9 +120,10 @@ def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
     logit = logit_arguments(spec.softcap)
     token = integers("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h", aligned=True)
     sink = pointers("fp32", "sink_logits") if spec.sink_logits else []
+    heads = pointers("i32", "starts") if spec.packed else []
     paged = [*data("bounds"), *integers("pages")] if spec.page else []
     if kernel == "split":
-        listed = [*data("query", "keys", "values"), *pointers("i32", "positions", "counts", "seen"), *shared]
+        listed = [*heads, *data("query", "keys", "values"), *pointers("i32", "positions", "counts", "seen"), *shared]
         listed += [*(token if spec.fused else token[:2]), *sizes, *integers("pinned", "splits"), *logit]
         listed += [Argument("is_token", "*u8"), *integers("is_token_b")] if spec.padded else []
         listed += [*data("rotated"), *integers("sinks")] if spec.rotate_sinks else []
@@ -130,7 +133,7 @@ def arguments(spec: DecodeSpec, kernel: str) -> tuple[Argument, ...]:
         listed += [*data("key", "value", "out"), *pointers("i64", "length"), *pointers("i32", "tickets"), *sink, *paged]
         return (*listed, *constexprs("SPLITS", "MEMBERS"))
     listed = [*data("query", "key", "value", "keys", "values"), *pointers("i32", "counts", "seen"), *pointers("i64", "length")]
-    return (*listed, *shared, *data("out"), *token, *sizes, *integers("splits"), *logit, *sink, *paged, *constexprs("SPLITS"))
+    return (*heads, *listed, *shared, *data("out"), *token, *sizes, *integers("splits"), *logit, *sink, *paged, *constexprs("SPLITS"))
 
 
 def decode_source(spec: DecodeSpec) -> str:
@@ -149,7 +152,9 @@ def decode_source(spec: DecodeSpec) -> str:
             + (["sink_logits"] if spec.sink_logits else [])
             + (["count"] if spec.grows or spec.page else [])
             + (["bounds", "pages"] if spec.page else [])
+            + (["starts"] if spec.packed else [])
         ),
+        **packed_values(spec.packed),
         "split_parameters": parameters(arguments(spec, "split")),
         "combine_parameters": parameters(arguments(spec, "combine")),
     }
@@ -189,6 +194,7 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, call.softcap > 0, call.sink_logits is not None, is_token is not None,
         call.inverse_frequencies is not None, tickets is not None and count <= _FUSED_SPLITS,
         capacity <= _WHOLE_SLOTS and not grows and pages is None, grows, 0 if pages is None else pages.size,
+        call.starts is not None,
     )  # fmt: skip
     out, partials = cache_ops.empty_output(call), max(2, power_of_two(count))
     given: dict[str, Any] = {
@@ -231,4 +237,9 @@ def _check(call: CacheDecodeCall) -> None:
     )
     need(all(t.stride(-1) == 1 for t in (query, key, value)), "strided head dimensions", _WHERE)
     need(query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads", _WHERE)
+    need(
+        call.starts is None or (call.pinned == cache_ops.NEVER_OVERWRITTEN and call.pages is None),
+        "slots by head that are overwritten",
+        _WHERE,
+    )
     need(-1 <= call.pinned < call.capacity and call.scale > 0, f"{call.pinned} pinned slots of {call.capacity}, scale {call.scale}", _WHERE)

@@ -30,9 +30,14 @@ def finish(
     batch_wide = tl.cast(batch, tl.int64)
     qk_dims = tl.arange(0, QK_DIM)
     v_dims = tl.arange(0, V_DIM)
+%if packed
+    bound = starts + batch * (kv_heads + 1) + kv_head
+    size = tl.load(bound + 1) - tl.load(bound)
+    first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
+%end
     position = tl.load(seen + batch)
     if slot >= 0:
-        tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, position)
+        tl.store(positions + ${place} + slot, position)
         tl.store(counts + row, tl.load(counts + row) + 1)
     # the sum waits for `position`, which is never below 0: the last head changes `seen` only when all heads have read it
     rows = tl.num_programs(1)
@@ -50,7 +55,7 @@ def finish(
     v = tl.load(value + batch_wide * value_b + kv_head * value_h + v_dims${v_mask})
 %if grows
     # there is no room: every output says so from now on
-    v = tl.where(count < capacity, v, float("nan"))
+    v = tl.where(count < ${size}, v, float("nan"))
 %end
     members = tl.arange(0, MEMBERS)
     split_id = tl.arange(0, SPLITS)
@@ -95,7 +100,7 @@ def finish(
 %if page
         renew_bounds(bounds, keys, row, slot, tl.minimum(count, capacity), k, capacity, pages)
 %end
-        place = tl.cast(row, tl.int64) * capacity + slot
+        place = ${place} + slot
         tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
         tl.store(values + place * ${v_head_dim} + v_dims, v${v_store})
 '''
@@ -114,6 +119,11 @@ def split(
     row = tl.program_id(1)  # batch row and KV head
     batch = row // kv_heads
     kv_head = row % kv_heads
+%if packed
+    bound = starts + batch * (kv_heads + 1) + kv_head
+    size = tl.load(bound + 1) - tl.load(bound)
+    first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
+%end
     count = tl.load(counts + row)
 %if padded
     stores = tl.load(is_token + batch * is_token_b).to(tl.int32)
@@ -121,12 +131,12 @@ def split(
     stores = 1
 %end
 %if grows
-    slot = tl.minimum(count, capacity - 1)
+    slot = tl.minimum(count, ${size} - 1)
 %else
     slot = tl.where(count < pinned, count, pinned + (count - pinned) % (capacity - pinned))
 %end
     slot = tl.where(stores != 0, slot, -1)
-    filled = tl.minimum(count, capacity)
+    filled = tl.minimum(count, ${size})
 %if page
     # slots of the pages that are read, in the list's order
     extent = tl.load(chosen + row) * PAGE
@@ -145,7 +155,7 @@ def split(
     if split_id == 0:
         tl.store(slots + row, ${"tl.where(stores != 0, count, -1)" if grows else "slot"})
         if stores != 0:
-            tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, tl.load(seen + batch))
+            tl.store(positions + ${place} + slot, tl.load(seen + batch))
 %end
 
     members = tl.arange(0, ROWS)
@@ -159,8 +169,8 @@ def split(
     rotated_row = (tl.cast(batch, tl.int64) * kv_heads * GROUP + heads) * ${qk_head_dim}
     q_rotated = tl.load(rotated + rotated_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
 %end
-    key_head = keys + tl.cast(row, tl.int64) * capacity * ${qk_head_dim}
-    value_head = values + tl.cast(row, tl.int64) * capacity * ${v_head_dim}
+    key_head = keys + ${place} * ${qk_head_dim}
+    value_head = values + ${place} * ${v_head_dim}
     offsets = tl.arange(0, KEYS)
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -220,6 +230,11 @@ def combine(
     row = tl.program_id(1)
     batch = row // kv_heads
     kv_head = row % kv_heads
+%if packed
+    bound = starts + batch * (kv_heads + 1) + kv_head
+    size = tl.load(bound + 1) - tl.load(bound)
+    first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
+%end
     slot = tl.load(slots + row)
     qk_dims = tl.arange(0, QK_DIM)
     v_dims = tl.arange(0, V_DIM)
@@ -228,8 +243,8 @@ def combine(
     v = tl.load(value + batch_wide * value_b + kv_head * value_h + v_dims${v_mask})
 %if grows
     # there is no room: every output says so from now on
-    v = tl.where(slot < capacity, v, float("nan"))
-    slot = tl.minimum(slot, capacity - 1)
+    v = tl.where(slot < ${size}, v, float("nan"))
+    slot = tl.minimum(slot, ${size} - 1)
 %end
     q = tl.load(query + batch_wide * query_b + (kv_head * GROUP + head) * query_h + qk_dims${qk_mask})
     s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0)
@@ -269,7 +284,7 @@ def combine(
 %if page
             renew_bounds(bounds, keys, row, slot, tl.minimum(tl.load(counts + row), capacity), k, capacity, pages)
 %end
-            place = tl.cast(row, tl.int64) * capacity + slot
+            place = ${place} + slot
             tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
             tl.store(values + place * ${v_head_dim} + v_dims, v${v_store})
             tl.store(counts + row, tl.load(counts + row) + 1)

@@ -20,6 +20,11 @@ def logit_values(scale: float, softcap: float) -> dict[str, float]:
     return {"scale": scale * LOG2E, **capped}
 
 
+def packed_values(packed: bool) -> dict[str, str]:
+    """Number of a head's slots and place of its first one, as templates write them."""
+    return {"size": "size", "place": "first_slot"} if packed else {"size": "capacity", "place": "tl.cast(row, tl.int64) * capacity"}
+
+
 def partial_sums(sums: int, v_head_dim: int, device: torch.device) -> dict[str, Tensor]:
     """Room for the maxima, sums and weighted values of `sums` partial softmaxes, in one allocation."""
     part = torch.empty(sums * (v_head_dim + 2), dtype=torch.float32, device=device)

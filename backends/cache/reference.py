@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify import policies
-from sparsify.backends.cache import pages_reference
+from sparsify.backends.cache import packed, pages_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.reselection import CacheReselectCall
@@ -42,10 +42,15 @@ def cache_store(call: CacheStoreCall) -> None:
 def _append(call: CacheStoreCall | CacheDecodeCall) -> None:
     """One token per row; padding writes back what is there."""
     slot, value = cache.next_slot(call.counts, call.capacity, call.pinned), call.value
+    room = torch.full_like(call.counts, call.capacity) if call.starts is None else packed.sizes(call.starts)
     if call.pinned == cache.NEVER_OVERWRITTEN:
-        value = value.masked_fill((call.counts >= call.capacity)[..., None, None], torch.nan)
+        value = value.masked_fill((call.counts >= room)[..., None, None], torch.nan)
     fresh = (call.key, value, call.seen[:, None, None].expand_as(slot).to(call.positions.dtype))
-    for state, new in zip((call.keys, call.values, call.positions), fresh):
+    states = call.keys, call.values, call.positions
+    if call.starts is not None:  # a row's slots as those of one head, with a token for each head
+        slot = (call.starts[:, None, :-1] + torch.minimum(call.counts, room - 1)[:, None]).long()
+        states, fresh = (state.flatten(1, 2)[:, None] for state in states), (new.transpose(1, 2) for new in fresh)
+    for state, new in zip(states, fresh):
         index = _over_dims(state, slot)
         if call.is_token is not None:
             new = torch.where(_like(call.is_token[:, 0], state), new, state.gather(2, index))
@@ -136,11 +141,6 @@ class Merge:
         """What stored tokens hold, then those of the call, by candidate."""
         return held if self.order is None else gather_slots(held, self.order)
 
-    def ranked(self, found: Tensor, recent: int) -> Tensor:
-        """Rank of each candidate, 0 for the best, by what a policy says of them."""
-        best = self.usable(found, recent).argsort(dim=-1, descending=True, stable=True)
-        return torch.empty_like(best).scatter_(-1, best, torch.arange(self.candidates, device=best.device).expand_as(best))
-
     def usable(self, found: Tensor, recent: int) -> Tensor:
         """A policy's scores with what is not its to say."""
         newest = self.positions > (self.newest - recent)[:, None, None]
@@ -189,6 +189,12 @@ class Merge:
         return torch.empty_like(kept).scatter_(-1, slot, kept)
 
 
+def ranked(scores: Tensor) -> Tensor:
+    """Rank of each candidate, 0 for the best; of equal ones the older is better."""
+    best = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(best).scatter_(-1, best, torch.arange(best.shape[-1], device=best.device).expand_as(best))
+
+
 def gather_slots(source: Tensor, index: Tensor) -> Tensor:
     """source [batch, heads, n] or [batch, heads, n, dim] at index [batch, heads, m] along n."""
     return source.gather(2, _over_dims(source, index))
@@ -202,6 +208,8 @@ def _over_dims(state: Tensor, slots: Tensor) -> Tensor:
 def cache_attention(call: CacheAttentionCall) -> Tensor:
     """Output [batch, query_heads, query_len, v_head_dim] in query's dtype. fp32 math (fp64 for fp64 inputs)."""
     query, keys, values, positions, sinks, window = call.query, call.keys, call.values, call.positions, call.sinks, call.window
+    if call.starts is not None:
+        keys, values, positions = packed.spread_state(call, call.starts).values()
     if call.pages is not None and call.bounds is not None:
         keys, values, positions = pages_reference.gathered(call, call.pages, call.bounds)
     batch, heads, query_len, _ = query.shape

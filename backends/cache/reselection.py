@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from sparsify import policies
-from sparsify.backends.cache.reference import Merge, gather_slots
+from sparsify.backends.cache import packed
+from sparsify.backends.cache.reference import Merge, gather_slots, ranked
 from sparsify.ops.reselection import CacheObserveCall, CacheReselectCall
 from sparsify.policies import Candidates
 
@@ -34,9 +37,16 @@ def cache_reselect(call: CacheReselectCall) -> None:
             call.carried.zero_()
         if call.query_positions is not None:
             call.query_positions.fill_(-1)
-    merged, policy = Merge(call), policies.parse(call.policy)
-    over = merged.total > call.limit
-    carried = _carried(call, merged)
+    starts, policy, capacity = call.starts, policies.parse(call.policy), call.capacity
+    if starts is not None and call.empty:
+        starts.copy_((torch.arange(starts.shape[1], device=starts.device) * capacity).expand_as(starts))
+    held = call if starts is None or call.empty else dataclasses.replace(call, **packed.spread_state(call, starts))
+    merged = Merge(held)
+    if starts is None:
+        over = merged.total > call.limit
+    else:
+        over = (merged.total > packed.sizes(starts) + (call.limit - capacity)).any(1, keepdim=True).expand_as(merged.total)
+    carried, kept = _carried(call, merged, held.capacity), torch.full_like(merged.total, call.kept)
     queries, at = _queries(call, merged, policy.observed)
     keep = ~over[..., None].expand_as(merged.positions)
     if policy.carries or merged.candidates > call.kept:
@@ -47,19 +57,30 @@ def cache_reselect(call: CacheReselectCall) -> None:
         found = policy.score(candidates)
         if carried is not None:
             carried = policy.carry(candidates, found)
-        rank = merged.ranked(found, call.recent)
-        keep = keep | (rank < call.kept)
-    order = _by_position(merged, keep)[..., : call.capacity]
-    gone = gather_slots(torch.where(keep, merged.positions, -1), order) < 0
+        found = merged.usable(found, call.recent)
+        if starts is not None:
+            kept = policy.share(found, call.kept, call.recent).to(kept.dtype)
+        keep = keep | (ranked(found) < kept[..., None])
+    order = _by_position(merged, keep)
+    counts = torch.where(over, torch.minimum(kept, merged.total), merged.total)
     chosen = [(call.keys, merged.keys, 0), (call.values, merged.values, 0), (call.positions, merged.positions, -1)]
     if call.carried is not None and carried is not None:
         chosen.append((call.carried, carried.to(call.carried.dtype), 0))
+    if starts is not None:
+        room = capacity - call.kept
+        ends = torch.where(over, kept + room, packed.sizes(starts)).cumsum(-1, dtype=starts.dtype)
+        starts[:, 1:].copy_(ends)
+        for state, source, nothing in chosen:
+            packed.pack(state, source, order, counts, starts, nothing)
+        chosen = []
+    order = order[..., :capacity]
+    gone = gather_slots(torch.where(keep, merged.positions, -1), order) < 0
     count = order.shape[2]
     for state, source, nothing in chosen:
         hidden = gone if state.dim() == 3 else gone[..., None]
         state[:, :, :count].copy_(gather_slots(source, order).masked_fill(hidden, nothing))
         state[:, :, count:].fill_(nothing)
-    call.counts.copy_(torch.where(over, call.kept, merged.total))
+    call.counts.copy_(counts)
     call.seen.copy_(merged.newest + 1)
     call.length.add_(call.query_len)
     if call.queries is not None and call.query_positions is not None and queries is not None and at is not None:
@@ -72,12 +93,15 @@ def _by_position(merged: Merge, keep: Tensor) -> Tensor:
     return torch.where(keep & (merged.positions >= 0), merged.positions, last).argsort(dim=-1, stable=True)
 
 
-def _carried(call: CacheReselectCall, merged: Merge) -> Tensor | None:
+def _carried(call: CacheReselectCall, merged: Merge, width: int) -> Tensor | None:
     """By candidate, 0 for the call's own tokens."""
     if call.carried is None:
         return None
     fresh = call.carried.new_zeros(*call.carried.shape[:2], call.query_len)
-    return merged.in_order(fresh if call.empty else torch.cat((call.carried, fresh), 2))
+    if call.empty:
+        return merged.in_order(fresh)
+    held = call.carried if call.starts is None else packed.spread(call.carried, call.starts, width, 0)
+    return merged.in_order(torch.cat((held, fresh), 2))
 
 
 def _queries(call: CacheReselectCall, merged: Merge, observed: int) -> tuple[Tensor | None, Tensor | None]:

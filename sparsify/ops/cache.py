@@ -13,6 +13,9 @@ The first `pinned` slots are written once, the others are a ring: slot_of(n) = n
 pinned + (n - pinned) mod (capacity - pinned). Slots below min(counts, capacity) are filled, the others hold
 zeros. Padding never takes a slot.
 
+With `starts` [batch, kv_heads + 1], which needs pinned = NEVER_OVERWRITTEN, KV heads share a row's kv_heads * capacity slots: head h has
+those from starts[h] to starts[h + 1] of keys[b], values[b] and positions[b] taken as one sequence, and they are its capacity.
+
 With pinned = NEVER_OVERWRITTEN nothing is evicted: slot_of(n) = n, and slots beyond the filled ones may hold anything. Who calls makes
 room beforehand. A token for which there is none takes the last slot with a value of NaN, so that every later output says so: ops cannot
 raise without waiting for the device.
@@ -117,6 +120,7 @@ class CacheStoreCall(WritingCall):
 
     query: None for policies that observe no queries.
     is_token: bool [batch, query_len], False for padding, which is not stored; None: no padding.
+    starts: int32 [batch, kv_heads + 1], where each head's slots begin and the last one's end; None: all have `capacity`.
     tickets: int32, of no use to this op: a decode step that is fused from it passes them on.
     pinned: slots that are written once, or NEVER_OVERWRITTEN.
     recent: newest tokens that no score evicts.
@@ -132,6 +136,7 @@ class CacheStoreCall(WritingCall):
 
     _: KW_ONLY
     is_token: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
+    starts: Annotated[Tensor | None, Operand("batch kv_heads_and_one", "integers")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers")] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats", written=True)] = None
     pages: Pages | None = None
@@ -150,6 +155,7 @@ class CacheDecodeCall(WritingCall):
     is_token: bool [batch, 1], False for padding, which is not stored; None: no padding.
     sink_logits: joins each row's denominator with no value.
     inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
+    starts: int32 [batch, kv_heads + 1], where each head's slots begin and the last one's end; None: all have `capacity`.
     tickets: int32 [batch * kv_heads + 1], zeros before and after the call, by which a kernel's last program knows itself.
     bounds: of the keys of pages, renewed; given with `pages`.
     pages: which slots are read; None: all.
@@ -166,6 +172,7 @@ class CacheDecodeCall(WritingCall):
     value: Annotated[Tensor, Operand("batch kv_heads 1 v_head_dim", "floats")]
     _: KW_ONLY
     is_token: Annotated[Tensor | None, Operand("batch 1", "integers")] = None
+    starts: Annotated[Tensor | None, Operand("batch kv_heads_and_one", "integers")] = None
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers", written=True)] = None
@@ -187,6 +194,7 @@ class CacheAttentionCall(OpCall):
     new_key: [batch, kv_heads, query_len, head_dim], of the call's own tokens, which are not stored yet; None: they are.
     new_value: [batch, kv_heads, query_len, v_head_dim]; given with new_key.
     is_token: bool [batch, query_len], False for padding; None: no padding.
+    starts: int32 [batch, kv_heads + 1], where each head's slots begin and the last one's end; None: all have `capacity`.
     sink_logits: joins each row's denominator with no value.
     inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
     scale: of the logits.
@@ -209,6 +217,7 @@ class CacheAttentionCall(OpCall):
     new_key: Annotated[Tensor | None, Operand("batch kv_heads query_len head_dim", "floats")] = None
     new_value: Annotated[Tensor | None, Operand("batch kv_heads query_len v_head_dim", "floats")] = None
     is_token: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
+    starts: Annotated[Tensor | None, Operand("batch kv_heads_and_one", "integers")] = None
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats")] = None

@@ -36,8 +36,9 @@ class CacheReselectCall(WritingCall):
     query: of the call's tokens; None for policies that observe none.
     is_token: bool [batch, query_len], False for padding, which is not stored; None: no padding.
     carried, queries, query_positions: as the module says; None: the policy has no use for them.
-    limit: tokens of a row beyond which the policy selects.
-    kept: tokens that it leaves.
+    starts: int32 [batch, kv_heads + 1], as `sparsify.ops.cache` says; None: all heads keep as many.
+    limit: tokens of a head beyond which the policy selects; of one whose slots are more or fewer than `capacity`, so many more or fewer.
+    kept: tokens that it leaves, with `starts` on the mean of a row's heads, whose shares `Policy.share` says.
     recent: newest tokens that no score evicts.
     empty: nothing is stored yet, whatever a call that failed may have left in the buffers.
     policy: `sparsify.policies.Policy.describe`'s text.
@@ -53,6 +54,7 @@ class CacheReselectCall(WritingCall):
     carried: Annotated[Tensor | None, Operand("batch kv_heads capacity", "floats", written=True)] = None
     queries: Annotated[Tensor | None, Operand("batch query_heads observed head_dim", "floats", written=True)] = None
     query_positions: Annotated[Tensor | None, Operand("batch observed", "integers", written=True)] = None
+    starts: Annotated[Tensor | None, Operand("batch kv_heads_and_one", "integers", written=True)] = None
     limit: int
     kept: int
     recent: int

@@ -134,6 +134,19 @@ class Policy(BaseModel):
         return candidates.carried
 
     @property
+    def by_head(self) -> bool:
+        """Whether KV heads keep different numbers of tokens, as `share` says; such policies need room (`every`)."""
+        return False
+
+    def share(self, scores: Tensor, kept: int, recent: int) -> Tensor:
+        """How many tokens each KV head keeps, int [batch, kv_heads], `kept` on the mean of a row.
+
+        Args:
+            scores: fp32 [batch, kv_heads, candidates]: inf for the `recent` tokens that stay, -inf for what is no token.
+        """
+        raise NotImplementedError
+
+    @property
     def awaits(self) -> bool:
         """Whether tokens are scored by what `SparseCache.observe` is told after each call; such policies need room (`every`)."""
         return False

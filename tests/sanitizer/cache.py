@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cache import run
 from sparsify.backends.cache import append, decode, mass, pages
-from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheMassCall
+from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheMassCall
 from sparsify.ops.pages import Pages
 
 _OPTIONS = {"scale": 0.1, "softcap": 0.0, "window": 0, "sinks": 0}
@@ -24,6 +24,9 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "one token, padding, turned sinks, softcap", lambda: one(1000, tickets=True, padded=True, **turned)
     yield "one token, pages", lambda: one(1000, tickets=True, pages=Pages(size=16, count=3))
     yield "one token, pages, two kernels, padding", lambda: one(1000, padded=True, pages=Pages(size=8, share=0.3))
+    yield "one token, packed heads", lambda: one(200, tickets=True, packed=True)
+    yield "one token, packed heads, two kernels, padding", lambda: one(200, packed=True, padded=True)
+    yield "several tokens, packed heads", lambda: several(70, held=200, packed=True)
     yield "bounds of pages", bounds_of_pages
     yield "several tokens, slots split", lambda: several(5)
     yield "several tokens, window", lambda: several(300, **_WINDOW)
@@ -39,6 +42,10 @@ def _filled(tokens: int, options: dict[str, Any]) -> tuple[tuple[torch.Tensor, .
         options["inverse_frequencies"] = 1 / 10000 ** torch.linspace(0, 1, run.DIM // 2, device="cuda")
     if options.pop("sink_logits", False):
         options["sink_logits"] = torch.randn(run.HEADS, device="cuda")
+    if options.pop("packed", False):  # heads of 214 and of 294 slots by turns
+        starts = torch.arange(run.KV_HEADS + 1, device="cuda") * 254
+        starts[1::2] -= 40
+        options["starts"] = starts.to(torch.int32).expand(2, -1).contiguous()
     return run.state(2, 254, tokens), options
 
 
@@ -50,7 +57,8 @@ def one(tokens: int, tickets: bool = False, padded: bool = False, **options: Any
         options["is_token"] = torch.tensor([[True], [False]], device="cuda")
     if read := options.get("pages"):
         options["bounds"] = layer[0].new_zeros(2, run.KV_HEADS, read.of(254), 2, run.DIM)
-    decode.cache_decode(CacheDecodeCall(*run.step(2), *layer, pinned=4, **options))
+    pinned = NEVER_OVERWRITTEN if "starts" in options else 4
+    decode.cache_decode(CacheDecodeCall(*run.step(2), *layer, pinned=pinned, **options))
 
 
 def bounds_of_pages() -> None:
@@ -59,8 +67,8 @@ def bounds_of_pages() -> None:
     pages.cache_bounds(CacheBoundsCall(keys, positions, bounds, since=counts // 2, size=16))
 
 
-def several(count: int, padded: bool = False, **options: Any) -> None:
-    (keys, values, positions, _, seen, _), options = _filled(1000, options)
+def several(count: int, padded: bool = False, held: int = 1000, **options: Any) -> None:
+    (keys, values, positions, _, seen, _), options = _filled(held, options)
     query, key, value = (torch.randn(2, count, heads, run.DIM, dtype=keys.dtype, device="cuda").transpose(1, 2) for heads in (32, 8, 8))
     if padded:
         options["is_token"] = torch.rand(2, count, device="cuda") > 0.3

@@ -306,6 +306,7 @@ def _attend(
             seen,
             new_key=key,
             new_value=value,
+            starts=layer.starts,
             is_token=is_token,
             **how,
             **shape,

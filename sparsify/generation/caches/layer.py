@@ -20,7 +20,7 @@ _BUFFERS = (*_STATE, "tickets", "bounds")
 # buffers whose dimension 2 is slots, and what an empty slot holds
 _BY_SLOT = (("keys", 0), ("values", 0), ("positions", -1))
 # of a layer whose policy selects anew, by row; `sparsify.ops.reselection` describes them
-_KNOWN = ("carried", "queries", "query_positions")
+_KNOWN = ("carried", "queries", "query_positions", "starts")
 # queries that are kept for policies that observe all of them and forget none
 _OBSERVED = 64
 # tokens that a growing cache of unknown length has room for at first
@@ -156,6 +156,7 @@ class SparseLayer(CacheLayerMixin):
         self.carried: Tensor | None = None
         self.queries: Tensor | None = None
         self.query_positions: Tensor | None = None
+        self.starts: Tensor | None = None
         self.layout: Layout | None = None if isinstance(budget, float) else self.lay_out(budget)
         self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
         self.used: int | None = 0  # columns stored so far as the host counts them, for layers that grow; None: only the device knows
@@ -207,6 +208,10 @@ class SparseLayer(CacheLayerMixin):
     def _allocate_known(self, key_states: Tensor) -> None:
         """Room for what the policy is told when it selects anew."""
         batch, kv_heads, capacity = self.positions.shape
+        if self.policy.by_head:
+            self.starts = (
+                (torch.arange(kv_heads + 1, device=key_states.device, dtype=torch.int32) * capacity).expand(batch, -1).contiguous()
+            )
         if self.policy.carries:
             self.carried = key_states.new_zeros(batch, kv_heads, capacity, dtype=torch.float32)
         if self.observes:
@@ -237,7 +242,7 @@ class SparseLayer(CacheLayerMixin):
         Without a guard, so that another cache records a new CUDA graph but compiles nothing.
         """
         if not torch.compiler.is_dynamo_compiling():
-            for buffer in (*self.buffers(), *(tensor for _, tensor in self.known())):
+            for buffer in self.buffers():
                 torch._dynamo.mark_static_address(buffer, guard=False)
             if self.grows:  # one graph serves caches of all sizes
                 for buffer in (self.keys, self.values, self.positions, *self._extras()):
@@ -249,7 +254,7 @@ class SparseLayer(CacheLayerMixin):
 
     def buffers(self) -> list[Tensor]:
         """All tensors of the layer."""
-        return [*self.state, self.tickets, *self._extras()]
+        return [*self.state, self.tickets, *self._extras(), *(tensor for _, tensor in self.known())]
 
     def _extras(self) -> list[Tensor]:
         """Buffers by row and slot or page that not every layer has."""
@@ -257,6 +262,8 @@ class SparseLayer(CacheLayerMixin):
 
     def reading(self) -> dict[str, Any]:
         """What ops are told of the slots that a token reads."""
+        if self.starts is not None:
+            return {"starts": self.starts}
         return {"bounds": self.bounds, "pages": self.read_text} if self.read is not None else {}
 
     def renew_bounds(self) -> None:
@@ -341,11 +348,11 @@ class SparseLayer(CacheLayerMixin):
             How many tokens the fullest row holds then.
         """
         if self.used is None or not self.started:
-            self.used = int(self.counts.max()) if self.started else 0
+            self.used = self.fullest() if self.started else 0
         free = tokens if self.policy.awaits else 1
         if self.used + free > self.keys.shape[2]:
             self.select(self.keys.shape[2] - free)
-            self.used = int(self.counts.max())
+            self.used = self.fullest()
         return self.used
 
     def select(self, limit: int) -> None:
@@ -410,7 +417,13 @@ class SparseLayer(CacheLayerMixin):
     def overflowed(self) -> bool:
         """Whether compiled code, which makes no room, was given more tokens than there was room for. Reads from the device."""
         never_overwritten = self.layout is not None and self.layout.pinned == cache.NEVER_OVERWRITTEN
-        return never_overwritten and self.is_initialized and bool((self.counts > self.keys.shape[2]).any())
+        return never_overwritten and self.is_initialized and self.fullest() > self.keys.shape[2]
+
+    def fullest(self) -> int:
+        """Tokens that the fullest head holds, where all heads have as many slots; reads from the device."""
+        if self.starts is None:
+            return int(self.counts.max())
+        return self.keys.shape[2] + int((self.counts - (self.starts[:, 1:] - self.starts[:, :-1])).max())
 
     def get_seq_length(self) -> Any:
         """Tokens so far, padding included: an int, or within a compiled graph a tensor."""
@@ -432,7 +445,10 @@ class SparseLayer(CacheLayerMixin):
         for name in ("keys", "values", "counts", "seen", "length"):
             getattr(self, name).zero_()
         for name, tensor in self.known():
-            tensor.fill_(-1 if name == "query_positions" else 0)
+            if name == "starts":
+                tensor.copy_(torch.arange(tensor.shape[1], device=tensor.device) * self.keys.shape[2])
+            else:
+                tensor.fill_(-1 if name == "query_positions" else 0)
         self.started, self.used, self.told = False, 0, True
         if isinstance(self.budget, float):
             self.layout, self.is_initialized = None, False

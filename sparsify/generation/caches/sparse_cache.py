@@ -78,6 +78,10 @@ class SparseCache(Cache):
         policy = policies.make(policy, **options)
         budget, pages = _checked_budget(budget, prompt_len), _checked_read(read)
         every = _checked_every(every, policy, budget)
+        if policy.by_head and pages is not None:
+            raise ConfigError(
+                f"{policy.name} packs slots by head, pages are of heads with as many each", where="read", hint="leave read out"
+            )
         stock = DynamicCache(config=config).layers
         evicting = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
         layers = [_make_layer(i, layer, config, policy, budget, evicting, every, pages) for i, layer in enumerate(stock)]
@@ -292,7 +296,7 @@ class SparseCache(Cache):
         layers or before they are allocated."""
         held = [layer for layer in self.layers if layer.is_initialized]
         free = [layer.keys.shape[2] for layer in held if layer.grows]
-        free += [int(layer.length) + layer.keys.shape[2] - int(layer.counts.max()) for layer in held if layer.every]
+        free += [int(layer.length) + layer.keys.shape[2] - layer.fullest() for layer in held if layer.every]
         return min(free, default=None)
 
     def recount(self) -> None:
@@ -348,6 +352,8 @@ def _checked_read(read: str | Pages | None) -> Pages | None:
 
 def _checked_every(every: object, policy: Policy, budget: int | float | None) -> int:
     if every is None:
+        if policy.by_head:
+            raise ConfigError(f"{policy.name} shares slots among heads, which takes room", where="every", hint="give every=64")
         if policy.awaits:
             raise ConfigError(
                 f"{policy.name} scores tokens after their call, which takes room for them", where="every", hint="give every=512"

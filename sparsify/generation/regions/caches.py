@@ -92,7 +92,7 @@ def trouble(cache: Any, layers: int) -> str:
     foreign = next((layer for layer in cache.layers if not _stands_alone(layer)), None)
     if foreign is not None:
         return f"a cache with a {type(foreign).__name__}"
-    layouts = {layer.layout for layer in cache.layers if isinstance(layer, SparseLayer) and not layer.is_sliding}
+    layouts = {(layer.layout, layer.policy_text) for layer in cache.layers if isinstance(layer, SparseLayer) and not layer.is_sliding}
     return "a cache whose layers have budgets of their own, which are constants of a graph" if len(layouts) > 1 else ""
 
 

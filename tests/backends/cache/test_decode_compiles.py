@@ -53,6 +53,13 @@ def test_split_over_a_cache_that_evicts_nothing(fused):
     assert 2 * used.shared <= SHARED_LIMIT[90]
 
 
+def test_split_over_packed_heads():
+    used = compiled(spec(fused=True, grows=True, packed=True), 90, "split")
+    within_budget("decode split packed fused sm_90", used)
+    assert used.spilled == 0 and used.mma > 0 and used.cp_async > 0
+    assert 2 * used.shared <= SHARED_LIMIT[90]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_combine(arch):
     used = compiled(spec(**ALL), arch, "combine")

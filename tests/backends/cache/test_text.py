@@ -33,6 +33,7 @@ KERNELS = {
         decode, decode.decode_source, decode_spec(softcap=True, sink_logits=True, padded=True, rotate_sinks=True), ("split", "combine"),
     ),
     "decode_pages": (decode, decode.decode_source, decode_spec(fused=True, grows=True, page=16), ("split",)),
+    "decode_packed": (decode, decode.decode_source, decode_spec(fused=True, grows=True, packed=True), ("split",)),
     "pages": (pages, pages.pages_source, PAGES, ("score", "choose")),
     "append": (append, append.append_source, append_spec(), ("split",)),
     "append_split": (append, append.append_source, append_spec(20, single=False, has_new=False), ("split", "combine")),
