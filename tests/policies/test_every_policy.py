@@ -1,6 +1,10 @@
-"""What docs/cache.md promises of every policy, over a small model."""
+"""What docs/cache.md promises of every policy, however slots are stored and whenever it selects, over a small model."""
 
 from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,25 +12,72 @@ from transformers import DynamicCache
 
 import sparsify
 from sparsify import SparseCache, policies
-from tests.support import cache_reference as reference
+from sparsify.ops.pages import Pages
 from tests.support.cache_reference import left_padded, text
 from tests.support.cases import every
 from tests.support.harness import holding
 from tests.support.tiny_models import build
 
 # options with which a budget of 16 evicts and keeps something of everything
-OPTIONS = {
+SNAPKV = {"window": 4}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
     "streaming_llm": {},
-    "snapkv": {"window": 4},
+    "snapkv": SNAPKV,
     "knorm": {"recent": 4},
     "keydiff": {"recent": 4},
     "tova": {},
     "h2o": {},
     "expected_attention": {"future": 32},
-    "pyramidkv": {"of": "snapkv", "options": {"window": 4}, "beta": 2},
-    "chunkkv": {"of": "snapkv", "options": {"window": 4}, "chunk": 3},
+    "sirllm": {"turn_decay": 0.5},
+    "pyramidkv": {"of": "snapkv", "options": SNAPKV, "beta": 2},
+    "chunkkv": {"of": "snapkv", "options": SNAPKV, "chunk": 3},
+    "adakv": {"of": "snapkv", "options": SNAPKV},
+    "duo": {"streaming": [[0], [1]], "sinks": 2, "window": 6, "options": SNAPKV},
 }
+BUDGET, ROOMY = 16, 80
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+ALL_PAGES = Pages(size=8, share=1.0)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A cache: policy, storage and when it selects."""
+
+    policy: str
+    every: int | None = None
+    pages: bool = False
+    in_cache: bool = False
+
+    def make(self, model, budget=BUDGET):
+        more = {"positions": "in_cache"} if self.in_cache else {}
+        read = ALL_PAGES if self.pages else None
+        return SparseCache(model.config, self.policy, budget, every=self.every, read=read, **OPTIONS[self.policy], **more)
+
+    def __str__(self):
+        return self.policy + f" every={self.every}" * (self.every is not None) + " pages" * self.pages + " in_cache" * self.in_cache
+
+
+def ways():
+    for policy in OPTIONS:
+        if policy in ("full", "streaming_llm"):
+            times = [None]
+        elif policy in ("sirllm", "adakv", "duo"):
+            times = [6, 3] if policy != "sirllm" else [12]
+        else:
+            times = [None, 1, 5]
+        for when in times:
+            for pages in (False, True) if policy not in ("adakv", "duo") else (False,):
+                yield Way(policy, when, pages)
+    yield Way("streaming_llm", in_cache=True)
+
+
+WAYS = list(ways())
+by_way = pytest.mark.parametrize("way", [pytest.param(*one.values, marks=one.marks, id=str(one.values[0])) for one in every(3, WAYS)])
+IDS, MASK, CUTS = text(2, 34), left_padded([34, 25]), [12, 1, 1, 9, 1, 10]
+# of the second row alone
+FEWER = [3, *CUTS[1:]]
+AT = MASK.cumsum(-1).sub(1).clamp(min=0)
 
 
 @pytest.fixture(scope="module")
@@ -34,56 +85,108 @@ def llama():
     return build("llama", layers=2)
 
 
-def make(model, policy, budget=16, **more):
-    return SparseCache(model.config, policy, budget, **OPTIONS[policy], **more)
-
-
-def test_every_policy_that_evicts_is_here():
-    assert set(OPTIONS) | {"full", "sirllm", "adakv", "duo"} == set(policies.discover()), "the last three need room: test_promises.py"
-
-
-@pytest.mark.parametrize("policy", OPTIONS)
 @torch.no_grad()
-def test_a_budget_that_holds_the_text_changes_nothing_and_a_smaller_one_does(llama, policy):
-    """A padded batch with a second turn."""
-    ids, mask, cuts = text(2, 34), left_padded([34, 25]), [12, 1, 1, 9, 1, 10]
-    want = reference.through(llama, DynamicCache(config=llama.config), ids, cuts, mask)[mask.bool()]
-    torch.testing.assert_close(reference.through(llama, make(llama, policy, 80), ids, cuts, mask)[mask.bool()], want, **CLOSE)
-    assert (reference.through(llama, make(llama, policy), ids, cuts, mask)[mask.bool()] - want).abs().max() > 1e-3
+def through(model, cache, ids, cuts, mask=None, position_ids=None):
+    """As `cache_reference.through`; policies that await it are told the logits."""
+    found, at = [], 0
+    for cut in cuts:
+        part = slice(at, at + cut)
+        at += cut
+        seen = None if mask is None else mask[:, :at]
+        more = {} if position_ids is None else {"position_ids": position_ids[:, part]}
+        found.append(model(ids[:, part], **holding(cache), attention_mask=seen, **more).logits)
+        if isinstance(cache, SparseCache):
+            cache.observe(found[-1], ids[:, part], seen)
+    return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("policy", OPTIONS)
+def held(layer, row):
+    """Positions that each head holds, in order."""
+    flat, heads = layer.positions[row].flatten(), layer.positions.shape[1]
+    starts = [head * layer.keys.shape[2] for head in range(heads + 1)] if layer.starts is None else layer.starts[row].tolist()
+    return [sorted(at for at in flat[begin:end].tolist() if at >= 0) for begin, end in itertools.pairwise(starts)]
+
+
+def test_every_policy_is_here():
+    assert set(OPTIONS) == set(policies.discover())
+    assert {way.policy for way in WAYS} == set(OPTIONS)
+
+
+@by_way
 @torch.no_grad()
-def test_padding_and_other_rows_do_not_matter(llama, policy):
+def test_a_budget_that_holds_the_text_changes_nothing_and_a_smaller_one_does(llama, way):
+    """A padded batch with a second turn, taken back and given again."""
+    want = through(llama, DynamicCache(config=llama.config), IDS, CUTS, MASK)[MASK.bool()]
+    torch.testing.assert_close(through(llama, way.make(llama, ROOMY), IDS, CUTS, MASK)[MASK.bool()], want, **CLOSE)
+    small = way.make(llama)
+    assert ((through(llama, small, IDS, CUTS, MASK)[MASK.bool()] - want).abs().max() > 1e-3) == (way.policy != "full")
+    whole = way.make(llama, ROOMY)
+    first = through(llama, whole, IDS[:1], CUTS)
+    assert whole.is_croppable and not small.is_croppable, "padded, or something is gone"
+    whole.crop(-10)
+    torch.testing.assert_close(through(llama, whole, IDS[:1, 24:], [10]), first[:, 24:], **CLOSE)
+
+
+@by_way
+@torch.no_grad()
+def test_padding_and_other_rows_do_not_matter_and_no_more_than_the_budget_is_stored(llama, way):
     """A padded row beside a longer one keeps what it keeps alone."""
-    ids, mask, cuts = text(2, 34), left_padded([34, 25]), [30, 1, 1, 2]
-    both, alone = make(llama, policy), make(llama, policy)
-    at = mask.cumsum(-1).sub(1).clamp(min=0)
-    got = reference.through(llama, both, ids, cuts, mask, at)[1, 9:]
-    torch.testing.assert_close(got, reference.through(llama, alone, ids[1:, 9:], [21, 1, 1, 2])[0], **CLOSE)
+    both, alone = way.make(llama), way.make(llama)
+    got = through(llama, both, IDS, CUTS, MASK, AT)[1, 9:]
+    torch.testing.assert_close(got, through(llama, alone, IDS[1:, 9:], FEWER)[0], **CLOSE)
+    mean = 0.0
     for one, other in zip(both.layers, alone.layers, strict=True):
-        assert torch.equal(one.positions[1], other.positions[0])
+        assert held(one, 1) == held(other, 0)
+        kept, most, heads = one.layout.kept, one.layout.capacity, one.keys.shape[1]
+        mean += kept / len(both.layers)
+        if way.policy == "full":
+            assert held(one, 0) == [list(range(34))] * heads
+            continue
+        assert one.keys.shape[2] == one.values.shape[2] == most == kept + (way.every or 0)
+        for row, newest in ((0, 33), (1, 24)):
+            tokens = held(one, row)
+            assert all(newest in head and len(set(head)) == len(head) for head in tokens)
+            assert heads * kept <= sum(map(len, tokens)) <= heads * most
+    assert way.policy == "full" or mean == BUDGET
+    if way.every is not None:
+        both.end_turn()
+        assert all(sum(map(len, held(layer, 0))) == layer.layout.kept * layer.keys.shape[1] for layer in both.layers)
 
 
-@pytest.mark.parametrize("policy", OPTIONS)
+@by_way
 @torch.no_grad()
-def test_no_more_than_the_budget_is_stored(llama, policy):
-    cache = make(llama, policy)
-    reference.through(llama, cache, text(1, 60), [50] + [1] * 6 + [4])
-    for layer in cache.layers:
-        slots = layer.layout.capacity
-        assert layer.keys.shape[2] == layer.values.shape[2] == slots
-        assert (layer.positions >= 0).all() and (layer.seen == 60).all()
-        assert all(len(set(head)) == slots and 59 in head for head in layer.positions[0].tolist())
-    assert sum(layer.layout.capacity for layer in cache.layers) == 16 * len(cache.layers)
+def test_a_cache_goes_on_wherever_it_is_taken(llama, way, tmp_path):
+    """Saved and loaded, forked, with its rows in another order, and emptied."""
+    cache, ids, cuts = way.make(llama), text(2, 40), [1, 1, 1, 4, 1]
+    through(llama, cache, ids, [12, 10, 1, 1, 8])
+    if way.policy == "sirllm":
+        cache.end_turn()  # what it was told last is not part of a file
+    cache.save(tmp_path / "cache", llama)
+    loaded, forked, swapped, one = SparseCache.load(tmp_path / "cache", llama), cache.fork(), cache.fork(), cache.fork()
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    one.batch_select_indices(torch.tensor([1]))
+    if way.policy == "sirllm":
+        for moved in (cache, swapped, one):
+            moved.outlook.forget()
+    want = through(llama, cache, ids[:, 32:], cuts)
+    for other in (loaded, forked):
+        assert torch.equal(through(llama, other, ids[:, 32:], cuts), want)
+    torch.testing.assert_close(through(llama, swapped, ids[[1, 0], 32:], cuts), want[[1, 0]], **CLOSE)
+    torch.testing.assert_close(through(llama, one, ids[1:, 32:], cuts), want[1:], **CLOSE)
+    cache.reset()
+    fresh = way.make(llama)
+    cuts = [12, 10, 1, 1, 8]
+    assert torch.equal(through(llama, cache, ids[:, :32], cuts), through(llama, fresh, ids[:, :32], cuts))
 
 
-@pytest.mark.parametrize("policy", every(3, [name for name in OPTIONS if name not in ("streaming_llm", "snapkv")]))
+@pytest.mark.parametrize(
+    "policy", every(3, [name for name in OPTIONS if name not in ("full", "streaming_llm", "snapkv", "sirllm", "adakv", "duo")])
+)
 @torch.no_grad()
 def test_compiled_calls_give_the_same(policy):
-    """Those two policies are compiled in tests/generation/caches."""
+    """The others are compiled in tests/generation/caches and beside their own tests."""
     model = build("llama", layers=2)
     ids = text(1, 40)
-    want = model.generate(ids, max_new_tokens=8, do_sample=False, **holding(make(model, policy)))
+    want = model.generate(ids, max_new_tokens=8, do_sample=False, **holding(Way(policy).make(model)))
     sparsify.compile(model, strict=True, inductor={"freezing": False}, lower="eager")
-    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **holding(make(model, policy))), want)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **holding(Way(policy).make(model))), want)
