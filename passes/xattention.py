@@ -1,8 +1,9 @@
 """xattention: antidiagonal scoring picks key blocks per query block and head; attention visits only those.
 
 Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428. Beside the published sum over a query
-block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matters when one query needs it. With `pool = "row"` every cell
-of queries keeps its own share of its mass, and the block of queries visits what some cell kept. `estimate` makes the scores cheaper.
+block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matters when one query needs it. With `pool = "row"`, the
+default, every cell of queries keeps its own share of its mass, and the block of queries visits what some cell kept. `estimate` makes the
+scores cheaper.
 
 A block's choice depends on all queries of its query block: values stay causal, but changing the tail of a prompt can change
 logits of up to block - 1 rows before it.
@@ -48,12 +49,16 @@ class XAttention(Pass):
 
     name: ClassVar[str] = "xattention"
 
-    stride: Literal[4, 8, 16] = Field(8, description="tokens that one score of the estimate spans; smaller is finer and slower")
+    stride: Literal[4, 8, 16] = Field(
+        4,
+        description="tokens that one score of the estimate spans; smaller is finer and slower. 8 with a density, sum or max; 16 with two "
+        "stages",
+    )
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
     pool: Pool = Field(
-        "max",
+        "row",
         description="how a query block's cells are combined: by the sum or the maximum of their masses, or, with row, by the union of what "
-        "each cell keeps by itself; sum is the published rule",
+        "each cell keeps by itself; sum is the published rule. max with a density",
     )
     estimate: tuple[VariantName, ...] = Field(
         DEFAULT.variants,
@@ -61,7 +66,7 @@ class XAttention(Pass):
         + "; ".join(f"`{name}`: {one.computes.partition(';')[0]}" for name, one in VARIANTS.items()),
     )
     threshold: float | tuple[float, ...] = Field(
-        0.95, description="share of a row's estimated mass to keep; a list gives one per query head"
+        0.8, description="share of a row's estimated mass to keep; a list gives one per query head. 0.95 with sum or max"
     )
     density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
     refine_stride: Literal[4, 8] | None = Field(
@@ -103,6 +108,20 @@ class XAttention(Pass):
         except UnsupportedError as error:
             raise ValueError(str(error)) from None
         return value
+
+    @model_validator(mode="after")
+    def _defaults_that_go_together(self) -> XAttention:
+        """A density needs a rule that ranks blocks, and asks for a cost: the estimate's stays low at any length. Sum and max keep blocks
+        for all cells together, of which a larger share has to be kept. The first of two stages is coarse."""
+        defaults: dict[str, Any] = {}
+        if self.density:
+            defaults["pool"] = "max"
+        if self.refine_stride:
+            defaults["stride"] = 16
+        if (self.pool if "pool" in self.model_fields_set else defaults.get("pool", "row")) != "row":
+            defaults |= {"stride": 8, "threshold": 0.95}
+        self.__dict__.update({name: value for name, value in defaults.items() if name not in self.model_fields_set})
+        return self
 
     @model_validator(mode="after")
     def _stride_divides_block(self) -> XAttention:
@@ -147,7 +166,7 @@ class XAttention(Pass):
             sizes = site.example
             start = crossovers.sparse_from(
                 context.device, self.stride, self.block, sizes.qk_head_dim, self.density, context.family,
-                estimate=self.variants, heads=(sizes.query_heads, sizes.kv_heads),
+                estimate=self.variants, pool=self.pool, heads=(sizes.query_heads, sizes.kv_heads),
                 max_cost_ratio=1.0 if self.density else context.max_cost_ratio,
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
             )  # fmt: skip

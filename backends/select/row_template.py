@@ -1,72 +1,50 @@
 """The text of the kernels that choose under the row rule: every query cell finds its own cutoff, the block's list is their union.
 
-A cell keeps what is at or above its cutoff, so that nothing is sorted and no cell's choice is written down: a block's cells are read some
-after the others, and what is kept of them is one number a column in registers. The cutoffs of cells that are read together are sought
-together: a step of the search waits for a sum over threads, and several wait as long as one.
+A cell keeps what is at or above its cutoff, so that nothing is sorted and no cell's choice is written down: a block's cells are read one
+after the other, and what is kept of them is one bit a column in registers.
 """
 
 NEEDED = '''
 
 @triton.jit
-def add_pairs(x, count, y, more):
-    return x + y, count + more
-
-
-@triton.jit
-def masses(tops, sums, scratch_head, cells, place, inside, row_count, tiles):
-    """fp32 [TOGETHER, places]: each cell's masses in the places of its row of sums, normalised, NaN where one is not finite."""
-    top_at = tops + (scratch_head * tiles + place // TILE_BLOCKS).to(tl.int64)[None, :] * row_count + cells[:, None]
-    top = tl.load(top_at, mask=inside, other=float("-inf"))
-    highest = tl.max(top, 1)
-    at = sums + (scratch_head.to(tl.int64) * row_count + cells)[:, None] * (tiles * TILE_BLOCKS) + place[None, :]
-    p = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    # 0 where the cell sees nothing, which keeps a sum's NaN
-    p = p * tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
-    total = tl.sum(p, 1)
-    return p * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-
-
-@triton.jit
 def needed(p, other, forced, tau, least):
-    """1 for the fewest and heaviest of `other` that reach, with the forced ones, tau of some cell's mass: bisection on the bits of the cutoffs.
+    """1 for the fewest and heaviest of `other` that reach, with the forced ones, tau of one cell's mass: bisection on the bits of the cutoff.
 
-    p: the cells' masses, [TOGETHER, places]. least: as a share of all mass, less than any that can be needed.
+    p: the cell's masses. least: as a share of all mass, less than any that can be needed.
     """
-    gain = tl.where(other[None, :], p, 0.0)
-    rest = tl.sum(gain, 1)
-    must = tl.sum(tl.where(forced[None, :], p, 0.0), 1)
+    gain = tl.where(other, p, 0.0)
+    rest = tl.sum(gain)
+    must = tl.sum(tl.where(forced, p, 0.0))
     need = tau * (rest + must) - must
     # the order of the bits is the order of the values, as none is negative
     bits = gain.to(tl.int32, bitcast=True)
-    high = tl.max(bits, 1) + 1
+    high = tl.max(bits) + 1
     low = tl.where(need > 0.0, tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high)
-    above_low = tl.sum((bits >= low[:, None]).to(tl.int32), 1)
-    above_high = tl.zeros_like(above_low)
-    # those >= low have the mass needed, those >= high have not; a cell that is done before the others goes on and finds the same
-    while tl.max(((high - low > 1) & (above_low - above_high > 1)).to(tl.int32)) > 0:
+    above_low = tl.sum((bits >= low).to(tl.int32))
+    above_high = 0
+    while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, those >= high have not
         middle = low + (high - low) // 2
-        above = bits >= middle[:, None]
-        reached, count = tl.reduce((tl.where(above, gain, 0.0), above.to(tl.int32)), 1, add_pairs)
-        enough = reached >= need
+        enough = tl.sum(tl.where(bits >= middle, gain, 0.0)) >= need
+        count = tl.sum((bits >= middle).to(tl.int32))
         above_low = tl.where(enough, count, above_low)
         above_high = tl.where(enough, above_high, count)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    return tl.max((bits >= low[:, None]).to(tl.int32), 0)
+    return (bits >= low).to(tl.int32)
 '''
 
 CHOOSE_ROWS = '''
 
 @triton.jit(do_not_specialize=[${unspecialised}])
 def choose(${parameters}):
-    """One query block of one head: rescales its cells' sums, finds their cutoffs by bisection on the bits, TOGETHER cells at a time, writes
-    the list of what some cell keeps."""
+    """One query block of one head: rescales each cell's sums, finds its cutoff by bisection on the bits, writes the list of their union."""
 %if has_start
     start = tl.load(start_at).to(tl.int32)
 %end
     block, b, h, scratch_head, seen = place(first_block, heads, query_len, key_len, start)
     tiles = column_tiles(key_len)
-    col = tl.arange(0, TILES * TILE_BLOCKS)
+    t = tl.arange(0, TILES)
+    col = t[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]
     possible, forced = candidates(col, block, b, h, ${candidate_arguments})
     other = possible & (forced == 0)
     row = b.to(tl.int64) * counts_batch + h * ((query_len + BLOCK - 1) // BLOCK) + block
@@ -76,19 +54,24 @@ def choose(${parameters}):
 %end
     # what lies below cannot be needed: all of it together is less than may be left out
     least = tl.maximum(1.0 - tau, 0.0) * (0.5 / (TILES * TILE_BLOCKS))
-    wanted = tl.zeros([TILES * TILE_BLOCKS], tl.int32)
+    wanted = tl.zeros([TILES, TILE_BLOCKS], tl.int32)
     everything = tl.where(tau >= 1.0, 1, 0)
-    for first in range(0, ROW_CELLS, TOGETHER):
-        cells = block * ROW_CELLS + first + tl.arange(0, TOGETHER)
-        inside = (col < seen * TILE_BLOCKS)[None, :] & (cells < query_cells)[:, None]
-        p = masses(tops, sums, scratch_head, cells - first_cell, col, inside, row_count, tiles)
-        everything = tl.maximum(everything, tl.max(tl.max((p != p).to(tl.int32), 1), 0))
+    for r in range(ROW_CELLS):
+        cell = block * ROW_CELLS + r
+        inside = (t < seen) & (cell < query_cells)
+        factor = tile_scale(tops, scratch_head, cell - first_cell, inside, row_count, tiles, TILES)
+        at = sums + (scratch_head.to(tl.int64) * row_count + cell - first_cell) * (tiles * TILE_BLOCKS) + col
+        p = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32) * factor[:, None]
+        total = tl.sum(p)
+        everything = tl.where(total != total, 1, everything)
+        p = p * tl.where(total == 0.0, 0.0, 1.0 / total)
 %if importance
-        at = (row * ROW_CELLS + first + tl.arange(0, TOGETHER))[:, None] * key_blocks + col[None, :]
-        tl.store(importances + at, p, mask=(col < key_blocks)[None, :])
+        tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=col < key_blocks)
 %end
         wanted |= needed(p, other, forced, tau, least)
     kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
+    kept = tl.reshape(kept, [TILES * TILE_BLOCKS])
+    col = tl.arange(0, TILES * TILE_BLOCKS)
     tl.store(counts + row, tl.sum(kept))
     tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
 '''

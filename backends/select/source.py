@@ -213,7 +213,7 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         return (*lists, *importances, *chosen, *_runtime("counts_batch", *lengths, "first_block"), *_start(spec), *constexprs("WIDTH"))
     stored = importances if spec.importance else []
     numbers = _runtime("counts_batch", *lengths, *rows, "first_block")
-    bounds = constexprs("TILES", *(["TOGETHER"] if spec.reduce == "row" else []), *(["LEAST"] if spec.listed else []))
+    bounds = constexprs("TILES", "LEAST") if spec.listed else constexprs("TILES")
     return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *bounds)
 
 

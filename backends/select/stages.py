@@ -105,8 +105,8 @@ def refine(
             launch(module.score, grid, select_source.arguments(spec, "score"), values, num_warps=4, num_stages=spec.tiling.stages)
             whole, narrow, least = power_of_two(tiles) * spec.tile_blocks, max(_NARROW, spec.tile_blocks), -1
             for width in (narrow, whole) if narrow < whole else (whole,):
-                together, warps = triton.choosing(spec, width, limits)
-                values |= {"TILES": width // spec.tile_blocks, "TOGETHER": together, "LEAST": least}
+                values |= {"TILES": width // spec.tile_blocks, "LEAST": least}
+                warps = triton.choosing_warps(width, limits)
                 launch(module.choose, grid, select_source.arguments(spec, "choose"), values, num_warps=warps)
                 least = width
         del queries, keys, scales

@@ -49,14 +49,13 @@ _LEAST_SCALE = 1e-12
 class Limits:
     """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
     fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond.
-    numbers: key blocks of a row for each warp of `choose`; under the row rule those of all cells that are served together.
-    together: query cells whose cutoffs the row rule seeks at once, where so many rows stay in registers."""
+    numbers: key blocks of a row for each warp of `choose`. Under the row rule a step of the search waits for a sum over
+    threads, and few of these wait less: more numbers a thread, or several cells at once, were slower on an H200."""
 
     scratch_bytes: int = SUM_BYTES
     fused_width: int = WIDEST_ROW
     part: int = 2048
     numbers: int = 1024
-    together: int = 4
 
 
 LIMITS = Limits()
@@ -208,8 +207,8 @@ def _choose(
     if not spec.wide:
         values["importances"] = None if importances is None else importances[b0:b1, heads]
         for begin, end, width in _widths(call, spec, first, first + blocks, padded):
-            together, warps = choosing(spec, width * spec.tile_blocks, limits)
-            values |= {"TILES": width, "TOGETHER": together, "first_block": begin}
+            values |= {"TILES": width, "first_block": begin}
+            warps = choosing_warps(width * spec.tile_blocks, limits)
             launch(module.choose, (end - begin, served), select_source.arguments(spec, "choose"), values, num_warps=warps)
         return
     values["importances"] = counts.new_empty(grid[0] * grid[1] * call.key_blocks, dtype=torch.float32)
@@ -218,10 +217,9 @@ def _choose(
     launch(module.pick, grid, select_source.arguments(spec, "pick"), values, num_warps=8)
 
 
-def choosing(spec: SelectSpec, blocks: int, limits: Limits) -> tuple[int, int]:
-    """Query cells that `choose` serves at once, and its warps, for rows of so many key blocks."""
-    together = 1 if spec.reduce != "row" else min(limits.together, spec.block // spec.span, max(1, WIDEST_ROW // blocks))
-    return together, min(8, max(1, together * blocks // limits.numbers))
+def choosing_warps(blocks: int, limits: Limits) -> int:
+    """Warps of `choose` for rows of so many key blocks."""
+    return min(8, max(1, blocks // limits.numbers))
 
 
 def _widths(call: SelectCall, spec: SelectSpec, begin: int, end: int, tiles: int) -> Iterator[tuple[int, int, int]]:

@@ -15,7 +15,7 @@ from sparsify.costs import work
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import attention_seconds, expected_density, seconds
 from sparsify.costs.sizes import AttentionSizes
-from sparsify.ops.estimate import EXACT, Estimate
+from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import cdiv
 
 LONGEST = 4096 * 1024  # tokens: where block lists' int16 indices end
@@ -93,6 +93,7 @@ def sparse_from(
     density: float | None,
     kernel: str,
     estimate: Estimate = EXACT,
+    pool: Pool = "max",
     heads: tuple[int, int] = (32, 8),
     batch: int = 1,
     max_cost_ratio: float | None = None,
@@ -111,7 +112,7 @@ def sparse_from(
     share = expected_density(LENGTH) if density is None else sympy.Float(density)
     if max_cost_ratio is None:
         max_cost_ratio = MAX_COST_RATIO if density is None else 1.0
-    sparse = seconds(work.selection(sizes, stride, block, estimate), device)
+    sparse = seconds(work.selection(sizes, stride, block, estimate, pool), device)
     sparse += seconds(work.attention(sizes, kernel, share=share, listed=True), device)
     return solve_from(max_cost_ratio * fastest_dense(sizes, device, kernel) - sparse)
 

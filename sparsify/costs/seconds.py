@@ -96,8 +96,8 @@ def linear_seconds(device: Device, rows: Size, inputs: Size, outputs: Size, dtyp
 
 @functools.lru_cache(maxsize=1024)
 def expected_density(length: sympy.Expr) -> sympy.Expr:
-    """Share of causal blocks kept at a threshold of .95: a power law through the densities published for stride 8 between 8K and 128K
-    tokens (arXiv 2503.16428, table of RULER densities: 43.8 % to 6.9 %)."""
+    """Share of causal blocks to expect of a lossless choice: a power law through the densities published for the sum rule, stride 8 and a
+    threshold of .95 between 8K and 128K tokens (arXiv 2503.16428, table of RULER densities: 43.8 % to 6.9 %)."""
     return work.smallest(1, sympy.Rational(44, 100) * (8192 / length) ** sympy.Rational(2, 3))
 
 

@@ -149,7 +149,7 @@ class Estimate:
 
 
 EXACT = Estimate()
-DEFAULT = Estimate(merge=2, int8=True)
+DEFAULT = Estimate(merge=2, int8=True, peak=True)
 EXAMPLES = (EXACT, *(Estimate.parse(text) for one in VARIANTS.values() for text in one.examples))
 
 

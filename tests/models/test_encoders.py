@@ -84,7 +84,7 @@ def test_blocks_are_chosen_without_an_order(query_len, key_len):
     with api.collect_plans() as plans:
         got = torch.compile(attend, backend="sparsify", options=options, fullgraph=True)(query, key, value, keep)
     assert [d.method for p in plans for d in p.decisions] == ["xattention"]
-    call = {"scale": 0.25, "causal": False, "stride": 8, "block_size": 64, "threshold": (0.3,)}
+    call = {"scale": 0.25, "causal": False, "pool": "row", "stride": 8, "block_size": 64, "threshold": (0.3,)}
     lists = SelectCall(query, key, key_flags=keep.to(torch.uint8), **call).run()
     blocks = block_lists.to_dense(*lists, -(-key_len // 64)).repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :query_len, :key_len]
     seen = blocks & keep[:, None, None].bool()

@@ -164,7 +164,7 @@ def test_scaling_values_scales_the_output(method):
 def test_appended_tokens_change_xattention_within_the_last_block_only():
     """A block's choice depends on all its queries: rows of the last, unfinished block may change, those before it may not."""
     length, whole = 3 * BLOCK + 8, 3 * BLOCK
-    every = operands(seed=1)  # here the eight rows alone choose other blocks than with those that follow them
+    every = operands(seed=2)  # here the eight rows alone choose other blocks than with those that follow them
     short, long = attend("xattention", tuple(x[:, :, :length] for x in every), every)
     assert difference(long[:, :, :whole], short[:, :, :whole]) < CLOSE
     assert differs(long[:, :, whole:length], short[:, :, whole:])

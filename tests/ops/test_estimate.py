@@ -21,7 +21,7 @@ def test_names_go_there_and_back():
         assert parse_label(label("sum", found)) == {"pool": "sum", "estimate": found}
         stages = {"refine_stride": 4, "coarse_threshold": 0.95}
         assert parse_label(label("row", found, **stages)) == {"pool": "row", "estimate": found, **stages}
-    assert (str(EXACT), str(DEFAULT), label("max", EXACT)) == ("exact", "pair+int8", "max")
+    assert (str(EXACT), str(DEFAULT), label("max", EXACT)) == ("exact", "pair+int8+peak", "max")
 
 
 @pytest.mark.parametrize(

@@ -78,12 +78,28 @@ def proposal(method=None, at=None, context=CONTEXT) -> Proposal:
 
 def test_a_proposal_costs_less_than_dense_when_long_and_says_what_it_is():
     found = proposal()
-    assert found.note == "stride 8, max+pair+int8, τ 0.95, block 128"
+    assert found.note == "stride 4, row+pair+int8+peak, τ 0.8, block 128"
     assert 1024 < found.min_key_len < 131072
     assert (
         proposal(XAttention(density=0.1, pool="sum", estimate=("int8", "half"))).note == "stride 8, sum+half+int8, density 0.1, block 128"
     )
     assert proposal(context=dataclasses.replace(CONTEXT, min_length=7)).min_key_len == 7
+
+
+@pytest.mark.parametrize(
+    "options, want",
+    [
+        ({}, (4, "row", 0.8)),
+        ({"density": 0.1}, (8, "max", 0.95)),
+        ({"density": 0.1, "pool": "sum", "stride": 16}, (16, "sum", 0.95)),
+        ({"pool": "max"}, (8, "max", 0.95)),
+        ({"pool": "sum", "threshold": 0.9}, (8, "sum", 0.9)),
+        ({"refine_stride": 4}, (16, "row", 0.8)),
+    ],
+)
+def test_defaults_that_go_together(options, want):
+    found = XAttention(**options)
+    assert (found.stride, found.pool, found.threshold) == want
 
 
 def test_cheaper_estimates_cost_less_in_proposals():
@@ -128,7 +144,7 @@ def test_thresholds_per_head_must_fit_the_site():
         ({"threshold": ()}, "between 0 and 1"),
         ({"density": 0.0}, "greater than 0"),
         ({"density": 0.1, "pool": "row"}, "keeps by threshold"),
-        ({"refine_stride": 4}, "goes with pool"),
+        ({"refine_stride": 4, "pool": "max"}, "goes with pool"),
         ({"refine_stride": 4, "pool": "row", "threshold": 0.95}, "coarse_threshold must not lie below"),
         ({"estimate": ("half", "half")}, "twice"),
         ({"estimate": ("quarter",)}, "half"),
@@ -183,15 +199,15 @@ def operand(value) -> str:
 
 GOLDEN = """\
 sparsify.select_blocks.default(2 tensors, key_flags=uint8[2, 70], scale=0.25, causal=True, estimate=half, \
-block_size=64, threshold=[0.5, 0.6, 0.7, 0.8], version=3)
+block_size=64, threshold=[0.5, 0.6, 0.7, 0.8], version=4)
 sparsify.attention.default(3 tensors, key_flags=uint8[2, 70], block_counts=int32[2, 4, 2] of select_blocks, \
-block_indices=int16[2, 4, 2, 2] of select_blocks, scale=0.25, causal=True, block_size=64, seq_major=True, version=3)"""
+block_indices=int16[2, 4, 2, 2] of select_blocks, scale=0.25, causal=True, block_size=64, seq_major=True, version=4)"""
 
 
 def test_golden_of_the_rewritten_region():
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[0, :9] = 0
-    options = {"xattention": {"block": 64, "estimate": ["half"], "threshold": [0.5, 0.6, 0.7, 0.8]}}
+    options = {"xattention": {"block": 64, "pool": "max", "estimate": ["half"], "threshold": [0.5, 0.6, 0.7, 0.8]}}
     found = rewritten(build("llama"), options, input_ids=prompt(2, 70), attention_mask=mask)
     assert region(found) == GOLDEN
     counts = [sum(node.target is op for node in found.graph.nodes) for op in (SelectCall.op(), AttentionCall.op())]

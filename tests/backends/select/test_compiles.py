@@ -82,8 +82,7 @@ def test_hopper_prepares_without_spills(stride, head_dim, clause):
 
 def choosing(chosen: SelectSpec, arch: int, width: int, **constexprs: int) -> Resources:
     """`choose` as it is launched for rows of so many key blocks."""
-    together, warps = triton.choosing(chosen, width, triton.LIMITS)
-    constexprs |= {"TOGETHER": together} if chosen.reduce == "row" else {}
+    warps = triton.choosing_warps(width, triton.LIMITS)
     return compiled(chosen, "choose", arch, warps, TILES=width // chosen.tile_blocks, **constexprs)
 
 
