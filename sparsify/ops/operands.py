@@ -21,11 +21,13 @@ from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeC
 from sparsify.ops.call import OpCall, Operand, misfit
 from sparsify.ops.library import NAMESPACE
 from sparsify.ops.linear import LinearCall
+from sparsify.ops.reselection import CacheObserveCall, CacheReselectCall
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
 _RECORDS = (
     AttentionCall, SelectCall, SparseAttentionCall, CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheBoundsCall, CacheMassCall,
+    CacheReselectCall, CacheObserveCall,
     LinearCall,
 )  # fmt: skip
 _CALLS: dict[str, type[OpCall]] = {call.NAME: call for call in _RECORDS}

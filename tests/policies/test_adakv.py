@@ -111,13 +111,19 @@ def test_shares_travel(llama, tmp_path, policy, options):
     assert all(torch.equal(one.starts, other.starts) for one, other in zip(cache.layers, first.layers, strict=True))
 
 
+@pytest.mark.parametrize(("policy", "options"), [("adakv", ADA), ("duo", DUO)])
 @torch.no_grad()
-def test_compiled_calls_give_the_same():
+def test_compiled_calls_give_the_same(policy, options):
     model = build("llama", layers=2)
-    make = lambda: SparseCache(model.config, "adakv", BUDGET, every=3, **ADA)
+    make = lambda: SparseCache(model.config, policy, BUDGET, every=3, **options)
     want = model.generate(text(1, 30), max_new_tokens=8, do_sample=False, **holding(make()))
     sparsify.compile(model, strict=True, inductor={"freezing": False}, lower="eager")
     assert torch.equal(model.generate(text(1, 30), max_new_tokens=8, do_sample=False, **holding(make())), want)
+    cache, found = make(), []  # and a loop of one's own, of which no Python of the cache runs under "duo", whose layers differ
+    for at in range(30, 38):
+        tokens = want[:, :30] if at == 30 else want[:, at - 1 : at]
+        found.append(model(input_ids=tokens, **holding(cache)).logits[:, -1].argmax(-1))
+    assert torch.equal(torch.stack(found, 1), want[:, 30:])
 
 
 def test_refusals(llama):

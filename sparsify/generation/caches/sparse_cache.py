@@ -201,15 +201,18 @@ class SparseCache(Cache):
             if growing is not None and growing.overflowed:
                 _refuse_overflow(growing)
 
-    def settle(self) -> None:
+    def settle(self, tokens: int = 1) -> None:
         """Before a compiled call that is not sparsify's own: where no room is left for another token, the policy selects (`every`).
 
         Uncompiled calls, models compiled by `sparsify.compile` and `generate()` do that by themselves.
+
+        Args:
+            tokens: of the call, for policies that await `observe`.
         """
         for layer in self.layers:
             if layer.every and layer.is_initialized:
                 layer.used = None
-                layer.settle()
+                layer.settle(tokens)
 
     def end_turn(self) -> None:
         """The policy selects now: what is kept goes back to the budget. Under "sirllm", what is known of tokens fades.

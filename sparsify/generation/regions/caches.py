@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -94,6 +95,15 @@ def trouble(cache: Any, layers: int) -> str:
         return f"a cache with a {type(foreign).__name__}"
     layouts = {(layer.layout, layer.policy_text) for layer in cache.layers if isinstance(layer, SparseLayer) and not layer.is_sliding}
     return "a cache whose layers have budgets of their own, which are constants of a graph" if len(layouts) > 1 else ""
+
+
+def settle(cache: Any, tokens: int) -> None:
+    """Before a call of a whole graph, which runs no Python of the cache: where there is no room for its tokens, the policy selects.
+
+    While a CUDA graph is recorded nothing may be asked of the device; who records settles before.
+    """
+    if isinstance(cache, SparseCache) and cache.every and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        cache.settle(tokens)
 
 
 def _stands_alone(layer: Any) -> bool:
