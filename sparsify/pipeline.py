@@ -22,15 +22,16 @@ from sparsify.costs import device as hardware
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.graph import module_paths, unforeseen
 from sparsify.masks.symbolic import find_shape_env
-from sparsify.matching import beside
+from sparsify.matching import beside, stream
 from sparsify.matching.attention import find_attention
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.cache import find_cache, made_inside
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.matching.sites import AttentionSite
 from sparsify.planning import unmatched
-from sparsify.planning.choose import Choice, acts_on, leave_out_untouched_ffn, make_plan
+from sparsify.planning.choose import Choice, acts_on, leave_out_untouched_ffn, make_plan, named_methods
 from sparsify.planning.config.config import Config
+from sparsify.planning.decision import Decision
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import load_saved_plan
@@ -111,6 +112,8 @@ def compile_graph(
                 plan = plan.repeated(serves)
                 if (saved := load_saved_plan(config.plan)) is not None:
                     plan = saved.recalled(plan)
+            else:
+                _refuse_streams(plan, config)
             unmatched.warn(gm, plan, config, compilation, ends=not serves)
     except Exception as error:
         if config.strict:
@@ -143,6 +146,26 @@ def compile_graph(
     names = tuple(_name(site) for site in _sites(assumption.graph, config, assumption.attention))
     again = lambda graph, inputs: compile_graph(graph, inputs, config, compilation, serves, Retraced(forms - 1, names))
     return Assumed(check, assumption.places, served, pristine, again)
+
+
+def _refuse_streams(plan: Plan, config: Config) -> None:
+    """Says in the plan of a prompt's whole graph that no method acts between its layers.
+
+    Raises:
+        UnsupportedError: under `strict`.
+    """
+    reason, hint = "layers are captured in one graph, within which the number of rows does not change", "use sparsify.compile(model)"
+    asked = {name: method for name, method in named_methods(config).items() if "stream" in method.kinds and not config.exact}
+    if not any(decision.kind == "attention" and decision.phase == "prefill" for decision in plan.decisions):
+        return
+    for name in asked:
+        if config.strict:
+            raise UnsupportedError(reason, where=name, hint=hint)
+        refusal = f"{name}: {reason} ({hint})"
+        log.warning("%s", refusal)
+        plan.decisions.append(
+            Decision("", None, "prefill", stream.sizes(), "", None, reason="no method acts", refusals=[refusal], kind="stream")
+        )
 
 
 def _name(site: Site) -> tuple[SiteKind, str, int | None]:

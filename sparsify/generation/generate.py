@@ -27,6 +27,7 @@ from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.decoding import call, loop, step_caches
 from sparsify.generation.decoding.runner import CudaGraphs, Direct, Recorded, Runner
 from sparsify.generation.decoding.sessions import Sessions
+from sparsify.generation.regions import narrowing
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,11 @@ class _Request:
 
     def sample(self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin._sample`."""
+        config = inspect.signature(compat.stock("_sample")).bind(self.model, input_ids, *args, **kwargs).arguments["generation_config"]
+        with narrowing.reading_in_parts(config.prefill_chunk_size is not None):
+            return self._sample(original, input_ids, *args, **kwargs)
+
+    def _sample(self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(compat.stock("_sample")).bind(self.model, input_ids, *args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments

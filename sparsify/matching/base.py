@@ -17,8 +17,8 @@ from sparsify.masks.predicate import MaskPredicate
 from sparsify.matching.layouts import IN_ORDER, Layouts, length_dim
 
 Phase = Literal["prefill", "chunk", "decode"]
-SiteKind = Literal["attention", "cache", "ffn"]
-PlanKind = Literal["attention", "ffn"]
+SiteKind = Literal["attention", "cache", "ffn", "stream"]
+PlanKind = Literal["attention", "ffn", "stream"]
 StrideOrder = Literal["bhqd", "bqhd", "other"]
 
 CACHE_SUFFIX = ".cache"  # of the names of a SparseCache's sites, behind their attention's path
@@ -26,7 +26,7 @@ CACHE_SUFFIX = ".cache"  # of the names of a SparseCache's sites, behind their a
 
 def plan_kind(kind: SiteKind) -> PlanKind:
     """The kind under which plan files know a site: a SparseCache's layer counts as attention."""
-    return "ffn" if kind == "ffn" else "attention"
+    return "attention" if kind == "cache" else kind
 
 
 class Site:

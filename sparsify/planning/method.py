@@ -29,6 +29,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
+from sparsify.matching.stream import StreamSite
 from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
 
 # All that a method's file imports of sparsify, beside `sparsify.ops`.
@@ -48,6 +49,7 @@ __all__ = [
     "Refusal",
     "Site",
     "SiteKind",
+    "StreamSite",
     "UnsupportedError",
     "Work",
     "attention_call",
@@ -141,7 +143,8 @@ class Pass(BaseModel):
 
     name: by which configuration and plans know it.
     lossy: whether it changes results; then it acts only where configuration or a plan enables it.
-    kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer) or "ffn".
+    kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer), "ffn", or "stream" (the rows behind a layer, for
+        which a method has `choose` and no `rewrite`, as `sparsify.passes.token_select` shows it).
     across_layers: whether what it does at a site depends on the model's other layers: they are captured in one graph.
     """
 

@@ -35,7 +35,7 @@ def table(decisions: Sequence[Decision], device: str, capture: str = "", width: 
 
 def _title(decisions: Sequence[Decision]) -> str:
     counts: list[str] = []
-    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks")):
+    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks"), ("stream", "residual streams")):
         of_kind = [d for d in decisions if d.kind == kind]
         if of_kind or kind == "attention":
             counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
@@ -94,12 +94,16 @@ def _feed_forward_sizes(s: Mapping[str, str]) -> str:
     return f"{s['rows']} rows·{s['hidden']}→{s['intermediate']}"
 
 
+def _stream_sizes(s: Mapping[str, str]) -> str:
+    return f"{s['batch']}·{s['tokens']}→{s['kept']} tokens, {s['layers']} layers"
+
+
 def sizes_text(decision: Decision) -> str:
     """The numbers that a site's cost depends on, in one word."""
     return _SIZES[decision.kind](decision.sizes)
 
 
-_SIZES: dict[str, Callable[[Mapping[str, str]], str]] = {"attention": _attention_sizes, "ffn": _feed_forward_sizes}
+_SIZES: dict[str, Callable[[Mapping[str, str]], str]] = {"attention": _attention_sizes, "ffn": _feed_forward_sizes, "stream": _stream_sizes}
 
 
 def time_text(seconds: float | None) -> str:

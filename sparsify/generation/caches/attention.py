@@ -78,6 +78,11 @@ _MODEL_FIELDS = (
 _IGNORED = ("is_causal", "output_attentions", "position_ids", "use_cache", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
+# argument of attention under which a region that chooses tokens asks what keys get of some queries' attention: a list, to which that is
+# appended, and the queries, as `regions.narrowing.Narrowed.observation` describes them
+OBSERVED = "sparsify_observed"
+
+
 def register_attention() -> None:
     """Registers the attention functions with transformers."""
     for base, name in NAMES.items():
@@ -134,6 +139,7 @@ def attention_forward(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    sparsify_observed: tuple[list[Tensor], dict[str, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the cache and the call's own tokens; then stores these.
@@ -145,6 +151,7 @@ def attention_forward(
         key, value: [batch, kv_heads, query_len, head_dim].
         attention_mask: 2-D padding mask, or None.
         s_aux: sink logits, [query_heads].
+        sparsify_observed: see `OBSERVED`.
 
     Returns:
         output [batch, query_len, query_heads, v_head_dim], and None in place of the attention weights.
@@ -154,6 +161,9 @@ def attention_forward(
         UnsupportedError: the cache cannot compute this attention exactly.
     """
     layer = layer_from_keys(key)
+    if sparsify_observed is not None:
+        found, queries = sparsify_observed
+        found.append(_observed_mass(query, key, scaling, softcap, **queries))
     if layer is None:
         given = {"softcap": softcap, "sliding_window": sliding_window, "s_aux": s_aux}
         given = {name: value for name, value in given.items() if value is not None}
@@ -176,6 +186,17 @@ def attention_forward(
     if layer.is_last:
         layer.call.storing = False
     return output.transpose(1, 2), None
+
+
+def _observed_mass(
+    query: Tensor, key: Tensor, scaling: float | None, softcap: float | None, columns: Tensor, query_positions: Tensor, positions: Tensor
+) -> Tensor:
+    """What each key gets of some queries' attention, fp32 [batch, query_heads, key_len]. Sink logits take no part."""
+    rows = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    observed = query.gather(2, rows).to(key.dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    numbers = {"scale": scale, "softcap": softcap or 0.0, "version": cache.VERSION}
+    return cache.mass(observed, key, positions[:, None].expand(-1, key.shape[1], -1), query_positions, **numbers)
 
 
 def _base_attention(base: str, module: torch.nn.Module) -> Callable[..., Any]:

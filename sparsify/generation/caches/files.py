@@ -31,12 +31,16 @@ class LayerHeader(BaseModel):
     """layout: how the slots are used; None where a budget given as a share waits for the first call.
 
     started: whether a call has been stored. slots: of the file's tensors; None where nothing was allocated.
+
+    left_out, fixed: as the layer has them, written where they are not 0.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     layout: dict[str, Any] | None
     started: bool
     slots: int | None
+    left_out: int = 0
+    fixed: int = 0
 
 
 class Header(BaseModel):
@@ -79,7 +83,7 @@ def write(
             for name, known in layer.known():
                 tensors[f"{layer.index}.{name}"] = known.clone()
         layout = None if layer.layout is None else dataclasses.asdict(layer.layout)
-        described.append(LayerHeader(layout=layout, started=layer.started, slots=slots))
+        described.append(LayerHeader(layout=layout, started=layer.started, slots=slots, left_out=layer.left_out, fixed=layer.fixed))
     model = _unwrapped(model)
     header = Header(
         format=FORMAT,
@@ -93,7 +97,7 @@ def write(
         versions={"torch": torch.__version__},
     )
     with folders.replacing(path) as temporary:
-        save_file(tensors, temporary, {_HEADER: header.model_dump_json()})
+        save_file(tensors, temporary, {_HEADER: header.model_dump_json(exclude_defaults=True)})
 
 
 def read_header(path: Path, model: Any) -> Header:
@@ -132,7 +136,7 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
     with safe_open(path, "pt", device=str(device)) as file:
         for layer, described in zip(layers, header.layers, strict=True):
             layer.layout = None if described.layout is None else Layout(**described.layout)
-            layer.started = described.started
+            layer.started, layer.left_out, layer.fixed = described.started, described.left_out, described.fixed
             if described.slots is None:
                 continue
             try:

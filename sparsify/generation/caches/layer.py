@@ -160,6 +160,7 @@ class SparseLayer(CacheLayerMixin):
         self.layout: Layout | None = None if isinstance(budget, float) else self.lay_out(budget)
         self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
         self.used: int | None = 0  # columns stored so far as the host counts them, for layers that grow; None: only the device knows
+        self.left_out, self.fixed = 0, 0  # columns of the text that the layer was not given; tokens that cannot be cropped then
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lay_out(self, budget: int | None) -> Layout:
@@ -449,7 +450,7 @@ class SparseLayer(CacheLayerMixin):
                 tensor.copy_(torch.arange(tensor.shape[1], device=tensor.device) * self.keys.shape[2])
             else:
                 tensor.fill_(-1 if name == "query_positions" else 0)
-        self.started, self.used, self.told = False, 0, True
+        self.started, self.used, self.told, self.left_out, self.fixed = False, 0, True, 0, 0
         if isinstance(self.budget, float):
             self.layout, self.is_initialized = None, False
 
@@ -510,8 +511,14 @@ class SparseLayer(CacheLayerMixin):
         """Raises CacheError when the last `tokens` tokens cannot be taken back exactly; changes nothing."""
         where = f"layer {self.index}"
         length = int(self.length)
-        if tokens > length:
-            raise CacheError(f"{tokens} tokens are to be removed, {length} were seen", where=where)
+        if tokens > length + self.left_out:
+            raise CacheError(f"{tokens} tokens are to be removed, {length + self.left_out} were seen", where=where)
+        if length - tokens < self.fixed:
+            raise CacheError(
+                f"the layer was given some tokens of the prompt, of which {tokens} cannot be taken back",
+                where=where,
+                hint="crop no more than the window that token_select keeps, and what came after the prompt",
+            )
         if bool((self.seen != length).any()):
             raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
         kept = min(int(self.counts.min()), self.keys.shape[2])

@@ -252,8 +252,8 @@ class SparseCache(Cache):
                 layer.tell(surprise, is_token)
 
     def _lengths(self) -> list[int]:
-        """Tokens that each layer's buffers have seen, padding included."""
-        lengths = [layer.length for layer in self.layers]
+        """Tokens of the text that each layer's buffers have seen, or that the layer was not given, padding included."""
+        lengths = [layer.length + layer.left_out for layer in self.layers]
         if len({length.device for length in lengths}) == 1:
             return torch.stack(lengths).tolist()
         return [int(length) for length in lengths]

@@ -22,6 +22,9 @@ from transformers.cache_utils import (
 from sparsify.generation.caches.layer import CallState, SparseLayer
 from sparsify.generation.caches.sparse_cache import SparseCache
 
+# arguments by which models and layers take a cache
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
 # layers of ordinary caches whose update touches nothing but themselves
 _ALONE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 

@@ -22,11 +22,12 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from sparsify import pipeline, progress
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.regions import caches, layers, long_rows, masks
+from sparsify.generation.regions import caches, layers, long_rows, masks, narrowing
 from sparsify.generation.regions.caches import LayerView
 from sparsify.generation.regions.layers import Layer, NotShared
 from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.masks import PostponedMask
+from sparsify.generation.regions.narrowing import Narrowed, Narrowing
 from sparsify.graph import compat as torch_compat
 from sparsify.graph.module_paths import layer_number
 from sparsify.ops.head_numbers import head_numbers
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 # more kinds than this take as long to compile as the whole model
 MOST_KINDS = 8
 
-_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _SEEN = 4096  # sizes of calls that a region remembers
 _numbers = itertools.count()
 _active: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("sparsify_regions", default=None)
@@ -84,6 +84,8 @@ class RegionalModel:
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self.kinds = _kinds(self.layers, config)
         self._saved = load_saved_plan(config.plan)
+        method = narrowing.asked(config, self._saved, [layer.path for layer in self.layers])
+        self.narrowing = None if method is None else Narrowing(model, self.layers, config, method)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
         self.reason = ""  # why no call is served by regions any more
@@ -112,6 +114,7 @@ class RegionalModel:
 
     def _through_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(self)
+        call.shows_rows = bool(kwargs.get("output_hidden_states", getattr(self.model.config, "output_hidden_states", False)))
         tokens = _active.set(call), masks.postponing.set(True)
         try:
             result = self.model._call_impl(*args, **kwargs)
@@ -130,7 +133,7 @@ class RegionalModel:
         for name in ("output_attentions", "output_router_logits"):
             if kwargs.get(name, getattr(config, name, False)):
                 raise NotShared(f"{name} asks for what a layer computes inside")
-        cache = next((value for name, value in kwargs.items() if name in _CACHES and value is not None), None)
+        cache = next((value for name, value in kwargs.items() if name in caches.CACHES and value is not None), None)
         if cache is not None and (why := caches.trouble(cache, len(self.layers))):
             raise NotShared(why)
         if not any(isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == 1 for value in (*args, *kwargs.values())):
@@ -149,11 +152,13 @@ class RegionalModel:
             self._head_numbers[key] = {f"{site} {option}": torch.tensor(values, device=device) for (site, option), values in found.items()}
         return self._head_numbers[key]
 
-    def region(self, key: Any, layer: Layer) -> _Region:
+    def region(self, key: Any, layer: Layer, part: str) -> _Region:
+        """part: as `Narrowed.part` says."""
         with self._lock:
             found = self._regions.get(key)
             if found is None:
-                paths = tuple(one.path for one in self.layers if self.kinds[one.number] == self.kinds[layer.number])
+                alike = (one for one in self.layers if self.kinds[one.number] == self.kinds[layer.number])
+                paths = tuple(one.path for one in alike if not part or self.narrowing is None or self.narrowing.place(one) == part)
                 found = self._regions[key] = _Region(self, paths)
         return found
 
@@ -248,10 +253,12 @@ def _run(
     state: dict[str, Any],
     padding: dict[str, Any],
     numbers: dict[str, Tensor],
+    observed: dict[str, Tensor],
 ) -> Any:
     """What a region is captured from: the masks, then the layer.
 
     state: what varies of the cache layer. padding: what varies of the masks, by name. numbers: of heads, see `RegionalModel.head_numbers`.
+    observed: as `Narrowed.observation` gives it; where there is any, the result is a pair with what keys get of these queries' attention.
     """
     for name, values in numbers.items():
         site, option = name.split(" ")
@@ -264,7 +271,11 @@ def _run(
             given[name] = view
     for name, plan in held.masks.items():
         given[name] = masks.build(plan, padding[name], hidden, held.cache)
-    return layer.forward(*args, **given)
+    if not observed:
+        return layer.forward(*args, **given)
+    found: list[Tensor] = []
+    result = layer.forward(*args, **given, **{cache_attention.OBSERVED: (found, observed)})
+    return result, found[0] if len(found) == 1 else None
 
 
 def _private(function: types.FunctionType) -> types.FunctionType:
@@ -278,11 +289,14 @@ class _Call:
 
     ran: whether a region has run, so that the call cannot start again elsewhere.
     compiled: whether a region was compiled in it.
+    shows_rows: whether the caller gets what each layer gave, for all rows.
+    narrowed: what lets some tokens go on alone; None where nothing does.
     """
 
     def __init__(self, model: RegionalModel):
         self.model = model
-        self.ran = self.compiled = False
+        self.ran = self.compiled = self.shows_rows = False
+        self.narrowed: Narrowed | None = None
 
     def run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's result, its own hooks around it."""
@@ -292,12 +306,24 @@ class _Call:
                 args, kwargs = hook(module, args, kwargs) or (args, kwargs)
             elif (found := hook(module, args)) is not None:
                 args = found if isinstance(found, tuple) else (found,)
+        if layer.number == 0 and self.model.narrowing is not None:
+            self.narrowed = self._narrowed(layer, args, kwargs)
+        if self.narrowed is not None:
+            args, kwargs = self.narrowed.enter(layer, args, kwargs)
         result = self._run(layer, args, kwargs)
         for key, hook in module._forward_hooks.items():
             with_kwargs = key in module._forward_hooks_with_kwargs
             found = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
             result = result if found is None else found
-        return result
+        return result if self.narrowed is None else self.narrowed.leave(layer, result)
+
+    def _narrowed(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Narrowed | None:
+        """What narrows the call that begins with this layer; None where nothing does."""
+        given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        hidden = args[0] if args else given.get("hidden_states")
+        if self.model.narrowing is None or type(hidden) is not Tensor or hidden.dim() != 3:
+            return None
+        return self.model.narrowing.begin(hidden, {name: value for name, value in given.items() if value is not hidden}, self.shows_rows)
 
     def _run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -320,7 +346,7 @@ class _Call:
             raise NotShared("its layers are called in a form that is not known")
         rest, args, cache, key_len = dict(kwargs), args[:1], None, 0
         shadow = layer.shadow.current()
-        names = tuple(name for name in _CACHES if rest.get(name) is not None)
+        names = tuple(name for name in caches.CACHES if rest.get(name) is not None)
         for name in names:
             held_cache = rest.pop(name)
             if why := caches.trouble(held_cache, len(self.model.layers)):
@@ -328,6 +354,10 @@ class _Call:
             cache = caches.layer_call(held_cache, layer.shadow.number, query_len)
             key_len = cache.key_len
         postponed = {name: rest.pop(name) for name, value in kwargs.items() if isinstance(value, PostponedMask)}
+        if cache is not None and cache.key_len and narrowing.left_out(cache.layer):
+            postponed = {name: narrowing.own_mask(mask, cache.layer, query_len) for name, mask in postponed.items()}
+        observed = {} if self.narrowed is None else self.narrowed.observation(layer)
+        part = "" if self.narrowed is None else self.narrowed.part(layer)
         planned = {name: masks.plan(mask.recipe, hidden, cache and cache.layer) for name, mask in postponed.items()}
         key = (
             self.model.kinds[layer.number],
@@ -338,8 +368,9 @@ class _Call:
             cache and cache.kind(),
             (batch == 1, query_len == 1, hidden.dtype, hidden.device),
             (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hidden.requires_grad),
+            part,
         )
-        region = self.model.region(key, layer)
+        region = self.model.region(key, layer, part)
         if cache is not None:
             cache.begin()
         try:
@@ -347,7 +378,9 @@ class _Call:
             padding = {name: varying for name, (_, varying) in planned.items()}
             state = cache.varying if cache else {}
             numbers = self.model.head_numbers(layer, hidden.device) if query_len > 1 else {}
-            result = region((batch, query_len, key_len), shadow, args, rest, held, state, padding, numbers)
+            result = region((batch, query_len, key_len), shadow, args, rest, held, state, padding, numbers, observed)
+            if observed and self.narrowed is not None:
+                result, self.narrowed.mass = result
         except TorchDynamoException as error:
             if isinstance(error, BackendCompilerFailed):
                 raise

@@ -22,7 +22,7 @@ _SIDES = (SIDE, 48, 32, 24, 16, 12, 8)
 _LEVELS = "0123456789abcdef"
 NOTHING = "."  # a cell where no block is possible
 
-KINDS = {"attention": "attention", "cache": "cache", "ffn": "feed-forward"}
+KINDS = {"attention": "attention", "cache": "cache", "ffn": "feed-forward", "stream": "residual stream"}
 
 
 class Described(Protocol):
@@ -206,6 +206,9 @@ def _density(d: Decision) -> str:
 # -- time ------------------------------------------------------------------------------------------------------------------------------
 
 
+_PARTS = {"attention": "attention", "ffn": FEED_FORWARD}  # of which kind of site's time
+
+
 def _parts(plan: Described) -> tuple[Part, ...]:
     """Attention by its sites; what lies beside it as the plan says, with what was decided for feed-forward blocks."""
     dense: dict[str, float] = {}
@@ -215,7 +218,7 @@ def _parts(plan: Described) -> tuple[Part, ...]:
     dense |= {name: plan.beside[name] for name in PARTS if name in plan.beside}
     chosen = dict(dense)
     for d in plan.decisions:
-        name = "attention" if d.kind == "attention" else FEED_FORWARD
+        name = _PARTS.get(d.kind, "")
         if d.method is not None and d.seconds is not None and d.dense_seconds is not None and name in chosen:
             chosen[name] += d.seconds - d.dense_seconds
     longest = max((*dense.values(), *chosen.values()), default=0.0)
@@ -285,7 +288,7 @@ def _level(share: float) -> str:
 
 
 def _tiles(plan: Described, time: Part | None) -> Iterator[tuple[str, str, str]]:
-    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks")):
+    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks"), ("stream", "residual streams")):
         mine = [d for d in plan.decisions if d.kind == kind]
         if mine:
             yield f"{words} rewritten", f"{sum(d.method is not None for d in mine)} of {len(mine)}", ""

@@ -1,0 +1,454 @@
+"""Lets only some tokens of a prompt go on behind a layer, between two calls of regions.
+
+A method of the kind `stream` says which. Here is what lets later layers follow: rows of the residual stream, rotary tables, positions,
+masks and caches of a narrowed call, the masks of later calls over layers that hold fewer tokens, and why a call is not narrowed.
+
+Rows keep their order and their rotary angles, so that causality among them is causality of their places. Whatever counts positions
+otherwise is refused before a layer has run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import logging
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import causal_mask_function
+
+from sparsify import pipeline
+from sparsify.costs import device as hardware
+from sparsify.costs.sizes import AttentionSizes
+from sparsify.errors import UnsupportedError
+from sparsify.generation.caches.layer import SparseLayer
+from sparsify.generation.regions.caches import CACHES
+from sparsify.generation.regions.layers import Layer
+from sparsify.generation.regions.masks import PostponedMask, Recipe
+from sparsify.graph.module_paths import layer_number
+from sparsify.matching.stream import StreamSite, sizes
+from sparsify.planning.choose import named_methods
+from sparsify.planning.config.config import Config
+from sparsify.planning.decision import Decision
+from sparsify.planning.method import Pass, Proposal
+from sparsify.planning.plan import Plan
+from sparsify.planning.saved_plan import SavedPlan
+
+log = logging.getLogger(__name__)
+
+# set while a prompt is read in parts, whose last rows are not the question
+_in_parts: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_in_parts", default=False)
+
+
+@contextlib.contextmanager
+def reading_in_parts(parts: bool) -> Generator[None]:
+    """Within the block a call may hold a part of a prompt only: none is narrowed."""
+    token = _in_parts.set(parts)
+    try:
+        yield
+    finally:
+        _in_parts.reset(token)
+
+
+def asked(config: Config, saved: SavedPlan | None = None, paths: Sequence[str] = ()) -> Pass | None:
+    """The method of the kind `stream` that configuration or plan file asks for, None without one.
+
+    Args:
+        saved: the plan file, which decides where it is given.
+        paths: of the layers, by number; rules may leave the method out of its layer.
+    """
+    if config.exact:
+        return None
+    methods = {name: method for name, method in named_methods(config).items() if "stream" in method.kinds}
+    if saved is not None:
+        found = [d for d in saved.plan.rewritten if d.kind == "stream" and d.method in methods]
+        return methods[str(found[0].method)](**found[0].options) if found else None
+    for name in methods:
+        number = config.methods.get(name, {}).get("layer")
+        path = paths[number] if isinstance(number, int) and number < len(paths) else ""
+        for chosen, options in config.for_layer(path, number if path else None, {name}):
+            return methods[chosen](**options)
+    return None
+
+
+def refuse(config: Config, method: Pass, reason: str, hint: str = "", path: str = "") -> None:
+    """Says why a prompt is not narrowed. path: of the layer that would choose, where it is known.
+
+    Raises:
+        UnsupportedError: under `strict`.
+    """
+    if config.strict:
+        raise UnsupportedError(reason, where=method.name, hint=hint)
+    refusal = str(method.refuse(reason, hint))
+    log.warning("%s", refusal)
+    _record(Decision(path, layer_number(path), "prefill", sizes(), "", None, reason="no method acts", refusals=[refusal], kind="stream"))
+
+
+def _record(decision: Decision, device: str = "") -> None:
+    if (plans := pipeline.collector.get()) is not None:
+        plans.append(Plan([decision], device=device, serves=1))
+
+
+def counting_places(text: Any, numbers: Iterable[int]) -> str:
+    """Why rows cannot be left out of some layers, by a text configuration; empty where nothing in it speaks against it."""
+    types = getattr(text, "layer_types", None)
+    for number in numbers:
+        if types is not None and types[number] != "full_attention":
+            return f"layer {number} is one of {types[number].replace('_', ' ')}, which counts places that are left out"
+    window = next((name for name in ("sliding_window", "attention_chunk_size") if getattr(text, name, None)), None)
+    if types is None and window is not None:
+        return f"layers have a {window.replace('_', ' ')}, which counts places that are left out"
+    return ""
+
+
+class Narrowing:
+    """How a model narrows its prompts.
+
+    Args:
+        model: in transformers' form.
+        layers: its decoder layers.
+        method: of the kind `stream`; `method.layer` is the one that chooses.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: Config, method: Any):
+        self.layers, self.config, self.method = layers, config, method
+        self.text = cast(Any, model.config).get_text_config(decoder=True)
+        self.obstacle = "" if method.layer is None or method.layer + 1 >= len(layers) else self._obstacle(layers[method.layer :])
+        matrices = [tuple((p.shape[1], p.shape[0]) for p in layer.module.parameters() if p.dim() == 2) for layer in layers]
+        self.matrices = tuple(matrices[(method.layer or 0) + 1 :])
+        self._told: set[Any] = set()
+        self._device = hardware.describe(torch.device("cpu"))
+
+    @property
+    def layer(self) -> int:
+        """Number of the layer that chooses; -1 where none is named."""
+        return -1 if self.method.layer is None else self.method.layer
+
+    def place(self, layer: Layer) -> str:
+        """Where a layer stands: "before" the one that "chooses", or "behind" it."""
+        return "chooses" if layer.number == self.layer else "before" if layer.number < self.layer else "behind"
+
+    def _obstacle(self, following: Sequence[Layer]) -> str:
+        """Why rows cannot be left out before these layers, from their structure; empty where they can. The first of them chooses."""
+        if why := counting_places(self.text, [layer.number for layer in following]):
+            return why
+        for layer in following:
+            if mixing := [type(part).__name__ for part in layer.module.modules() if isinstance(part, nn.modules.conv._ConvNd)]:
+                return f"layer {layer.number} mixes neighbouring tokens ({mixing[0]})"
+        return ""
+
+    def begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool = False) -> Narrowed | None:
+        """Called before the first layer of a call runs, with its arguments. None where the call is not narrowed.
+
+        Args:
+            shows_rows: the caller gets what each layer gave, for all rows.
+
+        Raises:
+            UnsupportedError: it cannot be, under `strict`.
+        """
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        if hidden.shape[1] == 1 or (cache is not None and not _empty(cache)):
+            return None
+        for layer in cache.layers if cache is not None else ():
+            if left_out(layer):
+                set_left_out(layer, 0, 0)
+        if _in_parts.get():
+            return self.refuse("a prompt that is read in parts: the last rows of a part are not the question")
+        if shows_rows:
+            return self.refuse("the hidden states of all rows are asked for")
+        reason = self.obstacle or self._trouble(hidden, given, cache)
+        if reason:
+            return self.refuse(reason)
+        is_token = _tokens(given.get("attention_mask"), hidden.shape[1])
+        counts = None if is_token is None else is_token.sum(-1)
+        longest = hidden.shape[1] if counts is None else int(counts.max())
+        site = self._site(hidden, longest)
+        context = dataclasses.replace(pipeline.make_context(hidden.device, self.config), formulas=False)
+        answer = self.method.propose(site, context)
+        if not isinstance(answer, Proposal):
+            if self.method.fits(longest):  # nothing is asked for that is not done
+                self._told_once("fits", Decision(site.name, site.layer, "prefill", sizes(site, longest), "", None), answer.reason)
+                return None
+            return self.refuse(answer.reason, answer.hint)
+        dynamic = cache is not None and isinstance(cache.layers[self.layer + 1], DynamicLayer)
+        if counts is not None and dynamic and int(counts.min()) < self.method.most(longest):
+            return self.refuse("a row has fewer tokens than are kept, and an ordinary cache does not know its padding")
+        return Narrowed(self, site, answer, hidden, is_token, cache)
+
+    def refuse(self, reason: str, hint: str = "") -> None:
+        if self.config.strict or reason not in self._told:
+            self._told.add(reason)
+            refuse(self.config, self.method, reason, hint, self.layers[self.layer].path if 0 <= self.layer < len(self.layers) else "")
+
+    def tell(self, site: StreamSite, proposal: Proposal, kept: int) -> None:
+        """Records that a call was narrowed, once for each number of tokens. Later layers' sites count as they run, over fewer rows: what
+        they are spared counts here."""
+        spared = site.later_seconds(self._device, site.tokens) - site.later_seconds(self._device, kept)
+        decision = Decision(site.name, site.layer, "prefill", sizes(site, kept), "", self.method.name, self.method.options())
+        decision.seconds, decision.dense_seconds = float(proposal.seconds), spared
+        self._told_once((site.batch, site.tokens, kept), decision, proposal.note)
+
+    def _told_once(self, key: Any, decision: Decision, reason: str) -> None:
+        if key in self._told:
+            return
+        self._told.add(key)
+        decision.kind, decision.reason = "stream", reason
+        _record(decision, self._device.describe())
+
+    def _site(self, hidden: Tensor, longest: int) -> StreamSite:
+        number, (batch, tokens, width) = max(self.layer, 0), hidden.shape
+        self._device = pipeline.make_context(hidden.device, self.config).device
+        heads = int(self.text.num_attention_heads)
+        head_dim = int(getattr(self.text, "head_dim", None) or width // heads)
+        attention = AttentionSizes(
+            batch=batch,
+            query_heads=heads,
+            kv_heads=int(getattr(self.text, "num_key_value_heads", None) or heads),
+            query_len=tokens,
+            key_len=tokens,
+            qk_head_dim=head_dim,
+            v_head_dim=head_dim,
+            dtype=hidden.dtype,
+        )
+        path = self.layers[number].path if number < len(self.layers) else ""
+        return StreamSite(path, number, len(self.layers), batch, tokens, longest, attention, width, self.matrices)
+
+    def _trouble(self, hidden: Tensor, given: Mapping[str, Any], cache: Any) -> str:
+        """Why this call cannot be narrowed; empty where it can."""
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            return "gradients are required"
+        if cache is not None and (why := _cache_trouble(cache, self.layer)):
+            return why
+        tokens = hidden.shape[1]
+        tables = given.get("position_embeddings")
+        if not _is_rotary(tables, tokens):
+            return "its layers are not given rotary tables, one angle for each token"
+        for name, value in given.items():
+            if name == "attention_mask":
+                if why := _mask_trouble(value, tokens):
+                    return why
+            elif name == "position_ids" or name == "cache_position":
+                if isinstance(value, Tensor) and (
+                    value.dim() > 2 or value.shape[-1] != tokens or (value.dim() == 1 and hidden.shape[0] > 1)
+                ):
+                    return f"its layers are given {name} in a form that is not known"
+            elif name not in ("position_embeddings", "hidden_states") and _holds_tensors(value):
+                return f"its layers are given {name}, of which it is not known what belongs to which token"
+        return ""
+
+
+class Narrowed:
+    """A call that is being narrowed: `enter` and `leave` stand around each layer.
+
+    columns: int64 [batch, kept], rising: the tokens that go on; None until they are chosen.
+    mass: what the region of the choosing layer gave, fp32 [batch, query_heads, tokens], until the choice; None where it gave nothing.
+    given_up: all rows go on.
+    """
+
+    def __init__(self, owner: Narrowing, site: StreamSite, proposal: Proposal, hidden: Tensor, is_token: Tensor | None, cache: Any):
+        self.owner, self.site, self.proposal, self.is_token, self.cache = owner, site, proposal, is_token, cache
+        self.device = hidden.device
+        self.columns: Tensor | None = None
+        self.given_up = False
+        self.mass: Tensor | None = None
+        self._handed_on: Tensor | None = None
+        self._gathered: dict[int, tuple[Any, Any]] = {}
+
+    def enter(self, layer: Layer, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The layer's arguments, those that are given by position and the others, for the rows that go on."""
+        hidden = args[0] if args else given["hidden_states"]
+        if layer.number and hidden is not self._handed_on:
+            what = f"the model changes the residual stream before layer {layer.number}"
+            if self.columns is not None:
+                raise UnsupportedError(f"{what}, which is narrowed", where=self.owner.method.name, hint="choose by a later layer")
+            self.give_up(what)
+        if self.columns is None:
+            return args, given
+        if self.cache is not None:
+            fixed = self.columns.shape[1] - self.owner.method.window
+            set_left_out(self.cache.layers[layer.number], self.site.tokens - self.columns.shape[1], fixed)
+        rest = dict(zip(layer.arguments[1:], args[1:], strict=False))
+        return args[:1], {name: self._narrow(name, value) for name, value in {**rest, **given}.items()}
+
+    def part(self, layer: Layer) -> str:
+        """Of which part of the call the layer's region is, as `Narrowing.place` names it; empty for a region that serves all calls. Layers
+        before and behind the choice run the same code, and are told apart where sizes are to be shown."""
+        place = self.owner.place(layer)
+        return place if not self.given_up and (place == "chooses" or pipeline.costs_beside.get()) else ""
+
+    def observation(self, layer: Layer) -> dict[str, Tensor]:
+        """What the region of the layer that chooses needs to know of the call: `columns` of the last queries, int64 [batch, queries], their
+        `query_positions` and all `positions`, int32, -1 for what is no token. Empty for other layers."""
+        if layer.number != self.owner.layer or self.given_up:
+            return {}
+        batch, tokens, device = self.site.batch, self.site.tokens, self.device
+        at = torch.arange(tokens, device=device).expand(batch, tokens)
+        queries = min(self.owner.method.queries, tokens)
+        if self.is_token is None:
+            columns = at[:, -queries:].contiguous()
+            return {"columns": columns, "query_positions": columns.int(), "positions": at.int().contiguous()}
+        positions = (self.is_token.cumsum(-1) - 1).masked_fill(~self.is_token, -1).int()
+        order = self.is_token.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        places = self.is_token.sum(-1, keepdim=True) - queries + torch.arange(queries, device=device)
+        columns = order.gather(1, places.clamp(min=0))
+        return {"columns": columns, "query_positions": places.clamp(min=-1).int(), "positions": positions}
+
+    def leave(self, layer: Layer, result: Any) -> Any:
+        """The layer's result: behind the one that chooses narrowed, behind the last one as long as the prompt again."""
+        hidden = result[0] if type(result) is tuple else result
+        if layer.number == self.owner.layer and not self.given_up:
+            if self.mass is None:
+                self.give_up("its attention does not tell what its queries look at")
+            else:
+                columns: Tensor = self.owner.method.choose(self.mass, self.is_token, self.site.longest)
+                self.columns, self.mass = columns, None
+                hidden = _gather_rows(hidden, columns)
+                self.owner.tell(self.site, self.proposal, columns.shape[1])
+        if self.columns is not None and layer.number + 1 == self.site.count:
+            full = hidden.new_full((hidden.shape[0], self.site.tokens, hidden.shape[2]), torch.nan)
+            hidden = full.scatter_(1, self.columns[:, :, None].expand_as(hidden), hidden)
+            self._gathered.clear()
+        self._handed_on = hidden
+        return (hidden, *result[1:]) if type(result) is tuple else hidden
+
+    def give_up(self, reason: str) -> None:
+        """All rows go on, in this call."""
+        if not self.given_up:
+            self.given_up = True
+            self.owner.refuse(reason)
+
+    def _narrow(self, name: str, value: Any) -> Any:
+        found = self._gathered.get(id(value))
+        if found is None:  # kept beside the value, so that no other object takes its id
+            found = self._gathered[id(value)] = (value, self._made_narrow(name, value))
+        return found[1]
+
+    def _made_narrow(self, name: str, value: Any) -> Any:
+        columns = self.columns
+        assert columns is not None
+        if isinstance(value, PostponedMask):
+            return self._narrow_mask(value, columns)
+        if name == "position_embeddings":
+            return tuple(_gather_rows(table, columns) for table in value)
+        if name in ("attention_mask", "position_ids", "cache_position") and isinstance(value, Tensor):
+            if value.dim() == 1:
+                return value[columns[0]]
+            return _same_kind_of_view(value.expand(columns.shape[0], -1).gather(1, columns), value)
+        return value
+
+    def _narrow_mask(self, mask: PostponedMask, columns: Tensor) -> PostponedMask | None:
+        kept, call = columns.shape[1], dict(mask.recipe.call)
+        call["q_length"], call["kv_length"] = kept, kept
+        if call.get("attention_mask") is not None:
+            call["attention_mask"] = call["attention_mask"].gather(1, columns)
+        return PostponedMask(Recipe(mask.recipe.function, call), (*mask.shape[:2], kept, kept), mask.dtype, mask.device)
+
+
+def _gather_rows(rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows [batch or 1, tokens, width] at columns [batch, kept]."""
+    rows = rows.expand(columns.shape[0], *rows.shape[1:])
+    return rows.gather(1, columns[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def _same_kind_of_view(made: Tensor, like: Tensor) -> Tensor:
+    """The same numbers, [batch, kept], as a view where `like` is one: Dynamo guards on what a view is of, and would compile again."""
+    base = like._base
+    if base is None:
+        return made
+    return made[0].clone()[None] if base.dim() == 1 and made.shape[0] == 1 else made.view(made.shape)
+
+
+# -- what a call is made of ------------------------------------------------------------------------------------------------------------
+
+
+def _empty(cache: Any) -> bool:
+    first = cache.layers[0] if cache.layers else None
+    if first is None:
+        return True
+    if isinstance(first, SparseLayer):
+        return not first.started
+    return not first.is_initialized or (type(first.get_seq_length()) is int and first.get_seq_length() == 0)
+
+
+def _cache_trouble(cache: Any, layer: int) -> str:
+    for number, one in enumerate(cache.layers):
+        if number < layer:
+            continue
+        if isinstance(one, SparseLayer):
+            if one.is_sliding:
+                return f"the cache's layer {number} has a sliding window, which counts places that are left out"
+            if one.inverse_frequencies is not None:
+                return "the cache turns sinks by places inside it, which are no positions any more"
+        elif type(one) is not DynamicLayer:
+            return f"a {type(one).__name__} makes its masks from columns, which later layers do not have"
+    return ""
+
+
+def _is_rotary(tables: Any, tokens: int) -> bool:
+    return (
+        type(tables) is tuple and len(tables) == 2 and all(isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == tokens for t in tables)
+    )
+
+
+def _mask_trouble(mask: Any, tokens: int) -> str:
+    if mask is None or (type(mask) is Tensor and mask.dim() == 2 and mask.shape[1] == tokens):
+        return ""
+    if not isinstance(mask, PostponedMask):
+        return "the mask is a tensor of its own, whose meaning is not known"
+    call = mask.recipe.call
+    if call.get("mask_function") is not causal_mask_function or call.get("local_size") is not None:
+        return "the mask says more than causality and padding"
+    lengths = (call["q_length"], call["kv_length"], call.get("q_offset", 0), call.get("kv_offset", 0))
+    if lengths != (tokens, tokens, 0, 0):
+        return "the mask is one of another length"
+    padding = call.get("attention_mask")
+    return "" if padding is None or padding.shape[-1] == tokens else "the padding mask is one of another length"
+
+
+def _tokens(mask: Any, tokens: int) -> Tensor | None:
+    """Which columns hold a token, bool [batch, tokens]; None where all do."""
+    padding = mask.recipe.call.get("attention_mask") if isinstance(mask, PostponedMask) else mask
+    if padding is None or bool((padding != 0).all()):
+        return None
+    return padding != 0
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensors, value))
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, Tensor)
+
+
+# -- caches whose later layers hold fewer tokens ---------------------------------------------------------------------------------------
+
+_LEFT_OUT = "left_out"
+
+
+def left_out(layer: Any) -> int:
+    """Columns that a cache's layer was not given, of those that the first layer has."""
+    return getattr(layer, _LEFT_OUT, 0)
+
+
+def set_left_out(layer: Any, columns: int, fixed: int) -> None:
+    """fixed: tokens of the layer before the last run without a gap, which cannot be cropped."""
+    setattr(layer, _LEFT_OUT, columns)
+    if isinstance(layer, SparseLayer):
+        layer.fixed = fixed
+
+
+def own_mask(mask: PostponedMask, layer: Any, query_len: int) -> PostponedMask:
+    """The mask of a later call for a layer of an ordinary cache that holds fewer tokens, none of which is padding."""
+    gone = left_out(layer)
+    call = dict(mask.recipe.call)
+    key_len = call["kv_length"] - gone
+    call["kv_length"], call["q_offset"] = key_len, call.get("q_offset", 0) - gone
+    padding = call.get("attention_mask")
+    if padding is not None:
+        call["attention_mask"] = torch.cat((padding.new_ones(padding.shape[0], key_len - query_len), padding[:, -query_len:]), 1)
+    return PostponedMask(Recipe(mask.recipe.function, call), (*mask.shape[:3], key_len), mask.dtype, mask.device)
