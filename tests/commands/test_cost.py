@@ -301,3 +301,21 @@ def test_the_command_asks_for_the_gpu_here_by_default():
     cost_command.add(parser.add_subparsers())
     given = parser.parse_args(["cost", "m"])
     assert (given.device, given.lengths, given.budget, given.batch) == (None, "4K..1M", None, 1)
+
+
+@pytest.mark.slow
+def test_tokens_that_go_on_behind_a_layer(llama, of_8b):
+    """13 of 32 layers as they are, 19 as for a prompt of the tokens that go on."""
+    asked = forecaster(llama, passes=["token_select", "dense"], token_select={"layer": 12, "heads": "all", "keep": 8192})
+    (row,) = asked.forecast((131072,)).rows
+    few = of_8b.rows[0]  # 4096 tokens
+    dense, chosen = row.dense, row.chosen
+    for part in ("feed_forward", "projections", "elementwise"):
+        whole, short = getattr(dense.prefill, part), getattr(few.dense.prefill, part) * 2
+        assert getattr(chosen.prefill, part) == pytest.approx(whole * 13 / 32 + short * 19 / 32, rel=0.05)
+    assert dense.prefill.attention * 13 / 32 < chosen.prefill.attention < dense.prefill.attention * 13.2 / 32
+    assert chosen.memory.cache == pytest.approx(dense.memory.cache * (13 + 19 / 16) / 32, rel=1e-3)
+    assert few.dense.decode.attention < chosen.decode.attention < dense.decode.attention * 16 / 32
+    assert [(g.what, g.layers, g.sees) for g in chosen.groups if g.what == "stream"] == [("stream", (12,), "8192 tokens behind it")]
+    same = forecaster(llama, passes=["token_select", "dense"], token_select={"layer": 12, "heads": "all", "keep": 1.0})
+    assert same.forecast((131072,)).rows[0].chosen.prefill == row.dense.prefill

@@ -18,12 +18,15 @@ from sparsify.commands.cost.meta_model import AnySite, CallSites, MetaModel, Pro
 from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
 from sparsify.costs import work
 from sparsify.costs.seconds import SMALL_KERNELS, STEP_LAUNCHES, attention_seconds, linear_seconds, seconds
+from sparsify.generation.regions import narrowing
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import CacheSite
+from sparsify.matching.stream import StreamSite
 from sparsify.planning.choose import acts_on, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision, Place, places
-from sparsify.planning.method import Context
+from sparsify.planning.method import Context, Proposal
+from sparsify.planning.saved_plan import load_saved_plan
 
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
 _STORE_LAUNCHES = (30, 90)
@@ -47,6 +50,31 @@ class _LayerShape:
     kv_width: int = 0
     intermediate: int = 0
     blocks: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A prompt of which `kept` tokens of each row go on behind a layer. seconds: of choosing them."""
+
+    layer: int
+    kept: int
+    seconds: float
+    group: Group
+
+    def applied(self, calls: PromptAndToken, length: int) -> PromptAndToken:
+        """The calls of a prompt of `length` tokens in which later layers have the kept ones alone."""
+        fewer = resized(calls, length, self.kept)
+
+        def later(call: CallSites, few: CallSites) -> CallSites:
+            kinds: list[Any] = [
+                tuple(new if (old.layer or 0) > self.layer else old for old, new in zip(olds, news, strict=True))
+                for olds, news in zip(call.by_kind, few.by_kind, strict=True)
+            ]
+            return dataclasses.replace(call, attention=kinds[0], cache=kinds[1], feed_forward=kinds[2])
+
+        size = lambda layer, full: full if layer <= self.layer else full * self.kept // length
+        held = tuple(size(layer, full) for layer, full in enumerate(calls.cache_bytes))
+        return PromptAndToken(later(calls.prefill, fewer.prefill), later(calls.decode, fewer.decode), held)
 
 
 @dataclass
@@ -113,15 +141,39 @@ class Forecaster:
     # -- one length --------------------------------------------------------------------------------------------------------------------
 
     def _side(self, calls: PromptAndToken, length: int, config: Config) -> Side:
+        narrowed = self._narrowed(calls.prefill, length, config)
+        if narrowed is not None:
+            calls = narrowed.applied(calls, length)
         prefill = self.decide(calls.prefill, config)
         decode = self.decide(filled(calls.decode, length), config)
         scratch = self._activations(length, prefill) + max((_scratch(*one) for one in of_kind(prefill, "attention", "cache")), default=0)
         memory = Memory(self.model.weight_bytes, sum(calls.cache_bytes), scratch)
         groups = (*grouped(PREFILL, prefill, length, self.context), *grouped(DECODE, decode, length + 1, self.context))
-        return Side(self._seconds(prefill, length, length), self._seconds(decode, 1, length + 1), memory, groups)
+        if narrowed is not None:
+            groups = (*groups, narrowed.group)
+        return Side(self._seconds(prefill, length, length, narrowed), self._seconds(decode, 1, length + 1, narrowed), memory, groups)
 
-    def _seconds(self, decided: Decided, tokens: int, keys: int) -> Seconds:
-        attention = cache = feed_forward = other = elementwise = 0.0
+    def _narrowed(self, call: CallSites, length: int, config: Config) -> Narrowed | None:
+        """What becomes of a prompt of which only some tokens go on behind a layer; None where all do, or the text decides how many."""
+        method: Any = narrowing.asked(config, load_saved_plan(config.plan))
+        count = len(self.model.kinds)
+        if method is None:
+            return None
+        site = next((one for one in call.attention if one.layer == method.layer), None)
+        if site is None or narrowing.counting_places(self.model.config, range(method.layer, count)):
+            return None
+        sizes = dataclasses.replace(site.sizes, query_len=length, key_len=length, dtype=self.model.dtype)
+        stream = StreamSite(site.name, method.layer, count, self.batch, length, length, sizes, self.model.hidden, ())
+        proposal, kept = method.propose(stream, self.context), method.most(length)
+        if not isinstance(proposal, Proposal) or kept >= length:
+            return None
+        group = Group(PREFILL, "stream", (method.layer,), f"{kept} tokens behind it", method.name, proposal.note)
+        return Narrowed(method.layer, kept, float(proposal.seconds), group)
+
+    def _seconds(self, decided: Decided, tokens: int, keys: int, narrowed: Narrowed | None = None) -> Seconds:
+        """tokens, keys: of a row in layers that have all of them."""
+        attention = 0.0 if narrowed is None or tokens == 1 else narrowed.seconds
+        cache = feed_forward = other = elementwise = 0.0
         blocks_of: dict[int | None, list[Decision]] = {}  # several feed-forward blocks may lie in one layer
         for site, decision in of_kind(decided, "ffn"):
             blocks_of.setdefault(site.layer, []).append(decision)
@@ -133,17 +185,19 @@ class Forecaster:
             if not site.offers_choice:
                 cache += self._store(site)
                 attention += 0.0 if site.layer in attended else self._windowed(site)
-        rows = self.batch * tokens
         for layer, weights in enumerate(self.model.layers):
+            gone = 0 if narrowed is None or layer <= narrowed.layer else keys - (tokens == 1) - narrowed.kept
+            here = tokens if tokens == 1 else tokens - gone
+            rows = self.batch * here
             blocks = self._shapes[self.model.kinds[layer]].blocks
-            whole = sum(self._linear(self.batch * keys if pair[0] == self._latent else rows, *pair) for pair in weights.matrices)
+            whole = sum(self._linear(self.batch * (keys - gone) if pair[0] == self._latent else rows, *pair) for pair in weights.matrices)
             block = sum(self._linear(rows, *pair) for pair in blocks)
             other += whole - block
             decisions = blocks_of.get(layer, [])
             skips = any(one.method is not None for one in decisions)
             chosen = sum((one.dense_seconds if one.method is None else one.seconds) or 0.0 for one in decisions) if skips else block
             feed_forward += chosen + self._routed(rows, weights)
-            elementwise += self._elementwise_seconds(self.model.kinds[layer], rows, tokens)
+            elementwise += self._elementwise_seconds(self.model.kinds[layer], rows, here)
         head = self._linear(self.batch, self.model.hidden, self.model.head // self.model.hidden) if self.model.head else 0.0
         host = STEP_LAUNCHES * self.context.device.launch if tokens == 1 else 0.0
         return Seconds(attention, feed_forward, other, elementwise, cache, head, host)

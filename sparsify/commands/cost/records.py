@@ -56,7 +56,7 @@ class Group:
     """Layers at which the same is done for the same reasons.
 
     phase: "prefill" or "decode".
-    what: "attention", "cache" or "ffn".
+    what: "attention", "cache", "ffn", or "stream": the tokens behind a layer.
     layers: their numbers.
     sees: what tells their attention from other layers'.
     choice: the method, in one word or two.
