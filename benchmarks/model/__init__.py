@@ -14,7 +14,7 @@ class Prefill(Record):
     shape: str  # of benchmarks.lib.models
     layers: int
     parameters: int  # of the model
-    variant: str  # of benchmarks.model.prefill.variants
+    variant: str  # of benchmarks.model.prefill.variants; of token_select with its layer and tokens, as `token_select 12:8192`
     length: int  # tokens
     requested_density: float | None
     seed: int

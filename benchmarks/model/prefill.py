@@ -2,9 +2,13 @@
 
     python -m benchmarks run prefill --lengths 4096 32768 131072
     python -m benchmarks run prefill --lengths 1024 2048 4096 8192 16384 32768 65536 131072 --variants eager default
+    python -m benchmarks run prefill --lengths 131072 --variants eager xattention token_select --select 12:8192
 
 `default` is `backend="sparsify"` with no options: what it chooses must never be slower than eager. Random weights attend to everything, so
 that the estimate finds little to leave out: the worst case for it.
+
+`token_select` is block-sparse attention up to a layer and so many tokens behind it (`--select LAYER:TOKENS`), chosen by all of its heads;
+each kind of layer is compiled by itself, as `sparsify.compile` does it. What it costs does not depend on which tokens it chooses.
 
 The model is a LlamaForCausalLM of Llama-3.1-8B's shape with random weights, built on the GPU (bf16): speed does not depend on the weights,
 and `density` fixes how many blocks are visited whatever they are. Cache on, logits of the last token. Appends to results/prefill.jsonl.
@@ -22,22 +26,27 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+import sparsify
 from benchmarks.lib import peers, records
 from benchmarks.lib.clock import Clock, reason
 from benchmarks.lib.models import SHAPES, build, clean, peak_bytes
 from benchmarks.model import Prefill
 from sparsify.api import record_density
+from sparsify.generation.regions import regional
 from sparsify.planning.registry import discover
 
 
-def variants(density: float) -> dict[str, dict[str, Any] | None]:
-    """For each variant its `model.compile` arguments, None for eager."""
+def variants(density: float, select: tuple[int, int] = (12, 8192)) -> dict[str, dict[str, Any] | None]:
+    """For each variant its `model.compile` arguments, None for eager. select: the layer that chooses, and tokens behind it."""
     sparse = {"passes": ["xattention", "dense"], "xattention": {"density": density}, "min_length": 0, "strict": True}
+    chosen = {"layer": select[0], "heads": "all", "keep": select[1]}
+    selecting = {"passes": ["token_select", "xattention", "dense"], "token_select": chosen}
     return {
         **peers.MODELS,
         "default": {"backend": "sparsify"},
         "dense": {"backend": "sparsify", "options": {"passes": ["dense"], "strict": True}},
         "xattention": {"backend": "sparsify", "options": sparse},
+        "token_select": {"backend": "sparsify", "options": {**sparse, **selecting}},
     }
 
 
@@ -85,6 +94,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=["eager", "dense", "xattention", "inductor"], choices=list(variants(0.1)))
     parser.add_argument("--skip", nargs="*", default=["inductor:131072"], help="VARIANT:LENGTH pairs to leave out")
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--select", type=_layer_and_tokens, default="12:8192", metavar="LAYER:TOKENS", help="of token_select")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -92,6 +102,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=records.RESULTS / "prefill.jsonl")
     return parser.parse_args(arguments)
+
+
+def _layer_and_tokens(text: str) -> tuple[int, int]:
+    layer, _, tokens = text.partition(":")
+    return int(layer), int(tokens)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,10 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     references: dict[int, torch.Tensor] = {}
     failed = 0
     for name in options.variants:
-        arguments_of = variants(options.density)[name]
+        arguments_of = variants(options.density, options.select)[name]
         torch._dynamo.reset()
         model._compiled_call_impl = None  # what `model.compile` sets; None is the model as it was
-        if arguments_of is not None:
+        regional.remove(model)
+        if name == "token_select" and arguments_of is not None:
+            sparsify.compile(model, dynamic=not options.static, **arguments_of["options"])
+        elif arguments_of is not None:
             model.compile(**arguments_of, dynamic=not options.static)
         for length in options.lengths:
             if f"{name}:{length}" in options.skip:
@@ -129,10 +147,11 @@ def main(arguments: list[str] | None = None) -> int:
                 "parameters": parameters,
                 "dynamic": not options.static,
             }
-            requested = options.density if name == "xattention" else None
-            if name in ("xattention", "default"):
+            requested = options.density if name in ("xattention", "token_select") else None
+            if name in ("xattention", "default", "token_select"):
                 facts["estimate"] = list(discover()["xattention"]().estimate)
-            facts |= {"variant": name, "length": length, "requested_density": requested, "seed": 0}
+            variant = name if name != "token_select" else f"{name} {options.select[0]}:{options.select[1]}"
+            facts |= {"variant": variant, "length": length, "requested_density": requested, "seed": 0}
             record = records.append(options.out, Prefill(**({"density": None, "peak_bytes": None} | found), **facts))
             print({key: record.get(key) for key in ("variant", "length", "ms", "peak_bytes", "density", "same_token", "error")}, flush=True)
     return 1 if failed else 0

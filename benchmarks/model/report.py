@@ -17,13 +17,10 @@ def prefill_table(found: Iterable[Found]) -> str:
     parts = []
     for group in groups(cells, lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
         eager = {record["length"]: record["ms"] for record in group if record["variant"] == "eager" and "ms" in record}
-        order = {"eager": 0, "inductor": 1, "default": 2, "dense": 3, "xattention": 4}
         rows = []
-        for record in sorted(group, key=lambda r: (r["length"], order[r["variant"]], r["requested_density"] or 0)):
-            name = {"dense": "sparsify, dense", "default": "sparsify, no options", "inductor": "Inductor"}.get(
-                record["variant"], record["variant"]
-            )
-            if record["variant"] == "xattention":
+        for record in sorted(group, key=lambda r: (r["length"], _prefill_place(r["variant"]), r["requested_density"] or 0)):
+            name = _prefill_name(record["variant"])
+            if record["requested_density"] is not None:
                 name += f", density {record['requested_density']:g}"
             if "error" in record:
                 rows.append([size(record["length"]), name, failure(record["error"]), *["–"] * 5, _commit(record)])
@@ -42,6 +39,21 @@ def prefill_table(found: Iterable[Found]) -> str:
         header = ["tokens", "variant", "ms", "× eager", "peak GiB", "density", "logits", "same token", "commit"]
         parts.append(head + "\n\n" + markdown(header, rows))
     return "\n\n".join(parts)
+
+
+_PREFILL_ORDER = ("eager", "inductor", "default", "dense", "xattention", "token_select")
+
+
+def _prefill_place(variant: str) -> tuple[int, str]:
+    return _PREFILL_ORDER.index(variant.partition(" ")[0]), variant
+
+
+def _prefill_name(variant: str) -> str:
+    kind, _, selected = variant.partition(" ")
+    if kind == "token_select":
+        layer, _, tokens = selected.partition(":")
+        return f"token_select, {tokens} tokens behind layer {layer}"
+    return {"dense": "sparsify, dense", "default": "sparsify, no options", "inductor": "Inductor"}.get(variant, variant)
 
 
 def _commit(record: Found) -> str:
@@ -64,13 +76,10 @@ def prefill_plot(found: list[Found]) -> Any:
         return None
     figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     eager = {record["length"]: record["ms"] for record in runs if record["variant"] == "eager"}
-    order = ("eager", "inductor", "default", "dense", "xattention")
-    for variant, density in sorted({(r["variant"], r["requested_density"] or 0) for r in runs}, key=lambda v: (order.index(v[0]), v[1])):
+    for variant, density in sorted({(r["variant"], r["requested_density"] or 0) for r in runs}, key=lambda v: (_prefill_place(v[0]), v[1])):
         chosen = (r for r in runs if (r["variant"], r["requested_density"] or 0) == (variant, density))
         points = sorted((r["length"], r["ms"]) for r in chosen)
-        label = {"inductor": "Inductor", "dense": "sparsify, dense", "default": "sparsify, no options"}.get(variant, variant) + (
-            f", density {density:g}" if density else ""
-        )
+        label = _prefill_name(variant) + (f", density {density:g}" if density else "")
         axes[0].plot(*zip(*points, strict=True), marker="o", label=label)
         ratios = [(length, eager[length] / ms) for length, ms in points if length in eager]
         if ratios:
