@@ -105,7 +105,7 @@ class RegionalModel:
             reason, lasting = str(why), why.lasting
         if reason not in self._wholes:
             self._wholes[reason] = WholeModel(self.whole, reason)
-        for cache in (value for name, value in kwargs.items() if name in _CACHES):
+        for cache in (value for name, value in kwargs.items() if name in caches.CACHES):
             caches.settle(cache, next((value.shape[1] for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), 1))
         result = self._wholes[reason](*args, **kwargs)
         if lasting:  # and not the caller's mistake, which would have been raised
