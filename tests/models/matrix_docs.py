@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.lib.pages import filled
+from tests.models import matrix_tokens
 from tests.models.matrix import BROKEN, BY_TOKEN, DOCS, REFUSED, Broken, Cell, Refused, attentions
 from tests.models.matrix_modes import MODES
 from tests.support.tiny_models import CORE_FAMILIES, FAMILIES
@@ -32,7 +33,20 @@ def _part() -> str:
         "and alibi are outside `xattention`'s estimate, which says so and leaves those sites to the next method. Families that the first",
         f"release promises: {', '.join(CORE_FAMILIES)}.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_tokens()])
+
+
+def _tokens() -> list[str]:
+    """Which families let tokens go on alone behind a layer."""
+    reasons: dict[str, list[str]] = {}
+    for family, (_, because) in matrix_tokens.REFUSED.items():
+        reasons.setdefault(because, []).append(family)
+    return [
+        "`token_select` (a prompt, a token, a second turn; against an eager model whose later layers hide what was left out): "
+        f"{', '.join(matrix_tokens.SERVED)}. Refused, and then dense: "
+        + "; ".join(f"{', '.join(of)} ({why})" for why, of in reasons.items())
+        + ".",
+    ]
 
 
 def _mark(cell: Cell, notes: list[str]) -> str:
