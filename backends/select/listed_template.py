@@ -95,36 +95,28 @@ def choose(${parameters}):
     if (count > LEAST) & (count <= TILES * TILE_BLOCKS):
         tiles = column_tiles(key_len)
         key_blocks = (key_len + BLOCK - 1) // BLOCK
-        t = tl.arange(0, TILES)
-        slot = t[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]
+        slot = tl.arange(0, TILES * TILE_BLOCKS)
         possible = slot < count
         col = tl.load(listed_indices + row * key_blocks + slot, mask=possible, other=32767).to(tl.int32)
         _possible, forced = candidates(col, block, b, h, ${candidate_arguments})
         forced = forced & possible
         other = possible & (forced == 0)
-        seen = (count + TILE_BLOCKS - 1) // TILE_BLOCKS
 %if rule == "taus"
         tau = tl.load(thresholds + h)
 %end
         least = tl.maximum(1.0 - tau, 0.0) * (0.5 / (TILES * TILE_BLOCKS))
-        wanted = tl.zeros([TILES, TILE_BLOCKS], tl.int32)
+        wanted = tl.zeros([TILES * TILE_BLOCKS], tl.int32)
         everything = tl.where(tau >= 1.0, 1, 0)
         for r in range(ROW_CELLS):
             cell = block * ROW_CELLS + r
-            inside = (t < seen) & (cell < query_cells)
-            factor = tile_scale(tops, scratch_head, cell - first_cell, inside, row_count, tiles, TILES)
-            at = sums + (scratch_head.to(tl.int64) * row_count + cell - first_cell) * (tiles * TILE_BLOCKS) + slot
-            p = tl.load(at, mask=inside[:, None] & possible, other=0.0).to(tl.float32) * factor[:, None]
-            total = tl.sum(p)
-            everything = tl.where(total != total, 1, everything)
-            p = p * tl.where(total == 0.0, 0.0, 1.0 / total)
+            inside = possible & (cell < query_cells)
+            p = masses(tops, sums, scratch_head, cell - first_cell, slot, inside, row_count, tiles)
+            everything = tl.maximum(everything, tl.max((p != p).to(tl.int32), 0))
 %if importance
             tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=possible)
 %end
             wanted |= needed(p, other, forced, tau, least)
         kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
-        kept = tl.reshape(kept, [TILES * TILE_BLOCKS])
-        col = tl.reshape(col, [TILES * TILE_BLOCKS])
         tl.store(counts + row, tl.sum(kept))
         tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
 '''

@@ -7,25 +7,45 @@ after the other, and what is kept of them is one bit a column in registers.
 NEEDED = '''
 
 @triton.jit
+def add_pairs(x, count, y, more):
+    return x + y, count + more
+
+
+@triton.jit
+def masses(tops, sums, scratch_head, cell, place, inside, row_count, tiles):
+    """fp32 [places]: one cell's masses in the places of its row of sums, normalised, NaN where one is not finite."""
+    top = tl.load(tops + (scratch_head * tiles + place // TILE_BLOCKS).to(tl.int64) * row_count + cell, mask=inside, other=float("-inf"))
+    highest = tl.max(top, 0)
+    at = sums + (scratch_head.to(tl.int64) * row_count + cell) * (tiles * TILE_BLOCKS) + place
+    p = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    # 0 where the cell sees nothing, which keeps a sum's NaN
+    p = p * tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(p, 0)
+    return p * tl.where(total == 0.0, 0.0, 1.0 / total)
+
+
+@triton.jit
 def needed(p, other, forced, tau, least):
     """1 for the fewest and heaviest of `other` that reach, with the forced ones, tau of one cell's mass: bisection on the bits of the cutoff.
 
     p: the cell's masses. least: as a share of all mass, less than any that can be needed.
     """
     gain = tl.where(other, p, 0.0)
-    rest = tl.sum(gain)
-    must = tl.sum(tl.where(forced, p, 0.0))
+    rest = tl.sum(gain, 0)
+    must = tl.sum(tl.where(forced, p, 0.0), 0)
     need = tau * (rest + must) - must
     # the order of the bits is the order of the values, as none is negative
     bits = gain.to(tl.int32, bitcast=True)
-    high = tl.max(bits) + 1
+    high = tl.max(bits, 0) + 1
     low = tl.where(need > 0.0, tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high)
-    above_low = tl.sum((bits >= low).to(tl.int32))
+    above_low = tl.sum((bits >= low).to(tl.int32), 0)
     above_high = 0
     while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, those >= high have not
         middle = low + (high - low) // 2
-        enough = tl.sum(tl.where(bits >= middle, gain, 0.0)) >= need
-        count = tl.sum((bits >= middle).to(tl.int32))
+        above = bits >= middle
+        # one wait for both sums
+        reached, count = tl.reduce((tl.where(above, gain, 0.0), above.to(tl.int32)), 0, add_pairs)
+        enough = reached >= need
         above_low = tl.where(enough, count, above_low)
         above_high = tl.where(enough, above_high, count)
         low = tl.where(enough, middle, low)
@@ -43,8 +63,7 @@ def choose(${parameters}):
 %end
     block, b, h, scratch_head, seen = place(first_block, heads, query_len, key_len, start)
     tiles = column_tiles(key_len)
-    t = tl.arange(0, TILES)
-    col = t[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]
+    col = tl.arange(0, TILES * TILE_BLOCKS)
     possible, forced = candidates(col, block, b, h, ${candidate_arguments})
     other = possible & (forced == 0)
     row = b.to(tl.int64) * counts_batch + h * ((query_len + BLOCK - 1) // BLOCK) + block
@@ -54,24 +73,18 @@ def choose(${parameters}):
 %end
     # what lies below cannot be needed: all of it together is less than may be left out
     least = tl.maximum(1.0 - tau, 0.0) * (0.5 / (TILES * TILE_BLOCKS))
-    wanted = tl.zeros([TILES, TILE_BLOCKS], tl.int32)
+    wanted = tl.zeros([TILES * TILE_BLOCKS], tl.int32)
     everything = tl.where(tau >= 1.0, 1, 0)
     for r in range(ROW_CELLS):
         cell = block * ROW_CELLS + r
-        inside = (t < seen) & (cell < query_cells)
-        factor = tile_scale(tops, scratch_head, cell - first_cell, inside, row_count, tiles, TILES)
-        at = sums + (scratch_head.to(tl.int64) * row_count + cell - first_cell) * (tiles * TILE_BLOCKS) + col
-        p = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32) * factor[:, None]
-        total = tl.sum(p)
-        everything = tl.where(total != total, 1, everything)
-        p = p * tl.where(total == 0.0, 0.0, 1.0 / total)
+        inside = (col < seen * TILE_BLOCKS) & (cell < query_cells)
+        p = masses(tops, sums, scratch_head, cell - first_cell, col, inside, row_count, tiles)
+        everything = tl.maximum(everything, tl.max((p != p).to(tl.int32), 0))
 %if importance
         tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=col < key_blocks)
 %end
         wanted |= needed(p, other, forced, tau, least)
     kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
-    kept = tl.reshape(kept, [TILES * TILE_BLOCKS])
-    col = tl.arange(0, TILES * TILE_BLOCKS)
     tl.store(counts + row, tl.sum(kept))
     tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
 '''

@@ -49,8 +49,8 @@ _LEAST_SCALE = 1e-12
 class Limits:
     """scratch_bytes: of one launch; at 128K tokens and stride 16 a head takes 18 MB, so that one launch serves 32 heads.
     fused_width: key blocks of a row that stay in registers, 32 numbers a thread with 8 warps. part: key blocks at a time beyond.
-    numbers: key blocks of a row for each warp of `choose`. Under the row rule a step of the search waits for a sum over
-    threads, and few of these wait less: more numbers a thread, or several cells at once, were slower on an H200."""
+    numbers: key blocks of a row for each warp of `choose`. Under the row rule two or four cells at once were slower on an
+    H200, by a seventh and more, and so were fewer numbers a warp."""
 
     scratch_bytes: int = SUM_BYTES
     fused_width: int = WIDEST_ROW

@@ -9,9 +9,11 @@ from benchmarks.answers import Answers, code_report
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, size
-from sparsify.ops.estimate import parse_label
+from sparsify.ops.estimate import label, parse_label
+from sparsify.passes.xattention import XAttention
 
-DEFAULT = {"pool": "max+pair+int8", "stride": 8, "threshold": 0.95}  # of the method xattention
+_METHOD = XAttention()
+DEFAULT = {"pool": label(_METHOD.pool, _METHOD.variants), "stride": _METHOD.stride, "threshold": _METHOD.threshold}
 FEW_LOST = 0.01  # answers that an estimate may lose and still be said to keep them
 Estimate = tuple[str, int]  # pool and stride
 _CURVES = ("model_sha256", "method", "parameters", "length")

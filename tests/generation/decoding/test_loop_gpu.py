@@ -29,8 +29,9 @@ def model():
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """How often a step was recorded and replayed."""
+def graphs(monkeypatch, model):
+    """How often a step was recorded and replayed. What earlier tests recorded is kept for later calls, and would be replayed uncounted."""
+    assert generate.install(model, shown=False) == ""
     counts, record = {"recorded": 0, "replayed": 0}, CudaGraphs.record
 
     def counted(self, function):
