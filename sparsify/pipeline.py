@@ -187,6 +187,8 @@ def _rewritten(
         result = rewrite_graph(assumption.graph, config, trace, longer, assumption.attention, retraced)
         if _counts_on(result[0], assumption):
             return assumption, result
+        for index in assumption.counting:  # their masks were read: what is in the way is another thing
+            attention[index] = observed_masks.tell(attention[index], result[0].decisions[index].reason)
     return None, rewrite_graph(gm, config, trace, longer, attention, retraced)
 
 

@@ -161,7 +161,7 @@ class Guards:
             InstanceError: no draw satisfied the guards.
         """
         mine = [s for s in self.statements if s.free_symbols & wanted]
-        every = sorted(wanted.union(*(s.free_symbols for s in mine)), key=str)
+        every = self.related(wanted)
         small = {s: sympy.Integer(fixed.get(self.hints[s], self.hints[s])) for s in every if s in self.hints}
         small |= {s: sympy.Float(draw.uniform(0.2, 0.8)) for s in every if not s.is_integer}
         if len(small) == len(every) and all(n < 4 * LARGE for n in small.values()) and self.allow(small, fixed, mine):
@@ -171,6 +171,11 @@ class Guards:
             if self.allow(found, fixed, mine):
                 return found
         raise InstanceError("no small sizes fit the graph's guards")
+
+    def related(self, wanted: set[sympy.Symbol]) -> list[sympy.Symbol]:
+        """These symbols and those that guards compare them with."""
+        mine = (s.free_symbols for s in self.statements if s.free_symbols & wanted)
+        return sorted(wanted.union(*mine), key=str)
 
     def allow(self, found: dict[sympy.Symbol, Any], fixed: dict[int, int], statements: list[sympy.Basic]) -> bool:
         """Whether the numbers lie in their ranges and satisfy the guards."""
@@ -251,7 +256,7 @@ def make(
     draw = random.Random(seed)
     keep = kept_sizes(region.site)
     window = getattr(getattr(region.site, "mask", None), "window", None) or 0
-    own = [*integers(region.graph), window, *(guards.hints.get(symbol, 0) for symbol in wanted)]
+    own = [*integers(region.graph), window, *(guards.hints.get(symbol, 0) for symbol in guards.related(wanted))]
     fixed = shrink(own, keep, draw) if mapped else {}
     top = max([6, *fixed.values(), *(n for n in own if n < LARGE and n not in keep)]) + 6
     numbers = Numbers(guards.draw(wanted, fixed, top, draw) if wanted else {}, fixed)

@@ -88,6 +88,11 @@ def _told(old: AttentionSite, new: AttentionSite) -> AttentionSite:
     why = new.near_miss or new.mask.reason
     if not (old.mask.opaque and new.mask.opaque) or why in (old.near_miss or old.mask.reason):
         return old
+    return tell(old, why)
+
+
+def tell(old: AttentionSite, why: str) -> AttentionSite:
+    """A site that stays as it is, with what is in its way where its masks are read by their values."""
     reason = f"{old.near_miss or old.mask.reason}, and read by its values: {why}"
     mask = dataclasses.replace(old.mask, reason=reason)
     return dataclasses.replace(old, mask=mask, near_miss=reason if old.near_miss else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import random
 
 import pytest
 import sympy
@@ -22,7 +23,7 @@ from sparsify.ops.selection import observing
 from sparsify.passes.dense import Dense
 from sparsify.passes.sink_window import SinkWindow
 from sparsify.passes.xattention import XAttention
-from sparsify.rewriting import validate
+from sparsify.rewriting import instances, validate
 from sparsify.rewriting.validate import Validator
 from tests.support.harness import strict
 
@@ -471,3 +472,16 @@ def test_scores_of_which_half_precision_leaves_nothing_show_no_difference(monkey
     assert verdict(gm, site).verdict == "agrees", "those that can be compared"
     monkeypatch.setattr(validate._Pair, "rounded_scores", lambda *_: 0.0)
     assert verdict(gm, site).verdict == "differs"
+
+
+def test_sizes_that_guards_compare_are_mapped_together():
+    """Of a chunk behind a cache: the mask's sizes are symbols of their own, which equal the queries' and 150 keys more."""
+    rows, same, keys = sympy.symbols("rows same keys", integer=True, positive=True)
+    guards = instances.Guards(None)
+    guards.hints = {rows: 50, same: 50, keys: 200}
+    guards.statements = [sympy.Eq(rows, same), sympy.Eq(rows + 150, keys)]
+    draw = random.Random(0)
+    assert guards.related({rows}) == [keys, rows, same]
+    fixed = instances.shrink([150, *guards.hints.values()], set(), draw)
+    found = guards.draw({rows}, fixed, 27, draw)
+    assert found[rows] == found[same] == found[keys] - fixed[150] and found[keys] < 100
