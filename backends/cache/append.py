@@ -226,6 +226,7 @@ def _bounds(query_positions: Tensor, tiles: int, rows: int, group: int, window: 
 
 def _check(call: CacheAttentionCall) -> None:
     query, keys, values = call.query, call.keys, call.values
+    need(not call.codes, "codes are read by the kernels of one token", _WHERE)
     need(call.pages is None, "pages are read by the kernels of one token that is not stored yet", _WHERE)
     given = [t for t in (query, keys, values, call.new_key, call.new_value) if t is not None]
     need(all(t.dtype == query.dtype for t in given) and query.dtype in DTYPES, f"dtypes {[str(t.dtype) for t in given]}", _WHERE)

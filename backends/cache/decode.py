@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.cache import pages as page_kernels
+from sparsify.backends.cache import quantised
 from sparsify.backends.cache.decode_template import COMBINE, FINISH, RENEW_BOUNDS, SPLIT
 from sparsify.backends.cache.kernels import logit_arguments, logit_values, packed_values, partial_sums, rotated_queries
 from sparsify.backends.codegen import source
@@ -141,6 +142,7 @@ def decode_source(spec: DecodeSpec) -> str:
     qk_dim, v_dim = padded(spec.qk_head_dim), padded(spec.v_head_dim)
     qk_whole, v_whole = qk_dim == spec.qk_head_dim, v_dim == spec.v_head_dim
     values = vars(spec) | {
+        "codes": "",
         **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         "qk_mask": "" if qk_whole else f", mask=qk_dims < {spec.qk_head_dim}, other=0.0",
         "v_mask": "" if v_whole else f", mask=v_dims < {spec.v_head_dim}, other=0.0",
@@ -179,6 +181,8 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
         UnsupportedError: no kernel takes this call.
         KernelError: a kernel could not be compiled or launched.
     """
+    if call.codes:
+        return quantised.cache_decode(call)
     _check(call)
     query, is_token, tickets = call.query, call.is_token, call.tickets
     (batch, heads, _, qk_head_dim), kv_heads, capacity, v_head_dim = query.shape, call.kv_heads, call.capacity, call.values.shape[3]

@@ -284,9 +284,19 @@ def combine(
 %if page
             renew_bounds(bounds, keys, row, slot, tl.minimum(tl.load(counts + row), capacity), k, capacity, pages)
 %end
+%if codes
+            # as it came, until its group of slots is full
+            place = tl.cast(row, tl.int64) * 64 + slot % 64
+            tl.store(recent_keys + place * ${qk_head_dim} + qk_dims, k)
+            tl.store(recent_values + place * ${v_head_dim} + v_dims, v)
+            if tl.load(staged + row * 2) == tl.load(staged + row * 2 + 1):
+                tl.store(staged + row * 2, slot)
+            tl.store(staged + row * 2 + 1, slot + 1)
+%else
             place = ${place} + slot
             tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
             tl.store(values + place * ${v_head_dim} + v_dims, v${v_store})
+%end
             tl.store(counts + row, tl.load(counts + row) + 1)
             if kv_head == 0:
                 tl.store(seen + batch, tl.load(seen + batch) + 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify import policies
-from sparsify.backends.cache import packed, pages_reference
+from sparsify.backends.cache import packed, pages_reference, quantised_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.reselection import CacheReselectCall
@@ -24,6 +24,8 @@ def cache_store(call: CacheStoreCall) -> None:
     """Adds the call's tokens to the state."""
     if call.empty:
         call.positions.fill_(-1)
+        if call.staged is not None:
+            call.staged.zero_()
         for state in (call.values, call.counts, call.seen, call.length)[call.pinned == cache.NEVER_OVERWRITTEN :]:
             state.zero_()
     if call.pinned == cache.NEVER_OVERWRITTEN and call.query_len > 1:
@@ -45,12 +47,14 @@ def _append(call: CacheStoreCall | CacheDecodeCall) -> None:
     room = torch.full_like(call.counts, call.capacity) if call.starts is None else packed.sizes(call.starts)
     if call.pinned == cache.NEVER_OVERWRITTEN:
         value = value.masked_fill((call.counts >= room)[..., None, None], torch.nan)
+    if call.codes:
+        quantised_reference.append(call, slot, value)
     fresh = (call.key, value, call.seen[:, None, None].expand_as(slot).to(call.positions.dtype))
     states = call.keys, call.values, call.positions
     if call.starts is not None:  # a row's slots as those of one head, with a token for each head
         slot = (call.starts[:, None, :-1] + torch.minimum(call.counts, room - 1)[:, None]).long()
         states, fresh = (state.flatten(1, 2)[:, None] for state in states), (new.transpose(1, 2) for new in fresh)
-    for state, new in zip(states, fresh):
+    for state, new in list(zip(states, fresh, strict=True))[2 if call.codes else 0 :]:
         index = _over_dims(state, slot)
         if call.is_token is not None:
             new = torch.where(_like(call.is_token[:, 0], state), new, state.gather(2, index))
@@ -63,7 +67,7 @@ def _append_all(call: CacheStoreCall) -> None:
     """Several tokens per row behind those that are stored, none of which goes; nothing else of the buffers is read or written."""
     key, value, is_token, seen, count, capacity = call.key, call.value, call.is_token, call.seen, call.query_len, call.capacity
     at = torch.arange(count, device=key.device, dtype=torch.int32)
-    if call.empty and is_token is None and count <= capacity:
+    if call.empty and is_token is None and count <= capacity and not call.codes:
         for state, new in ((call.keys, key), (call.values, value), (call.positions, at)):
             state[:, :, :count].copy_(new)
         call.counts.add_(count)
@@ -78,7 +82,12 @@ def _append_all(call: CacheStoreCall) -> None:
     at = seen[:, None] + at
     slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
     value = value.masked_fill((at >= capacity)[:, None, :, None], torch.nan)
-    for state, new in ((call.keys, key), (call.values, value), (call.positions, at[:, None].expand_as(slot))):
+    if call.codes:
+        stored_at = at.clamp(max=capacity - 1)
+        some = None if is_token is None else is_token.any(-1, keepdim=True)
+        quantised_reference.append_all(call, key, value, stored_at if some is None else torch.where(some, stored_at, -1))
+    fresh = [(call.keys, key), (call.values, value), (call.positions, at[:, None].expand_as(slot))]
+    for state, new in fresh[2:] if call.codes else fresh:
         index = _over_dims(state, slot)
         if is_token is not None:
             new = torch.where(_like(is_token.any(-1), state), new, state.gather(2, index[:, :, :1]))
@@ -95,9 +104,12 @@ def _keep_the_best(call: CacheStoreCall) -> None:
     alone = None if call.empty or call.is_token is None else call.is_token
     several = None if alone is None else alone.sum(-1) > 1
     arranged = (*merged.arranged(call.pinned, call.recent), merged.total.clamp(max=merged.capacity))
-    for state, chosen in zip((call.keys, call.values, call.positions, call.counts), arranged):
+    fresh = list(zip((call.keys, call.values, call.positions, call.counts), arranged, strict=True))
+    for state, chosen in fresh[2:] if call.codes else fresh:
         part = state[:, :, : chosen.shape[2]] if state.dim() > 2 else state
         part.copy_(chosen if several is None else torch.where(_like(several, part), chosen, part))
+    if call.codes:
+        quantised_reference.store_all(call, arranged[0], arranged[1], several)
     if alone is not None and several is not None:
         first = alone.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, call.kv_heads, -1)
         single = (alone.any(-1) & ~several)[:, None]
@@ -127,7 +139,10 @@ class Merge:
         at = self.call_positions[:, None].expand(-1, kv_heads, -1)
         self.keys, self.values, self.positions = key, call.value, at
         if not call.empty:
-            self.keys, self.values = torch.cat((call.keys, key), 2), torch.cat((call.values, call.value), 2)
+            keys, values = call.keys, call.values
+            if call.codes:
+                keys, values = (t.to(key.dtype) for t in quantised_reference.everything(call))
+            self.keys, self.values = torch.cat((keys, key), 2), torch.cat((values, call.value), 2)
             self.positions = torch.cat((call.positions, at), 2)
         self.order: Tensor | None = None
         if not call.empty or is_token is not None:
@@ -210,7 +225,9 @@ def cache_attention(call: CacheAttentionCall) -> Tensor:
     query, keys, values, positions, sinks, window = call.query, call.keys, call.values, call.positions, call.sinks, call.window
     if call.starts is not None:
         keys, values, positions = packed.spread_state(call, call.starts).values()
-    if call.pages is not None and call.bounds is not None:
+    if call.codes:
+        keys, values = quantised_reference.everything(call)
+    elif call.pages is not None and call.bounds is not None:
         keys, values, positions = pages_reference.gathered(call, call.pages, call.bounds)
     batch, heads, query_len, _ = query.shape
     math = torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -88,8 +88,8 @@ class WritingCall(OpCall):
     query: Annotated[Tensor | None, Operand("batch query_heads query_len head_dim", "floats")]
     key: Annotated[Tensor, Operand("batch kv_heads query_len head_dim", "floats")]
     value: Annotated[Tensor, Operand("batch kv_heads query_len v_head_dim", "floats")]
-    keys: Annotated[Tensor, Operand("batch kv_heads capacity head_dim", "floats", written=True)]
-    values: Annotated[Tensor, Operand("batch kv_heads capacity v_head_dim", "floats", written=True)]
+    keys: Annotated[Tensor, Operand("batch kv_heads capacity *", "anything", written=True)]
+    values: Annotated[Tensor, Operand("batch kv_heads capacity *", "anything", written=True)]
     positions: Annotated[Tensor, Operand("batch kv_heads capacity", "integers", written=True)]
     counts: Annotated[Tensor, Operand("batch kv_heads", "integers", written=True)]
     seen: Annotated[Tensor, Operand("batch", "integers", written=True)]
@@ -125,6 +125,7 @@ class CacheStoreCall(WritingCall):
     pinned: slots that are written once, or NEVER_OVERWRITTEN.
     recent: newest tokens that no score evicts.
     empty: nothing is stored yet, whatever a call that failed may have left in the buffers.
+    codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages, renewed; given with `pages`.
     policy: `sparsify.policies.Policy.describe`'s text.
     scale: of the attention's logits, for policies that observe queries.
@@ -140,6 +141,12 @@ class CacheStoreCall(WritingCall):
     tickets: Annotated[Tensor | None, Operand("*", "integers")] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats", written=True)] = None
     pages: Pages | None = None
+    codes: str = ""
+    key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats", written=True)] = None
+    value_scales: Annotated[Tensor | None, Operand("batch kv_heads capacity parts", "floats", written=True)] = None
+    recent_keys: Annotated[Tensor | None, Operand("batch kv_heads recent head_dim", "floats", written=True)] = None
+    recent_values: Annotated[Tensor | None, Operand("batch kv_heads recent v_head_dim", "floats", written=True)] = None
+    staged: Annotated[Tensor | None, Operand("batch kv_heads ends", "integers", written=True)] = None
     pinned: int
     recent: int
     empty: bool
@@ -157,6 +164,7 @@ class CacheDecodeCall(WritingCall):
     inverse_frequencies: of the rotary embedding that puts the sinks directly before the window; None: keys stay at their own positions.
     starts: int32 [batch, kv_heads + 1], where each head's slots begin and the last one's end; None: all have `capacity`.
     tickets: int32 [batch * kv_heads + 1], zeros before and after the call, by which a kernel's last program knows itself.
+    codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages, renewed; given with `pages`.
     pages: which slots are read; None: all.
     pinned: slots that are written once, or NEVER_OVERWRITTEN.
@@ -178,6 +186,12 @@ class CacheDecodeCall(WritingCall):
     tickets: Annotated[Tensor | None, Operand("*", "integers", written=True)] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats", written=True)] = None
     pages: Pages | None = None
+    codes: str = ""
+    key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats", written=True)] = None
+    value_scales: Annotated[Tensor | None, Operand("batch kv_heads capacity parts", "floats", written=True)] = None
+    recent_keys: Annotated[Tensor | None, Operand("batch kv_heads recent head_dim", "floats", written=True)] = None
+    recent_values: Annotated[Tensor | None, Operand("batch kv_heads recent v_head_dim", "floats", written=True)] = None
+    staged: Annotated[Tensor | None, Operand("batch kv_heads ends", "integers", written=True)] = None
     pinned: int
     scale: float
     softcap: float
@@ -201,6 +215,7 @@ class CacheAttentionCall(OpCall):
     softcap: bound of the logits, 0 for none.
     window: last tokens that a query sees, its own included; 0: all.
     sinks: first tokens that a window does not hide.
+    codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages; given with `pages`.
     pages: which slots are read, in a call of one token that is stored already; None: all.
     """
@@ -209,8 +224,8 @@ class CacheAttentionCall(OpCall):
     VERSION: ClassVar[int] = VERSION
 
     query: Annotated[Tensor, Operand("batch query_heads query_len head_dim", "floats")]
-    keys: Annotated[Tensor, Operand("batch kv_heads capacity head_dim", "floats")]
-    values: Annotated[Tensor, Operand("batch kv_heads capacity v_head_dim", "floats")]
+    keys: Annotated[Tensor, Operand("batch kv_heads capacity *", "anything")]
+    values: Annotated[Tensor, Operand("batch kv_heads capacity *", "anything")]
     positions: Annotated[Tensor, Operand("batch kv_heads capacity", "integers")]
     seen: Annotated[Tensor, Operand("batch", "integers")]
     _: KW_ONLY
@@ -222,6 +237,12 @@ class CacheAttentionCall(OpCall):
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats")] = None
     pages: Pages | None = None
+    codes: str = ""
+    key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats")] = None
+    value_scales: Annotated[Tensor | None, Operand("batch kv_heads capacity parts", "floats")] = None
+    recent_keys: Annotated[Tensor | None, Operand("batch kv_heads recent head_dim", "floats")] = None
+    recent_values: Annotated[Tensor | None, Operand("batch kv_heads recent v_head_dim", "floats")] = None
+    staged: Annotated[Tensor | None, Operand("batch kv_heads ends", "integers")] = None
     scale: float
     softcap: float
     window: int
@@ -276,7 +297,12 @@ class CacheMassCall(OpCall):
 def empty_output(call: CacheAttentionCall | CacheDecodeCall) -> Tensor:
     """Uninitialised [batch, query_heads, query_len, v_head_dim], the transpose of a contiguous [batch, query_len, heads, dim]."""
     batch, heads, query_len, _ = call.query.shape
-    return call.query.new_empty(batch, query_len, heads, call.values.shape[-1]).transpose(1, 2)
+    return call.query.new_empty(batch, query_len, heads, v_head_dim(call)).transpose(1, 2)
+
+
+def v_head_dim(call: CacheAttentionCall | CacheDecodeCall) -> int:
+    """Numbers of a value."""
+    return (call.values if call.recent_values is None else call.recent_values).shape[-1]
 
 
 def _empty_mass(call: CacheMassCall) -> Tensor:

@@ -31,7 +31,7 @@ class Operand:
 
     shape: names of its sizes; the same name is the same size throughout a call. "batch|1": the batch size or 1. "*": any size. Without
         names: exactly one element.
-    holds: "same" (floating point, in the dtype of the first operand), "floats" or "integers".
+    holds: "same" (floating point, in the dtype of the first operand), "floats", "integers" or "anything".
     anywhere: it may lie on another device than the first operand.
     written: the op writes to it.
     """
@@ -263,7 +263,7 @@ def misfit(
             return f"{name} is on {tensor.device}, not {first.device}"
         if operand.holds == "same" and tensor.dtype is not first.dtype:
             return f"{name} is {tensor.dtype}, not {first.dtype}"
-        if tensor.is_floating_point() is (operand.holds == "integers") or tensor.is_complex():
+        if operand.holds != "anything" and (tensor.is_floating_point() is (operand.holds == "integers") or tensor.is_complex()):
             return f"{name} is {tensor.dtype}, not {'integers' if operand.holds == 'integers' else 'floating point'}"
         if not operand.sizes:
             if tensor.numel() != 1:

@@ -1,0 +1,192 @@
+"""Decode attention over a cache in 8 or 4 bits by generated kernels: codes are read as they lie, and turned into numbers in registers
+(KIVI, arXiv 2402.02750). As `backends.cache.decode`, after a small kernel that turns a full group of slots into codes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.cache.decode_template import COMBINE
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums
+from sparsify.backends.cache.quantised_template import FOLD_CODES, KEEP, SPLIT
+from sparsify.backends.codegen import source
+from sparsify.backends.codegen.arguments import (
+    NUMBERS,
+    Argument,
+    constexprs,
+    dot_precision,
+    head_dim_values,
+    integers,
+    padded,
+    parameters,
+    pointers,
+    present,
+)
+from sparsify.backends.codegen.launch import (
+    DTYPES,
+    LOG2E,
+    capability,
+    choose_splits,
+    launch,
+    launching,
+    need,
+    power_of_two,
+    processors,
+    stride_values,
+)  # fmt: skip
+from sparsify.backends.codegen.template import header, render
+from sparsify.errors import UnsupportedError
+from sparsify.ops import cache as cache_ops
+from sparsify.ops.cache import CacheDecodeCall
+from sparsify.ops.limits import cdiv
+from sparsify.ops.quantised import FP8_LARGEST, GROUP, LARGEST_EXPONENT, LEAST_EXPONENT, packed, parts
+
+_WHERE = f"sparsify::{CacheDecodeCall.NAME}"
+# from which Triton turns E4M3 into other numbers
+_FP8_CAPABILITY = (8, 9)
+# thread blocks per multiprocessor that a split aims at
+_PROGRAMS = 2
+
+
+@dataclass(frozen=True)
+class QuantisedSpec:
+    """What decides the kernels' text.
+
+    dtype: of queries, outputs, recent tokens and scales, as `codegen.launch.DTYPES` names it.
+    codes: "fp8" or "int4".
+    qk_head_dim, v_head_dim: powers of two.
+    group: query heads per KV head.
+    softcap, sink_logits: whether the call has them.
+    padded: tokens may be padding.
+    grows: no slot is ever overwritten.
+    warps, stages: Triton's launch options of `split`.
+    """
+
+    dtype: str
+    codes: str
+    qk_head_dim: int
+    v_head_dim: int
+    group: int
+    softcap: bool = False
+    sink_logits: bool = False
+    padded: bool = False
+    grows: bool = False
+    warps: int = 4
+    stages: int = 3
+
+    def __post_init__(self):
+        least = 32 if self.codes == "int4" else 16
+        if any(dim != power_of_two(dim) or not least <= dim <= 256 for dim in (self.qk_head_dim, self.v_head_dim)):
+            raise UnsupportedError(
+                f"no kernel reads {self.codes} codes of head dims {self.qk_head_dim} and {self.v_head_dim}", where=_WHERE
+            )
+        if self.group > 128:
+            raise UnsupportedError(f"no decode kernel has {self.group} query heads per KV head", where=_WHERE)
+
+
+@functools.lru_cache(maxsize=512)
+def arguments(spec: QuantisedSpec, kernel: str) -> tuple[Argument, ...]:
+    """The arguments of "split", "combine" or "close_group", in order."""
+    data = functools.partial(pointers, spec.dtype)
+    stored = [*pointers("u8", "keys", "values"), *data("key_scales", "value_scales", "recent_keys", "recent_values")]
+    stored += pointers("i32", "staged", "positions")
+    capacity = integers("capacity", aligned=True)
+    if kernel == "close_group":
+        return (*stored, *capacity, *integers("groups"))
+    shared = pointers("fp32", "part_m", "part_l", "part_acc")
+    sizes, logit = [*integers("kv_heads"), *capacity, *integers("splits")], logit_arguments(spec.softcap)
+    counters = pointers("i32", "counts", "seen", "slots")
+    token = integers("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h", aligned=True)
+    if kernel == "split":
+        listed = [*data("query"), *stored, *counters, *shared, *token[:2], *sizes, *integers("groups", "pinned"), *logit]
+        return (*listed, *present((spec.padded, [Argument("is_token", "*u8"), *integers("is_token_b")])))
+    listed = [*data("query", "key", "value", "recent_keys", "recent_values"), *pointers("i32", "staged"), *counters]
+    listed += [*pointers("i64", "length"), *shared, *data("out"), *token, *sizes, *logit]
+    return (*listed, *present((spec.sink_logits, pointers("fp32", "sink_logits"))), *constexprs("SPLITS"))
+
+
+def quantised_source(spec: QuantisedSpec) -> str:
+    """Module text with `split` (grid: splits, batch * kv_heads), `combine` (group, batch * kv_heads) and `close_group` (batch * kv_heads)."""
+    values = vars(spec) | {
+        **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
+        **dict.fromkeys(("qk_mask", "v_mask", "qk_store"), ""),
+        "page": 0,
+        "parts": parts(spec.codes),
+        "number": f"tl.{NUMBERS[spec.dtype]}",
+        "precision": dot_precision(spec.dtype),
+        "context": "tanh_scale, cap_log2" if spec.softcap else "scale",
+        "fp8_step": 1 / FP8_LARGEST,
+        "least_exponent": LEAST_EXPONENT,
+        "largest_exponent": LARGEST_EXPONENT,
+        **{f"{name}_parameters": parameters(arguments(spec, kernel)) for name, kernel in
+           (("split", "split"), ("combine", "combine"), ("close", "close_group"))},
+    }  # fmt: skip
+    constants = {
+        "GROUP": spec.group, "ROWS": padded(spec.group), "KEYS": GROUP, "QK_DIM": spec.qk_head_dim, "V_DIM": spec.v_head_dim,
+        "QK_BYTES": packed(spec.qk_head_dim, spec.codes), "V_BYTES": packed(spec.v_head_dim, spec.codes), "LOG2E": LOG2E,
+    }  # fmt: skip
+    texts = (FOLD_CODES, SPLIT, COMBINE, KEEP)
+    title = f"Attention of one token over a cache of {spec.codes} codes"
+    return "\n\n".join([header(title, constants), *(render(text, values) for text in texts)])
+
+
+@functools.lru_cache(maxsize=256)
+def _module(spec: QuantisedSpec) -> ModuleType:
+    return source.load(quantised_source(spec), "quantised")
+
+
+def cache_decode(call: CacheDecodeCall, *, splits: int | None = None) -> Tensor:
+    """The op over codes by generated kernels.
+
+    Args:
+        splits: instead of the choice by sizes, for tests and tuning.
+
+    Raises:
+        UnsupportedError: no kernel takes this call.
+        KernelError: a kernel could not be compiled or launched.
+    """
+    query, is_token, key_scales = call.query, call.is_token, call.key_scales
+    _check(call)
+    assert key_scales is not None, "checked"
+    (batch, heads, _, qk_head_dim), kv_heads, capacity, v_head_dim = query.shape, call.kv_heads, call.capacity, call.value.shape[3]
+    rows, grows = batch * kv_heads, call.pinned == cache_ops.NEVER_OVERWRITTEN
+    spec = QuantisedSpec(
+        DTYPES[query.dtype], call.codes, qk_head_dim, v_head_dim, heads // kv_heads, call.softcap > 0, call.sink_logits is not None,
+        is_token is not None, grows,
+    )  # fmt: skip
+    count = splits or choose_splits(cdiv(capacity, GROUP), rows, processors(query.device) * _PROGRAMS)
+    out = cache_ops.empty_output(call)
+    given: dict[str, Any] = {
+        **vars(call), "out": out, "kv_heads": kv_heads, "capacity": capacity, "groups": key_scales.shape[2], "splits": count,
+        "SPLITS": max(2, power_of_two(count)), "slots": torch.empty(rows, dtype=torch.int32, device=query.device),
+        **logit_values(call.scale, call.softcap), **partial_sums(rows * spec.group * count, v_head_dim, query.device),
+        **stride_values(query=(query, "bh"), key=(call.key, "bh"), value=(call.value, "bh"), out=(out, "bh")),
+    }  # fmt: skip
+    if call.sink_logits is not None:
+        given["sink_logits"] = call.sink_logits.float().contiguous()
+    if is_token is not None:
+        given |= {"is_token": is_token.view(torch.uint8), "is_token_b": is_token.stride(0)}
+    with launching(query.device, lambda: f"quantised decode kernel ({spec})"):
+        module = _module(spec)
+        launch(module.close_group, (rows,), arguments(spec, "close_group"), given, num_warps=8, num_stages=1)
+        launch(module.split, (count, rows), arguments(spec, "split"), given, num_warps=spec.warps, num_stages=spec.stages)
+        launch(module.combine, (spec.group, rows), arguments(spec, "combine"), given, num_warps=4)
+    return out
+
+
+def _check(call: CacheDecodeCall) -> None:
+    query = call.query
+    buffers = (call.keys, call.values, call.key_scales, call.value_scales, call.recent_keys, call.recent_values, call.staged)
+    need(all(t is not None and t.is_contiguous() for t in buffers), "the cache's buffers are not contiguous", _WHERE)
+    numbers = (query, call.key, call.value, call.recent_keys, call.key_scales)
+    need(all(t is not None and t.dtype == query.dtype for t in numbers) and query.dtype in DTYPES, f"dtypes beside {query.dtype}", _WHERE)
+    need(all(t.stride(-1) == 1 for t in (query, call.key, call.value)), "strided head dimensions", _WHERE)
+    need(call.pages is None and call.inverse_frequencies is None, "codes in pages, or seen by rotated queries", _WHERE)
+    need(call.codes != "fp8" or capability(query.device) >= _FP8_CAPABILITY, "fp8 codes below compute capability 8.9", _WHERE)
+    need(-1 <= call.pinned < call.capacity and call.scale > 0, f"{call.pinned} pinned slots of {call.capacity}, scale {call.scale}", _WHERE)

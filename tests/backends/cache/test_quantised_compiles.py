@@ -1,0 +1,26 @@
+"""Decode kernels over codes compile for a GPU, without one: within shared memory and without spills."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.backends.cache import quantised
+from sparsify.backends.codegen import source
+from tests.support.offline import SHARED_LIMIT, compile_kernel, within_budget
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("codes", ["fp8", "int4"])
+@pytest.mark.parametrize("clauses", [{"grows": True}, {"softcap": True, "sink_logits": True, "padded": True}], ids=["full", "all"])
+def test_without_spills(codes, clauses):
+    spec = quantised.QuantisedSpec("bf16", codes, 128, 128, 4, **clauses)
+    module = source.load(quantised.quantised_source(spec), "quantised")
+    used = compile_kernel(module.split, quantised.arguments(spec, "split"), arch=90, num_warps=spec.warps, num_stages=spec.stages)
+    within_budget(f"quantised split {codes}{'' if 'grows' in clauses else ' all'} sm_90", used)
+    assert used.spilled == 0 and used.mma > 0 and used.shared <= SHARED_LIMIT[90] // 2
+    assert used.cp_async > 0, "loads run ahead of the arithmetic"
+    options = {"arch": 90, "num_stages": 3, "num_warps": 4, "constexprs": {"SPLITS": 64}}
+    assert compile_kernel(module.combine, quantised.arguments(spec, "combine"), **options).spilled == 0
+    options = {"arch": 90, "num_stages": 1, "num_warps": 8}
+    assert compile_kernel(module.close_group, quantised.arguments(spec, "close_group"), **options).spilled == 0
