@@ -33,7 +33,10 @@ class KvEvict(Pass):
         if site.phase == "chunk":
             return self.refuse("several tokens at once: attention over slots and the store stay two ops")
         note = f"store, evict and attend over {site.key_len} slots as one op ({context.kernels})"
-        pages = site.pages
+        pages, codes = site.pages, site.codes
+        if codes:
+            note += f"; keys and values are {codes} codes"
+            return Proposal.from_work(self, site, context, lambda sizes: (work.code_reading(sizes, codes),), note=note)
         if pages is None:
             return Proposal.from_work(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
         read = f"{pages.count} of its" if pages.count else f"{100 * pages.share:g} % of its"

@@ -112,7 +112,7 @@ def arguments(spec: QuantisedSpec, kernel: str) -> tuple[Argument, ...]:
 
 
 def quantised_source(spec: QuantisedSpec) -> str:
-    """Module text with `split` (grid: splits, batch * kv_heads), `combine` (group, batch * kv_heads) and `close_group` (batch * kv_heads)."""
+    """Module text with `close_group` (grid: batch * kv_heads), `split` (splits, batch * kv_heads), `combine` (group, batch * kv_heads)."""
     values = vars(spec) | {
         **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         **dict.fromkeys(("qk_mask", "v_mask", "qk_store"), ""),

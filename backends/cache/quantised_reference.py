@@ -1,4 +1,4 @@
-"""Keys and values in 8 or 4 bits in plain PyTorch, without reading a value back to the host; `sparsify.ops.quantised` says what lies where."""
+"""Keys and values in 8 or 4 bits in plain PyTorch, without reading a value back to the host. `sparsify.ops.quantised` has the format."""
 
 from __future__ import annotations
 
@@ -78,14 +78,17 @@ def everything(call: AnyCall) -> tuple[Tensor, Tensor]:
     return numbers_at(call, torch.arange(capacity, device=call.keys.device).expand(batch, kv_heads, -1))
 
 
-def store_numbers(call: CacheStoreCall | CacheDecodeCall, slots: Tensor, keys: Tensor, values: Tensor, where: Tensor, held: Tensor) -> None:
+def store_numbers(
+    call: CacheStoreCall | CacheDecodeCall, slots: Tensor, keys: Tensor, values: Tensor, *, where: Tensor, held: Tensor, fresh: Tensor
+) -> None:
     """Quantises whole groups.
 
     Args:
         slots: int64 [batch, kv_heads, n * GROUP], whole groups; beyond the capacity nothing is stored.
         keys, values: fp32 [batch, kv_heads, n * GROUP, dim].
         where: bool [batch, kv_heads, n]: the groups that are written.
-        held: bool [batch, kv_heads, n * GROUP]: what counts for the scales.
+        held: bool [batch, kv_heads, n * GROUP]: what counts for the keys' scales.
+        fresh: bool [batch, kv_heads, n * GROUP]: whose values are not in codes yet; a token's do not depend on its neighbours.
     """
     assert call.key_scales is not None and call.value_scales is not None, "given with codes"
     capacity, dtype, codes = call.keys.shape[2], call.key_scales.dtype, call.codes
@@ -99,8 +102,9 @@ def store_numbers(call: CacheStoreCall | CacheDecodeCall, slots: Tensor, keys: T
     value_scales = scales_of(values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), codes, dtype)
     value_codes = encode(values, value_scales, codes)
     inside = where.repeat_interleave(GROUP, 2) & (slots < capacity)
-    for state, new in ((call.keys, key_codes), (call.values, value_codes), (call.value_scales, value_scales[..., 0])):
-        _put(state, slots, new, inside)
+    _put(call.keys, slots, key_codes, inside)
+    for state, new in ((call.values, value_codes), (call.value_scales, value_scales[..., 0])):
+        _put(state, slots, new, inside & fresh)
     first = slots[:, :, ::GROUP] // GROUP
     _put(call.key_scales, first, key_scales, where & (first * GROUP < capacity))
 
@@ -139,16 +143,16 @@ def _close(call: CacheStoreCall | CacheDecodeCall, staged: Tensor) -> None:
     ends = (last >= begin) & ((last % GROUP == GROUP - 1) | (last == call.capacity - 1))
     slots = last.clamp(min=0) // GROUP * GROUP + torch.arange(GROUP, device=staged.device)
     held = (call.positions.gather(2, slots.clamp(max=call.capacity - 1)) >= 0) & (slots < call.capacity)
-    store_numbers(call, slots, *numbers_at(call, slots), where=ends, held=held)
+    store_numbers(call, slots, *numbers_at(call, slots), where=ends, held=held, fresh=_staged(call, slots))
     staged.masked_fill_(ends, 0)
 
 
 def append_all(call: CacheStoreCall, key: Tensor, value: Tensor, at: Tensor) -> None:
-    """Several tokens of each row behind those that are stored, none of which goes: whole groups into codes, the rest into the recent buffers.
+    """Several tokens of each row behind those that are stored, none of which goes: whole groups into codes, the rest as it came.
 
     Args:
         key, value: [batch, kv_heads, query_len, dim].
-        at: int [batch, query_len], slot of each token; padding repeats another token's. -1 in rows of padding alone. The counts are those before.
+        at: int [batch, query_len], slot of each token; padding repeats another token's, and is -1 in rows of padding alone.
     """
     assert call.staged is not None and call.recent_keys is not None and call.recent_values is not None, "given with codes"
     counts = call.counts.long()
@@ -164,7 +168,9 @@ def append_all(call: CacheStoreCall, key: Tensor, value: Tensor, at: Tensor) -> 
         room[:, :, :GROUP] = old
         room.scatter_(2, _index(room, place), new.float())
         numbers.append(room[:, :, :span])
-    store_numbers(call, slots, *numbers, where=slots[:, :, GROUP - 1 :: GROUP] < total[..., None], held=slots < total[..., None])
+    fresh = _staged(call, slots) | (slots >= counts[..., None])
+    whole = slots[:, :, GROUP - 1 :: GROUP] < total[..., None]
+    store_numbers(call, slots, *numbers, where=whole, held=slots < total[..., None], fresh=fresh)
     begin = (total // GROUP * GROUP)[..., None]
     window = (begin - first).clamp(0, span - GROUP) + torch.arange(GROUP, device=key.device)
     for recent, room in zip((call.recent_keys, call.recent_values), numbers, strict=True):
@@ -186,4 +192,4 @@ def store_all(call: CacheStoreCall, keys: Tensor, values: Tensor, rows: Tensor |
         call.staged.masked_fill_(rows[:, None, None], 0)
     else:
         call.staged.zero_()
-    store_numbers(call, at, keys, values, where, held)
+    store_numbers(call, at, keys, values, where=where, held=held, fresh=torch.ones_like(held))

@@ -140,7 +140,7 @@ class Merge:
         self.keys, self.values, self.positions = key, call.value, at
         if not call.empty:
             keys, values = call.keys, call.values
-            if call.codes:
+            if isinstance(call, CacheStoreCall) and call.codes:
                 keys, values = (t.to(key.dtype) for t in quantised_reference.everything(call))
             self.keys, self.values = torch.cat((keys, key), 2), torch.cat((values, call.value), 2)
             self.positions = torch.cat((call.positions, at), 2)

@@ -40,6 +40,22 @@ class DecodeFull(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeReading(Record):
+    """One token's attention of one layer over a cache of fewer bits, or over some of its pages."""
+
+    NAME = "decode_reading"
+    KEYS = ("variant", "shape", "batch", "length")
+    variant: str  # "16 bits", "fp8", "int4", or "pages" and the share that is read
+    shape: str  # of benchmarks.lib.models
+    batch: int
+    length: int  # tokens
+    ms: float  # median
+    ms_all_layers: float  # of as many layers as the shape has
+    bytes_read: int  # that a step cannot do without
+    error: float  # largest, against SDPA in fp32 over all keys as they came
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeModel(Record):
     """A whole model, compiled, a token at a time."""
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.cache import CachePrefill, DecodeAppend, DecodeFull, DecodeKernel, DecodeModel, DecodeStore, EvictionNeedles, EvictionStream
+from benchmarks.cache import (
+    CachePrefill,
+    DecodeAppend,
+    DecodeFull,
+    DecodeKernel,
+    DecodeModel,
+    DecodeReading,
+    DecodeStore,
+    EvictionNeedles,
+    EvictionStream,
+)
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
@@ -287,6 +297,21 @@ def full_table(found: Iterable[Found]) -> str:
     return "\n\n".join(parts)
 
 
+def reading_table(found: Iterable[Found]) -> str:
+    """What a layer's step costs that reads fewer bits, or fewer pages."""
+    parts = []
+    for group in by_device(found):
+        cells = latest(group, DecodeReading)
+        rows = [
+            [f"{r['batch']} x {size(r['length'])}", r["variant"], f"{r['ms']:.3f}", f"{r['ms_all_layers']:.2f}",
+             f"{r['bytes_read'] / r['ms'] / 1e6:.0f}", f"{r['error']:.1e}"]
+            for r in sorted(cells, key=lambda r: (r["shape"], r["length"], r["batch"], r["ms"]))
+        ]  # fmt: skip
+        note = f"GB/s count what a step must read: codes with their scales, or bounds and the pages that are listed. {conditions(cells)}"
+        parts += [note, markdown(["call", "cache", "ms a layer", "ms a token, all layers", "GB/s", "largest error"], rows)]
+    return "\n\n".join(parts)
+
+
 BENCHMARKS = (
     Benchmark(
         name="decode",
@@ -307,6 +332,15 @@ BENCHMARKS = (
         records=(DecodeFull,),
         title="Decode over everything",
         table=full_table,
+    ),
+    Benchmark(
+        name="reading",
+        place=15,
+        measures="decode that reads less: one layer's step over 16, 8 and 4 bits, and over 5 % of the pages",
+        module="benchmarks.cache.reading",
+        records=(DecodeReading,),
+        title="Decode that reads less",
+        table=reading_table,
     ),
     Benchmark(
         name="eviction",

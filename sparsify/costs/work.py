@@ -9,6 +9,7 @@ count both products, 2 · pairs · (qk_head_dim + v_head_dim). Causal pairs of Q
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 
 from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
+from sparsify.ops import quantised
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import score_tile
 from sparsify.ops.pages import Pages
@@ -212,6 +214,14 @@ def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:
         stream=_ZERO if kernel in _SPLITTING else sympy.sympify(slots * (s.qk_head_dim + s.v_head_dim) * s.dtype.itemsize),
         rows=sympy.sympify(s.batch * s.kv_heads),
     )
+
+
+def code_reading(s: AttentionSizes, codes: str) -> Work:
+    """One query row of each sequence over keys and values in few bits, scales included."""
+    whole = decode(s, "cache")
+    dims = int(s.qk_head_dim), int(s.v_head_dim)
+    share = quantised.token_bytes(*dims, codes, s.dtype) / quantised.token_bytes(*dims, "", s.dtype)
+    return dataclasses.replace(whole, size=whole.size * sympy.Rational(round(share * 1000), 1000))
 
 
 def page_reading(s: AttentionSizes, pages: Pages) -> tuple[Work, Work]:

@@ -77,6 +77,7 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
         empty=empty,
         near_miss=near_miss,
         pages=call.pages,
+        codes=call.codes,
     )
 
 

@@ -136,6 +136,7 @@ class CacheSite(SiteOverKeys):
     empty: whether no token was stored before.
     near_miss: why the two ops cannot be described as one; kv_evict refuses with it.
     pages: which slots one token reads; None: all.
+    codes: as which keys and values are stored; "": as they come.
     """
 
     kind: ClassVar[SiteKind] = "cache"
@@ -164,6 +165,7 @@ class CacheSite(SiteOverKeys):
     output_stride_order: StrideOrder = "bqhd"
     near_miss: str = ""
     pages: Pages | None = None
+    codes: str = ""
     covered: tuple[fx.Node, ...] = field(default=(), repr=False)
 
     @property

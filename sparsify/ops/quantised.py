@@ -4,7 +4,7 @@ Keys are quantised by channel, with one scale for GROUP neighbouring slots, valu
 their group of slots began lie in `recent_keys` and `recent_values` as they came; a full group is quantised before the next token is stored.
 
     fp8    code * scale, E4M3 codes (OCP 8-bit floating point), scales that are powers of two
-    int4   code * scale + least, codes 0 to 15, two in a byte: channel c in the low half of byte c, channel c + head_dim / 2 in the high half
+    int4   code * scale + least, codes 0 to 15, two in a byte: channel c in the low half of byte c, c + head_dim / 2 in the high half
 
 Buffers of a layer, all on one device:
 

@@ -125,6 +125,13 @@ def test_decode_is_the_stream_of_keys_and_values():
     assert work.attention(windowed, "sdpa").size == 2 * 8 * 1024 * 128 * 2
 
 
+def test_a_step_over_codes_reads_them_and_their_scales():
+    sizes = AttentionSizes(query_len=1, key_len=131072)
+    whole = work.decode(sizes, "cache").size
+    assert float(work.code_reading(sizes, "fp8").size / whole) == pytest.approx(262 / 512, rel=2e-3)
+    assert float(work.code_reading(sizes, "int4").size / whole) == pytest.approx(140 / 512, rel=2e-3)
+
+
 def test_a_step_over_pages_reads_all_bounds_and_what_is_chosen():
     sizes = AttentionSizes(query_len=1, key_len=131072)
     whole = work.decode(sizes, "cache").size

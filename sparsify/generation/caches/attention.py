@@ -288,7 +288,8 @@ def _attend(
         layer.started = True
     shape: _Window = {"window": layout.window, "sinks": layout.sinks if layout.window else 0}
     how: _Scores = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
-    pages = layer.reading()
+    coded = layer.coded()
+    pages = layer.reading() | coded
     rotation = {"inverse_frequencies": layer.inverse_frequencies if layout.rotate_sinks else None}
     stored = {
         "pinned": layout.pinned,
@@ -332,6 +333,7 @@ def _attend(
             **how,
             **shape,
             **rotation,
+            **coded,
             version=cache.VERSION,
         )
     observed = query if layer.observes else None

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsify import folders
 from sparsify.errors import CacheError
 from sparsify.generation.caches.layer import SparseLayer
+from sparsify.ops import quantised
 from sparsify.ops.pages import Pages
 from sparsify.planning.provenance import model_digest, model_kind, other_model
 from sparsify.policies import Layout
@@ -47,7 +48,8 @@ class Header(BaseModel):
     """format: of the file. model: digest of configuration and weights. model_type: for messages.
 
     policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. every: tokens beside it, 0 for none. read: as
-    `Pages` writes itself, empty for everything. versions: of what wrote the file.
+    `Pages` writes itself, empty for everything. codes: "fp8", "int4", or "" for keys and values as they came. versions: of what wrote
+    the file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -58,12 +60,13 @@ class Header(BaseModel):
     budget: int | float | None
     every: int
     read: str = ""
+    codes: str = ""
     layers: list[LayerHeader]
     versions: dict[str, str]
 
 
 def write(
-    path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, every: int, read: Pages | None, model: Any
+    path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, every: int, read: Pages | None, codes: str, model: Any
 ) -> None:
     """Writes layers of one cache, all of them between two calls.
 
@@ -82,6 +85,8 @@ def write(
                 tensors[f"{layer.index}.{name}"] = getattr(layer, name).clone()
             for name, known in layer.known():
                 tensors[f"{layer.index}.{name}"] = known.clone()
+            for name, coded in _coded(layer, slots).items():
+                tensors[f"{layer.index}.{name}"] = coded.contiguous()
         layout = None if layer.layout is None else dataclasses.asdict(layer.layout)
         described.append(LayerHeader(layout=layout, started=layer.started, slots=slots, left_out=layer.left_out, fixed=layer.fixed))
     model = _unwrapped(model)
@@ -92,6 +97,7 @@ def write(
         policy=policy,
         budget=budget,
         read="" if read is None else str(read),
+        codes=codes,
         every=every,
         layers=described,
         versions={"torch": torch.__version__},
@@ -144,7 +150,13 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
             except SafetensorError as error:
                 raise CacheError(f"a tensor is missing: {error}", where=f"{path}, layer {layer.index}") from error
             _check_shapes(saved, described.slots, f"{path}, layer {layer.index}")
-            layer.allocate(saved["keys"], saved["values"], described.slots)
+            examples = ("recent_keys", "recent_values") if layer.codes else ("keys", "values")
+            try:
+                layer.allocate(*(file.get_tensor(f"{layer.index}.{name}") for name in examples), described.slots)
+                for name, coded in _coded(layer, described.slots).items():
+                    coded.copy_(file.get_tensor(f"{layer.index}.{name}"))
+            except (SafetensorError, RuntimeError) as error:
+                raise CacheError(f"scales are missing or do not fit: {error}", where=f"{path}, layer {layer.index}") from error
             for name in _BY_SLOT:
                 getattr(layer, name)[:, :, : described.slots].copy_(saved[name])
             for name in _BY_ROW:
@@ -155,6 +167,12 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
                 known.copy_(file.get_tensor(found))
             layer.renew_bounds()
             layer.used = None  # only the device knows, until the next call asks
+
+
+def _coded(layer: SparseLayer, slots: int) -> dict[str, Tensor]:
+    """What goes with codes, of so many slots; nothing where keys and values lie as they came."""
+    sizes = {"key_scales": quantised.groups(slots), "value_scales": slots}
+    return {name: t[:, :, : sizes.get(name)] for name, t in layer.coded().items() if isinstance(t, Tensor)}
 
 
 def _check_shapes(saved: dict[str, Tensor], slots: int, where: str) -> None:

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sparsify.errors import CacheError
-from sparsify.ops import cache, reselection
+from sparsify.errors import CacheError, UnsupportedError
+from sparsify.ops import cache, quantised, reselection
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
 from sparsify.policies import Layout, Policy
 from sparsify.policies.full import STEP
 
 _STATE = ("keys", "values", "positions", "counts", "seen", "length")
-_BUFFERS = (*_STATE, "tickets", "bounds")
+# of keys and values in 8 or 4 bits (`sparsify.ops.quantised`)
+_CODED = ("key_scales", "value_scales", "recent_keys", "recent_values", "staged")
+_BUFFERS = (*_STATE, "tickets", "bounds", *_CODED)
 # buffers whose dimension 2 is slots, and what an empty slot holds
 _BY_SLOT = (("keys", 0), ("values", 0), ("positions", -1))
 # of a layer whose policy selects anew, by row; `sparsify.ops.reselection` describes them
@@ -128,6 +130,7 @@ class SparseLayer(CacheLayerMixin):
         sliding: the layer has a sliding window of the model's own, which is kept exactly.
         frequencies: inverse frequencies of the rotary embedding, fp32 [rotated dimensions / 2], where sinks are rotated; else None.
         read: the pages that one token reads; None: everything that is kept.
+        codes: "fp8" or "int4", as which keys and values are stored; "": as they come.
         every: tokens beyond the budget that are stored before the policy selects anew; 0: tokens replace others one by one.
     """
 
@@ -143,6 +146,7 @@ class SparseLayer(CacheLayerMixin):
         sliding: bool,
         frequencies: Tensor | None,
         read: Pages | None = None,
+        codes: str = "",
         every: int = 0,
     ):
         super().__init__()
@@ -150,6 +154,12 @@ class SparseLayer(CacheLayerMixin):
         self.is_sliding, self.inverse_frequencies = sliding, frequencies
         self.read, self.read_text = read, "" if read is None else str(read)
         self.bounds: Tensor | None = None
+        self.codes, self.head_dims = codes, (0, 0)
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        self.recent_keys: Tensor | None = None
+        self.recent_values: Tensor | None = None
+        self.staged: Tensor | None = None
         self.policy_text, self.observes = policy.scorer.describe(), policy.observed > 0
         self.every, self.told = every, True  # told: what the policy awaits of the last call has come
         self.logits = (1.0, 0.0)  # scale and softcap of the layer's attention
@@ -189,8 +199,15 @@ class SparseLayer(CacheLayerMixin):
         self.batch_size, self.dtype, self.device = batch, key_states.dtype, key_states.device
         slots = batch, kv_heads, capacity
         # tensors, as all other buffers are: the base class has None until here, where `is_initialized` says that there are none
-        self.keys: Tensor = key_states.new_zeros(*slots, head_dim)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.values: Tensor = value_states.new_zeros(*slots, value_states.shape[-1])  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.head_dims = head_dim, value_states.shape[-1]
+        (width, v_width), stored_as = self.head_dims, key_states.dtype
+        if self.codes:
+            if self.codes == "int4" and (width % 2 or v_width % 2):
+                raise UnsupportedError(f"4-bit codes of odd head dims {width} and {v_width}", where=f"layer {self.index}")
+            self._allocate_coded(key_states, slots)
+            width, v_width, stored_as = quantised.packed(width, self.codes), quantised.packed(v_width, self.codes), torch.uint8
+        self.keys: Tensor = key_states.new_zeros(*slots, width, dtype=stored_as)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.values: Tensor = value_states.new_zeros(*slots, v_width, dtype=stored_as)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.positions = key_states.new_full(slots, -1, dtype=torch.int32)
         self.counts = key_states.new_zeros(batch, kv_heads, dtype=torch.int32)
         self.seen = key_states.new_zeros(batch, dtype=torch.int32)
@@ -205,6 +222,14 @@ class SparseLayer(CacheLayerMixin):
             self.inverse_frequencies = self.inverse_frequencies.to(self.device)
         self.is_initialized = True
         self.mark_static()
+
+    def _allocate_coded(self, key_states: Tensor, slots: tuple[int, int, int]) -> None:
+        """What goes with keys and values in few bits."""
+        rows, (dim, v_dim), parts, zeros = slots[:2], self.head_dims, quantised.parts(self.codes), key_states.new_zeros
+        self.key_scales = zeros(*rows, quantised.groups(slots[2]), parts, dim)
+        self.value_scales = zeros(*slots, parts)
+        self.recent_keys, self.recent_values = zeros(*rows, quantised.GROUP, dim), zeros(*rows, quantised.GROUP, v_dim)
+        self.staged = zeros(*rows, 2, dtype=torch.int32)
 
     def _allocate_known(self, key_states: Tensor) -> None:
         """Room for what the policy is told when it selects anew."""
@@ -246,8 +271,8 @@ class SparseLayer(CacheLayerMixin):
             for buffer in self.buffers():
                 torch._dynamo.mark_static_address(buffer, guard=False)
             if self.grows:  # one graph serves caches of all sizes
-                for buffer in (self.keys, self.values, self.positions, *self._extras()):
-                    torch._dynamo.maybe_mark_dynamic(buffer, 2)
+                for name in ("keys", "values", "positions", *self.growing()):
+                    torch._dynamo.maybe_mark_dynamic(getattr(self, name), 2)
 
     @property
     def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -259,13 +284,21 @@ class SparseLayer(CacheLayerMixin):
 
     def _extras(self) -> list[Tensor]:
         """Buffers by row and slot or page that not every layer has."""
-        return [] if self.bounds is None else [self.bounds]
+        return [buffer for name in ("bounds", *_CODED) if (buffer := getattr(self, name)) is not None]
+
+    def growing(self) -> list[str]:
+        """Buffers that are made larger together with keys, values and positions, where the layer has them."""
+        return [name for name in ("bounds", "key_scales", "value_scales") if getattr(self, name) is not None]
 
     def reading(self) -> dict[str, Any]:
-        """What ops are told of the slots that a token reads."""
+        """What ops are told of the slots that a token reads, beside `coded`."""
         if self.starts is not None:
             return {"starts": self.starts}
         return {"bounds": self.bounds, "pages": self.read_text} if self.read is not None else {}
+
+    def coded(self) -> dict[str, Any]:
+        """What ops are told of how keys and values are stored."""
+        return {"codes": self.codes, **{name: getattr(self, name) for name in _CODED}} if self.codes else {}
 
     def renew_bounds(self) -> None:
         """After slots were changed by something else than an op that stores tokens."""
@@ -308,9 +341,9 @@ class SparseLayer(CacheLayerMixin):
         where, hint = f"layer {self.index}", "make a new SparseCache for this model and batch, or call reset() before another shape"
         if key.shape[0] != self.keys.shape[0]:
             raise CacheError(f"the cache holds a batch of {self.keys.shape[0]}, the call has {key.shape[0]}", where=where, hint=hint)
-        if key.shape[1] != self.keys.shape[1] or key.shape[3] != self.keys.shape[3] or value.shape[3] != self.values.shape[3]:
+        if key.shape[1] != self.keys.shape[1] or (key.shape[3], value.shape[3]) != self.head_dims:
             found = f"{key.shape[1]} KV heads of {key.shape[3]} and {value.shape[3]}"
-            kept = f"{self.keys.shape[1]} of {self.keys.shape[3]} and {self.values.shape[3]}"
+            kept = f"{self.keys.shape[1]} of {self.head_dims[0]} and {self.head_dims[1]}"
             raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
         if not torch.compiler.is_dynamo_compiling() and self.keys.is_inference() and not torch.is_inference_mode_enabled():
             what = "the cache was allocated under torch.inference_mode(), whose tensors cannot change outside of it"
@@ -407,6 +440,9 @@ class SparseLayer(CacheLayerMixin):
             setattr(self, name, _longer(getattr(self, name), capacity, fill))
         if self.bounds is not None and self.read is not None:
             self.bounds = _longer(self.bounds, self.read.of(capacity), 0)
+        if self.key_scales is not None and self.value_scales is not None:
+            self.key_scales = _longer(self.key_scales, quantised.groups(capacity), 0)
+            self.value_scales = _longer(self.value_scales, capacity, 0)
         self.mark_static()
 
     @property
@@ -450,6 +486,8 @@ class SparseLayer(CacheLayerMixin):
                 tensor.copy_(torch.arange(tensor.shape[1], device=tensor.device) * self.keys.shape[2])
             else:
                 tensor.fill_(-1 if name == "query_positions" else 0)
+        if self.staged is not None:
+            self.staged.zero_()
         self.started, self.used, self.told, self.left_out, self.fixed = False, 0, True, 0, 0
         if isinstance(self.budget, float):
             self.layout, self.is_initialized = None, False
@@ -472,7 +510,7 @@ class SparseLayer(CacheLayerMixin):
 
     def _map_rows(self, change: Any) -> None:
         if self.is_initialized:
-            for name in (*_STATE[:-1], "bounds"):
+            for name in (*_STATE[:-1], "bounds", *_CODED):
                 if getattr(self, name) is not None:
                     setattr(self, name, change(getattr(self, name)))
             for name, tensor in self.known():
@@ -548,6 +586,8 @@ class SparseLayer(CacheLayerMixin):
         self.positions.masked_fill_(gone, -1)
         self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
         self.renew_bounds()
+        if self.staged is not None:
+            self.staged.copy_(torch.minimum(self.staged, self.counts[..., None]))
         if self.carried is not None:
             self.carried.masked_fill_(gone, 0)
         if self.query_positions is not None:

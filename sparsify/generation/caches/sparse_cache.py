@@ -47,7 +47,8 @@ class SparseCache(Cache):
         prompt_len: tokens that a budget given as a share refers to.
         batch_size: allocates at once, given together with `device`. CUDA graphs (`mode="reduce-overhead"`) need that when the first
             call is compiled too.
-        dtype: of what is allocated at once; None: the configuration's.
+        dtype: of what is allocated at once; None: the configuration's. "fp8" or "int4": keys and values are kept in 8 or 4 bits, keys with
+            scales per channel and group of 64 slots, values per token (KIVI, arXiv 2402.02750), tokens of the newest group as they come.
         device: where it is allocated.
         read: "pages" or a `sparsify.Pages`: each token reads the pages of what is kept whose keys may get the most weight, and forgets
             none (Quest, arXiv 2406.10774); calls of several tokens read everything. None: everything.
@@ -68,7 +69,7 @@ class SparseCache(Cache):
         every: int | None = None,
         prompt_len: int | None = None,
         batch_size: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         read: str | Pages | None = None,
         **options: Any,
@@ -78,22 +79,23 @@ class SparseCache(Cache):
         policy = policies.make(policy, **options)
         budget, pages = _checked_budget(budget, prompt_len), _checked_read(read)
         every = _checked_every(every, policy, budget)
-        if policy.by_head and pages is not None:
-            raise ConfigError(
-                f"{policy.name} packs slots by head, pages are of heads with as many each", where="read", hint="leave read out"
-            )
+        codes = _checked_codes(dtype, every, pages)
+        if policy.by_head and (codes or pages is not None):
+            what = f"{policy.name} packs slots by head; pages, and groups of codes, are of heads with as many each"
+            raise ConfigError(what, where="dtype" if codes else "read", hint="leave it out")
         stock = DynamicCache(config=config).layers
         evicting = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
-        layers = [_make_layer(i, layer, config, policy, budget, evicting, every, pages) for i, layer in enumerate(stock)]
+        layers = [_make_layer(i, layer, config, policy, budget, evicting, every, pages, codes) for i, layer in enumerate(stock)]
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
         super().__init__(layers=[*layers])
         self.config, self.policy, self.budget, self.read, self.call = config, policy, budget, pages, link_layers(layers)
-        self.every, self.outlook = every, Outlook()
+        self.every, self.outlook, self.codes = every, Outlook(), codes
         if batch_size is not None and device is not None:
             heads, head_dim = _kv_head_sizes(config)
-            stored_as = dtype or getattr(config, "dtype", None) or torch.float32
+            given = dtype if isinstance(dtype, torch.dtype) else None
+            stored_as = given or getattr(config, "dtype", None) or torch.float32
             self.early_initialization(batch_size, heads, head_dim, stored_as, torch.device(device))
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
@@ -131,7 +133,7 @@ class SparseCache(Cache):
             OSError: the file cannot be written.
         """
         self.check_consistent(True)
-        files.write(Path(path), self.layers, self.policy.describe(), self.budget, self.every, self.read, model)
+        files.write(Path(path), self.layers, self.policy.describe(), self.budget, self.every, self.read, self.codes, model)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, device: torch.device | str | None = None) -> SparseCache:
@@ -149,7 +151,9 @@ class SparseCache(Cache):
         """
         header = files.read_header(Path(path), model)
         read = Pages.parse(header.read) if header.read else None
-        cache = cls(model.config, policies.parse(header.policy), header.budget, every=header.every or None, read=read)
+        cache = cls(
+            model.config, policies.parse(header.policy), header.budget, every=header.every or None, read=read, dtype=header.codes or None
+        )
         if len(cache.layers) != len(header.layers):
             raise CacheError(f"it holds {len(header.layers)} layers, the model has {len(cache.layers)}", where=str(path))
         files.fill(Path(path), header, cache.layers, device or model.device)
@@ -345,6 +349,18 @@ def _checked_budget(budget: object, prompt_len: int | None) -> int | float | Non
     return budget
 
 
+def _checked_codes(dtype: torch.dtype | str | None, every: int, pages: Pages | None) -> str:
+    """The bits in which keys and values are kept, "" for those of a dtype."""
+    if not isinstance(dtype, str):
+        return ""
+    if dtype not in ("fp8", "int4"):
+        raise ConfigError(f'must be a torch.dtype, "fp8" or "int4", not {dtype!r}', where="dtype")
+    if every or pages is not None:
+        what = "keys in few bits are neither read by pages nor selected anew"
+        raise UnsupportedError(what, where="SparseCache", hint="leave `dtype`, or `read` and `every`")
+    return dtype
+
+
 def _checked_read(read: str | Pages | None) -> Pages | None:
     if read is None or isinstance(read, Pages):
         return read
@@ -393,7 +409,7 @@ def _check_model(config: Any) -> None:
 
 
 def _make_layer(
-    index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int], every: int, read: Pages | None
+    index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int], every: int, read: Pages | None, codes: str
 ) -> SparseLayer:
     """The SparseLayer that replaces one layer of an ordinary cache.
 
@@ -421,7 +437,7 @@ def _make_layer(
     frequencies = None
     if rotates:
         frequencies = frequencies_of("sinks cannot be moved along", 'positions="absolute" works with every rotary embedding')
-    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies, every=every, read=read)
+    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies, every=every, read=read, codes=codes)
 
 
 def _kv_head_sizes(config: Any) -> tuple[int, int]:

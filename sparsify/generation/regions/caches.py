@@ -178,7 +178,7 @@ class SparseLayerCall(LayerCall[SparseLayer]):
             before = layer.keys
             layer.make_room(self.query_len)
             if layer.keys is not before:
-                for name in ("keys", "values", "positions", *(() if layer.bounds is None else ("bounds",))):
+                for name in ("keys", "values", "positions", *layer.growing()):
                     self.given[name] = self.varying[name] = getattr(layer, name)
         elif layer.every and layer.is_initialized:
             layer.make_way(self.query_len)

@@ -1,0 +1,135 @@
+"""What does a token cost that reads less? One layer's step over a cache in 16, 8 and 4 bits, and over 5 % of the pages.
+
+    python -m benchmarks run reading                                      # 128K tokens at batch 1 and 8
+    python -m benchmarks run reading --calls 1x32768 --shares 0.02 0.1
+    python -m benchmarks run reading --device cpu --shape tiny --calls 2x256
+
+Milliseconds are of one layer and of all layers of the shape, without its weights. Bytes are what a step reads: codes with their scales, or
+bounds and the pages that are listed. Error: the largest, against SDPA in fp32 over the keys before rounding; of pages it is what they leave
+out of random keys, which have no pages worth choosing. Calls take turns on layers, so that keys come from memory. Appends to
+results/decode.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cache import DecodeReading
+from benchmarks.cache.full import Case, token
+from benchmarks.lib import records
+from benchmarks.lib.clock import Clock, reason
+from benchmarks.lib.models import SHAPES
+from sparsify import backends, policies
+from sparsify.generation.caches.layer import SparseLayer
+from sparsify.ops import cache
+from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheDecodeCall
+from sparsify.ops.pages import Pages
+from sparsify.ops.quantised import token_bytes
+
+# bytes of the layers that calls take turns on: more than a GPU's L2 cache
+_LAYER_BYTES = 8 << 30
+
+
+@dataclass
+class Reading:
+    """One way to hold and read keys: `layer` has no tokens yet."""
+
+    name: str
+    layer: SparseLayer
+
+    def bytes_read(self, case: Case, dim: int, dtype: torch.dtype) -> float:
+        """Of one token and KV head."""
+        slots, read = case.length, self.layer.read
+        if read is None:
+            return slots * token_bytes(dim, dim, self.layer.codes, dtype)
+        chosen = min(slots, read.chosen(read.of(slots)) * read.size + read.recent + read.sinks)
+        return read.of(slots) * 2 * dim * dtype.itemsize + chosen * 2 * dim * dtype.itemsize
+
+
+def readings(shares: list[float]) -> list[tuple[str, dict[str, Any]]]:
+    found: list[tuple[str, dict[str, Any]]] = [("16 bits", {}), ("fp8", {"codes": "fp8"}), ("int4", {"codes": "int4"})]
+    return found + [(f"pages {share:g}", {"read": Pages(share=share)}) for share in shares]
+
+
+def filled(
+    case: Case, shape: dict[str, int], device: str, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[SparseLayer, Tensor, Tensor]:
+    """A layer of random tokens, stored as a prompt is, and those tokens."""
+    policy = policies.make("full")
+    layer = SparseLayer(0, None, policy, case.capacity, sliding=False, frequencies=None, **options)
+    heads, dim = shape["num_key_value_heads"], shape["head_dim"]
+    key, value = (torch.randn(case.batch, heads, case.length, dim, dtype=dtype, device=device) for _ in range(2))
+    layer.allocate(key, value, case.capacity)
+    how = {"pinned": NEVER_OVERWRITTEN, "recent": 0, "policy": policy.describe(), "scale": 1.0, "softcap": 0.0, "version": cache.VERSION}
+    cache.store(None, key, value, *layer.state, empty=True, **how, **layer.reading(), **layer.coded())
+    return layer, key, value
+
+
+def step(layer: SparseLayer, call_token: tuple[Tensor, ...]) -> Tensor:
+    """Stores the token and attends; a CPU runs the reference."""
+    how = {"pinned": NEVER_OVERWRITTEN, "scale": call_token[0].shape[-1] ** -0.5, "softcap": 0.0, "window": 0, "sinks": 0}
+    more = layer.coded() | ({"bounds": layer.bounds, "pages": layer.read} if layer.read is not None else {})
+    return CacheDecodeCall(*call_token, *layer.state, tickets=layer.tickets, **how, **more).run()
+
+
+def measure(case: Case, options: argparse.Namespace) -> None:
+    clock, shape = Clock(options.device), SHAPES[options.shape]
+    dtype = torch.bfloat16 if clock.cuda else torch.float32
+    heads, dim = shape["num_key_value_heads"], shape["head_dim"]
+    torch.manual_seed(0)
+    call_token = token(case, shape, options.device, dtype)
+    size = 2 * case.batch * heads * case.capacity * dim * dtype.itemsize
+    count = max(2, min(8, _LAYER_BYTES // size)) if clock.cuda else 2
+    for name, how in readings(options.shares):
+        try:
+            with backends.strict():  # a reference in a kernel's place would be timed as one
+                made = [filled(case, shape, options.device, dtype, how) for _ in range(count)]
+                layer, key, value = made[0]
+                own = [torch.cat((held, new), 2)[:1].float() for held, new in ((key, call_token[1]), (value, call_token[2]))]
+                want = F.scaled_dot_product_attention(call_token[0][:1].float(), *own, enable_gqa=True)
+                error = (step(layer, call_token)[:1].float() - want).abs().max().item()
+                turns = itertools.cycle([held for held, _, _ in made])
+                run: Callable[[], Tensor] = lambda turns=turns: step(next(turns), call_token)
+                ms = clock.replays(run)
+        except Exception as failure:
+            print(f"{name:12} {case.batch} x {case.length}: {reason(failure)}", flush=True)
+            continue
+        read = case.batch * heads * Reading(name, layer).bytes_read(case, dim, dtype)
+        token_ms = ms * shape["num_hidden_layers"]
+        print(
+            f"{name:12} {case.batch} x {case.length}: {ms:.4f} ms a layer, {token_ms:.2f} ms a token's attention, "
+            f"{read / ms / 1e6:.0f} GB/s, error {error:.1e}",
+            flush=True,
+        )
+        facts = {"variant": name, "shape": options.shape, "batch": case.batch, "length": case.length}
+        values = {"ms": ms, "ms_all_layers": token_ms, "bytes_read": round(read), "error": error}
+        records.append(options.out, DecodeReading(**facts, **values))
+        del made, layer, key, value, own, turns, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usual = [Case(1, 131072, False), Case(8, 131072, False)]
+    parser.add_argument("--calls", type=Case.parse, nargs="+", default=usual, help="batch x length")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.05], help="of the pages")
+    parser.add_argument("--shape", default="8b", choices=list(SHAPES))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=records.RESULTS / "decode.jsonl")
+    options = parser.parse_args(arguments)
+    for case in options.calls:
+        measure(case, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
