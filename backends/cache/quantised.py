@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.cache.decode_template import COMBINE
-from sparsify.backends.cache.kernels import logit_arguments, logit_values, partial_sums
+from sparsify.backends.cache.kernels import logit_arguments, logit_values, packed_values, partial_sums
 from sparsify.backends.cache.quantised_template import FOLD_CODES, KEEP, SPLIT
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
@@ -117,6 +117,8 @@ def quantised_source(spec: QuantisedSpec) -> str:
         **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         **dict.fromkeys(("qk_mask", "v_mask", "qk_store"), ""),
         "page": 0,
+        "packed": False,
+        **packed_values(False),
         "parts": parts(spec.codes),
         "number": f"tl.{NUMBERS[spec.dtype]}",
         "precision": dot_precision(spec.dtype),

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +77,14 @@ def filled(
 
 def step(layer: SparseLayer, call_token: tuple[Tensor, ...]) -> Tensor:
     """Stores the token and attends; a CPU runs the reference."""
-    how = {"pinned": NEVER_OVERWRITTEN, "scale": call_token[0].shape[-1] ** -0.5, "softcap": 0.0, "window": 0, "sinks": 0}
+    how: dict[str, Any] = {"pinned": NEVER_OVERWRITTEN, "scale": call_token[0].shape[-1] ** -0.5, "softcap": 0.0, "window": 0, "sinks": 0}
     more = layer.coded() | ({"bounds": layer.bounds, "pages": layer.read} if layer.read is not None else {})
-    return CacheDecodeCall(*call_token, *layer.state, tickets=layer.tickets, **how, **more).run()
+    query, key, value = call_token
+    return CacheDecodeCall(query, key, value, *layer.state, tickets=layer.tickets, **how, **more).run()
 
 
 def measure(case: Case, options: argparse.Namespace) -> None:
-    clock, shape = Clock(options.device), SHAPES[options.shape]
+    clock, shape = Clock(options.device), cast("dict[str, int]", SHAPES[options.shape])
     dtype = torch.bfloat16 if clock.cuda else torch.float32
     heads, dim = shape["num_key_value_heads"], shape["head_dim"]
     torch.manual_seed(0)
@@ -95,8 +96,9 @@ def measure(case: Case, options: argparse.Namespace) -> None:
             with backends.strict():  # a reference in a kernel's place would be timed as one
                 made = [filled(case, shape, options.device, dtype, how) for _ in range(count)]
                 layer, key, value = made[0]
-                own = [torch.cat((held, new), 2)[:1].float() for held, new in ((key, call_token[1]), (value, call_token[2]))]
-                want = F.scaled_dot_product_attention(call_token[0][:1].float(), *own, enable_gqa=True)
+                own_key, own_value = (torch.cat(pair, 2)[:1].float() for pair in ((key, call_token[1]), (value, call_token[2])))
+                want = F.scaled_dot_product_attention(call_token[0][:1].float(), own_key, own_value, enable_gqa=True)
+                del own_key, own_value
                 error = (step(layer, call_token)[:1].float() - want).abs().max().item()
                 turns = itertools.cycle([held for held, _, _ in made])
                 run: Callable[[], Tensor] = lambda turns=turns: step(next(turns), call_token)
@@ -111,14 +113,14 @@ def measure(case: Case, options: argparse.Namespace) -> None:
             f"{read / ms / 1e6:.0f} GB/s, error {error:.1e}",
             flush=True,
         )
-        facts = {"variant": name, "shape": options.shape, "batch": case.batch, "length": case.length}
-        values = {"ms": ms, "ms_all_layers": token_ms, "bytes_read": round(read), "error": error}
+        facts: dict[str, Any] = {"variant": name, "shape": options.shape, "batch": case.batch, "length": case.length}
+        values: dict[str, Any] = {"ms": ms, "ms_all_layers": token_ms, "bytes_read": round(read), "error": error}
         records.append(options.out, DecodeReading(**facts, **values))
-        del made, layer, key, value, own, turns, run
+        del made, layer, key, value, turns, run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     usual = [Case(1, 131072, False), Case(8, 131072, False)]
     parser.add_argument("--calls", type=Case.parse, nargs="+", default=usual, help="batch x length")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05], help="of the pages")

@@ -152,7 +152,8 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
             _check_shapes(saved, described.slots, f"{path}, layer {layer.index}")
             examples = ("recent_keys", "recent_values") if layer.codes else ("keys", "values")
             try:
-                layer.allocate(*(file.get_tensor(f"{layer.index}.{name}") for name in examples), described.slots)
+                key, value = (file.get_tensor(f"{layer.index}.{name}") for name in examples)
+                layer.allocate(key, value, described.slots)
                 for name, coded in _coded(layer, described.slots).items():
                     coded.copy_(file.get_tensor(f"{layer.index}.{name}"))
             except (SafetensorError, RuntimeError) as error:
