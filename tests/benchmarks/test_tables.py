@@ -15,7 +15,6 @@ from benchmarks.ffn import report as ffn
 from benchmarks.lib import pages
 from benchmarks.model import report as model
 from benchmarks.whole_op import report as whole_op
-from sparsify.ops.estimate import label
 
 MACHINE = {"gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "commit": None}
 
@@ -176,13 +175,6 @@ def test_whole_calls_that_were_not_timed_are_added_up_and_say_so() -> None:
     _, bars = model.whole_call_bars([*found, timed]) or pytest.fail("no whole call")
     assert (bars[0].prompt, bars[0].timed) == (pytest.approx(10.5), True)
     assert model.whole_call_bars(found[:4]) is None
-
-
-def test_the_defaults_that_headlines_quote_are_the_methods() -> None:
-    from sparsify.planning.registry import discover
-
-    method = discover()["xattention"]()
-    assert {"pool": label(method.pool, method.variants), "stride": method.stride, "threshold": method.threshold} == answers.DEFAULT
 
 
 def test_a_quick_estimate_is_quoted_only_when_it_keeps_the_exact_ones_answers() -> None:
