@@ -80,7 +80,6 @@ MUST_NOT_MATCH = {
     "a mask edited afterwards": "mask = (k <= q).clone(); mask[:, :2] = True; "
     "return F.scaled_dot_product_attention(query, key, value, attn_mask=mask),",
     "keys written between scores and output": f"{WEIGHTS}; key.mul_(2.0); return weights @ value, key",
-    "scores that are a sum": "return torch.softmax(query @ key.transpose(-1, -2) + key @ query.transpose(-1, -2), -1) @ value,",
     "a scale per row": "return torch.softmax(query @ key.transpose(-1, -2) * query[..., :1], -1) @ value,",
     "broadcast batch": "return F.scaled_dot_product_attention(query, key[:1], value[:1], is_causal=True),",
 }

@@ -13,7 +13,7 @@ class Oracle:
     def __init__(self, call):
         self.query, self.key = call.query.double(), call.key.double()
         self.scale, self.causal, self.windows, self.stride, self.block = call.scale, call.causal, call.windows, call.stride, call.block_size
-        self.pool, self.half, self.merged = call.pool, call.estimate.half, call.estimate.merge
+        self.pool, self.half, self.merged, self.peak = call.pool, call.estimate.half, call.estimate.merge, call.estimate.peak
         self.threshold, self.density = call.threshold, call.density
         self.flags, self.segments, start = call.key_flags, call.segments, call.query_start
         (self.batch, self.heads, self.query_len, _), self.key_len = call.query.shape, call.key.shape[2]
@@ -72,6 +72,9 @@ class Oracle:
             if any(not math.isfinite(x) for x in logits.values()):
                 mass.fill_(math.nan)
             elif logits:
+                if self.peak:  # the first cell of each block stands for the highest
+                    blocks = {j * s // self.block for j in logits}
+                    logits = {n * self.block // s: max(x for j, x in logits.items() if j * s // self.block == n) for n in blocks}
                 top = max(logits.values())
                 total = sum(math.exp(x - top) for x in logits.values())
                 for j, x in logits.items():
