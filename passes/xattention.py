@@ -120,7 +120,8 @@ class XAttention(Pass):
             defaults["stride"] = 16
         if (self.pool if "pool" in self.model_fields_set else defaults.get("pool", "row")) != "row":
             defaults |= {"stride": 8, "threshold": 0.95}
-        self.__dict__.update({name: value for name, value in defaults.items() if name not in self.model_fields_set})
+        for name in defaults.keys() - self.model_fields_set:
+            object.__setattr__(self, name, defaults[name])
         return self
 
     @model_validator(mode="after")

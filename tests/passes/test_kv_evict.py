@@ -282,6 +282,7 @@ def test_one_graph_serves_full_caches_of_all_sizes(llama, ids):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_plans_say_which_pages_a_token_reads_and_count_what_they_read(llama, ids):
     text, formulas = [], []
     for read in (None, Pages(size=8, share=0.25), Pages(size=16, count=3)):

@@ -297,6 +297,7 @@ def test_a_model_equals_the_masked_reference(rule, estimate):
         assert kept[1] > kept[0] and kept[2] > kept[3]
 
 
+@pytest.mark.slow
 def test_variants_choose_other_blocks():
     ids = prompt(1, 450)
     call = lambda m: m(input_ids=ids, use_cache=False).logits
