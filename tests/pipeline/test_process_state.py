@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import threading
 from pathlib import Path
@@ -35,14 +36,16 @@ def served(monkeypatch):
 
 
 def compiled(**options):
-    """Attention of a code object of its own, so that no other compiled function's entries are met."""
+    """Attention of a code object of its own, equal to no other, so that no other compiled function's entries are met."""
     scope = {"F": F}
-    exec("def attend(q, k, v):\n    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=-0.5)\n", scope)
+    text = "return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=-0.5)"
+    exec(f"def attend(q, k, v):\n    number = {next(NUMBERS)}\n    {text}\n", scope)
     return torch.compile(
         scope["attend"], backend="sparsify", options={"passes": ["dense"], "lower": "eager", "validation": False, **options}
     )
 
 
+NUMBERS = itertools.count()
 X = torch.randn(3, 1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
