@@ -113,16 +113,18 @@ class XAttention(Pass):
     def _defaults_that_go_together(self) -> XAttention:
         """A density needs a rule that ranks blocks, and asks for a cost: the estimate's stays low at any length. Sum and max keep blocks
         for all cells together, of which a larger share has to be kept. The first of two stages is coarse."""
-        defaults: dict[str, Any] = {}
         if self.density:
-            defaults["pool"] = "max"
-        if self.refine_stride:
-            defaults["stride"] = 16
-        if (self.pool if "pool" in self.model_fields_set else defaults.get("pool", "row")) != "row":
-            defaults |= {"stride": 8, "threshold": 0.95}
-        for name in defaults.keys() - self.model_fields_set:
-            object.__setattr__(self, name, defaults[name])
+            self._default(pool="max")
+        if self.pool != "row":
+            self._default(stride=8, threshold=0.95)
+        elif self.refine_stride:
+            self._default(stride=16)
         return self
+
+    def _default(self, **values: Any) -> None:
+        """Sets the fields of these that were not given."""
+        for name in values.keys() - self.model_fields_set:
+            object.__setattr__(self, name, values[name])
 
     @model_validator(mode="after")
     def _stride_divides_block(self) -> XAttention:

@@ -70,12 +70,8 @@ def score(${parameters}):
         block_cells = listed * COL_CELLS
         scales_at = key_scales + (b * (heads // GROUP) + h // GROUP) * key_cells + block_cells
         block_scale = tl.load(scales_at, mask=block_cells < key_cells, other=0.0)
-        top, p = pooled(s, row_scale, block_scale)
-%elif int8
-        top, p = pooled(s, row_scale)
-%else
-        top, p = pooled(s, scale)
 %end
+        top, p = pooled(s, ${scales})
         kept = rows < end_cell
         tl.store(tops + (head * tiles + first // TILE_BLOCKS).to(tl.int64) * row_count + rows - first_cell, top, mask=kept)
         tl.store(sums + at[:, None] * (tiles * TILE_BLOCKS) + slot[None, :], p.to(tl.float16), mask=kept[:, None])

@@ -92,7 +92,7 @@ def locate(band, offset, first_tile, end_tile, query_len, key_len, start):
 POOLED = '''
 
 @triton.jit
-def pooled(s, ${"row_scale, block_scale" if int8 and peak else "row_scale" if int8 else "scale"}):
+def pooled(s, ${scales}):
     """From a tile's scores, ${lowest} where masked, to each row's highest logit and each key block's sum of exp2(logit - highest)."""
 %if peak
     # of a block the highest score alone goes on: nothing but a comparison for each of the others
@@ -193,12 +193,8 @@ def finish(acc, head, row_tile, col_tile, ${finish_arguments}):
 %if int8 and peak
     first_cols = blocks * COL_CELLS
     block_scale = tl.load(key_scales + head // GROUP * key_cells + first_cols, mask=first_cols < key_cells, other=0.0)
-    top, p = pooled(s, row_scale, block_scale)
-%elif int8
-    top, p = pooled(s, row_scale)
-%else
-    top, p = pooled(s, scale)
 %end
+    top, p = pooled(s, ${scales})
     kept = rows < end_cell
     at = head.to(tl.int64) * row_count + rows - first_cell
     tl.store(tops + (head * tiles + col_tile).to(tl.int64) * row_count + rows - first_cell, top, mask=kept)

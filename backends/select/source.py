@@ -257,6 +257,8 @@ def generate(spec: SelectSpec) -> str:
         "merged": spec.estimate.merge,
         "int8": spec.estimate.int8,
         "peak": spec.estimate.peak,
+        # what `pooled` multiplies scores by
+        "scales": "scale" if not spec.estimate.int8 else "row_scale, block_scale" if spec.estimate.peak else "row_scale",
         "lowest": "-2147483648" if spec.estimate.int8 and spec.estimate.peak else 'float("-inf")',
         "prepared": spec.estimate.prepared,
         "query_step": "STEPS" if spec.estimate.prepared else "SPAN",

@@ -5,6 +5,7 @@ Whoever needs the variants reads them here: the method's option, the op, its ker
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -145,7 +146,7 @@ class Estimate:
     @property
     def entry(self) -> Fraction:
         """What a score costs beside its products, over the exact estimate's."""
-        return VARIANTS["peak"].entry if self.peak else Fraction(1)
+        return math.prod((VARIANTS[name].entry for name in self.variants), start=Fraction(1))
 
 
 EXACT = Estimate()
