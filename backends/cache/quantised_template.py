@@ -6,6 +6,23 @@ What turns a key's codes into numbers is the same for all keys of a tile, so tha
 
 FOLD_CODES = '''\
 @triton.jit
+def weigh(m, l, s, visible, ${context}):
+    """A tile's products of queries and keys as weights, and what the rows' running softmax becomes: maximum, sum, weights, factor of the old."""
+%if softcap
+    s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
+%else
+    s = s * scale
+%end
+    s = tl.where(visible[None, :], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - base[:, None])
+    alpha = tl.exp2(m - base)
+    l = l * alpha + tl.sum(p, 1)
+    return m_new, l, p, alpha
+
+
+@triton.jit
 def fold_codes(m, l, acc, ${"acc_high, " if codes == "int4" else ""}q, ${"q_high, " if codes == "int4" else ""}keys, key_scales, values, value_scales, first, end, visible, ${context}):
     """Folds the slots [first, first + KEYS) of one head, a group of keys, into the running softmax of each row."""
     at = first + tl.arange(0, KEYS)
@@ -31,17 +48,7 @@ def fold_codes(m, l, acc, ${"acc_high, " if codes == "int4" else ""}q, ${"q_high
     s = tl.dot((wide_high * scale_high[None, :]).to(q.dtype), tl.trans((key_codes >> 4).to(q.dtype)), s${precision})
     s += tl.sum(wide * least[None, :] + wide_high * least_high[None, :], 1)[:, None]
 %end
-%if softcap
-    s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
-%else
-    s = s * scale
-%end
-    s = tl.where(visible[None, :], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - base[:, None])
-    alpha = tl.exp2(m - base)
-    l = l * alpha + tl.sum(p, 1)
+    m_new, l, p, alpha = weigh(m, l, s, visible, ${context})
     weighted = (p * scale_v[None, :]).to(q.dtype)
 %if codes == "fp8"
     acc = tl.dot(weighted, value_codes.to(tl.float8e4nv, bitcast=True).to(q.dtype), acc * alpha[:, None]${precision})
@@ -71,17 +78,7 @@ def fold_recent(m, l, acc, ${"acc_high, " if codes == "int4" else ""}q, ${"q_hig
     v_high = tl.load(recent_values + offsets[:, None] * ${v_head_dim} + V_BYTES + v_dims[None, :], mask=visible[:, None], other=0.0)
     s = tl.dot(q_high, tl.trans(k_high), s${precision})
 %end
-%if softcap
-    s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
-%else
-    s = s * scale
-%end
-    s = tl.where(visible[None, :], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - base[:, None])
-    alpha = tl.exp2(m - base)
-    l = l * alpha + tl.sum(p, 1)
+    m_new, l, p, alpha = weigh(m, l, s, visible, ${context})
     acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None]${precision})
 %if codes == "fp8"
     return m_new, l, acc
