@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sparsify import pipeline
+from sparsify import backend, pipeline
 from sparsify.backends import predict
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
@@ -68,7 +68,8 @@ def compile(
         whole = True
     else:
         _regions().remove(model)
-    model.compile(backend="sparsify", options=options or None, dynamic=dynamic, fullgraph=fullgraph)
+    # the function and not its name, which torch only knows where the distribution is installed
+    model.compile(backend=backend.sparsify, options=options or None, dynamic=dynamic, fullgraph=fullgraph)
     if not whole and "transformers" in sys.modules:
         _regions().install(model, settings, options, dynamic)
     if "transformers" in sys.modules:

@@ -7,10 +7,13 @@ import contextlib
 
 import pytest
 import torch
+from torch._dynamo.backends import registry
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
+import sparsify
 from benchmarks.model.compile_time import measure
+from sparsify.api import collect_plans
 from tests.models.matrix_modes import prompt
 from tests.support.harness import compiled, holding, strict
 from tests.support.tiny_models import build
@@ -50,6 +53,18 @@ def long_model(family: str = "llama"):
 
 
 OPTIONS = strict(passes=["xattention", "dense"], xattention={"threshold": 1.0})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_checkout_compiles_without_being_installed(whole, monkeypatch):
+    """torch knows a backend's name by the entry point of an installed distribution; `sparsify.compile` does without."""
+    monkeypatch.setattr(registry, "lookup_backend", lambda name: pytest.fail(f"asked for {name}") if isinstance(name, str) else name)
+    monkeypatch.setattr(torch._dynamo.eval_frame, "lookup_backend", registry.lookup_backend)
+    model = long_model()
+    with collect_plans() as plans:
+        sparsify.compile(model, whole=whole, **strict(passes=["dense"]))
+        model(prompt(1, 20))
+    assert plans and all(plan.rewritten for plan in plans)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
