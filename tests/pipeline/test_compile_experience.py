@@ -62,9 +62,10 @@ def test_a_checkout_compiles_without_being_installed(whole, monkeypatch):
     monkeypatch.setattr(torch._dynamo.eval_frame, "lookup_backend", registry.lookup_backend)
     model = long_model()
     with collect_plans() as plans:
-        sparsify.compile(model, whole=whole, **strict(passes=["dense"]))
-        model(prompt(1, 20))
-    assert plans and all(plan.rewritten for plan in plans)
+        sparsify.compile(model, whole=whole, **OPTIONS)
+        with torch.no_grad():
+            model(prompt(1, 20))
+    assert [len(plan.rewritten) for plan in plans] == [1]
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
