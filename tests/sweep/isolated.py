@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import time
@@ -23,24 +25,26 @@ class Task:
     name: Any
     work: Callable[[Callable[[Any], None]], None]
     sent: list[Any] = field(default_factory=list)
-    end: str = ""  # "done", "late" or "died"
+    end: str = ""  # "done", "late", "died", or "stopped" with all others
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one process: cpu_s, so that a busy machine makes nothing late; wall_s for one that waits; memory_gib."""
+    """Of one process: cpu_s, so that a busy machine makes nothing late; wall_s for one that waits; memory_gib. stop: of all together, a
+    time of `time.monotonic`, after which none begins and those that run are killed."""
 
     cpu_s: int = 120
     wall_s: float = 1800.0
     memory_gib: float = 8.0
+    stop: float = math.inf
 
 
 def run(tasks: Iterable[Task], jobs: int, limits: Limits) -> Iterator[Task]:
     """The tasks as they end, `jobs` at a time."""
     waiting, running = iter(tasks), {}
     while True:
-        while len(running) < jobs and (task := next(waiting, None)) is not None:
+        while len(running) < jobs and time.monotonic() < limits.stop and (task := next(waiting, None)) is not None:
             receiver, sender = _PROCESSES.Pipe(duplex=False)
             process = _PROCESSES.Process(target=_work, args=(task, sender, limits), daemon=True)
             process.start()
@@ -53,14 +57,15 @@ def run(tasks: Iterable[Task], jobs: int, limits: Limits) -> Iterator[Task]:
             task, process, begin = running[receiver]
             if receiver in ready and _receive(receiver, task):
                 continue
+            stopped = receiver not in ready and time.monotonic() > limits.stop
             late = receiver not in ready and time.monotonic() - begin > limits.wall_s
-            if receiver not in ready and not late:
+            if receiver not in ready and not late and not stopped:
                 continue
-            if late:
+            if late or stopped:
                 process.kill()
             process.join()
             late = late or process.exitcode == -signal.SIGXCPU
-            task.end = "late" if late else "done" if process.exitcode == 0 else "died"
+            task.end = "late" if late else "stopped" if stopped else "done" if process.exitcode == 0 else "died"
             task.seconds = time.monotonic() - begin
             receiver.close()
             del running[receiver]
@@ -71,7 +76,7 @@ def _receive(receiver: Connection, task: Task) -> bool:
     """Takes one value; False when there will be no more."""
     try:
         task.sent.append(receiver.recv())
-    except (EOFError, OSError):
+    except (EOFError, OSError, pickle.UnpicklingError):  # the last for one that died while it sent
         return False
     return True
 

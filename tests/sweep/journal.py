@@ -17,7 +17,8 @@ import transformers
 from tests.sweep.check import Finding
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "build" / "sweep.jsonl"
+FOLDER = ROOT / "build" / "sweep"
+FILE = "journal.jsonl"  # in a folder of what was found
 NOT_BUILT = "not built"  # a type's only verdict, under the scenario ""
 _SOURCES = ("sparsify", "passes", "backends", "tests/sweep")
 
@@ -71,7 +72,7 @@ def sources() -> str:
 class Journal:
     """The lines of one file. Of several about one scenario the last counts."""
 
-    def __init__(self, path: Path = FILE):
+    def __init__(self, path: Path):
         self.path = path
 
     def write(self, entry: Entry) -> None:

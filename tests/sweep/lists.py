@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 CAUSAL = "causal"
 
@@ -38,3 +40,9 @@ LISTS: dict[str, ModelList] = {
     "seq2seq": ModelList("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
     "speech": ModelList("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
 }
+
+
+def weight(model_type: str) -> int:
+    """About how long a type takes, against others: the letters of its modeling code."""
+    folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(model_type)
+    return sum(path.stat().st_size for path in folder.glob("modeling_*.py"))

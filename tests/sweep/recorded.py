@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.sweep.check import Finding
 from tests.sweep.journal import Entry, Subject, open_scenarios, verdict
 
 FILE = records.RESULTS / "sweep.jsonl"
+RECORDS = "records.jsonl"  # in a folder of what was found on another machine
 
 
 def record(known: Mapping[Subject, Mapping[str, Entry]], path: Path = FILE) -> int:
@@ -22,6 +24,24 @@ def record(known: Mapping[Subject, Mapping[str, Entry]], path: Path = FILE) -> i
         records.append(path, line(subject, entries))
     print(f"{len(known)} types recorded in {path}; {len(unfinished)} are not finished: {', '.join(unfinished)}")
     return int(bool(unfinished))
+
+
+def take(brought: Path, path: Path = FILE) -> int:
+    """Appends another machine's records that are not there yet, as it wrote them.
+
+    Raises:
+        ValueError: a line is no record of a sweep, or does not say of which commit it is.
+    """
+    lines = list(records.read([brought]))
+    for one in lines:
+        if one["benchmark"] != Sweep.NAME or not one["machine"].get("commit"):
+            raise ValueError(f"{brought}: no record of a sweep with its commit: {one}"[:300])
+    known = {json.dumps(one) for one in records.read([path])} if path.exists() else set()
+    new = [text for text in map(json.dumps, lines) if text not in known]
+    with path.open("a") as stream:
+        stream.writelines(text + "\n" for text in new)
+    print(f"{len(new)} of {len(lines)} types recorded in {path}")
+    return 0
 
 
 def line(subject: Subject, entries: Mapping[str, Entry]) -> Sweep:

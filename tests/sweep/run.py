@@ -4,7 +4,11 @@
     python -m tests.sweep.run causal --only llama,gemma3 --attention eager
     python -m tests.sweep.run --list               what there is, and what is known of it
 
-What was found is kept in build/sweep.jsonl, and skipped by the next run of the same sources; `--record` puts it into benchmarks/results.
+What was found is kept in build/sweep, and skipped by the next run of the same sources; `--record` puts it into benchmarks/results.
+On another machine, which has its own releases and gives a few minutes at a time:
+
+    python -m tests.sweep.run --attention sdpa eager --jobs 30 --minutes 9 --state FOLDER      as often as it takes
+    python -m tests.sweep.run --import FOLDER                                                  where the results are kept
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import math
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,10 +31,11 @@ import transformers
 
 from tests.sweep import check, models
 from tests.sweep.isolated import Limits, Task, run
-from tests.sweep.journal import NOT_BUILT, Entry, Journal, Subject, open_scenarios, summary, verdict
-from tests.sweep.lists import LISTS
-from tests.sweep.recorded import record
+from tests.sweep.journal import FILE, FOLDER, NOT_BUILT, Entry, Journal, Subject, open_scenarios, summary, verdict
+from tests.sweep.lists import LISTS, weight
+from tests.sweep.recorded import RECORDS, record, take
 
+Known = dict[Subject, dict[str, Entry]]
 ATTENTIONS = ("sdpa", "eager")
 
 
@@ -49,7 +57,7 @@ def look(subject: Subject, scenarios: list[str] | None, send: Callable[[Entry], 
 def ended(task: Task, before: dict[str, Entry]) -> list[Entry]:
     """A task's entries, and one more that says so where it was killed or died."""
     entries: list[Entry] = list(task.sent)
-    if task.end == "done":
+    if task.end in ("done", "stopped"):
         return entries
     known = {**before, **{entry.scenario: entry for entry in entries}}
     planned = next((entry.planned for entry in known.values()), [])
@@ -59,9 +67,8 @@ def ended(task: Task, before: dict[str, Entry]) -> list[Entry]:
     return entries + [Entry(task.name, name, planned, finding, like.part, like.sees, like.trained) for name in rest[:1] or [""]]
 
 
-def _tasks(wanted: list[Subject], journal: Journal, again: list[str] | None, asked: list[str] | None) -> Iterator[Task]:
+def _tasks(wanted: list[Subject], known: Known, again: list[str] | None, asked: list[str] | None) -> Iterator[Task]:
     """again: as in `open_scenarios`, empty for everything. asked: names of scenarios, None for all."""
-    known = journal.current()
     for subject in wanted:
         scenarios = None if again == [] else open_scenarios(known.get(subject, {}), again or ())
         if asked is not None:
@@ -87,14 +94,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=Limits.cpu_s, help="seconds of processor time for one type (default: %(default)s)")
     parser.add_argument("--memory", type=float, default=Limits.memory_gib, help="GiB for one type (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="of the whole: then it stops, and a later run goes on (default: none)")
+    parser.add_argument("--state", type=Path, default=FOLDER, help="folder of what was found (default: build/sweep)")
     parser.add_argument("--again", nargs="*", metavar="VERDICT", help="check again, what had one of these verdicts or everything")
     parser.add_argument("--list", action="store_true", help="check nothing; one line per type")
     parser.add_argument("--record", action="store_true", help="check nothing; put what is known into benchmarks/results/sweep.jsonl")
+    parser.add_argument("--import", dest="brought", type=Path, metavar="FOLDER", help="check nothing; record what another machine found")
     given = parser.parse_args(arguments)
+    if given.brought:
+        return take(given.brought / RECORDS)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that is forked could not use one
+    begin = time.monotonic()
     only = given.only.split(",") if given.only else None
     wanted = [Subject(which, kind, way) for way in given.attention for which in given.lists or LISTS for kind in LISTS[which].types()]
     wanted = [subject for subject in wanted if only is None or subject.model_type in only]
-    journal = Journal()
+    wanted.sort(key=lambda subject: -weight(subject.model_type))  # the longest first, or all would wait for one in the end
+    journal = Journal(given.state / FILE)
     if given.list or given.record:
         known = {subject: entries for subject, entries in journal.current().items() if subject in wanted}
         for subject in wanted if given.list else ():
@@ -104,17 +119,26 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
-    tasks = list(_tasks(wanted, journal, given.again, given.scenarios))
+    known = journal.current()
+    tasks = list(_tasks(wanted, known, given.again, given.scenarios))
     print(f"{len(tasks)} types to check, {len(wanted) - len(tasks)} known", flush=True)
     if tasks:
         _warm()
-    for task in run(tasks, given.jobs, Limits(given.limit, memory_gib=given.memory)):
-        found = {entry.scenario: entry for entry in ended(task, journal.current().get(task.name, {}))}
+    stop = begin + 60 * given.minutes if given.minutes else math.inf
+    left = len(tasks)
+    for task in run(tasks, given.jobs, Limits(given.limit, memory_gib=given.memory, stop=stop)):
+        found = {entry.scenario: entry for entry in ended(task, known.get(task.name, {}))}
         for entry in found.values():
             journal.write(entry)
+        if task.end == "stopped":
+            continue
+        left -= 1
         counts[verdict(entry.finding for entry in found.values())] += 1
         print(f"{task.name.which:10s} {task.name.model_type:28s} {task.seconds:5.1f} s  {summary(found)}"[:400], flush=True)
-    print(dict(counts))
+    print(dict(counts), f"{left} types left" if left else "")
+    if given.state != FOLDER:
+        (given.state / RECORDS).unlink(missing_ok=True)
+        record({one: entries for one, entries in journal.current().items() if not open_scenarios(entries)}, given.state / RECORDS)
     return int(any(counts[bad] for bad in ("wrong", "crashed", "fell back")))
 
 

@@ -20,7 +20,7 @@ from tests.sweep.isolated import Limits, Task, run
 from tests.sweep.journal import NOT_BUILT, Entry, Journal, Subject, open_scenarios, verdict
 from tests.sweep.lists import LISTS
 from tests.sweep.oracle import SINKS, WINDOW, SinkWindow
-from tests.sweep.recorded import record
+from tests.sweep.recorded import record, take
 from tests.sweep.run import ended
 from tests.sweep.scenarios import Scenario
 from tests.sweep.seen import Seen
@@ -126,6 +126,28 @@ def test_records_say_what_was_not_run(tmp_path):
     assert record(unfinished, path) == 1
     *_, last = records.read([path])
     assert last["unrun"] == ["left"] and "1 causal language models (sdpa) without left" in sweep_report.part([last])
+
+
+def test_records_of_another_machine_are_taken_once(tmp_path):
+    path, brought = tmp_path / "records.jsonl", tmp_path / "brought.jsonl"
+    record({LLAMA: {"prefill": Entry(LLAMA, "prefill", ["prefill"], Finding("whole", 2, 2))}}, brought)
+    line = json.loads(brought.read_text())
+    line["machine"] |= {"commit": "0" * 40, "torch": "other"}
+    brought.write_text(json.dumps(line) + "\n")
+    for _ in range(2):
+        assert take(brought, path) == 0
+    assert list(records.read([path])) == [line]
+    line["machine"]["commit"] = None
+    brought.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="no record of a sweep with its commit"):
+        take(brought, path)
+
+
+def test_all_stop_together():
+    tasks = [Task(name, lambda send: (send(3), time.sleep(60))) for name in ("first", "second", "third")]
+    ends = list(run(tasks, 2, Limits(stop=time.monotonic() + 1.5)))
+    assert [(task.name, task.end, task.sent) for task in ends] == [("first", "stopped", [3]), ("second", "stopped", [3])]
+    assert not ended(Task(LLAMA, tasks[0].work, end="stopped"), {})
 
 
 @pytest.mark.parametrize(
