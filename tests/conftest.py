@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, settings
 
 from sparsify.graph import unforeseen
 from tests.support.run_records import pytest_addoption, pytest_terminal_summary
+from tests.support.samples import pytest_collection_modifyitems
 
-__all__ = ["pytest_addoption", "pytest_terminal_summary"]
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_terminal_summary"]
 
 # How fast an example is drawn says more about the machine's load than about the code.
 settings.register_profile("sparsify", deadline=None, suppress_health_check=[HealthCheck.too_slow])

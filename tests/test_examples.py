@@ -34,6 +34,7 @@ def test_a_long_document(load, capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 of 4 attention sites rewritten" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_padded_batch(load) -> None:
     module = load("padded_batch")
     with testing.record_blocks() as selections:

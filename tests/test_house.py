@@ -16,6 +16,7 @@ import yaml
 from sparsify.errors import ConfigError
 from sparsify.planning.method import Pass
 from sparsify.planning.registry import discover
+from tests.support import samples
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +58,7 @@ def test_torch_lists_the_backend():
 
 
 @pytest.mark.parametrize("foreign", ["", "__distribution__ = 'another'", "from sparsify.backend import sparsify"])
+@pytest.mark.samples(1)
 def test_a_foreign_package_of_our_name_is_told(tmp_path, foreign):
     (tmp_path / "sparsify").mkdir()
     (tmp_path / "sparsify" / "__init__.py").write_text(foreign)
@@ -146,3 +148,31 @@ def test_pre_commit_runs_what_lint_runs():
     assert [hook["entry"] for hook in hooks] == [
         line.strip().replace("$(BIN)/python", ".venv/bin/python").removeprefix("$(BIN)/") for line in recipe
     ]
+
+
+class Case:
+    """As much of a collected test as `samples` looks at."""
+
+    def __init__(self, nodeid: str, *marks: pytest.MarkDecorator):
+        self.nodeid, self.marks = nodeid, [mark.mark for mark in marks]
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return next((mark for mark in self.marks if mark.name == name), None)
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.marks.append(mark.mark)
+
+
+def test_samples_are_quick_and_the_other_cases_slow():
+    sampled, slow = pytest.mark.samples(2), pytest.mark.slow
+    many = [
+        Case("many[0]", sampled),
+        Case("many[1]", sampled),
+        Case("many[2]", sampled, slow),
+        Case("many[3]", sampled),
+        Case("many[4]", sampled),
+    ]
+    others = [Case("few[0]", sampled), Case("plain[0]"), Case("plain[1]"), Case("plain[2]")]
+    samples.pytest_collection_modifyitems([*many, *others])
+    assert [case.nodeid for case in many if not case.get_closest_marker("slow")] == ["many[0]", "many[3]"]
+    assert not any(case.get_closest_marker("slow") for case in others)

@@ -84,6 +84,7 @@ def test_failing_work_ends_and_the_option_says_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.samples(1)
 def test_compiling_and_prompts_tell(monkeypatch, wanted):
     import torch
 

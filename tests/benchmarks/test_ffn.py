@@ -31,6 +31,7 @@ def by_rows(model: torch.nn.Module, skipper: Skipper, ids: torch.Tensor) -> torc
 
 
 @pytest.mark.parametrize("rows", [pytest.param("generated", marks=pytest.mark.slow), "all"])
+@pytest.mark.slow
 def test_rows_skip_as_the_op_does(model: torch.nn.Module, rows: str) -> None:
     ids = torch.randint(3, VOCAB, (1, 16), generator=torch.Generator().manual_seed(1))
     skipper = Skipper("similarity", threshold=0.97, skip=2, rows=rows)

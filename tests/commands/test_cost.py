@@ -67,6 +67,7 @@ def gemma():
     return meta_model.build("gemma", config=Gemma3TextConfig(**shape, **common))
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_one_that_a_compilation_makes():
     model = build("gemma3", layers=3)
     options = {"passes": ["xattention", "sink_window", "dense"], "min_length": 0, "xattention": {"block": 64}}

@@ -214,6 +214,7 @@ def test_models_and_prompts_that_cannot_be_used(capsys, model_folder, tmp_path, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "long.txt").write_bytes(b"a" * 2000)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # where there is no network, a minute of attempts
     code, out, err = run(capsys, *[model_folder if argument == "MODEL" else argument for argument in arguments])
     assert (code, out) == (2, "")
     assert err.startswith(message.replace("MODEL", model_folder)) and err.count("\n") == 1

@@ -123,6 +123,7 @@ def test_weights_are_never_written_out() -> None:
 @pytest.mark.parametrize(
     "imports", ["import sparsify, transformers", "import transformers, sparsify", "from sparsify import SparseCache", "import sparsify.api"]
 )
+@pytest.mark.samples(1)
 def test_importing_sparsify_registers(imports) -> None:
     code = f"{imports}; from transformers import AttentionInterface; assert 'sparsify' in AttentionInterface()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

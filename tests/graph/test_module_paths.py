@@ -251,6 +251,7 @@ def llama_calls(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("what", ["model", "body", "layer", "model_forward", "body_forward", "function"])
+@pytest.mark.samples(2)
 def test_names_of_a_decoder(what):
     model = build("llama", layers=2)
     call, inputs, start = llama_calls(model)[what]

@@ -122,12 +122,14 @@ def all_described(capture: Capture) -> None:
 
 
 @pytest.mark.parametrize(("family", "phase"), CORE + [pytest.param(*c, marks=pytest.mark.slow) for c in CORE_SLOW])
+@pytest.mark.samples(6)
 def test_core_families_are_proved(family, phase):
     all_described(run(family, phase, layers=layers_of(family)))
 
 
 @pytest.mark.parametrize("phase", ["left_padded", "chunk_padded", "static_cache", *slow("decode_padded", "generate")])
 @pytest.mark.parametrize("family", ["llama", *slow("mistral_window", "gemma3")])
+@pytest.mark.samples(1)
 def test_symbolic_sizes(family, phase):
     all_described(run(family, phase, dynamic=True, layers=layers_of(family)))
 

@@ -59,6 +59,7 @@ def sites_of(function, *inputs, **keywords) -> list[FeedForwardSite]:
 
 
 @pytest.mark.parametrize("family", every(5, FAMILIES))
+@pytest.mark.samples(2)
 def test_every_layer_has_one_site(family):
     model = build(family, "eager" if family in EAGER_ONLY else "sdpa", layers=LAYERS)
     sites = sites_of(model.forward, input_ids=torch.randint(3, VOCAB, (2, 5)), use_cache=False)

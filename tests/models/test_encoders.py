@@ -55,6 +55,7 @@ def build(name: str, attention: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["bert", "bart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("modernbert", "vit"))])
+@pytest.mark.samples(1)
 def test_every_attention_is_rewritten(name, attention):
     model, call, masks = build(name, attention), *MODELS[name][2:]
     with torch.no_grad():

@@ -83,6 +83,7 @@ PROMPTS = {"alone": {"input_ids": prompt(1, 33)}, "padded": padded(2, 33, "left"
 
 
 @pytest.mark.parametrize(("family", "prompts"), quick(product(CORE_FAMILIES, PROMPTS), [("llama", "alone"), ("gemma3", "padded")]))
+@pytest.mark.samples(1)
 def test_generate_with_a_dynamic_cache(family, prompts):
     inputs = PROMPTS[prompts]
     model = build(family, layers=LAYERS)

@@ -115,6 +115,7 @@ def test_right_padding_does_not_matter_to_block_methods():
 
 
 @pytest.mark.parametrize("method", ["dense", "sink_window"])
+@pytest.mark.samples(1)
 def test_appended_tokens_change_nothing_before_them(method):
     ids = prompt(1, 60)
     short, long = logits(method, {"input_ids": ids[:, :45]}, {"input_ids": ids})

@@ -383,6 +383,7 @@ REWRITTEN = {
 
 
 @pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.samples(4)
 def test_odd_forms_are_rewritten(name):
     """Keeping everything equals eager, and dropping a lot equals eager with its scores masked, on rows that see a key."""
     function, mask, ordered = REWRITTEN[name]

@@ -23,6 +23,7 @@ OVERRIDES = {"GraniteSWAForCausalLM": {"num_hidden_layers": 1, "layer_types": ["
 
 @pytest.mark.parametrize("name", OLDER)
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.samples(1)
 def test_older_words_are_read(name, padded):
     if not hasattr(transformers, name):
         pytest.skip("this transformers has no such model")

@@ -119,6 +119,7 @@ def test_threshold_minus_one_leaves_out_the_blocks_after_each_computed_one(famil
         assert visible_error(call(model), want) > 1e-3  # leaving blocks out matters
 
 
+@pytest.mark.slow
 def test_cold_blocks_are_never_left_out():
     model = build("llama", layers=6)
     call = steps(prompt(2, 13))
@@ -178,6 +179,7 @@ def test_real_similarity_decides_row_by_row():
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 9, pytest.param(33, marks=pytest.mark.slow)])
+@pytest.mark.samples(1)
 def test_generate_stays_dense_for_the_first_tokens(cache, length):
     model = build("llama", layers=LAYERS)
     warmup, tokens = 3, 7
@@ -342,6 +344,7 @@ def test_it_acts_only_where_it_may(options, words):
     assert not words or any(words in r for r in got.refusals())
 
 
+@pytest.mark.slow
 def test_without_position_ids_the_cache_tells_the_position():
     model = build("bloom", "eager", layers=3)
     call = steps(prompt(2, 14), count=5)
@@ -515,6 +518,7 @@ def test_models_of_one_shape_count_for_themselves(second):
         assert take_turns([(HERE, models[0], 9), (HERE, models[1], second)]) == [ALONE, ALONE]
 
 
+@pytest.mark.slow
 def test_threads_count_for_themselves():
     model = build("llama", layers=2)
     with (

@@ -104,7 +104,7 @@ def test_decode_is_one_op_and_the_prompt_stays_open(llama, ids, policy):
     [
         ("streaming_llm", "eager"),
         ("snapkv", "eager"),
-        ("snapkv", "inductor"),
+        pytest.param("snapkv", "inductor", marks=pytest.mark.slow),
         pytest.param("streaming_llm", "inductor", marks=pytest.mark.slow),
     ],
 )
@@ -117,6 +117,7 @@ def test_tokens_are_those_of_the_uncompiled_cache(llama, ids, policy, lower):
 
 
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.samples(1)
 def test_sparse_prompt_and_eviction_compose(llama, ids, padded):
     """A block selection that keeps everything, then eviction: the tokens are those of dense attention, then eviction."""
     mask = {"attention_mask": torch.tensor([[1] * PROMPT, [0] * 9 + [1] * (PROMPT - 9)])} if padded else {}

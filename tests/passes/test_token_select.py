@@ -110,6 +110,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("kind", every(3, CACHES))
+@pytest.mark.samples(1)
 def test_a_prompt_tokens_and_a_second_turn(kind):
     model, whole = made(), text(1, 110)
     prompt = {"input_ids": whole["input_ids"][:, :80]}
@@ -128,6 +129,7 @@ def test_a_prompt_tokens_and_a_second_turn(kind):
 
 
 @pytest.mark.parametrize("kind, side", every(4, [(kind, side) for kind in CACHES for side in ("left", "right")]))
+@pytest.mark.samples(1)
 def test_padded_batches(kind, side):
     """The padded row has more tokens than are kept: its padding is gone behind the layer."""
     model, whole = made(), text(2, 100, padding=17, side="left")

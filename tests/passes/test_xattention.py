@@ -235,6 +235,7 @@ def test_lists_are_large_by_the_limit_or_when_it_is_unknown(length, large):
 
 
 @pytest.mark.parametrize("limit", [100, 10**9])
+@pytest.mark.samples(1)
 def test_a_prompt_of_unknown_length_gives_the_same_logits(monkeypatch, limit):
     model, options = sharp("llama"), {"passes": ["xattention"], "min_length": 0, "lower": "eager", "strict": True}
     options["xattention"] = {"block": 64, "stride": 8, "threshold": 0.5}
@@ -287,6 +288,7 @@ RULES["two stages"] = {"pool": "row", "threshold": 0.3, "stride": 16, "refine_st
 
 
 @pytest.mark.parametrize("rule, estimate", [*((rule, ()) for rule in RULES), *(("tau", estimate) for estimate in ESTIMATES[1:])])
+@pytest.mark.samples(5)
 def test_a_model_equals_the_masked_reference(rule, estimate):
     ids = prompt(1, 450)
     call = lambda m: m(input_ids=ids, use_cache=False).logits
@@ -311,6 +313,7 @@ def test_variants_choose_other_blocks():
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES, ids=names)
+@pytest.mark.samples(3)
 def test_rows_of_a_padded_batch_choose_for_themselves(estimate):
     ids, mask = prompt(2, 330), torch.ones(2, 330, dtype=torch.long)
     mask[0, :100] = 0
@@ -357,6 +360,7 @@ def test_padding_and_a_start_at_run_time_are_no_obstacle():
 
 @pytest.mark.parametrize("pads", [0, 5])
 @pytest.mark.parametrize("together", [False, True])
+@pytest.mark.samples(1)
 def test_heads_with_sinks_and_a_window_beside_heads_with_blocks(pads, together, monkeypatch):
     """Those with a window are sink_window's, the others keep their blocks; also where one op makes and uses the lists."""
     if together:

@@ -285,6 +285,7 @@ def test_a_model_without_attention():
 
 
 @pytest.mark.parametrize("length", [1, 63, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7))])
+@pytest.mark.samples(1)
 def test_a_prompt_shorter_than_a_block(length):
     model = build("llama", layers=2)
     call = lambda m: m(input_ids=prompt(2, length), use_cache=False).logits
@@ -297,6 +298,7 @@ def test_a_prompt_shorter_than_a_block(length):
 
 @pytest.mark.parametrize("method", ["xattention", "sink_window", "dense"])
 @pytest.mark.parametrize("empty", [(1,), (0, 1, 2)], ids=["one row", "all rows"])
+@pytest.mark.samples(2)
 def test_rows_of_padding_alone_harm_nobody(method, empty):
     model, ids = build("llama", layers=2), prompt(3, 70)
     mask = torch.ones_like(ids)

@@ -113,6 +113,7 @@ def test_shares_travel(llama, tmp_path, policy, options):
 
 @pytest.mark.parametrize(("policy", "options"), [("adakv", ADA), ("duo", DUO)])
 @torch.no_grad()
+@pytest.mark.samples(1)
 def test_compiled_calls_give_the_same(policy, options):
     model = build("llama", layers=2)
     make = lambda: SparseCache(model.config, policy, BUDGET, every=3, **options)

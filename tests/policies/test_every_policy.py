@@ -183,6 +183,7 @@ def test_a_cache_goes_on_wherever_it_is_taken(llama, way, tmp_path):
     "policy", every(3, [name for name in OPTIONS if name not in ("full", "streaming_llm", "snapkv", "sirllm", "adakv", "duo")])
 )
 @torch.no_grad()
+@pytest.mark.samples(1)
 def test_compiled_calls_give_the_same(policy):
     """The others are compiled in tests/generation/caches and beside their own tests."""
     model = build("llama", layers=2)

@@ -223,6 +223,7 @@ def deeper(family: str) -> nn.Module:
 
 @pytest.mark.parametrize("method", ["dense", "sink_window"])
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.samples(2)
 def test_rewritten_models_are_split_too(monkeypatch, method, padded):
     """What the layers share, such as flags made from the mask that a caller gives, belongs to the first or to what lies before it."""
     import torch._inductor.compile_fx as inductor
@@ -266,6 +267,7 @@ def test_gradients_leave_the_graph_whole():
     assert counts == [None]
 
 
+@pytest.mark.slow
 def test_inductor_compiles_layers_once(monkeypatch):
     import torch._inductor.compile_fx as inductor
 

@@ -91,6 +91,7 @@ def run_python(code, **variables):
 
 
 @pytest.mark.parametrize(("level", "seen"), [("+sparsify", True), ("sparsify", False)])
+@pytest.mark.samples(1)
 def test_torch_logs_names_our_loggers(level, seen):
     code = (
         "import torch, sparsify, logging; log = logging.getLogger('sparsify.pipeline'); log.debug('fine grain'); log.info('coarse grain')"
@@ -100,6 +101,7 @@ def test_torch_logs_names_our_loggers(level, seen):
     assert ("fine grain" in output) is seen
 
 
+@pytest.mark.slow
 def test_torch_trace_gets_the_plan(tmp_path):
     plan = "class P:\n    def to_json(self): return '{\"marker\": 1}'\n"
     code = f"import torch\nfrom sparsify.rewriting.trace import Trace\n{plan}Trace(None).plan(P())\n"

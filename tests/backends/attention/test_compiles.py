@@ -24,6 +24,7 @@ def compiled(chosen: AttentionSpec, arch: int) -> Resources:
 
 
 @pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.samples(4)
 def test_hopper_without_spills(clause):
     used = compiled(spec(clause), 90)
     within_budget(f"attention {clause} sm_90", used)
@@ -49,6 +50,7 @@ def test_hopper_head_dims_and_dtypes(clause, dims, dtype):
 
 @pytest.mark.parametrize("clause", ["causal", "block_lists_and_windows", "decode_window", "logits"])
 @pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.samples(2)
 def test_other_architectures(clause, arch):
     used = compiled(spec(clause, capability=(arch // 10, 0)), arch)
     assert used.mma > 0

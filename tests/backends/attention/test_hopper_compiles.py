@@ -44,6 +44,7 @@ def _signature(spec: GluonSpec, module) -> dict[str, str]:
 
 @pytest.mark.skipif(triton_release() not in DIALECTS, reason="a Triton that was not tried")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SPECS])
+@pytest.mark.samples(2)
 def test_compiles_for_hopper(name, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget

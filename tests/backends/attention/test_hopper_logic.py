@@ -27,6 +27,7 @@ QUICK = (
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.samples(4)
 def test_generated_kernel_computes_the_op(name):
     call = CASES[name]
     if call.heads > 8:
@@ -71,6 +72,7 @@ def test_a_kernel_that_forgets_the_causal_clause_is_found():
         ("@p bra.uni KEEP", "@!p bra.uni KEEP"),  # the past shrinks where nothing moved, and not where something did
     ],
 )
+@pytest.mark.samples(1)
 def test_assembly_that_keeps_a_wrong_reference_is_found(right, wrong):
     call = dataclasses.replace(CASES["rising"], heads=2, kv_heads=1)
     one = hopper_calls.make_call(call, device="cpu")

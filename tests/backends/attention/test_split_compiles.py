@@ -40,6 +40,7 @@ def compiled(clause: str, arch: int, kernel: str = "split", dtype: str = "bf16",
 
 
 @pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.samples(2)
 def test_split(clause):
     used = compiled(clause, 90)
     within_budget(f"attention split {clause} sm_90", used)

@@ -66,6 +66,7 @@ def check(
     ],
     ids=str,
 )
+@pytest.mark.samples(6)
 def test_against_the_reference(clauses):
     check(**clauses)
 

@@ -116,6 +116,7 @@ def check(
     ],
     ids=str,
 )
+@pytest.mark.samples(8)
 def test_against_the_reference(clauses):
     check(**clauses)
 

@@ -45,6 +45,7 @@ def test_bounds():
 @pytest.mark.parametrize(
     "clauses", [{"grows": True}, {"padded": True, "rotate_sinks": True, "softcap": True, "sink_logits": True}], ids=["full", "all"]
 )
+@pytest.mark.samples(1)
 def test_split_over_a_list(fused, clauses):
     spec = decode.DecodeSpec("bf16", 128, 128, 4, decode.choose_tiling("bf16", 128), fused=fused, page=16, **clauses)
     module = source.load(decode.decode_source(spec), "decode")

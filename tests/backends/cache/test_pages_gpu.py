@@ -62,5 +62,5 @@ def test_a_compiled_model_reads_the_pages_that_the_reference_reads():
     model, ids = build("llama").cuda(), torch.randint(3, VOCAB, (2, 300), device="cuda")
     make = lambda: SparseCache(model.config, "full", 400, batch_size=2, device="cuda", read=Pages(size=8, share=0.1, recent=16))
     want = model.generate(ids, **holding(make()), max_new_tokens=40, do_sample=False)
-    model.compile(backend="sparsify", fullgraph=True, mode="reduce-overhead", options={"strict": True})
+    model.compile(backend="sparsify", fullgraph=True, options={"strict": True, "mode": "reduce-overhead"})
     assert torch.equal(model.generate(ids, **holding(make()), max_new_tokens=40, do_sample=False), want)

@@ -103,6 +103,7 @@ def check(
     ],
     ids=str,
 )
+@pytest.mark.samples(5)
 def test_against_the_reference(case):
     check(SMALL, **case)
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize("codes", ["fp8", "int4"])
 @pytest.mark.parametrize("clauses", [{"grows": True}, {"softcap": True, "sink_logits": True, "padded": True}], ids=["full", "all"])
+@pytest.mark.samples(1)
 def test_without_spills(codes, clauses):
     spec = quantised.QuantisedSpec("bf16", codes, 128, 128, 4, **clauses)
     module = source.load(quantised.quantised_source(spec), "quantised")

@@ -75,6 +75,7 @@ def _wait(compiler, until):
     assert until()
 
 
+@pytest.mark.slow
 def test_a_launch_finds_what_was_compiled_ahead(kernel, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver

@@ -63,6 +63,7 @@ def compiled(chosen: FfnSpec, arch: int, ones: tuple[str, ...] = ()) -> dict[str
 
 @pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.samples(3)
 def test_hopper(family, rows):
     used = compiled(spec(family, rows=rows), 90)
     for name, resources in used.items():
@@ -110,6 +111,7 @@ def compiled_rows(family: str, arch: int) -> dict[str, Resources]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.samples(1)
 def test_many_rows_on_hopper(family):
     used = compiled_rows(family, 90)
     for name, resources in used.items():

@@ -60,6 +60,7 @@ QUICK = [clause for clause in CLAUSES if clause not in map(str, EXAMPLES) and no
 
 
 @pytest.mark.parametrize("clause", [clause if clause in QUICK else pytest.param(clause, marks=pytest.mark.slow) for clause in CLAUSES])
+@pytest.mark.samples(4)
 def test_hopper_scores_without_spills(clause):
     chosen = spec(clause)
     used = compiled(chosen, "score", 90, chosen.tiling.warps)
@@ -98,6 +99,7 @@ def choosing(chosen: SelectSpec, arch: int, width: int, **constexprs: int) -> Re
         ("row everything", 8192),
     ],
 )
+@pytest.mark.samples(2)
 def test_hopper_chooses_without_spills(clause, width):
     chosen = spec(clause)
     used = choosing(chosen, 90, width)
@@ -106,6 +108,7 @@ def test_hopper_chooses_without_spills(clause, width):
 
 
 @pytest.mark.parametrize("clause", ["density", "everything", "row everything"])
+@pytest.mark.samples(1)
 def test_long_rows_without_spills(clause):
     chosen = spec(clause, wide=True)
     assert compiled(chosen, "pool", 90, 4, TILES=1024, PART=2048 // chosen.tile_blocks).spilled == 0
@@ -133,6 +136,7 @@ def test_hopper_head_dims_strides_and_dtypes(head_dim, stride, block, dtype):
 
 
 @pytest.mark.parametrize("estimate", [EXACT, Estimate(merge=2, int8=True)], ids=str)
+@pytest.mark.samples(1)
 def test_hopper_scores_and_chooses_among_listed_blocks_without_spills(estimate):
     chosen = spec("row", stride=4, tiling=SelectTiling(32, 128, 4, 3, 1, False), listed=True, estimate=estimate)
     used = compiled(chosen, "score", 90, 4)

@@ -64,6 +64,7 @@ KINDS = {
 @settings(max_examples=8)
 @given(given_batch=padded_batches())
 @torch.no_grad()
+@pytest.mark.samples(3)
 def test_padding_and_cuts_do_not_matter(family, kind, given_batch):
     """What is promised however a text is cut: as without padding, one token at a time."""
     model, ids, (mask, cuts) = MODELS[family], text(2, TOKENS), given_batch

@@ -27,6 +27,7 @@ def llama():
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3"])
 @pytest.mark.parametrize("budget", [None, 20, 64])
 @torch.no_grad()
+@pytest.mark.samples(3)
 def test_tokens_are_those_of_an_ordinary_cache(family, budget):
     model, ids, mask = build(family), text(2, 40), left_padded([40, 33])
     for options in ({}, {"num_beams": 3}, {"do_sample": True}, {"prefill_chunk_size": 16}):

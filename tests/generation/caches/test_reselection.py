@@ -198,6 +198,7 @@ def test_what_a_policy_knows_is_saved_forked_and_reordered(llama, tmp_path):
 
 @pytest.mark.parametrize("policy", ["h2o", "snapkv"])
 @torch.no_grad()
+@pytest.mark.samples(1)
 def test_generate_over_compiled_layers_gives_the_same(policy):
     model = build("llama", layers=2)
     make = lambda: SparseCache(model.config, policy, BUDGET, every=3, **OPTIONS[policy])

@@ -557,6 +557,7 @@ def test_families(family, monkeypatch, calls):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.samples(1)
 def test_compiled(family, calls, monkeypatch):
     """What Python does around compiled code reads nothing from the device, so that a graph can hold it."""
     model, other = build(family, layers=1), build(family, layers=1)

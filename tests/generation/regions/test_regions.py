@@ -104,6 +104,7 @@ CACHES = {
 
 @pytest.mark.parametrize("kind", every(2, CACHES))
 @torch.no_grad()
+@pytest.mark.samples(1)
 def test_turns_over_a_cache(kind):
     """First turn, tokens, a second turn and tokens again; then other lengths over another cache, for which nothing is compiled."""
     model, make = build("llama", layers=3), CACHES[kind]
@@ -225,6 +226,7 @@ def test_verify_compares_regions():
     ],
 )
 @torch.no_grad()
+@pytest.mark.samples(1)
 def test_models_and_options_that_are_captured_whole(family, given, reason):
     model = build(family, layers=2)
     want = model(**prompt(1, 12)).logits
@@ -348,6 +350,7 @@ def test_hooks_of_layers_and_hooks_inside_of_them():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_adapters_and_new_weights_are_seen():
     class Adapter(torch.nn.Module):
         def __init__(self, base):
