@@ -27,6 +27,7 @@ from sparsify.backends.ffn import few_rows, in_parts
 from sparsify.backends.ffn import reference as ffn_reference
 from sparsify.backends.linear import reference as linear_reference
 from sparsify.backends.linear import triton as linear_triton
+from sparsify.backends.select import cpp as select_cpp
 from sparsify.backends.select import reference as select_reference
 from sparsify.backends.select import stages as select_stages
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
@@ -48,7 +49,11 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     },
     # not an op: what follows attention where a mask may leave rows without a key
     "empty_rows": {"triton": empty_rows_triton.fill, "reference": empty_rows.fill},
-    "select_blocks": {"triton": select_stages.select_blocks, "reference": select_reference.select_blocks},
+    "select_blocks": {
+        "triton": select_stages.select_blocks,
+        "cpp": select_cpp.select_blocks,
+        "reference": select_reference.select_blocks,
+    },
     "cache_attention": {"triton": append.cache_attention, "reference": cache_reference.cache_attention},
     "cache_bounds": {"triton": pages.cache_bounds, "reference": pages_reference.cache_bounds},
     "cache_decode": {"triton": decode.cache_decode, "reference": cache_reference.cache_decode},

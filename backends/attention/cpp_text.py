@@ -40,7 +40,7 @@ struct Scratch {
 struct Tile {  // what is in hand: rows of one head
     const Call& c;
     Scratch& s;
-    int64_t b, h, first, rows, wide, v_wide, position, last;
+    int64_t b, h, first, rows, wide, pitch, v_wide, position, last;
     const float *key, *value;
     const uint8_t* flags;
     const int64_t* segments;
@@ -84,7 +84,7 @@ static Seen seen(const Tile& t, int64_t begin, int64_t end) {
 // scores[key, query] of hidden pairs become -inf
 static void hide(const Tile& t, float* scores, int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k++) {
-        float* row = scores + (k - begin) * t.wide;
+        float* row = scores + (k - begin) * t.pitch;
         int64_t low = 0, high = t.rows;  // queries that see the key, as a range
         if (t.c.causal) low = std::max(low, k - t.position);
         const bool sink = t.flags ? (t.flags[k] & 2) != 0 : k < t.c.sinks;
@@ -105,7 +105,7 @@ static void visit(const Tile& t, int64_t begin, int64_t end) {
     const Seen which = seen(t, begin, end);
     if (which == NONE) return;
     const Call& c = t.c;
-    const int64_t keys = end - begin, wide = t.wide, dim = c.head_dim;
+    const int64_t keys = end - begin, wide = t.wide, pitch = t.pitch, dim = c.head_dim;
     float *scores = t.s.scores.data(), *top = t.s.top.data(), *total = t.s.total.data(), *factor = t.s.factor.data();
     const float* key = t.key + begin * c.key_n;
     int64_t key_n = c.key_n;
@@ -113,7 +113,7 @@ static void visit(const Tile& t, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < keys; k++) memcpy(t.s.keys.data() + k * dim, key + k * key_n, dim * sizeof(float));
         key = t.s.keys.data(), key_n = dim;
     }
-    product(key, key_n, 1, t.s.queries.data(), wide, scores, wide, keys, wide, dim, false);
+    product(key, key_n, 1, t.s.queries.data(), scores, pitch, keys, wide, dim, false);
     const float* bias = c.bias ? c.bias + t.b * c.bias_b + t.h * c.bias_h : nullptr;
     const float slope = c.slopes ? c.slopes[t.b * c.slopes_b + t.h] : 0.0f;
     const bool per_key = bias && c.bias_n == 0;
@@ -121,7 +121,7 @@ static void visit(const Tile& t, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < keys; k++) {
             // counted from the tile's last row, so that slope * distance is small where weights are large
             const V more = all((per_key ? bias[begin + k] : 0.0f) + slope * float(begin + k - t.last));
-            for (float *at = scores + k * wide, *stop = at + wide; at < stop; at += W) {
+            for (float *at = scores + k * pitch, *stop = at + wide; at < stop; at += W) {
                 V x = load(at);
                 if (c.softcap > 0) x = hyperbolic_tangent(x / all(c.softcap)) * all(c.softcap);
                 store(at, x + more);
@@ -130,20 +130,20 @@ static void visit(const Tile& t, int64_t begin, int64_t end) {
     if (bias && !per_key)
         for (int64_t q = 0; q < t.rows; q++) {
             const float* of_row = bias + (t.first + q) * c.bias_n + begin;
-            for (int64_t k = 0; k < keys; k++) scores[k * wide + q] += of_row[k];
+            for (int64_t k = 0; k < keys; k++) scores[k * pitch + q] += of_row[k];
         }
     if (which == SOME) hide(t, scores, begin, end);
     bool moved = false;
     for (int64_t q = 0; q < wide; q += W) {
         V highest = load(top + q);
-        for (int64_t k = 0; k < keys; k++) highest = larger(load(scores + k * wide + q), highest);
+        for (int64_t k = 0; k < keys; k++) highest = larger(load(scores + k * pitch + q), highest);
         const V before = load(top + q), base = highest == -INFINITE ? all(0.0f) : highest;
         const V kept = exponential(before - base);
         V sum = load(total + q) * kept;
         for (int64_t k = 0; k < keys; k++) {
-            const V weight = exponential(load(scores + k * wide + q) - base);
+            const V weight = exponential(load(scores + k * pitch + q) - base);
             sum += weight;
-            store(scores + k * wide + q, weight);
+            store(scores + k * pitch + q, weight);
         }
         store(top + q, highest);
         store(total + q, sum);
@@ -155,29 +155,26 @@ static void visit(const Tile& t, int64_t begin, int64_t end) {
         for (int64_t q = 0; q < t.rows; q++)
             if (factor[q] != 1.0f)
                 for (float *at = sums + q * t.v_wide, *stop = at + t.v_wide; at < stop; at += W) store(at, load(at) * all(factor[q]));
-    const float* value = t.value + begin * c.value_n;
-    int64_t value_n = c.value_n;
-    if (t.v_wide != c.v_head_dim) {
-        for (int64_t k = 0; k < keys; k++) memcpy(t.s.values.data() + k * t.v_wide, value + k * value_n, c.v_head_dim * sizeof(float));
-        value = t.s.values.data(), value_n = t.v_wide;
-    }
-    product(scores, 1, wide, value, value_n, sums, t.v_wide, t.rows, t.v_wide, keys, true);
+    float* values = t.s.values.data();
+    for (int64_t k = 0; k < keys; k++) pack_row(t.value + (begin + k) * c.value_n, c.v_head_dim, keys, values, k);
+    product(scores, 1, pitch, values, sums, t.v_wide, t.rows, t.v_wide, keys, true);
 }
 
 static void attend(const Call& c, Scratch& s, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t block) {
     const int64_t g = h / (c.heads / c.kv_heads), wide = rounded_up(rows, PANEL), v_wide = rounded_up(c.v_head_dim, PANEL);
     s.queries.assign(c.head_dim * wide, 0.0f);
-    s.scores.resize(TILE * wide);
+    const int64_t pitch = wide / PANEL % 2 ? wide : wide + PANEL;  // rows a power of two apart fall on the same lines of the cache
+    s.scores.resize(TILE * pitch);
     if (c.key_n != c.head_dim) s.keys.resize(TILE * c.head_dim);
-    if (v_wide != c.v_head_dim) s.values.resize(TILE * v_wide);  // columns past the last are whatever they were: nothing reads their sums
+    s.values.resize(TILE * v_wide);  // columns past the last are whatever they were: nothing reads their sums
     s.sums.assign(rows * v_wide, 0.0f);
     s.top.assign(wide, -INFINITE);
     s.total.assign(wide, 0.0f);
     s.factor.resize(wide);
     const float* query = c.query + b * c.query_b + h * c.query_h + first * c.query_n;
-    for (int64_t q = 0; q < rows; q++)
-        for (int64_t d = 0; d < c.head_dim; d++) s.queries[d * wide + q] = query[q * c.query_n + d] * c.scale;
-    const Tile t{c, s, b, h, first, rows, wide, v_wide, first + c.start, first + c.start + rows - 1,
+    for (int64_t q = 0; q < rows; q++) pack(query + q * c.query_n, c.head_dim, s.queries.data(), q);
+    for (float& x : s.queries) x *= c.scale;
+    const Tile t{c, s, b, h, first, rows, wide, pitch, v_wide, first + c.start, first + c.start + rows - 1,
                  c.key + b * c.key_b + g * c.key_h, c.value + b * c.value_b + g * c.value_h,
                  c.flags ? c.flags + b * c.flags_b : nullptr, c.segments ? c.segments + b * c.segments_b : nullptr,
                  c.windows ? c.windows[h] : 0};

@@ -10,6 +10,7 @@ TEXT = """\
 #include <limits>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -26,7 +27,8 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 static inline V load(const float* at) { return *(const V*)at; }
 static inline void store(float* at, V value) { *(V*)at = value; }
-static inline V all(float number) { V zero = {}; return zero + number; }
+// less zero, which compilers leave out: more would turn -0 into 0, and a broadcast from memory into three instructions
+static inline V all(float number) { V zero = {}; return number - zero; }
 static inline V larger(V a, V b) { return a > b ? a : b; }
 static inline int64_t rounded_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
@@ -57,15 +59,15 @@ static inline V hyperbolic_tangent(V x) {
     return x < 0.0f ? -t : t;
 }
 
-// C[R, PANEL] = A[R, depth] B[depth, PANEL], or that added to C. A's strides are free; rows of B and C lie in one piece.
+// C[R, PANEL] = A[R, depth] B[depth, PANEL], or that added to C. A's strides are free; B lies in one piece.
 template <int R>
 __attribute__((noinline)) static void micro(
-    const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth, bool add) {
+    const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc, int64_t depth, bool add) {
     V sum[R][2];
     for (int i = 0; i < R; i++)
         for (int j = 0; j < 2; j++) sum[i][j] = add ? load(c + i * ldc + j * W) : all(0.0f);
     for (int64_t k = 0; k < depth; k++) {
-        const V left = load(b + k * ldb), right = load(b + k * ldb + W);
+        const V left = load(b + k * PANEL), right = load(b + k * PANEL + W);
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
             const V one = all(a[i * row + k * step]);
@@ -77,16 +79,31 @@ __attribute__((noinline)) static void micro(
         for (int j = 0; j < 2; j++) store(c + i * ldc + j * W, sum[i][j]);
 }
 
-// C[rows, columns] = A B or += A B; columns a multiple of PANEL.
+// C[rows, columns] = A B or += A B; columns a multiple of PANEL. B lies in panels [columns / PANEL, depth, PANEL]: one stays in the nearest
+// cache while all rows meet it, where rows a power of two apart would push each other out.
 static void product(
-    const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc,
+    const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc,
     int64_t rows, int64_t columns, int64_t depth, bool add) {
-    for (int64_t j = 0; j < columns; j += PANEL) {
+    for (int64_t j = 0; j < columns; j += PANEL, b += depth * PANEL) {
         int64_t i = 0;
-        for (; i + ROWS <= rows; i += ROWS) micro<ROWS>(a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc, depth, add);
-        for (; i + 4 <= rows; i += 4) micro<4>(a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc, depth, add);
-        for (; i < rows; i++) micro<1>(a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc, depth, add);
+        const auto at = [&](auto multiply) { multiply(a + i * row, row, step, b, c + i * ldc + j, ldc, depth, add); };
+        // four rows twice keep the arithmetic units as busy as six do, and one or two by themselves do not
+        for (; i + ROWS <= rows && !(ROWS == 6 && rows - i == 8); i += ROWS) at(micro<ROWS>);
+        for (; i + 4 <= rows; i += 4) at(micro<4>);
+        for (; i < rows; i++) at(micro<1>);
     }
+}
+
+// Writes `depth` numbers as one column of a matrix in panels.
+static void pack(const float* from, int64_t depth, float* panels, int64_t column) {
+    float* to = panels + column / PANEL * depth * PANEL + column % PANEL;
+    for (int64_t d = 0; d < depth; d++) to[d * PANEL] = from[d];
+}
+
+// Writes `columns` numbers as row `at` of a matrix of `depth` rows in panels.
+static void pack_row(const float* from, int64_t columns, int64_t depth, float* panels, int64_t at) {
+    for (int64_t j = 0; j < columns; j += PANEL, panels += depth * PANEL)
+        memcpy(panels + at * PANEL, from + j, std::min(int64_t(PANEL), columns - j) * sizeof(float));
 }
 
 // Calls work(index, scratch) for every index in some thread; false where memory ran out.

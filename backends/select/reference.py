@@ -35,6 +35,7 @@ cells of a block share one), after the keys' mean is taken from every token of e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -78,7 +79,7 @@ def importance(call: SelectCall) -> Tensor:
 
 def importances(call: SelectCall) -> Iterator[tuple[slice, Tensor]]:
     """`importance` of some query blocks after the others, and which blocks those are."""
-    queries, keys = _query_cells(call), _key_cells(call)
+    queries, keys = query_cells(call), key_cells(call)
     batch, heads, cells, width = queries.shape
     per_block = call.block_size // call.span
     chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * call.key_cells * per_block)) * per_block
@@ -171,14 +172,14 @@ def _union_of_cells(importance: Tensor, possible: Tensor, forced: Tensor, call: 
     return torch.where(broken | (tau >= 1), possible, forced | (others >= last).any(-2))
 
 
-def _query_cells(call: SelectCall) -> Tensor:
+def query_cells(call: SelectCall) -> Tensor:
     """fp32 [batch, query_heads (KV heads with the estimate's variant group), query_cells, steps · head_dim], tokens reversed, scaled."""
     values = call.query.float()
     if call.estimate.group:
         values = values.unflatten(1, (call.kv_heads, -1)).mean(2)
     real = masks.real_queries(call)
     values = values if real is None else values.where(real[:, None, :, None], 0)
-    cells = _merged(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3) * (call.scale / call.steps)
+    cells = _merged(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3).mul_(call.scale / call.steps)
     return _rounded(cells) if call.estimate.int8 else cells
 
 
@@ -192,7 +193,7 @@ def _block_masses(call: SelectCall, logits: Tensor, visible: Tensor) -> Tensor:
     return blocks(_softmax(logits, visible), 0.0).sum(-1)
 
 
-def _key_cells(call: SelectCall) -> Tensor:
+def key_cells(call: SelectCall) -> Tensor:
     """fp32 [batch, kv_heads, key_cells, steps · head_dim]."""
     real = masks.real_keys(call)
     values = call.key.float()
@@ -208,23 +209,25 @@ def _merged(call: SelectCall, cells: Tensor) -> Tensor:
     """Cells [..., tokens, head_dim] as scores multiply them: tokens, or neighbours' means, in the operands' dtype without int8."""
     if call.estimate.merge == 1:
         return cells
-    means = cells.unflatten(-2, (-1, call.estimate.merge)).mean(-2)
+    first, *others = cells.unflatten(-2, (-1, call.estimate.merge)).unbind(-2)  # sums of so few, one by one, are slow on a CPU
+    means = functools.reduce(torch.Tensor.add_, others[1:], first + others[0]).div_(call.estimate.merge)
     return means if call.estimate.int8 else means.to(call.key.dtype).float()
 
 
 def _rounded(cells: Tensor, sharing: int = 1) -> Tensor:
     """Each cell [..., cells, numbers] rounded to 255 steps between minus and plus the largest size in `sharing` neighbouring cells, which
     share a scale; NaN when one of these is not finite."""
-    size = cells.abs().amax(-1, keepdim=True)
+    size = torch.linalg.vector_norm(cells, torch.inf, -1, keepdim=True)
     if sharing > 1:
         shared = torch.nn.functional.pad(size, (0, 0, 0, -size.shape[-2] % sharing)).unflatten(-2, (-1, sharing)).amax(-2)
         size = shared.repeat_interleave(sharing, -2)[..., : size.shape[-2], :]
     size = size.clamp(min=1e-20)
-    return (cells * (127 / size)).round() * torch.where(size.isfinite(), size / 127, torch.nan)
+    return (cells * (127 / size)).round_().mul_(torch.where(size.isfinite(), size / 127, torch.nan))
 
 
 def _cells(values: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % size)).unflatten(2, (-1, size))
+    missing = -values.shape[2] % size
+    return (torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values).unflatten(2, (-1, size))
 
 
 def _visible_cells(call: SelectCall, end: int) -> int:

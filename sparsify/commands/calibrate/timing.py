@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsify.backends import dispatch
 from sparsify.backends.attention import cpp, reference, triton
 from sparsify.costs.samples import FEW_ROWS, Sample, Workload
 from sparsify.errors import ProfileError
@@ -236,9 +237,7 @@ def _selector(device: str) -> Callable[[SelectCall], tuple[Tensor, Tensor]]:
         from sparsify.backends.select import triton as triton_select
 
         return triton_select.select_blocks
-    from sparsify.backends.select import reference as reference_select
-
-    return reference_select.select_blocks
+    return dispatch.serve("select_blocks")
 
 
 def _select(workload: Workload, device: str) -> Call:
