@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import logging
@@ -122,5 +123,59 @@ def independent_sizes() -> Generator[None]:
     """What is captured in this block with sizes that vary takes none of them for another because they are equal at the moment, and none of
     a module's floats for one that varies."""
     settings: Any = torch.fx.experimental._config  # torch installs `patch` when it loads the module
-    with settings.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
+    with _held(settings, use_duck_shape=False), _held(torch._dynamo.config, specialize_float=True):
         yield
+
+
+def compile_in_threads(function: Callable[..., Any], *, dynamic: bool | None = None, **how: Any) -> Callable[..., Any]:
+    """`torch.compile(function, dynamic=dynamic, **how)`, for calls that overlap in threads too.
+
+    torch holds `dynamic` in its settings for as long as a call takes. Where they are the process's, threads that overlap leave it there,
+    and whatever is compiled later in the process gets sizes that vary, or none that do.
+    """
+    if dynamic is None or _settings_of_threads():
+        return torch.compile(function, dynamic=dynamic, **how)
+    compiled = torch.compile(function, **how)
+    values = {"assume_static_by_default": False} if dynamic else {"assume_static_by_default": True, "automatic_dynamic_shapes": False}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _held(torch._dynamo.config, **values):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _settings_of_threads() -> bool:
+    """Whether each thread has torch's settings for itself, as from torch 2.13 on."""
+    entry = torch._dynamo.config._config["assume_static_by_default"]  # type: ignore[attr-defined]
+    return isinstance(entry.user_override, contextvars.ContextVar)
+
+
+# by setting of the process: how many blocks hold it, and the value before the first of them
+_holders: dict[tuple[str, str], tuple[int, Any]] = {}
+_holding = threading.Lock()
+
+
+@contextmanager
+def _held(settings: Any, **values: Any) -> Generator[None]:
+    """Settings of torch with these values in the block. The last of the blocks that overlap in threads restores what the first found."""
+    if _settings_of_threads():
+        with settings.patch(**values):
+            yield
+        return
+    with _holding:
+        for name, value in values.items():
+            count, before = _holders.get((settings.__name__, name), (0, getattr(settings, name)))
+            _holders[settings.__name__, name] = count + 1, before
+            setattr(settings, name, value)
+    try:
+        yield
+    finally:
+        with _holding:
+            for name in values:
+                count, before = _holders.pop((settings.__name__, name))
+                if count > 1:
+                    _holders[settings.__name__, name] = count - 1, before
+                else:
+                    setattr(settings, name, before)

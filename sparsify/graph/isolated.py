@@ -40,7 +40,7 @@ def compiled(function: Callable[..., Any], backend: Callable[..., Any], **how: A
     token = _codes.set(codes)
     handle = compat.after_compiling(_note)
     try:
-        yield torch.compile(copy_of(torch._dynamo.eval_frame.innermost_fn(function)), backend=mine, **compat.ISOLATED, **how)
+        yield compat.compile_in_threads(copy_of(torch._dynamo.eval_frame.innermost_fn(function)), backend=mine, **compat.ISOLATED, **how)
     finally:
         handle.remove()
         _codes.reset(token)

@@ -18,6 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from sparsify.costs import device as hardware
 from sparsify.generation.regions.layers import Layer
+from sparsify.graph import compat
 from sparsify.planning.config.config import Config
 
 log = logging.getLogger(__name__)
@@ -62,5 +63,6 @@ class LongRows:
 
     def _run(self, rows: Tensor) -> Tensor:
         if self._compiled is None:
-            self._compiled = torch.compile(self.module.forward, dynamic=True, options=self.config.inductor_patches() or None)
+            options = self.config.inductor_patches() or None
+            self._compiled = compat.compile_in_threads(self.module.forward, dynamic=True, options=options)
         return self._compiled(rows)

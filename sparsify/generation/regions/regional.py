@@ -172,7 +172,7 @@ class _Region:
 
     def __init__(self, owner: RegionalModel, paths: tuple[str, ...]):
         self.owner, self.paths = owner, paths
-        self.run = torch.compile(_private(_run), backend=self._backend, dynamic=owner.dynamic, fullgraph=True)
+        self.run = torch_compat.compile_in_threads(_private(_run), backend=self._backend, dynamic=owner.dynamic, fullgraph=True)
         self._lock = threading.Lock()
         self._sizes: set[Any] = set()
 
