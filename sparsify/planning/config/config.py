@@ -76,7 +76,7 @@ class Config(BaseModel):
     )
     verify: bool = Field(False, description="Also run the rewritten graph on the example inputs with keep-all settings and compare.")
     kernels: Literal["auto", "triton", "reference"] = Field(
-        "auto", description="What serves the ops. `auto`: Triton on CUDA, C++ for attention and its blocks on CPUs, the PyTorch reference elsewhere."
+        "auto", description="What serves the ops. `auto`: Triton on CUDA, C++ for attention and its blocks on CPUs, else the reference."
     )
     linear_kernels: Literal["auto", "always", "never"] = Field(
         "auto",
