@@ -3,6 +3,9 @@
 import logging
 
 import pytest
+import torch
+import torch._dynamo
+import torch.fx.experimental._config
 from hypothesis import HealthCheck, settings
 
 from sparsify.graph import unforeseen
@@ -58,3 +61,16 @@ def nothing_unforeseen(request):
     unforeseen.log.setLevel(level)
     if records and not request.node.get_closest_marker("unforeseen"):
         raise records[0].exc_info[1]
+
+
+@pytest.fixture(autouse=True)
+def torch_settings_stay(request):
+    """What torch holds in settings during a call is not there afterwards: torch before 2.13 shares them among threads."""
+    held = [(torch._dynamo.config, name) for name in ("assume_static_by_default", "automatic_dynamic_shapes", "specialize_float")]
+    held.append((torch.fx.experimental._config, "use_duck_shape"))
+    before = [getattr(module, name) for module, name in held]
+    yield
+    after = [getattr(module, name) for module, name in held]
+    for (module, name), value in zip(held, before, strict=True):
+        setattr(module, name, value)
+    assert after == before or request.node.get_closest_marker("torch_in_threads")

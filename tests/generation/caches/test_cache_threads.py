@@ -106,6 +106,7 @@ def test_layers_that_run_in_threads_of_their_own(llama, monkeypatch):
     assert len(ran) == 6
 
 
+@pytest.mark.torch_in_threads
 @pytest.mark.parametrize("compiled", [False, True])
 @torch.no_grad()
 def test_requests_in_threads_give_what_they_give_alone(compiled):
