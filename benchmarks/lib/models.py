@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING
 
 import torch
 
+from sparsify.commands.bench.clock import clean, peak_bytes
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+__all__ = ["HEADS", "HEAD_DIM", "KV_HEADS", "SHAPES", "build", "clean", "peak_bytes", "weight_bytes"]
 
 # Llama-3.1-8B's published configuration, but for its scaled rotary embedding, which costs the same; and one that a CPU runs in no time
 SHAPES = {
@@ -40,16 +43,3 @@ def build(shape: str, layers: int | None, device: str, **other: int) -> LlamaFor
 
 def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def clean(device: str) -> None:
-    """Gives memory back, and forgets how much was allocated at most."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_bytes(device: str) -> int | None:
-    """Most device memory since `clean`; None on a CPU."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else None

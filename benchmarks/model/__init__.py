@@ -3,32 +3,9 @@
 from dataclasses import dataclass
 
 from benchmarks.lib.records import Record
+from sparsify.commands.bench.prefill import Prefill
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prefill(Record):
-    """One variant's prefill of one prompt."""
-
-    NAME = "prefill"
-    KEYS = ("shape", "layers", "variant", "length", "requested_density")
-    shape: str  # of benchmarks.lib.models
-    layers: int
-    parameters: int  # of the model
-    variant: str  # of benchmarks.model.prefill.variants; of token_select with its layer and tokens, as `token_select 12:8192`
-    length: int  # tokens
-    requested_density: float | None
-    seed: int
-    dynamic: bool  # compiled once for all lengths
-    density: float | None  # visited share of the causal blocks; None where no blocks were chosen
-    peak_bytes: int | None  # most device memory of a call; None on a CPU
-    ms: float | None = None  # median
-    times_ms: list[float] | None = None
-    first_call_ms: float | None = None  # compilation included
-    logits_error: float | None = None  # largest difference from eager's, last token
-    logits_std: float | None = None  # of eager's
-    same_token: bool | None = None
-    estimate: list[str] | None = None  # of xattention: variants of the estimate
-    error: str | None = None
+__all__ = ["CompileTime", "Generate", "GenerateSeconds", "LongPrompt", "Prefill"]
 
 
 @dataclass(frozen=True, kw_only=True)

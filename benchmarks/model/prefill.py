@@ -17,21 +17,19 @@ and `density` fixes how many blocks are visited whatever they are. Cache on, log
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
 import sparsify
 from benchmarks.lib import peers, records
-from benchmarks.lib.clock import Clock, reason
-from benchmarks.lib.models import SHAPES, build, clean, peak_bytes
+from benchmarks.lib.clock import reason
+from benchmarks.lib.models import SHAPES, build, clean
 from benchmarks.model import Prefill
-from sparsify.api import record_density
+from sparsify.commands.bench.prefill import compare, measure
 from sparsify.generation.regions import regional
 from sparsify.planning.registry import discover
 
@@ -47,44 +45,6 @@ def variants(density: float, select: tuple[int, int] = (12, 8192)) -> dict[str, 
         "dense": {"backend": "sparsify", "options": {"passes": ["dense"], "strict": True}},
         "xattention": {"backend": "sparsify", "options": sparse},
         "token_select": {"backend": "sparsify", "options": {**sparse, **selecting}},
-    }
-
-
-@torch.no_grad()
-def measure(model: LlamaForCausalLM, ids: torch.Tensor, repeats: int, device: str) -> tuple[dict[str, Any], torch.Tensor]:
-    """Median and all times in milliseconds, peak memory in bytes, realised density where blocks were chosen; and the last logits."""
-    clock = Clock(device)
-
-    def prefill() -> torch.Tensor:
-        return model(ids, use_cache=True, logits_to_keep=1).logits
-
-    clean(device)
-    with record_density() as found:
-        first, logits = clock.once(prefill)
-    if ids.shape[1] < 65536:  # a call of seconds is its own warm-up
-        clock.once(prefill)
-    clean(device)  # compilation may need more memory than a call
-    times = [clock.once(prefill)[0] for _ in range(repeats)]
-    density = sum(found) / len(found) if found else None
-    values = {
-        "ms": statistics.median(times),
-        "times_ms": times,
-        "first_call_ms": first,
-        "peak_bytes": peak_bytes(device),
-        "density": density,
-    }
-    return values, logits.float()
-
-
-def compare(logits: torch.Tensor, reference: torch.Tensor | None) -> dict[str, Any]:
-    """Error of the last token's logits against eager's, for the exact variants a check and for the sparse one a description."""
-    if reference is None:
-        return {}
-    error = (logits - reference).abs().max().item()
-    return {
-        "logits_error": error,
-        "logits_std": reference.std().item(),
-        "same_token": bool((logits.argmax(-1) == reference.argmax(-1)).all()),
     }
 
 

@@ -3,97 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.lib.registry import Benchmark
 from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, short, size
 from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Prefill
+from sparsify.commands.bench import prefill, whole_call
+from sparsify.commands.bench.whole_call import Bar
 
 
 def prefill_table(found: Iterable[Found]) -> str:
-    """Milliseconds, speed against eager and peak memory: one row a variant and length."""
-    cells = latest(found, Prefill)
-    parts = []
-    for group in groups(cells, lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
-        eager = {record["length"]: record["ms"] for record in group if record["variant"] == "eager" and "ms" in record}
-        rows = []
-        for record in sorted(group, key=lambda r: (r["length"], _prefill_place(r["variant"]), r["requested_density"] or 0)):
-            name = _prefill_name(record["variant"])
-            if record["requested_density"] is not None:
-                name += f", density {record['requested_density']:g}"
-            if "error" in record:
-                rows.append([size(record["length"]), name, failure(record["error"]), *["–"] * 5, _commit(record)])
-                continue
-            base = eager.get(record["length"])
-            peak = f"{record['peak_bytes'] / 2**30:.1f}" if record["peak_bytes"] else "–"
-            density = f"{record['density']:.1%}" if record["density"] is not None else "–"
-            ratio = f"{base / record['ms']:.2f}" if base else "–"
-            rows.append([size(record["length"]), name, f"{record['ms']:.1f}", ratio, peak, density, *_logits(record), _commit(record)])
-        first = group[0]
-        head = (
-            f"### Prefill of one prompt, shape {first['shape']}, {first['layers']} layers, random weights\n\n"
-            "Cache on, logits of the last token, medians. Logits: the largest difference from eager's over their standard deviation, and "
-            f"whether the likeliest token is the same; random weights give flat logits, and ties turn on rounding. {conditions(group)}"
-        )
-        header = ["tokens", "variant", "ms", "× eager", "peak GiB", "density", "logits", "same token", "commit"]
-        parts.append(head + "\n\n" + markdown(header, rows))
-    return "\n\n".join(parts)
-
-
-_PREFILL_ORDER = ("eager", "inductor", "default", "dense", "xattention", "token_select")
-
-
-def _prefill_place(variant: str) -> tuple[int, str]:
-    return _PREFILL_ORDER.index(variant.partition(" ")[0]), variant
-
-
-def _prefill_name(variant: str) -> str:
-    kind, _, selected = variant.partition(" ")
-    if kind == "token_select":
-        layer, _, tokens = selected.partition(":")
-        return f"token_select, {tokens} tokens behind layer {layer}"
-    return {"dense": "sparsify, dense", "default": "sparsify, no options", "inductor": "Inductor"}.get(variant, variant)
+    return prefill.table(
+        found, "shape {shape}, {layers} layers, random weights", "; random weights give flat logits, and ties turn on rounding"
+    )
 
 
 def _commit(record: Found) -> str:
     return short(record["machine"].get("commit") or "unknown")
-
-
-def _logits(record: Found) -> list[str]:
-    """Only exact variants are compared with eager."""
-    if record.get("logits_error") is None or record["variant"] == "eager":
-        return ["–", "–"]
-    return [f"{record['logits_error'] / record['logits_std']:.2f}", "yes" if record["same_token"] else "no"]
-
-
-def prefill_plot(found: list[Found]) -> Any:
-    """Milliseconds over length, and speed against eager where that was measured."""
-    from matplotlib import pyplot
-
-    runs = [r for r in latest(newest_device(kind(found, Prefill)), Prefill) if "ms" in r]
-    if not runs:
-        return None
-    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
-    eager = {record["length"]: record["ms"] for record in runs if record["variant"] == "eager"}
-    for variant, density in sorted({(r["variant"], r["requested_density"] or 0) for r in runs}, key=lambda v: (_prefill_place(v[0]), v[1])):
-        chosen = (r for r in runs if (r["variant"], r["requested_density"] or 0) == (variant, density))
-        points = sorted((r["length"], r["ms"]) for r in chosen)
-        label = _prefill_name(variant) + (f", density {density:g}" if density else "")
-        axes[0].plot(*zip(*points, strict=True), marker="o", label=label)
-        ratios = [(length, eager[length] / ms) for length, ms in points if length in eager]
-        if ratios:
-            axes[1].plot(*zip(*ratios, strict=True), marker="o", label=label)
-    lengths = sorted({record["length"] for record in runs})
-    for axis, label in zip(axes, ("prefill, ms", "× eager"), strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [size(length) for length in lengths])
-        axis.set(xlabel="tokens", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
-    return figure
 
 
 def prefill_headlines(found: list[Found]) -> list[Row]:
@@ -195,16 +121,6 @@ def _whole_calls(cells: list[Found], length: int) -> list[Row]:
     return [[what, f"{ours['whole_s']:.2f} s", beside + (f"; {default['whole_s']:.2f} s with the default settings" if default else "")]]
 
 
-@dataclass(frozen=True)
-class Bar:
-    """Seconds of one call of `generate()` that reads its prompt. timed: as one call; else its two parts were timed apart."""
-
-    name: str
-    prompt: float
-    tokens: float
-    timed: bool
-
-
 _CALLS = {"eager": "eager", "inductor": "Inductor,\nstatic cache", "sparsify": "sparsify,\ndefaults", "sparsify sparse": "sparsify"}
 
 
@@ -245,24 +161,11 @@ def whole_call_bars(found: list[Found]) -> tuple[Found, list[Bar]] | None:
 
 def whole_call_plot(found: list[Found]) -> Any:
     """Seconds of a call that reads a prompt and generates, one bar a variant."""
-    from matplotlib import pyplot
-
     if (calls := whole_call_bars(newest_device(kind(found, Generate, Prefill)))) is None:
         return None
     call, bars = calls
-    figure, axis = pyplot.subplots(figsize=(8, 0.7 * len(bars) + 1.3), layout="constrained")
-    names = [bar.name + ("" if bar.timed else " *") for bar in bars]
-    axis.barh(names, [bar.prompt for bar in bars], label="prompt", color="#4c72b0")
-    axis.barh(names, [bar.tokens for bar in bars], left=[bar.prompt for bar in bars], label="tokens", color="#dd8452")
-    for row, bar in enumerate(bars):
-        axis.text(bar.prompt + bar.tokens, row, f" {bar.prompt + bar.tokens:.1f}", va="center")
-    axis.invert_yaxis()
-    axis.set_xlim(right=1.08 * max(bar.prompt + bar.tokens for bar in bars))
     where = call["machine"]["gpu"] or "CPU"
-    axis.set_title(f"{size(call['length'])} tokens read, {call['tokens']} generated, {call['shape'].upper()} shape, {where}", fontsize=10)
-    axis.set_xlabel("seconds" + ("" if all(bar.timed for bar in bars) else "      * prompt and tokens timed apart"))
-    axis.legend(fontsize=8)
-    return figure
+    return whole_call.draw(bars, f"{size(call['length'])} tokens read, {call['tokens']} generated, {call['shape'].upper()} shape, {where}")
 
 
 def generate_seconds_headlines(found: list[Found]) -> list[Row]:
@@ -387,7 +290,7 @@ BENCHMARKS = (
         records=(Prefill,),
         title="Prefill",
         table=prefill_table,
-        plots={"prefill": prefill_plot},
+        plots={"prefill": prefill.plot},
         headlines=prefill_headlines,
         shortfalls=prefill_shortfalls,
     ),

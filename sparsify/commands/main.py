@@ -1,4 +1,4 @@
-"""`sparsify explain | cost | diff | eval | calibrate | doctor | config | methods | --version`; a command declares its own arguments."""
+"""`sparsify explain | cost | diff | bench | eval | calibrate | doctor | config | methods`; a command declares its own arguments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsify.commands import arguments, completion, diff, doctor, explain, listings
+from sparsify.commands.bench import command as bench
 from sparsify.commands.calibrate import command as calibrate
 from sparsify.commands.cost import command as cost
 from sparsify.commands.eval import command as evaluate
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of sparsify, torch, triton and transformers")
     completion.add(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (explain, cost, diff, evaluate, calibrate, doctor, listings):
+    for command in (explain, cost, diff, bench, evaluate, calibrate, doctor, listings):
         command.add(commands)
     return parser
 
