@@ -27,6 +27,7 @@ class Generate(Record):
     ms: float | None = None  # a token: median of the calls' times, everything counted, over `tokens`
     times_s: list[float] | None = None  # of calls
     first_call_s: float | None = None  # compilation included
+    gpu_ms: dict[str, float] | None = None  # a token's kernels, by what they compute, of one call more under the profiler
     whole_first_s: float | None = None  # a call that reads its prompt, the first one
     whole_s: float | None = None  # and the next one
     density: float | None = None  # share of a prompt's causal blocks that is visited; None: all

@@ -4,12 +4,14 @@
     python -m benchmarks run generate --lengths 32768 131072
     python -m benchmarks run generate --lengths 16384 --batch 8 --padded
     python -m benchmarks run generate --lengths 131072 --tokens 256 --whole --repeats 1 --variants sparsify "sparsify sparse" inductor eager
+    python -m benchmarks run generate --lengths 16384 --batch 8 --padded --variants sparsify --profile
     python -m benchmarks run generate --shape tiny --lengths 64 --tokens 8 --hidden 64
 
 The model is a Llama of the 8B shape with random weights. Caches are filled at random, which costs a token what a prompt's keys cost, so
 that no time goes into prompts: each call of `generate()` is a last token of the prompt and `--tokens` new ones. The first call compiles
 and records; then the median of `--repeats` calls is divided by the tokens. `--whole` also times calls that read the prompt themselves;
-"sparsify sparse" visits `--density` of the prompt's causal blocks in such a call, and is the exact variant in all else.
+"sparsify sparse" visits `--density` of the prompt's causal blocks in such a call, and is the exact variant in all else. `--profile` runs
+one call more under torch's profiler and tells how much of a token the GPU spends on what.
 
 `limit_ms` is the time that the bytes of all weights and of the keys and values of all tokens take at 4.8 TB/s. Appends to
 results/generate.jsonl.
@@ -95,6 +97,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="also time a call that reads its prompt")
+    parser.add_argument("--profile", action="store_true", help="also tell what the GPU's time goes into, on a GPU")
     parser.add_argument("--density", type=float, default=0.1, help='share of the causal blocks that "sparsify sparse" visits')
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -146,6 +149,8 @@ def measure(model: LlamaForCausalLM, variant: str, length: int, options: argpars
     first = call()
     times = [call() for _ in range(options.repeats)]
     values = {"ms": 1e3 * statistics.median(times) / options.tokens, "times_s": times, "first_call_s": first}
+    if options.profile:
+        values["gpu_ms"] = gpu_ms(call, options.tokens)
     base = None
     if options.whole:
         clean(options.device)
@@ -153,6 +158,32 @@ def measure(model: LlamaForCausalLM, variant: str, length: int, options: argpars
         found = [_seconds(lambda: model.generate(**whole), options) for _ in range(2)]
         values |= {"whole_first_s": found[0], "whole_s": found[1]}
     return values | {"peak_bytes": peak_bytes(options.device)}
+
+
+# what kernels compute, by their names: sparsify's own, and what those of libraries have in common. Inductor's begin with "triton_" and
+# name whatever they are fused from.
+OURS = {"linear": "products", "split": "attention", "combine": "attention", "append": "attention"}
+OTHERS = {"nvjet": "products", "gemm": "products", "gemv": "products", "fmha": "attention", "flash": "attention"}
+
+
+def gpu_ms(call: Callable[[], Any], tokens: int) -> dict[str, float]:
+    """Milliseconds a token that the GPU spends in kernels and copies, by what they compute.
+
+    Raises:
+        RuntimeError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("--profile needs a GPU")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+    found = {"products": 0.0, "attention": 0.0, "other": 0.0}
+    for event in profiler.events() or ():
+        if event.device_type is torch.autograd.DeviceType.CUDA:
+            part = OURS.get(event.name)
+            if part is None and not event.name.startswith("triton_"):
+                part = next((part for name, part in OTHERS.items() if name in event.name), None)
+            found[part or "other"] += event.device_time / 1e3 / tokens
+    return found
 
 
 def _seconds(run: Callable[[], Any], options: argparse.Namespace) -> float:

@@ -11,6 +11,8 @@ from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt,
 from sparsify.commands.bench import prefill, whole_call
 from sparsify.commands.bench.whole_call import Bar
 
+_NEAR = 1.15  # times the bytes' time: nearer, a token counts as fast as memory allows
+
 
 def prefill_table(found: Iterable[Found]) -> str:
     return prefill.table(
@@ -83,6 +85,23 @@ def generate_table(found: Iterable[Found]) -> str:
         header = ["call", "variant", "ms a token", "bytes' time, ms", "× bytes' time", "first call, s", "with its prompt, s", "commit"]
         parts.append(head + "\n\n" + markdown(header, rows))
     return "\n\n".join(parts)
+
+
+def generate_shortfalls(found: list[Found]) -> list[str]:
+    """Exact tokens that take longer than their bytes, and where the GPU's time goes."""
+    lines = []
+    for record in latest(found, Generate):
+        if record["variant"] != "sparsify" or not record.get("ms") or record["ms"] <= _NEAR * record["limit_ms"]:
+            continue
+        call = f"{size(record['length'])}, batch {record['batch']}{', padded' * record['padded']}, {record['tokens']} tokens"
+        line = (
+            f"A token through generate() ({call}): {record['ms']:.2f} ms, {record['ms'] / record['limit_ms']:.2f} × the time of its bytes"
+        )
+        if parts := record.get("gpu_ms"):
+            known = ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items())
+            line += f"; the GPU is busy for {sum(parts.values()):.2f} ms of it ({known})"
+        lines.append(f"{line}.")
+    return lines
 
 
 def generate_headlines(found: list[Found]) -> list[Row]:
@@ -304,6 +323,7 @@ BENCHMARKS = (
         table=generate_table,
         plots={"whole_call": whole_call_plot},
         headlines=generate_headlines,
+        shortfalls=generate_shortfalls,
     ),
     Benchmark(
         name="generate_seconds",

@@ -234,3 +234,16 @@ def test_check_notices_a_stale_quotation(tmp_path: Path, monkeypatch: pytest.Mon
     quoted = tmp_path / "docs" / "benchmarks.md"
     quoted.write_text(quoted.read_text().replace("0.91", "1.09"))
     assert report.main(check) == 1
+
+
+def test_tokens_slower_than_their_bytes_are_told_with_what_the_gpu_does() -> None:
+    facts = {"shape": "8b", "layers": 32, "length": 16384, "batch": 8, "padded": True, "sampled": False, "tokens": 64, "limit_ms": 6.0}
+    found = [
+        record("generate", variant="sparsify", ms=7.8, gpu_ms={"products": 3.5, "attention": 3.25, "other": 0.75}, **facts),
+        record("generate", variant="sparsify", ms=6.5, **{**facts, "length": 1024}),  # near enough
+        record("generate", variant="eager", ms=100.0, **facts),  # not ours
+    ]
+    assert model.generate_shortfalls(found) == [
+        "A token through generate() (16K, batch 8, padded, 64 tokens): 7.80 ms, 1.30 × the time of its bytes; "
+        "the GPU is busy for 7.50 ms of it (products 3.50, attention 3.25, other 0.75)."
+    ]
