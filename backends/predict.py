@@ -88,6 +88,8 @@ def launches(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], device: to
 
     args, kwargs: with tensors on `meta`.
     """
+    # over a text that processes share, kernels are those of a part of it, and nothing is exchanged here
+    kwargs = {name: value for name, value in kwargs.items() if name != "sequence"}
     with ahead.recording() as found, meaning(device), torch.no_grad():
         try:
             registration.SERVED[op](*args, **kwargs)

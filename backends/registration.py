@@ -74,6 +74,10 @@ def attend(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) ->
 def _checked_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall.bind(*args, **options)
     call.check()
+    if call.sequence:
+        from sparsify.backends import divided
+
+        return divided.attention(call)
     return attend(call)
 
 

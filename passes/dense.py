@@ -45,7 +45,7 @@ class Dense(Pass):
         operands = f"exact; mask as operands of {context.family} attention"
         on = lambda kernel: lambda sizes: (work.attention(sizes, kernel),)
         ours = Proposal.from_work(self._by("attention"), site, context, on(context.family), note=operands)
-        if self.kernel == "attention" or not serves_sdpa(site):
+        if self.kernel == "attention" or context.sequence or not serves_sdpa(site):
             return ours
         sdpa = Proposal.from_work(self._by("sdpa"), site, context, on("sdpa"), note="exact; SDPA without mask")
         head_dim = site.qk_head_dim

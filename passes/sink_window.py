@@ -33,6 +33,7 @@ class SinkWindow(Pass):
     """sinks: first visible keys of each row that stay visible, tokens. window: last keys, the row's own included, tokens."""
 
     name: ClassVar[str] = "sink_window"
+    by_head: ClassVar[tuple[str, ...]] = ("window",)
 
     sinks: int = Field(4, ge=0, le=1 << 20, description="first visible keys of each row that every later row still sees, in tokens")
     window: int | tuple[int, ...] = Field(
@@ -75,6 +76,8 @@ class SinkWindow(Pass):
             return self.refuse("one query row, and decode = false keeps those dense")
         if len(self.windows) not in (1, heads):
             return self.refuse(f"{len(self.windows)} windows for {heads} query heads")
+        if not any(self.windows):
+            return self.refuse("every head of this process sees all keys")
         if len(self.windows) > 1 and site.bias:
             return self.refuse("rows with a bias per key take one window for all heads")
         band = self.sinks + max(self.windows) if all(self.windows) else _LONGEST

@@ -48,6 +48,7 @@ class XAttention(Pass):
     density: keep this share of each row's causal blocks instead of a threshold."""
 
     name: ClassVar[str] = "xattention"
+    by_head: ClassVar[tuple[str, ...]] = ("threshold", "windows")
 
     stride: Literal[4, 8, 16] = Field(
         4,
@@ -229,7 +230,7 @@ class XAttention(Pass):
         }
         if self.head_numbers() and (thresholds := editor.head_numbers(site, "threshold")) is not None:
             selection |= {"threshold": (), "head_thresholds": thresholds}
-        if self._lists_are_large(site):
+        if editor.sequence or self._lists_are_large(site):
             attending = {"sinks": sinks, "seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = SparseAttentionCall.bind(site.query, site.key, site.value, **selection, **attending)
             editor.replace(site, editor.items(editor.emit(both), 1)[0])
@@ -244,7 +245,8 @@ class XAttention(Pass):
         return {name: value for name, value in options.items() if name != "expected" and not (by_head and name == "threshold")}
 
     def head_numbers(self) -> dict[str, tuple[float, ...]]:
-        by_head = isinstance(self.threshold, tuple) and len(self.threshold) > 1
+        model_wide = self.for_all_heads().threshold  # a process may have one head of many
+        by_head = isinstance(model_wide, tuple) and len(model_wide) > 1
         return {"threshold": self._thresholds()} if by_head and not self.density else {}
 
     def selection(self) -> dict[str, Any]:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from sparsify import backend, pipeline
+from sparsify import backend, pipeline, releases
 from sparsify.backends import predict
+from sparsify.distributed import agreement, shards
+from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import block_lists
 from sparsify.ops.block_maps import BlockMap, block_map
 from sparsify.ops.selection import SelectCall, observing
 from sparsify.planning import provenance, registry
+from sparsify.planning.choose import named_methods
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import load_saved_plan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,6 +39,7 @@ def compile(
     dynamic: bool | None = None,
     fullgraph: bool = False,
     whole: bool = False,
+    mesh: DeviceMesh | None = None,
     **options: Any,
 ) -> Model:
     """Compiles a model in place and returns it. Calls and `generate()` both use the compiled code.
@@ -48,17 +55,22 @@ def compile(
         dynamic: as for torch.compile. Sizes of layers vary from the first call on unless it is False.
         fullgraph: as for torch.compile.
         whole: captures the whole model in any case.
+        mesh: processes that share a prompt: along its dimension "cp" every prompt is divided, each process is given all of it and returns
+            what one process would. What tensor parallelism divides is found from the weights, and needs no mesh.
         options: as in docs/configuration.md, for example `passes=["dense"]` or `xattention={"stride": 16}`.
 
     Raises:
         ConfigError: unknown or impossible options.
         PlanError: the plan file cannot be read, names a method that does not exist, or was calibrated on another model.
         UnsupportedError: `model` is the wrapper that torch.compile returns.
+        DistributedError: `mesh` has no dimension "cp"; processes that share the model have other options or releases, or do not come here.
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
     settings = config.load(options, mode=mode, method_models=registry.discover())
     _check_plan(model, settings)
+    text = None if mesh is None else _shard_of_text(mesh, whole, settings)
+    _check_processes(model, settings, text)
     if mode is not None:
         options["mode"] = mode
     if settings.compile_ahead and settings.lower == "inductor":
@@ -71,7 +83,7 @@ def compile(
     # the function and not its name, which torch only knows where the distribution is installed
     model.compile(backend=backend.sparsify, options=options or None, dynamic=dynamic, fullgraph=fullgraph)
     if not whole and "transformers" in sys.modules:
-        _regions().install(model, settings, options, dynamic)
+        _regions().install(model, settings, options, dynamic, text)
     if "transformers" in sys.modules:
         from sparsify.generation import generate
 
@@ -83,6 +95,30 @@ def _check_plan(model: nn.Module, settings: config.Config) -> None:
     """Raises PlanError for a plan file that cannot be read, or that was calibrated on another model."""
     if (saved := load_saved_plan(settings.plan)) is not None:
         provenance.check_model(saved.plan.provenance, model, saved.where)
+
+
+def _shard_of_text(mesh: DeviceMesh, whole: bool, settings: config.Config) -> Shard:
+    """This process's share of a text. Raises UnsupportedError where texts cannot be divided."""
+    if whole or "transformers" not in sys.modules:
+        raise UnsupportedError("prompts are divided among processes where layers are compiled by themselves", where="mesh")
+    if across := sorted(name for name, method in named_methods(settings).items() if "stream" in method.kinds):
+        raise UnsupportedError(f"{', '.join(across)} chooses among all tokens of a prompt, of which a process has some", where="mesh")
+    if settings.objective is not None:
+        raise UnsupportedError("an objective compares costs at lengths of which each process has another", where="objective")
+    from sparsify.generation.regions import context_parallel
+
+    return context_parallel.shard_of(mesh)
+
+
+def _check_processes(model: nn.Module, settings: config.Config, text: Shard | None) -> None:
+    """Raises DistributedError where processes that share a model's layers or its prompts would compile it differently."""
+    for shard in filter(None, (shards.find(model.parameters()), text)):
+        facts = {
+            "the options": agreement.digest(settings.as_options()),
+            "the plan file": agreement.digest(settings.plan and settings.digest()),
+        }
+        versions = {name: version for name in (releases.DISTRIBUTION, *releases.TESTED) if (version := releases.installed(name))}
+        agreement.agree(shard.group, facts | versions, where="sparsify.compile")
 
 
 def _regions() -> Any:

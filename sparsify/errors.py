@@ -52,6 +52,10 @@ class CacheError(SparsifyError):
     """A SparseCache was used in a way that it cannot follow exactly: another model or batch, a crop past what is kept."""
 
 
+class DistributedError(SparsifyError):
+    """Processes that run one model differ in what they do, or one of them is gone."""
+
+
 class UnsupportedError(SparsifyError):
     """A device, dtype or shape that an operator does not serve, or a release of a package that sparsify does not."""
 

@@ -19,6 +19,8 @@ from torch._dynamo.exc import RestartAnalysis
 import sparsify.backends as backends
 from sparsify.backends import predict
 from sparsify.costs import device as hardware
+from sparsify.distributed import shards
+from sparsify.distributed.shards import Shard
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.graph import module_paths, unforeseen
 from sparsify.masks.symbolic import find_shape_env
@@ -57,6 +59,23 @@ MOST_FORMS = 4
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a process's graphs have of a model and a text that several processes share.
+
+    heads: which of the model's heads; None: all.
+    sequence: name of the group among whose processes the text is divided; empty: all of it.
+    tokens: of the text that processes share, by which they choose methods alike; 0: it is not divided.
+    """
+
+    heads: Shard | None = None
+    sequence: str = ""
+    tokens: int = 0
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class Retraced:
     """Of a graph that is captured once more because its masks are no longer what they were observed to say.
 
@@ -84,6 +103,7 @@ def compile_graph(
     compilation: Any = None,
     serves: Sequence[str] = (),
     retraced: Retraced | None = None,
+    part: Part = WHOLE,
 ) -> Callable[..., Any]:
     """Compiles one graph that Dynamo captured. A failure of a stage leaves the graph untouched, with one warning; `strict` raises instead.
 
@@ -94,17 +114,19 @@ def compile_graph(
         compilation: any object that all graphs of one torch.compile call share, such as its options; warnings are given once for it.
         serves: paths of the modules that the graph will be called for, where it is a part of a model's call and not all of it.
         retraced: what is known of a graph that was captured from another.
+        part: of the model and the text that the graph computes; heads that tensor parallelism divides are found from its inputs.
 
     Returns:
         a callable with the graph's inputs and outputs.
     """
     trace = Trace(config.trace)
+    part = part if part.heads else dataclasses.replace(part, heads=shards.find(example_inputs))
     assumption = None
     try:
         with module_paths.outermost_module(serves[0]) if serves else contextlib.nullcontext():
             ahead = config.compile_ahead and config.lower == "inductor"
             longer: list[fx.GraphModule] | None = [] if ahead and serves else None
-            assumption, (plan, rewritten, kept) = _rewritten(gm, example_inputs, config, trace, longer, retraced)
+            assumption, (plan, rewritten, kept) = _rewritten(gm, example_inputs, config, trace, longer, retraced, part)
             for graph in (rewritten, *(longer or ())):
                 if ahead and graph is not None:
                     predict.compile_ahead(graph, config.kernels)
@@ -116,7 +138,7 @@ def compile_graph(
                 _refuse_streams(plan, config)
             unmatched.warn(gm, plan, config, compilation, ends=not serves)
     except Exception as error:
-        if config.strict:
+        if config.strict or part.sequence:  # the graph as it was would see a part of the text
             raise
         plan, rewritten, kept, assumption = _warn_fallback(error), None, None, None
     if (plans := collector.get()) is not None:
@@ -133,7 +155,7 @@ def compile_graph(
             plans.pop()  # the next trace makes its own
         raise
     except Exception as error:
-        if config.strict:
+        if config.strict or part.sequence:
             raise
         plan.fallback = _warn_fallback(error).fallback
         return lower(gm, example_inputs, config)
@@ -144,7 +166,7 @@ def compile_graph(
         return served
     forms = MOST_FORMS if retraced is None else retraced.forms
     names = tuple(_name(site) for site in _sites(assumption.graph, config, assumption.attention))
-    again = lambda graph, inputs: compile_graph(graph, inputs, config, compilation, serves, Retraced(forms - 1, names))
+    again = lambda graph, inputs: compile_graph(graph, inputs, config, compilation, serves, Retraced(forms - 1, names), part)
     return Assumed(check, assumption.places, served, pristine, again)
 
 
@@ -179,17 +201,18 @@ def _rewritten(
     trace: Trace,
     longer: list[fx.GraphModule] | None,
     retraced: Retraced | None,
+    part: Part,
 ) -> tuple[Assumption | None, tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]]:
     """`rewrite_graph`, under an assumption about the graph's inputs where a site that is rewritten needs one."""
     attention = find_attention(gm)
     assumption, attention = _assumption(gm, attention, example_inputs, config, retraced)
     if assumption is not None:
-        result = rewrite_graph(assumption.graph, config, trace, longer, assumption.attention, retraced)
+        result = rewrite_graph(assumption.graph, config, trace, longer, assumption.attention, retraced, part)
         if _counts_on(result[0], assumption):
             return assumption, result
         for index in assumption.counting:  # their masks were read: what is in the way is another thing
             attention[index] = observed_masks.tell(attention[index], result[0].decisions[index].reason)
-    return None, rewrite_graph(gm, config, trace, longer, attention, retraced)
+    return None, rewrite_graph(gm, config, trace, longer, attention, retraced, part)
 
 
 def _assumption(
@@ -232,12 +255,13 @@ def rewrite_graph(
     longer: list[fx.GraphModule] | None = None,
     attention: list[AttentionSite] | None = None,
     retraced: Retraced | None = None,
+    part: Part = WHOLE,
 ) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
     """Matches, plans, validates, rewrites and verifies; nothing is lowered.
 
     Args:
         attention: what `find_attention` found in the graph, where that was asked already.
-        retraced: as in `compile_graph`.
+        retraced, part: as in `compile_graph`.
         longer: gets the graph as it will be rewritten for lengths from which other proposals win, where there are any.
 
     Returns:
@@ -250,7 +274,7 @@ def rewrite_graph(
     if not sites:
         log.info("no site in this graph")
         return Plan(), None, None
-    context = make_context(sites[0].device, config)
+    context = dataclasses.replace(make_context(sites[0].device, config), heads=part.heads, sequence=part.sequence, tokens=part.tokens)
     validator = Validator(gm.graph, functools.partial(backends.serving, "reference"))
     plan, choices = leave_out_untouched_ffn(*make_plan(sites, config, context), config)
     if config.validation:
@@ -261,10 +285,12 @@ def rewrite_graph(
     log.info("%d of %d sites will be rewritten", len(plan.rewritten), len(plan.decisions))
     for decision in plan.decisions:
         log.debug("%s: %s; %s", decision.site, decision.method or "left as is", decision.reason)
-    rewritten = rewrite_where_possible(gm, choices, config.strict) if plan.rewritten else None
+    rewritten = rewrite_where_possible(gm, choices, config.strict, part.sequence) if plan.rewritten else None
+    if part.sequence:
+        _check_divided(choices)
     # after the rewriting that counts: what fake tensors compute while guards are suppressed they remember, and ask for no guard again
     if longer is not None:
-        longer.extend(_rewritten_for_more(gm, choices))
+        longer.extend(_rewritten_for_more(gm, choices, part.sequence))
     if rewritten is None:
         return plan, None, None
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
@@ -279,6 +305,14 @@ def _sites(gm: fx.GraphModule, config: Config, attention: list[AttentionSite] | 
     return [*over_keys, *(find_feed_forward(gm, over_keys) if acts_on("ffn", config, device) else ())]
 
 
+def _check_divided(choices: list[Choice]) -> None:
+    """Raises UnsupportedError where attention over a text that is divided among processes would stay as it is, and see a part of it."""
+    for choice in choices:
+        if choice.site.kind == "attention" and choice.proposal is None and choice.site.phase != "decode":
+            what = f"no method acts here, and the text is divided among processes: {choice.decision.reason}"
+            raise UnsupportedError(what, where=choice.site.name, hint='add "dense" to passes')
+
+
 def _seconds_beside(gm: fx.GraphModule, sites: list[Site], context: Context) -> dict[str, float]:
     try:
         return beside.seconds_beside(gm, sites, context.device)
@@ -287,7 +321,7 @@ def _seconds_beside(gm: fx.GraphModule, sites: list[Site], context: Context) -> 
         return {}
 
 
-def _rewritten_for_more(gm: fx.GraphModule, choices: list[Choice]) -> list[fx.GraphModule]:
+def _rewritten_for_more(gm: fx.GraphModule, choices: list[Choice], sequence: str) -> list[fx.GraphModule]:
     """The graph as it will be for longer calls, only to be looked at: what it assumes of sizes is not asked."""
     if not any(choice.later for choice in choices):
         return []
@@ -295,7 +329,7 @@ def _rewritten_for_more(gm: fx.GraphModule, choices: list[Choice]) -> list[fx.Gr
     env = find_shape_env(gm.graph)
     try:
         with env.suppress_guards() if env is not None else contextlib.nullcontext():
-            return [rewrite_copy(gm, later)]
+            return [rewrite_copy(gm, later, sequence=sequence)]
     except SparsifyError as error:
         log.debug("no kernels of longer calls are compiled ahead", exc_info=error)
         return []
@@ -338,7 +372,7 @@ class _SiteFailed(Exception):
         self.choice, self.error = choice, error
 
 
-def rewrite_where_possible(gm: fx.GraphModule, choices: list[Choice], strict: bool) -> fx.GraphModule | None:
+def rewrite_where_possible(gm: fx.GraphModule, choices: list[Choice], strict: bool, sequence: str = "") -> fx.GraphModule | None:
     """`rewrite_copy`, repeated without the sites where it fails; these stay as they are, and their decisions say why.
 
     Returns:
@@ -349,7 +383,7 @@ def rewrite_where_possible(gm: fx.GraphModule, choices: list[Choice], strict: bo
     """
     while any(choice.proposal is not None for choice in choices):
         try:
-            return _try_rewrite(gm, choices, False)
+            return _try_rewrite(gm, choices, False, sequence)
         except _SiteFailed as failed:
             if isinstance(failed.error, UnsupportedError):
                 log.info("%s: %s", failed.choice.site.name, failed.error)
@@ -363,22 +397,22 @@ def rewrite_where_possible(gm: fx.GraphModule, choices: list[Choice], strict: bo
     return None
 
 
-def rewrite_copy(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False) -> fx.GraphModule:
+def rewrite_copy(gm: fx.GraphModule, choices: list[Choice], keep_all: bool = False, sequence: str = "") -> fx.GraphModule:
     """A copy of the graph in which every chosen site is rewritten, with its structure verified.
 
     Raises:
         SparsifyError: a site could not be rewritten.
     """
     try:
-        return _try_rewrite(gm, choices, keep_all)
+        return _try_rewrite(gm, choices, keep_all, sequence)
     except _SiteFailed as failed:
         raise failed.error from failed.error.__cause__
 
 
-def _try_rewrite(gm: fx.GraphModule, choices: list[Choice], keep_all: bool) -> fx.GraphModule:
+def _try_rewrite(gm: fx.GraphModule, choices: list[Choice], keep_all: bool, sequence: str) -> fx.GraphModule:
     mapping: dict[fx.Node, fx.Node] = {}
     copy = copy_graph(gm, mapping)
-    editor = Editor(copy.graph)
+    editor = Editor(copy.graph, sequence=sequence)
     chosen = [c for c in choices if c.proposal is not None]
     for choice, proposal in ((c, c.proposal) for c in choices if c.proposal is not None):
         method = proposal.method.keep_all() if keep_all else proposal.method

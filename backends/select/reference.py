@@ -200,7 +200,8 @@ def key_cells(call: SelectCall) -> Tensor:
     values = values if real is None else values.where(real[:, None, :, None], 0)
     cells = _cells(values, call.stride)
     if call.estimate.int8:
-        cells = cells - masks.keys_mean(call, values, real)[:, :, None, None]
+        mean = masks.keys_mean(call, values, real) if call.key_mean is None else call.key_mean
+        cells = cells - mean[:, :, None, None]
         return _rounded(_merged(call, cells).flatten(3), call.block_size // call.stride if call.estimate.peak else 1)
     return _merged(call, cells).flatten(3)
 

@@ -277,6 +277,8 @@ def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[T
 
 def whole_mean(call: SelectCall, spec: SelectSpec) -> Tensor | None:
     """The mean that is taken from the keys of all chunks, by one pass for all of them; None where keys are copied first."""
+    if call.key_mean is not None:
+        return call.key_mean
     return masks.keys_mean(call, call.key, None) if spec.estimate.int8 and masks.real_keys(call) is None else None
 
 

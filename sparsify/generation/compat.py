@@ -58,3 +58,35 @@ def without_recorders(hooks: Mapping[int, Any]) -> Mapping[int, Any]:
     if not any(getattr(hook, "__module__", "") == _RECORDERS for hook in hooks.values()):
         return hooks
     return OrderedDict((key, hook) for key, hook in hooks.items() if getattr(hook, "__module__", "") != _RECORDERS)
+
+
+_PARALLEL = "transformers.distributed.tensor_parallel"
+
+
+def parallel_style(module: torch.nn.Module) -> str | None:
+    """How transformers' `tp_plan` divides a module whose forward it replaced.
+
+    Returns:
+        "colwise" (an output of this process's features, from whole inputs), "rowwise" (a whole output, from this process's features),
+        "replicated", or the name of another style; None where the forward is not transformers'.
+    """
+    forward = vars(module).get("forward")
+    if getattr(forward, "__module__", "") != _PARALLEL:
+        return None
+    inner = inspect.getclosurevars(forward).nonlocals
+    if getattr(inner.get("original_forward"), "__func__", None) is not type(module).forward:
+        return "several styles"
+    if forward.__qualname__.startswith("ReplicatedWithGradAllReduce."):
+        return "replicated"
+    from torch.distributed.tensor import Replicate, Shard
+
+    style = inner.get("self")
+    kind, layouts = type(style).__name__, (getattr(style, "input_layouts", None), getattr(style, "output_layouts", None))
+    if getattr(style, "use_local_output", False) and not getattr(module, "_hf_quantized_needs_local_tp", False):
+        for name, at, usual in (
+            ("colwise", "ColwiseParallel", (Replicate(), Shard(-1))),
+            ("rowwise", "RowwiseParallel", (Shard(-1), Replicate())),
+        ):
+            if kind == at and layouts == usual:
+                return name
+    return kind

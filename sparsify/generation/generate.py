@@ -20,6 +20,7 @@ import torch
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerationMixin
 
+from sparsify.distributed import agreement, shards
 from sparsify.errors import UnsupportedError
 from sparsify.generation import compat
 from sparsify.generation.caches.kept import KeptCaches
@@ -27,7 +28,7 @@ from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.decoding import call, loop, step_caches
 from sparsify.generation.decoding.runner import CudaGraphs, Direct, Recorded, Runner
 from sparsify.generation.decoding.sessions import Sessions
-from sparsify.generation.regions import narrowing
+from sparsify.generation.regions import narrowing, regional
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Decoder:
         if not reason and (model.training or dtypes != {model.dtype} or torch.is_autocast_enabled(model.device.type)):
             reason = "what dtype keys have is not known, or the model is in training mode"
         if not reason:
+            if regional.shares_prompts(model):  # each process has as much memory as its share of the prompt takes
+                return SparseCache(model.config, "full")
             try:
                 prompt = model_kwargs["position_ids"].shape[-1]
                 return self.caches.borrow(model, rows, loop.room_for(prompt, tokens - prompt))
@@ -149,7 +152,7 @@ class _Request:
         if cache is None:
             return
         recorded = cache in self.decoder.sessions and self.decoder.sessions[cache].by_key
-        if alone and recorded and not torch.is_inference_mode_enabled():
+        if alone and recorded and not regional.shares_prompts(self.model) and not torch.is_inference_mode_enabled():
             self.decoder.caches.give_back(cache)
 
 
@@ -211,6 +214,8 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         finally:
             _request.reset(token)
     request = _Request(self, decoder)
+    for shard in filter(None, (shards.find(self.parameters()), regional.shares_prompts(self))):
+        agreement.agree(shard.group, _facts(self, given), where="generate()")
     token = _request.set(request)
     ended = False
     try:
@@ -220,3 +225,17 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         _request.reset(token)
         request.finish(ended)
     return result
+
+
+def _facts(model: Any, given: dict[str, Any]) -> dict[str, str]:
+    """What processes that decode together must have in common, for a call's arguments by name."""
+    given = dict(given) | given.get("kwargs", {})
+    inputs = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
+    config = given.get("generation_config") or model.generation_config
+    facts = {name: f"{tuple(value.shape)} {agreement.digest(value)}" for name, value in inputs.items()}
+    facts["settings"] = agreement.digest([sorted(plain.items()), config.to_dict()])
+    if plain.get("do_sample", config.do_sample):
+        state = torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else torch.get_rng_state()
+        facts["the random generator's state"] = agreement.digest(state)
+    return facts

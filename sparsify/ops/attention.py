@@ -78,6 +78,8 @@ class AttentionCall(OpCall):
     seq_major: the output is the transpose of a contiguous [batch, query_len, heads, dim].
     empty_rows: what rows without a visible key hold, one of EMPTY_ROWS.
     lowest: the finite number that hides, for "mean" and "fused".
+    sequence: name of the group of processes among which the text is divided (`sparsify.distributed.sequence`): operands and result are
+        this process's part of it, and the call is over all of it. Empty: the operands are the text.
     """
 
     NAME: ClassVar[str] = "attention"
@@ -106,6 +108,7 @@ class AttentionCall(OpCall):
     seq_major: bool = False
     empty_rows: str = "zero"
     lowest: float = 0.0
+    sequence: str = ""
 
     @property
     def listed(self) -> bool:

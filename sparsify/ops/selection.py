@@ -85,6 +85,8 @@ class SelectCall(OpCall):
         more keep everything.
     coarse_threshold: share of each row's mass that the first of two stages keeps, no less than any threshold below 1.
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
+    key_mean: what 8-bit cells are rounded beside, fp32; None: the mean of the keys that take part. A call over some of a text's keys gets
+        that of all of them, to choose what a call over all of them chooses.
     """
 
     NAME: ClassVar[str] = "select_blocks"
@@ -97,6 +99,7 @@ class SelectCall(OpCall):
     segments: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
     query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
     head_thresholds: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
+    key_mean: Annotated[Tensor | None, Operand("batch kv_heads head_dim", "floats")] = None
     scale: float
     causal: bool
     windows: tuple[int, ...] = ()

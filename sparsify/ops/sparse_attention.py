@@ -25,7 +25,7 @@ class SparseAttentionCall(SelectCall):
     """One call of `sparsify::sparse_attention`: the fields of `SelectCall`, and some of `sparsify.ops.attention.AttentionCall`.
 
     value: [batch, kv_heads, key_len, v_head_dim], in query's dtype.
-    sinks, seq_major, empty_rows, lowest: as in `AttentionCall`.
+    sinks, seq_major, empty_rows, lowest, sequence: as in `AttentionCall`.
     """
 
     NAME: ClassVar[str] = "sparse_attention"
@@ -36,6 +36,7 @@ class SparseAttentionCall(SelectCall):
     seq_major: bool = False
     empty_rows: str = "zero"
     lowest: float = 0.0
+    sequence: str = ""
 
     def selection(self) -> SelectCall:
         """The call that makes its block lists."""
@@ -68,6 +69,7 @@ class SparseAttentionCall(SelectCall):
             windows=per_head(self.windows),
             threshold=per_head(self.threshold),
             head_thresholds=None if self.head_thresholds is None else self.head_thresholds[served],
+            key_mean=None if self.key_mean is None else self.key_mean[rows, owners],
         )
 
 

@@ -19,6 +19,7 @@ from sparsify.graph import unforeseen
 from sparsify.graph.compat import symbol_values
 from sparsify.graph.typed_torch import symbolic_node
 from sparsify.matching.base import CACHE_SUFFIX, Site, SiteKind
+from sparsify.matching.sites import AttentionSite
 from sparsify.planning import objective
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision, Place, places
@@ -176,7 +177,7 @@ def _choose(
             break
         proposal = pending.pop(_best(pending, site, config, dense))
         start = regimes.start(site, proposal)
-        if start is None or not site.reaches(start):
+        if start is None or not (context.tokens >= start if context.sequence else site.reaches(start)):
             later = later or (proposal if start is not None else None)
             what = f"key_len below {proposal.min_key_len if start is None else start}, where it starts to pay"
             decision.refusals.append(str(proposal.method.refuse(what, "set min_length to force it" if proposal.method.lossy else "")))
@@ -202,6 +203,8 @@ def _proposed(site: Site, candidates: list[Pass], config: Config, context: Conte
 
 def _asked(method: Pass, site: Site, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
     try:
+        if context.heads is not None and isinstance(site, AttentionSite) and isinstance(site.query_heads, int):
+            method = method.of_heads(context.heads, site.query_heads)
         return method.propose(site, context)
     except SparsifyError:
         raise

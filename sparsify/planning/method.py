@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 import sympy
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from sparsify.costs import compaction, crossovers, work
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import expected_density, feed_forward_in_parts_seconds, feed_forward_seconds, formula, in_units, seconds
 from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes
 from sparsify.costs.work import Work
+from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Site, SiteKind
@@ -127,6 +128,9 @@ class Context:
     obstacle: why it is no faster one.
     max_cost_ratio: largest share of dense attention's time for a lossy method that acts by default.
     formulas: whether costs are wanted in letters too, which takes longer than all else.
+    heads: which of the model's heads the sites have, where tensor parallelism divides them; None: all.
+    sequence: name of the group of processes among which the text is divided, of which sites have a part; empty: they have all of it.
+    tokens: of that text.
     """
 
     device: Device
@@ -136,6 +140,9 @@ class Context:
     max_cost_ratio: float = crossovers.MAX_COST_RATIO
     formulas: bool = True
     obstacle: str = ""
+    heads: Shard | None = None
+    sequence: str = ""
+    tokens: int = 0
 
 
 class Pass(BaseModel):
@@ -146,6 +153,7 @@ class Pass(BaseModel):
     kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer), "ffn", or "stream" (the rows behind a layer, for
         which a method has `choose` and no `rewrite`, as `sparsify.passes.token_select` shows it).
     across_layers: whether what it does at a site depends on the model's other layers: they are captured in one graph.
+    by_head: options that may hold a number for each query head.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -153,6 +161,8 @@ class Pass(BaseModel):
     lossy: ClassVar[bool] = True
     kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
     across_layers: ClassVar[bool] = False
+    by_head: ClassVar[tuple[str, ...]] = ()
+    _whole: Pass | None = PrivateAttr(None)
 
     def looks_for_sites(self, device: Device | None) -> bool:
         """Whether sites are looked for because of this method alone. device: of the graph's attention; None without any."""
@@ -170,7 +180,22 @@ class Pass(BaseModel):
         return self
 
     def options(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        """As configuration and plans write them: for all heads of the model."""
+        return self.for_all_heads().model_dump(mode="json")
+
+    def for_all_heads(self) -> Self:
+        """The method as it was before `of_heads`."""
+        return self if self._whole is None else cast("Self", self._whole)
+
+    def of_heads(self, heads: Shard, local: int) -> Pass:
+        """The same method for the heads of one process. local: how many query heads those are."""
+        given = {name: value for name in self.by_head if isinstance(value := getattr(self, name), tuple)}
+        own = {name: heads.own(value, local) for name, value in given.items()}
+        if own == given:
+            return self
+        narrowed = self.model_copy(update=own)
+        narrowed._whole = self
+        return narrowed
 
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:

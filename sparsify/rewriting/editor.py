@@ -29,6 +29,7 @@ from sparsify.ops.attention import AttentionCall
 from sparsify.ops.call import OpCall
 from sparsify.ops.head_numbers import head_numbers
 from sparsify.ops.library import NAMESPACE
+from sparsify.ops.sparse_attention import SparseAttentionCall
 
 _MADE_BY = ("nn_module_stack", "source_fn_stack", "stack_trace")  # what Dynamo notes of a node's origin
 
@@ -60,12 +61,14 @@ class Editor:
     inserted: nodes inserted so far.
     replaced: replaced outputs, and what replaced them.
     superseded: names of erased mutating calls whose effect inserted nodes have.
+    sequence: name of the group of processes among which the text is divided, of which the graph has a part; empty: it has all of it.
     """
 
     graph: fx.Graph
     inserted: list[fx.Node] = field(default_factory=list)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     superseded: set[str] = field(default_factory=set)
+    sequence: str = ""
     _shared: dict[Any, fx.Node] = field(default_factory=dict)
     _before: fx.Node | None = None  # where nodes go
     _output: fx.Node | None = None  # the site's output
@@ -96,6 +99,8 @@ class Editor:
 
     def emit(self, call: OpCall) -> fx.Node:
         """Inserts a call of one of sparsify's ops; the record holds nodes in place of tensors."""
+        if self.sequence and isinstance(call, AttentionCall | SparseAttentionCall):
+            call = dataclasses.replace(call, sequence=self.sequence)
         args, kwargs = call.arguments()
         return self.call(call.op(), *args, **kwargs)
 

@@ -166,11 +166,23 @@ class Guards:
         small |= {s: sympy.Float(draw.uniform(0.2, 0.8)) for s in every if not s.is_integer}
         if len(small) == len(every) and all(n < 4 * LARGE for n in small.values()) and self.allow(small, fixed, mine):
             return small
+        same = self._same(every, mine)
         for _ in range(_TRIES):
             found = {symbol: self._number(symbol, fixed, top, draw) for symbol in every}
+            found = {symbol: found[same[symbol]] for symbol in every}
             if self.allow(found, fixed, mine):
                 return found
         raise InstanceError("no small sizes fit the graph's guards")
+
+    @staticmethod
+    def _same(symbols: list[sympy.Symbol], statements: list[sympy.Basic]) -> dict[sympy.Symbol, sympy.Symbol]:
+        """For each symbol the one that stands for all which guards say are equal to it: drawn apart, several would hardly ever be."""
+        stands = {symbol: symbol for symbol in symbols}
+        for statement in statements:
+            if isinstance(statement, sympy.Eq) and all(isinstance(side, sympy.Symbol) and side in stands for side in statement.args):
+                kept, gone = (stands[side] for side in statement.args)
+                stands = {symbol: kept if one == gone else one for symbol, one in stands.items()}
+        return stands
 
     def related(self, wanted: set[sympy.Symbol]) -> list[sympy.Symbol]:
         """These symbols and those that guards compare them with."""
@@ -190,13 +202,16 @@ class Guards:
         known = self.ranges.get(symbol)
         if known is None:
             return 2, math.inf
-        low = 1 if known.lower in (-int_oo, -sympy.oo) else int(known.lower)
+        unbounded = 0 if self.hints.get(symbol) == 0 else 1  # an offset, which may be 0, or a size
+        low = unbounded if known.lower in (-int_oo, -sympy.oo) else int(known.lower)
         high = math.inf if known.upper in (int_oo, sympy.oo) else int(known.upper)
         return fixed.get(low, low), fixed.get(high, high) if isinstance(high, int) else high
 
     def _number(self, symbol: sympy.Symbol, fixed: dict[int, int], top: int, draw: random.Random) -> Any:
         if not symbol.is_integer:
             return sympy.Float(draw.uniform(0.2, 0.8))
+        if self.hints.get(symbol) == 0 and draw.random() < 0.5:  # what several sizes may have to leave room for
+            return sympy.Integer(0)
         low, high = self._bounds(symbol, fixed)
         return sympy.Integer(draw.randint(int(low), int(max(low, min(high, max(top, low + 6))))))
 

@@ -20,6 +20,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparsify.backends  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers what serves the cache's ops
+from sparsify.distributed import collectives
+from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation import interface
 from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
@@ -305,6 +307,8 @@ def _attend(
             layer.logits = (scale, softcap)
         if query.shape[2] == 1 and not empty and layer.queries is not None:
             reselection.observe(query, layer.queries, layer.query_positions, layer.seen, is_token=is_token, version=reselection.VERSION)
+    if layer.shard is not None:
+        return _attend_divided(layer, layer.shard, query, key, value, is_token, stored, **how)
     if query.shape[2] == 1 and not empty and not torch.compiler.is_dynamo_compiling():
         step = {"is_token": is_token, "tickets": layer.tickets, "pinned": layout.pinned, "version": cache.VERSION}
         return cache.decode(query, key, value, *layer.state, **how, **shape, **rotation, **step, **pages)
@@ -344,6 +348,44 @@ def _attend(
         return output
     cache.store(observed, key, value, *layer.state, is_token=is_token, empty=empty, **stored)
     return output
+
+
+def _attend_divided(
+    layer: SparseLayer,
+    shard: Shard,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_token: Tensor | None,
+    stored: dict[str, Any],
+    *,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """One token over a text that processes share: one of them stores it, and what each finds over its own is merged.
+
+    Raises:
+        UnsupportedError: several tokens.
+    """
+    if query.shape[2] != 1:
+        what = f"{query.shape[2]} tokens at once after a prompt that is divided among processes"
+        raise UnsupportedError(what, where=f"layer {layer.index}", hint="generate tokens one by one, or give the whole text as one prompt")
+    mine = (cache.length(layer.length) % shard.size == shard.rank).expand(query.shape[0], 1)
+    is_token = mine if is_token is None else mine & is_token
+    cache.store(None, key, value, *layer.state, is_token=is_token, empty=False, tickets=layer.tickets, **stored)
+    output, lse = attention(
+        query,
+        layer.keys,
+        layer.values,
+        key_flags=(layer.positions[:, 0] >= 0).to(torch.uint8),
+        sink_logits=sink_logits if shard.rank == 0 else None,
+        scale=scale,
+        causal=False,
+        softcap=softcap,
+        version=AttentionCall.VERSION,
+    )
+    return collectives.merged(output, lse, shard.size, shard.group)
 
 
 def _positions_after_overwrite(layer: SparseLayer, pinned: int, is_token: Tensor) -> Tensor:

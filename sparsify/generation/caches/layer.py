@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.ops import cache, quantised, reselection
 from sparsify.ops.limits import cdiv
@@ -108,6 +109,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def divided_by(config: Any) -> int:
+    """Processes among which transformers' tensor parallelism divides the heads of a model's attention."""
+    return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+
+
 def link_layers(layers: list[SparseLayer]) -> CallState:
     """Gives the layers of one cache a common CallState and marks the first and the last.
 
@@ -171,6 +177,8 @@ class SparseLayer(CacheLayerMixin):
         self.call, self.is_first, self.is_last = CallState(), True, True  # as `link_layers` says for the layers of a cache
         self.used: int | None = 0  # columns stored so far as the host counts them, for layers that grow; None: only the device knows
         self.left_out, self.fixed = 0, 0  # columns of the text that the layer was not given; tokens that cannot be cropped then
+        self.shard: Shard | None = None  # this process's share of the text; None: it has all of it
+        self.elsewhere = 0  # tokens of the prompt that other processes have
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lay_out(self, budget: int | None) -> Layout:
@@ -242,7 +250,7 @@ class SparseLayer(CacheLayerMixin):
             self.carried = key_states.new_zeros(batch, kv_heads, capacity, dtype=torch.float32)
         if self.observes:
             observed = min(self.policy.observed, max(self.every, _OBSERVED))
-            heads = self.config.num_attention_heads
+            heads = self.config.num_attention_heads // divided_by(self.config)
             self.queries = key_states.new_zeros(batch, heads, observed, key_states.shape[-1])
             self.query_positions = key_states.new_full((batch, observed), -1, dtype=torch.int32)
 
@@ -360,8 +368,9 @@ class SparseLayer(CacheLayerMixin):
         if self.used is None:
             self.used = int(self.length) if self.started else 0
         self.used += tokens
-        if self.used > self.keys.shape[2]:
-            self.reserve(_roomy(self.used))
+        own = self.used - self.elsewhere
+        if own > self.keys.shape[2]:
+            self.reserve(_roomy(own) + self.elsewhere)
 
     def make_way(self, tokens: int) -> None:
         """Before a call: where it would find no room, the policy selects. Compiled code leaves that to whoever calls it."""
@@ -431,9 +440,16 @@ class SparseLayer(CacheLayerMixin):
         if self.carried is not None and self.policy.decay != 1:
             self.carried.mul_(self.policy.decay)
 
+    def divide(self, tokens: int, shard: Shard) -> None:
+        """After a prompt of `tokens` tokens of which this process was given its share: later ones are stored in turns."""
+        own = int(self.length)
+        self.shard, self.elsewhere, self.used = shard, tokens - own, tokens
+        self.length.fill_(tokens)
+
     def reserve(self, tokens: int) -> None:
-        """Room for `tokens` tokens in all; larger buffers take over what the old ones hold, one of them at a time."""
-        capacity = cdiv(tokens, STEP) * STEP
+        """Room for `tokens` tokens in all, of which other processes may have some; larger buffers take over what the old ones hold, one of
+        them at a time."""
+        capacity = cdiv(tokens - self.elsewhere, STEP) * STEP
         if not self.grows or not self.is_initialized or capacity <= self.keys.shape[2]:
             return
         for name, fill in _BY_SLOT:
@@ -489,6 +505,7 @@ class SparseLayer(CacheLayerMixin):
         if self.staged is not None:
             self.staged.zero_()
         self.started, self.used, self.told, self.left_out, self.fixed = False, 0, True, 0, 0
+        self.shard, self.elsewhere = None, 0
         if isinstance(self.budget, float):
             self.layout, self.is_initialized = None, False
 
@@ -548,6 +565,8 @@ class SparseLayer(CacheLayerMixin):
     def check_crop(self, tokens: int) -> None:
         """Raises CacheError when the last `tokens` tokens cannot be taken back exactly; changes nothing."""
         where = f"layer {self.index}"
+        if self.shard is not None:
+            raise CacheError("the text is divided among processes, and nothing of it can be taken back", where=where)
         length = int(self.length)
         if tokens > length + self.left_out:
             raise CacheError(f"{tokens} tokens are to be removed, {length + self.left_out} were seen", where=where)

@@ -13,10 +13,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparsify import policies
+from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.caches import files
-from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, link_layers
+from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, divided_by, link_layers
 from sparsify.generation.caches.outlook import Outlook
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
@@ -80,6 +81,7 @@ class SparseCache(Cache):
         budget, pages = _checked_budget(budget, prompt_len), _checked_read(read)
         every = _checked_every(every, policy, budget)
         codes = _checked_codes(dtype, every, pages)
+        _check_divided(config, policy)
         if policy.by_head and (codes or pages is not None):
             what = f"{policy.name} packs slots by head; pages, and groups of codes, are of heads with as many each"
             raise ConfigError(what, where="dtype" if codes else "read", hint="leave it out")
@@ -130,9 +132,15 @@ class SparseCache(Cache):
 
         Raises:
             CacheError: an earlier call stopped halfway.
+            UnsupportedError: tensor parallelism divides the heads.
             OSError: the file cannot be written.
         """
         self.check_consistent(True)
+        if any(layer.shard is not None for layer in self.layers):
+            raise UnsupportedError("the text is divided among processes, and a file holds all of it", where="SparseCache.save")
+        if (ranks := divided_by(self.config)) > 1:
+            what = f"each of {ranks} processes holds some of the heads, and a file all of them"
+            raise UnsupportedError(what, where="SparseCache.save", hint="save the text, and read it again")
         files.write(Path(path), self.layers, self.policy.describe(), self.budget, self.every, self.read, self.codes, model)
 
     @classmethod
@@ -149,6 +157,8 @@ class SparseCache(Cache):
             UnsupportedError: as for a new cache.
             OSError: the file cannot be read.
         """
+        if divided_by(model.config) > 1:
+            raise UnsupportedError("a file holds all heads, and each process some", where="SparseCache.load", hint="read the text again")
         header = files.read_header(Path(path), model)
         read = Pages.parse(header.read) if header.read else None
         cache = cls(
@@ -302,9 +312,15 @@ class SparseCache(Cache):
         """Tokens, with padding, after which layers that never evict have to grow, or the policy selects anew (`every`); None without such
         layers or before they are allocated."""
         held = [layer for layer in self.layers if layer.is_initialized]
-        free = [layer.keys.shape[2] for layer in held if layer.grows]
+        free = [layer.keys.shape[2] + layer.elsewhere for layer in held if layer.grows]
         free += [int(layer.length) + layer.keys.shape[2] - layer.fullest() for layer in held if layer.every]
         return min(free, default=None)
+
+    def divide(self, tokens: int, shard: Shard) -> None:
+        """Says that the prompt which was just stored is this process's share of one of `tokens` tokens. Each later token goes to one of
+        the processes, and attention is over what all of them hold."""
+        for layer in self.layers:
+            layer.divide(tokens, shard)
 
     def recount(self) -> None:
         """Says that tokens were stored by what runs no Python, as a CUDA graph: the next uncompiled call reads lengths from the device."""
@@ -386,6 +402,17 @@ def _checked_every(every: object, policy: Policy, budget: int | float | None) ->
     return every
 
 
+def _check_divided(config: Any, policy: Policy) -> None:
+    """Raises UnsupportedError where tensor parallelism gives this process some of a layer's heads, and that is not enough."""
+    ranks = divided_by(config)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % ranks:
+        raise UnsupportedError(f"{heads} KV heads are not divided evenly by {ranks} processes", where="SparseCache")
+    if ranks > 1 and policy.by_head:
+        what = f"{policy.name} compares all heads of a layer, of which tensor parallelism gives this process some"
+        raise UnsupportedError(what, where="SparseCache", hint="another policy")
+
+
 def _check_model(config: Any) -> None:
     kind = getattr(config, "model_type", type(config).__name__)
     base = config._attn_implementation
@@ -441,7 +468,7 @@ def _make_layer(
 
 
 def _kv_head_sizes(config: Any) -> tuple[int, int]:
-    """Number of KV heads, and head_dim."""
+    """Number of KV heads of this process, and head_dim."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, head_dim
+    return (getattr(config, "num_key_value_heads", None) or heads) // divided_by(config), head_dim

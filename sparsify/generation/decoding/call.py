@@ -33,7 +33,6 @@ def refusal(model: Any, config: Any, model_kwargs: dict[str, Any]) -> str:
         "the model is an encoder-decoder": model.config.is_encoder_decoder,
         f"the model has its own {', '.join(own)}": own,
         "the model lies on several devices": len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1,
-        "the model is split by tensor parallelism": (getattr(model, "_tp_size", None) or 1) > 1,
         "use_cache is off": not config.use_cache or model_kwargs.get("use_cache") is False,
         "attention weights or hidden states are asked for": config.output_attentions or config.output_hidden_states,
         "the model drafts for another one": config.is_assistant,

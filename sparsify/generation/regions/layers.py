@@ -1,7 +1,8 @@
 """A model's decoder layers, and a stand-in for each of them in code that serves all layers of a kind.
 
 A layer's attention has a number, and compiled code is specialised on it. A shadow is a copy of the few modules that lead to this number,
-over the same parameters, buffers and other modules, in which every number is replaced by `caches.LAYER`.
+over the same parameters, buffers and other modules, in which every number is replaced by `caches.LAYER`. Modules that tensor parallelism
+divides have in it what `tensor_parallel.local` makes of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.generation import compat
+from sparsify.generation.regions import tensor_parallel
 from sparsify.generation.regions.caches import LAYER
 
 NUMBER = "layer_idx"
@@ -104,7 +106,10 @@ class Shadow:
         return self._module
 
     def _copy(self, module: nn.Module, top: bool = False) -> nn.Module:
-        if not top and not any(NUMBER in vars(part) for part in module.modules()):
+        if tensor_parallel.is_divided(module):
+            self._copied.append((module, _seen(module)))
+            return tensor_parallel.local(module)
+        if not top and not any(NUMBER in vars(part) or tensor_parallel.is_divided(part) for part in module.modules()):
             return module
         self._copied.append((module, _seen(module)))
         twin = object.__new__(type(module))
@@ -120,7 +125,8 @@ class Shadow:
 def _seen(module: nn.Module) -> tuple[Any, ...]:
     """What a copy of a module has taken over, to be compared later: the copy keeps these objects alive, so that none takes another's id."""
     values = vars(module)
-    return [*values], [*map(id, values.values())], [*map(id, module._modules.values())], [*module._modules], [*module._forward_hooks]
+    held = [*module._modules.values(), *(module._parameters.values() if "forward" in values else ())]
+    return [*values], [*map(id, values.values())], [*map(id, held)], [*module._modules], [*module._forward_hooks]
 
 
 class Watch:
@@ -128,11 +134,19 @@ class Watch:
 
     def __init__(self, layers: list[Layer]):
         self._layers = layers
+        self._divided: dict[int, Any] = {}  # forwards that tensor parallelism put there and that shadows know, by id
         self.look_again()
 
     def look_again(self) -> None:
         """Takes note of the modules that the layers have now."""
         self._parts = [(layer, name, part) for layer in self._layers for name, part in layer.module.named_modules()]
+        divided = [part.__dict__["forward"] for _, _, part in self._parts if tensor_parallel.is_divided(part)]
+        self._divided = {id(forward): forward for forward in divided}
+
+    @property
+    def divides(self) -> bool:
+        """Whether tensor parallelism divides layers."""
+        return bool(self._divided)
 
     def trouble(self) -> str:
         """The reason in a clause, empty without any."""
@@ -141,8 +155,10 @@ class Watch:
             return "hooks on all modules"
         for layer, name, part in self._parts:
             values = part.__dict__
-            if "forward" in values:
-                return f"{_path(layer, name)} has a forward of its own"
+            if "forward" in values and id(values["forward"]) not in self._divided:
+                style = compat.parallel_style(part)
+                how = f"is divided as {style}" if style else "has a forward of its own"
+                return f"{_path(layer, name)} {how}"
             if values["_backward_hooks"] or values["_backward_pre_hooks"]:
                 return f"{_path(layer, name)} has backward hooks"
             if name and (values["_forward_pre_hooks"] or compat.without_recorders(values["_forward_hooks"])):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from sparsify.distributed import sequence
+
 # whether masks that are asked for in this thread are put off: around the calls of a model whose layers are regions
 postponing: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_postponing", default=False)
 
@@ -75,7 +77,10 @@ def postpone(base: str, function: Callable[..., Any], call: dict[str, Any]) -> A
     if not all(type(size) is int for size in sizes) or call.get("use_vmap") or call.get("allow_is_bidirectional_skip"):
         return function(**call)
     window = call.get("local_size")
-    if padding is not None and not _capturing(padding) and bool(padding.all()) and padding.shape[-1] >= key_len + call.get("kv_offset", 0):
+    # where processes share a text, all of them have flags if one of them has padding
+    shared = sequence.under_way()
+    dropped = padding is not None and not (shared is not None and shared.padded) and not _capturing(padding) and bool(padding.all())
+    if dropped and padding is not None and padding.shape[-1] >= key_len + call.get("kv_offset", 0):
         padding = call["attention_mask"] = None
     plain = padding is None and (window is None or key_len < window)
     if base == "sdpa" and call.get("allow_is_causal_skip", True) and plain and (query_len == 1 or key_len == query_len):
@@ -133,8 +138,10 @@ def plan(recipe: Recipe, hidden: Tensor, layer: Any) -> tuple[Plan, dict[str, An
         keys = rows and same(key_len, call["kv_length"]) and same(offset, call.get("kv_offset", 0))
         start = same(call.get("q_offset", 0), layer.get_seq_length())
     taken = {"batch_size": rows, "q_length": rows, "kv_length": keys, "kv_offset": keys and layer is not None, "q_offset": start}
-    varying = {name: call[name] for name in _VARYING if call.get(name) is not None and not taken.get(name)}
-    fixed = {name: value for name, value in call.items() if name not in _VARYING}
+    # without a cache nothing comes before the call's tokens: as a number that varies, 0 would be an operand of attention
+    first = {name for name in ("q_offset", "kv_offset") if layer is None and same(call.get(name), 0)}
+    varying = {name: call[name] for name in _VARYING if call.get(name) is not None and not taken.get(name) and name not in first}
+    fixed = {name: value for name, value in call.items() if name not in _VARYING or name in first}
     if any(tensor.dim() > 1 for tensor in _tensors(call.get("mask_function"))):  # over tokens: their number varies too
         varying["mask_function"] = fixed.pop("mask_function")
     return Plan(recipe.function, fixed, rows, keys, start), varying

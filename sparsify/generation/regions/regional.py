@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import itertools
 import logging
 import threading
@@ -21,9 +22,13 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from sparsify import pipeline, progress
+from sparsify.distributed import agreement, sequence
+from sparsify.distributed.shards import Shard
+from sparsify.errors import UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.regions import caches, layers, long_rows, masks, narrowing
+from sparsify.generation.regions import caches, layers, long_rows, masks, narrowing, tensor_parallel
 from sparsify.generation.regions.caches import LayerView
+from sparsify.generation.regions.context_parallel import DividedCalls
 from sparsify.generation.regions.layers import Layer, NotShared
 from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.masks import PostponedMask
@@ -31,6 +36,7 @@ from sparsify.generation.regions.narrowing import Narrowed, Narrowing
 from sparsify.graph import compat as torch_compat
 from sparsify.graph.module_paths import layer_number
 from sparsify.ops.head_numbers import head_numbers
+from sparsify.pipeline import WHOLE, Part
 from sparsify.planning import unmatched
 from sparsify.planning.choose import named_methods
 from sparsify.planning.config import layer_patterns
@@ -71,12 +77,21 @@ class RegionalModel:
         whole: the model's call, captured as one graph, for calls that regions cannot serve.
         options: the user's, an object that all graphs of the model share.
         dynamic: as in torch.compile; None means sizes that vary from the first call on.
+        text: this process's share of a prompt's tokens; None: it has all of them.
 
     Raises:
         NotShared: the layers of this model share no regions, with the reason.
     """
 
-    def __init__(self, model: nn.Module, config: Config, whole: Callable[..., Any], options: Any = None, dynamic: bool | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        whole: Callable[..., Any],
+        options: Any = None,
+        dynamic: bool | None = None,
+        text: Shard | None = None,
+    ):
         _check_model(model, config)
         self.model, self.config, self.whole, self.options = model, config, whole, options
         self.dynamic = True if dynamic is None else dynamic
@@ -88,6 +103,8 @@ class RegionalModel:
         self.narrowing = None if method is None else Narrowing(model, self.layers, config, method)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
+        self.part = Part(tensor_parallel.of_heads(self.layers[0].module), "" if text is None else text.group)
+        self.divided = None if text is None else DividedCalls(model, text)
         self.reason = ""  # why no call is served by regions any more
         self._regions: dict[Any, _Region] = {}
         self._lock = threading.RLock()
@@ -99,10 +116,17 @@ class RegionalModel:
         if torch.compiler.is_dynamo_compiling():  # someone else captures the model within something larger
             return self.model._call_impl(*args, **kwargs)
         try:
-            self._check_call(args, kwargs)
-            return self._through_regions(args, kwargs)
+            if self.divided is not None:
+                return self.divided(self._as_alone, args, kwargs)
+            return self._as_alone(*args, **kwargs)
         except NotShared as why:
             reason, lasting = str(why), why.lasting
+        except RuntimeError as error:
+            if self.part == WHOLE or not agreement.is_loss(error):
+                raise
+            raise agreement.stopped(error, type(self.model).__name__) from error
+        if self.divided is not None:
+            raise UnsupportedError(f"a prompt is divided among processes, and layers share no code: {reason}", where="context parallelism")
         if reason not in self._wholes:
             self._wholes[reason] = WholeModel(self.whole, reason)
         for cache in (value for name, value in kwargs.items() if name in caches.CACHES):
@@ -111,6 +135,11 @@ class RegionalModel:
         if lasting:  # and not the caller's mistake, which would have been raised
             self.reason = reason
         return result
+
+    def _as_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, of this process's tokens if prompts are divided."""
+        self._check_call(args, kwargs)
+        return self._through_regions(args, kwargs)
 
     def _through_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(self)
@@ -140,6 +169,8 @@ class RegionalModel:
             self._watch.look_again()  # at prompts, which take long beside it
         if why := self._watch.trouble():
             raise NotShared(why)
+        if self._watch.divides and torch.is_grad_enabled():
+            raise NotShared("gradients are enabled, and tensor parallelism divides the model")
 
     def layer(self, module: nn.Module) -> Layer | None:
         return self._by_module.get(id(module))
@@ -149,6 +180,8 @@ class RegionalModel:
         key = layer.number, device
         if key not in self._head_numbers:
             found = {} if self._saved is None else self._saved.head_numbers(layer.path)
+            if (heads := self.part.heads) is not None:
+                found = {name: heads.own(values, len(values) // heads.size) for name, values in found.items()}
             self._head_numbers[key] = {f"{site} {option}": torch.tensor(values, device=device) for (site, option), values in found.items()}
         return self._head_numbers[key]
 
@@ -172,6 +205,9 @@ class _Region:
 
     def __init__(self, owner: RegionalModel, paths: tuple[str, ...]):
         self.owner, self.paths = owner, paths
+        shared = sequence.under_way()
+        # a step after the prompt has a token that all processes have
+        self.part = Part(owner.part.heads) if shared is None else dataclasses.replace(owner.part, tokens=shared.regime)
         self.run = torch_compat.compile_in_threads(_private(_run), backend=self._backend, dynamic=owner.dynamic, fullgraph=True)
         self._lock = threading.Lock()
         self._sizes: set[Any] = set()
@@ -202,7 +238,7 @@ class _Region:
     def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if (call := _active.get()) is not None:
             call.compiled = True
-        compiled = pipeline.compile_graph(gm, example_inputs, self.owner.config, self.owner.options, serves=self.paths)
+        compiled = pipeline.compile_graph(gm, example_inputs, self.owner.config, self.owner.options, serves=self.paths, part=self.part)
 
         def graph(*inputs: Any) -> Any:
             _release()
@@ -369,6 +405,7 @@ class _Call:
             (batch == 1, query_len == 1, hidden.dtype, hidden.device),
             (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hidden.requires_grad),
             part,
+            0 if (shared := sequence.under_way()) is None else shared.regime,
         )
         region = self.model.region(key, layer, part)
         if cache is not None:
@@ -478,14 +515,20 @@ def _asked(layer: Layer, config: Config, saved: SavedPlan | None) -> Any:
     return tuple(found), saved and saved.decisions_in(layer.path, measured)
 
 
-def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None) -> None:
-    """Lets calls of a model, which was compiled as a whole, go through regions; says why not where that cannot be."""
+def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None, text: Shard | None = None) -> None:
+    """Lets calls of a model, which was compiled as a whole, go through regions; says why not where that cannot be.
+
+    Raises:
+        UnsupportedError: it cannot be, and prompts are to be divided among processes (`text`).
+    """
     whole = model._compiled_call_impl
     if whole is None:
         raise ValueError("the model is not compiled")
     try:
-        regional = RegionalModel(model, config, whole, options, dynamic)
+        regional = RegionalModel(model, config, whole, options, dynamic, text)
     except NotShared as why:
+        if text is not None:
+            raise UnsupportedError(f"layers share no code: {why}", where="context parallelism") from None
         model._compiled_call_impl = WholeModel(whole, str(why))
         return
     for layer in regional.layers:
@@ -502,6 +545,12 @@ def remove(model: nn.Module) -> None:
             part._compiled_call_impl = None
 
 
+def shares_prompts(model: Any) -> Shard | None:
+    """This process's share of the prompts of a model that was compiled with a mesh; None where it has all of them."""
+    own = getattr(model, "_compiled_call_impl", None)
+    return own.divided.shard if isinstance(own, RegionalModel) and own.divided is not None else None
+
+
 def captured_like(model: nn.Module, config: Config, whole: Callable[..., Any]) -> Callable[..., Any]:
     """A separate call of the model with other settings, captured as its own calls are: layer by layer, or whole.
 
@@ -514,6 +563,6 @@ def captured_like(model: nn.Module, config: Config, whole: Callable[..., Any]) -
     if not isinstance(own, RegionalModel):
         return whole
     try:
-        return RegionalModel(model, config, whole, config, own.dynamic)
+        return RegionalModel(model, config, whole, config, own.dynamic, own.divided and own.divided.shard)
     except NotShared as why:
         return WholeModel(whole, str(why))

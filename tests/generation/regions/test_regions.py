@@ -497,3 +497,18 @@ def test_regions_that_inductor_compiles():
         for one, tokens in zip(inputs, want, strict=True):
             assert torch.equal(answer(model, one), tokens)
     assert rewritten(plans) == {(3, 3)}
+
+
+@torch.no_grad()
+def test_a_padded_prompt_without_a_cache_is_rewritten():
+    """Its mask has sizes of its own, which guards hold equal to the hidden states'."""
+    model, ids = build("llama"), torch.randint(3, VOCAB, (2, 200), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :61] = 0
+    want = model(ids, attention_mask=mask, use_cache=False).logits
+    sparsify.compile(model, **strict(passes=["dense"]))
+    with api.collect_plans() as plans:
+        got = model(ids, attention_mask=mask, use_cache=False).logits
+    assert [decision.method for plan in plans for decision in plan.decisions] == ["dense", "dense"]
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()

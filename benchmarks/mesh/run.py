@@ -1,0 +1,295 @@
+"""Several GPUs of one host beside one of them: a prompt that they share, dense attention around a ring, and decoding a divided model.
+
+    python -m benchmarks run mesh                      # two GPUs; starts torchrun by itself
+    python -m benchmarks run mesh --gpus 4 --parts prefill --prompts dense:131072 0.05:524288
+    python -m benchmarks run mesh --device cpu --shape tiny --prompts dense:2048 0.5:2048 --decode 512 --tokens 8
+
+prefill: a model of Llama-3.1-8B's shape with random weights reads a prompt, exactly ("dense") or with a share of the blocks, on one GPU and
+then on all, the prompt divided (`sparsify.compile(mesh=...)`). Random weights attend to everything: the blocks that a GPU's rows visit
+together are nearly all, so that what travels is the most that can travel.
+ring: dense causal attention of one layer of that shape, ours beside torch's own context parallelism, in turns.
+decode: tokens through `generate()` over a cache of so many random keys, every key kept, on one GPU and divided by transformers' `tp_plan`.
+
+Times are the slowest process's. Appends to results/mesh.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import sparsify
+from benchmarks.lib import records
+from benchmarks.lib.clock import reason
+from benchmarks.lib.models import HEAD_DIM, HEADS, KV_HEADS, SHAPES, build, clean, peak_bytes
+from benchmarks.mesh import Mesh
+from sparsify.api import record_density
+from sparsify.generation.compat import with_cache
+from sparsify.generation.regions import regional
+
+ROOT = Path(__file__).parents[2]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", default=["prefill", "ring", "decode"], choices=["prefill", "ring", "decode"])
+    parser.add_argument(
+        "--prompts", nargs="+", default=["dense:131072", "0.1:131072", "0.05:524288"], help="dense or a density, and tokens"
+    )
+    parser.add_argument("--ring", type=int, nargs="+", default=[131072], help="tokens of the layer")
+    parser.add_argument("--decode", type=int, default=131072, help="tokens before the generated ones")
+    parser.add_argument("--tokens", type=int, default=128, help="generated in a call")
+    parser.add_argument("--repeats", type=int, default=2, help="calls after the first; prompts of 256K and more are timed once")
+    parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="also measure one GPU")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=records.RESULTS / "mesh.jsonl")
+    return parser.parse_args(arguments)
+
+
+class Bench:
+    """A run of one process among the others."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.cuda = options.device == "cuda"
+        self.failed = 0
+
+    def record(self, measure: Callable[[], dict[str, Any]], **facts: Any) -> None:
+        """Measures and appends what was found, or why nothing was."""
+        options = self.options
+        layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+        try:
+            found = measure()
+        except Exception as error:
+            traceback.print_exc()
+            self.failed += 1
+            found = {"error": reason(error)}
+        clean(options.device)
+        if self.rank == 0:
+            line = records.append(options.out, Mesh(shape=options.shape, layers=layers, **facts, **found))
+            shown = ("part", "variant", "length", "gpus", "requested_density", "ms", "first_call_ms", "density", "sent_bytes", "error")
+            print({key: line.get(key) for key in shown}, flush=True)
+
+    def ms(self, run: Callable[[], Any], among: bool) -> tuple[float, Any]:
+        """Milliseconds of a call, of the slowest of all processes where they run it together; and its result."""
+        if among:
+            dist.barrier()
+        self.wait()
+        begin = time.perf_counter()
+        result = run()
+        self.wait()
+        took = torch.tensor(1e3 * (time.perf_counter() - begin), device=self.options.device)
+        if among:
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+        return took.item(), result
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def added(self, numbers: dict[str, int]) -> dict[str, int]:
+        """Sums over all processes; all have the same names."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, numbers)
+        return {name: sum(one.get(name, 0) for one in found) for name in sorted({name for one in found for name in one})}
+
+    def ways(self) -> Iterator[tuple[int, bool]]:
+        """How many GPUs, and whether this process takes part; the others wait meanwhile."""
+        if self.options.alone:
+            yield 1, self.rank == 0
+            dist.barrier()
+        yield self.size, True
+
+    def prefill(self) -> None:
+        """Prompts read by one GPU and by all."""
+        options = self.options
+        model = build(options.shape, options.layers, options.device)
+        generator = torch.Generator().manual_seed(0)
+        longest = max(int(one.partition(":")[2]) for one in options.prompts)
+        ids = torch.randint(0, model.config.vocab_size, (1, longest), generator=generator).to(options.device)
+        likeliest: dict[str, Tensor] = {}
+        for gpus, takes_part in self.ways():
+            for prompt in options.prompts if takes_part else ():
+                kind, _, length = prompt.partition(":")
+                density = None if kind == "dense" else float(kind)
+                facts = {"part": "prefill", "variant": kind if density is None else "xattention", "length": int(length)}
+                measure = lambda: self._prompt(model, ids[:, : int(length)], density, gpus, likeliest, prompt)  # noqa: B023  (called at once)
+                self.record(measure, **facts, gpus=gpus, requested_density=density)
+        regional.remove(model)
+
+    @torch.no_grad()
+    def _prompt(self, model: Any, ids: Tensor, density: float | None, gpus: int, likeliest: dict[str, Tensor], name: str) -> dict[str, Any]:
+        settings = {"passes": ["dense"]} if density is None else {"passes": ["xattention", "dense"], "xattention": {"density": density}}
+        mesh = dist.init_device_mesh(self.options.device, (gpus,), mesh_dim_names=("cp",)) if gpus > 1 else None
+        sparsify.compile(model, mesh=mesh, min_length=0, strict=True, progress=False, **settings)
+        read = lambda: model(ids, use_cache=False, logits_to_keep=1).logits
+        clean(self.options.device)
+        long = ids.shape[1] >= 1 << 18
+        warm = ids[:, : 1 << 16] if long else ids
+        with record_density() as densities:
+            first, logits = self.ms(lambda: model(warm, use_cache=False, logits_to_keep=1).logits, gpus > 1)
+        times = []
+        for _ in range(1 if long else self.options.repeats):
+            took, logits = self.ms(read, gpus > 1)
+            times.append(took)
+        found: dict[str, Any] = {"ms": statistics.median(times), "times_ms": times, "first_call_ms": None if long else first}
+        if densities:
+            found["density"] = sum(densities) / len(densities)
+        own = model._compiled_call_impl
+        if gpus > 1:
+            found["sent_bytes"] = self.added(own.divided.last.sent)
+        if name in likeliest:
+            found["same_token"] = bool((likeliest[name] == logits.argmax(-1)).all())
+        elif self.rank == 0:
+            likeliest[name] = logits.argmax(-1)
+        return found | {"peak_bytes": peak_bytes(self.options.device)}
+
+    def ring(self) -> None:
+        """Dense attention of one layer, ours and torch's."""
+        for length in self.options.ring:
+            for variant, run in (("sparsify", self._ours), ("torch context_parallel", self._torchs)):
+                self.record(lambda: run(length), part="ring", variant=variant, length=length, gpus=self.size)  # noqa: B023
+
+    def _operands(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        heads, kv_heads = (HEADS, KV_HEADS) if self.options.shape == "8b" else (4, 2)
+        generator = torch.Generator(self.options.device).manual_seed(0)
+        dtype = torch.bfloat16 if self.cuda else torch.float32
+        make = lambda n: torch.randn(1, n, length, HEAD_DIM, generator=generator, device=self.options.device, dtype=dtype)
+        return make(heads), make(kv_heads), make(kv_heads)
+
+    def _timed(self, run: Callable[[], Any]) -> dict[str, Any]:
+        first, _ = self.ms(run, True)
+        times = [self.ms(run, True)[0] for _ in range(5)]
+        return {"ms": statistics.median(times), "times_ms": times, "first_call_ms": first}
+
+    @torch.no_grad()
+    def _ours(self, length: int) -> dict[str, Any]:
+        from sparsify.distributed import sequence
+        from sparsify.distributed.shards import Shard
+        from sparsify.ops.attention import AttentionCall
+
+        group = dist.group.WORLD
+        division = sequence.Division.of(length, Shard(self.rank, self.size, group.group_name))
+        query, key, value = (division.own(tensor, 2) for tensor in self._operands(length))
+        call = AttentionCall(query, key, value, scale=HEAD_DIM**-0.5, causal=True, sequence=division.shard.group)
+        with sequence.dividing(division):
+            found = self._timed(call.run)
+            division.sent.clear()
+            call.run()
+        return found | {"sent_bytes": self.added(division.sent)}
+
+    @torch.no_grad()
+    def _torchs(self, length: int) -> dict[str, Any]:
+        from torch.distributed.tensor.experimental import context_parallel
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        query, key, value = self._operands(length)
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))  # it takes no groups
+        mesh = dist.init_device_mesh(self.options.device, (self.size,))
+        buffers = [query, key, value]
+        backends = SDPBackend.FLASH_ATTENTION if self.cuda else SDPBackend.MATH
+        inside = context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2], no_restore_buffers=set(buffers))
+        with inside, sdpa_kernel(backends):
+            return self._timed(lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+    def decode(self) -> None:
+        """Tokens of a whole model on one GPU, and of a divided one on all."""
+        options = self.options
+        for gpus, takes_part in self.ways():
+            if takes_part:
+                facts = {"part": "decode", "variant": "generate", "length": options.decode, "gpus": gpus}
+                self.record(lambda: self._tokens(gpus), **facts)  # noqa: B023
+
+    @torch.no_grad()
+    def _tokens(self, gpus: int) -> dict[str, Any]:
+        options = self.options
+        model: Any = build(options.shape, options.layers, options.device)
+        if gpus > 1:
+            from transformers.distributed import DistributedConfig
+
+            config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=gpus, tp_plan="auto"))
+            model = type(model).maybe_distribute_model(model, config, mesh)
+        sparsify.compile(model, progress=False, exact=True)
+        cache = filled(model, options.decode, options.tokens, options.device)
+        ids = torch.randint(3, model.config.vocab_size, (1, options.decode + 1), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(options.device)
+        given = {"max_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+        def call() -> Tensor:
+            empty(cache, options.decode)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **given, **with_cache(model, cache))
+
+        first, _ = self.ms(call, gpus > 1)
+        times = [self.ms(call, gpus > 1)[0] / options.tokens for _ in range(3)]
+        found = {"ms": statistics.median(times), "times_ms": times, "first_call_ms": first}
+        return found | {"peak_bytes": peak_bytes(options.device)}
+
+
+def filled(model: Any, length: int, tokens: int, device: str) -> sparsify.SparseCache:
+    """A cache with room for `length` tokens and those that are generated, full of random numbers."""
+    cache = sparsify.SparseCache(model.config, "full", length + 1 + tokens, batch_size=1, device=device, dtype=model.dtype)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
+
+
+def empty(cache: sparsify.SparseCache, length: int) -> None:
+    """Puts a cache back to `length` tokens."""
+    for layer in cache.layers:
+        slots = torch.arange(layer.keys.shape[2], dtype=torch.int32, device=layer.keys.device)
+        layer.positions.copy_(torch.where(slots < length, slots, -1))
+        layer.counts.fill_(length)
+        layer.seen.fill_(length)
+        layer.length.fill_(length)
+        layer.started = True
+    cache.recount()
+
+
+def _join(options: argparse.Namespace) -> None:
+    """Joins the processes that torchrun started."""
+    if options.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=datetime.timedelta(minutes=5), device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if "RANK" not in os.environ:
+        given = sys.argv[sys.argv.index("mesh") + 1 :] if arguments is None else arguments
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}", "-m", "benchmarks.mesh.run", *given]
+        return subprocess.run([sys.executable, *launch], cwd=ROOT).returncode
+    _join(options)
+    bench = Bench(options)
+    for part in options.parts:
+        getattr(bench, part)()
+        clean(options.device)
+        dist.barrier()
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+    return 1 if bench.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Models whose prompts are divided: each process returns what one process returns, and keeps its part of the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import context_parallel, processes
+from tests.support.cache_reference import left_padded, text
+
+METHODS = {
+    "dense": {"passes": ["dense"]},
+    "xattention": {"passes": ["xattention", "dense"], "xattention": {"threshold": 0.6}},
+    "density": {"passes": ["xattention", "dense"], "xattention": {"density": 0.4}},
+    "sink_window": {"passes": ["sink_window", "dense"], "sink_window": {"sinks": 2, "window": 40}},
+}
+
+
+def cases(length: int, names: list[str], *more: dict) -> dict:
+    masks = (None, left_padded([length, length - 61]))
+    return {
+        f"{name} {mask is not None} {options}": (text(2, length), mask, METHODS[name], options)
+        for name in names
+        for mask in masks
+        for options in more
+    }
+
+
+def compare_prompts(count: int, family: str, given: dict, **overrides) -> dict:
+    want = context_parallel.prompts(family, given, False, overrides)
+    for found in processes.run(count, context_parallel.prompts, family, given, True, overrides):
+        for name, (logits, methods) in found.items():
+            mask = given[name][1]
+            real = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask.bool()[:, -logits.shape[1] :]
+            torch.testing.assert_close(logits[real], want[name][0][real], atol=3e-5, rtol=1e-4, msg=lambda t, name=name: f"{name}: {t}")
+            assert methods == want[name][1]
+    return want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, length", [(2, 700), (4, 1100)])
+def test_a_prompt_gives_what_one_process_gives(count, length):
+    want = compare_prompts(count, "llama", cases(length, list(METHODS), {}, {"logits_to_keep": 3}))
+    dense, others = want["dense False {}"][0], [want[f"{name} False {{}}"][0] for name in METHODS if name != "dense"]
+    assert all((one - dense).abs().max() > 1e-2 for one in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, overrides", [("qwen3", {}), ("llama", {"num_key_value_heads": 4}), ("mistral_window", {})])
+def test_families(family, overrides):
+    compare_prompts(2, family, cases(601, ["dense"] if overrides == {} else ["xattention"], {}), **overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [16, 129, 260])
+def test_short_and_uneven_prompts(length):
+    compare_prompts(4, "llama", {"dense": (text(1, length), None, METHODS["dense"], {})})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, length", [(2, 700), (4, 1100)])
+def test_generated_tokens_are_those_of_one_process(count, length):
+    given = cases(length, ["dense", "xattention"], {}, {"do_sample": True})
+    want = context_parallel.tokens("llama", given, False, {})
+    found = processes.run(count, context_parallel.tokens, "llama", given, True, {})
+    for name in given:
+        assert all(torch.equal(one[name][0], want[name][0]) for one in found), name
+        kept = torch.tensor([one[name][1] for one in found])
+        assert kept.sum(0).tolist() == want[name][1]  # every token is kept by one process
+        assert (kept < length).all()

@@ -1,0 +1,59 @@
+"""Tiny models whose prompts the processes of the default group share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import sparsify
+from sparsify import api
+from tests.support.harness import holding, strict
+from tests.support.tensor_parallel import whole
+
+
+@contextlib.contextmanager
+def compiled(model: torch.nn.Module, options: dict[str, Any], divided: bool) -> Generator[list[Any]]:
+    """The model compiled, its prompts divided among all processes or not; its plans."""
+    torch._dynamo.reset()
+    size = torch.distributed.get_world_size() if divided else 1
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",)) if divided else None
+    sparsify.compile(model, mesh=mesh, **strict(**options))
+    try:
+        with api.collect_plans() as plans, torch.no_grad():
+            yield plans
+    finally:
+        torch._dynamo.reset()
+
+
+def prompts(family: str, cases: dict[str, Any], divided: bool, overrides: dict[str, Any]) -> dict[str, tuple[Tensor, list[Any]]]:
+    """By case (tokens, padding mask, options, further arguments of the call) the logits, and each site's method."""
+    found = {}
+    for name, (ids, mask, options, more) in cases.items():
+        model: Any = whole(family, **overrides)
+        given = {} if mask is None else {"attention_mask": mask}
+        with compiled(model, options, divided) as plans:
+            logits = model(ids, **{"use_cache": False, **given, **more}).logits
+        found[name] = logits, [decision.method for plan in plans for decision in plan.decisions]
+    return found
+
+
+def tokens(family: str, cases: dict[str, Any], divided: bool, overrides: dict[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
+    """By case (tokens, padding mask, options, arguments of generate) what is generated, and how many keys each row's cache holds here."""
+    found = {}
+    for name, (ids, mask, options, more) in cases.items():
+        model: Any = whole(family, **overrides)
+        given = {} if mask is None else {"attention_mask": mask}
+        cache = sparsify.SparseCache(model.config, "full")
+        torch.manual_seed(3)
+        with compiled(model, options, divided):
+            alone = model.generate(ids, max_new_tokens=9, **{"do_sample": False, **given, **more})
+            torch.manual_seed(3)
+            with_cache = model.generate(ids, max_new_tokens=9, **{"do_sample": False, **given, **more}, **holding(cache))
+        assert torch.equal(alone, with_cache)
+        found[name] = alone, cache.layers[1].counts[:, 0].tolist()
+    return found

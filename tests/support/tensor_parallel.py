@@ -1,0 +1,71 @@
+"""Tiny models that tensor parallelism divides among the processes of the default group."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from transformers.distributed import DistributedConfig
+
+import sparsify
+from sparsify import SparseCache, api
+from tests.support.harness import holding, strict
+from tests.support.tiny_models import build, spread_weights
+
+
+def whole(family: str, **overrides: Any) -> torch.nn.Module:
+    """The model of one process."""
+    model = build(family, **overrides)
+    spread_weights(model)
+    return model
+
+
+def divided(family: str, **overrides: Any) -> torch.nn.Module:
+    """The same model, of which each process has its part by transformers' own plan, as `from_pretrained` makes it."""
+    model: Any = whole(family, **overrides)
+    size = torch.distributed.get_world_size()
+    config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=size, tp_plan="auto"))
+    return type(model).maybe_distribute_model(model, config, mesh)
+
+
+def outcome(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], whole: bool = False) -> Any:
+    """Logits of a prompt by a compiled model, and its plans' capture and method of each site."""
+    given = {} if mask is None else {"attention_mask": mask}
+    with compiled(model, options, whole) as plans:
+        logits = model(ids, use_cache=False, **given).logits
+    return logits, [(plan.capture, [decision.method for decision in plan.decisions]) for plan in plans]
+
+
+def tokens(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], cache: dict[str, Any] | None, **more: Any
+) -> Any:
+    """Generated tokens by a compiled model. cache: arguments of a SparseCache; None: generate() makes its own."""
+    given = {} if mask is None else {"attention_mask": mask}
+    given |= {} if cache is None else holding(SparseCache(model.config, **cache))
+    torch.manual_seed(3)
+    with compiled(model, options, False) as plans:
+        found = model.generate(ids, max_new_tokens=12, **{"do_sample": False, **given, **more})
+    return found, sorted({decision.method or "" for plan in plans for decision in plan.decisions})
+
+
+@contextlib.contextmanager
+def compiled(model: torch.nn.Module, options: dict[str, Any], whole: bool) -> Generator[list[Any]]:
+    """The model compiled by `sparsify.compile`, without gradients, for one use; its plans."""
+    torch._dynamo.reset()
+    sparsify.compile(model, whole=whole, **strict(**options))
+    try:
+        with api.collect_plans() as plans, torch.no_grad():
+            yield plans
+    finally:
+        torch._dynamo.reset()
+
+
+def all_of(function: str, family: str, cases: dict[str, tuple[Any, ...]], split: bool, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What `outcome` or `tokens` gives in each of the cases, by one process or, split, by each of several."""
+    results = {}
+    for name, (ids, mask, options, *more) in cases.items():
+        model = (divided if split else whole)(family, **overrides)
+        results[name] = globals()[function](model, ids, mask, options, *more)
+    return results
