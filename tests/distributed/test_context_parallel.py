@@ -10,8 +10,8 @@ from tests.support.cache_reference import left_padded, text
 
 METHODS = {
     "dense": {"passes": ["dense"]},
-    "xattention": {"passes": ["xattention", "dense"], "xattention": {"threshold": 0.6}},
-    "density": {"passes": ["xattention", "dense"], "xattention": {"density": 0.4}},
+    "xattention": {"passes": ["xattention", "dense"], "xattention": {"threshold": 0.1}},
+    "density": {"passes": ["xattention", "dense"], "xattention": {"density": 0.2}},
     "sink_window": {"passes": ["sink_window", "dense"], "sink_window": {"sinks": 2, "window": 40}},
 }
 
