@@ -283,3 +283,12 @@ def _cells(division: Division, call: SparseAttentionCall) -> Tensor:
     members = torch.distributed.get_process_group_ranks(division.group)
     torch.distributed.broadcast(tail, members[owner], group=division.group)
     return torch.cat((found, tail), 2)
+
+
+def _serve(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    call = AttentionCall.bind(*args, **options)
+    call.check()
+    return attention(call) if call.sequence else registration.attend(call)
+
+
+registration.register("attention", _serve)

@@ -71,16 +71,6 @@ def attend(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) ->
     return output, lse
 
 
-def _checked_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionCall.bind(*args, **options)
-    call.check()
-    if call.sequence:
-        from sparsify.backends import divided
-
-        return divided.attention(call)
-    return attend(call)
-
-
 @functools.cache
 def _warn_dense() -> None:
     log.warning("select_blocks ran out of memory: every block is visited, so attention is dense (strict = true raises instead)")
@@ -142,7 +132,6 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return call
 
 
-register("attention", _checked_attention)
 register("select_blocks", _checked_select)
 register("linear", _checked_linear)
 register("ffn", _observed(_served("ffn")))

@@ -19,7 +19,6 @@ from sparsify.graph import unforeseen
 from sparsify.graph.compat import symbol_values
 from sparsify.graph.typed_torch import symbolic_node
 from sparsify.matching.base import CACHE_SUFFIX, Site, SiteKind
-from sparsify.matching.sites import AttentionSite
 from sparsify.planning import objective
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision, Place, places
@@ -203,8 +202,9 @@ def _proposed(site: Site, candidates: list[Pass], config: Config, context: Conte
 
 def _asked(method: Pass, site: Site, context: Context) -> Proposal | Refusal | tuple[Proposal, ...]:
     try:
-        if context.heads is not None and isinstance(site, AttentionSite) and isinstance(site.query_heads, int):
-            method = method.of_heads(context.heads, site.query_heads)
+        local = getattr(site, "query_heads", None)
+        if context.heads is not None and isinstance(local, int):
+            method = method.of_heads(context.heads, local)
         return method.propose(site, context)
     except SparsifyError:
         raise
