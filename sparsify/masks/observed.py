@@ -83,6 +83,14 @@ def observe(mask: Tensor) -> Observed | None:
     return None
 
 
+def is_bias(mask: Tensor) -> bool:
+    """Whether a real tensor of at least one element holds more than two numbers: those of a mask are two."""
+    if not mask.dtype.is_floating_point or mask.numel() == 0:
+        return False
+    low, high = torch.aminmax(mask)
+    return not bool(((mask == low) | (mask == high) | mask.isnan()).all())
+
+
 def _number(value: Tensor) -> float | int | bool:
     return value.item()
 

@@ -6,6 +6,7 @@ record holds:
     causal      k <= q + query_start
     window      k >  q + query_start - window
     padding     padding[b, k + shift] != 0, or another comparison with a number
+    rows        padding[b, q + query_start + shift] != 0, or the same other comparison
     documents   documents[b, k] == documents[b, q + query_start]
 """
 
@@ -66,9 +67,11 @@ class MaskPredicate:
     query_start: key position of the first query row.
     window: number of last tokens that each row sees, its own included; None without the clause. A window that covers all keys is dropped.
     padding: tensor that says which keys are tokens; None without the clause.
+    rows: whether a row whose own key the padding hides sees no key.
     documents: tensor of document numbers, or of any number by which keys are grouped, such as that of a chunk; None without the clause.
     condition: the sympy condition on (b, h, q, k) as text, for reports.
     reason: why the mask is OPAQUE.
+    adds: of an OPAQUE float mask, whether it was read and adds numbers that scores may reach: a bias.
     inputs: of an OPAQUE mask, the inputs of the graph that it is made from, or views of them: what is the last to share their memory.
     """
 
@@ -81,6 +84,8 @@ class MaskPredicate:
     condition: str = ""
     reason: str = ""
     inputs: tuple[fx.Node, ...] = field(default=(), repr=False)
+    rows: bool = False
+    adds: bool = False
 
     @property
     def opaque(self) -> bool:
@@ -102,7 +107,7 @@ class MaskPredicate:
         if self.window is not None:
             words.append(f"window {self.window}")
         if self.padding is not None:
-            words.append("padding")
+            words.append("padding of rows and keys" if self.rows else "padding")
         if self.documents is not None:
             words.append("documents")
         return ", ".join(words) or "none"

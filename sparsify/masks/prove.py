@@ -103,6 +103,10 @@ def top_left_causal(extents: Extents, shape_env: object) -> MaskPredicate:
 Form = Literal["mask", "hidden", "ones"]
 
 
+class Adds(Unreadable):
+    """A float mask adds a number that scores may reach."""
+
+
 def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memory: Memory, shape_env: object) -> MaskPredicate:
     """Proves the conjunction of a site's masks: a key is visible where all of them show it.
 
@@ -124,7 +128,7 @@ def prove(masks: Sequence[tuple[fx.Node, Form, fx.Node]], extents: Extents, memo
         proof = _Proof(masks, extents, memory, shape_env)
         found = proof.run()
     except Exception as why:
-        found = opaque(describe_failure(why))
+        found = dataclasses.replace(opaque(describe_failure(why)), adds=isinstance(why, Adds))
     return dataclasses.replace(found, inputs=proof.inputs()) if proof is not None and found.opaque else found
 
 
@@ -136,6 +140,7 @@ class _Clauses:
     lower: bounds l with k - q >= l.
     limits: bounds m with k <= m.
     padding: conditions on tensors read at the key.
+    rows: conditions on tensors read at the query.
     documents: pairs of numbers, one of the key and one of the query, that must be equal.
     """
 
@@ -143,6 +148,7 @@ class _Clauses:
     lower: list[sympy.Expr] = field(default_factory=list)
     limits: list[sympy.Expr] = field(default_factory=list)
     padding: list[Boolean] = field(default_factory=list)
+    rows: list[Boolean] = field(default_factory=list)
     documents: list[tuple[sympy.Expr, sympy.Expr]] = field(default_factory=list)
 
 
@@ -205,11 +211,12 @@ class _Proof:
             offset = self.offset(start)
             self.check_limits(clauses, causal, offset)
             padding, documents = self.padding(clauses), self.documents(clauses, offset)
+            self.check_rows(clauses, offset)
         except Exception as why:
             return opaque(describe_failure(why), text)
         if not causal and window is None and padding is None and documents is None:
             return MaskPredicate(MaskKind.NONE, condition=text)
-        return MaskPredicate(MaskKind.PROVED, causal, start, window, padding, documents, condition=text)
+        return MaskPredicate(MaskKind.PROVED, causal, start, window, padding, documents, condition=text, rows=bool(clauses.rows))
 
     def unpack(self, clauses: list[Boolean]) -> list[Boolean]:
         """Replaces p[k] - p[q] by k - q within one run of consecutive positions p (packed sequences)."""
@@ -242,6 +249,8 @@ class _Proof:
             found.documents.append(pair)
         elif not clause.free_symbols & {QUERY, HEAD} and KEY in clause.free_symbols | self.fixed():
             found.padding.append(clause)
+        elif QUERY in clause.free_symbols and loads(clause) and not clause.free_symbols & {KEY, HEAD}:
+            found.rows.append(clause)
         else:
             raise Unreadable(self.why(clause))
 
@@ -389,11 +398,26 @@ class _Proof:
         return int(width), start
 
     def check_limits(self, clauses: _Clauses, causal: bool, offset: sympy.Expr) -> None:
+        """What is not implied and depends on data is a padding clause: a number of keys for each row of the batch."""
         for limit in clauses.limits:
             vacuous = self.facts.holds(sympy.Ge(limit, self.key_len - 1))
             implied = causal and self.facts.holds(sympy.Le(sympy.expand(self.query_len - 1 + offset - limit), 0))
-            if not vacuous and not implied:
+            if loads(limit) and not vacuous and not implied:
+                clauses.padding.append(sympy.Lt(KEY, sympy.expand(limit + 1)))
+            elif not vacuous and not implied:
                 raise Unreadable(f"keys end at {limit}, which the causal clause does not imply")
+
+    def check_rows(self, clauses: _Clauses, offset: sympy.Expr) -> None:
+        """Refuses conditions on rows that are not the padding's at the row's own key."""
+        if not clauses.rows:
+            return
+        own = offset if QUERY in self.fixed() else offset + QUERY
+        if {*clauses.rows} != {replaced(clause, {KEY: own}) for clause in clauses.padding}:
+            raise Unreadable(self.why(sympy.And(*clauses.rows)))
+        if clauses.documents:
+            raise Unreadable("padding of rows beside documents")
+        if not self.facts.holds(sympy.Ge(offset, 0)) or not self.facts.holds(sympy.Le(offset + self.query_len, self.key_len)):
+            raise Unreadable("padding of rows that have no key of their own")
 
     def padding(self, clauses: _Clauses) -> Leaf | None:
         wanted: Boolean = sympy.And(*dict.fromkeys(self.held(clause) for clause in clauses.padding))
@@ -508,7 +532,7 @@ def additive(element: Element, dtype: torch.dtype) -> Boolean:
         if value == 0:
             visible.append(condition)
         elif not (value == -sympy.oo or (value.is_finite and typing.cast(sympy.Expr, value) <= sympy.Rational(lowest))):
-            raise Unreadable(f"the mask adds {float(typing.cast(sympy.Expr, value)):g}")
+            raise Adds(f"the mask adds {float(typing.cast(sympy.Expr, value)):g}")
     return sympy.Or(*visible)
 
 

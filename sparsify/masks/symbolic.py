@@ -27,8 +27,8 @@ from sparsify.graph.typed_torch import FLOOR_DIV, SYMBOLIC_MAX, SYMBOLIC_MIN, ex
 BATCH, HEAD, QUERY, KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
 MAX_CASES = 32
 # Assumptions by which overflow is excluded where no narrower bound is known: a symbolic size stays below LONGEST, any other symbolic
-# integer and 64-bit integers read from tensors below MOST.
-LONGEST, MOST = 2**28, 2**61
+# integer and 64-bit integers read from tensors below MOST, those that are multiplied with each other below ROOT.
+LONGEST, MOST, ROOT = 2**28, 2**61, 2**30
 # Largest window: positions, windows and their sums fit into 32 bits.
 FURTHEST = 2**30
 # sympy's symbols are Booleans too, so `Boolean` itself does not tell conditions from numbers
@@ -138,6 +138,10 @@ def compare(relation: type[Relational], left: sympy.Expr, right: sympy.Expr) -> 
     difference = sympy.expand(left - right)
     if difference.is_number:
         return relation(difference, sympy.Integer(0))
+    whole = [f for f in difference.args if f.is_number or (isinstance(f, AppliedUndef) and f.is_integer)]
+    if difference.is_Mul and relation in (sympy.Ne, sympy.Eq) and len(whole) == len(difference.args):
+        factors = [relation(f, sympy.Integer(0)) for f in difference.args if not f.is_number]
+        return sympy.And(*factors) if relation is sympy.Ne else sympy.Or(*factors)
     distances = difference.atoms(sympy.Abs)
     if len(distances) == 1 and relation in (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge):
         (distance,) = distances
@@ -302,7 +306,8 @@ class Facts:
         if expr.is_Add:
             return sum(parts)
         if expr.is_Mul:
-            return math.prod(parts)
+            several = sum(isinstance(part, AppliedUndef) for part in expr.args) > 1
+            return math.prod(min(n, ROOT) if several and isinstance(part, AppliedUndef) else n for n, part in zip(parts, expr.args))
         if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0:
             return parts[0] ** int(expr.exp)
         if expr.func in _NO_LARGER:

@@ -20,14 +20,20 @@ from sparsify.masks.prove import SOURCES, Extents, Form
 from sparsify.masks.reader import Reader
 from sparsify.masks.symbolic import BATCH, CONDITION, HEAD, KEY, QUERY, Cases, Facts, Unreadable, loads, scalar, sizes
 
+NUMBERS = "sparsify_numbers"  # in the meta of a float input that holds more numbers than masks do
 _SUMS = (operator.add, torch.add, "add")
-# by the words of their operators: steps that keep the numbers of a tensor, products, and sums or choices, which keep those of all terms
+# by the words of their operators: steps that keep the numbers of a tensor or change each, those that give several, products, sums, which
+# keep the numbers of all terms, and choices
 _SAME = {
     *("to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "getitem", "select", "narrow", "squeeze"),
-    *("unsqueeze", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "expand", "expand_as", "repeat", "neg"),
+    *("pad", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "expand", "expand_as", "repeat"),
+    *("unsqueeze", "neg"),
 }
+_SPLITS = {"split", "chunk", "unbind", "tensor_split"}
 _FACTORS = {"mul", "imul", "truediv", "itruediv", "div"}
-_TERMS = {"add", "iadd", "sub", "isub", "masked_fill", "where"}
+_POINTWISE = {"exp", "softplus", "sigmoid", "tanh", "relu", "silu", "gelu", "log", "log1p", "sqrt", "square", "sin", "cos"}
+_TERMS = {"add", "iadd", "sub", "isub"}
+_FILLS = {"masked_fill", "where"}
 
 
 class _Reading:
@@ -143,11 +149,13 @@ def of_scores(bias: fx.Node, extents: Extents, flat: bool = False) -> bool:
 
 
 def computed(bias: fx.Node) -> bool:
-    """Whether a product or a table of the model gives a tensor's floats, by steps that hide nothing: then it is no mask."""
+    """Whether a product or a table of the model gives a tensor's floats: then it is no mask, though one may be put into it."""
     return _computed(bias, {})
 
 
 def _computed(value: object, known: dict[fx.Node, bool]) -> bool:
+    if isinstance(value, fx.Node) and operator_word(value) in _SPLITS:
+        return _computed(value.args[0], known)
     if not isinstance(value, fx.Node) or (tensor := tensor_of(value)) is None or not tensor.dtype.is_floating_point:
         return False
     if value not in known:
@@ -159,14 +167,20 @@ def _computed(value: object, known: dict[fx.Node, bool]) -> bool:
 def _step_is_computed(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
     word = operator_word(node).removesuffix("_")
     operands = [*node.args, *node.kwargs.values()]
+    if node.meta.get(NUMBERS):
+        return True
+    if word == "einsum" and len(node.all_input_nodes) == 1:  # an order of dimensions
+        return _computed(node.all_input_nodes[0], known)
     if word in SOURCES or (word == "getitem" and _looks_up(operands[1])):
         return True
-    if word in _SAME:
+    if word in _SAME | _POINTWISE:
         return _computed(operands[0], known)
     if word in _FACTORS:
         return any(_computed(one, known) for one in operands)
+    if word in _FILLS and any(_computed(one, known) for one in operands if tensor_of(one) is not None):
+        return True
     if word in _TERMS:
-        terms = [one for one in operands if not _is_small(one) and not _is_condition(one)]
+        terms = [one for one in operands if not _is_small(one)]
         return bool(terms) and all(_computed(one, known) for one in terms)
     return False
 
@@ -180,11 +194,6 @@ def _looks_up(index: object) -> bool:
 def _is_small(value: object) -> bool:
     """Whether a number is none by which masks hide."""
     return isinstance(value, (int, float)) and abs(value) < 1000
-
-
-def _is_condition(value: object) -> bool:
-    tensor = tensor_of(value)
-    return tensor is not None and tensor.dtype is torch.bool
 
 
 def _slopes(reading: _Reading, element: sympy.Expr | None) -> Slopes | None:

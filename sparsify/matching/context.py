@@ -69,7 +69,8 @@ class MatchContext:
             reader: the node that adds it. output: the site's, where its operands are read.
             shift_sensitive: as in `scores.Term`.
         """
-        if not example_tensor(mask).dtype.is_floating_point or self.memory.written_between(mask, None, reader):
+        # what a node's own step writes in place is its value
+        if not example_tensor(mask).dtype.is_floating_point or self.memory.written_between(mask, mask, reader):
             return None
         for node, condition in biases.parts(mask, self.shape_env):
             masks = ((*condition, mask),) if condition is not None else ()
@@ -78,7 +79,8 @@ class MatchContext:
             slopes = biases.alibi_slopes(node, output, extents, self.memory, self.shape_env)
             if slopes is not None and (slopes.constant == 0 or not shift_sensitive):
                 return Bias(slopes.node, (), masks)
-            if biases.of_scores(node, extents) and not self.memory.written_between(node, None, output):
+            adds = node is mask and biases.per_row(example_tensor(node), extents) and self.proof([(mask, "mask", reader)], extents).adds
+            if (adds or biases.of_scores(node, extents)) and not self.memory.written_between(node, node, output):
                 filled = bool(masks) and not example_tensor(masks[0][0]).dtype.is_floating_point
                 return Bias(None, (ScoreBias(node, on_hidden=not filled),), masks)
         return None

@@ -43,6 +43,7 @@ from sparsify.matching.eager_ops import (
     product_factors,
     products,
     softmax_arguments,
+    unread,
     why_not_over_keys,
 )
 from sparsify.matching.facts import autocast_to, bare_site
@@ -115,10 +116,12 @@ class _WrittenOut:
     def weights(self) -> None:
         here = self.softmax
         while here is not self.product:
-            if len(here.users) != 1:
+            idle = unread(here)
+            readers = [user for user in here.users if user not in idle]
+            if len(readers) != 1:
                 raise NoMatch("the attention weights are used elsewhere too")
-            self.chain.nodes.append(here)
-            self.weighted, user = here, next(iter(here.users))
+            self.chain.nodes += [here, *idle]
+            self.weighted, user = here, readers[0]
             if (tensor := tensor_of(user)) is None or not tensor.dtype.is_floating_point:
                 raise NoMatch("the weights become integers")
             if user.target in DROPOUT:
@@ -391,9 +394,10 @@ class _WrittenOut:
             elif len(self.chain.terms) > 1 or term.flat:
                 proof = context.proof([whole], extents)
                 unread = f": {proof.reason}" if proof.reason else ""
+                proofs = [context.proof([(one.node, "mask", one.reader)], extents) for one in self.chain.terms]
                 raise NoMatch(
                     f"the scores carry a bias that is neither slope times key position nor one number per key, nor a mask{unread}",
-                    proof.inputs,
+                    tuple(dict.fromkeys(node for one in proofs for node in one.inputs)),
                 )
             else:
                 found.masks.append(whole)
@@ -417,9 +421,14 @@ class _WrittenOut:
     def is_bias(self, term: Term, extents: Extents, output: fx.Node) -> bool:
         """One row of a mask that is made in the graph is taken apart instead: it may say which keys come first."""
         one_row = extents.query_len == 1 and term.factor == 1.0 and not term.flat
-        if (one_row and self.taken_apart(term, extents, output)) or self.context.memory.written_between(term.node, None, output):
+        # what its own step writes in place is what it adds
+        if (one_row and self.taken_apart(term, extents, output)) or self.context.memory.written_between(term.node, term.node, output):
             return False
-        return biases.of_scores(term.node, extents, term.flat)
+        if biases.of_scores(term.node, extents, term.flat):
+            return True
+        # beside a factor of ones and zeros it is part of what hides
+        whole = biases.per_row(example_tensor(term.node), extents, term.flat) and not self.chain.gates
+        return whole and self.context.proof([(term.node, "mask", term.reader)], extents).adds
 
     def sink_logits(self, extents: Extents, output: fx.Node) -> fx.Node | None:
         if self.chain.sinks is None:

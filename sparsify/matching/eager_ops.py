@@ -177,6 +177,15 @@ def reads_values(user: fx.Node, node: fx.Node) -> bool:
     return user.target not in SHAPE_ONLY
 
 
+def unread(node: fx.Node) -> list[fx.Node]:
+    """Views and copies of a tensor that nothing reads, such as of weights that a module returns and its caller drops."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if user.target in VIEW | CAST | SAME | {operator.getitem} and set(user.users) <= {*(further := unread(user))}:
+            found += [user, *further]
+    return found
+
+
 def lower_bound(node: fx.Node) -> tuple[fx.Node, object] | None:
     """(scores, number) where a node is the larger of scores and something; None for anything else."""
     try:

@@ -121,7 +121,7 @@ def rows_of_written_out(
         raise NoMatch("a bias may hide every key of a row, and scores are bounded from below")
     if any(not _swallows(torch.finfo(dtype).min, dtype) for dtype in dtypes):
         raise NoMatch("a bias may hide every key of a row, and float16 keeps scores beside it")
-    if not masks:
+    if not levels:  # masks that hide nothing, or none
         return NAN, added_biases
     return _decided(levels), tuple(replace(one, reader=None, on_hidden=_reaches(context, one, [*fills])) for one in places)
 

@@ -32,6 +32,7 @@ from sparsify.matching.eager_ops import (
     lower_bound,
     reads_values,
     softmax_arguments,
+    unread,
 )
 from sparsify.matching.sites import ScoreBias
 
@@ -176,8 +177,11 @@ class ScoreWalk:
         here, reader = softmax_arguments(softmax).input, softmax
         while True:
             edits = self.edits(here, reader)
-            if {u for u in here.users if not is_row_maximum(u) and reads_values(u, here)} - {*self.chain.readers} != {*edits, reader}:
+            idle = unread(here)
+            read = {u for u in here.users if not is_row_maximum(u) and reads_values(u, here) and u not in idle}
+            if read - {*self.chain.readers} != {*edits, reader}:
                 raise NoMatch("the attention scores are used elsewhere too")
+            self.chain.nodes += idle
             for edit in reversed(edits):
                 self.chain.nodes.append(edit)
                 if edit.users or self.before(edit) is not here:
@@ -225,7 +229,7 @@ class ScoreWalk:
         if target in FILLS:
             return self.fill(here)
         if target in SUB:
-            return self.without_row_maximum(here)
+            return self.subtract(here)
         if target in (torch.cat, "cat"):
             return self.concatenated(here)
         if target in VIEW:
@@ -263,14 +267,21 @@ class ScoreWalk:
             raise NoMatch("what is added to the scores is scaled by alpha")
         if not leads_to_product(left):
             left, right = right, left
-        if tensor_of(right) is None or (leads_to_product(right) and not self.is_bias(right)):
+        if right == 0:
+            return left
+        if leads_to_product(right) and not self.is_bias(right) and self.is_bias(left):
+            left, right = right, left
+        self.add_term(node, right, self.chain.factor)
+        return left
+
+    def add_term(self, node: fx.Node, term: object, factor: float | fx.Node) -> None:
+        if tensor_of(term) is None or (leads_to_product(term) and not self.is_bias(as_node(term))):
             raise NoMatch("scores are a sum of other terms")
-        if not example_tensor(right).dtype.is_floating_point:
+        if not example_tensor(term).dtype.is_floating_point:
             raise NoMatch("integers are added to the scores")
         if len(self.chain.terms) == 3:
             raise NoMatch("many terms are added to the scores")
-        self.chain.terms.append(Term(right, node, self.chain.factor, is_flat(right, node), self.chain.shift_sensitive))
-        return left
+        self.chain.terms.append(Term(as_node(term), node, factor, is_flat(as_node(term), node), self.chain.shift_sensitive))
 
     def is_bias(self, term: fx.Node) -> bool:
         """Whether a term is a bias that is computed, or the sum of one and of what hides."""
@@ -305,12 +316,18 @@ class ScoreWalk:
         self.chain.bounds.append(node)
         return scores
 
-    def without_row_maximum(self, node: fx.Node) -> fx.Node:
-        call = bind_or_refuse(node, "input: tensor, other, *, alpha=1")
+    def subtract(self, node: fx.Node) -> fx.Node:
+        """The row's maximum, which softmax does not see, or a term."""
+        call = bind_or_refuse(node, "input, other, *, alpha=1")
         right = call.other
         found = right.args[0] if isinstance(right, fx.Node) and right.target is operator.getitem and right.args[1] == 0 else right
-        if call.alpha != 1 or not isinstance(found, fx.Node) or not is_row_maximum(found):
+        if call.alpha != 1 or not leads_to_product(call.input):
             raise NoMatch("something is subtracted from the scores")
+        if not isinstance(found, fx.Node) or not is_row_maximum(found):
+            if self.chain.softcap or isinstance(self.chain.factor, fx.Node) or (leads_to_product(right) and not self.is_bias(right)):
+                raise NoMatch("something is subtracted from the scores")
+            self.add_term(node, right, -self.chain.factor)
+            return call.input
         maximum = bind_or_refuse(found, "input, dim, keepdim: bool = False")
         last = (-1, example_tensor(call.input).dim() - 1)
         if (

@@ -224,6 +224,9 @@ class Editor:
         if documents is not None:
             key = ("segments", documents, str(site.key_len), str(site.batch))
             segments = self.shared(key, lambda: self._segments(self._rows(site, documents)))
+        if mask.rows and padding is not None:  # equal numbers are tokens here, since keys that are none are hidden
+            key = ("rows", padding, str(site.key_len), str(site.batch))
+            segments = self.shared(key, lambda: self._segments(self._key_flags(self._rows(site, padding), padding, 0)))
         start = None
         if not mask.query_start.bottom_right:
             start = self.shared(("start", mask.query_start), lambda: self._query_start(site))

@@ -12,7 +12,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -26,10 +26,12 @@ from sparsify.masks import observed
 from sparsify.masks.observed import Constant, Observed, Visibility
 from sparsify.masks.symbolic import find_shape_env
 from sparsify.matching.attention import find_attention
+from sparsify.matching.biases import NUMBERS
 from sparsify.matching.sites import AttentionSite
 from sparsify.rewriting.copies import copy_graph
 from sparsify.rewriting.editor import Editor, values
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LOOKED_AT = "looked at on every call"  # of a plan's masks
@@ -66,6 +68,7 @@ def find(
     Returns:
         the assumption, and the sites of the graph itself: those that no assumption describes say what is in the way under it.
     """
+    attention = with_biases(gm, attention, example_inputs)
     nodes = candidates(attention)
     forms = observe(gm, nodes, example_inputs) if nodes else {}
     masks = {node: form for node, form in forms.items() if isinstance(form, Visibility)}
@@ -105,24 +108,41 @@ def candidates(sites: Iterable[AttentionSite]) -> list[fx.Node]:
     return list(dict.fromkeys(node for site in opaque for node in site.mask.inputs))
 
 
+def with_biases(gm: fx.GraphModule, attention: list[AttentionSite], example_inputs: Sequence[Any]) -> list[AttentionSite]:
+    """The sites where inputs that hold more numbers than a mask are biases. Nothing is assumed by that: added as they are, they need not be
+    of any form in calls to come."""
+    found = _of_values(gm, candidates(attention), example_inputs, observed.is_bias)
+    for node, biased in found.items():
+        if biased:
+            node.meta[NUMBERS] = True
+    return find_attention(gm) if any(found.values()) else attention
+
+
 def observe(gm: fx.GraphModule, nodes: Sequence[fx.Node], example_inputs: Sequence[Any]) -> dict[fx.Node, Observed]:
     """What each of the nodes says in the example inputs, where these are real and it has a known form.
 
     Args:
         nodes: as `candidates` gives them.
     """
-    found = {}
-    memory = Memory(gm.graph)
+    forms = _of_values(gm, nodes, example_inputs, observed.observe)
+    return {node: form for node, form in forms.items() if form is not None}
+
+
+def _of_values(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], example_inputs: Sequence[Any], told: Callable[[torch.Tensor], T]
+) -> dict[fx.Node, T]:
+    """What is told of the nodes that have a real value in the example inputs and are written nowhere."""
+    if not nodes:
+        return {}
+    memory, found = Memory(gm.graph), dict[fx.Node, T]()
     changed = {s for node in gm.graph.nodes for target in written(node) for s in memory.storages(target)}
     with _disable_current_modes(), torch.no_grad():
         example = _Example(gm, example_inputs)
         for node in nodes:
             if changed & set(memory.storages(node)):
                 continue
-            value = example.value(node)
-            form = observed.observe(value) if value is not None else None
-            if form is not None:
-                found[node] = form
+            if (value := example.value(node)) is not None:
+                found[node] = told(value)
     return found
 
 
@@ -167,13 +187,14 @@ def assume(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node], forms: dict[fx.N
     """
     editor = Editor(gm.graph)
     equal = []
-    for node, form in ((mapping[node], form) for node, form in forms.items()):
+    for node, form in sorted(((mapping[node], form) for node, form in forms.items()), key=operator.itemgetter(0)):
         readers = [user for user in node.users if user.op != "output" and not _shares_memory(user, node)]
         editor.move_after(node)
         said = _made(editor, node, form)
         equal.append(editor.method("all", editor.call(operator.eq, node, said)))
         for reader in readers:
             reader.replace_input_with(node, said)
+    editor.move_after(max(equal))  # what is made of inputs stands behind all inputs, the last first
     agree = functools.reduce(lambda one, other: editor.call(operator.and_, one, other), equal)
     check, places = _cut(gm, agree)
     for node in reversed(_closure([agree])):

@@ -115,8 +115,10 @@ class Regions:
     def begins_at(self, node: fx.Node, begins: set[fx.Node]) -> bool:
         """Whether the node's value is an input of a region: operands, inputs of the graph, and everything that is no tensor."""
         value = node.meta.get("example_value")
-        if node.target in AUTOCAST or node in self._writing:  # `x[i] = y` has no value of its own
+        if node.target in AUTOCAST:
             return False
+        if node in self._writing:  # `x[i] = y` has no value of its own; `x *= y` has
+            return node in begins and isinstance(value, torch.Tensor)
         return node in begins or node.op in ("placeholder", "get_attr") or not isinstance(value, (torch.Tensor, tuple, list))
 
     def _writers_to(self, found: set[fx.Node], begins: set[fx.Node], output: fx.Node) -> list[fx.Node]:
@@ -168,7 +170,7 @@ class Regions:
         graph, mapping = fx.Graph(), {}
         for node in nodes:
             cut = any(n not in members for n in node.all_input_nodes)
-            if cut and node in self._writing:
+            if cut and node in self._writing and node not in given:
                 raise RegionError(f"{node.name} writes what is made outside of the region")
             if _draws_random(node):
                 raise RegionError(f"{node.name} draws random numbers")

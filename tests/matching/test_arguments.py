@@ -296,7 +296,7 @@ def permuted(q, k, v):
 
 
 EINSUM = {
-    "one operand": (permuted, "pass through|other terms|subtracted"),
+    "one operand": (permuted, "pass through|other terms|subtracted|before the scale"),
     "subscripts as lists": (
         lambda q, k, v: (torch.einsum(q, [0, 1, 2, 4], k, [0, 1, 3, 4], [0, 1, 2, 3]) * 0.3 + scores(q, k)).softmax(-1) @ v,
         "",

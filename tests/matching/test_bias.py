@@ -242,6 +242,12 @@ def test_a_sink_of_each_row(form, dtype):
     assert (attending(*inputs) - attending(*inputs, sink=False)).abs().nan_to_num().max() > 0.1
 
 
+def test_inputs_of_many_numbers_are_biases():
+    check(lambda q, k, v, table: sdpa(q, k, v, q[:, :1, :, :1].expand(-1, -1, -1, KEYS)), operands())
+    masked = lambda q, k, v, table: attend(scores(q, k) + q[..., :1].expand(-1, -1, -1, KEYS) + torch.where(seen(q), 0.0, lowest(q)), v)
+    check(masked, operands())
+
+
 # -- what is no bias -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +259,10 @@ def written_afterwards(q, k, v, table):
 
 
 NOT_A_BIAS = {
-    "an input of the graph": (lambda q, k, v, table: sdpa(q, k, v, q[:, :1, :, :1].expand(-1, -1, -1, KEYS)), "input of the graph"),
+    "an input of the graph that holds two numbers": (
+        lambda q, k, v, table: sdpa(q, k, v, q[:, :1, :1, :1].sign().expand(-1, -1, KEYS, KEYS)),
+        "sign|adds",
+    ),
     "hidden where chosen": (
         lambda q, k, v, table: attend(
             scores(q, k) + torch.full((BATCH, HEADS, KEYS, KEYS), -torch.inf).scatter(-1, scores(q, k).topk(3, -1).indices, 0.0), v
@@ -265,10 +274,6 @@ NOT_A_BIAS = {
         "could not be read|carry a bias",
     ),
     "written afterwards": (written_afterwards, "carry a bias|adds a bias|written"),
-    "an input beside a mask": (
-        lambda q, k, v, table: attend(scores(q, k) + q[..., :1].expand(-1, -1, -1, KEYS) + torch.where(seen(q), 0.0, lowest(q)), v),
-        "carry a bias",
-    ),
 }
 
 

@@ -22,6 +22,14 @@ _RESULTS = ("logits", "prediction_logits", "last_hidden_state", "lm_logits", "la
 _LOWEST, _HIGHEST = 3, 100  # tokens of text; special ones lie outside
 
 
+@dataclass
+class Encoded(BaseModelOutput):
+    """What an encoder gave, to be given to its decoder again; some decoders ask for more than states, which may be absent."""
+
+    attention_mask: Tensor | None = None
+    router_logits: Any = None
+
+
 @dataclass(frozen=True)
 class Lengths:
     """prompt: tokens; chunk: of them in the first call; padding: columns; decoder, decoder_chunk: of an encoder-decoder's answer."""
@@ -156,7 +164,7 @@ def _encoder_decoder(inputs: Inputs, lengths: Lengths) -> list[Scenario]:
     def chunks(model: nn.Module) -> Tensor:
         tokens, name = answer(1, lengths.decoder), _state_name(model)
         first = model(**source(model, 1), decoder_input_ids=tokens[:, : lengths.decoder_chunk], use_cache=True)
-        encoded = BaseModelOutput(last_hidden_state=first.encoder_last_hidden_state)
+        encoded = Encoded(last_hidden_state=first.encoder_last_hidden_state)
         state = {name: getattr(first, name)}
         second = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, lengths.decoder_chunk :], use_cache=True, **state)
         return torch.cat([_result(first), _result(second)], 1)
