@@ -14,6 +14,7 @@ from benchmarks.cache import (
     DecodeStore,
     EvictionNeedles,
     EvictionStream,
+    plots,
 )
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.peers import NAMES
@@ -351,6 +352,7 @@ BENCHMARKS = (
         beside=(Prefill,),
         title="A cache that evicts",
         table=table,
+        plots={"eviction": plots.eviction},
         headlines=headlines,
         shortfalls=shortfalls,
     ),
