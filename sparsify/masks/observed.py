@@ -85,10 +85,11 @@ def observe(mask: Tensor) -> Observed | None:
 
 def is_bias(mask: Tensor) -> bool:
     """Whether a real tensor of at least one element holds more than two numbers: those of a mask are two."""
-    if not mask.dtype.is_floating_point or mask.numel() == 0:
+    numbers = mask[~mask.isnan()] if mask.dtype.is_floating_point else mask[:0].flatten()
+    if numbers.numel() == 0:
         return False
-    low, high = torch.aminmax(mask)
-    return not bool(((mask == low) | (mask == high) | mask.isnan()).all())
+    low, high = torch.aminmax(numbers)
+    return not bool(((numbers == low) | (numbers == high)).all())
 
 
 def _number(value: Tensor) -> float | int | bool:

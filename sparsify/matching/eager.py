@@ -404,6 +404,8 @@ class _WrittenOut:
         return found
 
     def taken_apart(self, term: Term, extents: Extents, output: fx.Node) -> Bias | None:
+        if self.chain.gates and self.context.proof([(term.node, "mask", term.reader)], extents).adds:
+            return None  # beside a factor of ones and zeros it is part of what hides
         return self.context.biased(term.node, term.reader, output, extents, term.shift_sensitive)
 
     def reads_as_one(self, mask: fx.Node, form: prove.Form, reader: fx.Node, extents: Extents) -> bool:
@@ -426,7 +428,6 @@ class _WrittenOut:
             return False
         if biases.of_scores(term.node, extents, term.flat):
             return True
-        # beside a factor of ones and zeros it is part of what hides
         whole = biases.per_row(example_tensor(term.node), extents, term.flat) and not self.chain.gates
         return whole and self.context.proof([(term.node, "mask", term.reader)], extents).adds
 

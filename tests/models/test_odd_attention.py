@@ -466,7 +466,7 @@ REFUSED = {
     "clamped from above": (bounded(lambda x, low: x.clamp(low, 5.0)), "clamp"),
     "clamped before the scale": (bounded(lambda x, low: x.clamp(min=low) * 0.5), "before the scale"),
     "the larger of two products": (lambda q, k, v: hidden(torch.max(scores(q, k), scores(k, q))).softmax(-1) @ v, "bounded|the scores"),
-    "times ones and a number that scores may reach": (times_ones(-1e4), "set to 0 that no mask hides"),
+    "times ones and a number that scores may reach": (times_ones(-1e4), "adds -10000"),
     "times fewer ones": (times_ones(ones=lambda b: torch.tril(torch.ones_like(b), -1)), "set to 0 that no mask hides"),
     "times other numbers": (times_ones(ones=lambda b: b * 2 - 1), "scaled by a tensor"),
     "times numbers of rows": (times_ones(ones=lambda b: b.cumsum(-1)), "scaled by a tensor"),

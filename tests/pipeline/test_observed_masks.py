@@ -41,9 +41,12 @@ REFUSED = {
     "random": torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) > 0.5,
     "prefix": (K <= Q) | (K < 3),
     "heads that differ": torch.stack([K <= Q, (K <= Q) & (K > Q - 2)]),
-    "three numbers": torch.where(K <= Q, 0.0, torch.where(K > Q + 2, -torch.inf, LOWEST)),
-    "a bias": torch.where(K <= Q, 0.0, -1.0),
     "not a number": torch.where(K <= Q, 0.0, torch.nan),
+}
+BIASES = {
+    "three numbers": torch.where(K <= Q, 0.0, torch.where(K > Q + 2, -torch.inf, LOWEST)),
+    "many numbers": torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)),
+    "a number that scores may reach": torch.where(K <= Q, 0.0, -1.0),
 }
 
 
@@ -89,6 +92,17 @@ def test_what_is_not_observed_is_refused():
         with api.collect_plans() as plans:
             check(run, attend, mask)
         assert not [d for plan in plans for d in plan.decisions if d.method is not None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BIASES)
+def test_what_holds_other_numbers_than_a_mask_is_a_bias(name):
+    """Whatever later calls bring is added as it is."""
+    run = compiled(attend)
+    with api.collect_plans() as plans:
+        for mask in (BIASES[name], *BIASES.values()):
+            check(run, attend, mask)
+    assert [d.method for d in plans[0].decisions] == ["dense"]
 
 
 @torch.no_grad()
