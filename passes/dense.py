@@ -43,6 +43,8 @@ class Dense(Pass):
         if refusal is not None:
             return refusal
         operands = f"exact; mask as operands of {context.family} attention"
+        if context.sequence:
+            operands += "; all keys and values travel"
         on = lambda kernel: lambda sizes: (work.attention(sizes, kernel),)
         ours = Proposal.from_work(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or context.sequence or not serves_sdpa(site):

@@ -92,6 +92,8 @@ class SinkWindow(Pass):
         note = f"{self.sinks} sinks + window {shown} by token"
         if not all(self.windows):
             note += f", {self.windows.count(0)} of {heads} heads dense"
+        if context.sequence:
+            note += "; keys and values of sinks and windows travel"
         return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:

@@ -179,6 +179,8 @@ class XAttention(Pass):
         note = f"stride {self.stride}{stages}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         if any(self.windows):
             note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
+        if context.sequence:
+            note += "; the estimate's cells and visited keys and values travel"
         works = functools.partial(self.works, kernel=context.family)
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
         return Proposal.from_work(self, site, context, works, note=note, **limits)

@@ -46,7 +46,7 @@ def agree(group: str, facts: Mapping[str, str], *, where: str, patience: datetim
         return
     found: list[Any] = [None] * len(members)
     try:
-        talk = _talk(group)
+        talk = _talk(group, patience)
         dist.monitored_barrier(talk, timeout=patience, wait_all_ranks=True)
         dist.all_gather_object(found, dict(facts), group=talk)
     except RuntimeError as error:
@@ -59,10 +59,11 @@ def agree(group: str, facts: Mapping[str, str], *, where: str, patience: datetim
 
 
 @functools.cache
-def _talk(group: str) -> Any:
-    """A group of the same processes that talks through the hosts, so that waiting occupies no device and ends."""
+def _talk(group: str, patience: datetime.timedelta) -> Any:
+    """A group of the same processes that talks through the hosts, so that waiting occupies no device and ends after `patience`, for a
+    process that is gone before the group is made too."""
     members = dist.get_process_group_ranks(distributed_c10d._resolve_process_group(group))
-    return dist.new_group(members, timeout=PATIENCE, backend="gloo", use_local_synchronization=True)
+    return dist.new_group(members, timeout=patience, backend="gloo", use_local_synchronization=True)
 
 
 # what gloo and NCCL say where a peer is gone or does not answer

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-SECONDS = 240  # a process that says nothing for so long hangs
+SECONDS = 120  # a process that says nothing for so long hangs
 
 _pools: dict[int, Pool] = {}
 
