@@ -170,11 +170,12 @@ def gpu_ms(call: Callable[[], Any], tokens: int) -> dict[str, float]:
     """Milliseconds a token that the GPU spends in kernels and copies, by what they compute.
 
     Raises:
-        RuntimeError: there is no GPU.
+        RuntimeError: there is no GPU, or the profiler saw none of its work.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("--profile needs a GPU")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]  # without the host's, events() is empty
+    with torch.profiler.profile(activities=kinds) as profiler:
         call()
     found = {"products": 0.0, "attention": 0.0, "other": 0.0}
     for event in profiler.events() or ():
@@ -183,6 +184,8 @@ def gpu_ms(call: Callable[[], Any], tokens: int) -> dict[str, float]:
             if part is None and not event.name.startswith("triton_"):
                 part = next((part for name, part in OTHERS.items() if name in event.name), None)
             found[part or "other"] += event.device_time / 1e3 / tokens
+    if not any(found.values()):
+        raise RuntimeError("the profiler saw nothing that the GPU did")
     return found
 
 
