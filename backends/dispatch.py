@@ -19,7 +19,7 @@ from sparsify.backends.attention import cpp as attention_cpp
 from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
 from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.attention import triton as attention_triton
-from sparsify.backends.cache import append, decode, mass, pages, pages_reference, reselection
+from sparsify.backends.cache import append, decode, mass, one_token, pages, pages_reference, reselection
 from sparsify.backends.cache import reference as cache_reference
 from sparsify.backends.codegen import cpp
 from sparsify.backends.codegen.launch import meant
@@ -56,7 +56,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "cache_attention": {"triton": append.cache_attention, "reference": cache_reference.cache_attention},
     "cache_bounds": {"triton": pages.cache_bounds, "reference": pages_reference.cache_bounds},
-    "cache_decode": {"triton": decode.cache_decode, "reference": cache_reference.cache_decode},
+    "cache_decode": {"triton": decode.cache_decode, "reference": one_token.cache_decode},
     "cache_length": {"reference": cache_reference.cache_length},
     "cache_mass": {"triton": mass.cache_mass, "reference": cache_reference.cache_mass},
     "cache_observe": {"reference": reselection.cache_observe},
