@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.attention import cpp_text, reference
+from sparsify.backends.attention import cpp_text, one_row, reference
 from sparsify.backends.codegen import cpp
 from sparsify.backends.codegen.launch import need
 from sparsify.ops.attention import AttentionCall
@@ -26,7 +26,7 @@ LEAST_SCORES, LEAST_ROWS = 1 << 20, 16
 
 
 def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The op by the kernel; small calls by the reference.
+    """The op by the kernel; small calls by the reference, one row over keys in one piece by `one_row`.
 
     Args:
         into: output and LSE to fill instead of new ones.
@@ -38,7 +38,7 @@ def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None)
     (batch, heads, query_len, _), key_len = call.query.shape, call.key.shape[2]
     small = query_len < LEAST_ROWS or batch * heads * query_len * key_len < LEAST_SCORES
     if small or call.query.numel() == 0 or call.value.numel() == 0:
-        return reference.attention(call, into=into)
+        return one_row.attention(call, into=into) or reference.attention(call, into=into)
     return launch(call, into=into)
 
 
