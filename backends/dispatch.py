@@ -56,7 +56,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "cache_attention": {"triton": append.cache_attention, "reference": cache_reference.cache_attention},
     "cache_bounds": {"triton": pages.cache_bounds, "reference": pages_reference.cache_bounds},
-    "cache_decode": {"triton": decode.cache_decode, "reference": one_token.cache_decode},
+    "cache_decode": {"triton": decode.cache_decode, "cpp": one_token.cache_decode, "reference": cache_reference.cache_decode},
     "cache_length": {"reference": cache_reference.cache_length},
     "cache_mass": {"triton": mass.cache_mass, "reference": cache_reference.cache_mass},
     "cache_observe": {"reference": reselection.cache_observe},
