@@ -28,16 +28,14 @@ TEXT = "\n## harbor: 271828\n" + "lorem ipsum dolor sit amet " * 40 + "\n?? harb
 
 def load(folder: Path, way: str, device: torch.device) -> Any:
     """The model, compiled so that all processes share it."""
-    model: Any = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16).to(device).eval()
-    )
-    if way == "cp":
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
-        return sparsify.compile(model, mesh=mesh, lower="eager" if device.type == "cpu" else "inductor")
-    # from_pretrained(folder, distributed_config=...) reads each process's part only; it needs the package accelerate
-    config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto"))
-    model = type(model).maybe_distribute_model(model, config, mesh)
-    return sparsify.compile(model, lower="eager" if device.type == "cpu" else "inductor")
+    settings: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16}
+    lower = {"lower": "eager" if device.type == "cpu" else "inductor"}  # eager: no time to compile
+    if way == "tp":  # each process reads its part of the weights; needs the package accelerate
+        settings["distributed_config"] = DistributedConfig(tp_plan="auto")
+        return sparsify.compile(AutoModelForCausalLM.from_pretrained(folder, **settings).eval(), **lower)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **settings).to(device).eval()
+    return sparsify.compile(model, mesh=mesh, **lower)
 
 
 def main(arguments: list[str] | None = None) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -53,3 +57,29 @@ def test_a_chat_over_a_cache_that_evicts(load, capsys: pytest.CaptureFixture[str
 def test_the_readme_names_every_example() -> None:
     page = (EXAMPLES.parent / "README.md").read_text()
     assert [path.name for path in EXAMPLES.glob("*.py") if f"examples/{path.name}" not in page] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["tp", "cp"])
+def test_several_gpus(way: str) -> None:
+    """As its first line says, without GPUs."""
+    if way == "tp":
+        pytest.importorskip("accelerate", reason="from_pretrained divides a model with accelerate alone")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "examples/several_gpus.py",
+        "--way",
+        way,
+    ]
+    settings = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, env=settings, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(re.findall(r"process (\d) of 2: 271828", done.stdout)) == ["0", "1"]  # lines of two processes may run into each other
