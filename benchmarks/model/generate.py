@@ -179,7 +179,7 @@ def gpu_ms(call: Callable[[], Any], tokens: int) -> dict[str, float]:
         call()
     found = {"products": 0.0, "attention": 0.0, "other": 0.0}
     for event in profiler.events() or ():
-        if event.device_type is torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
             part = OURS.get(event.name)
             if part is None and not event.name.startswith("triton_"):
                 part = next((part for name, part in OTHERS.items() if name in event.name), None)

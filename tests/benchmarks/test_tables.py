@@ -247,3 +247,15 @@ def test_tokens_slower_than_their_bytes_are_told_with_what_the_gpu_does() -> Non
         "A token through generate() (16K, batch 8, padded, 64 tokens): 7.80 ms, 1.30 × the time of its bytes; "
         "the GPU is busy for 7.50 ms of it (products 3.50, attention 3.25, other 0.75)."
     ]
+
+
+def test_reading_less_that_takes_as_long_is_a_shortfall() -> None:
+    facts = {"shape": "8b", "length": 131072, "batch": 8}
+    found = [
+        record("decode_reading", variant="16 bits", ms=1.0, bytes_read=4000, **facts),
+        record("decode_reading", variant="fp8", ms=1.1, bytes_read=2000, **facts),
+        record("decode_reading", variant="pages 0.05", ms=0.11, bytes_read=400, **facts),
+    ]
+    assert cache.reading_shortfalls(found) == [
+        "A layer's step over 8 x 128K tokens, fp8: 1.10 of the time of 16 bits for 0.50 of the bytes."
+    ]

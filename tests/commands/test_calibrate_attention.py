@@ -251,6 +251,20 @@ def test_layers_of_too_many_kinds_are_chosen_without_windows(chooser, monkeypatc
     assert kinds(shared, GRID) == 1  # thresholds make no kinds
 
 
+def test_windows_stay_where_nothing_else_keeps_the_budget(chooser, monkeypatch):
+    monkeypatch.setattr(regional, "MOST_KINDS", 0)
+    windows = slice(1, 1 + len(GRID.windows))
+    least = lambda rows: sum(float(layer.density[rows].min(0).values.sum()) for layer in chooser.layers)
+    heads = sum(layer.density.shape[1] for layer in chooser.layers)
+    by_windows, by_lists = least(windows) / heads, least(slice(1 + len(GRID.windows), None)) / heads
+    assert by_windows < by_lists
+    choice, note = choose_shared(chooser, Budget("density", (by_windows + by_lists) / 2))
+    assert any(s.family is None and s != DENSE for one in choice.layers for s in one.settings)
+    assert "captured whole" in note and f"at least {by_lists:.2%} at 131072 tokens" in note and "without windows" in note
+    with pytest.raises(UnsupportedError, match=f"at least {by_windows:.2%} at 131072"):
+        choose_shared(chooser, Budget("density", by_windows / 2))
+
+
 def test_plans_differ_in_the_lines_that_differ(model, measured, chooser):
     plan = make_plan(model, IDS, OPTIONS, asked(), measured, chooser, mixed(chooser))
     lines = plan.to_json().splitlines()

@@ -200,12 +200,12 @@ class Chooser:
             ]
             found = (solve.solve if exact else solve.relaxed)(problem, limit)
             if found is None:
-                raise UnsupportedError(self._impossible(budget), where=f"--{budget.kind.replace('_', '-')}")
+                raise UnsupportedError(self._impossible(budget, every), where=f"--{budget.kind.replace('_', '-')}")
             choice = self._choice(found, budget, every)
             if budget.kind != "speedup" or choice.seconds <= dense / budget.value * (1 + 1e-9):
                 return choice
             limit *= min(0.999, dense / budget.value / choice.seconds)  # lists take longer than the line through two densities
-        raise UnsupportedError(self._impossible(budget), where=f"--{budget.kind.replace('_', '-')}")
+        raise UnsupportedError(self._impossible(budget, every), where=f"--{budget.kind.replace('_', '-')}")
 
     def _limit(self, budget: Budget) -> float:
         if budget.kind == "keep_error":
@@ -227,14 +227,19 @@ class Chooser:
             return Config(cost, never(layer.density), fixed_cost, 0.0)
         return Config(cost, never(seconds), fixed_cost, fixed)
 
-    def _impossible(self, budget: Budget) -> str:
+    def _impossible(self, budget: Budget, every: list[list[tuple[int | None, float, Tensor]]]) -> str:
+        """every: the ways to serve each layer that were allowed."""
+        without = "" if every is self._options else " without windows"
         if budget.kind == "density":
-            least = [float(layer.density.min(0).values.sum()) for layer in self.layers]
-            best = sum(least) / sum(layer.density.shape[1] for layer in self.layers)
-            return f"no setting that was tried visits so few blocks: at least {best:.2%} at {self.at} tokens"
+            least = 0.0
+            for layer, options in zip(self.layers, every, strict=True):
+                allowed = [layer.density.masked_fill(~seconds.isfinite() | layer.weight.isnan(), torch.inf) for _, _, seconds in options]
+                least += min(float(density.min(0).values.sum()) for density in allowed)
+            best = least / sum(layer.density.shape[1] for layer in self.layers)
+            return f"no setting that was tried visits so few blocks{without}: at least {best:.2%} at {self.at} tokens"
         dense = sum(layer.seconds.dense() for layer in self.layers)
-        best = sum(min(fixed + float(s.min(0).values.sum()) for _, fixed, s in options) for options in self._options)
-        return f"nothing that was tried is so fast: at most {dense / best:.2f} times dense attention at {self.at} tokens"
+        best = sum(min(fixed + float(s.min(0).values.sum()) for _, fixed, s in options) for options in every)
+        return f"nothing that was tried is so fast{without}: at most {dense / best:.2f} times dense attention at {self.at} tokens"
 
     def _choice(self, found: Solution, budget: Budget, every: list[list[tuple[int | None, float, Tensor]]]) -> Choice:
         layers = [

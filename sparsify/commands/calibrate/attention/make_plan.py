@@ -14,6 +14,7 @@ from sparsify import api
 from sparsify.commands.calibrate.attention.choose import DENSE, Budget, Choice, Chooser, Chosen
 from sparsify.commands.calibrate.attention.run import Asked, Measured
 from sparsify.commands.calibrate.attention.settings import Grid
+from sparsify.errors import UnsupportedError
 from sparsify.generation.regions import regional
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
@@ -51,13 +52,23 @@ def kinds(choice: Choice, grid: Grid) -> int:
 
 
 def choose_shared(chooser: Chooser, budget: Budget) -> tuple[Choice, str]:
-    """The best choice of which `sparsify.compile` makes regions: one without windows where windows make too many kinds of layers. And what
-    that costs, in words; empty where it costs nothing."""
+    """The best choice of which `sparsify.compile` makes regions: one without windows where these make too many kinds of layers, unless the
+    budget needs them. And what that costs, in words; empty where it costs nothing.
+
+    Raises:
+        UnsupportedError: no choice keeps the budget, with windows or without.
+    """
     choice = chooser.choose(budget)
     count = kinds(choice, chooser.grid)
     if count <= regional.MOST_KINDS:
         return choice, ""
-    shared = chooser.choose(budget, windows=False)
+    try:
+        shared = chooser.choose(budget, windows=False)
+    except UnsupportedError as error:
+        return (
+            choice,
+            f"{count} kinds of layers, of which {regional.MOST_KINDS} can share regions: the model is captured whole; {error.what}",
+        )
     more = f"{shared.seconds * 1e3:.3g} ms instead of {choice.seconds * 1e3:.3g}"
     if budget.kind != "keep_error":
         more = f"error {shared.error(chooser.longest):.4f} instead of {choice.error(chooser.longest):.4f}"
