@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
+from sparsify.distributed.shards import process_group
 from sparsify.errors import DistributedError
 
 # how long a process waits for the others to come to the same point: loading and compiling differ by minutes
@@ -41,7 +41,7 @@ def agree(group: str, facts: Mapping[str, str], *, where: str, patience: datetim
     Raises:
         DistributedError: on every process: a fact differs, with the ranks and what each has; or a process did not come.
     """
-    members = dist.get_process_group_ranks(distributed_c10d._resolve_process_group(group))
+    members = dist.get_process_group_ranks(process_group(group))
     if len(members) == 1:
         return
     found: list[Any] = [None] * len(members)
@@ -62,7 +62,7 @@ def agree(group: str, facts: Mapping[str, str], *, where: str, patience: datetim
 def _talk(group: str, patience: datetime.timedelta) -> Any:
     """A group of the same processes that talks through the hosts, so that waiting occupies no device and ends after `patience`, for a
     process that is gone before the group is made too."""
-    members = dist.get_process_group_ranks(distributed_c10d._resolve_process_group(group))
+    members = dist.get_process_group_ranks(process_group(group))
     return dist.new_group(members, timeout=patience, backend="gloo", use_local_synchronization=True)
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
-from sparsify.distributed.shards import Shard
+from sparsify.distributed.shards import Shard, process_group
 from sparsify.errors import DistributedError
 
 # chunks are multiples of this where a text is long enough for it
@@ -65,7 +64,7 @@ class Division:
 
     @property
     def group(self) -> Any:
-        return distributed_c10d._resolve_process_group(self.shard.group)
+        return process_group(self.shard.group)
 
     @property
     def aligned(self) -> bool:

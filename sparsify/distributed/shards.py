@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Numbers = TypeVar("Numbers", tuple[int, ...], tuple[float, ...])
 
@@ -40,7 +43,14 @@ class Shard:
         return numbers[self.rank * local : (self.rank + 1) * local]
 
 
-def is_dtensor(tensor: Any) -> bool:
+def process_group(name: str) -> Any:
+    """The process group of a name, as compiled code knows it. Raises RuntimeError where there is none."""
+    from torch.distributed import distributed_c10d
+
+    return cast(Any, distributed_c10d)._resolve_process_group(name)
+
+
+def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor; imports nothing where there can be none."""
     if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
         return False

@@ -71,7 +71,7 @@ def parallel_style(module: torch.nn.Module) -> str | None:
         "replicated", or the name of another style; None where the forward is not transformers'.
     """
     forward = vars(module).get("forward")
-    if getattr(forward, "__module__", "") != _PARALLEL:
+    if forward is None or getattr(forward, "__module__", "") != _PARALLEL:
         return None
     inner = inspect.getclosurevars(forward).nonlocals
     if getattr(inner.get("original_forward"), "__func__", None) is not type(module).forward:

@@ -148,7 +148,8 @@ def compile_in_threads(function: Callable[..., Any], *, dynamic: bool | None = N
 
 def _settings_of_threads() -> bool:
     """Whether each thread has torch's settings for itself, as from torch 2.13 on."""
-    entry = torch._dynamo.config._config["assume_static_by_default"]  # type: ignore[attr-defined]
+    settings: Any = torch._dynamo.config
+    entry = settings._config["assume_static_by_default"]
     return isinstance(entry.user_override, contextvars.ContextVar)
 
 

@@ -189,7 +189,7 @@ class Pass(BaseModel):
 
     def of_heads(self, heads: Shard, local: int) -> Pass:
         """The same method for the heads of one process. local: how many query heads those are."""
-        given = {name: value for name in self.by_head if isinstance(value := getattr(self, name), tuple)}
+        given: dict[str, tuple[Any, ...]] = {name: value for name in self.by_head if isinstance(value := getattr(self, name), tuple)}
         own = {name: heads.own(value, local) for name, value in given.items()}
         if own == given:
             return self

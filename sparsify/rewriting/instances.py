@@ -179,8 +179,9 @@ class Guards:
         """For each symbol the one that stands for all which guards say are equal to it: drawn apart, several would hardly ever be."""
         stands = {symbol: symbol for symbol in symbols}
         for statement in statements:
-            if isinstance(statement, sympy.Eq) and all(isinstance(side, sympy.Symbol) and side in stands for side in statement.args):
-                kept, gone = (stands[side] for side in statement.args)
+            sides = [side for side in statement.args if isinstance(side, sympy.Symbol) and side in stands]
+            if isinstance(statement, sympy.Eq) and len(sides) == 2:
+                kept, gone = (stands[side] for side in sides)
                 stands = {symbol: kept if one == gone else one for symbol, one in stands.items()}
         return stands
 

@@ -56,7 +56,9 @@ def read(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 record = json.loads(line)
-                record["benchmark"], record["time"], record["machine"]
+                missing = {"benchmark", "time", "machine"} - {*record}
+                if missing:
+                    raise KeyError(*missing)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number} is no record: {error}") from error
             yield record

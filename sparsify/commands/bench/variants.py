@@ -29,7 +29,8 @@ def compiled(subject: Subject, variant: str) -> Generator[None]:
         if variant == "inductor":
             subject.model.compile(dynamic=True)
         elif variant != "eager":
-            api.compile(subject.model, progress=False, **subject.options, **({"exact": True} if variant == "exact" else {}))
+            options: dict[str, Any] = {**subject.options, "exact": True} if variant == "exact" else subject.options
+            api.compile(subject.model, progress=False, **options)
         yield
     finally:
         restore(subject.model)

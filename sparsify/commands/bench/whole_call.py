@@ -50,6 +50,7 @@ def on_model(subject: Subject) -> Iterator[WholeCall]:
     answers: dict[int, list[int]] = {}
     for variant in subject.variants:
         with variants.compiled(subject, variant):
+            values: dict[str, Any]
             for length in subject.lengths:
                 try:
                     values, answer = measure(subject, subject.ids[:, :length])

@@ -27,7 +27,8 @@ class SummedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         result = collectives.all_reduce(F.linear(input, self.weight), self.group)
-        return result if self.bias is None else result + self.bias
+        bias: Tensor | None = self._parameters["bias"]
+        return result if bias is None else result + bias
 
 
 def division(module: nn.Module) -> str:
