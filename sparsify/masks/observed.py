@@ -85,7 +85,9 @@ def observe(mask: Tensor) -> Observed | None:
 
 def is_bias(mask: Tensor) -> bool:
     """Whether a real tensor of at least one element holds more than two numbers: those of a mask are two."""
-    numbers = mask[~mask.isnan()] if mask.dtype.is_floating_point else mask[:0].flatten()
+    if not mask.dtype.is_floating_point:
+        return False
+    numbers = mask[~mask.isnan()]
     if numbers.numel() == 0:
         return False
     low, high = torch.aminmax(numbers)

@@ -76,7 +76,6 @@ MUST_NOT_MATCH = {
     "a mask per head": "mask = k <= q + torch.arange(H)[:, None, None]; "
     "return F.scaled_dot_product_attention(query, key, value, attn_mask=mask),",
     "a bias": "return F.scaled_dot_product_attention(query, key, value, attn_mask=torch.where(k <= q, 0.1 * k * q, float('-inf'))),",
-    "hidden only so far": "return F.scaled_dot_product_attention(query, key, value, attn_mask=torch.where(k <= q, 0.0, -3.0)),",
     "a mask edited afterwards": "mask = (k <= q).clone(); mask[:, :2] = True; "
     "return F.scaled_dot_product_attention(query, key, value, attn_mask=mask),",
     "keys written between scores and output": f"{WEIGHTS}; key.mul_(2.0); return weights @ value, key",

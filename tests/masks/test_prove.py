@@ -206,7 +206,6 @@ OPAQUE = {
     "keys end early": (lambda q, k: (k <= q) & (k < 3), "keys end at 2"),
     "strided": (lambda q, k: k * 2 <= q, ""),
     "nothing": (lambda q, k: k < 0, "hides every key"),
-    "weak": (lambda q, k: torch.where(k <= q, 0.0, -1e4), "-10000"),
     "a bias": (lambda q, k: torch.where(k <= q, (k - q) * 0.5, float("-inf")), ""),
     "rounded positions": (lambda q, k: k.half() <= q.half(), ""),
     "narrow integers": (lambda q, k: k.to(torch.uint8) - 3 <= q.to(torch.uint8), ""),

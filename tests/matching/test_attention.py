@@ -427,15 +427,25 @@ MUST_NOT_MATCH = {
     "random bias": lambda q, k, v: (
         torch.softmax(q @ k.transpose(-1, -2) + torch.where(causal(q @ k.transpose(-1, -2)), 0.0, LOWEST) + v[:, :, :, :6], -1) @ v
     ),
-    "mask before the scale": lambda q, k, v: (
-        torch.softmax((q @ k.transpose(-1, -2) + torch.where(causal(q @ k.mT), 0.0, -1e3)) * 0.3, -1) @ v
-    ),
     "weakly hidden": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(~causal(q @ k.transpose(-1, -2)), -3.0), -1) @ v,
     "a column kept": lambda q, k, v: (
         torch.softmax(torch.cat([q @ k.transpose(-1, -2), q[..., :1]], -1), -1) @ torch.cat([v, v[:, :, :1]], 2)
     ),
     "a column dropped": lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2), -1)[..., :-1] @ v[:, :, :-1],
 }
+
+
+# numbers that scores may reach hide nothing for certain: what adds them is a bias
+ADDED = {
+    "before the scale": lambda q, k, v: torch.softmax((q @ k.mT + torch.where(causal(q @ k.mT), 0.0, -1e3)) * 0.3, -1) @ v,
+    "few": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(causal(q @ k.mT), 0.0, -3.0)),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_scores_may_reach_is_a_bias(name):
+    capture = captured(ADDED[name], *tensors())
+    assert [len(site.bias) for site in capture.flat] == [1] and not any(site.near_miss for site in capture.flat)
 
 
 @pytest.mark.parametrize("name", MUST_NOT_MATCH)

@@ -61,10 +61,6 @@ SAID = {
     "three factors": (lambda q, k, v: torch.einsum("bhid,bhjd,d->bhij", q, k, v[0, 0, 0]).softmax(-1) @ v, "pass through einsum"),
     "tensordot": (lambda q, k, v: torch.tensordot(weights(q, k)[0, 0], v[0, 0], 1), "of another form|part of the weights"),
     "rolled": (lambda q, k, v: (q @ k.mT).roll(1, -1).softmax(-1) @ v, "pass through roll"),
-    "a mask from a table": (
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.log(F.embedding(buckets(), v[0, 0])[..., 0][None])),
-        "log is not read",
-    ),
     "one call": (whole_module, "MultiheadAttention"),
 }
 

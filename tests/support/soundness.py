@@ -66,8 +66,8 @@ def attention(site: AttentionSite, operands: dict[str, Any], visible: torch.Tens
         slopes = operands["alibi_slopes"].double().reshape(-1, query.shape[1], 1, 1)
         logits = logits + slopes * torch.arange(key.shape[2])
     for one, bias in zip(site.bias, operands["bias"], strict=True):
-        shape = (*query.shape[:2], 1, key.shape[2])
-        logits = logits + (bias.double().reshape(shape) if one.flat else bias.double().expand(shape)) * one.scale
+        apart = bias.double().reshape(*query.shape[:2], -1, key.shape[2]) if one.flat else bias.double()
+        logits = logits + apart.expand_as(logits) * one.scale
     logits = logits.masked_fill(~visible[:, None], -torch.inf)
     if operands["sink_logits"] is not None:
         sinks = operands["sink_logits"].double().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
