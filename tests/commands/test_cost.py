@@ -158,6 +158,7 @@ def test_sink_window_reads_its_window_in_decode():
     assert near.seconds == pytest.approx(far.seconds) and far.seconds < far.dense_seconds / 10
 
 
+@pytest.mark.slow
 def test_windows_are_not_estimated(gemma):
     row = forecaster(gemma).forecast([65536]).rows[0]
     groups = {group.layers: group for group in row.chosen.groups if group.phase == "prefill"}

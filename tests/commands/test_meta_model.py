@@ -54,6 +54,7 @@ _slow = [
 
 
 @pytest.mark.parametrize("family", ["gemma3", *_slow])
+@pytest.mark.slow
 def test_sites_without_weights_are_the_compilers(family):
     from transformers import DynamicCache
 
@@ -89,6 +90,7 @@ def test_lengths_in_between_are_not_captured_again_where_the_ends_agree(monkeypa
     assert found[64].prefill.attention[0].key.meta["example_value"].shape == (2, 2, 64, 16)
 
 
+@pytest.mark.slow
 def test_layers_are_captured_once_for_each_kind():
     model = meta_model.build("", config=build("gemma3", layers=6).config)
     assert (model.kinds, len(model.model.model.layers)) == ((0, 1, 0, 1, 0, 1), 2)

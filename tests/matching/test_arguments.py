@@ -281,6 +281,7 @@ MERGED = {
 
 @pytest.mark.parametrize("heads", [1, HEADS])
 @pytest.mark.parametrize("name", MERGED)
+@pytest.mark.samples(10)
 def test_merged_batch_and_heads(name, heads):
     """One head makes merged rows look like heads."""
     function, expected = MERGED[name]

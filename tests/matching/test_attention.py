@@ -162,6 +162,7 @@ def test_other_families(family, phase):
 
 @pytest.mark.parametrize("phase", ["prefill", *slow("left_padded", "chunk", "static_cache")])
 @pytest.mark.parametrize("family", every(5, FAMILIES))
+@pytest.mark.samples(3)
 def test_eager_attention(family, phase):
     if (family, phase) in BROKEN:
         pytest.skip("fails in transformers")

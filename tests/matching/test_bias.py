@@ -116,6 +116,7 @@ def check(function, inputs, passes: str = "dense"):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.samples(14)
 def test_the_bias_is_an_operand(given, form):
     """Padded rows see no key: there each form leaves something else, which is compared too."""
     attention, bias = FORMS[form], GIVEN[given]
@@ -199,6 +200,7 @@ def test_sinks_and_a_window_beside_a_bias(given):
 
 @pytest.mark.parametrize("number", [-torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "before the scale"])
+@pytest.mark.samples(8)
 def test_a_bias_that_hides_every_key_of_a_row(form, number):
     """Numbers of a model are whatever they are: those of the fifth row hide what the mask shows."""
 

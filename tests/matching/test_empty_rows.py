@@ -111,6 +111,7 @@ def cells():
 
 
 @pytest.mark.parametrize(("form", "dtype", "clause", "padding"), list(cells()))
+@pytest.mark.samples(16)
 def test_every_form_of_mask(form, dtype, clause, padding):
     function = FORMS[form]
     inputs = operands(2, HEADS, KV_HEADS, LENGTH, dim=DIM, dtype=DTYPES[dtype])
@@ -308,6 +309,7 @@ BESIDE_REFUSED = {
 
 @pytest.mark.parametrize("name", BESIDE | BESIDE_REFUSED)
 @pytest.mark.parametrize("padding", ["left", pytest.param("holes", marks=pytest.mark.slow), "a row of padding"])
+@pytest.mark.samples(16)
 def test_what_stands_beside_the_mask(name, padding):
     inputs = operands(2, HEADS, KV_HEADS, LENGTH, dim=DIM)
     check((BESIDE | BESIDE_REFUSED)[name], *inputs, PADDINGS[padding], refused=name in BESIDE_REFUSED)

@@ -50,6 +50,7 @@ METHODS = ("dense", "xattention", "sink_window")
 
 
 @pytest.mark.parametrize(("family", "method"), quick(product(CORE_FAMILIES, METHODS), product(["gemma3"], METHODS)))
+@pytest.mark.samples(1)
 def test_prefill_under_keep_all_equals_eager(family, method):
     model = build(family, layers=LAYERS)
     ids = prompt(2, 70)
@@ -66,6 +67,7 @@ def test_prefill_under_keep_all_equals_eager(family, method):
 
 
 @pytest.mark.parametrize(("family", "side"), quick(product(CORE_FAMILIES, ("left", "right")), product(["gemma3"], ("right",))))
+@pytest.mark.slow
 def test_padded_batch_under_keep_all_equals_eager(family, side):
     model = build(family, layers=LAYERS)
     inputs = padded(3, 40, side)
@@ -115,6 +117,7 @@ def test_generate_with_a_static_cache(family):
 
 
 @pytest.mark.parametrize("family", quick(product(["llama", "qwen3", "mistral_window"]), product(["mistral_window"])))
+@pytest.mark.slow
 def test_own_calls_with_a_static_cache(family):
     """Prefill, a chunk and decode into a preallocated cache: the start is the cache's length, not bottom-right."""
     model = build(family, layers=LAYERS)
@@ -133,6 +136,7 @@ def test_own_calls_with_a_static_cache(family):
 
 
 @pytest.mark.parametrize("family", quick(product(CORE_FAMILIES), product(["gemma3"])))
+@pytest.mark.slow
 def test_chunked_prefill_and_second_turn(family):
     model = build(family, layers=LAYERS)
     ids = prompt(2, 60)
@@ -153,6 +157,7 @@ WIDE = {"hidden_size": 256, "head_dim": 64}
 
 
 @pytest.mark.parametrize(("family", "side"), quick(product(CORE_FAMILIES, (None, "left")), [("llama", None), *product(TELLING, ["left"])]))
+@pytest.mark.samples(2)
 def test_forced_xattention_equals_the_masked_reference(family, side):
     wide = {k: v for k, v in WIDE.items() if k != "head_dim" or family in ("qwen3", "gemma3")}
     extra = {"sliding_window": 4096} if family in ("gemma3", "mistral_window") else {}
@@ -187,6 +192,7 @@ def test_forced_sink_window_equals_the_masked_reference(family, side):
     assert visible_error(got.value, dense, mask) > 100 * FP32
 
 
+@pytest.mark.slow
 def test_sink_window_in_decode_equals_the_masked_reference():
     model = build("llama", layers=LAYERS)
     ids = prompt(1, 40)

@@ -69,7 +69,7 @@ def passed_before(journal: Path, cell: Cell) -> bool:
 
 
 @pytest.mark.parametrize("cell", every(5, sorted(QUICK, key=lambda c: c.id)), ids=lambda cell: cell.id)
-@pytest.mark.samples(4)
+@pytest.mark.samples(2)
 def test_each_family(cell):
     matrix.check(cell)
 

@@ -84,6 +84,7 @@ def check_padding(method: str | dict, side: str, amounts: tuple[int, ...], lengt
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.samples(1)
 def test_permuting_batch_rows_permutes_outputs(method):
     check_permuted_rows(method, 6 * BLOCK if method == "xattention" else 30)
 
@@ -109,6 +110,7 @@ def test_left_padding_by_part_of_a_block_moves_the_blocks():
         check_padding("xattention", "left", (BLOCK // 2,), length=4 * BLOCK + 10)
 
 
+@pytest.mark.slow
 def test_right_padding_does_not_matter_to_block_methods():
     """Padding behind a prompt takes no part in any estimate."""
     check_padding("xattention", "right", (1, 30, BLOCK), length=4 * BLOCK + 10)

@@ -121,6 +121,7 @@ PROOFS = {
 
 
 @pytest.mark.parametrize("name", PROOFS)
+@pytest.mark.samples(5)
 def test_a_wrong_proof_is_caught(name, monkeypatch):
     checked, broken = PROOFS[name]
     checked()
@@ -297,6 +298,7 @@ def test_other_heads_of_a_group_are_caught(monkeypatch):
 # -- what results must not depend on ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sinks_counted_from_key_zero_are_caught(monkeypatch):
     """With padding on the left, sinks are the first real keys."""
 

@@ -101,6 +101,7 @@ def compiled(function, *inputs):
         (written_out, "vmap", torch.enable_grad),
     ],
 )
+@pytest.mark.samples(5)
 def test_within_transforms_nothing_is_rewritten(attend, transform, mode):
     function = (FOLLOWED | FORWARD)[transform]
     with mode():

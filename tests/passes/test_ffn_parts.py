@@ -56,6 +56,7 @@ def parts(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.samples(1)
 def test_a_model_in_parts_equals_eager(family, parts):
     model = build(family)
     call = logits(prompt(2, 13))

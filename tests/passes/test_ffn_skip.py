@@ -107,6 +107,7 @@ def test_a_threshold_above_one_is_dense(family):
 
 @pytest.mark.parametrize("family", NORMED)
 @pytest.mark.parametrize("skip", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
 def test_threshold_minus_one_leaves_out_the_blocks_after_each_computed_one(family, skip):
     model = build(family, layers=LAYERS)
     call = steps(prompt(2, 13))
@@ -245,6 +246,7 @@ def test_a_prompt_that_ends_where_the_last_run_did_starts_anew(policy):
     assert dense == [True, True, False, False] * 2
 
 
+@pytest.mark.slow
 def test_own_calls_with_a_static_cache():
     model = build("llama", layers=LAYERS)
     ids = prompt(2, 14)
@@ -312,6 +314,7 @@ def test_inductor_gives_the_same():
     assert visible_error(run(model, call, options).value, want) < FP32
 
 
+@pytest.mark.slow
 def test_a_plan_file_decides(tmp_path):
     """Block 1 is left out by similarity, block 3 always: static, in the file alone."""
     model = build("llama", layers=4)
@@ -407,6 +410,7 @@ def test_a_batch_of_any_size_in_one_graph():
     assert got.graphs == 2
 
 
+@pytest.mark.slow
 def test_verification_compares_with_the_untouched_graph():
     got = run(build("llama", layers=3), steps(prompt(2, 9)), {**skipping(threshold=-1.0), "verify": True})
     assert got.rewritten("ffn_skip") > 0 and not any(p.fallback for p in got.plans)

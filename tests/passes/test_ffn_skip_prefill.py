@@ -57,6 +57,7 @@ def left_out_of_prompts(model, call, layers):
             handle.remove()
 
 
+@pytest.mark.slow
 def test_threshold_minus_one_leaves_out_every_second_block_of_a_prompt():
     """The warm-up counts generated tokens: the prompt skips from its first row on, the token after it not yet."""
     model = build("llama", layers=4)

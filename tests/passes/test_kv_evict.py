@@ -84,6 +84,7 @@ def count(gm, target):
 
 
 @pytest.mark.parametrize("policy", ["streaming_llm", "snapkv"])
+@pytest.mark.samples(1)
 def test_decode_is_one_op_and_the_prompt_stays_open(llama, ids, policy):
     cache = make(llama, policy)
     (prompt, first), (decode, second) = graphs(
@@ -130,6 +131,7 @@ def test_sparse_prompt_and_eviction_compose(llama, ids, padded):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_sink_logits_softcap_and_turned_sinks_reach_the_op(ids):
     for family, options, names in (
         ("gpt_oss", {}, ["sink_logits"]),
@@ -144,6 +146,7 @@ def test_sink_logits_softcap_and_turned_sinks_reach_the_op(ids):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_several_tokens_stay_two_ops(llama, ids):
     cache = make(llama)
     calls = [{"input_ids": ids, **holding(cache)}, {"input_ids": ids[:, :5], **holding(cache)}]

@@ -150,6 +150,7 @@ def test_padded_batches(kind, side):
 
 
 @pytest.mark.parametrize("kind", every(3, ["none", "full", "snapkv"]))
+@pytest.mark.slow
 def test_a_row_with_fewer_tokens_than_are_kept(kind):
     model, whole = made(), text(2, 100, padding=55)
     prompt = {name: value[:, :80] for name, value in whole.items()}
@@ -389,6 +390,7 @@ def test_options_are_checked(options):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_cache_is_saved_forked_cropped_and_reset(tmp_path):
     model, whole = made(), text(1, 100)
     prompt = {"input_ids": whole["input_ids"][:, :80]}

@@ -288,7 +288,7 @@ RULES["two stages"] = {"pool": "row", "threshold": 0.3, "stride": 16, "refine_st
 
 
 @pytest.mark.parametrize("rule, estimate", [*((rule, ()) for rule in RULES), *(("tau", estimate) for estimate in ESTIMATES[1:])])
-@pytest.mark.samples(5)
+@pytest.mark.samples(2)
 def test_a_model_equals_the_masked_reference(rule, estimate):
     ids = prompt(1, 450)
     call = lambda m: m(input_ids=ids, use_cache=False).logits
@@ -325,6 +325,7 @@ def test_rows_of_a_padded_batch_choose_for_themselves(estimate):
     assert kept[1, :, :, 0].all()
 
 
+@pytest.mark.slow
 def test_chunks_start_where_the_cache_ends():
     ids = prompt(1, 420)
 

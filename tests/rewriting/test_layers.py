@@ -181,6 +181,7 @@ def test_an_assumption_of_the_compiled_layer_is_guarded_for_the_others():
 
 
 @pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.samples(1)
 def test_models_give_eager_results(cached):
     model = deeper("llama")
     calls = [{"input_ids": IDS, "use_cache": cached}]

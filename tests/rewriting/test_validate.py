@@ -188,6 +188,7 @@ WRONG = [(program, name, change) for program in PROGRAMS for name, change in EVE
 
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @pytest.mark.parametrize("program, name, change", WRONG, ids=[f"{p.__name__}-{n}" for p, n, _ in WRONG])
+@pytest.mark.samples(50)
 def test_a_wrong_claim_is_found(program, name, change, dynamic):
     gm, site = proved(program, dynamic and program is not packed)  # which is read at fixed sizes alone
     outcome = verdict(gm, change(site))
@@ -231,6 +232,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("length", [2000, 4096, 32768])
 @pytest.mark.parametrize("keep", [True, False], ids=["padding", "none"])
+@pytest.mark.samples(8)
 def test_every_method_is_run_on_long_prompts_of_a_fixed_length(name, length, keep):
     """As the first call of a model has them: block lists are as long as the small instance makes them."""
 

@@ -232,6 +232,7 @@ def test_attention_that_comes_twice_or_never(llama, monkeypatch):
     [("module", 1, 1), ("module", 1, 3), ("module", 3, 1), ("inside attention", 1, 1), ("inside attention", 3, 1), ("regions", 1, 1)],
 )
 @torch.no_grad()
+@pytest.mark.samples(2)
 def test_a_call_that_stops_between_layers_is_noticed_at_the_next(how, stopped, after, monkeypatch):
     """Of one token as of several. regions: every layer is compiled by itself."""
     model, ids = build("llama"), text(1, 20)

@@ -127,6 +127,7 @@ def test_a_reset_forgets(llama):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_code_serves_all_capacities(llama):
     from torch._dynamo.testing import CompileCounterWithBackend
 

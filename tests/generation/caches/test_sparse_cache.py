@@ -376,6 +376,7 @@ PADDINGS = [("streaming_llm", False), ("snapkv", False), ("snapkv", True), ("str
 
 @pytest.mark.parametrize(("policy", "padded"), every(2, PADDINGS))
 @torch.no_grad()
+@pytest.mark.samples(1)
 def test_compiled_whole_and_never_again(llama, policy, padded):
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -34,6 +34,7 @@ def saved(path, windows: bool = False) -> str:
 
 @pytest.mark.parametrize("windows", [False, True])
 @torch.no_grad()
+@pytest.mark.samples(1)
 def test_one_region_serves_layers_with_other_thresholds(tmp_path, windows):
     model = build("llama", layers=3)
     options = strict(plan=saved(tmp_path / "plan.json", windows))

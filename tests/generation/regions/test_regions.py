@@ -171,6 +171,7 @@ def test_rules_by_layer_number_make_kinds():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_plan_is_followed_layer_by_layer(tmp_path):
     model = build("llama", layers=3)
     rules = [{"layers": "1", "method": "sink_window", "sinks": 2, "window": 9}]
@@ -304,6 +305,7 @@ def test_calls_that_are_captured_whole_leave_the_others_to_regions():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_cache_of_an_unknown_kind_is_captured_whole():
     class Other(DynamicCache):
         def __init__(self, config):
