@@ -29,11 +29,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
+from benchmarks.lib.records import append
 from tests.sweep import check, models
 from tests.sweep.isolated import Limits, Task, run
 from tests.sweep.journal import FILE, FOLDER, NOT_BUILT, Entry, Journal, Subject, open_scenarios, summary, verdict
 from tests.sweep.lists import LISTS, weight
-from tests.sweep.recorded import RECORDS, record, take
+from tests.sweep.recorded import RECORDS, line, record, take
 
 Known = dict[Subject, dict[str, Entry]]
 ATTENTIONS = ("sdpa", "eager")
@@ -65,6 +66,20 @@ def ended(task: Task, before: dict[str, Entry]) -> list[Entry]:
     like = entries[-1] if entries else Entry(task.name, "", [], check.Finding(""))
     finding = check.Finding(task.end, note=f"after {task.seconds:.0f} s")
     return entries + [Entry(task.name, name, planned, finding, like.part, like.sees, like.trained) for name in rest[:1] or [""]]
+
+
+def keep(task: Task, before: dict[str, Entry], journal: Journal) -> dict[str, Entry]:
+    """Writes what a task found into the journal and returns it, by scenario.
+
+    Outside of build/sweep a finished type becomes a record at once: the machine may be taken away before the end.
+    """
+    found = {entry.scenario: entry for entry in ended(task, before)}
+    for entry in found.values():
+        journal.write(entry)
+    folder, entries = journal.path.parent, journal.current().get(task.name)
+    if found and folder != FOLDER and entries and not open_scenarios(entries):
+        append(folder / RECORDS, line(task.name, entries))
+    return found
 
 
 def _tasks(wanted: list[Subject], known: Known, again: list[str] | None, asked: list[str] | None) -> Iterator[Task]:
@@ -127,18 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
     stop = begin + 60 * given.minutes if given.minutes else math.inf
     left = len(tasks)
     for task in run(tasks, given.jobs, Limits(given.limit, memory_gib=given.memory, stop=stop)):
-        found = {entry.scenario: entry for entry in ended(task, known.get(task.name, {}))}
-        for entry in found.values():
-            journal.write(entry)
+        found = keep(task, known.get(task.name, {}), journal)
         if task.end == "stopped":
             continue
         left -= 1
         counts[verdict(entry.finding for entry in found.values())] += 1
         print(f"{task.name.which:10s} {task.name.model_type:28s} {task.seconds:5.1f} s  {summary(found)}"[:400], flush=True)
     print(dict(counts), f"{left} types left" if left else "")
-    if given.state != FOLDER:
-        (given.state / RECORDS).unlink(missing_ok=True)
-        record({one: entries for one, entries in journal.current().items() if not open_scenarios(entries)}, given.state / RECORDS)
     return int(any(counts[bad] for bad in ("wrong", "crashed", "fell back")))
 
 

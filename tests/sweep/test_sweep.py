@@ -20,8 +20,8 @@ from tests.sweep.isolated import Limits, Task, run
 from tests.sweep.journal import NOT_BUILT, Entry, Journal, Subject, open_scenarios, verdict
 from tests.sweep.lists import LISTS
 from tests.sweep.oracle import SINKS, WINDOW, SinkWindow
-from tests.sweep.recorded import record, take
-from tests.sweep.run import ended
+from tests.sweep.recorded import RECORDS, record, take
+from tests.sweep.run import ended, keep
 from tests.sweep.scenarios import Scenario
 from tests.sweep.seen import Seen
 
@@ -143,6 +143,17 @@ def test_records_of_another_machine_are_taken_once(tmp_path):
         take(brought, path)
 
 
+def test_a_finished_type_is_recorded_before_the_end(tmp_path):
+    """Elsewhere than in build/sweep, whose machine may be taken away; a type that is not finished, when it is."""
+    journal, planned = Journal(tmp_path / "journal.jsonl"), ["prefill", "left"]
+    entry = lambda name: Entry(LLAMA, name, planned, Finding("whole", 2, 2))
+    keep(Task(LLAMA, lambda send: None, sent=[entry("prefill")], end="stopped"), {}, journal)
+    assert not (tmp_path / RECORDS).exists()
+    found = keep(Task(LLAMA, lambda send: None, sent=[entry("left")], end="done"), journal.current()[LLAMA], journal)
+    (line,) = records.read([tmp_path / RECORDS])
+    assert [*found] == ["left"] and [*line["found"]] == planned and "unrun" not in line
+
+
 def test_all_stop_together():
     tasks = [Task(name, lambda send: (send(3), time.sleep(60))) for name in ("first", "second", "third")]
     ends = list(run(tasks, 2, Limits(stop=time.monotonic() + 1.5)))
@@ -211,6 +222,51 @@ def test_the_tables_say_what_was_recorded(tmp_path):
     assert "| causal language models, trained sparsity | sdpa | 1 | – | – | 1 | – | – | – | – | – |" in text
     assert f"| {why} | 1 | llama |" in text and "| chosen | 1 | deepseek_v32 (trained sparsity) |" in text
     assert list(sweep_report.TITLES) == list(LISTS)
+
+
+def _one(model, release, verdict, time="2026-01-01T00:00:00+00:00", **more):
+    machine = {"torch": "2.11.0", "transformers": release, "commit": "0" * 40, "gpu": None}
+    same = {"benchmark": "sweep", "task": "causal", "attention": "sdpa", "trained": False, "found": {}}
+    return {**same, "time": time, "model": model, "verdict": verdict, "machine": machine, **more}
+
+
+def test_releases_of_transformers_have_tables_of_their_own():
+    """A later run of an older release replaces nothing of the newest, and versions are in the order of their numbers."""
+    refused = {"found": {"prefill": {"verdict": "refused", "reasons": {"not read": 2}}}}
+    newest = [_one("llama", "5.24.0", "whole"), _one("gemma", "5.24.0", "whole")]
+    older = [
+        _one("llama", "5.9.0", "partly"),
+        _one("llama", "5.9.0", "refused", "2026-02-01T00:00:00+00:00", **refused),
+        _one("old", "5.9.0", "whole"),
+    ]
+    text = sweep_report.part(older + newest)
+    first, second = text.split("### transformers 5.9.0")
+    assert first.startswith("### transformers 5.24.0\n")
+    assert "| causal language models | sdpa | 2 | 2 | – | – | – | – | – | – | – |" in first and "not read" not in first
+    assert "| causal language models | sdpa | 2 | 1 | – | 1 | – | – | – | – | – |" in second
+    assert "| llama | sdpa | whole | refused | not read |" in second and "| old | sdpa | not listed | whole |  |" in second
+    assert "gemma" not in second and "transformers 5.9.0;" in second
+    same = sweep_report.part([*newest, _one("llama", "5.9.0", "whole")])
+    assert same.count("Every type that was run has the verdict that it has under 5.24.0.") == 1
+
+
+def test_reasons_that_differ_by_a_name_are_one_row():
+    written = "the mask could not be read: {} is written while the mask is made"
+    twice = written.format("mask_2") + ", and read by its values: mask_1 is written while the mask is made"
+    why = lambda *reasons: {"found": {"prefill": {"verdict": "refused", "reasons": dict.fromkeys(reasons, 1)}}}
+    late = {"trained": True, "found": {"chunks": {"verdict": "late", "note": "after 151 s"}}}
+    also = {"trained": True, "found": {"chunks": {"verdict": "late", "note": "after 152 s"}}}
+    text = sweep_report.part(
+        [
+            _one("a", "5.24.0", "refused", **why(written.format("getitem"))),
+            _one("b", "5.24.0", "refused", **why(written.format("bias"), twice)),
+            _one("c", "5.24.0", "late", **late),
+            _one("d", "5.24.0", "late", **also),
+        ]
+    )
+    refusals, failures = text.split("Runs that failed:")
+    assert f"| {written.format('a tensor')} | 2 | a, b |" in refusals and refusals.count("is written") == 1
+    assert "| late: out of processor time | 2 | c, d (trained sparsity) |" in failures and "late" not in refusals
 
 
 def test_attentions_are_counted_however_they_are_written():
