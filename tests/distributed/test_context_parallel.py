@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from sparsify.distributed import agreement
+from sparsify.distributed.shards import Shard
+from sparsify.errors import UnsupportedError
+from sparsify.generation.regions.context_parallel import DividedCalls
 from tests.support import context_parallel, processes
 from tests.support.cache_reference import left_padded, text
+from tests.support.tiny_models import build
 
 METHODS = {
     "dense": {"passes": ["dense"]},
@@ -68,3 +74,25 @@ def test_generated_tokens_are_those_of_one_process(count, length):
         kept = torch.tensor([one[name][1] for one in found])
         assert kept.sum(0).tolist() == want[name][1]  # every token is kept by one process
         assert (kept < length).all()
+
+
+REFUSED = {
+    "a cache that the model makes": {"use_cache": True},
+    "a cache that is no SparseCache": {"past_key_values": DynamicCache()},
+    "labels": {"labels": torch.zeros(1, 8, dtype=torch.long)},
+    "hidden states": {"output_hidden_states": True},
+    "four dimensions": {"attention_mask": torch.ones(1, 1, 8, 8)},
+    "return_dict=False": {"return_dict": False},
+    "logits_to_keep as a tensor": {"logits_to_keep": torch.tensor([7])},
+    "neither input_ids nor": {"input_ids": None},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@torch.no_grad()
+def test_what_is_not_served_is_refused_before_anything_runs(what, monkeypatch):
+    monkeypatch.setattr(agreement, "agree", lambda *args, **kwargs: None)
+    calls = DividedCalls(build("llama", layers=1), Shard(0, 1, "alone"))
+    given = {"input_ids": torch.zeros(1, 8, dtype=torch.long), **REFUSED[what]}
+    with pytest.raises(UnsupportedError, match=what):
+        calls(lambda **kwargs: pytest.fail("ran"), (), given)

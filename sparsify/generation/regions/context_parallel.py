@@ -68,6 +68,7 @@ class DividedCalls:
         reasons = {
             "a prompt after another in one cache": started,
             "a cache that is no SparseCache of the policy full": cache is not None and not _serves(cache),
+            "a cache that the model makes": cache is None and given.get("use_cache") is True,
             "gradients": torch.is_grad_enabled(),
             "labels": given.get("labels") is not None,
             "hidden states or attention weights": given.get("output_hidden_states") or given.get("output_attentions"),
