@@ -30,14 +30,14 @@ def check(call) -> None:
 
 @pytest.mark.parametrize("form", ["mean", "nan"])
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.samples(8)
+@pytest.mark.samples(4)
 def test_against_written_out_attention(name, form):
     check(make(form, **CALLS[name]))
 
 
 @pytest.mark.parametrize("form", ["mean", "nan"])
 @pytest.mark.parametrize("name", BIASED)
-@pytest.mark.samples(6)
+@pytest.mark.samples(3)
 def test_with_a_bias_per_key(name, form):
     check(make(form, **BIASED[name]))
 

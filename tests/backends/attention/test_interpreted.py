@@ -37,7 +37,7 @@ def check(case: Case, tiling: AttentionTiling | None = SMALL):
 
 
 @pytest.mark.parametrize("clause", CLAUSES)
-@pytest.mark.samples(8)
+@pytest.mark.samples(5)
 def test_every_clause_in_prefill(clause):
     output, _ = check(dataclasses.replace(PREFILL, **CLAUSES[clause]))
     assert not torch.allclose(output, plain(), atol=1e-3)
@@ -50,7 +50,7 @@ def plain():
 
 @pytest.mark.parametrize("clause", [clause for clause in CLAUSES if clause != "not_causal"])
 @pytest.mark.parametrize("query_len", [1, 5])
-@pytest.mark.samples(12)
+@pytest.mark.samples(7)
 def test_every_clause_in_decode(clause, query_len):
     case = dataclasses.replace(DECODE, query_len=query_len, **CLAUSES[clause])
     check(case, AttentionTiling(16, 16, 4, 2, edge_keys=16) if case.lists else None)
@@ -64,7 +64,7 @@ def test_clauses_together(case, edge_keys):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (16, 48), (40, 128)])
-@pytest.mark.samples(6)
+@pytest.mark.samples(4)
 def test_dtypes_and_head_dims(dtype, dims):
     case = Case(kv_heads=1, group=2, query_len=40, key_len=72, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], windows=(30,), sinks=4)
     check(case)
@@ -73,14 +73,14 @@ def test_dtypes_and_head_dims(dtype, dims):
 
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (1, 8), (3, 1), (2, 3), (1, 7)])
 @pytest.mark.parametrize("query_len", [1, 33])
-@pytest.mark.samples(4)
+@pytest.mark.samples(2)
 def test_every_gqa_ratio(kv_heads, group, query_len):
     check(dataclasses.replace(PREFILL, kv_heads=kv_heads, group=group, query_len=query_len), None if query_len == 1 else SMALL)
 
 
 @pytest.mark.parametrize("key_len", [1, 31, 32, 33, 64, 97])
 @pytest.mark.parametrize("window", [(), (1,), (20,), (64,)])
-@pytest.mark.samples(8)
+@pytest.mark.samples(4)
 def test_ragged_lengths(key_len, window):
     check(dataclasses.replace(PREFILL, batch=1, key_len=key_len, query_len=min(key_len, 40), windows=window, sinks=2))
 
@@ -100,7 +100,7 @@ def test_static_cache(start):
 @pytest.mark.parametrize("clause", ["window_and_sinks", "left_padding_sinks", "lists", "segments", "window_per_head"])
 @pytest.mark.parametrize("operand", ["key", "value"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.samples(8)
+@pytest.mark.samples(4)
 def test_poison_reaches_exactly_the_rows_that_see_it(clause, operand, poison):
     call = make_call(dataclasses.replace(PREFILL, **CLAUSES[clause]))
     clean, _ = triton_attention(call, tiling=SMALL)

@@ -39,7 +39,7 @@ def check(case: Case, splits: int = 3, tiling: AttentionTiling | None = TILING, 
 
 @pytest.mark.parametrize("clause", SERVED)
 @pytest.mark.parametrize("query_len", [1, 5])
-@pytest.mark.samples(10)
+@pytest.mark.samples(6)
 def test_every_clause(clause, query_len):
     case = dataclasses.replace(DECODE, query_len=query_len, **CLAUSES[clause])
     check(case)

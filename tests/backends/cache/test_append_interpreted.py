@@ -66,7 +66,7 @@ def check(
     ],
     ids=str,
 )
-@pytest.mark.samples(6)
+@pytest.mark.samples(4)
 def test_against_the_reference(clauses):
     check(**clauses)
 

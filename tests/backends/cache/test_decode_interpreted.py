@@ -116,7 +116,7 @@ def check(
     ],
     ids=str,
 )
-@pytest.mark.samples(8)
+@pytest.mark.samples(5)
 def test_against_the_reference(clauses):
     check(**clauses)
 

@@ -46,7 +46,7 @@ def token() -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("tokens", [(50, 7), (64, 62), (1, 33)])
-@pytest.mark.samples(6)
+@pytest.mark.samples(4)
 def test_decode(fused, padding, tokens):
     """(64, 62) outgrows the room: NaN from there on in that row, and in no other."""
     torch.manual_seed(0)

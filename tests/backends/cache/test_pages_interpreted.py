@@ -103,7 +103,7 @@ def check(
     ],
     ids=str,
 )
-@pytest.mark.samples(5)
+@pytest.mark.samples(4)
 def test_against_the_reference(case):
     check(SMALL, **case)
 

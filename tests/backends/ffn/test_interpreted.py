@@ -80,7 +80,7 @@ def compare(case: str, rows: int, dtype: torch.dtype, counters: list[int] | None
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.samples(4)
+@pytest.mark.samples(3)
 def test_families_in_fp32(case):
     compare(case, 5, torch.float32)
 
@@ -153,7 +153,7 @@ def many(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.samples(4)
+@pytest.mark.samples(2)
 def test_many_rows(many, case):
     compare(case, 37, torch.float32)
 

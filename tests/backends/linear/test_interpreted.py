@@ -62,7 +62,7 @@ def run(call: LinearCall, tiling: LinearTiling | None = None) -> list[torch.Tens
 
 @pytest.mark.parametrize("tiling, rows", [(VECTOR, 1), (WHOLE, 1), (TENSOR, 2), (TENSOR, 5), (FEWER, 16)])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.samples(15)
+@pytest.mark.samples(6)
 def test_it_equals_float64(case, tiling, rows):
     call = make_call(rows, **(CASES[case] if not tiling.tensor else CASES[case] | {"norm": "none"}))
     wanted = reference.linear(call.map_tensors(torch.Tensor.double))
@@ -71,7 +71,7 @@ def test_it_equals_float64(case, tiling, rows):
 
 
 @pytest.mark.parametrize("rows", range(1, 17))
-@pytest.mark.samples(6)
+@pytest.mark.samples(4)
 def test_every_number_of_rows(rows):
     call = make_call(rows, inputs=72, outputs=(33, 8), norm="rms" if rows == 1 else "none")
     for got, right in zip(run(call), reference.linear(call.map_tensors(torch.Tensor.double)), strict=True):
@@ -81,7 +81,7 @@ def test_every_number_of_rows(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tiling, rows", [(VECTOR, 1), (FEWER, 7)])
 @pytest.mark.parametrize("case", ["three", "gate", "sum"])
-@pytest.mark.samples(6)
+@pytest.mark.samples(3)
 def test_short_dtypes_are_no_further_from_float64_than_the_reference(case, tiling, rows, dtype):
     call = make_call(rows, dtype, **(CASES[case] if not tiling.tensor else CASES[case] | {"norm": "none"}))
     flat = lambda outputs: torch.cat([output.double().flatten() for output in outputs])

@@ -75,7 +75,7 @@ def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
     ],
     ids=str,
 )
-@pytest.mark.samples(14)
+@pytest.mark.samples(8)
 def test_equals_the_reference(tiling, changes):
     kept = compare(*inputs(), tiling=tiling, **changes)
     assert kept.any() and not kept.all()
@@ -151,7 +151,7 @@ def test_a_chunk_and_a_start_from_a_tensor():
     ],
     ids=str,
 )
-@pytest.mark.samples(6)
+@pytest.mark.samples(4)
 def test_eight_bits(tiling, changes, shape):
     """Against the reference, which rounds in the same way; the mean that is taken from keys is far larger than what differs."""
     query, key = inputs(**shape)
@@ -207,7 +207,7 @@ def test_chunks_of_rows_and_heads_give_the_same_lists():
     ids=str,
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.samples(6)
+@pytest.mark.samples(3)
 def test_rows_that_are_not_finite_keep_everything(value, changes):
     changes = dict(changes)
     limits = triton_select.Limits(fused_width=2, part=4) if changes.pop("wide", False) else triton_select.LIMITS
