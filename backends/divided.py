@@ -23,6 +23,7 @@ from sparsify.distributed.sequence import Division
 from sparsify.errors import UnsupportedError
 from sparsify.ops import block_lists, scratch, selection
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.limits import cdiv
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
@@ -161,7 +162,7 @@ def _all_flags(division: Division, call: Any) -> Tensor | None:
 def _in_windows(division: Division, call: AttentionCall, flags: Tensor | None, block: int) -> Tensor:
     """Which blocks each process's rows may see, bool [processes, batch, KV heads, blocks]."""
     batch, kv_heads, device = call.query.shape[0], call.key.shape[1], call.query.device
-    blocks = exchange.cdiv(division.tokens, block)
+    blocks = division.blocks(block)
     windows = call.windows or (0,)
     by_head = (windows * call.query.shape[1] if len(windows) == 1 else windows)[: call.query.shape[1]]
     groups = [by_head[g * call.group : (g + 1) * call.group] for g in range(kv_heads)]
@@ -171,9 +172,9 @@ def _in_windows(division: Division, call: AttentionCall, flags: Tensor | None, b
         for first, last in division.spans(rank):
             for g, window in enumerate(widest):
                 begin = 0 if window == 0 else max(0, first + 1 - window)
-                needs[rank, :, g, begin // block : exchange.cdiv(last, block)] = True
+                needs[rank, :, g, begin // block : cdiv(last, block)] = True
     if call.sinks and flags is None:
-        needs[..., : exchange.cdiv(min(call.sinks, division.tokens), block)] = True
+        needs[..., : cdiv(min(call.sinks, division.tokens), block)] = True
     if flags is None:
         return needs
     padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % block)).unflatten(1, (-1, block))
@@ -209,7 +210,7 @@ def _select_and_attend(division: Division, call: SparseAttentionCall, flags: Ten
     cells = _cells(division, call)
     mean = _mean(cells, flags) if call.estimate.int8 else None
     lists: list[tuple[slice, int, Tensor, Tensor]] = []
-    blocks = exchange.cdiv(division.tokens, call.block_size)
+    blocks = division.blocks(call.block_size)
     read = torch.zeros(call.batch, call.kv_heads, blocks, dtype=torch.bool, device=call.device)
     for rows, end in _chunks(division):
         chosen = dataclasses.replace(

@@ -17,8 +17,8 @@ from benchmarks.answers import code_report
 from benchmarks.answers import report as answers_report
 from benchmarks.lib import records, registry
 from benchmarks.lib.pages import filled
-from benchmarks.lib.tables import Found, conditions, kind, markdown
 from benchmarks.test_runs import compatibility, sweep_report
+from sparsify.commands.bench.tables import Found, conditions, kind, markdown
 
 ROOT = records.RESULTS.parent.parent
 _ABSENT = "No results are recorded yet."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.answers import CodeAnswers
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, conditions, failure, groups, latest, markdown, size
+from sparsify.commands.bench.tables import Found, conditions, failure, groups, latest, markdown, size
 
 MODEL = Path(__file__).parents[1] / "models" / "code"
 

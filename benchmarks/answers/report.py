@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.answers import Answers, code_report
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, size
+from sparsify.commands.bench.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, size
 from sparsify.ops.estimate import label, parse_label
 from sparsify.passes.xattention import XAttention
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.attention import Kernels
 from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, Row, by_device, conditions, failure, kind, latest, markdown, measured, newest_device
+from sparsify.commands.bench.tables import Found, Row, by_device, conditions, failure, kind, latest, markdown, measured, newest_device
 
 _RIVALS = ("fa4", "cudnn", "flex")
 _SECTIONS = {"table": "Long prompts", "short": "Short prompts", "dims": "Other head dims and fp16"}

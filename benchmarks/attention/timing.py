@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib import peers
-from benchmarks.lib.clock import Clock, reason
 from benchmarks.lib.models import HEADS, KV_HEADS
 from sparsify.backends.attention import hopper
+from sparsify.commands.bench.clock import Clock, reason
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.block_lists import from_dense
 

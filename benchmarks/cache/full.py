@@ -25,10 +25,10 @@ from torch import Tensor
 from benchmarks.cache import DecodeFull
 from benchmarks.cache.run import SWEEP
 from benchmarks.lib import peers, records
-from benchmarks.lib.clock import Clock, reason
 from benchmarks.lib.models import SHAPES
 from sparsify import backends
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
+from sparsify.commands.bench.clock import Clock, reason
 from sparsify.ops import attention as ops
 from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheDecodeCall
 

@@ -17,9 +17,9 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from benchmarks.cache import CachePrefill, DecodeModel
 from benchmarks.lib import records
-from benchmarks.lib.clock import Clock
 from benchmarks.lib.models import build, clean, peak_bytes, weight_bytes
 from sparsify import SparseCache, backends
+from sparsify.commands.bench.clock import Clock
 from sparsify.generation.compat import with_cache
 from sparsify.ops import cache as cache_ops
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.cache import EvictionNeedles
 from benchmarks.lib.needles import wilson
-from benchmarks.lib.tables import Found, kind, latest, newest_device, size
+from sparsify.commands.bench.tables import Found, kind, latest, newest_device, size
 
 
 def eviction(found: list[Found]) -> Any:

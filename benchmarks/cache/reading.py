@@ -27,9 +27,9 @@ from torch import Tensor
 from benchmarks.cache import DecodeReading
 from benchmarks.cache.full import Case, token
 from benchmarks.lib import records
-from benchmarks.lib.clock import Clock, reason
 from benchmarks.lib.models import SHAPES
 from sparsify import backends, policies
+from sparsify.commands.bench.clock import Clock, reason
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.ops import cache
 from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheDecodeCall

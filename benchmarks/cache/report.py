@@ -19,8 +19,8 @@ from benchmarks.cache import (
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, Row, by_device, conditions, kind, latest, markdown, measured, size
 from benchmarks.model import Prefill
+from sparsify.commands.bench.tables import Found, Row, by_device, conditions, kind, latest, markdown, measured, size
 
 TOKEN_MS, STORE_SHARE, KEPT = 5.5, 0.03, 1.05  # goals: a token at batch 1 on an 8B model, of a prefill, of the budget's bytes
 _SAVED = 1.2  # times the share of the bytes: a step that takes longer saves less than it reads less

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from benchmarks.cache import DecodeAppend, DecodeKernel, DecodeStore
 from benchmarks.cache import model as decode_model
 from benchmarks.lib import peers, records
-from benchmarks.lib.clock import Clock
 from benchmarks.lib.models import HEAD_DIM, HEADS, KV_HEADS
 from sparsify import backends, policies
 from sparsify.backends.cache import append as triton_append
 from sparsify.backends.cache.decode import DecodeTiling, cache_decode
+from sparsify.commands.bench.clock import Clock
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheStoreCall
 
 DIM = HEAD_DIM

@@ -11,8 +11,8 @@ from benchmarks.cost_model import CostGrid, whole_model
 from benchmarks.cost_model import run as cost_grid
 from benchmarks.lib.models import SHAPES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, conditions, kind, latest, markdown, size
 from benchmarks.model import Prefill
+from sparsify.commands.bench.tables import Found, conditions, kind, latest, markdown, size
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import attention_seconds, decode_seconds, estimate_seconds
 from sparsify.ops.estimate import Estimate

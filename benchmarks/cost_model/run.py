@@ -25,7 +25,7 @@ import torch
 from benchmarks.cost_model import CostGrid
 from benchmarks.cost_model import grid as cost_cells
 from benchmarks.lib import precompile, records
-from benchmarks.lib.tables import kind
+from sparsify.commands.bench.tables import kind
 from sparsify.commands.calibrate import fit
 from sparsify.costs import profile, profile_cache
 from sparsify.costs.device import Device

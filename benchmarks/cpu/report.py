@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.cpu import Cpu
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, latest, markdown
+from sparsify.commands.bench.tables import Found, latest, markdown
 
 
 def table(found: list[Found]) -> str:

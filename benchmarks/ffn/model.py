@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM, StaticCache
 from benchmarks.ffn import FfnModel
 from benchmarks.ffn.timing import Shape, note
 from benchmarks.lib import peers
-from benchmarks.lib.clock import Clock
 from benchmarks.lib.models import build, clean
 from sparsify.api import collect_plans
+from sparsify.commands.bench.clock import Clock
 from sparsify.generation.compat import with_cache
 
 SHARES = (0.0, 0.1, 0.25, 0.5)

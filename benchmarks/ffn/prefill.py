@@ -17,7 +17,7 @@ import torch
 from benchmarks.ffn import FfnPrefill, FfnPrefillTilings
 from benchmarks.ffn.timing import Shape, block_weights, ours, plain
 from benchmarks.lib import records
-from benchmarks.lib.clock import Clock
+from sparsify.commands.bench.clock import Clock
 
 SHARES = (0.0, 0.1, 0.25, 0.5)
 _ROUNDS = 3

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.ffn import FfnModel, FfnPrefill, FfnPrefillTilings, FfnQuality, FfnStack, FfnTilings
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, Row, by_device, conditions, groups, kind, latest, markdown, measured, size
+from sparsify.commands.bench.tables import Found, Row, by_device, conditions, groups, kind, latest, markdown, measured, size
 
 _COLOURS = {
     "similarity": ("#14406b", "similarity"),

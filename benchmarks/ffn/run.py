@@ -31,8 +31,8 @@ from benchmarks.ffn import model as ffn_model
 from benchmarks.ffn.quality import run as run_quality
 from benchmarks.ffn.timing import SHAPES, Shape, bandwidth, block_weights, note, ours, plain, spread
 from benchmarks.lib import records
-from benchmarks.lib.clock import Clock
 from benchmarks.lib.needles import stdlib_text
+from sparsify.commands.bench.clock import Clock
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 _CLOCK = Clock("cuda" if torch.cuda.is_available() else "cpu")

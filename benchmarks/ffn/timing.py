@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.ffn import FfnStack
 from benchmarks.lib import models, records
-from benchmarks.lib.clock import Clock
+from sparsify.commands.bench.clock import Clock
 from sparsify.ops import feed_forward
 
 EPS = 1e-5

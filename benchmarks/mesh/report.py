@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, Row, conditions, failure, groups, latest, markdown, measured, size
 from benchmarks.mesh import Mesh
+from sparsify.commands.bench.tables import Found, Row, conditions, failure, groups, latest, markdown, measured, size
 
 _WHAT = {"prefill": "prompt", "ring": "one layer's dense attention", "decode": "a token, every key kept"}
 

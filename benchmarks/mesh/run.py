@@ -33,11 +33,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sparsify
-from benchmarks.lib import records
-from benchmarks.lib.clock import reason
+from benchmarks.lib import full_caches, records
 from benchmarks.lib.models import HEAD_DIM, HEADS, KV_HEADS, SHAPES, build, clean, peak_bytes
 from benchmarks.mesh import Mesh
 from sparsify.api import record_density
+from sparsify.commands.bench.clock import reason
 from sparsify.generation.compat import with_cache
 from sparsify.generation.regions import regional
 
@@ -228,40 +228,19 @@ class Bench:
             config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=gpus, tp_plan="auto"))
             model = type(model).maybe_distribute_model(model, config, mesh)
         sparsify.compile(model, progress=False, exact=True)
-        cache = filled(model, options.decode, options.tokens, options.device)
+        cache = full_caches.filled(model, options.decode + 1 + options.tokens, 1, options.device)
         ids = torch.randint(3, model.config.vocab_size, (1, options.decode + 1), generator=torch.Generator().manual_seed(0))
         ids = ids.to(options.device)
         given = {"max_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
         def call() -> Tensor:
-            empty(cache, options.decode)
+            full_caches.put_back(cache, options.decode, [options.decode], options.device)
             return model.generate(ids, attention_mask=torch.ones_like(ids), **given, **with_cache(model, cache))
 
         first, _ = self.ms(call, gpus > 1)
         times = [self.ms(call, gpus > 1)[0] / options.tokens for _ in range(3)]
         found = {"ms": statistics.median(times), "times_ms": times, "first_call_ms": first}
         return found | {"peak_bytes": peak_bytes(options.device)}
-
-
-def filled(model: Any, length: int, tokens: int, device: str) -> sparsify.SparseCache:
-    """A cache with room for `length` tokens and those that are generated, full of random numbers."""
-    cache = sparsify.SparseCache(model.config, "full", length + 1 + tokens, batch_size=1, device=device, dtype=model.dtype)
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-    return cache
-
-
-def empty(cache: sparsify.SparseCache, length: int) -> None:
-    """Puts a cache back to `length` tokens."""
-    for layer in cache.layers:
-        slots = torch.arange(layer.keys.shape[2], dtype=torch.int32, device=layer.keys.device)
-        layer.positions.copy_(torch.where(slots < length, slots, -1))
-        layer.counts.fill_(length)
-        layer.seen.fill_(length)
-        layer.length.fill_(length)
-        layer.started = True
-    cache.recount()
 
 
 def _join(options: argparse.Namespace) -> None:

@@ -32,11 +32,11 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 import sparsify
-from benchmarks.lib import records
-from benchmarks.lib.clock import reason
+from benchmarks.lib import full_caches, records
 from benchmarks.lib.models import SHAPES, build, clean, peak_bytes, weight_bytes
 from benchmarks.model import Generate
 from sparsify import SparseCache
+from sparsify.commands.bench.clock import reason
 from sparsify.generation.compat import with_cache
 
 BANDWIDTH = 4.8e12  # bytes a second of an H200's memory
@@ -203,25 +203,11 @@ def _seconds(run: Callable[[], Any], options: argparse.Namespace) -> float:
 
 
 def _full(model: LlamaForCausalLM, length: int, options: argparse.Namespace) -> SparseCache:
-    room = length + 1 + options.tokens
-    cache = SparseCache(model.config, "full", room, batch_size=options.batch, device=options.device, dtype=model.dtype)
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-    return cache
+    return full_caches.filled(model, length + 1 + options.tokens, options.batch, options.device)
 
 
 def _fill_full(cache: SparseCache, length: int, options: argparse.Namespace) -> SparseCache:
-    counts = torch.tensor(token_counts(length, options), dtype=torch.int32, device=options.device)
-    for layer in cache.layers:
-        slots = torch.arange(layer.keys.shape[2], dtype=torch.int32, device=options.device)
-        layer.positions.copy_(torch.where(slots < counts[:, None], slots, -1)[:, None])
-        layer.counts.copy_(counts[:, None])
-        layer.seen.copy_(counts)
-        layer.length.fill_(length)
-        layer.started = True
-    cache.recount()
-    return cache
+    return full_caches.put_back(cache, length, token_counts(length, options), options.device)
 
 
 def _static(model: LlamaForCausalLM, length: int, options: argparse.Namespace) -> StaticCache:

@@ -28,10 +28,10 @@ from transformers import LlamaForCausalLM
 
 import sparsify
 from benchmarks.lib import records
-from benchmarks.lib.clock import Clock, reason
 from benchmarks.lib.models import SHAPES, build, clean, peak_bytes, weight_bytes
 from benchmarks.model import LongPrompt
 from sparsify import SparseCache, api
+from sparsify.commands.bench.clock import Clock, reason
 from sparsify.generation.compat import with_cache
 
 VARIANTS = ("parts", "whole")

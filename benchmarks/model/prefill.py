@@ -26,9 +26,9 @@ import torch
 
 import sparsify
 from benchmarks.lib import peers, records
-from benchmarks.lib.clock import reason
 from benchmarks.lib.models import SHAPES, build, clean
 from benchmarks.model import Prefill
+from sparsify.commands.bench.clock import reason
 from sparsify.commands.bench.prefill import compare, measure
 from sparsify.generation.regions import regional
 from sparsify.planning.registry import discover

@@ -6,9 +6,22 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, short, size
 from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Prefill
 from sparsify.commands.bench import prefill, whole_call
+from sparsify.commands.bench.tables import (
+    Found,
+    Row,
+    commit,
+    conditions,
+    failure,
+    groups,
+    kind,
+    latest,
+    markdown,
+    measured,
+    newest_device,
+    size,
+)
 from sparsify.commands.bench.whole_call import Bar
 
 _NEAR = 1.15  # times the bytes' time: nearer, a token counts as fast as memory allows
@@ -18,10 +31,6 @@ def prefill_table(found: Iterable[Found]) -> str:
     return prefill.table(
         found, "shape {shape}, {layers} layers, random weights", "; random weights give flat logits, and ties turn on rounding"
     )
-
-
-def _commit(record: Found) -> str:
-    return short(record["machine"].get("commit") or "unknown")
 
 
 def prefill_headlines(found: list[Found]) -> list[Row]:
@@ -72,11 +81,11 @@ def generate_table(found: Iterable[Found]) -> str:
             call += f", {record['tokens']} tokens"
             name = names[record["variant"]] + (f", {record['density']:.0%} of the blocks" if record.get("density") else "")
             if record.get("error"):
-                rows.append([call, name, failure(record["error"]), *["–"] * 4, _commit(record)])
+                rows.append([call, name, failure(record["error"]), *["–"] * 4, commit(record)])
                 continue
             ratio, first = f"{record['ms'] / record['limit_ms']:.2f}", f"{record['first_call_s']:.1f}"
             whole = f"{record['whole_s']:.2f}" if record.get("whole_s") else "–"
-            rows.append([call, name, f"{record['ms']:.2f}", f"{record['limit_ms']:.2f}", ratio, first, whole, _commit(record)])
+            rows.append([call, name, f"{record['ms']:.2f}", f"{record['limit_ms']:.2f}", ratio, first, whole, commit(record)])
         first_of_group = group[0]
         head = (
             f"### A token through generate(), shape {first_of_group['shape']}, {first_of_group['layers']} layers, random weights\n\n"
@@ -226,11 +235,11 @@ def long_prompt_table(found: Iterable[Found]) -> str:
         for r in sorted(group, key=lambda r: (r["length"], r["density"], r["variant"], r["allocator"])):
             call = [size(r["length"]), f"{r['density']:.0%}", r["variant"], r["allocator"] or "–"]
             if r.get("error"):
-                rows.append([*call, failure(r["error"]), *["–"] * 3, gib(r["weight_bytes"]), _commit(r)])
+                rows.append([*call, failure(r["error"]), *["–"] * 3, gib(r["weight_bytes"]), commit(r)])
                 continue
             reserved = max(r.get(name) or 0 for name in ("reserved_bytes", "first_reserved_bytes"))
             memory = [gib(r.get("peak_bytes")), gib(reserved), gib(r["weight_bytes"])]
-            rows.append([*call, f"{r['s']:.2f}", f"{r['first_call_s']:.1f}", *memory, _commit(r)])
+            rows.append([*call, f"{r['s']:.2f}", f"{r['first_call_s']:.1f}", *memory, commit(r)])
         head = (
             f"### A long prompt, shape {group[0]['shape']}, {group[0]['layers']} layers, random weights\n\n"
             f"Into a SparseCache of {group[0]['budget']} tokens, logits of the last token, medians. Peak: of tensors, weights included; "
@@ -259,7 +268,7 @@ def generate_seconds_table(found: Iterable[Found]) -> str:
                     f"{sum(later):.1f}" if later else "–",
                     f"{later[len(later) // 2]:.2f}" if later else "–",
                     f"{record['graphs']}",
-                    _commit(record),
+                    commit(record),
                 ]
             )
         first = group[0]

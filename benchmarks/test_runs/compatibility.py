@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.lib.tables import kind
 from benchmarks.test_runs import Compatibility
+from sparsify.commands.bench.tables import kind
 
 SUITES = {
     "quick": "The quick suite, `make test`: masks, rewriting, families of models, caches, references, kernels compiled for sm_90",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, conditions, latest, markdown, short
 from benchmarks.test_runs import Compatibility, Fuzz, Sanitize, Soak, Sweep
+from sparsify.commands.bench.tables import Found, commit, conditions, latest, markdown
 
 _WITH = ("torch", "triton", "transformers")
 
@@ -23,8 +23,7 @@ def table(found: Iterable[Found]) -> str:
             done = f"{record['threads']} threads × {record['calls']} calls of generate(), compiled: {', '.join(record['lower'])}"
         wrong = len(record["wrong"]) + len(record.get("errors", ()))
         versions = " · ".join(f"{name} {machine[name]}" for name in _WITH)
-        commit = short(machine.get("commit") or "unknown")
-        rows.append([record["time"][:10], record["benchmark"], done, str(wrong), str(record["seconds"]), versions, commit])
+        rows.append([record["time"][:10], record["benchmark"], done, str(wrong), str(record["seconds"]), versions, commit(record)])
     return markdown(["date", "run", "what", "wrong", "seconds", "with", "commit"], rows)
 
 

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.lib.tables import Found, groups, kind, latest, markdown, short
 from benchmarks.test_runs import Sweep
+from sparsify.commands.bench.tables import Found, commit, groups, kind, latest, markdown
 
 TITLES = {  # of the lists in tests/sweep/lists.py
     "causal": "causal language models",
@@ -168,5 +168,5 @@ def _cell(text: str) -> str:
 def _versions(cells: Sequence[Found]) -> str:
     parts = [f"{name} {', '.join(sorted({str(one['machine'][name]) for one in cells}))}" for name in ("torch", "transformers")]
     days = sorted({one["time"][:10] for one in cells})
-    commits = sorted({short(one["machine"].get("commit") or "unknown") for one in cells})
+    commits = sorted(set(map(commit, cells)))
     return f"{'; '.join(parts)}; commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}."

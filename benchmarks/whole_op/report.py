@@ -10,8 +10,8 @@ from benchmarks.attention import Kernels
 from benchmarks.attention.report import dense_length
 from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.lib.tables import Found, Row, by_device, conditions, failure, latest, markdown, measured, size
 from benchmarks.whole_op import WholeOp
+from sparsify.commands.bench.tables import Found, Row, by_device, conditions, failure, latest, markdown, measured, size
 
 _QUOTED = ((16, "max"), (16, "max+pair+int8"), (8, "max+pair+int8"))  # stride and pool
 

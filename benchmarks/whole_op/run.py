@@ -30,9 +30,9 @@ from torch import Tensor
 
 import sparsify.backends
 from benchmarks.lib import peers, precompile, records
-from benchmarks.lib.clock import Clock, reason
 from benchmarks.whole_op import WholeOp
 from benchmarks.whole_op.data import find_threshold, structured
+from sparsify.commands.bench.clock import Clock, reason
 from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.estimate import parse_label

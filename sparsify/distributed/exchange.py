@@ -50,7 +50,7 @@ def fetched(division: Division, own: Sequence[Tensor], needs: Tensor, block: int
     size, me = division.shard.size, division.shard.rank
     device = own[0].device
     places = _places(division, block)
-    whole = [part.new_empty(batch, heads, cdiv(division.tokens, block) * block, part.shape[-1]) for part in own]
+    whole = [part.new_empty(batch, heads, division.blocks(block) * block, part.shape[-1]) for part in own]
     blocked = [_blocked(division, part, block) for part in own]
     mine = places[me].to(device)
     for full, part in zip(whole, blocked, strict=True):
@@ -79,14 +79,10 @@ def fetched(division: Division, own: Sequence[Tensor], needs: Tensor, block: int
     return [full[:, :, : division.tokens] for full in whole]
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _places(division: Division, block: int) -> list[Tensor]:
     """By process the numbers of its blocks in the text, int64, in its order."""
     return [
-        torch.cat([torch.arange(first // block, cdiv(last, block)) for first, last in division.spans(rank)])
+        torch.cat([torch.arange(first // block, -(-last // block)) for first, last in division.spans(rank)])
         for rank in range(division.shard.size)
     ]
 

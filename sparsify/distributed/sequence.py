@@ -71,6 +71,10 @@ class Division:
         """Whether chunks begin at blocks."""
         return self.chunk % BLOCK == 0
 
+    def blocks(self, size: int) -> int:
+        """Blocks of `size` tokens in the text, the last one perhaps shorter."""
+        return -(-self.tokens // size)
+
     def span(self, chunk: int) -> tuple[int, int]:
         """First token of a chunk and the one after its last."""
         return min(chunk * self.chunk, self.tokens), min((chunk + 1) * self.chunk, self.tokens)

@@ -146,6 +146,7 @@ def compile_in_threads(function: Callable[..., Any], *, dynamic: bool | None = N
     return call
 
 
+@functools.cache
 def _settings_of_threads() -> bool:
     """Whether each thread has torch's settings for itself, as from torch 2.13 on."""
     settings: Any = torch._dynamo.config

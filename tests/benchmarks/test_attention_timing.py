@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.attention import run, timing
-from benchmarks.lib.clock import Clock
+from sparsify.commands.bench.clock import Clock
 
 
 def test_a_race(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.lib.clock import Clock, reason
+from sparsify.commands.bench.clock import Clock, reason
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from sparsify.distributed import exchange
 from sparsify.distributed.sequence import Division
 from sparsify.distributed.shards import Shard
+from sparsify.ops.limits import cdiv
 from tests.support import divided, processes
 
 BATCH, HEADS = 2, 3
@@ -20,7 +20,7 @@ BATCH, HEADS = 2, 3
 @pytest.mark.parametrize("tokens, block", [(1024, 128), (1500, 128), (1500, 64), (4097, 128), (50, 1)])
 def test_blocks_arrive_once(count, tokens, block):
     draw = random.Random(tokens * count)
-    blocks = exchange.cdiv(tokens, block)
+    blocks = cdiv(tokens, block)
     every = [(b, h, i) for b in range(BATCH) for h in range(HEADS) for i in range(blocks)]
     for share in (0.0, 0.3, 1.0):
         wanted = [[one for one in every if draw.random() < share] for _ in range(count)]

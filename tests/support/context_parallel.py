@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -11,23 +10,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import sparsify
-from sparsify import api
-from tests.support.harness import holding, strict
+from tests.support import tensor_parallel
+from tests.support.harness import holding
 from tests.support.tensor_parallel import whole
 
 
-@contextlib.contextmanager
-def compiled(model: torch.nn.Module, options: dict[str, Any], divided: bool) -> Generator[list[Any]]:
-    """The model compiled, its prompts divided among all processes or not; its plans."""
-    torch._dynamo.reset()
-    size = torch.distributed.get_world_size() if divided else 1
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",)) if divided else None
-    sparsify.compile(model, mesh=mesh, **strict(**options))
-    try:
-        with api.collect_plans() as plans, torch.no_grad():
-            yield plans
-    finally:
-        torch._dynamo.reset()
+def compiled(model: torch.nn.Module, options: dict[str, Any], divided: bool) -> contextlib.AbstractContextManager[list[Any]]:
+    """The model compiled for one use, its prompts divided among all processes or not; its plans."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("cp",)) if divided else None
+    return tensor_parallel.compiled(model, options, mesh=mesh)
 
 
 def prompts(family: str, cases: dict[str, Any], divided: bool, overrides: dict[str, Any]) -> dict[str, tuple[Tensor, list[Any]]]:

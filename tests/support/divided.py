@@ -77,7 +77,7 @@ def fetch(tokens: int, block: int, wanted: list[list[tuple[int, int, int]]], bat
     """`exchange.fetched` of a text whose token t of row b and head h is b, h, t; wanted: by process row, head and block."""
     division = Division.of(tokens, shard())
     marks = torch.stack(torch.meshgrid(torch.arange(batch), torch.arange(heads), torch.arange(tokens), indexing="ij"), -1).float()
-    needs = torch.zeros(division.shard.size, batch, heads, exchange.cdiv(tokens, block), dtype=torch.bool)
+    needs = torch.zeros(division.shard.size, batch, heads, division.blocks(block), dtype=torch.bool)
     for rank, blocks in enumerate(wanted):
         for row, head, at in blocks:
             needs[rank, row, head, at] = True

@@ -33,7 +33,7 @@ def divided(family: str, **overrides: Any) -> torch.nn.Module:
 def outcome(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], whole: bool = False) -> Any:
     """Logits of a prompt by a compiled model, and its plans' capture and method of each site."""
     given = {} if mask is None else {"attention_mask": mask}
-    with compiled(model, options, whole) as plans:
+    with compiled(model, options, whole=whole) as plans:
         logits = model(ids, use_cache=False, **given).logits
     return logits, [(plan.capture, [decision.method for decision in plan.decisions]) for plan in plans]
 
@@ -45,16 +45,16 @@ def tokens(
     given = {} if mask is None else {"attention_mask": mask}
     given |= {} if cache is None else holding(SparseCache(model.config, **cache))
     torch.manual_seed(3)
-    with compiled(model, options, False) as plans:
+    with compiled(model, options) as plans:
         found = model.generate(ids, max_new_tokens=12, **{"do_sample": False, **given, **more})
     return found, sorted({decision.method or "" for plan in plans for decision in plan.decisions})
 
 
 @contextlib.contextmanager
-def compiled(model: torch.nn.Module, options: dict[str, Any], whole: bool) -> Generator[list[Any]]:
-    """The model compiled by `sparsify.compile`, without gradients, for one use; its plans."""
+def compiled(model: torch.nn.Module, options: dict[str, Any], **how: Any) -> Generator[list[Any]]:
+    """The model compiled by `sparsify.compile`, without gradients, for one use; its plans. how: arguments beside the options."""
     torch._dynamo.reset()
-    sparsify.compile(model, whole=whole, **strict(**options))
+    sparsify.compile(model, **how, **strict(**options))
     try:
         with api.collect_plans() as plans, torch.no_grad():
             yield plans

@@ -14,7 +14,7 @@ from sparsify.commands.bench import variants
 from sparsify.commands.bench.clock import Clock, clean, peak_bytes, reason
 from sparsify.commands.bench.records import Record
 from sparsify.commands.bench.registry import Benchmark, Subject
-from sparsify.commands.bench.tables import Found, conditions, failure, groups, kind, latest, markdown, newest_device, short, size
+from sparsify.commands.bench.tables import Found, commit, conditions, failure, groups, kind, latest, markdown, newest_device, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +125,13 @@ def table(found: Iterable[Found], what: str = "{shape}, {layers} layers", note: 
             if record["requested_density"] is not None:
                 name += f", density {record['requested_density']:g}"
             if "error" in record:
-                rows.append([size(record["length"]), name, failure(record["error"]), *["–"] * 5, _commit(record)])
+                rows.append([size(record["length"]), name, failure(record["error"]), *["–"] * 5, commit(record)])
                 continue
             base = eager.get(record["length"])
             peak = f"{record['peak_bytes'] / 2**30:.1f}" if record["peak_bytes"] else "–"
             density = f"{record['density']:.1%}" if record["density"] is not None else "–"
             ratio = f"{base / record['ms']:.2f}" if base else "–"
-            rows.append([size(record["length"]), name, f"{record['ms']:.1f}", ratio, peak, density, *_logits(record), _commit(record)])
+            rows.append([size(record["length"]), name, f"{record['ms']:.1f}", ratio, peak, density, *_logits(record), commit(record)])
         first = group[0]
         head = (
             f"### Prefill of one prompt, {what.format(**first)}\n\n"
@@ -157,10 +157,6 @@ def _name(variant: str) -> str:
         layer, _, tokens = selected.partition(":")
         return f"token_select, {tokens} tokens behind layer {layer}"
     return _NAMES.get(variant, variant)
-
-
-def _commit(record: Found) -> str:
-    return short(record["machine"].get("commit") or "unknown")
 
 
 def _logits(record: Found) -> list[str]:

@@ -71,8 +71,13 @@ def conditions(found: Sequence[Found]) -> str:
     for name, label in (("gpu", ""), ("driver", "driver "), ("torch", "torch "), ("triton", "triton "), ("transformers", "transformers ")):
         values = sorted({str(record["machine"].get(name)) for record in found} - {"None"})
         parts += [label + ", ".join(values)] if values else (["CPU"] if name == "gpu" else [])
-    commits = sorted({short(record["machine"].get("commit") or "unknown") for record in found})
+    commits = sorted(set(map(commit, found)))
     return "; ".join([*parts, "commit " + ", ".join(commits)]) + "."
+
+
+def commit(record: Found) -> str:
+    """The commit that a record was measured on, as `short` gives it."""
+    return short(record["machine"].get("commit") or "unknown")
 
 
 def short(commit: str) -> str:

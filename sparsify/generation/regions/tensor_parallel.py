@@ -65,14 +65,14 @@ def _local(parameter: Any) -> Any:
 
 def is_divided(module: nn.Module) -> bool:
     """Whether `local` has another module for it."""
-    return "forward" in vars(module) and division(module) != ""
+    return division(module) != ""
 
 
 def of_heads(layer: nn.Module) -> Shard | None:
     """Which share of the heads of a layer's attention is this process's; None where attention is not divided."""
     for part in layer.modules():
         if hasattr(part, "config") and "layer_idx" in vars(part):
-            by_output = [child for child in part.children() if is_divided(child) and division(child) == BY_OUTPUT]
+            by_output = [child for child in part.children() if division(child) == BY_OUTPUT]
             if by_output:
                 return shards.find(by_output[0]._parameters.values())
     return None
