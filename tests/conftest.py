@@ -8,6 +8,7 @@ import torch._dynamo
 import torch.fx.experimental._config
 from hypothesis import HealthCheck, settings
 
+from sparsify.backends import dispatch
 from sparsify.graph import unforeseen
 from tests.support.run_records import pytest_addoption, pytest_terminal_summary
 from tests.support.samples import pytest_collection_modifyitems
@@ -74,3 +75,14 @@ def torch_settings_stay(request):
     for (module, name), value in zip(held, before, strict=True):
         setattr(module, name, value)
     assert after == before or request.node.get_closest_marker("torch_in_threads")
+
+
+@pytest.fixture(autouse=True)
+def choice_of_kernels_stays():
+    """What one test asks to be served by serves no later one."""
+    yield
+    left = (dispatch._kernels, dispatch._kernels_here.get(), dispatch._strict.get())
+    dispatch._kernels = "auto"
+    dispatch._kernels_here.set(None)
+    dispatch._strict.set(False)
+    assert left == ("auto", None, False)

@@ -219,14 +219,13 @@ def chunk_times(clock: Clock, query: Tensor, key: Tensor) -> dict[str, float]:
 
 def work(options: argparse.Namespace) -> None:
     """The worker: every length, one record after the other."""
-    sparsify.backends.use("triton" if options.device == "cuda" else "reference")
     facts = {"heads": options.heads, "kv_heads": options.kv_heads, "head_dim": 128, "dtype": str(options.dtype).removeprefix("torch.")}
 
     def keep(**values: Any) -> None:
         record = records.append(options.out, WholeOp(**facts, **values))
         print(line(record), flush=True)
 
-    with torch.no_grad(), sparsify.backends.strict():
+    with torch.no_grad():
         for length in options.lengths:
             try:
                 measure(length, options, keep)
@@ -255,7 +254,6 @@ def compile_kernels(options: argparse.Namespace) -> None:
 @torch.no_grad()
 def warm(job: str, options: argparse.Namespace) -> None:
     """Runs one kind of kernel at each length, on few heads where the kernel does not depend on them."""
-    sparsify.backends.use("triton")
     heads, kv_heads = (options.heads, options.kv_heads) if job == "attention" else (options.heads // options.kv_heads, 1)
     for length in sorted(options.lengths):
         query = torch.zeros(1, heads, length, 128, dtype=options.dtype, device="cuda")
@@ -289,7 +287,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.warm or options.worker or options.device == "cpu":
-        warm(options.warm, options) if options.warm else work(options)
+        with sparsify.backends.serving("triton" if options.device == "cuda" else "reference", strict=True):
+            warm(options.warm, options) if options.warm else work(options)
         return 0
     end = time.monotonic() + options.seconds
     compile_kernels(options)

@@ -17,7 +17,7 @@ from tests.fuzz import run as fuzz
 from tests.fuzz.graphs import Program
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(240, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(240, marks=pytest.mark.slow)])
 def test_random_programs_equal_eager_or_are_refused(count, tmp_path):
     tally, failure = fuzz.fuzz(count, seed=0, folder=tmp_path, say=lambda text: None)
     assert failure is None, f"{failure.error}\n{failure.program}\nrepro: {failure.script}"
