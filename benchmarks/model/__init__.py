@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from benchmarks.lib.records import Record
 from sparsify.commands.bench.prefill import Prefill
 
-__all__ = ["CompileTime", "Generate", "GenerateSeconds", "LongPrompt", "Prefill"]
+__all__ = ["CompileTime", "Generate", "GenerateSeconds", "LongPrompt", "Prefill", "Speculation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,27 @@ class Generate(Record):
     whole_first_s: float | None = None  # a call that reads its prompt, the first one
     whole_s: float | None = None  # and the next one
     density: float | None = None  # share of a prompt's causal blocks that is visited; None: all
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation(Record):
+    """One sequence's tokens through `generate()` where tokens are drafted over some pages and verified over everything."""
+
+    NAME = "speculation"
+    KEYS = ("shape", "layers", "length", "tokens", "drafts", "share")
+    shape: str  # of benchmarks.lib.models, or a trained model's name
+    layers: int
+    length: int  # tokens before the call
+    tokens: int  # new ones of each call
+    drafts: str  # tokens that are drafted before each verification: a number, "auto", or "0" for none
+    share: float  # of the pages that a drafted token reads
+    trained: bool  # else weights and keys are random, and what is kept means nothing
+    ms: float | None = None  # a token: median of the calls, over `tokens`
+    ms_a_round: float | None = None  # of drafts and their verification
+    kept: float | None = None  # share of the drafted tokens
+    same_tokens: int | None = None  # that agree with those without drafts, up to the first that does not
+    first_call_s: float | None = None  # compilation included
     error: str | None = None
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.lib.registry import Benchmark
-from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Prefill
+from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Prefill, Speculation
 from sparsify.commands.bench import prefill, whole_call
 from sparsify.commands.bench.tables import (
     Found,
     Row,
+    by_device,
     commit,
     conditions,
     failure,
@@ -309,6 +310,33 @@ def compile_time_table(found: Iterable[Found]) -> str:
     return markdown(["llama, prompt and next token", *columns, "own stages, s", "of them validation, s, share of cold / warm"], rows)
 
 
+def speculation_table(found: Iterable[Found]) -> str:
+    """A token with and without drafts; of random weights a round's time alone says something."""
+    parts = []
+    for group in by_device(found):
+        cells = latest(group, Speculation)
+        plain = {(r["shape"], r["layers"], r["length"], r["tokens"]): r["ms"] for r in cells if r["drafts"] == "0" and r.get("ms")}
+        rows = []
+        for r in sorted(cells, key=lambda r: (r["shape"], r["length"], r["drafts"] == "auto", r["drafts"].zfill(2))):
+            beside, kept = plain.get((r["shape"], r["layers"], r["length"], r["tokens"])), r.get("kept")
+            rows.append(
+                [
+                    r["shape"],
+                    size(r["length"]),
+                    "none" if r["drafts"] == "0" else r["drafts"],
+                    f"{r['share']:.0%}" if r["drafts"] != "0" else "–",
+                    f"{r['ms']:.2f}" if r.get("ms") else failure(r.get("error") or ""),
+                    f"{beside / r['ms']:.2f}" if beside and r.get("ms") else "–",
+                    f"{r['ms_a_round']:.2f}" if r.get("ms_a_round") else "–",
+                    f"{kept:.0%}" if kept is not None and r["trained"] else "–",
+                    f"{r['same_tokens']} of {r['tokens']}" if r.get("same_tokens") is not None else "–",
+                ]
+            )
+        header = ["model", "after", "drafted", "pages read", "ms a token", "× none", "ms a round", "kept", "same tokens"]
+        parts += [conditions(cells), markdown(header, rows)]
+    return "\n\n".join(parts)
+
+
 BENCHMARKS = (
     Benchmark(
         name="prefill",
@@ -333,6 +361,15 @@ BENCHMARKS = (
         plots={"whole_call": whole_call_plot},
         headlines=generate_headlines,
         shortfalls=generate_shortfalls,
+    ),
+    Benchmark(
+        name="speculation",
+        place=16,
+        measures="self-speculation through generate(): drafts over 5 % of the pages, verified over everything, by how many are drafted",
+        module="benchmarks.model.speculation",
+        records=(Speculation,),
+        title="Drafts over an exact cache",
+        table=speculation_table,
     ),
     Benchmark(
         name="generate_seconds",

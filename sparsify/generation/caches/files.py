@@ -48,8 +48,8 @@ class Header(BaseModel):
     """format: of the file. model: digest of configuration and weights. model_type: for messages.
 
     policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. every: tokens beside it, 0 for none. read: as
-    `Pages` writes itself, empty for everything. codes: "fp8", "int4", or "" for keys and values as they came. versions: of what wrote
-    the file.
+    `Pages` writes itself, empty for everything. codes: "fp8", "int4", or "" for keys and values as they came. draft: as `read`, of drafted
+    tokens; draft_tokens: how many of them, None for as many as pay. versions: of what wrote the file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -61,13 +61,31 @@ class Header(BaseModel):
     every: int
     read: str = ""
     codes: str = ""
+    draft: str = ""
+    draft_tokens: int | None = None
     layers: list[LayerHeader]
     versions: dict[str, str]
 
 
-def write(
-    path: Path, layers: list[SparseLayer], policy: str, budget: int | float | None, every: int, read: Pages | None, codes: str, model: Any
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What a SparseCache was made with. policy: as `Policy.describe` writes it. codes: the dtype, where that is a text."""
+
+    policy: str
+    budget: int | float | None
+    every: int
+    read: Pages | None
+    codes: str
+    draft: Pages | None
+    draft_tokens: int | None
+
+    @classmethod
+    def of(cls, header: Header) -> How:
+        pages = [Pages.parse(text) if text else None for text in (header.read, header.draft)]
+        return cls(header.policy, header.budget, header.every, pages[0], header.codes, pages[1], header.draft_tokens)
+
+
+def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
     """Writes layers of one cache, all of them between two calls.
 
     Raises:
@@ -94,11 +112,13 @@ def write(
         format=FORMAT,
         model=model_digest(model),
         model_type=model_kind(model),
-        policy=policy,
-        budget=budget,
-        read="" if read is None else str(read),
-        codes=codes,
-        every=every,
+        policy=how.policy,
+        budget=how.budget,
+        read="" if how.read is None else str(how.read),
+        codes=how.codes,
+        draft="" if how.draft is None else str(how.draft),
+        draft_tokens=how.draft_tokens,
+        every=how.every,
         layers=described,
         versions={"torch": torch.__version__},
     )

@@ -136,6 +136,7 @@ class SparseLayer(CacheLayerMixin):
         sliding: the layer has a sliding window of the model's own, which is kept exactly.
         frequencies: inverse frequencies of the rotary embedding, fp32 [rotated dimensions / 2], where sinks are rotated; else None.
         read: the pages that one token reads; None: everything that is kept.
+        draft: the pages that a drafted token reads, of the size that `read` has; None: no tokens are drafted.
         codes: "fp8" or "int4", as which keys and values are stored; "": as they come.
         every: tokens beyond the budget that are stored before the policy selects anew; 0: tokens replace others one by one.
     """
@@ -152,6 +153,7 @@ class SparseLayer(CacheLayerMixin):
         sliding: bool,
         frequencies: Tensor | None,
         read: Pages | None = None,
+        draft: Pages | None = None,
         codes: str = "",
         every: int = 0,
     ):
@@ -159,6 +161,7 @@ class SparseLayer(CacheLayerMixin):
         self.index, self.config, self.policy, self.budget = index, config, policy, budget
         self.is_sliding, self.inverse_frequencies = sliding, frequencies
         self.read, self.read_text = read, "" if read is None else str(read)
+        self.draft = draft
         self.bounds: Tensor | None = None
         self.codes, self.head_dims = codes, (0, 0)
         self.key_scales: Tensor | None = None

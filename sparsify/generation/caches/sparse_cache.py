@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from sparsify import policies
 from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.caches import files
+from sparsify.generation.caches import drafting, files
 from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, divided_by, link_layers
 from sparsify.generation.caches.outlook import Outlook
 from sparsify.generation.caches.rope import inverse_frequencies
@@ -53,6 +54,13 @@ class SparseCache(Cache):
         device: where it is allocated.
         read: "pages" or a `sparsify.Pages`: each token reads the pages of what is kept whose keys may get the most weight, and forgets
             none (Quest, arXiv 2406.10774); calls of several tokens read everything. None: everything.
+        draft: "pages" or a `sparsify.Pages`, with policy "full": `generate()` of a model that `sparsify.compile` compiled drafts tokens
+            that read these pages alone, and verifies several at once over everything (self-speculation). All other calls read everything.
+        draft_tokens: drafted before each verification; None: as many as are expected to pay.
+
+    Attributes:
+        draft_rounds: verifications over this cache so far.
+        drafted, drafts_kept: places for which tokens were drafted in them, for all rows at once, and those that were kept.
 
     Raises:
         ConfigError: unknown policy or option, or a budget that the policy cannot work with.
@@ -73,12 +81,17 @@ class SparseCache(Cache):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         read: str | Pages | None = None,
+        draft: str | Pages | None = None,
+        draft_tokens: int | None = None,
         **options: Any,
     ):
         config = config.get_text_config(decoder=True)
         _check_model(config)
         policy = policies.make(policy, **options)
         budget, pages = _checked_budget(budget, prompt_len), _checked_read(read)
+        drafts = drafting.checked(draft, draft_tokens, policy, dtype, pages)
+        if drafts is not None:
+            pages = drafting.exact(drafts)
         every = _checked_every(every, policy, budget)
         codes = _checked_codes(dtype, every, pages)
         _check_divided(config, policy)
@@ -87,13 +100,17 @@ class SparseCache(Cache):
             raise ConfigError(what, where="dtype" if codes else "read", hint="leave it out")
         stock = DynamicCache(config=config).layers
         evicting = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
-        layers = [_make_layer(i, layer, config, policy, budget, evicting, every, pages, codes) for i, layer in enumerate(stock)]
+        layers = [_make_layer(i, layer, config, policy, budget, evicting, every, pages, codes, drafts) for i, layer in enumerate(stock)]
+        if drafts is not None:
+            drafting.check_layers(layers)
         if (batch_size is None) != (device is None):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
         super().__init__(layers=[*layers])
         self.config, self.policy, self.budget, self.read, self.call = config, policy, budget, pages, link_layers(layers)
         self.every, self.outlook, self.codes = every, Outlook(), codes
+        self.draft, self.draft_tokens = drafts, draft_tokens
+        self.draft_rounds = self.drafted = self.drafts_kept = 0
         if batch_size is not None and device is not None:
             heads, head_dim = _kv_head_sizes(config)
             given = dtype if isinstance(dtype, torch.dtype) else None
@@ -141,7 +158,8 @@ class SparseCache(Cache):
         if (ranks := divided_by(self.config)) > 1:
             what = f"each of {ranks} processes holds some of the heads, and a file all of them"
             raise UnsupportedError(what, where="SparseCache.save", hint="save the text, and read it again")
-        files.write(Path(path), self.layers, self.policy.describe(), self.budget, self.every, self.read, self.codes, model)
+        how = files.How(self.policy.describe(), self.budget, self.every, self.read, self.codes, self.draft, self.draft_tokens)
+        files.write(Path(path), self.layers, how, model)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, device: torch.device | str | None = None) -> SparseCache:
@@ -160,15 +178,37 @@ class SparseCache(Cache):
         if divided_by(model.config) > 1:
             raise UnsupportedError("a file holds all heads, and each process some", where="SparseCache.load", hint="read the text again")
         header = files.read_header(Path(path), model)
-        read = Pages.parse(header.read) if header.read else None
+        how = files.How.of(header)
         cache = cls(
-            model.config, policies.parse(header.policy), header.budget, every=header.every or None, read=read, dtype=header.codes or None
+            model.config,
+            policies.parse(how.policy),
+            how.budget,
+            every=how.every or None,
+            read=None if how.draft is not None else how.read,
+            dtype=how.codes or None,
+            draft=how.draft,
+            draft_tokens=how.draft_tokens,
         )
         if len(cache.layers) != len(header.layers):
             raise CacheError(f"it holds {len(header.layers)} layers, the model has {len(cache.layers)}", where=str(path))
         files.fill(Path(path), header, cache.layers, device or model.device)
         cache.check_consistent(True)
         return cache
+
+    def drafting(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block single tokens read the pages that `draft` names."""
+        return drafting.reading_drafts(self.layers)
+
+    def take_back(self, tokens: Tensor, most: int) -> None:
+        """Takes back the last tokens of every row, which are none of its first, without waiting for the device.
+
+        `crop` looks whether that can be done; here nothing is asked, so that a CUDA graph can hold it: only for caches that draft.
+
+        Args:
+            tokens: how many, int64 [], on the cache's device.
+            most: that they are at most.
+        """
+        drafting.take_back(self.layers, tokens, most)
 
     def fork(self) -> SparseCache:
         """An independent copy: another continuation of the same prompt."""
@@ -205,6 +245,7 @@ class SparseCache(Cache):
             read_lengths: also compare the lengths on the device, in uncompiled code.
         """
         consistent = self.call.idle
+        read_lengths = read_lengths and not _recording()
         if consistent and not torch.compiler.is_dynamo_compiling():
             started = {layer.started for layer in self.layers}
             consistent = len(started) == 1 and not (read_lengths and started == {True} and len(set(self._lengths())) > 1)
@@ -322,14 +363,23 @@ class SparseCache(Cache):
         for layer in self.layers:
             layer.divide(tokens, shard)
 
-    def recount(self) -> None:
-        """Says that tokens were stored by what runs no Python, as a CUDA graph: the next uncompiled call reads lengths from the device."""
+    def recount(self, tokens: int | None = None) -> None:
+        """Says that tokens were stored or taken back by what runs no Python, as a CUDA graph.
+
+        Args:
+            tokens: columns of the text that every layer holds now; None: the next uncompiled call reads lengths from the device.
+        """
         for layer in self.layers:
-            layer.used = None
+            layer.used = tokens
 
     def kept_bytes(self) -> int:
         """Bytes of all allocated buffers."""
         return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in layer.buffers())
+
+
+def _recording() -> bool:
+    """Whether a CUDA graph is being recorded, while which nothing may be asked of the device."""
+    return not torch.compiler.is_dynamo_compiling() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _raise_halfway() -> None:
@@ -436,7 +486,16 @@ def _check_model(config: Any) -> None:
 
 
 def _make_layer(
-    index: int, stock: Any, config: Any, policy: Policy, budget: Any, evicting: list[int], every: int, read: Pages | None, codes: str
+    index: int,
+    stock: Any,
+    config: Any,
+    policy: Policy,
+    budget: Any,
+    evicting: list[int],
+    every: int,
+    read: Pages | None,
+    codes: str,
+    draft: Pages | None,
 ) -> SparseLayer:
     """The SparseLayer that replaces one layer of an ordinary cache.
 
@@ -464,7 +523,18 @@ def _make_layer(
     frequencies = None
     if rotates:
         frequencies = frequencies_of("sinks cannot be moved along", 'positions="absolute" works with every rotary embedding')
-    return SparseLayer(index, config, policy, budget, sliding=False, frequencies=frequencies, every=every, read=read, codes=codes)
+    return SparseLayer(
+        index,
+        config,
+        policy,
+        budget,
+        sliding=False,
+        frequencies=frequencies,
+        read=read,
+        draft=draft,
+        codes=codes,
+        every=every,
+    )
 
 
 def _kv_head_sizes(config: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from sparsify.generation import compat
-from sparsify.generation.decoding import processors
+from sparsify.generation.decoding import drafts, processors
 from sparsify.generation.decoding.stopping import sort_criteria
+
+log = logging.getLogger(__name__)
 
 # what a model is given beside its cache: each of these has a buffer in a Step, or serves the prompt alone, or is not for the model
 _KNOWN = {compat.CACHE_NAME, "attention_mask", "position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer"}
@@ -56,6 +59,7 @@ class Call:
         max_length: tokens that a row may have, the prompt included.
         criteria: the stopping criteria, by where they can be asked.
         parts: the logits processors in the form that a step records; None where they cannot be recorded.
+        drafts: whether tokens are drafted over the cache.
     """
 
     def __init__(
@@ -78,6 +82,12 @@ class Call:
         self.cache, self.positions = model_kwargs[compat.CACHE_NAME], model_kwargs["position_ids"]
         self.model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
         self.columns = compat.columns(input_ids, generation_config, self.model_kwargs)
+        self.drafts = False
+        if getattr(self.cache, "draft", None) is not None:
+            reason = drafts.refusal(self.cache, self.parts)
+            self.drafts = not reason
+            if reason:
+                log.info("generate() drafts no tokens because %s", reason)
 
     @property
     def flags(self) -> dict[str, Any]:

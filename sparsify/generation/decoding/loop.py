@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from typing import Any, cast
 
 import torch
@@ -17,12 +18,17 @@ from transformers import GenerationConfig
 
 from sparsify import progress
 from sparsify.generation import compat
+from sparsify.generation.caches.drafting import MOST
 from sparsify.generation.decoding import processors
 from sparsify.generation.decoding.call import Call
+from sparsify.generation.decoding.draft_lengths import DraftLength
+from sparsify.generation.decoding.drafts import Drafts
 from sparsify.generation.decoding.runner import Direct, drawing
 from sparsify.generation.decoding.sessions import MakeRunner, Sessions
 from sparsify.generation.decoding.step_caches import StepCache, step_cache
 from sparsify.generation.decoding.stopping import LateWatch, Watch
+
+log = logging.getLogger(__name__)
 
 # a growing cache has room for this many tokens after the prompt, or half the prompt's number, before it is made larger
 _ROOM = 4096
@@ -63,8 +69,9 @@ def decode(
         cache.reserve(_room(call))
         one_token = _lacks_one_token(call, cache)
         logits = None if one_token else _read_prompt(model, call, cache)
-        late = late and (private or not call.criteria.by_content) and call.criteria.others is None
-        generation = _Generation(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch)
+        late = late and not call.drafts and (private or not call.criteria.by_content) and call.criteria.others is None
+        kind = _Drafting if call.drafts else _Generation
+        generation = kind(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch)
         with model._optimize_model_for_decode() if one_token else contextlib.nullcontext():
             generation.begin(logits)
         generation.run(reading)
@@ -110,7 +117,7 @@ class _Generation:
 
     def __init__(self, model: Any, call: Call, cache: StepCache, sessions: Sessions, make_runner: MakeRunner, watch: type[Watch]):
         self.model, self.call, self.sessions = model, call, sessions
-        self.step, self.runner, self.cache = sessions.session(model, cache, call, make_runner)
+        self.step, self.runner, self.cache, self.drafts = sessions.session(model, cache, call, make_runner)
         self.length, self.stored = call.prompt_len, call.columns
         self.watch = watch(self.step.status, self.step.token, call.streamer)
         self.kept = _Kept(call.generation_config)
@@ -189,14 +196,17 @@ class _Generation:
             self.logits, self.scores = step.logits, step.scores
         self.length += 1
 
-    def _make_room(self) -> None:
-        """Makes the cache larger, whose buffers move, or smaller where its policy selects, which stay where they are."""
+    def _make_room(self, drafts: int = 0) -> None:
+        """Makes the cache larger, whose buffers move, or smaller where its policy selects, which stay where they are. drafts: tokens for
+        which there has to be room beside the next one."""
         before = self.cache.state()
-        self.cache.reserve(room_for(self.stored, self.call.max_length - self.length + 1))
+        self.cache.reserve(room_for(self.stored, max(self.call.max_length - self.length + 1, drafts + 1)))
         self.limit = self.cache.room()
         if self.cache.state() == before:
             return
         self.runner.forget()
+        if self.drafts is not None:
+            self.drafts.forget()
         self.sessions.move(self.model, self.cache)
 
     def _choose(self, logits: Tensor, ids: Tensor) -> None:
@@ -217,6 +227,44 @@ class _Generation:
             self.length -= steps
             self.draws.undo(steps)
             self.kept.drop(steps)
+
+
+class _Drafting(_Generation):
+    """The same where tokens are drafted over some of the cache and verified over all of it."""
+
+    def run(self, reading: progress.Task) -> None:
+        if self.drafts is None:
+            raise RuntimeError("a session without drafts")
+        lengths = self.drafts.lengths()
+        with self.model._optimize_model_for_decode():
+            while not self._ended():
+                # the last token that is wanted is drafted by nobody
+                drafts = lengths.choose(self.stored, min(MOST, self.call.max_length - self.length - 1))
+                if not drafts:
+                    self._next_token()
+                elif self._round(self.drafts, lengths, drafts):
+                    break
+                reading.done()
+        self.watch.finish()
+        log.info("%.0f %% of drafted tokens were kept", 100 * lengths.acceptance)
+
+    def _round(self, made: Drafts, lengths: DraftLength, drafts: int) -> bool:
+        """Takes the tokens that a draft brings. Returns whether one of them but the last ended all rows, so that the rest goes."""
+        if self.limit is not None and self.stored + drafts + 1 > self.limit:
+            self._make_room(drafts)
+        with drawing:
+            found = made.round(drafts, self.stored, self.scores.shape[-1])
+        lengths.learn(drafts, found - 1)
+        for place in range(found):
+            self.logits, self.scores = made.logits[:, place], made.scores[:, place]
+            self.step.take(made.found[:, place])
+            self.length += 1
+            self.stored += 1
+            rest = found - 1 - place
+            if rest and self._ended():
+                made.take_back(rest)
+                return True
+        return False
 
 
 class _Kept:

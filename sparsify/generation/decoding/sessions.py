@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsify.generation.decoding.call import Call
+from sparsify.generation.decoding.draft_lengths import predicted
+from sparsify.generation.decoding.drafts import Drafts
 from sparsify.generation.decoding.model_state import model_state
 from sparsify.generation.decoding.runner import Runner
 from sparsify.generation.decoding.step import Step
@@ -25,6 +27,13 @@ class Session(NamedTuple):
     step: Step
     runner: Runner
     cache: StepCache
+    drafts: Drafts | None
+
+    def forget(self) -> None:
+        """The cache's buffers have moved."""
+        self.runner.forget()
+        if self.drafts is not None:
+            self.drafts.forget()
 
 
 class Sessions:
@@ -45,8 +54,13 @@ class Sessions:
         found = self.by_key.get(key)
         if found is not None and found.step.sequences.shape[1] >= call.max_length:
             return found
-        step = _step(model, cache, call)
-        made = Session(step, make_runner(step, cache.forget), cache)
+        forward = _forward(model, cache, call)
+        step = _step(forward, call)
+        drafts = None
+        if call.drafts:
+            seconds = predicted(model, call.cache, call.rows)
+            drafts = Drafts(step, forward, cache, lambda function: make_runner(function, cache.forget), seconds)
+        made = Session(step, make_runner(step, cache.forget), cache, drafts)
         if made.runner.keeps:
             self.by_key[key] = made
         return made
@@ -54,7 +68,7 @@ class Sessions:
     def move(self, model: Any, cache: StepCache) -> None:
         """The cache's buffers have moved, in the middle of a generation."""
         for session in self.by_key.values():
-            session.runner.forget()
+            session.forget()
         self._state = model_state(model), cache.state()
 
 
@@ -71,19 +85,30 @@ def _key(call: Call) -> Any:
         criteria.eos,
         criteria.pads,
         flags,
+        call.drafts,
     )
 
 
-def _step(model: Any, cache: StepCache, call: Call) -> Step:
-    alive, flags = weakref.ref(model), call.flags  # a step is kept for as long as the model lives, and must not keep it alive
+def _forward(model: Any, cache: StepCache, call: Call) -> Callable[..., Tensor]:
+    """Logits of a call's tokens, in the model's dtype [rows, tokens, vocabulary]."""
+    alive, flags = weakref.ref(model), dict(call.flags)  # a step is kept for as long as the model lives, and must not keep it alive
+
+    if "logits_to_keep" in flags:  # generate() wants the last ones alone
+        flags["logits_to_keep"] = 0
 
     def forward(**inputs: Tensor) -> Tensor:
         living = alive()
         if living is None:
             raise ReferenceError("the model that decodes is gone")
-        logits = living(**inputs, **cache.inputs(), **flags, return_dict=True).logits
-        return logits[:, -1].to(copy=True, dtype=torch.float32)
+        return living(**inputs, **cache.inputs(), **flags, return_dict=True).logits
+
+    return forward
+
+
+def _step(forward: Callable[..., Tensor], call: Call) -> Step:
+    def last(**inputs: Tensor) -> Tensor:
+        return forward(**inputs)[:, -1].to(copy=True, dtype=torch.float32)
 
     longest = 1 << max(call.max_length - 1, 1023).bit_length()  # longer than is asked for, so that later turns find this step
     sample, eos = bool(call.generation_config.do_sample), call.criteria.eos
-    return Step(forward, call.rows, longest, call.positions, parts=call.parts, sample=sample, eos=eos, pad=call.pad)
+    return Step(last, call.rows, longest, call.positions, parts=call.parts, sample=sample, eos=eos, pad=call.pad)

@@ -92,9 +92,13 @@ class Step:
     def draw(self, scores: Tensor) -> Tensor:
         """What torch.multinomial draws, by the same arithmetic from the same random numbers, but for its check, which waits for the
         device: that is left in `status`."""
-        probabilities = torch.nn.functional.softmax(scores, dim=-1)
-        self.status[1:].logical_or_(~((probabilities.max() < torch.inf) & (probabilities.min() >= 0)))
-        return torch.argmax(probabilities / torch.empty_like(probabilities).exponential_(1), dim=-1)
+        return drawn(self.probabilities(scores))
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Of scores [..., vocabulary]; that they are no distribution is left in `status`."""
+        found = torch.nn.functional.softmax(scores, dim=-1)
+        self.status[1:].logical_or_(~((found.max() < torch.inf) & (found.min() >= 0)))
+        return found
 
     def take(self, tokens: Tensor) -> None:
         """Appends one token to every row, int64 [rows]."""
@@ -122,3 +126,8 @@ class Step:
             mask[[token for token in tokens if 0 <= token < vocabulary]] = True
             self._masks[tokens] = mask.to(scores.device)
         return self._masks[tokens]
+
+
+def drawn(probabilities: Tensor) -> Tensor:
+    """Tokens drawn from probabilities, or from numbers in proportion to them, [..., vocabulary]."""
+    return torch.argmax(probabilities / torch.empty_like(probabilities).exponential_(1), dim=-1)

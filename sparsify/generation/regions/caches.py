@@ -168,7 +168,7 @@ class SparseLayerCall(LayerCall[SparseLayer]):
         self.query_len = query_len
 
     def kind(self) -> tuple[Any, ...]:
-        return type(self.layer), not self.layer.started, self.layer.is_initialized, self.layer.shard
+        return type(self.layer), not self.layer.started, self.layer.is_initialized, self.layer.shard, self.layer.read_text
 
     def begin(self) -> None:
         layer = self.layer

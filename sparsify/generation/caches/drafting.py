@@ -1,0 +1,88 @@
+"""Tokens that are drafted over some pages of an exact cache, and taken back before they are computed again over all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import ConfigError, UnsupportedError
+from sparsify.ops.pages import Pages
+from sparsify.policies import Policy
+
+if TYPE_CHECKING:
+    from sparsify.generation.caches.layer import SparseLayer
+
+# more rows than a verification's kernels are made for
+MOST = 15
+
+
+def checked(
+    draft: str | Pages | None, draft_tokens: object, policy: Policy, dtype: torch.dtype | str | None, read: Pages | None
+) -> Pages | None:
+    """The pages that drafted tokens read; None where none are drafted.
+
+    Raises:
+        ConfigError: an impossible value, or options that do not go together.
+        UnsupportedError: a policy or a dtype under which no draft can be taken back.
+    """
+    if draft is None:
+        if draft_tokens is not None:
+            raise ConfigError("there is no `draft` whose tokens these are", where="draft_tokens", hint='give draft="pages" too')
+        return None
+    if not isinstance(draft, Pages) and draft != "pages":
+        raise ConfigError(f'must be "pages", a sparsify.Pages or None, not {draft!r}', where="draft")
+    if draft_tokens is not None and (isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int) or not 0 < draft_tokens <= MOST):
+        raise ConfigError(f"must be 1 to {MOST} tokens, not {draft_tokens!r}", where="draft_tokens")
+    if read is not None:
+        raise ConfigError("drafts are verified over everything that is kept", where="draft", hint="leave `read` out")
+    if not policy.layout(1 << 30).grows:
+        what = f"policy {policy.name} evicts what a rejected draft would need again"
+        raise UnsupportedError(what, where="draft", hint='policy "full"')
+    if isinstance(dtype, str):
+        raise UnsupportedError(f"keys in {dtype} are not read by pages", where="draft", hint="leave `dtype` out")
+    return draft if isinstance(draft, Pages) else Pages()
+
+
+def exact(draft: Pages) -> Pages:
+    """What a token reads that is no draft: every page, of the same size, so that both share their bounds."""
+    return dataclasses.replace(draft, share=1.0, count=0)
+
+
+def check_layers(layers: Sequence[SparseLayer]) -> None:
+    """Raises UnsupportedError where a layer cannot take tokens back."""
+    for layer in layers:
+        if layer.is_sliding:
+            what = "a layer with a sliding window of the model's own overwrites what a rejected draft would need again"
+            raise UnsupportedError(what, where=f"draft, layer {layer.index}", hint="leave `draft` out")
+
+
+@contextlib.contextmanager
+def reading_drafts(layers: Sequence[SparseLayer]) -> Generator[None]:
+    """Single tokens read the pages of drafts."""
+    before = [layer.read_text for layer in layers]
+    for layer in layers:
+        layer.read_text = layer.read_text if layer.draft is None else str(layer.draft)
+    try:
+        yield
+    finally:
+        for layer, text in zip(layers, before, strict=True):
+            layer.read_text = text
+
+
+def take_back(layers: Sequence[SparseLayer], tokens: Tensor, most: int) -> None:
+    """As `SparseCache.take_back`. Slot n of a layer from which nothing is evicted holds token n, in all heads and layers alike."""
+    seen = layers[0].seen
+    step = torch.arange(most, device=seen.device, dtype=seen.dtype)
+    slot = (seen[:, None] - 1 - step).clamp(min=0)
+    # attention of several tokens goes by positions; what keys and values hold there is nobody's
+    left = torch.where(step < tokens, -1, slot)[:, None]
+    for layer in layers:
+        shape = (-1, layer.positions.shape[1], -1)
+        layer.positions.scatter_(2, slot[:, None].expand(shape).long(), left.expand(shape).to(layer.positions.dtype))
+        for count in (layer.counts, layer.seen, layer.length):
+            count.sub_(tokens)
