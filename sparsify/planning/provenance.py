@@ -38,8 +38,10 @@ class Provenance:
     lengths: tokens of the prompts that were run. pieces: how many of each. seed: that chose them.
     budget: what was asked for, such as {"keep_error": 0.05}.
     at: length in tokens for which time was minimised. target: device that the times are for.
-    seconds, dense_seconds: of all calibrated attention there, predicted. density: share of its blocks.
-    errors: by length, the root mean square over layers of ‖o' - o‖ / ‖o‖, as measured.
+    seconds, dense_seconds: there, predicted: of all calibrated attention, or of a whole prompt where tokens were. density: share of
+        attention's blocks.
+    errors: by length, as measured: the root mean square over layers of ‖o' - o‖ / ‖o‖ of attention, nats a token of an answer where tokens
+        were calibrated.
     gap: how far the time or error may lie above the least possible one, relatively.
     versions: of what made it.
     """
@@ -107,5 +109,5 @@ def check_model(found: Provenance | None, model: nn.Module, where: str) -> None:
     raise PlanError(
         f"the plan was calibrated on another model: on a {found.model_type}, and {what}",
         where=where,
-        hint="calibrate this model with `sparsify calibrate attention`, or remove the plan's provenance to use it all the same",
+        hint="calibrate this model with `sparsify calibrate`, or remove the plan's provenance to use it all the same",
     )

@@ -182,6 +182,14 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
         check(line, set())
 
 
+# what a command is given beside what the page says, to run in seconds
+SHORT = {
+    "bench": ["--lengths", "1K"],
+    "calibrate attention": ["--lengths", "512"],
+    "calibrate tokens": [*"--prompt-length 600 --keep 200 --pieces 1 --keep-error 100".split(), "-o", 'passes=["dense"]'],
+}
+
+
 @pytest.mark.slow
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Those that only look, and the calibrations, on the bundled model and a short text."""
@@ -195,8 +203,7 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     for line in (line for fence in SHELL for line in fence.code.splitlines()):
         words = [given.get(word, word) for word in shlex.split(line, comments=True)]
         if words[:1] == ["sparsify"] and words[1] != "eval":
-            if words[1] == "calibrate":
-                words += ["--lengths", "512"] if words[2] == "attention" else []
+            words += SHORT.get(" ".join(words[1:3]) if words[1] == "calibrate" else words[1], [])
             assert command_line.main(words[1:]) == 0, f"{line}: {capsys.readouterr()}"
             ran.append(words[1])
     assert {"cost", "calibrate"} <= set(ran)

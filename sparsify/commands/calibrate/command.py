@@ -1,4 +1,4 @@
-"""`sparsify calibrate`: values for methods, measured on a model and a text (`ffn`, `attention`, `errors`), or on the device (`device`)."""
+"""`sparsify calibrate`: values for methods, measured on a model and a text (`ffn`, `attention`, `tokens`, `errors`), or on the `device`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsify.commands import arguments, loading
 from sparsify.commands.calibrate.attention import command as attention
+from sparsify.commands.calibrate.tokens import command as tokens
 from sparsify.commands.exit_codes import DONE
 from sparsify.errors import ConfigError, UnsupportedError
 
@@ -18,7 +19,7 @@ def add(commands: Any) -> None:
     """Declares the command and what can be calibrated. commands: argparse's subparsers."""
     parser = commands.add_parser("calibrate", help="find values for a method on a model and text")
     methods = parser.add_subparsers(metavar="METHOD", required=True)
-    for declare in (_add_ffn, attention.add, _add_errors, _add_device):
+    for declare in (_add_ffn, attention.add, tokens.add, _add_errors, _add_device):
         declare(methods)
 
 

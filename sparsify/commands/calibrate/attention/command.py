@@ -67,7 +67,7 @@ def run(given: argparse.Namespace) -> int:
             raise UnsupportedError("there is no such folder", where=str(path.parent))
     settings, options = loading.load_config(given)
     grid = tried.grid(options)
-    target = _target(given.target)
+    target = target_device(given.target)
     context = forecast_device.context(target, settings.model_copy(update={"kernels": "auto"}))
     model, ids = loading.load_model_and_tokens(given)
     lengths = runs.lengths_for(ids.shape[1], arguments.positions(model), wanted)
@@ -111,7 +111,7 @@ def _budget(given: argparse.Namespace) -> Any:
     return Budget("speedup", given.speedup)
 
 
-def _target(name: str | None) -> Any:
+def target_device(name: str | None) -> Any:
     """The device whose times count: the one that is named, the GPU here, or an H200 where there is none."""
     import torch
 
