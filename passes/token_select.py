@@ -1,8 +1,9 @@
 """token_select: behind one layer only some tokens of a prompt go on; later layers compute, and store, no others.
 
 Which ones, the attention says that the prompt's last queries give in that layer, by heads that are known to find what a text is asked
-for: GemFilter (arXiv 2409.17422) chooses by one early layer and reads the chosen tokens anew, LazyLLM (arXiv 2407.14057) leaves tokens out
-from layer to layer. Here what was computed stays: the chosen rows of the residual stream go on from where they are, at their own positions.
+for: LazyLLM (arXiv 2407.14057) leaves tokens out from layer to layer, and so do we: the chosen rows of the residual stream go on from where
+they are, at their own positions. GemFilter (arXiv 2409.17422) reads the tokens that an early layer chose anew, as a prompt of their own:
+`mode = "prompt"`.
 
 Layer, heads and number are the model's own and have no defaults: a layer that does not know yet what is asked for loses it.
 """
@@ -46,6 +47,10 @@ class TokenSelect(Pass):
     kernel: int = Field(7, ge=1, le=255, description="tokens over which the attention is smoothed, odd; 1: none")
     pool: Literal["avg", "max"] = Field("avg", description="how it is smoothed")
     group: Literal["mean", "max"] = Field("mean", description="how the heads agree")
+    mode: Literal["narrow", "prompt"] = Field(
+        "narrow",
+        description="`narrow`: the tokens go on through the later layers; `prompt`: `generate()` reads them anew, as a prompt of their own",
+    )
 
     @field_validator("kernel")
     @classmethod
@@ -90,7 +95,10 @@ class TokenSelect(Pass):
             if self.mass is None
             else f"tokens that hold {self.mass:.0%} of the attention, at most {most},"
         )
-        return Proposal(self, sympy.Float(seconds), note=f"{words} go on behind layer {site.layer}, {site.count - 1 - site.layer} layers")
+        where = f"go on behind layer {site.layer}, {site.count - 1 - site.layer} layers"
+        if self.mode == "prompt":
+            where = f"are the prompt that {site.count} layers read, chosen by layer {site.layer}"
+        return Proposal(self, sympy.Float(seconds), note=f"{words} {where}")
 
     def most(self, longest: int) -> int:
         """The most tokens of a row that go on, where the longest one has so many."""

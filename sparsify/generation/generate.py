@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerationMixin
 
 from sparsify.distributed import agreement, shards
 from sparsify.errors import UnsupportedError
-from sparsify.generation import compat
+from sparsify.generation import compat, new_prompt
 from sparsify.generation.caches.kept import KeptCaches
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.decoding import call, loop, step_caches
@@ -219,7 +219,8 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     token = _request.set(request)
     ended = False
     try:
-        result = original(self, *args, **kwargs)
+        chooser = new_prompt.asked(self)
+        result = original(self, *args, **kwargs) if chooser is None else new_prompt.generate(chooser, original, self, given)
         ended = isinstance(result, torch.Tensor)
     finally:
         _request.reset(token)

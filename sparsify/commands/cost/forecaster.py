@@ -157,7 +157,7 @@ class Forecaster:
         """What becomes of a prompt of which only some tokens go on behind a layer; None where all do, or the text decides how many."""
         method: Any = narrowing.asked(config, load_saved_plan(config.plan))
         count = len(self.model.kinds)
-        if method is None:
+        if method is None or method.mode == "prompt":
             return None
         site = next((one for one in call.attention if one.layer == method.layer), None)
         if site is None or narrowing.counting_places(self.model.config, range(method.layer, count)):
@@ -274,6 +274,9 @@ class Forecaster:
         return latent if sum(calls.cache_bytes) < whole / 2 else 0
 
     def _remarks(self, calls: dict[int, PromptAndToken]) -> Iterator[str]:
+        method: Any = narrowing.asked(self.config, load_saved_plan(self.config.plan))
+        if method is not None and method.mode == "prompt":
+            yield f"{method.name} reads the chosen tokens anew in generate(), which is not counted: its costs are those of the whole prompt"
         routed = [w for w in self.model.layers if w.experts]
         if routed:
             yield (

@@ -14,7 +14,7 @@ import contextvars
 import dataclasses
 import logging
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,31 @@ log = logging.getLogger(__name__)
 
 # set while a prompt is read in parts, whose last rows are not the question
 _in_parts: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_in_parts", default=False)
+
+
+# what a call of a model is for, whose method reads the chosen tokens anew: "" where nobody says
+_reading: contextvars.ContextVar[Literal["", "choosing", "anew"]] = contextvars.ContextVar("sparsify_reading", default="")
+
+
+class Chosen(Exception):
+    """Ends a call that was made to choose tokens.
+
+    columns: int64 [batch, kept], rising; None where all of them go on.
+    """
+
+    def __init__(self, columns: Tensor | None):
+        super().__init__("the tokens are chosen")
+        self.columns = columns
+
+
+@contextlib.contextmanager
+def reading(what: Literal["", "choosing", "anew"]) -> Generator[None]:
+    """Within the block a call chooses tokens and ends by `Chosen`, or reads those that were chosen."""
+    token = _reading.set(what)
+    try:
+        yield
+    finally:
+        _reading.reset(token)
 
 
 @contextlib.contextmanager
@@ -119,7 +144,8 @@ class Narrowing:
         self.text = cast(Any, model.config).get_text_config(decoder=True)
         self.obstacle = "" if method.layer is None or method.layer + 1 >= len(layers) else self._obstacle(layers[method.layer :])
         matrices = [tuple((p.shape[1], p.shape[0]) for p in layer.module.parameters() if p.dim() == 2) for layer in layers]
-        self.matrices = tuple(matrices[(method.layer or 0) + 1 :])
+        at = (method.layer or 0) + 1
+        self.earlier, self.matrices = tuple(matrices[:at]), tuple(matrices[at:])
         self._told: set[Any] = set()
         self._device = hardware.describe(torch.device("cpu"))
 
@@ -149,7 +175,18 @@ class Narrowing:
 
         Raises:
             UnsupportedError: it cannot be, under `strict`.
+            Chosen: the call was made to choose, and all tokens go on.
         """
+        if self.method.mode == "prompt" and _reading.get() != "choosing":
+            if hidden.shape[1] > 1 and not _reading.get():
+                self.refuse("tokens that are read anew are so by generate()", "mode = 'narrow' serves calls of the model")
+            return None
+        narrowed = self._begin(hidden, given, shows_rows)
+        if narrowed is None and self.method.mode == "prompt":
+            raise Chosen(None)
+        return narrowed
+
+    def _begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool) -> Narrowed | None:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         if hidden.shape[1] == 1 or (cache is not None and not _empty(cache)):
             return None
@@ -188,6 +225,9 @@ class Narrowing:
         """Records that a call was narrowed, once for each number of tokens. Later layers' sites count as they run, over fewer rows: what
         they are spared counts here."""
         spared = site.later_seconds(self._device, site.tokens) - site.later_seconds(self._device, kept)
+        if self.method.mode == "prompt":  # the layers up to the one that chooses read what was chosen, too
+            earlier = dataclasses.replace(site, matrices=self.earlier)
+            spared -= earlier.later_seconds(self._device, kept)
         decision = Decision(site.name, site.layer, "prefill", sizes(site, kept), "", self.method.name, self.method.options())
         decision.seconds, decision.dense_seconds = float(proposal.seconds), spared
         self._told_once((site.batch, site.tokens, kept), decision, proposal.note)
@@ -305,9 +345,11 @@ class Narrowed:
                 self.give_up("its attention does not tell what its queries look at")
             else:
                 columns: Tensor = self.owner.method.choose(self.mass, self.is_token, self.site.longest)
+                self.owner.tell(self.site, self.proposal, columns.shape[1])
+                if self.owner.method.mode == "prompt":
+                    raise Chosen(columns)
                 self.columns, self.mass = columns, None
                 hidden = _gather_rows(hidden, columns)
-                self.owner.tell(self.site, self.proposal, columns.shape[1])
         if self.columns is not None and layer.number + 1 == self.site.count:
             full = hidden.new_full((hidden.shape[0], self.site.tokens, hidden.shape[2]), torch.nan)
             hidden = full.scatter_(1, self.columns[:, :, None].expand_as(hidden), hidden)
@@ -320,6 +362,8 @@ class Narrowed:
         if not self.given_up:
             self.given_up = True
             self.owner.refuse(reason)
+            if self.owner.method.mode == "prompt":
+                raise Chosen(None)
 
     def _narrow(self, name: str, value: Any) -> Any:
         found = self._gathered.get(id(value))

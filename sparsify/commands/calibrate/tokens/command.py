@@ -67,6 +67,10 @@ def run(given: argparse.Namespace) -> int:
     options: dict[str, Any] = {**given_options, "passes": list(settings.passes)}
     method = config.validate(TokenSelect, options.get("token_select", {}), "options", "token_select")
     keeps = _keeps(given, method)
+    if method.mode != "narrow":
+        raise ConfigError(
+            "answers are measured over the narrowed prompt alone", where="token_select.mode", hint="leave it out, and set it in the plan"
+        )
     target = target_device(given.target)
     model, ids = loading.load_model_and_tokens(given)
     _check_positions(model, given)
