@@ -81,7 +81,7 @@ class TokenSelect(Pass):
         heads = int(site.attention.query_heads)
         if self.heads != "all" and max(self.heads) >= heads:
             return self.refuse(f"head {max(self.heads)} does not exist: layer {site.layer} has {heads}")
-        if site.layer + 1 >= site.count:
+        if site.layer + 1 >= site.count and self.mode == "narrow":
             return self.refuse(f"no layer follows layer {site.layer}")
         most = self.most(site.longest)
         if self.fits(site.longest):

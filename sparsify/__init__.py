@@ -18,6 +18,7 @@ __distribution__ = releases.DISTRIBUTION
 if TYPE_CHECKING:
     from sparsify.api import compile, explain
     from sparsify.generation.caches.sparse_cache import SparseCache
+    from sparsify.generation.retrieve import retrieve
     from sparsify.ops.pages import Pages
     from sparsify.planning.plan import Plan
 
@@ -27,8 +28,9 @@ _HOME = {
     "Pages": "sparsify.ops.pages",
     "Plan": "sparsify.planning.plan",
     "SparseCache": "sparsify.generation.caches.sparse_cache",
+    "retrieve": "sparsify.generation.retrieve",
 }
-__all__ = ["Pages", "Plan", "SparseCache", "compile", "explain"]
+__all__ = ["Pages", "Plan", "SparseCache", "compile", "explain", "retrieve"]
 
 
 def __getattr__(name: str) -> Any:
@@ -36,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOME:
         raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
-    if name == "SparseCache":
+    if name in ("SparseCache", "retrieve"):
         releases.require("transformers")
     return getattr(importlib.import_module(_HOME[name]), name)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsify.generation import compat
 from sparsify.generation.regions import narrowing, regional
+from sparsify.planning.method import Pass
 
 # tensors beside the tokens that can follow them
 _FOLLOW = ("attention_mask",)
@@ -23,7 +24,7 @@ _FOLLOW = ("attention_mask",)
 def asked(model: Any) -> narrowing.Narrowing | None:
     """What chooses tokens that a compiled model's `generate()` reads anew; None where nothing does."""
     own = model._compiled_call_impl
-    found = own.narrowing if isinstance(own, regional.RegionalModel) else None
+    found = own.narrowing if isinstance(own, regional.RegionalModel) and not own.reason else None
     return found if found is not None and found.method.mode == "prompt" else None
 
 
@@ -56,11 +57,12 @@ def generate(chooser: narrowing.Narrowing, original: Callable[..., Any], model: 
     return torch.cat((ids.repeat_interleave(rows, 0), made[:, columns.shape[1] :]), 1)
 
 
-def choose(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+def choose(model: Any, ids: Tensor, mask: Tensor | None, method: Pass | None = None) -> Tensor | None:
     """The columns of a prompt that a layer of the compiled model chooses.
 
     Args:
         ids: int64 [batch, tokens]. mask: [batch, tokens], 0 for padding.
+        method: chooses instead of the model's, by the same layer.
 
     Returns:
         int64 [batch, kept], rising; None where all go on.
@@ -71,7 +73,7 @@ def choose(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor | None:
         if "position_ids" in inspect.signature(model.forward).parameters:
             given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     try:
-        with torch.no_grad(), narrowing.reading("choosing"):
+        with torch.no_grad(), narrowing.reading("choosing", method):
             model(**given)
     except narrowing.Chosen as chosen:
         return chosen.columns

@@ -95,6 +95,27 @@ def test_new_tokens_are_those_of_the_chosen_prompt(model, how, batch, padding):
     assert sum(d.method == "dense" for plan in plans for d in plan.decisions if d.kind == "attention" and d.phase == "prefill") >= 4
 
 
+OTHERS = [("gpt2", 1), ("llama", 3), ("opt", 2)]
+
+
+@pytest.mark.parametrize("family, layer", [("gemma3", 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)])
+def test_layers_that_could_not_be_narrowed_read_a_prompt(family, layer):
+    """Sliding windows before and behind, learned positions, the last layer."""
+    model, prompt, select = build(family, layers=4), prompts(2, 15), {**SELECT, "layer": layer}
+    spread_weights(model)
+    want = model.generate(**chosen(model, prompt, select), **HOW["greedy"])[:, 40:]
+    dense = model.generate(**prompt, **HOW["greedy"])[:, LENGTH:]
+    compiled(model, select)
+    found = model.generate(**prompt, **HOW["greedy"])[:, LENGTH:]
+    assert torch.equal(found, want) and not torch.equal(found, dense)
+
+
+def test_a_layer_with_a_window_does_not_choose():
+    model = compiled(build("gemma3", layers=4), {**SELECT, "layer": 2})
+    with pytest.raises(UnsupportedError, match="layer 2 is one of sliding attention"):
+        model.generate(**prompts(), **HOW["greedy"])
+
+
 def test_by_position_and_without_a_mask(model):
     prompt = prompts()
     want = model.generate(**chosen(model, prompt), **HOW["greedy"])[:, 40:]

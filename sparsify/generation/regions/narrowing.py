@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import logging
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -44,8 +45,10 @@ log = logging.getLogger(__name__)
 _in_parts: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_in_parts", default=False)
 
 
-# what a call of a model is for, whose method reads the chosen tokens anew: "" where nobody says
-_reading: contextvars.ContextVar[Literal["", "choosing", "anew"]] = contextvars.ContextVar("sparsify_reading", default="")
+# what a call of a model is for, whose method reads the chosen tokens anew, "" where nobody says; and how it chooses, where not as asked
+_reading: contextvars.ContextVar[tuple[Literal["", "choosing", "anew"], Pass | None]] = contextvars.ContextVar(
+    "sparsify_reading", default=("", None)
+)
 
 
 class Chosen(Exception):
@@ -60,9 +63,13 @@ class Chosen(Exception):
 
 
 @contextlib.contextmanager
-def reading(what: Literal["", "choosing", "anew"]) -> Generator[None]:
-    """Within the block a call chooses tokens and ends by `Chosen`, or reads those that were chosen."""
-    token = _reading.set(what)
+def reading(what: Literal["", "choosing", "anew"], method: Pass | None = None) -> Generator[None]:
+    """Within the block a call chooses tokens and ends by `Chosen`, or reads those that were chosen.
+
+    Args:
+        method: chooses instead of the model's, by the same layer.
+    """
+    token = _reading.set((what, method))
     try:
         yield
     finally:
@@ -142,7 +149,7 @@ class Narrowing:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: Config, method: Any):
         self.layers, self.config, self.method = layers, config, method
         self.text = cast(Any, model.config).get_text_config(decoder=True)
-        self.obstacle = "" if method.layer is None or method.layer + 1 >= len(layers) else self._obstacle(layers[method.layer :])
+        self.obstacle = "" if method.layer is None else self._obstacle(layers[method.layer :])
         matrices = [tuple((p.shape[1], p.shape[0]) for p in layer.module.parameters() if p.dim() == 2) for layer in layers]
         at = (method.layer or 0) + 1
         self.earlier, self.matrices = tuple(matrices[:at]), tuple(matrices[at:])
@@ -160,6 +167,8 @@ class Narrowing:
 
     def _obstacle(self, following: Sequence[Layer]) -> str:
         """Why rows cannot be left out before these layers, from their structure; empty where they can. The first of them chooses."""
+        if self.method.mode == "prompt":  # later layers read a prompt like any other
+            return counting_places(self.text, [layer.number for layer in following[:1]])
         if why := counting_places(self.text, [layer.number for layer in following]):
             return why
         for layer in following:
@@ -177,11 +186,16 @@ class Narrowing:
             UnsupportedError: it cannot be, under `strict`.
             Chosen: the call was made to choose, and all tokens go on.
         """
-        if self.method.mode == "prompt" and _reading.get() != "choosing":
-            if hidden.shape[1] > 1 and not _reading.get():
+        what, method = _reading.get()
+        if self.method.mode == "prompt" and what != "choosing":
+            if hidden.shape[1] > 1 and not what:
                 self.refuse("tokens that are read anew are so by generate()", "mode = 'narrow' serves calls of the model")
             return None
-        narrowed = self._begin(hidden, given, shows_rows)
+        chooser = self
+        if method is not None:
+            chooser = copy.copy(self)
+            chooser.method = method
+        narrowed = chooser._begin(hidden, given, shows_rows)
         if narrowed is None and self.method.mode == "prompt":
             raise Chosen(None)
         return narrowed
@@ -264,6 +278,9 @@ class Narrowing:
         if cache is not None and (why := _cache_trouble(cache, self.layer)):
             return why
         tokens = hidden.shape[1]
+        if self.method.mode == "prompt":  # a mask of the first layer says nothing about the one that chooses
+            mask = given.get("attention_mask")
+            return "" if isinstance(mask, PostponedMask) else _mask_trouble(mask, tokens)
         tables = given.get("position_embeddings")
         if not _is_rotary(tables, tokens):
             return "its layers are not given rotary tables, one angle for each token"
@@ -306,6 +323,10 @@ class Narrowed:
             if self.columns is not None:
                 raise UnsupportedError(f"{what}, which is narrowed", where=self.owner.method.name, hint="choose by a later layer")
             self.give_up(what)
+        if layer.number == self.owner.layer and self.owner.method.mode == "prompt":
+            mask = {**dict(zip(layer.arguments, args, strict=False)), **given}.get("attention_mask")
+            if why := _mask_trouble(mask, self.site.tokens):
+                self.give_up(why)
         if self.columns is None:
             return args, given
         if self.cache is not None:
