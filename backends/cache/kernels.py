@@ -21,8 +21,12 @@ def logit_values(scale: float, softcap: float) -> dict[str, float]:
 
 
 def packed_values(packed: bool) -> dict[str, str]:
-    """Number of a head's slots and place of its first one, as templates write them."""
-    return {"size": "size", "place": "first_slot"} if packed else {"size": "capacity", "place": "tl.cast(row, tl.int64) * capacity"}
+    """Number of a head's slots and places of its first one and of its first group of codes, as templates write them."""
+    if not packed:
+        groups = "tl.cast(row, tl.int64) * groups"
+        return {"size": "capacity", "place": "tl.cast(row, tl.int64) * capacity", "group_place": groups}
+    groups = "tl.cast(batch, tl.int64) * kv_heads * groups + tl.load(bound) // KEYS + kv_head"
+    return {"size": "size", "place": "first_slot", "group_place": groups}
 
 
 def partial_sums(sums: int, v_head_dim: int, device: torch.device) -> dict[str, Tensor]:

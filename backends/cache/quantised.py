@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.backends.cache.codes_template import PIECE, code_values
 from sparsify.backends.cache.decode_template import COMBINE
 from sparsify.backends.cache.kernels import logit_arguments, logit_values, packed_values, partial_sums
-from sparsify.backends.cache.quantised_template import FOLD_CODES, KEEP, SPLIT
+from sparsify.backends.cache.quantised_template import KEEP, SPLIT
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
     NUMBERS,
@@ -23,7 +24,6 @@ from sparsify.backends.codegen.arguments import (
     dot_precision,
     head_dim_values,
     integers,
-    padded,
     parameters,
     pointers,
     present,
@@ -45,13 +45,21 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.cache import CacheDecodeCall
 from sparsify.ops.limits import cdiv
-from sparsify.ops.quantised import FP8_LARGEST, GROUP, LARGEST_EXPONENT, LEAST_EXPONENT, packed, parts
+from sparsify.ops.quantised import (
+    FP8_LARGEST,
+    GROUP,
+    LARGEST_EXPONENT,
+    LARGEST_STEP,
+    LEAST_EXPONENT,
+    LEAST_STEP,
+    parts,
+)
 
 _WHERE = f"sparsify::{CacheDecodeCall.NAME}"
 # from which Triton turns E4M3 into other numbers
 _FP8_CAPABILITY = (8, 9)
-# thread blocks per multiprocessor that a split aims at
-_PROGRAMS = 2
+# thread blocks per multiprocessor that a split aims at: registers hold so many of two warps
+_PROGRAMS = 4
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class QuantisedSpec:
     softcap, sink_logits: whether the call has them.
     padded: tokens may be padding.
     grows: no slot is ever overwritten.
+    packed: heads have numbers of slots of their own, side by side.
     warps, stages: Triton's launch options of `split`.
     """
 
@@ -77,11 +86,12 @@ class QuantisedSpec:
     sink_logits: bool = False
     padded: bool = False
     grows: bool = False
-    warps: int = 4
+    packed: bool = False
+    warps: int = 2
     stages: int = 3
 
     def __post_init__(self):
-        least = 32 if self.codes == "int4" else 16
+        least = 64 if self.codes == "int4" else 32
         if any(dim != power_of_two(dim) or not least <= dim <= 256 for dim in (self.qk_head_dim, self.v_head_dim)):
             raise UnsupportedError(
                 f"no kernel reads {self.codes} codes of head dims {self.qk_head_dim} and {self.v_head_dim}", where=_WHERE
@@ -94,21 +104,22 @@ class QuantisedSpec:
 def arguments(spec: QuantisedSpec, kernel: str) -> tuple[Argument, ...]:
     """The arguments of "split", "combine" or "close_group", in order."""
     data = functools.partial(pointers, spec.dtype)
-    stored = [*pointers("u8", "keys", "values"), *data("key_scales", "value_scales", "recent_keys", "recent_values")]
-    stored += pointers("i32", "staged", "positions")
+    heads = pointers("i32", "starts") if spec.packed else []
+    around = [*data("key_scales", "value_scales", "recent_keys", "recent_values"), *pointers("i32", "staged", "positions")]
     capacity = integers("capacity", aligned=True)
     if kernel == "close_group":
-        return (*stored, *capacity, *integers("groups"))
+        return (*heads, *pointers("u8", "keys", "values"), *around, *integers("kv_heads"), *capacity, *integers("groups"))
     shared = pointers("fp32", "part_m", "part_l", "part_acc")
     sizes, logit = [*integers("kv_heads"), *capacity, *integers("splits")], logit_arguments(spec.softcap)
     counters = pointers("i32", "counts", "seen", "slots")
     token = integers("query_b", "query_h", "key_b", "key_h", "value_b", "value_h", "out_b", "out_h", aligned=True)
     if kernel == "split":
-        listed = [*data("query"), *stored, *counters, *shared, *token[:2], *sizes, *integers("groups", "pinned"), *logit]
+        codes = [*pointers("u8" if spec.codes == "fp8" else "i16", "key_codes"), *pointers("i16", "value_words")]
+        listed = [*heads, *data("query"), *codes, *around, *counters, *shared, *token[:2], *sizes, *integers("groups", "pinned"), *logit]
         return (*listed, *present((spec.padded, [Argument("is_token", "*u8"), *integers("is_token_b")])))
     listed = [*data("query", "key", "value", "recent_keys", "recent_values"), *pointers("i32", "staged"), *counters]
     listed += [*pointers("i64", "length"), *shared, *data("out"), *token, *sizes, *logit]
-    return (*listed, *present((spec.sink_logits, pointers("fp32", "sink_logits"))), *constexprs("SPLITS"))
+    return (*heads, *listed, *present((spec.sink_logits, pointers("fp32", "sink_logits"))), *constexprs("SPLITS"))
 
 
 def quantised_source(spec: QuantisedSpec) -> str:
@@ -117,8 +128,8 @@ def quantised_source(spec: QuantisedSpec) -> str:
         **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         **dict.fromkeys(("qk_mask", "v_mask", "qk_store"), ""),
         "page": 0,
-        "packed": False,
-        **packed_values(False),
+        **packed_values(spec.packed),
+        **code_values(spec.codes, spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         "parts": parts(spec.codes),
         "number": f"tl.{NUMBERS[spec.dtype]}",
         "precision": dot_precision(spec.dtype),
@@ -126,14 +137,16 @@ def quantised_source(spec: QuantisedSpec) -> str:
         "fp8_step": 1 / FP8_LARGEST,
         "least_exponent": LEAST_EXPONENT,
         "largest_exponent": LARGEST_EXPONENT,
+        "least_step": LEAST_STEP,
+        "largest_step": LARGEST_STEP,
         **{f"{name}_parameters": parameters(arguments(spec, kernel)) for name, kernel in
            (("split", "split"), ("combine", "combine"), ("close", "close_group"))},
     }  # fmt: skip
     constants = {
-        "GROUP": spec.group, "ROWS": padded(spec.group), "KEYS": GROUP, "QK_DIM": spec.qk_head_dim, "V_DIM": spec.v_head_dim,
-        "QK_BYTES": packed(spec.qk_head_dim, spec.codes), "V_BYTES": packed(spec.v_head_dim, spec.codes), "LOG2E": LOG2E,
+        "GROUP": spec.group, "ROWS": max(8, power_of_two(spec.group)), "KEYS": GROUP, "QK_DIM": spec.qk_head_dim, "V_DIM": spec.v_head_dim,
+        "QK_WIDTH": values["qk_width"], "QK_WORDS": values["qk_width"], "V_WIDTH": values["v_width"], "LOG2E": LOG2E,
     }  # fmt: skip
-    texts = (FOLD_CODES, SPLIT, COMBINE, KEEP)
+    texts = (PIECE, SPLIT, COMBINE, KEEP)
     title = f"Attention of one token over a cache of {spec.codes} codes"
     return "\n\n".join([header(title, constants), *(render(text, values) for text in texts)])
 
@@ -160,12 +173,13 @@ def cache_decode(call: CacheDecodeCall, *, splits: int | None = None) -> Tensor:
     rows, grows = batch * kv_heads, call.pinned == cache_ops.NEVER_OVERWRITTEN
     spec = QuantisedSpec(
         DTYPES[query.dtype], call.codes, qk_head_dim, v_head_dim, heads // kv_heads, call.softcap > 0, call.sink_logits is not None,
-        is_token is not None, grows,
+        is_token is not None, grows, call.starts is not None,
     )  # fmt: skip
     count = splits or choose_splits(cdiv(capacity, GROUP), rows, processors(query.device) * _PROGRAMS)
     out = cache_ops.empty_output(call)
     given: dict[str, Any] = {
         **vars(call), "out": out, "kv_heads": kv_heads, "capacity": capacity, "groups": key_scales.shape[2], "splits": count,
+        "key_codes": call.keys if call.codes == "fp8" else call.keys.view(torch.int16), "value_words": call.values.view(torch.int16),
         "SPLITS": max(2, power_of_two(count)), "slots": torch.empty(rows, dtype=torch.int32, device=query.device),
         **logit_values(call.scale, call.softcap), **partial_sums(rows * spec.group * count, v_head_dim, query.device),
         **stride_values(query=(query, "bh"), key=(call.key, "bh"), value=(call.value, "bh"), out=(out, "bh")),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheStoreCall
-from sparsify.ops.quantised import FP8_LARGEST, GROUP, LARGEST_EXPONENT, LEAST_EXPONENT
+from sparsify.ops.quantised import FP8_LARGEST, GROUP, LARGEST_EXPONENT, LARGEST_STEP, LEAST_EXPONENT, LEAST_STEP
 
 AnyCall = CacheStoreCall | CacheDecodeCall | CacheAttentionCall
 
@@ -20,8 +20,8 @@ def scales_of(least: Tensor, largest: Tensor, codes: str, dtype: torch.dtype) ->
         # what is no number stays none
         return torch.where(largest == largest, scale, largest)[..., None, :].to(dtype)
     low = least.to(dtype)
-    scale = ((largest - low.float()) / 15).to(dtype)
-    return torch.stack((torch.where(scale == 0, torch.ones_like(scale), scale), low), -2)
+    scale = ((largest - low.float()) / 15).to(dtype).clamp(LEAST_STEP, LARGEST_STEP)
+    return torch.stack((scale, low), -2)
 
 
 def encode(numbers: Tensor, scales: Tensor, codes: str) -> Tensor:
@@ -31,8 +31,8 @@ def encode(numbers: Tensor, scales: Tensor, codes: str) -> Tensor:
         found = (numbers / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
         return found.masked_fill(found == 0x80, 0)  # one zero
     steps = ((numbers - scales[..., 1, :].float()) / scale + 0.5).floor().clamp(0, 15).nan_to_num(0).to(torch.uint8)
-    low, high = steps.chunk(2, -1)
-    return low | (high << 4)
+    first, second, third, fourth = steps.chunk(4, -1)
+    return torch.stack((first | (second << 4), third | (fourth << 4)), -1).flatten(-2)
 
 
 def decode(stored: Tensor, scales: Tensor, codes: str) -> Tensor:
@@ -40,7 +40,8 @@ def decode(stored: Tensor, scales: Tensor, codes: str) -> Tensor:
     scale = scales[..., 0, :].float()
     if codes == "fp8":
         return stored.view(torch.float8_e4m3fn).float() * scale
-    return torch.cat((stored & 15, stored >> 4), -1).float() * scale + scales[..., 1, :].float()
+    low, high = stored.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat((low & 15, low >> 4, high & 15, high >> 4), -1).float() * scale + scales[..., 1, :].float()
 
 
 def _over(state: Tensor, slots: Tensor) -> Tensor:

@@ -1,94 +1,32 @@
 """The text of the decode kernels over keys and values in 8 or 4 bits; `quantised` keeps the clauses that a spec has.
 
 What turns a key's codes into numbers is the same for all keys of a tile, so that it goes into the query: q · (code * scale + least) is
-(q * scale) · code + q · least. Of values it goes into the weights.
+(q * scale) · code + q · least. Of values it goes into the weights. Products have keys in rows and query heads in columns, of which few exist:
+values, whose channels lie side by side, are then the operand that shared memory hands out transposed, two codes or four at a time.
 """
 
-FOLD_CODES = '''\
-@triton.jit
-def weigh(m, l, s, visible, ${context}):
-    """A tile's products of queries and keys as weights, and what the rows' running softmax becomes: maximum, sum, weights, factor of the old."""
-%if softcap
-    s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
-%else
-    s = s * scale
-%end
-    s = tl.where(visible[None, :], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - base[:, None])
-    alpha = tl.exp2(m - base)
-    l = l * alpha + tl.sum(p, 1)
-    return m_new, l, p, alpha
-
-
-@triton.jit
-def fold_codes(m, l, acc, ${"acc_high, " if codes == "int4" else ""}q, ${"q_high, " if codes == "int4" else ""}keys, key_scales, values, value_scales, first, end, visible, ${context}):
-    """Folds the slots [first, first + KEYS) of one head, a group of keys, into the running softmax of each row."""
-    at = first + tl.arange(0, KEYS)
-    readable = at < end
-    qk_dims = tl.arange(0, QK_BYTES)
-    v_dims = tl.arange(0, V_BYTES)
-    group = tl.cast(first // KEYS, tl.int64) * ${parts * qk_head_dim}
-    key_codes = tl.load(keys + tl.cast(first, tl.int64) * QK_BYTES + tl.arange(0, KEYS)[:, None] * QK_BYTES + qk_dims[None, :], mask=readable[:, None], other=0)
-    value_codes = tl.load(values + tl.cast(first, tl.int64) * V_BYTES + tl.arange(0, KEYS)[:, None] * V_BYTES + v_dims[None, :], mask=readable[:, None], other=0)
-    scale_k = tl.load(key_scales + group + qk_dims).to(tl.float32)
-    # a hidden value may be anything, and so may its scale
-    scale_v = tl.load(value_scales + tl.cast(at, tl.int64) * ${parts}, mask=readable & visible, other=0.0).to(tl.float32)
-%if codes == "fp8"
-    scaled = (q.to(tl.float32) * scale_k[None, :]).to(q.dtype)
-    s = tl.dot(scaled, tl.trans(key_codes.to(tl.float8e4nv, bitcast=True).to(q.dtype))${precision})
-%else
-    scale_high = tl.load(key_scales + group + QK_BYTES + qk_dims).to(tl.float32)
-    least = tl.load(key_scales + group + ${qk_head_dim} + qk_dims).to(tl.float32)
-    least_high = tl.load(key_scales + group + ${qk_head_dim} + QK_BYTES + qk_dims).to(tl.float32)
-    wide = q.to(tl.float32)
-    wide_high = q_high.to(tl.float32)
-    s = tl.dot((wide * scale_k[None, :]).to(q.dtype), tl.trans((key_codes & 15).to(q.dtype))${precision})
-    s = tl.dot((wide_high * scale_high[None, :]).to(q.dtype), tl.trans((key_codes >> 4).to(q.dtype)), s${precision})
-    s += tl.sum(wide * least[None, :] + wide_high * least_high[None, :], 1)[:, None]
-%end
-    m_new, l, p, alpha = weigh(m, l, s, visible, ${context})
-    weighted = (p * scale_v[None, :]).to(q.dtype)
-%if codes == "fp8"
-    acc = tl.dot(weighted, value_codes.to(tl.float8e4nv, bitcast=True).to(q.dtype), acc * alpha[:, None]${precision})
-    return m_new, l, acc
-%else
-    least_v = tl.load(value_scales + tl.cast(at, tl.int64) * ${parts} + 1, mask=readable & visible, other=0.0).to(tl.float32)
-    beside = tl.sum(p * least_v[None, :], 1)[:, None]
-    acc = tl.dot(weighted, (value_codes & 15).to(q.dtype), acc * alpha[:, None] + beside${precision})
-    acc_high = tl.dot(weighted, (value_codes >> 4).to(q.dtype), acc_high * alpha[:, None] + beside${precision})
-    return m_new, l, acc, acc_high
-%end
-
-
-@triton.jit
-def fold_recent(m, l, acc, ${"acc_high, " if codes == "int4" else ""}q, ${"q_high, " if codes == "int4" else ""}recent_keys, recent_values, begin, end, slot, ${context}):
-    """Folds what lies as it came of one head, the slots [begin, end) of one group, into the running softmax of each row."""
-    offsets = tl.arange(0, KEYS)
-    at = begin // KEYS * KEYS + offsets
-    visible = (at >= begin) & (at < end) & (at != slot)
-    qk_dims = tl.arange(0, QK_BYTES)
-    v_dims = tl.arange(0, V_BYTES)
-    k = tl.load(recent_keys + offsets[:, None] * ${qk_head_dim} + qk_dims[None, :], mask=visible[:, None], other=0.0)
-    v = tl.load(recent_values + offsets[:, None] * ${v_head_dim} + v_dims[None, :], mask=visible[:, None], other=0.0)
-    s = tl.dot(q, tl.trans(k)${precision})
-%if codes == "int4"
-    k_high = tl.load(recent_keys + offsets[:, None] * ${qk_head_dim} + QK_BYTES + qk_dims[None, :], mask=visible[:, None], other=0.0)
-    v_high = tl.load(recent_values + offsets[:, None] * ${v_head_dim} + V_BYTES + v_dims[None, :], mask=visible[:, None], other=0.0)
-    s = tl.dot(q_high, tl.trans(k_high), s${precision})
-%end
-    m_new, l, p, alpha = weigh(m, l, s, visible, ${context})
-    acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None]${precision})
-%if codes == "fp8"
-    return m_new, l, acc
-%else
-    acc_high = tl.dot(p.to(q.dtype), v_high, acc_high * alpha[:, None]${precision})
-    return m_new, l, acc, acc_high
-%end
-'''
-
 SPLIT = '''\
+@triton.jit
+def logits(s, ${context}):
+    """Of products of queries and keys, in base 2."""
+%if softcap
+    # cap * tanh(scale * s / cap) in units of log2; tanh(y) = 1 - 2 / (1 + exp(2y))
+    return cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
+%else
+    return s * scale
+%end
+
+
+@triton.jit
+def weigh(m, t, visible):
+    """Logits [KEYS, ROWS] as weights of up to 2^14, which fp16 holds with 38 bits below the largest, and what the rows' running softmax
+    becomes: its base, weights, factor of the old sums."""
+    t = tl.where(visible[:, None], t, float("-inf"))
+    m_new = tl.maximum(m, tl.max(t, 0) - 14.0)
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, tl.exp2(t - base[None, :]), tl.exp2(m - base)
+
+
 @triton.jit
 def split(
     ${split_parameters},
@@ -99,6 +37,11 @@ def split(
     row = tl.program_id(1)  # batch row and KV head
     batch = row // kv_heads
     kv_head = row % kv_heads
+%if packed
+    bound = starts + batch * (kv_heads + 1) + kv_head
+    size = tl.load(bound + 1) - tl.load(bound)
+    first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
+%end
     count = tl.load(counts + row)
 %if padded
     stores = tl.load(is_token + batch * is_token_b).to(tl.int32)
@@ -106,57 +49,142 @@ def split(
     stores = 1
 %end
 %if grows
-    slot = tl.minimum(count, capacity - 1)
+    slot = tl.minimum(count, ${size} - 1)
 %else
     slot = tl.where(count < pinned, count, pinned + (count - pinned) % (capacity - pinned))
 %end
     slot = tl.where(stores != 0, slot, -1)
-    filled = tl.minimum(count, capacity)
+    filled = tl.minimum(count, ${size})
     split_len = tl.cdiv(tl.cdiv(filled, KEYS), splits) * KEYS
     begin = split_id * split_len
     end = tl.minimum(begin + split_len, filled)
+    slot_row = ${place}
+    group_row = ${group_place}
     if split_id == 0:
         tl.store(slots + row, ${"tl.where(stores != 0, count, -1)" if grows else "slot"})
         if stores != 0:
-            tl.store(positions + tl.cast(row, tl.int64) * capacity + slot, tl.load(seen + batch))
+            tl.store(positions + slot_row + slot, tl.load(seen + batch))
     recent_begin = tl.load(staged + row * 2)
     recent_end = tl.load(staged + row * 2 + 1)
+%if grows
+    # what lies as it came is last, and the slot that the new token takes lies behind it
+    end = tl.where(recent_begin < recent_end, tl.minimum(end, recent_begin), end)
+%end
 
     members = tl.arange(0, ROWS)
     heads = kv_head * GROUP + members
-    qk_dims = tl.arange(0, QK_BYTES)
-    v_dims = tl.arange(0, V_BYTES)
-    query_row = tl.cast(batch, tl.int64) * query_b + heads * query_h
     inside = members < GROUP
-    q = tl.load(query + query_row[:, None] + qk_dims[None, :], mask=inside[:, None], other=0.0)
-    acc = tl.zeros([ROWS, V_BYTES], tl.float32)
-%if codes == "int4"
-    q_high = tl.load(query + query_row[:, None] + QK_BYTES + qk_dims[None, :], mask=inside[:, None], other=0.0)
-    acc_high = tl.zeros([ROWS, V_BYTES], tl.float32)
+    offsets = tl.arange(0, KEYS)
+    qk_dims = tl.arange(0, QK_WIDTH)
+    v_dims = tl.arange(0, V_WIDTH)
+    query_row = query + tl.cast(batch, tl.int64) * query_b + heads[:, None] * query_h
+%for i in key_pieces
+    q${i} = tl.load(query_row + ${key_dims(i)}[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
 %end
-    slot_row = tl.cast(row, tl.int64) * capacity
-    group_row = tl.cast(row, tl.int64) * groups * ${parts * qk_head_dim}
+    # queries below 1 times scales of up to 2^15 stay within fp16
+    top = tl.max(tl.abs(q0), 1)
+%for i in key_pieces[1:]
+    top = tl.maximum(top, tl.max(tl.abs(q${i}), 1))
+%end
+    exponent = tl.minimum(top.to(tl.int32, bitcast=True) >> 23, 252) + 1
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    shrink = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+%for i in key_pieces
+    q${i} = q${i} * shrink[:, None]
+%end
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    # sums over keys are left to the end
+    l = tl.zeros([KEYS, ROWS], tl.float32)
+%if codes == "int4"
+    beside = tl.zeros([KEYS, ROWS], tl.float32)
+%end
+%for i in value_pieces
+    acc${i} = tl.zeros([V_WIDTH, ROWS], tl.float32)
+%end
+    key_head = key_codes + slot_row * QK_WORDS
+    value_head = value_words + slot_row * V_WIDTH
+    scales_k = key_scales + group_row * ${parts * qk_head_dim}
+    scales_v = value_scales + slot_row * ${parts}
+    # two bytes a token are too few to be copied ahead of the loop by itself
+    ahead = tl.load(scales_v + (begin + offsets) * ${parts}, mask=begin + offsets < end, other=0.0)
+%if codes == "int4"
+    ahead_least = tl.load(scales_v + (begin + offsets) * ${parts} + 1, mask=begin + offsets < end, other=0.0)
+%end
     for first in tl.range(begin, end, KEYS):
-        at = first + tl.arange(0, KEYS)
-        visible = (at < end) & (at != slot) & ((at < recent_begin) | (at >= recent_end))
-        m, l, acc${", acc_high" if codes == "int4" else ""} = fold_codes(
-            m, l, acc, ${"acc_high, " if codes == "int4" else ""}q, ${"q_high, " if codes == "int4" else ""}keys + slot_row * QK_BYTES, key_scales + group_row,
-            values + slot_row * V_BYTES, value_scales + slot_row * ${parts}, first, end, visible, ${context},
-        )
+        at = first + offsets
+        readable = at < end
+        visible = readable${"" if grows else " & (at != slot) & ((at < recent_begin) | (at >= recent_end))"}
+        wide = tl.cast(first, tl.int64)
+        k = tl.load(key_head + wide * QK_WORDS + offsets[:, None] * QK_WORDS + qk_dims[None, :], mask=readable[:, None], other=0)
+        v = tl.load(value_head + wide * V_WIDTH + offsets[None, :] * V_WIDTH + v_dims[:, None], mask=readable[None, :], other=0)
+        scale_v = ahead.to(tl.float32)
+        ahead = tl.load(scales_v + (at + KEYS) * ${parts}, mask=at + KEYS < end, other=0.0)
+%if codes == "int4"
+        least_v = ahead_least.to(tl.float32)
+        ahead_least = tl.load(scales_v + (at + KEYS) * ${parts} + 1, mask=at + KEYS < end, other=0.0)
+%end
+        # what turns a key's codes into numbers is the same for all keys of the tile, so that it goes into the query
+        group = scales_k + first // KEYS * ${parts * qk_head_dim}
+%for i in key_pieces
+        folded${i} = q${i} * tl.load(group + ${key_dims(i)}).to(tl.float32)[None, :]
+%end
+%for i in key_pieces
+        operand${i} = tl.trans(${"folded%d" % i if unit(i) == unit(0) else "(folded%d * %r)" % (i, unit(0) / unit(i))}.to(tl.${operand}))
+%end
+        s = tl.dot(${key_numbers(0, "k")}, operand0${precision})
+%for i in key_pieces[1:]
+        s = tl.dot(${key_numbers(i, "k")}, operand${i}, s${precision})
+%end
+%if codes == "fp8"
+        s = s * unit[None, :]
+%else
+        folded0 = q0 * tl.load(group + ${qk_head_dim} + ${key_dims(0)}).to(tl.float32)[None, :]
+%for i in key_pieces[1:]
+        folded0 += q${i} * tl.load(group + ${qk_head_dim} + ${key_dims(i)}).to(tl.float32)[None, :]
+%end
+        s = s * (unit * ${1 / unit(0)})[None, :] + (tl.sum(folded0, 1) * unit)[None, :]
+%end
+        # scales of values go into the weights: powers of two into the logits, so that weights are of one size whatever the values are
+        power = scale_v.to(tl.int32, bitcast=True) >> 23
+        back = ((254 - power) << 23).to(tl.float32, bitcast=True)
+        bits = tl.where(scale_v == scale_v, (power - 127).to(tl.float32), scale_v)
+        m, w, alpha = weigh(m, logits(s, ${context}) + bits[:, None], visible)
+        own = w * back[:, None]
+        l = l * alpha[None, :] + own
+%if codes == "int4"
+        beside = beside * alpha[None, :] + own * least_v[:, None]
+%end
+        weights = ${"w" if codes == "fp8" else "(w * (scale_v * back)[:, None])"}.to(tl.${operand})
+%for i in value_pieces
+        acc${i} = tl.dot(piece(v, ${i}), weights, acc${i} * alpha[None, :]${precision})
+%end
     if split_id == 0:
         if recent_begin < recent_end:
-            m, l, acc${", acc_high" if codes == "int4" else ""} = fold_recent(
-                m, l, acc, ${"acc_high, " if codes == "int4" else ""}q, ${"q_high, " if codes == "int4" else ""}recent_keys + tl.cast(row, tl.int64) * ${64 * qk_head_dim},
-                recent_values + tl.cast(row, tl.int64) * ${64 * v_head_dim}, recent_begin, recent_end, slot, ${context},
-            )
+            at = recent_begin // KEYS * KEYS + offsets
+            visible = (at >= recent_begin) & (at < recent_end) & (at != slot)
+            recent_k = recent_keys + tl.cast(row, tl.int64) * ${64 * qk_head_dim} + offsets[:, None] * ${qk_head_dim}
+            recent_v = recent_values + tl.cast(row, tl.int64) * ${64 * v_head_dim} + offsets[None, :] * ${v_head_dim}
+            s = tl.zeros([KEYS, ROWS], tl.float32)
+%for i in key_pieces
+            k_recent = tl.load(recent_k + ${key_dims(i)}[None, :], mask=visible[:, None], other=0.0)
+            q_plain = tl.load(query_row + ${key_dims(i)}[None, :], mask=inside[:, None], other=0.0)
+            s = tl.dot(k_recent, tl.trans(q_plain), s${precision})
+%end
+            m, w, alpha = weigh(m, logits(s, ${context}), visible)
+            l = l * alpha[None, :] + w
+%if codes == "int4"
+            beside = beside * alpha[None, :]
+%end
+%for i in value_pieces
+            v_recent = tl.load(recent_v + ${value_dims(i)}[:, None], mask=visible[None, :], other=0.0)
+            acc${i} = acc${i} * alpha[None, :] + tl.dot(v_recent, w.to(v_recent.dtype)${precision}) * ${unit(i)}
+%end
     part = (tl.cast(row, tl.int64) * GROUP + members) * splits + split_id
     tl.store(part_m + part, m, mask=inside)
-    tl.store(part_l + part, l, mask=inside)
-    tl.store(part_acc + part[:, None] * ${v_head_dim} + v_dims[None, :], acc, mask=inside[:, None])
-%if codes == "int4"
-    tl.store(part_acc + part[:, None] * ${v_head_dim} + V_BYTES + v_dims[None, :], acc_high, mask=inside[:, None])
+    tl.store(part_l + part, tl.sum(l, 0), mask=inside)
+    place = part_acc + part[None, :] * ${v_head_dim}
+%for i in value_pieces
+    tl.store(place + ${value_dims(i)}[:, None], acc${i} * ${1 / unit(i)}${" + tl.sum(beside, 0)[None, :]" if codes == "int4" else ""}, mask=inside[None, :])
 %end
 '''
 
@@ -172,7 +200,8 @@ def steps(least, largest):
 %else
     low = least.to(${number}).to(tl.float32)
     step = ((largest - low) / 15.0).to(${number}).to(tl.float32)
-    return tl.where(step == 0.0, 1.0, step), low
+    step = tl.where(step < ${least_step}, ${least_step}, step)
+    return tl.where(step > ${largest_step}, ${largest_step}, step), low
 %end
 
 
@@ -231,46 +260,64 @@ def close_group(
     row = tl.program_id(0)
     first = tl.load(staged + row * 2)
     last = tl.load(staged + row * 2 + 1) - 1
-    if (last >= first) & ((last % KEYS == KEYS - 1) | (last == capacity - 1)):
+%if packed
+    batch = row // kv_heads
+    kv_head = row % kv_heads
+    bound = starts + batch * (kv_heads + 1) + kv_head
+    size = tl.load(bound + 1) - tl.load(bound)
+    first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
+%end
+    if (last >= first) & ((last % KEYS == KEYS - 1) | (last == ${size} - 1)):
         offsets = tl.arange(0, KEYS)
         at = last // KEYS * KEYS + offsets
         recent = (at >= first) & (at <= last)
-        slot_row = tl.cast(row, tl.int64) * capacity
-        held = tl.load(positions + slot_row + at, mask=at < capacity, other=-1) >= 0
-        group_keys = key_scales + (tl.cast(row, tl.int64) * groups + last // KEYS) * ${parts * qk_head_dim}
+        slot_row = ${place}
+        held = tl.load(positions + slot_row + at, mask=at < ${size}, other=-1) >= 0
+        group_keys = key_scales + (${group_place} + last // KEYS) * ${parts * qk_head_dim}
         row_recent = recent_keys + tl.cast(row, tl.int64) * ${64 * qk_head_dim}
-        row_values = recent_values + tl.cast(row, tl.int64) * ${64 * v_head_dim}
-        qk_bytes = tl.arange(0, QK_BYTES)
-        v_bytes = tl.arange(0, V_BYTES)
-        place = keys + (slot_row + at[:, None]) * QK_BYTES + qk_bytes[None, :]
-        old = tl.load(place, mask=held[:, None], other=0)
+        row_values = recent_values + tl.cast(row, tl.int64) * ${64 * v_head_dim} + offsets[:, None] * ${v_head_dim}
+        key_place = keys + (slot_row + at[:, None]) * ${qk_bytes}
+        value_place = values + (slot_row + at[:, None]) * ${v_bytes}
 %if codes == "fp8"
-        found = channels(keys, group_keys, row_recent, old, first, last, held, recent, at, qk_bytes)
-%else
-        found = channels(keys, group_keys, row_recent, old & 15, first, last, held, recent, at, qk_bytes)
-        found |= channels(keys, group_keys, row_recent, old >> 4, first, last, held, recent, at, qk_bytes + QK_BYTES) << 4
-%end
-        tl.store(place, found, mask=held[:, None])
-        v = tl.load(row_values + offsets[:, None] * ${v_head_dim} + v_bytes[None, :]).to(tl.float32)
+        dims = tl.arange(0, ${qk_head_dim})
+        old = tl.load(key_place + dims[None, :], mask=held[:, None], other=0)
+        found = channels(keys, group_keys, row_recent, old, first, last, held, recent, at, dims)
+        tl.store(key_place + dims[None, :], found, mask=held[:, None])
+        dims = tl.arange(0, ${v_head_dim})
+        v = tl.load(row_values + dims[None, :]).to(tl.float32)
         low = tl.min(v, 1)
         high = tl.max(v, 1)
-%if codes == "int4"
-        v_high = tl.load(row_values + offsets[:, None] * ${v_head_dim} + V_BYTES + v_bytes[None, :]).to(tl.float32)
-        low = tl.minimum(low, tl.min(v_high, 1))
-        high = tl.maximum(high, tl.max(v_high, 1))
+        total = tl.sum(v, 1)
+%else
+%for byte in range(2)
+        dims = tl.arange(0, ${qk_head_dim // 4})
+        old = tl.load(key_place + 2 * dims[None, :] + ${byte}, mask=held[:, None], other=0)
+        found = channels(keys, group_keys, row_recent, old & 15, first, last, held, recent, at, ${qk_head_dim // 2 * byte} + dims)
+        found |= channels(keys, group_keys, row_recent, old >> 4, first, last, held, recent, at, ${qk_head_dim // 2 * byte + qk_head_dim // 4} + dims) << 4
+        tl.store(key_place + 2 * dims[None, :] + ${byte}, found, mask=held[:, None])
+%end
+        dims = tl.arange(0, ${v_head_dim // 4})
+%for i in value_pieces
+        v${i} = tl.load(row_values + ${i * v_head_dim // 4} + dims[None, :]).to(tl.float32)
+%end
+        low = tl.minimum(tl.minimum(tl.min(v0, 1), tl.min(v1, 1)), tl.minimum(tl.min(v2, 1), tl.min(v3, 1)))
+        high = tl.maximum(tl.maximum(tl.max(v0, 1), tl.max(v1, 1)), tl.maximum(tl.max(v2, 1), tl.max(v3, 1)))
+        total = tl.sum(v0 + v1 + v2 + v3, 1)
 %end
         step, least = steps(low, high)
         # what is no number stays none
-        step = tl.where(tl.sum(v, 1) == tl.sum(v, 1), step, float("nan"))
+        step = tl.where(total == total, step, float("nan"))
         scales = value_scales + (slot_row + at) * ${parts}
         tl.store(scales, step.to(${number}), mask=recent)
 %if codes == "fp8"
-        found = encoded(v, step[:, None], least[:, None])
+        tl.store(value_place + dims[None, :], encoded(v, step[:, None], least[:, None]), mask=recent[:, None])
 %else
         tl.store(scales + 1, least.to(${number}), mask=recent)
-        found = encoded(v, step[:, None], least[:, None]) | (encoded(v_high, step[:, None], least[:, None]) << 4)
+%for byte in range(2)
+        found = encoded(v${2 * byte}, step[:, None], least[:, None]) | (encoded(v${2 * byte + 1}, step[:, None], least[:, None]) << 4)
+        tl.store(value_place + 2 * dims[None, :] + ${byte}, found, mask=recent[:, None])
 %end
-        tl.store(values + (slot_row + at[:, None]) * V_BYTES + v_bytes[None, :], found, mask=recent[:, None])
+%end
         tl.store(staged + row * 2, 0)
         tl.store(staged + row * 2 + 1, 0)
 '''

@@ -1,34 +1,47 @@
-"""Kernel text from a template: `%if`, `%elif`, `%else` and `%end` lines choose lines, `${...}` fills in an expression; the lines that every generated module begins with."""
+"""Kernel text from a template: `%if`, `%elif`, `%else` and `%end` lines choose lines, `%for` repeats them, `${...}` fills in an expression; the lines that every generated module begins with."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-_DIRECTIVE = re.compile(r"\s*%(if|elif|else|end)\b\s*(.*)$")
+_DIRECTIVE = re.compile(r"\s*%(if|elif|else|for|end)\b\s*(.*)$")
 _FIELD = re.compile(r"\$\{([^{}]*)\}")
+_LOOP = re.compile(r"(\w+) in (.+)$")
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
-    """The template's lines whose conditions hold, with fields filled in. Conditions and fields are Python expressions over `values`.
+    """The template's lines whose conditions hold, with fields filled in. Conditions and fields are Python expressions over `values`;
+    `%for name in expression` repeats the lines up to its `%end` with that name beside them.
 
     Raises:
         ValueError: directives do not nest; the message names the line.
         NameError: a condition or a field asks for a value that is not there.
     """
-    names = {"__builtins__": {"min": min, "max": max}, **values}
-    lines: list[str] = []
+    names = {"__builtins__": {"min": min, "max": max, "range": range}, **values}
+    return "\n".join(_rendered(list(enumerate(template.splitlines(), 1)), names)) + "\n"
+
+
+def _rendered(numbered: list[tuple[int, str]], names: Mapping[str, object]) -> Iterator[str]:
     # one (a branch was taken, this branch is on) per open %if
     open_ifs: list[tuple[bool, bool]] = []
-    for number, line in enumerate(template.splitlines(), 1):
-        directive = _DIRECTIVE.match(line)
+    at = 0
+    while at < len(numbered):
+        number, line = numbered[at]
+        at += 1
+        directive, showing = _DIRECTIVE.match(line), all(on for _, on in open_ifs)
         if directive is None:
-            if all(on for _, on in open_ifs):
-                lines.append(_FIELD.sub(lambda field: str(eval(field[1], names)), line))
+            if showing:
+                yield _FIELD.sub(lambda field: str(eval(field[1], dict(names))), line)
             continue
         word, condition = directive.groups()
-        if word == "if":
-            on = bool(eval(condition, names))
+        if word == "for":
+            end = _end(numbered, at)
+            if showing:
+                yield from _repeated(number, condition, numbered[at:end], names)
+            at = end + 1
+        elif word == "if":
+            on = bool(eval(condition, dict(names)))
             open_ifs.append((on, on))
         elif not open_ifs:
             raise ValueError(f"line {number}: %{word} without %if")
@@ -36,11 +49,30 @@ def render(template: str, values: Mapping[str, object]) -> str:
             open_ifs.pop()
         else:
             taken = open_ifs[-1][0]
-            on = not taken and (word == "else" or bool(eval(condition, names)))
+            on = not taken and (word == "else" or bool(eval(condition, dict(names))))
             open_ifs[-1] = (taken or on, on)
     if open_ifs:
         raise ValueError("%if without %end")
-    return "\n".join(lines) + "\n"
+
+
+def _repeated(number: int, head: str, body: list[tuple[int, str]], names: Mapping[str, object]) -> Iterator[str]:
+    loop = _LOOP.match(head)
+    if loop is None:
+        raise ValueError(f"line {number}: %for without `name in values`")
+    for value in eval(loop[2], dict(names)):
+        yield from _rendered(body, {**names, loop[1]: value})
+
+
+def _end(numbered: list[tuple[int, str]], at: int) -> int:
+    """Where the block ends that the line before `at` opens."""
+    depth = 1
+    for place in range(at, len(numbered)):
+        directive = _DIRECTIVE.match(numbered[place][1])
+        if directive is not None:
+            depth += {"if": 1, "for": 1, "end": -1}.get(directive[1], 0)
+        if not depth:
+            return place
+    raise ValueError(f"line {numbered[at - 1][0]}: %for without %end")
 
 
 def header(title: str, constants: Mapping[str, object]) -> str:

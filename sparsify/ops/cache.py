@@ -67,7 +67,7 @@ from sparsify.ops.library import TAGS, define, library, traced
 from sparsify.ops.pages import Pages
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 4
+VERSION = 5
 
 # `pinned` of a state from which no token is ever evicted
 NEVER_OVERWRITTEN = -1

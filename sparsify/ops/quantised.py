@@ -4,7 +4,8 @@ Keys are quantised by channel, with one scale for GROUP neighbouring slots, valu
 their group of slots began lie in `recent_keys` and `recent_values` as they came; a full group is quantised before the next token is stored.
 
     fp8    code * scale, E4M3 codes (OCP 8-bit floating point), scales that are powers of two
-    int4   code * scale + least, codes 0 to 15, two in a byte: channel c in the low half of byte c, c + head_dim / 2 in the high half
+    int4   code * scale + least, codes 0 to 15: of bytes 2j and 2j + 1, as one number of 16 bits, the lowest four bits are channel j, those
+           above j + d / 4, j + d / 2 and j + 3 d / 4, for d channels
 
 Buffers of a layer, all on one device:
 
@@ -30,11 +31,18 @@ GROUP = 64
 FP8_LARGEST = 448.0
 # exponents of scales, as bits have them: what every 16-bit dtype holds
 LEAST_EXPONENT, LARGEST_EXPONENT = 127 - 14, 127 + 15
+# scales of 4-bit codes, likewise
+LEAST_STEP, LARGEST_STEP = 2.0**-24, 2.0**15
 
 
 def packed(head_dim: int, codes: str) -> int:
     """Bytes of a token's codes."""
     return head_dim // 2 if codes == "int4" else head_dim
+
+
+def words(head_dim: int, codes: str) -> bool:
+    """Whether a token's codes fill whole words of 16 bits."""
+    return head_dim % (4 if codes == "int4" else 2) == 0
 
 
 def parts(codes: str) -> int:

@@ -1,7 +1,8 @@
 """Mends Triton's interpreter for tests; import it before any kernel runs.
 
 With numpy >= 2.4 every loop with a run-time bound fails, and a bf16 `tl.dot` multiplies the raw 16-bit patterns. From 3.7 on the product of
-a constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take.
+a constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take. Instructions that kernels write by hand
+run as `ptx_machine` says.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.language.semantic import TritonSemantic
+
+from tests.support import ptx_machine
 
 
 def install() -> None:
@@ -34,6 +37,25 @@ def install() -> None:
     def dot(self, a, b, accumulator, precision, max_imprecise):
         return create_dot(self, float_operand(a), float_operand(b), accumulator, precision, max_imprecise)
 
+    def bf16(self, value):
+        """A constant, which the interpreter has in all other dtypes."""
+        bits = np.array([value], dtype=np.float32).view(np.uint32) >> np.uint32(16)
+        return interpreter.TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+
+    class Results(list):
+        def get_result(self, i):
+            return self[i]
+
+    def inline_asm(self, asm, constraints, values, types, is_pure, pack):
+        """One tensor in and one out, elements of 16 bits, two in a register."""
+        (held,), (out,) = values, types
+        assert pack == 2 and held.data.itemsize == 2, "other widths have registers of other shapes"
+        (found,) = ptx_machine.run(asm, [np.ascontiguousarray(held.data).view(np.uint32)], 1)
+        scalar = out.scalar if hasattr(out, "scalar") else out
+        return Results([interpreter.TensorHandle(found.view(np.float16), scalar)])
+
+    interpreter.InterpreterBuilder.create_inline_asm = inline_asm
+    interpreter.InterpreterBuilder.get_bf16 = bf16
     to_tensor = TritonSemantic.to_tensor
 
     def unwrapped(self, value, check_type=True):

@@ -11,8 +11,9 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsify.backends.codegen.arguments import Argument
@@ -24,7 +25,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 @dataclass(frozen=True)
 class Resources:
     """registers: per thread. spilled, shared: bytes. wgmma, mma, cp_async: instructions in the PTX; wide_streams, narrow_streams: loads of
-    what is read once (evict_first), of 16 bytes a thread and of fewer."""
+    what is read once (evict_first), of 16 bytes a thread and of fewer; loop: those of the longest loop in the PTX, how often each."""
 
     registers: int
     spilled: int
@@ -34,6 +35,7 @@ class Resources:
     cp_async: int
     wide_streams: int = 0
     narrow_streams: int = 0
+    loop: Mapping[str, int] = field(default_factory=dict)
 
 
 BUDGETS = Path(__file__).parents[1] / "goldens" / "kernels" / "budgets"
@@ -103,7 +105,18 @@ def compile_kernel(
         cp_async=ptx.count("cp.async"),
         wide_streams=wide,
         narrow_streams=len(streams) - wide,
+        loop=_longest_loop(ptx),
     )
+
+
+def _longest_loop(ptx: str) -> Counter[str]:
+    """Instructions between the label and the branch back to it that lie furthest apart."""
+    lines = [line.partition("//")[0].strip() for line in ptx.splitlines()]
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    spans = [(labels[found[1]], i) for i, line in enumerate(lines) if (found := re.search(r"\bbra(?:\.uni)?\s+(\S+);", line))]
+    begin, end = max(((begin, end) for begin, end in spans if begin < end), key=lambda span: span[1] - span[0], default=(0, 0))
+    statements = (re.sub(r"^@!?%p\d+\s+", "", one.strip(" {}\t")) for line in lines[begin:end] for one in line.split(";"))
+    return Counter(one.split()[0] for one in statements if one and not one.startswith((".", "$")) and " " in one.replace("\t", " "))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

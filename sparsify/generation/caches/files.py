@@ -21,7 +21,9 @@ from sparsify.planning.provenance import model_digest, model_kind, other_model
 from sparsify.policies import Layout
 
 # raised with every change that an older sparsify would misread
-FORMAT = 2
+FORMAT = 3
+# before, 4-bit codes lay in another order; all else is read
+_OLDER = 2
 _HEADER = "sparsify_cache"
 # in this order along dimension 2, of which layers that grow save what is used
 _BY_SLOT = ("keys", "values", "positions")
@@ -145,8 +147,9 @@ def read_header(path: Path, model: Any) -> Header:
     except ValidationError as error:
         hint = "it may come from a newer sparsify: save the cache anew"
         raise CacheError(f"its header is not read: {error.errors()[0]['msg']}", where=str(path), hint=hint) from error
-    if header.format != FORMAT:
-        raise CacheError(f"format {header.format} is not read, but {FORMAT}", where=str(path), hint="save the cache anew")
+    if header.format != FORMAT and (header.format != _OLDER or header.codes == "int4"):
+        what = f"format {header.format} is not read{' where it has 4-bit codes' if header.format == _OLDER else ''}, but {FORMAT}"
+        raise CacheError(what, where=str(path), hint="save the cache anew")
     if what := other_model(header.model, header.model_type, _unwrapped(model)):
         hint = "its keys mean nothing to another model: compute the prompt again"
         raise CacheError(f"the cache was saved for another model: for a {header.model_type}, and {what}", where=str(path), hint=hint)

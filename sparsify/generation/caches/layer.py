@@ -213,8 +213,9 @@ class SparseLayer(CacheLayerMixin):
         self.head_dims = head_dim, value_states.shape[-1]
         (width, v_width), stored_as = self.head_dims, key_states.dtype
         if self.codes:
-            if self.codes == "int4" and (width % 2 or v_width % 2):
-                raise UnsupportedError(f"4-bit codes of odd head dims {width} and {v_width}", where=f"layer {self.index}")
+            if not (quantised.words(width, self.codes) and quantised.words(v_width, self.codes)):
+                what = f"{self.codes} codes of head dims {width} and {v_width} do not fill whole words of 16 bits"
+                raise UnsupportedError(what, where=f"layer {self.index}")
             self._allocate_coded(key_states, slots)
             width, v_width, stored_as = quantised.packed(width, self.codes), quantised.packed(v_width, self.codes), torch.uint8
         self.keys: Tensor = key_states.new_zeros(*slots, width, dtype=stored_as)  # pyright: ignore[reportIncompatibleVariableOverride]

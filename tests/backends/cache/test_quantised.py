@@ -58,8 +58,10 @@ def test_codes_are_as_near_as_their_steps(codes, seed, exponent, offset):
 
 
 def test_four_bits_lie_where_the_format_says():
-    scales = torch.stack((torch.ones(4), torch.zeros(4)))
-    assert quantised.encode(torch.tensor([[1.0, 2, 3, 15]]), scales, "int4").tolist() == [[1 | 3 << 4, 2 | 15 << 4]]
+    scales = torch.stack((torch.ones(8), torch.zeros(8)))
+    stored = quantised.encode(torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 15]]), scales, "int4")
+    assert stored.view(torch.int16)[0, 0] & 0xFFFF == 1 | 3 << 4 | 5 << 8 | 7 << 12
+    assert stored.tolist() == [[1 | 3 << 4, 5 | 7 << 4, 2 | 4 << 4, 6 | 15 << 4]]
 
 
 POLICIES = {"full": {}, "streaming_llm": {"sinks": 3, "window": 100}, "streaming_llm, aligned": {"sinks": 0, "window": 128}}

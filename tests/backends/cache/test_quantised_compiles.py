@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sparsify.backends.cache import quantised
@@ -9,6 +11,15 @@ from sparsify.backends.codegen import source
 from tests.support.offline import SHARED_LIMIT, compile_kernel, within_budget
 
 pytest.importorskip("triton")
+
+
+def check_instructions(used, threads, codes):
+    """Of the loop that reads a tile of so many codes: it is these, and not bytes, that bound a kernel that turns codes into numbers one by
+    one (7 instructions a code, one of them a conversion of a sixteenth of the others' rate, made both kinds as slow as 16 bits)."""
+    one_by_one = {name: count for name, count in used.loop.items() if re.match(r"cvt\.(rn\.)?b?f16\.(?!x2)", name)}
+    assert not one_by_one and not any(name.startswith(("ld.shared.b8", "ld.shared.u8")) for name in used.loop)
+    moves = sum(count for name, count in used.loop.items() if name.startswith("mov."))
+    assert (sum(used.loop.values()) - moves) * threads <= 3 * codes
 
 
 @pytest.mark.parametrize("codes", ["fp8", "int4"])
@@ -21,6 +32,7 @@ def test_without_spills(codes, clauses):
     within_budget(f"quantised split {codes}{'' if 'grows' in clauses else ' all'} sm_90", used)
     assert used.spilled == 0 and used.mma > 0 and used.shared <= SHARED_LIMIT[90] // 2
     assert used.cp_async > 0, "loads run ahead of the arithmetic"
+    check_instructions(used, 32 * spec.warps, 64 * 2 * 128)
     options = {"arch": 90, "num_stages": 3, "num_warps": 4, "constexprs": {"SPLITS": 64}}
     assert compile_kernel(module.combine, quantised.arguments(spec, "combine"), **options).spilled == 0
     options = {"arch": 90, "num_stages": 1, "num_warps": 8}

@@ -13,16 +13,32 @@ from tests.backends.cache.test_quantised import buffers, counters
 pytestmark = pytest.mark.interpreter
 
 
-def check(codes, tokens=(127, 30), pinned=NEVER_OVERWRITTEN, capacity=192, dim=32, group=2, padding=False, steps=4, **clauses):
+def check(
+    codes,
+    tokens=(127, 30),
+    pinned=NEVER_OVERWRITTEN,
+    capacity=192,
+    dim=64,
+    group=2,
+    padding=False,
+    steps=4,
+    dtype=torch.float32,
+    large=1.0,
+    **clauses,
+):
     torch.manual_seed(0)
-    batch, width = len(tokens), max(tokens)
-    keys, values, more = buffers(batch, 2, capacity, codes, dims=(dim, dim))
+    batch, width, near = len(tokens), max(tokens), {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    keys, values, more = buffers(batch, 2, capacity, codes, dtype, dims=(dim, dim))
     state = counters(batch, 2, capacity)
     is_token = torch.tensor([[0] * (width - n) + [1] * n for n in tokens], dtype=torch.bool)
     policy = policies.make("streaming_llm", sinks=pinned, window=capacity - pinned) if pinned >= 0 else policies.make("full")
     common = {"pinned": pinned, "scale": 0.3, "softcap": clauses.pop("softcap", 0.0)}
     stored = {"recent": max(0, capacity - pinned), "empty": True, "policy": policy.describe(), "is_token": is_token, **common}
     key, value = torch.randn(2, batch, 2, width, dim)
+    # a first token that most queries look at, and values of very different sizes
+    key[:, :, 0] *= 1 + large
+    value = (value * torch.logspace(0, -torch.tensor(large).log10(), width)[:, None]).to(dtype)
+    key = key.to(dtype)
     reference.cache_store(CacheStoreCall(None, key, value, keys, values, *state, **stored, **more))
     twin = [t.clone() for t in (keys, values, *state)]
     twin_more = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in more.items()}
@@ -30,21 +46,23 @@ def check(codes, tokens=(127, 30), pinned=NEVER_OVERWRITTEN, capacity=192, dim=3
         common["sink_logits"] = torch.randn(2 * group)
     closed = 0
     for step in range(steps):
-        query, key, value = (torch.randn(batch, 1, heads, dim).transpose(1, 2) for heads in (2 * group, 2, 2))
+        query, key, value = (torch.randn(batch, 1, heads, dim).to(dtype).transpose(1, 2) for heads in (2 * group, 2, 2))
         options = {"is_token": torch.tensor([[(row + step) % 3 != 0] for row in range(batch)])} if padding else {}
         options |= {"window": 0, "sinks": 0, **common}
         want = reference.cache_decode(CacheDecodeCall(query, key, value, *twin, **options, **twin_more))
         got = quantised.cache_decode(CacheDecodeCall(query, key, value, keys, values, *state, **options, **more), splits=2)
-        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(got, want, atol=near, rtol=near)
         closed += int((more["staged"][..., 1] - more["staged"][..., 0] == 1).sum())
         filled = state[0] >= 0
         for name, a, b in zip(("positions", "counts", "seen", "length"), state, twin[2:], strict=True):
             assert torch.equal(a, b), name
         assert torch.equal(more["staged"], twin_more["staged"])
         for ours, theirs in ((keys, twin[0]), (values, twin[1])):
-            assert torch.equal(ours[filled], theirs[filled])
-        torch.testing.assert_close(more["value_scales"], twin_more["value_scales"], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(more["key_scales"], twin_more["key_scales"], atol=1e-6, rtol=1e-6)
+            # the interpreter rounds to 16 bits in another way where a number lies in the middle
+            other = int((ours[filled] != theirs[filled]).sum())
+            assert other <= (0 if dtype == torch.float32 else ours[filled].numel() // 1000), other
+        for name in ("key_scales", "value_scales"):
+            torch.testing.assert_close(more[name], twin_more[name], atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2**-7)
     assert closed, "a group was filled"
     return got
 
@@ -56,10 +74,14 @@ def check(codes, tokens=(127, 30), pinned=NEVER_OVERWRITTEN, capacity=192, dim=3
         {},
         {"padding": True, "softcap": 3.0, "sink_logits": True},
         {"pinned": 5, "capacity": 100, "tokens": (193, 97)},
-        {"dim": 64, "group": 1},
+        {"dim": 128, "group": 1},
+        {"group": 9, "steps": 2},
+        {"dtype": torch.bfloat16, "large": 1e4},
+        {"dtype": torch.float16, "large": 100.0, "softcap": 3.0},
     ],
     ids=str,
 )
+@pytest.mark.samples(2)
 def test_against_the_reference(codes, case):
     check(codes, **case)
 

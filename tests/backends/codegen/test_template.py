@@ -37,13 +37,35 @@ def test_signs_of_inserted_text_are_left_alone():
     assert render("${ptx} $1 %p", {"ptx": "${size} $0; %r1"}) == "${size} $0; %r1 $1 %p\n"
 
 
+def test_lines_are_repeated_within_and_around_branches():
+    text = """%for i in range(count)
+%if i
+then ${i}
+%for j in range(i)
+  ${i * 10 + j}
+%end
+%else
+first
+%end
+%end
+%if not count
+%for i in missing
+never
+%end
+%end
+last"""
+    assert render(text, {"count": 3}) == "first\nthen 1\n  10\nthen 2\n  20\n  21\nlast\n"
+
+
 @pytest.mark.parametrize("template", ["%if missing\n%end", "${missing}"])
 def test_an_unknown_value_is_an_error(template):
     with pytest.raises(NameError, match="missing"):
         render(template, {})
 
 
-@pytest.mark.parametrize("broken", ["%if True", "%end", "%else\nx"])
+@pytest.mark.parametrize(
+    "broken", ["%if True", "%end", "%else\nx", "%for i in range(2)", "%for i\n%end", "%for i in range(1)\n%if True\n%end"]
+)
 def test_directives_must_nest(broken):
     with pytest.raises(ValueError, match="%"):
         render(broken, {})

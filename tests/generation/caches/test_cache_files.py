@@ -138,6 +138,23 @@ def test_what_is_no_such_file_is_refused(llama, tmp_path):
 
 
 @torch.no_grad()
+def test_of_the_format_before_4_bits_alone_are_refused(llama, tmp_path):
+    for codes, message in ((None, None), ("fp8", None), ("int4", "format 2 is not read where it has 4-bit codes")):
+        cache = SparseCache(llama.config, "full", 64, dtype=codes)
+        with torch.no_grad():
+            llama(text(1, 10), **holding(cache))
+        cache.save(tmp_path / "new", llama)
+        with safe_open(tmp_path / "new", "pt") as file:
+            header = json.loads(file.metadata()["sparsify_cache"])
+        save_file(load_file(tmp_path / "new"), tmp_path / "old", {"sparsify_cache": json.dumps(header | {"format": 2})})
+        if message is None:
+            assert SparseCache.load(tmp_path / "old", llama).get_seq_length() == 10
+        else:
+            with pytest.raises(CacheError, match=message):
+                SparseCache.load(tmp_path / "old", llama)
+
+
+@torch.no_grad()
 def test_a_cache_that_stopped_halfway_is_not_saved(llama, tmp_path):
     cache = filled(llama)
     cache.call.storing = True
