@@ -46,3 +46,16 @@ class CodeAnswers(Asked):
     NAME = "code_answers"
     KEYS = ("model_sha256", "text_sha256", "dtype", "method", "parameters", "task", "length", "seeds")
     task: str  # of benchmarks.lib.recall.asked, or "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenAnswers(Asked):
+    """Tokens of a prompt that later layers, or a prompt of their own, need not see. `right` and `asked` are of each prompt's first
+    question, which chooses the tokens."""
+
+    NAME = "token_answers"
+    KEYS = ("model_sha256", "text_sha256", "dtype", "method", "parameters", "length", "needles", "seeds")
+    needles: int  # facts in a prompt
+    # of the questions of later turns, over the same cache; None where there are none
+    later_right: int | None = None
+    later_asked: int | None = None
