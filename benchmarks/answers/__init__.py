@@ -59,3 +59,35 @@ class TokenAnswers(Asked):
     # of the questions of later turns, over the same cache; None where there are none
     later_right: int | None = None
     later_asked: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAnswers(Record):
+    """One setting on one task at one length, out of `sparsify eval --json`."""
+
+    NAME = "task_answers"
+    KEYS = ("model_digest", "text_sha256", "setting", "options", "task", "metric", "length", "samples", "chat")
+    model: str
+    model_digest: str
+    model_sha256: str | None = None
+    text_sha256: str | None = None
+    dtype: str
+    chat: bool
+    samples: int  # questions asked for
+    setting: str
+    options: dict[str, Any] | None = None  # of `sparsify.compile`; None: not compiled
+    cache: dict[str, Any] | None = None  # the SparseCache, where there is one
+    task: str
+    metric: str
+    length: int | None = None  # tokens of a prompt
+    asked: int | None = None
+    mean: float | None = None  # of scores, 0 to 1, or nats a token
+    interval: list[float] | None = None  # 95 %
+    # against dense attention on the same questions, positive where the setting is better; questions that it answers worse and better
+    difference: float | None = None
+    difference_interval: list[float] | None = None
+    lost: int | None = None
+    gained: int | None = None
+    density: float | None = None  # visited share of the causal blocks; None: attention was dense
+    seconds: float | None = None
+    error: str | None = None

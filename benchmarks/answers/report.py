@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.answers import Answers, code_report, tokens_report
+from benchmarks.answers import Answers, code_report, tasks_report, tokens_report
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.registry import Benchmark
 from sparsify.commands.bench.tables import Found, Row, conditions, failure, groups, kind, latest, markdown, measured, newest_device, size
@@ -207,5 +207,6 @@ BENCHMARKS = (
         module="benchmarks.answers.train_demo_model",
     ),
     *code_report.BENCHMARKS,
+    *tasks_report.BENCHMARKS,
     *tokens_report.BENCHMARKS,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,9 +40,13 @@ def line_of(record: Record) -> dict[str, Any]:
     return {"benchmark": record.NAME, "time": time, **record.values(), "machine": machine()}
 
 
-def append(path: Path, record: Record) -> dict[str, Any]:
-    """Appends one line to `path` and returns it as a dictionary. Raises ValueError for NaN and infinities, which are not JSON."""
-    line = line_of(record)
+def append(path: Path, record: Record, where: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Appends one line to `path` and returns it as a dictionary. Raises ValueError for NaN and infinities, which are not JSON.
+
+    Args:
+        where: `time` and `machine` of what was measured there; None: now and here.
+    """
+    line = {**line_of(record), **(where or {})}
     text = json.dumps(line, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
