@@ -30,6 +30,7 @@ from sparsify.backends.linear import triton as linear_triton
 from sparsify.backends.select import cpp as select_cpp
 from sparsify.backends.select import reference as select_reference
 from sparsify.backends.select import stages as select_stages
+from sparsify.backends.select import triton as select_triton
 from sparsify.errors import ConfigError, KernelError, UnsupportedError
 from sparsify.ops.call import OpCall
 from sparsify.ops.limits import MIN_CAPABILITY
@@ -66,6 +67,8 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "ffn_parts": {"triton": in_parts.with_kernel, "reference": in_parts.plain},
     "ffn_prompt": {"reference": ffn_reference.ffn_prompt},
     "ffn_start": {"triton": few_rows.ffn_start, "reference": ffn_reference.ffn_start},
+    # not an op: key cells of a selection, where several selections multiply them or they travel
+    "prepare_keys": {"triton": select_triton.prepare_keys, "reference": select_reference.prepare_keys},
     "linear": {"triton": linear_triton.linear, "reference": linear_reference.linear},
 }
 

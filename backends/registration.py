@@ -91,6 +91,14 @@ def select(call: SelectCall) -> tuple[Tensor, Tensor]:
     return every_block(call)
 
 
+_prepare_keys = dispatch.serve("prepare_keys")
+
+
+def prepare_keys(call: SelectCall) -> tuple[Tensor, Tensor | None]:
+    """The operands `prepared_keys` and `prepared_scales` of a selection from the keys of this call, whose estimate is prepared."""
+    return _prepare_keys(call)
+
+
 def every_block(call: SelectCall) -> tuple[Tensor, Tensor]:
     """Block lists that leave out nothing but what causality does; the attention op applies the other clauses."""
     counts, indices = call.empty_lists()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsify.backends import divided, registration
+from sparsify.backends import divided_lists, registration
 from sparsify.ops import scratch, selection
 from sparsify.ops.selection import Observer
 from sparsify.ops.sparse_attention import SparseAttentionCall
@@ -62,7 +62,7 @@ def _observe(call: SparseAttentionCall, parts: list[scratch.Part], seen: list[tu
 def _serve(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     call = SparseAttentionCall.bind(*args, **options)
     call.check()
-    return divided.sparse_attention(call) if call.sequence else sparse_attention(call)
+    return divided_lists.sparse_attention(call) if call.sequence else sparse_attention(call)
 
 
 registration.register("sparse_attention", _serve)

@@ -180,7 +180,10 @@ def query_cells(call: SelectCall) -> Tensor:
     real = masks.real_queries(call)
     values = values if real is None else values.where(real[:, None, :, None], 0)
     cells = _merged(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3).mul_(call.scale / call.steps)
-    return _rounded(cells) if call.estimate.int8 else cells
+    if not call.estimate.int8:
+        return cells
+    numbers, scales = _rounded(cells)
+    return numbers.mul_(scales[..., None])
 
 
 def _block_masses(call: SelectCall, logits: Tensor, visible: Tensor) -> Tensor:
@@ -195,6 +198,15 @@ def _block_masses(call: SelectCall, logits: Tensor, visible: Tensor) -> Tensor:
 
 def key_cells(call: SelectCall) -> Tensor:
     """fp32 [batch, kv_heads, key_cells, steps · head_dim]."""
+    if call.prepared_keys is None:
+        cells, scales = _key_cells(call)
+    else:
+        cells, scales = call.prepared_keys.float().unflatten(2, (call.key_cells, call.steps)).flatten(3), call.prepared_scales
+    return cells if scales is None else cells.mul_(scales[..., None])
+
+
+def _key_cells(call: SelectCall) -> tuple[Tensor, Tensor | None]:
+    """`key_cells` before they are scaled, and their scales [batch, kv_heads, key_cells]; None without int8."""
     real = masks.real_keys(call)
     values = call.key.float()
     values = values if real is None else values.where(real[:, None, :, None], 0)
@@ -202,8 +214,15 @@ def key_cells(call: SelectCall) -> Tensor:
     if call.estimate.int8:
         mean = masks.keys_mean(call, values, real) if call.key_mean is None else call.key_mean
         cells = cells - mean[:, :, None, None]
-        return _rounded(_merged(call, cells).flatten(3), call.block_size // call.stride if call.estimate.peak else 1)
-    return _merged(call, cells).flatten(3)
+        return _rounded(_merged(call, cells).flatten(3), call.sharing)
+    return _merged(call, cells).flatten(3), None
+
+
+def prepare_keys(call: SelectCall) -> tuple[Tensor, Tensor | None]:
+    """The operands `prepared_keys` and `prepared_scales` of a call with an estimate that is prepared: int8 or the keys' dtype."""
+    cells, scales = _key_cells(call)
+    rows = cells.unflatten(3, (call.steps, -1)).flatten(2, 3)
+    return rows.to(torch.int8 if call.estimate.int8 else call.key.dtype), scales
 
 
 def _merged(call: SelectCall, cells: Tensor) -> Tensor:
@@ -215,15 +234,15 @@ def _merged(call: SelectCall, cells: Tensor) -> Tensor:
     return means if call.estimate.int8 else means.to(call.key.dtype).float()
 
 
-def _rounded(cells: Tensor, sharing: int = 1) -> Tensor:
+def _rounded(cells: Tensor, sharing: int = 1) -> tuple[Tensor, Tensor]:
     """Each cell [..., cells, numbers] rounded to 255 steps between minus and plus the largest size in `sharing` neighbouring cells, which
-    share a scale; NaN when one of these is not finite."""
+    share a scale; and these scales [..., cells], NaN when one of these is not finite."""
     size = torch.linalg.vector_norm(cells, torch.inf, -1, keepdim=True)
     if sharing > 1:
         shared = torch.nn.functional.pad(size, (0, 0, 0, -size.shape[-2] % sharing)).unflatten(-2, (-1, sharing)).amax(-2)
         size = shared.repeat_interleave(sharing, -2)[..., : size.shape[-2], :]
     size = size.clamp(min=1e-20)
-    return (cells * (127 / size)).round_().mul_(torch.where(size.isfinite(), size / 127, torch.nan))
+    return (cells * (127 / size)).round_(), torch.where(size.isfinite(), size / 127, torch.nan)[..., 0]
 
 
 def _cells(values: Tensor, size: int) -> Tensor:

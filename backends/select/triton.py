@@ -267,17 +267,19 @@ def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[T
     queries = call.query[b0:b1, g0 * call.group : g1 * call.group]
     if call.estimate.group:
         queries = queries.unflatten(1, (g1 - g0, -1)).mean(2)
+    real = _batch_rows(masks.real_queries(call), b0, b1)
+    queries = _ready(queries, real, call.query_cells, call.span, call.stride, spec.estimate.prepared)
+    if call.prepared_keys is not None:
+        rows = call.prepared_keys[b0:b1, g0:g1]
+        return queries, _ready(rows, None, rows.shape[2], 1, 1, False)
+    real = _batch_rows(masks.real_keys(call), b0, b1)
     keys = call.key[b0:b1, g0:g1]
-    real_queries, real_keys = masks.real_queries(call), masks.real_keys(call)
-    return (
-        _ready(queries, _batch_rows(real_queries, b0, b1), call.query_cells, call.span, call.stride, spec.estimate.prepared),
-        _ready(keys, _batch_rows(real_keys, b0, b1), call.key_cells, call.stride, call.stride, spec.estimate.prepared),
-    )
+    return queries, _ready(keys, real, call.key_cells, call.stride, call.stride, spec.estimate.prepared)
 
 
 def whole_mean(call: SelectCall, spec: SelectSpec) -> Tensor | None:
-    """The mean that is taken from the keys of all chunks, by one pass for all of them; None where keys are copied first."""
-    if call.key_mean is not None:
+    """The mean that is taken from the keys of all chunks, by one pass for all of them; None where keys are copied first or prepared."""
+    if call.key_mean is not None or call.prepared_keys is not None:
         return call.key_mean
     return masks.keys_mean(call, call.key, None) if spec.estimate.int8 and masks.real_keys(call) is None else None
 
@@ -289,14 +291,44 @@ def prepared_operands(
 
     mean: as `whole_mean`.
     """
+    queries, query_scales = _prepared(call, spec, module, queries, None, call.query_cells, call.span, 1)
+    if call.prepared_scales is not None:
+        key_scales: Tensor | None = call.prepared_scales[slice(*chunk.batch), slice(*chunk.kv_heads)].contiguous()
+    elif call.prepared_keys is not None:
+        key_scales = None
+    else:
+        keys, key_scales = prepared_key_operands(call, spec, module, chunk, keys, mean)
+    return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
+
+
+def prepared_key_operands(
+    call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, keys: Tensor, mean: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of `prepared_operands` the keys and their scales."""
     if mean is not None:
         mean = mean[slice(*chunk.batch), slice(*chunk.kv_heads)].contiguous()
     elif spec.estimate.int8:
         mean = masks.keys_mean(call, keys, _batch_rows(masks.real_keys(call), *chunk.batch))
-    make = functools.partial(prepare.prepare_cells, module, spec.dtype, steps=spec.steps, int8=spec.estimate.int8)
-    queries, query_scales = make(queries, None, call.query_cells, call.span)
-    keys, key_scales = make(keys, mean, call.key_cells, call.stride, sharing=spec.sharing)
-    return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
+    return _prepared(call, spec, module, keys, mean, call.key_cells, call.stride, spec.sharing)
+
+
+def _prepared(
+    call: SelectCall, spec: SelectSpec, module: Any, values: Tensor, mean: Tensor | None, cells: int, apart: int, sharing: int
+) -> tuple[Tensor, Tensor | None]:
+    return prepare.prepare_cells(module, spec.dtype, values, mean, cells, apart, call.steps, spec.estimate.int8, sharing)
+
+
+def prepare_keys(call: SelectCall) -> tuple[Tensor, Tensor | None]:
+    """As the reference's, by the kernel that prepares the cells of a selection.
+
+    Raises:
+        UnsupportedError: no kernel takes this call. KernelError: it could not be compiled or launched.
+    """
+    spec = kernel_spec(call, _tiling(meant(call.device), call.estimate.int8), LIMITS.fused_width)
+    everything = _Chunk((0, call.batch), (0, call.kv_heads), (0, call.query_cells))
+    with launching(call.device, lambda: f"{_WHERE} ({spec.describe()})"):
+        keys = _ready(call.key, masks.real_keys(call), call.key_cells, call.stride, call.stride, True)
+        return prepared_key_operands(call, spec, load_module(spec), everything, keys, whole_mean(call, spec))
 
 
 def _batch_rows(mask: Tensor | None, first: int, last: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,10 @@ class Division:
     def count(self, rank: int | None = None) -> int:
         """Tokens of a process."""
         return sum(last - first for first, last in self.spans(rank))
+
+    def scaled(self, rows: int, tokens: int) -> Division:
+        """The same division of a text that has `rows` for every `tokens` of this one; chunks are multiples of these."""
+        return dataclasses.replace(self, tokens=-(-self.tokens // tokens) * rows, chunk=self.chunk // tokens * rows)
 
     def own(self, whole: Tensor, dim: int) -> Tensor:
         """This process's part of a tensor over all tokens."""

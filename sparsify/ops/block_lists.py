@@ -13,6 +13,9 @@ from sparsify.errors import VerifyError
 from sparsify.ops.limits import cdiv
 from sparsify.ops.selection import SelectCall
 
+# entries of lists that are looked at together: their positions take 8 bytes each
+_AT_ONCE = 1 << 25
+
 
 def to_dense(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
     """Block lists as a table.
@@ -29,6 +32,19 @@ def to_dense(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
     # entries past the count all go to one column that is dropped
     table.scatter_(-1, torch.where(listed, indices.long(), key_blocks), True)
     return table[..., :key_blocks]
+
+
+def visited(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
+    """Which key blocks some query block lists: bool [..., key_blocks], of lists [..., query_blocks]."""
+    found = torch.zeros(*counts.shape[:-1], key_blocks + 1, dtype=torch.bool, device=counts.device)
+    step = max(1, _AT_ONCE // max(1, counts[..., :1].numel() * indices.shape[-1]))
+    place = torch.arange(indices.shape[-1], device=counts.device)
+    for first in range(0, counts.shape[-1], step):
+        some = slice(first, first + step)
+        # entries past the count all go to one column that is dropped
+        at = torch.where(place < counts[..., some, None], indices[..., some, :].long(), key_blocks)
+        found.scatter_(-1, at.flatten(-2), True)
+    return found[..., :key_blocks]
 
 
 def from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:

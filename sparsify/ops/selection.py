@@ -87,6 +87,9 @@ class SelectCall(OpCall):
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
     key_mean: what 8-bit cells are rounded beside, fp32; None: the mean of the keys that take part. A call over some of a text's keys gets
         that of all of them, to choose what a call over all of them chooses.
+    prepared_keys: the key cells as they are multiplied, where they were made before (`backends.registration.prepare_keys`): int8 or the
+        keys' dtype, `steps` rows for each cell. The keys themselves are then not read.
+    prepared_scales: of each of these cells, fp32 [batch, kv_heads, cells], where they are int8.
     """
 
     NAME: ClassVar[str] = "select_blocks"
@@ -100,6 +103,8 @@ class SelectCall(OpCall):
     query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
     head_thresholds: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     key_mean: Annotated[Tensor | None, Operand("batch kv_heads head_dim", "floats")] = None
+    prepared_keys: Annotated[Tensor | None, Operand("batch kv_heads * head_dim", "anything")] = None
+    prepared_scales: Annotated[Tensor | None, Operand("batch kv_heads *", "floats")] = None
     scale: float
     causal: bool
     windows: tuple[int, ...] = ()
@@ -121,7 +126,10 @@ class SelectCall(OpCall):
         heads = self.head_thresholds
         coarse_heads = None if heads is None else torch.where(heads >= 1, 1.0, self.coarse_threshold).to(heads.dtype)
         first = dataclasses.replace(single, threshold=coarse, head_thresholds=coarse_heads)
-        return first, dataclasses.replace(single, stride=self.refine_stride)
+        fine = dataclasses.replace(single, stride=self.refine_stride)
+        if self.prepared_keys is not None:  # means of neighbours lie in order whatever the stride
+            fine = dataclasses.replace(fine, prepared_keys=self.prepared_keys[:, :, : fine.key_cells * fine.steps])
+        return first, fine
 
     @property
     def batch(self) -> int:
@@ -164,6 +172,11 @@ class SelectCall(OpCall):
     def steps(self) -> int:
         """Products of tokens, or of neighbours' means, in one score."""
         return self.stride // self.estimate.merge
+
+    @property
+    def sharing(self) -> int:
+        """Neighbouring key cells that share a scale where cells are rounded."""
+        return self.block_size // self.stride if self.estimate.peak else 1
 
     @property
     def query_cells(self) -> int:
@@ -241,6 +254,12 @@ class SelectCall(OpCall):
                 f"a coarse threshold of {self.coarse_threshold} for {highest}",
                 "no less than any threshold, at most 1",
             )
+        if self.prepared_keys is not None:
+            rows, scales = self.prepared_keys.shape[2], self.prepared_scales
+            need(self.estimate.prepared and rows == self.key_cells * self.steps, f"{rows} rows of prepared keys")
+            cells = None if scales is None else scales.shape[2]
+            need(cells == (self.key_cells if self.estimate.int8 else None), f"scales of {cells} prepared cells")
+            need(not (self.refine_stride and self.estimate.int8), "two stages over 8-bit keys that were made before")
         fits = self.key_blocks <= _MOST_BLOCKS
         need(fits, f"{self.key_len} keys at block size {self.block_size}", f"at most {_MOST_BLOCKS} blocks: int16 indices")
 

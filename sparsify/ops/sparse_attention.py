@@ -17,6 +17,7 @@ from sparsify.ops.library import define
 from sparsify.ops.scratch import Part
 from sparsify.ops.selection import SelectCall
 
+_BY_KV_HEAD = ("key_mean", "prepared_keys", "prepared_scales")
 _Numbers = TypeVar("_Numbers", tuple[int, ...], tuple[float, ...])
 
 
@@ -69,7 +70,7 @@ class SparseAttentionCall(SelectCall):
             windows=per_head(self.windows),
             threshold=per_head(self.threshold),
             head_thresholds=None if self.head_thresholds is None else self.head_thresholds[served],
-            key_mean=None if self.key_mean is None else self.key_mean[rows, owners],
+            **{name: None if (one := getattr(self, name)) is None else one[rows, owners] for name in _BY_KV_HEAD},
         )
 
 

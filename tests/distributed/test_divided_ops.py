@@ -16,8 +16,11 @@ HEADS = ((4, 2), (4, 4), (3, 1))
 PADDING = ((0, 0), (0, 37))
 
 
-def check(count: int, cases: list[dict], limit: int | None = None) -> list:
-    found = processes.run(count, divided.parts, cases, limit)
+def check(count: int, cases: list[dict], **how) -> list:
+    found: list[list] = [[] for _ in range(count)]
+    for first in range(0, len(cases), 12):  # each within the processes' patience
+        for one, more in zip(found, processes.run(count, divided.parts, cases[first : first + 12], **how), strict=True):
+            one += more
     for number, case in enumerate(cases):
         output, lse = divided.call_of(case).run()
         seen = torch.zeros(case["tokens"], dtype=torch.int32)
@@ -71,7 +74,8 @@ def test_chosen_blocks(count):
 @pytest.mark.slow
 def test_some_heads_after_the_others():
     case = sparse(2049, heads=(8, 4))
-    assert check(2, [case], 1)[0][0][3] == check(2, [case])[0][0][3]  # as many bytes
+    at_once, *others = (check(2, [case], **how)[0][0][3] for how in ({"least": 1 << 20}, {"limit": 1}, {"least": 8}, {"least": 1}))
+    assert all(sent == at_once for sent in others)  # as many bytes
 
 
 @pytest.mark.slow
@@ -83,7 +87,34 @@ def test_bytes_of_what_is_read():
     # rank 0 has the sinks and the block before the other's first chunk; the one before its own second chunk comes to it
     assert sent[1] == {"keys and values": 2 * 128 * each * 2}
     cells = lambda name: check(2, [sparse(2048, estimate=Estimate.parse(name), pool="max")])[0][0][3]["the estimate's cells"]
-    assert [cells(name) for name in ("exact", "pair+int8+peak", "quad")] == [1024 * each, 512 * each, 256 * each]
+    # 8 bits and a scale for each block under peak, for each cell of 8 tokens without; and the sum of the keys
+    eight, mean = each // 4, 2 * 2 * 16 * 4
+    scales = lambda tokens: 1024 // tokens * 2 * 2 * 4
+    assert cells("exact") == 1024 * each and cells("quad") == 256 * each
+    assert cells("pair+int8+peak") == 512 * eight + scales(128) + mean
+    assert cells("int8") == 1024 * eight + scales(8) + mean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_queries_that_travel_find_what_keys_that_travel_bring(count):
+    cases = [sparse(tokens, heads, padding) for tokens, heads, padding in itertools.product((1024, 1537), ((4, 2), (4, 4)), PADDING)]
+    cases += [sparse(2049, block_size=64, heads=(4, 4)), sparse(1025, threshold=(0.3, 1.0, 0.6, 0.9), heads=(4, 4))]
+    by_keys, by_queries = check(count, cases, travels="keys"), check(count, cases, travels="queries")
+    for keys, queries in zip(by_keys, by_queries, strict=True):
+        for (_, one, sums, sent), (_, other, other_sums, other_sent) in zip(keys, queries, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(sums, other_sums, atol=2e-5, rtol=1e-4)
+            assert "queries and what they found" not in sent and "keys and values" not in other_sent
+    assert all(any("queries and what they found" in queries[at][3] for queries in by_queries) for at in range(len(cases)))
+
+
+@pytest.mark.slow
+def test_what_travels_is_what_takes_fewer_bytes():
+    """With a KV head for each query head, blocks that all are visited are as many bytes as the queries; with few heads for many, fewer."""
+    sent = lambda case: {name for one in check(2, [case]) for name in one[0][3]}
+    assert "queries and what they found" not in sent(sparse(2048, heads=(4, 1), threshold=(1.0,)))
+    assert "queries and what they found" not in sent(sparse(2048, heads=(4, 4), threshold=(0.1,)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sparsify.backends  # noqa: F401  (registers kernels)
-from sparsify.backends import divided
+from sparsify.backends import divided_lists
 from sparsify.distributed import exchange, sequence
 from sparsify.distributed.sequence import Division
 from sparsify.distributed.shards import Shard
@@ -60,15 +60,17 @@ def call_of(case: dict[str, Any], division: Division | None = None) -> Attention
     return kind(own(query, 2), own(key, 2), own(value, 2), **operand, **options)
 
 
-def parts(cases: list[dict[str, Any]], limit: int | None = None) -> list[tuple[Any, ...]]:
+def parts(
+    cases: list[dict[str, Any]], limit: int | None = None, travels: str | None = None, least: int | None = None
+) -> list[tuple[Any, ...]]:
     """For each case this process's tokens, output and LSE, and the bytes that it sent, by what they were."""
+    given = {name: value for name, value in (("limit", limit), ("travels", travels), ("least", least)) if value is not None}
     found = []
     for case in cases:
         division = Division.of(case["tokens"], shard())
         with sequence.dividing(division):
             call = call_of(case, division)
-            given = {} if limit is None else {"limit": limit}
-            output, lse = call.run() if limit is None else divided.sparse_attention(call, **given)
+            output, lse = divided_lists.sparse_attention(call, **given) if given else call.run()
         found.append((division.spans(), output, lse, division.sent))
     return found
 

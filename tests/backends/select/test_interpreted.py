@@ -314,3 +314,24 @@ def test_a_second_stage_refuses_what_it_does_not_know():
     for changes, match in (({"key_flags": flags()[:1]}, "padding"), ({"windows": [70]}, "windows"), ({"estimate": "group"}, "a group")):
         with pytest.raises(UnsupportedError, match=match):
             stages.select_blocks(call(*inputs(), **options, **changes))
+
+
+@pytest.mark.parametrize("estimate, dim", [("pair+int8+peak", 32), ("quad", 40), ("int8", 40)])
+@pytest.mark.parametrize("tiling", [TMA, POINTERS], ids=["tma", "pointers"])
+def test_keys_that_were_prepared(tiling, estimate, dim):
+    query, key = inputs(260, heads=4, kv_heads=2, dim=dim)
+    padding = torch.ones(1, 260, dtype=torch.uint8)
+    padding[0, :70] = 0
+    for given in ({}, {"key_flags": padding}):
+        one = call(query, key, estimate=estimate, **given)
+        rows, scales = triton_select.prepare_keys(one)
+        assert rows.shape[2] == one.key_cells * one.steps
+        own_rows, own_scales = reference_select.prepare_keys(one)
+        if scales is None:
+            assert (rows.float() - own_rows.float()).abs().max() < 0.02
+        else:
+            assert (rows.int() - own_rows.int()).abs().max() <= 1 and torch.allclose(scales, own_scales, rtol=1e-5)
+        unread = key.new_empty(1).expand(key.shape)
+        prepared = call(query, unread, estimate=estimate, **given, prepared_keys=rows.contiguous(), prepared_scales=scales)
+        lists = [block_lists.to_dense(*triton_select.select_blocks(each, tiling=tiling), 5) for each in (one, prepared)]
+        assert torch.equal(*lists) and lists[0].any() and not lists[0].all()

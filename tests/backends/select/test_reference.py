@@ -397,3 +397,41 @@ def test_empty_operands_give_empty_lists():
     counts, indices = select(query[:, :, :0], key)
     assert counts.shape == (1, 2, 0) and indices.shape == (1, 2, 0, 2)
     assert select(query, key[:, :, :0])[0].tolist() == [[[0, 0]] * 2]
+
+
+@pytest.mark.parametrize("estimate", [one for one in EXAMPLES if one.prepared], ids=str)
+def test_keys_that_were_prepared_in_parts_choose_alike(estimate):
+    """Cells of the first and of the later tokens, prepared apart beside the mean of all keys, as processes that share a text do it."""
+    query, key = inputs(150, heads=4, kv_heads=2, peak=2.0)
+    flags = torch.ones(1, 150, dtype=torch.uint8)
+    flags[0, :13] = 0
+    whole = call(query, key, estimate=estimate, key_flags=flags, pool="row", threshold=[0.4])
+    mean = (key * flags[:, None, :, None]).sum(2) / flags.sum()
+    parts = []
+    for some in (slice(0, 2 * BLOCK), slice(2 * BLOCK, None)):
+        part = call(query[:, :, some], key[:, :, some], estimate=estimate, key_flags=flags[:, some], key_mean=mean)
+        parts.append(reference.prepare_keys(part))
+    rows, scales = torch.cat([one for one, _ in parts], 2), None
+    if estimate.int8:
+        scales = torch.cat([one for _, one in parts], 2)
+    assert rows.dtype is (torch.int8 if estimate.int8 else torch.float32)
+    unread = key.new_empty(1).expand(key.shape)
+    prepared = call(
+        query, unread, estimate=estimate, key_flags=flags, pool="row", threshold=[0.4], prepared_keys=rows, prepared_scales=scales
+    )
+    one, other = (block_lists.to_dense(*reference.select_blocks(each), each.key_blocks) for each in (whole, prepared))
+    assert torch.equal(one, other) and one.any() and not one.all()
+
+
+def test_prepared_keys_that_do_not_fit():
+    query, key = inputs(64)
+    rows = torch.zeros(1, 1, 32, 16)
+    call(query, key, estimate="pair", prepared_keys=rows)
+    for options in (
+        {"estimate": "exact", "prepared_keys": rows},
+        {"estimate": "pair", "prepared_keys": rows[:, :, :31]},
+        {"estimate": "pair+int8", "prepared_keys": rows.to(torch.int8)},
+        {"estimate": "pair+int8", "prepared_keys": rows.to(torch.int8), "prepared_scales": torch.ones(1, 1, 7)},
+    ):
+        with pytest.raises(UnsupportedError, match="prepared"):
+            call(query, key, **options)

@@ -1,0 +1,329 @@
+"""Attention along block lists over a text that is divided among processes: lists from the estimate's cells of all keys, then either the
+keys that are visited travel, or the queries that visit some.
+
+KV heads are served a few after the others. While some are selected and attended, the blocks that the next ones visit travel; only those of
+the first are waited for.
+
+Where queries travel, each process attends to its own keys for all processes' rows, and the parts are merged by their LSE where the rows
+are (as `sparsify.backends.divided` merges those of a ring). Which of both is decided by what the processes say of their lists, so that
+all decide alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify.backends import parts_of_text, registration
+from sparsify.backends.parts_of_text import Merged
+from sparsify.costs import links
+from sparsify.costs.links import Travelling
+from sparsify.distributed import collectives, exchange, sequence
+from sparsify.distributed.exchange import Asked, Blocks, OnHost
+from sparsify.distributed.sequence import Division
+from sparsify.errors import UnsupportedError
+from sparsify.ops import block_lists, scratch, selection
+from sparsify.ops.attention import AttentionCall
+from sparsify.ops.limits import cdiv
+from sparsify.ops.scratch import Part
+from sparsify.ops.selection import SelectCall
+from sparsify.ops.sparse_attention import SparseAttentionCall
+
+# so many groups of KV heads at most, however little memory their lists take: each has launches and collectives of its own
+_MOST_GROUPS = 4
+# query blocks of a group's heads that fill a device while the next group's blocks travel
+_LEAST_QUERY_BLOCKS = 2048
+
+
+def sparse_attention(
+    call: SparseAttentionCall, *, limit: int = scratch.LIST_BYTES, travels: Travelling | None = None, least: int = _LEAST_QUERY_BLOCKS
+) -> tuple[Tensor, Tensor]:
+    """`sparsify::sparse_attention` of a call whose operands are this process's part of a divided text.
+
+    Args:
+        limit: bytes of block lists at a time, for tests.
+        travels: what does, instead of what is cheaper, for tests. The same in all processes.
+        least: query blocks of a group of heads, for tests.
+    """
+    parts_of_text.refuse(call)
+    division = sequence.current(call.sequence, call.query.shape[2])
+    if not division.aligned:
+        what = f"{division.tokens} tokens among {division.shard.size} processes are too few for blocks"
+        raise UnsupportedError(what, where="sparsify::sparse_attention", hint="exact methods serve prompts as short")
+    flags = parts_of_text.all_flags(division, call)
+    call = dataclasses.replace(call, sequence="", key_mean=_mean(division, call, flags) if call.estimate.int8 else None)
+    output, lse = call.empty_outputs()
+    groups: list[_Group] = []
+    for part in _parts(division, call, limit, least):
+        rows, heads = slice(*part.batch), slice(*part.heads)
+        known = flags if flags is None or flags.shape[0] == 1 else flags[rows]
+        groups.append(_Group(division, call.part(part), known, output[rows, heads], lse[rows, heads], travels))
+    _in_turns(groups)
+    return output, lse
+
+
+def _parts(division: Division, call: SparseAttentionCall, limit: int, least: int) -> list[Part]:
+    """Groups of heads, in sizes that all processes have in common: as many as memory asks for, and more where each still fills a device."""
+    each = scratch.list_bytes(division.chunk * 2, division.tokens, call.block_size)
+    blocks = call.batch * call.heads * cdiv(division.chunk * 2, call.block_size)
+    wanted = max(1, min(_MOST_GROUPS, call.kv_heads, blocks // least))
+    limit = min(limit, cdiv(call.kv_heads, wanted) * call.group * each) if wanted > 1 and call.batch == 1 else limit
+    return list(scratch.parts(call.batch, call.heads, call.kv_heads, each, limit, False))
+
+
+def _in_turns(groups: list[_Group]) -> None:
+    """Every group's steps, so that what a group asked for travels while the group before it attends and the one after it selects.
+
+    The host waits for a group's lists only when the device has attention to do meanwhile.
+    """
+    groups[0].gather()
+    for number, group in enumerate(groups):
+        if number + 1 < len(groups):
+            groups[number + 1].gather()
+        group.select()
+        if number:
+            groups[number - 1].attend()
+        group.send()
+    groups[-1].attend()
+
+
+class _Group:
+    """Some heads of a call, which are selected, exchanged and attended together."""
+
+    def __init__(
+        self,
+        division: Division,
+        call: SparseAttentionCall,
+        flags: Tensor | None,
+        output: Tensor,
+        lse: Tensor,
+        travels: Travelling | None,
+    ):
+        self.division, self.call, self.flags, self.output, self.lse = division, call, flags, output, lse
+        # windows are said by position, which rows that travel do not have
+        self.travels: Travelling | None = "keys" if any(call.windows) else travels
+        self.lists: list[tuple[slice, int, Tensor, Tensor]] = []
+        self._cells: Callable[[], SelectCall] | None = None
+        self._asked: Asked | None = None
+
+    def gather(self) -> None:
+        """The estimate's cells begin to travel."""
+        self._cells = _cells(self.division, self.call)
+
+    def select(self) -> None:
+        """Block lists of this process's rows, and what each process will need begins to travel."""
+        assert self._cells is not None
+        division, call = self.division, self.call
+        whole = self._cells()
+        read = torch.zeros(call.batch, call.kv_heads, division.blocks(call.block_size), dtype=torch.bool, device=call.device)
+        for rows, end in parts_of_text.chunks(division):
+            chosen = _for_rows(whole, call.query[:, :, rows], end, self.flags)
+            counts, indices = registration.select(chosen)
+            for observer in selection.observers():
+                observer(chosen, counts, indices)
+            self.lists.append((rows, end, counts, indices))
+            visited = block_lists.visited(counts, indices, chosen.key_blocks)
+            read[:, :, : chosen.key_blocks] |= visited.unflatten(1, (call.kv_heads, -1)).any(2)
+        self._cells = None
+        self._blocks = Blocks(division, (call.key, call.value), call.block_size, "keys and values")
+        self._read, self._needs = read, exchange.needed(division, read)
+        self._asked = self._blocks.ask(self._needs)
+        if self.travels is None:
+            with exchange.beside(call.device, after=False):
+                others = self._needs & ~exchange.owners(division, call.block_size, call.device)[:, None, None]
+                self._visited = OnHost(others.flatten(1).sum(1))
+
+    def send(self) -> None:
+        """Keys and values travel, or queries, once the device knows what is visited."""
+        assert self._asked is not None
+        if self.travels is None:
+            self.travels = self._cheaper(self._visited.read())
+        if self.travels == "keys":
+            self._asked.send()
+        else:
+            self._sending = _Queries(self.division, self.call, self.lists, self.flags)
+
+    def _cheaper(self, visited: Sequence[int]) -> Travelling:
+        """By how many blocks of others each process visits: the same numbers, and the same answer, in all processes."""
+        call = self.call
+        block = call.block_size * (call.key.shape[3] + call.value.shape[3]) * call.key.element_size()
+        rows = sum(_rows_abroad(self.division, rank) for rank in range(self.division.shard.size))
+        each = links.query_bytes(call.key.shape[3], call.value.shape[3], call.key.element_size())
+        return links.travelling(sum(visited) * block, call.batch * call.heads * rows * each)
+
+    def attend(self) -> None:
+        """Attention of this process's rows, into the output."""
+        assert self._asked is not None
+        division, call = self.division, self.call
+        if self.travels == "keys":
+            self._asked.arrive()
+        key, value = self._blocks.whole
+        own = exchange.owners(division, call.block_size, call.device)[division.shard.rank]
+        for rows, end, counts, indices in self.lists:
+            if self.travels == "queries":
+                counts, indices = _among(counts, indices, own[: cdiv(end, call.block_size)])
+            part = dataclasses.replace(
+                call.attention(counts, indices),
+                query=call.query[:, :, rows],
+                key=key[:, :, :end],
+                value=value[:, :, :end],
+                key_flags=None if self.flags is None else self.flags[:, :end],
+            )
+            parts_of_text.attend_into(part, self.output, self.lse, rows)
+        if self.travels == "queries":
+            self._sending.merge(self.output, self.lse)
+        self.lists.clear()
+        del self._blocks, self._asked  # their memory serves the next group
+
+
+def _for_rows(whole: SelectCall, query: Tensor, end: int, flags: Tensor | None) -> SelectCall:
+    """The selection of some rows, which see the keys before `end`, from one over all keys."""
+    call = dataclasses.replace(whole, query=query, key=whole.key[:, :, :end], key_flags=None if flags is None else flags[:, :end])
+    if call.prepared_keys is None:
+        return call
+    rows, scales = call.prepared_keys[:, :, : call.key_cells * call.steps], call.prepared_scales
+    return dataclasses.replace(call, prepared_keys=rows, prepared_scales=None if scales is None else scales[:, :, : call.key_cells])
+
+
+def _cells(division: Division, call: SparseAttentionCall) -> Callable[[], SelectCall]:
+    """Begins to gather what the estimate multiplies: cells as it prepares them, in the fewest bytes that say the same, else the keys.
+
+    Returns:
+        waits, and gives the selection over all keys, whose query is this process's.
+    """
+    what, own = "the estimate's cells", call.selection()
+    if not call.estimate.prepared or (call.refine_stride and call.estimate.int8):
+        keys = exchange.gathering(division, call.key, 2, what)
+        return lambda: dataclasses.replace(own, key=keys())
+    rows, scales = registration.prepare_keys(own)
+    # chunks begin at blocks, and so at cells; a block's cells share a scale with the variant peak
+    cells = exchange.gathering(division.scaled(call.steps, call.stride), rows, 2, what)
+    shared = own.sharing
+    by = division.scaled(1, call.stride * shared)
+    sizes = None if scales is None else exchange.gathering(by, scales[:, :, ::shared].contiguous(), 2, what)
+    # of the keys nothing but their number is read any more
+    unread = call.key.new_empty(1).expand(*call.key.shape[:2], division.tokens, call.key.shape[3])
+    count = cdiv(division.tokens, call.stride)
+
+    def gathered() -> SelectCall:
+        found = None if sizes is None else sizes().repeat_interleave(shared, 2)[:, :, :count]
+        return dataclasses.replace(own, key=unread, prepared_keys=cells(), prepared_scales=found)
+
+    return gathered
+
+
+def _mean(division: Division, call: SparseAttentionCall, flags: Tensor | None) -> Tensor:
+    """The mean of all keys that are not hidden, fp32 [batch, kv_heads, head_dim]; 0 where it is not finite."""
+    keys, count = call.key, division.tokens
+    if call.key_flags is None:
+        total = keys.sum(2, dtype=torch.float32)
+    else:
+        total = keys.masked_fill((call.key_flags & 1 == 0)[:, None, :, None], 0).sum(2, dtype=torch.float32)
+    total = collectives.all_reduce(total, division.shard.group)
+    division.note("the estimate's cells", total)
+    if flags is not None:
+        return total.div_((flags & 1 != 0).sum(1).clamp(min=1)[:, None, None]).nan_to_num_(0.0, 0.0, 0.0)
+    return total.div_(count).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _among(counts: Tensor, indices: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Block lists of the listed blocks that are among `columns`, bool [key_blocks]."""
+    return block_lists.from_dense(block_lists.to_dense(counts, indices, len(columns)) & columns)
+
+
+def _rows_abroad(division: Division, rank: int) -> int:
+    """How many rows a process sends where queries travel: of each chunk to everyone who has an earlier one."""
+    return sum((last - first) * len(_before(division, rank, first)) for first, last in division.spans(rank))
+
+
+def _before(division: Division, rank: int, first: int) -> list[int]:
+    """The other processes with a chunk before the token `first`."""
+    others = (other for other in range(division.shard.size) if other != rank)
+    return [other for other in others if division.spans(other) and division.spans(other)[0][0] < first]
+
+
+class _Queries:
+    """This process's queries under way to the keys that they visit, and others' rows that are attended here meanwhile."""
+
+    def __init__(self, division: Division, call: SparseAttentionCall, lists: list[tuple[slice, int, Tensor, Tensor]], flags: Tensor | None):
+        self.division, self.call, self.flags = division, call, flags
+        size, me = division.shard.size, division.shard.rank
+        owners = exchange.owners(division, call.block_size, call.device)
+        queries: list[list[Tensor]] = [[] for _ in range(size)]
+        tables: list[list[Tensor]] = [[] for _ in range(size)]
+        self.away: list[list[slice]] = [[] for _ in range(size)]  # by process the rows that go there
+        for (rows, end, counts, indices), (first, _) in zip(lists, division.spans(), strict=True):
+            table = block_lists.to_dense(counts, indices, cdiv(end, call.block_size))
+            for rank in _before(division, me, first):
+                columns = owners[rank].nonzero()[:, 0]
+                seen = torch.nn.functional.pad(table, (0, owners.shape[1] - table.shape[-1]))[..., columns]
+                queries[rank].append(call.query[:, :, rows].flatten())
+                tables[rank].append(seen.to(torch.uint8).flatten())
+                self.away[rank].append(rows)
+        # what comes: by process its chunks that see some of this one's, rows of each
+        self.here = [
+            [last - first for first, last in division.spans(rank) if rank != me and me in _before(division, rank, first)]
+            for rank in range(size)
+        ]
+        blocks = int(owners[me].sum())
+        per_row, per_block = call.batch * call.heads * call.query.shape[3], call.batch * call.heads * blocks
+        joined = lambda parts, like: [torch.cat(one) if one else like.new_empty(0) for one in parts]
+        self._queries = exchange.swapped(
+            division, joined(queries, call.query), [sum(one) * per_row for one in self.here], "queries and what they found"
+        )
+        some = call.query.new_empty(0, dtype=torch.uint8)
+        self._tables = exchange.swapped(
+            division,
+            joined(tables, some),
+            [sum(cdiv(n, call.block_size) for n in one) * per_block for one in self.here],
+            "which blocks",
+        )
+        self._blocks = blocks
+
+    def merge(self, output: Tensor, lse: Tensor) -> None:
+        """Attends for the others, and adds what they found for this process's rows."""
+        call, division = self.call, self.division
+        heads = (call.batch, call.heads)
+        outputs, sums = [], []
+        for queries, tables, sizes in zip(self._queries(), self._tables(), self.here, strict=True):
+            found = [self._attended(*one) for one in self._split(queries, tables, sizes)]
+            outputs.append(torch.cat([one.flatten() for one, _ in found]) if found else output.new_empty(0))
+            sums.append(torch.cat([one.flatten() for _, one in found]) if found else lse.new_empty(0))
+        rows = [sum(one.stop - one.start for one in away) * call.batch * call.heads for away in self.away]
+        width = call.value.shape[3]
+        came = exchange.swapped(division, outputs, [n * width for n in rows], "queries and what they found")
+        came_sums = exchange.swapped(division, sums, rows, "queries and what they found")
+        total = Merged(output, lse)
+        for away, found, logs in zip(self.away, came(), came_sums(), strict=True):
+            at = 0
+            for one in away:
+                count = one.stop - one.start
+                begin, end = at * call.batch * call.heads, (at + count) * call.batch * call.heads
+                part = found[begin * width : end * width].view(*heads, count, width)
+                total.add(one, part, logs[begin:end].view(*heads, count))
+                at += count
+        total.finish()
+
+    def _split(self, queries: Tensor, tables: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """A process's chunks: queries [batch, heads, rows, head_dim] and bool tables [batch, heads, query blocks, own blocks]."""
+        call, found = self.call, []
+        at, at_table = 0, 0
+        for rows in sizes:
+            blocks = cdiv(rows, call.block_size)
+            count, places = call.batch * call.heads * rows * call.query.shape[3], call.batch * call.heads * blocks * self._blocks
+            some = queries[at : at + count].view(call.batch, call.heads, rows, -1)
+            table = tables[at_table : at_table + places].view(call.batch, call.heads, blocks, self._blocks)
+            found.append((some, table != 0))
+            at, at_table = at + count, at_table + places
+        return found
+
+    def _attended(self, query: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Others' rows over this process's keys, of which they see all that are listed."""
+        call = self.call
+        counts, indices = block_lists.from_dense(table)
+        part: AttentionCall = call.attention(counts, indices)
+        flags = call.key_flags
+        return registration.attend(dataclasses.replace(part, query=query, causal=False, key_flags=flags))
