@@ -32,8 +32,6 @@ from sparsify.ops.scratch import Part
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
-# so many groups of KV heads at most, however little memory their lists take: each has launches and collectives of its own
-_MOST_GROUPS = 4
 # query blocks of a group's heads that fill a device while the next group's blocks travel
 _LEAST_QUERY_BLOCKS = 2048
 
@@ -69,7 +67,7 @@ def _parts(division: Division, call: SparseAttentionCall, limit: int, least: int
     """Groups of heads, in sizes that all processes have in common: as many as memory asks for, and more where each still fills a device."""
     each = scratch.list_bytes(division.chunk * 2, division.tokens, call.block_size)
     blocks = call.batch * call.heads * cdiv(division.chunk * 2, call.block_size)
-    wanted = max(1, min(_MOST_GROUPS, call.kv_heads, blocks // least))
+    wanted = max(1, min(links.MOST_GROUPS, call.kv_heads, blocks // least))
     limit = min(limit, cdiv(call.kv_heads, wanted) * call.group * each) if wanted > 1 and call.batch == 1 else limit
     return list(scratch.parts(call.batch, call.heads, call.kv_heads, each, limit, False))
 

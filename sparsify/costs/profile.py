@@ -37,6 +37,24 @@ FEATURES = ("call", "work", "scores", "masses", "work8", "bytes", "scratch", "pr
 _MOST = 1e6  # no coefficient of a real device comes near
 
 
+class Links(BaseModel):
+    """What processes on devices of one kind send each other.
+
+    exchange: bytes/s that each of them sends while it receives as many.
+    reduce: bytes/s of an all-reduce among P of them, of which each sends 2 (P - 1) / P of the sum's size.
+    latency: seconds of the smallest of both.
+    processes: among how many they were measured; 0: estimates.
+    source: where the numbers come from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    exchange: float = Field(gt=0)
+    reduce: float = Field(gt=0)
+    latency: float = Field(gt=0, lt=1)
+    processes: int = Field(default=0, ge=0)
+    source: str = ""
+
+
 class Profile(BaseModel):
     """One device's numbers.
 
@@ -52,6 +70,7 @@ class Profile(BaseModel):
     measured: whether the numbers were measured on this kind of device.
     source: where the numbers come from.
     versions: of the packages that measured them, by name.
+    links: to other devices of the kind; None where nothing is known of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -67,6 +86,7 @@ class Profile(BaseModel):
     measured: bool = False
     source: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
+    links: Links | None = None
 
     @field_validator("families")
     @classmethod
@@ -82,7 +102,7 @@ class Profile(BaseModel):
         return value
 
     def __hash__(self) -> int:
-        return hash((self.device, self.flops, self.bandwidth, tuple(self.families)))
+        return hash((self.device, self.flops, self.bandwidth, tuple(self.families), self.links))
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
@@ -116,6 +136,14 @@ _ESTIMATES = {
     (10, 0): (1500e12, 6.5e12, 148, 126 << 20),
     (12, 0): (280e12, 1.4e12, 170, 96 << 20),
 }
+# Links that nobody measured: bytes/s and seconds as in `Links`, about 85 % of NVLink's datasheet rates, and of PCIe's where there is none.
+_LINKS = {
+    (8, 0): (255e9, 230e9, 20e-6, "estimate: NVLink 3"),
+    (8, 6): (20e9, 15e9, 30e-6, "estimate: PCIe 4.0"),
+    (8, 9): (20e9, 15e9, 30e-6, "estimate: PCIe 4.0"),
+    (10, 0): (765e9, 700e9, 20e-6, "estimate: NVLink 5"),
+    (12, 0): (40e9, 30e9, 30e-6, "estimate: PCIe 5.0"),
+}
 _MEASURED = {(9, 0): "sm_90"}
 
 
@@ -142,7 +170,9 @@ def for_capability(capability: tuple[int, int], **facts: Any) -> Profile:
         return base if same else base.model_copy(update={**facts, "capability": capability, "measured": False, "source": _like(base)})
     flops, bandwidth, processors, cache = _ESTIMATES[known]
     families = {name: found for name, found in base.families.items() if not name.startswith("hopper/")}
-    numbers = {"flops": flops, "bandwidth": bandwidth, "processors": processors, "l2_bytes": cache, "families": families}
+    numbers: dict[str, Any] = {"flops": flops, "bandwidth": bandwidth, "processors": processors, "l2_bytes": cache, "families": families}
+    exchange, reduce, latency, source = _LINKS[known]
+    numbers["links"] = Links(exchange=exchange, reduce=reduce, latency=latency, source=source)
     named = {"device": f"capability {capability[0]}.{capability[1]}", **facts}
     return base.model_copy(update={**numbers, **named, "capability": capability, "measured": False, "source": _like(base)})
 

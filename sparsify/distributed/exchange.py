@@ -121,7 +121,9 @@ class Blocks:
         self.division, self.block, self.what = division, block, what
         self.shape = own[0].shape[:2]
         room = division.blocks(block) * block
-        self.room = [part.new_empty(*self.shape, room, part.shape[-1]) for part in own]
+        # a CPU's kernel looks at all values whether they are finite, and a GPU's at what it visits
+        empty = torch.empty if own[0].is_cuda else torch.zeros
+        self.room = [empty(*self.shape, room, part.shape[-1], dtype=part.dtype, device=part.device) for part in own]
         self.whole = [full[:, :, : division.tokens] for full in self.room]
         at = 0
         for first, last in division.spans():

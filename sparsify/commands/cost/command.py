@@ -31,6 +31,10 @@ def add(commands: Any) -> None:
     cost.add_argument("--attention", metavar="NAME", default="sdpa", help="transformers' attention implementation (default: %(default)s)")
     cost.add_argument("--budget", metavar="N", help="decode over a SparseCache: tokens per KV head, or a share of the prompt such as 0.1")
     cost.add_argument("--policy", metavar="NAME", default="streaming_llm", help="with --budget: what stays (default: %(default)s)")
+    cost.add_argument(
+        "--gpus", metavar="N", type=int, default=1, help="that share the model, by heads, by prompts or by both: compares these"
+    )
+    cost.add_argument("--generate", metavar="N", type=int, default=256, help="with --gpus: tokens after each prompt (default: %(default)s)")
     cost.add_argument("--why", action="store_true", help="also print the reasons at the longest length")
     cost.add_argument("--plot", metavar="FILE", help="draw time and memory over length")
     cost.add_argument("--json", action="store_true", help="print everything as JSON instead of a table")
@@ -41,6 +45,8 @@ def run(given: argparse.Namespace) -> int:
     lengths = parse_lengths(given.lengths)
     if given.batch < 1:
         raise ConfigError(f"must be at least 1, not {given.batch}", where="--batch")
+    if given.gpus < 1 or given.generate < 0 or (given.gpus > 1 and given.plot):
+        raise ConfigError("at least one GPU, no fewer than 0 tokens, and a plot of one GPU alone", where="--gpus, --generate")
     budget = parse_budget(given.budget)
     arguments.check_model(given.model)
 
@@ -58,6 +64,8 @@ def run(given: argparse.Namespace) -> int:
     context = pipeline.make_context(torch.device("cuda"), settings) if here else forecast_device.context(device, settings)
     make_cache = None if budget is None else lambda config: SparseCache(config, given.policy, budget)
     asked = forecaster.Forecaster(model, settings, context, given.batch, make_cache)
+    if given.gpus > 1:
+        return _several(given, asked, lengths)
     found = asked.forecast(lengths, "" if budget is None else f"SparseCache {given.policy}, budget {given.budget}")
     if given.plot:
         report.plot(found, given.plot)
@@ -66,6 +74,16 @@ def run(given: argparse.Namespace) -> int:
     else:
         width = 160 if not sys.stdout.isatty() else None
         print(report.table(found, width, given.why))
+    return DONE
+
+
+def _several(given: argparse.Namespace, asked: Any, lengths: list[int]) -> int:
+    """Prints what GPUs take that share the model, in every way that its heads allow."""
+    from sparsify.commands.cost import device as forecast_device
+    from sparsify.commands.cost import ways
+
+    found = ways.compare(asked, lengths, given.gpus, given.generate, forecast_device.memory(given.device, asked.context.device))
+    print(json.dumps(ways.data(found), indent=1) if given.json else ways.table(found, 160 if not sys.stdout.isatty() else None))
     return DONE
 
 

@@ -26,6 +26,13 @@ _KNOWN: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "rtx4090": ((8, 9), {"device": "NVIDIA RTX 4090", "flops": 150e12, "bandwidth": 0.9e12, "processors": 128, "l2_bytes": 72 << 20}),
 }
 NAMES = tuple(_KNOWN)
+# memory of one, bytes, by the datasheets
+_MEMORY = {"h200": 141e9, "h100": 80e9, "b200": 180e9, "a100": 80e9, "l40s": 48e9, "rtx4090": 24e9}
+
+
+def memory(name: str | None, device: Device) -> float:
+    """Bytes of a device that `named` gives for a name; infinite where nothing is known of it."""
+    return device.memory or _MEMORY.get((name or "").lower(), float("inf"))
 
 
 def named(name: str | None) -> Device:

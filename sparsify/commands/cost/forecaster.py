@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sparsify import policies
+from sparsify.commands.cost import exchanged
 from sparsify.commands.cost.meta_model import AnySite, CallSites, MetaModel, PromptAndToken, Weights, resized
 from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast, Group, Memory, Row, Seconds, Side
 from sparsify.costs import work
+from sparsify.costs.links import ALONE, Sharing
 from sparsify.costs.seconds import SMALL_KERNELS, STEP_LAUNCHES, attention_seconds, linear_seconds, seconds
 from sparsify.generation.regions import narrowing
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import CacheSite
 from sparsify.matching.stream import StreamSite
+from sparsify.ops.limits import cdiv
 from sparsify.planning.choose import acts_on, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision, Place, places
@@ -79,14 +82,19 @@ class Narrowed:
 
 @dataclass
 class Forecaster:
-    """Asks for a model what `config` would do on a device. cache: for budgets, makes a SparseCache from the model's configuration."""
+    """Asks for a model what `config` would do on a device. cache: for budgets, makes a SparseCache from the model's configuration.
+
+    sharing: how GPUs share the model; times and memory are those of one of them. What is chosen is what one GPU alone would choose.
+    """
 
     model: MetaModel
     config: Config
     context: Context
     batch: int = 1
     make_cache: Callable[[Any], Any] | None = None
+    sharing: Sharing = ALONE
     _plans: dict[Any, Decision] = field(default_factory=dict)
+    _captured: dict[Any, dict[int, PromptAndToken]] = field(default_factory=dict)
     _shapes: dict[int, _LayerShape] = field(default_factory=dict)
     _latent: int = 0  # width of what a cache holds instead of keys and values, which each call rebuilds from it
 
@@ -98,8 +106,11 @@ class Forecaster:
 
     def forecast(self, lengths: Iterable[int], cache: str = "", notes: Iterable[str] = ()) -> Forecast:
         """Raises UnsupportedError where the model or its cache cannot be captured."""
-        plain = self.model.at_lengths(lengths, self.batch)
-        kept = self.model.at_lengths(lengths, self.batch, self.make_cache) if self.make_cache else plain
+        if self.sharing.size > 1:
+            notes = (*notes, *exchanged.notes(self.context.device))
+        lengths = tuple(lengths)
+        plain = self._calls(lengths, None)
+        kept = self._calls(lengths, self.make_cache)
         first = next(iter(plain))
         self._shapes = self._layer_shapes(plain[first].prefill)
         self._latent = self._cached_latent(plain[first], first)
@@ -118,7 +129,24 @@ class Forecaster:
             rows=rows,
             crossovers=tuple(crossovers(self, kept)),
             notes=(*self.model.assumptions, *notes, *self._remarks(plain)),
+            gpus=self.sharing.size,
+            sharing=str(self.sharing),
         )
+
+    def shared(self, sharing: Sharing) -> Forecaster:
+        """The same of a model that GPUs share so; what was captured and planned is not captured and planned again."""
+        return dataclasses.replace(self, sharing=sharing)
+
+    def kv_heads(self, lengths: tuple[int, ...]) -> int:
+        """The fewest KV heads of an attention in a prompt, which processes can share; 0 where there is none."""
+        call = self._calls(lengths, None)[lengths[0]].prefill
+        return min((int(site.kv_heads) for site in call.attention), default=0)
+
+    def _calls(self, lengths: tuple[int, ...], make_cache: Callable[[Any], Any] | None) -> dict[int, PromptAndToken]:
+        key = lengths, make_cache is None
+        if key not in self._captured:
+            self._captured[key] = self.model.at_lengths(lengths, self.batch, make_cache)
+        return self._captured[key]
 
     def decide(self, call: CallSites, config: Config) -> Decided:
         """What the compiler would decide for every site of a call. Sites that differ in their name alone are planned once."""
@@ -146,12 +174,14 @@ class Forecaster:
             calls = narrowed.applied(calls, length)
         prefill = self.decide(calls.prefill, config)
         decode = self.decide(filled(calls.decode, length), config)
-        scratch = self._activations(length, prefill) + max((_scratch(*one) for one in of_kind(prefill, "attention", "cache")), default=0)
-        memory = Memory(self.model.weight_bytes, sum(calls.cache_bytes), scratch)
+        beside = max((_scratch(*one) for one in of_kind(prefill, "attention", "cache")), default=0) // self.sharing.tp
+        scratch = self._activations(length, prefill) + beside + exchanged.scratch(self._attentions(prefill), self.sharing)
+        memory = Memory(self.model.weight_bytes // self.sharing.tp, sum(calls.cache_bytes) // self.sharing.size, scratch)
         groups = (*grouped(PREFILL, prefill, length, self.context), *grouped(DECODE, decode, length + 1, self.context))
         if narrowed is not None:
             groups = (*groups, narrowed.group)
-        return Side(self._seconds(prefill, length, length, narrowed), self._seconds(decode, 1, length + 1, narrowed), memory, groups)
+        times = self._seconds(prefill, length, length, narrowed), self._seconds(decode, 1, length + 1, narrowed)
+        return Side(*times, memory, groups, exchanged.sent(self._attentions(prefill), self.sharing, self._stream_bytes(length)))
 
     def _narrowed(self, call: CallSites, length: int, config: Config) -> Narrowed | None:
         """What becomes of a prompt of which only some tokens go on behind a layer; None where all do, or the text decides how many."""
@@ -179,15 +209,15 @@ class Forecaster:
             blocks_of.setdefault(site.layer, []).append(decision)
         for site, decision in of_kind(decided, "attention", "cache"):
             if site.offers_choice:
-                attention += (decision.dense_seconds or 0.0) if decision.seconds is None else decision.seconds
+                attention += self._shared((decision.dense_seconds or 0.0) if decision.seconds is None else decision.seconds)
         attended = {site.layer for site, _ in of_kind(decided, "attention")}
         for site, _ in of_kind(decided, "cache"):
             if not site.offers_choice:
-                cache += self._store(site)
-                attention += 0.0 if site.layer in attended else self._windowed(site)
+                cache += self._shared(self._store(site))
+                attention += 0.0 if site.layer in attended else self._shared(self._windowed(site))
         for layer, weights in enumerate(self.model.layers):
             gone = 0 if narrowed is None or layer <= narrowed.layer else keys - (tokens == 1) - narrowed.kept
-            here = tokens if tokens == 1 else tokens - gone
+            here = tokens if tokens == 1 else cdiv(tokens - gone, self.sharing.cp)
             rows = self.batch * here
             blocks = self._shapes[self.model.kinds[layer]].blocks
             whole = sum(self._linear(self.batch * (keys - gone) if pair[0] == self._latent else rows, *pair) for pair in weights.matrices)
@@ -195,15 +225,35 @@ class Forecaster:
             other += whole - block
             decisions = blocks_of.get(layer, [])
             skips = any(one.method is not None for one in decisions)
-            chosen = sum((one.dense_seconds if one.method is None else one.seconds) or 0.0 for one in decisions) if skips else block
+            asked = sum((one.dense_seconds if one.method is None else one.seconds) or 0.0 for one in decisions)
+            chosen = asked / (self.sharing.tp * (1 if tokens == 1 else self.sharing.cp)) if skips else block
             feed_forward += chosen + self._routed(rows, weights)
             elementwise += self._elementwise_seconds(self.model.kinds[layer], rows, here)
         head = self._linear(self.batch, self.model.hidden, self.model.head // self.model.hidden) if self.model.head else 0.0
         host = STEP_LAUNCHES * self.context.device.launch if tokens == 1 else 0.0
-        return Seconds(attention, feed_forward, other, elementwise, cache, head, host)
+        rows = self._stream_bytes(1 if tokens == 1 else cdiv(tokens, self.sharing.cp))
+        sites = self._attentions(decided)
+        waited = exchanged.seconds(sites, self.sharing, rows, len(self.model.layers), self.context.device, step=tokens == 1)
+        return Seconds(attention, feed_forward, other, elementwise, cache, head, host, waited)
+
+    def _attentions(self, decided: Decided) -> list[exchanged.Attended]:
+        """The sites whose operands travel, and what is expected of each."""
+        found = []
+        for site, decision in of_kind(decided, "attention"):
+            spent = (decision.dense_seconds or 0.0) if decision.seconds is None else decision.seconds
+            found.append(exchanged.Attended(site.sizes, decision.method or "dense", decision.options, self._shared(spent)))
+        return found
+
+    def _stream_bytes(self, tokens: int) -> int:
+        """Of the residual stream of so many tokens a row."""
+        return self.batch * tokens * self.model.hidden * self.model.dtype.itemsize
+
+    def _shared(self, alone: float) -> float:
+        """Seconds of one GPU of what all of them divide by heads and by tokens, where it takes one `alone` seconds: launches stay."""
+        return alone if self.sharing.size == 1 else min(alone, alone / self.sharing.size + self.context.device.launch)
 
     def _linear_seconds(self, rows: int, inputs: int, outputs: int) -> float:
-        return float(linear_seconds(self.context.device, rows, inputs, outputs, self.model.dtype))
+        return float(linear_seconds(self.context.device, rows, inputs, cdiv(outputs, self.sharing.tp), self.model.dtype))
 
     def _routed(self, rows: int, weights: Weights) -> float:
         """Experts: products for the active ones of every row; weights of all that some row takes when each is as likely as another."""
@@ -212,14 +262,15 @@ class Forecaster:
         touched = weights.experts * (1 - (1 - weights.active / weights.experts) ** rows)
         total = 0.0
         for inputs, outputs in weights.expert:
-            streamed = touched * inputs * outputs * self.model.dtype.itemsize / self.context.device.bandwidth
+            streamed = touched * inputs * cdiv(outputs, self.sharing.tp) * self.model.dtype.itemsize / self.context.device.bandwidth
             total += max(self._linear(rows * weights.active, inputs, outputs), streamed)
         return total
 
     def _elementwise_seconds(self, kind: int, rows: int, tokens: int) -> float:
         """Norms, sums, rotation, activation and the cache's store, fused as Inductor fuses them: each operand read or written once."""
         shape = self._shapes[kind]
-        elements = 8 * self.model.hidden + 2 * (shape.query_width + shape.kv_width) + 4 * shape.kv_width + 3 * shape.intermediate
+        divided = 2 * (shape.query_width + shape.kv_width) + 4 * shape.kv_width + 3 * shape.intermediate
+        elements = 8 * self.model.hidden + divided / self.sharing.tp
         kernels = SMALL_KERNELS if tokens == 1 else 1
         size = rows * elements * self.model.dtype.itemsize / kernels
         return kernels * float(seconds(work.elementwise(size), self.context.device))
@@ -248,10 +299,10 @@ class Forecaster:
     def _activations(self, length: int, prefill: Decided) -> int:
         """What a layer's widest moment holds for all rows, and the logits of the last ones: two wide rows and four of the stream, as
         measured on a compiled model of Llama's shape. A feed-forward block that is computed in parts holds what its method says instead."""
-        rows = self.batch * length * self.model.dtype.itemsize
+        rows = self.batch * cdiv(length, self.sharing.cp) * self.model.dtype.itemsize
         parts = {site.layer: int(decision.scratch) for site, decision in of_kind(prefill, "ffn") if decision.scratch}
         wide = (parts.get(layer, rows * 2 * self._shapes[kind].intermediate) for layer, kind in enumerate(self.model.kinds))
-        return max(wide) + rows * 4 * self.model.hidden + 4 * self.batch * self.model.vocabulary
+        return max(wide) // self.sharing.tp + rows * 4 * self.model.hidden + 4 * self.batch * self.model.vocabulary
 
     def _layer_shapes(self, call: CallSites) -> dict[int, _LayerShape]:
         shapes = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PREFILL, DECODE = "prefill", "decode"
 
@@ -18,6 +18,7 @@ class Seconds:
     cache: scoring and storing a prompt.
     head: the product that gives logits.
     host: what a step waits for between tokens.
+    exchange: what is waited for of what GPUs that share the model send each other.
     """
 
     attention: float = 0.0
@@ -27,6 +28,7 @@ class Seconds:
     cache: float = 0.0
     head: float = 0.0
     host: float = 0.0
+    exchange: float = 0.0
 
     @property
     def total(self) -> float:
@@ -80,14 +82,16 @@ class Side:
     """One way to run the model: exact attention alone, or what the configuration chooses.
 
     prefill, decode: of the whole prompt, and of one step after it.
-    memory: the most that is needed.
+    memory: the most that is needed, of one GPU.
     groups: of layers at which the same is done.
+    sent: bytes that a GPU sends at most for the prompt, by what they are.
     """
 
     prefill: Seconds
     decode: Seconds
     memory: Memory
     groups: tuple[Group, ...]
+    sent: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class Forecast:
     rows: forecasts, by length.
     crossovers: lengths from which on another method is chosen.
     notes: in words, what the numbers rest on.
+    gpus: that share the model. sharing: how, for people.
     """
 
     model: str
@@ -153,3 +158,5 @@ class Forecast:
     rows: tuple[Row, ...]
     crossovers: tuple[Crossover, ...]
     notes: tuple[str, ...] = ()
+    gpus: int = 1
+    sharing: str = ""
