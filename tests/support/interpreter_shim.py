@@ -1,6 +1,6 @@
 """Mends Triton's interpreter for tests; import it before any kernel runs.
 
-With numpy >= 2.4 every loop with a run-time bound fails, and a bf16 `tl.dot` multiplies the raw 16-bit patterns. From 3.7 on the product of
+With numpy >= 2.4 every loop with a run-time bound fails, a bf16 `tl.dot` multiplies the raw 16-bit patterns, and numbers that become bf16 are cut off. From 3.7 on the product of
 a constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take. Instructions that kernels write by hand
 run as `ptx_machine` says.
 """
@@ -8,6 +8,7 @@ run as `ptx_machine` says.
 from __future__ import annotations
 
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.language.semantic import TritonSemantic
@@ -41,6 +42,17 @@ def install() -> None:
         """A constant, which the interpreter has in all other dtypes."""
         bits = np.array([value], dtype=np.float32).view(np.uint32) >> np.uint32(16)
         return interpreter.TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+
+    convert = interpreter._convert_float
+
+    def convert_float(data, source, target, rounding_mode):
+        """fp32 to bf16 as GPUs do it: to the nearest, of two the even one; the interpreter cuts off."""
+        if source != tl.float32 or target != tl.bfloat16 or rounding_mode is not None:
+            return convert(data, source, target, rounding_mode)
+        numbers = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32).reshape(-1))
+        return numbers.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(np.shape(data))
+
+    interpreter._convert_float = convert_float
 
     class Results(list):
         def get_result(self, i):

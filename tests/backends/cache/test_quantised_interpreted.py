@@ -27,7 +27,7 @@ def check(
     **clauses,
 ):
     torch.manual_seed(0)
-    batch, width, near = len(tokens), max(tokens), {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    batch, width, near = len(tokens), max(tokens), {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}[dtype]
     keys, values, more = buffers(batch, 2, capacity, codes, dtype, dims=(dim, dim))
     state = counters(batch, 2, capacity)
     is_token = torch.tensor([[0] * (width - n) + [1] * n for n in tokens], dtype=torch.bool)
@@ -58,11 +58,9 @@ def check(
             assert torch.equal(a, b), name
         assert torch.equal(more["staged"], twin_more["staged"])
         for ours, theirs in ((keys, twin[0]), (values, twin[1])):
-            # the interpreter rounds to 16 bits in another way where a number lies in the middle
-            other = int((ours[filled] != theirs[filled]).sum())
-            assert other <= (0 if dtype == torch.float32 else ours[filled].numel() // 1000), other
+            assert torch.equal(ours[filled], theirs[filled])
         for name in ("key_scales", "value_scales"):
-            torch.testing.assert_close(more[name], twin_more[name], atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2**-7)
+            torch.testing.assert_close(more[name], twin_more[name], atol=1e-6, rtol=1e-6)
     assert closed, "a group was filled"
     return got
 
