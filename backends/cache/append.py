@@ -14,8 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.cache.append_template import COMBINE, FOLD_TILE, SPLIT
-from sparsify.backends.cache.kernels import logit_arguments, logit_values, packed_values, partial_sums, rotated_queries
+from sparsify.backends.cache.append_template import COMBINE, FOLD_CODES, FOLD_TILE, SPLIT
+from sparsify.backends.cache.codes_template import PIECE, code_values, piece_list
+from sparsify.backends.cache.kernels import (
+    check_code_dims,
+    check_codes,
+    logit_arguments,
+    logit_values,
+    packed_values,
+    partial_sums,
+    rotated_queries,
+)
 from sparsify.backends.cache.reference import find_query_positions
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
@@ -46,6 +55,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.cache import CacheAttentionCall
 from sparsify.ops.limits import cdiv
+from sparsify.ops.quantised import parts
 
 _WHERE = f"sparsify::{CacheAttentionCall.NAME}"
 
@@ -80,6 +90,7 @@ class AppendSpec:
     rotate_sinks: sinks stand directly before the window, so that rotated queries see them.
     softcap, sink_logits: whether the call has them.
     packed: heads have numbers of slots of their own, side by side.
+    codes: "fp8" or "int4" where keys and values of slots are codes; "": they lie as they came.
     """
 
     dtype: str
@@ -95,23 +106,28 @@ class AppendSpec:
     softcap: bool = False
     sink_logits: bool = False
     packed: bool = False
+    codes: str = ""
 
     def __post_init__(self):
         check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
+        if self.codes:
+            check_code_dims(_WHERE, self.codes, self.qk_head_dim, self.v_head_dim)
         if self.rotate_sinks and not self.windowed:
             raise UnsupportedError("rotated sinks without a window", where=_WHERE)
 
 
-def choose_tiling(dtype: str, head_dim: int, rows: int, capability: tuple[int, int] = (9, 0), rotate_sinks: bool = False) -> AppendTiling:
-    """`rows` is queries times group. 128 rows of 128 dims just fit into the registers of 8 warps; fp32 products are unrolled, and rotated
-    queries take a second product."""
+def choose_tiling(
+    dtype: str, head_dim: int, rows: int, capability: tuple[int, int] = (9, 0), rotate_sinks: bool = False, codes: str = ""
+) -> AppendTiling:
+    """`rows` is queries times group. 128 rows of 128 dims just fit into the registers of 8 warps; fp32 products are unrolled, rotated
+    queries take a second product, and 4-bit codes become numbers in registers beside the sums."""
     wanted = padded(max(rows, 1))
     if dtype == "fp32":
         return AppendTiling(min(wanted, 32), 32 if head_dim <= 64 else 16, 4 if head_dim <= 64 else 8, 1)
     if head_dim > 128:
         return AppendTiling(min(wanted, 64), 32, 8 if wanted >= 64 else 4, 2)
     if wanted < 128:
-        return AppendTiling(wanted, 32 if rotate_sinks else 64, 4, 2 if rotate_sinks else 3)
+        return AppendTiling(wanted, 32 if rotate_sinks or codes == "int4" else 64, 4, 2 if rotate_sinks or codes == "int4" else 3)
     if capability < (9, 0):
         return AppendTiling(64, 64, 8, 2)
     return AppendTiling(128, 32 if rotate_sinks else 64, 8, 2)
@@ -128,7 +144,17 @@ def arguments(spec: AppendSpec, kernel: str) -> tuple[Argument, ...]:
     if kernel == "combine":
         return (*parts, *out, *sizes, *sinks, *constexprs("SPLITS"))
     listed = pointers("i32", "starts") if spec.packed else []
-    listed += [*data("query", "keys", "values"), *pointers("i32", "positions", "seen", "query_positions")]
+    if spec.codes:
+        kind = "u8" if spec.codes == "fp8" else "i16"
+        listed += [
+            *data("query"),
+            *pointers(kind, "key_codes", "value_codes"),
+            *data("key_scales", "value_scales", "recent_keys", "recent_values"),
+        ]
+        listed += [*pointers("i32", "staged"), *integers("groups")]
+    else:
+        listed += data("query", "keys", "values")
+    listed += pointers("i32", "positions", "seen", "query_positions")
     listed += [*strides("query_b", "query_h", "query_m", "capacity"), *sizes]
     if spec.has_new:
         listed += [*data("new_key", "new_value"), *pointers("i32", "at")]
@@ -148,13 +174,25 @@ def append_source(spec: AppendSpec) -> str:
         "context": ", ".join(context + (["window", "sinks"] if spec.windowed else [])),
         **head_dim_values(spec.dtype, spec.qk_head_dim, spec.v_head_dim),
         **packed_values(spec.packed),
+        **_pieces(spec),
         "split_parameters": parameters(arguments(spec, "split")),
         "combine_parameters": parameters(arguments(spec, "combine")),
     }
-    tiling = spec.tiling
+    tiling, pieces = spec.tiling, values["pieces"]
     constants = {"GROUP": spec.group, "ROWS": tiling.rows, "KEYS": tiling.keys, "QK_DIM": qk_dim, "V_DIM": v_dim, "LOG2E": LOG2E}
-    texts = [FOLD_TILE, SPLIT] + ([] if spec.single else [COMBINE])
+    if spec.codes:
+        constants |= {"QK_WIDTH": spec.qk_head_dim // len(pieces), "V_WIDTH": spec.v_head_dim // len(pieces)}
+    texts = [*([PIECE, FOLD_TILE, FOLD_CODES] if spec.codes else [FOLD_TILE]), SPLIT] + ([] if spec.single else [COMBINE])
     return "\n\n".join([header("Attention of several tokens over a cache", constants), *(render(text, values) for text in texts)])
+
+
+def _pieces(spec: AppendSpec) -> dict[str, Any]:
+    """How a head's channels are cut: 4-bit codes by quarters, everything else not at all."""
+    pieces = range(4 if spec.codes == "int4" else 1)
+    blocks = lambda name, dim: lambda i: f"({i * dim // len(pieces)} + {name})" if len(pieces) > 1 else name
+    cut = {"pieces": pieces, "key_dims": blocks("qk_dims", spec.qk_head_dim), "value_dims": blocks("v_dims", spec.v_head_dim)}
+    coded = code_values(spec.codes, spec.dtype, spec.qk_head_dim, spec.v_head_dim) | {"parts": parts(spec.codes)} if spec.codes else {}
+    return {**coded, **cut, "accs": piece_list("acc", pieces), "qs": piece_list("q", pieces)}
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,16 +213,16 @@ def cache_attention(call: CacheAttentionCall, *, tiling: AppendTiling | None = N
     _check(call)
     query, new_key, new_value = call.query, call.new_key, call.new_value
     (batch, heads, query_len, qk_head_dim), (_, kv_heads, capacity, _) = query.shape, call.keys.shape
-    v_head_dim, group, dtype = call.values.shape[3], heads // kv_heads, DTYPES[query.dtype]
+    v_head_dim, group, dtype = cache_ops.v_head_dim(call), heads // kv_heads, DTYPES[query.dtype]
     rotate_sinks = call.inverse_frequencies is not None
     if tiling is None:
-        tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability(query.device), rotate_sinks)
+        tiling = choose_tiling(dtype, max(qk_head_dim, v_head_dim), query_len * group, capability(query.device), rotate_sinks, call.codes)
     tiles, rows = cdiv(query_len * group, tiling.rows), batch * kv_heads
     count = splits or choose_splits(cdiv(capacity, tiling.keys), rows * tiles, processors(query.device) * tiling.programs)
     has_new = new_key is not None
     spec = AppendSpec(
         dtype, qk_head_dim, v_head_dim, group, tiling, has_new, count == 1, call.window > 0, call.is_token is not None and has_new,
-        rotate_sinks, call.softcap > 0, call.sink_logits is not None, call.starts is not None,
+        rotate_sinks, call.softcap > 0, call.sink_logits is not None, call.starts is not None, call.codes,
     )  # fmt: skip
     query_positions = find_query_positions(call).to(torch.int32).contiguous()
     out = cache_ops.empty_output(call)
@@ -193,6 +231,9 @@ def cache_attention(call: CacheAttentionCall, *, tiling: AppendTiling | None = N
         "splits": count, "window": min(call.window, LONGEST_WINDOW), "SPLITS": max(2, power_of_two(count)),
         **logit_values(call.scale, call.softcap),
     }  # fmt: skip
+    if call.key_scales is not None:
+        codes = [t if call.codes == "fp8" else t.view(torch.int16) for t in (call.keys, call.values)]
+        given |= {"key_codes": codes[0], "value_codes": codes[1], "groups": call.key_scales.shape[2]}
     given |= stride_values(query=(query, "bhm"), out=(out, "bhm"))
     if new_key is not None and new_value is not None:
         given["at"] = query_positions if call.is_token is None else query_positions.masked_fill(~call.is_token, -1)
@@ -226,9 +267,12 @@ def _bounds(query_positions: Tensor, tiles: int, rows: int, group: int, window: 
 
 def _check(call: CacheAttentionCall) -> None:
     query, keys, values = call.query, call.keys, call.values
-    need(not call.codes, "codes are read by the kernels of one token", _WHERE)
     need(call.pages is None, "pages are read by the kernels of one token that is not stored yet", _WHERE)
-    given = [t for t in (query, keys, values, call.new_key, call.new_value) if t is not None]
+    given = [t for t in (query, call.new_key, call.new_value) if t is not None]
+    if call.codes:
+        check_codes(call, _WHERE)
+    else:
+        given += [keys, values]
     need(all(t.dtype == query.dtype for t in given) and query.dtype in DTYPES, f"dtypes {[str(t.dtype) for t in given]}", _WHERE)
     need(keys.is_contiguous() and values.is_contiguous(), "the cache's buffers are not contiguous", _WHERE)
     need(all(t.stride(-1) == 1 for t in given), "strided head dimensions", _WHERE)

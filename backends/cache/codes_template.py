@@ -37,6 +37,11 @@ def piece_unit(codes: str, piece: int) -> float:
     return 1.0 if codes == "fp8" else 2.0**-24 * 16 ** (piece % 2)
 
 
+def piece_list(stem: str, pieces: range) -> str:
+    """Names of what there is for each piece."""
+    return ", ".join(f"{stem}{i}" for i in pieces)
+
+
 def code_values(codes: str, dtype: str, qk_head_dim: int, v_head_dim: int) -> dict[str, object]:
     """What templates say of codes, by name.
 

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from sparsify.backends.cache.reference import rotate
 from sparsify.backends.codegen.arguments import Argument, floats
-from sparsify.backends.codegen.launch import LOG2E
+from sparsify.backends.codegen.launch import LOG2E, capability, need, power_of_two
+from sparsify.errors import UnsupportedError
+from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall
+from sparsify.ops.quantised import GROUP
+
+# from which E4M3 becomes other numbers by an instruction
+FP8_CAPABILITY = (8, 9)
 
 
 def logit_arguments(softcap: bool) -> list[Argument]:
@@ -20,12 +26,30 @@ def logit_values(scale: float, softcap: float) -> dict[str, float]:
     return {"scale": scale * LOG2E, **capped}
 
 
+def check_code_dims(where: str, codes: str, *head_dims: int) -> None:
+    """Raises UnsupportedError unless kernels read codes of these head dims."""
+    # a product takes 16 channels at once, of 4-bit codes from each quarter of them
+    least = 64 if codes == "int4" else 32
+    if any(dim != power_of_two(dim) or not least <= dim <= 256 for dim in head_dims):
+        raise UnsupportedError(f"no kernel reads {codes} codes of head dims {' and '.join(map(str, head_dims))}", where=where)
+
+
+def check_codes(call: CacheDecodeCall | CacheAttentionCall, where: str) -> None:
+    """Raises UnsupportedError unless kernels read the codes of a call."""
+    buffers = (call.keys, call.values, call.key_scales, call.value_scales, call.recent_keys, call.recent_values, call.staged)
+    need(all(t is not None and t.is_contiguous() for t in buffers), "the cache's buffers are not contiguous", where)
+    numbers = (call.key_scales, call.value_scales, call.recent_keys, call.recent_values)
+    need(all(t is not None and t.dtype == call.query.dtype for t in numbers), f"scales beside {call.query.dtype}", where)
+    need(call.inverse_frequencies is None, "codes seen by rotated queries", where)
+    need(call.codes != "fp8" or capability(call.query.device) >= FP8_CAPABILITY, "fp8 codes below compute capability 8.9", where)
+
+
 def packed_values(packed: bool) -> dict[str, str]:
     """Number of a head's slots and places of its first one and of its first group of codes, as templates write them."""
     if not packed:
         groups = "tl.cast(row, tl.int64) * groups"
         return {"size": "capacity", "place": "tl.cast(row, tl.int64) * capacity", "group_place": groups}
-    groups = "tl.cast(batch, tl.int64) * kv_heads * groups + tl.load(bound) // KEYS + kv_head"
+    groups = f"tl.cast(batch, tl.int64) * kv_heads * groups + tl.load(bound) // {GROUP} + kv_head"
     return {"size": "size", "place": "first_slot", "group_place": groups}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsify.backends.cache.codes_template import PIECE, code_values
 from sparsify.backends.cache.decode_template import COMBINE
-from sparsify.backends.cache.kernels import logit_arguments, logit_values, packed_values, partial_sums
+from sparsify.backends.cache.kernels import check_code_dims, check_codes, logit_arguments, logit_values, packed_values, partial_sums
 from sparsify.backends.cache.quantised_template import KEEP, SPLIT
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
@@ -31,7 +31,6 @@ from sparsify.backends.codegen.arguments import (
 from sparsify.backends.codegen.launch import (
     DTYPES,
     LOG2E,
-    capability,
     choose_splits,
     launch,
     launching,
@@ -56,8 +55,6 @@ from sparsify.ops.quantised import (
 )
 
 _WHERE = f"sparsify::{CacheDecodeCall.NAME}"
-# from which Triton turns E4M3 into other numbers
-_FP8_CAPABILITY = (8, 9)
 # thread blocks per multiprocessor that a split aims at: registers hold so many of two warps
 _PROGRAMS = 4
 
@@ -91,11 +88,7 @@ class QuantisedSpec:
     stages: int = 3
 
     def __post_init__(self):
-        least = 64 if self.codes == "int4" else 32
-        if any(dim != power_of_two(dim) or not least <= dim <= 256 for dim in (self.qk_head_dim, self.v_head_dim)):
-            raise UnsupportedError(
-                f"no kernel reads {self.codes} codes of head dims {self.qk_head_dim} and {self.v_head_dim}", where=_WHERE
-            )
+        check_code_dims(_WHERE, self.codes, self.qk_head_dim, self.v_head_dim)
         if self.group > 128:
             raise UnsupportedError(f"no decode kernel has {self.group} query heads per KV head", where=_WHERE)
 
@@ -198,11 +191,9 @@ def cache_decode(call: CacheDecodeCall, *, splits: int | None = None) -> Tensor:
 
 def _check(call: CacheDecodeCall) -> None:
     query = call.query
-    buffers = (call.keys, call.values, call.key_scales, call.value_scales, call.recent_keys, call.recent_values, call.staged)
-    need(all(t is not None and t.is_contiguous() for t in buffers), "the cache's buffers are not contiguous", _WHERE)
-    numbers = (query, call.key, call.value, call.recent_keys, call.key_scales)
-    need(all(t is not None and t.dtype == query.dtype for t in numbers) and query.dtype in DTYPES, f"dtypes beside {query.dtype}", _WHERE)
+    check_codes(call, _WHERE)
+    numbers = (query, call.key, call.value)
+    need(all(t.dtype == query.dtype for t in numbers) and query.dtype in DTYPES, f"dtypes beside {query.dtype}", _WHERE)
     need(all(t.stride(-1) == 1 for t in (query, call.key, call.value)), "strided head dimensions", _WHERE)
-    need(call.pages is None and call.inverse_frequencies is None, "codes in pages, or seen by rotated queries", _WHERE)
-    need(call.codes != "fp8" or capability(query.device) >= _FP8_CAPABILITY, "fp8 codes below compute capability 8.9", _WHERE)
+    need(call.pages is None, "codes in pages", _WHERE)
     need(-1 <= call.pinned < call.capacity and call.scale > 0, f"{call.pinned} pinned slots of {call.capacity}, scale {call.scale}", _WHERE)

@@ -1,8 +1,8 @@
 """Mends Triton's interpreter for tests; import it before any kernel runs.
 
-With numpy >= 2.4 every loop with a run-time bound fails, a bf16 `tl.dot` multiplies the raw 16-bit patterns, and numbers that become bf16 are cut off. From 3.7 on the product of
-a constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take. Instructions that kernels write by hand
-run as `ptx_machine` says.
+With numpy >= 2.4 every loop with a run-time bound fails, a bf16 `tl.dot` multiplies the raw 16-bit patterns, and numbers that become bf16
+are cut off. From 3.7 on the product of a constexpr and a tensor is a constexpr that holds a tensor, which the next operation does not take.
+Instructions that kernels write by hand run as `ptx_machine` says.
 """
 
 from __future__ import annotations

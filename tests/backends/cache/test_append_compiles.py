@@ -27,7 +27,8 @@ def compiled(spec: AppendSpec, arch: int, kernel: str = "split") -> Resources:
 
 
 def spec(rows: int, dtype: str = "bf16", dim: int = 128, arch: int = 90, **clauses) -> AppendSpec:
-    return AppendSpec(dtype, dim, dim, 4, choose_tiling(dtype, dim, rows, divmod(arch, 10), clauses.get("rotate_sinks", False)), **clauses)
+    tiling = choose_tiling(dtype, dim, rows, divmod(arch, 10), clauses.get("rotate_sinks", False), clauses.get("codes", ""))
+    return AppendSpec(dtype, dim, dim, 4, tiling, **clauses)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -44,6 +45,18 @@ def test_every_clause():
     within_budget("append all sm_90", used)
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
     assert compiled(spec(20, single=False, **ALL), 90, "combine").spilled == 0
+
+
+@pytest.mark.parametrize("rows", [20, 4096])
+@pytest.mark.parametrize("codes", ["fp8", "int4"])
+@pytest.mark.samples(2)
+def test_codes(codes, rows):
+    used = compiled(spec(rows, single=rows > 128, codes=codes), 90)
+    within_budget(f"append {codes} {rows} rows sm_90", used)
+    assert used.spilled == 0 and used.mma + used.wgmma > 0
+    assert used.shared <= SHARED_LIMIT[90]
+    used = compiled(spec(rows, single=rows > 128, codes=codes, windowed=True, padded=True, softcap=True, sink_logits=True, packed=True), 90)
+    assert used.shared <= SHARED_LIMIT[90] and used.spilled <= 64
 
 
 @pytest.mark.slow

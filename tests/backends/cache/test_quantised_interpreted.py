@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsify import policies
-from sparsify.backends.cache import quantised, reference
-from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheDecodeCall, CacheStoreCall
+from sparsify.backends.cache import append, quantised, reference
+from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheAttentionCall, CacheDecodeCall, CacheStoreCall
 from tests.backends.cache.test_quantised import buffers, counters
 
 pytestmark = pytest.mark.interpreter
@@ -86,3 +86,45 @@ def test_against_the_reference(codes, case):
 
 def test_the_two_kinds_of_codes_differ():
     assert not torch.allclose(check("fp8"), check("int4"), atol=1e-4)
+
+
+def several(codes, tokens=(100, 23), window=0, dtype=torch.float32, splits=1, count=7, new=True, padding=False, dim=64, **clauses):
+    """Several tokens over what is kept, of which some lie as they came."""
+    torch.manual_seed(0)
+    batch, width, capacity = len(tokens), max(tokens), 128
+    keys, values, more = buffers(batch, 2, capacity, codes, dtype, dims=(dim, dim))
+    state, common = counters(batch, 2, capacity), {"pinned": NEVER_OVERWRITTEN, "scale": 0.3, "softcap": 0.0}
+    is_token = torch.tensor([[0] * (width - n) + [1] * n for n in tokens], dtype=torch.bool)
+    key, value = torch.randn(2, batch, 2, width, dim).to(dtype)
+    stored = {"recent": 0, "empty": True, "policy": policies.make("full").describe(), "is_token": is_token, **common}
+    reference.cache_store(CacheStoreCall(None, key, value, keys, values, *state, **stored, **more))
+    query, key, value = (torch.randn(batch, count, heads, dim).to(dtype).transpose(1, 2) for heads in (4, 2, 2))
+    options = {"scale": 0.3, "softcap": 0.0, "window": window, "sinks": 2 if window else 0, **more, **clauses}
+    options |= {"new_key": key, "new_value": value} if new else {}
+    if padding:
+        options["is_token"] = torch.arange(batch * count).view(batch, count) % 3 != 0
+        value.transpose(1, 2)[~options["is_token"]] = torch.nan
+    call = CacheAttentionCall(query, keys, values, state[0], state[2], **options)
+    want, got = reference.cache_attention(call), append.cache_attention(call, tiling=append.AppendTiling(16, 32, 4, 2), splits=splits)
+    near = {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(got, want, atol=near, rtol=near)
+    unread = CacheAttentionCall(**{**vars(call), "staged": torch.zeros_like(call.staged)})
+    assert not torch.allclose(append.cache_attention(unread, splits=splits), got, atol=1e-2), "what lies as it came is read there"
+    return got
+
+
+@pytest.mark.parametrize("codes", ["fp8", "int4"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"splits": 3},
+        {"window": 40, "padding": True},
+        {"softcap": 3.0, "sink_logits": torch.ones(4), "splits": 2},
+        {"new": False, "count": 1},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.samples(2)
+def test_several_tokens(codes, case):
+    several(codes, **case)
