@@ -223,9 +223,18 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs) if chooser is None else new_prompt.generate(chooser, original, self, given)
         ended = isinstance(result, torch.Tensor)
     finally:
+        _forget_past(given)
         _request.reset(token)
         request.finish(ended)
     return result
+
+
+def _forget_past(given: dict[str, Any]) -> None:
+    """After a call: what transformers said of drafts does not hold for later calls over the user's cache."""
+    for cache in {**given, **given.get("kwargs", {})}.values():
+        if isinstance(cache, SparseCache):
+            for layer in cache.layers:
+                layer.record_past = False
 
 
 def _facts(model: Any, given: dict[str, Any]) -> dict[str, str]:

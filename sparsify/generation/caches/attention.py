@@ -24,6 +24,7 @@ from sparsify.distributed import collectives
 from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation import interface
+from sparsify.generation.caches import provisional
 from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
 from sparsify.generation.regions import masks
 from sparsify.ops import cache, reselection
@@ -307,6 +308,9 @@ def _attend(
             layer.logits = (scale, softcap)
         if query.shape[2] == 1 and not empty and layer.queries is not None:
             reselection.observe(query, layer.queries, layer.query_positions, layer.seen, is_token=is_token, version=reselection.VERSION)
+    if not torch.compiler.is_dynamo_compiling() and provisional.begin(layer, query.shape[2], empty):
+        step = {"tickets": layer.tickets, "pinned": layout.pinned, "version": cache.VERSION}
+        return provisional.attend(layer, query, key, value, is_token, {**how, **shape, **rotation, **step, **pages}, stored)
     if layer.shard is not None:
         return _attend_divided(layer, layer.shard, query, key, value, is_token, stored, **how)
     if query.shape[2] == 1 and not empty and not torch.compiler.is_dynamo_compiling():
@@ -345,6 +349,10 @@ def _attend(
         how_chosen = layer.selecting(layer.keys.shape[2], scale, softcap)
         reselection.reselect(observed, key, value, *layer.state, is_token=is_token, empty=empty, **how_chosen)
         layer.renew_bounds()
+        return output
+    if not torch.compiler.is_dynamo_compiling() and provisional.defers(layer, key.shape[2], empty):
+        layer.held = provisional.Deferred(observed, key, value, is_token, empty, stored)
+        layer.length.add_(key.shape[2])
         return output
     cache.store(observed, key, value, *layer.state, is_token=is_token, empty=empty, **stored)
     return output

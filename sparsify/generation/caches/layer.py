@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
+from sparsify.generation.caches import provisional
 from sparsify.ops import cache, quantised, reselection
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
 from sparsify.policies import Layout, Policy
 from sparsify.policies.full import STEP
+
+log = logging.getLogger(__name__)
 
 _STATE = ("keys", "values", "positions", "counts", "seen", "length")
 # of keys and values in 8 or 4 bits (`sparsify.ops.quantised`)
@@ -182,6 +186,8 @@ class SparseLayer(CacheLayerMixin):
         self.left_out, self.fixed = 0, 0  # columns of the text that the layer was not given; tokens that cannot be cropped then
         self.shard: Shard | None = None  # this process's share of the text; None: it has all of it
         self.elsewhere = 0  # tokens of the prompt that other processes have
+        self.record_past, self.awaiting = False, False  # tokens may be cropped; no call has come since that was said
+        self.held: provisional.Held | None = None  # tokens of the last call that may be
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lay_out(self, budget: int | None) -> Layout:
@@ -339,6 +345,8 @@ class SparseLayer(CacheLayerMixin):
             raise CacheError(f"keys are {key_states.dtype}, values {value_states.dtype}", where=f"layer {self.index}")
         if self.layout is not None and not self.is_initialized:  # a share waits for the mask, which attention gets
             self.lazy_initialization(key_states, value_states)
+        if self.held is not None and not torch.compiler.is_dynamo_compiling():
+            self.settle_past()
         if self.is_initialized:
             self._check(key_states, value_states)
             if self.grows:
@@ -494,8 +502,16 @@ class SparseLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def settle_past(self, taken_back: int = 0) -> None:
+        """Tokens that were kept apart are taken back, or stay."""
+        held, self.held = self.held, None
+        if held is not None:
+            with torch.no_grad():
+                held.settle(self, taken_back)
+
     def reset(self) -> None:
         """Empties the layer. A budget given as a share refers to the next call's tokens, and that call may have any batch size."""
+        self.held, self.record_past, self.awaiting = None, False, False
         if not self.is_initialized:
             return
         self.positions.fill_(-1)
@@ -515,6 +531,7 @@ class SparseLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place: row b becomes row beam_idx[b]."""
+        self.settle_past()
         if self.is_initialized:
             for state in (*self.state[:-1], *self._extras()):
                 if self.grows and self.used is not None and state.dim() > 2:  # what lies behind is nobody's
@@ -530,6 +547,7 @@ class SparseLayer(CacheLayerMixin):
         self._map_rows(lambda state: state[indices.to(state.device)])
 
     def _map_rows(self, change: Any) -> None:
+        self.settle_past()
         if self.is_initialized:
             for name in (*_STATE[:-1], "bounds", *_CODED):
                 if getattr(self, name) is not None:
@@ -548,6 +566,7 @@ class SparseLayer(CacheLayerMixin):
         self._move(self.device if self.is_initialized else None, non_blocking=True)
 
     def _move(self, device: Any, non_blocking: bool) -> None:
+        self.settle_past()
         if self.is_initialized and self.keys.device != torch.device(device):
             for name in _BUFFERS:
                 if getattr(self, name) is not None:
@@ -559,10 +578,15 @@ class SparseLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:
         """Whether the last tokens can be taken back; assisted decoding asks after the prompt. Reads lengths from the device."""
+        if not self.is_initialized:
+            return True
+        reason = provisional.refusal(self) if self.record_past else "transformers has not said that tokens may be cropped"
+        if not reason:
+            return True
         try:
-            if self.is_initialized:
-                self.check_crop(0)
-        except CacheError:
+            self.check_crop(0)
+        except CacheError as error:
+            log.info("the cache cannot be cropped: %s; %s", error, reason)
             return False
         return True
 
@@ -571,6 +595,11 @@ class SparseLayer(CacheLayerMixin):
         where = f"layer {self.index}"
         if self.shard is not None:
             raise CacheError("the text is divided among processes, and nothing of it can be taken back", where=where)
+        if self.held is not None:
+            if tokens > self.held.count:
+                what = f"{tokens} tokens are to be removed, and what was evicted before the last {self.held.count} is gone"
+                raise CacheError(what, where=where, hint="give a budget that holds the whole text")
+            return
         length = int(self.length)
         if tokens > length + self.left_out:
             raise CacheError(f"{tokens} tokens are to be removed, {length + self.left_out} were seen", where=where)
@@ -599,9 +628,12 @@ class SparseLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
             raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
-        if tokens_to_remove == 0 or not self.is_initialized:
+        if not self.is_initialized or (tokens_to_remove == 0 and self.held is None):
             return
         self.check_crop(-tokens_to_remove)
+        if self.held is not None:
+            self.settle_past(-tokens_to_remove)
+            return
         self.length += tokens_to_remove
         self.seen += tokens_to_remove
         self.counts += tokens_to_remove
@@ -618,4 +650,6 @@ class SparseLayer(CacheLayerMixin):
         self.started, self.used = int(self.length) > 0, None
 
     def activate_past_recording(self) -> None:
-        """Nothing to record: `crop` works while everything is kept, and says so otherwise."""
+        """From now on tokens of a call can be taken back after it, also where the cache evicts (`provisional`), until a call of many tokens
+        comes, or `record_past` is set to False."""
+        self.record_past = self.awaiting = True

@@ -153,6 +153,7 @@ class SparseCache(Cache):
             OSError: the file cannot be written.
         """
         self.check_consistent(True)
+        self.settle_past()
         if any(layer.shard is not None for layer in self.layers):
             raise UnsupportedError("the text is divided among processes, and a file holds all of it", where="SparseCache.save")
         if (ranks := divided_by(self.config)) > 1:
@@ -281,6 +282,7 @@ class SparseCache(Cache):
                 "the policy selects in every call of several tokens", where="every", hint="SparseCache(..., every=tokens of a turn)"
             )
         self.check_consistent(True)
+        self.settle_past()
         for layer in self.layers:
             if layer.every and layer.layout is not None and layer.is_initialized:
                 layer.select(layer.layout.kept)
@@ -334,6 +336,11 @@ class SparseCache(Cache):
             if layer.is_initialized and tokens_to_remove < 0:
                 layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    def settle_past(self) -> None:
+        """Tokens that were kept apart, since transformers said that they may be cropped, stay."""
+        for layer in self.layers:
+            layer.settle_past()
 
     def reset(self) -> None:
         super().reset()

@@ -100,6 +100,11 @@ def trouble(cache: Any, layers: int) -> str:
     return "a cache whose layers have budgets of their own, which are constants of a graph" if len(layouts) > 1 else ""
 
 
+def keeps_past(cache: Any) -> bool:
+    """Whether tokens of a call may be taken back from what evicts: they are kept apart by code that looks at values."""
+    return isinstance(cache, SparseCache) and any(layer.record_past and not (layer.grows and layer.read is None) for layer in cache.layers)
+
+
 def settle(cache: Any, tokens: int) -> None:
     """Before a call of a whole graph, which runs no Python of the cache: where there is no room for its tokens, the policy selects.
 

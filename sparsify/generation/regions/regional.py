@@ -115,6 +115,9 @@ class RegionalModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # someone else captures the model within something larger
             return self.model._call_impl(*args, **kwargs)
+        if any(caches.keeps_past(kwargs.get(name)) for name in caches.CACHES):
+            log.info("drafts over a cache that evicts run uncompiled")
+            return self.model._call_impl(*args, **kwargs)
         try:
             if self.divided is not None:
                 return self.divided(self._as_alone, args, kwargs)

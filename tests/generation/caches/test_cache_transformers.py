@@ -64,7 +64,8 @@ def test_crop_takes_back_exactly(llama):
 
 @pytest.mark.parametrize("how", ["assistant", "lookup"])
 @torch.no_grad()
-def test_assisted_decoding_works_while_all_is_kept_and_raises_after(llama, how):
+def test_assisted_decoding_takes_drafts_back(llama, how):
+    """While all is kept tokens are cropped; where a cache evicts they are kept apart (test_drafts_evicted)."""
     ids = text(1, 20).repeat(1, 2)
     drafts = {"assistant_model": build("llama", layers=1, seed=3)} if how == "assistant" else {"prompt_lookup_num_tokens": 4}
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -75,10 +76,11 @@ def test_assisted_decoding_works_while_all_is_kept_and_raises_after(llama, how):
         assert torch.equal(llama.generate(ids, **holding(cache), **drafts, **options), want)
         assert cache.is_croppable
     # transformers looks after the prompt; what is evicted later is noticed by the cache
+    selecting = {"policy": "snapkv", "window": 4, "every": 4}
     with pytest.raises((CacheError, ValueError), match=r"evicted|cropped"):
-        llama.generate(ids, **holding(SparseCache(llama.config, budget=12)), **drafts, **options)
+        llama.generate(ids, **holding(SparseCache(llama.config, budget=12, **selecting)), **drafts, **options)
     with pytest.raises(CacheError, match="evicted"):
-        llama.generate(ids, **holding(SparseCache(llama.config, budget=45)), **drafts, **options)
+        llama.generate(ids, **holding(SparseCache(llama.config, budget=41, **selecting)), **drafts, **options)
 
 
 @torch.no_grad()
