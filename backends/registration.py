@@ -18,6 +18,7 @@ from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeC
 from sparsify.ops.call import OpCall
 from sparsify.ops.library import library
 from sparsify.ops.linear import LinearCall
+from sparsify.ops.patterns import SelectPatternCall
 from sparsify.ops.reselection import CacheObserveCall, CacheReselectCall
 from sparsify.ops.selection import SelectCall
 
@@ -118,13 +119,16 @@ def _checked_select(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return lists
 
 
-_linear = dispatch.serve("linear")
+def _checked(record: type[OpCall]) -> Callable[..., Any]:
+    """`dispatch.serve` with the record of each call, after it was checked."""
+    serve = dispatch.serve(record.NAME)
 
+    def checked(*args: Any, **options: Any) -> Any:
+        call = record.bind(*args, **options)
+        call.check()
+        return serve(call)
 
-def _checked_linear(*args: Any, **options: Any) -> list[Tensor]:
-    call = LinearCall.bind(*args, **options)
-    call.check()
-    return _linear(call)
+    return checked
 
 
 def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -141,7 +145,8 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 
 
 register("select_blocks", _checked_select)
-register("linear", _checked_linear)
+for _record in (LinearCall, SelectPatternCall):
+    register(_record.NAME, _checked(_record))
 register("ffn", _observed(_served("ffn")))
 for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):
     register(_op, _served(_op))

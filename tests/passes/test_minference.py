@@ -1,0 +1,188 @@
+"""minference: columns and diagonals of key blocks, from what the last queries look at, equal the mask that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsify import api
+from sparsify.backends.select.patterns import select_pattern
+from sparsify.ops import block_lists
+from sparsify.ops.patterns import ALWAYS, SelectPatternCall
+from sparsify.passes.minference import MInference
+from tests.support import attention_functions as attention
+from tests.support.ir import changed_region, check_golden, rewritten_graph
+
+BLOCK = 64
+
+
+def options(columns: int | list[int] = 64, diagonals: int | list[int] = 64, queries: int = 8, **more) -> dict:
+    chosen = {"columns": columns, "diagonals": diagonals, "queries": queries, "block": BLOCK}
+    return {"passes": ["minference"], "strict": True, "min_length": 0, "lower": "eager", "minference": chosen, **more}
+
+
+def run(function, inputs, given):
+    torch._dynamo.reset()
+    with torch.no_grad(), api.collect_plans() as plans:
+        output = torch.compile(function, backend="sparsify", options=given, fullgraph=True)(*inputs)
+    assert [d.method for plan in plans for d in plan.rewritten] == ["minference"]
+    return output
+
+
+def best(scores: list[float], count: int) -> set[int]:
+    return set(sorted((i for i, s in enumerate(scores) if s >= 0), key=lambda i: -scores[i])[:count])
+
+
+def chosen_blocks(query, key, columns, diagonals, queries, visible=None) -> torch.Tensor:
+    """The definition, one block after the other, in float64: bool [batch, heads, query_blocks, key_blocks]."""
+    batch, heads, query_len, dim = query.shape
+    group, key_len = heads // key.shape[1], key.shape[2]
+    start, blocks = key_len - query_len, -(-key_len // BLOCK)
+    keep = torch.zeros(batch, heads, -(-query_len // BLOCK), blocks, dtype=torch.bool)
+    for b in range(batch):
+        seen = [k for k in range(key_len) if visible is None or visible[b, k]]
+        rows = [r for r in range(query_len) if r + start in seen][-queries:]
+        first = seen[0] // BLOCK
+        for h in range(heads):
+            by_column, by_distance = [0.0] * blocks, [0.0] * blocks
+            for row in rows:
+                sees = [k for k in seen if k <= row + start]
+                weights = (key[b, h // group, sees].double() @ query[b, h, row].double() * dim**-0.5).softmax(0).tolist()
+                for k, weight in zip(sees, weights, strict=True):
+                    by_column[k // BLOCK] += weight
+                    by_distance[(row + start) // BLOCK - k // BLOCK] += weight
+            by_column[first], by_distance[0] = -1, -1
+            if blocks > 1:
+                by_distance[1] = -1
+            visited, steps = best(by_column, columns[h]) | {first}, best(by_distance, diagonals[h]) | {0, 1}
+            for i in range(keep.shape[2]):
+                own = (min(query_len, (i + 1) * BLOCK) - 1 + start) // BLOCK
+                for j in [*(c for c in visited if c <= own), *(own - d for d in steps if d <= own)]:
+                    keep[b, h, i, j] = True
+    return keep
+
+
+def masked(query, key, value, keep, visible=None):
+    """Causal attention over kept blocks."""
+    query_len, key_len = query.shape[2], key.shape[2]
+    group = query.shape[1] // key.shape[1]
+    rows, keys = torch.arange(query_len)[:, None] + key_len - query_len, torch.arange(key_len)
+    table = keep.repeat_interleave(BLOCK, 2)[:, :, :query_len].repeat_interleave(BLOCK, 3)[..., :key_len] & (keys <= rows)
+    if visible is not None:
+        table = table & (visible != 0)[:, None, None]
+    scores = query.double() @ key.repeat_interleave(group, 1).double().mT * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~table, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (weights @ value.repeat_interleave(group, 1).double()).to(query.dtype)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 200), st.integers(0, 3), st.integers(0, 3), st.integers(1, 9), st.integers(0, 99))
+def test_lists_are_those_of_the_definition(query_len, before, columns, diagonals, queries, seed):
+    """Of chunks at any place too, for heads that share keys, in parts or at once."""
+    query, key, _ = attention.operands(query_len=query_len, key_len=query_len + before, seed=seed)
+    heads = query.shape[1]
+    numbers = [columns + (h % 2) for h in range(heads)], [diagonals] * heads
+    want = chosen_blocks(query, key, *numbers, queries)
+    call = SelectPatternCall(
+        query, key, scale=query.shape[-1] ** -0.5, columns=tuple(numbers[0]), diagonals=(diagonals,), queries=queries, block_size=BLOCK
+    )
+    call.check()
+    for limit in (1, 1 << 30):
+        counts, indices = select_pattern(call, limit=limit)
+        assert indices.shape[-1] == min(call.key_blocks, columns + 1 + diagonals + ALWAYS)
+        found = block_lists.to_dense(counts, indices, call.key_blocks)
+        assert torch.equal(found, want)
+        listed = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert not ((indices[..., 1:] <= indices[..., :-1]) & listed[..., 1:]).any()
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padded_rows_choose_by_their_own_last_tokens(left):
+    query, key, value = attention.operands(query_len=300)
+    visible = torch.ones(2, 300, dtype=torch.long)
+    visible[0, slice(0, 150) if left else slice(150, None)] = 0
+    got = run(attention.padded, (query, key, value, visible), options())
+    heads = query.shape[1]
+    keep = chosen_blocks(query, key, [1] * heads, [1] * heads, 8, visible)
+    rows = visible[:, None, :, None].bool().expand_as(got)
+    torch.testing.assert_close(got[rows], masked(query, key, value, keep, visible)[rows], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got[rows], attention.padded(query, key, value, visible)[rows], atol=1e-2)
+
+
+def test_it_equals_its_mask_and_differs_from_dense():
+    inputs = attention.operands(query_len=400)
+    heads = inputs[0].shape[1]
+    got = run(attention.causal, inputs, options(columns=[64, 0, 128, 0], diagonals=[0, 128, 64, 0]))
+    keep = chosen_blocks(*inputs[:2], [1, 0, 2, 0][:heads], [0, 2, 1, 0][:heads], 8)
+    torch.testing.assert_close(got, masked(*inputs, keep), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got, attention.causal(*inputs), atol=1e-2)
+
+
+def test_keep_all_is_dense():
+    inputs = attention.operands(query_len=400)
+    kept = MInference(block=BLOCK).keep_all()
+    got = run(attention.causal, inputs, options(columns=kept.columns, diagonals=kept.diagonals))
+    torch.testing.assert_close(got, attention.causal(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_one_graph_serves_all_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.causal, backend="sparsify", options=options(), fullgraph=True)
+    with torch.no_grad(), api.collect_plans() as plans:
+        for length in (300, 130, 500):
+            inputs = attention.operands(query_len=length)
+            for operand in inputs:
+                torch._dynamo.mark_dynamic(operand, 2)
+            heads = inputs[0].shape[1]
+            keep = chosen_blocks(*inputs[:2], [1] * heads, [1] * heads, 8)
+            torch.testing.assert_close(compiled(*inputs), masked(*inputs, keep), atol=1e-5, rtol=1e-5)
+    assert len(plans) == 1
+
+
+def test_golden():
+    before, after, plan = rewritten_graph(attention.causal, attention.operands(query_len=300), options())
+    assert plan.decisions[0].method == "minference"
+    check_golden("minference", changed_region(before, after))
+
+
+def test_what_it_refuses():
+    for function, inputs, asked, reason in (
+        (attention.full, attention.operands(query_len=300), options(), "not causal"),
+        (attention.causal, attention.operands(query_len=1, key_len=300), options(), "one query row"),
+        (attention.causal, attention.operands(query_len=300), options(min_length="auto"), "min_length|below"),
+        (attention.causal, attention.operands(query_len=300), options(columns=[64] * 3), "3 columns for"),
+    ):
+        _, after, plan = rewritten_graph(function, inputs, {**asked, "strict": False})
+        assert after is None
+        assert any(word in plan.decisions[0].refusals[0] for word in reason.split("|")), plan.decisions[0].refusals
+
+
+@pytest.mark.parametrize("bad", [{"columns": -1}, {"diagonals": ()}, {"queries": 0}, {"block": 32}])
+def test_impossible_values(bad):
+    with pytest.raises(ValueError):
+        MInference(**bad)
+
+
+def test_layers_of_a_model_share_a_region():
+    pytest.importorskip("transformers")
+    import sparsify
+    from tests.support.tiny_models import VOCAB, build
+
+    torch._dynamo.reset()
+    ids = torch.randint(3, VOCAB, (2, 400), generator=torch.Generator().manual_seed(0))
+    model = build("llama", layers=3, max_position_embeddings=1024)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+        dense = model(ids, use_cache=False).logits
+        kept = MInference(block=BLOCK).keep_all()
+        for given, same in ((options(columns=kept.columns, diagonals=kept.diagonals), True), (options(), False)):
+            torch._dynamo.reset()
+            sparsify.compile(model, **{**given, "passes": ["minference", "dense"]})
+            with api.collect_plans() as plans:
+                logits = [model(ids[:, :length], use_cache=False).logits for length in (400, 300)]
+            assert [[d.method for d in plan.rewritten] for plan in plans] == [["minference"] * 3]
+            assert torch.allclose(logits[0], dense, atol=1e-4) == same
+            assert torch.allclose(logits[1], dense[:, :300], atol=1e-4) == same
