@@ -110,18 +110,8 @@ def every_block(call: SelectCall) -> tuple[Tensor, Tensor]:
     return counts.copy_(block_lists.causal_blocks(*sizes, device=call.device)), indices
 
 
-def _checked_select(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    call = SelectCall.bind(*args, **options)
-    call.check()
-    lists = select(call)
-    for observer in selection.observers():
-        observer(call, *lists)
-    return lists
-
-
-def _checked(record: type[OpCall]) -> Callable[..., Any]:
-    """`dispatch.serve` with the record of each call, after it was checked."""
-    serve = dispatch.serve(record.NAME)
+def _checked(record: type[OpCall], serve: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A function of a record as one of the op's arguments, which are checked."""
 
     def checked(*args: Any, **options: Any) -> Any:
         call = record.bind(*args, **options)
@@ -129,6 +119,18 @@ def _checked(record: type[OpCall]) -> Callable[..., Any]:
         return serve(call)
 
     return checked
+
+
+def _listed(serve: Callable[[Any], tuple[Tensor, Tensor]]) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    """What makes block lists, and after it who observes them."""
+
+    def listed(call: Any) -> tuple[Tensor, Tensor]:
+        lists = serve(call)
+        for observer in selection.observers():
+            observer(call, *lists)
+        return lists
+
+    return listed
 
 
 def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -144,9 +146,9 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return call
 
 
-register("select_blocks", _checked_select)
-for _record in (LinearCall, SelectPatternCall):
-    register(_record.NAME, _checked(_record))
+register("select_blocks", _checked(SelectCall, _listed(select)))
+register("select_pattern", _checked(SelectPatternCall, _listed(dispatch.serve("select_pattern"))))
+register("linear", _checked(LinearCall, dispatch.serve("linear")))
 register("ffn", _observed(_served("ffn")))
 for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):
     register(_op, _served(_op))

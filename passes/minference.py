@@ -40,6 +40,7 @@ class MInference(Pass):
 
     name: ClassVar[str] = "minference"
     by_head: ClassVar[tuple[str, ...]] = ("columns", "diagonals")
+    lists_blocks: ClassVar[bool] = True
 
     columns: int | tuple[int, ...] = Field(
         1024, description="keys, in tokens, that every later query sees: columns of blocks; a list gives one number per query head"

@@ -49,6 +49,7 @@ class XAttention(Pass):
 
     name: ClassVar[str] = "xattention"
     by_head: ClassVar[tuple[str, ...]] = ("threshold", "windows")
+    lists_blocks: ClassVar[bool] = True
 
     stride: Literal[4, 8, 16] = Field(
         4,

@@ -18,7 +18,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import block_lists
 from sparsify.ops.block_maps import BlockMap, block_map
-from sparsify.ops.selection import SelectCall, observing
+from sparsify.ops.selection import observing
 from sparsify.planning import provenance, registry
 from sparsify.planning.choose import named_methods
 from sparsify.planning.config import config
@@ -163,11 +163,11 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, _record_maps() as maps, _costs_beside():
         call = forward if "transformers" not in sys.modules else _regions().captured_like(model, settings, forward)
         call(*args, **inputs)
-    merged = _merged(plans)
+    merged, methods = _merged(plans), registry.discover()
     selecting = [
         (label, decision)
         for label, decision in zip(labels(merged.decisions), merged.decisions, strict=True)
-        if decision.kind == "attention" and decision.method is not None and "threshold" in decision.options
+        if decision.kind == "attention" and decision.method is not None and methods[decision.method].lists_blocks
     ]
     if len(selecting) == len(maps):  # else a graph ran twice or not to its end, and selections cannot be assigned to sites
         for (label, decision), found in zip(selecting, maps, strict=True):
@@ -214,7 +214,7 @@ def record_density() -> Generator[list[float]]:
     """Collects the density (selected share of the causal blocks, 0 to 1) of every block selection in the block, in order of execution."""
     densities: list[float] = []
 
-    def observe(call: SelectCall, counts: torch.Tensor, indices: torch.Tensor) -> None:
+    def observe(call: block_lists.Listing, counts: torch.Tensor, indices: torch.Tensor) -> None:
         densities.append(block_lists.call_density(call, counts))
 
     with observing(observe):

@@ -25,7 +25,8 @@ from sparsify import api, pipeline
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import block_lists
-from sparsify.ops.selection import SelectCall, observing
+from sparsify.ops.limits import cdiv
+from sparsify.ops.selection import observing
 from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
@@ -99,21 +100,23 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """Result of one `select_blocks` call, on the CPU.
+    """Block lists that one call made, on the CPU.
 
     counts, indices: the block lists, as `sparsify.ops.block_lists` describes them.
     block_size: tokens per block.
     density: selected share of the causal blocks, 0 to 1.
+    key_blocks: that there are.
     """
 
     counts: Tensor
     indices: Tensor
     block_size: int
     density: float
+    key_blocks: int
 
     def mask(self) -> Tensor:
         """The lists as a block mask, bool [batch, query_heads, query_blocks, key_blocks]; True where a block is visited."""
-        return block_lists.to_dense(self.counts, self.indices, self.indices.shape[-1])
+        return block_lists.to_dense(self.counts, self.indices, self.key_blocks)
 
 
 @contextmanager
@@ -121,9 +124,10 @@ def record_blocks() -> Generator[list[Selection]]:
     """Collects every block selection that runs inside the block, in order of execution, in compiled graphs too."""
     selections: list[Selection] = []
 
-    def observe(call: SelectCall, counts: Tensor, indices: Tensor) -> None:
-        density = block_lists.call_density(call, counts)
-        selections.append(Selection(counts.detach().cpu().clone(), indices.detach().cpu().clone(), call.block_size, density))
+    def observe(call: block_lists.Listing, counts: Tensor, indices: Tensor) -> None:
+        density, key_blocks = block_lists.call_density(call, counts), cdiv(int(call.key_len), call.block_size)
+        lists = counts.detach().cpu().clone(), indices.detach().cpu().clone()
+        selections.append(Selection(*lists, call.block_size, density, key_blocks))
 
     with observing(observe):
         yield selections

@@ -25,13 +25,16 @@ def _method(record: Found) -> str:
         return f"xattention, {parameters['pool']}, stride {parameters['stride']}, τ {parameters['threshold']:g}"
     if record["method"] == "sink_window":
         return f"sink_window, {parameters['sinks']} + {parameters['window']} tokens"
+    if record["method"] == "minference":
+        return f"minference, {parameters['columns']} + {parameters['diagonals']} tokens"
     return {"eager": "eager", "dense": "sparsify, dense"}[record["method"]]
 
 
 def _rank(record: Found) -> tuple[Any, ...]:
     parameters = record.get("parameters") or {}
-    order = ["eager", "dense", "xattention", "sink_window"].index(record["method"])
-    return order, parameters.get("pool", ""), parameters.get("stride", 0), parameters.get("threshold", 0), parameters.get("window", 0)
+    order = ["eager", "dense", "xattention", "minference", "sink_window"].index(record["method"])
+    numbers = (parameters.get(name, 0) for name in ("stride", "threshold", "columns", "diagonals", "window"))
+    return order, parameters.get("pool", ""), *numbers
 
 
 def table(found: Iterable[Found]) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks run answers --model DIR --text FILE --lengths 8192 16384 32768 --jobs 6
 
-For each length and each of eager, dense, sink_window and xattention (thresholds x strides x pools): share of answers right with its
-interval, realised density, mean NLL. Every method sees the same prompts. Appends to benchmarks/results/answers.jsonl.
+For each length and each of eager, dense, sink_window, minference and xattention (thresholds x strides x pools): share of answers right
+with its interval, realised density, mean NLL. Every method sees the same prompts. Appends to benchmarks/results/answers.jsonl.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,27 @@ ABLATION = (
 )
 
 
-def cells(thresholds: list[float], strides: list[int], pools: list[str], sinks: int, windows: list[int]) -> list[dict[str, Any]]:
+def cells(
+    thresholds: list[float],
+    strides: list[int],
+    pools: list[str],
+    sinks: int,
+    windows: list[int],
+    patterns: Sequence[tuple[int, int]] = (),
+) -> list[dict[str, Any]]:
     """What to measure: {"method", "parameters", "options"}; options None means uncompiled.
 
-    pools: `sum`, `max` or `row`, then any variants of the estimate as suffixes: `max+half+int8`.
+    pools: `sum`, `max` or `row`, then any variants of the estimate as suffixes: `max+half+int8`. patterns: columns and diagonals, tokens.
     """
     found: list[dict[str, Any]] = [
         {"method": "eager", "parameters": {}, "options": None},
         {"method": "dense", "parameters": {}, "options": {"passes": ["dense"], **COMMON}},
     ]
     found += [block_selection(pool, stride, threshold) for pool in pools for stride in strides for threshold in thresholds]
+    for columns, diagonals in patterns:
+        chosen = {"columns": columns, "diagonals": diagonals}
+        options = {"passes": ["minference", "dense"], "minference": chosen, **COMMON}
+        found.append({"method": "minference", "parameters": chosen, "options": options})
     for window in windows:
         chosen = {"sinks": sinks, "window": window}
         options = {"passes": ["sink_window", "dense"], "sink_window": chosen, **COMMON}
@@ -93,7 +105,7 @@ def measure(
     density = 1.0
     if cell["method"] == "sink_window":
         density = sink_window_density(length, **cell["parameters"])
-    elif cell["method"] == "xattention":
+    elif cell["method"] in ("xattention", "minference"):
         if len(found) != layers * len(seeds):
             raise RuntimeError(f"{len(found)} block selections in {len(seeds)} prompts of {layers} layers: not every layer was sparse")
         by_layer = [sum(found[layer::layers]) / len(seeds) for layer in range(layers)]
@@ -179,6 +191,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sinks", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="*", default=[2048, 8192])
+    parser.add_argument("--patterns", nargs="*", default=["512:1024"], metavar="COLUMNS:DIAGONALS", help="of minference, in tokens")
     parser.add_argument("--methods", nargs="+", default=["eager", "dense", "xattention", "sink_window"])
     parser.add_argument("--static", action="store_true", help="compile each length anew instead of once for all")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side (accuracy does not mind sharing a GPU)")
@@ -190,7 +203,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    todo = cells(options.thresholds, options.strides, [] if options.ablation else options.pools, options.sinks, options.windows)
+    patterns = [(int(first), int(second)) for first, _, second in (text.partition(":") for text in options.patterns)]
+    todo = cells(options.thresholds, options.strides, [] if options.ablation else options.pools, options.sinks, options.windows, patterns)
     if options.ablation:
         todo += [block_selection(pool, stride, threshold) for pool, stride, thresholds in ABLATION for threshold in thresholds]
     todo = [cell for cell in todo if cell["method"] in options.methods]

@@ -7,6 +7,7 @@
 `default` is `backend="sparsify"` with no options: what it chooses must never be slower than eager. Random weights attend to everything, so
 that the estimate finds little to leave out: the worst case for it.
 
+`minference` sees so many tokens in columns and in diagonals (`--pattern COLUMNS:DIAGONALS`).
 `token_select` is block-sparse attention up to a layer and so many tokens behind it (`--select LAYER:TOKENS`), chosen by all of its heads;
 each kind of layer is compiled by itself, as `sparsify.compile` does it. What it costs does not depend on which tokens it chooses.
 
@@ -34,16 +35,25 @@ from sparsify.generation.regions import regional
 from sparsify.planning.registry import discover
 
 
-def variants(density: float, select: tuple[int, int] = (12, 8192)) -> dict[str, dict[str, Any] | None]:
-    """For each variant its `model.compile` arguments, None for eager. select: the layer that chooses, and tokens behind it."""
+def variants(
+    density: float, select: tuple[int, int] = (12, 8192), pattern: tuple[int, int] = (1024, 4096)
+) -> dict[str, dict[str, Any] | None]:
+    """For each variant its `model.compile` arguments, None for eager.
+
+    Args:
+        select: of token_select, the layer that chooses, and tokens behind it.
+        pattern: of minference, tokens in columns and in diagonals.
+    """
     sparse = {"passes": ["xattention", "dense"], "xattention": {"density": density}, "min_length": 0, "strict": True}
     chosen = {"layer": select[0], "heads": "all", "keep": select[1]}
     selecting = {"passes": ["token_select", "xattention", "dense"], "token_select": chosen}
+    patterns = {**sparse, "passes": ["minference", "dense"], "minference": {"columns": pattern[0], "diagonals": pattern[1]}}
     return {
         **peers.MODELS,
         "default": {"backend": "sparsify"},
         "dense": {"backend": "sparsify", "options": {"passes": ["dense"], "strict": True}},
         "xattention": {"backend": "sparsify", "options": sparse},
+        "minference": {"backend": "sparsify", "options": patterns},
         "token_select": {"backend": "sparsify", "options": {**sparse, **selecting}},
     }
 
@@ -54,7 +64,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=["eager", "dense", "xattention", "inductor"], choices=list(variants(0.1)))
     parser.add_argument("--skip", nargs="*", default=["inductor:131072"], help="VARIANT:LENGTH pairs to leave out")
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--select", type=_layer_and_tokens, default="12:8192", metavar="LAYER:TOKENS", help="of token_select")
+    parser.add_argument("--select", type=_pair, default="12:8192", metavar="LAYER:TOKENS", help="of token_select")
+    parser.add_argument("--pattern", type=_pair, default="1024:4096", metavar="COLUMNS:DIAGONALS", help="of minference, in tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -64,9 +75,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _layer_and_tokens(text: str) -> tuple[int, int]:
-    layer, _, tokens = text.partition(":")
-    return int(layer), int(tokens)
+def _pair(text: str) -> tuple[int, int]:
+    first, _, second = text.partition(":")
+    return int(first), int(second)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     references: dict[int, torch.Tensor] = {}
     failed = 0
     for name in options.variants:
-        arguments_of = variants(options.density, options.select)[name]
+        arguments_of = variants(options.density, options.select, options.pattern)[name]
         torch._dynamo.reset()
         model._compiled_call_impl = None  # what `model.compile` sets; None is the model as it was
         regional.remove(model)
@@ -110,7 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
             requested = options.density if name in ("xattention", "token_select") else None
             if name in ("xattention", "default", "token_select"):
                 facts["estimate"] = list(discover()["xattention"]().estimate)
-            variant = name if name != "token_select" else f"{name} {options.select[0]}:{options.select[1]}"
+            numbers = {"token_select": options.select, "minference": options.pattern}.get(name)
+            variant = name if numbers is None else f"{name} {numbers[0]}:{numbers[1]}"
             facts |= {"variant": variant, "length": length, "requested_density": requested, "seed": 0}
             record = records.append(options.out, Prefill(**({"density": None, "peak_bytes": None} | found), **facts))
             print({key: record.get(key) for key in ("variant", "length", "ms", "peak_bytes", "density", "same_token", "error")}, flush=True)

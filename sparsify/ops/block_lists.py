@@ -1,17 +1,34 @@
 """Block lists: which key blocks each query block of each head visits, as counts and rising indices.
 
-counts: int32 [..., query_blocks]. indices: int16 or wider [..., query_blocks, key_blocks]; entries at and past the count are
-unspecified. `...` is usually [batch, query_heads].
+counts: int32 [..., query_blocks]. indices: int16 or wider [..., query_blocks, key_blocks], or as many as some list has; entries at and
+past the count are unspecified. `...` is usually [batch, query_heads].
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import VerifyError
 from sparsify.ops.limits import cdiv
-from sparsify.ops.selection import SelectCall
+
+
+class Listing(Protocol):
+    """A call that makes block lists: what they are of. start: key position of query row 0."""
+
+    @property
+    def query_len(self) -> int: ...
+    @property
+    def key_len(self) -> int: ...
+    @property
+    def start(self) -> int | Tensor: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def causal(self) -> bool: ...
+
 
 # entries of lists that are looked at together: their positions take 8 bytes each
 _AT_ONCE = 1 << 25
@@ -91,8 +108,8 @@ def density(counts: Tensor, query_len: int, key_len: int, start: int, block_size
     return per_head, float(per_head.mean()) if per_head.numel() else 0.0
 
 
-def call_density(call: SelectCall, counts: Tensor) -> float:
-    """Mean density of one call of `select_blocks`. Reads a device tensor: synchronises."""
+def call_density(call: Listing, counts: Tensor) -> float:
+    """Mean density of one call's lists. Reads a device tensor: synchronises."""
     return density(counts, call.query_len, call.key_len, int(call.start), call.block_size, causal=call.causal)[1]
 
 

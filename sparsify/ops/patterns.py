@@ -35,6 +35,7 @@ class SelectPatternCall(OpCall):
     block_size: query rows and keys of a block.
     """
 
+    causal: ClassVar[bool] = True
     NAME: ClassVar[str] = "select_pattern"
     VERSION: ClassVar[int] = VERSION
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsify.ops.attention import VERSION
+from sparsify.ops.block_lists import Listing
 from sparsify.ops.call import OpCall, Operand
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.library import define
@@ -275,7 +276,7 @@ class SelectCall(OpCall):
         return counts, self.query.new_empty(*counts.shape, self.key_blocks, dtype=torch.int16)
 
 
-Observer = Callable[[SelectCall, Tensor, Tensor], None]
+Observer = Callable[[Listing, Tensor, Tensor], None]
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("sparsify_select_observers", default=())
 
 select_blocks = define(SelectCall, SelectCall.empty_lists)

@@ -154,6 +154,7 @@ class Pass(BaseModel):
         which a method has `choose` and no `rewrite`, as `sparsify.passes.token_select` shows it).
     across_layers: whether what it does at a site depends on the model's other layers: they are captured in one graph.
     by_head: options that may hold a number for each query head.
+    lists_blocks: whether its attention goes by block lists, which are observed where a tool asks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -162,6 +163,7 @@ class Pass(BaseModel):
     kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
     across_layers: ClassVar[bool] = False
     by_head: ClassVar[tuple[str, ...]] = ()
+    lists_blocks: ClassVar[bool] = False
     _whole: Pass | None = PrivateAttr(None)
 
     def looks_for_sites(self, device: Device | None) -> bool:

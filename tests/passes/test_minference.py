@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify import api
+from sparsify import api, testing
 from sparsify.backends.select.patterns import select_pattern
 from sparsify.ops import block_lists
 from sparsify.ops.patterns import ALWAYS, SelectPatternCall
@@ -181,8 +181,28 @@ def test_layers_of_a_model_share_a_region():
         for given, same in ((options(columns=kept.columns, diagonals=kept.diagonals), True), (options(), False)):
             torch._dynamo.reset()
             sparsify.compile(model, **{**given, "passes": ["minference", "dense"]})
-            with api.collect_plans() as plans:
+            with api.collect_plans() as plans, api.record_density() as densities:
                 logits = [model(ids[:, :length], use_cache=False).logits for length in (400, 300)]
             assert [[d.method for d in plan.rewritten] for plan in plans] == [["minference"] * 3]
+            assert len(densities) == 6 and all((density == 1) == same for density in densities)
             assert torch.allclose(logits[0], dense, atol=1e-4) == same
             assert torch.allclose(logits[1], dense[:, :300], atol=1e-4) == same
+
+
+def test_explain_shows_what_was_visited():
+    pytest.importorskip("transformers")
+    import sparsify
+    from tests.support.tiny_models import VOCAB, build
+
+    torch._dynamo.reset()
+    ids = torch.randint(3, VOCAB, (1, 600), generator=torch.Generator().manual_seed(0))
+    model = build("llama", layers=2, max_position_embeddings=1024)
+    plan = sparsify.explain(model, ids, use_cache=False, options={**options(), "passes": ["minference", "dense"]})
+    with testing.record_blocks() as found, torch.no_grad():
+        torch.compile(model, backend="sparsify", options={**options(), "passes": ["minference", "dense"]})(ids, use_cache=False)
+    for decision, one in zip(plan.rewritten, found, strict=True):
+        assert decision.realised_density == pytest.approx(one.density) and 0.3 < one.density < 0.9
+        seen = plan.block_maps[decision.site]
+        table = one.mask()[0]
+        assert table.shape[-2:] == (10, 10) and one.indices.shape[-1] == 5
+        assert torch.equal(seen.visited.bool(), table) and int(seen.visited.sum()) == int(one.counts.sum())

@@ -193,7 +193,7 @@ def test_recorded_blocks_give_a_mask(model):
 def test_a_mask_ignores_unlisted_indices():
     counts = torch.tensor([[[1, 2]]], dtype=torch.int32)
     indices = torch.tensor([[[[0, 7, -3], [0, 2, 1]]]], dtype=torch.int16)
-    assert Selection(counts, indices, 64, 1.0).mask().tolist() == [[[[True, False, False], [True, False, True]]]]
+    assert Selection(counts, indices, 64, 1.0, 3).mask().tolist() == [[[[True, False, False], [True, False, True]]]]
 
 
 def rules(*bad):

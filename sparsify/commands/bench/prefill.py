@@ -26,7 +26,7 @@ class Prefill(Record):
     shape: str  # of benchmarks.lib.models, or a model's name
     layers: int
     parameters: int  # of the model
-    variant: str  # of `VARIANTS` or of benchmarks.model.prefill; of token_select with its layer and tokens, as `token_select 12:8192`
+    variant: str  # of `VARIANTS` or of benchmarks.model.prefill; of token_select and minference with their numbers: `token_select 12:8192`
     length: int  # tokens
     requested_density: float | None
     seed: int
@@ -143,7 +143,7 @@ def table(found: Iterable[Found], what: str = "{shape}, {layers} layers", note: 
     return "\n\n".join(parts)
 
 
-_ORDER = ("eager", "inductor", "default", "dense", "exact", "xattention", "sparsify", "token_select")
+_ORDER = ("eager", "inductor", "default", "dense", "exact", "xattention", "sparsify", "minference", "token_select")
 _NAMES = {"dense": "sparsify, dense", "exact": "sparsify, exact", "default": "sparsify, no options", "inductor": "Inductor"}
 
 
@@ -152,10 +152,12 @@ def _place(variant: str) -> tuple[int, str]:
 
 
 def _name(variant: str) -> str:
-    kind, _, selected = variant.partition(" ")
+    kind, _, numbers = variant.partition(" ")
+    first, _, second = numbers.partition(":")
+    if kind == "minference":
+        return f"minference, {first} tokens in columns, {second} in diagonals"
     if kind == "token_select":
-        layer, _, tokens = selected.partition(":")
-        return f"token_select, {tokens} tokens behind layer {layer}"
+        return f"token_select, {second} tokens behind layer {first}"
     return _NAMES.get(variant, variant)
 
 
