@@ -59,6 +59,9 @@ def sparse_attention(
         rows, heads = slice(*part.batch), slice(*part.heads)
         known = flags if flags is None or flags.shape[0] == 1 else flags[rows]
         groups.append(_Group(division, call.part(part), known, output[rows, heads], lse[rows, heads], travels))
+    chunks = len(division.spans())
+    for number, group in enumerate(groups):
+        group.first, group.pieces = number * chunks, len(groups) * chunks
     _in_turns(groups)
     return output, lse
 
@@ -104,6 +107,7 @@ class _Group:
         # windows are said by position, which rows that travel do not have
         self.travels: Travelling | None = "keys" if any(call.windows) else travels
         self.lists: list[tuple[slice, int, Tensor, Tensor]] = []
+        self.first, self.pieces = 0, 1  # its selections among those of the call, for observers
         self._cells: Callable[[], SelectCall] | None = None
         self._asked: Asked | None = None
 
@@ -120,8 +124,7 @@ class _Group:
         for rows, end in parts_of_text.chunks(division):
             chosen = _for_rows(whole, call.query[:, :, rows], end, self.flags)
             counts, indices = registration.select(chosen)
-            for observer in selection.observers():
-                observer(chosen, counts, indices)
+            selection.observed(chosen, counts, indices, len(self.lists) + self.first, self.pieces)
             self.lists.append((rows, end, counts, indices))
             visited = block_lists.visited(counts, indices, chosen.key_blocks)
             read[:, :, : chosen.key_blocks] |= visited.unflatten(1, (call.kv_heads, -1)).any(2)

@@ -126,8 +126,7 @@ def _listed(serve: Callable[[Any], tuple[Tensor, Tensor]]) -> Callable[[Any], tu
 
     def listed(call: Any) -> tuple[Tensor, Tensor]:
         lists = serve(call)
-        for observer in selection.observers():
-            observer(call, *lists)
+        selection.observed(call, *lists)
         return lists
 
     return listed

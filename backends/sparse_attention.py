@@ -55,8 +55,7 @@ def _observe(call: SparseAttentionCall, parts: list[scratch.Part], seen: list[tu
     for part, (some_counts, some_indices) in zip(parts, seen, strict=True):
         counts[slice(*part.batch), slice(*part.heads)] = some_counts
         indices[slice(*part.batch), slice(*part.heads)] = some_indices
-    for observer in selection.observers():
-        observer(chosen, counts, indices)
+    selection.observed(chosen, counts, indices)
 
 
 def _serve(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:

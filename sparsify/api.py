@@ -18,7 +18,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
 from sparsify.ops import block_lists
 from sparsify.ops.block_maps import BlockMap, block_map
-from sparsify.ops.selection import observing
+from sparsify.ops.selection import observing, piece
 from sparsify.planning import provenance, registry
 from sparsify.planning.choose import named_methods
 from sparsify.planning.config import config
@@ -171,8 +171,9 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     ]
     if len(selecting) == len(maps):  # else a graph ran twice or not to its end, and selections cannot be assigned to sites
         for (label, decision), found in zip(selecting, maps, strict=True):
-            decision.realised_density = sum(found.density) / len(found.density)
-            merged.block_maps[label] = found
+            decision.realised_density = block_lists.mean_density((sum(one.density) / len(one.density), one.weight) for one in found)
+            if len(found) == 1:
+                merged.block_maps[label] = found[0]
     return merged
 
 
@@ -192,10 +193,16 @@ def _merged(plans: list[Plan]) -> Plan:
 
 
 @contextmanager
-def _record_maps() -> Generator[list[BlockMap]]:
-    """Collects a map of every block selection in the block, in order of execution."""
-    maps: list[BlockMap] = []
-    with observing(lambda call, counts, indices: maps.append(block_map(call, counts, indices))):
+def _record_maps() -> Generator[list[list[BlockMap]]]:
+    """Collects a map of every block selection in the block, in order of execution: several where a site's is made in pieces."""
+    maps: list[list[BlockMap]] = []
+
+    def observe(call: block_lists.Listing, counts: torch.Tensor, indices: torch.Tensor) -> None:
+        if piece()[0] == 0:
+            maps.append([])
+        maps[-1].append(block_map(call, counts, indices))
+
+    with observing(observe):
         yield maps
 
 
@@ -211,11 +218,20 @@ def _costs_beside() -> Generator[None]:
 
 @contextmanager
 def record_density() -> Generator[list[float]]:
-    """Collects the density (selected share of the causal blocks, 0 to 1) of every block selection in the block, in order of execution."""
+    """Collects the density (selected share of the causal blocks, 0 to 1) of every block selection in the block, in order of execution.
+
+    Where a prompt is divided among processes it is that of this process's rows, whose chunks count by the blocks that they could visit.
+    """
     densities: list[float] = []
+    pieces: list[tuple[float, float]] = []
 
     def observe(call: block_lists.Listing, counts: torch.Tensor, indices: torch.Tensor) -> None:
-        densities.append(block_lists.call_density(call, counts))
+        number, count = piece()
+        if number == 0:
+            pieces.clear()
+        pieces.append((block_lists.call_density(call, counts), block_lists.possible_blocks(call) * counts[..., 0].numel()))
+        if number + 1 == count:
+            densities.append(block_lists.mean_density(pieces))
 
     with observing(observe):
         yield densities

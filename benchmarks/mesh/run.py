@@ -5,8 +5,8 @@
     python -m benchmarks run mesh --device cpu --shape tiny --prompts dense:2048 0.5:2048 --decode 512 --tokens 8
 
 prefill: a model of Llama-3.1-8B's shape with random weights reads a prompt, exactly ("dense") or with a share of the blocks, on one GPU and
-then on all, the prompt divided (`sparsify.compile(mesh=...)`). Random weights attend to everything: the blocks that a GPU's rows visit
-together are nearly all, so that what travels is the most that can travel.
+then on all, the prompt divided (`sparsify.compile(mesh=...)`); each prompt is read once before it is timed. Random weights attend to
+everything: the blocks that a GPU's rows visit together are nearly all, so that what travels is the most that can travel.
 ring: dense causal attention of one layer of that shape, ours beside torch's own context parallelism, in turns.
 decode: tokens through `generate()` over a cache of so many random keys, every key kept, on one GPU and divided by transformers' `tp_plan`.
 
@@ -43,25 +43,34 @@ from sparsify.generation.regions import regional
 
 ROOT = Path(__file__).parents[2]
 LONG = 1 << 18  # tokens from which on a prompt is timed once
+LONGEST_ALONE = 1 << 19  # tokens up to which one GPU reads a prompt, too
+# with which all goals are measured in less than eight minutes on two H200
+PROMPTS = ["dense:131072", "0.1:131072", "0.05:524288", "0.03:1048576", "0.03:1048576:half+quad+int8+peak"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--parts", nargs="+", default=["prefill", "ring", "decode"], choices=["prefill", "ring", "decode"])
-    parser.add_argument(
-        "--prompts", nargs="+", default=["dense:131072", "0.1:131072", "0.05:524288"], help="dense or a density, and tokens"
-    )
+    parser.add_argument("--parts", nargs="+", default=["ring", "decode", "prefill"], choices=["prefill", "ring", "decode"])
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="dense or a density, tokens, and perhaps the estimate's variants")
     parser.add_argument("--ring", type=int, nargs="+", default=[131072], help="tokens of the layer")
     parser.add_argument("--decode", type=int, default=131072, help="tokens before the generated ones")
     parser.add_argument("--tokens", type=int, default=128, help="generated in a call")
-    parser.add_argument("--repeats", type=int, default=2, help="calls after the first; prompts of 256K and more are timed once")
+    parser.add_argument("--repeats", type=int, default=1, help="calls after the first; prompts of 256K and more are timed once")
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="also measure one GPU")
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=records.RESULTS / "mesh.jsonl")
     return parser.parse_args(arguments)
+
+
+def _settings(density: float | None, variants: str = "") -> dict[str, Any]:
+    """Options of a prompt: exact, or a share of the blocks, chosen with these variants of the estimate instead of the default ones."""
+    if density is None:
+        return {"passes": ["dense"]}
+    estimate = {"estimate": variants.split("+")} if variants else {}
+    return {"passes": ["xattention", "dense"], "xattention": {"density": density, **estimate}}
 
 
 class Bench:
@@ -124,21 +133,29 @@ class Bench:
         options = self.options
         model = build(options.shape, options.layers, options.device)
         generator = torch.Generator().manual_seed(0)
-        longest = max(int(one.partition(":")[2]) for one in options.prompts)
+        longest = max(int(one.split(":")[1]) for one in options.prompts)
         ids = torch.randint(0, model.config.vocab_size, (1, longest), generator=generator).to(options.device)
         likeliest: dict[str, Tensor] = {}
         for gpus, takes_part in self.ways():
             for prompt in options.prompts if takes_part else ():
-                kind, _, length = prompt.partition(":")
+                kind, length, *variants = prompt.split(":")
+                if gpus == 1 and int(length) > LONGEST_ALONE:
+                    continue
                 density = None if kind == "dense" else float(kind)
-                facts = {"part": "prefill", "variant": kind if density is None else "xattention", "length": int(length)}
-                measure = lambda: self._prompt(model, ids[:, : int(length)], density, gpus, likeliest, prompt)  # noqa: B023  (called at once)
+                facts = {
+                    "part": "prefill",
+                    "variant": " ".join((kind if density is None else "xattention", *variants)),
+                    "length": int(length),
+                }
+                settings = _settings(density, *variants)
+                measure = lambda: self._prompt(model, ids[:, : int(length)], settings, gpus, likeliest, prompt)  # noqa: B023  (called at once)
                 self.record(measure, **facts, gpus=gpus, requested_density=density)
         regional.remove(model)
 
     @torch.no_grad()
-    def _prompt(self, model: Any, ids: Tensor, density: float | None, gpus: int, likeliest: dict[str, Tensor], name: str) -> dict[str, Any]:
-        settings = {"passes": ["dense"]} if density is None else {"passes": ["xattention", "dense"], "xattention": {"density": density}}
+    def _prompt(
+        self, model: Any, ids: Tensor, settings: dict[str, Any], gpus: int, likeliest: dict[str, Tensor], name: str
+    ) -> dict[str, Any]:
         mesh = dist.init_device_mesh(self.options.device, (gpus,), mesh_dim_names=("cp",)) if gpus > 1 else None
         sparsify.compile(model, mesh=mesh, min_length=0, strict=True, progress=False, **settings)
         read = lambda: model(ids, use_cache=False, logits_to_keep=1).logits

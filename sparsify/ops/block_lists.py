@@ -6,6 +6,7 @@ past the count are unspecified. `...` is usually [batch, query_heads].
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -106,6 +107,19 @@ def density(counts: Tensor, query_len: int, key_len: int, start: int, block_size
         possible = torch.full_like(possible, cdiv(key_len, block_size))
     per_head = counts.sum(-1).double() / possible.sum().clamp(min=1)
     return per_head, float(per_head.mean()) if per_head.numel() else 0.0
+
+
+def mean_density(pieces: Iterable[tuple[float, float]]) -> float:
+    """The density of a selection that was made in pieces, of each piece's density and how many blocks it could list; 0 without any."""
+    found = list(pieces)
+    return sum(density * blocks for density, blocks in found) / max(1.0, sum(blocks for _, blocks in found))
+
+
+def possible_blocks(call: Listing) -> int:
+    """How many blocks one head of a call could list. Reads where its rows begin: synchronises where that is on the device."""
+    if not call.causal:
+        return cdiv(call.query_len, call.block_size) * cdiv(call.key_len, call.block_size)
+    return int(causal_blocks(call.query_len, call.key_len, int(call.start), call.block_size).sum())
 
 
 def call_density(call: Listing, counts: Tensor) -> float:

@@ -34,6 +34,11 @@ class BlockMap:
     key_len: int
     block_size: int
 
+    @property
+    def weight(self) -> int:
+        """How many blocks its heads could visit, in comparison with other maps."""
+        return int(self.possible.sum()) * self.visited.shape[0]
+
     def shares(self, side: int) -> Tensor:
         """Visited share of the possible blocks in a grid of at most `side` rows and columns.
 

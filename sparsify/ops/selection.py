@@ -279,6 +279,8 @@ class SelectCall(OpCall):
 Observer = Callable[[Listing, Tensor, Tensor], None]
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("sparsify_select_observers", default=())
 
+_piece: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("sparsify_select_piece", default=(0, 1))
+
 select_blocks = define(SelectCall, SelectCall.empty_lists)
 
 
@@ -293,6 +295,26 @@ def observing(observer: Observer) -> Generator[None]:
         yield
     finally:
         _observers.reset(token)
+
+
+def observed(call: SelectCall, counts: Tensor, indices: Tensor, number: int = 0, count: int = 1) -> None:
+    """Shows a selection to who observes it here.
+
+    Args:
+        counts, indices: its block lists.
+        number, count: which of how many selections this is that make up one of a site: some rows, or some heads.
+    """
+    token = _piece.set((number, count))
+    try:
+        for observer in observers():
+            observer(call, counts, indices)
+    finally:
+        _piece.reset(token)
+
+
+def piece() -> tuple[int, int]:
+    """For an observer: which of how many selections of one site it is shown, 0 and 1 where it is all of it."""
+    return _piece.get()
 
 
 def observers() -> tuple[Observer, ...]:

@@ -9,6 +9,7 @@ import torch
 
 from sparsify.backends import predict, registration
 from sparsify.errors import UnsupportedError
+from sparsify.ops import block_lists
 from sparsify.ops.estimate import EXAMPLES, Estimate
 from tests.support import divided, processes
 
@@ -137,3 +138,21 @@ def test_kernels_of_a_divided_call_are_foreseen_without_an_exchange(monkeypatch)
     monkeypatch.setitem(registration.SERVED, "attention", lambda *args, **options: ran.append(options))
     predict.launches("attention", [], {"sequence": "group", "scale": 1.0}, torch.device("cpu"))
     assert ran == [{"scale": 1.0}]
+
+
+@pytest.mark.slow
+def test_the_density_of_a_divided_prompt_is_that_of_all_its_rows():
+    """One number for a call, in which a chunk counts by the blocks that it could visit: 2 of 21 for the first, 19 for the last."""
+    cases = [sparse(2048, density=0.3, pool="max", threshold=()), sparse(1537), sparse(2049, heads=(4, 4), threshold=(0.2, 1.0, 0.6, 0.4))]
+    found = processes.run(2, divided.densities, cases)
+    for number, case in enumerate(cases):
+        call = divided.call_of(case)
+        counts, _ = registration.select(call.selection())
+        listed = counts.sum((0, 1))  # by query block
+        possible = block_lists.causal_blocks(call.query_len, call.key_len, 0, call.block_size) * counts[..., 0].numel()
+        means = []
+        for (collected,), spans in (one[number] for one in found):
+            rows = torch.cat([torch.arange(first // 128, -(-last // 128)) for first, last in spans])
+            assert collected == pytest.approx(float(listed[rows].sum() / possible[rows].sum()))
+            means.append(collected)
+        assert min(means) > 0 and (number or max(means) < 0.5)

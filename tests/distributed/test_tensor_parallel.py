@@ -113,3 +113,14 @@ def test_generated_tokens_are_those_of_one_process():
     }
     want = _compare("tokens", "llama", cases)
     assert all("kv_evict" in methods for name, (_, methods) in want.items() if CACHES[name.split()[0]][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_token_takes_two_sums_a_layer(family):
+    """Beside these the sum of the embedding's parts, and what gathers the logits: both are of transformers' plan."""
+    for found in processes.run(2, tensor_parallel.collectives, family, {}):
+        taken = {name.removeprefix("_c10d_functional::"): count for name, count in found.items() if name.startswith("_c10d_functional::")}
+        taken.pop("_wrap_tensor_autograd", None)
+        assert taken == {"all_reduce": 2 * 2 + 1, "all_gather_into_tensor": 1}
+        assert found.get("c10d::monitored_barrier_", 0) == 0  # what processes compare, they compare once a prompt

@@ -102,3 +102,16 @@ def whole_of(tokens: int) -> Tensor:
 
 def replaced(call: Any, **fields: Any) -> Any:
     return dataclasses.replace(call, **fields)
+
+
+def densities(cases: list[dict[str, Any]]) -> list[tuple[list[float], list[tuple[int, int]]]]:
+    """For each case what `record_density` collects over this process's rows, and its tokens."""
+    from sparsify.api import record_density
+
+    found = []
+    for case in cases:
+        division = Division.of(case["tokens"], shard())
+        with sequence.dividing(division), record_density() as collected:
+            call_of(case, division).run()
+        found.append((collected, division.spans()))
+    return found

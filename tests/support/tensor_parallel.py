@@ -69,3 +69,18 @@ def all_of(function: str, family: str, cases: dict[str, tuple[Any, ...]], split:
         model = (divided if split else whole)(family, **overrides)
         results[name] = globals()[function](model, ids, mask, options, *more)
     return results
+
+
+def collectives(family: str, overrides: dict[str, Any]) -> dict[str, float]:
+    """By name the collectives that one more generated token takes in a compiled model, of every layer and of what follows them."""
+    model: Any = divided(family, **overrides)
+    ids = torch.arange(3, 60)[None]
+    counts = []
+    with compiled(model, {"passes": ["dense"]}):
+        for tokens in (4, 4, 9):
+            given = {"do_sample": False, "min_new_tokens": tokens, "pad_token_id": 0}
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+                model.generate(ids, max_new_tokens=tokens, **given)
+            counts.append({event.key: event.count for event in profiled.key_averages()})
+    names = [name for name in counts[2] if "c10d" in name and "wait" not in name]
+    return {name: (counts[2][name] - counts[1].get(name, 0)) / 5 for name in names}
