@@ -56,6 +56,24 @@ class DecodeReading(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeOffloaded(Record):
+    """One sequence's token where keys and values lie in the host's memory."""
+
+    NAME = "decode_offloaded"
+    KEYS = ("variant", "shape", "layers", "length")
+    variant: str  # of benchmarks.cache.offload.VARIANTS
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    length: int  # tokens stored
+    limit_ms: float | None  # of the bytes of all keys and values over the bus; None on a CPU
+    ms: float | None = None  # a token that is read back, median
+    peak_bytes: int | None = None  # most device memory; None on a CPU
+    cache_bytes: int | None = None  # of the cache on the device
+    host_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeModel(Record):
     """A whole model, compiled, a token at a time."""
 

@@ -10,6 +10,7 @@ from benchmarks.cache import (
     DecodeFull,
     DecodeKernel,
     DecodeModel,
+    DecodeOffloaded,
     DecodeReading,
     DecodeStore,
     EvictionNeedles,
@@ -20,7 +21,7 @@ from benchmarks.lib.needles import wilson
 from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
 from benchmarks.model import Prefill
-from sparsify.commands.bench.tables import Found, Row, by_device, conditions, kind, latest, markdown, measured, size
+from sparsify.commands.bench.tables import Found, Row, by_device, conditions, failure, kind, latest, markdown, measured, size
 
 TOKEN_MS, STORE_SHARE, KEPT = 5.5, 0.03, 1.05  # goals: a token at batch 1 on an 8B model, of a prefill, of the budget's bytes
 _SAVED = 1.2  # times the share of the bytes: a step that takes longer saves less than it reads less
@@ -332,6 +333,23 @@ def reading_shortfalls(found: list[Found]) -> list[str]:
     return lines
 
 
+def offloaded_table(found: Iterable[Found]) -> str:
+    """Tokens over keys in the host's memory, and what is left of them on the device."""
+    parts = []
+    for group in by_device(found):
+        cells = latest(group, DecodeOffloaded)
+        gib = lambda count: "–" if count is None else f"{count / 2**30:.2f}"
+        rows = [
+            [r["shape"], size(r["length"]), r["variant"], f"{r['ms']:.2f}" if r.get("ms") else failure(r.get("error") or ""),
+             f"{r['limit_ms']:.2f}" if r.get("limit_ms") else "–",
+             *(gib(r.get(name)) for name in ("cache_bytes", "host_bytes", "peak_bytes"))]
+            for r in sorted(cells, key=lambda r: (r["shape"], r["length"], r["variant"]))
+        ]  # fmt: skip
+        header = ["shape", "after", "cache", "ms a token", "bus' time, ms", "on the device, GiB", "in the host's memory, GiB", "peak, GiB"]
+        parts += [conditions(cells), markdown(header, rows)]
+    return "\n\n".join(parts)
+
+
 BENCHMARKS = (
     Benchmark(
         name="decode",
@@ -362,6 +380,15 @@ BENCHMARKS = (
         title="Decode that reads less",
         table=reading_table,
         shortfalls=reading_shortfalls,
+    ),
+    Benchmark(
+        name="offload",
+        place=17,
+        measures="tokens over keys and values in the host's memory, beside a cache on the device and transformers' offloaded one",
+        module="benchmarks.cache.offload",
+        records=(DecodeOffloaded,),
+        title="Keys in the host's memory",
+        table=offloaded_table,
     ),
     Benchmark(
         name="eviction",

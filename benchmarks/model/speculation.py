@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         exact: torch.Tensor | None = None
         for drafts in options.drafts:
             clean(options.device)
-            facts = {
+            facts: dict[str, Any] = {
                 "shape": Path(options.model).name if options.model else options.shape,
                 "layers": model.config.num_hidden_layers,
                 "length": length,
@@ -115,7 +115,8 @@ def _model(options: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    return model.to(options.device).eval()
 
 
 def _prompt(model: Any, length: int, options: argparse.Namespace) -> torch.Tensor:

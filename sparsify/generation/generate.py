@@ -135,13 +135,17 @@ class _Request:
             log.info("generate() runs transformers' loop because %s", reason)
             return original(self.model, input_ids, *args, **kwargs)
         users = cache is not self.borrowed and getattr(cache, "_is_user_defined", False)
+        make_runner = self.decoder.runner
+        if getattr(cache, "offloader", None) is not None:
+            log.info("generate() decodes without a CUDA graph: keys and values come from the host's memory, layer by layer")
+            make_runner = lambda function, failed: Direct(function)
         names = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer", "model_kwargs")
         return loop.decode(
             self.model,
             call.Call(**{name: given[name] for name in names}),
             private=not users and not config.return_dict_in_generate,
             late=input_ids.device.type == "cuda",
-            make_runner=self.decoder.runner,
+            make_runner=make_runner,
             sessions=self.decoder.sessions.setdefault(cache, Sessions()),
             shown=self.decoder.shown,
         )

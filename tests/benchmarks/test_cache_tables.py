@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks import report
+from benchmarks.cache import offload
 from benchmarks.cache import report as tables_cache
 
 MACHINE = {"gpu": "H200", "commit": "a" * 40, "torch": "2.11"}
@@ -93,3 +98,23 @@ def test_missed_goals_are_listed_and_met_ones_are_not() -> None:
     assert f"{mine} Inductor, every key kept: 54.0 ms |" in rows
     early = {name: value for name, value in token("static+inductor", 54.0).items() if name != "ms_per_token_read_back"}
     assert "Inductor, every key kept, each token read back: 54.0 ms |" in report.headlines([token("sparsify", 5.0), early])
+
+
+def test_offloaded_tokens_beside_the_bus() -> None:
+    facts = {"shape": "8b", "layers": 32, "length": 131072, "limit_ms": 312.5}
+    found = [
+        record("decode_offloaded", variant="offloaded", ms=330.0, cache_bytes=2**30, host_bytes=16 * 2**30, peak_bytes=20 * 2**30, **facts),
+        record("decode_offloaded", variant="transformers", error="out of memory", **facts),
+    ]
+    text = tables_cache.offloaded_table(found)
+    assert "| 8b | 128K | offloaded | 330.00 | 312.50 | 1.00 | 16.00 | 20.00 |" in text
+    assert "| 8b | 128K | transformers | failed: out of memory | 312.50 | – | – | – |" in text
+
+
+@pytest.mark.slow
+def test_offloading_runs_tiny(tmp_path: Path) -> None:
+    out = tmp_path / "decode.jsonl"
+    assert offload.main(["--shape", "tiny", "--lengths", "64", "--tokens", "2", "--warmup", "1", "--device", "cpu", "--out", str(out)]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["variant"] for one in found] == list(offload.VARIANTS) and all(one["ms"] > 0 for one in found)
+    assert found[1]["host_bytes"] > 0 and found[0]["host_bytes"] == 0

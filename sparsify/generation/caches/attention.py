@@ -183,7 +183,12 @@ def attention_forward(
     autocast = autocast_dtype(query)
     if autocast is not None:
         query = query.to(key.dtype)
+    if layer.offloader is not None:
+        layer.offloader.bring(layer)
     output = _attend(layer, query, key, value, is_token, scale, softcap or 0.0, s_aux)
+    if layer.offloader is not None:
+        # a prompt whose storing waits has stored nothing yet, and a policy that has moved its tokens has no more than there are slots
+        layer.offloader.put_back(layer, query.shape[2], is_token is None and query.shape[2] == 1)
     if autocast is not None:
         output = output.to(autocast)
     if layer.is_last:

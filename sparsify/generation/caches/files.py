@@ -51,7 +51,9 @@ class Header(BaseModel):
 
     policy: as `Policy.describe` writes it. budget: tokens, or a share of the first call's. every: tokens beside it, 0 for none. read: as
     `Pages` writes itself, empty for everything. codes: "fp8", "int4", or "" for keys and values as they came. draft: as `read`, of drafted
-    tokens; draft_tokens: how many of them, None for as many as pay. versions: of what wrote the file.
+    tokens; draft_tokens: how many of them, None for as many as pay.
+
+    offloading: keys and values lie in the host's memory. versions: of what wrote the file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -65,6 +67,7 @@ class Header(BaseModel):
     codes: str = ""
     draft: str = ""
     draft_tokens: int | None = None
+    offloading: bool = False
     layers: list[LayerHeader]
     versions: dict[str, str]
 
@@ -80,11 +83,12 @@ class How:
     codes: str
     draft: Pages | None
     draft_tokens: int | None
+    offloading: bool
 
     @classmethod
     def of(cls, header: Header) -> How:
         pages = [Pages.parse(text) if text else None for text in (header.read, header.draft)]
-        return cls(header.policy, header.budget, header.every, pages[0], header.codes, pages[1], header.draft_tokens)
+        return cls(header.policy, header.budget, header.every, pages[0], header.codes, pages[1], header.draft_tokens, header.offloading)
 
 
 def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
@@ -100,7 +104,7 @@ def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
         if layer.is_initialized:
             slots = min(int(layer.length), layer.keys.shape[2]) if layer.grows else layer.keys.shape[2]
             for name in _BY_SLOT:
-                tensors[f"{layer.index}.{name}"] = getattr(layer, name)[:, :, :slots].contiguous()
+                tensors[f"{layer.index}.{name}"] = layer.at_rest(name)[:, :, :slots].contiguous()
             for name in _BY_ROW:
                 tensors[f"{layer.index}.{name}"] = getattr(layer, name).clone()
             for name, known in layer.known():
@@ -120,6 +124,7 @@ def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
         codes=how.codes,
         draft="" if how.draft is None else str(how.draft),
         draft_tokens=how.draft_tokens,
+        offloading=how.offloading,
         every=how.every,
         layers=described,
         versions={"torch": torch.__version__},
@@ -182,14 +187,17 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
             except (SafetensorError, RuntimeError) as error:
                 raise CacheError(f"scales are missing or do not fit: {error}", where=f"{path}, layer {layer.index}") from error
             for name in _BY_SLOT:
-                getattr(layer, name)[:, :, : described.slots].copy_(saved[name])
+                layer.at_rest(name)[:, :, : described.slots].copy_(saved[name])
             for name in _BY_ROW:
                 getattr(layer, name).copy_(saved[name])
             for name, known in layer.known():
                 if (found := f"{layer.index}.{name}") not in set(file.keys()) or file.get_slice(found).get_shape() != [*known.shape]:
                     raise CacheError(f"{name} is missing or has another shape", where=f"{path}, layer {layer.index}")
                 known.copy_(file.get_tensor(found))
-            layer.renew_bounds()
+            if layer.offloader is not None:
+                layer.offloader.refilled(layer)
+            with layer.present():
+                layer.renew_bounds()
             layer.used = None  # only the device knows, until the next call asks
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation.caches import provisional
+from sparsify.generation.caches.offloading import Offloader, Rest
 from sparsify.ops import cache, quantised, reselection
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
@@ -186,6 +189,8 @@ class SparseLayer(CacheLayerMixin):
         self.left_out, self.fixed = 0, 0  # columns of the text that the layer was not given; tokens that cannot be cropped then
         self.shard: Shard | None = None  # this process's share of the text; None: it has all of it
         self.elsewhere = 0  # tokens of the prompt that other processes have
+        self.offloader: Offloader | None = None  # keys and values lie in the host's memory
+        self.rest: Rest | None = None
         self.record_past, self.awaiting = False, False  # tokens may be cropped; no call has come since that was said
         self.held: provisional.Held | None = None  # tokens of the last call that may be
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
@@ -239,7 +244,27 @@ class SparseLayer(CacheLayerMixin):
         if self.inverse_frequencies is not None:
             self.inverse_frequencies = self.inverse_frequencies.to(self.device)
         self.is_initialized = True
-        self.mark_static()
+        if self.offloader is None:
+            self.mark_static()
+        else:
+            self.offloader.take(self)
+
+    @contextlib.contextmanager
+    def present(self) -> Generator[None]:
+        """Between calls: within the block keys and values are where they can be read and changed."""
+        if self.offloader is None or self.rest is None:
+            yield
+            return
+        self.offloader.bring(self)
+        yield
+        self.offloader.put_back(self, 0, False)
+
+    def at_rest(self, name: str) -> Tensor:
+        """The buffer of that name as it is between calls; keys and values may lie in the host's memory."""
+        if self.offloader is None or self.rest is None or name not in self.rest.tensors:
+            return getattr(self, name)
+        self.offloader.wait()
+        return self.rest.tensors[name]
 
     def _allocate_coded(self, key_states: Tensor, slots: tuple[int, int, int]) -> None:
         """What goes with keys and values in few bits."""
@@ -270,13 +295,18 @@ class SparseLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
+        if self.rest is not None:
+            state |= {name: self.at_rest(name) for name in self.rest.tensors} | {"rest": None}
         if self.is_initialized and self.keys.device == self.device:
             state["device"] = None  # where they are put when they are loaded
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self.is_initialized:
+        if self.is_initialized and self.offloader is not None:
+            self.device = self.device or self.positions.device
+            self.offloader.take(self)
+        elif self.is_initialized:
             self.device = self.device or self.keys.device
             self.mark_static()
 
@@ -320,7 +350,7 @@ class SparseLayer(CacheLayerMixin):
 
     def renew_bounds(self) -> None:
         """After slots were changed by something else than an op that stores tokens."""
-        if self.bounds is not None and self.read is not None:
+        if self.bounds is not None and self.read is not None:  # within `present`
             cache.bounds(self.keys, self.positions, self.bounds, size=self.read.size, version=cache.VERSION)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -418,9 +448,9 @@ class SparseLayer(CacheLayerMixin):
             where, hint = f"layer {self.index}", "call cache.observe(logits, input_ids) after every call"
             raise CacheError(f"policy {self.policy.name} was not told the logits of the last call", where=where, hint=hint)
         nothing = self.keys[:, :, :0], self.values[:, :, :0]
-        with torch.no_grad():
+        with torch.no_grad(), self.present():
             reselection.reselect(None, *nothing, *self.state, empty=False, **self.selecting(limit, *self.logits))
-        self.renew_bounds()
+            self.renew_bounds()
         self.used = None
 
     def selecting(self, limit: int, scale: float, softcap: float) -> dict[str, Any]:
@@ -464,8 +494,11 @@ class SparseLayer(CacheLayerMixin):
         capacity = cdiv(tokens - self.elsewhere, STEP) * STEP
         if not self.grows or not self.is_initialized or capacity <= self.keys.shape[2]:
             return
+        if self.offloader is not None:
+            self.offloader.grow(self, capacity)
         for name, fill in _BY_SLOT:
-            setattr(self, name, _longer(getattr(self, name), capacity, fill))
+            if self.rest is None or name not in self.rest.tensors:
+                setattr(self, name, _longer(getattr(self, name), capacity, fill))
         if self.bounds is not None and self.read is not None:
             self.bounds = _longer(self.bounds, self.read.of(capacity), 0)
         if self.key_scales is not None and self.value_scales is not None:
@@ -506,7 +539,7 @@ class SparseLayer(CacheLayerMixin):
         """Tokens that were kept apart are taken back, or stay."""
         held, self.held = self.held, None
         if held is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.present():
                 held.settle(self, taken_back)
 
     def reset(self) -> None:
@@ -514,9 +547,10 @@ class SparseLayer(CacheLayerMixin):
         self.held, self.record_past, self.awaiting = None, False, False
         if not self.is_initialized:
             return
-        self.positions.fill_(-1)
-        for name in ("keys", "values", "counts", "seen", "length"):
-            getattr(self, name).zero_()
+        with self.present():
+            self.positions.fill_(-1)
+            for name in ("keys", "values", "counts", "seen", "length"):
+                getattr(self, name).zero_()
         for name, tensor in self.known():
             if name == "starts":
                 tensor.copy_(torch.arange(tensor.shape[1], device=tensor.device) * self.keys.shape[2])
@@ -532,7 +566,9 @@ class SparseLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place: row b becomes row beam_idx[b]."""
         self.settle_past()
-        if self.is_initialized:
+        if not self.is_initialized:
+            return
+        with self.present():
             for state in (*self.state[:-1], *self._extras()):
                 if self.grows and self.used is not None and state.dim() > 2:  # what lies behind is nobody's
                     state = state[:, :, : self.used]
@@ -549,6 +585,9 @@ class SparseLayer(CacheLayerMixin):
     def _map_rows(self, change: Any) -> None:
         self.settle_past()
         if self.is_initialized:
+            if self.offloader is not None:
+                self.offloader.bring(self)
+                self.rest = None
             for name in (*_STATE[:-1], "bounds", *_CODED):
                 if getattr(self, name) is not None:
                     setattr(self, name, change(getattr(self, name)))
@@ -556,7 +595,10 @@ class SparseLayer(CacheLayerMixin):
                 setattr(self, name, change(tensor))
             self.batch_size = self.keys.shape[0]
             self.tickets = self.tickets.new_zeros(self.batch_size * self.keys.shape[1] + 1)
-            self.mark_static()
+            if self.offloader is None:
+                self.mark_static()
+            else:
+                self.offloader.take(self)
 
     def offload(self) -> None:
         # an asynchronous copy to the CPU could be read, to reorder rows or for the length, before it is there
@@ -567,6 +609,8 @@ class SparseLayer(CacheLayerMixin):
 
     def _move(self, device: Any, non_blocking: bool) -> None:
         self.settle_past()
+        if self.offloader is not None:  # it moves them by itself
+            return
         if self.is_initialized and self.keys.device != torch.device(device):
             for name in _BUFFERS:
                 if getattr(self, name) is not None:
@@ -639,8 +683,9 @@ class SparseLayer(CacheLayerMixin):
         self.counts += tokens_to_remove
         gone = self.positions >= self.seen[:, None, None]
         self.positions.masked_fill_(gone, -1)
-        self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
-        self.renew_bounds()
+        with self.present():
+            self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
+            self.renew_bounds()
         if self.staged is not None:
             self.staged.copy_(torch.minimum(self.staged, self.counts[..., None]))
         if self.carried is not None:

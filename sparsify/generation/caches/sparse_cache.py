@@ -19,6 +19,7 @@ from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.caches import drafting, files
 from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, divided_by, link_layers
+from sparsify.generation.caches.offloading import Offloader
 from sparsify.generation.caches.outlook import Outlook
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.ops.limits import cdiv
@@ -57,6 +58,8 @@ class SparseCache(Cache):
         draft: "pages" or a `sparsify.Pages`, with policy "full": `generate()` of a model that `sparsify.compile` compiled drafts tokens
             that read these pages alone, and verifies several at once over everything (self-speculation). All other calls read everything.
         draft_tokens: drafted before each verification; None: as many as are expected to pay.
+        offloading: keys and values lie in the host's memory, and come to the device a layer ahead of its attention; layers with a sliding
+            window of the model's own stay on the device.
 
     Attributes:
         draft_rounds: verifications over this cache so far.
@@ -83,6 +86,7 @@ class SparseCache(Cache):
         read: str | Pages | None = None,
         draft: str | Pages | None = None,
         draft_tokens: int | None = None,
+        offloading: bool = False,
         **options: Any,
     ):
         config = config.get_text_config(decoder=True)
@@ -92,6 +96,7 @@ class SparseCache(Cache):
         drafts = drafting.checked(draft, draft_tokens, policy, dtype, pages)
         if drafts is not None:
             pages = drafting.exact(drafts)
+        _check_offloading(offloading, policy, dtype, drafts)
         every = _checked_every(every, policy, budget)
         codes = _checked_codes(dtype, every, pages)
         _check_divided(config, policy)
@@ -107,6 +112,9 @@ class SparseCache(Cache):
             raise ConfigError("batch_size and device allocate the cache together", where="SparseCache", hint="give both or neither")
         cache_attention.use_sparse_attention(config)
         super().__init__(layers=[*layers])
+        self.offloader = Offloader([layer.index for layer in layers if not layer.is_sliding]) if offloading else None
+        for layer in layers:
+            layer.offloader = None if layer.is_sliding else self.offloader
         self.config, self.policy, self.budget, self.read, self.call = config, policy, budget, pages, link_layers(layers)
         self.every, self.outlook, self.codes = every, Outlook(), codes
         self.draft, self.draft_tokens = drafts, draft_tokens
@@ -159,7 +167,8 @@ class SparseCache(Cache):
         if (ranks := divided_by(self.config)) > 1:
             what = f"each of {ranks} processes holds some of the heads, and a file all of them"
             raise UnsupportedError(what, where="SparseCache.save", hint="save the text, and read it again")
-        how = files.How(self.policy.describe(), self.budget, self.every, self.read, self.codes, self.draft, self.draft_tokens)
+        drafts = self.draft, self.draft_tokens
+        how = files.How(self.policy.describe(), self.budget, self.every, self.read, self.codes, *drafts, self.offloader is not None)
         files.write(Path(path), self.layers, how, model)
 
     @classmethod
@@ -189,6 +198,7 @@ class SparseCache(Cache):
             dtype=how.codes or None,
             draft=how.draft,
             draft_tokens=how.draft_tokens,
+            offloading=how.offloading,
         )
         if len(cache.layers) != len(header.layers):
             raise CacheError(f"it holds {len(header.layers)} layers, the model has {len(cache.layers)}", where=str(path))
@@ -235,6 +245,8 @@ class SparseCache(Cache):
             CacheError: also when an earlier call stopped between two layers. Where layers were compiled as one graph, a failure leaves no
                 trace in Python; uncompiled code then compares the layers' lengths, unless that needs a synchronisation of its own.
         """
+        if self.offloader is not None and torch.compiler.is_dynamo_compiling():
+            _refuse_whole()
         if layer_idx == 0:
             self.check_consistent(key_states.shape[2] > 1 or key_states.device.type == "cpu")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -380,8 +392,14 @@ class SparseCache(Cache):
             layer.used = tokens
 
     def kept_bytes(self) -> int:
-        """Bytes of all allocated buffers."""
-        return sum(t.numel() * t.element_size() for layer in self.layers if layer.is_initialized for t in layer.buffers())
+        """Bytes of all buffers that are allocated on the device."""
+        held = [t for layer in self.layers if layer.is_initialized for t in layer.buffers()[2 if layer.rest is not None else 0 :]]
+        places = 0 if self.offloader is None else self.offloader.bytes()
+        return places + sum(t.numel() * t.element_size() for t in held)
+
+    def host_bytes(self) -> int:
+        """Bytes of keys and values that lie in the host's memory (`offloading`)."""
+        return 0 if self.offloader is None else self.offloader.host_bytes()
 
 
 def _recording() -> bool:
@@ -399,6 +417,14 @@ def _raise_halfway() -> None:
 
 # torch 2.11 fails where compiled code raises
 _refuse_halfway = cast("Callable[[], None]", torch.compiler.disable(_raise_halfway))
+
+
+def _raise_whole() -> None:
+    what = "one graph of the whole model leaves no room to move keys and values between its layers (`offloading`)"
+    raise UnsupportedError(what, where="SparseCache", hint="sparsify.compile(model), which compiles layer by layer, or no compilation")
+
+
+_refuse_whole = cast("Callable[[], None]", torch.compiler.disable(_raise_whole))
 
 
 def _refuse_overflow(layer: SparseLayer) -> None:
@@ -440,6 +466,18 @@ def _checked_read(read: str | Pages | None) -> Pages | None:
     if read != "pages":
         raise ConfigError(f'must be "pages", a sparsify.Pages or None, not {read!r}', where="read")
     return Pages()
+
+
+def _check_offloading(offloading: bool, policy: Policy, dtype: torch.dtype | str | None, draft: Pages | None) -> None:
+    """Raises UnsupportedError for what does not go together with keys in the host's memory."""
+    reasons = {
+        f"{policy.name} packs slots by head, which are moved by head": policy.by_head,
+        f"keys in {dtype} change a group of slots at a time": isinstance(dtype, str),
+        "every drafted token would bring all keys to the device": draft is not None,
+    }
+    for reason, applies in reasons.items():
+        if offloading and applies:
+            raise UnsupportedError(reason, where="offloading", hint="leave one of them out")
 
 
 def _checked_every(every: object, policy: Policy, budget: int | float | None) -> int:

@@ -165,11 +165,15 @@ class LayerCall(Generic[L]):
                 vars(self.layer)[name] = kept.get(name, value)
 
 
+# attributes of a layer that its copy has otherwise
+_OWN = ("index", "is_first", "is_last", "call", "used", "offloader", "rest")
+
+
 class SparseLayerCall(LayerCall[SparseLayer]):
     """The same over a layer of a SparseCache, whose copy is neither the first nor the last one; keeps what the cache knows of the call."""
 
     def __init__(self, cache: Cache, layer: SparseLayer, query_len: int):
-        super().__init__(cache, layer, index="any", is_first=False, is_last=False, call=CallState(), used=None)
+        super().__init__(cache, layer, index="any", is_first=False, is_last=False, call=CallState(), used=None, offloader=None, rest=None)
         self.query_len = query_len
 
     def kind(self) -> tuple[Any, ...]:
@@ -187,19 +191,28 @@ class SparseLayerCall(LayerCall[SparseLayer]):
                     self.given[name] = self.varying[name] = getattr(layer, name)
         elif layer.every and layer.is_initialized:
             layer.make_way(self.query_len)
+        if layer.offloader is not None and layer.rest is not None:
+            layer.offloader.bring(layer)
         layer.call.storing = True
 
     def end(self) -> None:
         layer, fresh = self.layer, not self.layer.is_initialized
-        self._hand_back({name: vars(layer)[name] for name in ("index", "is_first", "is_last", "call", "used")})
+        self._hand_back({name: vars(layer)[name] for name in _OWN})
         if fresh and layer.is_initialized:
             layer.used = None if layer.every else self.query_len
             layer.mark_static()
+        if layer.offloader is not None and layer.is_initialized:
+            if layer.rest is None:
+                layer.offloader.take(layer)
+            else:  # a graph does not tell which columns were padding
+                layer.offloader.put_back(layer, self.query_len, False)
         if layer.is_last:
             layer.call.storing = False
 
     def undo(self) -> None:
         self.layer.used = None
+        if self.layer.offloader is not None and self.layer.rest is not None:
+            self.layer.offloader.forget(self.layer)
         if self.layer.is_first:
             self.layer.call.storing = False
 
