@@ -42,7 +42,12 @@ def _filled(call: CacheDecodeCall) -> int | None:
         return None
     if call.keys.dtype != torch.float32 or call.values.dtype != torch.float32 or call.counts.numel() == 0:
         return None
-    least, most = (int(end) for end in call.counts.aminmax())
-    if least != most or not 0 < most < call.capacity or int(call.positions[:, :, :most].amin()) < 0:
+    counts = call.counts.flatten().tolist()
+    filled = counts[0]
+    if min(counts) != max(counts) or not 0 < filled < call.capacity:
         return None
-    return most
+    # no row has padding where it has as many tokens as the cache has columns; else the slots are looked through
+    columns, tokens = int(call.length), call.seen.tolist()
+    if min(tokens) != columns and int(call.positions[:, :, :filled].amin()) < 0:
+        return None
+    return filled

@@ -26,3 +26,20 @@ class Cpu(Record):
     sparse_cpu_s: float
     ratio: float  # sparse_cpu_s over dense_cpu_s
     first_call_s: float  # of the sparse variant, compilation included
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuDecode(Record):
+    """A token of a small model with random weights. Variants by turns, each in a process of its own, on one thread."""
+
+    NAME = "cpu_decode"
+    KEYS = ("layers", "hidden", "prompt", "threads", "way", "variant")
+    layers: int
+    hidden: int
+    prompt: int  # tokens before
+    threads: int
+    way: str  # "forward": the caller's own calls over a cache; "generate": the tokens of generate()
+    variant: str
+    cpu_ms: float  # processor time of a token, of the calling thread, median
+    ratio: float  # over the faster of Inductor's
+    first_s: float | None = None  # the prompt and the first token, compilation included, by the clock

@@ -224,7 +224,7 @@ def layer_call(cache: Cache, number: int, query_len: int) -> LayerCall[Any]:
         return SparseLayerCall(cache, layer, query_len)
     if not isinstance(layer, CacheLayerMixin):
         raise TypeError(f"a {type(layer).__name__} holds no keys")
-    _make_contiguous(layer)
+    make_contiguous(layer)
     return LayerCall(cache, layer)
 
 
@@ -249,7 +249,7 @@ def view(copy: Any, varying: dict[str, Any]) -> LayerView:
     return LayerView(copy)
 
 
-def _make_contiguous(layer: CacheLayerMixin) -> None:
+def make_contiguous(layer: CacheLayerMixin) -> None:
     """Gives the keys of an ordinary layer one layout for all calls, so that they have one graph: a prompt leaves the transpose of what the
     projection wrote, `cat` leaves contiguous keys, and a window's slice neither."""
     if not isinstance(layer, DynamicLayer) or not layer.is_initialized:

@@ -139,8 +139,9 @@ class Watch:
 
     def look_again(self) -> None:
         """Takes note of the modules that the layers have now."""
-        self._parts = [(layer, name, part) for layer in self._layers for name, part in layer.module.named_modules()]
-        divided = [part.__dict__["forward"] for _, _, part in self._parts if tensor_parallel.is_divided(part)]
+        parts = [(layer, name, part) for layer in self._layers for name, part in layer.module.named_modules()]
+        self._parts = [(layer, name, vars(part)) for layer, name, part in parts]
+        divided = [vars(part)["forward"] for _, _, part in parts if tensor_parallel.is_divided(part)]
         self._divided = {id(forward): forward for forward in divided}
 
     @property
@@ -153,17 +154,16 @@ class Watch:
         everywhere = nn.modules.module
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or everywhere._global_backward_hooks:
             return "hooks on all modules"
-        for layer, name, part in self._parts:
-            values = part.__dict__
+        for layer, name, values in self._parts:  # at every token: dictionaries and truth values alone
             if "forward" in values and id(values["forward"]) not in self._divided:
-                style = compat.parallel_style(part)
+                style = compat.parallel_style(layer.module.get_submodule(name))
                 how = f"is divided as {style}" if style else "has a forward of its own"
                 return f"{_path(layer, name)} {how}"
             if values["_backward_hooks"] or values["_backward_pre_hooks"]:
                 return f"{_path(layer, name)} has backward hooks"
-            if name and (values["_forward_pre_hooks"] or compat.without_recorders(values["_forward_hooks"])):
+            if name and (values["_forward_pre_hooks"] or (values["_forward_hooks"] and compat.without_recorders(values["_forward_hooks"]))):
                 return f"{_path(layer, name)} has hooks"
-            if values.get("gradient_checkpointing") and values["training"]:
+            if values["training"] and values.get("gradient_checkpointing"):
                 return f"{_path(layer, name)} is checkpointed"
         return ""
 

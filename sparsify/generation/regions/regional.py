@@ -26,7 +26,7 @@ from sparsify.distributed import agreement, sequence
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.regions import caches, layers, long_rows, masks, narrowing, tensor_parallel
+from sparsify.generation.regions import caches, layers, long_rows, masks, narrowing, tensor_parallel, tokens
 from sparsify.generation.regions.caches import LayerView
 from sparsify.generation.regions.context_parallel import DividedCalls
 from sparsify.generation.regions.layers import Layer, NotShared
@@ -105,6 +105,9 @@ class RegionalModel:
         self._watch = layers.Watch(self.layers)
         self.part = Part(tensor_parallel.of_heads(self.layers[0].module), "" if text is None else text.group)
         self.divided = None if text is None else DividedCalls(model, text)
+        self.tokens = None
+        if self.narrowing is None and text is None and self.part == WHOLE and tokens.pays(self.layers, config):
+            self.tokens = tokens.Tokens(model, self.layers, lambda function: _Region(self, (), function, dynamic=None))
         self.reason = ""  # why no call is served by regions any more
         self._regions: dict[Any, _Region] = {}
         self._lock = threading.RLock()
@@ -142,17 +145,22 @@ class RegionalModel:
     def _as_alone(self, *args: Any, **kwargs: Any) -> Any:
         """The call, of this process's tokens if prompts are divided."""
         self._check_call(args, kwargs)
+        if self.tokens is not None and not self._shows_rows(kwargs) and (result := self.tokens(args, kwargs)) is not NotImplemented:
+            return result
         return self._through_regions(args, kwargs)
+
+    def _shows_rows(self, kwargs: Mapping[str, Any]) -> bool:
+        return bool(kwargs.get("output_hidden_states", getattr(self.model.config, "output_hidden_states", False)))
 
     def _through_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(self)
-        call.shows_rows = bool(kwargs.get("output_hidden_states", getattr(self.model.config, "output_hidden_states", False)))
-        tokens = _active.set(call), masks.postponing.set(True)
+        call.shows_rows = self._shows_rows(kwargs)
+        entered = _active.set(call), masks.postponing.set(True)
         try:
             result = self.model._call_impl(*args, **kwargs)
         finally:
-            masks.postponing.reset(tokens[1])
-            _active.reset(tokens[0])
+            masks.postponing.reset(entered[1])
+            _active.reset(entered[0])
         if call.compiled and self.config.rules:
             unmatched.conclude(self.config, self.options)
         return result
@@ -195,23 +203,25 @@ class RegionalModel:
             if found is None:
                 alike = (one for one in self.layers if self.kinds[one.number] == self.kinds[layer.number])
                 paths = tuple(one.path for one in alike if not part or self.narrowing is None or self.narrowing.place(one) == part)
-                found = self._regions[key] = _Region(self, paths)
+                found = self._regions[key] = _Region(self, paths, dynamic=self.dynamic)
         return found
 
 
 class _Region:
-    """One compiled function for all layers of a kind, in calls of one form.
+    """One compiled function for all layers of a kind, in calls of one form; without paths for a whole model.
 
     Dynamo compiles a function twice where two threads ask for it at once, and its guards keep state while they are asked: until the graph
     runs, a region serves one thread after the other.
     """
 
-    def __init__(self, owner: RegionalModel, paths: tuple[str, ...]):
+    def __init__(
+        self, owner: RegionalModel, paths: tuple[str, ...], function: Callable[..., Any] | None = None, dynamic: bool | None = True
+    ):
         self.owner, self.paths = owner, paths
         shared = sequence.under_way()
         # a step after the prompt has a token that all processes have
         self.part = Part(owner.part.heads) if shared is None else dataclasses.replace(owner.part, tokens=shared.regime)
-        self.run = torch_compat.compile_in_threads(_private(_run), backend=self._backend, dynamic=owner.dynamic, fullgraph=True)
+        self.run = torch_compat.compile_in_threads(_private(function or _run), backend=self._backend, dynamic=dynamic, fullgraph=True)
         self._lock = threading.Lock()
         self._sizes: set[Any] = set()
 
@@ -236,7 +246,8 @@ class _Region:
         """Tells of the first call, which compiles."""
         if self._sizes:
             return contextlib.nullcontext()
-        return progress.task(f"compiling layers ({len(self.paths)} alike)", self.owner.config.progress)
+        what = f"layers ({len(self.paths)} alike)" if self.paths else "all layers, for tokens"
+        return progress.task(f"compiling {what}", self.owner.config.progress)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if (call := _active.get()) is not None:

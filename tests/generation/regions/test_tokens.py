@@ -1,0 +1,177 @@
+"""Tokens of small models on a CPU, as one graph for all layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import sparsify
+from sparsify import SparseCache, api
+from sparsify.costs import device as hardware
+from sparsify.generation.regions import layers, tokens
+from sparsify.planning import registry
+from sparsify.planning.config import config
+from tests.generation.regions.test_regions import CLOSE, GREEDY, cuts, prompt
+from tests.support.harness import holding, strict
+from tests.support.tiny_models import build
+
+DENSE = strict(passes=["dense", "kv_evict"])
+INDUCTOR = config.load({}, method_models=registry.discover())
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Tests leave Inductor out, for which alone such graphs are made."""
+    monkeypatch.setattr(tokens, "pays", lambda found, settings: True)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def captures(plans) -> list[tuple[str, int]]:
+    return [(plan.capture, len(plan.rewritten)) for plan in plans]
+
+
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "sparse": lambda config: SparseCache(config, sinks=2, window=30),
+    "full": lambda config: SparseCache(config, "full", 32),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+@pytest.mark.samples(2)
+def test_tokens_between_turns(kind):
+    """A prompt, tokens, a second turn and tokens again; other lengths over another cache compile nothing."""
+    model, make = build("llama", layers=3), CACHES[kind]
+    ids = prompt(1, 60)["input_ids"]
+    one, two = (30, 1, 1, 20, 1, 1, 6), (23, *[1] * 12, 24, 1)
+    want = [cuts(model, make(model.config), ids, *lengths) for lengths in (one, two)]
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(cuts(model, make(model.config), ids, *one), want[0], **CLOSE)
+        made = captures(plans)
+        torch.testing.assert_close(cuts(model, make(model.config), ids, *two), want[1], **CLOSE)
+    assert captures(plans) == made
+    assert [found for found in made if found[0] == tokens.CAPTURE] == [(tokens.CAPTURE, 3)]
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("padding", [5, 0])
+@torch.no_grad()
+@pytest.mark.samples(1)
+def test_generate_gives_the_tokens_that_it_gives_uncompiled(padding):
+    model = build("llama", layers=3)
+    inputs = prompt(2, 25, padding=padding)
+    want = model.generate(**inputs, **GREEDY)
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **GREEDY), want)
+    assert [found for found in captures(plans) if found[0] == tokens.CAPTURE] == [(tokens.CAPTURE, 3)]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_windows_that_fill_up():
+    """Sliding layers count their tokens in Python, and hold as many keys as before from some token on."""
+    model = build("gemma3", layers=4)
+    ids = prompt(1, 30)["input_ids"]
+    lengths = (5, *[1] * 25)
+    want = cuts(model, DynamicCache(config=model.config), ids, *lengths)
+    sparsify.compile(model, **strict(passes=["dense"]))
+    with api.collect_plans() as plans:
+        got = cuts(model, DynamicCache(config=model.config), ids, *lengths)
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert 1 <= sum(plan.capture == tokens.CAPTURE for plan in plans) <= 4
+
+
+def hooked(model, seen):
+    model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(1))
+
+
+def shown(model, seen):
+    model.config.output_hidden_states = True
+    seen.append(1)
+
+
+def static(model, seen):
+    seen.append(1)
+
+
+@pytest.mark.parametrize("change", [hooked, shown, static])
+@torch.no_grad()
+def test_calls_that_layers_serve_one_by_one(change):
+    model, seen = build("llama", layers=3), []
+    ids = prompt(1, 22)["input_ids"]
+    make = (lambda: StaticCache(config=model.config, max_cache_len=40)) if change is static else (lambda: DynamicCache(config=model.config))
+    want = cuts(model, make(), ids, 20, 1, 1)
+    sparsify.compile(model, **DENSE)
+    change(model, seen)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(cuts(model, make(), ids, 20, 1, 1), want, **CLOSE)
+    assert seen and plans and not any(plan.capture == tokens.CAPTURE for plan in plans)
+
+
+def test_gradients_and_prompts_are_not_tokens():
+    model = build("llama", layers=2)
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        with torch.no_grad():
+            model(**prompt(1, 1))  # no cache
+            cache = DynamicCache(config=model.config)
+            model(**prompt(1, 1), **holding(cache))  # nothing in it
+            cuts(model, cache, prompt(1, 3)["input_ids"], 3)
+        model(**prompt(1, 1), **holding(cache))
+    assert not any(plan.capture == tokens.CAPTURE for plan in plans)
+
+
+def _broken(model, kwargs):
+    torch._dynamo.graph_break()
+    return tokens_run(model, kwargs)
+
+
+tokens_run = tokens._run
+
+
+@torch.no_grad()
+def test_a_token_that_is_no_graph_goes_through_regions(monkeypatch):
+    monkeypatch.setattr(tokens, "_run", _broken)
+    model = build("llama", layers=3)
+    ids = prompt(1, 24)["input_ids"]
+    want = cuts(model, DynamicCache(config=model.config), ids, 20, 1, 1, 1, 1)
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(cuts(model, DynamicCache(config=model.config), ids, 20, 1, 1, 1, 1), want, **CLOSE)
+    assert {plan.capture for plan in plans} == {"one region for 3 layers"}
+
+
+def test_where_it_pays(monkeypatch):
+    monkeypatch.undo()
+    found = layers.find_layers(build("llama", layers=3))
+    assert tokens.pays(found, INDUCTOR)
+    assert not tokens.pays(
+        found, INDUCTOR.model_copy(update={"lower": "eager"})
+    )  # nothing is gained where each operation is called by itself
+    assert not tokens.pays(found * tokens.MOST_LAYERS, INDUCTOR)
+    slow = dataclasses.replace(hardware.describe(torch.device("cpu")), bandwidth=1e6)
+    monkeypatch.setattr(hardware, "describe", lambda device: slow)
+    assert not tokens.pays(found, INDUCTOR)  # reading the weights takes longer than calling the layers
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_by_inductor(monkeypatch):
+    monkeypatch.undo()
+    model = build("llama", layers=4)
+    inputs = prompt(1, 40)
+    how = GREEDY | {"max_new_tokens": 20}
+    want = model.generate(**inputs, **how)
+    sparsify.compile(model, strict=True)
+    with api.collect_plans() as plans:
+        assert torch.equal(model.generate(**inputs, **how), want)
+    assert [found for found in captures(plans) if found[0] == tokens.CAPTURE] == [(tokens.CAPTURE, 4)]
