@@ -36,12 +36,13 @@ class KvEvict(Pass):
         pages, codes = site.pages, site.codes
         if codes:
             note += f"; keys and values are {codes} codes"
+        if codes and pages is None:
             return Proposal.from_work(self, site, context, lambda sizes: (work.code_reading(sizes, codes),), note=note)
         if pages is None:
             return Proposal.from_work(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
         read = f"{pages.count} of its" if pages.count else f"{100 * pages.share:g} % of its"
         note += f"; reads {read} pages of {pages.size} slots, the first {pages.sinks} tokens and the last {pages.recent}"
-        return Proposal.from_work(self, site, context, lambda sizes: work.page_reading(sizes, pages), note=note)
+        return Proposal.from_work(self, site, context, lambda sizes: work.page_reading(sizes, pages, codes), note=note)
 
     def rewrite(self, editor: Editor, site: CacheSite) -> None:
         store = CacheStoreCall.bind(*site.store.args, **site.store.kwargs)

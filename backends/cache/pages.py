@@ -153,6 +153,7 @@ def cache_bounds(call: CacheBoundsCall) -> None:
     """
     keys, bounds = call.keys, call.bounds
     where = f"sparsify::{CacheBoundsCall.NAME}"
+    need(not call.codes, "bounds of codes", where)
     need(keys.dtype in DTYPES and bounds.dtype == keys.dtype, f"dtypes {keys.dtype} and {bounds.dtype}", where)
     need(all(t.is_contiguous() for t in (keys, bounds, call.positions)), "the cache's buffers are not contiguous", where)
     batch, kv_heads, capacity, head_dim = keys.shape

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsify.backends.cache import quantised_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheStoreCall
 from sparsify.ops.pages import Pages
+from sparsify.ops.quantised import GROUP
 
 # a bound that is no number hides nothing: its page is read
 _HIGHEST = 3e38
@@ -16,13 +18,22 @@ _HIGHEST = 3e38
 
 def cache_bounds(call: CacheBoundsCall) -> None:
     """The bounds of all pages; those of pages that did not change come out as they are."""
-    call.bounds.copy_(_bounds(_cut(call.keys, call.size), _cut(call.positions, call.size, -1) >= 0))
+    keys = quantised_reference.everything(call)[0].to(call.bounds.dtype) if call.codes else call.keys
+    call.bounds.copy_(_bounds(_cut(keys, call.size), _cut(call.positions, call.size, -1) >= 0))
 
 
-def renew(call: CacheStoreCall | CacheDecodeCall, slot: Tensor) -> None:
-    """The bounds of the pages that one token of each row went to. slot: int64 [batch, kv_heads, 1]."""
+def renew(call: CacheStoreCall | CacheDecodeCall, slot: Tensor, closed: Tensor | None) -> None:
+    """The bounds of the pages that one token of each row went to.
+
+    slot: int64 [batch, kv_heads, 1].
+    closed: a slot of the group that may have become codes before; None: there are no codes.
+    """
     bounds, pages = call.bounds, call.pages
     if bounds is None or pages is None:
+        return
+    if closed is not None:
+        for one in (closed, slot):
+            _renew_group(call, pages, bounds, one // GROUP * GROUP)
         return
     page = slot // pages.size
     at = page * pages.size + torch.arange(pages.size, device=slot.device)
@@ -32,6 +43,19 @@ def renew(call: CacheStoreCall | CacheDecodeCall, slot: Tensor) -> None:
     keys = call.keys.gather(2, at[..., None].expand(-1, -1, -1, call.keys.shape[3]))
     index = page[..., None, None].expand(-1, -1, -1, *bounds.shape[3:])
     bounds.scatter_(2, index, _bounds(keys[:, :, None], held[:, :, None]).to(bounds.dtype))
+
+
+def _renew_group(call: CacheStoreCall | CacheDecodeCall, pages: Pages, bounds: Tensor, first: Tensor) -> None:
+    """The bounds of the pages of one group of codes of each head, of keys as they are read. first: int64 [batch, kv_heads, 1]."""
+    at = first + torch.arange(GROUP, device=first.device)
+    keys = quantised_reference.numbers_at(call, at)[0]
+    held = (call.positions.gather(2, at.clamp(max=call.capacity - 1)) >= 0) & (at < call.capacity)
+    found = _bounds(_cut(keys, pages.size), _cut(held.to(torch.int32), pages.size) > 0).to(bounds.dtype)
+    # pages behind the last one repeat what goes to it
+    page = at[:, :, :: pages.size] // pages.size
+    source = (page.clamp(max=bounds.shape[2] - 1) - page[:, :, :1]).clamp(min=0)
+    over = lambda index: index[..., None, None].expand(-1, -1, -1, *bounds.shape[3:])
+    bounds.scatter_(2, over(page[:, :, :1] + source), found.gather(2, over(source)))
 
 
 def _bounds(keys: Tensor, held: Tensor) -> Tensor:
@@ -52,20 +76,25 @@ def _cut(state: Tensor, size: int, fill: int = 0) -> Tensor:
 def choose(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> Tensor:
     """The pages that a call of one token reads, int64 [batch, kv_heads, at most pages.most]; -1 for none."""
     math = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    batch, kv_heads, capacity, head_dim = call.keys.shape
-    query, ends = call.query.to(math).reshape(batch, kv_heads, -1, head_dim), bounds.to(math)
+    batch, kv_heads, capacity = call.keys.shape[:3]
+    query, ends = call.query.to(math).reshape(batch, kv_heads, -1, call.query.shape[3]), bounds.to(math)
     highest = query.clamp(min=0) @ ends[:, :, :, 1].transpose(-1, -2) + query.clamp(max=0) @ ends[:, :, :, 0].transpose(-1, -2)
     score = highest.nan_to_num(nan=_HIGHEST).amax(2).clamp(-_HIGHEST, _HIGHEST)  # [batch, kv_heads, pages]
     at = _cut(call.positions, pages.size, -1)
     newest = call.seen[:, None, None, None] - 1
     always = (at >= 0) & ((at < max(pages.sinks, call.sinks)) | (at > newest - pages.recent))
+    if call.staged is not None:  # what lies as it came is read with its page
+        slots = torch.arange(capacity, device=at.device).expand_as(call.positions)
+        always = always | ((at >= 0) & _cut(quantised_reference.lies_as_it_came(call, slots).to(torch.int32), pages.size).bool())
     held, always = (at >= 0).any(3), always.any(3)
     score = score.masked_fill(always, torch.inf).masked_fill(~held, -torch.inf)
     filled, fixed = held.sum(-1, keepdim=True), always.sum(-1, keepdim=True)
     wanted = torch.full_like(filled, pages.count) if pages.count else -(filled * pages.parts // -(10**6))
     wanted = fixed + torch.minimum(wanted, filled - fixed)
     # stable: of equal pages the first
-    order = score.sort(dim=-1, descending=True, stable=True).indices[..., : pages.most(capacity, call.sinks, in_order=False)]
+    order = score.sort(dim=-1, descending=True, stable=True).indices[
+        ..., : pages.most(capacity, call.sinks, in_order=False, staged=GROUP if call.codes else 0)
+    ]
     return order.masked_fill(torch.arange(order.shape[2], device=order.device) >= wanted, -1)
 
 
@@ -76,10 +105,12 @@ def gathered(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> tuple[Te
     nothing = (at < 0) | (at >= capacity)
     at = at.clamp(0, capacity - 1)
     over = lambda state: state.gather(2, at[..., None].expand(-1, -1, -1, state.shape[3]))
-    return over(call.keys), over(call.values), call.positions.gather(2, at).masked_fill(nothing, -1)
+    keys, values = quantised_reference.numbers_at(call, at) if call.codes else (over(call.keys), over(call.values))
+    return keys, values, call.positions.gather(2, at).masked_fill(nothing, -1)
 
 
 def renew_all(call: CacheStoreCall, since: Tensor | None) -> None:
     """The bounds of the pages that several tokens went to. since: as in `CacheBoundsCall`."""
     if call.bounds is not None and call.pages is not None:
-        cache.bounds(call.keys, call.positions, call.bounds, since=since, size=call.pages.size, version=cache.VERSION)
+        coded = quantised_reference.coded(call)
+        cache.bounds(call.keys, call.positions, call.bounds, since=since, size=call.pages.size, version=cache.VERSION, **coded)

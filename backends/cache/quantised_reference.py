@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheStoreCall
+from sparsify.backends.cache import packed
+from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheStoreCall
 from sparsify.ops.quantised import FP8_LARGEST, GROUP, LARGEST_EXPONENT, LARGEST_STEP, LEAST_EXPONENT, LEAST_STEP
+from sparsify.ops.reselection import CacheReselectCall
 
-AnyCall = CacheStoreCall | CacheDecodeCall | CacheAttentionCall
+AnyCall = CacheStoreCall | CacheDecodeCall | CacheAttentionCall | CacheReselectCall | CacheBoundsCall
 
 
 def scales_of(least: Tensor, largest: Tensor, codes: str, dtype: torch.dtype) -> Tensor:
@@ -44,6 +48,20 @@ def decode(stored: Tensor, scales: Tensor, codes: str) -> Tensor:
     return torch.cat((low & 15, low >> 4, high & 15, high >> 4), -1).float() * scale + scales[..., 1, :].float()
 
 
+def coded(call: AnyCall) -> dict[str, object]:
+    """What ops are told of how a call's keys and values are stored."""
+    names = ("codes", "values", "key_scales", "value_scales", "recent_keys", "recent_values", "staged")
+    return {name: getattr(call, name) for name in names} if call.codes else {}
+
+
+def head_states(call: AnyCall) -> dict[str, Tensor]:
+    """Codes, scales and positions with the slots of each head on their own, by name: the call's own buffers where all have as many."""
+    starts = getattr(call, "starts", None)
+    if starts is not None:
+        return packed.spread_state(call, starts)
+    return {name: getattr(call, name) for name in ("keys", "values", "positions", "key_scales", "value_scales")}
+
+
 def _over(state: Tensor, slots: Tensor) -> Tensor:
     """state [batch, kv_heads, n, ...] at slots [batch, kv_heads, m]."""
     return state.gather(2, _index(state, slots))
@@ -53,7 +71,7 @@ def _index(state: Tensor, slots: Tensor) -> Tensor:
     return slots.view(*slots.shape, *(1,) * (state.dim() - 3)).expand(*slots.shape, *state.shape[3:])
 
 
-def _staged(call: AnyCall, slots: Tensor) -> Tensor:
+def lies_as_it_came(call: AnyCall, slots: Tensor) -> Tensor:
     """Which slots [batch, kv_heads, m] lie in the recent buffers."""
     assert call.staged is not None, "given with codes"
     return (slots >= call.staged[..., :1]) & (slots < call.staged[..., 1:])
@@ -63,7 +81,8 @@ def numbers_at(call: AnyCall, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of slots [batch, kv_heads, m], fp32 [batch, kv_heads, m, dim]; of slots beyond the capacity anything."""
     assert call.key_scales is not None and call.value_scales is not None, "given with codes"
     assert call.recent_keys is not None and call.recent_values is not None, "given with codes"
-    at, staged = slots.clamp(max=call.keys.shape[2] - 1), _staged(call, slots)[..., None]
+    at, staged = slots.clamp(max=call.keys.shape[2] - 1), lies_as_it_came(call, slots)[..., None]
+    assert call.values is not None, "given with codes"
     keys = decode(_over(call.keys, at), _over(call.key_scales, at // GROUP), call.codes)
     values = decode(_over(call.values, at), _over(call.value_scales, at)[..., None], call.codes)
     recent = slots % GROUP
@@ -79,9 +98,7 @@ def everything(call: AnyCall) -> tuple[Tensor, Tensor]:
     return numbers_at(call, torch.arange(capacity, device=call.keys.device).expand(batch, kv_heads, -1))
 
 
-def store_numbers(
-    call: CacheStoreCall | CacheDecodeCall, slots: Tensor, keys: Tensor, values: Tensor, *, where: Tensor, held: Tensor, fresh: Tensor
-) -> None:
+def store_numbers(call: AnyCall, slots: Tensor, keys: Tensor, values: Tensor, *, where: Tensor, held: Tensor, fresh: Tensor) -> None:
     """Quantises whole groups.
 
     Args:
@@ -91,7 +108,7 @@ def store_numbers(
         held: bool [batch, kv_heads, n * GROUP]: what counts for the keys' scales.
         fresh: bool [batch, kv_heads, n * GROUP]: whose values are not in codes yet; a token's do not depend on its neighbours.
     """
-    assert call.key_scales is not None and call.value_scales is not None, "given with codes"
+    assert call.key_scales is not None and call.value_scales is not None and call.values is not None, "given with codes"
     capacity, dtype, codes = call.keys.shape[2], call.key_scales.dtype, call.codes
     grouped = keys.unflatten(2, (-1, GROUP))
     outside = ~held.unflatten(2, (-1, GROUP))[..., None]
@@ -123,13 +140,17 @@ def _put(state: Tensor, places: Tensor, new: Tensor, inside: Tensor) -> None:
     state.scatter_(2, index, torch.where(inside, new.gather(2, _index(new, source)).to(state.dtype), state.gather(2, index)))
 
 
-def append(call: CacheStoreCall | CacheDecodeCall, slot: Tensor, value: Tensor) -> None:
+def append(call: CacheStoreCall | CacheDecodeCall, slot: Tensor, value: Tensor, room: Tensor) -> None:
     """One token of each row into the recent buffers, from which a full group went into codes before.
 
-    slot: int64 [batch, kv_heads, 1].
+    slot: int64 [batch, kv_heads, 1], counted from the head's first one.
+    room: int [batch, kv_heads], slots of each head.
     """
     assert call.staged is not None and call.recent_keys is not None and call.recent_values is not None, "given with codes"
-    _close(call, call.staged)
+    held = dataclasses.replace(call, **head_states(call), starts=None)
+    _close(held, call.staged, room[..., None])
+    if call.starts is not None:
+        packed.gather_codes(call, call.starts, vars(held))
     stores = torch.ones_like(slot, dtype=torch.bool) if call.is_token is None else call.is_token[:, :1, None].expand_as(slot)
     for state, new in ((call.recent_keys, call.key), (call.recent_values, value)):
         index = _index(state, slot % GROUP)
@@ -138,13 +159,13 @@ def append(call: CacheStoreCall | CacheDecodeCall, slot: Tensor, value: Tensor) 
     call.staged.copy_(torch.where(stores, torch.cat((torch.where(begin == end, slot, begin), slot + 1), -1), call.staged))
 
 
-def _close(call: CacheStoreCall | CacheDecodeCall, staged: Tensor) -> None:
+def _close(call: CacheStoreCall | CacheDecodeCall, staged: Tensor, room: Tensor) -> None:
     """Where the recent buffers have the last slot of a group, the group becomes codes."""
     begin, last = staged[..., :1].long(), staged[..., 1:].long() - 1
-    ends = (last >= begin) & ((last % GROUP == GROUP - 1) | (last == call.capacity - 1))
+    ends = (last >= begin) & ((last % GROUP == GROUP - 1) | (last == room - 1))
     slots = last.clamp(min=0) // GROUP * GROUP + torch.arange(GROUP, device=staged.device)
     held = (call.positions.gather(2, slots.clamp(max=call.capacity - 1)) >= 0) & (slots < call.capacity)
-    store_numbers(call, slots, *numbers_at(call, slots), where=ends, held=held, fresh=_staged(call, slots))
+    store_numbers(call, slots, *numbers_at(call, slots), where=ends, held=held, fresh=lies_as_it_came(call, slots))
     staged.masked_fill_(ends, 0)
 
 
@@ -169,7 +190,7 @@ def append_all(call: CacheStoreCall, key: Tensor, value: Tensor, at: Tensor) -> 
         room[:, :, :GROUP] = old
         room.scatter_(2, _index(room, place), new.float())
         numbers.append(room[:, :, :span])
-    fresh = _staged(call, slots) | (slots >= counts[..., None])
+    fresh = lies_as_it_came(call, slots) | (slots >= counts[..., None])
     whole = slots[:, :, GROUP - 1 :: GROUP] < total[..., None]
     store_numbers(call, slots, *numbers, where=whole, held=slots < total[..., None], fresh=fresh)
     begin = (total // GROUP * GROUP)[..., None]
@@ -177,6 +198,35 @@ def append_all(call: CacheStoreCall, key: Tensor, value: Tensor, at: Tensor) -> 
     for recent, room in zip((call.recent_keys, call.recent_values), numbers, strict=True):
         recent.copy_(_over(room, window))
     call.staged.copy_(torch.where(total[..., None] < call.capacity, torch.cat((begin, total[..., None]), -1), 0))
+
+
+def store_in_order(call: CacheReselectCall, keys: Tensor, values: Tensor, counts: Tensor) -> None:
+    """Whole groups of what is kept into codes, what is left of it as it comes.
+
+    Args:
+        keys, values: [batch, kv_heads, n, dim], in the order of slots; beyond `counts` anything.
+        counts: int [batch, kv_heads].
+    """
+    assert call.staged is not None and call.recent_keys is not None and call.recent_values is not None, "given with codes"
+    states = head_states(call)
+    width = max(GROUP, -(-states["keys"].shape[2] // GROUP) * GROUP)
+    at = torch.arange(width, device=keys.device).expand(*counts.shape, -1)
+    held = at < counts[..., None]
+    numbers = []
+    for new in (keys, values):
+        new = new[:, :, :width].float()
+        new = torch.nn.functional.pad(new, (0, 0, 0, width - new.shape[2]))
+        numbers.append(new.masked_fill(~held[..., None], 0))
+    begin = (counts // GROUP * GROUP)[..., None]
+    fresh = torch.ones_like(held)
+    view = dataclasses.replace(call, **states, starts=None)
+    store_numbers(view, at, *numbers, where=at[:, :, GROUP - 1 :: GROUP] < begin, held=held, fresh=fresh)
+    if call.starts is not None:
+        packed.gather_codes(call, call.starts, states)
+    window = begin.clamp(max=width - GROUP).long() + torch.arange(GROUP, device=keys.device)
+    for recent, new in zip((call.recent_keys, call.recent_values), numbers, strict=True):
+        recent.copy_(_over(new, window))
+    call.staged.copy_(torch.cat((begin, counts[..., None]), -1).masked_fill((begin == counts[..., None]), 0))
 
 
 def store_all(call: CacheStoreCall, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from sparsify import policies
 from sparsify.backends.cache import packed, pages_reference, quantised_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
+from sparsify.ops.quantised import GROUP
 from sparsify.ops.reselection import CacheReselectCall
 from sparsify.policies import Candidates
 
@@ -30,6 +31,8 @@ def cache_store(call: CacheStoreCall) -> None:
             state.zero_()
     if call.pinned == cache.NEVER_OVERWRITTEN and call.query_len > 1:
         before = call.counts.clone() if call.bounds is not None else None
+        if before is not None and call.codes:  # the keys of a group take part in its scales
+            before = before // GROUP * GROUP
         _append_all(call)
         pages_reference.renew_all(call, before)
     elif call.query_len == 1:
@@ -47,8 +50,10 @@ def _append(call: CacheStoreCall | CacheDecodeCall) -> None:
     room = torch.full_like(call.counts, call.capacity) if call.starts is None else packed.sizes(call.starts)
     if call.pinned == cache.NEVER_OVERWRITTEN:
         value = value.masked_fill((call.counts >= room)[..., None, None], torch.nan)
+    closed = None if call.staged is None else (call.staged[..., 1:] - 1).clamp(min=0).long()
     if call.codes:
-        quantised_reference.append(call, slot, value)
+        place = slot if call.starts is None else torch.minimum(call.counts, room - 1).long()[..., None]
+        quantised_reference.append(call, place, value, room)
     fresh = (call.key, value, call.seen[:, None, None].expand_as(slot).to(call.positions.dtype))
     states = call.keys, call.values, call.positions
     if call.starts is not None:  # a row's slots as those of one head, with a token for each head
@@ -59,7 +64,7 @@ def _append(call: CacheStoreCall | CacheDecodeCall) -> None:
         if call.is_token is not None:
             new = torch.where(_like(call.is_token[:, 0], state), new, state.gather(2, index))
         state.scatter_(2, index, new)
-    pages_reference.renew(call, slot)
+    pages_reference.renew(call, slot, closed)
     call.counts.add_(1 if call.is_token is None else call.is_token.to(call.counts.dtype))
 
 
@@ -140,7 +145,7 @@ class Merge:
         self.keys, self.values, self.positions = key, call.value, at
         if not call.empty:
             keys, values = call.keys, call.values
-            if isinstance(call, CacheStoreCall) and call.codes:
+            if call.codes:
                 keys, values = (t.to(key.dtype) for t in quantised_reference.everything(call))
             self.keys, self.values = torch.cat((keys, key), 2), torch.cat((values, call.value), 2)
             self.positions = torch.cat((call.positions, at), 2)
@@ -224,11 +229,12 @@ def cache_attention(call: CacheAttentionCall) -> Tensor:
     """Output [batch, query_heads, query_len, v_head_dim] in query's dtype. fp32 math (fp64 for fp64 inputs)."""
     query, keys, values, positions, sinks, window = call.query, call.keys, call.values, call.positions, call.sinks, call.window
     if call.starts is not None:
-        keys, values, positions = packed.spread_state(call, call.starts).values()
-    if call.codes:
-        keys, values = quantised_reference.everything(call)
-    elif call.pages is not None and call.bounds is not None:
+        call = dataclasses.replace(call, **packed.spread_state(call, call.starts), starts=None)
+        keys, values, positions = call.keys, call.values, call.positions
+    if call.pages is not None and call.bounds is not None:
         keys, values, positions = pages_reference.gathered(call, call.pages, call.bounds)
+    elif call.codes:
+        keys, values = quantised_reference.everything(call)
     batch, heads, query_len, _ = query.shape
     math = torch.float64 if query.dtype == torch.float64 else torch.float32
     output = cache.empty_output(call)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify import policies
-from sparsify.backends.cache import packed
+from sparsify.backends.cache import packed, quantised_reference
 from sparsify.backends.cache.reference import Merge, gather_slots, ranked
 from sparsify.ops.reselection import CacheObserveCall, CacheReselectCall
 from sparsify.policies import Candidates
@@ -33,6 +33,8 @@ def cache_reselect(call: CacheReselectCall) -> None:
         call.positions.fill_(-1)
         for state in (call.values, call.counts, call.seen, call.length):
             state.zero_()
+        if call.staged is not None:
+            call.staged.zero_()
         if call.carried is not None:
             call.carried.zero_()
         if call.query_positions is not None:
@@ -63,7 +65,9 @@ def cache_reselect(call: CacheReselectCall) -> None:
         keep = keep | (ranked(found) < kept[..., None])
     order = _by_position(merged, keep)
     counts = torch.where(over, torch.minimum(kept, merged.total), merged.total)
-    chosen = [(call.keys, merged.keys, 0), (call.values, merged.values, 0), (call.positions, merged.positions, -1)]
+    chosen = [(call.positions, merged.positions, -1)]
+    if not call.codes:
+        chosen += [(call.keys, merged.keys, 0), (call.values, merged.values, 0)]
     if call.carried is not None and carried is not None:
         chosen.append((call.carried, carried.to(call.carried.dtype), 0))
     if starts is not None:
@@ -73,6 +77,8 @@ def cache_reselect(call: CacheReselectCall) -> None:
         for state, source, nothing in chosen:
             packed.pack(state, source, order, counts, starts, nothing)
         chosen = []
+    if call.codes:
+        quantised_reference.store_in_order(call, gather_slots(merged.keys, order), gather_slots(merged.values, order), counts)
     order = order[..., :capacity]
     gone = gather_slots(torch.where(keep, merged.positions, -1), order) < 0
     count = order.shape[2]

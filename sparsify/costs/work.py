@@ -218,14 +218,19 @@ def decode(s: AttentionSizes, kernel: str, kept: Size | None = None) -> Work:
 
 def code_reading(s: AttentionSizes, codes: str) -> Work:
     """One query row of each sequence over keys and values in few bits, scales included."""
-    whole = decode(s, "cache")
+    return _in_codes(decode(s, "cache"), s, codes)
+
+
+def _in_codes(whole: Work, s: AttentionSizes, codes: str) -> Work:
+    """The same keys and values in few bits."""
     dims = int(s.qk_head_dim), int(s.v_head_dim)
     share = quantised.token_bytes(*dims, codes, s.dtype) / quantised.token_bytes(*dims, "", s.dtype)
     return dataclasses.replace(whole, size=whole.size * sympy.Rational(round(share * 1000), 1000))
 
 
-def page_reading(s: AttentionSizes, pages: Pages) -> tuple[Work, Work]:
-    """One query row of each sequence over some pages of its keys: the bounds of all of them are read, then what is chosen."""
+def page_reading(s: AttentionSizes, pages: Pages, codes: str = "") -> tuple[Work, Work]:
+    """One query row of each sequence over some pages of its keys: the bounds of all of them are read, which are 16-bit numbers beside codes
+    too, then what is chosen."""
     slots = sympy.sympify(s.key_len)
     # both ends of each channel, a page at a time
     bounds = Work(
@@ -235,7 +240,8 @@ def page_reading(s: AttentionSizes, pages: Pages) -> tuple[Work, Work]:
         rows=sympy.sympify(s.batch * s.kv_heads),
     )
     chosen = sympy.Integer(pages.count * pages.size) if pages.count else slots * sympy.Rational(pages.parts, 10**6)
-    return bounds, decode(s, "cache", smallest(slots, chosen + pages.sinks + pages.recent))
+    read = decode(s, "cache", smallest(slots, chosen + pages.sinks + pages.recent))
+    return bounds, _in_codes(read, s, codes) if codes else read
 
 
 def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Estimate = EXACT, pool: Pool = "max", share: Any = 1) -> Work:

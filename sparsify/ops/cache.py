@@ -255,6 +255,7 @@ class CacheBoundsCall(OpCall):
 
     keys, positions: of the layer's state, read only.
     bounds: written.
+    codes: "fp8" or "int4" where keys are codes; then `values` and the buffers that `sparsify.ops.quantised` describes are given, too.
     since: int32 [batch, kv_heads], slots below which nothing has changed; None: all slots may have.
     size: slots of a page.
     """
@@ -262,11 +263,18 @@ class CacheBoundsCall(OpCall):
     NAME: ClassVar[str] = "cache_bounds"
     VERSION: ClassVar[int] = VERSION
 
-    keys: Annotated[Tensor, Operand("batch kv_heads capacity head_dim", "floats")]
+    keys: Annotated[Tensor, Operand("batch kv_heads capacity *", "anything")]
     positions: Annotated[Tensor, Operand("batch kv_heads capacity", "integers")]
     bounds: Annotated[Tensor, Operand("batch kv_heads pages ends head_dim", written=True)]
     _: KW_ONLY
     since: Annotated[Tensor | None, Operand("batch kv_heads", "integers")] = None
+    codes: str = ""
+    values: Annotated[Tensor | None, Operand("batch kv_heads capacity *", "anything")] = None
+    key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats")] = None
+    value_scales: Annotated[Tensor | None, Operand("batch kv_heads capacity parts", "floats")] = None
+    recent_keys: Annotated[Tensor | None, Operand("batch kv_heads recent head_dim", "floats")] = None
+    recent_values: Annotated[Tensor | None, Operand("batch kv_heads recent v_head_dim", "floats")] = None
+    staged: Annotated[Tensor | None, Operand("batch kv_heads ends", "integers")] = None
     size: int
 
 

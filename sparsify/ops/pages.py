@@ -78,13 +78,14 @@ class Pages:
         """How many of so many pages with tokens are read for their bounds."""
         return min(pages, self.count or cdiv(pages * self.parts, _PARTS))
 
-    def most(self, slots: int, sinks: int, in_order: bool) -> int:
+    def most(self, slots: int, sinks: int, in_order: bool, staged: int = 0) -> int:
         """Pages of `slots` slots that a token reads at most.
 
         Args:
             sinks: tokens whose pages are read always, where they are more than `self.sinks`.
+            staged: slots, side by side from a page's first one on, that are always read.
             in_order: slot n holds token n; otherwise each token that is always read may lie in a page of its own.
         """
         sinks = max(self.sinks, sinks)
         always = cdiv(sinks, self.size) + cdiv(self.recent, self.size) + 1 if in_order else sinks + self.recent
-        return max(1, min(self.of(slots), self.chosen(self.of(slots)) + always))
+        return max(1, min(self.of(slots), self.chosen(self.of(slots)) + always + cdiv(staged, self.size)))

@@ -7,6 +7,11 @@ their group of slots began lie in `recent_keys` and `recent_values` as they came
     int4   code * scale + least, codes 0 to 15: of bytes 2j and 2j + 1, as one number of 16 bits, the lowest four bits are channel j, those
            above j + d / 4, j + d / 2 and j + 3 d / 4, for d channels
 
+With `starts` (`sparsify.ops.cache`) groups are counted from each head's first slot, those of head h begin at starts[h] // GROUP + h of the
+row's, taken as one sequence.
+
+With pages, tokens that lie as they came are always read. Bounds are those of keys as they are read.
+
 Buffers of a layer, all on one device:
 
     keys, values                uint8 [batch, kv_heads, capacity, head_dim], int4: [..., head_dim / 2]
@@ -52,6 +57,11 @@ def parts(codes: str) -> int:
 
 def groups(slots: int) -> int:
     return cdiv(slots, GROUP)
+
+
+def packed_groups(slots: int) -> int:
+    """Groups that a KV head has on the mean, where heads have `slots` on the mean: each may begin one that it does not fill."""
+    return groups(slots) + 1
 
 
 def token_bytes(head_dim: int, v_head_dim: int, codes: str, dtype: torch.dtype) -> float:

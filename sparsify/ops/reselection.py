@@ -26,7 +26,7 @@ from sparsify.ops.call import OpCall, Operand
 from sparsify.ops.library import define
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,8 @@ class CacheReselectCall(WritingCall):
     is_token: bool [batch, query_len], False for padding, which is not stored; None: no padding.
     carried, queries, query_positions: as the module says; None: the policy has no use for them.
     starts: int32 [batch, kv_heads + 1], as `sparsify.ops.cache` says; None: all heads keep as many.
+    codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given,
+        too. Tokens of the last group lie as they came afterwards.
     limit: tokens of a head beyond which the policy selects; of one whose slots are more or fewer than `capacity`, so many more or fewer.
     kept: tokens that it leaves, with `starts` on the mean of a row's heads, whose shares `Policy.share` says.
     recent: newest tokens that no score evicts.
@@ -55,6 +57,12 @@ class CacheReselectCall(WritingCall):
     queries: Annotated[Tensor | None, Operand("batch query_heads observed head_dim", "floats", written=True)] = None
     query_positions: Annotated[Tensor | None, Operand("batch observed", "integers", written=True)] = None
     starts: Annotated[Tensor | None, Operand("batch kv_heads_and_one", "integers", written=True)] = None
+    codes: str = ""
+    key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats", written=True)] = None
+    value_scales: Annotated[Tensor | None, Operand("batch kv_heads capacity parts", "floats", written=True)] = None
+    recent_keys: Annotated[Tensor | None, Operand("batch kv_heads recent head_dim", "floats", written=True)] = None
+    recent_values: Annotated[Tensor | None, Operand("batch kv_heads recent v_head_dim", "floats", written=True)] = None
+    staged: Annotated[Tensor | None, Operand("batch kv_heads ends", "integers", written=True)] = None
     limit: int
     kept: int
     recent: int

@@ -203,7 +203,7 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
 
 def _coded(layer: SparseLayer, slots: int) -> dict[str, Tensor]:
     """What goes with codes, of so many slots; nothing where keys and values lie as they came."""
-    sizes = {"key_scales": quantised.groups(slots), "value_scales": slots}
+    sizes = {"key_scales": quantised.groups(slots), "value_scales": slots} if layer.grows else {}
     return {name: t[:, :, : sizes.get(name)] for name, t in layer.coded().items() if isinstance(t, Tensor)}
 
 

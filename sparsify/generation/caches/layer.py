@@ -269,7 +269,8 @@ class SparseLayer(CacheLayerMixin):
     def _allocate_coded(self, key_states: Tensor, slots: tuple[int, int, int]) -> None:
         """What goes with keys and values in few bits."""
         rows, (dim, v_dim), parts, zeros = slots[:2], self.head_dims, quantised.parts(self.codes), key_states.new_zeros
-        self.key_scales = zeros(*rows, quantised.groups(slots[2]), parts, dim)
+        groups = quantised.packed_groups if self.policy.by_head else quantised.groups
+        self.key_scales = zeros(*rows, groups(slots[2]), parts, dim)
         self.value_scales = zeros(*slots, parts)
         self.recent_keys, self.recent_values = zeros(*rows, quantised.GROUP, dim), zeros(*rows, quantised.GROUP, v_dim)
         self.staged = zeros(*rows, 2, dtype=torch.int32)
@@ -351,7 +352,8 @@ class SparseLayer(CacheLayerMixin):
     def renew_bounds(self) -> None:
         """After slots were changed by something else than an op that stores tokens."""
         if self.bounds is not None and self.read is not None:  # within `present`
-            cache.bounds(self.keys, self.positions, self.bounds, size=self.read.size, version=cache.VERSION)
+            coded = self.coded() | {"values": self.values} if self.codes else {}
+            cache.bounds(self.keys, self.positions, self.bounds, size=self.read.size, version=cache.VERSION, **coded)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Checks the new keys and values and returns them unchanged, or under autocast in the cache's dtype. Attention stores them later.
@@ -447,7 +449,10 @@ class SparseLayer(CacheLayerMixin):
         if not self.told:
             where, hint = f"layer {self.index}", "call cache.observe(logits, input_ids) after every call"
             raise CacheError(f"policy {self.policy.name} was not told the logits of the last call", where=where, hint=hint)
-        nothing = self.keys[:, :, :0], self.values[:, :, :0]
+        keys, values = self.keys, self.values
+        if self.recent_keys is not None and self.recent_values is not None:
+            keys, values = self.recent_keys, self.recent_values
+        nothing = keys[:, :, :0], values[:, :, :0]
         with torch.no_grad(), self.present():
             reselection.reselect(None, *nothing, *self.state, empty=False, **self.selecting(limit, *self.logits))
             self.renew_bounds()
@@ -459,7 +464,7 @@ class SparseLayer(CacheLayerMixin):
         if layout is None:
             raise CacheError("the layer is not allocated", where=f"layer {self.index}")
         how = {"limit": limit, "kept": layout.kept, "recent": layout.recent, "policy": self.policy_text, "scale": scale, "softcap": softcap}
-        return {**how, "version": reselection.VERSION, **{name: getattr(self, name) for name in _KNOWN}}
+        return {**how, "version": reselection.VERSION, **{name: getattr(self, name) for name in _KNOWN}, **self.coded()}
 
     def tell(self, numbers: Tensor, is_token: Tensor | None) -> None:
         """What the last call's tokens carry from now on, fp32 [batch, tokens]; is_token as attention had it."""
@@ -683,11 +688,11 @@ class SparseLayer(CacheLayerMixin):
         self.counts += tokens_to_remove
         gone = self.positions >= self.seen[:, None, None]
         self.positions.masked_fill_(gone, -1)
+        if self.staged is not None:
+            self.staged.copy_(torch.minimum(self.staged, self.counts[..., None]))
         with self.present():
             self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
             self.renew_bounds()
-        if self.staged is not None:
-            self.staged.copy_(torch.minimum(self.staged, self.counts[..., None]))
         if self.carried is not None:
             self.carried.masked_fill_(gone, 0)
         if self.query_positions is not None:

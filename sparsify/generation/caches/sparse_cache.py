@@ -98,11 +98,11 @@ class SparseCache(Cache):
             pages = drafting.exact(drafts)
         _check_offloading(offloading, policy, dtype, drafts)
         every = _checked_every(every, policy, budget)
-        codes = _checked_codes(dtype, every, pages)
+        codes = _checked_codes(dtype)
         _check_divided(config, policy)
-        if policy.by_head and (codes or pages is not None):
-            what = f"{policy.name} packs slots by head; pages, and groups of codes, are of heads with as many each"
-            raise ConfigError(what, where="dtype" if codes else "read", hint="leave it out")
+        if policy.by_head and pages is not None:
+            what = f"{policy.name} packs slots by head; pages are of heads with as many each"
+            raise ConfigError(what, where="read", hint="leave it out")
         stock = DynamicCache(config=config).layers
         evicting = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
         layers = [_make_layer(i, layer, config, policy, budget, evicting, every, pages, codes, drafts) for i, layer in enumerate(stock)]
@@ -448,15 +448,12 @@ def _checked_budget(budget: object, prompt_len: int | None) -> int | float | Non
     return budget
 
 
-def _checked_codes(dtype: torch.dtype | str | None, every: int, pages: Pages | None) -> str:
+def _checked_codes(dtype: torch.dtype | str | None) -> str:
     """The bits in which keys and values are kept, "" for those of a dtype."""
     if not isinstance(dtype, str):
         return ""
     if dtype not in ("fp8", "int4"):
         raise ConfigError(f'must be a torch.dtype, "fp8" or "int4", not {dtype!r}', where="dtype")
-    if every or pages is not None:
-        what = "keys in few bits are neither read by pages nor selected anew"
-        raise UnsupportedError(what, where="SparseCache", hint="leave `dtype`, or `read` and `every`")
     return dtype
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import policies
+from sparsify.backends.cache import packed as packed_heads
 from sparsify.backends.cache import quantised_reference as quantised
 from sparsify.backends.cache import reference
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheStoreCall
-from sparsify.ops.quantised import GROUP, groups, packed, parts
+from sparsify.ops.quantised import GROUP, groups, packed, packed_groups, parts
 
 DIM = 16
 
@@ -120,3 +123,13 @@ def test_any_calls_leave_what_16_bits_would_up_to_rounding(name, codes, cuts, se
         exact = reference.cache_attention(CacheAttentionCall(query, plain_keys, plain_values, theirs[0], theirs[2], **read))
         assert staged.sum() == held.sum() or not torch.equal(reference.cache_attention(call), exact)
     assert got.isfinite().all()
+
+
+@given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=6))
+def test_groups_of_packed_heads_have_places_of_their_own(sizes):
+    """Heads of any sizes, each of whose groups begin at its own first slot."""
+    capacity = -(-sum(sizes) // len(sizes))
+    starts = torch.tensor([[0, *itertools.accumulate(sizes)]])
+    first, end = packed_heads._groups(starts)
+    assert (first[:, 1:] >= end[:, :-1]).all() and int(end[0, -1]) <= len(sizes) * packed_groups(capacity)
+    assert (end - first)[0].tolist() == [groups(size) for size in sizes]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from sparsify import policies
-from sparsify.backends.cache import append, quantised, reference
+from sparsify.backends.cache import append, quantised, quantised_reference, reference
 from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheAttentionCall, CacheDecodeCall, CacheStoreCall
+from sparsify.ops.quantised import packed_groups
+from sparsify.ops.reselection import CacheReselectCall
 from tests.backends.cache.test_quantised import buffers, counters
 
 pytestmark = pytest.mark.interpreter
@@ -128,3 +132,42 @@ def several(codes, tokens=(100, 23), window=0, dtype=torch.float32, splits=1, co
 @pytest.mark.samples(2)
 def test_several_tokens(codes, case):
     several(codes, **case)
+
+
+def packed_state(codes, dim=64):
+    """Two heads of a row with slots of their own, groups counted from each head's first, some tokens as they came."""
+    torch.manual_seed(1)
+    starts = torch.tensor([[0, 150, 200], [0, 70, 200]], dtype=torch.int32)
+    counts = torch.tensor([[127, 47], [64, 126]], dtype=torch.int32)
+    keys, values, more = buffers(2, 2, 100, codes, dims=(dim, dim))
+    more["key_scales"] = more["key_scales"].new_zeros(2, 2, packed_groups(100), *more["key_scales"].shape[3:])
+    positions, _, seen, length = counters(2, 2, 100)
+    for row, head in itertools.product(range(2), range(2)):
+        begin, count = int(starts[row, head]), int(counts[row, head])
+        positions[row].view(-1)[begin : begin + count] = torch.arange(count, dtype=torch.int32)
+    key, value = torch.randn(2, 2, 2, 129, dim)
+    state = (keys, values, positions, counts, seen + 140, length + 140)
+    common = {"limit": 100, "kept": 80, "recent": 4, "empty": False, "policy": "", "scale": 1.0, "softcap": 0.0}
+    call = CacheReselectCall(None, key[:, :, :0], value[:, :, :0], *state, starts=starts, **common, **more)
+    quantised_reference.store_in_order(call, key, value, counts)
+    return state, more | {"starts": starts}
+
+
+@pytest.mark.parametrize("codes", ["fp8", "int4"])
+@pytest.mark.samples(1)
+def test_heads_of_their_own_sizes(codes):
+    ours, more = packed_state(codes)
+    theirs, twin = packed_state(codes)
+    for step in range(3):
+        query, key, value = (torch.randn(2, 1, heads, 64).transpose(1, 2) for heads in (4, 2, 2))
+        options = {"pinned": NEVER_OVERWRITTEN, "scale": 0.3, "softcap": 0.0, "window": 0, "sinks": 0}
+        want = reference.cache_decode(CacheDecodeCall(query, key, value, *theirs, **options, **twin))
+        got = quantised.cache_decode(CacheDecodeCall(query, key, value, *ours, **options, **more), splits=2)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+        for a, b in zip((*ours, more["staged"], more["value_scales"]), (*theirs, twin["staged"], twin["value_scales"]), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6, msg=f"after step {step}")
+    assert (more["staged"][0, 0] == torch.tensor([128, 130])).all(), "a group became codes, another was begun"
+    query, key, value = (torch.randn(2, 3, heads, 64).transpose(1, 2) for heads in (4, 2, 2))
+    options = {"new_key": key, "new_value": value, "scale": 0.3, "softcap": 0.0, "window": 0, "sinks": 0, **more}
+    call = CacheAttentionCall(query, *ours[:3], ours[4], **options)
+    torch.testing.assert_close(append.cache_attention(call, splits=2), reference.cache_attention(call), atol=2e-5, rtol=2e-5)

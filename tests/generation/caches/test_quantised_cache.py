@@ -7,7 +7,10 @@ import torch
 
 import tests.support.cache_reference as reference
 from sparsify import Pages, SparseCache
-from sparsify.errors import ConfigError, UnsupportedError
+from sparsify.backends.cache import quantised_reference
+from sparsify.errors import ConfigError
+from sparsify.ops.cache import CacheAttentionCall
+from tests.generation.caches.test_pages import exact_bounds
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
 from tests.support.tiny_models import build
@@ -99,6 +102,67 @@ def test_compiled_code_gives_the_same_tokens(codes):
 def test_what_is_not_served_is_told(llama):
     with pytest.raises(ConfigError, match="int4"):
         SparseCache(llama.config, "full", dtype="int3")
-    for more in ({"read": Pages()}, {"read": "pages"}):
-        with pytest.raises(UnsupportedError, match="few bits"):
-            SparseCache(llama.config, "full", dtype="fp8", **more)
+
+
+# a text of several groups, with choices that do not depend on how keys are rounded: budgets that hold it, or heads that stream
+LONG = {
+    "room": ("knorm", 160, {"every": 30, "recent": 4}),
+    "room and pages": ("knorm", 160, {"every": 30, "recent": 4, "read": Pages(size=16, share=1.0)}),
+    "pages": ("full", 192, {"read": Pages(size=8, share=1.0)}),
+    "pages of a ring": ("streaming_llm", None, {"sinks": 3, "window": 90, "read": Pages(size=16, share=1.0)}),
+    "one head streams": ("duo", 110, {"every": 20, "streaming": [[0], [1]], "sinks": 2, "window": 60, "options": {"window": 4}}),
+    "all heads stream": ("duo", 90, {"every": 20, "streaming": [[0, 1], [0, 1]], "sinks": 2, "window": 80, "options": {"window": 4}}),
+}
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("way", LONG)
+@pytest.mark.samples(2)
+@torch.no_grad()
+def test_pages_selections_and_heads_of_their_own_sizes_read_what_was_stored(codes, way):
+    """Whole groups become codes while tokens come one by one, several at once, and when the policy selects."""
+    model, ids, cuts = build("llama", layers=2), text(2, 150), [70, 1, 1, 1, 20, *[1] * 40, 9, *[1] * 8]
+    mask = left_padded([150, 131])
+    at = (mask.cumsum(-1) - 1).clamp(min=0)
+    policy, budget, options = LONG[way]
+    found, held = [], []
+    for dtype in (None, codes):
+        cache = SparseCache(model.config, policy, budget, dtype=dtype, **options)
+        found.append(reference.through(model, cache, ids, cuts, mask, at)[mask.bool()])
+        if "every" in options:
+            cache.end_turn()
+        held.append(cache)
+        last = model(text(2, 1, seed=9), **holding(cache), attention_mask=torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), 1)).logits
+        found.append(last[:, 0])
+    assert 1e-4 < (found[0] - found[2]).abs().max() < NEAR[codes]
+    assert (found[1] - found[3]).abs().max() < NEAR[codes]
+    for one, other in zip(*(cache.layers for cache in held), strict=True):
+        assert torch.equal(one.positions, other.positions) and torch.equal(one.counts, other.counts)
+        if one.starts is not None:
+            assert torch.equal(one.starts, other.starts)
+        assert (other.counts > 64).any(), "a group is whole"
+
+
+@pytest.mark.parametrize("codes", ["fp8", pytest.param("int4", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_bounds_are_those_of_keys_as_they_are_read(llama, codes):
+    few = Pages(size=16, count=2, recent=3)
+    cache = SparseCache(llama.config, "full", 256, dtype=codes, read=few)
+    ids, mask = text(2, 150), left_padded([150, 120])
+    at = 0
+    for cut in [70, 1, 1, 20, *[1] * 40, 18]:
+        at += cut
+        llama(ids[:, at - cut : at], **holding(cache), attention_mask=mask[:, :at])
+        for layer in cache.layers:
+            call = CacheAttentionCall(
+                layer.recent_keys[:, :, :1], *layer.state[:3], layer.seen, **layer.coded(), scale=1.0, softcap=0.0, window=0, sinks=0
+            )
+            keys = quantised_reference.everything(call)[0]
+            want, some = exact_bounds(keys, layer.positions, few.size)
+            assert torch.equal(layer.bounds[some], want[some])
+    all_pages = SparseCache(llama.config, "full", 256, dtype=codes, read=Pages(size=16, share=1.0))
+    reference.through(llama, all_pages, ids, [150], mask)
+    more = torch.ones(2, 151, dtype=torch.long)
+    more[:, :150] = mask
+    step = lambda held: llama(text(2, 1, seed=9), **holding(held), attention_mask=more).logits
+    assert (step(cache) - step(all_pages)).abs().max() > 1e-4, "few pages are not all"
