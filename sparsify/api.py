@@ -16,7 +16,7 @@ from sparsify.distributed import agreement, shards
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.graph import isolated
-from sparsify.ops import block_lists
+from sparsify.ops import block_lists, dtensors
 from sparsify.ops.block_maps import BlockMap, block_map
 from sparsify.ops.selection import observing, piece
 from sparsify.planning import provenance, registry
@@ -65,6 +65,7 @@ def compile(
         UnsupportedError: `model` is the wrapper that torch.compile returns.
         DistributedError: `mesh` has no dimension "cp"; processes that share the model have other options or releases, or do not come here.
     """
+    dtensors.register()
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
     settings = config.load(options, mode=mode, method_models=registry.discover())

@@ -18,6 +18,12 @@ Call = TypeVar("Call", bound=OpCall)
 NAMESPACE = "sparsify"
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 library = torch.library.Library(NAMESPACE, "DEF")
+_NAMES: list[str] = []
+
+
+def defined() -> tuple[str, ...]:
+    """Names of all ops."""
+    return tuple(_NAMES)
 
 
 def define(call: type[Call], fake: Callable[[Call], Any], returns: str = "(Tensor, Tensor)") -> OpOverload:
@@ -44,6 +50,8 @@ def traced(op: str, fake: Callable[..., Any]) -> None:
         op: its name.
         fake: makes empty outputs from a call's arguments.
     """
+
+    _NAMES.append(op)
 
     def call(*args: Any, **options: Any) -> Any:
         gradients.refuse(op, args, options)

@@ -48,3 +48,31 @@ def tokens(family: str, cases: dict[str, Any], divided: bool, overrides: dict[st
         assert torch.equal(alone, with_cache)
         found[name] = alone, cache.layers[1].counts[:, 0].tolist()
     return found
+
+
+def both(family: str, cases: dict[str, Any], size: tuple[int, int], overrides: dict[str, Any]) -> dict[str, tuple[Tensor, Any]]:
+    """By case (tokens, padding mask, options, whether tokens are generated) logits or tokens, and each site's method, of a model whose heads
+    and prompts are divided: size: by processes of the mesh's dimensions cp and tp, or 1 and 1 for one process.
+    """
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    found = {}
+    for name, (ids, mask, options, generated) in cases.items():
+        model: Any = whole(family, **overrides)
+        how: dict[str, Any] = {}
+        if size != (1, 1):
+            mesh = init_device_mesh("cpu", size, mesh_dim_names=("cp", "tp"))
+            plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_size=size[1], tp_plan="auto"))
+            model = apply_tensor_parallelism(model, mesh["tp"], plan)
+            how["mesh"] = mesh
+        given = {} if mask is None else {"attention_mask": mask}
+        torch.manual_seed(3)
+        with tensor_parallel.compiled(model, options, **how) as plans:
+            result = (
+                model.generate(ids, max_new_tokens=5, do_sample=False, **given)
+                if generated
+                else model(ids, use_cache=False, **given).logits
+            )
+        found[name] = result, [decision.method for plan in plans for decision in plan.decisions]
+    return found
