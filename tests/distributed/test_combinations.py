@@ -39,11 +39,12 @@ def test_heads_and_prompts_divided_at_once(generated):
         assert all((want[f"{name} False"][0] - want["dense False"][0]).abs().max() > 1e-2 for name in METHODS if name != "dense")
 
 
+CHOICE = {"layer": 0, "heads": (0, 3), "keep": 60, "window": 8, "sinks": 2, "queries": 8}
 SELECT = {
-    "passes": ["dense", "token_select"],
-    "token_select": {"layer": 0, "heads": (0, 3), "keep": 60, "window": 8, "sinks": 2, "queries": 8},
+    "some": {"passes": ["dense", "token_select"], "token_select": CHOICE},
+    "all": {"passes": ["dense", "token_select"], "token_select": CHOICE | {"heads": "all", "group": "max"}},
+    "none": {"passes": ["dense"]},
 }
-BY_ALL = {"passes": ["dense", "token_select"], "token_select": SELECT["token_select"] | {"heads": "all", "group": "max"}}
 
 
 @pytest.mark.slow
@@ -51,7 +52,7 @@ def test_the_tokens_that_go_on_are_chosen_by_all_heads():
     """Heads that choose may be another process's: what each has seen is put together before the choice."""
     cases = {
         f"{name} {mask is not None}": (text(2, 200), mask, options, None)
-        for name, options in {"some": SELECT, "all": BY_ALL, "none": {"passes": ["dense"]}}.items()
+        for name, options in SELECT.items()
         for mask in (None, left_padded([200, 139]))
     }
     want = tensor_parallel.all_of("tokens", "llama", cases, False, {})

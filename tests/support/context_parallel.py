@@ -51,8 +51,9 @@ def tokens(family: str, cases: dict[str, Any], divided: bool, overrides: dict[st
 
 
 def both(family: str, cases: dict[str, Any], size: tuple[int, int], overrides: dict[str, Any]) -> dict[str, tuple[Tensor, Any]]:
-    """By case (tokens, padding mask, options, whether tokens are generated) logits or tokens, and each site's method, of a model whose heads
-    and prompts are divided: size: by processes of the mesh's dimensions cp and tp, or 1 and 1 for one process.
+    """By case (tokens, padding mask, options, whether to generate) logits or tokens, and each site's method.
+
+    size: processes of the mesh's dimensions cp and tp, which divide the prompts and the heads; 1 and 1: one process.
     """
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism

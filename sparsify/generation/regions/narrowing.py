@@ -25,6 +25,8 @@ from transformers.masking_utils import causal_mask_function
 from sparsify import pipeline
 from sparsify.costs import device as hardware
 from sparsify.costs.sizes import AttentionSizes
+from sparsify.distributed import collectives
+from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.regions.caches import CACHES
@@ -144,10 +146,11 @@ class Narrowing:
         model: in transformers' form.
         layers: its decoder layers.
         method: of the kind `stream`; `method.layer` is the one that chooses.
+        heads: which of the heads are this process's, where tensor parallelism divides them.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: Config, method: Any):
-        self.layers, self.config, self.method = layers, config, method
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: Config, method: Any, heads: Shard | None = None):
+        self.layers, self.config, self.method, self.heads = layers, config, method, heads
         self.text = cast(Any, model.config).get_text_config(decoder=True)
         self.obstacle = "" if method.layer is None else self._obstacle(layers[method.layer :])
         matrices = [tuple((p.shape[1], p.shape[0]) for p in layer.module.parameters() if p.dim() == 2) for layer in layers]
@@ -164,6 +167,12 @@ class Narrowing:
     def place(self, layer: Layer) -> str:
         """Where a layer stands: "before" the one that "chooses", or "behind" it."""
         return "chooses" if layer.number == self.layer else "before" if layer.number < self.layer else "behind"
+
+    def of_all_heads(self, mass: Tensor) -> Tensor:
+        """What keys get by head, [batch, query_heads, tokens], of the whole model's heads: all processes choose the same tokens."""
+        if self.heads is None or self.heads.size == 1:
+            return mass
+        return collectives.gathering(mass, self.heads.size, self.heads.group)().movedim(0, 1).flatten(1, 2)
 
     def _obstacle(self, following: Sequence[Layer]) -> str:
         """Why rows cannot be left out before these layers, from their structure; empty where they can. The first of them chooses."""
@@ -365,7 +374,7 @@ class Narrowed:
             if self.mass is None:
                 self.give_up("its attention does not tell what its queries look at")
             else:
-                columns: Tensor = self.owner.method.choose(self.mass, self.is_token, self.site.longest)
+                columns: Tensor = self.owner.method.choose(self.owner.of_all_heads(self.mass), self.is_token, self.site.longest)
                 self.owner.tell(self.site, self.proposal, columns.shape[1])
                 if self.owner.method.mode == "prompt":
                     raise Chosen(columns)

@@ -100,10 +100,10 @@ class RegionalModel:
         self.kinds = _kinds(self.layers, config)
         self._saved = load_saved_plan(config.plan)
         method = narrowing.asked(config, self._saved, [layer.path for layer in self.layers])
-        self.narrowing = None if method is None else Narrowing(model, self.layers, config, method)
+        self.part = Part(tensor_parallel.of_heads(self.layers[0].module), "" if text is None else text.group)
+        self.narrowing = None if method is None else Narrowing(model, self.layers, config, method, self.part.heads)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
-        self.part = Part(tensor_parallel.of_heads(self.layers[0].module), "" if text is None else text.group)
         self.divided = None if text is None else DividedCalls(model, text)
         self.tokens = None
         if self.narrowing is None and text is None and self.part == WHOLE and tokens.pays(self.layers, config):
