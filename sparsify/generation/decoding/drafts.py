@@ -88,6 +88,8 @@ class Drafts:
         self.seen: Tensor | None = None
         self.shares: Tensor | None = None
         self.logits = self.scores = torch.empty(0)
+        # of the verifications of each length: a graph that is replayed writes to its own tensors and runs no Python
+        self._results: dict[int, tuple[Tensor, Tensor]] = {}
         self.seconds = seconds
         self._drafting = make_runner(self._draft_one)
         self._verifying: dict[int, Runner] = {}
@@ -123,6 +125,7 @@ class Drafts:
             self._verifying[drafts] = self.make_runner(functools.partial(self._verify, drafts))
         self.cache.cache.recount(stored)
         self._verifying[drafts]()
+        self.logits, self.scores = self._results[drafts]
         kept, cache = int(self.count), self.cache.cache
         cache.recount(stored + kept + 1)
         cache.draft_rounds += 1
@@ -172,35 +175,36 @@ class Drafts:
         cache.take_back(torch.full_like(self.count, drafts), drafts)
         positions = step.position + torch.arange(drafts + 1, device=step.position.device)
         logits = self.forward(input_ids=torch.cat((step.token, drafted), 1), position_ids=positions)
-        self.logits = logits.to(copy=True, dtype=torch.float32)
-        self.scores = torch.stack([self._scores_at(place, drafted) for place in range(drafts + 1)], 1)
-        chosen, right = self._judged(drafted)
+        logits = logits.to(copy=True, dtype=torch.float32)
+        scores = torch.stack([self._scores_at(place, drafted, logits) for place in range(drafts + 1)], 1)
+        self._results[drafts] = logits, scores
+        chosen, right = self._judged(drafted, scores)
         # rows that have ended keep any draft
         right = right | (step.running == 0)[:, None]
         kept = right.long().cumprod(1).sum(1).min()
         self.count.copy_(kept)
         if step.sample:
-            chosen = self._corrected(drafted, right, kept)
+            chosen = self._corrected(drafted, scores, right, kept)
         self.found[:, : drafts + 1] = chosen
         cache.take_back(drafts - kept, drafts)
 
-    def _scores_at(self, place: int, drafted: Tensor) -> Tensor:
+    def _scores_at(self, place: int, drafted: Tensor, logits: Tensor) -> Tensor:
         """Scores [rows, vocabulary] after `place` tokens of the draft."""
         seen = self.step.seen
         if seen is not None and place:
             seen = seen.scatter(1, drafted[:, :place], True)
-        return self._processed(self.logits[:, place], self.step.length + place, seen)
+        return self._processed(logits[:, place], self.step.length + place, seen)
 
-    def _judged(self, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    def _judged(self, drafted: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The exact model's most likely tokens [rows, drafts + 1], and which drafts it takes, bool [rows, drafts]."""
-        most_likely = self.scores.argmax(-1)
+        most_likely = scores.argmax(-1)
         if self.shares is None:
             return most_likely, most_likely[:, :-1] == drafted
-        exact = self.step.probabilities(self.scores)[:, :-1].gather(2, drafted[..., None])[..., 0]
+        exact = self.step.probabilities(scores)[:, :-1].gather(2, drafted[..., None])[..., 0]
         draft = self.shares[:, : drafted.shape[1]].gather(2, drafted[..., None])[..., 0]
         return most_likely, torch.rand_like(exact) * draft < exact
 
-    def _corrected(self, drafted: Tensor, right: Tensor, kept: Tensor) -> Tensor:
+    def _corrected(self, drafted: Tensor, scores: Tensor, right: Tensor, kept: Tensor) -> Tensor:
         """The draft with what follows it at place `kept`: another row's number of drafts may end one that was right, [rows, drafts + 1].
         Where it was not, a token is drawn from what the exact distribution has more than the draft's; behind a whole draft from the exact
         one."""
@@ -208,7 +212,7 @@ class Drafts:
             raise RuntimeError("no distributions were kept")
         rows, drafts = drafted.shape
         at = kept.expand(rows, 1)
-        exact = torch.nn.functional.softmax(self.scores, dim=-1).take_along_dim(at[..., None], 1)[:, 0]
+        exact = torch.nn.functional.softmax(scores, dim=-1).take_along_dim(at[..., None], 1)[:, 0]
         draft = torch.cat((self.shares[:, :drafts], torch.zeros_like(self.shares[:, :1])), 1).take_along_dim(at[..., None], 1)[:, 0]
         more = (exact - draft).clamp(min=0)
         # of two equal distributions nothing is left, but for rounding

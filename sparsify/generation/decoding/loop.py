@@ -252,8 +252,7 @@ class _Drafting(_Generation):
         """Takes the tokens that a draft brings. Returns whether one of them but the last ended all rows, so that the rest goes."""
         if self.limit is not None and self.stored + drafts + 1 > self.limit:
             self._make_room(drafts)
-        with drawing:
-            found = made.round(drafts, self.stored, self.scores.shape[-1])
+        found = made.round(drafts, self.stored, self.scores.shape[-1])
         lengths.learn(drafts, found - 1)
         for place in range(found):
             self.logits, self.scores = made.logits[:, place], made.scores[:, place]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -91,6 +93,22 @@ def test_drafts_and_verifications_can_be_recorded(llama, twin, monkeypatch):
         assert torch.equal(run(llama, cache, input_ids=ids), run(twin, input_ids=ids))
         # a draft's step and a verification of two; those of one, at the end of a call, may come only once
         assert 2 <= recorder.recorded <= recorder.warmed <= 4 and recorder.replayed > 10
+
+
+def test_recorded_verifications_of_several_lengths(llama, twin, monkeypatch):
+    """Each length's graph has results of its own, whatever was run last."""
+    recorder = OpRecorder()
+    monkeypatch.setattr(generate._decoders[llama], "runner", lambda function, failed: Recorded(function, recorder, failed))
+    check = SparseCache.check_consistent
+    monkeypatch.setattr(SparseCache, "check_consistent", lambda cache, read: check(cache, False))
+    lengths = itertools.cycle([1, 3, 2])
+    monkeypatch.setattr(DraftLength, "choose", lambda self, stored, most: min(next(lengths), most))
+    arguments = {**PLAIN, "max_new_tokens": 40, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    got, want = run(llama, drafting(llama), **arguments), run(twin, **arguments)
+    assert recorder.recorded == 4 and recorder.replayed > 20
+    assert torch.equal(got.sequences, want.sequences)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-5)
 
 
 def test_scores_streams_and_what_a_call_ends_by(llama, twin):
