@@ -43,3 +43,21 @@ class CpuDecode(Record):
     cpu_ms: float  # processor time of a token, of the calling thread, median
     ratio: float  # over the faster of Inductor's
     first_s: float | None = None  # the prompt and the first token, compilation included, by the clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuTokensOn(Record):
+    """A prompt of a small model with random weights, of which some tokens go on behind a layer. Variants by turns in one process."""
+
+    NAME = "cpu_tokens_on"
+    KEYS = ("length", "layers", "hidden", "threads", "layer", "keep")
+    length: int  # tokens
+    layers: int
+    hidden: int
+    threads: int
+    layer: int  # that chooses, from 0
+    keep: float  # share of the tokens that go on
+    cpu_s: float  # processor time of a call, of all threads, median
+    dense_cpu_s: float  # of one in which all tokens go on
+    ratio: float
+    cache_share: float  # keys in the cache over those of the other call

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.lib.models import SHAPES
 from benchmarks.lib.registry import Benchmark
 from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Prefill, Speculation
 from sparsify.commands.bench import prefill, whole_call
@@ -227,6 +228,30 @@ def long_prompt_headlines(found: list[Found]) -> list[Row]:
     ]
 
 
+def long_prompt_plot(found: list[Found]) -> Any:
+    """Memory of long prompts as measured, and what gate and up of all rows at once would take beside it where they were made in parts."""
+    from matplotlib import pyplot
+
+    cells = [one for one in newest_device(measured(found, LongPrompt)) if one["variant"] == "parts" and one.get("peak_bytes")]
+    if not cells:
+        return None
+    cells.sort(key=lambda one: one["length"])
+    gib = 1 << 30
+    weights = [one["weight_bytes"] / gib for one in cells]
+    rest = [one["peak_bytes"] / gib - held for one, held in zip(cells, weights, strict=True)]
+    peak = [one["peak_bytes"] / gib for one in cells]
+    # bf16: gate and up of all rows, without those of a part, which the peak holds
+    spared = [2 * 2 * one["length"] * SHAPES[one["shape"]]["intermediate_size"] / gib if one["blocks_in_parts"] else 0.0 for one in cells]
+    figure, axis = pyplot.subplots(figsize=(6.4, 2.6), layout="constrained")
+    names = [f"{size(one['length'])} tokens, {one['s']:.1f} s" for one in cells]
+    axis.barh(names, weights, color="0.35", label="weights")
+    axis.barh(names, rest, left=weights, color="0.65", label="everything else, measured")
+    axis.barh(names, spared, left=peak, color="white", edgecolor="0.3", hatch="//", label="gate and up of all rows at once, calculated")
+    axis.set(xlabel="GiB at the peak")
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
 def long_prompt_table(found: Iterable[Found]) -> str:
     """Seconds and memory of a prompt, one row a length and variant."""
     gib = lambda number: f"{number / 2**30:.1f}" if number else "–"
@@ -389,6 +414,7 @@ BENCHMARKS = (
         records=(LongPrompt,),
         title="Long prompts",
         table=long_prompt_table,
+        plots={"long-prompt": long_prompt_plot},
         headlines=long_prompt_headlines,
     ),
     Benchmark(
