@@ -9,12 +9,14 @@ import torch
 
 from sparsify.commands import main as cli
 from sparsify.commands.calibrate import device as calibrate_device
+from sparsify.commands.calibrate import links as calibrate_links
 from sparsify.commands.calibrate import timing
 from sparsify.costs import device as hardware
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Profile
 from sparsify.costs.samples import Sample, Workload, predict
 from sparsify.errors import ProfileError
+from tests.support import links, processes
 
 
 @pytest.fixture
@@ -124,3 +126,16 @@ def test_cells_survive_a_record(cell):
 def test_a_record_without_a_kind_is_refused():
     with pytest.raises(ProfileError, match="no kind"):
         Workload.from_record({"key_len": 3})
+
+
+@pytest.mark.slow
+def test_links_are_measured_where_several_processes_are_started():
+    one, other = processes.run(2, links.measured)
+    assert one == other  # of the slowest
+    assert one["processes"] == 2 and 0 < one["latency"] < 1
+    assert min(one["exchange"], one["reduce"]) > 1e6
+
+
+def test_one_process_has_no_links():
+    with calibrate_links.started("cpu") as count:
+        assert count == 1

@@ -137,14 +137,21 @@ def run_device(given: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from sparsify.commands.calibrate import device as calibrate_device
+    from sparsify.commands.calibrate import links
     from sparsify.costs import device as hardware
     from sparsify.costs import profile_cache
 
     device = arguments.device(given.device)
+    between = None
+    with links.started(device) as processes:
+        if processes > 1:
+            between = links.measure(device, small=given.small)
+            if not links.is_first():  # which measures the rest
+                return DONE
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("compiling", total=None)
         show = lambda done, calls, what: bar.update(task, completed=done, total=calls, description=what)
-        found = calibrate_device.calibrate(device, small=given.small, progress=show)
+        found = calibrate_device.calibrate(device, small=given.small, progress=show, links=between)
     print(found.profile.to_json() if given.json else calibrate_device.table(found))
     told = sys.stderr if given.json else sys.stdout
     if given.save:

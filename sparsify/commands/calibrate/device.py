@@ -26,7 +26,7 @@ from sparsify import backends
 from sparsify.commands.calibrate import fit, timing
 from sparsify.costs import profile_cache
 from sparsify.costs.device import Device
-from sparsify.costs.profile import Profile
+from sparsify.costs.profile import Links, Profile
 from sparsify.costs.samples import Dtype, Sample, Workload, predict
 from sparsify.costs.work import step_kernel
 from sparsify.errors import ProfileError, SparsifyError
@@ -90,12 +90,18 @@ def _workloads(
 
 
 def calibrate(
-    device: str, *, small: bool = False, seconds: float = SECONDS, progress: Callable[[int, int, str], None] = lambda done, all_, what: None
+    device: str,
+    *,
+    small: bool = False,
+    seconds: float = SECONDS,
+    progress: Callable[[int, int, str], None] = lambda done, all_, what: None,
+    links: Links | None = None,
 ) -> Calibration:
     """Measures and fits; nothing is written.
 
     Args:
         device: "cuda" or "cpu". small: few and small calls, for tests. progress: called with (calls done, calls, what runs now).
+        links: to other devices, as they were measured; None: as they are known.
 
     Raises:
         ProfileError: there is no such device, or nothing could be measured.
@@ -113,7 +119,8 @@ def calibrate(
     measured = timing.ceilings(device, small=small or device == "cpu")
     source = f"sparsify calibrate device, {datetime.date.today()}"
     facts = {"device": here.device, "versions": here.versions, "measured": True, "source": source}
-    prior = profile_cache.default(device).model_copy(update={**measured, **facts})
+    known = profile_cache.default(device)
+    prior = known.model_copy(update={**measured, **facts, "links": links or known.links})
     end, samples, failed = time.monotonic() + seconds, [], {}
     for done, workload in enumerate(wanted):
         if samples and time.monotonic() > end:
@@ -134,6 +141,9 @@ def table(found: Calibration, width: int = 140) -> str:
     """The ceilings, each family's efficiency and fixed time with the error of its fit, and what did not run."""
     one = found.profile
     lines = [f"{one.device}: {one.flops / 1e12:.4g} TFLOP/s, {one.bandwidth / 1e9:.4g} GB/s, {1e6 * one.launch:.3g} µs a launch"]
+    if one.links is not None and one.links.processes:
+        rates = f"{one.links.exchange / 1e9:.4g} GB/s of an exchange, {one.links.reduce / 1e9:.4g} GB/s of a sum"
+        lines.append(f"among {one.links.processes} processes: {rates}, {1e6 * one.links.latency:.3g} µs each")
     grid = Table()
     for name in ("kernels", "calls", "of the ceiling", "fixed", "error of the fit"):
         grid.add_column(name, justify="left" if name == "kernels" else "right")
