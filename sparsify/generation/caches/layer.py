@@ -566,7 +566,7 @@ class SparseLayer(CacheLayerMixin):
         self.started, self.used, self.told, self.left_out, self.fixed = False, 0, True, 0, 0
         self.shard, self.elsewhere = None, 0
         if isinstance(self.budget, float):
-            self.layout, self.is_initialized = None, False
+            self.layout, self.is_initialized, self.rest = None, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place: row b becomes row beam_idx[b]."""
