@@ -1,7 +1,7 @@
 """sink_window: each row sees its first `sinks` visible keys and its last `window` keys, by token and exactly so.
 
 The mask of StreamingLLM (arXiv 2309.17453) and LM-Infinite (arXiv 2308.16137), here over an unshortened cache with its original
-positions: cost no longer grows with the prompt, memory still does.
+positions: cost no longer grows with the prompt, memory still does. Packed documents have sinks of their own.
 """
 
 from __future__ import annotations
@@ -67,8 +67,6 @@ class SinkWindow(Pass):
             return self.refuse("attention is not causal", "sinks and a window of last keys need an order")
         if site.mask.window is not None:
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
-        if site.mask.documents is not None and self.sinks:
-            return self.refuse("packed documents have sinks of their own", "set sinks = 0")
         if site.empty_rows not in ("impossible", "zero") and not self.sinks:
             return self.refuse("rows beyond every window cannot be told from rows that the mask leaves without a key", "set sinks = 1")
         heads = site.query_heads

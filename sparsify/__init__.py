@@ -18,6 +18,7 @@ __distribution__ = releases.DISTRIBUTION
 if TYPE_CHECKING:
     from sparsify.api import compile, explain
     from sparsify.generation.caches.sparse_cache import SparseCache
+    from sparsify.generation.pack import pack
     from sparsify.generation.retrieve import retrieve
     from sparsify.ops.pages import Pages
     from sparsify.planning.plan import Plan
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 _HOME = {
     "compile": "sparsify.api",
     "explain": "sparsify.api",
+    "pack": "sparsify.generation.pack",
     "Pages": "sparsify.ops.pages",
     "Plan": "sparsify.planning.plan",
     "SparseCache": "sparsify.generation.caches.sparse_cache",
     "retrieve": "sparsify.generation.retrieve",
 }
-__all__ = ["Pages", "Plan", "SparseCache", "compile", "explain", "retrieve"]
+__all__ = ["Pages", "Plan", "SparseCache", "compile", "explain", "pack", "retrieve"]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,7 +40,7 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOME:
         raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
-    if name in ("SparseCache", "retrieve"):
+    if name in ("SparseCache", "pack", "retrieve"):
         releases.require("transformers")
     return getattr(importlib.import_module(_HOME[name]), name)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from benchmarks.lib.records import Record
 from sparsify.commands.bench.prefill import Prefill
 
-__all__ = ["CompileTime", "Generate", "GenerateSeconds", "LongPrompt", "Prefill", "Speculation"]
+__all__ = ["CompileTime", "Generate", "GenerateSeconds", "LongPrompt", "Padded", "Prefill", "Speculation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,27 @@ class LongPrompt(Record):
     first_reserved_bytes: int | None = None
     graphs: int | None = None  # that the first call compiled
     blocks_in_parts: int | None = None  # feed-forward blocks of these that ffn_parts rewrote; none where the graph was compiled before
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padded(Record):
+    """One variant's reading of prompts of different lengths."""
+
+    NAME = "padded"
+    KEYS = ("shape", "layers", "variant", "prompts", "shortest", "longest")
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    variant: str  # of benchmarks.model.padded.VARIANTS
+    prompts: int
+    shortest: int  # tokens; lengths between are evenly spread
+    longest: int
+    tokens: int  # of all prompts together
+    peak_bytes: int | None  # most device memory; None on a CPU
+    s: float | None = None  # median of the calls after the first
+    times_s: list[float] | None = None
+    first_call_s: float | None = None  # compilation included
+    difference: float | None = None  # largest of the last tokens' logits from those of each prompt alone
     error: str | None = None
 
 

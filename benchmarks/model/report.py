@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lib.models import SHAPES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Prefill, Speculation
+from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Padded, Prefill, Speculation
 from sparsify.commands.bench import prefill, whole_call
 from sparsify.commands.bench.tables import (
     Found,
@@ -276,6 +276,31 @@ def long_prompt_table(found: Iterable[Found]) -> str:
     return "\n\n".join(parts)
 
 
+def padded_table(found: Iterable[Found]) -> str:
+    """Seconds of a batch of prompts of different lengths, by variant."""
+    parts = []
+    sort = lambda r: (r["shape"], r["layers"], r["prompts"], r["shortest"], r["longest"], r["machine"]["gpu"] or "CPU")
+    for group in groups(latest(found, Padded), sort):
+        seconds = {r["variant"]: r["s"] for r in group if r.get("s")}
+        rows = []
+        for r in sorted(group, key=lambda r: -(r.get("s") or 0)):
+            if r.get("error"):
+                rows.append([r["variant"], failure(r["error"]), *["–"] * 3, commit(r)])
+                continue
+            beside = [f"{seconds[one] / r['s']:.2f}" if one in seconds else "–" for one in ("eager", "alone")]
+            rows.append(
+                [r["variant"], f"{r['s']:.3f}", *beside, f"{r['peak_bytes'] / 2**30:.1f}" if r.get("peak_bytes") else "–", commit(r)]
+            )
+        first = group[0]
+        share = 1 - first["tokens"] / (first["prompts"] * first["longest"])
+        head = (
+            f"### {first['prompts']} prompts of {size(first['shortest'])} to {size(first['longest'])} tokens, shape {first['shape']}, "
+            f"{first['layers']} layers\n\n{share:.0%} of the padded batch is padding. {conditions(group)}"
+        )
+        parts.append(head + "\n\n" + markdown(["variant", "s", "× eager", "× each prompt alone", "peak, GiB", "commit"], rows))
+    return "\n\n".join(parts)
+
+
 def generate_seconds_table(found: Iterable[Found]) -> str:
     """Seconds of the first answer, of the same once more, and of answers to prompts of other lengths; one row a way and state."""
     ways = {"eager": "uncompiled", "regions": "sparsify.compile", "whole": "sparsify.compile(whole=True)"}
@@ -416,6 +441,15 @@ BENCHMARKS = (
         table=long_prompt_table,
         plots={"long-prompt": long_prompt_plot},
         headlines=long_prompt_headlines,
+    ),
+    Benchmark(
+        name="padded",
+        place=17,
+        measures="a batch of prompts of different lengths: padded eager and compiled, unpad, sparsify.pack, each prompt alone",
+        module="benchmarks.model.padded",
+        records=(Padded,),
+        title="Prompts of different lengths",
+        table=padded_table,
     ),
     Benchmark(
         name="compile_time",

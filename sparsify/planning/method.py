@@ -29,6 +29,7 @@ from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Site, SiteKind
+from sparsify.matching.padded import PaddedSite
 from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
 from sparsify.matching.stream import StreamSite
 from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
@@ -45,6 +46,7 @@ __all__ = [
     "FeedForwardSizes",
     "MaskKind",
     "MaskPredicate",
+    "PaddedSite",
     "Pass",
     "Proposal",
     "Refusal",
@@ -150,8 +152,9 @@ class Pass(BaseModel):
 
     name: by which configuration and plans know it.
     lossy: whether it changes results; then it acts only where configuration or a plan enables it.
-    kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer), "ffn", or "stream" (the rows behind a layer, for
-        which a method has `choose` and no `rewrite`, as `sparsify.passes.token_select` shows it).
+    kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer), "ffn", "stream" (the rows behind a layer, for
+        which a method has `choose` and no `rewrite`, as `sparsify.passes.token_select` shows it), or "batch" (a padded batch in front of
+        all layers: no `rewrite` either, as `sparsify.passes.unpad` shows it).
     across_layers: whether what it does at a site depends on the model's other layers: they are captured in one graph.
     by_head: options that may hold a number for each query head.
     lists_blocks: whether its attention goes by block lists, which are observed where a tool asks.

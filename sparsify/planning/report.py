@@ -9,6 +9,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from sparsify.matching.base import PlanKind
 from sparsify.planning.decision import Decision, labels
 
 LETTERS = "B batch, H and G query and KV heads, Q and N query and key length"  # of cost formulas
@@ -35,7 +36,7 @@ def table(decisions: Sequence[Decision], device: str, capture: str = "", width: 
 
 def _title(decisions: Sequence[Decision]) -> str:
     counts: list[str] = []
-    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks"), ("stream", "residual streams")):
+    for kind, words in SITES.items():
         of_kind = [d for d in decisions if d.kind == kind]
         if of_kind or kind == "attention":
             counts.append(f"{sum(d.method is not None for d in of_kind)} of {len(of_kind)} {words} rewritten")
@@ -98,12 +99,28 @@ def _stream_sizes(s: Mapping[str, str]) -> str:
     return f"{s['batch']}·{s['tokens']}→{s['kept']} tokens, {s['layers']} layers"
 
 
+def _batch_sizes(s: Mapping[str, str]) -> str:
+    return f"{s['batch']}·{s['columns']}→{s['rows']}·{s['length']} tokens, {s['layers']} layers"
+
+
 def sizes_text(decision: Decision) -> str:
     """The numbers that a site's cost depends on, in one word."""
     return _SIZES[decision.kind](decision.sizes)
 
 
-_SIZES: dict[str, Callable[[Mapping[str, str]], str]] = {"attention": _attention_sizes, "ffn": _feed_forward_sizes, "stream": _stream_sizes}
+_SIZES: dict[PlanKind, Callable[[Mapping[str, str]], str]] = {
+    "attention": _attention_sizes,
+    "ffn": _feed_forward_sizes,
+    "stream": _stream_sizes,
+    "batch": _batch_sizes,
+}
+# what sites of each kind are called together
+SITES: dict[PlanKind, str] = {
+    "attention": "attention sites",
+    "ffn": "feed-forward blocks",
+    "stream": "residual streams",
+    "batch": "padded batches",
+}
 
 
 def time_text(seconds: float | None) -> str:

@@ -215,7 +215,7 @@ class Editor:
 
     def mask_operands(self, site: AttentionSite, *, sinks: int = 0) -> MaskOperands:
         """The site's proved clauses as operands. With sinks > 0 and a padding clause, the first `sinks` visible keys of each
-        batch row carry the sink bit. Layers that read the same mask share these nodes."""
+        batch row carry the sink bit; with documents, those of each document. Layers that read the same mask share these nodes."""
         mask, padding, documents = site.mask, site.mask.padding, site.mask.documents
         flags = segments = None
         if padding is not None:
@@ -224,6 +224,10 @@ class Editor:
         if documents is not None:
             key = ("segments", documents, str(site.key_len), str(site.batch))
             segments = self.shared(key, lambda: self._segments(self._rows(site, documents)))
+        if documents is not None and sinks:
+            key, plain = ("document sinks", padding, documents, sinks, str(site.key_len), str(site.batch)), segments
+            shown = None if padding is None else self.call(getattr(operator, padding.relation), self._rows(site, padding), padding.number)
+            flags = self.shared(key, lambda: self._document_sinks(plain, shown, sinks))
         if mask.rows and padding is not None:  # equal numbers are tokens here, since keys that are none are hidden
             key = ("rows", padding, str(site.key_len), str(site.batch))
             segments = self.shared(key, lambda: self._segments(self._key_flags(self._rows(site, padding), padding, 0)))
@@ -292,6 +296,24 @@ class Editor:
             first = self.method("to", self.call(operator.and_, visible, first), torch.uint8)
             flags = self.call(operator.add, flags, self.call(operator.mul, first, 2))
         return flags
+
+    def _document_sinks(self, segments: fx.Node | None, shown: fx.Node | None, sinks: int) -> fx.Node:
+        """uint8 [batch, key_len]: bit 0 on keys that are `shown` (None: all), bit 1 on the first `sinks` of those in each document.
+
+        Keys are sorted by document, so that a key's rank is counted from where its document begins.
+        """
+        assert segments is not None
+        shown = self.call(torch.ones_like, segments, dtype=torch.bool) if shown is None else shown
+        ordered = self.call(torch.sort, segments, dim=-1, stable=True)
+        documents, order = (self.call(operator.getitem, ordered, part) for part in (0, 1))
+        counted = self.method("to", self.method("gather", shown, -1, order), torch.int32)
+        rank = self.method("cumsum", counted, -1)
+        first = self.call(torch.searchsorted, documents, documents)  # where the key's document begins
+        before = self.method("gather", self.call(operator.sub, rank, counted), -1, first)
+        first_ones = self.call(operator.le, self.call(operator.sub, rank, before), sinks)
+        sink = self.method("scatter", self.call(torch.zeros_like, shown), -1, order, first_ones)
+        flags = self.method("to", self.call(operator.and_, shown, sink), torch.uint8)
+        return self.call(operator.add, self.method("to", shown, torch.uint8), self.call(operator.mul, flags, 2))
 
     def _segments(self, rows: fx.Node) -> fx.Node:
         """int32 [batch, key_len], equal where `rows` is: 64-bit ids become ranks in their row, since a cast could make two equal."""

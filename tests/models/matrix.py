@@ -122,7 +122,7 @@ BROKEN: tuple[Broken, ...] = (
 BY_TOKEN = ("gemma2", "gpt_oss", "bloom", "gptj", "falcon", "falcon_mqa", "falcon_alibi")
 XATTENTION = {"stride": 8, "block": 64, "threshold": 0.5, "pool": "max"}
 SINK_WINDOW = {"sinks": 3, "window": 5}
-DOCUMENTS = {"sinks": 0, "window": 5}  # packed documents have sinks of their own, which the method refuses
+DOCUMENTS = {"sinks": 0, "window": 5}  # sinks by document are tested in tests/passes/test_sink_window.py
 
 
 def cells() -> Iterator[Cell]:

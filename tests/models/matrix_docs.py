@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.lib.pages import filled
-from tests.models import matrix_tokens
+from tests.models import matrix_padding, matrix_tokens
 from tests.models.matrix import BROKEN, BY_TOKEN, DOCS, REFUSED, Broken, Cell, Refused, attentions
 from tests.models.matrix_modes import MODES
 from tests.support.tiny_models import CORE_FAMILIES, FAMILIES
@@ -33,7 +33,7 @@ def _part() -> str:
         "and alibi are outside `xattention`'s estimate, which says so and leaves those sites to the next method. Families that the first",
         f"release promises: {', '.join(CORE_FAMILIES)}.",
     ]
-    return "\n".join([*lines, "", *_tokens()])
+    return "\n".join([*lines, "", *_tokens(), "", *_padding()])
 
 
 def _tokens() -> list[str]:
@@ -46,6 +46,15 @@ def _tokens() -> list[str]:
         f"{', '.join(matrix_tokens.SERVED)}. Refused, and then dense: "
         + "; ".join(f"{', '.join(of)} ({why})" for why, of in reasons.items())
         + ".",
+    ]
+
+
+def _padding() -> list[str]:
+    """Which families pack a padded batch."""
+    (because,) = {*matrix_padding.REFUSED.values()}
+    return [
+        "`unpad` (a padded prompt, a token, a second turn, padding on either side; against eager execution): "
+        f"{', '.join(matrix_padding.SERVED)}. Not packed: {', '.join(matrix_padding.REFUSED)} ({because}).",
     ]
 
 

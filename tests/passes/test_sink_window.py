@@ -59,6 +59,28 @@ def test_sinks_are_the_first_visible_keys_of_each_row(query_len, pads, left, sin
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def in_documents(query, key, value, documents, shown):
+    at = torch.arange(query.shape[2])
+    seen = (at[None] <= at[:, None])[None] & (documents[:, :, None] == documents[:, None, :]) & shown[:, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None], enable_gqa=True)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(2, 12), st.integers(0, 2), st.integers(1, 3), st.integers(0, 99), st.sampled_from([torch.int32, torch.int64]))
+def test_packed_documents_have_sinks_of_their_own(query_len, sinks, window, seed, dtype):
+    """Documents in any order, and padding among them: each sees itself as if it were alone."""
+    inputs = attention.operands(query_len=query_len, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    documents = torch.randint(0, 3, (2, query_len), generator=generator).sort(-1).values.flip(0).to(dtype)
+    shown = torch.rand(2, query_len, generator=generator) > 0.2
+    got = run(in_documents, (*inputs, documents, shown), sinks, window)
+    for number in range(3):
+        mine = shown & (documents == number)
+        want = masked(*inputs, sinks, window, mine)
+        rows = (documents == number)[:, None, :, None].expand_as(got)
+        torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-5)
+
+
 def test_it_is_sparse_and_differs_from_dense():
     inputs = attention.operands(query_len=12)
     assert (run(attention.causal, inputs, 1, 3) - attention.causal(*inputs)).abs().max() > 0.05

@@ -25,8 +25,9 @@ from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation import interface
 from sparsify.generation.caches import provisional
-from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys
+from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys, packing_from_keys
 from sparsify.generation.regions import masks
+from sparsify.generation.regions.packed import unpack_heads
 from sparsify.ops import cache, reselection
 from sparsify.ops.attention import AttentionCall, attention
 
@@ -175,9 +176,13 @@ def attention_forward(
     layer.call.pending = None
     _check_call(layer, module, query, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    packing = packing_from_keys(key)
     is_token = None if attention_mask is None else _token_flags(layer, attention_mask, query.shape[2])
+    if packing is not None:
+        is_token = packing["is_token"]
     if not layer.is_initialized:
-        layer.allocate(key, value, _longest_row(query, is_token))
+        shaped = (key, value) if packing is None else (unpack_heads(key, packing), unpack_heads(value, packing))
+        layer.allocate(*shaped, _longest_row(query, is_token))
     if layer.is_first:
         layer.call.storing = True
     autocast = autocast_dtype(query)
@@ -185,7 +190,7 @@ def attention_forward(
         query = query.to(key.dtype)
     if layer.offloader is not None:
         layer.offloader.bring(layer)
-    output = _attend(layer, query, key, value, is_token, scale, softcap or 0.0, s_aux)
+    output = _attend(layer, query, key, value, is_token, scale, softcap or 0.0, s_aux, packing)
     if layer.offloader is not None:
         # a prompt whose storing waits has stored nothing yet, and a policy that has moved its tokens has no more than there are slots
         layer.offloader.put_back(layer, query.shape[2], is_token is None and query.shape[2] == 1)
@@ -260,7 +265,9 @@ def _token_flags(layer: SparseLayer, mask: Tensor, query_len: int) -> Tensor:
 
 def _longest_row(query: Tensor, is_token: Tensor | None) -> int:
     """Number of tokens in the longest row. Compiled code counts padding too, because reading the mask would break the graph."""
-    return query.shape[2] if is_token is None or torch.compiler.is_dynamo_compiling() else int(is_token.sum(-1).max())
+    if is_token is None:
+        return query.shape[2]
+    return is_token.shape[1] if torch.compiler.is_dynamo_compiling() else int(is_token.sum(-1).max())
 
 
 class _Scores(TypedDict):
@@ -287,8 +294,12 @@ def _attend(
     scale: float,
     softcap: float,
     sink_logits: Tensor | None,
+    packing: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Attention output [batch, query_heads, query_len, v_head_dim]. The call's tokens are stored after it was computed."""
+    """Attention output [batch, query_heads, query_len, v_head_dim]. The call's tokens are stored after it was computed.
+
+    packing: where the tokens lie in query, key and value, which a first call may have in packed rows; `is_token` is of the padded batch.
+    """
     layout, empty = layer.layout, not layer.started
     if layout is None:
         raise CacheError("the layer is not allocated", where=f"layer {layer.index}")
@@ -325,7 +336,10 @@ def _attend(
         cache.store(None, key, value, *layer.state, is_token=is_token, empty=empty, tickets=layer.tickets, **stored)
         keys, values, positions, _, seen, _ = layer.state
         return cache.attention(query, keys, values, positions, seen, **how, **shape, **rotation, **pages, version=cache.VERSION)
-    if empty and not layout.rotate_sinks:
+    if packing is not None:
+        output = _attend_packed(query, key, value, packing, **how, **shape)
+        query, key, value = (unpack_heads(tensor, packing) for tensor in (query, key, value))
+    elif empty and not layout.rotate_sinks:
         output = _attend_prompt(query, key, value, is_token, **how, **shape)
     else:
         keys, values, positions, _, seen, _ = layer.state
@@ -427,12 +441,7 @@ def _attend_prompt(
     """Attention of the first call. Nothing is stored yet, so it is ordinary attention, which prefill methods may make sparse."""
     plain = not window and not softcap and sink_logits is None
     if plain and (is_token is None or torch.compiler.is_dynamo_compiling()):
-        seen = None
-        if is_token is not None:  # written as transformers does, so that the matcher recognises it and prefill methods may act on it
-            at = torch.arange(query.shape[2], device=query.device)
-            seen = (at[None, :] <= at[:, None])[None, None] & is_token[:, None, None, :]
-        grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, **grouped)
+        return _attend_plain(query, key, value, None if is_token is None else is_token[:, None, None, :], scale)
     order = flags = None
     if is_token is not None:
         if window:  # the window counts tokens, the op counts columns: move the padding behind the tokens
@@ -457,6 +466,53 @@ def _attend_prompt(
         version=AttentionCall.VERSION,
     )
     return output if order is None else _gather_columns(output, order.argsort(-1))
+
+
+def _attend_plain(query: Tensor, key: Tensor, value: Tensor, shown: Tensor | None, scale: float) -> Tensor:
+    """Causal attention, written as transformers does, so that the matcher recognises it and prefill methods may act on it.
+
+    shown: which keys may be seen beside causality, bool, broadcastable to [batch, 1, query_len, key_len].
+    """
+    seen = None
+    if shown is not None:
+        at = torch.arange(query.shape[2], device=query.device)
+        seen = (at[None, :] <= at[:, None])[None, None] & shown
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, **grouped)
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: dict[str, Tensor],
+    *,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    sinks: int,
+) -> Tensor:
+    """`_attend_prompt` over packed rows, each of whose texts sees itself alone, with sinks of its own."""
+    documents, places = packing["documents"], packing["places"]
+    if not window and not softcap and sink_logits is None:
+        return _attend_plain(query, key, value, (documents[:, :, None] == documents[:, None, :])[:, None], scale)
+    output, _ = attention(
+        query,
+        key,
+        value,
+        key_flags=1 + 2 * (places < sinks).to(torch.uint8) if sinks else None,
+        segments=documents,
+        sink_logits=sink_logits,
+        scale=scale,
+        causal=True,
+        windows=[window] if window else [],
+        sinks=sinks,
+        softcap=softcap,
+        seq_major=True,
+        version=AttentionCall.VERSION,
+    )
+    return output
 
 
 def _gather_columns(tensor: Tensor, order: Tensor) -> Tensor:

@@ -108,6 +108,21 @@ def layer_from_keys(key: Tensor) -> SparseLayer | None:
     return layer
 
 
+# Beside it: where the tokens of a packed call lie, `regions.packed.Layout.operands`.
+_PACKED = "_sparsify_packed"
+
+
+def mark_packed(key: Tensor, layer: SparseLayer, packing: dict[str, Tensor]) -> None:
+    """Names the layer of packed keys, whose `update` was given them as a padded batch."""
+    setattr(key, _LAYER, layer)
+    setattr(key, _PACKED, packing)
+
+
+def packing_from_keys(key: Tensor) -> dict[str, Tensor] | None:
+    """Where the tokens of these keys lie; None where they lie as the caller gave them."""
+    return getattr(key, _PACKED, None)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Dtype that autocast gives attention over this tensor; None without autocast, and for float64, which autocast leaves alone."""
     device = tensor.device.type

@@ -19,8 +19,9 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from sparsify.generation.caches.layer import CallState, SparseLayer
+from sparsify.generation.caches.layer import CallState, SparseLayer, mark_packed
 from sparsify.generation.caches.sparse_cache import SparseCache
+from sparsify.generation.regions.packed import unpack_heads
 
 # arguments by which models and layers take a cache
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -76,6 +77,25 @@ class LayerView(Cache):
 
     def get_max_length(self, layer_idx: Any = None) -> int:
         return self.layers[layer_idx].get_max_length()
+
+
+class PackedView(LayerView):
+    """The same in a call whose tokens are packed into fewer rows: the layer stores them as a padded batch, and attention is over the
+    packed rows, which are all that the cache holds.
+
+    packing: `Layout.operands`.
+    """
+
+    def __init__(self, layer: Any, packing: dict[str, Tensor]):
+        super().__init__(layer)
+        self.packing = packing
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        super().update(unpack_heads(key_states, self.packing), unpack_heads(value_states, self.packing), layer_idx, *args, **kwargs)
+        if isinstance(layer, SparseLayer):
+            mark_packed(key_states, layer, self.packing)
+        return key_states, value_states
 
 
 def trouble(cache: Any, layers: int) -> str:
@@ -237,16 +257,17 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.detach() if getattr(tensor, "_dynamo_static_input_type", "") == "guarded" else tensor
 
 
-def view(copy: Any, varying: dict[str, Any]) -> LayerView:
+def view(copy: Any, varying: dict[str, Any], packing: dict[str, Tensor]) -> LayerView:
     """The cache that the decoder layer is given within a region.
 
     Args:
         copy: `LayerCall.copy`.
         varying: `LayerCall.varying`, as inputs of the region's graph.
+        packing: `Layout.operands` of a call whose tokens are packed, else empty.
     """
     for name, value in varying.items():
         setattr(copy, name, value)
-    return LayerView(copy)
+    return PackedView(copy, packing) if packing else LayerView(copy)
 
 
 def make_contiguous(layer: CacheLayerMixin) -> None:

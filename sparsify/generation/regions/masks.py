@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
 from sparsify.distributed import sequence
 
@@ -27,19 +28,51 @@ class Recipe:
 
     function: one of transformers' mask functions.
     call: its arguments by name: sizes, offsets, a condition on indices, a padding mask.
+    documents: int32 [batch, key_len]: beside the condition a row sees its own document alone; None: whatever the condition shows. Apart
+        from the condition, whose numbers are constants of a graph.
     """
 
     function: Callable[..., Tensor]
     call: dict[str, Any]
+    documents: Tensor | None = None
+
+    def make(self) -> Tensor:
+        return _made(self.function, self.call, self.documents)
 
     def form(self) -> tuple[Any, ...]:
         """What tells graphs apart that make such a mask: code and kinds of arguments, whatever their sizes."""
         code = getattr(self.call.get("mask_function"), "__code__", None)
-        return self.function, code, tuple((name, isinstance(value, Tensor), value is None) for name, value in self.call.items())
+        named = tuple((name, isinstance(value, Tensor), value is None) for name, value in self.call.items())
+        return self.function, code, named, self.documents is None
 
 
-class PostponedMask(torch.Tensor):
-    """A mask [batch, 1, query_len, key_len] without memory. The first operation on it makes the real one, for models that change masks."""
+def _made(function: Callable[..., Tensor], call: dict[str, Any], documents: Tensor | None) -> Tensor:
+    if documents is not None:
+        call = {**call, "mask_function": and_masks(call["mask_function"], packed_sequence_mask_function(documents))}
+    return function(**call)
+
+
+class Later(torch.Tensor):
+    """A tensor without memory. The first operation on it makes the real one, which takes its place in all of them."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]  # as torch's documents have it
+
+    def make(self) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = _pytree.tree_map(real, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def real(value: Any) -> Any:
+    """What a value stands for: itself, or what a `Later` makes."""
+    return value.make() if isinstance(value, Later) else value
+
+
+class PostponedMask(Later):
+    """A mask [batch, 1, query_len, key_len] without memory, for models that may change masks."""
 
     recipe: Recipe
     made: Tensor | None
@@ -49,17 +82,9 @@ class PostponedMask(torch.Tensor):
         mask.recipe, mask.made = recipe, None
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]  # as torch's documents have it
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        real = lambda value: value.make() if isinstance(value, PostponedMask) else value
-        args, kwargs = _pytree.tree_map(real, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
     def make(self) -> Tensor:
         if self.made is None:
-            self.made = self.recipe.function(**self.recipe.call)
+            self.made = self.recipe.make()
         return self.made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -74,7 +99,7 @@ def postpone(base: str, function: Callable[..., Any], call: dict[str, Any]) -> A
     call = dict(call)
     query_len, key_len, padding = call["q_length"], call["kv_length"], call.get("attention_mask")
     sizes = (call["batch_size"], query_len, key_len)
-    if not all(type(size) is int for size in sizes) or call.get("use_vmap") or call.get("allow_is_bidirectional_skip"):
+    if not all(type(size) is int for size in sizes) or call.get("use_vmap"):
         return function(**call)
     window = call.get("local_size")
     # where processes share a text, all of them have flags if one of them has padding
@@ -83,6 +108,10 @@ def postpone(base: str, function: Callable[..., Any], call: dict[str, Any]) -> A
     if dropped and padding is not None and padding.shape[-1] >= key_len + call.get("kv_offset", 0):
         padding = call["attention_mask"] = None
     plain = padding is None and (window is None or key_len < window)
+    if call.get("allow_is_bidirectional_skip"):
+        if plain:
+            return function(**call)
+        call["allow_is_bidirectional_skip"] = False  # asked just now
     if base == "sdpa" and call.get("allow_is_causal_skip", True) and plain and (query_len == 1 or key_len == query_len):
         return None
     # what layers count on, they change while they run: the length of a static cache is a tensor
@@ -99,6 +128,9 @@ def _capturing(tensor: Tensor) -> bool:
 
 # arguments of a recipe that change from call to call
 _VARYING = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "attention_mask")
+
+
+_DOCUMENTS = "documents"  # the name of a recipe's documents among them
 
 
 @dataclass(frozen=True)
@@ -144,6 +176,8 @@ def plan(recipe: Recipe, hidden: Tensor, layer: Any) -> tuple[Plan, dict[str, An
     fixed = {name: value for name, value in call.items() if name not in _VARYING or name in first}
     if any(tensor.dim() > 1 for tensor in _tensors(call.get("mask_function"))):  # over tokens: their number varies too
         varying["mask_function"] = fixed.pop("mask_function")
+    if recipe.documents is not None:
+        varying[_DOCUMENTS] = recipe.documents
     return Plan(recipe.function, fixed, rows, keys, start), varying
 
 
@@ -160,6 +194,7 @@ def _tensors(function: Any) -> Iterator[Tensor]:
 def build(plan: Plan, varying: dict[str, Any], hidden: Tensor, layer: Any) -> Tensor:
     """The mask, within a region that is being captured."""
     call = {**plan.fixed, **varying}
+    documents = call.pop(_DOCUMENTS, None)
     padding = varying.get("attention_mask")
     if plan.rows and padding is not None and padding.shape[0] != hidden.shape[0]:  # asked for the guard: one symbol for both
         raise ValueError("the padding mask has another batch size than the hidden states")
@@ -171,4 +206,4 @@ def build(plan: Plan, varying: dict[str, Any], hidden: Tensor, layer: Any) -> Te
         call["kv_length"], call["kv_offset"] = layer.get_mask_sizes(hidden.shape[1])
     if plan.start and layer is not None:
         call["q_offset"] = layer.get_seq_length()
-    return plan.function(**call)
+    return _made(plan.function, call, documents)

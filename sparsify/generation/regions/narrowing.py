@@ -29,6 +29,7 @@ from sparsify.distributed import collectives
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches.layer import SparseLayer
+from sparsify.generation.regions import prompts
 from sparsify.generation.regions.caches import CACHES
 from sparsify.generation.regions.layers import Layer
 from sparsify.generation.regions.masks import PostponedMask, Recipe
@@ -211,7 +212,7 @@ class Narrowing:
 
     def _begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool) -> Narrowed | None:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-        if hidden.shape[1] == 1 or (cache is not None and not _empty(cache)):
+        if hidden.shape[1] == 1 or (cache is not None and not prompts.is_empty(cache)):
             return None
         for layer in cache.layers if cache is not None else ():
             if left_out(layer):
@@ -223,7 +224,7 @@ class Narrowing:
         reason = self.obstacle or self._trouble(hidden, given, cache)
         if reason:
             return self.refuse(reason)
-        is_token = _tokens(given.get("attention_mask"), hidden.shape[1])
+        is_token = prompts.find_tokens(given.get("attention_mask"), hidden.shape[1])
         counts = None if is_token is None else is_token.sum(-1)
         longest = hidden.shape[1] if counts is None else int(counts.max())
         site = self._site(hidden, longest)
@@ -291,7 +292,7 @@ class Narrowing:
             mask = given.get("attention_mask")
             return "" if isinstance(mask, PostponedMask) else _mask_trouble(mask, tokens)
         tables = given.get("position_embeddings")
-        if not _is_rotary(tables, tokens):
+        if not prompts.is_rotary(tables, tokens):
             return "its layers are not given rotary tables, one angle for each token"
         for name, value in given.items():
             if name == "attention_mask":
@@ -302,7 +303,7 @@ class Narrowing:
                     value.dim() > 2 or value.shape[-1] != tokens or (value.dim() == 1 and hidden.shape[0] > 1)
                 ):
                     return f"its layers are given {name} in a form that is not known"
-            elif name not in ("position_embeddings", "hidden_states") and _holds_tensors(value):
+            elif name not in ("position_embeddings", "hidden_states") and prompts.holds_tensors(value):
                 return f"its layers are given {name}, of which it is not known what belongs to which token"
         return ""
 
@@ -439,15 +440,6 @@ def _same_kind_of_view(made: Tensor, like: Tensor) -> Tensor:
 # -- what a call is made of ------------------------------------------------------------------------------------------------------------
 
 
-def _empty(cache: Any) -> bool:
-    first = cache.layers[0] if cache.layers else None
-    if first is None:
-        return True
-    if isinstance(first, SparseLayer):
-        return not first.started
-    return not first.is_initialized or (type(first.get_seq_length()) is int and first.get_seq_length() == 0)
-
-
 def _cache_trouble(cache: Any, layer: int) -> str:
     for number, one in enumerate(cache.layers):
         if number < layer:
@@ -460,12 +452,6 @@ def _cache_trouble(cache: Any, layer: int) -> str:
         elif type(one) is not DynamicLayer:
             return f"a {type(one).__name__} makes its masks from columns, which later layers do not have"
     return ""
-
-
-def _is_rotary(tables: Any, tokens: int) -> bool:
-    return (
-        type(tables) is tuple and len(tables) == 2 and all(isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == tokens for t in tables)
-    )
 
 
 def _mask_trouble(mask: Any, tokens: int) -> str:
@@ -481,22 +467,6 @@ def _mask_trouble(mask: Any, tokens: int) -> str:
         return "the mask is one of another length"
     padding = call.get("attention_mask")
     return "" if padding is None or padding.shape[-1] == tokens else "the padding mask is one of another length"
-
-
-def _tokens(mask: Any, tokens: int) -> Tensor | None:
-    """Which columns hold a token, bool [batch, tokens]; None where all do."""
-    padding = mask.recipe.call.get("attention_mask") if isinstance(mask, PostponedMask) else mask
-    if padding is None or bool((padding != 0).all()):
-        return None
-    return padding != 0
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_holds_tensors, value))
-    if isinstance(value, dict):
-        return any(map(_holds_tensors, value.values()))
-    return isinstance(value, Tensor)
 
 
 # -- caches whose later layers hold fewer tokens ---------------------------------------------------------------------------------------

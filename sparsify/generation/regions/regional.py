@@ -33,6 +33,8 @@ from sparsify.generation.regions.layers import Layer, NotShared
 from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.masks import PostponedMask
 from sparsify.generation.regions.narrowing import Narrowed, Narrowing
+from sparsify.generation.regions.packed import Layout, PaddedRows
+from sparsify.generation.regions.packing import PackedCall, Packing
 from sparsify.graph import compat as torch_compat
 from sparsify.graph.module_paths import layer_number
 from sparsify.ops.head_numbers import head_numbers
@@ -102,6 +104,7 @@ class RegionalModel:
         method = narrowing.asked(config, self._saved, [layer.path for layer in self.layers])
         self.part = Part(tensor_parallel.of_heads(self.layers[0].module), "" if text is None else text.group)
         self.narrowing = None if method is None else Narrowing(model, self.layers, config, method, self.part.heads)
+        self.packing = Packing(model, self.layers, self.kinds, config, self._saved, self.part)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
         self.divided = None if text is None else DividedCalls(model, text)
@@ -304,11 +307,13 @@ def _run(
     padding: dict[str, Any],
     numbers: dict[str, Tensor],
     observed: dict[str, Tensor],
+    packing: dict[str, Tensor],
 ) -> Any:
     """What a region is captured from: the masks, then the layer.
 
     state: what varies of the cache layer. padding: what varies of the masks, by name. numbers: of heads, see `RegionalModel.head_numbers`.
     observed: as `Narrowed.observation` gives it; where there is any, the result is a pair with what keys get of these queries' attention.
+    packing: `Layout.operands` where the call's tokens are packed, else empty.
     """
     for name, values in numbers.items():
         site, option = name.split(" ")
@@ -316,11 +321,11 @@ def _run(
     hidden = args[0] if args else kwargs["hidden_states"]
     given = dict(kwargs)
     if held.cache is not None:
-        view = caches.view(held.cache, state)
+        view = caches.view(held.cache, state, packing)
         for name in held.names:
             given[name] = view
     for name, plan in held.masks.items():
-        given[name] = masks.build(plan, padding[name], hidden, held.cache)
+        given[name] = masks.build(plan, padding[name], hidden, None if packing else held.cache)
     if not observed:
         return layer.forward(*args, **given)
     found: list[Tensor] = []
@@ -341,39 +346,55 @@ class _Call:
     compiled: whether a region was compiled in it.
     shows_rows: whether the caller gets what each layer gave, for all rows.
     narrowed: what lets some tokens go on alone; None where nothing does.
+    packed: what packs a padded batch; None where nothing does.
     """
 
     def __init__(self, model: RegionalModel):
         self.model = model
         self.ran = self.compiled = self.shows_rows = False
         self.narrowed: Narrowed | None = None
+        self.packed: PackedCall | None = None
 
     def run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's result, its own hooks around it."""
         module = layer.module
+        if module._forward_pre_hooks or module._forward_hooks:
+            args, kwargs = _made(args, kwargs)
         for key, hook in module._forward_pre_hooks.items():
             if key in module._forward_pre_hooks_with_kwargs:
                 args, kwargs = hook(module, args, kwargs) or (args, kwargs)
             elif (found := hook(module, args)) is not None:
                 args = found if isinstance(found, tuple) else (found,)
-        if layer.number == 0 and self.model.narrowing is not None:
-            self.narrowed = self._narrowed(layer, args, kwargs)
+        if layer.number == 0:
+            self._begin(layer, args, kwargs)
         if self.narrowed is not None:
             args, kwargs = self.narrowed.enter(layer, args, kwargs)
-        result = self._run(layer, args, kwargs)
+        result = self._run(layer, args, kwargs) if self.packed is None else self._run_packed(self.packed, layer, args, kwargs)
         for key, hook in module._forward_hooks.items():
             with_kwargs = key in module._forward_hooks_with_kwargs
             found = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
             result = result if found is None else found
         return result if self.narrowed is None else self.narrowed.leave(layer, result)
 
-    def _narrowed(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Narrowed | None:
-        """What narrows the call that begins with this layer; None where nothing does."""
+    def _begin(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finds what narrows or packs the call that begins with this layer."""
         given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
         hidden = args[0] if args else given.get("hidden_states")
-        if self.model.narrowing is None or type(hidden) is not Tensor or hidden.dim() != 3:
-            return None
-        return self.model.narrowing.begin(hidden, {name: value for name, value in given.items() if value is not hidden}, self.shows_rows)
+        if type(hidden) is not Tensor or hidden.dim() != 3:
+            return
+        given = {name: value for name, value in given.items() if value is not hidden}
+        if self.model.narrowing is not None:
+            self.narrowed = self.model.narrowing.begin(hidden, given, self.shows_rows)
+        self.packed = self.model.packing.begin(hidden, given, self.shows_rows, self.narrowed is not None)
+
+    def _run_packed(self, packed: PackedCall, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's result, over packed rows where it can be."""
+        if (entered := packed.enter(layer, args, kwargs)) is not None:
+            try:
+                return packed.leave(layer, self._through_region(layer, *entered, packed.layout))
+            except NotShared as why:
+                packed.give_up(layer, str(why))
+        return self._run(layer, *_made(args, kwargs))
 
     def _run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -386,7 +407,8 @@ class _Call:
             self.model.reason = self.model.reason or str(why)
             return result
 
-    def _through_region(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _through_region(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None = None) -> Any:
+        """layout: where the call's tokens lie, if they are packed."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if type(hidden) is not Tensor or hidden.dim() != 3:
             raise NotShared("its layers are called in a form that is not known")
@@ -401,14 +423,15 @@ class _Call:
             held_cache = rest.pop(name)
             if why := caches.trouble(held_cache, len(self.model.layers)):
                 raise NotShared(why)
-            cache = caches.layer_call(held_cache, layer.shadow.number, query_len)
+            cache = caches.layer_call(held_cache, layer.shadow.number, query_len if layout is None else layout.columns)
             key_len = cache.key_len
         postponed = {name: rest.pop(name) for name, value in kwargs.items() if isinstance(value, PostponedMask)}
         if cache is not None and cache.key_len and narrowing.left_out(cache.layer):
             postponed = {name: narrowing.own_mask(mask, cache.layer, query_len) for name, mask in postponed.items()}
         observed = {} if self.narrowed is None else self.narrowed.observation(layer)
         part = "" if self.narrowed is None else self.narrowed.part(layer)
-        planned = {name: masks.plan(mask.recipe, hidden, cache and cache.layer) for name, mask in postponed.items()}
+        held_by = cache.layer if cache is not None and layout is None else None
+        planned = {name: masks.plan(mask.recipe, hidden, held_by) for name, mask in postponed.items()}
         key = (
             self.model.kinds[layer.number],
             names,
@@ -417,6 +440,7 @@ class _Call:
             tuple((name, mask.recipe.form(), planned[name][0].form()) for name, mask in postponed.items()),
             cache and cache.kind(),
             (batch == 1, query_len == 1, hidden.dtype, hidden.device),
+            layout and layout.batch == 1,
             (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hidden.requires_grad),
             part,
             0 if (shared := sequence.under_way()) is None else shared.regime,
@@ -429,7 +453,9 @@ class _Call:
             padding = {name: varying for name, (_, varying) in planned.items()}
             state = cache.varying if cache else {}
             numbers = self.model.head_numbers(layer, hidden.device) if query_len > 1 else {}
-            result = region((batch, query_len, key_len), shadow, args, rest, held, state, padding, numbers, observed)
+            packing = {} if layout is None else layout.operands()
+            asked = (batch, query_len, key_len, layout and layout.is_token.shape)
+            result = region(asked, shadow, args, rest, held, state, padding, numbers, observed, packing)
             if observed and self.narrowed is not None:
                 result, self.narrowed.mass = result
         except TorchDynamoException as error:
@@ -469,8 +495,13 @@ def _form(value: Any) -> Any:
 
 def _uncompiled(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The layer as it is; its hooks are the caller's."""
-    real = lambda value: value.make() if isinstance(value, PostponedMask) else value
-    return module.forward(*map(real, args), **{name: real(value) for name, value in kwargs.items()})
+    return module.forward(*map(masks.real, args), **{name: masks.real(value) for name, value in kwargs.items()})
+
+
+def _made(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with packed rows as the padded batch."""
+    made = lambda value: value.make() if isinstance(value, PaddedRows) else value
+    return tuple(map(made, args)), {name: made(value) for name, value in kwargs.items()}
 
 
 class Handover:

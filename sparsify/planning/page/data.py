@@ -15,14 +15,14 @@ from sparsify.matching.beside import FEED_FORWARD, PARTS
 from sparsify.ops.block_maps import SIDE, BlockMap
 from sparsify.planning.decision import Decision, Place, labels
 from sparsify.planning.provenance import Provenance
-from sparsify.planning.report import sizes_text, time_text
+from sparsify.planning.report import SITES, sizes_text, time_text
 
 CELLS = 1 << 20  # of all maps together, one character each: they are what makes a page large
 _SIDES = (SIDE, 48, 32, 24, 16, 12, 8)
 _LEVELS = "0123456789abcdef"
 NOTHING = "."  # a cell where no block is possible
 
-KINDS = {"attention": "attention", "cache": "cache", "ffn": "feed-forward", "stream": "residual stream"}
+KINDS = {"attention": "attention", "cache": "cache", "ffn": "feed-forward", "stream": "residual stream", "batch": "padded batch"}
 
 
 class Described(Protocol):
@@ -288,7 +288,7 @@ def _level(share: float) -> str:
 
 
 def _tiles(plan: Described, time: Part | None) -> Iterator[tuple[str, str, str]]:
-    for kind, words in (("attention", "attention sites"), ("ffn", "feed-forward blocks"), ("stream", "residual streams")):
+    for kind, words in SITES.items():
         mine = [d for d in plan.decisions if d.kind == kind]
         if mine:
             yield f"{words} rewritten", f"{sum(d.method is not None for d in mine)} of {len(mine)}", ""
