@@ -41,11 +41,13 @@ class DecodeFull(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeReading(Record):
-    """One token's attention of one layer over a cache of fewer bits, or over some of its pages."""
+    """Attention of one token, or of several, of one layer over a cache of fewer bits, or over some of its pages."""
 
     NAME = "decode_reading"
     KEYS = ("variant", "shape", "batch", "length")
-    variant: str  # "16 bits", "fp8", "int4", or "pages" and the share that is read
+    variant: (
+        str  # "16 bits", "fp8", "int4", "pages" and the share that is read, of 16 bits or codes; and how many tokens, where more than one
+    )
     shape: str  # of benchmarks.lib.models
     batch: int
     length: int  # tokens

@@ -1,13 +1,14 @@
-"""What does a token cost that reads less? One layer's step over a cache in 16, 8 and 4 bits, and over 5 % of the pages.
+"""What does a token cost that reads less? One layer's step over a cache in 16, 8 and 4 bits, over 5 % of the pages of each, and several
+tokens at once over all of each.
 
     python -m benchmarks run reading                                      # 128K tokens at batch 1 and 8
     python -m benchmarks run reading --calls 1x32768 --shares 0.02 0.1
-    python -m benchmarks run reading --device cpu --shape tiny --calls 2x256
+    python -m benchmarks run reading --device cpu --shape tiny --calls 2x256 --several 8
 
 Milliseconds are of one layer and of all layers of the shape, without its weights. Bytes are what a step reads: codes with their scales, or
 bounds and the pages that are listed. Error: the largest, against SDPA in fp32 over the keys before rounding; of pages it is what they leave
-out of random keys, which have no pages worth choosing. Calls take turns on layers, so that keys come from memory. Appends to
-results/decode.jsonl.
+out of random keys, which have no pages worth choosing; of several tokens it is the last one's. What no kernel serves on a GPU is told, not
+timed. Calls take turns on layers, so that keys come from memory. Appends to results/decode.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sparsify import backends, policies
 from sparsify.commands.bench.clock import Clock, reason
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.ops import cache
-from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheDecodeCall
+from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheAttentionCall, CacheDecodeCall
 from sparsify.ops.pages import Pages
 from sparsify.ops.quantised import token_bytes
 
@@ -49,16 +50,21 @@ class Reading:
 
     def bytes_read(self, case: Case, dim: int, dtype: torch.dtype) -> float:
         """Of one token and KV head."""
-        slots, read = case.length, self.layer.read
+        slots, read, own = case.length, self.layer.read, token_bytes(dim, dim, self.layer.codes, dtype)
         if read is None:
-            return slots * token_bytes(dim, dim, self.layer.codes, dtype)
+            return slots * own
         chosen = min(slots, read.chosen(read.of(slots)) * read.size + read.recent + read.sinks)
-        return read.of(slots) * 2 * dim * dtype.itemsize + chosen * 2 * dim * dtype.itemsize
+        return read.of(slots) * 2 * dim * dtype.itemsize + chosen * own
 
 
-def readings(shares: list[float]) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = [("16 bits", {}), ("fp8", {"codes": "fp8"}), ("int4", {"codes": "int4"})]
-    return found + [(f"pages {share:g}", {"read": Pages(share=share)}) for share in shares]
+def readings(shares: list[float], several: int) -> list[tuple[str, dict[str, Any], int]]:
+    """Name, options of the layer, tokens of a call."""
+    stored: list[tuple[str, dict[str, Any]]] = [("16 bits", {}), ("fp8", {"codes": "fp8"}), ("int4", {"codes": "int4"})]
+    found = [(name, how, 1) for name, how in stored]
+    for share in shares:
+        pages = {"read": Pages(share=share)}
+        found += [(f"pages {share:g}" if not how else f"{name} pages {share:g}", how | pages, 1) for name, how in stored]
+    return found + [(f"{name}, {several} tokens at once", how, several) for name, how in stored if several > 1]
 
 
 def filled(
@@ -76,11 +82,14 @@ def filled(
 
 
 def step(layer: SparseLayer, call_token: tuple[Tensor, ...]) -> Tensor:
-    """Stores the token and attends; a CPU runs the reference."""
-    how: dict[str, Any] = {"pinned": NEVER_OVERWRITTEN, "scale": call_token[0].shape[-1] ** -0.5, "softcap": 0.0, "window": 0, "sinks": 0}
-    more = layer.coded() | ({"bounds": layer.bounds, "pages": layer.read} if layer.read is not None else {})
+    """Stores the token and attends; several tokens attend alone. A CPU runs the reference."""
     query, key, value = call_token
-    return CacheDecodeCall(query, key, value, *layer.state, tickets=layer.tickets, **how, **more).run()
+    how: dict[str, Any] = {"scale": query.shape[-1] ** -0.5, "softcap": 0.0, "window": 0, "sinks": 0, **layer.coded()}
+    if query.shape[2] > 1:
+        keys, values, positions, _, seen, _ = layer.state
+        return CacheAttentionCall(query, keys, values, positions, seen, new_key=key, new_value=value, **how).run()
+    more = {"bounds": layer.bounds, "pages": layer.read} if layer.read is not None else {}
+    return CacheDecodeCall(query, key, value, *layer.state, tickets=layer.tickets, pinned=NEVER_OVERWRITTEN, **how, **more).run()
 
 
 def measure(case: Case, options: argparse.Namespace) -> None:
@@ -88,20 +97,23 @@ def measure(case: Case, options: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if clock.cuda else torch.float32
     heads, dim = shape["num_key_value_heads"], shape["head_dim"]
     torch.manual_seed(0)
-    call_token = token(case, shape, options.device, dtype)
+    one = token(case, shape, options.device, dtype)
+    many = tuple(t.expand(-1, -1, options.several, -1).contiguous() + 0.1 * torch.randn_like(t) for t in one)
     size = 2 * case.batch * heads * case.capacity * dim * dtype.itemsize
     count = max(2, min(8, _LAYER_BYTES // size)) if clock.cuda else 2
-    for name, how in readings(options.shares):
+    for name, how, tokens in readings(options.shares, options.several):
+        call_token = one if tokens == 1 else many
         try:
-            with backends.strict():  # a reference in a kernel's place would be timed as one
-                made = [filled(case, shape, options.device, dtype, how) for _ in range(count)]
-                layer, key, value = made[0]
+            made = [filled(case, shape, options.device, dtype, how) for _ in range(count)]
+            layer, key, value = made[0]
+            # a reference in a kernel's place would be timed as one
+            with backends.serving("triton" if clock.cuda else "auto", strict=True):
                 own_key, own_value = (torch.cat(pair, 2)[:1].float() for pair in ((key, call_token[1]), (value, call_token[2])))
-                want = F.scaled_dot_product_attention(call_token[0][:1].float(), own_key, own_value, enable_gqa=True)
+                want = F.scaled_dot_product_attention(call_token[0][:1, :, -1:].float(), own_key, own_value, enable_gqa=True)
                 del own_key, own_value
-                error = (step(layer, call_token)[:1].float() - want).abs().max().item()
+                error = (step(layer, call_token)[:1, :, -1:].float() - want).abs().max().item()
                 turns = itertools.cycle([held for held, _, _ in made])
-                run: Callable[[], Tensor] = lambda turns=turns: step(next(turns), call_token)
+                run: Callable[[], Tensor] = lambda turns=turns, call_token=call_token: step(next(turns), call_token)
                 ms = clock.replays(run)
         except Exception as failure:
             print(f"{name:12} {case.batch} x {case.length}: {reason(failure)}", flush=True)
@@ -124,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     usual = [Case(1, 131072, False), Case(8, 131072, False)]
     parser.add_argument("--calls", type=Case.parse, nargs="+", default=usual, help="batch x length")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05], help="of the pages")
+    parser.add_argument("--several", type=int, default=512, help="tokens at once; 1: no such calls")
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=records.RESULTS / "decode.jsonl")

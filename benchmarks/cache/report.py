@@ -322,7 +322,8 @@ def reading_shortfalls(found: list[Found]) -> list[str]:
     whole = {(r["shape"], r["length"], r["batch"]): r for r in cells if r["variant"] == "16 bits"}
     for record in sorted(cells, key=lambda r: (r["length"], r["batch"], -r["bytes_read"])):
         full = whole.get((record["shape"], record["length"], record["batch"]))
-        if full is None or record is full:
+        # several tokens at once are bound by their products
+        if full is None or record is full or record["variant"].endswith("at once"):
             continue
         time, read = record["ms"] / full["ms"], record["bytes_read"] / full["bytes_read"]
         if time > _SAVED * read:
@@ -374,7 +375,7 @@ BENCHMARKS = (
     Benchmark(
         name="reading",
         place=15,
-        measures="decode that reads less: one layer's step over 16, 8 and 4 bits, and over 5 % of the pages",
+        measures="decode that reads less: one layer's step over 16, 8 and 4 bits, over 5 % of the pages, and several tokens at once",
         module="benchmarks.cache.reading",
         records=(DecodeReading,),
         title="Decode that reads less",
