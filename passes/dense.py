@@ -24,6 +24,7 @@ from sparsify.planning.method import (
     Refusal,
     attention_call,
     crossovers,
+    links,
     refuse_common,
     work,
 )
@@ -43,8 +44,7 @@ class Dense(Pass):
         if refusal is not None:
             return refusal
         operands = f"exact; mask as operands of {context.family} attention"
-        if context.sequence:
-            operands += "; all keys and values travel"
+        operands += context.travels("all keys and values", site, links.exact_bytes)
         on = lambda kernel: lambda sizes: (work.attention(sizes, kernel),)
         ours = Proposal.from_work(self._by("attention"), site, context, on(context.family), note=operands)
         if self.kernel == "attention" or context.sequence or not serves_sdpa(site):

@@ -22,6 +22,7 @@ from sparsify.planning.method import (
     Refusal,
     Work,
     attention_call,
+    links,
     refuse_common,
     work,
 )
@@ -90,8 +91,8 @@ class SinkWindow(Pass):
         note = f"{self.sinks} sinks + window {shown} by token"
         if not all(self.windows):
             note += f", {self.windows.count(0)} of {heads} heads dense"
-        if context.sequence:
-            note += "; keys and values of sinks and windows travel"
+        widest = self.sinks + max(self.windows) if all(self.windows) else _LONGEST
+        note += context.travels("keys and values of sinks and windows", site, lambda sizes, count: links.window_bytes(sizes, count, widest))
         return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:

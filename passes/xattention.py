@@ -35,6 +35,7 @@ from sparsify.planning.method import (
     crossovers,
     empty_row_operands,
     expected_density,
+    links,
     refuse_common,
     work,
 )
@@ -180,11 +181,15 @@ class XAttention(Pass):
         note = f"stride {self.stride}{stages}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         if any(self.windows):
             note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
-        if context.sequence:
-            note += "; the estimate's cells and visited keys and values travel"
+        note += context.travels("the estimate's cells and visited keys and values", site, self._sent)
         works = functools.partial(self.works, kernel=context.family)
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
         return Proposal.from_work(self, site, context, works, note=note, **limits)
+
+    def _sent(self, sizes: AttentionSizes, processes: int) -> int:
+        """Bytes that a process sends in a layer, if every block is visited by some row."""
+        cells = links.cell_bytes(sizes, processes, self.variants, self.stride, self.block)
+        return cells + links.key_value_bytes(sizes, processes)
 
     def _scratch(self, site: AttentionSite) -> sympy.Expr:
         """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.ops.scratch` counts all."""

@@ -65,11 +65,13 @@ class Part:
     heads: which of the model's heads; None: all.
     sequence: name of the group among whose processes the text is divided; empty: all of it.
     tokens: of the text that processes share, by which they choose methods alike; 0: it is not divided.
+    processes: that share it.
     """
 
     heads: Shard | None = None
     sequence: str = ""
     tokens: int = 0
+    processes: int = 1
 
 
 WHOLE = Part()
@@ -274,7 +276,9 @@ def rewrite_graph(
     if not sites:
         log.info("no site in this graph")
         return Plan(), None, None
-    context = dataclasses.replace(make_context(sites[0].device, config), heads=part.heads, sequence=part.sequence, tokens=part.tokens)
+    context = dataclasses.replace(
+        make_context(sites[0].device, config), heads=part.heads, sequence=part.sequence, tokens=part.tokens, processes=part.processes
+    )
     validator = Validator(gm.graph, functools.partial(backends.serving, "reference"))
     plan, choices = leave_out_untouched_ffn(*make_plan(sites, config, context), config)
     if config.validation:

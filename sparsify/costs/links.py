@@ -91,6 +91,11 @@ def window_bytes(sizes: AttentionSizes, processes: int, band: int) -> int:
     return min(most, 2 * band * int(sizes.batch * sizes.kv_heads) * dims * sizes.dtype.itemsize)
 
 
+def exact_bytes(sizes: AttentionSizes, processes: int) -> int:
+    """What exact attention sends: under a window of the site's own what reaches over its ends, else everything."""
+    return window_bytes(sizes, processes, sizes.window) if sizes.window else key_value_bytes(sizes, processes)
+
+
 def cell_bytes(sizes: AttentionSizes, processes: int, estimate: Estimate, stride: int, block: int) -> int:
     """The estimate's cells that a process sends in a layer."""
     tokens = int(sizes.batch * sizes.kv_heads * sizes.key_len) * (processes - 1) // processes

@@ -12,6 +12,7 @@ A method is a frozen pydantic model whose fields are its options, so that config
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
@@ -20,7 +21,7 @@ import sympy
 import torch
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from sparsify.costs import compaction, crossovers, work
+from sparsify.costs import compaction, crossovers, links, work
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import expected_density, feed_forward_in_parts_seconds, feed_forward_seconds, formula, in_units, seconds
 from sparsify.costs.sizes import AttentionSizes, FeedForwardSizes
@@ -64,6 +65,7 @@ __all__ = [
     "feed_forward_seconds",
     "formula",
     "in_units",
+    "links",
     "refuse_common",
     "seconds",
     "work",
@@ -133,6 +135,7 @@ class Context:
     heads: which of the model's heads the sites have, where tensor parallelism divides them; None: all.
     sequence: name of the group of processes among which the text is divided, of which sites have a part; empty: they have all of it.
     tokens: of that text.
+    processes: of that group.
     """
 
     device: Device
@@ -145,6 +148,19 @@ class Context:
     heads: Shard | None = None
     sequence: str = ""
     tokens: int = 0
+    processes: int = 1
+
+    def travels(self, what: str, site: AttentionSite, size: Callable[[AttentionSizes, int], int]) -> str:
+        """For notes: what a process sends in a layer of a divided text, and how many bytes at most; empty where no text is divided.
+
+        Args:
+            size: bytes, from the site's sizes over the whole text and the number of processes.
+        """
+        if not self.sequence:
+            return ""
+        sizes = dataclasses.replace(site.example, query_len=self.tokens, key_len=self.tokens)
+        most = f", at most {links.shown(size(sizes, self.processes))} of {self.tokens} tokens" if sizes.numeric else ""
+        return f"; {what} travel{most}"
 
 
 class Pass(BaseModel):

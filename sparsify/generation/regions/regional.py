@@ -223,7 +223,9 @@ class _Region:
         self.owner, self.paths = owner, paths
         shared = sequence.under_way()
         # a step after the prompt has a token that all processes have
-        self.part = Part(owner.part.heads) if shared is None else dataclasses.replace(owner.part, tokens=shared.regime)
+        self.part = (
+            Part(owner.part.heads) if shared is None else dataclasses.replace(owner.part, tokens=shared.regime, processes=shared.shard.size)
+        )
         self.run = torch_compat.compile_in_threads(_private(function or _run), backend=self._backend, dynamic=dynamic, fullgraph=True)
         self._lock = threading.Lock()
         self._sizes: set[Any] = set()
