@@ -46,8 +46,6 @@ def _filled(call: CacheDecodeCall) -> int | None:
     filled = counts[0]
     if min(counts) != max(counts) or not 0 < filled < call.capacity:
         return None
-    # no row has padding where it has as many tokens as the cache has columns; else the slots are looked through
-    columns, tokens = int(call.length), call.seen.tolist()
-    if min(tokens) != columns and int(call.positions[:, :, :filled].amin()) < 0:
+    if int(call.positions[:, :, :filled].amin()) < 0:
         return None
     return filled
