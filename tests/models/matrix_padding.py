@@ -17,7 +17,7 @@ LENGTHS, PARTS = (20, 1, 33, 9), (33, 1, 9)
 
 # family -> the sentence for the documentation
 REFUSED = dict.fromkeys(
-    ("falcon", "falcon_mqa", "falcon_alibi", "bloom"), "the model is captured whole, and has no place between its layers"
+    ("falcon", "falcon_mqa", "falcon_alibi", "bloom", "stablelm"), "the model is captured whole, and has no place between its layers"
 )
 SERVED = tuple(family for family in FAMILIES if family not in REFUSED)
 
