@@ -130,7 +130,7 @@ def test_compiled_calls_give_the_same(policy, options):
 def test_refusals(llama):
     with pytest.raises(ConfigError, match="takes room"):
         SparseCache(llama.config, "adakv", BUDGET)
-    with pytest.raises(ConfigError, match="pages, and groups of codes"):
+    with pytest.raises(ConfigError, match="pages are of heads with as many each"):
         SparseCache(llama.config, "adakv", BUDGET, every=4, read="pages", **ADA)
     with pytest.raises(ConfigError, match="heads of 1 layers, 2 evict"):
         SparseCache(llama.config, "duo", BUDGET, every=4, **DUO | {"streaming": [[0]]})

@@ -104,7 +104,7 @@ def test_any_calls_leave_what_16_bits_would_up_to_rounding(name, codes, cuts, se
     read = {"scale": 0.4, "softcap": 0.0, "window": 0, "sinks": 0}
     call = CacheAttentionCall(query, keys, values, ours[0], ours[2], **read, **more)
     got_keys, got_values = quantised.everything(call)
-    held, staged = ours[0] >= 0, quantised._staged(call, torch.arange(capacity).expand(2, 2, -1))
+    held, staged = ours[0] >= 0, quantised.lies_as_it_came(call, torch.arange(capacity).expand(2, 2, -1))
     assert (staged & held).sum() == staged.sum()
     assert torch.equal(got_keys[staged], plain_keys[staged]) and torch.equal(got_values[staged], plain_values[staged])
     if name == "full":
