@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation import compat
-from sparsify.generation.caches.layer import SparseLayer, link_layers
+from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.caches.outlook import Outlook
+from sparsify.generation.caches.running_call import link_layers
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.regions import packing
 from sparsify.generation.regions.regional import RegionalModel, WholeModel

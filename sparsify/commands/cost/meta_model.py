@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import UnsupportedError
-from sparsify.generation.caches.layer import link_layers
+from sparsify.generation.caches.running_call import link_layers
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.compat import with_cache
 from sparsify.graph import isolated

@@ -25,7 +25,8 @@ from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation import interface
 from sparsify.generation.caches import provisional
-from sparsify.generation.caches.layer import MaskSizeGuard, SparseLayer, autocast_dtype, layer_from_keys, packing_from_keys
+from sparsify.generation.caches.layer import SparseLayer
+from sparsify.generation.caches.running_call import MaskSizeGuard, autocast_dtype, layer_from_keys, packing_from_keys
 from sparsify.generation.regions import masks
 from sparsify.generation.regions.packed import unpack_heads
 from sparsify.ops import cache, reselection

@@ -13,8 +13,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
-from sparsify.generation.caches import provisional
+from sparsify.generation.caches import cropping, provisional
 from sparsify.generation.caches.offloading import Offloader, Rest
+from sparsify.generation.caches.running_call import MASK_SIZE, CallState, autocast_dtype, mark
 from sparsify.ops import cache, quantised, reselection
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
@@ -51,100 +52,9 @@ def _longer(old: Tensor, size: int, fill: int) -> Tensor:
     return grown
 
 
-class MaskSizeGuard:
-    """Returned instead of a SparseCache's mask sizes. Slots are not in order of position, so no mask can be built from sizes.
-
-    Sparsify's attention does not use it. Any other code that computes with it gets a CacheError.
-    """
-
-    def _refuse(*args: Any, **kwargs: Any) -> Any:
-        raise CacheError(
-            "the model builds an ordinary attention mask for a SparseCache",
-            hint="make the cache with SparseCache(model.config, ...) of this very model, after any set_attn_implementation; one that was "
-            "loaded needs cache.attach(model.config)",
-        )
-
-    __torch_function__ = classmethod(_refuse)
-    __add__ = __radd__ = __sub__ = __rsub__ = __index__ = __int__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
-    __hash__ = object.__hash__
-
-
-MASK_SIZE = MaskSizeGuard()
-
-
-class CallState:
-    """State of the running call, shared by all layers of a SparseCache. Kept on the host, so that reading it costs no synchronisation.
-
-    pending: layer whose `update` has run and whose attention has not.
-    storing: True between the first layer's attention and the last layer's: layers may hold different tokens.
-    """
-
-    def __init__(self) -> None:
-        self.pending: SparseLayer | None = None
-        self.storing = False
-
-    def forget(self) -> None:
-        self.pending, self.storing = None, False
-
-    @property
-    def idle(self) -> bool:
-        return self.pending is None and not self.storing
-
-
-# Attribute of the key tensor that names its layer between `update` and attention: transformers passes attention no cache, and an attribute
-# of the call's own tensor is invisible to other threads' calls and ends with it.
-_LAYER = "_sparsify_layer"
-
-
-def layer_from_keys(key: Tensor) -> SparseLayer | None:
-    """The layer whose `update` returned these keys; None for a call without a SparseCache.
-
-    Raises:
-        CacheError: attention has already used them.
-    """
-    layer = getattr(key, _LAYER, None)
-    if layer is not None and layer.call.pending is not layer:
-        raise CacheError("the keys of one call are attended to twice", where=f"layer {layer.index}", hint="use an ordinary cache")
-    return layer
-
-
-# Beside it: where the tokens of a packed call lie, `regions.packed.Layout.operands`.
-_PACKED = "_sparsify_packed"
-
-
-def mark_packed(key: Tensor, layer: SparseLayer, packing: dict[str, Tensor]) -> None:
-    """Names the layer of packed keys, whose `update` was given them as a padded batch."""
-    setattr(key, _LAYER, layer)
-    setattr(key, _PACKED, packing)
-
-
-def packing_from_keys(key: Tensor) -> dict[str, Tensor] | None:
-    """Where the tokens of these keys lie; None where they lie as the caller gave them."""
-    return getattr(key, _PACKED, None)
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Dtype that autocast gives attention over this tensor; None without autocast, and for float64, which autocast leaves alone."""
-    device = tensor.device.type
-    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def divided_by(config: Any) -> int:
     """Processes among which transformers' tensor parallelism divides the heads of a model's attention."""
     return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-
-
-def link_layers(layers: list[SparseLayer]) -> CallState:
-    """Gives the layers of one cache a common CallState and marks the first and the last.
-
-    The marks are flags rather than layer numbers, because compiled code specialises on every integer that it compares.
-    """
-    call = CallState()
-    for layer in layers:
-        layer.call, layer.is_first, layer.is_last = call, layer is layers[0], layer is layers[-1]
-    return call
 
 
 class SparseLayer(CacheLayerMixin):
@@ -401,7 +311,7 @@ class SparseLayer(CacheLayerMixin):
             elif self.every:
                 self.make_way(key_states.shape[2])
         self.call.pending = self
-        setattr(key_states, _LAYER, self)
+        mark(key_states, self)
         return key_states, value_states
 
     def _check(self, key: Tensor, value: Tensor) -> None:
@@ -656,32 +566,7 @@ class SparseLayer(CacheLayerMixin):
 
     def check_crop(self, tokens: int) -> None:
         """Raises CacheError when the last `tokens` tokens cannot be taken back exactly; changes nothing."""
-        where = f"layer {self.index}"
-        if self.shard is not None:
-            raise CacheError("the text is divided among processes, and nothing of it can be taken back", where=where)
-        if self.held is not None:
-            if tokens > self.held.count:
-                what = f"{tokens} tokens are to be removed, and what was evicted before the last {self.held.count} is gone"
-                raise CacheError(what, where=where, hint="give a budget that holds the whole text")
-            return
-        length = int(self.length)
-        if tokens > length + self.left_out:
-            raise CacheError(f"{tokens} tokens are to be removed, {length + self.left_out} were seen", where=where)
-        if length - tokens < self.fixed:
-            raise CacheError(
-                f"the layer was given some tokens of the prompt, of which {tokens} cannot be taken back",
-                where=where,
-                hint="crop no more than the window that token_select keeps, and what came after the prompt",
-            )
-        if bool((self.seen != length).any()):
-            raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
-        kept = min(int(self.counts.min()), self.keys.shape[2])
-        if bool((self.seen > self.keys.shape[2]).any()) or (self.every and bool((self.counts != self.seen[:, None]).any())):
-            raise CacheError(
-                f"{length} tokens were seen and {kept} are kept: what came before the removed tokens is evicted",
-                where=where,
-                hint="give a budget that holds the whole text; assisted decoding and rollback need it",
-            )
+        cropping.check(self, tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove tokens.
@@ -689,30 +574,7 @@ class SparseLayer(CacheLayerMixin):
         Raises:
             CacheError: something was evicted already, or the batch is padded.
         """
-        if tokens_to_remove > 0:
-            hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
-            raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
-        if not self.is_initialized or (tokens_to_remove == 0 and self.held is None):
-            return
-        self.check_crop(-tokens_to_remove)
-        if self.held is not None:
-            self.settle_past(-tokens_to_remove)
-            return
-        self.length += tokens_to_remove
-        self.seen += tokens_to_remove
-        self.counts += tokens_to_remove
-        gone = self.positions >= self.seen[:, None, None]
-        self.positions.masked_fill_(gone, -1)
-        if self.staged is not None:
-            self.staged.copy_(torch.minimum(self.staged, self.counts[..., None]))
-        with self.present():
-            self.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
-            self.renew_bounds()
-        if self.carried is not None:
-            self.carried.masked_fill_(gone, 0)
-        if self.query_positions is not None:
-            self.query_positions.masked_fill_(self.query_positions >= self.seen[:, None], -1)
-        self.started, self.used = int(self.length) > 0, None
+        cropping.crop(self, tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """From now on tokens of a call can be taken back after it, also where the cache evicts (`provisional`), until a call of many tokens

@@ -18,10 +18,11 @@ from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.caches import drafting, files
-from sparsify.generation.caches.layer import MASK_SIZE, SparseLayer, divided_by, link_layers
+from sparsify.generation.caches.layer import SparseLayer, divided_by
 from sparsify.generation.caches.offloading import Offloader
 from sparsify.generation.caches.outlook import Outlook
 from sparsify.generation.caches.rope import inverse_frequencies
+from sparsify.generation.caches.running_call import MASK_SIZE, link_layers
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
 from sparsify.policies import LayerFacts, Policy

@@ -19,7 +19,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from sparsify.generation.caches.layer import CallState, SparseLayer, mark_packed
+from sparsify.generation.caches.layer import SparseLayer
+from sparsify.generation.caches.running_call import CallState, mark_packed
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.regions.packed import unpack_heads
 

@@ -1,0 +1,67 @@
+"""Takes back the last tokens of a SparseCache's layer, exactly or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsify.errors import CacheError
+
+
+def check(layer: Any, tokens: int) -> None:
+    """Raises CacheError when the last `tokens` tokens of a SparseLayer cannot be taken back exactly; changes nothing."""
+    where = f"layer {layer.index}"
+    if layer.shard is not None:
+        raise CacheError("the text is divided among processes, and nothing of it can be taken back", where=where)
+    if layer.held is not None:
+        if tokens > layer.held.count:
+            what = f"{tokens} tokens are to be removed, and what was evicted before the last {layer.held.count} is gone"
+            raise CacheError(what, where=where, hint="give a budget that holds the whole text")
+        return
+    length = int(layer.length)
+    if tokens > length + layer.left_out:
+        raise CacheError(f"{tokens} tokens are to be removed, {length + layer.left_out} were seen", where=where)
+    if length - tokens < layer.fixed:
+        raise CacheError(
+            f"the layer was given some tokens of the prompt, of which {tokens} cannot be taken back",
+            where=where,
+            hint="crop no more than the window that token_select keeps, and what came after the prompt",
+        )
+    if bool((layer.seen != length).any()):
+        raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
+    kept = min(int(layer.counts.min()), layer.keys.shape[2])
+    if bool((layer.seen > layer.keys.shape[2]).any()) or (layer.every and bool((layer.counts != layer.seen[:, None]).any())):
+        raise CacheError(
+            f"{length} tokens were seen and {kept} are kept: what came before the removed tokens is evicted",
+            where=where,
+            hint="give a budget that holds the whole text; assisted decoding and rollback need it",
+        )
+
+
+def crop(layer: Any, tokens_to_remove: int) -> None:
+    """As `SparseLayer.crop`."""
+    if tokens_to_remove > 0:
+        hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
+        raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
+    if not layer.is_initialized or (tokens_to_remove == 0 and layer.held is None):
+        return
+    check(layer, -tokens_to_remove)
+    if layer.held is not None:
+        layer.settle_past(-tokens_to_remove)
+        return
+    layer.length += tokens_to_remove
+    layer.seen += tokens_to_remove
+    layer.counts += tokens_to_remove
+    gone = layer.positions >= layer.seen[:, None, None]
+    layer.positions.masked_fill_(gone, -1)
+    if layer.staged is not None:
+        layer.staged.copy_(torch.minimum(layer.staged, layer.counts[..., None]))
+    with layer.present():
+        layer.values.masked_fill_(gone[..., None], 0)  # kernels count on zeros in empty slots
+        layer.renew_bounds()
+    if layer.carried is not None:
+        layer.carried.masked_fill_(gone, 0)
+    if layer.query_positions is not None:
+        layer.query_positions.masked_fill_(layer.query_positions >= layer.seen[:, None], -1)
+    layer.started, layer.used = int(layer.length) > 0, None
