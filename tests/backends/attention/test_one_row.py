@@ -37,11 +37,22 @@ def test_a_static_caches_empty_slots_are_not_read(start):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)
 
 
-def test_padding_serves_where_it_hides_nothing():
+@pytest.mark.parametrize("hidden", [[], [3], [*range(40)], [*range(50, 90)], [0, 7, 89]], ids=str)
+def test_padding_hides_keys_at_the_begin_at_the_end_and_between(hidden):
     call = make_call(BASE)
     flags = torch.ones(2, 90, dtype=torch.uint8)
+    flags[1, hidden] = 0
     check(dataclasses.replace(call, key_flags=flags))
-    flags[1, 3] = 0
+    call.key[1, :, hidden] = torch.nan  # nobody's
+    check(dataclasses.replace(call, key_flags=flags))
+
+
+def test_padding_that_leaves_a_row_without_keys_or_is_not_finite_is_left():
+    call, flags = make_call(BASE), torch.ones(2, 90, dtype=torch.uint8)
+    flags[1] = 0
+    assert one_row.attention(dataclasses.replace(call, key_flags=flags)) is None
+    flags[1, 9:] = 1
+    call.value[1, :, 3] = torch.inf
     assert one_row.attention(dataclasses.replace(call, key_flags=flags)) is None
 
 
