@@ -40,9 +40,8 @@ def attention(call: AttentionCall, *, into: tuple[Tensor, Tensor] | None = None)
     sums = logits.logsumexp(-1, keepdim=True)
     found = (logits - sums).exp() @ value[:, :, begin:end]
     if not bool(found.sum().isfinite()):
-        return (
-            None  # a row without a visible key, scores or values that are not finite, sums beyond float32: the reference says what becomes
-        )
+        # a row without a visible key, scores or values that are not finite, sums beyond float32: the reference says what becomes of them
+        return None
     output, lse = into or call.empty_outputs()
     output.copy_(found.reshape(batch, heads, 1, -1))
     lse.copy_(sums.reshape(batch, heads, 1))
