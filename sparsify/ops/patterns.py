@@ -14,16 +14,16 @@ from torch import Tensor
 
 from sparsify.graph.typed_torch import SYMBOLIC_MIN
 from sparsify.ops.attention import VERSION
-from sparsify.ops.call import OpCall, Operand
+from sparsify.ops.call import Operand
 from sparsify.ops.library import define
-from sparsify.ops.limits import cdiv
+from sparsify.ops.listing import ListingCall
 
 # of each query block, whatever is chosen: the block of the first visible key, that of its own rows, and the one before
 ALWAYS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class SelectPatternCall(OpCall):
+class SelectPatternCall(ListingCall):
     """One call of `sparsify::select_pattern`, over causal attention.
 
     query: [batch, query_heads, query_len, head_dim], floating point; key has its dtype.
@@ -49,33 +49,6 @@ class SelectPatternCall(OpCall):
     diagonals: tuple[int, ...]
     queries: int = 64
     block_size: int = 128
-
-    @property
-    def heads(self) -> int:
-        return self.query.shape[1]
-
-    @property
-    def query_len(self) -> int:
-        return self.query.shape[2]
-
-    @property
-    def key_len(self) -> int:
-        return self.key.shape[2]
-
-    @property
-    def key_blocks(self) -> int:
-        return cdiv(self.key_len, self.block_size)
-
-    @property
-    def query_blocks(self) -> int:
-        return cdiv(self.query_len, self.block_size)
-
-    @property
-    def start(self) -> int | Tensor:
-        """Key position of query row 0: a number, or a tensor of no dimensions when it is known at run time only."""
-        if self.query_start is None:
-            return self.key_len - self.query_len
-        return self.query_start.reshape(())
 
     @property
     def width(self) -> Any:

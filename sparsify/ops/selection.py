@@ -18,10 +18,11 @@ from torch import Tensor
 
 from sparsify.ops.attention import VERSION
 from sparsify.ops.block_lists import Listing
-from sparsify.ops.call import OpCall, Operand
+from sparsify.ops.call import Operand
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.library import define
 from sparsify.ops.limits import cdiv
+from sparsify.ops.listing import ListingCall
 
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
@@ -68,7 +69,7 @@ RULES: dict[str, Rule] = {
 
 
 @dataclass(frozen=True, eq=False)
-class SelectCall(OpCall):
+class SelectCall(ListingCall):
     """One call of `sparsify::select_blocks`.
 
     query: [batch, query_heads, query_len, head_dim], floating point; key has its dtype.
@@ -133,31 +134,6 @@ class SelectCall(OpCall):
         return first, fine
 
     @property
-    def batch(self) -> int:
-        return self.query.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.query.shape[1]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.key.shape[1]
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def query_len(self) -> int:
-        return self.query.shape[2]
-
-    @property
-    def key_len(self) -> int:
-        return self.key.shape[2]
-
-    @property
     def bounded_windows(self) -> tuple[int, ...]:
         """Empty where no head has a window, else one or one per query head, in 32 bits; 0: none for that head."""
         if not any(window > 0 for window in self.windows):
@@ -186,21 +162,6 @@ class SelectCall(OpCall):
     @property
     def key_cells(self) -> int:
         return cdiv(self.key_len, self.stride)
-
-    @property
-    def query_blocks(self) -> int:
-        return cdiv(self.query_len, self.block_size)
-
-    @property
-    def key_blocks(self) -> int:
-        return cdiv(self.key_len, self.block_size)
-
-    @property
-    def start(self) -> int | Tensor:
-        """Key position of query row 0: a number, or a tensor of no dimensions when it is known at run time only."""
-        if self.query_start is None:
-            return self.key_len - self.query_len
-        return self.query_start.reshape(())
 
     @property
     def empty(self) -> bool:
