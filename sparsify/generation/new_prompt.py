@@ -107,4 +107,4 @@ def _lengths(model: Any, call: Mapping[str, Any], tokens: int) -> dict[str, Any]
     if call.get("max_new_tokens") is not None or config.max_new_tokens is not None:
         return {}
     longest = call.get("max_length") or config.max_length
-    return {} if longest is None else {"max_new_tokens": max(1, longest - tokens), "max_length": None}
+    return {} if longest is None else {"max_new_tokens": longest - tokens, "max_length": None}

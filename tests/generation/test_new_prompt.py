@@ -160,3 +160,12 @@ def test_calls_of_the_model_alone_are_refused(model):
             model(**prompt, use_cache=False)
         compiled(model, strict=False)
         torch.testing.assert_close(model(**prompt, use_cache=False).logits, want, rtol=1e-4, atol=5e-5)
+
+
+def test_a_length_that_the_prompt_fills_is_an_error_as_without(model):
+    prompt = prompts()
+    with pytest.raises(ValueError, match="max_"):
+        model.generate(**prompt, **GREEDY, max_length=LENGTH - 10)
+    compiled(model)
+    with pytest.raises(ValueError, match="max_"):
+        model.generate(**prompt, **GREEDY, max_length=LENGTH - 10)
