@@ -452,20 +452,8 @@ def _attend_prompt(
         flags = is_token.to(torch.uint8)
         if sinks:
             flags = flags + 2 * (is_token & (is_token.cumsum(-1) <= sinks)).to(torch.uint8)
-    output, _ = attention(
-        query,
-        key,
-        value,
-        key_flags=flags,
-        sink_logits=sink_logits,
-        scale=scale,
-        causal=True,
-        windows=[window] if window else [],
-        sinks=sinks,
-        softcap=softcap,
-        seq_major=True,
-        version=AttentionCall.VERSION,
-    )
+    how = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
+    output = _attend_clauses(query, key, value, window, sinks, key_flags=flags, **how)
     return output if order is None else _gather_columns(output, order.argsort(-1))
 
 
@@ -498,18 +486,21 @@ def _attend_packed(
     documents, places = packing["documents"], packing["places"]
     if not window and not softcap and sink_logits is None:
         return _attend_plain(query, key, value, (documents[:, :, None] == documents[:, None, :])[:, None], scale)
+    flags = 1 + 2 * (places < sinks).to(torch.uint8) if sinks else None
+    how = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
+    return _attend_clauses(query, key, value, window, sinks, key_flags=flags, segments=documents, **how)
+
+
+def _attend_clauses(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, **clauses: Any) -> Tensor:
+    """Causal attention of a prompt by the op. clauses: further arguments of it."""
     output, _ = attention(
         query,
         key,
         value,
-        key_flags=1 + 2 * (places < sinks).to(torch.uint8) if sinks else None,
-        segments=documents,
-        sink_logits=sink_logits,
-        scale=scale,
+        **clauses,
         causal=True,
         windows=[window] if window else [],
         sinks=sinks,
-        softcap=softcap,
         seq_major=True,
         version=AttentionCall.VERSION,
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsify import backends
 from sparsify.commands.calibrate.attention.capture import Capture, Captured
 from sparsify.errors import UnsupportedError
+from sparsify.ops.cache import CacheMassCall
 from sparsify.passes.token_select import TokenSelect
 from sparsify.planning import registry
 from sparsify.planning.config import config
@@ -72,11 +73,10 @@ def last_queries(query: Tensor, key: Tensor, scale: float, queries: int) -> Tens
     Returns:
         fp32 [query_heads, tokens].
     """
-    heads, tokens = query.shape[1:3]
-    rows = query[0, :, -queries:].float()
-    keys = key[0].float().repeat_interleave(heads // key.shape[1], 0)
-    hidden = torch.ones(rows.shape[1], tokens, dtype=torch.bool, device=query.device).triu(tokens - rows.shape[1] + 1)
-    return (rows @ keys.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+    rows, at = query[:, :, -queries:], torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+    positions = at.expand(1, key.shape[1], -1).contiguous()
+    mass = CacheMassCall(rows, key, positions, at[None, -rows.shape[2] :], scale=scale, softcap=0.0).run()
+    return mass[0] / rows.shape[2]
 
 
 def looked_at_later(look: Tensor, method: TokenSelect) -> Tensor:
