@@ -14,7 +14,7 @@ class Asked(Record):
     model_sha256: str
     text_sha256: str
     dtype: str
-    method: str  # "eager", "dense", "xattention", "minference" or "sink_window"
+    method: str  # "eager", "dense", "xattention", "minference", "sink_window" or "plan"
     parameters: dict[str, Any]  # of the method
     length: int  # tokens of a prompt; of the byte-level models, bytes
     seeds: list[int]  # first seed, and the one after the last

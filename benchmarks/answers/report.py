@@ -27,12 +27,14 @@ def _method(record: Found) -> str:
         return f"sink_window, {parameters['sinks']} + {parameters['window']} tokens"
     if record["method"] == "minference":
         return f"minference, {parameters['columns']} + {parameters['diagonals']} tokens"
+    if record["method"] == "plan":
+        return f"calibrated, {parameters['plan']}"
     return {"eager": "eager", "dense": "sparsify, dense"}[record["method"]]
 
 
 def _rank(record: Found) -> tuple[Any, ...]:
     parameters = record.get("parameters") or {}
-    order = ["eager", "dense", "xattention", "minference", "sink_window"].index(record["method"])
+    order = ["eager", "dense", "plan", "xattention", "minference", "sink_window"].index(record["method"])
     numbers = (parameters.get(name, 0) for name in ("stride", "threshold", "columns", "diagonals", "window"))
     return order, parameters.get("pool", ""), *numbers
 

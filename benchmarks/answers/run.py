@@ -2,8 +2,9 @@
 
     python -m benchmarks run answers --model DIR --text FILE --lengths 8192 16384 32768 --jobs 6
 
-For each length and each of eager, dense, sink_window, minference and xattention (thresholds x strides x pools): share of answers right
-with its interval, realised density, mean NLL. Every method sees the same prompts. Appends to benchmarks/results/answers.jsonl.
+For each length and each of eager, dense, sink_window, minference, xattention (thresholds x strides x pools) and plans that
+`sparsify calibrate attention` wrote (`--plans FILE`): share of answers right with its interval, realised density, mean NLL. Every method
+sees the same prompts. Appends to benchmarks/results/answers.jsonl.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def cells(
     sinks: int,
     windows: list[int],
     patterns: Sequence[tuple[int, int]] = (),
+    plans: Sequence[Path] = (),
 ) -> list[dict[str, Any]]:
     """What to measure: {"method", "parameters", "options"}; options None means uncompiled.
 
@@ -66,6 +68,9 @@ def cells(
         chosen = {"sinks": sinks, "window": window}
         options = {"passes": ["sink_window", "dense"], "sink_window": chosen, **COMMON}
         found.append({"method": "sink_window", "parameters": chosen, "options": options})
+    for plan in plans:
+        chosen = {"plan": plan.stem, "sha256": records.sha256(plan)}
+        found.append({"method": "plan", "parameters": chosen, "options": {"plan": str(plan), **COMMON}})
     return found
 
 
@@ -105,7 +110,7 @@ def measure(
     density = 1.0
     if cell["method"] == "sink_window":
         density = sink_window_density(length, **cell["parameters"])
-    elif cell["method"] in ("xattention", "minference"):
+    elif cell["method"] in ("xattention", "minference", "plan"):
         if len(found) != layers * len(seeds):
             raise RuntimeError(f"{len(found)} block selections in {len(seeds)} prompts of {layers} layers: not every layer was sparse")
         by_layer = [sum(found[layer::layers]) / len(seeds) for layer in range(layers)]
@@ -192,7 +197,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sinks", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--patterns", nargs="*", default=["512:1024"], metavar="COLUMNS:DIAGONALS", help="of minference, in tokens")
-    parser.add_argument("--methods", nargs="+", default=["eager", "dense", "xattention", "sink_window"])
+    parser.add_argument("--plans", type=Path, nargs="*", default=[], metavar="FILE", help="that `sparsify calibrate attention` wrote")
+    parser.add_argument("--methods", nargs="+", default=["eager", "dense", "xattention", "sink_window", "plan"])
     parser.add_argument("--static", action="store_true", help="compile each length anew instead of once for all")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side (accuracy does not mind sharing a GPU)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads a process, on a CPU")
@@ -204,7 +210,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     patterns = [(int(first), int(second)) for first, _, second in (text.partition(":") for text in options.patterns)]
-    todo = cells(options.thresholds, options.strides, [] if options.ablation else options.pools, options.sinks, options.windows, patterns)
+    todo = cells(
+        options.thresholds,
+        options.strides,
+        [] if options.ablation else options.pools,
+        options.sinks,
+        options.windows,
+        patterns,
+        options.plans,
+    )
     if options.ablation:
         todo += [block_selection(pool, stride, threshold) for pool, stride, thresholds in ABLATION for threshold in thresholds]
     todo = [cell for cell in todo if cell["method"] in options.methods]
