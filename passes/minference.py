@@ -21,7 +21,7 @@ from sparsify.planning.method import (
     AttentionSizes,
     Context,
     Editor,
-    Pass,
+    PromptPass,
     Proposal,
     Refusal,
     Work,
@@ -35,7 +35,7 @@ _MOST = 1 << 22
 _PASSES = 7
 
 
-class MInference(Pass):
+class MInference(PromptPass):
     """columns, diagonals: tokens of keys, rounded up to blocks."""
 
     name: ClassVar[str] = "minference"
@@ -82,6 +82,8 @@ class MInference(Pass):
             return self.refuse("the last queries of packed documents see one of them")
         if context.sequence:
             return self.refuse("the last queries of a prompt that is divided among processes are another's")
+        if (refusal := self.refuse_last_rows(site, context)) is not None:
+            return refusal
         for name in self.by_head:
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and len(numbers) not in (1, site.query_heads):
@@ -94,6 +96,7 @@ class MInference(Pass):
         # from where at most half of the blocks are visited
         start = 4 * self.most * self.block if context.min_length is None else context.min_length
         note = f"up to {self.most} key blocks of {self.block} by columns and diagonals of the last {self.queries} queries"
+        note += self.last_rows_note
         works = functools.partial(self.works, kernel=context.family)
         return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 
@@ -103,7 +106,7 @@ class MInference(Pass):
         keys = sizes.batch * sizes.kv_heads * sizes.key_len * sizes.qk_head_dim * sizes.dtype.itemsize
         scores = work.elementwise(keys + 4 * _PASSES * heads * self.queries * sizes.key_len)
         share = work.smallest(1, 2 * self.most * self.block / sympy.sympify(sizes.key_len))
-        return scores, work.attention(sizes, kernel, share=share, listed=True)
+        return *self.last_rows_works(sizes, kernel), scores, work.attention(sizes, kernel, share=share, listed=True)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.move_to(site).mask_operands(site)
@@ -119,7 +122,7 @@ class MInference(Pass):
             block_size=self.block,
         )
         counts, indices = editor.items(editor.emit(call), 2)
-        editor.replace(site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
+        self.replace(editor, site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
 
     def keep_all(self) -> MInference:
         return self.model_copy(update={"columns": _MOST, "diagonals": 0})

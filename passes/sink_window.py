@@ -17,7 +17,7 @@ from sparsify.planning.method import (
     AttentionSizes,
     Context,
     Editor,
-    Pass,
+    PromptPass,
     Proposal,
     Refusal,
     Work,
@@ -30,7 +30,7 @@ from sparsify.planning.method import (
 _LONGEST = 1 << 30
 
 
-class SinkWindow(Pass):
+class SinkWindow(PromptPass):
     """sinks: first visible keys of each row that stay visible, tokens. window: last keys, the row's own included, tokens."""
 
     name: ClassVar[str] = "sink_window"
@@ -70,6 +70,8 @@ class SinkWindow(Pass):
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
         if site.empty_rows not in ("impossible", "zero") and not self.sinks:
             return self.refuse("rows beyond every window cannot be told from rows that the mask leaves without a key", "set sinks = 1")
+        if (refusal := self.refuse_last_rows(site, context)) is not None:
+            return refusal
         heads = site.query_heads
         if site.query_len == 1 and not self.decode:
             return self.refuse("one query row, and decode = false keeps those dense")
@@ -91,18 +93,19 @@ class SinkWindow(Pass):
         note = f"{self.sinks} sinks + window {shown} by token"
         if not all(self.windows):
             note += f", {self.windows.count(0)} of {heads} heads dense"
+        note += self.last_rows_note
         widest = self.sinks + max(self.windows) if all(self.windows) else _LONGEST
         note += context.travels("keys and values of sinks and windows", site, lambda sizes, count: links.window_bytes(sizes, count, widest))
         return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
-        editor.replace(site, attention_call(editor.move_to(site), site, sinks=self.sinks, windows=self.windows))
+        self.replace(editor, site, attention_call(editor.move_to(site), site, sinks=self.sinks, windows=self.windows))
 
     def works(self, sizes: AttentionSizes, kernel: str) -> tuple[Work, ...]:
         """What heads of each width do, one kernel for all of them: its time is counted as if it ran once for each width."""
         if len(self.windows) == 1:
-            return (work.attention(sizes, kernel, window=self.sinks + self.windows[0]),)
-        found = []
+            return *self.last_rows_works(sizes, kernel), work.attention(sizes, kernel, window=self.sinks + self.windows[0])
+        found = [*self.last_rows_works(sizes, kernel)]
         for window in dict.fromkeys(self.windows):
             some = dataclasses.replace(sizes, query_heads=self.windows.count(window))
             found.append(work.attention(some, kernel, window=self.sinks + window if window else None))

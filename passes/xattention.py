@@ -26,7 +26,7 @@ from sparsify.planning.method import (
     AttentionSizes,
     Context,
     Editor,
-    Pass,
+    PromptPass,
     Proposal,
     Refusal,
     UnsupportedError,
@@ -44,7 +44,7 @@ from sparsify.planning.method import (
 _LISTED = 3
 
 
-class XAttention(Pass):
+class XAttention(PromptPass):
     """threshold: share of a row's estimated mass to keep, one for all heads or one per query head; 1 keeps everything.
     density: keep this share of each row's causal blocks instead of a threshold."""
 
@@ -152,6 +152,8 @@ class XAttention(Pass):
             return self.refuse("one query row: nothing to estimate, decode stays dense")
         if site.softcap or site.sink_logits is not None or site.alibi_slopes is not None or site.bias:
             return self.refuse("the estimate does not model softcap, sink logits, alibi or another bias")
+        if (refusal := self.refuse_last_rows(site, context)) is not None:
+            return refusal
         if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
             return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")
         if self.windows and len(self.windows) != site.query_heads:
@@ -181,6 +183,7 @@ class XAttention(Pass):
         note = f"stride {self.stride}{stages}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         if any(self.windows):
             note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
+        note += self.last_rows_note
         note += context.travels("the estimate's cells and visited keys and values", site, self._sent)
         works = functools.partial(self.works, kernel=context.family)
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
@@ -205,11 +208,12 @@ class XAttention(Pass):
         share = self.density or self._expected(sizes.key_len)
         attending = work.attention(sizes, kernel, share=share, listed=True)
         first = work.selection(sizes, self.stride, self.block, self.variants, self.pool)
+        last = self.last_rows_works(sizes, kernel)
         if not self.refine_stride:
-            return first, attending
+            return *last, first, attending
         # what the first stage lists is some times what the second keeps
         listed = work.smallest(1, _LISTED * share)
-        return first, work.selection(sizes, self.refine_stride, self.block, self.variants, self.pool, listed), attending
+        return *last, first, work.selection(sizes, self.refine_stride, self.block, self.variants, self.pool, listed), attending
 
     def _expected(self, length: Any) -> sympy.Expr:
         """Density to expect of a prompt: from calibration, else the published one."""
@@ -241,11 +245,12 @@ class XAttention(Pass):
         if editor.sequence or self._lists_are_large(site):
             attending = {"sinks": sinks, "seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = SparseAttentionCall.bind(site.query, site.key, site.value, **selection, **attending)
-            editor.replace(site, editor.items(editor.emit(both), 1)[0])
+            self.replace(editor, site, editor.items(editor.emit(both), 1)[0])
             return
         counts, indices = editor.items(editor.emit(SelectCall.bind(site.query, site.key, **selection)), 2)
         lists = (counts, indices)
-        editor.replace(site, attention_call(editor, site, sinks=sinks, windows=windows or own, blocks=lists, block_size=self.block))
+        output = attention_call(editor, site, sinks=sinks, windows=windows or own, blocks=lists, block_size=self.block)
+        self.replace(editor, site, output)
 
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:

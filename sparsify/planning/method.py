@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Self, cast
 
 import sympy
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from torch import fx
 
 from sparsify.costs import compaction, crossovers, links, work
 from sparsify.costs.device import Device
@@ -30,10 +31,12 @@ from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.base import Site, SiteKind
+from sparsify.matching.layouts import length_dim
 from sparsify.matching.padded import PaddedSite
 from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
 from sparsify.matching.stream import StreamSite
 from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
+from sparsify.rewriting.last_rows import with_last_rows
 
 # All that a method's file imports of sparsify, beside `sparsify.ops`.
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "MaskPredicate",
     "PaddedSite",
     "Pass",
+    "PromptPass",
     "Proposal",
     "Refusal",
     "Site",
@@ -229,6 +233,48 @@ class Pass(BaseModel):
 
     def refuse(self, reason: str, hint: str = "") -> Refusal:
         return Refusal(self.name, reason, hint)
+
+
+class PromptPass(Pass):
+    """Base of the methods that hide keys from a prompt's rows: the last ones may see all of them, see `sparsify.rewriting.last_rows`."""
+
+    last_rows: int = Field(
+        0,
+        ge=0,
+        le=1 << 20,
+        description="last tokens of a call whose rows see every key, as in Tri-shape (arXiv 2412.10319); of a padded batch each row's own. "
+        "A call of no more rows, single tokens too, is then left to dense attention",
+    )
+
+    def refuse_last_rows(self, site: AttentionSite, context: Context) -> Refusal | None:
+        """Why the last rows cannot see every key here. Asking for a symbolic number of rows installs a guard."""
+        if not self.last_rows:
+            return None
+        if not site.mask.causal:
+            return self.refuse("attention is not causal: no rows are the last ones", "set last_rows = 0")
+        if site.mask.documents is not None:
+            return self.refuse("the last rows of packed documents are those of one of them", "set last_rows = 0")
+        if context.sequence:
+            return self.refuse("the last rows of a prompt that is divided among processes are another's", "set last_rows = 0")
+        length = site.query.meta["example_value"].shape[length_dim(site.layouts.query)]
+        if bool(length <= self.last_rows):
+            return self.refuse(f"a call of at most {self.last_rows} rows sees every key")
+        beside = site.mask.window or site.bias or site.alibi_slopes is not None or site.sink_logits is not None
+        if site.mask.padding is not None and beside:
+            return self.refuse("the last tokens of padded rows beside a window, a bias or sink logits", "set last_rows = 0")
+        return None
+
+    def last_rows_works(self, sizes: AttentionSizes, kernel: str) -> tuple[Work, ...]:
+        """Attention of the last rows over all keys."""
+        return (work.attention(dataclasses.replace(sizes, query_len=self.last_rows), kernel),) if self.last_rows else ()
+
+    @property
+    def last_rows_note(self) -> str:
+        return f", the last {self.last_rows} rows dense" if self.last_rows else ""
+
+    def replace(self, editor: Editor, site: AttentionSite, output: fx.Node) -> None:
+        """Replaces the site by what the method computes, its last rows computed over all keys."""
+        editor.replace(site, with_last_rows(editor, site, output, self.last_rows) if self.last_rows else output)
 
 
 def refuse_common(method: Pass, site: AttentionSite) -> Refusal | None:

@@ -468,6 +468,7 @@ def attention_call(
     windows: tuple[int, ...] | None = None,
     blocks: tuple[fx.Node, fx.Node] | None = None,
     block_size: int = 128,
+    mask: MaskOperands | None = None,
 ) -> fx.Node:
     """Inserts `sparsify::attention` for a site.
 
@@ -476,11 +477,12 @@ def attention_call(
         windows: replaces the mask's own window: one number for all heads or one per query head, 0 for none.
         blocks: nodes of block_counts and block_indices.
         block_size: tokens per block.
+        mask: the clauses as operands, where they are not as the site has them.
 
     Returns:
         the node of the output.
     """
-    mask = editor.mask_operands(site, sinks=sinks)
+    mask = editor.mask_operands(site, sinks=sinks) if mask is None else mask
     own = (mask.window,) if mask.window else ()
     slopes = site.alibi_slopes
     if slopes is not None and values(slopes).dim() == 1:
