@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sparsify import releases
+from sparsify.backends import small_sum
 from sparsify.backends.attention import cpp as attention_cpp
 from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
 from sparsify.backends.attention import reference as attention_reference
@@ -72,6 +73,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     # not an op: key cells of a selection, where several selections multiply them or they travel
     "prepare_keys": {"triton": select_triton.prepare_keys, "reference": select_reference.prepare_keys},
     "linear": {"triton": linear_triton.linear, "reference": linear_reference.linear},
+    "small_sum": {"reference": small_sum.small_sum},
 }
 
 # what serves calls of which nothing else is said, in every thread

@@ -21,6 +21,7 @@ from sparsify.ops.linear import LinearCall
 from sparsify.ops.patterns import SelectPatternCall
 from sparsify.ops.reselection import CacheObserveCall, CacheReselectCall
 from sparsify.ops.selection import SelectCall
+from sparsify.ops.sums import SmallSumCall
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 register("select_blocks", _checked(SelectCall, _listed(select)))
 register("select_pattern", _checked(SelectPatternCall, _listed(dispatch.serve("select_pattern"))))
 register("linear", _checked(LinearCall, dispatch.serve("linear")))
+register("small_sum", _checked(SmallSumCall, dispatch.serve("small_sum")))
 register("ffn", _observed(_served("ffn")))
 for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):
     register(_op, _served(_op))

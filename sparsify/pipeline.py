@@ -37,7 +37,7 @@ from sparsify.planning.decision import Decision
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import load_saved_plan
-from sparsify.rewriting import few_rows, ffn_runs, layers, observed_masks, verify
+from sparsify.rewriting import few_rows, ffn_runs, layers, observed_masks, small_sums, verify
 from sparsify.rewriting.assumed import Assumed
 from sparsify.rewriting.copies import copy_graph
 from sparsify.rewriting.editor import Editor
@@ -134,6 +134,8 @@ def compile_graph(
                     predict.compile_ahead(graph, config.kernels)
             if serves:
                 plan = plan.repeated(serves)
+                if how := small_sums.told(gm.graph, config.peer_sums):
+                    plan = dataclasses.replace(plan, capture=f"{plan.capture}; {how}")
                 if (saved := load_saved_plan(config.plan)) is not None:
                     plan = saved.recalled(plan)
             else:
@@ -446,7 +448,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     Raises:
         UnsupportedError: CUDA graphs are requested, and a SparseCache allocates its buffers within the graph.
     """
-    gm = _with_few_rows(gm, config)
+    gm = _with_small_sums(_with_few_rows(gm, config), config)
     if config.lower == "eager":
         return gm.forward
     if config.inductor_patches().get("triton.cudagraphs") and (node := made_inside(gm)) is not None:
@@ -492,6 +494,21 @@ def _with_few_rows(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
     if config.compile_ahead and config.lower == "inductor":
         predict.compile_ahead(joined, config.kernels)
     return joined
+
+
+def _with_small_sums(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
+    """The graph with sums over processes read from peers where these serve them; itself without any, or where that failed."""
+    if not config.peer_sums or not small_sums.any_found(gm.graph):
+        return gm
+    try:
+        replaced = copy_graph(gm)
+        count = small_sums.replace(replaced)
+    except Exception as error:
+        if config.strict:
+            raise
+        log.warning("small sums go through NCCL: %s", unforeseen.reason(error))
+        return gm
+    return replaced if count else gm
 
 
 def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:

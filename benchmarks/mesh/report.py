@@ -6,7 +6,12 @@ from benchmarks.lib.registry import Benchmark
 from benchmarks.mesh import Mesh
 from sparsify.commands.bench.tables import Found, Row, conditions, failure, groups, latest, markdown, measured, size
 
-_WHAT = {"prefill": "prompt", "ring": "one layer's dense attention", "decode": "a token, every key kept"}
+_WHAT = {
+    "prefill": "prompt",
+    "ring": "one layer's dense attention",
+    "sums": "one sum of the tokens' rows",
+    "decode": "a token, every key kept",
+}
 
 
 def table(found: list[Found]) -> str:
@@ -22,10 +27,13 @@ def table(found: list[Found]) -> str:
                 continue
             base = _alone(group, one)
             ratio = f"{base['ms'] / one['ms']:.2f}" if base else "–"
-            sent = f"{sum(one['sent_bytes'].values()) / 2**30:.2f}" if one.get("sent_bytes") else "–"
+            bytes_sent = sum((one.get("sent_bytes") or {}).values())
+            sent = f"{bytes_sent / 2**30:.2f}" if bytes_sent else "–"
+            if one.get("ring_bytes"):
+                sent += f" ({bytes_sent / one['ring_bytes']:.2f})"
             peak = f"{one['peak_bytes'] / 2**30:.1f}" if one.get("peak_bytes") else "–"
-            rows.append([size(one["length"]), name, str(one["gpus"]), f"{one['ms']:.1f}", ratio, sent, peak])
-        header = ["tokens", "what", "GPUs", "ms", "× one GPU", "GiB sent by all", "peak GiB of one"]
+            rows.append([size(one["length"]), name, str(one["gpus"]), f"{one['ms']:.{3 if one['ms'] < 1 else 1}f}", ratio, sent, peak])
+        header = ["tokens", "what", "GPUs", "ms", "× one GPU", "GiB sent by all (× a dense ring)", "peak GiB of one"]
         head = f"### {group[0]['shape']} shape, {group[0]['layers']} layers\n\nThe slowest process counts. {conditions(group)}"
         parts.append(head + "\n\n" + markdown(header, rows))
     return "\n\n".join(parts)
@@ -33,10 +41,10 @@ def table(found: list[Found]) -> str:
 
 def _alone(group: list[Found], one: Found) -> Found | None:
     """What one GPU takes for the same."""
-    same = ("part", "variant", "length", "requested_density")
-    return next(
-        (r for r in group if r["gpus"] == 1 and "ms" in r and one["gpus"] > 1 and all(r.get(name) == one.get(name) for name in same)), None
-    )
+    same = ("part", "length", "requested_density")
+    kind = lambda r: r["variant"].partition(", ")[0]  # how sums are made is no difference on one GPU
+    alone = (r for r in group if r["gpus"] == 1 and "ms" in r and one["gpus"] > 1 and kind(r) == kind(one))
+    return next((r for r in alone if all(r.get(name) == one.get(name) for name in same)), None)
 
 
 def headlines(found: list[Found]) -> list[Row]:
@@ -49,7 +57,8 @@ def headlines(found: list[Found]) -> list[Row]:
             what = f"prefill of an 8B shape shared by {one['gpus']} GPUs, {size(one['length'])} tokens, {how}"
             rows.append([what, f"{one['ms'] / 1e3:.2f} s", f"{base['ms'] / one['ms']:.2f} × one GPU"])
         if one["part"] == "decode" and base:
-            what = f"a token of an 8B model on {one['gpus']} GPUs by tensor parallelism, after {size(one['length'])}"
+            how = one["variant"].partition(", ")[2]
+            what = f"a token of an 8B model on {one['gpus']} GPUs by tensor parallelism, after {size(one['length'])}{how and f', {how}'}"
             rows.append([what, f"{one['ms']:.1f} ms", f"{one['ms'] / base['ms']:.2f} of one GPU's time"])
         if one["part"] == "ring" and one["variant"] == "sparsify":
             torchs = [r for r in cells if r["part"] == "ring" and r["variant"] != "sparsify" and r["length"] == one["length"]]
@@ -62,7 +71,7 @@ BENCHMARKS = (
     Benchmark(
         name="mesh",
         place=16,
-        measures="several GPUs: a prompt shared by context parallelism, dense attention around a ring, decoding by tensor parallelism",
+        measures="several GPUs: prompts shared by context parallelism, dense attention around a ring, decoding by tensor parallelism, sums",
         module="benchmarks.mesh.run",
         records=(Mesh,),
         title="Several GPUs",

@@ -1,16 +1,22 @@
 """Several GPUs of one host beside one of them: a prompt that they share, dense attention around a ring, and decoding a divided model.
 
     python -m benchmarks run mesh                      # two GPUs; starts torchrun by itself
-    python -m benchmarks run mesh --gpus 4 --parts prefill --prompts dense:131072 0.05:524288
+    python -m benchmarks run mesh --parts ring sums decode                       # a minute and a half
+    python -m benchmarks run mesh --parts prefill --prompts dense:131072 0.1:131072
+    python -m benchmarks run mesh --gpus 4 --parts prefill --prompts 0.05:524288 --no-alone
     python -m benchmarks run mesh --device cpu --shape tiny --prompts dense:2048 0.5:2048 --decode 512 --tokens 8
 
-prefill: a model of Llama-3.1-8B's shape with random weights reads a prompt, exactly ("dense") or with a share of the blocks, on one GPU and
-then on all, the prompt divided (`sparsify.compile(mesh=...)`); each prompt is read once before it is timed. Random weights attend to
-everything: the blocks that a GPU's rows visit together are nearly all, so that what travels is the most that can travel.
 ring: dense causal attention of one layer of that shape, ours beside torch's own context parallelism, in turns.
-decode: tokens through `generate()` over a cache of so many random keys, every key kept, on one GPU and divided by transformers' `tp_plan`.
+sums: one sum over the GPUs of a few tokens' rows, through NCCL and read from peers, of many in a CUDA graph.
+decode: tokens through `generate()` over a cache of so many random keys, every key kept, on one GPU and divided by transformers' `tp_plan`,
+its sums read from peers and, for comparison, through NCCL (`peer_sums = false`).
+prefill: a model of Llama-3.1-8B's shape with random weights reads each prompt, exactly ("dense") or with a share of the blocks, on one GPU
+and then on all, the prompt divided (`sparsify.compile(mesh=...)`); each prompt is read once before it is timed. Random weights attend to
+everything: the blocks that a GPU's rows visit together are nearly all, so that what travels is the most that can travel. `ring_bytes` is
+what dense attention would send for the same prompt.
 
-Times are the slowest process's. Appends to results/mesh.jsonl.
+Times are the slowest process's. Every measurement is appended to results/mesh.jsonl as soon as it is made, so that a run that is cut off
+keeps what it has. What 4 and 8 GPUs would take is no measurement: `python -m benchmarks.mesh.forecast` prints it from the cost model.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import os
 import statistics
 import subprocess
@@ -36,22 +43,30 @@ import sparsify
 from benchmarks.lib import full_caches, records
 from benchmarks.lib.models import HEAD_DIM, HEADS, KV_HEADS, SHAPES, build, clean, peak_bytes
 from benchmarks.mesh import Mesh
-from sparsify.api import record_density
+from sparsify.api import collect_plans, record_density
 from sparsify.commands.bench.clock import reason
+from sparsify.distributed import collectives, peers
+from sparsify.distributed.peers import Peers
+from sparsify.errors import UnsupportedError
 from sparsify.generation.compat import with_cache
+from sparsify.generation.decoding.runner import CudaGraphs
 from sparsify.generation.regions import regional
 
 ROOT = Path(__file__).parents[2]
+PARTS = ["ring", "sums", "decode", "prefill"]
 LONG = 1 << 18  # tokens from which on a prompt is timed once
 LONGEST_ALONE = 1 << 19  # tokens up to which one GPU reads a prompt, too
 # with which all goals are measured in less than eight minutes on two H200
-PROMPTS = ["dense:131072", "0.1:131072", "0.05:524288", "0.03:1048576", "0.03:1048576:half+quad+int8+peak"]
+PROMPTS = ["dense:131072", "0.1:131072", "0.05:524288", "0.03:1048576:half+quad+int8+peak", "0.03:1048576"]
+IN_A_ROW = 64  # sums of a CUDA graph that is timed
+# tokens whose rows are summed: 8 kB each in bf16 where a row has 4096 numbers
+SUMMED = (1, 4, 16, 64)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--parts", nargs="+", default=["ring", "decode", "prefill"], choices=["prefill", "ring", "decode"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="dense or a density, tokens, and perhaps the estimate's variants")
     parser.add_argument("--ring", type=int, nargs="+", default=[131072], help="tokens of the layer")
     parser.add_argument("--decode", type=int, default=131072, help="tokens before the generated ones")
@@ -71,6 +86,14 @@ def _settings(density: float | None, variants: str = "") -> dict[str, Any]:
         return {"passes": ["dense"]}
     estimate = {"estimate": variants.split("+")} if variants else {}
     return {"passes": ["xattention", "dense"], "xattention": {"density": density, **estimate}}
+
+
+# options with which a divided model generates
+DECODED: dict[str, dict[str, Any]] = {"generate": {}, "generate, sums through NCCL": {"peer_sums": False}}
+
+
+def _per_sum(value: Any) -> Any:
+    return [one / IN_A_ROW for one in value] if isinstance(value, list) else value / IN_A_ROW
 
 
 class Bench:
@@ -95,7 +118,19 @@ class Bench:
         clean(options.device)
         if self.rank == 0:
             line = records.append(options.out, Mesh(shape=options.shape, layers=layers, **facts, **found))
-            shown = ("part", "variant", "length", "gpus", "requested_density", "ms", "first_call_ms", "density", "sent_bytes", "error")
+            shown = (
+                "part",
+                "variant",
+                "length",
+                "gpus",
+                "requested_density",
+                "ms",
+                "first_call_ms",
+                "density",
+                "sent_bytes",
+                "sums",
+                "error",
+            )
             print({key: line.get(key) for key in shown}, flush=True)
 
     def ms(self, run: Callable[[], Any], among: bool) -> tuple[float, Any]:
@@ -136,20 +171,15 @@ class Bench:
         longest = max(int(one.split(":")[1]) for one in options.prompts)
         ids = torch.randint(0, model.config.vocab_size, (1, longest), generator=generator).to(options.device)
         likeliest: dict[str, Tensor] = {}
-        for gpus, takes_part in self.ways():
-            for prompt in options.prompts if takes_part else ():
-                kind, length, *variants = prompt.split(":")
-                if gpus == 1 and int(length) > LONGEST_ALONE:
-                    continue
-                density = None if kind == "dense" else float(kind)
-                facts = {
-                    "part": "prefill",
-                    "variant": " ".join((kind if density is None else "xattention", *variants)),
-                    "length": int(length),
-                }
-                settings = _settings(density, *variants)
-                measure = lambda: self._prompt(model, ids[:, : int(length)], settings, gpus, likeliest, prompt)  # noqa: B023  (called at once)
-                self.record(measure, **facts, gpus=gpus, requested_density=density)
+        for prompt in options.prompts:
+            kind, length, *variants = prompt.split(":")
+            density, tokens = None if kind == "dense" else float(kind), int(length)
+            facts = {"part": "prefill", "variant": " ".join((kind if density is None else "xattention", *variants)), "length": tokens}
+            settings = _settings(density, *variants)
+            for gpus, takes_part in self.ways():
+                if takes_part and not (gpus == 1 and tokens > LONGEST_ALONE):
+                    measure = lambda: self._prompt(model, ids[:, :tokens], settings, gpus, likeliest, prompt)  # noqa: B023  (called at once)
+                    self.record(measure, **facts, gpus=gpus, requested_density=density)
         regional.remove(model)
 
     @torch.no_grad()
@@ -173,16 +203,60 @@ class Bench:
         own = model._compiled_call_impl
         if gpus > 1:
             found["sent_bytes"] = self.added(own.divided.last.sent)
+            found["ring_bytes"] = self._ring_bytes(model, ids.shape[1])
         if name in likeliest:
             found["same_token"] = bool((likeliest[name] == logits.argmax(-1)).all())
         elif self.rank == 0:
             likeliest[name] = logits.argmax(-1)
         return found | {"peak_bytes": peak_bytes(self.options.device)}
 
+    def _ring_bytes(self, model: Any, tokens: int) -> int:
+        """Keys and values of all layers, which each process sends to each of the others."""
+        config = model.config
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * model.dtype.itemsize * (self.size - 1)
+
+    @torch.no_grad()
+    def sums(self) -> None:
+        """One sum over the GPUs, of many in a row."""
+        group = dist.new_group(list(range(self.size))).group_name
+        ways: list[tuple[str, Callable[[Tensor], Tensor]]] = [(dist.get_backend(), lambda part: collectives.all_reduce(part, group))]
+        if self.cuda:
+            found = peers.prepare(group, torch.device("cuda", torch.cuda.current_device()), max(SUMMED) * 8192)
+            ways.append(("peers", functools.partial(self._from_peers, found, group)))
+        width = SHAPES[self.options.shape]["hidden_size"]
+        for tokens in SUMMED:
+            for variant, sum_of in ways:
+                measure = lambda: self._sum(sum_of, tokens, width)  # noqa: B023  (called at once)
+                self.record(measure, part="sums", variant=variant, length=tokens, gpus=self.size)
+
+    def _from_peers(self, found: Peers, group: str, part: Tensor) -> Tensor:
+        if found.buffer is None:
+            raise UnsupportedError(found.obstacle, where=peers.WHERE)
+        return peers.read(found.buffer, part, group)
+
+    def _sum(self, sum_of: Callable[[Tensor], Tensor], tokens: int, width: int) -> dict[str, Any]:
+        part = torch.ones(1, tokens, width, dtype=torch.bfloat16 if self.cuda else torch.float32, device=self.options.device)
+
+        def run() -> Tensor:
+            total = part
+            for _ in range(IN_A_ROW):
+                total = sum_of(total) / self.size  # each waits for the one before it
+            return total
+
+        call: Callable[[], Any] = run
+        if self.cuda:
+            runner = CudaGraphs(part.device)
+            runner.warm(run)
+            call = runner.record(run)
+        return {key: _per_sum(value) for key, value in self._timed(call).items()}
+
     def ring(self) -> None:
         """Dense attention of one layer, ours and torch's."""
         for length in self.options.ring:
-            for variant, run in (("sparsify", self._ours), ("torch context_parallel", self._torchs)):
+            torchs = (
+                [("torch context_parallel", self._torchs)] if self.cuda else []
+            )  # its attention on a CPU mixes plain tensors with DTensors
+            for variant, run in [("sparsify", self._ours), *torchs]:
                 self.record(lambda: run(length), part="ring", variant=variant, length=length, gpus=self.size)  # noqa: B023
 
     def _operands(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,11 +306,12 @@ class Bench:
         options = self.options
         for gpus, takes_part in self.ways():
             if takes_part:
-                facts = {"part": "decode", "variant": "generate", "length": options.decode, "gpus": gpus}
-                self.record(lambda: self._tokens(gpus), **facts)  # noqa: B023
+                for variant, settings in list(DECODED.items())[: 2 if gpus > 1 and self.cuda else 1]:
+                    facts = {"part": "decode", "variant": variant, "length": options.decode, "gpus": gpus}
+                    self.record(lambda: self._tokens(gpus, settings), **facts)  # noqa: B023
 
     @torch.no_grad()
-    def _tokens(self, gpus: int) -> dict[str, Any]:
+    def _tokens(self, gpus: int, settings: dict[str, Any]) -> dict[str, Any]:
         options = self.options
         model: Any = build(options.shape, options.layers, options.device)
         if gpus > 1:
@@ -244,7 +319,7 @@ class Bench:
 
             config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=gpus, tp_plan="auto"))
             model = type(model).maybe_distribute_model(model, config, mesh)
-        sparsify.compile(model, progress=False, exact=True)
+        sparsify.compile(model, progress=False, exact=True, **settings)
         cache = full_caches.filled(model, options.decode + 1 + options.tokens, 1, options.device)
         ids = torch.randint(3, model.config.vocab_size, (1, options.decode + 1), generator=torch.Generator().manual_seed(0))
         ids = ids.to(options.device)
@@ -254,10 +329,16 @@ class Bench:
             full_caches.put_back(cache, options.decode, [options.decode], options.device)
             return model.generate(ids, attention_mask=torch.ones_like(ids), **given, **with_cache(model, cache))
 
-        first, _ = self.ms(call, gpus > 1)
+        with collect_plans() as plans:
+            first, _ = self.ms(call, gpus > 1)
         times = [self.ms(call, gpus > 1)[0] / options.tokens for _ in range(3)]
-        found = {"ms": statistics.median(times), "times_ms": times, "first_call_ms": first}
-        return found | {"peak_bytes": peak_bytes(options.device)}
+        sums = "; ".join(sorted({plan.capture.partition("; ")[2] for plan in plans} - {""}))
+        found: dict[str, Any] = {"sums": sums} if sums else {}
+        found |= {"ms": statistics.median(times), "times_ms": times, "first_call_ms": first}
+        found["peak_bytes"] = peak_bytes(options.device)
+        regional.remove(model)
+        torch._dynamo.reset()  # what it keeps of this model would lack in the next one's memory
+        return found
 
 
 def _join(options: argparse.Namespace) -> None:

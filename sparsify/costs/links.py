@@ -31,6 +31,11 @@ _MERGING = 1.5
 # its own.
 MOST_GROUPS = 4
 
+# A sum whose parts are read from peers, by every process those of all others: seconds of the smallest, two rounds of flags over NVLink and
+# a launch; bytes/s at which a process reads, 24 blocks of 512 threads with 16 bytes each on a way of 2 µs; the most bytes of a part.
+# Estimates.
+_PEER_LATENCY, _PEER_RATE, _MOST_PEER_BYTES = 6e-6, 100e9, 1 << 20
+
 # Links of a device whose profile has none: PCIe 4.0 with 16 lanes.
 _DEFAULT = Links(exchange=20e9, reduce=15e9, latency=30e-6, source="estimate: PCIe 4.0")
 
@@ -115,6 +120,16 @@ def reduce_seconds(size: float, processes: int, device: Device) -> float:
     """Of an all-reduce over `size` bytes, after which each process has the sum."""
     links = of(device)
     return 0.0 if processes == 1 else links.latency + size * 2 * (processes - 1) / processes / links.reduce
+
+
+def peer_bytes(processes: int, device: Device) -> int:
+    """Bytes of a part up to which a sum is expected to be faster read from peers than by an all-reduce; 0: of none."""
+    links = of(device)
+    gained = links.latency - _PEER_LATENCY
+    each = (processes - 1) / min(_PEER_RATE, links.exchange) - 2 * (processes - 1) / processes / links.reduce  # that a byte more takes
+    if gained <= 0:
+        return 0
+    return _MOST_PEER_BYTES if gained >= each * _MOST_PEER_BYTES else int(gained / each)
 
 
 def exposed_seconds(cells: float, blocks: float, attention: float, kv_heads: int, device: Device) -> float:

@@ -41,21 +41,36 @@ def agree(group: str, facts: Mapping[str, str], *, where: str, patience: datetim
     Raises:
         DistributedError: on every process: a fact differs, with the ranks and what each has; or a process did not come.
     """
+    found = told(group, dict(facts), where=where, patience=patience)
     members = dist.get_process_group_ranks(process_group(group))
-    if len(members) == 1:
-        return
-    found: list[Any] = [None] * len(members)
-    try:
-        talk = _talk(group, patience)
-        dist.monitored_barrier(talk, timeout=patience, wait_all_ranks=True)
-        dist.all_gather_object(found, dict(facts), group=talk)
-    except RuntimeError as error:
-        raise stopped(error, where) from error
     for name in dict.fromkeys(name for one in found for name in one):
         said = [one.get(name, "nothing") for one in found]
         if len(set(said)) > 1:
             shown = ", ".join(f"rank {rank}: {text}" for rank, text in zip(members, said, strict=True))
             raise DistributedError(f"processes differ in {name} ({shown})", where=where, hint="give every process the same")
+
+
+def told(group: str, value: Any, *, where: str, patience: datetime.timedelta = PATIENCE) -> list[Any]:
+    """What every process of a group says, in order of ranks; every one of them must call this.
+
+    Args:
+        group: the group's name.
+        value: what this one says; can be pickled.
+        where, patience: as in `agree`.
+
+    Raises:
+        DistributedError: a process did not come.
+    """
+    found: list[Any] = [value] * len(dist.get_process_group_ranks(process_group(group)))
+    if len(found) == 1:
+        return found
+    try:
+        talk = _talk(group, patience)
+        dist.monitored_barrier(talk, timeout=patience, wait_all_ranks=True)
+        dist.all_gather_object(found, value, group=talk)
+    except RuntimeError as error:
+        raise stopped(error, where) from error
+    return found
 
 
 @functools.cache

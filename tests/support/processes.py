@@ -1,4 +1,4 @@
-"""Several processes that run a function together, over gloo on the CPU; they live as long as the tests that ask for them.
+"""Several processes that run a function together, over gloo on the CPU or with a GPU each; they live as long as tests ask for them.
 
     results = processes.run(2, work, "llama", rows=2)      # [work("llama", rows=2) in each process, in order of ranks]
 
@@ -31,9 +31,10 @@ class Pool:
     Args:
         count: how many.
         patience: seconds after which a collective gives up.
+        gpus: each has a GPU, and collectives are NCCL's.
     """
 
-    def __init__(self, count: int, patience: int = 20):
+    def __init__(self, count: int, patience: int = 20, gpus: bool = False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -42,7 +43,7 @@ class Pool:
         self.members: list[Any] = []
         for rank in range(count):
             mine, theirs = context.Pipe()
-            member = context.Process(target=_serve, args=(theirs, rank, count, port, patience, sys.path[:]), daemon=True)
+            member = context.Process(target=_serve, args=(theirs, rank, count, port, patience, gpus, sys.path[:]), daemon=True)
             member.start()
             self.pipes.append(mine)
             self.members.append(member)
@@ -82,7 +83,7 @@ def run(count: int, function: Any, *args: Any, **kwargs: Any) -> list[Any]:
     return _pools[count].run(function, *args, **kwargs)
 
 
-def _serve(pipe: Connection, rank: int, count: int, port: int, patience: int, path: list[str]) -> None:
+def _serve(pipe: Connection, rank: int, count: int, port: int, patience: int, gpus: bool, path: list[str]) -> None:
     sys.path[:] = path
     os.environ |= {
         "RANK": str(rank),
@@ -92,7 +93,11 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, patience: int, pa
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=patience))
+    how: dict[str, Any] = {"backend": "gloo"}
+    if gpus:
+        torch.cuda.set_device(rank)
+        how = {"backend": "nccl", "device_id": torch.device("cuda", rank)}
+    torch.distributed.init_process_group(**how, timeout=datetime.timedelta(seconds=patience))
     while True:
         module, name, args, kwargs = pipe.recv()
         error, result = "", None

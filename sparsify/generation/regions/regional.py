@@ -103,6 +103,8 @@ class RegionalModel:
         self._saved = load_saved_plan(config.plan)
         method = narrowing.asked(config, self._saved, [layer.path for layer in self.layers])
         self.part = Part(tensor_parallel.of_heads(self.layers[0].module), "" if text is None else text.group)
+        if self.part.heads is not None:
+            tensor_parallel.prepare_sums(self.part.heads, next(model.parameters()).device, config)
         self.narrowing = None if method is None else Narrowing(model, self.layers, config, method, self.part.heads)
         self.packing = Packing(model, self.layers, self.kinds, config, self._saved, self.part)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}

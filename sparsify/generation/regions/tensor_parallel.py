@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify.distributed import collectives, shards
+from sparsify import pipeline
+from sparsify.costs import links
+from sparsify.distributed import collectives, peers, shards
 from sparsify.distributed.shards import Shard
 from sparsify.generation import compat
+from sparsify.planning.config.config import Config
 
 # how a module is divided: by rows of its weight (its output is), by columns (its input is), or not at all
 BY_OUTPUT, BY_INPUT, WHOLE = "output", "input", "whole"
@@ -66,6 +70,16 @@ def _local(parameter: Any) -> Any:
 def is_divided(module: nn.Module) -> bool:
     """Whether `local` has another module for it."""
     return division(module) != ""
+
+
+def prepare_sums(share: Shard, device: torch.device, config: Config) -> None:
+    """Lets the sums of a token be read from peers where that is possible, asked for and expected to pay. All processes of a share call it.
+
+    Raises:
+        DistributedError: as `peers.prepare`.
+    """
+    if config.peer_sums:
+        peers.prepare(share.group, device, links.peer_bytes(share.size, pipeline.make_context(device, config).device))
 
 
 def of_heads(layer: nn.Module) -> Shard | None:

@@ -83,6 +83,11 @@ class Config(BaseModel):
         description="Whether linear layers of at most 16 rows, such as those of a generated token, are joined with their norms, gates and "
         "sums and run by generated kernels. `auto`: on GPUs that Triton kernels serve. `always`: anywhere, by the reference elsewhere.",
     )
+    peer_sums: bool = Field(
+        True,
+        description="Sums of a few kilobytes over the processes of tensor parallelism, those of a generated token, are read from the "
+        "memory of the other GPUs where these can and it is expected to be faster. Off: NCCL makes all of them.",
+    )
     min_length: Literal["auto"] | int = Field(
         "auto", description="Key length, in tokens, from which lossy prefill methods act. `auto`: solved from the cost model."
     )
