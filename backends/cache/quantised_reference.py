@@ -24,7 +24,8 @@ def scales_of(least: Tensor, largest: Tensor, codes: str, dtype: torch.dtype) ->
         # what is no number stays none
         return torch.where(largest == largest, scale, largest)[..., None, :].to(dtype)
     low = least.to(dtype)
-    scale = ((largest - low.float()) / 15).to(dtype).clamp(LEAST_STEP, LARGEST_STEP)
+    # multiplied by hand: torch divides by a number exactly on a CPU and by its reciprocal on a GPU
+    scale = ((largest - low.float()) * (1 / 15)).to(dtype).clamp(LEAST_STEP, LARGEST_STEP)
     return torch.stack((scale, low), -2)
 
 

@@ -199,7 +199,7 @@ def steps(least, largest):
     return (exponent << 23).to(tl.float32, bitcast=True), least
 %else
     low = least.to(${number}).to(tl.float32)
-    step = ((largest - low) / 15.0).to(${number}).to(tl.float32)
+    step = ((largest - low) * ${1 / 15}).to(${number}).to(tl.float32)
     step = tl.where(step < ${least_step}, ${least_step}, step)
     return tl.where(step > ${largest_step}, ${largest_step}, step), low
 %end
@@ -225,7 +225,8 @@ def encoded(x, step, least):
     x = tl.where(x == 0.0, 0.0, x)  # one zero
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 %else
-    found = tl.minimum(tl.maximum(tl.floor((x - least) / step + 0.5), 0.0), 15.0)
+    # halves go where the reference's exact division puts them
+    found = tl.minimum(tl.maximum(tl.floor(tl.div_rn(x - least, step) + 0.5), 0.0), 15.0)
     return tl.where(found == found, found, 0.0).to(tl.uint8)
 %end
 

@@ -392,6 +392,12 @@ class SparseCache(Cache):
         for layer in self.layers:
             layer.used = tokens
 
+    def read_lengths(self) -> None:
+        """Reads from the device how many tokens layers hold where the host does not know: a CUDA graph cannot, once it is recorded."""
+        for layer in self.layers:
+            if layer.grows and layer.started and layer.used is None:
+                layer.used = int(layer.length)
+
     def kept_bytes(self) -> int:
         """Bytes of all buffers that are allocated on the device."""
         held = [t for layer in self.layers if layer.is_initialized for t in layer.buffers()[2 if layer.rest is not None else 0 :]]

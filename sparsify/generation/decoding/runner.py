@@ -136,9 +136,17 @@ class CudaGraphs:
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # that recording is spoilt is known
                     graph.capture_end()
+                self._end_drawing()
                 raise
             graph.capture_end()
         return graph.replay
+
+    def _end_drawing(self) -> None:
+        """The device's random generator takes itself for one that is recorded until a recording ends well, and refuses everybody else."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=self.device)
+        graph.capture_end()
 
 
 @functools.cache

@@ -69,7 +69,7 @@ class SparseStep(_WeakCache[SparseCache]):
     """A SparseCache: it knows its padding and makes its own masks, so that a token needs none."""
 
     def begin(self, rows: int, mask: Tensor | None, stored: int) -> None:
-        pass
+        self.cache.read_lengths()
 
     def stored(self) -> int:
         return int(self.cache.get_seq_length())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -109,6 +110,23 @@ def test_recorded_verifications_of_several_lengths(llama, twin, monkeypatch):
     assert torch.equal(got.sequences, want.sequences)
     for name in ("scores", "logits"):
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_step_that_begins_a_call_is_recorded(llama, twin, monkeypatch):
+    """Between drafts few steps are plain ones, so that the recorded one may be a call's first, of which the host knows no lengths yet."""
+    recorder = OpRecorder()
+    monkeypatch.setattr(generate._decoders[llama], "runner", lambda function, failed: Recorded(function, recorder, failed))
+    check = SparseCache.check_consistent
+    monkeypatch.setattr(SparseCache, "check_consistent", lambda cache, read: check(cache, False))
+    cache = drafting(llama, 6, budget=160)
+    ids = text(1, 60)
+    for _ in range(4):
+        want = run(twin, input_ids=ids, max_new_tokens=7)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="sparsify decodes without")
+            assert torch.equal(run(llama, cache, input_ids=ids, max_new_tokens=7), want)
+        ids = want
+    assert recorder.replayed > 2
 
 
 def test_scores_streams_and_what_a_call_ends_by(llama, twin):

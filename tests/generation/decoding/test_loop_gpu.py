@@ -12,7 +12,7 @@ import sparsify
 from sparsify import SparseCache
 from sparsify.generation import generate
 from sparsify.generation.decoding import loop
-from sparsify.generation.decoding.runner import CudaGraphs
+from sparsify.generation.decoding.runner import CudaGraphs, Recorded
 from tests.generation.decoding.test_loop import CALLS, PADDED, SAMPLED, Recorder, same
 from tests.support.cache_reference import text
 from tests.support.harness import holding
@@ -98,6 +98,26 @@ def test_scores_and_a_second_turn(model):
         want = type(model).generate(model, **call, **common, **holding(other))
         assert torch.equal(got[0], want) and cache.get_seq_length() == other.get_seq_length()
         ids = torch.cat([want, text(2, 5, seed=seed + 7).cuda()], 1)
+
+
+def test_a_recording_that_fails_leaves_the_generator_as_it_was():
+    device, found = torch.device("cuda"), torch.ones(1, device="cuda")
+    torch.manual_seed(3)
+    want = torch.rand(4, device=device), torch.rand(4, device=device)
+    torch.manual_seed(3)
+
+    def reads() -> None:
+        found.mul_(float(found))
+
+    step = Recorded(reads, CudaGraphs(device))
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        for _ in range(4):
+            step()
+    assert torch.equal(torch.rand(4, device=device), want[0])
+    drawn = torch.zeros(4, device=device)
+    recorded = CudaGraphs(device).record(lambda: drawn.copy_(torch.rand(4, device=device)))
+    recorded()
+    assert torch.equal(drawn, want[1])
 
 
 def test_a_cache_grows(model, graphs, monkeypatch):
