@@ -55,7 +55,6 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.cache import CacheAttentionCall
 from sparsify.ops.limits import cdiv
-from sparsify.ops.quantised import parts
 
 _WHERE = f"sparsify::{CacheAttentionCall.NAME}"
 
@@ -191,7 +190,7 @@ def _pieces(spec: AppendSpec) -> dict[str, Any]:
     pieces = range(4 if spec.codes == "int4" else 1)
     blocks = lambda name, dim: lambda i: f"({i * dim // len(pieces)} + {name})" if len(pieces) > 1 else name
     cut = {"pieces": pieces, "key_dims": blocks("qk_dims", spec.qk_head_dim), "value_dims": blocks("v_dims", spec.v_head_dim)}
-    coded = code_values(spec.codes, spec.dtype, spec.qk_head_dim, spec.v_head_dim) | {"parts": parts(spec.codes)} if spec.codes else {}
+    coded = code_values(spec.codes, spec.dtype, spec.qk_head_dim, spec.v_head_dim) if spec.codes else {}
     return {**coded, **cut, "accs": piece_list("acc", pieces), "qs": piece_list("q", pieces)}
 
 

@@ -5,7 +5,7 @@ A word of 16 bits has two codes of 8 bits or four of 4; kernels take the codes a
 
 from __future__ import annotations
 
-from sparsify.ops.quantised import packed
+from sparsify.ops.quantised import packed, parts
 
 # of a code: E4M3 becomes fp16 by an instruction for two. 4 bits are left where they are: fp16 counts from 0 in steps of 2^-24, bit by bit
 # (its subnormal numbers and the first binade), so that masking them out is all
@@ -31,6 +31,40 @@ def piece(words, PIECE: tl.constexpr):
     return found.to(tl.${operand})
 '''
 
+KEYS_AT = '''\
+@triton.jit
+def numbers(codes, step, least):
+%if codes == "fp8"
+    return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * step
+%else
+    return codes.to(tl.float32) * step + least
+%end
+
+
+@triton.jit
+def keys_at(keys, key_scales, recent_keys, staged, row, slot_row, group_row, at, here, dims):
+    """Of slots `at` [n] of one KV head the key numbers at channels `dims` [m] as they are read, fp32 [n, m]; where not `here` [n], anything."""
+    recent = here & (at >= tl.load(staged + row * 2)) & (at < tl.load(staged + row * 2 + 1))
+%if codes == "fp8"
+    code = tl.load(keys + (slot_row + at[:, None]) * ${qk_bytes} + dims[None, :], mask=here[:, None], other=0)
+%else
+    quarter = dims // ${qk_head_dim // 4}
+    byte = 2 * (dims % ${qk_head_dim // 4}) + quarter // 2
+    code = tl.load(keys + (slot_row + at[:, None]) * ${qk_bytes} + byte[None, :], mask=here[:, None], other=0)
+    code = (code >> (quarter % 2 * 4)[None, :].to(tl.uint8)) & 15
+%end
+    scales = key_scales + (group_row + at[:, None] // 64) * ${parts * qk_head_dim} + dims[None, :]
+    step = tl.load(scales, mask=here[:, None], other=0.0).to(tl.float32)
+%if codes == "int4"
+    least = tl.load(scales + ${qk_head_dim}, mask=here[:, None], other=0.0).to(tl.float32)
+%else
+    least = step
+%end
+    came = recent_keys + (tl.cast(row, tl.int64) * 64 + at[:, None] % 64) * ${qk_head_dim} + dims[None, :]
+    came = tl.load(came, mask=recent[:, None], other=0.0).to(tl.float32)
+    return tl.where(recent[:, None], came, numbers(code, step, least))
+'''
+
 
 def piece_unit(codes: str, piece: int) -> float:
     """What 1 is in the numbers of a piece."""
@@ -52,6 +86,7 @@ def code_values(codes: str, dtype: str, qk_head_dim: int, v_head_dim: int) -> di
     whole_keys = codes == "fp8"
     return {
         "codes": codes,
+        "parts": parts(codes),
         # products of codes: fp16 holds each of them, and more of a query than bf16 does
         "operand": "float32" if dtype == "fp32" else "float16",
         "key_pieces": range(1 if whole_keys else pieces),

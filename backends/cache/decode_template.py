@@ -2,18 +2,22 @@
 
 RENEW_BOUNDS = '''\
 @triton.jit
-def renew_bounds(bounds, keys, row, slot, filled, k, capacity, pages):
+def renew_bounds(bounds, keys, ${"key_scales, recent_keys, staged, groups, " if codes else ""}row, slot, filled, k, capacity, pages):
     """The least and the largest number of each channel, of the keys of the page that `slot` lies in, `k` in its place."""
     page = slot // PAGE
     at = page * PAGE + tl.arange(0, PAGE)
     dims = tl.arange(0, QK_DIM)
     others = ((at < filled) & (at != slot))[:, None]${qk_guard.replace('qk_dims', 'dims')}
-    place = (tl.cast(row, tl.int64) * capacity + at)[:, None] * ${qk_head_dim} + dims[None, :]
-    old = tl.load(keys + place, mask=others, other=0.0).to(tl.float32)
+    wide = tl.cast(row, tl.int64)
+%if codes
+    old = keys_at(keys, key_scales, recent_keys, staged, row, wide * capacity, wide * groups, at, (at < filled) & (at != slot), dims)
+%else
+    old = tl.load(keys + (wide * capacity + at)[:, None] * ${qk_head_dim} + dims[None, :], mask=others, other=0.0).to(tl.float32)
+%end
     own = k.to(tl.float32)
     least = tl.minimum(tl.min(tl.where(others, old, float("inf")), 0), own)
     largest = tl.maximum(tl.max(tl.where(others, old, float("-inf")), 0), own)
-    ends = bounds + (tl.cast(row, tl.int64) * pages + page) * ${2 * qk_head_dim} + dims
+    ends = bounds + (wide * pages + page) * ${2 * qk_head_dim} + dims
     tl.store(ends, least.to(bounds.dtype.element_ty)${qk_store.replace('qk_dims', 'dims')})
     tl.store(ends + ${qk_head_dim}, largest.to(bounds.dtype.element_ty)${qk_store.replace('qk_dims', 'dims')})
 '''
@@ -282,7 +286,7 @@ def combine(
     if head == 0:
         if slot >= 0:
 %if page
-            renew_bounds(bounds, keys, row, slot, tl.minimum(tl.load(counts + row), capacity), k, capacity, pages)
+            renew_bounds(bounds, keys, ${"key_scales, recent_keys, staged, groups, " if codes else ""}row, slot, tl.minimum(tl.load(counts + row), capacity), k, capacity, pages)
 %end
 %if codes
             # as it came, until its group of slots is full

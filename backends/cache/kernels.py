@@ -41,7 +41,12 @@ def check_codes(call: CacheDecodeCall | CacheAttentionCall, where: str) -> None:
     numbers = (call.key_scales, call.value_scales, call.recent_keys, call.recent_values)
     need(all(t is not None and t.dtype == call.query.dtype for t in numbers), f"scales beside {call.query.dtype}", where)
     need(call.inverse_frequencies is None, "codes seen by rotated queries", where)
-    need(call.codes != "fp8" or capability(call.query.device) >= FP8_CAPABILITY, "fp8 codes below compute capability 8.9", where)
+    check_fp8(call.codes, call.query.device, where)
+
+
+def check_fp8(codes: str, device: torch.device, where: str) -> None:
+    """Raises UnsupportedError where kernels of this device do not read such codes."""
+    need(codes != "fp8" or capability(device) >= FP8_CAPABILITY, "fp8 codes below compute capability 8.9", where)
 
 
 def packed_values(packed: bool) -> dict[str, str]:

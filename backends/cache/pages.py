@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sparsify.backends.cache.codes_template import KEYS_AT, code_values
+from sparsify.backends.cache.kernels import check_code_dims, check_fp8
 from sparsify.backends.cache.pages_template import BOUNDS, CHOOSE, SCORE
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
@@ -29,6 +31,7 @@ from sparsify.ops import cache as cache_ops
 from sparsify.ops.cache import CacheBoundsCall, CacheDecodeCall
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
+from sparsify.ops.quantised import GROUP
 
 # pages whose scores one program of `choose` holds in registers; it reads more of them again for every bit
 _HELD = 8192
@@ -41,15 +44,19 @@ class BoundsSpec:
     dtype: of keys and bounds, as `codegen.launch.DTYPES` names it.
     size: slots of a page.
     since: slots below a number of the row's have not changed.
+    codes: "fp8" or "int4" where keys are codes; "": they lie as they came.
     """
 
     dtype: str
     head_dim: int
     size: int
     since: bool
+    codes: str = ""
 
     def __post_init__(self):
         check_head_dims("sparsify::cache_bounds", self.head_dim)
+        if self.codes:
+            check_code_dims("sparsify::cache_bounds", self.codes, self.head_dim)
 
     @property
     def tile(self) -> int:
@@ -69,6 +76,7 @@ class PagesSpec:
     counted: a number of pages is read, no share.
     padded: tokens may be padding.
     grows: slot n holds token n.
+    coded: keys are codes, but for those of some slots.
     """
 
     dtype: str
@@ -80,6 +88,7 @@ class PagesSpec:
     counted: bool = False
     padded: bool = False
     grows: bool = False
+    coded: bool = False
 
     def __post_init__(self):
         check_head_dims("sparsify::cache_decode", self.head_dim)
@@ -93,7 +102,9 @@ class PagesSpec:
 @functools.lru_cache(maxsize=256)
 def bounds_arguments(spec: BoundsSpec) -> tuple[Argument, ...]:
     """The arguments of `bounds_of`, in order."""
-    listed = [*pointers(spec.dtype, "keys", "bounds"), *pointers("i32", "positions")]
+    listed = [*pointers("u8" if spec.codes else spec.dtype, "keys"), *pointers(spec.dtype, "bounds"), *pointers("i32", "positions")]
+    if spec.codes:
+        listed += [*pointers(spec.dtype, "key_scales", "recent_keys"), *pointers("i32", "staged"), *integers("groups")]
     return (*listed, *present((spec.since, pointers("i32", "since"))), *integers("capacity", aligned=True), *integers("pages"))
 
 
@@ -106,6 +117,7 @@ def arguments(spec: PagesSpec, kernel: str) -> tuple[Argument, ...]:
     listed = [*pointers(spec.dtype, "query", "bounds"), *pointers("i32", "positions", "counts", "seen"), *scores]
     listed += [*integers("query_b", "query_h", aligned=True), *integers("kv_heads"), *integers("capacity", aligned=True)]
     listed += integers("pinned", "pages", "always_sinks", "recent")
+    listed += pointers("i32", "staged") if spec.coded else []
     return (*listed, *present((spec.padded, [Argument("is_token", "*u8"), *integers("is_token_b")])))
 
 
@@ -113,8 +125,11 @@ def bounds_source(spec: BoundsSpec) -> str:
     """Module text with `bounds_of` (grid: tiles of pages, batch * kv_heads)."""
     dim = padded(spec.head_dim)
     values = vars(spec) | {"guard": _guard(spec.head_dim), "parameters": parameters(bounds_arguments(spec))}
+    if spec.codes:
+        values |= code_values(spec.codes, spec.dtype, spec.head_dim, spec.head_dim) | {"qk_head_dim": spec.head_dim}
     constants = {"SIZE": spec.size, "PAGES": spec.tile, "DIM": dim}
-    return "\n\n".join([header("Bounds of pages of keys", constants), render(BOUNDS, values)])
+    texts = [*([KEYS_AT] if spec.codes else []), BOUNDS]
+    return "\n\n".join([header("Bounds of pages of keys", constants), *(render(text, values) for text in texts)])
 
 
 def pages_source(spec: PagesSpec) -> str:
@@ -153,12 +168,18 @@ def cache_bounds(call: CacheBoundsCall) -> None:
     """
     keys, bounds = call.keys, call.bounds
     where = f"sparsify::{CacheBoundsCall.NAME}"
-    need(not call.codes, "bounds of codes", where)
-    need(keys.dtype in DTYPES and bounds.dtype == keys.dtype, f"dtypes {keys.dtype} and {bounds.dtype}", where)
-    need(all(t.is_contiguous() for t in (keys, bounds, call.positions)), "the cache's buffers are not contiguous", where)
-    batch, kv_heads, capacity, head_dim = keys.shape
-    spec = BoundsSpec(DTYPES[keys.dtype], head_dim, call.size, call.since is not None)
+    buffers, stored_as = [keys, bounds, call.positions], keys.dtype
+    if call.key_scales is not None and call.recent_keys is not None and call.staged is not None:
+        check_fp8(call.codes, keys.device, where)
+        buffers, stored_as = [*buffers, call.key_scales, call.recent_keys, call.staged], call.recent_keys.dtype
+        need(call.key_scales.dtype == stored_as, f"scales in {call.key_scales.dtype} beside {stored_as}", where)
+    need(stored_as in DTYPES and bounds.dtype == stored_as, f"dtypes {stored_as} and {bounds.dtype}", where)
+    need(all(t.is_contiguous() for t in buffers), "the cache's buffers are not contiguous", where)
+    batch, kv_heads, capacity, _ = keys.shape
+    spec = BoundsSpec(DTYPES[stored_as], bounds.shape[4], call.size, call.since is not None, call.codes)
     given = {**vars(call), "capacity": capacity, "pages": bounds.shape[2]}
+    if call.key_scales is not None:
+        given["groups"] = call.key_scales.shape[2]
     with launching(keys.device, lambda: f"bounds of pages ({spec})"):
         grid = (cdiv(bounds.shape[2], spec.tile), batch * kv_heads)
         launch(_bounds_module(spec).bounds_of, grid, bounds_arguments(spec), given, num_warps=4, num_stages=2)
@@ -179,9 +200,10 @@ def choose(call: CacheDecodeCall, pages: Pages) -> tuple[Tensor, Tensor]:
     rows, single = batch * call.kv_heads, total <= _HELD
     lanes = min(_HELD, max(64, padded(total))) if single else _HELD
     spec = PagesSpec(
-        DTYPES[query.dtype], head_dim, heads // call.kv_heads, pages.size, lanes, single, pages.count > 0, is_token is not None, grows
-    )
-    most = pages.most(call.capacity, call.sinks, grows)
+        DTYPES[query.dtype], head_dim, heads // call.kv_heads, pages.size, lanes, single, pages.count > 0, is_token is not None, grows,
+        bool(call.codes),
+    )  # fmt: skip
+    most = pages.most(call.capacity, call.sinks, grows, GROUP if call.codes else 0)
     make = functools.partial(torch.empty, device=query.device)
     listed, chosen = make(rows, most, dtype=torch.int32), make(rows, dtype=torch.int32)
     given = {

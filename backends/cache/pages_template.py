@@ -21,7 +21,11 @@ def bounds_of(
     for i in tl.range(0, SIZE):
         at = page * SIZE + i
         here = tl.load(positions + slots + at, mask=at < capacity, other=-1) >= 0
+%if codes
+        k = keys_at(keys, key_scales, recent_keys, staged, row, slots, tl.cast(row, tl.int64) * groups, at, here, dims)
+%else
         k = tl.load(keys + slots * ${head_dim} + at[:, None] * ${head_dim} + dims[None, :], mask=here[:, None]${guard}, other=0.0).to(tl.float32)
+%end
         least = tl.minimum(least, tl.where(here[:, None], k, float("inf")))
         largest = tl.maximum(largest, tl.where(here[:, None], k, float("-inf")))
         held += here.to(tl.int32)
@@ -65,6 +69,12 @@ def score(
     position = tl.load(positions + tl.cast(row, tl.int64) * capacity + at, mask=at < filled, other=-1)
     position = tl.where(at == slot, newest, position)
     always = tl.max(((position >= 0) & ((position < always_sinks) | (position > newest - recent))).to(tl.int32), 1) > 0
+%end
+%if coded
+    # what lies as it came is read with its page
+    staged_begin = tl.load(staged + row * 2)
+    staged_end = tl.load(staged + row * 2 + 1)
+    always = always | ((staged_begin < staged_end) & (page * SIZE < staged_end) & ((page + 1) * SIZE > staged_begin))
 %end
     members = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)

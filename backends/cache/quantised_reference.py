@@ -30,10 +30,10 @@ def scales_of(least: Tensor, largest: Tensor, codes: str, dtype: torch.dtype) ->
 
 
 def encode(numbers: Tensor, scales: Tensor, codes: str) -> Tensor:
-    """Codes, uint8 [..., dim or dim / 2], of fp32 numbers [..., dim]; scales [..., 1 or 2, dim or 1]."""
+    """Codes, uint8 [..., dim or dim / 2], of fp32 numbers [..., dim]; scales [..., 1 or 2, dim or 1], which say what is no number."""
     scale = scales[..., 0, :].float()
     if codes == "fp8":
-        found = (numbers / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+        found = (numbers / scale).nan_to_num(0).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
         return found.masked_fill(found == 0x80, 0)  # one zero
     steps = ((numbers - scales[..., 1, :].float()) / scale + 0.5).floor().clamp(0, 15).nan_to_num(0).to(torch.uint8)
     first, second, third, fourth = steps.chunk(4, -1)

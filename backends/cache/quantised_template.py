@@ -55,9 +55,16 @@ def split(
 %end
     slot = tl.where(stores != 0, slot, -1)
     filled = tl.minimum(count, ${size})
-    split_len = tl.cdiv(tl.cdiv(filled, KEYS), splits) * KEYS
+%if page
+    # slots of the pages that are read, in the list's order
+    extent = tl.load(chosen + row) * PAGE
+    row_listed = listed + tl.cast(row, tl.int64) * most
+%else
+    extent = filled
+%end
+    split_len = tl.cdiv(tl.cdiv(extent, KEYS), splits) * KEYS
     begin = split_id * split_len
-    end = tl.minimum(begin + split_len, filled)
+    end = tl.minimum(begin + split_len, extent)
     slot_row = ${place}
     group_row = ${group_place}
     if split_id == 0:
@@ -66,7 +73,7 @@ def split(
             tl.store(positions + slot_row + slot, tl.load(seen + batch))
     recent_begin = tl.load(staged + row * 2)
     recent_end = tl.load(staged + row * 2 + 1)
-%if grows
+%if grows and not page
     # what lies as it came is last, and the slot that the new token takes lies behind it
     end = tl.where(recent_begin < recent_end, tl.minimum(end, recent_begin), end)
 %end
@@ -106,27 +113,59 @@ def split(
     scales_k = key_scales + group_row * ${parts * qk_head_dim}
     scales_v = value_scales + slot_row * ${parts}
     # two bytes a token are too few to be copied ahead of the loop by itself
-    ahead = tl.load(scales_v + (begin + offsets) * ${parts}, mask=begin + offsets < end, other=0.0)
+%if page
+    following = tl.load(row_listed + (begin + offsets) // PAGE, mask=begin + offsets < end, other=0) * PAGE + offsets % PAGE
+%else
+    following = begin + offsets
+%end
+    ahead = tl.load(scales_v + following * ${parts}, mask=begin + offsets < end, other=0.0)
 %if codes == "int4"
-    ahead_least = tl.load(scales_v + (begin + offsets) * ${parts} + 1, mask=begin + offsets < end, other=0.0)
+    ahead_least = tl.load(scales_v + following * ${parts} + 1, mask=begin + offsets < end, other=0.0)
 %end
     for first in tl.range(begin, end, KEYS):
         at = first + offsets
         readable = at < end
+%if page
+        at = tl.load(row_listed + at // PAGE, mask=readable, other=0) * PAGE + at % PAGE
+        readable = readable & (at < filled)
+        visible = readable & (at != slot) & ((at < recent_begin) | (at >= recent_end))
+        k = tl.load(key_head + at[:, None] * QK_WORDS + qk_dims[None, :], mask=readable[:, None], other=0)
+        v = tl.load(value_head + at[None, :] * V_WIDTH + v_dims[:, None], mask=readable[None, :], other=0)
+%else
         visible = readable${"" if grows else " & (at != slot) & ((at < recent_begin) | (at >= recent_end))"}
         wide = tl.cast(first, tl.int64)
         k = tl.load(key_head + wide * QK_WORDS + offsets[:, None] * QK_WORDS + qk_dims[None, :], mask=readable[:, None], other=0)
         v = tl.load(value_head + wide * V_WIDTH + offsets[None, :] * V_WIDTH + v_dims[:, None], mask=readable[None, :], other=0)
-        scale_v = ahead.to(tl.float32)
-        ahead = tl.load(scales_v + (at + KEYS) * ${parts}, mask=at + KEYS < end, other=0.0)
-%if codes == "int4"
-        least_v = ahead_least.to(tl.float32)
-        ahead_least = tl.load(scales_v + (at + KEYS) * ${parts} + 1, mask=at + KEYS < end, other=0.0)
 %end
-        # what turns a key's codes into numbers is the same for all keys of the tile, so that it goes into the query
+        # codes of values are numbers always, the scale of what is not seen may be none
+        scale_v = ${"ahead.to(tl.float32)" if grows and not page else "tl.where(visible, ahead.to(tl.float32), 1.0)"}
+%if page
+        next = first + KEYS + offsets
+        following = tl.load(row_listed + next // PAGE, mask=next < end, other=0) * PAGE + offsets % PAGE
+        later = next < end
+%else
+        following = at + KEYS
+        later = following < end
+%end
+        ahead = tl.load(scales_v + following * ${parts}, mask=later, other=0.0)
+%if codes == "int4"
+        least_v = ${"ahead_least.to(tl.float32)" if grows and not page else "tl.where(visible, ahead_least.to(tl.float32), 0.0)"}
+        ahead_least = tl.load(scales_v + following * ${parts} + 1, mask=later, other=0.0)
+%end
+        # what turns a key's codes into numbers is the same for all keys of ${"a page" if spread > 1 else "the tile"}, so that it goes into the query${", once for each page" if spread > 1 else ""}
+%if page
+        of_page = first // PAGE + tl.arange(0, SPREAD)
+        of_page = tl.load(row_listed + of_page, mask=of_page * PAGE < end, other=0) * PAGE // 64
+        group = (scales_k + of_page * ${parts * qk_head_dim})[:, None, None]
+%for i in key_pieces
+        scaled = q${i}[None, :, :] * tl.load(group + ${key_dims(i)}[None, None, :]).to(tl.float32)
+        folded${i} = tl.reshape(scaled, [SPREAD * ROWS, QK_WIDTH])
+%end
+%else
         group = scales_k + first // KEYS * ${parts * qk_head_dim}
 %for i in key_pieces
         folded${i} = q${i} * tl.load(group + ${key_dims(i)}).to(tl.float32)[None, :]
+%end
 %end
 %for i in key_pieces
         operand${i} = tl.trans(${"folded%d" % i if unit(i) == unit(0) else "(folded%d * %r)" % (i, unit(0) / unit(i))}.to(tl.${operand}))
@@ -135,8 +174,26 @@ def split(
 %for i in key_pieces[1:]
         s = tl.dot(${key_numbers(i, "k")}, operand${i}, s${precision})
 %end
-%if codes == "fp8"
+%if spread > 1
+        # columns are (page, query head): each slot's row keeps those of its own page
+        own_page = (offsets // PAGE)[:, None] == tl.arange(0, SPREAD)[None, :]
+        s = tl.reshape(s, [KEYS, SPREAD, ROWS])
+%if codes == "int4"
+        folded0 = q0[None, :, :] * tl.load(group + ${qk_head_dim} + ${key_dims(0)}[None, None, :]).to(tl.float32)
+%for i in key_pieces[1:]
+        folded0 += q${i}[None, :, :] * tl.load(group + ${qk_head_dim} + ${key_dims(i)}[None, None, :]).to(tl.float32)
+%end
+        s = s * ${1 / unit(0)} + tl.sum(folded0, 2)[None, :, :]
+%end
+        s = tl.sum(tl.where(own_page[:, :, None], s, 0.0), 1) * unit[None, :]
+%elif codes == "fp8"
         s = s * unit[None, :]
+%elif page
+        folded0 = q0[None, :, :] * tl.load(group + ${qk_head_dim} + ${key_dims(0)}[None, None, :]).to(tl.float32)
+%for i in key_pieces[1:]
+        folded0 += q${i}[None, :, :] * tl.load(group + ${qk_head_dim} + ${key_dims(i)}[None, None, :]).to(tl.float32)
+%end
+        s = s * (unit * ${1 / unit(0)})[None, :] + (tl.reshape(tl.sum(folded0, 2), [ROWS]) * unit)[None, :]
 %else
         folded0 = q0 * tl.load(group + ${qk_head_dim} + ${key_dims(0)}).to(tl.float32)[None, :]
 %for i in key_pieces[1:]
@@ -206,15 +263,6 @@ def steps(least, largest):
 
 
 @triton.jit
-def numbers(codes, step, least):
-%if codes == "fp8"
-    return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * step
-%else
-    return codes.to(tl.float32) * step + least
-%end
-
-
-@triton.jit
 def encoded(x, step, least):
 %if codes == "fp8"
     x = tl.minimum(tl.maximum(x / step, -448.0), 448.0)
@@ -222,7 +270,7 @@ def encoded(x, step, least):
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
     x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, rounded)
-    x = tl.where(x == 0.0, 0.0, x)  # one zero
+    x = tl.where((x == 0.0) | (x != x), 0.0, x)  # one zero; scales say what is no number
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 %else
     # halves go where the reference's exact division puts them
@@ -232,8 +280,8 @@ def encoded(x, step, least):
 
 
 @triton.jit
-def channels(keys, key_scales, recent_keys, old, first, last, held, recent, at, channel):
-    """Codes [KEYS, QK_BYTES] of the keys of a group, by channel, and their scales, which are stored."""
+def channels(keys, key_scales, recent_keys, old, first, last, held, recent, at, channel${", group_bounds, left" if page else ""}):
+    """Codes [KEYS, QK_BYTES] of the keys of a group, by channel, and their scales${" and bounds" if page else ""}, which are stored."""
     offsets = tl.arange(0, KEYS)
     place = key_scales + channel
     step = tl.load(place).to(tl.float32)
@@ -246,11 +294,26 @@ def channels(keys, key_scales, recent_keys, old, first, last, held, recent, at, 
     low = tl.min(tl.where(held[:, None], x, float("inf")), 0)
     high = tl.max(tl.where(held[:, None], x, float("-inf")), 0)
     step, least = steps(low, high)
+    total = tl.sum(tl.where(held[:, None], x, 0.0), 0)
+    step = tl.where(total == total, step, float("nan"))
     tl.store(place, step.to(${number}))
 %if codes == "int4"
     tl.store(place + ${qk_head_dim}, least.to(${number}))
 %end
-    return encoded(x, step[None, :], least[None, :])
+    found = encoded(x, step[None, :], least[None, :])
+%if page
+    # of keys as they are read from now on
+    x = numbers(found, step[None, :], least[None, :])
+    page = tl.arange(0, ${64 // page})
+    inside = tl.reshape(held, [${64 // page}, PAGE])
+    some = tl.max(inside.to(tl.int32), 1) > 0
+    low = tl.min(tl.reshape(tl.where(held[:, None], x, float("inf")), [${64 // page}, PAGE, ${qk_head_dim if codes == "fp8" else qk_head_dim // 4}]), 1)
+    high = tl.max(tl.reshape(tl.where(held[:, None], x, float("-inf")), [${64 // page}, PAGE, ${qk_head_dim if codes == "fp8" else qk_head_dim // 4}]), 1)
+    ends = group_bounds + page[:, None] * ${2 * qk_head_dim} + channel[None, :]
+    tl.store(ends, tl.where(some[:, None], low, 0.0).to(${number}), mask=(page < left)[:, None])
+    tl.store(ends + ${qk_head_dim}, tl.where(some[:, None], high, 0.0).to(${number}), mask=(page < left)[:, None])
+%end
+    return found
 
 
 @triton.jit
@@ -275,6 +338,11 @@ def close_group(
         slot_row = ${place}
         held = tl.load(positions + slot_row + at, mask=at < ${size}, other=-1) >= 0
         group_keys = key_scales + (${group_place} + last // KEYS) * ${parts * qk_head_dim}
+%if page
+        # of the group's pages those that there are
+        group_bounds = bounds + (tl.cast(row, tl.int64) * pages + last // KEYS * ${64 // page}) * ${2 * qk_head_dim}
+        left = pages - last // KEYS * ${64 // page}
+%end
         row_recent = recent_keys + tl.cast(row, tl.int64) * ${64 * qk_head_dim}
         row_values = recent_values + tl.cast(row, tl.int64) * ${64 * v_head_dim} + offsets[:, None] * ${v_head_dim}
         key_place = keys + (slot_row + at[:, None]) * ${qk_bytes}
@@ -282,7 +350,7 @@ def close_group(
 %if codes == "fp8"
         dims = tl.arange(0, ${qk_head_dim})
         old = tl.load(key_place + dims[None, :], mask=held[:, None], other=0)
-        found = channels(keys, group_keys, row_recent, old, first, last, held, recent, at, dims)
+        found = channels(keys, group_keys, row_recent, old, first, last, held, recent, at, dims${paged})
         tl.store(key_place + dims[None, :], found, mask=held[:, None])
         dims = tl.arange(0, ${v_head_dim})
         v = tl.load(row_values + dims[None, :]).to(tl.float32)
@@ -293,8 +361,8 @@ def close_group(
 %for byte in range(2)
         dims = tl.arange(0, ${qk_head_dim // 4})
         old = tl.load(key_place + 2 * dims[None, :] + ${byte}, mask=held[:, None], other=0)
-        found = channels(keys, group_keys, row_recent, old & 15, first, last, held, recent, at, ${qk_head_dim // 2 * byte} + dims)
-        found |= channels(keys, group_keys, row_recent, old >> 4, first, last, held, recent, at, ${qk_head_dim // 2 * byte + qk_head_dim // 4} + dims) << 4
+        found = channels(keys, group_keys, row_recent, old & 15, first, last, held, recent, at, ${qk_head_dim // 2 * byte} + dims${paged})
+        found |= channels(keys, group_keys, row_recent, old >> 4, first, last, held, recent, at, ${qk_head_dim // 2 * byte + qk_head_dim // 4} + dims${paged}) << 4
         tl.store(key_place + 2 * dims[None, :] + ${byte}, found, mask=held[:, None])
 %end
         dims = tl.arange(0, ${v_head_dim // 4})
@@ -306,7 +374,7 @@ def close_group(
         total = tl.sum(v0 + v1 + v2 + v3, 1)
 %end
         step, least = steps(low, high)
-        # what is no number stays none
+        # what is no number stays none, by its scale: codes of a token that is not seen any more meet weights of 0
         step = tl.where(total == total, step, float("nan"))
         scales = value_scales + (slot_row + at) * ${parts}
         tl.store(scales, step.to(${number}), mask=recent)
