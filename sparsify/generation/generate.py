@@ -223,6 +223,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     token = _request.set(request)
     ended = False
     try:
+        _say_prompt(given)
         chooser = new_prompt.asked(self)
         result = original(self, *args, **kwargs) if chooser is None else new_prompt.generate(chooser, original, self, given)
         ended = isinstance(result, torch.Tensor)
@@ -233,12 +234,24 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def _say_prompt(given: dict[str, Any]) -> None:
+    """Before a call: how long the text is behind which transformers may put drafts, for the user's cache."""
+    named = {**given, **given.get("kwargs", {})}
+    tokens = named.get("inputs", named.get("input_ids"))
+    for cache in _own_caches(given):
+        for layer in cache.layers:
+            layer.before_drafts = tokens.shape[1] if isinstance(tokens, torch.Tensor) and tokens.dim() == 2 else None
+
+
 def _forget_past(given: dict[str, Any]) -> None:
-    """After a call: what transformers said of drafts does not hold for later calls over the user's cache."""
-    for cache in {**given, **given.get("kwargs", {})}.values():
-        if isinstance(cache, SparseCache):
-            for layer in cache.layers:
-                layer.record_past = False
+    """After a call: what transformers and `_say_prompt` said of drafts does not hold for later calls over the user's cache."""
+    for cache in _own_caches(given):
+        for layer in cache.layers:
+            layer.record_past, layer.before_drafts = False, None
+
+
+def _own_caches(given: dict[str, Any]) -> list[SparseCache]:
+    return [cache for cache in {**given, **given.get("kwargs", {})}.values() if isinstance(cache, SparseCache)]
 
 
 def _facts(model: Any, given: dict[str, Any]) -> dict[str, str]:

@@ -181,9 +181,10 @@ def attention_forward(
     is_token = None if attention_mask is None else _token_flags(layer, attention_mask, query.shape[2])
     if packing is not None:
         is_token = packing["is_token"]
+    prompt = None if torch.compiler.is_dynamo_compiling() or packing is not None else provisional.prompt_of(layer, query.shape[2])
     if not layer.is_initialized:
         shaped = (key, value) if packing is None else (unpack_heads(key, packing), unpack_heads(value, packing))
-        layer.allocate(*shaped, _longest_row(query, is_token))
+        layer.allocate(*shaped, _longest_row(query[:, :, :prompt], None if is_token is None else is_token[:, :prompt]))
     if layer.is_first:
         layer.call.storing = True
     autocast = autocast_dtype(query)
@@ -191,7 +192,10 @@ def attention_forward(
         query = query.to(key.dtype)
     if layer.offloader is not None:
         layer.offloader.bring(layer)
-    output = _attend(layer, query, key, value, is_token, scale, softcap or 0.0, s_aux, packing)
+    if prompt is None:
+        output = _attend(layer, query, key, value, is_token, scale, softcap or 0.0, s_aux, packing)
+    else:
+        output = _attend_with_drafts(layer, prompt, query, key, value, is_token, scale, softcap or 0.0, s_aux)
     if layer.offloader is not None:
         # a prompt whose storing waits has stored nothing yet, and a policy that has moved its tokens has no more than there are slots
         layer.offloader.put_back(layer, query.shape[2], is_token is None and query.shape[2] == 1)
@@ -376,6 +380,20 @@ def _attend(
         return output
     cache.store(observed, key, value, *layer.state, is_token=is_token, empty=empty, **stored)
     return output
+
+
+def _attend_with_drafts(
+    layer: SparseLayer, prompt: int, query: Tensor, key: Tensor, value: Tensor, is_token: Tensor | None, *numbers: Any
+) -> Tensor:
+    """As `_attend`, of a call whose tokens behind the first `prompt` are drafts: as two calls, the first of which is stored as without
+    drafts."""
+    flags = (None, None) if is_token is None else (is_token[:, :prompt], is_token[:, prompt:])
+    with provisional.reading_prompt(layer):
+        output = _attend(layer, query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], flags[0], *numbers)
+    if prompt == query.shape[2]:
+        return output
+    drafts = _attend(layer, query[:, :, prompt:], key[:, :, prompt:], value[:, :, prompt:], flags[1], *numbers)
+    return torch.cat((output, drafts), 2)
 
 
 def _attend_divided(

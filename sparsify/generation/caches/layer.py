@@ -117,6 +117,7 @@ class SparseLayer(CacheLayerMixin):
         self.offloader: Offloader | None = None  # keys and values lie in the host's memory
         self.rest: Rest | None = None
         self.record_past, self.awaiting = False, False  # tokens may be cropped; no call has come since that was said
+        self.before_drafts: int | None = None  # tokens of the text before the first draft, where that was said
         self.held: provisional.Held | None = None  # tokens of the last call that may be
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
@@ -474,7 +475,7 @@ class SparseLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Empties the layer. A budget given as a share refers to the next call's tokens, and that call may have any batch size."""
-        self.held, self.record_past, self.awaiting = None, False, False
+        self.held, self.record_past, self.awaiting, self.before_drafts = None, False, False, None
         if not self.is_initialized:
             return
         with self.present():
@@ -576,7 +577,12 @@ class SparseLayer(CacheLayerMixin):
         """
         cropping.crop(self, tokens_to_remove)
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self, prompt_len: int | None = None) -> None:
         """From now on tokens of a call can be taken back after it, also where the cache evicts (`provisional`), until a call of many tokens
-        comes, or `record_past` is set to False."""
+        comes, or `record_past` is set to False.
+
+        Args:
+            prompt_len: as `SparseCache.activate_past_recording` takes it.
+        """
         self.record_past = self.awaiting = True
+        self.before_drafts = self.before_drafts if prompt_len is None else prompt_len

@@ -5,12 +5,15 @@ What a token replaces is gone, so that such tokens are kept apart until `crop` s
 
 - a call of drafts to verify is attended to and stored token after token, as it would be without drafts, and what its tokens replace is
   remembered: cropped, the cache holds what it would hold without drafts;
-- the first call, if it is a prompt, may end in drafts, and nothing says where they begin: it is attended to as ever and stored only once
-  it was cropped. Drafts that were kept are then part of the prompt.
+- the first call, if it is a prompt, may end in drafts. Where they begin is known by the prompt's length, if that was said: it is divided
+  there, into two calls. Otherwise it is attended to as ever and stored only once it was cropped; drafts that were kept are then part of the
+  prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +120,27 @@ def refusal(layer: SparseLayer) -> str:
     if layer.left_out:
         return "the layer was given some of the prompt's tokens"
     return ""
+
+
+def prompt_of(layer: SparseLayer, tokens: int) -> int | None:
+    """Before a call's attention, in uncompiled code: how many of its tokens are a prompt's, behind which the others are drafts; None where
+    nobody said so, or it makes no difference. Asked once after that was said."""
+    prompt, layer.before_drafts = layer.before_drafts, None
+    if not layer.record_past or not layer.awaiting or prompt is None or refusal(layer) or (layer.grows and layer.read is None):
+        return None
+    prompt -= int(layer.length) if layer.started else 0
+    # of another text, or more drafts than are kept apart
+    return prompt if 0 < prompt <= tokens <= prompt + MOST else None
+
+
+@contextlib.contextmanager
+def reading_prompt(layer: SparseLayer) -> Generator[None]:
+    """Within the block tokens are a prompt's, which is attended to and stored as ever; drafts may follow."""
+    layer.record_past = layer.awaiting = False
+    try:
+        yield
+    finally:
+        layer.record_past = True
 
 
 def begin(layer: SparseLayer, tokens: int, empty: bool) -> bool:

@@ -350,6 +350,17 @@ class SparseCache(Cache):
                 layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    def activate_past_recording(self, prompt_len: int | None = None) -> None:
+        """From now on tokens that are no more than drafts can be taken back, also where the cache evicts: transformers says this before it
+        drafts.
+
+        Args:
+            prompt_len: tokens of the text before the first draft, padding and what the cache holds already included; None: what was said
+                before, and else not known. `generate()` of a model that `sparsify.compile` compiled says it by itself.
+        """
+        for layer in self.layers:
+            layer.activate_past_recording(prompt_len)
+
     def settle_past(self) -> None:
         """Tokens that were kept apart, since transformers said that they may be cropped, stay."""
         for layer in self.layers:

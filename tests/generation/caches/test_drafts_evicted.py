@@ -126,6 +126,66 @@ def test_windows_of_the_model(family, crops):
     assert sum(removed for removed, _ in crops) > 0
 
 
+@pytest.mark.samples(4)
+@pytest.mark.parametrize("drafts", [lookup, assistant], ids=["lookup", "assistant"])
+@pytest.mark.parametrize("name", CACHES)
+def test_a_prompt_whose_length_was_said_is_what_it_is_without_drafts(llama, crops, name, drafts):
+    ids = text(1, 10).repeat(1, 4)
+    cache, plain = make(llama, name), make(llama, name)
+    cache.activate_past_recording(prompt_len=40)
+    got = run(llama, cache, ids, **drafts())
+    assert crops[0][1] > 40 and sum(removed for removed, _ in crops) > 0, "the first call had drafts, and some were wrong"
+    assert torch.equal(got, run(llama, plain, ids))
+    same_state(cache, plain)
+
+
+@torch.no_grad()
+def test_a_turn_whose_length_was_said(llama):
+    """Behind what the cache holds, with padding: the turn is stored at once as without drafts, and drafts token after token."""
+    ids, mask = text(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :7] = 0
+    mask[1, 35] = 0
+    for turn in (1, 20):
+        caches = [SparseCache(llama.config, "snapkv", 12, window=4, recent_share=0.5) for _ in range(2)]
+        for cache in caches:
+            reference.through(llama, cache, ids[:, :30], [30], mask[:, :30])
+        caches[0].activate_past_recording(prompt_len=30 + turn)
+        got = go_on(llama, caches[0], ids, [turn + 5], mask)
+        caches[0].crop(-2)
+        want = go_on(llama, caches[1], ids, [turn, 1, 1, 1], mask)
+        real = mask[:, 30 : 33 + turn].bool()
+        torch.testing.assert_close(got[:, :-2][real], want[real], rtol=1e-4, atol=2e-5)
+        same_state(*caches)
+
+
+@torch.no_grad()
+def test_a_share_is_one_of_the_prompt(llama, crops):
+    ids = text(1, 10).repeat(1, 4)
+    cache, plain = (SparseCache(llama.config, "knorm", 0.25, recent=3) for _ in range(2))
+    cache.activate_past_recording(prompt_len=40)
+    assert torch.equal(run(llama, cache, ids, **lookup()), run(llama, plain, ids))
+    assert crops[0][1] > 40 and cache.layers[0].layout.capacity == plain.layers[0].layout.capacity == 10
+    same_state(cache, plain)
+
+
+@torch.no_grad()
+def test_lengths_that_cannot_be_are_no_lengths(llama):
+    """Of another text, or of more drafts than are kept apart."""
+    ids = text(1, 40 + provisional.MOST)
+    for said in (0, 500, 30):
+        cache, plain = (SparseCache(llama.config, "knorm", 12, recent=4) for _ in range(2))
+        cache.activate_past_recording(prompt_len=said)
+        reference.through(llama, cache, ids, [ids.shape[1]])
+        assert all(layer.held is not None and layer.before_drafts is None for layer in cache.layers), "stored when it was cropped"
+        cache.crop(-70)
+        reference.through(llama, plain, ids, [ids.shape[1] - 70])
+        same_state(cache, plain)
+    cache.reset()
+    cache.activate_past_recording(prompt_len=20)
+    cache.reset()
+    assert all(layer.before_drafts is None for layer in cache.layers)
+
+
 def go_on(model, cache, ids, cuts, mask=None):
     """Logits of what follows the tokens that the cache holds."""
     found, at = [], cache.get_seq_length()
@@ -217,7 +277,8 @@ def test_a_compiled_model(llama):
     torch._dynamo.reset()
     sparsify.compile(model, strict=True, lower="eager", min_length=0, progress=False, compile_ahead=False)
     ids = text(1, 10).repeat(1, 4)
-    cache = make(model, "snapkv")
+    cache, plain = make(model, "snapkv"), make(llama, "snapkv")
     got = run(model, cache, ids, **lookup())
-    assert torch.equal(got, run(llama, make(llama, "snapkv"), ids, **lookup()))
+    assert torch.equal(got, run(llama, plain, ids)), "generate() says how long the prompt is"
+    same_state(cache, plain)
     assert not any(layer.record_past for layer in cache.layers), "later calls are compiled again"
