@@ -37,7 +37,7 @@ from sparsify.planning.decision import Decision
 from sparsify.planning.method import Context
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import load_saved_plan
-from sparsify.rewriting import few_rows, ffn_runs, layers, observed_masks, small_sums, verify
+from sparsify.rewriting import few_rows, ffn_runs, layers, observed_masks, one_token, small_sums, verify
 from sparsify.rewriting.assumed import Assumed
 from sparsify.rewriting.copies import copy_graph
 from sparsify.rewriting.editor import Editor
@@ -448,7 +448,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     Raises:
         UnsupportedError: CUDA graphs are requested, and a SparseCache allocates its buffers within the graph.
     """
-    gm = _with_small_sums(_with_few_rows(gm, config), config)
+    gm = _with_steps_written_out(_with_small_sums(_with_few_rows(gm, config), config), config)
     if config.lower == "eager":
         return gm.forward
     if config.inductor_patches().get("triton.cudagraphs") and (node := made_inside(gm)) is not None:
@@ -509,6 +509,22 @@ def _with_small_sums(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
         log.warning("small sums go through NCCL: %s", unforeseen.reason(error))
         return gm
     return replaced if count else gm
+
+
+def _with_steps_written_out(gm: fx.GraphModule, config: Config) -> fx.GraphModule:
+    """The graph with decode steps on a CPU as torch's own operations, where it is told how many slots are filled; else itself."""
+    serves = lambda device: device.type == "cpu" and backends.attention_family(device, config.kernels)[0] == "cpp"
+    try:
+        if not one_token.finds_any(gm.graph, serves):
+            return gm
+        written = copy_graph(gm)
+        one_token.write_out(written, serves)
+    except Exception as error:
+        if config.strict:
+            raise
+        log.warning("decode steps stay calls of an op: %s", unforeseen.reason(error))
+        return gm
+    return written
 
 
 def _with_serving(compiled: Callable[..., Any], config: Config, runs: ffn_runs.Owner | None) -> Callable[..., Any]:

@@ -127,6 +127,7 @@ class CacheStoreCall(WritingCall):
     empty: nothing is stored yet, whatever a call that failed may have left in the buffers.
     codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages, renewed; given with `pages`.
+    filled: as in `CacheDecodeCall`, to which a decode step that is fused from this op passes it on.
     policy: `sparsify.policies.Policy.describe`'s text.
     scale: of the attention's logits, for policies that observe queries.
     softcap: bound of those logits, 0 for none.
@@ -134,6 +135,7 @@ class CacheStoreCall(WritingCall):
     """
 
     NAME: ClassVar[str] = "cache_store"
+    UNREAD: ClassVar[tuple[str, ...]] = ("filled",)
 
     _: KW_ONLY
     is_token: Annotated[Tensor | None, Operand("batch query_len", "integers")] = None
@@ -147,6 +149,7 @@ class CacheStoreCall(WritingCall):
     recent_keys: Annotated[Tensor | None, Operand("batch kv_heads recent head_dim", "floats", written=True)] = None
     recent_values: Annotated[Tensor | None, Operand("batch kv_heads recent v_head_dim", "floats", written=True)] = None
     staged: Annotated[Tensor | None, Operand("batch kv_heads ends", "integers", written=True)] = None
+    filled: int | None = None
     pinned: int
     recent: int
     empty: bool
@@ -167,6 +170,9 @@ class CacheDecodeCall(WritingCall):
     codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages, renewed; given with `pages`.
     pages: which slots are read; None: all.
+    filled: slots that hold tokens in every row and head before the call, fewer than there are, where the host knows that number; None: it
+        does not. It repeats what the state says, so that no kernel has to read it; a graph that has it needs no kernel
+        (`sparsify.rewriting.one_token`).
     pinned: slots that are written once, or NEVER_OVERWRITTEN.
     scale: of the logits.
     softcap: bound of the logits, 0 for none.
@@ -174,6 +180,7 @@ class CacheDecodeCall(WritingCall):
     """
 
     NAME: ClassVar[str] = "cache_decode"
+    UNREAD: ClassVar[tuple[str, ...]] = ("filled",)
 
     query: Annotated[Tensor, Operand("batch query_heads 1 head_dim", "floats")]
     key: Annotated[Tensor, Operand("batch kv_heads 1 head_dim", "floats")]
@@ -192,6 +199,7 @@ class CacheDecodeCall(WritingCall):
     recent_keys: Annotated[Tensor | None, Operand("batch kv_heads recent head_dim", "floats", written=True)] = None
     recent_values: Annotated[Tensor | None, Operand("batch kv_heads recent v_head_dim", "floats", written=True)] = None
     staged: Annotated[Tensor | None, Operand("batch kv_heads ends", "integers", written=True)] = None
+    filled: int | None = None
     pinned: int
     scale: float
     softcap: float

@@ -107,6 +107,7 @@ _WIRES: dict[Any, tuple[Any, ...]] = {
     float: ("float",),
     bool: ("bool",),
     int: ("int",),
+    int | None: ("SymInt?",),
     str: ("str",),
     tuple[int, ...]: ("int[]", list, tuple),
     tuple[float, ...]: ("float[]", list, tuple),

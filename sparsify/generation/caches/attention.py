@@ -338,7 +338,8 @@ def _attend(
         step = {"is_token": is_token, "tickets": layer.tickets, "pinned": layout.pinned, "version": cache.VERSION}
         return cache.decode(query, key, value, *layer.state, **how, **shape, **rotation, **step, **pages)
     if query.shape[2] == 1 and not (empty and layout.room):  # two ops, by which graphs are matched: the method kv_evict makes one of them
-        cache.store(None, key, value, *layer.state, is_token=is_token, empty=empty, tickets=layer.tickets, **stored)
+        told = {} if empty or layer.call.filled is None else {"filled": layer.call.filled}
+        cache.store(None, key, value, *layer.state, is_token=is_token, empty=empty, tickets=layer.tickets, **told, **stored)
         keys, values, positions, _, seen, _ = layer.state
         return cache.attention(query, keys, values, positions, seen, **how, **shape, **rotation, **pages, version=cache.VERSION)
     if packing is not None:

@@ -36,14 +36,19 @@ class CallState:
 
     pending: layer whose `update` has run and whose attention has not.
     storing: True between the first layer's attention and the last layer's: layers may hold different tokens.
+    filled: slots that hold tokens in every row, head and layer before this call, within a graph that is given that number
+        (`caches.filled`); None elsewhere.
+    looked: so many slots were found to hold tokens, without a hole.
     """
 
     def __init__(self) -> None:
         self.pending: Any = None
         self.storing = False
+        self.filled: int | None = None
+        self.looked = 0
 
     def forget(self) -> None:
-        self.pending, self.storing = None, False
+        self.pending, self.storing, self.filled, self.looked = None, False, None, 0
 
     @property
     def idle(self) -> bool:

@@ -53,7 +53,7 @@ class Step:
         self.eos = torch.tensor(eos, **integers) if eos else None
         self.pad = None if pad is None else pad.clone()
         self.token = torch.zeros(rows, 1, **integers)
-        self.position = torch.zeros_like(positions[..., -1:])
+        self.position = positions.new_zeros(*positions.shape[:-1], 1)  # with strides of its own, not of the prompt
         self.length = torch.zeros(1, **integers)
         self.sequences = torch.zeros(rows, size, **integers)
         self.running = torch.ones(rows, **integers)

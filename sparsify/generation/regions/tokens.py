@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsify import pipeline
 from sparsify.costs import device as hardware
 from sparsify.generation import compat
+from sparsify.generation.caches.filled import filled, stored_one
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.regions import caches, narrowing
@@ -98,14 +99,20 @@ class Tokens:
     def _call(self, form: Any, kwargs: dict[str, Any]) -> Any:
         cache = next(value for name, value in kwargs.items() if name in caches.CACHES and value is not None)
         _make_ready(cache)
+        count = filled(cache) if isinstance(cache, SparseCache) else None
+        # a number that varies is a graph's operand where it is a size, and a constant of it elsewhere
+        told = None if count is None else torch.empty(count, 0)
+        form = (*form, told is None)
         run = self._compiled.get(form)
         if run is None:
             _mark_growing(cache, kwargs)
+            if told is not None:
+                torch._dynamo.maybe_mark_dynamic(told, 0)
             run = self._compiled.setdefault(form, self._make(_run))
         plans = pipeline.collector.get()
         before = 0 if plans is None else len(plans)
         try:
-            result = run(cache.layers[0].keys.shape[0], self.model, kwargs)
+            result = run(cache.layers[0].keys.shape[0], self.model, kwargs, cache, told)
         except TorchDynamoException as error:
             if isinstance(error, BackendCompilerFailed):
                 raise
@@ -114,11 +121,19 @@ class Tokens:
             return NotImplemented
         for plan in (plans or ())[before:]:
             plan.capture = CAPTURE
+        if count is not None:
+            stored_one(cache, count)
         return result
 
 
-def _run(model: nn.Module, kwargs: dict[str, Any]) -> Any:
-    return model._call_impl(**kwargs)
+def _run(model: nn.Module, kwargs: dict[str, Any], cache: Any, told: Tensor | None) -> Any:
+    """What a graph of a token is captured from. told: as many rows as slots of the cache are filled; None: nobody knows."""
+    if told is None:
+        return model._call_impl(**kwargs)
+    cache.call.filled = told.shape[0]
+    result = model._call_impl(**kwargs)
+    cache.call.filled = None
+    return result
 
 
 def _serves(layer: Any) -> bool:

@@ -11,9 +11,11 @@ from transformers import DynamicCache, StaticCache
 import sparsify
 from sparsify import SparseCache, api
 from sparsify.costs import device as hardware
+from sparsify.generation.caches.filled import filled
 from sparsify.generation.regions import layers, tokens
 from sparsify.planning import registry
 from sparsify.planning.config import config
+from sparsify.rewriting import one_token
 from tests.generation.regions.test_regions import CLOSE, GREEDY, cuts, prompt
 from tests.support.harness import holding, strict
 from tests.support.tiny_models import build
@@ -75,6 +77,82 @@ def test_generate_gives_the_tokens_that_it_gives_uncompiled(padding):
     assert [found for found in captures(plans) if found[0] == tokens.CAPTURE] == [(tokens.CAPTURE, 3)]
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """How many steps each graph has as torch's own operations."""
+    counts, write_out = [], one_token.write_out
+    monkeypatch.setattr(one_token, "write_out", lambda *args: counts.append(write_out(*args)))
+    return counts
+
+
+COUNTS = ("counts", "seen", "length")
+
+
+@torch.no_grad()
+def test_a_full_cache_on_a_cpu_needs_no_op(written):
+    """Its tokens are torch's own operations in one graph, through growing, cropping and a new text, with the state of uncompiled calls."""
+    model = build("llama", layers=3)
+    ids = prompt(1, 90)["input_ids"]
+    caches = [SparseCache(model.config, "full", 32) for _ in range(2)]
+    want, got = [], []
+
+    def text(found, cache):
+        found.append(cuts(model, cache, ids, 60, *[1] * 7, 20, 1, 1, 1))  # larger than it was made
+        cache.crop(-9)
+        found.append(cuts(model, cache, ids[:, :3], 1, 1, 1))
+        cache.reset()
+        found.append(cuts(model, cache, ids[:, :25], 20, 1, 1, 1, 1, 1))
+
+    text(want, caches[0])
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        text(got, caches[1])
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert [found for found in captures(plans) if found[0] == tokens.CAPTURE] == [(tokens.CAPTURE, 3)] and written == [3]
+    for one, other in zip(caches[1].layers, caches[0].layers, strict=True):
+        assert torch.equal(one.positions[..., :25], other.positions[..., :25])
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in COUNTS)
+    assert filled(caches[1]) == filled(caches[0]) == 25
+
+
+@torch.no_grad()
+def test_a_second_generate_of_another_length_compiles_nothing(written):
+    model = build("llama", layers=3)
+    texts = [prompt(1, length) for length in (25, 31, 40)]
+    want = [model.generate(**one, **GREEDY) for one in texts]
+    sparsify.compile(model, **DENSE)
+    for one, tokens_ in zip(texts, want, strict=True):
+        assert torch.equal(model.generate(**one, **GREEDY), tokens_)
+    assert written == [3]
+
+
+@torch.no_grad()
+def test_rows_that_hold_different_numbers_of_tokens_keep_the_op(written):
+    model = build("llama", layers=3)
+    inputs = prompt(2, 25, padding=5)
+    want = model.generate(**inputs, **GREEDY)
+    sparsify.compile(model, **DENSE)
+    assert torch.equal(model.generate(**inputs, **GREEDY), want) and written == []
+
+
+@torch.no_grad()
+def test_when_a_cache_is_filled_to_one_number():
+    model = build("llama", layers=2)
+    ids = prompt(1, 30)["input_ids"]
+    full, hole, one, ring = (SparseCache(model.config, *how) for how in (("full", 64), ("full", 64), ("full", 64), ("snapkv", 64)))
+    for cache in (full, hole, ring):
+        assert filled(cache) is None  # nothing in it
+        cuts(model, cache, ids, 30)
+    cuts(model, one, ids[:, :1], 1)
+    hole.layers[1].positions[0, 1, 7] = -1
+    assert [filled(cache) for cache in (full, hole, one, ring)] == [30, None, None, None]
+    assert full.call.looked == 30 and hole.call.looked == 0
+    brim = SparseCache(model.config, "full", 64, batch_size=1, device="cpu", dtype=torch.float32)
+    cuts(model, brim, prompt(1, brim.layers[0].keys.shape[2])["input_ids"], brim.layers[0].keys.shape[2])
+    assert filled(brim) is None  # no room
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_windows_that_fill_up():
@@ -130,9 +208,9 @@ def test_gradients_and_prompts_are_not_tokens():
     assert not any(plan.capture == tokens.CAPTURE for plan in plans)
 
 
-def _broken(model, kwargs):
+def _broken(*args):
     torch._dynamo.graph_break()
-    return tokens_run(model, kwargs)
+    return tokens_run(*args)
 
 
 tokens_run = tokens._run
