@@ -23,8 +23,10 @@ case $kind in
     *) echo "unknown kind of environment: $kind" >&2; exit 2 ;;
 esac
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --upgrade --upgrade-strategy eager -c "$constraints" "$@"; }
-# torch by itself first, free of triton's constraint: a CPU build has no triton of its own, and a CUDA build brings the one that it needs
+# torch by itself first, free of triton's constraint: a CPU build asks for no triton and gets the tested one, a CUDA build brings the one that it
+# needs. What torch says is asked, and not whether a triton is here: a second run would find the first one's, and take the newest.
 sed -i.all '/^triton==/d' "$constraints"
 pip torch
-"$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' || mv "$constraints.all" "$constraints"
+"$venv/bin/python" -c 'import sys; from importlib.metadata import requires; sys.exit(not any(one.startswith("triton") for one in requires("torch") or ()))' ||
+    mv "$constraints.all" "$constraints"
 pip -e "$here/..[test,lint]"
