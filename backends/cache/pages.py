@@ -34,7 +34,7 @@ from sparsify.ops.pages import Pages
 from sparsify.ops.quantised import GROUP
 
 # pages whose scores one program of `choose` holds in registers; it reads more of them again for every bit
-_HELD = 8192
+_HELD = 16384
 
 
 @dataclass(frozen=True)
@@ -216,5 +216,5 @@ def choose(call: CacheDecodeCall, pages: Pages) -> tuple[Tensor, Tensor]:
     with launching(query.device, lambda: f"pages kernel ({spec})"):
         module = _module(spec)
         launch(module.score, (cdiv(total, spec.tile), rows), arguments(spec, "score"), given, num_warps=4, num_stages=1)
-        launch(module.choose, (rows,), arguments(spec, "choose"), given, num_warps=8 if lanes > 1024 else 4, num_stages=1)
+        launch(module.choose, (rows,), arguments(spec, "choose"), given, num_warps=min(16, max(4, lanes // 256)), num_stages=1)
     return listed, chosen
