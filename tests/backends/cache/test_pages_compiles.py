@@ -11,7 +11,7 @@ from tests.support.offline import SHARED_LIMIT, compile_kernel, within_budget
 pytest.importorskip("triton")
 
 
-def pages_spec(dtype="bf16", dim=128, lanes=8192, **clauses):
+def pages_spec(dtype="bf16", dim=128, lanes=16384, **clauses):
     return pages.PagesSpec(dtype, dim, 4, 16, lanes, **{"single": True, **clauses})
 
 

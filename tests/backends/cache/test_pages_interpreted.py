@@ -99,7 +99,7 @@ def check(
         {"group": 1, "pinned": 0},
         {"capacity": 64, "pinned": NEVER_OVERWRITTEN, "tokens": (50, 7)},
         {"capacity": 64, "pinned": NEVER_OVERWRITTEN, "tokens": (55, 16), "padding": True, "fused": False},
-        {"dtype": torch.float16},
+        {"dtype": torch.bfloat16},
     ],
     ids=str,
 )
