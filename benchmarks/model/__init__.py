@@ -103,6 +103,26 @@ class Padded(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Visual(Record):
+    """A prompt with images, its vision tower included; seconds of the call."""
+
+    NAME = "visual"
+    KEYS = ("shape", "layers", "tokens", "image_tokens", "keep", "variant")
+    shape: str
+    layers: int  # of the decoder
+    tokens: int  # of the prompt
+    image_tokens: int  # of those
+    keep: float  # share of the image tokens that go on
+    variant: str
+    peak_bytes: int | None  # most device memory; None on a CPU
+    s: float | None = None  # median of the calls after the first
+    times_s: list[float] | None = None
+    first_call_s: float | None = None  # compilation included
+    cached: float | None = None  # tokens that a layer's cache holds, on average over layers
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileTime(Record):
     """Seconds of CPU time, of this process and its children, that compiling a prompt and a token takes; medians of `repeats`."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lib.models import SHAPES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Padded, Prefill, Speculation
+from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Padded, Prefill, Speculation, Visual
 from sparsify.commands.bench import prefill, whole_call
 from sparsify.commands.bench.tables import (
     Found,
@@ -301,6 +301,29 @@ def padded_table(found: Iterable[Found]) -> str:
     return "\n\n".join(parts)
 
 
+def visual_table(found: Iterable[Found]) -> str:
+    """Seconds of a prompt with images, by variant."""
+    parts = []
+    for group in groups(latest(found, Visual), lambda r: (r["shape"], r["layers"], r["tokens"], r["machine"]["gpu"] or "CPU")):
+        seconds = {r["variant"]: r["s"] for r in group if r.get("s")}
+        rows = []
+        for r in sorted(group, key=lambda r: -(r.get("s") or 0)):
+            name = r["variant"] + (f", {r['keep']:.0%} of the image tokens" if r["keep"] < 1 else "")
+            if r.get("error"):
+                rows.append([name, failure(r["error"]), *["–"] * 3, commit(r)])
+                continue
+            faster = f"{seconds['eager'] / r['s']:.2f}" if "eager" in seconds else "–"
+            peak = f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else "–"
+            rows.append([name, f"{r['s']:.3f}", faster, f"{r['cached']:.0f}", peak, commit(r)])
+        first = group[0]
+        head = (
+            f"### {first['image_tokens']} image tokens of {first['tokens']}, LLaVA of shape {first['shape']}, {first['layers']} layers, "
+            f"random weights\n\n{conditions(group)}"
+        )
+        parts.append(head + "\n\n" + markdown(["variant", "s", "× eager", "cached by layer", "peak, GiB", "commit"], rows))
+    return "\n\n".join(parts)
+
+
 def generate_seconds_table(found: Iterable[Found]) -> str:
     """Seconds of the first answer, of the same once more, and of answers to prompts of other lengths; one row a way and state."""
     ways = {"eager": "uncompiled", "regions": "sparsify.compile", "whole": "sparsify.compile(whole=True)"}
@@ -450,6 +473,15 @@ BENCHMARKS = (
         records=(Padded,),
         title="Prompts of different lengths",
         table=padded_table,
+    ),
+    Benchmark(
+        name="visual",
+        place=18,
+        measures="a prompt with images, all of its tokens and some (fastv, divprune), beside eager PyTorch",
+        module="benchmarks.model.visual",
+        records=(Visual,),
+        title="Prompts with images",
+        table=visual_table,
     ),
     Benchmark(
         name="compile_time",

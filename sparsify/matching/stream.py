@@ -18,13 +18,14 @@ from sparsify.matching.base import SiteKind
 class StreamSite:
     """A prompt's residual stream behind a layer, [batch, tokens, hidden].
 
-    name: the layer's path, such as `model.layers.12`.
-    layer, count: its number, and how many layers the model has.
+    name: the layer's path, such as `model.layers.12`; before the first layer that of all layers.
+    layer, count: its number, -1 before the first one, and how many layers the model has.
     batch, tokens: of the call.
     longest: tokens of the longest row without padding.
     attention: sizes of a layer's attention in this call.
     hidden: elements of a row.
     matrices: of every later layer, (inputs, outputs) of its matrices; routed experts do not count.
+    rows: of each row the tokens and, of those, the image tokens; empty where nobody asks for them.
     """
 
     kind: ClassVar[SiteKind] = "stream"
@@ -38,16 +39,18 @@ class StreamSite:
     attention: AttentionSizes
     hidden: int
     matrices: tuple[tuple[tuple[int, int], ...], ...]
+    rows: tuple[tuple[int, int], ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
         return self.attention.dtype
 
     def choosing_seconds(self, device: Device, queries: int, kept: int) -> float:
-        """Expected seconds of the last queries' attention, which reads the layer's keys twice, of the choice and of gathering rows."""
+        """Expected seconds of the last queries' attention, which reads the layer's keys twice, of the choice and of gathering rows.
+        queries: 0 where no attention is asked."""
         heads, kv_heads, dim = (int(size) for size in (self.attention.query_heads, self.attention.kv_heads, self.attention.qk_head_dim))
-        keys = self.batch * self.tokens * kv_heads * dim * self.dtype.itemsize
-        masses = 4 * self.batch * self.tokens * heads
+        keys = self.batch * self.tokens * kv_heads * dim * self.dtype.itemsize if queries else 0
+        masses = 4 * self.batch * self.tokens * (heads if queries else 1)
         rows = self.batch * kept * self.hidden * self.dtype.itemsize
         flops = 4 * self.batch * heads * queries * self.tokens * dim  # logits, twice
         moved = seconds.seconds(work.elementwise(2 * keys + 3 * masses + 2 * rows), device)

@@ -13,14 +13,15 @@ A method is a frozen pydantic model whose fields are its options, so that config
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import sympy
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
-from torch import fx
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from torch import Tensor, fx
 
 from sparsify.costs import compaction, crossovers, links, work
 from sparsify.costs.device import Device
@@ -48,6 +49,8 @@ __all__ = [
     "Editor",
     "FeedForwardSite",
     "FeedForwardSizes",
+    "ImagePass",
+    "ImageRows",
     "MaskKind",
     "MaskPredicate",
     "PaddedSite",
@@ -275,6 +278,90 @@ class PromptPass(Pass):
     def replace(self, editor: Editor, site: AttentionSite, output: fx.Node) -> None:
         """Replaces the site by what the method computes, its last rows computed over all keys."""
         editor.replace(site, with_last_rows(editor, site, output, self.last_rows) if self.last_rows else output)
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """A prompt in which image tokens are to be left out.
+
+    hidden: the residual stream, [batch, tokens, width].
+    mass: fp32 [batch, query_heads, tokens], what each key gets of the last queries' attention; None where none is observed.
+    is_token: bool [batch, tokens], False for padding.
+    is_image: bool [batch, tokens], True for image tokens that may be left out.
+    kept: tokens of each row that go on.
+    """
+
+    hidden: Tensor
+    mass: Tensor | None
+    is_token: Tensor
+    is_image: Tensor
+    kept: int
+
+
+class ImagePass(Pass):
+    """Base of methods that leave image tokens out of a prompt, by a rule of their own, `rank`; all other tokens go on.
+
+    Rows of a batch go on with as many tokens as the row that needs most: another one keeps more of its images.
+
+    layer: the decoder layer behind which they are left out, from 0; -1: before the first one. A field or a class variable.
+    queries: last tokens of each row whose attention in that layer is observed; 0 where none is. A field or a class variable.
+    """
+
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("stream",)
+    mode: ClassVar[Literal["narrow"]] = "narrow"
+
+    keep: int | float | None = Field(None, gt=0, description="image tokens of each row that go on; a float is a share of them")
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _share(cls, value: int | float | None) -> int | float | None:
+        if isinstance(value, float) and value > 1:
+            raise ValueError("a share is at most 1; an integer gives tokens")
+        return value
+
+    def rank(self, rows: ImageRows) -> Tensor:
+        """The order in which image tokens go on: float32 [batch, tokens], finite, the highest first. Nothing else of it is looked at."""
+        raise NotImplementedError
+
+    def ranking_seconds(self, site: StreamSite, context: Context) -> float:
+        """Expected seconds of `rank`, beside observing attention and gathering rows."""
+        return 0.0
+
+    def propose(self, site: StreamSite, context: Context) -> Proposal | Refusal:
+        if self.keep is None:
+            return self.refuse("no keep given: how many image tokens are needed depends on model and images", "name a share or a number")
+        if site.layer + 1 >= site.count:
+            return self.refuse(f"no layer follows layer {site.layer}")
+        images = max((images for _, images in site.rows), default=0)
+        if self.fits(site.rows):
+            return self.refuse(f"all {images} image tokens go on" if images else "the prompt has no image tokens")
+        queries: int = getattr(self, "queries", 0)
+        seconds = site.choosing_seconds(context.device, queries, self.most(site.rows)) + self.ranking_seconds(site, context)
+        behind = f"behind layer {site.layer}" if site.layer >= 0 else "before the first layer"
+        note = f"{self.images_kept(images)} of {images} image tokens go on {behind}, {site.count - 1 - site.layer} layers"
+        return Proposal(self, sympy.Float(seconds), note=note)
+
+    def images_kept(self, images: int) -> int:
+        """Image tokens that go on of so many in a row."""
+        if self.keep is None:
+            return images
+        return min(images, self.keep if isinstance(self.keep, int) else math.ceil(self.keep * images))
+
+    def most(self, rows: Sequence[tuple[int, int]]) -> int:
+        """Tokens of each row that go on. rows: of each one its tokens and, of those, the image tokens."""
+        return max(tokens - images + self.images_kept(images) for tokens, images in rows)
+
+    def fits(self, rows: Sequence[tuple[int, int]]) -> bool:
+        """Whether nothing is left out of these rows."""
+        return self.keep is not None and (not rows or self.most(rows) >= max(tokens for tokens, _ in rows))
+
+    def choose(self, rows: ImageRows) -> Tensor:
+        """The columns that go on, int64 [batch, kept], rising."""
+        order = self.rank(rows).masked_fill(~rows.is_image, torch.inf).masked_fill(~rows.is_token, -torch.inf)
+        return order.topk(rows.kept, dim=-1).indices.sort(-1).values
+
+    def keep_all(self) -> Pass:
+        return self.model_copy(update={"keep": 1.0})
 
 
 def refuse_common(method: Pass, site: AttentionSite) -> Refusal | None:

@@ -50,15 +50,17 @@ def hidden_later(
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1).double(), value.repeat_interleave(group, 1).double()
         causal = torch.ones(width, width, dtype=torch.bool).tril()
+        if not getattr(module, "is_causal", True):  # of a vision tower
+            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
         visible = causal if attention_mask is None else attention_mask
-        if module.layer_idx > layer:
+        if getattr(module, "layer_idx", -1) > layer:
             visible = visible & seen[:, None, None]
         scores = (query.double() @ key.mT * (scaling or query.shape[-1] ** -0.5)).masked_fill(~visible, float("-inf"))
         return (torch.nan_to_num(scores.softmax(-1)) @ value).to(query.dtype).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("hidden_later", attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register("hidden_later", sdpa_mask)
-    before = model.config._attn_implementation
+    before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation("hidden_later")
     logits = model(**whole, use_cache=False).logits
     model.set_attn_implementation(before)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from sparsify import policies
 from sparsify.distributed.shards import Shard
@@ -329,14 +329,14 @@ class SparseCache(Cache):
         return [int(length) for length in lengths]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Tokens so far, padding included: an int, or within a compiled graph a tensor.
+        """Tokens so far, padding and what the layer was not given included: an int, or within a compiled graph a tensor.
 
         Raises:
             CacheError: between calls, when an earlier one stopped between two layers.
         """
         if self.call.idle and not torch.compiler.is_dynamo_compiling():
             self.check_consistent(True)
-        return self.layers[layer_idx].get_seq_length()
+        return self.layers[layer_idx].get_seq_length() + self.layers[layer_idx].left_out
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove tokens from every layer, or from none.
@@ -528,7 +528,8 @@ def _check_model(config: Any) -> None:
     base = config._attn_implementation
     if base is not None and base not in cache_attention.NAMES and base not in cache_attention.NAMES.values():
         raise UnsupportedError(f"attention implementation {base!r}", where=kind, hint='load the model with attn_implementation="sdpa"')
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    # the text part of a model with images may be no model of its own
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or MODEL_MAPPING.get(type(config), None)
     if model is None or not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedError(
             "its attention does not go through transformers' AttentionInterface", where=kind, hint="use an ordinary cache"

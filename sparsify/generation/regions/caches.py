@@ -22,13 +22,14 @@ from transformers.cache_utils import (
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.caches.running_call import CallState, mark_packed
 from sparsify.generation.caches.sparse_cache import SparseCache
+from sparsify.generation.regions.left_out import NarrowedLayer, as_held
 from sparsify.generation.regions.packed import unpack_heads
 
 # arguments by which models and layers take a cache
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 # layers of ordinary caches whose update touches nothing but themselves
-_ALONE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_ALONE = (DynamicLayer, NarrowedLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class LayerNumber:
@@ -158,7 +159,7 @@ class LayerCall(Generic[L]):
         values = {**vars(layer), **instead}
         self.given = {name: value for name, value in values.items() if isinstance(value, Tensor) or name in _GROWING}
         self.varying = {name: _alias(value) if isinstance(value, Tensor) else value for name, value in self.given.items()}
-        self.copy: L = object.__new__(type(layer))
+        self.copy: L = object.__new__(type(as_held(layer)))
         vars(self.copy).update({name: value for name, value in values.items() if name not in self.given})
 
     @property
@@ -168,7 +169,7 @@ class LayerCall(Generic[L]):
 
     def kind(self) -> tuple[Any, ...]:
         """What tells graphs over such a layer apart, beside sizes."""
-        return type(self.layer), not self.layer.is_initialized, self.layer.is_initialized
+        return type(self.copy), not self.layer.is_initialized, self.layer.is_initialized
 
     def begin(self) -> None:
         pass

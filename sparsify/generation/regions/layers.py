@@ -8,7 +8,7 @@ divides have in it what `tensor_parallel.local` makes of them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,14 @@ class NotShared(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer.
+    """A decoder layer, or one of a tower beside the decoder.
 
     path: from the model, such as `model.layers.3`.
     number: its index.
     module: the layer itself.
     shadow: what stands for it, made anew when the layer has changed.
     arguments: names of its forward's parameters that may be given by position.
+    tower: whether it is one of a tower, an encoder that makes features of images or sound for the decoder.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Layer:
     module: nn.Module
     shadow: Shadow
     arguments: tuple[str, ...]
+    tower: bool = False
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -69,6 +71,29 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return [Layer(f"{name}.{number}", number, module, Shadow(module), _arguments(module)) for number, module in enumerate(modules)]
 
 
+def find_towers(model: nn.Module, decoder: Sequence[Layer]) -> list[Layer]:
+    """The layers of all towers beside the decoder: lists of modules of one class, without numbers, whose attention is not causal and goes
+    through transformers' AttentionInterface."""
+    taken = {id(part) for layer in decoder for part in layer.module.modules()}
+    found: list[Layer] = []
+    for name, modules in model.named_modules():
+        if not isinstance(modules, nn.ModuleList) or not len(modules) or id(modules) in taken:
+            continue
+        if len({type(module) for module in modules}) == 1 and len(set(map(id, modules))) == len(modules) and all(map(_is_encoder, modules)):
+            taken |= {id(part) for part in modules.modules()}
+            found += [
+                Layer(f"{name}.{number}", number, module, Shadow(module, numbered=False), _arguments(module), tower=True)
+                for number, module in enumerate(modules)
+            ]
+    return found
+
+
+def _is_encoder(layer: nn.Module) -> bool:
+    parts = [vars(part) for part in layer.modules()]
+    attends = [part for part in parts if part.get("is_causal") is False and hasattr(part.get("config"), "_attn_implementation")]
+    return len(attends) == 1 and attends[0]["config"]._attn_implementation == "sdpa" and not any(NUMBER in part for part in parts)
+
+
 def _arguments(layer: nn.Module) -> tuple[str, ...]:
     parameters = inspect.signature(layer.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -82,10 +107,13 @@ class Shadow:
     """Makes the module that stands for a layer.
 
     number: the layer's own, known after `current()`.
+
+    Args:
+        numbered: whether the layer has a number.
     """
 
-    def __init__(self, layer: nn.Module):
-        self._layer = layer
+    def __init__(self, layer: nn.Module, numbered: bool = True):
+        self._layer, self._numbered = layer, numbered
         self._copied: list[tuple[nn.Module, tuple[Any, ...]]] = []
         self._module: nn.Module | None = None
         self.number = -1
@@ -100,16 +128,16 @@ class Shadow:
             self._copied = []
             self._module = self._copy(self._layer, top=True)
             numbers = {vars(module)[NUMBER] for module, _ in self._copied if NUMBER in vars(module)}
-            if len(numbers) != 1:
+            if len(numbers) != self._numbered:
                 raise NotShared("a layer's number changed")
-            (self.number,) = numbers
+            self.number = next(iter(numbers), -1)
         return self._module
 
     def _copy(self, module: nn.Module, top: bool = False) -> nn.Module:
         if tensor_parallel.is_divided(module):
             self._copied.append((module, _seen(module)))
             return tensor_parallel.local(module)
-        if not top and not any(NUMBER in vars(part) or tensor_parallel.is_divided(part) for part in module.modules()):
+        if not top and not any(map(_is_own, module.modules())):
             return module
         self._copied.append((module, _seen(module)))
         twin = object.__new__(type(module))
@@ -120,6 +148,12 @@ class Shadow:
         if NUMBER in twin.__dict__:
             twin.__dict__[NUMBER] = LAYER
         return twin
+
+
+def _is_own(part: nn.Module) -> bool:
+    """Whether a module is not the same in what stands for the layer."""
+    recorded = compat.without_recorders(part._forward_hooks) is not part._forward_hooks
+    return NUMBER in vars(part) or recorded or tensor_parallel.is_divided(part)
 
 
 def _seen(module: nn.Module) -> tuple[Any, ...]:

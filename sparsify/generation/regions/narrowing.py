@@ -1,7 +1,7 @@
-"""Lets only some tokens of a prompt go on behind a layer, between two calls of regions.
+"""Lets only some tokens of a prompt go on behind a layer, or before the first one, between two calls of regions.
 
 A method of the kind `stream` says which. Here is what lets later layers follow: rows of the residual stream, rotary tables, positions,
-masks and caches of a narrowed call, the masks of later calls over layers that hold fewer tokens, and why a call is not narrowed.
+masks and caches of a narrowed call, and why a call is not narrowed.
 
 Rows keep their order and their rotary angles, so that causality among them is causality of their places. Whatever counts positions
 otherwise is refused before a layer has run.
@@ -14,7 +14,7 @@ import contextvars
 import copy
 import dataclasses
 import logging
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -29,20 +29,24 @@ from sparsify.distributed import collectives
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches.layer import SparseLayer
-from sparsify.generation.regions import prompts
+from sparsify.generation.regions import images, left_out, prompts
 from sparsify.generation.regions.caches import CACHES
 from sparsify.generation.regions.layers import Layer
+from sparsify.generation.regions.left_out import NarrowedLayer
 from sparsify.generation.regions.masks import PostponedMask, Recipe
 from sparsify.graph.module_paths import layer_number
 from sparsify.matching.stream import StreamSite, sizes
 from sparsify.planning.choose import named_methods
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision
-from sparsify.planning.method import Pass, Proposal
+from sparsify.planning.method import ImagePass, ImageRows, Pass, Proposal
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import SavedPlan
 
 log = logging.getLogger(__name__)
+
+# which columns of a call of this shape, (batch, tokens), stand for images, bool [batch, tokens]; None, and why that is not known
+FindImages = Callable[[tuple[int, ...]], tuple[Tensor | None, str]]
 
 # set while a prompt is read in parts, whose last rows are not the question
 _in_parts: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_in_parts", default=False)
@@ -96,18 +100,23 @@ def asked(config: Config, saved: SavedPlan | None = None, paths: Sequence[str] =
         saved: the plan file, which decides where it is given.
         paths: of the layers, by number; rules may leave the method out of its layer.
     """
+    return next(iter(all_asked(config, saved, paths)), None)
+
+
+def all_asked(config: Config, saved: SavedPlan | None = None, paths: Sequence[str] = ()) -> list[Pass]:
+    """The same, and others that are asked for beside it, which cannot act."""
     if config.exact:
-        return None
+        return []
     methods = {name: method for name, method in named_methods(config).items() if "stream" in method.kinds}
     if saved is not None:
         found = [d for d in saved.plan.rewritten if d.kind == "stream" and d.method in methods]
-        return methods[str(found[0].method)](**found[0].options) if found else None
+        return [methods[str(decision.method)](**decision.options) for decision in found]
+    chosen: list[Pass] = []
     for name in methods:
         number = config.methods.get(name, {}).get("layer")
         path = paths[number] if isinstance(number, int) and number < len(paths) else ""
-        for chosen, options in config.for_layer(path, number if path else None, {name}):
-            return methods[chosen](**options)
-    return None
+        chosen += [methods[one](**options) for one, options in config.for_layer(path, number if path else None, {name})]
+    return chosen
 
 
 def refuse(config: Config, method: Pass, reason: str, hint: str = "", path: str = "") -> None:
@@ -146,14 +155,25 @@ class Narrowing:
     Args:
         model: in transformers' form.
         layers: its decoder layers.
-        method: of the kind `stream`; `method.layer` is the one that chooses.
+        method: of the kind `stream`; `method.layer` is the one that chooses, -1 stands for what lies before the first one.
+        beside: other such methods, which do not act beside it.
         heads: which of the heads are this process's, where tensor parallelism divides them.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: Config, method: Any, heads: Shard | None = None):
-        self.layers, self.config, self.method, self.heads = layers, config, method, heads
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        config: Config,
+        method: Any,
+        beside: Sequence[Pass] = (),
+        heads: Shard | None = None,
+    ):
+        self.layers, self.config, self.method, self.beside, self.heads = layers, config, method, beside, heads
         self.text = cast(Any, model.config).get_text_config(decoder=True)
-        self.obstacle = "" if method.layer is None else self._obstacle(layers[method.layer :])
+        self.obstacle = "" if method.layer is None else self._obstacle(layers[max(method.layer, 0) :])
+        if isinstance(self.method, ImagePass):
+            self.obstacle = images.added_later(model.config) or self.obstacle
         matrices = [tuple((p.shape[1], p.shape[0]) for p in layer.module.parameters() if p.dim() == 2) for layer in layers]
         at = (method.layer or 0) + 1
         self.earlier, self.matrices = tuple(matrices[:at]), tuple(matrices[at:])
@@ -162,7 +182,7 @@ class Narrowing:
 
     @property
     def layer(self) -> int:
-        """Number of the layer that chooses; -1 where none is named."""
+        """Number of the layer that chooses; -1 before the first one, or where none is named."""
         return -1 if self.method.layer is None else self.method.layer
 
     def place(self, layer: Layer) -> str:
@@ -186,11 +206,12 @@ class Narrowing:
                 return f"layer {layer.number} mixes neighbouring tokens ({mixing[0]})"
         return ""
 
-    def begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool = False) -> Narrowed | None:
+    def begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool, find_images: FindImages) -> Narrowed | None:
         """Called before the first layer of a call runs, with its arguments. None where the call is not narrowed.
 
         Args:
             shows_rows: the caller gets what each layer gave, for all rows.
+            find_images: `images.find` for this call, of the stream's shape.
 
         Raises:
             UnsupportedError: it cannot be, under `strict`.
@@ -205,45 +226,55 @@ class Narrowing:
         if method is not None:
             chooser = copy.copy(self)
             chooser.method = method
-        narrowed = chooser._begin(hidden, given, shows_rows)
+        narrowed = chooser._begin(hidden, given, shows_rows, find_images)
         if narrowed is None and self.method.mode == "prompt":
             raise Chosen(None)
         return narrowed
 
-    def _begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool) -> Narrowed | None:
+    def _begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool, find_images: FindImages) -> Narrowed | None:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         if hidden.shape[1] == 1 or (cache is not None and not prompts.is_empty(cache)):
             return None
-        for layer in cache.layers if cache is not None else ():
-            if left_out(layer):
-                set_left_out(layer, 0, 0)
+        if cache is not None:
+            left_out.forget(cache)
+        for other in self.beside:
+            self.refuse(f"{self.method.name} chooses already which tokens go on", "name one of them", other)
         if _in_parts.get():
             return self.refuse("a prompt that is read in parts: the last rows of a part are not the question")
         if shows_rows:
             return self.refuse("the hidden states of all rows are asked for")
-        reason = self.obstacle or self._trouble(hidden, given, cache)
-        if reason:
-            return self.refuse(reason)
-        is_token = prompts.find_tokens(given.get("attention_mask"), hidden.shape[1])
+        is_token = _tokens_of(given.get("attention_mask"), hidden.shape[1])
         counts = None if is_token is None else is_token.sum(-1)
         longest = hidden.shape[1] if counts is None else int(counts.max())
-        site = self._site(hidden, longest)
+        site, is_image = self._site(hidden, longest), None
+        if isinstance(self.method, ImagePass):
+            is_image, reason = find_images(tuple(hidden.shape[:2]))
+            if is_image is None:
+                return self.refuse(reason)
+            is_image = _may_be_left_out(is_image, is_token)
+            lengths = [longest] * site.batch if counts is None else counts.tolist()
+            site = dataclasses.replace(site, rows=tuple(zip(lengths, is_image.sum(-1).tolist(), strict=True)))
         context = dataclasses.replace(pipeline.make_context(hidden.device, self.config), formulas=False)
         answer = self.method.propose(site, context)
+        rows: Any = longest if is_image is None else site.rows
+        if not isinstance(answer, Proposal) and self.method.fits(rows):  # nothing is asked for that is not done
+            self._told_once("fits", self._decision(site, longest), answer.reason)
+            return None
+        if reason := self.obstacle or self._trouble(hidden, given, cache):
+            return self.refuse(reason)
         if not isinstance(answer, Proposal):
-            if self.method.fits(longest):  # nothing is asked for that is not done
-                self._told_once("fits", Decision(site.name, site.layer, "prefill", sizes(site, longest), "", None), answer.reason)
-                return None
             return self.refuse(answer.reason, answer.hint)
         dynamic = cache is not None and isinstance(cache.layers[self.layer + 1], DynamicLayer)
-        if counts is not None and dynamic and int(counts.min()) < self.method.most(longest):
+        if counts is not None and dynamic and int(counts.min()) < self.method.most(rows):
             return self.refuse("a row has fewer tokens than are kept, and an ordinary cache does not know its padding")
-        return Narrowed(self, site, answer, hidden, is_token, cache)
+        return Narrowed(self, site, answer, hidden, is_token, is_image, cache)
 
-    def refuse(self, reason: str, hint: str = "") -> None:
+    def refuse(self, reason: str, hint: str = "", method: Pass | None = None) -> None:
+        """method: that is refused, where it is another one than what narrows."""
         if self.config.strict or reason not in self._told:
             self._told.add(reason)
-            refuse(self.config, self.method, reason, hint, self.layers[self.layer].path if 0 <= self.layer < len(self.layers) else "")
+            path = self.layers[self.layer].path if 0 <= self.layer < len(self.layers) else ""
+            refuse(self.config, method or self.method, reason, hint, path)
 
     def tell(self, site: StreamSite, proposal: Proposal, kept: int) -> None:
         """Records that a call was narrowed, once for each number of tokens. Later layers' sites count as they run, over fewer rows: what
@@ -252,9 +283,14 @@ class Narrowing:
         if self.method.mode == "prompt":  # the layers up to the one that chooses read what was chosen, too
             earlier = dataclasses.replace(site, matrices=self.earlier)
             spared -= earlier.later_seconds(self._device, kept)
-        decision = Decision(site.name, site.layer, "prefill", sizes(site, kept), "", self.method.name, self.method.options())
+        decision = self._decision(site, kept)
+        decision.method, decision.options = self.method.name, self.method.options()
         decision.seconds, decision.dense_seconds = float(proposal.seconds), spared
         self._told_once((site.batch, site.tokens, kept), decision, proposal.note)
+
+    def _decision(self, site: StreamSite, kept: int) -> Decision:
+        """That nothing is left out, of a stream of which so many tokens go on."""
+        return Decision(site.name, None if site.layer < 0 else site.layer, "prefill", sizes(site, kept), "", None)
 
     def _told_once(self, key: Any, decision: Decision, reason: str) -> None:
         if key in self._told:
@@ -264,7 +300,8 @@ class Narrowing:
         _record(decision, self._device.describe())
 
     def _site(self, hidden: Tensor, longest: int) -> StreamSite:
-        number, (batch, tokens, width) = max(self.layer, 0), hidden.shape
+        (batch, tokens, width), before = hidden.shape, isinstance(self.method, ImagePass) and self.layer < 0
+        number = -1 if before else max(self.layer, 0)
         self._device = pipeline.make_context(hidden.device, self.config).device
         heads = int(self.text.num_attention_heads)
         head_dim = int(getattr(self.text, "head_dim", None) or width // heads)
@@ -278,7 +315,7 @@ class Narrowing:
             v_head_dim=head_dim,
             dtype=hidden.dtype,
         )
-        path = self.layers[number].path if number < len(self.layers) else ""
+        path = self.layers[0].path.rpartition(".")[0] if before else self.layers[number].path if number < len(self.layers) else ""
         return StreamSite(path, number, len(self.layers), batch, tokens, longest, attention, width, self.matrices)
 
     def _trouble(self, hidden: Tensor, given: Mapping[str, Any], cache: Any) -> str:
@@ -314,10 +351,23 @@ class Narrowed:
     columns: int64 [batch, kept], rising: the tokens that go on; None until they are chosen.
     mass: what the region of the choosing layer gave, fp32 [batch, query_heads, tokens], until the choice; None where it gave nothing.
     given_up: all rows go on.
+
+    Args:
+        is_token: bool [batch, tokens], False for padding; None without any.
+        is_image: bool [batch, tokens], which tokens are images that may be left out; None where all tokens may be.
     """
 
-    def __init__(self, owner: Narrowing, site: StreamSite, proposal: Proposal, hidden: Tensor, is_token: Tensor | None, cache: Any):
-        self.owner, self.site, self.proposal, self.is_token, self.cache = owner, site, proposal, is_token, cache
+    def __init__(
+        self,
+        owner: Narrowing,
+        site: StreamSite,
+        proposal: Proposal,
+        hidden: Tensor,
+        is_token: Tensor | None,
+        is_image: Tensor | None,
+        cache: Any,
+    ):
+        self.owner, self.site, self.proposal, self.is_token, self.is_image, self.cache = owner, site, proposal, is_token, is_image, cache
         self.device = hidden.device
         self.columns: Tensor | None = None
         self.given_up = False
@@ -337,13 +387,38 @@ class Narrowed:
             mask = {**dict(zip(layer.arguments, args, strict=False)), **given}.get("attention_mask")
             if why := _mask_trouble(mask, self.site.tokens):
                 self.give_up(why)
+        if layer.number == 0 and self.owner.place(layer) == "behind":
+            rows = self._choose(hidden)
+            if args:
+                args = (rows, *args[1:])
+            else:
+                given = {**given, "hidden_states": rows}
         if self.columns is None:
             return args, given
-        if self.cache is not None:
-            fixed = self.columns.shape[1] - self.owner.method.window
-            set_left_out(self.cache.layers[layer.number], self.site.tokens - self.columns.shape[1], fixed)
         rest = dict(zip(layer.arguments[1:], args[1:], strict=False))
         return args[:1], {name: self._narrow(name, value) for name, value in {**rest, **given}.items()}
+
+    def take_back(self) -> None:
+        """The call ends before a layer has run, and may begin again elsewhere."""
+        if self.cache is not None and self.columns is not None:
+            left_out.forget(self.cache)
+
+    def _choose(self, hidden: Tensor) -> Tensor:
+        """The rows of the residual stream that go on, [batch, kept, width]."""
+        method, mass = self.owner.method, None if self.mass is None else self.owner.of_all_heads(self.mass)
+        if self.is_image is None:
+            columns: Tensor = method.choose(mass, self.is_token, self.site.longest)
+        else:
+            is_token = torch.ones_like(self.is_image) if self.is_token is None else self.is_token
+            columns = method.choose(ImageRows(hidden, mass, is_token, self.is_image, method.most(self.site.rows)))
+        self.owner.tell(self.site, self.proposal, columns.shape[1])
+        if method.mode == "prompt":
+            raise Chosen(columns)
+        if self.cache is not None:
+            run = method.window if self.is_image is None else _last_run(columns, self.site.tokens)
+            left_out.narrow(self.cache, self.owner.layer + 1, self.site.tokens, columns.shape[1], run)
+        self.columns, self.mass = columns, None
+        return _gather_rows(hidden, columns)
 
     def part(self, layer: Layer) -> str:
         """Of which part of the call the layer's region is, as `Narrowing.place` names it; empty for a region that serves all calls. Layers
@@ -375,12 +450,7 @@ class Narrowed:
             if self.mass is None:
                 self.give_up("its attention does not tell what its queries look at")
             else:
-                columns: Tensor = self.owner.method.choose(self.owner.of_all_heads(self.mass), self.is_token, self.site.longest)
-                self.owner.tell(self.site, self.proposal, columns.shape[1])
-                if self.owner.method.mode == "prompt":
-                    raise Chosen(columns)
-                self.columns, self.mass = columns, None
-                hidden = _gather_rows(hidden, columns)
+                hidden = self._choose(hidden)
         if self.columns is not None and layer.number + 1 == self.site.count:
             full = hidden.new_full((hidden.shape[0], self.site.tokens, hidden.shape[2]), torch.nan)
             hidden = full.scatter_(1, self.columns[:, :, None].expand_as(hidden), hidden)
@@ -423,6 +493,25 @@ class Narrowed:
         return PostponedMask(Recipe(mask.recipe.function, call), (*mask.shape[:2], kept, kept), mask.dtype, mask.device)
 
 
+def _tokens_of(mask: Any, tokens: int) -> Tensor | None:
+    """Which columns hold a token, as `prompts.find_tokens`; None too where a mask has another form, which is refused."""
+    padding = mask.recipe.call.get("attention_mask") if isinstance(mask, PostponedMask) else mask
+    return prompts.find_tokens(padding, tokens) if type(padding) is Tensor and padding.dim() == 2 and padding.shape[1] == tokens else None
+
+
+def _may_be_left_out(is_image: Tensor, is_token: Tensor | None) -> Tensor:
+    """Image tokens, bool [batch, tokens], but for each row's last token, whose logits are asked for."""
+    columns = torch.arange(is_image.shape[1], device=is_image.device)
+    last = (columns if is_token is None else columns * is_token).amax(-1, keepdim=True)
+    return is_image & (columns != last) if is_token is None else is_image & is_token & (columns != last)
+
+
+def _last_run(columns: Tensor, tokens: int) -> int:
+    """Tokens at the end of a prompt between which no row of columns, int64 [batch, kept], has a gap. The host waits for it."""
+    ends = torch.arange(tokens - columns.shape[1], tokens, device=columns.device)
+    return int((columns == ends).flip(-1).int().cumprod(-1).sum(-1).min())
+
+
 def _gather_rows(rows: Tensor, columns: Tensor) -> Tensor:
     """Rows [batch or 1, tokens, width] at columns [batch, kept]."""
     rows = rows.expand(columns.shape[0], *rows.shape[1:])
@@ -449,7 +538,7 @@ def _cache_trouble(cache: Any, layer: int) -> str:
                 return f"the cache's layer {number} has a sliding window, which counts places that are left out"
             if one.inverse_frequencies is not None:
                 return "the cache turns sinks by places inside it, which are no positions any more"
-        elif type(one) is not DynamicLayer:
+        elif type(one) not in (DynamicLayer, NarrowedLayer):
             return f"a {type(one).__name__} makes its masks from columns, which later layers do not have"
     return ""
 
@@ -467,32 +556,3 @@ def _mask_trouble(mask: Any, tokens: int) -> str:
         return "the mask is one of another length"
     padding = call.get("attention_mask")
     return "" if padding is None or padding.shape[-1] == tokens else "the padding mask is one of another length"
-
-
-# -- caches whose later layers hold fewer tokens ---------------------------------------------------------------------------------------
-
-_LEFT_OUT = "left_out"
-
-
-def left_out(layer: Any) -> int:
-    """Columns that a cache's layer was not given, of those that the first layer has."""
-    return getattr(layer, _LEFT_OUT, 0)
-
-
-def set_left_out(layer: Any, columns: int, fixed: int) -> None:
-    """fixed: tokens of the layer before the last run without a gap, which cannot be cropped."""
-    setattr(layer, _LEFT_OUT, columns)
-    if isinstance(layer, SparseLayer):
-        layer.fixed = fixed
-
-
-def own_mask(mask: PostponedMask, layer: Any, query_len: int) -> PostponedMask:
-    """The mask of a later call for a layer of an ordinary cache that holds fewer tokens, none of which is padding."""
-    gone = left_out(layer)
-    call = dict(mask.recipe.call)
-    key_len = call["kv_length"] - gone
-    call["kv_length"], call["q_offset"] = key_len, call.get("q_offset", 0) - gone
-    padding = call.get("attention_mask")
-    if padding is not None:
-        call["attention_mask"] = torch.cat((padding.new_ones(padding.shape[0], key_len - query_len), padding[:, -query_len:]), 1)
-    return PostponedMask(Recipe(mask.recipe.function, call), (*mask.shape[:3], key_len), mask.dtype, mask.device)

@@ -26,7 +26,7 @@ from sparsify.distributed import agreement, sequence
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.regions import caches, layers, long_rows, masks, narrowing, tensor_parallel, tokens
+from sparsify.generation.regions import caches, images, layers, left_out, long_rows, masks, narrowing, tensor_parallel, tokens
 from sparsify.generation.regions.caches import LayerView
 from sparsify.generation.regions.context_parallel import DividedCalls
 from sparsify.generation.regions.layers import Layer, NotShared
@@ -35,15 +35,14 @@ from sparsify.generation.regions.masks import PostponedMask
 from sparsify.generation.regions.narrowing import Narrowed, Narrowing
 from sparsify.generation.regions.packed import Layout, PaddedRows
 from sparsify.generation.regions.packing import PackedCall, Packing
+from sparsify.generation.regions.towers import Towers, asked, texts
 from sparsify.graph import compat as torch_compat
-from sparsify.graph.module_paths import layer_number
 from sparsify.ops.head_numbers import head_numbers
 from sparsify.pipeline import WHOLE, Part
 from sparsify.planning import unmatched
 from sparsify.planning.choose import named_methods
-from sparsify.planning.config import layer_patterns
 from sparsify.planning.config.config import Config
-from sparsify.planning.saved_plan import SavedPlan, load_saved_plan
+from sparsify.planning.saved_plan import load_saved_plan
 
 log = logging.getLogger(__name__)
 
@@ -98,14 +97,15 @@ class RegionalModel:
         self.model, self.config, self.whole, self.options = model, config, whole, options
         self.dynamic = True if dynamic is None else dynamic
         self.layers = layers.find_layers(model)
-        self._by_module = {id(layer.module): layer for layer in self.layers}
         self.kinds = _kinds(self.layers, config)
+        self.towers = Towers(model, self.layers, config)
+        self._by_module = {id(layer.module): layer for layer in (*self.layers, *self.towers.layers)}
         self._saved = load_saved_plan(config.plan)
-        method = narrowing.asked(config, self._saved, [layer.path for layer in self.layers])
+        chosen = narrowing.all_asked(config, self._saved, [layer.path for layer in self.layers])
         self.part = Part(tensor_parallel.of_heads(self.layers[0].module), "" if text is None else text.group)
         if self.part.heads is not None:
             tensor_parallel.prepare_sums(self.part.heads, next(model.parameters()).device, config)
-        self.narrowing = None if method is None else Narrowing(model, self.layers, config, method, self.part.heads)
+        self.narrowing = Narrowing(model, self.layers, config, chosen[0], chosen[1:], self.part.heads) if chosen else None
         self.packing = Packing(model, self.layers, self.kinds, config, self._saved, self.part)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
@@ -158,11 +158,15 @@ class RegionalModel:
         return bool(kwargs.get("output_hidden_states", getattr(self.model.config, "output_hidden_states", False)))
 
     def _through_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = _Call(self)
+        call = _Call(self, lambda shape: images.find(self.model, args, kwargs, shape))
         call.shows_rows = self._shows_rows(kwargs)
         entered = _active.set(call), masks.postponing.set(True)
         try:
             result = self.model._call_impl(*args, **kwargs)
+        except BaseException:
+            if call.narrowed is not None and not call.ran:
+                call.narrowed.take_back()
+            raise
         finally:
             masks.postponing.reset(entered[1])
             _active.reset(entered[0])
@@ -201,14 +205,18 @@ class RegionalModel:
             self._head_numbers[key] = {f"{site} {option}": torch.tensor(values, device=device) for (site, option), values in found.items()}
         return self._head_numbers[key]
 
+    def kind(self, layer: Layer) -> Any:
+        """What layers have in common that one region can serve."""
+        return self.towers.kind(layer) if layer.tower else self.kinds[layer.number]
+
     def region(self, key: Any, layer: Layer, part: str) -> _Region:
         """part: as `Narrowed.part` says."""
         with self._lock:
             found = self._regions.get(key)
             if found is None:
-                alike = (one for one in self.layers if self.kinds[one.number] == self.kinds[layer.number])
+                alike = (one for one in (self.towers.layers if layer.tower else self.layers) if self.kind(one) == self.kind(layer))
                 paths = tuple(one.path for one in alike if not part or self.narrowing is None or self.narrowing.place(one) == part)
-                found = self._regions[key] = _Region(self, paths, dynamic=self.dynamic)
+                found = self._regions[key] = _Region(self, paths, dynamic=self.dynamic, fullgraph=not layer.tower)
         return found
 
 
@@ -220,7 +228,12 @@ class _Region:
     """
 
     def __init__(
-        self, owner: RegionalModel, paths: tuple[str, ...], function: Callable[..., Any] | None = None, dynamic: bool | None = True
+        self,
+        owner: RegionalModel,
+        paths: tuple[str, ...],
+        function: Callable[..., Any] | None = None,
+        dynamic: bool | None = True,
+        fullgraph: bool = True,
     ):
         self.owner, self.paths = owner, paths
         shared = sequence.under_way()
@@ -228,7 +241,7 @@ class _Region:
         self.part = (
             Part(owner.part.heads) if shared is None else dataclasses.replace(owner.part, tokens=shared.regime, processes=shared.shard.size)
         )
-        self.run = torch_compat.compile_in_threads(_private(function or _run), backend=self._backend, dynamic=dynamic, fullgraph=True)
+        self.run = torch_compat.compile_in_threads(_private(function or _run), backend=self._backend, dynamic=dynamic, fullgraph=fullgraph)
         self._lock = threading.Lock()
         self._sizes: set[Any] = set()
 
@@ -351,13 +364,18 @@ class _Call:
     shows_rows: whether the caller gets what each layer gave, for all rows.
     narrowed: what lets some tokens go on alone; None where nothing does.
     packed: what packs a padded batch; None where nothing does.
+    tower_trouble: why towers run as they are in this call; None before one was asked.
+
+    Args:
+        find_images: says which of its tokens stand for images.
     """
 
-    def __init__(self, model: RegionalModel):
-        self.model = model
+    def __init__(self, model: RegionalModel, find_images: narrowing.FindImages):
+        self.model, self.find_images = model, find_images
         self.ran = self.compiled = self.shows_rows = False
         self.narrowed: Narrowed | None = None
         self.packed: PackedCall | None = None
+        self.tower_trouble: str | None = None
 
     def run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's result, its own hooks around it."""
@@ -369,16 +387,19 @@ class _Call:
                 args, kwargs = hook(module, args, kwargs) or (args, kwargs)
             elif (found := hook(module, args)) is not None:
                 args = found if isinstance(found, tuple) else (found,)
-        if layer.number == 0:
+        if layer.number == 0 and not layer.tower:
             self._begin(layer, args, kwargs)
-        if self.narrowed is not None:
+        if self.narrowed is not None and not layer.tower:
             args, kwargs = self.narrowed.enter(layer, args, kwargs)
-        result = self._run(layer, args, kwargs) if self.packed is None else self._run_packed(self.packed, layer, args, kwargs)
+        if layer.tower:
+            result = self._run_tower(layer, args, kwargs)
+        else:
+            result = self._run(layer, args, kwargs) if self.packed is None else self._run_packed(self.packed, layer, args, kwargs)
         for key, hook in module._forward_hooks.items():
             with_kwargs = key in module._forward_hooks_with_kwargs
             found = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
             result = result if found is None else found
-        return result if self.narrowed is None else self.narrowed.leave(layer, result)
+        return result if self.narrowed is None or layer.tower else self.narrowed.leave(layer, result)
 
     def _begin(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds what narrows or packs the call that begins with this layer."""
@@ -388,7 +409,7 @@ class _Call:
             return
         given = {name: value for name, value in given.items() if value is not hidden}
         if self.model.narrowing is not None:
-            self.narrowed = self.model.narrowing.begin(hidden, given, self.shows_rows)
+            self.narrowed = self.model.narrowing.begin(hidden, given, self.shows_rows, self.find_images)
         self.packed = self.model.packing.begin(hidden, given, self.shows_rows, self.narrowed is not None)
 
     def _run_packed(self, packed: PackedCall, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -399,6 +420,23 @@ class _Call:
             except NotShared as why:
                 packed.give_up(layer, str(why))
         return self._run(layer, *_made(args, kwargs))
+
+    def _run_tower(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a tower's layer, as it is where no region serves it."""
+        towers = self.model.towers
+        if self.tower_trouble is None:
+            self.tower_trouble = towers.trouble()
+        given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        if self.tower_trouble or not towers.serves(layer, given):
+            return _uncompiled(layer.module, args, kwargs)
+        ran = self.ran
+        try:
+            return self._through_region(layer, args, kwargs)
+        except NotShared as why:
+            towers.leave(layer, str(why))
+            return _uncompiled(layer.module, args, kwargs)
+        finally:
+            self.ran = ran
 
     def _run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -414,9 +452,9 @@ class _Call:
     def _through_region(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None = None) -> Any:
         """layout: where the call's tokens lie, if they are packed."""
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if type(hidden) is not Tensor or hidden.dim() != 3:
+        if type(hidden) is not Tensor or (hidden.dim() != 3 and not (layer.tower and hidden.dim() == 2)):
             raise NotShared("its layers are called in a form that is not known")
-        batch, query_len = hidden.shape[:2]
+        batch, query_len = hidden.shape[:2] if hidden.dim() == 3 else (1, hidden.shape[0])
         kwargs = {**dict(zip(layer.arguments[1:], args[1:], strict=False)), **kwargs}
         if len(args) > len(layer.arguments):
             raise NotShared("its layers are called in a form that is not known")
@@ -430,14 +468,15 @@ class _Call:
             cache = caches.layer_call(held_cache, layer.shadow.number, query_len if layout is None else layout.columns)
             key_len = cache.key_len
         postponed = {name: rest.pop(name) for name, value in kwargs.items() if isinstance(value, PostponedMask)}
-        if cache is not None and cache.key_len and narrowing.left_out(cache.layer):
-            postponed = {name: narrowing.own_mask(mask, cache.layer, query_len) for name, mask in postponed.items()}
-        observed = {} if self.narrowed is None else self.narrowed.observation(layer)
-        part = "" if self.narrowed is None else self.narrowed.part(layer)
-        held_by = cache.layer if cache is not None and layout is None else None
+        if cache is not None and cache.key_len and left_out.left_out(cache.layer):
+            postponed = {name: left_out.own_mask(mask, cache.layer, query_len) for name, mask in postponed.items()}
+        narrowed = None if layer.tower else self.narrowed
+        observed = {} if narrowed is None else narrowed.observation(layer)
+        part = "" if narrowed is None else narrowed.part(layer)
+        held_by = left_out.as_held(cache.layer) if cache is not None and layout is None else None
         planned = {name: masks.plan(mask.recipe, hidden, held_by) for name, mask in postponed.items()}
         key = (
-            self.model.kinds[layer.number],
+            self.model.kind(layer),
             names,
             tuple(map(_form, args)),
             tuple((name, _form(value)) for name, value in rest.items()),
@@ -456,12 +495,12 @@ class _Call:
             held = _Held.make(cache and cache.copy, names, {name: plan for name, (plan, _) in planned.items()}, region.paths[0])
             padding = {name: varying for name, (_, varying) in planned.items()}
             state = cache.varying if cache else {}
-            numbers = self.model.head_numbers(layer, hidden.device) if query_len > 1 else {}
+            numbers = self.model.head_numbers(layer, hidden.device) if query_len > 1 and not layer.tower else {}
             packing = {} if layout is None else layout.operands()
-            asked = (batch, query_len, key_len, layout and layout.is_token.shape)
-            result = region(asked, shadow, args, rest, held, state, padding, numbers, observed, packing)
-            if observed and self.narrowed is not None:
-                result, self.narrowed.mass = result
+            sizes = (batch, query_len, key_len, layout and layout.is_token.shape, texts(kwargs) if layer.tower else 0)
+            result = region(sizes, shadow, args, rest, held, state, padding, numbers, observed, packing)
+            if observed and narrowed is not None:
+                result, narrowed.mass = result
         except TorchDynamoException as error:
             if isinstance(error, BackendCompilerFailed):
                 raise
@@ -547,21 +586,10 @@ def _kinds(found: list[Layer], config: Config) -> list[int]:
     """For every layer the number of its kind: layers of one kind differ in their weights only, and rules and plan say the same of them."""
     saved = load_saved_plan(config.plan)
     known: dict[Any, int] = {}
-    kinds = [known.setdefault((layers.signature(layer.module), _asked(layer, config, saved)), len(known)) for layer in found]
+    kinds = [known.setdefault((layers.signature(layer.module), asked(layer, config, saved)), len(known)) for layer in found]
     if len(known) > MOST_KINDS:
         raise NotShared(f"its {len(found)} layers are of {len(known)} kinds")
     return kinds
-
-
-def _asked(layer: Layer, config: Config, saved: SavedPlan | None) -> Any:
-    """What rules and plan say about the sites that may lie in a layer."""
-    found = []
-    for name, _ in layer.module.named_modules() if config.rules else ():
-        path = f"{layer.path}.{name}" if name else layer.path
-        for site in (path, f"{path}.cache"):
-            found.append(tuple(frozenset(layer_patterns.numbers(rule.layers, site, layer_number(site))) for rule in config.rules))
-    measured = config.objective is not None or config.max_error is not None
-    return tuple(found), saved and saved.decisions_in(layer.path, measured)
 
 
 def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None, text: Shard | None = None) -> None:
@@ -580,7 +608,7 @@ def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None
             raise UnsupportedError(f"layers share no code: {why}", where="context parallelism") from None
         model._compiled_call_impl = WholeModel(whole, str(why))
         return
-    for layer in regional.layers:
+    for layer in (*regional.layers, *regional.towers.layers):
         layer.module._compiled_call_impl = Handover(layer)
     for module in long_rows.find_norms(model, regional.layers):
         module._compiled_call_impl = LongRows(module, config)

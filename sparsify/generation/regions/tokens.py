@@ -23,7 +23,7 @@ from sparsify.generation import compat
 from sparsify.generation.caches.filled import filled, stored_one
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.caches.sparse_cache import SparseCache
-from sparsify.generation.regions import caches, narrowing
+from sparsify.generation.regions import caches, left_out
 from sparsify.generation.regions.layers import Layer
 from sparsify.planning.config.config import Config
 
@@ -138,7 +138,7 @@ def _run(model: nn.Module, kwargs: dict[str, Any], cache: Any, told: Tensor | No
 
 def _serves(layer: Any) -> bool:
     """Whether a cache's layer holds a prompt, in buffers for which torch does not compile one by one."""
-    if not layer.is_initialized or narrowing.left_out(layer):
+    if not layer.is_initialized or left_out.left_out(layer):
         return False
     if isinstance(layer, SparseLayer):
         return layer.started and layer.shard is None
