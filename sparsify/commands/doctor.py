@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparsify import folders, releases
 from sparsify.commands import arguments, loading
 from sparsify.commands.exit_codes import DIFFERS, DONE
-from sparsify.errors import SparsifyError
+from sparsify.errors import CacheFolderError, SparsifyError
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +174,9 @@ def cache_folder() -> Check:
     except SparsifyError as error:
         return Check("cache folder", "fail", f"{error.where}: {error.what}", error.hint)
     except OSError as error:
-        return Check("cache folder", "fail", f"{folder}: {error.strerror}", "export SPARSIFY_CACHE_DIR=… to a folder that you can write")
+        above = next((one for one in folder.parents if one.exists() and not one.is_dir()), None)
+        why = error.strerror if above is None else f"{above} is a file"
+        return Check("cache folder", "fail", f"{folder}: {why}", "export SPARSIFY_CACHE_DIR=… to a folder that you can write")
     return Check("cache folder", "ok", str(folder))
 
 
@@ -186,6 +188,8 @@ def profile(device: torch.device) -> Check:
     name, remedy = f"costs on {device}", f"sparsify calibrate device --device {device.type}"
     try:
         profile_cache.load(profile_cache.identity(device.type, device.index))
+    except CacheFolderError as error:  # a new measurement would not be kept either
+        return Check(name, "fail", f"{error.where}: {error.what}", error.hint)
     except SparsifyError as error:
         return Check(name, "fail", str(error), remedy)
     found = hardware.describe(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from sparsify.commands.bench import command as bench
 from sparsify.commands.calibrate import command as calibrate
 from sparsify.commands.cost import command as cost
 from sparsify.commands.eval import command as evaluate
-from sparsify.commands.exit_codes import FAILED
+from sparsify.commands.exit_codes import DONE, FAILED, INTERRUPTED
 from sparsify.errors import SparsifyError
 
 
@@ -20,7 +21,17 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, one of `exit_codes`. words: of the command line; None: the process's own."""
     given = _parser().parse_args(words)
     try:
-        return given.run(given)
+        code = given.run(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `sparsify explain … | head`: who reads has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return DONE
+    except KeyboardInterrupt:
+        if given.debug:
+            raise
+        print("sparsify: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         if given.debug:
             raise

@@ -60,7 +60,7 @@ def test_releases_are_held_against_what_is_promised(monkeypatch, version, status
     assert (found.status, found.remedy) == (status, remedy)
 
 
-def test_a_cache_folder_that_others_can_write_is_told(tmp_path):
+def test_a_cache_folder_that_others_can_write_is_told(tmp_path, monkeypatch):
     assert doctor.cache_folder() == doctor.Check("cache folder", "ok", str(tmp_path / "cache"))
     (tmp_path / "cache").chmod(0o777)
     found = doctor.cache_folder()
@@ -68,6 +68,10 @@ def test_a_cache_folder_that_others_can_write_is_told(tmp_path):
     (tmp_path / "cache").rmdir()
     (tmp_path / "cache").write_text("")
     assert doctor.cache_folder().status == "fail"
+    # what would be measured could not be kept: the folder is what has to be mended
+    assert doctor.profile(CPU).remedy == doctor.cache_folder().remedy and "SPARSIFY_CACHE_DIR" in doctor.profile(CPU).remedy
+    monkeypatch.setenv("SPARSIFY_CACHE_DIR", str(tmp_path / "cache" / "deeper"))
+    assert doctor.cache_folder().found.endswith(f"{tmp_path / 'cache'} is a file")
 
 
 def test_a_configuration_that_cannot_be_read_is_told(tmp_path):

@@ -2,6 +2,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,42 @@ def test_completions_are_printed_where_shtab_is_installed(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert "doctor" in out and "--print-completion" in out and "_shtab_sparsify_explain___html_COMPGEN=_shtab_compgen_files" in out
+
+
+def test_fish_needs_no_package(capsys, monkeypatch):
+    """What `complete -C "sparsify "` offers in fish is what these lines say: checked by fish itself where it is installed."""
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--print-completion", "fish"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and all(line.startswith("complete -c sparsify ") for line in out.splitlines())
+    assert any("-a explain -d" in line and "not __fish_seen_subcommand_from explain" in line for line in out.splitlines())
+    (html,) = (line for line in out.splitlines() if "-l html " in line)
+    assert "'__fish_seen_subcommand_from explain'" in html and "-r -F" in html
+    if (fish := shutil.which("fish")) is None:
+        return
+
+    def offered(words):
+        asked = f"{out}\ncomplete -C '{words}'"
+        lines = subprocess.run(
+            [fish, "--no-config"], input=asked, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.splitlines()
+        return {line.split("\t")[0] for line in lines}
+
+    assert {"explain", "doctor", "calibrate"} <= offered("sparsify ")
+    assert {"--html", "--json"} <= offered("sparsify explain --") and "--html" not in offered("sparsify doctor --")
+    assert "device" in offered("sparsify calibrate ") and "device" not in offered("sparsify calibrate device ")
+    assert offered("sparsify calibrate device --device ") == {"cuda", "cpu"}
+
+
+@pytest.mark.parametrize(("error", "code", "told"), [(BrokenPipeError, 0, ""), (KeyboardInterrupt, 130, "sparsify: interrupted")])
+def test_readers_that_go_and_interruptions_are_no_failures(error, code, told):
+    thrown = f"doctor.examine = lambda given: (_ for _ in ()).throw({error.__name__}())"
+    program = f"import sys; from sparsify.commands import doctor, main; {thrown}; sys.exit(main.main(['doctor']))"
+    here = Path(cli.__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert [line for line in ended.stderr.splitlines() if " is newer than " not in line] == told.splitlines()
 
 
 def test_the_command_line_page_names_every_command():
