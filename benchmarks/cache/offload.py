@@ -11,7 +11,6 @@ results/decode.jsonl.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -76,20 +75,20 @@ def bus_bandwidth(options: argparse.Namespace) -> float | None:
 
 @torch.no_grad()
 def measure(model: Any, variant: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a token and bytes, after tokens that are stored chunk by chunk without a model."""
+    """Milliseconds a token of `generate()`'s second call and bytes, after tokens that are stored chunk by chunk without a model."""
     cache = _filled(model, variant, length, options)
-    token = torch.zeros(1, 1, dtype=torch.long, device=options.device)
-    times = []
-    for at in range(options.tokens + options.warmup):
+    ids = torch.zeros(1, length + 1, dtype=torch.long, device=options.device)
+    given: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    seconds = 0.0
+    for tokens in (options.warmup, options.tokens):
         if options.device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        position = torch.full_like(token, length + at)
-        token = model(token, position_ids=position, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
-        token.tolist()
-        times.append(time.perf_counter() - begin)
+        ids = model.generate(ids, max_new_tokens=tokens, **given, **with_cache(model, cache))
+        ids.tolist()
+        seconds = time.perf_counter() - begin
     own = {"cache_bytes": cache.kept_bytes(), "host_bytes": cache.host_bytes()} if isinstance(cache, SparseCache) else {}
-    return {"ms": 1e3 * statistics.median(times[options.warmup :]), "peak_bytes": peak_bytes(options.device), **own}
+    return {"ms": 1e3 * seconds / options.tokens, "peak_bytes": peak_bytes(options.device), **own}
 
 
 def _filled(model: Any, variant: str, length: int, options: argparse.Namespace) -> Any:
@@ -119,8 +118,8 @@ def _filled(model: Any, variant: str, length: int, options: argparse.Namespace) 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--warmup", type=int, default=8, help="tokens of the first call, which compiles")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -57,13 +57,13 @@ class Reading:
         return read.of(slots) * 2 * dim * dtype.itemsize + chosen * own
 
 
-def readings(shares: list[float], several: int) -> list[tuple[str, dict[str, Any], int]]:
+def readings(shares: list[float], several: int, sizes: Sequence[int] = (16,)) -> list[tuple[str, dict[str, Any], int]]:
     """Name, options of the layer, tokens of a call."""
     stored: list[tuple[str, dict[str, Any]]] = [("16 bits", {}), ("fp8", {"codes": "fp8"}), ("int4", {"codes": "int4"})]
     found = [(name, how, 1) for name, how in stored]
-    for share in shares:
-        pages = {"read": Pages(share=share)}
-        found += [(f"pages {share:g}" if not how else f"{name} pages {share:g}", how | pages, 1) for name, how in stored]
+    for size, share in itertools.product(sizes, shares):
+        pages, said = {"read": Pages(size=size, share=share)}, f"pages {share:g}" + (f" of {size}" if size != Pages().size else "")
+        found += [(said if not how else f"{name} {said}", how | pages, 1) for name, how in stored]
     return found + [(f"{name}, {several} tokens at once", how, several) for name, how in stored if several > 1]
 
 
@@ -101,7 +101,7 @@ def measure(case: Case, options: argparse.Namespace) -> None:
     many = tuple(t.expand(-1, -1, options.several, -1).contiguous() + 0.1 * torch.randn_like(t) for t in one)
     size = 2 * case.batch * heads * case.capacity * dim * dtype.itemsize
     count = max(2, min(8, _LAYER_BYTES // size)) if clock.cuda else 2
-    for name, how, tokens in readings(options.shares, options.several):
+    for name, how, tokens in readings(options.shares, options.several, options.sizes):
         call_token = one if tokens == 1 else many
         try:
             made = [filled(case, shape, options.device, dtype, how) for _ in range(count)]
@@ -136,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     usual = [Case(1, 131072, False), Case(8, 131072, False)]
     parser.add_argument("--calls", type=Case.parse, nargs="+", default=usual, help="batch x length")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05], help="of the pages")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32], help="slots of a page")
     parser.add_argument("--several", type=int, default=512, help="tokens at once; 1: no such calls")
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
