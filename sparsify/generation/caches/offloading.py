@@ -2,7 +2,8 @@
 
 Two places on the device serve all layers in turn: a layer's `keys` and `values` are views of one of them, whose contents are the layer's
 only between `bring` and `put_back`. The other place receives those of the next layer on a stream of its own. What a call has written is
-copied back: the slots of new tokens, or everything where a policy has moved them. Positions, counts and bounds stay on the device.
+copied back: the slots of new tokens, or everything where a policy has moved them. Positions, counts and bounds stay on the device, and of
+keys and values in few bits the scales and the tokens that lie as they came: what is copied back then are groups that became codes.
 
 On a CPU the same copies are made, one after the other.
 """
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparsify.ops.quantised import GROUP
 
 # a `layer.SparseLayer`, whose module uses this one
 SparseLayer = Any
@@ -165,6 +168,12 @@ class Offloader:
         """Slots that a call of so many tokens may have written, as ranges."""
         capacity, (low, high) = layer.keys.shape[2], before
         pinned = layer.layout.pinned
+        if layer.codes and tokens == 1 and high - low < _FEW:
+            return _closed(low, high, capacity, pinned)
+        if layer.codes and layer.grows and tokens:
+            return [(min(low // GROUP * GROUP, capacity - 1), min(layer.rest.high, capacity))]
+        if layer.codes:
+            return [(0, capacity)]
         if (layer.grows and tokens) or (pinned < 0 and tokens == 1):  # slot n holds token n
             return [(min(low, capacity - 1), min(layer.rest.high, capacity))]
         if tokens == 1 and pinned >= 0 and high - low < _FEW:
@@ -191,6 +200,17 @@ def _ends(layer: SparseLayer) -> tuple[int, int]:
         return 0, 0
     low, high = (int(end) for end in layer.counts.aminmax())
     return low, min(high, layer.keys.shape[2]) if layer.grows else high
+
+
+def _closed(low: int, high: int, capacity: int, pinned: int) -> list[tuple[int, int]]:
+    """Groups of slots that may have become codes when a token was stored in heads that held `low` to `high` tokens: those whose last slot
+    was taken by the token before."""
+    found: set[int] = set()
+    for count in range(max(low - 1, 0), high):
+        slot = min(count, capacity - 1) if pinned < 0 or count < pinned else pinned + (count - pinned) % max(capacity - pinned, 1)
+        if slot % GROUP == GROUP - 1 or slot == capacity - 1:
+            found.add(slot // GROUP)
+    return [(group * GROUP, min((group + 1) * GROUP, capacity)) for group in sorted(found)]
 
 
 def _copy(to: Tensor, source: Tensor, first: int, end: int) -> None:

@@ -97,7 +97,7 @@ class SparseCache(Cache):
         drafts = drafting.checked(draft, draft_tokens, policy, dtype, pages)
         if drafts is not None:
             pages = drafting.exact(drafts)
-        _check_offloading(offloading, policy, dtype, drafts)
+        _check_offloading(offloading, policy, drafts)
         every = _checked_every(every, policy, budget)
         codes = _checked_codes(dtype)
         _check_divided(config, policy)
@@ -483,11 +483,10 @@ def _checked_read(read: str | Pages | None) -> Pages | None:
     return Pages()
 
 
-def _check_offloading(offloading: bool, policy: Policy, dtype: torch.dtype | str | None, draft: Pages | None) -> None:
+def _check_offloading(offloading: bool, policy: Policy, draft: Pages | None) -> None:
     """Raises UnsupportedError for what does not go together with keys in the host's memory."""
     reasons = {
         f"{policy.name} packs slots by head, which are moved by head": policy.by_head,
-        f"keys in {dtype} change a group of slots at a time": isinstance(dtype, str),
         "every drafted token would bring all keys to the device": draft is not None,
     }
     for reason, applies in reasons.items():

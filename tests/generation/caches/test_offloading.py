@@ -11,6 +11,7 @@ import torch
 import sparsify
 import tests.support.cache_reference as reference
 from sparsify import Pages, SparseCache
+from sparsify.backends.cache import quantised_reference
 from sparsify.errors import UnsupportedError
 from sparsify.generation import generate
 from sparsify.generation.caches import offloading
@@ -48,7 +49,7 @@ def spoil(cache):
     """What lies in the two places between calls counts for nothing."""
     for place in cache.offloader.places:
         for tensor in place.values():
-            tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0x7F)
     cache.offloader.resident = [None, None]
 
 
@@ -81,6 +82,47 @@ def test_logits_are_those_of_a_cache_on_the_device(llama, name, padded):
         torch.testing.assert_close(got[real], want[real], **CLOSE)
 
 
+# groups of 64 slots become codes one token after the other, within several at once, behind a selection, and in a ring that goes round
+LONG = [58, *[1] * 8, 40, *[1] * 4, 3, *[1] * 70]
+IN_CODES = {
+    "full": ("full", 256, {}),
+    "full that grows": ("full", 70, {}),
+    "full by pages": ("full", 256, {"read": Pages(size=8, count=1, sinks=1, recent=2)}),
+    "a ring": ("streaming_llm", None, {"sinks": 3, "window": 67}),
+    "a ring by pages": ("streaming_llm", None, {"sinks": 3, "window": 67, "read": Pages(size=16, count=1, sinks=1, recent=2)}),
+    "snapkv": ("snapkv", 100, {"window": 6}),
+    "a share": ("knorm", 0.9, {"recent": 3}),
+    "h2o, selecting": ("h2o", 70, {"every": 50}),
+    "pyramidkv": ("pyramidkv", 90, {"beta": 2, "options": {"window": 6}}),
+}
+
+
+@pytest.mark.parametrize("codes", ["fp8", "int4"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", IN_CODES)
+@pytest.mark.samples(3)
+def test_codes_are_those_of_a_cache_on_the_device(name, padded, codes):
+    model, ids, mask = build("llama", layers=3), text(2, sum(LONG)), None
+    if padded:
+        mask = left_padded([sum(LONG), sum(LONG) - 19])
+        mask[0, [38, 60, 64, 125]] = 0
+    policy, budget, options = IN_CODES[name]
+    plain, cache = (SparseCache(model.config, policy, budget, dtype=codes, **options, offloading=kept) for kept in (False, True))
+    want = go_on(model, plain, ids, mask, LONG)
+    for _ in range(2):
+        cache.reset()
+        got = go_on(model, cache, ids, mask, LONG, between=spoil)
+        real = slice(None) if mask is None else mask.bool()
+        torch.testing.assert_close(got[real], want[real], **CLOSE)
+    for one, other in zip(cache.layers, plain.layers, strict=True):
+        held = other.positions >= 0
+        assert (one.counts > 64).all() and torch.equal(one.positions, other.positions) and torch.equal(one.staged, other.staged)
+        for name in ("keys", "values"):
+            assert one.at_rest(name).dtype == torch.uint8
+            lies = quantised_reference.lies_as_it_came(other, torch.arange(held.shape[2]).expand_as(held))
+            assert torch.equal(one.at_rest(name)[held & ~lies], getattr(other, name)[held & ~lies])
+
+
 def test_layers_with_windows_of_the_model_stay(llama):
     model, ids = build("gemma3", layers=4), text(1, 60)
     cache = SparseCache(model.config, "full", 128, offloading=True)
@@ -103,12 +145,9 @@ def test_two_layers_of_memory(llama):
     assert len({layer.keys.data_ptr() for layer in cache.layers}) == 2
 
 
-def test_a_token_moves_what_is_filled_there_and_one_slot_back(monkeypatch):
-    """Each layer's filled slots come once, while the layer before computes, and no more than new tokens go back."""
-    model = build("llama", layers=4)
-    cache, order = SparseCache(model.config, "full", 128, offloading=True), []
-    go_on(model, cache, text(1, 60), cuts=[30])
-    original, places = offloading._copy, {}
+def copies(cache, monkeypatch):
+    """Where what is copied goes to, and how many slots."""
+    order, original, places = [], offloading._copy, {}
     for place in cache.offloader.places:
         places |= {tensor.data_ptr(): "device" for tensor in place.values()}
 
@@ -117,6 +156,30 @@ def test_a_token_moves_what_is_filled_there_and_one_slot_back(monkeypatch):
         original(to, source, first, end)
 
     monkeypatch.setattr(offloading, "_copy", spy)
+    return order
+
+
+@pytest.mark.parametrize("codes", ["fp8", "int4"])
+def test_a_token_moves_codes_back_when_its_group_is_full(codes, monkeypatch):
+    model = build("llama", layers=2)
+    cache = SparseCache(model.config, "full", 128, dtype=codes, offloading=True)
+    go_on(model, cache, text(1, 60), cuts=[60])
+    order = copies(cache, monkeypatch)
+    back = []
+    for _ in range(8):
+        order.clear()
+        go_on(model, cache, text(1, 80), cuts=[1])
+        back.append([count for to, count in order if to == "host"])
+    # of two layers keys and values; the group is closed by the token behind it
+    assert back == [[], [], [], [], [64] * 4, [], [], []]
+
+
+def test_a_token_moves_what_is_filled_there_and_one_slot_back(monkeypatch):
+    """Each layer's filled slots come once, while the layer before computes, and no more than new tokens go back."""
+    model = build("llama", layers=4)
+    cache = SparseCache(model.config, "full", 128, offloading=True)
+    go_on(model, cache, text(1, 60), cuts=[30])
+    order = copies(cache, monkeypatch)
     for _ in range(2):
         order.clear()
         filled = cache.get_seq_length()
@@ -127,13 +190,16 @@ def test_a_token_moves_what_is_filled_there_and_one_slot_back(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("codes", [None, "fp8", "int4"])
 @pytest.mark.parametrize("name", ["full", "snapkv"])
-def test_what_moves_between_calls(llama, name, tmp_path):
-    ids, more = text(3, 60), text(3, 80, seed=1)
+@pytest.mark.samples(3)
+def test_what_moves_between_calls(llama, name, codes, tmp_path):
+    longer = 40 if codes else 0
+    ids, more = text(3, 60 + longer), text(3, 80 + longer, seed=1)
 
     def filled(**how):
-        cache = make(llama, name, **how)
-        go_on(llama, cache, ids, cuts=[30, 1, 1])
+        cache = make(llama, name, dtype=codes, **how)
+        go_on(llama, cache, ids, cuts=[30 + longer, 1, 1])
         if how:
             spoil(cache)
         return cache
@@ -219,7 +285,6 @@ def test_regions(llama, name):
 def test_what_is_refused(llama):
     refused = {
         "packs slots": {"policy": "adakv", "budget": 16, "every": 4, "options": {"window": 4}},
-        "group of slots": {"policy": "full", "dtype": "fp8"},
         "drafted token": {"policy": "full", "draft": "pages"},
     }
     for match, how in refused.items():
