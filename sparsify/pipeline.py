@@ -24,9 +24,9 @@ from sparsify.distributed.shards import Shard
 from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.graph import module_paths, unforeseen
 from sparsify.masks.symbolic import find_shape_env
-from sparsify.matching import beside, stream
+from sparsify.matching import beside, stream, token
 from sparsify.matching.attention import find_attention
-from sparsify.matching.base import Site, SiteKind
+from sparsify.matching.base import PlanKind, Site, SiteKind
 from sparsify.matching.cache import find_cache, made_inside
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.matching.sites import AttentionSite
@@ -139,7 +139,7 @@ def compile_graph(
                 if (saved := load_saved_plan(config.plan)) is not None:
                     plan = saved.recalled(plan)
             else:
-                _refuse_streams(plan, config)
+                _refuse_between(plan, config)
             unmatched.warn(gm, plan, config, compilation, ends=not serves)
     except Exception as error:
         if config.strict or part.sequence:  # the graph as it was would see a part of the text
@@ -174,24 +174,31 @@ def compile_graph(
     return Assumed(check, assumption.places, served, pristine, again)
 
 
-def _refuse_streams(plan: Plan, config: Config) -> None:
+# kinds of sites between layers: why a whole graph has none, and what a plan records of one of which nothing is known
+_BETWEEN: dict[PlanKind, tuple[str, Callable[[], dict[str, str]]]] = {
+    "stream": ("within which the number of rows does not change", stream.sizes),
+    "token": ("which runs all of them", token.sizes),
+}
+
+
+def _refuse_between(plan: Plan, config: Config) -> None:
     """Says in the plan of a prompt's whole graph that no method acts between its layers.
 
     Raises:
         UnsupportedError: under `strict`.
     """
-    reason, hint = "layers are captured in one graph, within which the number of rows does not change", "use sparsify.compile(model)"
-    asked = {name: method for name, method in named_methods(config).items() if "stream" in method.kinds and not config.exact}
-    if not any(decision.kind == "attention" and decision.phase == "prefill" for decision in plan.decisions):
+    if config.exact or not any(decision.kind == "attention" and decision.phase == "prefill" for decision in plan.decisions):
         return
-    for name in asked:
-        if config.strict:
-            raise UnsupportedError(reason, where=name, hint=hint)
-        refusal = f"{name}: {reason} ({hint})"
-        log.warning("%s", refusal)
-        plan.decisions.append(
-            Decision("", None, "prefill", stream.sizes(), "", None, reason="no method acts", refusals=[refusal], kind="stream")
-        )
+    for kind, (what, unknown) in _BETWEEN.items():
+        reason, hint = f"layers are captured in one graph, {what}", "use sparsify.compile(model)"
+        for name in (name for name, method in named_methods(config).items() if kind in method.kinds):
+            if config.strict:
+                raise UnsupportedError(reason, where=name, hint=hint)
+            refusal = f"{name}: {reason} ({hint})"
+            log.warning("%s", refusal)
+            plan.decisions.append(
+                Decision("", None, "prefill", unknown(), "", None, reason="no method acts", refusals=[refusal], kind=kind)
+            )
 
 
 def _name(site: Site) -> tuple[SiteKind, str, int | None]:

@@ -124,6 +124,7 @@ class _Request:
         bound.apply_defaults()
         given = bound.arguments
         config, model_kwargs, cache = given["generation_config"], given["model_kwargs"], given["model_kwargs"].get(compat.CACHE_NAME)
+        bypass = regional.bypass_of(self.model)
         reason = call.refusal(self.model, config, model_kwargs) or step_caches.refusal(cache, self.model)
         if not reason and given["synced_gpus"]:
             reason = "several processes decode in step"
@@ -133,6 +134,8 @@ class _Request:
             reason = "no length is set"
         if reason:
             log.info("generate() runs transformers' loop because %s", reason)
+            if bypass is not None:
+                bypass.refuse_loop(reason)
             return original(self.model, input_ids, *args, **kwargs)
         users = cache is not self.borrowed and getattr(cache, "_is_user_defined", False)
         make_runner = self.decoder.runner
@@ -148,6 +151,7 @@ class _Request:
             make_runner=make_runner,
             sessions=self.decoder.sessions.setdefault(cache, Sessions()),
             shown=self.decoder.shown,
+            bypass=bypass,
         )
 
     def finish(self, alone: bool) -> None:

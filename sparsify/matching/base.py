@@ -17,8 +17,8 @@ from sparsify.masks.predicate import MaskPredicate
 from sparsify.matching.layouts import IN_ORDER, Layouts, length_dim
 
 Phase = Literal["prefill", "chunk", "decode"]
-SiteKind = Literal["attention", "cache", "ffn", "stream", "batch"]
-PlanKind = Literal["attention", "ffn", "stream", "batch"]
+SiteKind = Literal["attention", "cache", "ffn", "stream", "batch", "token"]
+PlanKind = Literal["attention", "ffn", "stream", "batch", "token"]
 StrideOrder = Literal["bhqd", "bqhd", "other"]
 
 CACHE_SUFFIX = ".cache"  # of the names of a SparseCache's sites, behind their attention's path

@@ -18,7 +18,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 class Place(NamedTuple):
     """Which site of a graph: several may have one path, as tied layers, or two attentions of one module.
 
-    kind: "attention", "ffn", "stream" or "batch".
+    kind: "attention", "ffn", "stream", "batch" or "token".
     name: the site's path.
     ordinal: its place among the `count` sites of this kind and path, from 0.
     """

@@ -36,6 +36,7 @@ from sparsify.matching.layouts import length_dim
 from sparsify.matching.padded import PaddedSite
 from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
 from sparsify.matching.stream import StreamSite
+from sparsify.matching.token import TokenSite
 from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
 from sparsify.rewriting.last_rows import with_last_rows
 
@@ -61,6 +62,7 @@ __all__ = [
     "Site",
     "SiteKind",
     "StreamSite",
+    "TokenSite",
     "UnsupportedError",
     "Work",
     "attention_call",
@@ -176,8 +178,9 @@ class Pass(BaseModel):
     name: by which configuration and plans know it.
     lossy: whether it changes results; then it acts only where configuration or a plan enables it.
     kinds: of sites that it is asked about: "attention", "cache" (a SparseCache's layer), "ffn", "stream" (the rows behind a layer, for
-        which a method has `choose` and no `rewrite`, as `sparsify.passes.token_select` shows it), or "batch" (a padded batch in front of
-        all layers: no `rewrite` either, as `sparsify.passes.unpad` shows it).
+        which a method has `choose` and no `rewrite`, as `sparsify.passes.token_select` shows it), "batch" (a padded batch in front of
+        all layers: no `rewrite` either, as `sparsify.passes.unpad` shows it), or "token" (the layers of a generated token, for which a
+        method has `bypassed`, as `sparsify.passes.skip_layers` shows it).
     across_layers: whether what it does at a site depends on the model's other layers: they are captured in one graph.
     by_head: options that may hold a number for each query head.
     lists_blocks: whether its attention goes by block lists, which are observed where a tool asks.

@@ -103,6 +103,10 @@ def _batch_sizes(s: Mapping[str, str]) -> str:
     return f"{s['batch']}·{s['columns']}→{s['rows']}·{s['length']} tokens, {s['layers']} layers"
 
 
+def _token_sizes(s: Mapping[str, str]) -> str:
+    return f"{s['batch']}·1×{s['keys']}, {s['layers']} layers, {s['bypassed']} bypassed"
+
+
 def sizes_text(decision: Decision) -> str:
     """The numbers that a site's cost depends on, in one word."""
     return _SIZES[decision.kind](decision.sizes)
@@ -113,6 +117,7 @@ _SIZES: dict[PlanKind, Callable[[Mapping[str, str]], str]] = {
     "ffn": _feed_forward_sizes,
     "stream": _stream_sizes,
     "batch": _batch_sizes,
+    "token": _token_sizes,
 }
 # what sites of each kind are called together
 SITES: dict[PlanKind, str] = {
@@ -120,6 +125,7 @@ SITES: dict[PlanKind, str] = {
     "ffn": "feed-forward blocks",
     "stream": "residual streams",
     "batch": "padded batches",
+    "token": "generated tokens",
 }
 
 

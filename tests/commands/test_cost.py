@@ -321,3 +321,16 @@ def test_tokens_that_go_on_behind_a_layer(llama, of_8b):
     assert [(g.what, g.layers, g.sees) for g in chosen.groups if g.what == "stream"] == [("stream", (12,), "8192 tokens behind it")]
     same = forecaster(llama, passes=["token_select", "dense"], token_select={"layer": 12, "heads": "all", "keep": 1.0})
     assert same.forecast((131072,)).rows[0].chosen.prefill == row.dense.prefill
+
+
+@pytest.mark.slow
+def test_layers_that_tokens_bypass(llama, of_8b):
+    """A quarter of 30 layers, rounded, is read by no token at the schedule's end; prompts run all of them."""
+    asked = forecaster(llama, passes=["skip_layers", "dense"], skip_layers={"first": 1, "last": 1, "most": 0.25})
+    (row,) = asked.forecast((131072,)).rows
+    dense, chosen = row.dense, row.chosen
+    for part in ("attention", "feed_forward", "projections", "elementwise"):
+        assert getattr(chosen.decode, part) == pytest.approx(getattr(dense.decode, part) * 24 / 32, rel=1e-3)
+    assert chosen.decode.head == dense.decode.head
+    assert chosen.prefill == dense.prefill
+    assert [(g.phase, g.layers) for g in chosen.groups if g.what == "token"] == [("decode", tuple(range(1, 9)))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,10 +20,11 @@ from sparsify.commands.cost.records import DECODE, PREFILL, Crossover, Forecast,
 from sparsify.costs import work
 from sparsify.costs.links import ALONE, Sharing
 from sparsify.costs.seconds import SMALL_KERNELS, STEP_LAUNCHES, attention_seconds, linear_seconds, seconds
-from sparsify.generation.regions import narrowing
+from sparsify.generation.regions import bypass, narrowing
 from sparsify.matching.base import Site, SiteKind
 from sparsify.matching.sites import CacheSite
 from sparsify.matching.stream import StreamSite
+from sparsify.matching.token import TokenSite
 from sparsify.ops.limits import cdiv
 from sparsify.planning.choose import acts_on, make_plan
 from sparsify.planning.config.config import Config
@@ -180,7 +181,12 @@ class Forecaster:
         groups = (*grouped(PREFILL, prefill, length, self.context), *grouped(DECODE, decode, length + 1, self.context))
         if narrowed is not None:
             groups = (*groups, narrowed.group)
-        times = self._seconds(prefill, length, length, narrowed), self._seconds(decode, 1, length + 1, narrowed)
+        if (skipping := self._bypassed(calls.decode, length, config)) is not None:
+            groups = (*groups, skipping)
+            gone = {*skipping.layers}
+            decode = [(site, decision) for site, decision in decode if site.layer not in gone]
+        bypassed = () if skipping is None else skipping.layers
+        times = self._seconds(prefill, length, length, narrowed), self._seconds(decode, 1, length + 1, narrowed, bypassed)
         return Side(*times, memory, groups, exchanged.sent(self._attentions(prefill), self.sharing, self._stream_bytes(length)))
 
     def _narrowed(self, call: CallSites, length: int, config: Config) -> Narrowed | None:
@@ -200,8 +206,21 @@ class Forecaster:
         group = Group(PREFILL, "stream", (method.layer,), f"{kept} tokens behind it", method.name, proposal.note)
         return Narrowed(method.layer, kept, float(proposal.seconds), group)
 
-    def _seconds(self, decided: Decided, tokens: int, keys: int, narrowed: Narrowed | None = None) -> Seconds:
-        """tokens, keys: of a row in layers that have all of them."""
+    def _bypassed(self, call: CallSites, length: int, config: Config) -> Group | None:
+        """The layers that generated tokens bypass at their schedule's end; None where they run all of them."""
+        site = next((one for one in call.attention or call.cache if one.layer == 0), None)
+        method: Any = None if site is None else bypass.asked(config, load_saved_plan(config.plan), site.name.partition(".0.")[0])
+        if site is None or method is None:
+            return None
+        sizes = dataclasses.replace(site.sizes, query_len=1, key_len=length + 1, dtype=self.model.dtype)
+        proposal = method.propose(TokenSite(site.name, sizes, tuple(one.matrices for one in self.model.layers)), self.context)
+        end = method.bypassed(method.warmup + method.length, len(self.model.layers))
+        if not isinstance(proposal, Proposal) or narrowing.counting_places(self.model.config, end):
+            return None
+        return Group(DECODE, "token", tuple(end), "bypassed", method.name, proposal.note)
+
+    def _seconds(self, decided: Decided, tokens: int, keys: int, narrowed: Narrowed | None = None, bypassed: Sequence[int] = ()) -> Seconds:
+        """tokens, keys: of a row in layers that have all of them. bypassed: layers that do not run."""
         attention = 0.0 if narrowed is None or tokens == 1 else narrowed.seconds
         cache = feed_forward = other = elementwise = 0.0
         blocks_of: dict[int | None, list[Decision]] = {}  # several feed-forward blocks may lie in one layer
@@ -216,6 +235,8 @@ class Forecaster:
                 cache += self._shared(self._store(site))
                 attention += 0.0 if site.layer in attended else self._shared(self._windowed(site))
         for layer, weights in enumerate(self.model.layers):
+            if layer in bypassed:
+                continue
             gone = 0 if narrowed is None or layer <= narrowed.layer else keys - (tokens == 1) - narrowed.kept
             here = tokens if tokens == 1 else cdiv(tokens - gone, self.sharing.cp)
             rows = self.batch * here

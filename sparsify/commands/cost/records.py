@@ -58,7 +58,7 @@ class Group:
     """Layers at which the same is done for the same reasons.
 
     phase: "prefill" or "decode".
-    what: "attention", "cache", "ffn", or "stream": the tokens behind a layer.
+    what: "attention", "cache", "ffn", "stream": the tokens behind a layer, or "token": layers that generated tokens bypass.
     layers: their numbers.
     sees: what tells their attention from other layers'.
     choice: the method, in one word or two.

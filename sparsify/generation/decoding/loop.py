@@ -23,10 +23,11 @@ from sparsify.generation.decoding import processors
 from sparsify.generation.decoding.call import Call
 from sparsify.generation.decoding.draft_lengths import DraftLength
 from sparsify.generation.decoding.drafts import Drafts
-from sparsify.generation.decoding.runner import Direct, drawing
+from sparsify.generation.decoding.runner import Direct, Separate, drawing
 from sparsify.generation.decoding.sessions import MakeRunner, Sessions
 from sparsify.generation.decoding.step_caches import StepCache, step_cache
 from sparsify.generation.decoding.stopping import LateWatch, Watch
+from sparsify.generation.regions.bypass import Bypass, Schedule, bypassed
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def decode(
     make_runner: MakeRunner = lambda function, failed: Direct(function),
     sessions: Sessions | None = None,
     shown: bool = False,
+    bypass: Bypass | None = None,
 ) -> Any:
     """As `GenerationMixin._sample`, for calls that neither `call.refusal` nor `step_caches.refusal` refuses.
 
@@ -58,6 +60,7 @@ def decode(
         make_runner: makes what runs the steps, from the step and from what to do when recording it failed.
         sessions: those over this very cache from earlier calls; new ones are added.
         shown: show a line on the terminal while a long prompt is read.
+        bypass: lets tokens bypass layers; None: they run all of them.
 
     Returns:
         int64 [rows, tokens], or what `generate(return_dict_in_generate=True)` returns.
@@ -69,9 +72,13 @@ def decode(
         cache.reserve(_room(call))
         one_token = _lacks_one_token(call, cache)
         logits = None if one_token else _read_prompt(model, call, cache)
+        schedule = None if bypass is None else bypass.schedule(call.cache, call.drafts)
         late = late and not call.drafts and (private or not call.criteria.by_content) and call.criteria.others is None
+        if bypass is not None:
+            alone = make_runner
+            make_runner = lambda function, failed: Separate(lambda: alone(function, failed), bypassed)
         kind = _Drafting if call.drafts else _Generation
-        generation = kind(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch)
+        generation = kind(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch, schedule)
         with model._optimize_model_for_decode() if one_token else contextlib.nullcontext():
             generation.begin(logits)
         generation.run(reading)
@@ -115,7 +122,17 @@ class _Generation:
         logits, scores: of the last token, before and after the processors, fp32 [rows, vocabulary].
     """
 
-    def __init__(self, model: Any, call: Call, cache: StepCache, sessions: Sessions, make_runner: MakeRunner, watch: type[Watch]):
+    def __init__(
+        self,
+        model: Any,
+        call: Call,
+        cache: StepCache,
+        sessions: Sessions,
+        make_runner: MakeRunner,
+        watch: type[Watch],
+        schedule: Schedule | None = None,
+    ):
+        self.schedule = schedule
         self.model, self.call, self.sessions = model, call, sessions
         self.step, self.runner, self.cache, self.drafts = sessions.session(model, cache, call, make_runner)
         self.length, self.stored = call.prompt_len, call.columns
@@ -158,6 +175,8 @@ class _Generation:
     def finish(self) -> Any:
         """What `generate()` returns."""
         self.cache.finish()
+        if self.schedule is not None:
+            self.schedule.finish()
         if self.call.streamer is not None:
             self.call.streamer.end()
         sequences = self.step.sequences[:, : self.length].clone()
@@ -187,7 +206,12 @@ class _Generation:
         if self.stored == self.limit:
             self._make_room()
         self.draws.mark()
-        self.runner()
+        if self.schedule is None:
+            self.runner()
+        else:
+            with self.schedule.next():
+                self.runner()
+            self.schedule.stored()
         self.stored += 1
         step = self.step
         if step.parts is None:

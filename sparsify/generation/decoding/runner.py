@@ -53,6 +53,28 @@ class Direct:
         """Nothing was recorded."""
 
 
+class Separate:
+    """A runner for each value of a key, which is asked before every call: what a function does differs by it.
+
+    make: makes a runner.
+    """
+
+    def __init__(self, make: Callable[[], Runner], key: Callable[[], object]):
+        self._make, self._key = make, key
+        self._runners: dict[object, Runner] = {key(): make()}
+        self.keeps = self._runners[key()].keeps
+
+    def __call__(self) -> None:
+        key = self._key()
+        if key not in self._runners:
+            self._runners[key] = self._make()
+        self._runners[key]()
+
+    def forget(self) -> None:
+        for runner in self._runners.values():
+            runner.forget()
+
+
 class Recorder(Protocol):
     """Records a function's work without doing it, and does it again."""
 

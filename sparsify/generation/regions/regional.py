@@ -26,7 +26,7 @@ from sparsify.distributed import agreement, sequence
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.regions import caches, images, layers, left_out, long_rows, masks, narrowing, tensor_parallel, tokens
+from sparsify.generation.regions import bypass, caches, images, layers, left_out, long_rows, masks, narrowing, tensor_parallel, tokens
 from sparsify.generation.regions.caches import LayerView
 from sparsify.generation.regions.context_parallel import DividedCalls
 from sparsify.generation.regions.layers import Layer, NotShared
@@ -107,11 +107,13 @@ class RegionalModel:
             tensor_parallel.prepare_sums(self.part.heads, next(model.parameters()).device, config)
         self.narrowing = Narrowing(model, self.layers, config, chosen[0], chosen[1:], self.part.heads) if chosen else None
         self.packing = Packing(model, self.layers, self.kinds, config, self._saved, self.part)
+        skipping = bypass.asked(config, self._saved, self.layers[0].path.rpartition(".")[0])
+        self.bypass = None if skipping is None or text is not None else bypass.Bypass(model, self.layers, config, skipping)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
         self.divided = None if text is None else DividedCalls(model, text)
         self.tokens = None
-        if self.narrowing is None and text is None and self.part == WHOLE and tokens.pays(self.layers, config):
+        if self.narrowing is None and self.bypass is None and text is None and self.part == WHOLE and tokens.pays(self.layers, config):
             self.tokens = tokens.Tokens(model, self.layers, lambda function: _Region(self, (), function, dynamic=None))
         self.reason = ""  # why no call is served by regions any more
         self._regions: dict[Any, _Region] = {}
@@ -376,10 +378,13 @@ class _Call:
         self.narrowed: Narrowed | None = None
         self.packed: PackedCall | None = None
         self.tower_trouble: str | None = None
+        self._before: Any = None  # the result of the layer before
 
     def run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's result, its own hooks around it."""
         module = layer.module
+        if layer.number in bypass.bypassed() and not layer.tower:
+            return bypass.handed_on(args[0] if args else kwargs["hidden_states"], self._before)
         if module._forward_pre_hooks or module._forward_hooks:
             args, kwargs = _made(args, kwargs)
         for key, hook in module._forward_pre_hooks.items():
@@ -399,7 +404,12 @@ class _Call:
             with_kwargs = key in module._forward_hooks_with_kwargs
             found = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
             result = result if found is None else found
-        return result if self.narrowed is None or layer.tower else self.narrowed.leave(layer, result)
+        if layer.tower:
+            return result
+        if layer.number == 0 and self.model.bypass is not None:
+            self.model.bypass.look_at_result(result)
+        self._before = result if self.narrowed is None else self.narrowed.leave(layer, result)
+        return self._before
 
     def _begin(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds what narrows or packs the call that begins with this layer."""
@@ -408,6 +418,8 @@ class _Call:
         if type(hidden) is not Tensor or hidden.dim() != 3:
             return
         given = {name: value for name, value in given.items() if value is not hidden}
+        if self.model.bypass is not None and hidden.shape[1] > 1:
+            self.model.bypass.look(hidden, given)
         if self.model.narrowing is not None:
             self.narrowed = self.model.narrowing.begin(hidden, given, self.shows_rows, self.find_images)
         self.packed = self.model.packing.begin(hidden, given, self.shows_rows, self.narrowed is not None)
@@ -620,6 +632,12 @@ def remove(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part._compiled_call_impl, Handover | LongRows | RegionalModel | WholeModel):
             part._compiled_call_impl = None
+
+
+def bypass_of(model: Any) -> bypass.Bypass | None:
+    """How a compiled model's generated tokens bypass layers; None where they run all of them."""
+    own = getattr(model, "_compiled_call_impl", None)
+    return own.bypass if isinstance(own, RegionalModel) else None
 
 
 def shares_prompts(model: Any) -> Shard | None:

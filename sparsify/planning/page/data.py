@@ -22,7 +22,14 @@ _SIDES = (SIDE, 48, 32, 24, 16, 12, 8)
 _LEVELS = "0123456789abcdef"
 NOTHING = "."  # a cell where no block is possible
 
-KINDS = {"attention": "attention", "cache": "cache", "ffn": "feed-forward", "stream": "residual stream", "batch": "padded batch"}
+KINDS = {
+    "attention": "attention",
+    "cache": "cache",
+    "ffn": "feed-forward",
+    "stream": "residual stream",
+    "batch": "padded batch",
+    "token": "generated tokens",
+}
 
 
 class Described(Protocol):

@@ -1,0 +1,235 @@
+"""skip_layers: generated tokens leave out whole layers, which equals a model whose layers hide those tokens and hand them on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import sparsify
+from sparsify import SparseCache, api
+from sparsify.errors import CacheError, UnsupportedError
+from sparsify.generation.generate import Decoder
+from sparsify.generation.regions import regional
+from sparsify.generation.regions.bypass import bypassed
+from sparsify.passes.skip_layers import SkipLayers
+from sparsify.planning.plan import Plan
+from tests.support import bypassing
+from tests.support.harness import holding, strict
+from tests.support.op_recorder import NoReads
+from tests.support.tiny_models import VOCAB, build, spread_weights
+
+LAYERS, PROMPT, NEW = 5, 20, 7
+SKIP = {"first": 1, "last": 2, "most": 1.0, "warmup": 1, "length": 4}
+HOW = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = build("llama", layers=LAYERS)
+    spread_weights(model)
+    return model
+
+
+def skipping(plain, options=SKIP, passes=("dense",), **more):
+    model = copy.deepcopy(plain)
+    sparsify.compile(model, **strict(passes=["skip_layers", *passes], skip_layers=options, **more))
+    return model
+
+
+def text(batch: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask} if padding else {"input_ids": ids}
+
+
+def schedule(start: int, count: int, options=SKIP) -> dict[int, range]:
+    """By column, for tokens generated from column `start` on."""
+    method = SkipLayers(**options)
+    return {start + age: method.bypassed(age, LAYERS) for age in range(count)}
+
+
+def longer(whole, ids):
+    ones = torch.ones_like(ids[:, : ids.shape[1] - whole["input_ids"].shape[1]])
+    mask = {"attention_mask": torch.cat((whole["attention_mask"], ones), 1)} if "attention_mask" in whole else {}
+    return {"input_ids": ids, **mask}
+
+
+def expected(plain, prompt, count=NEW, gone=None):
+    """The tokens that greedy decoding gives, one pass of the whole text for each."""
+    start, ids = prompt["input_ids"].shape[1], prompt["input_ids"]
+    gone = {**(gone or {}), **schedule(start, count)}
+    for _ in range(count):
+        whole = longer(prompt, ids)
+        found = bypassing.logits(plain, whole, {c: layers for c, layers in gone.items() if c < ids.shape[1]})
+        ids = torch.cat((ids, found[:, -1:].argmax(-1)), 1)
+    return ids, gone
+
+
+@pytest.mark.parametrize(
+    "age, most, layers", [(0, 1.0, []), (1, 1.0, []), (2, 1.0, [1]), (3, 1.0, [1]), (4, 1.0, [1, 2]), (99, 1.0, [1, 2]), (99, 0.3, [1])]
+)
+def test_the_schedule(age, most, layers):
+    assert [*SkipLayers(**{**SKIP, "most": most}).bypassed(age, LAYERS)] == layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, pytest.param(7, marks=pytest.mark.slow)])
+def test_generate_equals_a_model_whose_tokens_bypass_the_layers(plain, padding):
+    prompt = text(2, PROMPT, padding)
+    want, gone = expected(plain, prompt)
+    assert not torch.equal(plain.generate(**prompt, **HOW), want)
+    model = skipping(plain)
+    cache = SparseCache(model.config, "full")
+    with api.collect_plans() as plans:
+        found = model.generate(**prompt, **HOW, **holding(cache), return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(found.sequences, want)
+    whole = bypassing.logits(plain, longer(prompt, want), gone)
+    torch.testing.assert_close(torch.stack(found.logits, 1), whole[:, PROMPT - 1 : -1], rtol=1e-4, atol=5e-5)
+    (decision,) = [d for plan in plans for d in plan.decisions if d.kind == "token"]
+    assert (decision.method, decision.sizes["bypassed"], decision.sizes["layers"]) == ("skip_layers", "2", "5")
+    assert decision.seconds is not None and 0 < decision.seconds < decision.dense_seconds
+    by_layer = [sum(layer in gone[c] for c in range(PROMPT, PROMPT + NEW - 1)) for layer in range(LAYERS)]
+    assert [layer.left_out for layer in cache.layers] == by_layer and by_layer[1] > by_layer[2] > 0 == by_layer[3]
+    assert [int(layer.length) for layer in cache.layers] == [PROMPT + NEW - 1 - one for one in by_layer]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow), 7])
+def test_a_second_turn_sees_what_each_layer_holds(plain, padding):
+    prompt = text(2, PROMPT, padding)
+    first, gone = expected(plain, prompt)
+    del gone[PROMPT + NEW - 1]  # the last token is read with the second prompt, by every layer
+    turn = torch.randint(3, VOCAB, (2, 5), generator=torch.Generator().manual_seed(5))
+    second = longer(prompt, torch.cat((first, turn), 1))
+    want, _ = expected(plain, second, gone=gone)
+    model = skipping(plain)
+    cache = SparseCache(model.config, "full")
+    assert torch.equal(model.generate(**prompt, **HOW, **holding(cache)), first)
+    with pytest.raises(CacheError, match="was not given" if not padding else "padded"):
+        cache.crop(-1)
+    assert torch.equal(model.generate(**second, **HOW, **holding(cache)), want)
+
+
+class Fixed(NoReads):
+    """As a CUDA graph: it holds the layers that ran when it was recorded, and reads nothing."""
+
+    keeps = True
+
+    def __call__(self) -> None:
+        self.layers = getattr(self, "layers", bypassed())
+        assert bypassed() == self.layers
+        super().__call__()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_each_set_of_layers_has_a_graph_of_its_own(plain, monkeypatch):
+    """They are kept for the next call."""
+    runners, check = [], SparseCache.check_consistent
+    monkeypatch.setattr(SparseCache, "check_consistent", lambda cache, read: check(cache, False))  # as on a GPU
+
+    def runner(self, function, failed):
+        runners.append(Fixed(function))
+        return runners[-1]
+
+    monkeypatch.setattr(Decoder, "runner", runner)
+    prompt = text(1, PROMPT)
+    how = {**HOW, "max_new_tokens": 12}
+    want = expected(plain, prompt, 12)[0]
+    model = skipping(plain)
+    for _ in range(2):
+        assert torch.equal(model.generate(**prompt, **how), want)
+    assert [[*one.layers] for one in runners] == [[], [1], [1, 2]]
+    assert [one.calls for one in runners] == [4, 4, 14]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_keeping_all_is_dense_bit_by_bit(plain):
+    prompt = text(2, PROMPT)
+    model = copy.deepcopy(plain)
+    sparsify.compile(model, **strict(passes=["dense"]))
+    how, cache = {**HOW, "return_dict_in_generate": True, "output_logits": True}, SparseCache(model.config, "full")
+    want = model.generate(**prompt, **how)
+    found = skipping(plain, SkipLayers(**SKIP).keep_all().options()).generate(**prompt, **how, **holding(cache))
+    assert torch.equal(torch.stack(found.logits), torch.stack(want.logits))
+    assert not any(layer.left_out for layer in cache.layers)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_calls_outside_of_generate_run_every_layer(plain):
+    prompt = text(1, PROMPT)["input_ids"]
+    model = skipping(plain)
+    cache = SparseCache(model.config, "full")
+    found = [model(prompt[:, at], **holding(cache)).logits for at in (slice(0, 20), slice(20, 21), slice(21, 24))]
+    torch.testing.assert_close(torch.cat(found, 1), plain(prompt).logits, rtol=1e-4, atol=5e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) for kind in ("static", "prompt lookup", "window")] + ["dynamic", "few layers", "whole"],
+)
+def test_what_is_refused(plain, kind):
+    options, given = dict(SKIP), dict(HOW)
+    model = plain
+    if kind == "window":
+        model = build("mistral", layers=LAYERS, sliding_window=8)
+    if kind == "few layers":
+        options |= {"first": 4}
+    reason = {
+        "dynamic": "a DynamicCache",
+        "static": "a StaticCache",
+        "prompt lookup": "",
+        "window": "sliding",
+        "few layers": "none of 5 layers lies between",
+        "whole": "one graph, which runs all of them",
+    }[kind]
+    compiled = copy.deepcopy(model)
+    if kind == "whole":
+        compiled.compile(backend="sparsify", options=strict(passes=["skip_layers", "dense"], skip_layers=options))
+        with pytest.raises(Exception, match=reason):
+            compiled(**text(1, PROMPT))
+        return
+    if kind == "dynamic":
+        given |= holding(DynamicCache(config=compiled.config))
+    if kind == "static":
+        given |= holding(StaticCache(config=compiled.config, max_cache_len=64))
+    if kind == "prompt lookup":
+        given |= {"prompt_lookup_num_tokens": 2}
+    prompt = text(1, PROMPT)
+    sparsify.compile(compiled, **strict(passes=["skip_layers", "dense"], skip_layers=options))
+    if reason:
+        with pytest.raises(UnsupportedError, match=reason):
+            compiled.generate(**prompt, **given)
+    sparsify.compile(compiled, **{**strict(passes=["skip_layers", "dense"], skip_layers=options), "strict": False})
+    assert torch.equal(compiled.generate(**prompt, **given), model.generate(**prompt, **HOW))
+
+
+@torch.no_grad()
+def test_a_plan_file_says_it_too(plain, tmp_path):
+    prompt = text(1, PROMPT)
+    with api.collect_plans() as plans:
+        skipping(plain)(**prompt, use_cache=False)
+    (said,) = [plan for plan in plans if plan.decisions[0].kind == "token"]
+    assert "layers 1 to 2 bypassed" in str(said) and "2 bypassed" in str(said)
+    plan = dataclasses.replace(plans[0], decisions=[d for plan in plans for d in plan.decisions])
+    plan.save(tmp_path / "plan.json")
+    assert [d.options for d in Plan.load(tmp_path / "plan.json").decisions if d.kind == "token"] == [SkipLayers(**SKIP).options()]
+    model = copy.deepcopy(plain)
+    sparsify.compile(model, plan=str(tmp_path / "plan.json"), lower="eager", strict=True)
+    assert regional.bypass_of(model) is not None
+    assert torch.equal(model.generate(**prompt, **HOW), expected(plain, prompt)[0])
