@@ -20,7 +20,7 @@ from sparsify.backends.attention import cpp as attention_cpp
 from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
 from sparsify.backends.attention import reference as attention_reference
 from sparsify.backends.attention import triton as attention_triton
-from sparsify.backends.cache import append, decode, mass, one_token, pages, pages_reference, reselection
+from sparsify.backends.cache import append, decode, mass, one_token, pages, pages_reference, reselection, take_back
 from sparsify.backends.cache import reference as cache_reference
 from sparsify.backends.codegen import cpp
 from sparsify.backends.codegen.launch import meant
@@ -73,6 +73,8 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     # not an op: key cells of a selection, where several selections multiply them or they travel
     "prepare_keys": {"triton": select_triton.prepare_keys, "reference": select_reference.prepare_keys},
     "linear": {"triton": linear_triton.linear, "reference": linear_reference.linear},
+    # not an op: it belongs to no graph that is compiled, and takes all layers of a cache at once
+    "take_back": {"triton": take_back.by_kernel, "reference": take_back.reference},
     "small_sum": {"reference": small_sum.small_sum},
 }
 

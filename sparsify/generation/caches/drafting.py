@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsify.backends import dispatch
 from sparsify.errors import ConfigError, UnsupportedError
 from sparsify.ops.pages import Pages
+from sparsify.ops.taking_back import Counters, Places
 from sparsify.policies import Policy
 
 if TYPE_CHECKING:
@@ -74,15 +76,9 @@ def reading_drafts(layers: Sequence[SparseLayer]) -> Generator[None]:
             layer.read_text = text
 
 
-def take_back(layers: Sequence[SparseLayer], tokens: Tensor, most: int) -> None:
-    """As `SparseCache.take_back`. Slot n of a layer from which nothing is evicted holds token n, in all heads and layers alike."""
-    seen = layers[0].seen
-    step = torch.arange(most, device=seen.device, dtype=seen.dtype)
-    slot = (seen[:, None] - 1 - step).clamp(min=0)
-    # attention of several tokens goes by positions; what keys and values hold there is nobody's
-    left = torch.where(step < tokens, -1, slot)[:, None]
-    for layer in layers:
-        shape = (-1, layer.positions.shape[1], -1)
-        layer.positions.scatter_(2, slot[:, None].expand(shape).long(), left.expand(shape).to(layer.positions.dtype))
-        for count in (layer.counts, layer.seen, layer.length):
-            count.sub_(tokens)
+_take_back = dispatch.serve("take_back")
+
+
+def take_back(layers: Sequence[SparseLayer], tokens: Tensor, most: int, places: Places) -> None:
+    """As `SparseCache.take_back`. places: of the cache."""
+    _take_back(tokens, [Counters(layer.positions, layer.counts, layer.seen, layer.length) for layer in layers], most, places)

@@ -18,13 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.errors import UnsupportedError
+from sparsify.ops.pages import Pages
 from sparsify.ops.quantised import GROUP
+from sparsify.policies import Policy
 
 # a `layer.SparseLayer`, whose module uses this one
 SparseLayer = Any
 _NAMES = ("keys", "values")
 # slots of a ring that are copied back one by one; beyond that everything is
 _FEW = 64
+
+
+def check_offloading(policy: Policy, draft: Pages | None) -> None:
+    """Raises UnsupportedError for what does not go together with keys in the host's memory."""
+    reasons = {
+        f"{policy.name} packs slots by head, which are moved by head": policy.by_head,
+        "every drafted token would bring all keys to the device": draft is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedError(reason, where="offloading", hint="leave one of them out")
 
 
 @dataclass

@@ -19,12 +19,13 @@ from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.caches import drafting, files
 from sparsify.generation.caches.layer import SparseLayer, divided_by
-from sparsify.generation.caches.offloading import Offloader
+from sparsify.generation.caches.offloading import Offloader, check_offloading
 from sparsify.generation.caches.outlook import Outlook
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.generation.caches.running_call import MASK_SIZE, link_layers
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pages import Pages
+from sparsify.ops.taking_back import Places
 from sparsify.policies import LayerFacts, Policy
 
 __all__ = ["SparseCache", "SparseLayer"]
@@ -97,7 +98,8 @@ class SparseCache(Cache):
         drafts = drafting.checked(draft, draft_tokens, policy, dtype, pages)
         if drafts is not None:
             pages = drafting.exact(drafts)
-        _check_offloading(offloading, policy, drafts)
+        if offloading:
+            check_offloading(policy, drafts)
         every = _checked_every(every, policy, budget)
         codes = _checked_codes(dtype)
         _check_divided(config, policy)
@@ -118,7 +120,7 @@ class SparseCache(Cache):
             layer.offloader = None if layer.is_sliding else self.offloader
         self.config, self.policy, self.budget, self.read, self.call = config, policy, budget, pages, link_layers(layers)
         self.every, self.outlook, self.codes = every, Outlook(), codes
-        self.draft, self.draft_tokens = drafts, draft_tokens
+        self.draft, self.draft_tokens, self.places = drafts, draft_tokens, Places()
         self.draft_rounds = self.drafted = self.drafts_kept = 0
         if batch_size is not None and device is not None:
             heads, head_dim = _kv_head_sizes(config)
@@ -220,7 +222,7 @@ class SparseCache(Cache):
             tokens: how many, int64 [], on the cache's device.
             most: that they are at most.
         """
-        drafting.take_back(self.layers, tokens, most)
+        drafting.take_back(self.layers, tokens, most, self.places)
 
     def fork(self) -> SparseCache:
         """An independent copy: another continuation of the same prompt."""
@@ -481,17 +483,6 @@ def _checked_read(read: str | Pages | None) -> Pages | None:
     if read != "pages":
         raise ConfigError(f'must be "pages", a sparsify.Pages or None, not {read!r}', where="read")
     return Pages()
-
-
-def _check_offloading(offloading: bool, policy: Policy, draft: Pages | None) -> None:
-    """Raises UnsupportedError for what does not go together with keys in the host's memory."""
-    reasons = {
-        f"{policy.name} packs slots by head, which are moved by head": policy.by_head,
-        "every drafted token would bring all keys to the device": draft is not None,
-    }
-    for reason, applies in reasons.items():
-        if offloading and applies:
-            raise UnsupportedError(reason, where="offloading", hint="leave one of them out")
 
 
 def _checked_every(every: object, policy: Policy, budget: int | float | None) -> int:
