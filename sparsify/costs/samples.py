@@ -15,7 +15,7 @@ from sparsify.costs.seconds import seconds
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.costs.work import Work
 from sparsify.errors import ProfileError
-from sparsify.ops.estimate import Estimate
+from sparsify.ops.estimate import Estimate, Pool
 
 Kind = Literal["attention", "select", "whole", "decode", "ffn", "linear", "elementwise"]
 Dtype = Literal["bfloat16", "float32"]
@@ -37,6 +37,7 @@ class Workload:
     sinks: first keys that a window does not hide, tokens.
     stride: tokens that one score of the estimate spans.
     variants: of the estimate.
+    pool: how a query block's cells are combined; under "row" each keeps 0.9 of its mass, under the others a share of the blocks.
     rows: activations of a product or a feed-forward block.
     inputs, outputs: of a weight; a feed-forward block is gated and goes inputs → outputs → inputs.
     skipped: share of the feed-forward calls that is left out.
@@ -57,6 +58,7 @@ class Workload:
     sinks: int = 0
     stride: int = 0
     variants: tuple[str, ...] = ()
+    pool: Pool = "max"
     rows: int = 0
     inputs: int = 0
     outputs: int = 0
@@ -81,7 +83,7 @@ class Workload:
         )
         if self.kind == "attention":
             return (attend(),)
-        select = lambda: work.selection(self.attention, self.stride, estimate=Estimate.from_names(self.variants))
+        select = lambda: work.selection(self.attention, self.stride, estimate=Estimate.from_names(self.variants), pool=self.pool)
         if self.kind == "select":
             return (select(),)
         if self.kind == "whole":

@@ -78,6 +78,8 @@ def _workloads(
         found += [prompt("attention", n, kernel, window=lengths[0] // 2, sinks=4) for n in ends]
     if own:
         found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
+        # the default rule compares each cell's masses with one cutoff after the other, which no other call tells
+        found += [prompt("select", n, stride=stride, pool="row") for n in ends for stride in (4, 8)]
     decoders: tuple[str, ...] = ("sdpa", "masked", *(["cache"] if own else []), *(step_kernel(kernel) for kernel in own[-1:]))
     for kernel, n, batch in itertools.product(decoders, ends, (1, 8)):
         found.append(Workload("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
@@ -187,7 +189,7 @@ def _distinct_kernels(wanted: Sequence[Workload]) -> list[Workload]:
         if workload.kind == "select":
             few = replace(workload, query_heads=workload.query_heads // workload.kv_heads, kv_heads=1)
         by_length = workload.key_len if workload.kind == "select" or workload.kernel == "hopper" else 0
-        clauses = workload.density is None, workload.window, workload.stride, workload.variants, workload.rows
+        clauses = workload.density is None, workload.window, workload.stride, workload.variants, workload.pool, workload.rows
         chosen.setdefault((workload.kind, workload.kernel, *clauses, by_length), few)
     return list(chosen.values())
 

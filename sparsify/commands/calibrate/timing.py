@@ -229,7 +229,8 @@ def _attention(workload: Workload, device: str) -> Call:
 
 def _selection(workload: Workload, query: Tensor, key: Tensor, density: float) -> SelectCall:
     estimate: dict[str, Any] = {"estimate": Estimate.from_names(workload.variants), "stride": workload.stride, "block_size": BLOCK}
-    return SelectCall(query, key, scale=workload.head_dim**-0.5, causal=True, threshold=(0.9,), density=density, **estimate)
+    rule: dict[str, Any] = {"pool": workload.pool, "threshold": (0.9,), "density": 0.0 if workload.pool == "row" else density}
+    return SelectCall(query, key, scale=workload.head_dim**-0.5, causal=True, **rule, **estimate)
 
 
 def _selector(device: str) -> Callable[[SelectCall], tuple[Tensor, Tensor]]:
