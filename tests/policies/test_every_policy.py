@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import sparsify
 from sparsify import SparseCache, policies
+from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.ops.pages import Pages
 from tests.support.cache_reference import left_padded, text
 from tests.support.cases import every
@@ -50,16 +51,18 @@ class Way:
     pages: bool = False
     in_cache: bool = False
     codes: str = ""
+    offloading: bool = False
 
-    def make(self, model, budget=BUDGET):
-        more = {"positions": "in_cache"} if self.in_cache else {}
+    def make(self, model, budget=BUDGET, **more):
+        more |= {"positions": "in_cache"} if self.in_cache else {}
         read = ALL_PAGES if self.pages else None
-        dtype = self.codes or None
-        return SparseCache(model.config, self.policy, budget, every=self.every, read=read, dtype=dtype, **OPTIONS[self.policy], **more)
+        how = {"every": self.every, "read": read, "dtype": self.codes or None, "offloading": self.offloading}
+        return SparseCache(model.config, self.policy, budget, **how, **OPTIONS[self.policy], **more)
 
     def __str__(self):
         when = f" every={self.every}" * (self.every is not None)
-        return self.policy + when + " pages" * self.pages + " in_cache" * self.in_cache + f" {self.codes}" * bool(self.codes)
+        stored = f" {self.codes}" * bool(self.codes) + " offloading" * self.offloading
+        return self.policy + when + " pages" * self.pages + " in_cache" * self.in_cache + stored
 
 
 def ways():
@@ -78,8 +81,16 @@ def ways():
 
 WAYS = list(ways())
 IN_CODES = [dataclasses.replace(way, codes=("fp8", "int4")[place % 2]) for place, way in enumerate(WAYS)]
+OFFLOADED = [
+    dataclasses.replace(way, codes=("fp8", "", "int4")[place % 3], offloading=True)
+    for place, way in enumerate(way for way in WAYS if way.policy not in ("adakv", "duo"))
+]
 by_way = pytest.mark.parametrize(
-    "way", [pytest.param(*one.values, marks=one.marks, id=str(one.values[0])) for one in [*every(3, WAYS), *every(8, IN_CODES)]]
+    "way",
+    [
+        pytest.param(*one.values, marks=one.marks, id=str(one.values[0]))
+        for one in [*every(3, WAYS), *every(8, IN_CODES), *every(12, OFFLOADED)]
+    ],
 )
 IDS, MASK, CUTS = text(2, 34), left_padded([34, 25]), [12, 1, 1, 9, 1, 10]
 # of the second row alone
@@ -185,6 +196,63 @@ def test_a_cache_goes_on_wherever_it_is_taken(llama, way, tmp_path):
     fresh = way.make(llama)
     cuts = [12, 10, 1, 1, 8]
     assert torch.equal(through(llama, cache, ids[:, :32], cuts), through(llama, fresh, ids[:, :32], cuts))
+
+
+def lookup_refusal(way):
+    """Why tokens that transformers drafted cannot be taken back; empty where they can."""
+    if way.every is not None:
+        return "selects anew"
+    return "codes, in groups of slots" if way.codes and way.policy != "full" else ""
+
+
+def draft_refusal(way):
+    """Why a cache does not draft by itself; empty where it does."""
+    reasons = {
+        "verified over everything": way.pages,
+        "evicts what a rejected draft would need": way.policy != "full",
+        "rejected drafts would have taken part": bool(way.codes),
+        "bring all keys": way.offloading,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+@by_way
+@torch.no_grad()
+def test_speculation_gives_the_tokens_without_it_or_says_why_not(llama, way, caplog):
+    """Prompt lookup, behind a prompt whose length was said, and drafts of the cache's own."""
+    ids = text(1, 10).repeat(1, 3)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache, lookup = way.make(llama, ROOMY if way.policy == "full" else BUDGET), {"prompt_lookup_num_tokens": 4}
+    cache.activate_past_recording(prompt_len=30)
+    if way.policy == "sirllm":  # nobody tells it the logits within `generate()`
+        with pytest.raises(CacheError, match="tokens at once"):
+            llama.generate(ids, **options, **lookup, **holding(cache))
+    elif reason := lookup_refusal(way):
+        with caplog.at_level("INFO"), pytest.raises(ValueError, match="cropped"):
+            llama.generate(ids, **options, **lookup, **holding(cache))
+        assert reason in caplog.text
+    else:
+        plain = way.make(llama, ROOMY if way.policy == "full" else BUDGET)
+        got = llama.generate(ids, **options, **lookup, **holding(cache))
+        assert torch.equal(got, llama.generate(ids, **options, **holding(plain)))
+        for one, other in zip(cache.layers, plain.layers, strict=True):
+            assert torch.equal(one.positions, other.positions) and torch.equal(one.counts, other.counts)
+        again = [llama(ids[:, :1], **holding(one)).logits for one in (cache, plain)]
+        torch.testing.assert_close(*again, **({"rtol": 0, "atol": 0.05} if way.codes else CLOSE))
+    if reason := draft_refusal(way):
+        with pytest.raises((ConfigError, UnsupportedError), match=reason):
+            way.make(llama, draft=ALL_PAGES)
+    else:
+        assert way.make(llama, draft=ALL_PAGES).draft == ALL_PAGES
+
+
+def test_what_does_not_go_together_says_why(llama):
+    for policy in ("adakv", "duo"):
+        for codes in ("", "fp8"):
+            with pytest.raises(ConfigError, match="pages are of heads with as many each"):
+                Way(policy, 6, pages=True, codes=codes).make(llama)
+            with pytest.raises(UnsupportedError, match="packs slots by head"):
+                Way(policy, 6, offloading=True, codes=codes).make(llama)
 
 
 @pytest.mark.parametrize(

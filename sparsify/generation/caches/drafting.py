@@ -46,7 +46,8 @@ def checked(
         what = f"policy {policy.name} evicts what a rejected draft would need again"
         raise UnsupportedError(what, where="draft", hint='policy "full"')
     if isinstance(dtype, str):
-        raise UnsupportedError(f"keys in {dtype} are not read by pages", where="draft", hint="leave `dtype` out")
+        what = f"{dtype} codes of a group of slots are made together, and rejected drafts would have taken part in them"
+        raise UnsupportedError(what, where="draft", hint="leave `dtype` out")
     return draft if isinstance(draft, Pages) else Pages()
 
 

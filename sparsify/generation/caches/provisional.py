@@ -113,7 +113,7 @@ def refusal(layer: SparseLayer) -> str:
     """Why tokens cannot be kept apart, in a clause; empty where they can."""
     if layer.every:
         return "the policy selects anew while drafts are verified (`every`)"
-    if layer.codes:
+    if layer.codes and not layer.grows:
         return f"what a token replaces is kept as {layer.codes} codes, in groups of slots"
     if layer.shard is not None:
         return "the text is divided among processes"
