@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheStoreCall
+from sparsify.ops.pages import Clusters
 from sparsify.planning.method import AttentionSite, CacheSite, Context, Editor, Pass, Proposal, Refusal, SiteKind, work
 
 _HINT = "pass a sparsify.SparseCache(model.config, policy=..., budget=...) as the model's cache"
@@ -41,7 +42,10 @@ class KvEvict(Pass):
         if pages is None:
             return Proposal.from_work(self, site, context, lambda sizes: (work.decode(sizes, "cache"),), note=note)
         read = f"{pages.count} of its" if pages.count else f"{100 * pages.share:g} % of its"
-        note += f"; reads {read} pages of {pages.size} slots, the first {pages.sinks} tokens and the last {pages.recent}"
+        if isinstance(pages, Clusters):
+            note += f"; of a prepared prefix reads {read} clusters of {pages.size} keys and the first {pages.sinks} tokens, of the rest all"
+        else:
+            note += f"; reads {read} pages of {pages.size} slots, the first {pages.sinks} tokens and the last {pages.recent}"
         return Proposal.from_work(self, site, context, lambda sizes: work.page_reading(sizes, pages, codes), note=note)
 
     def rewrite(self, editor: Editor, site: CacheSite) -> None:

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from sparsify.generation.caches.sparse_cache import SparseCache
     from sparsify.generation.pack import pack
     from sparsify.generation.retrieve import retrieve
-    from sparsify.ops.pages import Pages
+    from sparsify.ops.pages import Clusters, Pages
     from sparsify.planning.plan import Plan
 
 _HOME = {
+    "Clusters": "sparsify.ops.pages",
     "compile": "sparsify.api",
     "explain": "sparsify.api",
     "pack": "sparsify.generation.pack",
@@ -32,7 +33,7 @@ _HOME = {
     "SparseCache": "sparsify.generation.caches.sparse_cache",
     "retrieve": "sparsify.generation.retrieve",
 }
-__all__ = ["Pages", "Plan", "SparseCache", "compile", "explain", "pack", "retrieve"]
+__all__ = ["Clusters", "Pages", "Plan", "SparseCache", "compile", "explain", "pack", "retrieve"]
 
 
 def __getattr__(name: str) -> Any:

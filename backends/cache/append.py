@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.backends.cache import clusters
 from sparsify.backends.cache.append_template import COMBINE, FOLD_CODES, FOLD_TILE, SPLIT
 from sparsify.backends.cache.codes_template import PIECE, code_values, piece_list
 from sparsify.backends.cache.kernels import (
@@ -55,6 +56,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.cache import CacheAttentionCall
 from sparsify.ops.limits import cdiv
+from sparsify.ops.pages import Clusters
 
 _WHERE = f"sparsify::{CacheAttentionCall.NAME}"
 
@@ -209,6 +211,8 @@ def cache_attention(call: CacheAttentionCall, *, tiling: AppendTiling | None = N
         UnsupportedError: no kernel takes this call.
         KernelError: a kernel could not be compiled or launched.
     """
+    if isinstance(call.pages, Clusters) and call.new_key is not None:
+        return clusters.cache_attention(call, functools.partial(cache_attention, tiling=tiling, splits=splits))
     _check(call)
     query, new_key, new_value = call.query, call.new_key, call.new_value
     (batch, heads, query_len, qk_head_dim), (_, kv_heads, capacity, _) = query.shape, call.keys.shape

@@ -4,16 +4,18 @@ on the device alone, so that CUDA graphs can hold it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.backends.cache.codes_template import KEYS_AT, code_values
 from sparsify.backends.cache.kernels import check_code_dims, check_fp8
-from sparsify.backends.cache.pages_template import BOUNDS, CHOOSE, SCORE
+from sparsify.backends.cache.pages_template import BOUNDS, CHOOSE, ORDERED, SCORE, SCORE_CLUSTERS
 from sparsify.backends.codegen import source
 from sparsify.backends.codegen.arguments import (
     Argument,
@@ -30,7 +32,8 @@ from sparsify.backends.codegen.template import header, render
 from sparsify.ops import cache as cache_ops
 from sparsify.ops.cache import CacheBoundsCall, CacheDecodeCall
 from sparsify.ops.limits import cdiv
-from sparsify.ops.pages import Pages
+from sparsify.ops.pages import GROUP as CLUSTERS
+from sparsify.ops.pages import Clusters, Pages
 from sparsify.ops.quantised import GROUP
 
 # pages whose scores one program of `choose` holds in registers; it reads more of them again for every bit
@@ -77,6 +80,9 @@ class PagesSpec:
     padded: tokens may be padding.
     grows: slot n holds token n.
     coded: keys are codes, but for those of some slots.
+    clusters: pages of a prefix are clusters, which count by the means of their keys.
+    reach: those of some groups of clusters are looked at, not all.
+    limits: `choose` also tells the score of the last page that is taken.
     """
 
     dtype: str
@@ -89,6 +95,9 @@ class PagesSpec:
     padded: bool = False
     grows: bool = False
     coded: bool = False
+    clusters: bool = False
+    reach: bool = False
+    limits: bool = False
 
     def __post_init__(self):
         check_head_dims("sparsify::cache_decode", self.head_dim)
@@ -110,10 +119,20 @@ def bounds_arguments(spec: BoundsSpec) -> tuple[Argument, ...]:
 
 @functools.lru_cache(maxsize=256)
 def arguments(spec: PagesSpec, kernel: str) -> tuple[Argument, ...]:
-    """The arguments of "score" or "choose", in order."""
+    """The arguments of "score", "choose", "score_groups" or "score_clusters", in order."""
     scores = pointers("fp32", "scores")
     if kernel == "choose":
-        return (*scores, *pointers("i32", "listed", "chosen"), *integers("pages", "most", "number"))
+        limits = present((spec.limits, pointers("i32", "limits")))
+        return (*scores, *pointers("i32", "listed", "chosen"), *integers("pages", "most", "number"), *limits)
+    if spec.clusters:
+        groups = [*pointers("fp32", "group_scores"), *integers("groups")]
+        listed = [*pointers(spec.dtype, "query", "bounds"), *pointers("i32", "prepared")]
+        listed += [*integers("query_b", "query_h", aligned=True), *integers("kv_heads", "pages", "first_page")]
+        if kernel == "score_groups":
+            return (*listed, *groups)
+        listed += [*pointers("i32", "counts"), *integers("capacity", aligned=True), *scores]
+        listed += present((spec.reach, [*groups, *pointers("i32", "limits")]))
+        return (*listed, *present((spec.padded, [Argument("is_token", "*u8"), *integers("is_token_b")])))
     listed = [*pointers(spec.dtype, "query", "bounds"), *pointers("i32", "positions", "counts", "seen"), *scores]
     listed += [*integers("query_b", "query_h", aligned=True), *integers("kv_heads"), *integers("capacity", aligned=True)]
     listed += integers("pinned", "pages", "always_sinks", "recent")
@@ -133,16 +152,19 @@ def bounds_source(spec: BoundsSpec) -> str:
 
 
 def pages_source(spec: PagesSpec) -> str:
-    """Module text with `score` (grid: tiles of pages, batch * kv_heads) and `choose` (grid: batch * kv_heads)."""
+    """Module text with `choose` (grid: batch * kv_heads) and `score` (grid: tiles of pages, batch * kv_heads), or of clusters
+    `score_groups` (grid: tiles of groups, batch * kv_heads) and `score_clusters` (as `score`)."""
     values = vars(spec) | {
         "guard": _guard(spec.head_dim),
         "precision": dot_precision(spec.dtype),
-        "score_parameters": parameters(arguments(spec, "score")),
+        "score_parameters": parameters(arguments(spec, "score_clusters" if spec.clusters else "score")),
+        "groups_parameters": parameters(arguments(spec, "score_groups")) if spec.clusters else "",
         "choose_parameters": parameters(arguments(spec, "choose")),
     }
     constants = {"GROUP": spec.group, "ROWS": padded(spec.group), "SIZE": spec.size, "PAGES": spec.tile, "DIM": padded(spec.head_dim)}
-    constants |= {"LANES": spec.lanes}
-    return "\n\n".join([header("Pages of keys that one token reads", constants), *(render(text, values) for text in (SCORE, CHOOSE))])
+    constants |= {"LANES": spec.lanes} | ({"CLUSTERS": CLUSTERS} if spec.clusters else {})
+    texts = (ORDERED, SCORE_CLUSTERS if spec.clusters else SCORE, CHOOSE)
+    return "\n\n".join([header("Pages of keys that one token reads", constants), *(render(text, values) for text in texts)])
 
 
 def _guard(head_dim: int) -> str:
@@ -213,8 +235,32 @@ def choose(call: CacheDecodeCall, pages: Pages) -> tuple[Tensor, Tensor]:
     }  # fmt: skip
     if is_token is not None:
         given |= {"is_token": is_token.view(torch.uint8), "is_token_b": is_token.stride(0)}
+    if isinstance(pages, Clusters):
+        return _choose_clusters(dataclasses.replace(spec, clusters=True, reach=pages.reach > 0), pages, given)
     with launching(query.device, lambda: f"pages kernel ({spec})"):
         module = _module(spec)
         launch(module.score, (cdiv(total, spec.tile), rows), arguments(spec, "score"), given, num_warps=4, num_stages=1)
         launch(module.choose, (rows,), arguments(spec, "choose"), given, num_warps=min(16, max(4, lanes // 256)), num_stages=1)
     return listed, chosen
+
+
+def _choose_clusters(spec: PagesSpec, pages: Clusters, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """As `choose`. given: its arguments of kernels."""
+    device, total, rows, looked_at = given["query"].device, given["pages"], len(given["chosen"]), pages.groups
+    given = {**given, "first_page": pages.first}
+    with launching(device, lambda: f"clusters kernel ({spec})"):
+        module = _module(spec)
+        if looked_at is not None:
+            groups = cdiv(total, CLUSTERS)
+            single = groups <= _HELD
+            lanes = min(_HELD, max(64, padded(groups))) if single else _HELD
+            of_groups = dataclasses.replace(spec, lanes=lanes, single=single, limits=True)
+            make = functools.partial(torch.empty, device=device)
+            given |= {"group_scores": make(rows, groups, dtype=torch.float32), "groups": groups, "limits": make(rows, dtype=torch.int32)}
+            own = given | {"scores": given["group_scores"], "pages": groups, "most": groups, "number": looked_at.count or looked_at.parts}
+            own |= {"listed": make(rows, groups, dtype=torch.int32), "chosen": make(rows, dtype=torch.int32)}
+            launch(module.score_groups, (cdiv(groups, spec.tile), rows), arguments(spec, "score_groups"), given, num_warps=4, num_stages=1)
+            launch(_module(of_groups).choose, (rows,), arguments(of_groups, "choose"), own, num_warps=4, num_stages=1)
+        launch(module.score_clusters, (cdiv(total, spec.tile), rows), arguments(spec, "score_clusters"), given, num_warps=4, num_stages=1)
+        launch(module.choose, (rows,), arguments(spec, "choose"), given, num_warps=8 if spec.lanes > 1024 else 4, num_stages=1)
+    return given["listed"], given["chosen"]

@@ -9,7 +9,8 @@ from torch import Tensor
 from sparsify.backends.cache import quantised_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheStoreCall
-from sparsify.ops.pages import Pages
+from sparsify.ops.pages import GROUP as CLUSTERS
+from sparsify.ops.pages import Clusters, Pages
 from sparsify.ops.quantised import GROUP
 
 # a bound that is no number hides nothing: its page is read
@@ -17,9 +18,13 @@ _HIGHEST = 3e38
 
 
 def cache_bounds(call: CacheBoundsCall) -> None:
-    """The bounds of all pages; those of pages that did not change come out as they are."""
+    """The bounds of all pages but those that did not change."""
     keys = quantised_reference.everything(call)[0].to(call.bounds.dtype) if call.codes else call.keys
-    call.bounds.copy_(_bounds(_cut(keys, call.size), _cut(call.positions, call.size, -1) >= 0))
+    found = _bounds(_cut(keys, call.size), _cut(call.positions, call.size, -1) >= 0).to(call.bounds.dtype)
+    if call.since is not None:
+        ends = (torch.arange(found.shape[2], device=found.device) + 1) * call.size
+        found = torch.where((ends > call.since[..., None])[..., None, None], found, call.bounds)
+    call.bounds.copy_(found)
 
 
 def renew(call: CacheStoreCall | CacheDecodeCall, slot: Tensor, closed: Tensor | None) -> None:
@@ -78,8 +83,10 @@ def choose(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> Tensor:
     math = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     batch, kv_heads, capacity = call.keys.shape[:3]
     query, ends = call.query.to(math).reshape(batch, kv_heads, -1, call.query.shape[3]), bounds.to(math)
+    if isinstance(pages, Clusters):
+        return _choose_clusters(call, pages, query, ends)
     highest = query.clamp(min=0) @ ends[:, :, :, 1].transpose(-1, -2) + query.clamp(max=0) @ ends[:, :, :, 0].transpose(-1, -2)
-    score = highest.nan_to_num(nan=_HIGHEST).amax(2).clamp(-_HIGHEST, _HIGHEST)  # [batch, kv_heads, pages]
+    score = _usable(highest)  # [batch, kv_heads, pages]
     at = _cut(call.positions, pages.size, -1)
     newest = call.seen[:, None, None, None] - 1
     always = (at >= 0) & ((at < max(pages.sinks, call.sinks)) | (at > newest - pages.recent))
@@ -87,15 +94,45 @@ def choose(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> Tensor:
         slots = torch.arange(capacity, device=at.device).expand_as(call.positions)
         always = always | ((at >= 0) & _cut(quantised_reference.lies_as_it_came(call, slots).to(torch.int32), pages.size).bool())
     held, always = (at >= 0).any(3), always.any(3)
+    most = pages.most(capacity, call.sinks, in_order=False, staged=GROUP if call.codes else 0)
+    return _best(score, always, held, pages)[..., :most]
+
+
+def _usable(scores: Tensor) -> Tensor:
+    """The largest of a group's queries [batch, kv_heads, group, pages]: numbers, between those that say that a page is read or is not."""
+    return scores.nan_to_num(nan=_HIGHEST).amax(2).clamp(-_HIGHEST, _HIGHEST)
+
+
+def _best(score: Tensor, always: Tensor, held: Tensor, pages: Pages) -> Tensor:
+    """The pages that are read, by falling score, int64 [batch, kv_heads, pages]; -1 for none."""
     score = score.masked_fill(always, torch.inf).masked_fill(~held, -torch.inf)
     filled, fixed = held.sum(-1, keepdim=True), always.sum(-1, keepdim=True)
     wanted = torch.full_like(filled, pages.count) if pages.count else -(filled * pages.parts // -(10**6))
     wanted = fixed + torch.minimum(wanted, filled - fixed)
     # stable: of equal pages the first
-    order = score.sort(dim=-1, descending=True, stable=True).indices[
-        ..., : pages.most(capacity, call.sinks, in_order=False, staged=GROUP if call.codes else 0)
-    ]
+    order = score.sort(dim=-1, descending=True, stable=True).indices
     return order.masked_fill(torch.arange(order.shape[2], device=order.device) >= wanted, -1)
+
+
+def _choose_clusters(call: CacheAttentionCall, pages: Clusters, query: Tensor, means: Tensor) -> Tensor:
+    """As `choose`. query: [batch, kv_heads, group, head_dim]; means: as `bounds`."""
+    assert call.prepared is not None, "what lies in clusters is given with them"
+    number = torch.arange(means.shape[2], device=means.device)
+    clusters = (number >= pages.first) & ((number + 1) * pages.size <= call.prepared[..., None])
+    held = (_cut(call.positions, pages.size, -1) >= 0).any(3)
+    score = _usable(query @ means[:, :, :, 0].transpose(-1, -2))
+    if pages.groups is not None:
+        # of each group the first cluster knows its mean
+        begin = number[::CLUSTERS]
+        first = begin.clamp(min=pages.first, max=len(number) - 1).expand(*clusters.shape[:2], -1)
+        some = clusters.gather(2, first) & (first < begin + CLUSTERS)
+        found = _usable(query @ means[:, :, :, 1].transpose(-1, -2)).gather(2, first)
+        listed = _best(found, torch.zeros_like(some), some, pages.groups)
+        looked_at = found.masked_fill(~some, -torch.inf)
+        least = looked_at.gather(2, listed.clamp(min=0)).masked_fill(listed < 0, torch.inf).amin(-1, keepdim=True)
+        reached = (looked_at >= least).repeat_interleave(CLUSTERS, 2)[..., : len(number)]
+        score = score.masked_fill(~reached, -_HIGHEST)
+    return _best(score, held & ~clusters, held, pages)
 
 
 def gathered(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,5 +149,7 @@ def gathered(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> tuple[Te
 def renew_all(call: CacheStoreCall, since: Tensor | None) -> None:
     """The bounds of the pages that several tokens went to. since: as in `CacheBoundsCall`."""
     if call.bounds is not None and call.pages is not None:
+        if call.prepared is not None:
+            since = call.prepared if since is None else torch.maximum(since, call.prepared)
         coded = quantised_reference.coded(call)
         cache.bounds(call.keys, call.positions, call.bounds, since=since, size=call.pages.size, version=cache.VERSION, **coded)

@@ -31,7 +31,12 @@ def bounds_of(
         held += here.to(tl.int32)
     some = (held > 0)[:, None]
     place = bounds + (tl.cast(row, tl.int64) * pages + page[:, None]) * ${2 * head_dim} + dims[None, :]
+%if since
+    # what lies wholly below has not changed, and may not be bounds of its keys
+    inside = ((page < pages) & ((page + 1) * SIZE > tl.load(since + row)))[:, None]${guard}
+%else
     inside = (page < pages)[:, None]${guard}
+%end
     tl.store(place, tl.where(some, least, 0.0).to(bounds.dtype.element_ty), mask=inside)
     tl.store(place + ${head_dim}, tl.where(some, largest, 0.0).to(bounds.dtype.element_ty), mask=inside)
 '''
@@ -63,7 +68,8 @@ def score(
     page = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
     held = page * SIZE < filled
 %if grows
-    always = (page * SIZE < always_sinks) | ((page + 1) * SIZE > newest + 1 - recent)
+    # the newest tokens lie in the last slots, which are fewer than tokens where a policy has selected
+    always = (page * SIZE < always_sinks) | ((page + 1) * SIZE > filled - recent)
 %else
     at = page[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     position = tl.load(positions + tl.cast(row, tl.int64) * capacity + at, mask=at < filled, other=-1)
@@ -98,14 +104,74 @@ def score(
     tl.store(scores + tl.cast(row, tl.int64) * pages + page, found, mask=page < pages)
 '''
 
-CHOOSE = '''\
+SCORE_CLUSTERS = '''\
+@triton.jit
+def nearness(query, means, known, batch, kv_head, query_b, query_h):
+    """The largest product of a query of the group with each mean; numbers, with one zero."""
+    members = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    query_row = tl.cast(batch, tl.int64) * query_b + (kv_head * GROUP + members) * query_h
+    q = tl.load(query + query_row[:, None] + dims[None, :], mask=(members < GROUP)[:, None]${guard}, other=0.0)
+    mean = tl.load(means + dims[None, :], mask=known[:, None]${guard}, other=0.0)
+    found = tl.dot(q, tl.trans(mean)${precision})
+    found = tl.where(found == found, found, 3e38)
+    found = tl.max(tl.where((members < GROUP)[:, None], found, float("-inf")), 0)
+    found = tl.minimum(tl.maximum(found, -3e38), 3e38)
+    return tl.where(found == 0.0, 0.0, found)
+
+
+@triton.jit
+def score_groups(
+    ${groups_parameters},
+):
+    """One program scores PAGES groups of clusters of one KV head by the means of their keys, which lie with the first page of each."""
+    row = tl.program_id(1)  # batch row and KV head
+    group = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    page = tl.maximum(group * CLUSTERS, first_page)
+    some = (page < (group + 1) * CLUSTERS) & (page < tl.load(prepared + row) // SIZE)
+    means = bounds + (tl.cast(row, tl.int64) * pages + page[:, None]) * ${2 * head_dim} + ${head_dim}
+    found = nearness(query, means, some, row // kv_heads, row % kv_heads, query_b, query_h)
+    tl.store(group_scores + tl.cast(row, tl.int64) * groups + group, tl.where(some, found, float("-inf")), mask=group < groups)
+
+
+@triton.jit
+def score_clusters(
+    ${score_parameters},
+):
+    """One program scores PAGES pages of one KV head: clusters by their means, where those of their groups reach the limit. What is no
+    cluster is infinite, what holds no token minus infinity. The new token is counted as stored."""
+    row = tl.program_id(1)  # batch row and KV head
+    batch = row // kv_heads
+    count = tl.load(counts + row)
+%if padded
+    stores = (tl.load(is_token + batch * is_token_b) != 0).to(tl.int32)
+%else
+    stores = 1
+%end
+    filled = tl.minimum(count + stores, capacity)
+    page = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    held = page * SIZE < filled
+    cluster = (page >= first_page) & ((page + 1) * SIZE <= tl.load(prepared + row))
+%if reach
+    near = cluster & (ordered(group_scores + tl.cast(row, tl.int64) * groups, page // CLUSTERS, groups) >= tl.load(limits + row))
+%else
+    near = cluster
+%end
+    means = bounds + (tl.cast(row, tl.int64) * pages + page[:, None]) * ${2 * head_dim}
+    found = tl.where(near, nearness(query, means, near, batch, row % kv_heads, query_b, query_h), -3e38)
+    found = tl.where(held, tl.where(cluster, found, float("inf")), float("-inf"))
+    tl.store(scores + tl.cast(row, tl.int64) * pages + page, found, mask=page < pages)
+'''
+
+ORDERED = '''\
 @triton.jit
 def ordered(scores, at, pages):
     """Scores as whole numbers in the same order."""
     bits = tl.load(scores + at, mask=at < pages, other=float("-inf")).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+'''
 
-
+CHOOSE = '''\
 @triton.jit
 def reaching(keys, first_score, second_score, third_score):
     """21 bits of a whole number for each score that a key reaches."""
@@ -186,4 +252,7 @@ def choose(
         places += tl.sum(taken.to(tl.int32), 0)
 %end
     tl.store(chosen + row, wanted)
+%if limits
+    tl.store(limits + row, least)
+%end
 '''

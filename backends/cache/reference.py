@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsify import policies
-from sparsify.backends.cache import packed, pages_reference, quantised_reference
+from sparsify.backends.cache import clusters, packed, pages_reference, quantised_reference
 from sparsify.ops import cache
 from sparsify.ops.cache import CacheAttentionCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
+from sparsify.ops.pages import Clusters
 from sparsify.ops.quantised import GROUP
 from sparsify.ops.reselection import CacheReselectCall
 from sparsify.policies import Candidates
@@ -84,9 +85,10 @@ def _append_all(call: CacheStoreCall) -> None:
         source = torch.where(is_token, at, last).long()[:, None].expand(-1, key.shape[1], -1)
         key, value = gather_slots(key, source), gather_slots(value, source)
         at = torch.where(is_token, is_token.cumsum(-1, dtype=at.dtype), total) - 1
+    place = call.counts[..., None] + at[:, None] if is_token is not None else call.counts[..., None] + at  # tokens were evicted before
     at = seen[:, None] + at
-    slot = at.clamp(0, capacity - 1).long()[:, None].expand(-1, key.shape[1], -1)
-    value = value.masked_fill((at >= capacity)[:, None, :, None], torch.nan)
+    slot = place.clamp(0, capacity - 1).long()
+    value = value.masked_fill((place >= capacity)[..., None], torch.nan)
     if call.codes:
         stored_at = at.clamp(max=capacity - 1)
         some = None if is_token is None else is_token.any(-1, keepdim=True)
@@ -231,6 +233,8 @@ def cache_attention(call: CacheAttentionCall) -> Tensor:
     if call.starts is not None:
         call = dataclasses.replace(call, **packed.spread_state(call, call.starts), starts=None)
         keys, values, positions = call.keys, call.values, call.positions
+    if isinstance(call.pages, Clusters) and call.new_key is not None:
+        return clusters.cache_attention(call, cache_attention)
     if call.pages is not None and call.bounds is not None:
         keys, values, positions = pages_reference.gathered(call, call.pages, call.bounds)
     elif call.codes:

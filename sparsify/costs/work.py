@@ -23,7 +23,7 @@ from sparsify.costs.sizes import AttentionSizes, Size
 from sparsify.ops import quantised
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import score_tile
-from sparsify.ops.pages import Pages
+from sparsify.ops.pages import GROUP, Clusters, Pages
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
@@ -230,13 +230,19 @@ def _in_codes(whole: Work, s: AttentionSizes, codes: str) -> Work:
 
 def page_reading(s: AttentionSizes, pages: Pages, codes: str = "") -> tuple[Work, Work]:
     """One query row of each sequence over some pages of its keys: the bounds of all of them are read, which are 16-bit numbers beside codes
-    too, then what is chosen."""
+    too, then what is chosen. Of clusters the means of all groups are read, and those of the clusters of some; what came after the prefix,
+    which is read whole, is not counted."""
     slots = sympy.sympify(s.key_len)
+    looked_at: Any = 2
+    if isinstance(pages, Clusters):
+        share = sympy.Rational(pages.parts * max(1, pages.reach), 10**6)
+        reached = pages.count * pages.reach * pages.size / slots if pages.count else share
+        looked_at = smallest(sympy.Integer(1), sympy.Rational(1, GROUP) + reached) if pages.reach else 1
     # both ends of each channel, a page at a time
     bounds = Work(
         family="cache/decode",
         dtype=s.dtype,
-        size=sympy.sympify(s.batch * s.kv_heads * 2 * s.qk_head_dim * s.dtype.itemsize * slots / pages.size),
+        size=sympy.sympify(s.batch * s.kv_heads * looked_at * s.qk_head_dim * s.dtype.itemsize * slots / pages.size),
         rows=sympy.sympify(s.batch * s.kv_heads),
     )
     chosen = sympy.Integer(pages.count * pages.size) if pages.count else slots * sympy.Rational(pages.parts, 10**6)

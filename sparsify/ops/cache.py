@@ -45,6 +45,13 @@ the largest of its bounds for the group's queries; of equal pages the first is r
 the pages that they go to; `cache_bounds` computes those of all pages that hold a slot from `since` [batch, kv_heads] on, by `positions`.
 Pages whose token is seen by rotated queries are always read.
 
+With `pages` that are `Clusters` the slots below `prepared` [batch, kv_heads], a multiple of `size`, lie in clusters, one a page: those
+behind the pages of the first `sinks` slots. Of such a page `bounds` has the mean of its keys, then that of the keys of its group, of
+which each 16 neighbouring pages are one. A page counts by the largest product of a query of the KV head with its mean, among the pages
+of the groups whose means have the largest products; of pages that are no clusters all are read. A call of several tokens chooses for
+64 queries at once, by the largest weight that any of them would give to a page, if it had the means alone for keys. Ops that store
+tokens leave the bounds of clusters as they are. Clusters need pinned = NEVER_OVERWRITTEN; until there are any, everything is read.
+
 `cache_mass` is what policies that look at queries score by: fp32 [batch, query_heads, keys], the sum over the queries (query [batch,
 query_heads, queries, head_dim] at query_positions int32 [batch, queries], -1 for none) of the weight that each key gets, of keys [batch,
 kv_heads, keys, head_dim] at positions int32 [batch, kv_heads, keys], those at 0 <= position <= the query's.
@@ -67,7 +74,7 @@ from sparsify.ops.library import TAGS, define, library, traced
 from sparsify.ops.pages import Pages
 
 # Compiled graphs are cached by op name and constants, not by kernel source: raise this when semantics change.
-VERSION = 5
+VERSION = 6
 
 # `pinned` of a state from which no token is ever evicted
 NEVER_OVERWRITTEN = -1
@@ -128,6 +135,7 @@ class CacheStoreCall(WritingCall):
     codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages, renewed; given with `pages`.
     filled: as in `CacheDecodeCall`, to which a decode step that is fused from this op passes it on.
+    prepared: int32 [batch, kv_heads], slots that lie in clusters; given with `pages` that are `Clusters`.
     policy: `sparsify.policies.Policy.describe`'s text.
     scale: of the attention's logits, for policies that observe queries.
     softcap: bound of those logits, 0 for none.
@@ -142,6 +150,7 @@ class CacheStoreCall(WritingCall):
     starts: Annotated[Tensor | None, Operand("batch kv_heads_and_one", "integers")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers")] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats", written=True)] = None
+    prepared: Annotated[Tensor | None, Operand("batch kv_heads", "integers")] = None
     pages: Pages | None = None
     codes: str = ""
     key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats", written=True)] = None
@@ -169,6 +178,7 @@ class CacheDecodeCall(WritingCall):
     tickets: int32 [batch * kv_heads + 1], zeros before and after the call, by which a kernel's last program knows itself.
     codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages, renewed; given with `pages`.
+    prepared: int32 [batch, kv_heads], slots that lie in clusters; given with `pages` that are `Clusters`.
     pages: which slots are read; None: all.
     filled: slots that hold tokens in every row and head before the call, fewer than there are, where the host knows that number; None: it
         does not. It repeats what the state says, so that no kernel has to read it; a graph that has it needs no kernel
@@ -192,6 +202,7 @@ class CacheDecodeCall(WritingCall):
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     tickets: Annotated[Tensor | None, Operand("*", "integers", written=True)] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats", written=True)] = None
+    prepared: Annotated[Tensor | None, Operand("batch kv_heads", "integers")] = None
     pages: Pages | None = None
     codes: str = ""
     key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats", written=True)] = None
@@ -225,7 +236,8 @@ class CacheAttentionCall(OpCall):
     sinks: first tokens that a window does not hide.
     codes: "fp8" or "int4" where keys and values are codes; then the buffers that `sparsify.ops.quantised` describes are given, too.
     bounds: of the keys of pages; given with `pages`.
-    pages: which slots are read, in a call of one token that is stored already; None: all.
+    prepared: int32 [batch, kv_heads], slots that lie in clusters; given with `pages` that are `Clusters`.
+    pages: which slots are read, in a call of one token that is stored already, and with `Clusters` in one of several, too; None: all.
     """
 
     NAME: ClassVar[str] = "cache_attention"
@@ -244,6 +256,7 @@ class CacheAttentionCall(OpCall):
     sink_logits: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
     inverse_frequencies: Annotated[Tensor | None, Operand("*", "floats")] = None
     bounds: Annotated[Tensor | None, Operand("batch kv_heads pages ends head_dim", "floats")] = None
+    prepared: Annotated[Tensor | None, Operand("batch kv_heads", "integers")] = None
     pages: Pages | None = None
     codes: str = ""
     key_scales: Annotated[Tensor | None, Operand("batch kv_heads groups parts head_dim", "floats")] = None
@@ -264,7 +277,8 @@ class CacheBoundsCall(OpCall):
     keys, positions: of the layer's state, read only.
     bounds: written.
     codes: "fp8" or "int4" where keys are codes; then `values` and the buffers that `sparsify.ops.quantised` describes are given, too.
-    since: int32 [batch, kv_heads], slots below which nothing has changed; None: all slots may have.
+    since: int32 [batch, kv_heads], slots below which nothing has changed: pages that lie wholly below keep their bounds; None: all slots
+        may have.
     size: slots of a page.
     """
 

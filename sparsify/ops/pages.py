@@ -5,6 +5,8 @@ For each page the smallest and the largest key number of every channel bound the
     q · k <= sum over channels of max(q * least, q * largest) = max(q, 0) · largest + min(q, 0) · least
 
 Nothing is forgotten: another token may read other pages.
+
+Of a prefix whose keys lie in clusters of a page each, a page counts by the mean of its keys (Squeezed Attention, arXiv 2411.09688).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from sparsify.ops.limits import cdiv
 _WHERE = "Pages"
 # shares are computed in whole numbers, on every device alike
 _PARTS = 10**6
+# pages of a group of clusters, whose mean says whether their own are looked at
+GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,11 @@ class Pages:
             ConfigError: another text.
         """
         given = dict(re.findall(r"(\w+)=(\S+)", text))
-        if set(given) != {field.name for field in fields(cls)}:
+        kind = Clusters if "reach" in given else Pages
+        if set(given) != {field.name for field in fields(kind)}:
             raise ConfigError(f"not what a Pages writes: {text!r}", where=_WHERE)
         share = float(given.pop("share"))
-        return cls(share=share, **{name: int(number) for name, number in given.items()})
+        return kind(share=share, **{name: int(number) for name, number in given.items()})
 
     @property
     def parts(self) -> int:
@@ -89,3 +94,45 @@ class Pages:
         sinks = max(self.sinks, sinks)
         always = cdiv(sinks, self.size) + cdiv(self.recent, self.size) + 1 if in_order else sinks + self.recent
         return max(1, min(self.of(slots), self.chosen(self.of(slots)) + always + cdiv(staged, self.size)))
+
+
+@dataclass(frozen=True)
+class Clusters(Pages):
+    """Which pages one token reads of a prefix that `SparseCache.prepare` has put into clusters; what came after it is read whole.
+
+    Before that everything is read.
+
+    size: keys of a cluster, which is a page. Centroids take 1 / size of the keys' memory, and twice that is allocated.
+    share: of the pages that hold tokens, those are read whose centroids have the largest products with the query.
+    count, sinks: as of other pages.
+    recent: newest tokens of the prefix that go into no cluster.
+    reach: centroids are looked at of so many times as many pages as are read: of the groups of 16 clusters whose own centroids are best;
+        0: all.
+
+    Raises:
+        ConfigError: a number that makes no sense.
+    """
+
+    reach: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reach < 0:
+            raise ConfigError(f"must be at least 0, not {self.reach}", where=f"{_WHERE}: reach")
+
+    @property
+    def first(self) -> int:
+        """The first page that may be a cluster: before it lie the row's first tokens."""
+        return cdiv(self.sinks, self.size)
+
+    @property
+    def groups(self) -> Pages | None:
+        """How many groups are looked at, as pages that are chosen among as many as there are groups; None: all."""
+        if not self.reach:
+            return None
+        count = cdiv(self.count * self.reach, GROUP)
+        return Pages(self.size, min(1.0, self.share * self.reach), count, 0, 1)
+
+    def most(self, slots: int, sinks: int, in_order: bool, staged: int = 0) -> int:
+        """All of them, since what came after the prefix is read whole. As of other pages."""
+        return max(1, self.of(slots))

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import sparsify
 from sparsify import SparseCache, policies
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
-from sparsify.ops.pages import Pages
+from sparsify.ops.pages import Clusters, Pages
 from tests.support.cache_reference import left_padded, text
 from tests.support.cases import every
 from tests.support.harness import holding
@@ -40,6 +40,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 BUDGET, ROOMY = 16, 80
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 ALL_PAGES = Pages(size=8, share=1.0)
+ALL_CLUSTERS = Clusters(size=8, share=1.0, sinks=0, recent=1)
+# tokens after which a cache of clusters is prepared
+PREPARED = 22
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,21 @@ class Way:
     policy: str
     every: int | None = None
     pages: bool = False
+    clusters: bool = False
     in_cache: bool = False
     codes: str = ""
     offloading: bool = False
 
     def make(self, model, budget=BUDGET, **more):
         more |= {"positions": "in_cache"} if self.in_cache else {}
-        read = ALL_PAGES if self.pages else None
+        read = ALL_PAGES if self.pages else ALL_CLUSTERS if self.clusters else None
         how = {"every": self.every, "read": read, "dtype": self.codes or None, "offloading": self.offloading}
         return SparseCache(model.config, self.policy, budget, **how, **OPTIONS[self.policy], **more)
 
     def __str__(self):
         when = f" every={self.every}" * (self.every is not None)
         stored = f" {self.codes}" * bool(self.codes) + " offloading" * self.offloading
-        return self.policy + when + " pages" * self.pages + " in_cache" * self.in_cache + stored
+        return self.policy + when + " pages" * self.pages + " clusters" * self.clusters + " in_cache" * self.in_cache + stored
 
 
 def ways():
@@ -77,12 +81,14 @@ def ways():
             for pages in (False, True) if policy not in ("adakv", "duo") else (False,):
                 yield Way(policy, when, pages)
     yield Way("streaming_llm", in_cache=True)
+    for policy, when in (("full", None), ("snapkv", None), ("knorm", None), ("h2o", 5), ("pyramidkv", None)):
+        yield Way(policy, when, clusters=True)
 
 
 WAYS = list(ways())
-IN_CODES = [dataclasses.replace(way, codes=("fp8", "int4")[place % 2]) for place, way in enumerate(WAYS)]
+IN_CODES = [dataclasses.replace(way, codes=("fp8", "int4")[place % 2]) for place, way in enumerate(WAYS) if not way.clusters]
 OFFLOADED = [
-    dataclasses.replace(way, codes=("fp8", "", "int4")[place % 3], offloading=True)
+    dataclasses.replace(way, codes="" if way.clusters else ("fp8", "", "int4")[place % 3], offloading=True)
     for place, way in enumerate(way for way in WAYS if way.policy not in ("adakv", "duo"))
 ]
 by_way = pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def llama():
 
 @torch.no_grad()
 def through(model, cache, ids, cuts, mask=None, position_ids=None):
-    """As `cache_reference.through`; policies that await it are told the logits."""
+    """As `cache_reference.through`; policies that await it are told the logits, and caches of clusters are prepared."""
     found, at = [], 0
     for cut in cuts:
         part = slice(at, at + cut)
@@ -115,6 +121,8 @@ def through(model, cache, ids, cuts, mask=None, position_ids=None):
         found.append(model(ids[:, part], **holding(cache), attention_mask=seen, **more).logits)
         if isinstance(cache, SparseCache):
             cache.observe(found[-1], ids[:, part], seen)
+            if isinstance(cache.read, Clusters) and cut > 1 and cache.get_seq_length() >= PREPARED and not cache.layers[0].final:
+                cache.prepare()
     return torch.cat(found, 1)
 
 
@@ -161,13 +169,16 @@ def test_padding_and_other_rows_do_not_matter_and_no_more_than_the_budget_is_sto
         if way.policy == "full":
             assert held(one, 0) == [list(range(34))] * heads
             continue
+        if way.clusters:  # what came after is kept, too
+            assert all(len(set(head) & set(range(23))) < 23 and set(range(23, 34)) <= set(head) for head in held(one, 0))
+            continue
         assert one.keys.shape[2] == one.values.shape[2] == most == kept + (way.every or 0)
         for row, newest in ((0, 33), (1, 24)):
             tokens = held(one, row)
             assert all(newest in head and len(set(head)) == len(head) for head in tokens)
             assert heads * kept <= sum(map(len, tokens)) <= heads * most
-    assert way.policy == "full" or mean == BUDGET
-    if way.every is not None:
+    assert way.policy == "full" or way.clusters or mean == BUDGET
+    if way.every is not None and not way.clusters:
         both.end_turn()
         assert all(sum(map(len, held(layer, 0))) == layer.layout.kept * layer.keys.shape[1] for layer in both.layers)
 

@@ -367,6 +367,7 @@ def _attend(
             **shape,
             **rotation,
             **coded,
+            **(layer.reading() if layer.prepared is not None else {}),
             version=cache.VERSION,
         )
     observed = query if layer.observes else None

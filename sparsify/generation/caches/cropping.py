@@ -24,9 +24,9 @@ def check(layer: Any, tokens: int) -> None:
         raise CacheError(f"{tokens} tokens are to be removed, {length + layer.left_out} were seen", where=where)
     if length - tokens < layer.fixed:
         raise CacheError(
-            f"the layer was not given all of the text: {tokens} tokens cannot be taken back",
+            f"the layer was not given all of the text, or has put it into clusters: {tokens} tokens cannot be taken back",
             where=where,
-            hint="crop no more than what came after them, and the window that token_select keeps",
+            hint="crop no more than what came after them or after prepare(), and the window that token_select keeps",
         )
     if bool((layer.seen != length).any()):
         raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsify.backends import dispatch
 from sparsify.errors import ConfigError, UnsupportedError
-from sparsify.ops.pages import Pages
+from sparsify.ops.pages import Clusters, Pages
 from sparsify.ops.taking_back import Counters, Places
 from sparsify.policies import Policy
 
@@ -40,6 +40,8 @@ def checked(
         raise ConfigError(f'must be "pages", a sparsify.Pages or None, not {draft!r}', where="draft")
     if draft_tokens is not None and (isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int) or not 0 < draft_tokens <= MOST):
         raise ConfigError(f"must be 1 to {MOST} tokens, not {draft_tokens!r}", where="draft_tokens")
+    if isinstance(draft, Clusters):
+        raise ConfigError("clusters are of a prefix, and drafts read pages of any text", where="draft", hint="a sparsify.Pages")
     if read is not None:
         raise ConfigError("drafts are verified over everything that is kept", where="draft", hint="leave `read` out")
     if not policy.layout(1 << 30).grows:

@@ -35,7 +35,7 @@ class LayerHeader(BaseModel):
 
     started: whether a call has been stored. slots: of the file's tensors; None where nothing was allocated.
 
-    left_out, fixed: as the layer has them, written where they are not 0.
+    left_out, fixed, final: as the layer has them, written where they are not 0.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -44,6 +44,7 @@ class LayerHeader(BaseModel):
     slots: int | None
     left_out: int = 0
     fixed: int = 0
+    final: bool = False
 
 
 class Header(BaseModel):
@@ -102,17 +103,19 @@ def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
     for layer in layers:
         slots = None
         if layer.is_initialized:
-            slots = min(int(layer.length), layer.keys.shape[2]) if layer.grows else layer.keys.shape[2]
+            slots = min(layer.fullest(), layer.keys.shape[2]) if layer.grows else layer.keys.shape[2]
             for name in _BY_SLOT:
                 tensors[f"{layer.index}.{name}"] = layer.at_rest(name)[:, :, :slots].contiguous()
-            for name in _BY_ROW:
+            for name in (*_BY_ROW, *_prepared(layer)):
                 tensors[f"{layer.index}.{name}"] = getattr(layer, name).clone()
             for name, known in layer.known():
                 tensors[f"{layer.index}.{name}"] = known.clone()
             for name, coded in _coded(layer, slots).items():
                 tensors[f"{layer.index}.{name}"] = coded.contiguous()
         layout = None if layer.layout is None else dataclasses.asdict(layer.layout)
-        described.append(LayerHeader(layout=layout, started=layer.started, slots=slots, left_out=layer.left_out, fixed=layer.fixed))
+        described.append(
+            LayerHeader(layout=layout, started=layer.started, slots=slots, left_out=layer.left_out, fixed=layer.fixed, final=layer.final)
+        )
     model = _unwrapped(model)
     header = Header(
         format=FORMAT,
@@ -174,7 +177,8 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
             if described.slots is None:
                 continue
             try:
-                saved = {name: file.get_tensor(f"{layer.index}.{name}") for name in (*_BY_SLOT, *_BY_ROW)}
+                names = (*_BY_SLOT, *_BY_ROW, *(["prepared"] if described.final else []))
+                saved = {name: file.get_tensor(f"{layer.index}.{name}") for name in names}
             except SafetensorError as error:
                 raise CacheError(f"a tensor is missing: {error}", where=f"{path}, layer {layer.index}") from error
             _check_shapes(saved, described.slots, f"{path}, layer {layer.index}")
@@ -188,8 +192,10 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
                 raise CacheError(f"scales are missing or do not fit: {error}", where=f"{path}, layer {layer.index}") from error
             for name in _BY_SLOT:
                 layer.at_rest(name)[:, :, : described.slots].copy_(saved[name])
-            for name in _BY_ROW:
+            for name in (*_BY_ROW, *(["prepared"] if described.final else [])):
                 getattr(layer, name).copy_(saved[name])
+            if described.final:
+                layer.finish()
             for name, known in layer.known():
                 if (found := f"{layer.index}.{name}") not in set(file.keys()) or file.get_slice(found).get_shape() != [*known.shape]:
                     raise CacheError(f"{name} is missing or has another shape", where=f"{path}, layer {layer.index}")
@@ -199,6 +205,11 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
             with layer.present():
                 layer.renew_bounds()
             layer.used = None  # only the device knows, until the next call asks
+
+
+def _prepared(layer: SparseLayer) -> list[str]:
+    """What is saved of clusters, whose means are computed anew."""
+    return ["prepared"] if layer.final and layer.prepared is not None else []
 
 
 def _coded(layer: SparseLayer, slots: int) -> dict[str, Tensor]:
@@ -217,6 +228,10 @@ def _check_shapes(saved: dict[str, Tensor], slots: int, where: str) -> None:
         "seen": (batch,),
         "length": (),
     }
+    if "prepared" in saved:
+        wanted["prepared"] = (batch, kv_heads)
+    if "prepared" in saved and not bool(((saved["prepared"] >= 0) & (saved["prepared"] <= slots)).all()):
+        raise CacheError("more lies in clusters than there are slots", where=where)
     for name, shape in wanted.items():
         if saved[name].shape != shape:
             raise CacheError(f"{name} is {tuple(saved[name].shape)}, not {shape}", where=where)

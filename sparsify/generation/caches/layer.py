@@ -13,12 +13,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, UnsupportedError
-from sparsify.generation.caches import cropping, provisional
+from sparsify.generation.caches import clusters, cropping, provisional
 from sparsify.generation.caches.offloading import Offloader, Rest
 from sparsify.generation.caches.running_call import MASK_SIZE, CallState, autocast_dtype, mark
 from sparsify.ops import cache, quantised, reselection
+from sparsify.ops.cache import NEVER_OVERWRITTEN
 from sparsify.ops.limits import cdiv
-from sparsify.ops.pages import Pages
+from sparsify.ops.pages import Clusters, Pages
 from sparsify.policies import Layout, Policy
 from sparsify.policies.full import STEP
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 _STATE = ("keys", "values", "positions", "counts", "seen", "length")
 # of keys and values in 8 or 4 bits (`sparsify.ops.quantised`)
 _CODED = ("key_scales", "value_scales", "recent_keys", "recent_values", "staged")
-_BUFFERS = (*_STATE, "tickets", "bounds", *_CODED)
+_BUFFERS = (*_STATE, "tickets", "bounds", "prepared", *_CODED)
 # buffers whose dimension 2 is slots, and what an empty slot holds
 _BY_SLOT = (("keys", 0), ("values", 0), ("positions", -1))
 # of a layer whose policy selects anew, by row; `sparsify.ops.reselection` describes them
@@ -95,6 +96,8 @@ class SparseLayer(CacheLayerMixin):
         self.read, self.read_text = read, "" if read is None else str(read)
         self.draft = draft
         self.bounds: Tensor | None = None
+        self.prepared: Tensor | None = None  # int32 [batch, kv_heads], slots that lie in clusters
+        self.final = False  # nothing is evicted from now on, whatever the policy
         self.codes, self.head_dims = codes, (0, 0)
         self.key_scales: Tensor | None = None
         self.value_scales: Tensor | None = None
@@ -102,7 +105,7 @@ class SparseLayer(CacheLayerMixin):
         self.recent_values: Tensor | None = None
         self.staged: Tensor | None = None
         self.policy_text, self.observes = policy.scorer.describe(), policy.observed > 0
-        self.every, self.told = every, True  # told: what the policy awaits of the last call has come
+        self.every, self.asked_every, self.told = every, every, True  # told: what the policy awaits of the last call has come
         self.logits = (1.0, 0.0)  # scale and softcap of the layer's attention
         self.carried: Tensor | None = None
         self.queries: Tensor | None = None
@@ -164,6 +167,8 @@ class SparseLayer(CacheLayerMixin):
         self.tickets = key_states.new_zeros(batch * kv_heads + 1, dtype=torch.int32)
         if self.read is not None:
             self.bounds = key_states.new_zeros(batch, kv_heads, self.read.of(capacity), 2, head_dim)
+            if isinstance(self.read, Clusters):
+                self.prepared = torch.zeros_like(self.counts)
         if self.layout.room:
             self._allocate_known(key_states)
             self.used = None
@@ -259,7 +264,7 @@ class SparseLayer(CacheLayerMixin):
 
     def _extras(self) -> list[Tensor]:
         """Buffers by row and slot or page that not every layer has."""
-        return [buffer for name in ("bounds", *_CODED) if (buffer := getattr(self, name)) is not None]
+        return [buffer for name in ("bounds", "prepared", *_CODED) if (buffer := getattr(self, name)) is not None]
 
     def growing(self) -> list[str]:
         """Buffers that are made larger together with keys, values and positions, where the layer has them."""
@@ -269,7 +274,10 @@ class SparseLayer(CacheLayerMixin):
         """What ops are told of the slots that a token reads, beside `coded`."""
         if self.starts is not None:
             return {"starts": self.starts}
-        return {"bounds": self.bounds, "pages": self.read_text} if self.read is not None else {}
+        if self.read is None:
+            return {}
+        clusters = {} if self.prepared is None else {"prepared": self.prepared}
+        return {"bounds": self.bounds, "pages": self.read_text, **clusters}
 
     def coded(self) -> dict[str, Any]:
         """What ops are told of how keys and values are stored."""
@@ -280,6 +288,31 @@ class SparseLayer(CacheLayerMixin):
         if self.bounds is not None and self.read is not None:  # within `present`
             coded = self.coded() | {"values": self.values} if self.codes else {}
             cache.bounds(self.keys, self.positions, self.bounds, size=self.read.size, version=cache.VERSION, **coded)
+            if self.final:
+                clusters.write_means(self)
+
+    def prepare(self) -> None:
+        """Puts what is kept into clusters, after which nothing is evicted; nothing in layers that read no clusters.
+
+        Raises:
+            UnsupportedError: the text is divided among processes.
+        """
+        if not isinstance(self.read, Clusters) or not self.is_initialized:
+            return
+        if self.shard is not None:
+            raise UnsupportedError("the text is divided among processes, and clusters are of all of it", where=f"layer {self.index}")
+        self.finish()
+        with torch.no_grad(), self.present():
+            clusters.prepare(self)
+            self.renew_bounds()
+        self.fixed = int(self.length)
+
+    def finish(self) -> None:
+        """From now on nothing is evicted, and the layer grows. Reads counts from the device."""
+        self.layout = Layout(self.keys.shape[2], pinned=NEVER_OVERWRITTEN, recent=0)
+        self.final, self.every, self.observes, self.told, self.used = True, 0, False, True, None
+        self.carried = self.queries = self.query_positions = None
+        self.elsewhere = int(self.length) - min(self.fullest(), self.keys.shape[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Checks the new keys and values and returns them unchanged, or under autocast in the cache's dtype. Attention stores them later.
@@ -491,6 +524,13 @@ class SparseLayer(CacheLayerMixin):
             self.staged.zero_()
         self.started, self.used, self.told, self.left_out, self.fixed = False, 0, True, 0, 0
         self.shard, self.elsewhere = None, 0
+        if self.prepared is not None:
+            self.prepared.zero_()
+        if self.final:
+            self.final, self.every, self.observes = False, self.asked_every, self.policy.observed > 0
+            layout = None if isinstance(self.budget, float) else self.lay_out(self.budget)
+            if layout is None or not layout.grows:  # other buffers than those that grew
+                self.layout, self.is_initialized, self.rest = layout, False, None
         if isinstance(self.budget, float):
             self.layout, self.is_initialized, self.rest = None, False, None
 
@@ -519,7 +559,7 @@ class SparseLayer(CacheLayerMixin):
             if self.offloader is not None:
                 self.offloader.bring(self)
                 self.rest = None
-            for name in (*_STATE[:-1], "bounds", *_CODED):
+            for name in (*_STATE[:-1], "bounds", "prepared", *_CODED):
                 if getattr(self, name) is not None:
                     setattr(self, name, change(getattr(self, name)))
             for name, tensor in self.known():

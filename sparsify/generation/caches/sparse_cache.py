@@ -24,7 +24,7 @@ from sparsify.generation.caches.outlook import Outlook
 from sparsify.generation.caches.rope import inverse_frequencies
 from sparsify.generation.caches.running_call import MASK_SIZE, link_layers
 from sparsify.ops.limits import cdiv
-from sparsify.ops.pages import Pages
+from sparsify.ops.pages import Clusters, Pages
 from sparsify.ops.taking_back import Places
 from sparsify.policies import LayerFacts, Policy
 
@@ -56,7 +56,9 @@ class SparseCache(Cache):
             scales per channel and group of 64 slots, values per token (KIVI, arXiv 2402.02750), tokens of the newest group as they come.
         device: where it is allocated.
         read: "pages" or a `sparsify.Pages`: each token reads the pages of what is kept whose keys may get the most weight, and forgets
-            none (Quest, arXiv 2406.10774); calls of several tokens read everything. None: everything.
+            none (Quest, arXiv 2406.10774); calls of several tokens read everything. "clusters" or a `sparsify.Clusters`: after `prepare`
+            all calls read the clusters of the prefix that are near to their queries, and what came after it (Squeezed Attention, arXiv
+            2411.09688). None: everything.
         draft: "pages" or a `sparsify.Pages`, with policy "full": `generate()` of a model that `sparsify.compile` compiled drafts tokens
             that read these pages alone, and verifies several at once over everything (self-speculation). All other calls read everything.
         draft_tokens: drafted before each verification; None: as many as are expected to pay.
@@ -100,6 +102,7 @@ class SparseCache(Cache):
             pages = drafting.exact(drafts)
         if offloading:
             check_offloading(policy, drafts)
+        _check_clusters(pages, policy, dtype)
         every = _checked_every(every, policy, budget)
         codes = _checked_codes(dtype)
         _check_divided(config, policy)
@@ -304,6 +307,25 @@ class SparseCache(Cache):
                 layer.forget_a_turn()
         self.outlook.forget()
 
+    def prepare(self) -> None:
+        """The text so far is a fixed prefix: its keys are put into clusters, once (`read="clusters"`). From then on nothing is evicted,
+        tokens that come are kept whole beside what the policy has left, and calls read the clusters that are near to their queries.
+        Files and copies are prepared, too. What came before can't be cropped any more. Called again, it prepares all that is stored.
+
+        Raises:
+            ConfigError: the cache reads no clusters.
+            CacheError: an earlier call stopped halfway, or nothing is stored.
+            UnsupportedError: the text is divided among processes.
+        """
+        if not isinstance(self.read, Clusters):
+            raise ConfigError("the cache reads no clusters", where="prepare", hint='SparseCache(..., read="clusters")')
+        self.check_consistent(True)
+        self.settle_past()
+        if not all(layer.started for layer in self.layers):
+            raise CacheError("nothing is stored that could be prepared", where="prepare", hint="give the model the prefix first")
+        for layer in self.layers:
+            layer.prepare()
+
     def observe(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Tells a policy that scores by them ("sirllm") what the model made of the last call; others ignore it.
 
@@ -480,9 +502,21 @@ def _checked_codes(dtype: torch.dtype | str | None) -> str:
 def _checked_read(read: str | Pages | None) -> Pages | None:
     if read is None or isinstance(read, Pages):
         return read
-    if read != "pages":
-        raise ConfigError(f'must be "pages", a sparsify.Pages or None, not {read!r}', where="read")
-    return Pages()
+    if read not in ("pages", "clusters"):
+        raise ConfigError(f'must be "pages", "clusters", a sparsify.Pages, a sparsify.Clusters or None, not {read!r}', where="read")
+    return Pages() if read == "pages" else Clusters()
+
+
+def _check_clusters(read: Pages | None, policy: Policy, dtype: torch.dtype | str | None) -> None:
+    """Raises UnsupportedError for what does not go together with clusters of a prefix."""
+    if not isinstance(read, Clusters):
+        return
+    if policy.layout(1 << 30).window:
+        what = f"policy {policy.name} has no prefix that stays"
+        raise UnsupportedError(what, where="read", hint='policy "full", or one that chooses what it keeps')
+    if isinstance(dtype, str):
+        what = f"keys in {dtype} are codes of the slots around them, which clusters move apart"
+        raise UnsupportedError(what, where="read", hint="leave one of them out")
 
 
 def _checked_every(every: object, policy: Policy, budget: int | float | None) -> int:

@@ -199,7 +199,8 @@ class SparseLayerCall(LayerCall[SparseLayer]):
         self.query_len = query_len
 
     def kind(self) -> tuple[Any, ...]:
-        return type(self.layer), not self.layer.started, self.layer.is_initialized, self.layer.shard, self.layer.read_text
+        layer = self.layer
+        return type(layer), not layer.started, layer.is_initialized, layer.shard, layer.read_text, layer.grows
 
     def begin(self) -> None:
         layer = self.layer

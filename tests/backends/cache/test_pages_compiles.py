@@ -24,6 +24,14 @@ def test_score(clauses):
     assert used.spilled == 0 and used.mma > 0
 
 
+@pytest.mark.parametrize("name", ["score_groups", "score_clusters"])
+def test_clusters(name):
+    spec = pages_spec(clusters=True, reach=True)
+    kernel = getattr(source.load(pages.pages_source(spec), "pages"), name)
+    used = compile_kernel(kernel, pages.arguments(spec, name), arch=90, num_warps=4, num_stages=1)
+    assert used.spilled == 0 and used.mma > 0 and used.shared <= SHARED_LIMIT[90]
+
+
 @pytest.mark.parametrize("clauses", [{}, {"single": False, "counted": True}], ids=str)
 def test_choose(clauses):
     spec = pages_spec(**clauses)

@@ -35,6 +35,10 @@ KERNELS = {
     "decode_pages": (decode, decode.decode_source, decode_spec(fused=True, grows=True, page=16), ("split",)),
     "decode_packed": (decode, decode.decode_source, decode_spec(fused=True, grows=True, packed=True), ("split",)),
     "pages": (pages, pages.pages_source, PAGES, ("score", "choose")),
+    "clusters": (
+        pages, pages.pages_source, pages.PagesSpec("bf16", 128, 4, 16, 8192, single=True, grows=True, clusters=True, reach=True),
+        ("score_groups", "score_clusters", "choose"),
+    ),
     "append": (append, append.append_source, append_spec(), ("split",)),
     "append_split": (append, append.append_source, append_spec(20, single=False, has_new=False), ("split", "combine")),
     "append_all": (
