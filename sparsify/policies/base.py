@@ -152,6 +152,11 @@ class Policy(BaseModel):
         return False
 
     @property
+    def scores_once(self) -> bool:
+        """Whether a token's score is known only when it comes, and has to be carried from then on; such policies need room (`every`)."""
+        return False
+
+    @property
     def decay(self) -> float:
         """By which what tokens carry is multiplied after each turn."""
         return 1.0

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsify.policies.base import Candidates, LayerFacts, Policy
+from sparsify.policies.rotation import Rotation, angles_on
 from sparsify.policies.scored import ScoredPolicy
 
 # more queries than a call can have
@@ -57,11 +58,10 @@ class ExpectedAttention(ScoredPolicy):
         assert queries is not None and at is not None, "the policy reads queries"
         if not self.frequencies:
             raise self.refuse("the rotary embedding's frequencies are not known", "SparseCache binds its policy to the model")
-        # by fills, since a copy from the host cannot be part of a CUDA graph
-        angles = torch.stack([queries.new_full((), angle, dtype=torch.float64) for angle in self.frequencies])
+        angles = angles_on(queries, self.frequencies)
         steps = candidates.newest[:, None] + torch.arange(1, self.future + 1, device=at.device)
-        ahead = _Rotation.by(steps, angles).mean()  # [batch, 1, pairs]
-        back = _Rotation.by(-at, angles)
+        ahead = Rotation.by(steps, angles).mean()  # [batch, 1, pairs]
+        back = Rotation.by(-at, angles)
         counted = (at >= self.sinks)[:, None, :, None]
         rows = counted.sum(2).clamp(min=1)[..., None]  # [batch, 1, 1, 1]
         kv_heads, group = candidates.keys.shape[1], queries.shape[1] // candidates.keys.shape[1]
@@ -84,25 +84,3 @@ class ExpectedAttention(ScoredPolicy):
                 weight = weight * candidates.values[:, head].float().norm(dim=-1)
             scores.append(weight.masked_fill(sink[:, 0], torch.inf))
         return torch.stack(scores, 1)
-
-
-class _Rotation:
-    """A rotary embedding's turn of the first dimensions, in half-split layout, or the average of several."""
-
-    def __init__(self, cos: Tensor, sin: Tensor):
-        self.cos, self.sin = cos, sin
-
-    @classmethod
-    def by(cls, steps: Tensor, angles: Tensor) -> _Rotation:
-        """By `steps` [batch, n] positions; fp32 angles lose the fraction of the turn after some 100 000 of them."""
-        turned = steps.double()[:, None, :, None] * angles
-        return cls(turned.cos().float(), turned.sin().float())
-
-    def mean(self) -> _Rotation:
-        return _Rotation(self.cos.mean(2, keepdim=True), self.sin.mean(2, keepdim=True))
-
-    def turn(self, rows: Tensor) -> Tensor:
-        """Of rows [batch, heads, n, head_dim]."""
-        half = self.cos.shape[-1]
-        a, b, rest = rows[..., :half], rows[..., half : 2 * half], rows[..., 2 * half :]
-        return torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin, rest), -1)

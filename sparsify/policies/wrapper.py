@@ -55,5 +55,9 @@ class Wrapper(Policy):
         return self.inner.awaits
 
     @property
+    def scores_once(self) -> bool:
+        return self.inner.scores_once
+
+    @property
     def decay(self) -> float:
         return self.inner.decay

@@ -527,6 +527,9 @@ def _checked_every(every: object, policy: Policy, budget: int | float | None) ->
             raise ConfigError(
                 f"{policy.name} scores tokens after their call, which takes room for them", where="every", hint="give every=512"
             )
+        if policy.scores_once:
+            what = f"{policy.name} scores tokens when they come, which takes room to keep the scores"
+            raise ConfigError(what, where="every", hint="give every=512")
         return 0
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ConfigError(f"must be at least 1 token, not {every!r}", where="every")
