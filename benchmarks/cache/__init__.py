@@ -174,6 +174,27 @@ class EvictionNeedles(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvictionBlind(Record):
+    """Answers to questions that are asked after the text was read, each over the same cache."""
+
+    NAME = "eviction_blind"
+    KEYS = ("model_sha256", "text_sha256", "policy", "length", "share")
+    policy: str  # or "pages" and "clusters": everything is kept, and read by those
+    length: int  # bytes of a text with its questions
+    share: float  # of the text that is kept, or of what is kept that a token reads
+    every: int  # bytes of the calls in which the text is read; 0: one call
+    right: int
+    asked: int
+    interval: list[float]  # of right / asked: Wilson, 95 %
+    seconds: float
+    seeds: list[int]
+    model: str
+    model_sha256: str
+    text_sha256: str
+    heads_sha256: str | None = None  # of locret: its trained heads
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvictionStream(Record):
     """A long text under StreamingLLM."""
 

@@ -1,11 +1,14 @@
 """Do the answers survive eviction? One needle asked at the end of a prompt, and long text under StreamingLLM.
 
     python -m benchmarks run eviction needles --model DIR --text FILE --lengths 8192 32768 --shares 1 0.25 0.1 0.05
+    python -m benchmarks run eviction blind --model DIR --text FILE --policies snapkv locret pages clusters --heads FILE
     python -m benchmarks run eviction stream --model DIR --text FILE --bytes 200000
 
 needles: the prompt ends in one question, so that the last queries know what is asked; its answer is teacher-forced a byte at a time over
 what was kept. SnapKV smooths its scores over 5 tokens, which keep a word's neighbours where tokens are words: of bytes it takes some 15 to
-hold a fact together, and both are run. stream: NLL by stretch of text, under both position schemes and recomputed without a cache from as
+hold a fact together, and both are run. blind: the text is read before anything is asked, in calls of `--every` bytes where a policy
+selects between them, and each question then goes to a fork of the cache; `pages` and `clusters` keep everything, and questions and answers
+read a share of it. stream: NLL by stretch of text, under both position schemes and recomputed without a cache from as
 many bytes as a full cache holds, since text is harder here and easier there. Appends to results/eviction.jsonl.
 """
 
@@ -22,9 +25,9 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from benchmarks.answers.run import ASKS, load
-from benchmarks.cache import EvictionNeedles, EvictionStream
+from benchmarks.cache import EvictionBlind, EvictionNeedles, EvictionStream
 from benchmarks.lib import needles, records
-from sparsify import SparseCache
+from sparsify import Clusters, Pages, SparseCache
 from sparsify.generation.compat import with_cache
 
 QUESTION = len("\n?? abcdef: ")
@@ -76,6 +79,55 @@ def run_needles(options: argparse.Namespace, model: LlamaForCausalLM, text: byte
                 records.append(options.out, EvictionNeedles(**parameters, **values, **where, **facts))
 
 
+@torch.no_grad()
+def ask_blind(model: LlamaForCausalLM, text: bytes, length: int, seed: int, make: Any, every: int) -> tuple[int, int]:
+    """Right answers and questions of one text, read in calls of `every` bytes (0: one call) before the first of them."""
+    item = needles.prompt(length, text, seed, asks=ASKS)
+    ids = item.ids.to(model.device)
+    end, right = item.answers[0][0] - QUESTION, 0
+    cache = make(model.config, end)
+    for first in range(0, end, every or end):
+        model(ids[:, first : min(first + (every or end), end)], **with_cache(model, cache), logits_to_keep=1)
+    if isinstance(cache.read, Clusters):
+        cache.prepare()
+    for start, size in item.answers:
+        right += answer(model, ids[:, start - QUESTION : start], ids[0, start : start + size], cache.fork())
+    return right, len(item.answers)
+
+
+def blind_cache(policy: str, share: float, every: int, options: argparse.Namespace) -> Any:
+    """Makes the cache of a text of so many bytes."""
+    few = {"recent": 16} if policy in ("locret", "knorm", "keydiff") else {"window": 16, "kernel": 15} if policy == "snapkv" else {}
+
+    def make(config: Any, length: int) -> SparseCache:
+        if policy in ("pages", "clusters"):
+            how = Pages(share=share) if policy == "pages" else Clusters(share=share)
+            return SparseCache(config, "full", length + 64, read=how)
+        if policy == "locret":
+            few["heads"] = str(options.heads)
+        return SparseCache(config, policy, max(int(length * share), 1), every=every or None, **few)
+
+    return make
+
+
+def run_blind(options: argparse.Namespace, model: LlamaForCausalLM, text: bytes, facts: dict[str, Any]) -> None:
+    seeds = range(needles.FIRST_SEED, needles.FIRST_SEED + -(-options.questions // ASKS))
+    for length in options.lengths:
+        for policy in options.policies:
+            every = 0 if policy in ("pages", "clusters", "streaming_llm", "full") else options.every
+            for share in options.shares:
+                started, make = time.monotonic(), blind_cache(policy, share, every, options)
+                found = [ask_blind(model, text, length, seed, make, every) for seed in seeds]
+                right, asked = sum(f[0] for f in found), sum(f[1] for f in found)
+                values = {"right": right, "asked": asked, "interval": needles.wilson(right, asked)}
+                print(policy, length, share, values, flush=True)
+                where = {"every": every, "seconds": time.monotonic() - started, "seeds": [seeds.start, seeds.stop]}
+                heads = records.sha256(options.heads) if policy == "locret" else None
+                records.append(
+                    options.out, EvictionBlind(policy=policy, length=length, share=share, heads_sha256=heads, **values, **where, **facts)
+                )
+
+
 def _settings(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Each policy with its options."""
     snapkv = [{"window": options.observe, "kernel": kernel} for kernel in options.kernels]
@@ -122,7 +174,7 @@ def run_stream(options: argparse.Namespace, model: LlamaForCausalLM, text: bytes
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["needles", "stream"])
+    parser.add_argument("benchmark", choices=["needles", "blind", "stream"])
     parser.add_argument("--model", type=Path, required=True, help="folder of a byte-level LlamaForCausalLM")
     parser.add_argument("--text", type=Path, required=True, help="file to hide needles in, or to stream")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
@@ -130,6 +182,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=["snapkv", "streaming_llm"])
     parser.add_argument("--observe", type=int, default=QUESTION, help="queries that score under snapkv: those of the question")
     parser.add_argument("--kernels", type=int, nargs="+", default=[5, 15], help="keys that snapkv's smoothing spans")
+    parser.add_argument("--heads", type=Path, help="blind: trained heads of locret, as `train_retaining_heads` writes them")
+    parser.add_argument("--every", type=int, default=512, help="blind: bytes between selections")
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--bytes", type=int, default=200_000)
     parser.add_argument("--stretch", type=int, default=20_000, help="bytes that one NLL is taken over")
@@ -144,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     model, text = load(options.model, options.device), options.text.read_bytes()
     facts = {"model": options.model.name, "model_sha256": records.sha256(options.model), "text_sha256": records.sha256(options.text)}
-    {"needles": run_needles, "stream": run_stream}[options.benchmark](options, model, text, facts)
+    {"needles": run_needles, "blind": run_blind, "stream": run_stream}[options.benchmark](options, model, text, facts)
     return 0
 
 

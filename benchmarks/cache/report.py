@@ -13,6 +13,7 @@ from benchmarks.cache import (
     DecodeOffloaded,
     DecodeReading,
     DecodeStore,
+    EvictionBlind,
     EvictionNeedles,
     EvictionStream,
     plots,
@@ -43,6 +44,7 @@ def table(found: Iterable[Found]) -> str:
         (DecodeStore, "Scoring and eviction of one layer", _store),
         (DecodeAppend, "Several tokens over kept keys, one layer", _append),
         (EvictionNeedles, "One needle, asked at the end of the prompt", _needles),
+        (EvictionBlind, "Questions that are asked after the text was read", _blind),
         (EvictionStream, "Text under StreamingLLM", _stream),
     ):
         for group in by_device(kind(found, record)):
@@ -136,6 +138,20 @@ def _needles(found: list[Found], beside: list[Found]) -> list[str]:
         f"5 tokens; this model's tokens are bytes. {conditions(cells)}"
     )
     return [note, markdown(["bytes", "policy", *(f"{share:.0%} kept" for share in shares)], rows)]
+
+
+def _blind(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, EvictionBlind)
+    shares = sorted({r["share"] for r in cells}, reverse=True)
+    rows = []
+    for length, policy in sorted({(r["length"], r["policy"]) for r in cells}):
+        mine = {r["share"]: r for r in cells if (r["length"], r["policy"]) == (length, policy)}
+        rows.append([size(length), policy, *(_right(mine.get(share)) for share in shares)])
+    note = (
+        "Share of the answers right [95 % Wilson interval] by the share of the text that is kept per KV head, or that a call reads of it "
+        f"(`pages`, `clusters`; the text itself is read dense). Nothing says what will be asked when tokens go. {conditions(cells)}"
+    )
+    return [note, markdown(["bytes", "policy", *(f"{share:.0%}" for share in shares)], rows)]
 
 
 def _right(record: Found | None) -> str:
@@ -392,11 +408,17 @@ BENCHMARKS = (
         table=offloaded_table,
     ),
     Benchmark(
+        name="train_retaining_heads",
+        place=92,
+        measures="trains the small networks by which the policy `locret` scores tokens, for a model of bytes",
+        module="benchmarks.cache.train_retaining_heads",
+    ),
+    Benchmark(
         name="eviction",
         place=7,
         measures="answers when a cache evicts; NLL of a long text beside the same text recomputed without a cache",
         module="benchmarks.cache.eviction",
-        records=(DecodeModel, CachePrefill, DecodeStore, DecodeAppend, EvictionNeedles, EvictionStream),
+        records=(DecodeModel, CachePrefill, DecodeStore, DecodeAppend, EvictionNeedles, EvictionBlind, EvictionStream),
         beside=(Prefill,),
         title="A cache that evicts",
         table=table,
