@@ -84,7 +84,7 @@ def ask_blind(model: LlamaForCausalLM, text: bytes, length: int, seed: int, make
     """Right answers and questions of one text, read in calls of `every` bytes (0: one call) before the first of them."""
     item = needles.prompt(length, text, seed, asks=ASKS)
     ids = item.ids.to(model.device)
-    end, right = item.answers[0][0] - QUESTION, 0
+    end, right = item.questions[0], 0
     cache = make(model.config, end)
     for first in range(0, end, every or end):
         model(ids[:, first : min(first + (every or end), end)], **with_cache(model, cache), logits_to_keep=1)

@@ -68,7 +68,7 @@ def examples(model: LlamaForCausalLM, text: bytes, length: int, seeds: range) ->
     found = []
     for seed in seeds:
         item = needles.prompt(length, text, seed)
-        found.append(observed(model, item.ids.to(model.device), item.starts[0]))
+        found.append(observed(model, item.ids.to(model.device), item.questions[0]))
     return [tuple(torch.cat([prompt[layer][part] for prompt in found]) for part in (0, 1)) for layer in range(len(found[0]))]
 
 
