@@ -220,7 +220,7 @@ def lookup_refusal(way):
 def draft_refusal(way):
     """Why a cache does not draft by itself; empty where it does."""
     reasons = {
-        "verified over everything": way.pages,
+        "verified over everything": way.pages or way.clusters,
         "evicts what a rejected draft would need": way.policy != "full",
         "rejected drafts would have taken part": bool(way.codes),
         "bring all keys": way.offloading,
