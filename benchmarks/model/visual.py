@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--text", type=int, default=64, help="tokens of text, before and behind the images")
@@ -78,8 +78,8 @@ def build(shape: str, device: str) -> Any:
     """bf16 on a GPU, float32 on a CPU."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    fields = SHAPES[shape]
-    config = LlavaConfig(**fields, image_token_id=fields["text_config"]["vocab_size"] - 1)
+    fields: dict[str, Any] = SHAPES[shape] | {"image_token_id": SHAPES[shape]["text_config"]["vocab_size"] - 1}
+    config = LlavaConfig(**fields)
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
@@ -103,7 +103,7 @@ def compile_variant(model: Any, variant: str, keep: float, lower: str) -> None:
     if variant == "eager":
         return
     passes = ["dense"] if variant == "dense" else [variant, "dense"]
-    options = {} if variant == "dense" else {variant: {"keep": keep}}
+    options: dict[str, Any] = {} if variant == "dense" else {variant: {"keep": keep}}
     sparsify.compile(model, passes=passes, strict=True, lower=lower, progress=False, **options)
 
 
@@ -141,13 +141,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     for variant in options.variants:
         compile_variant(model, variant, options.keep, options.lower)
+        found: dict[str, Any]
         try:
             found = measure(run, options.repeats, options.device)
         except Exception as error:
             traceback.print_exc()
             failed, found = failed + 1, {"error": reason(error)}
             clean(options.device)
-        facts = {
+        facts: dict[str, Any] = {
             "shape": options.shape,
             "layers": model.config.text_config.num_hidden_layers,
             "tokens": given["input_ids"].shape[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 
@@ -334,3 +335,21 @@ def test_layers_that_tokens_bypass(llama, of_8b):
     assert chosen.decode.head == dense.decode.head
     assert chosen.prefill == dense.prefill
     assert [(g.phase, g.layers) for g in chosen.groups if g.what == "token"] == [("decode", tuple(range(1, 9)))]
+
+
+@pytest.mark.slow
+def test_image_tokens_that_go_on(llama, of_8b):
+    """Before the first layer: a prompt of the tokens that go on, and their choice beside; behind the second one: two layers as they are."""
+    few = of_8b.rows[0]  # 4096 tokens
+    asked = {name: forecaster(llama, passes=[name, "dense"], **{name: {"keep": 0.25}}) for name in ("divprune", "fastv")}
+    images = (7 * 1024 - 4096) * 4 // 3  # a quarter of them and the text are 4096 tokens
+    for name, layers in (("divprune", 0), ("fastv", 2)):
+        (row,) = dataclasses.replace(asked[name], images=images).forecast((7 * 1024,)).rows
+        for part in ("feed_forward", "projections"):
+            whole, short = getattr(row.dense.prefill, part), getattr(few.dense.prefill, part)
+            assert getattr(row.chosen.prefill, part) == pytest.approx(whole * layers / 32 + short * (32 - layers) / 32, rel=0.02)
+        assert row.chosen.memory.cache == pytest.approx(row.dense.memory.cache * (layers + (32 - layers) * 4 / 7) / 32, rel=1e-3)
+        (group,) = [group for group in row.chosen.groups if group.what == "stream"]
+        assert group.choice == name and "4096 tokens" in group.sees
+        none = asked[name].forecast((7 * 1024,))
+        assert none.rows[0].chosen.prefill == none.rows[0].dense.prefill and any("--image-tokens" in note for note in none.notes)

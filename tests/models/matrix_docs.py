@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.lib.pages import filled
-from tests.models import matrix_padding, matrix_tokens
+from tests.models import matrix_images, matrix_padding, matrix_tokens
 from tests.models.matrix import BROKEN, BY_TOKEN, DOCS, REFUSED, Broken, Cell, Refused, attentions
 from tests.models.matrix_modes import MODES
 from tests.support.tiny_models import CORE_FAMILIES, FAMILIES
@@ -33,7 +33,7 @@ def _part() -> str:
         "and alibi are outside `xattention`'s estimate, which says so and leaves those sites to the next method. Families that the first",
         f"release promises: {', '.join(CORE_FAMILIES)}.",
     ]
-    return "\n".join([*lines, "", *_tokens(), "", *_padding()])
+    return "\n".join([*lines, "", *_tokens(), "", *_images(), "", *_padding()])
 
 
 def _tokens() -> list[str]:
@@ -46,6 +46,15 @@ def _tokens() -> list[str]:
         f"{', '.join(matrix_tokens.SERVED)}. Refused, and then dense: "
         + "; ".join(f"{', '.join(of)} ({why})" for why, of in reasons.items())
         + ".",
+    ]
+
+
+def _images() -> list[str]:
+    """Which families let image tokens leave."""
+    refused = "; ".join(f"{family} ({because})" for family, (_, because) in matrix_images.REFUSED.items())
+    return [
+        "`fastv` and `divprune` (a prompt with an image, a token, a second turn; against an eager model that hides what was left out): "
+        f"{', '.join(matrix_images.SERVED)}. Refused, and then dense: {refused}.",
     ]
 
 

@@ -425,3 +425,21 @@ def test_a_policy_evicts_from_what_a_layer_was_given():
     assert not found.logits[:, 80:].isnan().any()
     assert [int((layer.positions >= 0).sum(-1).max()) for layer in cache.layers] == [50, 50, 50, 50]
     assert found.lengths == [90, 90, 50, 50]
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_an_ordinary_cache_is_cropped_or_says_why_not():
+    model, whole = made(), text(1, 100)
+    kept = chosen(model, {"input_ids": whole["input_ids"][:, :80]})
+    want = hidden_later(model, whole, kept, 80)
+    narrowed(model)
+    cache = DynamicCache(config=model.config)
+    calls(model, whole, cache, 80, 20)
+    cache.crop(-15)
+    torch.testing.assert_close(calls(model, {"input_ids": whole["input_ids"][:, 85:]}, cache, 15).logits, want[:, 85:], **CLOSE)
+    with pytest.raises(CacheError, match="cannot be taken back"):
+        cache.crop(-33)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [100, 100, 60, 60]
+    cache.crop(-32)  # the window of 12 has no gaps
+    assert [layer.keys.shape[2] for layer in cache.layers] == [68, 68, 28, 28]

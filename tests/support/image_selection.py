@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma3ForConditionalGeneration, LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Gemma3ForConditionalGeneration,
+    InternVLForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    PaliGemmaForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from sparsify.planning.method import ImageRows
 from tests.support.tiny_models import build_class, spread_weights
@@ -14,7 +23,11 @@ from tests.support.tiny_models import build_class, spread_weights
 FAMILIES = {
     "llava": LlavaForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "internvl": InternVLForConditionalGeneration,
     "gemma3": Gemma3ForConditionalGeneration,
+    "paligemma": PaliGemmaForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
 FIRST = 5  # column of a row's first image token, behind its padding
 _OTHERS = 100  # identifiers of text lie below the special ones
@@ -37,8 +50,11 @@ def prompt(model: nn.Module, length: int, padding: tuple[int, ...] = (0,)) -> di
         given["pixel_values"] = torch.randn(batch * side * side, width, generator=draw)
         given["image_grid_thw"] = torch.tensor([[1, side, side]]).expand(batch, 3)
     else:
-        count = getattr(model.config, "mm_tokens_per_image", (vision.image_size // vision.patch_size) ** 2)
-        given["pixel_values"] = torch.randn(batch, 3, vision.image_size, vision.image_size, generator=draw)
+        size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        given["pixel_values"] = torch.randn(batch, 3, size, size, generator=draw)
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values=given["pixel_values"]).pooler_output
+        count = features[0].shape[0]
     ids = torch.randint(3, _OTHERS, (batch, length), generator=draw)
     for row, skipped in enumerate(padding):
         ids[row, skipped + FIRST : skipped + FIRST + count] = model.config.image_token_id
@@ -51,7 +67,8 @@ def prompt(model: nn.Module, length: int, padding: tuple[int, ...] = (0,)) -> di
 
 def with_tokens(model: nn.Module, given: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     """The same images, in a text of these tokens."""
-    kinds = {"llava": (), "gemma3": ("token_type_ids",)}.get(model.config.model_type, ("mm_token_type_ids",))
+    taken = inspect.signature(model.forward).parameters
+    kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
     return {**given, "input_ids": ids, **dict.fromkeys(kinds, (ids == model.config.image_token_id).long())}
 
 

@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
         "--lengths", metavar="LENGTHS", default=DEFAULT_LENGTHS, help="tokens: 4K..1M doubles, 8192,32K lists (default: %(default)s)"
     )
     cost.add_argument("--batch", metavar="B", type=int, default=1, help="sequences (default: %(default)s)")
+    cost.add_argument("--image-tokens", metavar="N", type=int, default=0, help="of each prompt (default: %(default)s)")
     cost.add_argument("--device", metavar="NAME", help="h200, h100, a100, ..., or a profile file; default: the GPU here")
     cost.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the configuration's")
     cost.add_argument("--attention", metavar="NAME", default="sdpa", help="transformers' attention implementation (default: %(default)s)")
@@ -45,6 +46,8 @@ def run(given: argparse.Namespace) -> int:
     lengths = parse_lengths(given.lengths)
     if given.batch < 1:
         raise ConfigError(f"must be at least 1, not {given.batch}", where="--batch")
+    if given.image_tokens < 0:
+        raise ConfigError(f"must be at least 0, not {given.image_tokens}", where="--image-tokens")
     if given.gpus < 1 or given.generate < 0 or (given.gpus > 1 and given.plot):
         raise ConfigError("at least one GPU, no fewer than 0 tokens, and a plot of one GPU alone", where="--gpus, --generate")
     budget = parse_budget(given.budget)
@@ -63,7 +66,7 @@ def run(given: argparse.Namespace) -> int:
     here = torch.cuda.is_available() and device == hardware.describe(torch.device("cuda"))
     context = pipeline.make_context(torch.device("cuda"), settings) if here else forecast_device.context(device, settings)
     make_cache = None if budget is None else lambda config: SparseCache(config, given.policy, budget)
-    asked = forecaster.Forecaster(model, settings, context, given.batch, make_cache)
+    asked = forecaster.Forecaster(model, settings, context, given.batch, make_cache, images=given.image_tokens)
     if given.gpus > 1:
         return _several(given, asked, lengths)
     found = asked.forecast(lengths, "" if budget is None else f"SparseCache {given.policy}, budget {given.budget}")

@@ -29,7 +29,7 @@ from sparsify.ops.limits import cdiv
 from sparsify.planning.choose import acts_on, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision, Place, places
-from sparsify.planning.method import Context, Proposal
+from sparsify.planning.method import Context, ImagePass, Proposal
 from sparsify.planning.saved_plan import load_saved_plan
 
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
@@ -85,6 +85,7 @@ class Narrowed:
 class Forecaster:
     """Asks for a model what `config` would do on a device. cache: for budgets, makes a SparseCache from the model's configuration.
 
+    images: image tokens of each prompt.
     sharing: how GPUs share the model; times and memory are those of one of them. What is chosen is what one GPU alone would choose.
     """
 
@@ -94,6 +95,7 @@ class Forecaster:
     batch: int = 1
     make_cache: Callable[[Any], Any] | None = None
     sharing: Sharing = ALONE
+    images: int = 0
     _plans: dict[Any, Decision] = field(default_factory=dict)
     _captured: dict[Any, dict[int, PromptAndToken]] = field(default_factory=dict)
     _shapes: dict[int, _LayerShape] = field(default_factory=dict)
@@ -195,16 +197,25 @@ class Forecaster:
         count = len(self.model.kinds)
         if method is None or method.mode == "prompt":
             return None
-        site = next((one for one in call.attention if one.layer == method.layer), None)
-        if site is None or narrowing.counting_places(self.model.config, range(method.layer, count)):
+        number: int | None = method.layer  # -1: before the first layer
+        if number is None:
+            return None
+        first = max(number, 0)
+        site = next((one for one in call.attention if one.layer == first), None)
+        if site is None or narrowing.counting_places(self.model.config, range(first, count)):
             return None
         sizes = dataclasses.replace(site.sizes, query_len=length, key_len=length, dtype=self.model.dtype)
-        stream = StreamSite(site.name, method.layer, count, self.batch, length, length, sizes, self.model.hidden, ())
-        proposal, kept = method.propose(stream, self.context), method.most(length)
-        if not isinstance(proposal, Proposal) or kept >= length:
+        stream = StreamSite(site.name, number, count, self.batch, length, length, sizes, self.model.hidden, ())
+        asked: Any = length
+        if isinstance(method, ImagePass):  # the last token is text
+            asked = ((length, min(self.images, length - 1)),) * self.batch
+            stream = dataclasses.replace(stream, rows=asked)
+        proposal = method.propose(stream, self.context)
+        if not isinstance(proposal, Proposal) or (kept := method.most(asked)) >= length:
             return None
-        group = Group(PREFILL, "stream", (method.layer,), f"{kept} tokens behind it", method.name, proposal.note)
-        return Narrowed(method.layer, kept, float(proposal.seconds), group)
+        sees = f"{kept} tokens from it on" if number < 0 else f"{kept} tokens behind it"
+        group = Group(PREFILL, "stream", (first,), sees, method.name, proposal.note)
+        return Narrowed(number, kept, float(proposal.seconds), group)
 
     def _bypassed(self, call: CallSites, length: int, config: Config) -> Group | None:
         """The layers that generated tokens bypass at their schedule's end; None where they run all of them."""
@@ -349,6 +360,8 @@ class Forecaster:
         method: Any = narrowing.asked(self.config, load_saved_plan(self.config.plan))
         if method is not None and method.mode == "prompt":
             yield f"{method.name} reads the chosen tokens anew in generate(), which is not counted: its costs are those of the whole prompt"
+        if isinstance(method, ImagePass) and not self.images:
+            yield f"{method.name} leaves image tokens out, and these prompts have none: --image-tokens says how many"
         routed = [w for w in self.model.layers if w.experts]
         if routed:
             yield (

@@ -38,7 +38,9 @@ class Towers:
         known: dict[Any, int] = {}
         self._kinds = {path: known.setdefault(key, len(known)) for path, key in described.items()}
         self._watch = layers.Watch(self.layers)
-        self._left: set[int] = set()
+        # a plan that says nothing of a tower leaves it as it is
+        unknown = (layer.path for layer in self.layers if saved is not None and not saved.decisions_in(layer.path))
+        self._left = {self._kinds[path] for path in unknown}
 
     def kind(self, layer: Layer) -> tuple[str, int]:
         """What layers have in common that one region can serve."""

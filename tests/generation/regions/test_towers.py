@@ -99,3 +99,24 @@ def test_hooks_around_a_towers_layer_are_called():
     want = model.forward(**given, use_cache=False).logits
     assert not torch.allclose(changed, before)
     torch.testing.assert_close(changed, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_plan_of_the_decoder_alone_leaves_the_tower_as_it_is(tmp_path):
+    """And one that was explained of both is followed in both, what goes on included."""
+    model = build("llava", layers=3)
+    given = prompt(model, LENGTH)
+    options = {"passes": ["divprune", "dense"], "divprune": {"keep": 0.25}}
+    sparsify.compile(model, **strict(**options))
+    plan = sparsify.explain(model, **given, use_cache=False, options={**options, "min_length": 0})
+    assert [d.site for d in plan.decisions if d.kind == "stream" and d.method == "divprune"] == ["model.language_model.layers"]
+    want = model(**given, use_cache=False).logits
+    for towers in (True, False):
+        plan.decisions = [d for d in plan.decisions if towers or "vision" not in d.site]
+        plan.save(tmp_path / f"{towers}.json")
+        sparsify.compile(model, plan=str(tmp_path / f"{towers}.json"), lower="eager", strict=True)
+        with api.collect_plans() as plans:
+            found = model(**given, use_cache=False).logits
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert len(tower_sites(plans)) == 3 * towers
