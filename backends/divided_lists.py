@@ -1,4 +1,4 @@
-"""Attention along block lists over a text that is divided among processes: lists from the estimate's cells of all keys, then either the
+"""Attention along block lists over a text that is divided among processes: lists from what a method gathers of all keys, then either the
 keys that are visited travel, or the queries that visit some.
 
 KV heads are served a few after the others. While some are selected and attended, the blocks that the next ones visit travel; only those of
@@ -13,27 +13,51 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sparsify.backends import parts_of_text, registration
+from sparsify.backends import divided_estimate, parts_of_text, registration
+from sparsify.backends.divided_estimate import Estimated
+from sparsify.backends.divided_pattern import Patterned
 from sparsify.backends.parts_of_text import Merged
 from sparsify.costs import links
 from sparsify.costs.links import Travelling
-from sparsify.distributed import collectives, exchange, sequence
+from sparsify.distributed import exchange, sequence
 from sparsify.distributed.exchange import Asked, Blocks, OnHost
 from sparsify.distributed.sequence import Division
 from sparsify.errors import UnsupportedError
 from sparsify.ops import block_lists, scratch, selection
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.limits import cdiv
+from sparsify.ops.pattern_attention import PatternAttentionCall
+from sparsify.ops.patterns import SelectPatternCall
 from sparsify.ops.scratch import Part
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
 # query blocks of a group's heads that fill a device while the next group's blocks travel
 _LEAST_QUERY_BLOCKS = 2048
+
+
+class Finder(Protocol):
+    """Block lists of some heads of a call: what is gathered for them, then the lists of rows."""
+
+    def gather(self) -> None:
+        """What they are made from begins to travel."""
+        ...
+
+    def lists(self, rows: slice, end: int) -> tuple[SelectCall | SelectPatternCall, Tensor, Tensor]:
+        """Of some of this process's rows, which see the keys before `end`: what makes lists, counts and indices."""
+        ...
+
+    def drop(self) -> None:
+        """No more lists are asked for: gives memory back."""
+        ...
+
+
+ListedCall = SparseAttentionCall | PatternAttentionCall
 
 
 def sparse_attention(
@@ -46,19 +70,45 @@ def sparse_attention(
         travels: what does, instead of what is cheaper, for tests. The same in all processes.
         least: query blocks of a group of heads, for tests.
     """
+    division, flags = _text(call)
+    mean = divided_estimate.mean(division, call, flags) if call.estimate.int8 else None
+    call = dataclasses.replace(call, sequence="", key_mean=mean)
+    return _attention(division, call, flags, Estimated, limit, travels, least)
+
+
+def pattern_attention(
+    call: PatternAttentionCall, *, limit: int = scratch.LIST_BYTES, travels: Travelling | None = None, least: int = _LEAST_QUERY_BLOCKS
+) -> tuple[Tensor, Tensor]:
+    """`sparsify::pattern_attention` likewise. limit, travels, least: as of `sparse_attention`."""
+    division, flags = _text(call)
+    return _attention(division, dataclasses.replace(call, sequence=""), flags, Patterned, limit, travels, least)
+
+
+def _text(call: ListedCall) -> tuple[Division, Tensor | None]:
+    """How a call's text is divided, and the flags of all of its keys. Raises UnsupportedError for what is not served."""
     parts_of_text.refuse(call)
     division = sequence.current(call.sequence, call.query.shape[2])
     if not division.aligned:
         what = f"{division.tokens} tokens among {division.shard.size} processes are too few for blocks"
-        raise UnsupportedError(what, where="sparsify::sparse_attention", hint="exact methods serve prompts as short")
-    flags = parts_of_text.all_flags(division, call)
-    call = dataclasses.replace(call, sequence="", key_mean=_mean(division, call, flags) if call.estimate.int8 else None)
+        raise UnsupportedError(what, where=f"sparsify::{call.NAME}", hint="exact methods serve prompts as short")
+    return division, parts_of_text.all_flags(division, call)
+
+
+def _attention(
+    division: Division,
+    call: ListedCall,
+    flags: Tensor | None,
+    find: Callable[[Division, Any, Tensor | None], Finder],
+    limit: int,
+    travels: Travelling | None,
+    least: int,
+) -> tuple[Tensor, Tensor]:
     output, lse = call.empty_outputs()
     groups: list[_Group] = []
     for part in _parts(division, call, limit, least):
         rows, heads = slice(*part.batch), slice(*part.heads)
-        known = flags if flags is None or flags.shape[0] == 1 else flags[rows]
-        groups.append(_Group(division, call.part(part), known, output[rows, heads], lse[rows, heads], travels))
+        known, some = flags if flags is None or flags.shape[0] == 1 else flags[rows], call.part(part)
+        groups.append(_Group(division, some, known, find(division, some, known), output[rows, heads], lse[rows, heads], travels))
     chunks = len(division.spans())
     for number, group in enumerate(groups):
         group.first, group.pieces = number * chunks, len(groups) * chunks
@@ -66,7 +116,7 @@ def sparse_attention(
     return output, lse
 
 
-def _parts(division: Division, call: SparseAttentionCall, limit: int, least: int) -> list[Part]:
+def _parts(division: Division, call: ListedCall, limit: int, least: int) -> list[Part]:
     """Groups of heads, in sizes that all processes have in common: as many as memory asks for, and more where each still fills a device."""
     each = scratch.list_bytes(division.chunk * 2, division.tokens, call.block_size)
     blocks = call.batch * call.heads * cdiv(division.chunk * 2, call.block_size)
@@ -97,38 +147,35 @@ class _Group:
     def __init__(
         self,
         division: Division,
-        call: SparseAttentionCall,
+        call: ListedCall,
         flags: Tensor | None,
+        finder: Finder,
         output: Tensor,
         lse: Tensor,
         travels: Travelling | None,
     ):
-        self.division, self.call, self.flags, self.output, self.lse = division, call, flags, output, lse
+        self.division, self.call, self.flags, self.finder, self.output, self.lse = division, call, flags, finder, output, lse
         # windows are said by position, which rows that travel do not have
         self.travels: Travelling | None = "keys" if any(call.windows) else travels
         self.lists: list[tuple[slice, int, Tensor, Tensor]] = []
         self.first, self.pieces = 0, 1  # its selections among those of the call, for observers
-        self._cells: Callable[[], SelectCall] | None = None
         self._asked: Asked | None = None
 
     def gather(self) -> None:
-        """The estimate's cells begin to travel."""
-        self._cells = _cells(self.division, self.call)
+        """What lists are made from begins to travel."""
+        self.finder.gather()
 
     def select(self) -> None:
         """Block lists of this process's rows, and what each process will need begins to travel."""
-        assert self._cells is not None
         division, call = self.division, self.call
-        whole = self._cells()
         read = torch.zeros(call.batch, call.kv_heads, division.blocks(call.block_size), dtype=torch.bool, device=call.device)
         for rows, end in parts_of_text.chunks(division):
-            chosen = _for_rows(whole, call.query[:, :, rows], end, self.flags)
-            counts, indices = registration.select(chosen)
+            chosen, counts, indices = self.finder.lists(rows, end)
             selection.observed(chosen, counts, indices, len(self.lists) + self.first, self.pieces)
             self.lists.append((rows, end, counts, indices))
             visited = block_lists.visited(counts, indices, chosen.key_blocks)
             read[:, :, : chosen.key_blocks] |= visited.unflatten(1, (call.kv_heads, -1)).any(2)
-        self._cells = None
+        self.finder.drop()
         self._blocks = Blocks(division, (call.key, call.value), call.block_size, "keys and values")
         self._read, self._needs = read, exchange.needed(division, read)
         self._asked = self._blocks.ask(self._needs)
@@ -180,56 +227,6 @@ class _Group:
         del self._blocks, self._asked  # their memory serves the next group
 
 
-def _for_rows(whole: SelectCall, query: Tensor, end: int, flags: Tensor | None) -> SelectCall:
-    """The selection of some rows, which see the keys before `end`, from one over all keys."""
-    call = dataclasses.replace(whole, query=query, key=whole.key[:, :, :end], key_flags=None if flags is None else flags[:, :end])
-    if call.prepared_keys is None:
-        return call
-    rows, scales = call.prepared_keys[:, :, : call.key_cells * call.steps], call.prepared_scales
-    return dataclasses.replace(call, prepared_keys=rows, prepared_scales=None if scales is None else scales[:, :, : call.key_cells])
-
-
-def _cells(division: Division, call: SparseAttentionCall) -> Callable[[], SelectCall]:
-    """Begins to gather what the estimate multiplies: cells as it prepares them, in the fewest bytes that say the same, else the keys.
-
-    Returns:
-        waits, and gives the selection over all keys, whose query is this process's.
-    """
-    what, own = "the estimate's cells", call.selection()
-    if not call.estimate.prepared or (call.refine_stride and call.estimate.int8):
-        keys = exchange.gathering(division, call.key, 2, what)
-        return lambda: dataclasses.replace(own, key=keys())
-    rows, scales = registration.prepare_keys(own)
-    # chunks begin at blocks, and so at cells; a block's cells share a scale with the variant peak
-    cells = exchange.gathering(division.scaled(call.steps, call.stride), rows, 2, what)
-    shared = own.sharing
-    by = division.scaled(1, call.stride * shared)
-    sizes = None if scales is None else exchange.gathering(by, scales[:, :, ::shared].contiguous(), 2, what)
-    # of the keys nothing but their number is read any more
-    unread = call.key.new_empty(1).expand(*call.key.shape[:2], division.tokens, call.key.shape[3])
-    count = cdiv(division.tokens, call.stride)
-
-    def gathered() -> SelectCall:
-        found = None if sizes is None else sizes().repeat_interleave(shared, 2)[:, :, :count]
-        return dataclasses.replace(own, key=unread, prepared_keys=cells(), prepared_scales=found)
-
-    return gathered
-
-
-def _mean(division: Division, call: SparseAttentionCall, flags: Tensor | None) -> Tensor:
-    """The mean of all keys that are not hidden, fp32 [batch, kv_heads, head_dim]; 0 where it is not finite."""
-    keys, count = call.key, division.tokens
-    if call.key_flags is None:
-        total = keys.sum(2, dtype=torch.float32)
-    else:
-        total = keys.masked_fill((call.key_flags & 1 == 0)[:, None, :, None], 0).sum(2, dtype=torch.float32)
-    total = collectives.all_reduce(total, division.shard.group)
-    division.note("the estimate's cells", total)
-    if flags is not None:
-        return total.div_((flags & 1 != 0).sum(1).clamp(min=1)[:, None, None]).nan_to_num_(0.0, 0.0, 0.0)
-    return total.div_(count).nan_to_num_(0.0, 0.0, 0.0)
-
-
 def _among(counts: Tensor, indices: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Block lists of the listed blocks that are among `columns`, bool [key_blocks]."""
     return block_lists.from_dense(block_lists.to_dense(counts, indices, len(columns)) & columns)
@@ -249,7 +246,7 @@ def _before(division: Division, rank: int, first: int) -> list[int]:
 class _Queries:
     """This process's queries under way to the keys that they visit, and others' rows that are attended here meanwhile."""
 
-    def __init__(self, division: Division, call: SparseAttentionCall, lists: list[tuple[slice, int, Tensor, Tensor]], flags: Tensor | None):
+    def __init__(self, division: Division, call: ListedCall, lists: list[tuple[slice, int, Tensor, Tensor]], flags: Tensor | None):
         self.division, self.call, self.flags = division, call, flags
         size, me = division.shard.size, division.shard.rank
         owners = exchange.owners(division, call.block_size, call.device)

@@ -17,10 +17,11 @@ from sparsify.distributed import exchange
 from sparsify.distributed.sequence import Division
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
 
-def refuse(call: AttentionCall | SparseAttentionCall) -> None:
+def refuse(call: AttentionCall | SparseAttentionCall | PatternAttentionCall) -> None:
     """Raises UnsupportedError for what is not served."""
     given = {
         "attention that is not causal": not call.causal,

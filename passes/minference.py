@@ -15,6 +15,7 @@ import sympy
 from pydantic import Field, field_validator
 
 from sparsify.ops.limits import cdiv
+from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.patterns import ALWAYS, SelectPatternCall
 from sparsify.planning.method import (
     AttentionSite,
@@ -26,6 +27,8 @@ from sparsify.planning.method import (
     Refusal,
     Work,
     attention_call,
+    empty_row_operands,
+    links,
     refuse_common,
     work,
 )
@@ -80,8 +83,6 @@ class MInference(PromptPass):
             return self.refuse(f"the layer has a sliding window of {site.mask.window} tokens already")
         if site.mask.documents is not None:
             return self.refuse("the last queries of packed documents see one of them")
-        if context.sequence:
-            return self.refuse("the last queries of a prompt that is divided among processes are another's")
         if (refusal := self.refuse_last_rows(site, context)) is not None:
             return refusal
         for name in self.by_head:
@@ -97,6 +98,7 @@ class MInference(PromptPass):
         start = 4 * self.most * self.block if context.min_length is None else context.min_length
         note = f"up to {self.most} key blocks of {self.block} by columns and diagonals of the last {self.queries} queries"
         note += self.last_rows_note
+        note += context.travels("queries that choose, what they look at, and visited keys and values", site, links.key_value_bytes)
         works = functools.partial(self.works, kernel=context.family)
         return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 
@@ -110,18 +112,21 @@ class MInference(PromptPass):
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.move_to(site).mask_operands(site)
-        call = SelectPatternCall.bind(
-            site.query,
-            site.key,
-            key_flags=mask.key_flags,
-            query_start=mask.query_start,
-            scale=site.scale,
-            columns=self._blocks(self.columns),
-            diagonals=self._blocks(self.diagonals),
-            queries=self.queries,
-            block_size=self.block,
-        )
-        counts, indices = editor.items(editor.emit(call), 2)
+        chosen = {
+            "key_flags": mask.key_flags,
+            "query_start": mask.query_start,
+            "scale": site.scale,
+            "columns": self._blocks(self.columns),
+            "diagonals": self._blocks(self.diagonals),
+            "queries": self.queries,
+            "block_size": self.block,
+        }
+        if editor.sequence:
+            attending = {"seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
+            both = PatternAttentionCall.bind(site.query, site.key, site.value, **chosen, **attending)
+            self.replace(editor, site, editor.items(editor.emit(both), 1)[0])
+            return
+        counts, indices = editor.items(editor.emit(SelectPatternCall.bind(site.query, site.key, **chosen)), 2)
         self.replace(editor, site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
 
     def keep_all(self) -> MInference:

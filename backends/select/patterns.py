@@ -29,12 +29,13 @@ def select_pattern(call: SelectPatternCall, *, limit: int = SCORE_BYTES) -> tupl
     group = call.heads // kv_heads
     each = 4 * call.query.shape[0] * group * rows.shape[1] * call.key_len
     step = max(1, min(kv_heads, limit // each))
-    columns, diagonals = (_per_head(numbers, call) for numbers in (call.columns, call.diagonals))
+    first = first_block(call)
     for begin in range(0, kv_heads, step):
         heads = slice(begin * group, min(kv_heads, begin + step) * group)
         mass = block_mass(call, rows, known, slice(begin, begin + step), heads)
-        some_counts, some_indices = _lists(call, mass, rows, columns[heads], diagonals[heads])
-        counts[:, heads], indices[:, heads] = some_counts, some_indices
+        at = torch.arange(call.key_blocks, device=mass.device)
+        sums = summed(mass, own_blocks(call, rows), at, call.key_blocks)
+        counts[:, heads], indices[:, heads] = lists(call, sums, first, heads)
     return counts, indices
 
 
@@ -60,39 +61,91 @@ def last_rows(call: SelectPatternCall) -> tuple[Tensor, Tensor]:
 
 def block_mass(call: SelectPatternCall, rows: Tensor, known: Tensor, owners: slice, heads: slice) -> Tensor:
     """What the choosing rows give each key block, fp32 [batch, heads, rows, key_blocks]; nothing from rows that are no tokens."""
-    key = call.key[:, owners]
-    batch, kv_heads, key_len, dim = key.shape
-    index = rows[:, None, :, None].expand(batch, heads.stop - heads.start, rows.shape[1], dim)
-    query = call.query[:, heads].gather(2, index).reshape(batch, kv_heads, -1, dim)
-    scores = (query @ key.mT).float().view(batch, heads.stop - heads.start, rows.shape[1], key_len)
-    hidden = torch.arange(key_len, device=key.device) > (rows + call.start)[:, None, :, None]
-    if call.key_flags is not None:
-        hidden = hidden | (call.key_flags & 1 == 0)[:, None, None]
-    scores = scores.mul_(call.scale).masked_fill_(hidden, -torch.inf).softmax(-1)
-    scores = scores.nan_to_num_(0.0).mul_(known[:, None, :, None])
-    blocks = cdiv(key_len, call.block_size)
-    return torch.nn.functional.pad(scores, (0, blocks * call.block_size - key_len)).unflatten(-1, (blocks, call.block_size)).sum(-1)
+    key, positions = call.key[:, owners], torch.arange(call.key_len, device=call.key.device)
+    query = rows_at(call.query[:, heads], rows)
+    weights = scores(query, key, rows + call.start, positions, call.key_flags, call.scale).softmax(-1)
+    return in_blocks(weights.nan_to_num_(0.0).mul_(known[:, None, :, None]), call.block_size)
 
 
-def _lists(call: SelectPatternCall, mass: Tensor, rows: Tensor, columns: list[int], diagonals: list[int]) -> tuple[Tensor, Tensor]:
-    batch, heads, _, blocks = mass.shape
-    device = mass.device
-    first = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    if call.key_flags is not None:
-        first = ((call.key_flags & 1 != 0).int().argmax(-1, keepdim=True) // call.block_size).expand(batch, 1)
-    at = torch.arange(blocks, device=device)
-    own = torch.div(rows + call.start, call.block_size, rounding_mode="floor").clamp(max=blocks - 1)
+def rows_at(query: Tensor, rows: Tensor) -> Tensor:
+    """Rows of [batch, heads, query_len, head_dim], by their numbers, int64 [batch, rows]."""
+    batch, heads, _, dim = query.shape
+    return query.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], dim))
+
+
+def scores(query: Tensor, key: Tensor, rows: Tensor, positions: Tensor, key_flags: Tensor | None, scale: float) -> Tensor:
+    """Logits of choosing rows, fp32 [batch, heads, rows, keys], -inf at keys that a row does not see.
+
+    Args:
+        query: [batch, heads, rows, head_dim].
+        key: [batch, kv_heads, keys, head_dim].
+        rows: positions of the rows among all keys, int64 [batch, rows].
+        positions: of these keys among all, int64 [keys], rising.
+        key_flags: of these keys, [batch or 1, keys].
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    found = (grouped @ key.mT).float().view(*query.shape[:3], key.shape[2])
+    hidden = positions > rows[:, None, :, None]
+    if key_flags is not None:
+        hidden = hidden | (key_flags & 1 == 0)[:, None, None]
+    return found.mul_(scale).masked_fill_(hidden, -torch.inf)
+
+
+def in_blocks(weights: Tensor, block: int) -> Tensor:
+    """[..., keys] summed up to [..., blocks]."""
+    blocks = cdiv(weights.shape[-1], block)
+    return torch.nn.functional.pad(weights, (0, blocks * block - weights.shape[-1])).unflatten(-1, (blocks, block)).sum(-1)
+
+
+def own_blocks(call: SelectPatternCall, rows: Tensor) -> Tensor:
+    """The key block that each row is in, int64 of the shape of `rows`."""
+    return torch.div(rows + call.start, call.block_size, rounding_mode="floor").clamp(max=call.key_blocks - 1)
+
+
+def first_block(call: SelectPatternCall) -> Tensor:
+    """The block of each batch row's first visible key, int64 [batch, 1]."""
+    batch = call.query.shape[0]
+    if call.key_flags is None:
+        return torch.zeros(batch, 1, dtype=torch.int64, device=call.query.device)
+    return ((call.key_flags & 1 != 0).int().argmax(-1, keepdim=True) // call.block_size).expand(batch, 1)
+
+
+def summed(mass: Tensor, own: Tensor, at: Tensor, blocks: int) -> Tensor:
+    """What key blocks get of all choosing rows, by column and by distance from the row's own block, fp32 [2, batch, heads, blocks].
+
+    Args:
+        mass: [batch, heads, rows, n].
+        own: of each row, int64 [batch, rows].
+        at: which blocks the mass is of, int64 [n].
+        blocks: of the whole text.
+    """
+    found = mass.new_zeros(2, *mass.shape[:2], blocks)
+    found[0].index_copy_(-1, at, mass.sum(2))
     distance = own[:, None, :, None] - at
-    by_distance = torch.zeros(batch, heads, blocks, device=device)
-    by_distance.scatter_add_(2, distance.clamp(min=0).expand_as(mass).flatten(2), mass.masked_fill(distance < 0, 0).flatten(2))
-    by_column = mass.sum(2).masked_fill(at == first[:, :, None], -1.0)
+    found[1].scatter_add_(2, distance.clamp(min=0).expand_as(mass).flatten(2), mass.masked_fill(distance < 0, 0).flatten(2))
+    return found
+
+
+def lists(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Block lists of some heads' query blocks.
+
+    Args:
+        call: whose rows these are; it may end before the text does.
+        sums: of `summed`, over all blocks of the text and of these heads.
+        first: of `first_block`, of the whole text.
+    """
+    by_column, by_distance = sums.unbind(0)
+    columns, diagonals = (_per_head(numbers, call)[heads] for numbers in (call.columns, call.diagonals))
+    (batch, count, blocks), device = by_column.shape, sums.device
+    at = torch.arange(blocks, device=device)
+    by_column = by_column.masked_fill(at == first[:, :, None], -1.0)
     visited = _best(by_column, columns)  # [batch, heads, most], `blocks` where a head takes fewer
     steps = _best(by_distance.masked_fill(at < 2, -1.0), diagonals)
-    steps = torch.cat((torch.arange(2, device=device).expand(batch, heads, 2), steps), -1)
+    steps = torch.cat((torch.arange(2, device=device).expand(batch, count, 2), steps), -1)
     last = block_lists.last_positions(call.query_len, call.start, call.block_size, device=device)
-    own = torch.div(last, call.block_size, rounding_mode="floor").clamp(max=blocks - 1)[:, None]
-    shape = (batch, heads, own.shape[0], -1)
-    visited = torch.cat((first[:, None].expand(batch, heads, 1), visited), -1)[:, :, None].expand(shape)
+    own = torch.div(last, call.block_size, rounding_mode="floor").clamp(max=call.key_blocks - 1)[:, None]
+    shape = (batch, count, own.shape[0], -1)
+    visited = torch.cat((first[:, None].expand(batch, count, 1), visited), -1)[:, :, None].expand(shape)
     behind = own - steps[:, :, None]
     listed = torch.cat((visited.masked_fill(visited > own, blocks), behind.masked_fill(behind < 0, blocks)), -1).sort(-1).values
     twice = listed[..., 1:] == listed[..., :-1]
@@ -101,7 +154,7 @@ def _lists(call: SelectPatternCall, mass: Tensor, rows: Tensor, columns: list[in
     if listed.shape[-1] < call.width:  # no more are there
         listed = torch.nn.functional.pad(listed, (0, call.width - listed.shape[-1]), value=blocks)
     counts = (listed < blocks).sum(-1, dtype=torch.int32)
-    return counts, listed.clamp(max=blocks - 1).to(torch.int16)
+    return counts, listed.clamp(max=call.key_blocks - 1).to(torch.int16)
 
 
 def _best(score: Tensor, counts: list[int]) -> Tensor:

@@ -6,6 +6,7 @@ P processes, of which each sends in a layer at most
     dense         (P - 1) · n/P keys and values, around a ring
     sink_window   the sinks and what lies in a window of another process's rows
     xattention    (P - 1) · n/P cells of the estimate, and as many keys and values where every block is visited by some row
+    minference    a few rows' queries and LSE, three numbers a block, and as many keys and values
 
 and then, a token, each process's output and LSE. Seconds are those of bytes at the link's rate, of what is not hidden behind computations.
 """

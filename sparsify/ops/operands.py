@@ -21,6 +21,7 @@ from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeC
 from sparsify.ops.call import OpCall, Operand, misfit
 from sparsify.ops.library import NAMESPACE
 from sparsify.ops.linear import LinearCall
+from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.patterns import SelectPatternCall
 from sparsify.ops.reselection import CacheObserveCall, CacheReselectCall
 from sparsify.ops.selection import SelectCall
@@ -30,7 +31,7 @@ from sparsify.ops.sums import SmallSumCall
 _RECORDS = (
     AttentionCall, SelectCall, SparseAttentionCall, CacheStoreCall, CacheAttentionCall, CacheDecodeCall, CacheBoundsCall, CacheMassCall,
     CacheReselectCall, CacheObserveCall,
-    LinearCall, SelectPatternCall, SmallSumCall,
+    LinearCall, SelectPatternCall, PatternAttentionCall, SmallSumCall,
 )  # fmt: skip
 _CALLS: dict[str, type[OpCall]] = {call.NAME: call for call in _RECORDS}
 # what the operands of ops without a record must be

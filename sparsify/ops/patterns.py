@@ -35,7 +35,6 @@ class SelectPatternCall(ListingCall):
     block_size: query rows and keys of a block.
     """
 
-    causal: ClassVar[bool] = True
     NAME: ClassVar[str] = "select_pattern"
     VERSION: ClassVar[int] = VERSION
 
@@ -49,6 +48,10 @@ class SelectPatternCall(ListingCall):
     diagonals: tuple[int, ...]
     queries: int = 64
     block_size: int = 128
+
+    @property
+    def causal(self) -> bool:
+        return True
 
     @property
     def width(self) -> Any:

@@ -258,7 +258,7 @@ def observing(observer: Observer) -> Generator[None]:
         _observers.reset(token)
 
 
-def observed(call: SelectCall, counts: Tensor, indices: Tensor, number: int = 0, count: int = 1) -> None:
+def observed(call: Listing, counts: Tensor, indices: Tensor, number: int = 0, count: int = 1) -> None:
     """Shows a selection to who observes it here.
 
     Args:

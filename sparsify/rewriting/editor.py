@@ -29,6 +29,7 @@ from sparsify.ops.attention import AttentionCall
 from sparsify.ops.call import OpCall
 from sparsify.ops.head_numbers import head_numbers
 from sparsify.ops.library import NAMESPACE
+from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
 _MADE_BY = ("nn_module_stack", "source_fn_stack", "stack_trace")  # what Dynamo notes of a node's origin
@@ -99,7 +100,7 @@ class Editor:
 
     def emit(self, call: OpCall) -> fx.Node:
         """Inserts a call of one of sparsify's ops; the record holds nodes in place of tensors."""
-        if self.sequence and isinstance(call, AttentionCall | SparseAttentionCall):
+        if self.sequence and isinstance(call, AttentionCall | SparseAttentionCall | PatternAttentionCall):
             call = dataclasses.replace(call, sequence=self.sequence)
         args, kwargs = call.arguments()
         return self.call(call.op(), *args, **kwargs)

@@ -13,6 +13,10 @@ METHODS = {
     "dense": {"passes": ["dense"]},
     "xattention": {"passes": ["xattention", "dense"], "xattention": {"threshold": (0.1, 0.3, 0.2, 0.4), "estimate": []}},
     "sink_window": {"passes": ["sink_window", "dense"], "sink_window": {"sinks": 2, "window": (40, 0, 64, 20)}},
+    "minference": {
+        "passes": ["minference", "dense"],
+        "minference": {"columns": (64, 0, 128, 0), "diagonals": 0, "queries": 8, "block": 64},
+    },
 }
 
 

@@ -46,6 +46,10 @@ def sparse(tokens: int, heads: tuple[int, int] = (4, 2), padding: tuple[int, ...
     return attention(tokens, heads, padding, **{"stride": 8, "threshold": (0.6,), "pool": "row", **options}) | {"kind": "sparse"}
 
 
+def pattern(tokens: int, heads: tuple[int, int] = (4, 2), padding: tuple[int, ...] = (0, 0), **options) -> dict:
+    return attention(tokens, heads, padding, **{"columns": (2,), "diagonals": (1,), "queries": 20, **options}) | {"kind": "pattern"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_dense_and_windows(count):
@@ -70,6 +74,44 @@ def test_chosen_blocks(count):
         sparse(2049, threshold=(0.3, 1.0, 0.6, 0.9), windows=(0, 40, 0, 0), sinks=2, padding=(0, 90)),
     ]
     check(count, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_columns_and_diagonals(count):
+    """The rows that choose are of one chunk, of two, or in a padded row anybody's; numbers by head, and blocks of either size."""
+    cases = [pattern(tokens, heads, padding) for tokens, heads, padding in itertools.product((1024, 1537, 3001), HEADS, PADDING)]
+    cases += [
+        pattern(1025),  # one row in the last chunk, the others in the one before
+        pattern(1100, queries=700, padding=(0, 900)),
+        pattern(1537, block_size=64, columns=(0,), diagonals=(4,)),
+        pattern(2049, columns=(0, 1, 2, 3), diagonals=(3, 0, 1, 0), padding=(0, 90)),
+        pattern(2049, columns=(1 << 14,), diagonals=(0,)),  # everything
+    ]
+    check(count, cases)
+
+
+@pytest.mark.slow
+def test_columns_and_diagonals_of_some_heads_after_the_others():
+    case = pattern(2049, heads=(8, 4), columns=(1, 2, 1, 0, 3, 1, 2, 2))
+    at_once, *others = (check(2, [case], **how)[0][0][3] for how in ({"least": 1 << 20}, {"limit": 1}, {"least": 8}, {"travels": "keys"}))
+    assert all(sent == at_once for sent in others)  # as many bytes
+    (_, _, _, queries), _ = (found[0] for found in check(2, [case], travels="queries"))
+    assert "keys and values" not in queries and queries["queries and what they found"]
+
+
+@pytest.mark.slow
+def test_bytes_of_columns_and_diagonals():
+    """Of 2048 tokens in 16 blocks, no columns but the first block and no diagonals but two: the others' neighbours of a chunk's ends."""
+    each = 2 * 2 * 16 * 4  # a token's keys, or values: two rows, two heads
+    found = check(2, [pattern(2048, columns=(0,), diagonals=(0,), queries=16)])
+    sent = [one[0][3] for one in found]
+    heads = 2 * 4  # two rows of the batch
+    for one in sent:
+        assert one["queries that choose"] == heads * 16 * 16 * 4
+        assert one["what they look at"] == heads * 16 * 4 + 2 * heads * 16 * 4
+    # rank 0 has the first block and the one before the other's chunks; the one before its own second chunk comes to it
+    assert [one["keys and values"] for one in sent] == [2 * 128 * each * 2, 1 * 128 * each * 2]
 
 
 @pytest.mark.slow
@@ -133,6 +175,12 @@ def test_what_is_not_served_says_so(options, what):
         call.run()
 
 
+def test_columns_and_diagonals_of_a_chunk_are_not_divided():
+    call = divided.replaced(divided.call_of(pattern(64, padding=(0,))), sequence="group", query_start=torch.tensor(0))
+    with pytest.raises(UnsupportedError, match=r"queries that begin elsewhere.* divided among processes"):
+        call.run()
+
+
 def test_kernels_of_a_divided_call_are_foreseen_without_an_exchange(monkeypatch):
     ran = []
     monkeypatch.setitem(registration.SERVED, "attention", lambda *args, **options: ran.append(options))
@@ -144,10 +192,11 @@ def test_kernels_of_a_divided_call_are_foreseen_without_an_exchange(monkeypatch)
 def test_the_density_of_a_divided_prompt_is_that_of_all_its_rows():
     """One number for a call, in which a chunk counts by the blocks that it could visit: 2 of 21 for the first, 19 for the last."""
     cases = [sparse(2048, density=0.3, pool="max", threshold=()), sparse(1537), sparse(2049, heads=(4, 4), threshold=(0.2, 1.0, 0.6, 0.4))]
+    cases.append(pattern(2049, columns=(1,), diagonals=(1,)))
     found = processes.run(2, divided.densities, cases)
     for number, case in enumerate(cases):
         call = divided.call_of(case)
-        counts, _ = registration.select(call.selection())
+        counts, _ = call.selection().run()
         listed = counts.sum((0, 1))  # by query block
         possible = block_lists.causal_blocks(call.query_len, call.key_len, 0, call.block_size) * counts[..., 0].numel()
         means = []

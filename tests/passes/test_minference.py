@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import api, testing
+from sparsify.api import record_density
 from sparsify.backends.select.patterns import select_pattern
 from sparsify.ops import block_lists
+from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.patterns import ALWAYS, SelectPatternCall
 from sparsify.passes.minference import MInference
 from tests.support import attention_functions as attention
@@ -109,6 +111,20 @@ def test_padded_rows_choose_by_their_own_last_tokens(left):
     rows = visible[:, None, :, None].bool().expand_as(got)
     torch.testing.assert_close(got[rows], masked(query, key, value, keep, visible)[rows], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(got[rows], attention.padded(query, key, value, visible)[rows], atol=1e-2)
+
+
+@pytest.mark.parametrize("hidden", [0, 100])
+def test_choosing_and_attending_in_one_call(hidden):
+    query, key, value = attention.operands(query_len=300)
+    visible = None if not hidden else torch.arange(300).expand(query.shape[0], 300) >= hidden
+    numbers = {"columns": (1,), "diagonals": (2,), "queries": 8, "block_size": BLOCK}
+    flags = None if visible is None else visible.to(torch.uint8)
+    call = PatternAttentionCall(query, key, value, key_flags=flags, scale=query.shape[-1] ** -0.5, **numbers)
+    with record_density() as densities:
+        output, lse = call.run()
+    keep = chosen_blocks(query, key, [1] * query.shape[1], [2] * query.shape[1], 8, visible)
+    torch.testing.assert_close(output[:, :, hidden:], masked(query, key, value, keep, visible)[:, :, hidden:], atol=1e-5, rtol=1e-5)
+    assert lse[:, :, hidden:].isfinite().all() and len(densities) == 1 and densities[0] < 1
 
 
 def test_it_equals_its_mask_and_differs_from_dense():

@@ -14,6 +14,7 @@ from sparsify.distributed import exchange, sequence
 from sparsify.distributed.sequence import Division
 from sparsify.distributed.shards import Shard
 from sparsify.ops.attention import AttentionCall
+from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 
 HEAD_DIM = 16
@@ -44,17 +45,19 @@ def with_sinks(flags: Tensor | None, sinks: int) -> Tensor | None:
     return flags + 2 * ((flags != 0) & (flags.cumsum(-1) <= sinks)).to(flags.dtype)
 
 
-def call_of(case: dict[str, Any], division: Division | None = None) -> AttentionCall | SparseAttentionCall:
+def call_of(case: dict[str, Any], division: Division | None = None) -> AttentionCall | SparseAttentionCall | PatternAttentionCall:
     """The call of a case, of one process or of a part of the text.
 
     case: kind, tokens, heads, kv_heads, padding, and options of the call.
     """
     options = dict(case)
-    kind = {"attention": AttentionCall, "sparse": SparseAttentionCall}[options.pop("kind")]
+    kind = {"attention": AttentionCall, "sparse": SparseAttentionCall, "pattern": PatternAttentionCall}[options.pop("kind")]
     query, key, value, flags = operands(*(options.pop(name) for name in ("tokens", "heads", "kv_heads", "padding")))
     own = (lambda tensor, dim: tensor) if division is None else division.own
     flags = None if flags is None else with_sinks(own(flags, 1), options.get("sinks", 0))
-    operand = {"key_flags": flags, "scale": HEAD_DIM**-0.5, "causal": True}
+    operand: dict[str, Any] = {"key_flags": flags, "scale": HEAD_DIM**-0.5}
+    if kind is not PatternAttentionCall:
+        operand["causal"] = True
     if division is not None:
         operand["sequence"] = division.shard.group
     return kind(own(query, 2), own(key, 2), own(value, 2), **operand, **options)
@@ -70,7 +73,8 @@ def parts(
         division = Division.of(case["tokens"], shard())
         with sequence.dividing(division):
             call = call_of(case, division)
-            output, lse = divided_lists.sparse_attention(call, **given) if given else call.run()
+            serve = divided_lists.pattern_attention if case["kind"] == "pattern" else divided_lists.sparse_attention
+            output, lse = serve(call, **given) if given else call.run()
         found.append((division.spans(), output, lse, division.sent))
     return found
 

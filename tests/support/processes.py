@@ -21,6 +21,7 @@ import torch
 import torch.multiprocessing as mp
 
 SECONDS = 120  # a process that says nothing for so long hangs
+_STARTING = 600  # until it has imported what it needs: a minute where cores are few and busy
 
 _pools: dict[int, Pool] = {}
 
@@ -34,7 +35,7 @@ class Pool:
         gpus: each has a GPU, and collectives are NCCL's.
     """
 
-    def __init__(self, count: int, patience: int = 20, gpus: bool = False):
+    def __init__(self, count: int, patience: int = 60, gpus: bool = False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -47,6 +48,14 @@ class Pool:
             member.start()
             self.pipes.append(mine)
             self.members.append(member)
+        for step in ("imports", "joins the group"):  # all at once: whoever joins waits `patience` for the others
+            for rank, pipe in enumerate(self.pipes):
+                if not pipe.poll(_STARTING):
+                    self.end()
+                    raise TimeoutError(f"rank {rank} hangs while it {step}")
+                pipe.recv()
+            for pipe in self.pipes:
+                pipe.send("go on")
 
     def run(self, function: Any, *args: Any, **kwargs: Any) -> list[Any]:
         """What the function gives in each process. Raises AssertionError with what a process raised, TimeoutError where one hangs."""
@@ -93,11 +102,16 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, patience: int, gp
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    importlib.import_module("sparsify.generation.generate")  # and with it transformers
+    pipe.send("imported")
+    pipe.recv()
     how: dict[str, Any] = {"backend": "gloo"}
     if gpus:
         torch.cuda.set_device(rank)
         how = {"backend": "nccl", "device_id": torch.device("cuda", rank)}
     torch.distributed.init_process_group(**how, timeout=datetime.timedelta(seconds=patience))
+    pipe.send("joined")
+    pipe.recv()
     while True:
         module, name, args, kwargs = pipe.recv()
         error, result = "", None
