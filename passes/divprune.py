@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify.planning.method import Context, ImagePass, ImageRows, StreamSite
 
-_LAUNCHES = 4  # kernels for each token that is taken
+_LAUNCHES = 3  # kernels for each token that is taken
 
 
 class DivPrune(ImagePass):
@@ -36,12 +36,13 @@ class DivPrune(ImagePass):
         others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         nearest = others.amin(-1).masked_fill_(absent, -torch.inf)
         del others
+        far.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # what is taken is not taken again
         taken = torch.full((len(far), most), torch.inf, device=far.device).masked_fill_(absent, -torch.inf)
         picks: list[Tensor] = []
         for _ in range(steps):
             pick = nearest.argmax(-1, keepdim=True)
             picks.append(pick)
-            nearest = taken = torch.minimum(taken, far[batch, pick[:, 0]]).scatter_(1, pick, -torch.inf)
+            nearest = taken = torch.minimum(taken, far[batch, pick[:, 0]])
         score = torch.zeros_like(taken)
         if picks:  # a row whose tokens are all taken goes on picking one of them
             falling = torch.arange(steps, 0, -1, device=far.device, dtype=torch.float32).expand(len(far), steps)
