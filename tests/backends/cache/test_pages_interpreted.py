@@ -160,3 +160,16 @@ def test_bounds_that_are_no_numbers_hide_nothing():
     options = {"pinned": NEVER_OVERWRITTEN, "scale": 0.3, "softcap": 0.0, "window": 0, "sinks": 0, "pages": SMALL}
     listed, chosen = pages.choose(CacheDecodeCall(query, key, value, *state, bounds=bounds, **options), SMALL)
     assert all({2, 4} <= set(row[:count].tolist()) for row, count in zip(listed, chosen))
+
+
+def test_the_newest_tokens_are_read_where_a_policy_has_selected():
+    """Slots are fewer than tokens then, and in order of position still."""
+    torch.manual_seed(0)
+    state, bounds = filled((60, 60), 64, NEVER_OVERWRITTEN, 8, 16)
+    state[2][:, :, :60] += 500
+    state[4].add_(500)
+    read = Pages(size=8, count=1, sinks=0, recent=20)
+    query, key, value = whole_numbers(2, 4, 1, 16), whole_numbers(2, 2, 1, 16), torch.ones(2, 2, 1, 16)
+    options = {"pinned": NEVER_OVERWRITTEN, "scale": 0.3, "softcap": 0.0, "window": 0, "sinks": 0, "pages": read}
+    listed, chosen = pages.choose(CacheDecodeCall(query, key, value, *state, bounds=bounds, **options), read)
+    assert all({5, 6, 7} <= set(row[:count].tolist()) and count == 4 for row, count in zip(listed, chosen))
