@@ -1,9 +1,10 @@
-"""Do the answers survive where later layers see few tokens? Needles through `token_select`, in both modes, and `sparsify.retrieve`.
+"""Do the answers survive where layers see few tokens? Needles through `token_select`, in both modes, `sparsify.retrieve` and `skip_layers`.
 
     python -m benchmarks run token_answers --model DIR --text FILE --lengths 8192 --layers 1 2 3 4 --keeps 512 1024 --heads all 0,2
 
 Every method sees the same prompts. The first question chooses the tokens; others follow in later turns, over the same cache, where a choice
-made for another question must lose. Appends to benchmarks/results/token_answers.jsonl.
+made for another question must lose. Under `skip_layers` the answer's tokens bypass the lowest layers
+behind `--first`, from the first one on. Appends to benchmarks/results/token_answers.jsonl.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What to measure: {"method", "parameters"}."""
     if "eager" in options.methods:
         yield {"method": "eager", "parameters": {}}
-    for method in (name for name in options.methods if name != "eager"):
+    if "skip_layers" in options.methods:
+        for first, bypassed in itertools.product(options.first, options.bypassed):
+            yield {"method": "skip_layers", "parameters": {"first": first, "bypassed": bypassed}}
+    for method in (name for name in options.methods if name not in ("eager", "skip_layers")):
         for layer, keep, heads in itertools.product(options.layers, options.keeps, options.heads):
             found = {"layer": layer, "keep": keep, "heads": heads if heads == "all" else [int(head) for head in heads.split(",")]}
             yield {"method": method, "parameters": {**found, "chunk": options.chunk} if method == "retrieve" else found}
@@ -47,6 +51,11 @@ def compiled(model: Any, method: str, parameters: dict[str, Any]) -> None:
     regional.remove(model)
     model._compiled_call_impl = None
     if method == "eager":
+        return
+    if method == "skip_layers":
+        between = model.config.num_hidden_layers - parameters["first"] - 1
+        skip = {"first": parameters["first"], "most": parameters["bypassed"] / between, "warmup": 0, "length": 0}
+        sparsify.compile(model, passes=["skip_layers", "dense"], skip_layers=skip, lower="eager", strict=True, progress=False)
         return
     select = {name: value for name, value in parameters.items() if name != "chunk"}
     select |= {"kernel": KERNEL, "queries": QUERIES, "mode": "narrow" if method == "narrow" else "prompt"}
@@ -88,10 +97,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of a byte-level LlamaForCausalLM")
     parser.add_argument("--text", type=Path, required=True, help="file to hide needles in")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="prompt lengths in bytes")
-    parser.add_argument("--methods", nargs="+", default=["eager", "narrow", "prompt"], choices=["eager", "narrow", "prompt", "retrieve"])
-    parser.add_argument("--layers", type=int, nargs="+", required=True, help="that choose")
+    parser.add_argument(
+        "--methods", nargs="+", default=["eager", "narrow", "prompt"], choices=["eager", "narrow", "prompt", "retrieve", "skip_layers"]
+    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[], help="that choose")
     parser.add_argument("--keeps", type=int, nargs="+", default=[512, 1024], help="tokens that go on")
     parser.add_argument("--heads", nargs="+", default=["all"], help="that choose: all, or numbers as 0,2")
+    parser.add_argument("--first", type=int, nargs="+", default=[1], help="first layers that every token runs, for skip_layers")
+    parser.add_argument("--bypassed", type=int, nargs="+", default=[1, 2], help="layers behind these that an answer's tokens bypass")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a call of sparsify.retrieve")
     parser.add_argument("--questions", type=int, default=48, help="prompts of a cell")
     parser.add_argument("--needles", type=int, default=32, help="facts a prompt")

@@ -13,6 +13,7 @@ _WHAT = {
     "narrow": "go on behind the layer",
     "prompt": 'read anew (`mode = "prompt"`)',
     "retrieve": "`sparsify.retrieve`",
+    "skip_layers": "bypass layers while answering",
 }
 
 
@@ -35,7 +36,9 @@ def table(found: Iterable[Found]) -> str:
             "Of the first question, which chooses the tokens, answers right; after the stroke those of later questions, one a turn. "
             f"{conditions(group)} Model `{first['model_sha256'][:12]}`, text `{first['text_sha256'][:12]}`."
         )
-        parts.append(head + "\n\n" + markdown(["tokens", "chosen by", "kept", *(f"{size(length)} bytes" for length in lengths)], rows))
+        parts.append(
+            head + "\n\n" + markdown(["tokens", "chosen by, or bypassed", "kept", *(f"{size(length)} bytes" for length in lengths)], rows)
+        )
     return "\n\n".join(parts)
 
 
@@ -43,6 +46,9 @@ def _name(record: Found) -> tuple[str, str, str]:
     parameters = record["parameters"]
     if not parameters:
         return _WHAT[record["method"]], "", "all"
+    if "bypassed" in parameters:
+        first, count = parameters["first"], parameters["bypassed"]
+        return _WHAT[record["method"]], f"layers {first} to {first + count - 1}" if count > 1 else f"layer {first}", "all"
     heads = "all heads" if parameters["heads"] == "all" else f"heads {', '.join(map(str, parameters['heads']))}"
     pieces = f", pieces of {size(parameters['chunk'])}" if "chunk" in parameters else ""
     return _WHAT[record["method"]] + pieces, f"layer {parameters['layer']}, {heads}", str(parameters["keep"])
@@ -50,6 +56,8 @@ def _name(record: Found) -> tuple[str, str, str]:
 
 def _rank(record: Found) -> tuple[int, int, str, int]:
     parameters = record["parameters"]
+    if "bypassed" in parameters:
+        return [*_WHAT].index(record["method"]), parameters["first"], "", parameters["bypassed"]
     return [*_WHAT].index(record["method"]), parameters.get("layer", 0), str(parameters.get("heads", "")), parameters.get("keep", 0)
 
 
@@ -67,7 +75,7 @@ BENCHMARKS = (
     Benchmark(
         name="token_answers",
         place=5,
-        measures="needles answered where few tokens go on behind a layer, are read anew, or are retrieved from a longer prompt",
+        measures="needles answered where few tokens go on behind a layer, are read anew or retrieved, or bypass layers",
         module="benchmarks.answers.tokens",
         records=(TokenAnswers,),
         title="Answers from few tokens",

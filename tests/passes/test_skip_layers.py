@@ -174,7 +174,7 @@ def test_calls_outside_of_generate_run_every_layer(plain):
     prompt = text(1, PROMPT)["input_ids"]
     model = skipping(plain)
     cache = SparseCache(model.config, "full")
-    found = [model(prompt[:, at], **holding(cache)).logits for at in (slice(0, 20), slice(20, 21), slice(21, 24))]
+    found = [model(prompt[:, at], **holding(cache)).logits for at in (slice(0, 14), slice(14, 15), slice(15, 20))]
     torch.testing.assert_close(torch.cat(found, 1), plain(prompt).logits, rtol=1e-4, atol=5e-5)
 
 

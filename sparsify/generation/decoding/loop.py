@@ -69,10 +69,11 @@ def decode(
     reading = progress.start(f"reading {prompts} of {call.columns} tokens", shown)
     try:
         cache = step_cache(call.cache)
+        bypasses = bypass is not None and bypass.serves(call.cache, call.drafts)
         cache.reserve(_room(call))
         one_token = _lacks_one_token(call, cache)
         logits = None if one_token else _read_prompt(model, call, cache)
-        schedule = None if bypass is None else bypass.schedule(call.cache, call.drafts)
+        schedule = bypass.schedule(call.cache) if bypass is not None and bypasses else None
         late = late and not call.drafts and (private or not call.criteria.by_content) and call.criteria.others is None
         if bypass is not None:
             alone = make_runner

@@ -117,20 +117,31 @@ class Bypass:
         more = type(result) is tuple and any(one is not None for one in result[1:])
         self._of_result = "its layers hand on more than the residual stream" if more else ""
 
-    def schedule(self, cache: Any, drafts: bool) -> Schedule | None:
-        """Of a generation over a cache whose prompt was read. None where its tokens run every layer.
+    def serves(self, cache: Any, drafts: bool) -> bool:
+        """Whether tokens of a generation over a cache may bypass layers, as far as that shows before its prompt is read.
 
         Args:
             drafts: tokens are drafted and verified several at once.
 
         Raises:
+            UnsupportedError: they cannot, under `strict`.
+        """
+        if not self._end:
+            return False
+        if reason := _trouble(cache) or ("tokens are verified several at once" if drafts else ""):
+            self._refuse(reason)
+        return not reason
+
+    def schedule(self, cache: SparseCache) -> Schedule | None:
+        """Of a generation that `serves` lets pass and whose prompt was read. None where its tokens run every layer.
+
+        Raises:
             UnsupportedError: they cannot bypass any, under `strict`.
         """
-        if self._structure or self._of_call or not self._end:
+        if self._structure or self._of_call:
             return None  # `look` told why
-        reason = self._of_result or _trouble(cache) or ("tokens are verified several at once" if drafts else "")
-        if reason:
-            self._refuse(reason)
+        if self._of_result:
+            self._refuse(self._of_result)
             return None
         return Schedule(self.method, self.count, cache)
 
