@@ -173,19 +173,12 @@ def ordered(scores, at, pages):
 
 CHOOSE = '''\
 @triton.jit
-def reaching(keys, first_score, second_score, third_score):
-    """21 bits of a whole number for each score that a key reaches."""
-    found = (keys >= first_score).to(tl.int64) + ((keys >= second_score).to(tl.int64) << 21)
-    return found + ((keys >= third_score).to(tl.int64) << 42)
-
-
-@triton.jit
 def choose(
     ${choose_parameters},
 ):
     """One program lists the pages of one KV head with the highest scores, in order of place; of equal ones the first.
 
-    The score of the last page that is taken is found by its bits, by counting the pages that reach it.
+    The score of the last page that is taken is found bit by bit, by counting the pages that reach it.
     """
     row = tl.program_id(0)
     row_scores = scores + tl.cast(row, tl.int64) * pages
@@ -213,23 +206,17 @@ def choose(
 %end
     wanted = tl.minimum(always + tl.minimum(wanted, held - always), most)
     least = tl.where(wanted > 0, -2147483648, infinite)
-    for i in tl.range(0, 16):
-        # two bits at a time; the counts of the three scores in between are parts of one number
-        step = 1 << (30 - 2 * i)
-        first_score = least + step
-        second_score = first_score + step
-        third_score = second_score + step
+    for i in tl.range(0, 32):
+        # the sign first: what is not below 0, then ever smaller steps
+        higher = tl.where(i == 0, 0, least + (1 << (31 - tl.maximum(i, 1))))
 %if single
-        reach = tl.sum(reaching(keys, first_score, second_score, third_score), 0)
+        reach = tl.sum((keys >= higher).to(tl.int32), 0)
 %else
-        reach = tl.sum(tl.zeros([LANES], tl.int64), 0)
+        reach = tl.sum(tl.zeros([LANES], tl.int32), 0)
         for first in tl.range(0, pages, LANES):
-            reach += tl.sum(reaching(ordered(row_scores, first + lanes, pages), first_score, second_score, third_score), 0)
+            reach += tl.sum((ordered(row_scores, first + lanes, pages) >= higher).to(tl.int32), 0)
 %end
-        higher = tl.where((reach & 0x1FFFFF) >= wanted, first_score, least)
-        higher = tl.where(((reach >> 21) & 0x1FFFFF) >= wanted, second_score, higher)
-        higher = tl.where((reach >> 42) >= wanted, third_score, higher)
-        least = tl.where(wanted > 0, higher, least)
+        least = tl.where((wanted > 0) & (reach >= wanted), higher, least)
 %if single
     above = tl.sum((keys > least).to(tl.int32), 0)
     equal = (keys == least).to(tl.int32)
