@@ -27,7 +27,7 @@ from sparsify.masks.symbolic import find_shape_env
 from sparsify.matching import beside, stream, token
 from sparsify.matching.attention import find_attention
 from sparsify.matching.base import PlanKind, Site, SiteKind
-from sparsify.matching.cache import find_cache, made_inside
+from sparsify.matching.cache import find_cache, made_inside, stores_many
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.matching.sites import AttentionSite
 from sparsify.planning import unmatched
@@ -465,6 +465,9 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     from torch._inductor.compile_fx import compile_fx
 
     patches = config.inductor_patches()
+    if stores_many(gm):
+        # attention that sinks to where its result is used, past the store, reads what the store would overwrite: a copy of all keys
+        patches = {"reorder_for_locality": False, **patches}
     if config.share_layers and not patches.get("triton.cudagraphs"):
 
         def compile_piece(piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -40,6 +40,11 @@ def made_inside(gm: fx.GraphModule) -> fx.Node | None:
     return None
 
 
+def stores_many(gm: fx.GraphModule) -> bool:
+    """Whether several tokens at once are stored, before which attention reads what the buffers hold."""
+    return any(node.op == "call_function" and node.target is cache.store for node in gm.graph.nodes)
+
+
 def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Node, int]) -> CacheSite:
     call = cache.CacheStoreCall.bind(*store.args, **store.kwargs)
     key, value, state = as_node(call.key), as_node(call.value), tuple(map(as_node, call.state))
