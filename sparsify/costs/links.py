@@ -20,6 +20,7 @@ from typing import Literal
 from sparsify.costs.device import Device
 from sparsify.costs.profile import Links
 from sparsify.costs.sizes import AttentionSizes
+from sparsify.distributed import peers
 from sparsify.ops.estimate import Estimate
 
 Travelling = Literal["keys", "queries"]
@@ -33,9 +34,9 @@ _MERGING = 1.5
 MOST_GROUPS = 4
 
 # A sum whose parts are read from peers, by every process those of all others: seconds of the smallest, two rounds of flags over NVLink and
-# a launch; bytes/s at which a process reads, 24 blocks of 512 threads with 16 bytes each on a way of 2 µs; the most bytes of a part.
-# Estimates.
-_PEER_LATENCY, _PEER_RATE, _MOST_PEER_BYTES = 6e-6, 100e9, 1 << 20
+# a launch; bytes/s at which a process reads: both measured on two H200 (benchmarks/results/mesh.jsonl, part `sums`); the most bytes of a
+# part.
+_PEER_LATENCY, _PEER_RATE, _MOST_PEER_BYTES = 8.2e-6, 105e9, 1 << 20
 
 # Links of a device whose profile has none: PCIe 4.0 with 16 lanes.
 _DEFAULT = Links(exchange=20e9, reduce=15e9, latency=30e-6, source="estimate: PCIe 4.0")
@@ -121,6 +122,14 @@ def reduce_seconds(size: float, processes: int, device: Device) -> float:
     """Of an all-reduce over `size` bytes, after which each process has the sum."""
     links = of(device)
     return 0.0 if processes == 1 else links.latency + size * 2 * (processes - 1) / processes / links.reduce
+
+
+def step_sum_seconds(size: float, processes: int, device: Device) -> float:
+    """Of a token's sum over `size` bytes, which is read from peers where that is faster."""
+    reduced = reduce_seconds(size, processes, device)
+    if processes not in peers.PROCESSES or size > peer_bytes(processes, device):
+        return reduced
+    return _PEER_LATENCY + size * (processes - 1) / min(_PEER_RATE, of(device).exchange)
 
 
 def peer_bytes(processes: int, device: Device) -> int:

@@ -128,12 +128,16 @@ def device(**numbers: float) -> Device:
 
 
 def test_bytes_up_to_which_peers_are_expected_to_be_faster():
-    """10 µs less to begin with, then each byte is read from every other process at 100 GB/s at most."""
+    """7.8 µs less to begin with, then each byte is read from every other process at 105 GB/s at most."""
     assert links.peer_bytes(2, device()) == 1 << 20  # the most there is
     eight = links.peer_bytes(8, device())
-    assert eight == pytest.approx(10e-6 / (7 / 100e9 - 1.75 / 350e9), rel=1e-3)
+    assert eight == pytest.approx(7.8e-6 / (7 / 105e9 - 1.75 / 350e9), rel=1e-3)
     assert links.peer_bytes(8, device(exchange=50e9)) < eight < links.peer_bytes(4, device())
     assert links.peer_bytes(2, device(latency=5e-6)) == 0
+    # a token's sum takes the faster way, and only among as many processes as torch's kernel serves
+    assert links.step_sum_seconds(8192, 8, device()) == pytest.approx(8.2e-6 + 8192 * 7 / 105e9)
+    assert links.step_sum_seconds(2 * eight, 8, device()) == links.reduce_seconds(2 * eight, 8, device())
+    assert links.step_sum_seconds(8192, 3, device()) == links.reduce_seconds(8192, 3, device())
 
 
 def graph_of(*shapes: tuple[int, ...], op: str = "sum", dtype: torch.dtype = torch.float32) -> fx.GraphModule:

@@ -72,7 +72,8 @@ def seconds(attended: Iterable[Attended], sharing: Sharing, stream_bytes: int, l
     """
     if sharing.size == 1:
         return 0.0
-    total = _SUMS * layers * links.reduce_seconds(stream_bytes, sharing.tp, device)
+    reduce = links.step_sum_seconds if step else links.reduce_seconds
+    total = _SUMS * layers * reduce(stream_bytes, sharing.tp, device)
     if step:
         # outputs and LSE of a token are a few kB: the latency
         return total + layers * links.of(device).latency * (sharing.cp > 1)
