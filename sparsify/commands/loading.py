@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -124,6 +125,37 @@ def load_model_and_tokens(given: argparse.Namespace) -> tuple[Any, Tensor]:
         flag = "--chunk" if chunk else "--length" if data is None else "--max-tokens"
         raise UnsupportedError(f"{at_once} tokens are more than the model's {most} positions", where=given.model, hint=f"{flag} {most}")
     return model, ids[None].to(model.device)
+
+
+def load_model_and_prompts(given: argparse.Namespace, between: str | None) -> tuple[Any, Tensor, tuple[int, ...]]:
+    """As `load_model_and_tokens` of a file that holds several prompts.
+
+    Args:
+        between: what stands between them; None: the file is one text.
+
+    Returns:
+        the model; int64 [1, tokens] of all prompts, one after the other; tokens up to which each goes, empty without `between`.
+
+    Raises:
+        UnsupportedError: as there.
+        ConfigError: nothing stands between prompts.
+    """
+    import torch
+
+    if between is None:
+        return (*load_model_and_tokens(given), ())
+    if not between:
+        raise ConfigError("must be a text", where="--between")
+    parts = [part for part in read(given.prompt).split(between.encode()) if part.strip()]
+    model = load_model(given)
+    encoded = [_encode(given.model, part, model.get_input_embeddings().num_embeddings) for part in parts]
+    ends = tuple(itertools.accumulate(map(len, encoded)))
+    if given.max_tokens:
+        ends = tuple(end for end in ends if end <= given.max_tokens)
+    if not ends:
+        raise UnsupportedError("the file has no prompt", where=given.prompt)
+    ids = torch.tensor(list(itertools.chain.from_iterable(encoded))[: ends[-1]], dtype=torch.int64)
+    return model, ids[None].to(model.device), ends
 
 
 def read(path: str) -> bytes:

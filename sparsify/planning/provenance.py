@@ -35,7 +35,8 @@ class Provenance:
 
     model: digest of the model, see `model_digest`. model_type: its kind, for messages.
     text: SHA-256 of the tokens. settings: of what was tried.
-    lengths: tokens of the prompts that were run. pieces: how many of each. seed: that chose them.
+    lengths: tokens of the prompts that were run. pieces: how many of each. seed: that chose them. last: tokens at the end of each, if any,
+        that weighed as much as all others.
     budget: what was asked for, such as {"keep_error": 0.05}.
     at: length in tokens for which time was minimised. target: device that the times are for.
     seconds, dense_seconds: there, predicted: of all calibrated attention, or of a whole prompt where tokens were. density: share of
@@ -63,6 +64,7 @@ class Provenance:
     errors: dict[str, float]
     gap: float
     versions: dict[str, str] = field(default_factory=dict)
+    last: int = 0
 
 
 @torch.no_grad()

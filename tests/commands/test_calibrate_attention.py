@@ -25,6 +25,7 @@ from sparsify.commands.calibrate.attention.measure import Record, measure, possi
 from sparsify.commands.cost import device as forecast_device
 from sparsify.errors import PlanError, UnsupportedError
 from sparsify.generation.regions import regional
+from sparsify.ops.attention import AttentionCall
 from sparsify.ops.selection import SelectCall
 from sparsify.planning.plan import Plan
 from sparsify.planning.provenance import model_digest
@@ -90,6 +91,27 @@ def test_mass_and_error_are_those_of_the_definition():
         assert bool((lost <= worst[:, None] + 1e-6).double().mean(-1).ge(0.99).all())
         torch.testing.assert_close(found.lost_beyond(0.5)[index], (lost > 0.5).double().mean(-1), atol=0.02, rtol=0)
     assert float(found.relative_error.max()) > 0.1
+
+
+def test_last_rows_weigh_as_much_as_all_others():
+    draw = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, heads, 300, 16, generator=draw) * 2 for heads in (4, 2, 2))
+    plain, found = (measure(query, key, value, 0.25, GRID, last) for last in (0, 100))
+    exact = AttentionCall(query, key, value, scale=0.25, causal=True).run()[0][0].double()
+    rows = exact.square().sum(-1)
+    torch.testing.assert_close(plain.norm, rows.sum(-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.norm, rows[:, :200].sum(-1) + 2 * rows[:, 200:].sum(-1), rtol=1e-5, atol=0)
+    for one in ("lost", "visited", "classes"):
+        assert torch.equal(getattr(plain, one), getattr(found, one)), "what is no error counts rows"
+    assert not torch.allclose(plain.relative_error, found.relative_error, rtol=1e-3)
+
+
+def test_pieces_are_ends_of_prompts():
+    asked_for = runs.Asked(GRID, (100,), 2, seed=0, ends=(90, 240, 340, 1000), last=10)
+    assert set(asked_for.offsets(1000, 100)) < {140, 240, 900} and len(asked_for.offsets(1000, 100)) == 2
+    assert runs.Asked(GRID, (100,), 9, seed=0, ends=asked_for.ends).offsets(1000, 100) == [140, 240, 900]
+    with pytest.raises(UnsupportedError, match="no prompt has 700 tokens"):
+        asked_for.offsets(1000, 700)
 
 
 @pytest.mark.parametrize("length, window", [(300, 64), (512, 100), (65, 1), (640, 1000)])

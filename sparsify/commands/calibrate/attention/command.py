@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ def add(methods: Any) -> None:
     attention = methods.add_parser("attention", parents=parents, help="a method and a setting for every head, within a budget")
     attention.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
     attention.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the prompts to come")
+    attention.add_argument("--between", metavar="TEXT", help="stands between prompts in the file: every piece is then the end of one")
+    attention.add_argument(
+        "--last",
+        metavar="N",
+        type=int,
+        default=0,
+        help="tokens at a piece's end, a question, that weigh as much as all others (default: 0)",
+    )
     budget = attention.add_mutually_exclusive_group(required=True)
     budget.add_argument(
         "--keep-error", metavar="E", type=float, help="root mean square over layers of ‖o' - o‖ / ‖o‖, at most; least time within it"
@@ -69,9 +78,12 @@ def run(given: argparse.Namespace) -> int:
     grid = tried.grid(options)
     target = target_device(given.target)
     context = forecast_device.context(target, settings.model_copy(update={"kernels": "auto"}))
-    model, ids = loading.load_model_and_tokens(given)
-    lengths = runs.lengths_for(ids.shape[1], arguments.positions(model), wanted)
-    asked = runs.Asked(grid, lengths, given.pieces, given.seed)
+    model, ids, ends = loading.load_model_and_prompts(given, given.between)
+    longest = max((end - begin for begin, end in itertools.pairwise((0, *ends))), default=ids.shape[1])
+    lengths = runs.lengths_for(longest, arguments.positions(model), wanted)
+    if not 0 <= given.last < min(lengths):
+        raise ConfigError(f"must be at least 0 and fewer than a piece's {min(lengths)} tokens, not {given.last}", where="--last")
+    asked = runs.Asked(grid, lengths, given.pieces, given.seed, ends, given.last)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)
         show = lambda done, all_, what: bar.update(task, completed=done, total=all_, description=what)

@@ -155,6 +155,7 @@ def _provenance(model: nn.Module, asked: Asked, measured: Measured, choice: Choi
         errors={str(length): _short(choice.error(length)) for length in choice.lengths},
         gap=_short(choice.gap),
         versions=versions,
+        last=asked.last,
     )
 
 

@@ -6,6 +6,7 @@ the softmax mass that a row loses is 1 - exp(lse' - lse), and no matrix of score
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ _CHUNK = 1 << 25  # elements that are compared at once
 class Record:
     """Sums over rows and pieces of one length at one site. Settings in the grid's order.
 
-    norm: float64 [heads], ‖o‖² of the dense output.
+    norm: float64 [heads], ‖o‖² of the dense output; of this and of the error rows may be weighed, see `measure`.
     error: float64 [settings, heads], ‖o' - o‖²; NaN where a setting was not tried (a window that is longer than the prompt).
     lost: float64 [settings, heads], softmax mass that rows lose, summed.
     classes: int64 [settings, heads, classes], rows by the mass that they lose, see `EDGES`.
@@ -84,19 +85,20 @@ class Record:
 
 
 @torch.no_grad()
-def measure(query: Tensor, key: Tensor, value: Tensor, scale: float, grid: Grid) -> Record:
+def measure(query: Tensor, key: Tensor, value: Tensor, scale: float, grid: Grid, last: int = 0) -> Record:
     """Tries the grid on one causal attention of a whole prompt.
 
     Args:
         query: [1, query_heads, tokens, head_dim]. key, value: [1, kv_heads, tokens, head_dim].
         scale: of the logits.
+        last: so many rows at the end weigh as much in norm and error as all others together; 0: every row weighs the same.
     """
     heads, length = query.shape[1:3]
     block = grid.families[0].method.block if grid.families else 128
     record = Record.empty(len(grid.settings), heads)
     fixed: dict[str, Any] = {"scale": scale, "causal": True}
     exact, lse = AttentionCall(query, key, value, **fixed).run()
-    record.norm += _squares(exact)
+    record.norm += _squares(exact, last=last)
     record.possible, record.rows, record.pieces = possible_blocks(length, block), length, 1
     edges = torch.tensor(EDGES, device=query.device)
     for index, setting in enumerate(grid.settings):
@@ -115,7 +117,7 @@ def measure(query: Tensor, key: Tensor, value: Tensor, scale: float, grid: Grid)
             share = block_lists.density(counts, length, length, 0, size)[0][0]
             record.visited[index] = share.cpu() * record.possible
             del counts, indices
-        record.error[index] = _squares(found[0], exact)
+        record.error[index] = _squares(found[0], exact, last)
         lost = (1 - (found[1] - lse).double().exp()).clamp(0, 1)[0]
         record.lost[index] = lost.sum(-1).cpu()
         classes = torch.bucketize(lost.float(), edges)
@@ -137,13 +139,16 @@ def window_blocks(length: int, window: int, block: int) -> float:
     return float((rows - first + 1 + (first > 0)).sum())
 
 
-def _squares(first: Tensor, second: Tensor | None = None) -> Tensor:
-    """float64 [heads]: the sum of squares of [1, heads, tokens, dim], or of its difference from a second one."""
+def _squares(first: Tensor, second: Tensor | None = None, last: int = 0) -> Tensor:
+    """float64 [heads]: the sum of squares of [1, heads, tokens, dim], or of its difference from a second one; `last` rows weigh as much as
+    all others."""
     total = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
-    step = max(1, _CHUNK // (first.shape[1] * first.shape[3]))
-    for begin in range(0, first.shape[2], step):
-        part = first[0, :, begin : begin + step].float()
+    tokens, step = first.shape[2], max(1, _CHUNK // (first.shape[1] * first.shape[3]))
+    bounds = [*range(0, tokens - last, step), *range(tokens - last, tokens, step), tokens]
+    for begin, end in itertools.pairwise(bounds):
+        part = first[0, :, begin:end].float()
         if second is not None:
-            part = part - second[0, :, begin : begin + step].float()
-        total += part.square().sum((1, 2), dtype=torch.float64)
+            part = part - second[0, :, begin:end].float()
+        weight = (tokens - last) / last if last and begin >= tokens - last else 1.0
+        total += weight * part.square().sum((1, 2), dtype=torch.float64)
     return total.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -35,12 +36,33 @@ class Asked:
     """What is run: by these alone a run is known when it goes on.
 
     lengths: tokens of the prompts, rising. pieces: of each length, at most. seed: chooses them.
+    ends: tokens of the text up to which each of its prompts goes, so that pieces end where prompts do; empty: pieces lie anywhere.
+    last: rows at the end of a piece that weigh as much as all others, see `measure`.
     """
 
     grid: Grid
     lengths: tuple[int, ...]
     pieces: int
     seed: int
+    ends: tuple[int, ...] = ()
+    last: int = 0
+
+    def offsets(self, tokens: int, length: int) -> list[int]:
+        """Where pieces of a length begin in the text.
+
+        Raises:
+            UnsupportedError: the text, or each of its prompts, is shorter.
+        """
+        if not self.ends:
+            if tokens < length:
+                what = f"the text has {tokens} tokens, fewer than {length}"
+                raise UnsupportedError(what, where="--text", hint="a longer text, or shorter --lengths")
+            return offsets(tokens, length, self.pieces, self.seed)
+        whole = [end - length for begin, end in itertools.pairwise((0, *self.ends)) if end - begin >= length]
+        if not whole:
+            raise UnsupportedError(f"no prompt has {length} tokens", where="--between", hint="longer prompts, or shorter --lengths")
+        chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(self.seed))[: self.pieces].sort().values
+        return [whole[index] for index in chosen.tolist()]
 
 
 @dataclass
@@ -92,7 +114,7 @@ class Measured:
         except Exception as error:
             what = str(error).strip().splitlines()
             raise UnsupportedError(f"holds no measurements: {what[0] if what else type(error).__name__}", where=str(path)) from None
-        differ = [name for name in identity if known.get(name) != identity[name]]
+        differ = [name for name in {**identity, **known} if known.get(name) != identity.get(name)]
         if version != _FORMAT or differ:
             what = f"holds measurements with another {', '.join(differ) or 'format'}"
             raise UnsupportedError(what, where=str(path), hint="remove the file, or name another one with --measurements")
@@ -124,7 +146,10 @@ def identity(model: nn.Module, ids: Tensor, asked: Asked) -> dict[str, Any]:
     """What tells runs apart."""
     from sparsify import __version__
 
+    # what was not asked for is not named, as in files of runs that could not ask
+    more = {name: list(given) if name == "ends" else given for name in ("ends", "last") if (given := getattr(asked, name))}
     return {
+        **more,
         "model": model_digest(model),
         "dtype": str(next(model.parameters()).dtype),
         "text": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
@@ -155,19 +180,16 @@ def run(
     Raises:
         UnsupportedError: no site can be calibrated, the text is too short, or the file is of another run.
     """
-    if ids.shape[1] < max(asked.lengths):
-        what = f"the text has {ids.shape[1]} tokens, fewer than {max(asked.lengths)}"
-        raise UnsupportedError(what, where="--text", hint="a longer text, or shorter --lengths")
+    todo = [[length, at] for length in asked.lengths for at in asked.offsets(ids.shape[1], length)]
     settings = config.load({**options, **_NEUTRAL}, method_models=registry.discover())
     found = Measured({}) if file is None else Measured.load(file, identity(model, ids, asked))
     found.identity = found.identity or identity(model, ids, asked)
-    todo = [[length, at] for length in asked.lengths for at in offsets(ids.shape[1], length, asked.pieces, asked.seed)]
     here: dict[Place, Record] = {}
     state: dict[str, Any] = {"done": 0, "what": ""}
 
     def receive(site: Captured, query: Tensor, key: Tensor, value: Tensor) -> None:
         progress(state["done"], len(todo), f"{state['what']}, {site.place.name}")
-        here[site.place] = measure(query, key, value, site.scale, asked.grid)
+        here[site.place] = measure(query, key, value, site.scale, asked.grid, asked.last)
 
     capture = Capture(model, settings, receive)
     with capture.running() as forward, backends.serving(settings.kernels):
