@@ -119,11 +119,13 @@ def formula(works: Callable[[AttentionSizes], Iterable[Work]], example: Attentio
 
     Args:
         works: what the candidate does, from sizes.
-        example: the example's sizes; there is no text where one of them is unknown.
+        example: the example's sizes; there is no text where one of them is unknown, or nothing.
     """
     if not example.numeric:
         return ""
     known = {name: getattr(example, name) for name in _LETTERS}
+    if not all(known.values()):  # what is divided among so many has no seconds
+        return ""
     letters: dict[str, sympy.Expr] = {name: sympy.Symbol(letter, positive=True) for name, letter in _LETTERS.items()}
     if known["query_len"] == known["key_len"]:
         letters["query_len"] = letters["key_len"]

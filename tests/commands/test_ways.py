@@ -90,7 +90,7 @@ def test_bytes_of_a_layer():
     # a token: one latency a layer, and two sums where heads are divided
     step = lambda sharing: exchanged.seconds([], sharing, 8192, 32, H200, step=True)
     assert step(Sharing(1, 2)) == pytest.approx(32 * links.of(H200).latency)
-    assert step(Sharing(2, 1)) == pytest.approx(64 * links.reduce_seconds(8192, 2, H200))
+    assert step(Sharing(2, 1)) == pytest.approx(64 * links.step_sum_seconds(8192, 2, H200))
 
 
 def test_what_is_hidden_is_not_waited_for():

@@ -134,7 +134,7 @@ def test_a_saved_plan_decides(tmp_path):
     plan = Plan([Decision("model.layers.3.self_attn", 3, "prefill", {}, "", "sink_window", {"sinks": 1, "window": 7})])
     plan.save(tmp_path / "plan.json")
     decision = plan_for(site(), plan=str(tmp_path / "plan.json"))
-    assert (decision.method, decision.options) == ("sink_window", {"sinks": 1, "window": 7, "decode": True})
+    assert (decision.method, decision.options) == ("sink_window", {"last_rows": 0, "sinks": 1, "window": 7, "decode": True})
 
 
 def test_a_plan_made_without_a_sparse_cache_serves_with_one(tmp_path):

@@ -208,7 +208,7 @@ BROKEN = {
 CHANGES = {
     "unknown key": ({"methode": None}, r"decisions\[0\].methode: unknown key \(did you mean 'method'\?\)"),
     "wrong type": ({"layer": "3"}, r"decisions\[0\].layer: must be an integer, not '3'"),
-    "wrong word": ({"kind": "attn"}, r"decisions\[0\].kind: must be 'attention', 'ffn', 'stream' or 'batch'"),
+    "wrong word": ({"kind": "attn"}, r"decisions\[0\].kind: must be 'attention', 'ffn', 'stream', 'batch' or 'token'"),
     "a list of numbers": ({"refusals": [1]}, r"decisions\[0\].refusals\[0\]: must be a string, not 1"),
     "NaN": ({"seconds": float("nan")}, "NaN is not a number"),
     "infinity": ({"options": {"window": float("inf")}}, "Infinity is not a number"),

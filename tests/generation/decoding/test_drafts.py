@@ -331,7 +331,7 @@ def test_predicted_seconds_of_a_long_cache_favour_drafts(llama, monkeypatch):
     [
         ({"policy": "snapkv", "budget": 64}, UnsupportedError, "snapkv evicts"),
         ({"policy": "streaming_llm", "budget": 64}, UnsupportedError, "streaming_llm evicts"),
-        ({"dtype": "fp8"}, UnsupportedError, "keys in fp8"),
+        ({"dtype": "fp8"}, UnsupportedError, "fp8 codes of a group"),
         ({"read": "pages"}, ConfigError, "verified over everything"),
         ({"draft": "window"}, ConfigError, "must be"),
         ({"draft_tokens": 0}, ConfigError, "1 to 15"),
