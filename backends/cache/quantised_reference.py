@@ -178,6 +178,7 @@ def append_all(call: CacheStoreCall, key: Tensor, value: Tensor, at: Tensor) -> 
         at: int [batch, query_len], slot of each token; padding repeats another token's, and is -1 in rows of padding alone.
     """
     assert call.staged is not None and call.recent_keys is not None and call.recent_values is not None, "given with codes"
+    _close(call, call.staged, torch.full_like(call.counts, call.capacity)[..., None])  # what lies there is about to be replaced
     counts = call.counts.long()
     total = torch.maximum(at.amax(-1)[:, None] + 1, call.counts).long()  # [batch, kv_heads]
     span = (key.shape[2] + 2 * GROUP - 2) // GROUP * GROUP

@@ -32,8 +32,8 @@ def cache_store(call: CacheStoreCall) -> None:
             state.zero_()
     if call.pinned == cache.NEVER_OVERWRITTEN and call.query_len > 1:
         before = call.counts.clone() if call.bounds is not None else None
-        if before is not None and call.codes:  # the keys of a group take part in its scales
-            before = before // GROUP * GROUP
+        if before is not None and call.codes:  # the keys of a group take part in its scales, and a full one becomes codes only now
+            before = (before - 1).clamp(min=0) // GROUP * GROUP
         _append_all(call)
         pages_reference.renew_all(call, before)
     elif call.query_len == 1:

@@ -185,7 +185,8 @@ class Offloader:
         if layer.codes and tokens == 1 and high - low < _FEW:
             return _closed(low, high, capacity, pinned)
         if layer.codes and layer.grows and tokens:
-            return [(min(low // GROUP * GROUP, capacity - 1), min(layer.rest.high, capacity))]
+            # a group whose last slot was taken by the token before becomes codes now
+            return [(min(max(low - 1, 0) // GROUP * GROUP, capacity - 1), min(layer.rest.high, capacity))]
         if layer.codes:
             return [(0, capacity)]
         if (layer.grows and tokens) or (pinned < 0 and tokens == 1):  # slot n holds token n

@@ -166,3 +166,28 @@ def test_bounds_are_those_of_keys_as_they_are_read(llama, codes):
     more[:, :150] = mask
     step = lambda held: llama(text(2, 1, seed=9), **holding(held), attention_mask=more).logits
     assert (step(cache) - step(all_pages)).abs().max() > 1e-4, "few pages are not all"
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("more", [{}, {"read": Pages(size=16, share=1.0)}, {"offloading": True}], ids=["plain", "pages", "offloading"])
+@torch.no_grad()
+def test_several_tokens_behind_a_group_that_is_full_keep_it(codes, more):
+    """A group that was filled one by one becomes codes when the next token comes, or several of them."""
+    model, ids, cuts = build("llama", layers=3), text(2, 140), [60, 1, 1, 1, 1, 5, *[1] * 59, 7, 1, 1, 1, 1]
+    found, held = [], []
+    for dtype, how in ((None, {}), (codes, {}), (codes, more)):
+        cache = SparseCache(model.config, "full", 192, dtype=dtype, **how)
+        found.append(reference.through(model, cache, ids, cuts))
+        held.append(cache)
+    assert 1e-4 < (found[0] - found[1]).abs().max() < NEAR[codes] / 2
+    torch.testing.assert_close(found[2], found[1], rtol=1e-4, atol=2e-5)
+    for one, other in zip(held[1].layers, held[2].layers, strict=True):
+        for name in ("keys", "values"):
+            assert one.at_rest(name)[:, :, :128].any(-1).all(), "whole groups are codes"
+            assert torch.equal(one.at_rest(name)[:, :, :128], other.at_rest(name)[:, :, :128])
+        if (pages := other.read) is not None:
+            call = CacheAttentionCall(
+                other.recent_keys[:, :, :1], *other.state[:3], other.seen, **other.coded(), scale=1.0, softcap=0.0, window=0, sinks=0
+            )
+            want, some = exact_bounds(quantised_reference.everything(call)[0], other.positions, pages.size)
+            assert torch.equal(other.bounds[some], want[some])
