@@ -83,6 +83,21 @@ def test_the_best_of_what_it_scores_stays_chunk_by_chunk(llama, heads, cuts):
             assert held(cache, layer, 0, head) == select(kept)
 
 
+@pytest.mark.parametrize("cuts", [[5, *[1] * 105], [30, *[1] * 70, 10]], ids=["one by one", "between calls"])
+def test_more_single_tokens_than_queries_are_kept_for_are_scored(llama, heads, cuts):
+    """A budget that is filled by single tokens alone: the policy is asked before it forgets how they asked."""
+    ids = text(1, sum(cuts))
+    one, once = make(llama, heads, 100, every=20), make(llama, heads, 100, every=20)
+    through(llama, one, ids, cuts)
+    through(llama, once, ids, [sum(cuts)])
+    for cache in (one, once):
+        cache.end_turn()
+    for layer, other in zip(one.layers, once.layers, strict=True):
+        assert torch.equal(layer.positions, other.positions)
+        assert layer.carried[layer.positions >= 0].count_nonzero() == 200
+        torch.testing.assert_close(layer.carried, other.carried, rtol=1e-3, atol=1e-4)
+
+
 def test_a_budget_that_holds_everything_changes_nothing(llama, heads):
     ids, cuts = text(1, 40), [25, 1, 1, 13]
     with torch.no_grad():

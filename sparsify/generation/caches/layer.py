@@ -391,14 +391,14 @@ class SparseLayer(CacheLayerMixin):
         """Selects where the fullest row has no room for a token, or for all of them where the policy awaits what is said of them.
 
         Returns:
-            How many tokens the fullest row holds then.
+            `taken` afterwards, or more.
         """
         if self.used is None or not self.started:
-            self.used = self.fullest() if self.started else 0
+            self.used = self.taken()
         free = tokens if self.policy.awaits else 1
         if self.used + free > self.keys.shape[2]:
             self.select(self.keys.shape[2] - free)
-            self.used = self.fullest()
+            self.used = self.taken()
         return self.used
 
     def select(self, limit: int) -> None:
@@ -486,6 +486,15 @@ class SparseLayer(CacheLayerMixin):
         if self.starts is None:
             return int(self.counts.max())
         return self.keys.shape[2] + int((self.counts - (self.starts[:, 1:] - self.starts[:, :-1])).max())
+
+    def taken(self) -> int:
+        """Of as many tokens as there are slots, how many have come before the policy has to be asked: slots of the fullest head, and where
+        every query counts, places for those of single tokens. Reads from the device."""
+        full, capacity = self.fullest() if self.started else 0, self.keys.shape[2]
+        if self.queries is None or self.query_positions is None or not self.policy.carries or self.policy.observed <= self.queries.shape[2]:
+            return full
+        waiting = int((self.query_positions >= 0).sum(-1).max()) if self.started else 0
+        return max(full, capacity - self.queries.shape[2] + waiting)
 
     def get_seq_length(self) -> Any:
         """Tokens so far, padding included: an int, or within a compiled graph a tensor."""

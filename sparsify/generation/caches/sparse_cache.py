@@ -409,7 +409,7 @@ class SparseCache(Cache):
         layers or before they are allocated."""
         held = [layer for layer in self.layers if layer.is_initialized]
         free = [layer.keys.shape[2] + layer.elsewhere for layer in held if layer.grows]
-        free += [int(layer.length) + layer.keys.shape[2] - layer.fullest() for layer in held if layer.every]
+        free += [int(layer.length) + layer.keys.shape[2] - layer.taken() for layer in held if layer.every]
         return min(free, default=None)
 
     def divide(self, tokens: int, shard: Shard) -> None:

@@ -121,6 +121,18 @@ def test_h2o_goes_on_from_turn_to_turn(llama):
 
 
 @torch.no_grad()
+def test_h2o_counts_every_token_of_a_long_answer(llama):
+    """More single tokens come before the first selection than queries are kept of."""
+    ids, cuts = text(1, 100), [3, *[1] * 92, 5]
+    one, once = (SparseCache(llama.config, "h2o", 96, every=4) for _ in range(2))
+    reference.through(llama, one, ids, cuts)
+    reference.through(llama, once, ids, [100])
+    for layer, other in zip(one.layers, once.layers, strict=True):
+        assert torch.equal(layer.positions, other.positions)
+        torch.testing.assert_close(layer.carried, other.carried, **CLOSE)
+
+
+@torch.no_grad()
 def test_policies_around_h2o_carry_its_sums(llama):
     """With one layer the same queries meet the same keys as long as nothing is evicted; then runs are cut by the sums of all calls."""
     model = build("llama", layers=1)
@@ -205,6 +217,20 @@ def test_generate_over_compiled_layers_gives_the_same(policy):
     want = model.generate(text(1, 30), max_new_tokens=10, do_sample=False, **holding(make()))
     sparsify.compile(model, strict=True, inductor={"freezing": False}, lower="eager")
     assert torch.equal(model.generate(text(1, 30), max_new_tokens=10, do_sample=False, **holding(make())), want)
+
+
+@torch.no_grad()
+@pytest.mark.samples(1)
+def test_a_long_answer_of_a_compiled_model_is_counted():
+    model = build("llama", layers=1)
+    caches = [SparseCache(model.config, "h2o", 96, every=4) for _ in range(2)]
+    generate = lambda cache: model.generate(text(1, 4), max_new_tokens=90, min_new_tokens=90, do_sample=False, **holding(cache))
+    want = generate(caches[0])
+    sparsify.compile(model, strict=True, inductor={"freezing": False}, lower="eager")
+    assert torch.equal(generate(caches[1]), want)
+    for cache in caches:
+        cache.layers[0].select(cache.layers[0].keys.shape[2])  # what waits is counted
+    torch.testing.assert_close(*(cache.layers[0].carried for cache in caches), **CLOSE)
 
 
 @torch.no_grad()
