@@ -177,6 +177,7 @@ class XAttention(PromptPass):
                 estimate=self.variants, pool=self.pool, heads=(sizes.query_heads, sizes.kv_heads),
                 max_cost_ratio=1.0 if self.density else context.max_cost_ratio,
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
+                last_rows=self.last_rows,
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {_shown(self.threshold)}"
         stages = f" (τ {self.coarse_threshold:g}), then {self.refine_stride}" if self.refine_stride else ""

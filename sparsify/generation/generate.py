@@ -32,6 +32,8 @@ from sparsify.generation.regions import narrowing, regional
 
 log = logging.getLogger(__name__)
 
+_OURS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
 
 class Decoder:
     """How one model decodes, and what it keeps between calls.
@@ -63,7 +65,7 @@ class Decoder:
             rows: sequences side by side.
             tokens: of each row in all, those to be generated included.
         """
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or model_kwargs.get(compat.CACHE_NAME) is not None:
+        if mode not in _OURS or model_kwargs.get(compat.CACHE_NAME) is not None:
             return None
         if config.cache_implementation is not None or not model._supports_default_dynamic_cache():
             return None
@@ -106,6 +108,8 @@ class _Request:
         self, original: Callable[..., Any], config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, tokens: int
     ) -> None:
         """As `GenerationMixin._prepare_cache_for_generation`."""
+        if mode not in _OURS and (bypass := regional.bypass_of(self.model)) is not None:
+            bypass.refuse_loop(f"it decodes by {str(mode.value).replace('_', ' ')}")
         sequences = rows * (config.num_return_sequences or 1)
         self.borrowed = self.decoder.cache_for(self.model, config, model_kwargs, mode, sequences, tokens + 1)
         if self.borrowed is None:
@@ -176,7 +180,17 @@ def install(model: Any, *, graphs: bool = True, shown: bool = True) -> str:
 
     Returns:
         why that is not done; empty where it is.
+
+    Raises:
+        UnsupportedError: it is not, and tokens are to bypass layers, under `strict`.
     """
+    reason = _install(model, graphs, shown)
+    if reason and (bypass := regional.bypass_of(model)) is not None:
+        bypass.refuse_loop(reason)
+    return reason
+
+
+def _install(model: Any, graphs: bool, shown: bool) -> str:
     kind = type(model)
     if not issubclass(kind, GenerationMixin) or not _is_stock(kind, "generate"):
         return "the model's generate() is not transformers' own"
@@ -216,6 +230,8 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     original, decoder = type(self).generate, _decoders.get(self)
     given = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
     if decoder is None or given.get("custom_generate") is not None:  # a copy of the model, or a loop of the user's
+        if (bypass := regional.bypass_of(self)) is not None:
+            bypass.refuse_loop("it is a copy of the model" if decoder is None else "custom_generate is given")
         token = _request.set(None)
         try:
             return original(self, *args, **kwargs)

@@ -21,6 +21,7 @@ from sparsify.commands.cost import device as forecast_device
 from sparsify.commands.cost import forecaster as forecast
 from sparsify.commands.cost import meta_model, report
 from sparsify.costs import profile
+from sparsify.costs.links import Sharing
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.planning import registry
 from sparsify.planning.config import config
@@ -335,6 +336,9 @@ def test_layers_that_tokens_bypass(llama, of_8b):
     assert chosen.decode.head == dense.decode.head
     assert chosen.prefill == dense.prefill
     assert [(g.phase, g.layers) for g in chosen.groups if g.what == "token"] == [("decode", tuple(range(1, 9)))]
+    shared = asked.shared(Sharing(cp=2)).forecast((131072,))
+    assert shared.rows[0].chosen.decode == shared.rows[0].dense.decode
+    assert any("skip_layers does not serve prompts that processes share" in note for note in shared.notes)
 
 
 @pytest.mark.slow

@@ -268,6 +268,11 @@ def test_a_chunk_of_few_rows_pays_from_more_keys_on():
     assert prefill < few
 
 
+def test_rows_that_see_every_key_count():
+    none, some, many = (crossovers.sparse_from(H200, 8, 128, 128, 0.1, "hopper", last_rows=rows) for rows in (0, 128, 4096))
+    assert none <= some <= many and none < many
+
+
 @pytest.mark.parametrize("query_len, key_len", [(1024, 1024), (1000, 1000), (128, 4096), (300, 1000)])
 @pytest.mark.parametrize("window", [1, 64, 128, 500, 4096])
 def test_a_band_has_the_pairs_that_rows_see(query_len, key_len, window):

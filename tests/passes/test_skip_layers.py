@@ -13,10 +13,12 @@ import sparsify
 from sparsify import SparseCache, api
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.generation.generate import Decoder
-from sparsify.generation.regions import regional
+from sparsify.generation.regions import bypass, layers, regional
 from sparsify.generation.regions.bypass import bypassed
 from sparsify.passes.skip_layers import SkipLayers
+from sparsify.planning.config.config import load
 from sparsify.planning.plan import Plan
+from sparsify.planning.registry import discover
 from tests.support import bypassing
 from tests.support.harness import holding, strict
 from tests.support.op_recorder import NoReads
@@ -179,9 +181,67 @@ def test_calls_outside_of_generate_run_every_layer(plain):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("read", [1, pytest.param(PROMPT - 1, marks=pytest.mark.slow)])
+def test_a_prompt_whose_last_token_is_a_step_runs_every_layer(plain, read):
+    """A prompt of one token, and one that the cache holds but for its last token: nothing of it was generated, even without warm-up."""
+    options = {**SKIP, "warmup": 0, "length": 0}
+    prompt = text(2, PROMPT if read > 1 else 1)
+    start = prompt["input_ids"].shape[1]
+    gone, ids = schedule(start, 4, options), prompt["input_ids"]
+    for _ in range(4):
+        found = bypassing.logits(plain, {"input_ids": ids}, {c: layers for c, layers in gone.items() if c < ids.shape[1]})
+        ids = torch.cat((ids, found[:, -1:].argmax(-1)), 1)
+    model = skipping(plain, options)
+    cache = SparseCache(model.config, "full")
+    if read > 1:
+        reader = copy.deepcopy(plain)
+        sparsify.compile(reader, **strict(passes=["dense"]))
+        reader(prompt["input_ids"][:, :read], **holding(cache))
+    assert torch.equal(model.generate(**prompt, **{**HOW, "max_new_tokens": 4}, **holding(cache)), ids)
+    assert [layer.left_out for layer in cache.layers] == [0, 3, 3, 0, 0]
+
+
+@torch.no_grad()
+def test_a_cache_whose_layers_have_budgets_of_their_own(plain):
+    """The model is captured whole over it: no layer is bypassed, and none counts as such."""
+    prompt, make = text(1, 120), lambda: SparseCache(plain.config, "pyramidkv", budget=80)
+    with pytest.raises(UnsupportedError, match="budgets of their own"):
+        skipping(plain, passes=("dense", "kv_evict")).generate(**prompt, **HOW, **holding(make()))
+    model, cache = copy.deepcopy(plain), make()
+    sparsify.compile(model, passes=["skip_layers", "dense", "kv_evict"], skip_layers=SKIP, lower="eager")
+    model.generate(**text(1, PROMPT), **HOW)
+    model.generate(**prompt, **HOW, **holding(cache))
+    assert not any(layer.left_out for layer in cache.layers)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_layers_that_are_not_called_one_by_one(plain):
+    """Hooks on all modules come after the model was compiled."""
+    model, cache = copy.deepcopy(plain), SparseCache(plain.config, "full")
+    sparsify.compile(model, passes=["skip_layers", "dense"], skip_layers=SKIP, lower="eager")
+    model.generate(**text(1, PROMPT), **HOW)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        found = model.generate(**text(1, PROMPT), **HOW, **holding(cache))
+    finally:
+        handle.remove()
+    assert torch.equal(found, plain.generate(**text(1, PROMPT), **HOW))
+    assert not any(layer.left_out for layer in cache.layers)
+
+
+def test_a_prompt_that_is_divided_is_refused(plain):
+    found = layers.find_layers(plain)
+    skips = bypass.Bypass(plain, found, load({"strict": True}, method_models=discover()), SkipLayers(**SKIP), divided=True)
+    with pytest.raises(UnsupportedError, match="divided among processes"):
+        skips.look(torch.zeros(1, PROMPT, plain.config.hidden_size), {})
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=pytest.mark.slow) for kind in ("static", "prompt lookup", "window")] + ["dynamic", "few layers", "whole"],
+    [pytest.param(kind, marks=pytest.mark.slow) for kind in ("static", "prompt lookup", "window", "own loop")]
+    + ["beams", "dynamic", "few layers", "whole"],
 )
 def test_what_is_refused(plain, kind):
     options, given = dict(SKIP), dict(HOW)
@@ -193,7 +253,9 @@ def test_what_is_refused(plain, kind):
     reason = {
         "dynamic": "a DynamicCache",
         "static": "a StaticCache",
-        "prompt lookup": "",
+        "prompt lookup": "assisted generation",
+        "beams": "beam search",
+        "own loop": "custom_generate is given",
         "window": "sliding",
         "few layers": "none of 5 layers lies between",
         "whole": "one graph, which runs all of them",
@@ -210,13 +272,20 @@ def test_what_is_refused(plain, kind):
         given |= holding(StaticCache(config=compiled.config, max_cache_len=64))
     if kind == "prompt lookup":
         given |= {"prompt_lookup_num_tokens": 2}
+    if kind == "beams":
+        given |= {"num_beams": 2}
+    if kind == "own loop":
+        given |= {"custom_generate": lambda model, input_ids, **rest: input_ids}
     prompt = text(1, PROMPT)
     sparsify.compile(compiled, **strict(passes=["skip_layers", "dense"], skip_layers=options))
-    if reason:
-        with pytest.raises(UnsupportedError, match=reason):
-            compiled.generate(**prompt, **given)
+    with pytest.raises(UnsupportedError, match=reason):
+        compiled.generate(**prompt, **given)
     sparsify.compile(compiled, **{**strict(passes=["skip_layers", "dense"], skip_layers=options), "strict": False})
-    assert torch.equal(compiled.generate(**prompt, **given), model.generate(**prompt, **HOW))
+    alone = {name: given[name] for name in ("num_beams", "custom_generate") if name in given}
+    with api.collect_plans() as plans:
+        assert torch.equal(compiled.generate(**prompt, **given), model.generate(**prompt, **HOW, **alone))
+    refusals = [refusal for plan in plans for d in plan.decisions if d.kind == "token" for refusal in d.refusals]
+    assert any(reason in refusal for refusal in refusals)
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ class Forecaster:
         """What becomes of a prompt of which only some tokens go on behind a layer; None where all do, or the text decides how many."""
         method: Any = narrowing.asked(config, load_saved_plan(config.plan))
         count = len(self.model.kinds)
-        if method is None or method.mode == "prompt":
+        if method is None or method.mode == "prompt" or self.sharing.cp > 1:
             return None
         number: int | None = method.layer  # -1: before the first layer
         if number is None:
@@ -221,7 +221,7 @@ class Forecaster:
         """The layers that generated tokens bypass at their schedule's end; None where they run all of them."""
         site = next((one for one in call.attention or call.cache if one.layer == 0), None)
         method: Any = None if site is None else bypass.asked(config, load_saved_plan(config.plan), site.name.partition(".0.")[0])
-        if site is None or method is None:
+        if site is None or method is None or self.sharing.cp > 1:
             return None
         sizes = dataclasses.replace(site.sizes, query_len=1, key_len=length + 1, dtype=self.model.dtype)
         proposal = method.propose(TokenSite(site.name, sizes, tuple(one.matrices for one in self.model.layers)), self.context)
@@ -360,6 +360,9 @@ class Forecaster:
         method: Any = narrowing.asked(self.config, load_saved_plan(self.config.plan))
         if method is not None and method.mode == "prompt":
             yield f"{method.name} reads the chosen tokens anew in generate(), which is not counted: its costs are those of the whole prompt"
+        skipping: Any = bypass.asked(self.config, load_saved_plan(self.config.plan), "")
+        for one in filter(None, (method, skipping)) if self.sharing.cp > 1 else ():
+            yield f"{one.name} does not serve prompts that processes share: it is not counted"
         if isinstance(method, ImagePass) and not self.images:
             yield f"{method.name} leaves image tokens out, and these prompts have none: --image-tokens says how many"
         routed = [w for w in self.model.layers if w.experts]

@@ -73,15 +73,16 @@ def decode(
         cache.reserve(_room(call))
         one_token = _lacks_one_token(call, cache)
         logits = None if one_token else _read_prompt(model, call, cache)
-        schedule = bypass.schedule(call.cache) if bypass is not None and bypasses else None
         late = late and not call.drafts and (private or not call.criteria.by_content) and call.criteria.others is None
         if bypass is not None:
             alone = make_runner
             make_runner = lambda function, failed: Separate(lambda: alone(function, failed), bypassed)
         kind = _Drafting if call.drafts else _Generation
-        generation = kind(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch, schedule)
+        generation = kind(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch)
         with model._optimize_model_for_decode() if one_token else contextlib.nullcontext():
             generation.begin(logits)
+        if bypass is not None and bypasses:  # the prompt's last token is none that was generated here
+            generation.schedule = bypass.schedule(call.cache)
         generation.run(reading)
     finally:
         reading.done()
@@ -120,6 +121,7 @@ class _Generation:
         length: tokens of each row so far, the prompt included.
         stored: tokens of each row in the cache, padding and earlier turns included.
         limit: tokens of each row that the cache has room for; None where that does not matter.
+        schedule: the layers that tokens bypass, set before `run`; None: they run all of them.
         logits, scores: of the last token, before and after the processors, fp32 [rows, vocabulary].
     """
 
@@ -131,9 +133,8 @@ class _Generation:
         sessions: Sessions,
         make_runner: MakeRunner,
         watch: type[Watch],
-        schedule: Schedule | None = None,
     ):
-        self.schedule = schedule
+        self.schedule: Schedule | None = None
         self.model, self.call, self.sessions = model, call, sessions
         self.step, self.runner, self.cache, self.drafts = sessions.session(model, cache, call, make_runner)
         self.length, self.stored = call.prompt_len, call.columns

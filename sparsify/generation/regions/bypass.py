@@ -14,7 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from sparsify import pipeline
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches.sparse_cache import SparseCache
-from sparsify.generation.regions import narrowing, prompts
+from sparsify.generation.regions import caches, narrowing, prompts
 from sparsify.generation.regions.layers import Layer
 from sparsify.matching.token import TokenSite, sizes
 from sparsify.planning.config.config import Config
@@ -74,25 +74,31 @@ class Bypass:
         model: in transformers' form.
         layers: its decoder layers.
         method: of the kind `token`.
+        divided: whether prompts are divided among processes.
+        whole: why calls of the model do not go through layers one by one, as it is now; empty where they do.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: Config, method: Any):
-        self.config, self.method, self.count = config, method, len(layers)
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], config: Config, method: Any, divided: bool = False, whole: Callable[[], str] = str
+    ):
+        self.config, self.method, self.count, self._whole = config, method, len(layers), whole
         self.path = layers[0].path.rpartition(".")[0]
         self.text = cast(Any, model.config).get_text_config(decoder=True)
         self.matrices = tuple(tuple((p.shape[1], p.shape[0]) for p in layer.module.parameters() if p.dim() == 2) for layer in layers)
         self._end = method.bypassed(method.warmup + method.length, self.count)  # of the schedule
-        self._structure = narrowing.counting_places(self.text, self._end)
-        self._of_call = "no prompt was read before"  # what speaks against it in the arguments of the last prompt's layers
+        self._structure = "prompts are divided among processes" if divided else narrowing.counting_places(self.text, self._end)
+        self.unseen = True  # until a call's layers were looked at
+        self._of_call = ""  # what speaks against it in the arguments of the last prompt's layers
         self._of_result = ""  # the same in what a layer gives back
         self._told: set[str] = set()
 
     def look(self, hidden: Tensor, given: Mapping[str, Any]) -> None:
-        """Called before the first layer of a prompt runs, with its arguments.
+        """Called before the first layer of a prompt runs, and of the first call whatever it is, with its arguments.
 
         Raises:
             UnsupportedError: tokens behind it cannot bypass layers, under `strict`.
         """
+        self.unseen = False
         strange = [name for name, value in given.items() if name not in _KNOWN and prompts.holds_tensors(value)]
         what = f"its layers are given {', '.join(strange)}, of which it is not known what belongs to which token"
         self._of_call = what if strange else ""
@@ -128,7 +134,8 @@ class Bypass:
         """
         if not self._end:
             return False
-        if reason := _trouble(cache) or ("tokens are verified several at once" if drafts else ""):
+        reason = _trouble(cache) or caches.trouble(cache, self.count) or ("tokens are verified several at once" if drafts else "")
+        if reason:
             self._refuse(reason)
         return not reason
 
@@ -140,8 +147,8 @@ class Bypass:
         """
         if self._structure or self._of_call:
             return None  # `look` told why
-        if self._of_result:
-            self._refuse(self._of_result)
+        if reason := self._whole() or self._of_result:
+            self._refuse(reason)
             return None
         return Schedule(self.method, self.count, cache)
 
@@ -151,7 +158,8 @@ class Bypass:
         Raises:
             UnsupportedError: under `strict`.
         """
-        self._refuse(f"generate() runs transformers' loop because {reason}")
+        if self._end:
+            self._refuse(f"generate() runs transformers' loop because {reason}")
 
     def _refuse(self, reason: str, asked: bool = True) -> None:
         """asked: whether something is asked for that is not done."""
@@ -183,6 +191,8 @@ def _trouble(cache: Any) -> str:
         return f"a {type(cache).__name__} has one number of tokens for all layers"
     if cache.layers[0].shard is not None:
         return "the text is divided among processes"
+    if caches.keeps_past(cache):
+        return "the cache keeps apart what may be taken back"
     if cache.offloader is not None:
         return "each layer's keys are brought from the host's memory while the one before runs"
     if any(layer.is_sliding for layer in cache.layers):

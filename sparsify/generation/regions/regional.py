@@ -108,7 +108,8 @@ class RegionalModel:
         self.narrowing = Narrowing(model, self.layers, config, chosen[0], chosen[1:], self.part.heads) if chosen else None
         self.packing = Packing(model, self.layers, self.kinds, config, self._saved, self.part)
         skipping = bypass.asked(config, self._saved, self.layers[0].path.rpartition(".")[0])
-        self.bypass = None if skipping is None or text is not None else bypass.Bypass(model, self.layers, config, skipping)
+        trouble = lambda: self.reason or self._watch.trouble()
+        self.bypass = None if skipping is None else bypass.Bypass(model, self.layers, config, skipping, text is not None, trouble)
         self._head_numbers: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._watch = layers.Watch(self.layers)
         self.divided = None if text is None else DividedCalls(model, text)
@@ -418,7 +419,7 @@ class _Call:
         if type(hidden) is not Tensor or hidden.dim() != 3:
             return
         given = {name: value for name, value in given.items() if value is not hidden}
-        if self.model.bypass is not None and hidden.shape[1] > 1:
+        if self.model.bypass is not None and (hidden.shape[1] > 1 or self.model.bypass.unseen):
             self.model.bypass.look(hidden, given)
         if self.model.narrowing is not None:
             self.narrowed = self.model.narrowing.begin(hidden, given, self.shows_rows, self.find_images)
