@@ -202,6 +202,20 @@ def test_a_prompt_whose_last_token_is_a_step_runs_every_layer(plain, read):
 
 
 @torch.no_grad()
+def test_room_counts_what_layers_were_not_given(plain):
+    """A CUDA graph asks the policy when so many tokens came: never, where that lies behind."""
+    model = skipping(plain, passes=("dense", "kv_evict"))
+    cache = SparseCache(plain.config, "h2o", budget=16, every=8)
+    prompt = text(1, PROMPT)
+    ids = model.generate(**prompt, **{**HOW, "max_new_tokens": 14}, **holding(cache))
+    assert max(layer.left_out for layer in cache.layers) > 8
+    assert cache.get_seq_length() == ids.shape[1] - 1
+    free = min(layer.keys.shape[2] - layer.fullest() for layer in cache.layers)
+    assert cache.room() == cache.get_seq_length() + free
+
+
+@pytest.mark.slow
+@torch.no_grad()
 def test_a_cache_whose_layers_have_budgets_of_their_own(plain):
     """The model is captured whole over it: no layer is bypassed, and none counts as such."""
     prompt, make = text(1, 120), lambda: SparseCache(plain.config, "pyramidkv", budget=80)

@@ -405,11 +405,11 @@ class SparseCache(Cache):
             layer.reserve(tokens)
 
     def room(self) -> int | None:
-        """Tokens, with padding, after which layers that never evict have to grow, or the policy selects anew (`every`); None without such
-        layers or before they are allocated."""
+        """Tokens, with padding and those that some layers were not given, after which layers that never evict have to grow, or the policy
+        selects anew (`every`); None without such layers or before they are allocated."""
         held = [layer for layer in self.layers if layer.is_initialized]
         free = [layer.keys.shape[2] + layer.elsewhere for layer in held if layer.grows]
-        free += [int(layer.length) + layer.keys.shape[2] - layer.taken() for layer in held if layer.every]
+        free += [int(layer.length) + layer.left_out + layer.keys.shape[2] - layer.taken() for layer in held if layer.every]
         return min(free, default=None)
 
     def divide(self, tokens: int, shard: Shard) -> None:
