@@ -157,6 +157,11 @@ class Policy(BaseModel):
         return False
 
     @property
+    def turns_back(self) -> bool:
+        """Whether queries or keys are turned back by their places in the layer, which have to be those of the text."""
+        return False
+
+    @property
     def decay(self) -> float:
         """By which what tokens carry is multiplied after each turn."""
         return 1.0

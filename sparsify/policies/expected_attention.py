@@ -50,6 +50,10 @@ class ExpectedAttention(ScoredPolicy):
         return _ALL
 
     @property
+    def turns_back(self) -> bool:
+        return True
+
+    @property
     def newest(self) -> int:
         return 1
 

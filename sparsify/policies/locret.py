@@ -84,6 +84,10 @@ class Locret(Policy):
         return _ALL
 
     @property
+    def turns_back(self) -> bool:
+        return True
+
+    @property
     def carries(self) -> bool:
         return True
 

@@ -59,5 +59,9 @@ class Wrapper(Policy):
         return self.inner.scores_once
 
     @property
+    def turns_back(self) -> bool:
+        return self.inner.turns_back
+
+    @property
     def decay(self) -> float:
         return self.inner.decay

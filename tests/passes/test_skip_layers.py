@@ -254,7 +254,7 @@ def test_a_prompt_that_is_divided_is_refused(plain):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=pytest.mark.slow) for kind in ("static", "prompt lookup", "window", "own loop")]
+    [pytest.param(kind, marks=pytest.mark.slow) for kind in ("static", "prompt lookup", "window", "own loop", "policy")]
     + ["beams", "dynamic", "few layers", "whole"],
 )
 def test_what_is_refused(plain, kind):
@@ -266,6 +266,7 @@ def test_what_is_refused(plain, kind):
         options |= {"first": 4}
     reason = {
         "dynamic": "a DynamicCache",
+        "policy": "turns queries back",
         "static": "a StaticCache",
         "prompt lookup": "assisted generation",
         "beams": "beam search",
@@ -284,6 +285,8 @@ def test_what_is_refused(plain, kind):
         given |= holding(DynamicCache(config=compiled.config))
     if kind == "static":
         given |= holding(StaticCache(config=compiled.config, max_cache_len=64))
+    if kind == "policy":
+        given |= holding(SparseCache(compiled.config, "expected_attention", 64))
     if kind == "prompt lookup":
         given |= {"prompt_lookup_num_tokens": 2}
     if kind == "beams":

@@ -310,6 +310,7 @@ REFUSED = {
     "no tables": ("gpt2", lambda config: DynamicCache(config=config), "rotary tables"),
     "static": ("llama", lambda config: StaticCache(config=config, max_cache_len=128), "StaticLayer makes its masks from columns"),
     "places": ("llama", lambda config: SparseCache(config, sinks=2, window=30, positions="in_cache"), "turns sinks"),
+    "a policy": ("llama", lambda config: SparseCache(config, "expected_attention", 40), "turns queries back"),
 }
 
 

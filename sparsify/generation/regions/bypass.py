@@ -23,7 +23,7 @@ from sparsify import pipeline
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches.sparse_cache import SparseCache
-from sparsify.generation.regions import caches, narrowing, prompts
+from sparsify.generation.regions import caches, left_out, narrowing, prompts
 from sparsify.generation.regions.layers import Layer
 from sparsify.matching.token import TokenSite, sizes
 from sparsify.planning.config.config import Config
@@ -197,9 +197,7 @@ def _trouble(cache: Any) -> str:
         return "each layer's keys are brought from the host's memory while the one before runs"
     if any(layer.is_sliding for layer in cache.layers):
         return "the cache has layers with a sliding window, which counts places that are left out"
-    if any(layer.inverse_frequencies is not None for layer in cache.layers):
-        return "the cache turns sinks by places inside it, which are no positions any more"
-    return ""
+    return next(filter(None, map(left_out.places_trouble, cache.layers)), "")
 
 
 class Schedule:

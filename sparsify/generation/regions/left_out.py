@@ -52,6 +52,15 @@ def left_out(layer: Any) -> int:
     return layer.left_out if isinstance(layer, SparseLayer | NarrowedLayer) else 0
 
 
+def places_trouble(layer: SparseLayer) -> str:
+    """Why a layer cannot hold fewer tokens than the text has, in a clause; empty where its places need be no positions."""
+    if layer.inverse_frequencies is not None:
+        return "the cache turns sinks by places inside it, which are no positions any more"
+    if layer.policy.turns_back:
+        return f"policy {layer.policy.name} turns queries back by places in the cache, which are no positions any more"
+    return ""
+
+
 def narrow(cache: Any, first: int, tokens: int, kept: int, run: int) -> None:
     """Says of an empty cache that its layers from `first` on will be given `kept` of a prompt's `tokens`, of which the last `run` have no
     gap."""

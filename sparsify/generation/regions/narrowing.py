@@ -536,8 +536,8 @@ def _cache_trouble(cache: Any, layer: int) -> str:
         if isinstance(one, SparseLayer):
             if one.is_sliding:
                 return f"the cache's layer {number} has a sliding window, which counts places that are left out"
-            if one.inverse_frequencies is not None:
-                return "the cache turns sinks by places inside it, which are no positions any more"
+            if reason := left_out.places_trouble(one):
+                return reason
         elif type(one) not in (DynamicLayer, NarrowedLayer):
             return f"a {type(one).__name__} makes its masks from columns, which later layers do not have"
     return ""
