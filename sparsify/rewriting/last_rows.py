@@ -36,7 +36,8 @@ def with_last_rows(editor: Editor, site: AttentionSite, output: fx.Node, rows: i
     mask, last = editor.mask_operands(site), (Ellipsis, slice(-rows, None), slice(None))
     query = editor.call(operator.getitem, site.query, last)
     if mask.query_start is not None:
-        before = editor.call(operator.sub, editor.method("size", site.query, 2), editor.method("size", query, 2))
+        # validation runs on fewer rows than `rows`, too, where the graph has a number of them that does not vary
+        before = editor.call(torch.sym_max, editor.call(operator.sub, editor.method("size", site.query, 2), rows), 0)
         mask = dataclasses.replace(mask, query_start=editor.call(operator.add, mask.query_start, before))
 
     def cut(node: fx.Node | None) -> fx.Node | None:

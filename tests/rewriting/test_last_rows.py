@@ -7,13 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import StaticCache
 
+import sparsify
 from sparsify import api
 from sparsify.passes.minference import MInference
 from sparsify.passes.sink_window import SinkWindow
 from sparsify.passes.xattention import XAttention
 from tests.support import attention_functions as attention
+from tests.support.harness import holding, strict
 from tests.support.ir import rewritten_graph
+from tests.support.tiny_models import VOCAB, build, spread_weights
 
 METHODS = {
     "sink_window": {"sinks": 1, "window": 9},
@@ -114,6 +118,23 @@ def test_slots_that_are_not_written_are_no_last_tokens(method):
     visible = torch.ones(2, 330, dtype=torch.long)
     visible[:, :120] = 0
     compared(with_start_and_padding, (*inputs, torch.tensor(100), visible), method, 21, last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [20, pytest.param(59, marks=pytest.mark.slow)])
+def test_a_chunk_of_a_static_cache(rows):
+    """Its graph has one number of query rows, which validation makes smaller than the last ones."""
+    model = build("llama", layers=1)
+    spread_weights(model)
+    ids, cache = torch.randint(3, VOCAB, (2, 150)), StaticCache(config=model.config, max_cache_len=200)
+    dense = model(ids).logits
+    sparsify.compile(
+        model, **strict(passes=["sink_window", "dense"], sink_window={"sinks": 1, "window": 9, "last_rows": rows}, min_length=0)
+    )
+    found = torch.cat([model(part, **holding(cache)).logits for part in ids.split((90, 60), 1)], 1)
+    is_last = torch.cat([torch.arange(length) >= length - rows for length in (90, 60)])
+    torch.testing.assert_close(found[:, is_last], dense[:, is_last], atol=1e-4, rtol=1e-4)
+    assert (found - dense).abs().amax((0, 2))[~is_last].max() > 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
