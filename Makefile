@@ -14,7 +14,7 @@ HF_TESTS := tests/models/test_families.py tests/matching/test_attention.py tests
 	tests/generation/regions/test_regions.py tests/generation/decoding/test_loop.py tests/generation/caches/test_full_cache.py
 QUICK := not gpu and not slow and not interpreter
 
-.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints interpreter gpu fuzz soak sweep docs lint clean
+.PHONY: demo test test-all test-newest test-newest-transformers test-oldest constraints gpu fuzz soak sweep docs lint clean
 
 # .venv holds the versions that last passed, .venv-KIND those that tools/setup_venv.sh says
 %/.done: pyproject.toml tools/setup_venv.sh tools/constraints/tested.txt tools/constraints/oldest.txt
