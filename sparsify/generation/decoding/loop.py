@@ -205,7 +205,7 @@ class _Generation:
 
     def _next_token(self) -> None:
         """Stores the last token and chooses the one that follows."""
-        if self.stored == self.limit:
+        if self.limit is not None and self.stored >= self.limit:
             self._make_room()
         self.draws.mark()
         if self.schedule is None:
