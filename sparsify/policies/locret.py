@@ -61,8 +61,8 @@ class Locret(Policy):
         bound.weights()
         return bound
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """w1 and w2 of the layer, fp32 on the CPU.
+    def weights(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """w1 and w2 of the layer, fp32.
 
         Raises:
             ConfigError: the file is missing, has changed, or has no such layer.
@@ -70,7 +70,7 @@ class Locret(Policy):
         if not self.heads:
             raise self.refuse("no trained heads are given", "SparseCache(..., heads=FILE.safetensors)")
         try:
-            return _read(self.heads, self.digest, self.layer)
+            return _read(self.heads, self.digest, self.layer, torch.device(device))
         except (OSError, ValueError, SafetensorError) as error:
             raise self.refuse(f"the heads of layer {self.layer} are not read: {error}", "train them for this very model") from error
 
@@ -121,7 +121,7 @@ class Locret(Policy):
         Raises:
             ConfigError: the heads were trained for other sizes.
         """
-        w1, w2 = (weight.to(states.device) for weight in self.weights())
+        w1, w2 = self.weights(states.device)
         if w1.shape[1] != states.shape[2] or w2.shape[1] != w1.shape[0]:
             raise self.refuse(f"heads {list(w1.shape)} and {list(w2.shape)} for {states.shape[2]} numbers of a token", "train them anew")
         return F.silu(states @ w1.T) @ w2.T
@@ -135,9 +135,12 @@ def _sha256(path: Path) -> str:
 
 
 @functools.cache
-def _read(path: str, digest: str, layer: int) -> tuple[Tensor, Tensor]:
-    """Raises OSError, ValueError or SafetensorError for what cannot be read."""
+@torch.inference_mode(False)
+def _read(path: str, digest: str, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept where they are used: a selection must not wait for the host's memory. Raises OSError, ValueError or SafetensorError for what
+    cannot be read."""
     if _sha256(Path(path)) != digest:
         raise ValueError(f"{path} is not the file that the cache was made with")
     with safe_open(path, "pt") as file:
-        return file.get_tensor(f"layers.{layer}.w1").float(), file.get_tensor(f"layers.{layer}.w2").float()
+        w1, w2 = (file.get_tensor(f"layers.{layer}.{name}").float().to(device) for name in ("w1", "w2"))
+    return w1, w2
