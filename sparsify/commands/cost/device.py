@@ -43,7 +43,8 @@ def named(name: str | None) -> Device:
     """
     if name is None:
         if not torch.cuda.is_available():
-            raise UnsupportedError("there is no GPU here", where="--device", hint=f"name one: {', '.join(NAMES)}, or a profile file")
+            hint = f"name one: {', '.join(NAMES)}, cpu for this machine's, or a profile file"
+            raise UnsupportedError("there is no GPU here", where="--device", hint=hint)
         return hardware.describe(torch.device("cuda"))
     if name.lower() in _KNOWN:
         capability, facts = _KNOWN[name.lower()]
