@@ -50,20 +50,14 @@ class PatternAttentionCall(SelectPatternCall):
 
     def part(self, part: Part) -> PatternAttentionCall:
         """The call as some of the heads and batch rows see it."""
-        rows, owners, served = (slice(*bounds) for bounds in (part.batch, part.kv_heads, part.heads))
-        flags = self.key_flags
-
-        def per_head(numbers: tuple[int, ...]) -> tuple[int, ...]:
-            return numbers[served] if len(numbers) == self.heads > 1 else numbers
-
         return dataclasses.replace(
             self,
-            query=self.query[rows, served],
-            key=self.key[rows, owners],
-            value=self.value[rows, owners],
-            key_flags=flags if flags is None or flags.shape[0] == 1 else flags[rows],
-            columns=per_head(self.columns),
-            diagonals=per_head(self.diagonals),
+            query=part.of_heads(self.query),
+            key=part.of_kv_heads(self.key),
+            value=part.of_kv_heads(self.value),
+            key_flags=part.of_rows(self.key_flags),
+            columns=part.numbers(self.columns, self.heads),
+            diagonals=part.numbers(self.diagonals, self.heads),
         )
 
 

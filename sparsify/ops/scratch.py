@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
 
 from sparsify.ops.estimate import EXACT, Estimate
 from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, cdiv
@@ -18,6 +21,8 @@ SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
 WIDEST_ROW = 8192  # key blocks of a row that the choice keeps in registers
 _CELL_TILE = min(SCORE_TILE[1], SCORE_TILE_INT8[1])
 _BAND_CELLS = 16 * 128  # the fewest query cells that are served at once
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,22 @@ class Part:
     batch: tuple[int, int]
     kv_heads: tuple[int, int]
     heads: tuple[int, int]
+
+    def of_heads(self, query: Tensor) -> Tensor:
+        """Of an operand [batch, heads, ...]."""
+        return query[slice(*self.batch), slice(*self.heads)]
+
+    def of_kv_heads(self, operand: Tensor) -> Tensor:
+        """Of an operand [batch, kv_heads, ...]."""
+        return operand[slice(*self.batch), slice(*self.kv_heads)]
+
+    def of_rows(self, operand: Tensor | None) -> Tensor | None:
+        """Of an operand [batch or 1, ...]."""
+        return operand if operand is None or operand.shape[0] == 1 else operand[slice(*self.batch)]
+
+    def numbers(self, numbers: tuple[N, ...], heads: int) -> tuple[N, ...]:
+        """Of numbers that are one for all of `heads` heads, or one each."""
+        return numbers[slice(*self.heads)] if len(numbers) == heads > 1 else numbers
 
 
 def list_bytes(query_len: int, key_len: int, block: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from sparsify.ops.scratch import Part
 from sparsify.ops.selection import SelectCall
 
 _BY_KV_HEAD = ("key_mean", "prepared_keys", "prepared_scales")
-_Numbers = TypeVar("_Numbers", tuple[int, ...], tuple[float, ...])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,25 +51,17 @@ class SparseAttentionCall(SelectCall):
 
     def part(self, part: Part) -> SparseAttentionCall:
         """The call as some of the heads and batch rows see it."""
-        rows, owners, served = (slice(*bounds) for bounds in (part.batch, part.kv_heads, part.heads))
-
-        def per_head(numbers: _Numbers) -> _Numbers:
-            return numbers[served] if len(numbers) == self.heads > 1 else numbers
-
-        def per_row(operand: Tensor | None) -> Tensor | None:
-            return operand if operand is None or operand.shape[0] == 1 else operand[rows]
-
         return dataclasses.replace(
             self,
-            query=self.query[rows, served],
-            key=self.key[rows, owners],
-            value=self.value[rows, owners],
-            key_flags=per_row(self.key_flags),
-            segments=per_row(self.segments),
-            windows=per_head(self.windows),
-            threshold=per_head(self.threshold),
-            head_thresholds=None if self.head_thresholds is None else self.head_thresholds[served],
-            **{name: None if (one := getattr(self, name)) is None else one[rows, owners] for name in _BY_KV_HEAD},
+            query=part.of_heads(self.query),
+            key=part.of_kv_heads(self.key),
+            value=part.of_kv_heads(self.value),
+            key_flags=part.of_rows(self.key_flags),
+            segments=part.of_rows(self.segments),
+            windows=part.numbers(self.windows, self.heads),
+            threshold=part.numbers(self.threshold, self.heads),
+            head_thresholds=None if self.head_thresholds is None else self.head_thresholds[slice(*part.heads)],
+            **{name: None if (one := getattr(self, name)) is None else part.of_kv_heads(one) for name in _BY_KV_HEAD},
         )
 
 
