@@ -17,6 +17,9 @@ from torch import Tensor
 from sparsify.errors import ConfigError
 from sparsify.ops.cache import NEVER_OVERWRITTEN
 
+# as `observed`: more queries than a call can have
+EVERY_QUERY = 1 << 30
+
 
 @dataclass(frozen=True)
 class Layout:

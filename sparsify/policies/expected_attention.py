@@ -12,12 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsify.policies.base import Candidates, LayerFacts, Policy
+from sparsify.policies.base import EVERY_QUERY, Candidates, LayerFacts, Policy
 from sparsify.policies.rotation import Rotation, angles_on
 from sparsify.policies.scored import ScoredPolicy
-
-# more queries than a call can have
-_ALL = 1 << 30
 
 
 class ExpectedAttention(ScoredPolicy):
@@ -47,7 +44,7 @@ class ExpectedAttention(ScoredPolicy):
 
     @property
     def observed(self) -> int:
-        return _ALL
+        return EVERY_QUERY
 
     @property
     def turns_back(self) -> bool:

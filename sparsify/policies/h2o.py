@@ -10,11 +10,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from sparsify.policies.base import Candidates, Layout, Policy
+from sparsify.policies.base import EVERY_QUERY, Candidates, Layout, Policy
 from sparsify.policies.scored import attention_mass
-
-# more queries than a call can have
-_ALL = 1 << 30
 
 
 class H2O(Policy):
@@ -33,7 +30,7 @@ class H2O(Policy):
 
     @property
     def observed(self) -> int:
-        return _ALL
+        return EVERY_QUERY
 
     def layout(self, budget: int | None) -> Layout:
         if budget is None:

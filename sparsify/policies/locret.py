@@ -17,11 +17,8 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsify.policies.base import Candidates, LayerFacts, Layout, Policy
+from sparsify.policies.base import EVERY_QUERY, Candidates, LayerFacts, Layout, Policy
 from sparsify.policies.rotation import Rotation, angles_on
-
-# more queries than a call can have
-_ALL = 1 << 30
 
 
 class Locret(Policy):
@@ -81,7 +78,7 @@ class Locret(Policy):
 
     @property
     def observed(self) -> int:
-        return _ALL
+        return EVERY_QUERY
 
     @property
     def turns_back(self) -> bool:
