@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from sparsify.planning.method import Context, Pass, Proposal, Refusal, SiteKind, StreamSite
+from sparsify.planning.method import Context, Pass, Proposal, Refusal, SiteKind, StreamSite, tokens_or_share
 
 
 class TokenSelect(Pass):
@@ -59,12 +59,7 @@ class TokenSelect(Pass):
             raise ValueError("must be odd")
         return value
 
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _share(cls, value: int | float | None) -> int | float | None:
-        if isinstance(value, float) and value > 1:
-            raise ValueError("a share is at most 1; an integer gives tokens")
-        return value
+    _share = field_validator("keep", mode="before")(tokens_or_share)
 
     @field_validator("heads")
     @classmethod

@@ -301,6 +301,13 @@ class ImageRows:
     kept: int
 
 
+def tokens_or_share(value: int | float | None) -> int | float | None:
+    """Checks a field that says how many tokens go on. Raises ValueError: a share of more than all."""
+    if isinstance(value, float) and value > 1:
+        raise ValueError("a share is at most 1; an integer gives tokens")
+    return value
+
+
 class ImagePass(Pass):
     """Base of methods that leave image tokens out of a prompt, by a rule of their own, `rank`; all other tokens go on.
 
@@ -315,12 +322,7 @@ class ImagePass(Pass):
 
     keep: int | float | None = Field(None, gt=0, description="image tokens of each row that go on; a float is a share of them")
 
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _share(cls, value: int | float | None) -> int | float | None:
-        if isinstance(value, float) and value > 1:
-            raise ValueError("a share is at most 1; an integer gives tokens")
-        return value
+    _share = field_validator("keep", mode="before")(tokens_or_share)
 
     def rank(self, rows: ImageRows) -> Tensor:
         """The order in which image tokens go on: float32 [batch, tokens], finite, the highest first. Nothing else of it is looked at."""
