@@ -363,14 +363,18 @@ class SparseLayer(CacheLayerMixin):
             found, kept = f"{key.dtype} on {key.device}", f"{self.dtype} on {self.keys.device}"
             raise CacheError(f"the call has {found}, the cache holds {kept}", where=where, hint=hint)
 
+    def stored(self) -> int:
+        """Columns stored so far, of a layer that grows; reads them from the device where the host does not know."""
+        if self.used is None:
+            self.used = int(self.length) if self.started else 0
+        return self.used
+
     def make_room(self, tokens: int) -> None:
         """Makes room for the tokens of a call; compiled code, which cannot, leaves counting to whoever comes next."""
         if torch.compiler.is_dynamo_compiling():
             self.used = None
             return
-        if self.used is None:
-            self.used = int(self.length) if self.started else 0
-        self.used += tokens
+        self.used = self.stored() + tokens
         own = self.used - self.elsewhere
         if own > self.keys.shape[2]:
             self.reserve(_roomy(own) + self.elsewhere)

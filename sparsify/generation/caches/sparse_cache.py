@@ -430,8 +430,8 @@ class SparseCache(Cache):
     def read_lengths(self) -> None:
         """Reads from the device how many tokens layers hold where the host does not know: a CUDA graph cannot, once it is recorded."""
         for layer in self.layers:
-            if layer.grows and layer.started and layer.used is None:
-                layer.used = int(layer.length)
+            if layer.grows:
+                layer.stored()
 
     def kept_bytes(self) -> int:
         """Bytes of all buffers that are allocated on the device."""
