@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,10 +61,11 @@ class StreamSite:
         """Expected seconds of the later layers' dense attention and matrix products over so many rows of each sequence."""
         sizes = dataclasses.replace(self.attention, query_len=tokens, key_len=tokens)
         attention = float(seconds.attention_seconds(sizes, device, kernel="sdpa"))
+        # every call asks again, and layers are alike: each shape is counted, not predicted anew
+        shapes = Counter(shape for layer in self.matrices for shape in layer)
         products = sum(
-            float(seconds.linear_seconds(device, self.batch * tokens, inputs, outputs, self.dtype))
-            for layer in self.matrices
-            for inputs, outputs in layer
+            times * float(seconds.linear_seconds(device, self.batch * tokens, inputs, outputs, self.dtype))
+            for (inputs, outputs), times in shapes.items()
         )
         return len(self.matrices) * attention + products
 

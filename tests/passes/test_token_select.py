@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import sparsify
 from sparsify import SparseCache, api, pipeline
+from sparsify.costs import seconds
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.errors import CacheError, UnsupportedError
 from sparsify.matching.stream import StreamSite
@@ -298,6 +299,19 @@ def test_options_that_say_too_little(select, reason):
     site = StreamSite("model.layers.1", select.get("layer", 0), LAYERS, 1, 80, 80, sizes, 64, ())
     answer = METHOD(**select).propose(site, pipeline.make_context(torch.device("cpu"), Config()))
     assert isinstance(answer, Refusal) and reason in answer.reason
+
+
+def test_prompts_after_the_first_predict_nothing_anew(monkeypatch):
+    predicted = []
+    linear_seconds = seconds.linear_seconds
+    monkeypatch.setattr(seconds, "linear_seconds", lambda *given: predicted.append(given) or linear_seconds(*given))
+    compiled, prompt = narrowed(made()), text(1, 80)
+    with torch.no_grad():
+        compiled(**prompt)
+        first, shapes = len(predicted), len(set(predicted))
+        compiled(**prompt)
+    assert 0 < first == shapes  # layers are alike: none is predicted twice
+    assert len(predicted) == first
 
 
 def test_without_options_a_model_stays():

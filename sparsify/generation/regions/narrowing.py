@@ -279,6 +279,9 @@ class Narrowing:
     def tell(self, site: StreamSite, proposal: Proposal, kept: int) -> None:
         """Records that a call was narrowed, once for each number of tokens. Later layers' sites count as they run, over fewer rows: what
         they are spared counts here."""
+        key = (site.batch, site.tokens, kept)
+        if key in self._told:
+            return
         spared = site.later_seconds(self._device, site.tokens) - site.later_seconds(self._device, kept)
         if self.method.mode == "prompt":  # the layers up to the one that chooses read what was chosen, too
             earlier = dataclasses.replace(site, matrices=self.earlier)
@@ -286,7 +289,7 @@ class Narrowing:
         decision = self._decision(site, kept)
         decision.method, decision.options = self.method.name, self.method.options()
         decision.seconds, decision.dense_seconds = float(proposal.seconds), spared
-        self._told_once((site.batch, site.tokens, kept), decision, proposal.note)
+        self._told_once(key, decision, proposal.note)
 
     def _decision(self, site: StreamSite, kept: int) -> Decision:
         """That nothing is left out, of a stream of which so many tokens go on."""
