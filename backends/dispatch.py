@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sparsify import releases
-from sparsify.backends import small_sum
+from sparsify.backends import farthest, small_sum
 from sparsify.backends.attention import cpp as attention_cpp
 from sparsify.backends.attention import empty_rows, empty_rows_triton, hopper
 from sparsify.backends.attention import reference as attention_reference
@@ -66,6 +66,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "cache_observe": {"reference": reselection.cache_observe},
     "cache_reselect": {"reference": reselection.cache_reselect},
     "cache_store": {"reference": cache_reference.cache_store},
+    "farthest_first": {"triton": farthest.by_kernel, "reference": farthest.reference},
     "ffn": {"triton": few_rows.ffn, "reference": ffn_reference.ffn},
     "ffn_parts": {"triton": in_parts.with_kernel, "reference": in_parts.plain},
     "ffn_prompt": {"reference": ffn_reference.ffn_prompt},

@@ -16,6 +16,7 @@ from sparsify.ops import block_lists, feed_forward, gradients, selection
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.cache import CacheAttentionCall, CacheBoundsCall, CacheDecodeCall, CacheMassCall, CacheStoreCall
 from sparsify.ops.call import OpCall
+from sparsify.ops.farthest import FarthestFirstCall
 from sparsify.ops.library import library
 from sparsify.ops.linear import LinearCall
 from sparsify.ops.patterns import SelectPatternCall
@@ -149,6 +150,7 @@ def _observed(ffn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 register("select_blocks", _checked(SelectCall, _listed(select)))
 register("select_pattern", _checked(SelectPatternCall, _listed(dispatch.serve("select_pattern"))))
 register("linear", _checked(LinearCall, dispatch.serve("linear")))
+register("farthest_first", _checked(FarthestFirstCall, dispatch.serve("farthest_first")))
 register("small_sum", _checked(SmallSumCall, dispatch.serve("small_sum")))
 register("ffn", _observed(_served("ffn")))
 for _op in ("ffn_parts", "ffn_start", "ffn_prompt", "cache_length"):

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsify.ops.farthest import FarthestFirstCall
 from sparsify.planning.method import Context, ImagePass, ImageRows, StreamSite
 
-_LAUNCHES = 3  # kernels for each token that is taken
+_STEP = 1  # launches' time for each token that is taken
 
 
 class DivPrune(ImagePass):
@@ -30,30 +31,16 @@ class DivPrune(ImagePass):
         steps = min(most, steps)
         columns = rows.is_image.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
         far = _distances(rows.hidden.gather(1, columns[:, :, None].expand(-1, -1, rows.hidden.shape[2])))
-        absent = torch.arange(most, device=far.device) >= count[:, None]
-        batch = torch.arange(len(far), device=far.device)
-        others = far.masked_fill(absent[:, None], torch.inf)
-        others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        nearest = others.amin(-1).masked_fill_(absent, -torch.inf)
-        del others
-        far.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # what is taken is not taken again
-        taken = torch.full((len(far), most), torch.inf, device=far.device).masked_fill_(absent, -torch.inf)
-        picks: list[Tensor] = []
-        for _ in range(steps):
-            pick = nearest.argmax(-1, keepdim=True)
-            picks.append(pick)
-            nearest = taken = torch.minimum(taken, far[batch, pick[:, 0]])
-        score = torch.zeros_like(taken)
-        if picks:  # a row whose tokens are all taken goes on picking one of them
-            falling = torch.arange(steps, 0, -1, device=far.device, dtype=torch.float32).expand(len(far), steps)
-            score.scatter_reduce_(1, torch.cat(picks, 1), falling, "amax")
+        picks = FarthestFirstCall(far, count, steps=steps).run()
+        falling = torch.arange(steps, 0, -1, device=far.device, dtype=torch.float32) * (picks >= 0)
+        score = far.new_zeros(far.shape[:2]).scatter_reduce_(1, picks.clamp(min=0), falling, "amax")
         return torch.zeros_like(rows.is_image, dtype=torch.float32).scatter_(1, columns, score)
 
     def ranking_seconds(self, site: StreamSite, context: Context) -> float:
         images = max(images for _, images in site.rows)
         flops = 2 * site.batch * images**2 * site.hidden
         taken = self.most(site.rows) - min(tokens - images for tokens, images in site.rows)
-        return flops / context.device.matrix_flops(torch.float32) + _LAUNCHES * taken * context.device.launch
+        return flops / context.device.matrix_flops(torch.float32) + _STEP * taken * context.device.launch
 
 
 def _distances(rows: Tensor) -> Tensor:
