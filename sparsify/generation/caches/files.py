@@ -35,7 +35,9 @@ class LayerHeader(BaseModel):
 
     started: whether a call has been stored. slots: of the file's tensors; None where nothing was allocated.
 
-    left_out, fixed, final: as the layer has them, written where they are not 0.
+    left_out, fixed, final, told: as the layer has them, written where they are not what they begin with.
+
+    logits: scale and softcap of its attention, by which a policy that selects anew weighs keys before the next call says them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -45,6 +47,8 @@ class LayerHeader(BaseModel):
     left_out: int = 0
     fixed: int = 0
     final: bool = False
+    told: bool = True
+    logits: tuple[float, float] | None = None
 
 
 class Header(BaseModel):
@@ -114,7 +118,16 @@ def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
                 tensors[f"{layer.index}.{name}"] = coded.contiguous()
         layout = None if layer.layout is None else dataclasses.asdict(layer.layout)
         described.append(
-            LayerHeader(layout=layout, started=layer.started, slots=slots, left_out=layer.left_out, fixed=layer.fixed, final=layer.final)
+            LayerHeader(
+                layout=layout,
+                started=layer.started,
+                slots=slots,
+                left_out=layer.left_out,
+                fixed=layer.fixed,
+                final=layer.final,
+                told=layer.told,
+                logits=layer.logits if layer.every else None,
+            )
         )
     model = _unwrapped(model)
     header = Header(
@@ -173,7 +186,13 @@ def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.de
     with safe_open(path, "pt", device=str(device)) as file:
         for layer, described in zip(layers, header.layers, strict=True):
             layer.layout = None if described.layout is None else Layout(**described.layout)
-            layer.started, layer.left_out, layer.fixed = described.started, described.left_out, described.fixed
+            layer.started, layer.told = described.started, described.told
+            layer.left_out, layer.fixed = described.left_out, described.fixed
+            if described.logits is not None:
+                layer.logits = described.logits
+            elif described.started and layer.every and layer.observes and not described.final:
+                what = "it does not say how the layer's logits are scaled, by which the policy selects"
+                raise CacheError(what, where=f"{path}, layer {layer.index}", hint="an older sparsify wrote it: save the cache anew")
             if described.slots is None:
                 continue
             try:

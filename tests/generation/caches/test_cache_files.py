@@ -17,7 +17,7 @@ from sparsify import SparseCache
 from sparsify.errors import CacheError
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
-from tests.support.tiny_models import build
+from tests.support.tiny_models import build, spread_weights
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = {
@@ -65,6 +65,46 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(llama, tmp_path, setting):
     # the file is not what the buffers live in
     again = SparseCache.load(tmp_path / "prompt.safetensors", llama)
     assert again.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("policy, options", [("tova", {}), ("snapkv", {"window": 4}), ("adakv", {"options": {"window": 4}})])
+@torch.no_grad()
+def test_a_policy_that_selects_before_the_next_call_weighs_keys_as_the_model_does(tmp_path, policy, options):
+    """The scale of the logits comes with calls, and the first selection after loading comes before any."""
+    model = build("llama", layers=2)
+    spread_weights(model)
+    cache = SparseCache(model.config, policy, 12, every=8, **options)
+    reference.through(model, cache, text(2, 20), [20])
+    cache.save(tmp_path / "prompt", model)
+    loaded = SparseCache.load(tmp_path / "prompt", model)
+    for one in (cache, loaded):
+        one.end_turn()
+    for one, other in zip(loaded.layers, cache.layers, strict=True):
+        assert torch.equal(one.positions, other.positions)
+    assert torch.equal(model(MORE[:, :9], **holding(loaded)).logits, model(MORE[:, :9], **holding(cache)).logits)
+
+
+@torch.no_grad()
+def test_a_loaded_cache_still_waits_for_what_its_policy_is_told(llama, tmp_path):
+    cache = SparseCache(llama.config, "sirllm", 12, every=20)
+    llama(text(1, 18), **holding(cache))
+    cache.save(tmp_path / "prompt", llama)
+    with pytest.raises(CacheError, match="was not told the logits"):
+        SparseCache.load(tmp_path / "prompt", llama).end_turn()
+
+
+@torch.no_grad()
+def test_a_file_without_the_scale_is_refused_where_it_is_needed(llama, tmp_path):
+    cache = SparseCache(llama.config, "tova", 12, every=8)
+    reference.through(llama, cache, text(1, 20), [20])
+    cache.save(tmp_path / "prompt", llama)
+    with safe_open(tmp_path / "prompt", "pt") as file:
+        header = json.loads(file.metadata()["sparsify_cache"])
+    for layer in header["layers"]:
+        del layer["logits"]
+    save_file(load_file(tmp_path / "prompt"), tmp_path / "old", {"sparsify_cache": json.dumps(header)})
+    with pytest.raises(CacheError, match="how the layer's logits are scaled"):
+        SparseCache.load(tmp_path / "old", llama)
 
 
 @torch.no_grad()
