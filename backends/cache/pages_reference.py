@@ -86,7 +86,7 @@ def choose(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> Tensor:
     if isinstance(pages, Clusters):
         return _choose_clusters(call, pages, query, ends)
     highest = query.clamp(min=0) @ ends[:, :, :, 1].transpose(-1, -2) + query.clamp(max=0) @ ends[:, :, :, 0].transpose(-1, -2)
-    score = _usable(highest)  # [batch, kv_heads, pages]
+    score = usable(highest)  # [batch, kv_heads, pages]
     at = _cut(call.positions, pages.size, -1)
     newest = call.seen[:, None, None, None] - 1
     always = (at >= 0) & ((at < max(pages.sinks, call.sinks)) | (at > newest - pages.recent))
@@ -95,23 +95,27 @@ def choose(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> Tensor:
         always = always | ((at >= 0) & _cut(quantised_reference.lies_as_it_came(call, slots).to(torch.int32), pages.size).bool())
     held, always = (at >= 0).any(3), always.any(3)
     most = pages.most(capacity, call.sinks, in_order=False, staged=GROUP if call.codes else 0)
-    return _best(score, always, held, pages)[..., :most]
+    return best(score, always, held, pages)[..., :most]
 
 
-def _usable(scores: Tensor) -> Tensor:
+def usable(scores: Tensor) -> Tensor:
     """The largest of a group's queries [batch, kv_heads, group, pages]: numbers, between those that say that a page is read or is not."""
     return scores.nan_to_num(nan=_HIGHEST).amax(2).clamp(-_HIGHEST, _HIGHEST)
 
 
-def _best(score: Tensor, always: Tensor, held: Tensor, pages: Pages) -> Tensor:
+def best(score: Tensor, always: Tensor, held: Tensor, pages: Pages) -> Tensor:
     """The pages that are read, by falling score, int64 [batch, kv_heads, pages]; -1 for none."""
     score = score.masked_fill(always, torch.inf).masked_fill(~held, -torch.inf)
     filled, fixed = held.sum(-1, keepdim=True), always.sum(-1, keepdim=True)
-    wanted = torch.full_like(filled, pages.count) if pages.count else -(filled * pages.parts // -(10**6))
-    wanted = fixed + torch.minimum(wanted, filled - fixed)
+    listed = fixed + torch.minimum(wanted(filled, pages), filled - fixed)
     # stable: of equal pages the first
     order = score.sort(dim=-1, descending=True, stable=True).indices
-    return order.masked_fill(torch.arange(order.shape[2], device=order.device) >= wanted, -1)
+    return order.masked_fill(torch.arange(order.shape[2], device=order.device) >= listed, -1)
+
+
+def wanted(filled: Tensor, pages: Pages) -> Tensor:
+    """Pages that are chosen where so many hold tokens, beside those that are always read."""
+    return torch.full_like(filled, pages.count) if pages.count else -(filled * pages.parts // -(10**6))
 
 
 def _choose_clusters(call: CacheAttentionCall, pages: Clusters, query: Tensor, means: Tensor) -> Tensor:
@@ -120,19 +124,19 @@ def _choose_clusters(call: CacheAttentionCall, pages: Clusters, query: Tensor, m
     number = torch.arange(means.shape[2], device=means.device)
     clusters = (number >= pages.first) & ((number + 1) * pages.size <= call.prepared[..., None])
     held = (_cut(call.positions, pages.size, -1) >= 0).any(3)
-    score = _usable(query @ means[:, :, :, 0].transpose(-1, -2))
+    score = usable(query @ means[:, :, :, 0].transpose(-1, -2))
     if pages.groups is not None:
         # of each group the first cluster knows its mean
         begin = number[::CLUSTERS]
         first = begin.clamp(min=pages.first, max=len(number) - 1).expand(*clusters.shape[:2], -1)
         some = clusters.gather(2, first) & (first < begin + CLUSTERS)
-        found = _usable(query @ means[:, :, :, 1].transpose(-1, -2)).gather(2, first)
-        listed = _best(found, torch.zeros_like(some), some, pages.groups)
+        found = usable(query @ means[:, :, :, 1].transpose(-1, -2)).gather(2, first)
+        listed = best(found, torch.zeros_like(some), some, pages.groups)
         looked_at = found.masked_fill(~some, -torch.inf)
         least = looked_at.gather(2, listed.clamp(min=0)).masked_fill(listed < 0, torch.inf).amin(-1, keepdim=True)
         reached = (looked_at >= least).repeat_interleave(CLUSTERS, 2)[..., : len(number)]
         score = score.masked_fill(~reached, -_HIGHEST)
-    return _best(score, held & ~clusters, held, pages)
+    return best(score, held & ~clusters, held, pages)
 
 
 def gathered(call: CacheAttentionCall, pages: Pages, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:

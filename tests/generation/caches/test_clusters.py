@@ -152,6 +152,29 @@ def test_several_blocks_of_queries_choose_for_themselves(llama):
     torch.testing.assert_close(both[:, 64:], reference.through(llama, other, ids[:, PREFIX + 64 :], [16]), **CLOSE)
 
 
+@pytest.mark.parametrize("how", [FEW, Clusters(size=8, share=0.2, recent=5, reach=0)], ids=str)
+@pytest.mark.samples(1)
+@torch.no_grad()
+def test_rows_of_a_batch_read_what_they_read_alone(llama, how):
+    """A short row, which has few clusters or none, takes none from a long one: single tokens and several."""
+    lengths, cuts = [PREFIX, 90, 9], [1, 5, 1, 70, 1]
+    ids, mask = text(3, PREFIX + sum(cuts)), left_padded([length + sum(cuts) for length in lengths])
+    at = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = SparseCache(llama.config, "full", 300, read=how)
+    alone = [SparseCache(llama.config, "full", 300, read=how) for _ in lengths]
+    ends = torch.tensor([0, PREFIX, *cuts]).cumsum(0).tolist()
+    for begin, end in itertools.pairwise(ends):
+        found = llama(ids[:, begin:end], attention_mask=mask[:, :end], position_ids=at[:, begin:end], **holding(cache)).logits
+        for row, length in enumerate(lengths):
+            own = slice(max(begin, PREFIX - length), end)
+            want = llama(ids[row : row + 1, own], **holding(alone[row])).logits
+            torch.testing.assert_close(found[row, own.start - begin :], want[0], **CLOSE)
+        if begin == 0:
+            for one in (cache, *alone):
+                one.prepare()
+            assert [*map(bool, cache.layers[0].prepared[:, 0])] == [True, True, False]
+
+
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_all_clusters_are_exact(family):
