@@ -94,8 +94,8 @@ class _Prefix:
 
 
 def choose(call: CacheAttentionCall, prefix: _Prefix, part: slice) -> Tensor:
-    """The pages that some queries read, int64 [batch, kv_heads, most], -1 for none: what is no cluster, and the clusters to which any of the
-    queries would give the largest weights, if the means were all keys.
+    """The pages that some queries read, int64 [batch, kv_heads, most], -1 for none: what is no cluster, and the clusters to which any of
+    the queries would give the largest weights, if the means were all keys.
 
     Args:
         part: of the queries.
