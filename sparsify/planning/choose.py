@@ -43,7 +43,7 @@ class Choice:
 
 def named_methods(config: Config) -> dict[str, type[Pass]]:
     """The methods that the configuration, or its plan file, names."""
-    named = {*config.passes, *(m for rule in config.rules for m in rule.method)}
+    named = {*config.every_pass, *(m for rule in config.rules for m in rule.method)}
     if (followed := load_saved_plan(config.plan)) is not None:
         saved = {d.method for d in followed.plan.rewritten}
         named = saved | named if config.objective is not None or config.max_error is not None else saved

@@ -100,6 +100,15 @@ def test_decode_is_one_op_and_the_prompt_stays_open(llama, ids, policy):
     assert [tuple(n.meta["example_value"].shape) for n in state] == [(2, 2, 48, 16)] * 2 + [(2, 2, 48), (2, 2), (2,), ()]
 
 
+@pytest.mark.parametrize("passes, ops", [(["xattention", "dense"], 2), (["kv_evict"], 2), (["xattention"], 0), ([], 0)])
+def test_dense_brings_it_along(llama, ids, passes, ops):
+    cache = make(llama)
+    call = {"input_ids": ids[:, :1], **holding(cache)}
+    (_, _), (decode, plan) = graphs(llama, [{"input_ids": ids, **holding(cache)}, call], passes=passes, min_length=0)
+    assert count(decode, cache_ops.decode) == ops and count(decode, cache_ops.attention) == 2 - ops
+    assert [d.method for d in plan.decisions if d.method] == ["kv_evict"] * ops
+
+
 @pytest.mark.parametrize(
     "policy, lower",
     [

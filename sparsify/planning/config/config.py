@@ -54,13 +54,18 @@ class Rule(BaseModel):
         return any(layer_patterns.matches(pattern, name, layer, ordinal) for pattern in self.layers)
 
 
+# Who names the exact method for attention means tokens over a SparseCache, too: attention of these is a site of another kind.
+ATTENTION, CACHE_STEP = "dense", "kv_evict"
+
+
 class Config(BaseModel):
     """The effective configuration. Field descriptions are the reference that docs/configuration.md is generated from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     passes: tuple[str, ...] = Field(
         ("xattention", "dense", "kv_evict", "ffn_parts"),
-        description="Methods to try on every site that no rule names, in order of preference. `[]` changes nothing.",
+        description="Methods to try on every site that no rule names, in order of preference. `[]` changes nothing. `dense` brings "
+        "`kv_evict` along, which is as exact: a token over a `SparseCache`, as one op.",
     )
     exact: bool = Field(False, description="Only methods that keep the result: everything lossy is left out, whatever else asks for it.")
     strict: bool = Field(False, description="Raise where sparsify would otherwise warn and fall back to the untouched graph.")
@@ -146,7 +151,14 @@ class Config(BaseModel):
             methods = [m for m in rule.method if kind is None or m in kind]
             if rule.matches(name, layer, ordinal) and (methods or not rule.method):
                 return [(method, _merge(self.methods.get(method, {}), rule.options.get(method, {}))) for method in methods]
-        return [(method, _merge(self.methods.get(method, {}), {})) for method in self.passes if kind is None or method in kind]
+        tried = self.passes if kind is None or ATTENTION in kind else self.every_pass
+        return [(method, _merge(self.methods.get(method, {}), {})) for method in tried if kind is None or method in kind]
+
+    @property
+    def every_pass(self) -> tuple[str, ...]:
+        """`passes`, and what they bring along for sites that they do not serve themselves."""
+        brought = (CACHE_STEP,) if ATTENTION in self.passes and CACHE_STEP not in self.passes else ()
+        return (*self.passes, *brought)
 
     def as_options(self) -> dict[str, Any]:
         """`options={...}` that give this configuration again, whatever the files say."""
