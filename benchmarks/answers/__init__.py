@@ -50,12 +50,14 @@ class CodeAnswers(Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenAnswers(Asked):
-    """Tokens of a prompt that later layers, or a prompt of their own, need not see. `right` and `asked` are of each prompt's first
-    question, which chooses the tokens."""
+    """Tokens of a prompt that later layers, or a prompt of their own, need not see; layers or feed-forward blocks that answers leave out.
+    `right` and `asked` are of each prompt's first question, which chooses the tokens."""
 
     NAME = "token_answers"
-    KEYS = ("model_sha256", "text_sha256", "dtype", "method", "parameters", "length", "needles", "seeds")
+    KEYS = ("model_sha256", "text_sha256", "dtype", "method", "parameters", "length", "needles", "seeds", "listed")
     needles: int  # facts in a prompt
+    layers: int | None = None  # of the model
+    listed: int | None = None  # questions behind the context before the first is asked, all of which choose; None: the first alone
     # of the questions of later turns, over the same cache; None where there are none
     later_right: int | None = None
     later_asked: int | None = None

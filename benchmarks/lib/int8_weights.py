@@ -49,6 +49,11 @@ def save(state: dict[str, torch.Tensor], config: LlamaConfig, folder: Path, shar
     return files
 
 
+def holds(folder: Path) -> bool:
+    """Whether a folder's weights are such: shards without an index."""
+    return any(folder.glob("model-*-of-*.safetensors")) and not (folder / "model.safetensors.index.json").exists()
+
+
 def read(folder: Path) -> dict[str, torch.Tensor]:
     """The weights, float32. Raises FileNotFoundError where `folder` lacks a shard."""
     files = sorted(folder.glob("model-*-of-*.safetensors"))

@@ -7,7 +7,7 @@ that a (form, length, text, seed, needles, asks) names one prompt on every machi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,21 +114,41 @@ def right_by_turn(feed: Callable[[torch.Tensor], torch.Tensor], item: Prompt, in
     """The same with one question a turn, each after the answer of the one before.
 
     Args:
-        feed: takes ids [1, tokens] that follow those of the calls before, over one cache, and gives their logits [1, tokens, 256].
+        feed: takes ids [1, tokens] that follow those of the calls before, over one cache, and gives their logits [1, tokens, vocabulary].
         inside: the first call takes the context and the first question, so that a cache that then evicts has seen it; False: the context
             alone.
     """
-    ids = item.ids
-    ends = (*item.questions[1:], ids.shape[1])
-    last = None if inside else feed(ids[:, : item.questions[0]])
-    for turn, ((answer, size), start, end) in enumerate(zip(item.answers, item.questions, ends, strict=True)):
+    return (bool(right[0]) for right in rows_right_by_turn(feed, [item], inside))
+
+
+def rows_right_by_turn(
+    feed: Callable[[torch.Tensor], torch.Tensor], items: Sequence[Prompt], inside: bool = True
+) -> Iterator[torch.Tensor]:
+    """The same of several prompts, a row each, whose questions and answers stand at the same places.
+
+    Args:
+        feed: as above, of ids [prompts, tokens]; of the first call's logits those of its last token suffice.
+
+    Yields:
+        bool [prompts] a turn.
+
+    Raises:
+        ValueError: the prompts differ in their places.
+    """
+    first = items[0]
+    if any((one.answers, one.questions, one.ids.shape) != (first.answers, first.questions, first.ids.shape) for one in items):
+        raise ValueError("prompts of one batch whose questions stand at different places")
+    ids = torch.cat([one.ids for one in items])
+    ends = (*first.questions[1:], ids.shape[1])
+    last = None if inside else feed(ids[:, : first.questions[0]])
+    for turn, ((answer, size), start, end) in enumerate(zip(first.answers, first.questions, ends, strict=True)):
         if inside and turn == 0:
             last = feed(ids[:, :answer])
             logits = torch.cat((last[:, -1:], feed(ids[:, answer:end])), 1)
-            guesses = logits[0, :size].argmax(-1)
+            guesses = logits[:, :size].argmax(-1)
         else:
-            guesses = feed(ids[:, start:end])[0, answer - start - 1 : answer - start - 1 + size].argmax(-1)
-        yield bool((guesses == ids[0, answer : answer + size].to(guesses.device)).all())
+            guesses = feed(ids[:, start:end])[:, answer - start - 1 : answer - start - 1 + size].argmax(-1)
+        yield (guesses == ids[:, answer : answer + size].to(guesses.device)).all(-1)
 
 
 def text_nll(logits: torch.Tensor, item: Prompt) -> float:
