@@ -102,3 +102,40 @@ def test_what_it_is_not_told_is_an_error(llama):
     with pytest.raises(ConfigError, match="leaves none"):
         SparseCache(llama.config, "sirllm", 4, every=4)
     assert policies.parse(policies.make("sirllm", turn_decay=0.7).describe()).decay == 0.7
+
+
+@pytest.mark.parametrize(
+    "change, rows",
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+    ],
+    ids=["reorder", "repeat", "select"],
+)
+def test_what_foretells_the_next_token_goes_with_its_row(llama, change, rows):
+    ids = text(2, 12)
+    moved, alone = make(llama), make(llama)
+    for cache in (moved, alone):
+        read(llama, cache, ids[:, :8])
+    change(moved)
+    read(llama, moved, ids[rows, 8:])
+    read(llama, alone, ids[:, 8:])
+    torch.testing.assert_close(moved.layers[1].carried, alone.layers[1].carried[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_cache_and_one_that_was_cropped_know_nothing_of_what_was_said(llama):
+    ids = text(1, 12)
+    used, new = make(llama), make(llama)
+    read(llama, used, text(1, 9, seed=3))
+    used.reset()
+    for cache in (used, new):
+        read(llama, cache, ids[:, :8])
+    torch.testing.assert_close(used.layers[0].carried, new.layers[0].carried, rtol=1e-4, atol=1e-5)
+    used.crop(-2)
+    read(llama, used, ids[:, 6:])
+    fresh = make(llama)
+    read(llama, fresh, ids[:, :6])
+    fresh.outlook.forget()
+    read(llama, fresh, ids[:, 6:])
+    torch.testing.assert_close(used.layers[0].carried[..., :12], fresh.layers[0].carried[..., :12], rtol=1e-4, atol=1e-5)

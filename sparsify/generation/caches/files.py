@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sparsify import folders
 from sparsify.errors import CacheError
+from sparsify.generation.caches import tensor_files
 from sparsify.generation.caches.layer import SparseLayer
+from sparsify.generation.caches.tensor_files import TensorFile
 from sparsify.ops import quantised
 from sparsify.ops.pages import Pages
 from sparsify.planning.provenance import model_digest, model_kind, other_model
@@ -109,13 +110,10 @@ def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
         if layer.is_initialized:
             slots = min(layer.fullest(), layer.keys.shape[2]) if layer.grows else layer.keys.shape[2]
             for name in _BY_SLOT:
-                tensors[f"{layer.index}.{name}"] = layer.at_rest(name)[:, :, :slots].contiguous()
+                tensors[f"{layer.index}.{name}"] = layer.at_rest(name)[:, :, :slots]
             for name in (*_BY_ROW, *_prepared(layer)):
-                tensors[f"{layer.index}.{name}"] = getattr(layer, name).clone()
-            for name, known in layer.known():
-                tensors[f"{layer.index}.{name}"] = known.clone()
-            for name, coded in _coded(layer, slots).items():
-                tensors[f"{layer.index}.{name}"] = coded.contiguous()
+                tensors[f"{layer.index}.{name}"] = getattr(layer, name)
+            tensors |= {f"{layer.index}.{name}": held for name, held in (*layer.known(), *_coded(layer, slots).items())}
         layout = None if layer.layout is None else dataclasses.asdict(layer.layout)
         described.append(
             LayerHeader(
@@ -146,21 +144,21 @@ def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
         versions={"torch": torch.__version__},
     )
     with folders.replacing(path) as temporary:
-        save_file(tensors, temporary, {_HEADER: header.model_dump_json(exclude_defaults=True)})
+        tensor_files.write(temporary, tensors, {_HEADER: header.model_dump_json(exclude_defaults=True)})
 
 
-def read_header(path: Path, model: Any) -> Header:
-    """The header of a file that `write` wrote for this very model.
+def read_header(path: Path, model: Any) -> tuple[Header, TensorFile]:
+    """The header of a file that `write` wrote for this very model, and the file.
 
     Raises:
         CacheError: it is no such file, is damaged, was written by a newer sparsify or for another model.
         OSError: the file cannot be read.
     """
     try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_HEADER)
+        file = TensorFile.open(path)
     except SafetensorError as error:
         raise CacheError(f"not a file that a SparseCache was saved to, or damaged: {error}", where=str(path)) from error
+    text = file.metadata.get(_HEADER)
     if text is None:
         raise CacheError("no SparseCache was saved to this file", where=str(path))
     try:
@@ -174,56 +172,76 @@ def read_header(path: Path, model: Any) -> Header:
     if what := other_model(header.model, header.model_type, _unwrapped(model)):
         hint = "its keys mean nothing to another model: compute the prompt again"
         raise CacheError(f"the cache was saved for another model: for a {header.model_type}, and {what}", where=str(path), hint=hint)
-    return header
+    return header, file
 
 
-def fill(path: Path, header: Header, layers: list[SparseLayer], device: torch.device | str) -> None:
+def fill(file: TensorFile, header: Header, layers: list[SparseLayer], device: torch.device | str) -> None:
     """Puts what a file holds into the layers of a new cache, on `device`.
 
     Raises:
         CacheError: the file's tensors are not what its header says.
+        OSError: the file cannot be read.
     """
-    with safe_open(path, "pt", device=str(device)) as file:
-        for layer, described in zip(layers, header.layers, strict=True):
-            layer.layout = None if described.layout is None else Layout(**described.layout)
-            layer.started, layer.told = described.started, described.told
-            layer.left_out, layer.fixed = described.left_out, described.fixed
-            if described.logits is not None:
-                layer.logits = described.logits
-            elif described.started and layer.every and layer.observes and not described.final:
-                what = "it does not say how the layer's logits are scaled, by which the policy selects"
-                raise CacheError(what, where=f"{path}, layer {layer.index}", hint="an older sparsify wrote it: save the cache anew")
-            if described.slots is None:
-                continue
-            try:
-                names = (*_BY_SLOT, *_BY_ROW, *(["prepared"] if described.final else []))
-                saved = {name: file.get_tensor(f"{layer.index}.{name}") for name in names}
-            except SafetensorError as error:
-                raise CacheError(f"a tensor is missing: {error}", where=f"{path}, layer {layer.index}") from error
-            _check_shapes(saved, described.slots, f"{path}, layer {layer.index}")
-            examples = ("recent_keys", "recent_values") if layer.codes else ("keys", "values")
-            try:
-                key, value = (file.get_tensor(f"{layer.index}.{name}") for name in examples)
-                layer.allocate(key, value, described.slots)
-                for name, coded in _coded(layer, described.slots).items():
-                    coded.copy_(file.get_tensor(f"{layer.index}.{name}"))
-            except (SafetensorError, RuntimeError) as error:
-                raise CacheError(f"scales are missing or do not fit: {error}", where=f"{path}, layer {layer.index}") from error
-            for name in _BY_SLOT:
-                layer.at_rest(name)[:, :, : described.slots].copy_(saved[name])
-            for name in (*_BY_ROW, *(["prepared"] if described.final else [])):
-                getattr(layer, name).copy_(saved[name])
-            if described.final:
-                layer.finish()
-            for name, known in layer.known():
-                if (found := f"{layer.index}.{name}") not in set(file.keys()) or file.get_slice(found).get_shape() != [*known.shape]:
-                    raise CacheError(f"{name} is missing or has another shape", where=f"{path}, layer {layer.index}")
-                known.copy_(file.get_tensor(found))
-            if layer.offloader is not None:
-                layer.offloader.refilled(layer)
-            with layer.present():
-                layer.renew_bounds()
-            layer.used = None  # only the device knows, until the next call asks
+    wanted: list[tuple[str, Tensor]] = []
+    for layer, described in zip(layers, header.layers, strict=True):
+        layer.layout = None if described.layout is None else Layout(**described.layout)
+        layer.started, layer.told = described.started, described.told
+        layer.left_out, layer.fixed = described.left_out, described.fixed
+        if described.logits is not None:
+            layer.logits = described.logits
+        elif described.started and layer.every and layer.observes and not described.final:
+            what = "it does not say how the layer's logits are scaled, by which the policy selects"
+            raise CacheError(what, where=f"{file.path}, layer {layer.index}", hint="an older sparsify wrote it: save the cache anew")
+        if described.slots is not None:
+            wanted += _allocated(file, layer, described, described.slots, device)
+    try:
+        file.read(wanted)
+    except SafetensorError as error:
+        raise CacheError(f"a tensor is not what the header says: {error}", where=str(file.path)) from error
+    for layer, described in zip(layers, header.layers, strict=True):
+        if described.slots is None:
+            continue
+        if described.final:
+            layer.finish()
+        if layer.offloader is not None:
+            layer.offloader.refilled(layer)
+        with layer.present():
+            layer.renew_bounds()
+        layer.used = None  # only the device knows, until the next call asks
+
+
+def _allocated(
+    file: TensorFile, layer: SparseLayer, described: LayerHeader, slots: int, device: torch.device | str
+) -> list[tuple[str, Tensor]]:
+    """Allocates a layer; the file's tensors by name, and what they are to fill.
+
+    Raises:
+        CacheError: a tensor is missing, or of another shape.
+    """
+    where, of = f"{file.path}, layer {layer.index}", lambda name: file.entry(f"{layer.index}.{name}")
+    final = ["prepared"] if described.final else []
+    try:
+        shapes = {name: of(name).shape for name in (*_BY_SLOT, *_BY_ROW, *final)}
+        examples = [of(name) for name in (("recent_keys", "recent_values") if layer.codes else ("keys", "values"))]
+        prepared = file.tensor(f"{layer.index}.prepared") if described.final else None
+    except SafetensorError as error:
+        raise CacheError(f"a tensor is missing: {error}", where=where) from error
+    _check_shapes(shapes, slots, where)
+    if prepared is not None and not bool(((prepared >= 0) & (prepared <= slots)).all()):
+        raise CacheError("more lies in clusters than there are slots", where=where)
+    if any(len(example.shape) != 4 for example in examples):
+        raise CacheError("tokens that lie as they came have another shape", where=where)
+    key, value = (torch.empty(*one.shape[:2], 0, one.shape[3], dtype=one.dtype, device=device) for one in examples)
+    layer.allocate(key, value, slots)
+    to = [(name, layer.at_rest(name)[:, :, :slots]) for name in _BY_SLOT]
+    to += [(name, getattr(layer, name)) for name in (*_BY_ROW, *final)]
+    to += [*_coded(layer, slots).items(), *([] if described.final else layer.known())]
+    for name, tensor in to:
+        entry = file.entries.get(f"{layer.index}.{name}")
+        if entry is None or (entry.dtype, entry.shape) != (tensor.dtype, tuple(tensor.shape)):
+            found = "missing" if entry is None else f"{entry.dtype} {entry.shape}"
+            raise CacheError(f"{name} is {found}, not {tensor.dtype} {tuple(tensor.shape)}", where=where)
+    return [(f"{layer.index}.{name}", tensor) for name, tensor in to]
 
 
 def _prepared(layer: SparseLayer) -> list[str]:
@@ -237,11 +255,14 @@ def _coded(layer: SparseLayer, slots: int) -> dict[str, Tensor]:
     return {name: t[:, :, : sizes.get(name)] for name, t in layer.coded().items() if isinstance(t, Tensor)}
 
 
-def _check_shapes(saved: dict[str, Tensor], slots: int, where: str) -> None:
-    batch, kv_heads = saved["keys"].shape[:2]
+def _check_shapes(saved: dict[str, tuple[int, ...]], slots: int, where: str) -> None:
+    """Raises CacheError where shapes, by name, do not go together."""
+    if any(len(saved[name]) != 4 for name in ("keys", "values")):
+        raise CacheError(f"keys are {saved['keys']} and values {saved['values']}", where=where)
+    batch, kv_heads = saved["keys"][:2]
     wanted = {
-        "keys": (batch, kv_heads, slots, saved["keys"].shape[-1]),
-        "values": (batch, kv_heads, slots, saved["values"].shape[-1]),
+        "keys": (batch, kv_heads, slots, saved["keys"][-1]),
+        "values": (batch, kv_heads, slots, saved["values"][-1]),
         "positions": (batch, kv_heads, slots),
         "counts": (batch, kv_heads),
         "seen": (batch,),
@@ -249,11 +270,9 @@ def _check_shapes(saved: dict[str, Tensor], slots: int, where: str) -> None:
     }
     if "prepared" in saved:
         wanted["prepared"] = (batch, kv_heads)
-    if "prepared" in saved and not bool(((saved["prepared"] >= 0) & (saved["prepared"] <= slots)).all()):
-        raise CacheError("more lies in clusters than there are slots", where=where)
     for name, shape in wanted.items():
-        if saved[name].shape != shape:
-            raise CacheError(f"{name} is {tuple(saved[name].shape)}, not {shape}", where=where)
+        if saved[name] != shape:
+            raise CacheError(f"{name} is {saved[name]}, not {shape}", where=where)
 
 
 def _unwrapped(model: Any) -> Any:

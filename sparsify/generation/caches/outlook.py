@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,11 @@ class Outlook:
     def forget(self) -> None:
         """A turn begins: nothing foretells its first token."""
         self._next = None
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """What the rows of the batch become, as `change` does it to a tensor whose first dimension they are."""
+        if self._next is not None:
+            self._next = change(self._next)
 
     def surprise(self, logits: Tensor, input_ids: Tensor, is_token: Tensor | None) -> Tensor:
         """-log p(token | those before it), fp32 [batch, tokens]; 0 for padding.

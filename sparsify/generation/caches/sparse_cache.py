@@ -193,7 +193,7 @@ class SparseCache(Cache):
         """
         if divided_by(model.config) > 1:
             raise UnsupportedError("a file holds all heads, and each process some", where="SparseCache.load", hint="read the text again")
-        header = files.read_header(Path(path), model)
+        header, file = files.read_header(Path(path), model)
         how = files.How.of(header)
         cache = cls(
             model.config,
@@ -208,7 +208,7 @@ class SparseCache(Cache):
         )
         if len(cache.layers) != len(header.layers):
             raise CacheError(f"it holds {len(header.layers)} layers, the model has {len(cache.layers)}", where=str(path))
-        files.fill(Path(path), header, cache.layers, device or model.device)
+        files.fill(file, header, cache.layers, device or model.device)
         cache.check_consistent(True)
         return cache
 
@@ -373,6 +373,8 @@ class SparseCache(Cache):
             if layer.is_initialized and tokens_to_remove < 0:
                 layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
+        if tokens_to_remove < 0:  # it was of a token that is gone
+            self.outlook.forget()
 
     def activate_past_recording(self, prompt_len: int | None = None) -> None:
         """From now on tokens that are no more than drafts can be taken back, also where the cache evicts: transformers says this before it
@@ -393,6 +395,19 @@ class SparseCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.call.forget()
+        self.outlook.forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(cast("torch.LongTensor", beam_idx))
+        self.outlook.map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.outlook.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.outlook.map_rows(lambda rows: rows[indices.to(rows.device)])
 
     def reserve(self, tokens: int) -> None:
         """Room for `tokens` tokens in all, padding included, in layers that never evict (policy "full"); nothing in others.
