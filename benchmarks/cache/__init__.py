@@ -152,8 +152,31 @@ class DecodeAppend(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvictionAnswers(Record):
+    """Answers over caches that keep, or read, a share of a text."""
+
+    NAME = "eviction_answers"
+    KEYS = ("model_sha256", "text_sha256", "policy", "asked", "length", "share")
+    policy: str  # of benchmarks.cache.asking.settings
+    options: dict[str, object]  # of the policy
+    asked: str  # of benchmarks.cache.asking.ASKED
+    length: int  # bytes of a text with its questions
+    share: float  # of the text that is kept, or of what is kept that a token reads
+    right: int
+    questions: int
+    interval: list[float]  # of right / questions: Wilson, 95 %
+    kept: float  # share that was really kept, the mean of all heads and layers
+    seconds: float  # of all ways to ask together
+    seeds: list[int]
+    model: str
+    model_sha256: str
+    text_sha256: str
+    heads_sha256: str | None = None  # of locret: its trained heads
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvictionNeedles(Record):
-    """Answers of prompts that end in one question each."""
+    """Answers of prompts that end in one question each, a question at a time; `EvictionAnswers` took its place."""
 
     NAME = "eviction_needles"
     KEYS = ("model_sha256", "text_sha256", "policy", "length", "share", "window", "kernel")
@@ -175,7 +198,7 @@ class EvictionNeedles(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EvictionBlind(Record):
-    """Answers to questions that are asked after the text was read, each over the same cache."""
+    """Answers to questions that are asked after the text was read, each over the same cache; `EvictionAnswers` took its place."""
 
     NAME = "eviction_blind"
     KEYS = ("model_sha256", "text_sha256", "policy", "length", "share")
@@ -196,10 +219,10 @@ class EvictionBlind(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EvictionStream(Record):
-    """A long text under StreamingLLM."""
+    """A long text under a policy."""
 
     NAME = "eviction_stream"
-    KEYS = ("model_sha256", "text_sha256", "positions", "sinks", "window", "stretch")
+    KEYS = ("model_sha256", "text_sha256", "policy", "positions", "sinks", "window", "stretch")
     positions: str  # "in_cache", "absolute", or "recomputed" without a cache
     sinks: int
     window: int
@@ -210,3 +233,38 @@ class EvictionStream(Record):
     text_sha256: str
     bytes: int | None = None  # of the text
     seconds: float | None = None
+    policy: str | None = None  # of benchmarks.cache.asking.settings, whose budget is sinks and window together; None: "streaming_llm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKeeping(Record):
+    """A prompt's cache that goes to a file and comes back, or is prepared."""
+
+    NAME = "cache_keeping"
+    KEYS = ("shape", "layers", "length", "variant", "operation")
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    length: int  # tokens of the prompt
+    variant: str  # of benchmarks.cache.keeping.VARIANTS
+    operation: str  # "save", "load" or "prepare"
+    seconds: float  # the least of some
+    bytes: int  # of the file; of the keys that are prepared
+    file_seconds: float | None  # of as many bytes between the host's memory and a file in the same folder, in as many threads
+    bus_seconds: float | None  # of as many bytes between pinned memory and the device; None on a CPU
+    peak_bytes: int | None  # most device memory beside what was held before, and for "load" beside what is held afterwards; None on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMemory(Record):
+    """What a cache holds after a prompt, beside the bytes of the tokens that it may keep."""
+
+    NAME = "cache_memory"
+    KEYS = ("shape", "layers", "length", "variant")
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    length: int  # tokens of the prompt
+    variant: str  # of benchmarks.cache.keeping.memory_variants
+    slots: int  # tokens that may be kept of each head, on the mean
+    promised_bytes: int  # of the keys and values of so many, with bounds of pages, or with scales of codes and the newest tokens in 16 bits
+    kept_bytes: int  # of all buffers
+    device_bytes: int | None  # what the allocator has given out for them; None on a CPU

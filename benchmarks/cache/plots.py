@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-from benchmarks.cache import EvictionNeedles
+from benchmarks.cache import EvictionAnswers
 from benchmarks.lib.needles import wilson
 from sparsify.commands.bench.tables import Found, kind, latest, newest_device, size
 
+_PANELS = {"end": "asked before the policy chooses", "blind": "asked after it has chosen"}
+
 
 def eviction(found: list[Found]) -> Any:
-    """Answers right over the share of the longest prompt that is kept per KV head, a line a policy, with 95 % intervals."""
+    """Answers right over the share of the longest text that is kept or read, a line a policy, with 95 % intervals: a panel for questions
+    that the policy knows, one for those that it does not."""
     from matplotlib import pyplot
 
-    usual = {"kernel": 5}  # early records do not say that SnapKV's smoothing was the paper's
-    known = [usual | {name: value for name, value in one.items() if value is not None} for one in kind(found, EvictionNeedles)]
-    cells = latest(newest_device(known), EvictionNeedles)
+    cells = latest(newest_device(kind(found, EvictionAnswers)), EvictionAnswers)
     if not cells:
         return None
     longest = max(one["length"] for one in cells)
     cells = [one for one in cells if one["length"] == longest]
-    named = lambda one: one["policy"] + (f", scores smoothed over {one['kernel']} tokens" if one["policy"] == "snapkv" else "")
-    figure, axis = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for name, marker in zip(sorted(set(map(named, cells))), "osD^v*", strict=False):
-        points = sorted((one["share"], one["right"], one["asked"]) for one in cells if named(one) == name)
-        shares, right = [share for share, _, _ in points], [good / asked for _, good, asked in points]
-        ends = [wilson(good, asked) for _, good, asked in points]
-        below = [at - low for at, (low, _) in zip(right, ends, strict=True)]
-        above = [high - at for at, (_, high) in zip(right, ends, strict=True)]
-        axis.errorbar(shares, right, yerr=[below, above], marker=marker, capsize=3, label=name)
-    shares = sorted({one["share"] for one in cells})
-    axis.set_xscale("log")
-    axis.set_xticks(shares, [f"{share:.0%}" for share in shares])
-    axis.minorticks_off()
-    axis.set(xlabel="share of the prompt kept per KV head", ylabel="answers right", ylim=(-0.02, 1.02))
-    axis.set_title(f"one fact in {size(longest)} bytes, asked for at the end", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    shares = sorted({one["share"] for one in cells if one["policy"] != "full"})
+    mean = lambda name: sum(one["right"] / one["questions"] for one in cells if one["policy"] == name and one["asked"] in _PANELS)
+    names = sorted({one["policy"] for one in cells} - {"full"}, key=mean, reverse=True)
+    colours, markers = pyplot.get_cmap("tab20"), itertools.cycle("osD^v*PX")
+    styles = {name: {"color": colours(number % 20), "marker": marker} for number, (name, marker) in enumerate(zip(names, markers))}
+    figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 5.4), sharey=True, layout="constrained")
+    for axis, (asked, title) in zip(axes, _PANELS.items(), strict=True):
+        for number, name in enumerate(names):
+            points = sorted(
+                (one["share"], one["right"], one["questions"]) for one in cells if (one["policy"], one["asked"]) == (name, asked)
+            )
+            right = [good / count for _, good, count in points]
+            ends = [wilson(good, count) for _, good, count in points]
+            around = [[at - low for at, (low, _) in zip(right, ends)], [high - at for at, (_, high) in zip(right, ends)]]
+            # beside each other, so that intervals do not lie on one another
+            at = [share * 1.012 ** (number - len(names) / 2) for share, _, _ in points]
+            axis.errorbar(at, right, yerr=around, capsize=2, markersize=4, linewidth=1.1, elinewidth=0.7, label=name, **styles[name])
+        whole = [one["right"] / one["questions"] for one in cells if (one["policy"], one["asked"]) == ("full", asked)]
+        if whole:
+            axis.axhline(whole[0], color="black", linewidth=0.8, linestyle="--", label="everything")
+        axis.set_xscale("log")
+        axis.set_xticks(shares, [f"{share:.0%}" for share in shares])
+        axis.minorticks_off()
+        axis.set(xlabel="share of the text that is kept (pages, clusters: read by a token)", ylim=(-0.02, 1.02))
+        axis.set_title(f"facts in {size(longest)} bytes, {title}", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("answers right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure

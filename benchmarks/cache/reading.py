@@ -1,19 +1,21 @@
-"""What does a token cost that reads less? One layer's step over a cache in 16, 8 and 4 bits, over 5 % of the pages of each, and several
-tokens at once over all of each.
+"""What does a token cost that reads less? One layer's step over a cache in 16, 8 and 4 bits, over 5 % of the pages of each, over 5 % of a
+prefix in clusters, and several tokens at once over all of each.
 
     python -m benchmarks run reading                                      # 128K tokens at batch 1 and 8
     python -m benchmarks run reading --calls 1x32768 --shares 0.02 0.1
     python -m benchmarks run reading --device cpu --shape tiny --calls 2x256 --several 8
 
 Milliseconds are of one layer and of all layers of the shape, without its weights. Bytes are what a step reads: codes with their scales, or
-bounds and the pages that are listed. Error: the largest, against SDPA in fp32 over the keys before rounding; of pages it is what they leave
-out of random keys, which have no pages worth choosing; of several tokens it is the last one's. What no kernel serves on a GPU is told, not
+bounds and the pages that are listed, or the clusters' means that are looked at and the chosen clusters. Error: the largest, against SDPA in
+fp32 over the keys before rounding; of pages and clusters it is what they leave out of random keys, none of which are worth more than
+others; of several tokens it is the last one's. What no kernel serves on a GPU is told, not
 timed. Calls take turns on layers, so that keys come from memory. Appends to results/decode.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +36,8 @@ from sparsify.commands.bench.clock import Clock, reason
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.ops import cache
 from sparsify.ops.cache import NEVER_OVERWRITTEN, CacheAttentionCall, CacheDecodeCall
-from sparsify.ops.pages import Pages
+from sparsify.ops.limits import cdiv
+from sparsify.ops.pages import GROUP, Clusters, Pages
 from sparsify.ops.quantised import token_bytes
 
 # bytes of the layers that calls take turns on: more than a GPU's L2 cache
@@ -53,8 +56,13 @@ class Reading:
         slots, read, own = case.length, self.layer.read, token_bytes(dim, dim, self.layer.codes, dtype)
         if read is None:
             return slots * own
-        chosen = min(slots, read.chosen(read.of(slots)) * read.size + read.recent + read.sinks)
-        return read.of(slots) * 2 * dim * dtype.itemsize + chosen * own
+        pages = read.of(slots)
+        chosen = min(slots, read.chosen(pages) * read.size + read.recent + read.sinks)
+        rows = 2 * pages  # bounds are two
+        if isinstance(read, Clusters):
+            groups = cdiv(pages, GROUP)
+            rows = groups + min(pages, read.groups.chosen(groups) * GROUP) if read.groups else pages
+        return rows * dim * dtype.itemsize + chosen * own
 
 
 def readings(shares: list[float], several: int, sizes: Sequence[int] = (16,)) -> list[tuple[str, dict[str, Any], int]]:
@@ -64,7 +72,20 @@ def readings(shares: list[float], several: int, sizes: Sequence[int] = (16,)) ->
     for size, share in itertools.product(sizes, shares):
         pages, said = {"read": Pages(size=size, share=share)}, f"pages {share:g}" + (f" of {size}" if size != Pages().size else "")
         found += [(said if not how else f"{name} {said}", how | pages, 1) for name, how in stored]
+    for share in shares:
+        found.append((f"clusters {share:g}", {"read": Clusters(share=share)}, 1))
     return found + [(f"{name}, {several} tokens at once", how, several) for name, how in stored if several > 1]
+
+
+def taking_turns(
+    count: int, case: Case, shape: dict[str, int], device: str, dtype: torch.dtype, options: dict[str, Any]
+) -> list[tuple[SparseLayer, Tensor, Tensor]]:
+    """Layers as `filled` makes them, with a prefix that is prepared where they read clusters: found once, as it takes long, and copied."""
+    if not isinstance(options.get("read"), Clusters):
+        return [filled(case, shape, device, dtype, options) for _ in range(count)]
+    layer, key, value = filled(case, shape, device, dtype, options)
+    layer.prepare()
+    return [(layer, key, value), *((copy.deepcopy(layer), key, value) for _ in range(count - 1))]
 
 
 def filled(
@@ -88,7 +109,7 @@ def step(layer: SparseLayer, call_token: tuple[Tensor, ...]) -> Tensor:
     if query.shape[2] > 1:
         keys, values, positions, _, seen, _ = layer.state
         return CacheAttentionCall(query, keys, values, positions, seen, new_key=key, new_value=value, **how).run()
-    more = {"bounds": layer.bounds, "pages": layer.read} if layer.read is not None else {}
+    more = {"bounds": layer.bounds, "pages": layer.read, "prepared": layer.prepared} if layer.read is not None else {}
     return CacheDecodeCall(query, key, value, *layer.state, tickets=layer.tickets, pinned=NEVER_OVERWRITTEN, **how, **more).run()
 
 
@@ -104,7 +125,7 @@ def measure(case: Case, options: argparse.Namespace) -> None:
     for name, how, tokens in readings(options.shares, options.several, options.sizes):
         call_token = one if tokens == 1 else many
         try:
-            made = [filled(case, shape, options.device, dtype, how) for _ in range(count)]
+            made = taking_turns(count, case, shape, options.device, dtype, how)
             layer, key, value = made[0]
             # a reference in a kernel's place would be timed as one
             with backends.serving("triton" if clock.cuda else "auto", strict=True):

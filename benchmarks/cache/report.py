@@ -13,11 +13,14 @@ from benchmarks.cache import (
     DecodeOffloaded,
     DecodeReading,
     DecodeStore,
+    EvictionAnswers,
     EvictionBlind,
     EvictionNeedles,
     EvictionStream,
     plots,
 )
+from benchmarks.cache.asking import ASKED
+from benchmarks.cache.keeping_report import KEEPING
 from benchmarks.lib.needles import wilson
 from benchmarks.lib.peers import NAMES
 from benchmarks.lib.registry import Benchmark
@@ -25,14 +28,23 @@ from benchmarks.model import Prefill
 from sparsify.commands.bench.tables import Found, Row, by_device, conditions, failure, kind, latest, markdown, measured, size
 
 TOKEN_MS, STORE_SHARE, KEPT = 5.5, 0.03, 1.05  # goals: a token at batch 1 on an 8B model, of a prefill, of the budget's bytes
+PAGES_SHARE, PAGES_ANSWERS = 0.05, 0.97  # goal: of the pages a token reads so much, and answers so much of what everything answers
+_ASKED = {
+    "end": "Asked at the end of the text, before anything goes",
+    "blind": "Asked after the policy has chosen",
+    "second turn": "Another question, behind the answer to the one that was asked at the end",
+}
 _SAVED = 1.2  # times the share of the bytes: a step that takes longer saves less than it reads less
 _CALLS = {"sparsify": "SparseCache, sparsify", "sparse+inductor": "SparseCache, Inductor", "static+inductor": "StaticCache, Inductor"}
 
 
 def _known(found: Iterable[Found]) -> list[Found]:
-    """Records with what early ones did not say: nothing was tuned, and SnapKV's smoothing was the paper's."""
-    usual = {"decode_model": {"tuned": False}, "eviction_needles": {"kernel": 5}}
-    return [usual.get(r["benchmark"], {}) | {k: v for k, v in r.items() if v is not None or k not in ("tuned", "kernel")} for r in found]
+    """Records with what early ones did not say: nothing was tuned, and texts went through StreamingLLM."""
+    usual = {"decode_model": {"tuned": False}, "eviction_stream": {"policy": "streaming_llm"}}
+    return [
+        usual.get(r["benchmark"], {}) | {k: v for k, v in r.items() if v is not None or k not in usual.get(r["benchmark"], {})}
+        for r in found
+    ]
 
 
 def table(found: Iterable[Found]) -> str:
@@ -43,9 +55,8 @@ def table(found: Iterable[Found]) -> str:
         (CachePrefill, "A whole prompt, uncompiled", _prefill),
         (DecodeStore, "Scoring and eviction of one layer", _store),
         (DecodeAppend, "Several tokens over kept keys, one layer", _append),
-        (EvictionNeedles, "One needle, asked at the end of the prompt", _needles),
-        (EvictionBlind, "Questions that are asked after the text was read", _blind),
-        (EvictionStream, "Text under StreamingLLM", _stream),
+        (EvictionAnswers, "Answers over what is kept, or read, of a text", _answers),
+        (EvictionStream, "A long text through a cache that evicts", _stream),
     ):
         for group in by_device(kind(found, record)):
             parts += [f"### {title}", *part(group, [r for r in found if r["machine"]["gpu"] == group[0]["machine"]["gpu"]])]
@@ -124,46 +135,47 @@ def _append(found: list[Found], beside: list[Found]) -> list[str]:
     return [f"SDPA gets keys that were put together before. {conditions(cells)}", markdown(header, rows)]
 
 
-def _needles(found: list[Found], beside: list[Found]) -> list[str]:
-    cells = latest(found, EvictionNeedles)
-    rows = []
+def _answers(found: list[Found], beside: list[Found]) -> list[str]:
+    cells = latest(found, EvictionAnswers)
     shares = sorted({r["share"] for r in cells}, reverse=True)
-    setting = lambda r: (r["length"], r["policy"], r.get("window"), r.get("kernel"))
-    for length, policy, window, kernel in sorted(set(map(setting, cells)), key=repr):
-        mine = {r["share"]: r for r in cells if setting(r) == (length, policy, window, kernel)}
-        name = policy + (f", window {window}, kernel {kernel or 5}" if policy == "snapkv" else "")
-        rows.append([size(length), name, *(_right(mine.get(share)) for share in shares)])
+    lengths = sorted({r["length"] for r in cells})
+    parts = []
+    for asked in ASKED:
+        mine = {(r["policy"], r["length"], r["share"]): r for r in cells if r["asked"] == asked}
+        order = sorted({policy for policy, _, _ in mine}, key=lambda policy: -_all_right(mine, policy))
+        rows = [
+            [size(length), policy, *(_right(mine.get((policy, length, share))) for share in shares)]
+            for length in lengths
+            for policy in order
+            if any((policy, length, share) in mine for share in shares)
+        ]
+        parts += [f"{_ASKED[asked]}:", markdown(["bytes", "policy", *(f"{share:.0%}" for share in shares)], rows)]
     note = (
-        "Share of the answers right [95 % Wilson interval] by the share of the prompt kept per KV head. SnapKV's paper smooths scores over "
-        f"5 tokens; this model's tokens are bytes. {conditions(cells)}"
+        "Share of the answers right [95 % Wilson interval] by the share of the text that is kept, on the mean of all heads and layers, or "
+        "that is read by each token (`pages`, `clusters`: everything is kept; under `pages` a question, as a call of several tokens, reads "
+        "all of it). The text is read in one call, before whose end nothing goes. SnapKV, where nothing else is said, and what is made of "
+        "it score by the question's 12 bytes (or the text's last ones), smoothed over 15 where the paper's words take 5; under `duo` half "
+        f"of the heads stream. {conditions(cells)}"
     )
-    return [note, markdown(["bytes", "policy", *(f"{share:.0%} kept" for share in shares)], rows)]
+    return [note, *parts]
 
 
-def _blind(found: list[Found], beside: list[Found]) -> list[str]:
-    cells = latest(found, EvictionBlind)
-    shares = sorted({r["share"] for r in cells}, reverse=True)
-    rows = []
-    for length, policy in sorted({(r["length"], r["policy"]) for r in cells}):
-        mine = {r["share"]: r for r in cells if (r["length"], r["policy"]) == (length, policy)}
-        rows.append([size(length), policy, *(_right(mine.get(share)) for share in shares)])
-    note = (
-        "Share of the answers right [95 % Wilson interval] by the share of the text that is kept per KV head, or that a call reads of it "
-        f"(`pages`, `clusters`; the text itself is read dense). Nothing says what will be asked when tokens go. {conditions(cells)}"
-    )
-    return [note, markdown(["bytes", "policy", *(f"{share:.0%}" for share in shares)], rows)]
+def _all_right(cells: dict[tuple[str, int, float], Found], policy: str) -> float:
+    """Mean share of right answers over a policy's cells."""
+    mine = [r["right"] / r["questions"] for (name, _, _), r in cells.items() if name == policy]
+    return sum(mine) / len(mine)
 
 
 def _right(record: Found | None) -> str:
     if record is None:
         return "–"
-    low, high = wilson(record["right"], record["asked"])
-    return f"{record['right'] / record['asked']:.2f} [{low:.2f}, {high:.2f}]"
+    low, high = wilson(record["right"], record["questions"])
+    return f"{record['right'] / record['questions']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def ratios(record: Found, cells: Iterable[Found]) -> list[float] | None:
     """NLL over that of text recomputed without a cache, by stretch; None without such a record."""
-    keys = [key for key in EvictionStream.KEYS if key != "positions"]
+    keys = [key for key in EvictionStream.KEYS if key not in ("positions", "policy")]
     same = [r for r in cells if r["positions"] == "recomputed" and all(r[key] == record[key] for key in keys)]
     return [a / b for a, b in zip(record["nll"], same[0]["nll"])] if same else None
 
@@ -171,18 +183,22 @@ def ratios(record: Found, cells: Iterable[Found]) -> list[float] | None:
 def _stream(found: list[Found], beside: list[Found]) -> list[str]:
     cells = latest(found, EvictionStream)
     rows = []
-    for r in sorted(cells, key=lambda r: (r["positions"] != "recomputed", r["positions"])):
+    mean = lambda r: sum(r["nll"]) / len(r["nll"])
+    for r in sorted(cells, key=lambda r: (r["positions"] != "recomputed", r["policy"] != "full", mean(r))):
         over = ratios(r, cells)
         values = [f"{nll:.3f}" + (f" ({over[i]:.3f})" if over and r["positions"] != "recomputed" else "") for i, nll in enumerate(r["nll"])]
-        rows.append([f"{r['sinks']} + {r['window']}", r["positions"], *values])
+        name = r["policy"] + (f", {r['positions']}" if r["policy"] == "streaming_llm" else "")
+        kept = "everything" if r["policy"] == "full" else f"{r['sinks'] + r['window']}"
+        rows.append([kept, "no cache" if r["positions"] == "recomputed" else name, f"{mean(r):.3f}", *values])
     first = cells[0]
     note = (
-        f"NLL in nats a byte by stretch of {first['stretch']} bytes, and in parentheses over that of the same text recomputed without a "
-        f"cache from as many bytes: the text itself is harder here and easier there. {conditions(cells)}"
+        f"NLL in nats a byte, of all and by stretch of {first['stretch']} bytes, of a text that is read in calls of 512; in parentheses "
+        "over that of the same text recomputed without a cache from as many bytes: the text itself is harder here and easier there. "
+        f"Policies that select have room for one call beside what is kept. {conditions(cells)}"
     )
     most = max(len(r["nll"]) for r in cells)
-    rows = [row + ["–"] * (most + 2 - len(row)) for row in rows]
-    return [note, markdown(["kept", "positions", *(str(i + 1) for i in range(most))], rows)]
+    rows = [row + ["–"] * (most + 3 - len(row)) for row in rows]
+    return [note, markdown(["kept", "policy", "all", *(str(i + 1) for i in range(most))], rows)]
 
 
 def headlines(found: list[Found]) -> list[Row]:
@@ -224,24 +240,19 @@ def shortfalls(found: list[Found]) -> list[str]:
                 f"Scoring and eviction under {r['policy']} take {r['store_ms'] / least:.1%} of the fastest prefill of {size(r['length'])}; "
                 f"{STORE_SHARE:.0%} was the goal."
             )
-    return lines + _short_needles(found)
+    return lines + _short_pages(found)
 
 
-def _short_needles(found: list[Found]) -> list[str]:
-    """By share, the best setting of SnapKV against everything kept."""
-    cells = [r for r in latest(found, EvictionNeedles) if r["policy"] == "snapkv"]
-    lines = []
-    for length in sorted({r["length"] for r in cells}):
-        mine = [r for r in cells if r["length"] == length]
-        full = max((r["right"] / r["asked"] for r in mine if r["share"] == 1), default=None)
-        for share in sorted({r["share"] for r in mine} - {1.0}, reverse=True):
-            best = max((r for r in mine if r["share"] == share), key=lambda r: r["right"] / r["asked"])
-            if full is not None and best["right"] / best["asked"] < full:
-                kernel = f" (kernel {best['kernel']})" if best.get("kernel") else ""
-                lines.append(
-                    f"SnapKV keeping {share:.0%} of {size(length)} bytes{kernel} answers {best['right']} of {best['asked']}; "
-                    f"everything kept, {full:.2f} of them."
-                )
+def _short_pages(found: list[Found]) -> list[str]:
+    """Where few pages answer less of what everything answers than was the goal."""
+    cells, lines = latest(found, EvictionAnswers), []
+    whole = {(r["length"], r["asked"]): r["right"] / r["questions"] for r in cells if r["policy"] == "full"}
+    for r in sorted(cells, key=lambda r: (r["length"], ASKED.index(r["asked"]))):
+        full = whole.get((r["length"], r["asked"]))
+        if (r["policy"], r["share"]) == ("pages", PAGES_SHARE) and full and r["right"] / r["questions"] < PAGES_ANSWERS * full:
+            what = f"Tokens that read {PAGES_SHARE:.0%} of the pages of {size(r['length'])} bytes ({r['asked']})"
+            goal = f"{PAGES_ANSWERS} of that was the goal"
+            lines.append(f"{what} answer {r['right']} of {r['questions']}; everything read, {full:.2f} of them: {goal}.")
     return lines
 
 
@@ -391,7 +402,7 @@ BENCHMARKS = (
     Benchmark(
         name="reading",
         place=15,
-        measures="decode that reads less: one layer's step over 16, 8 and 4 bits, over 5 % of the pages, and several tokens at once",
+        measures="decode that reads less: one layer's step over 16, 8 and 4 bits, 5 % of the pages or clusters, and several tokens at once",
         module="benchmarks.cache.reading",
         records=(DecodeReading,),
         title="Decode that reads less",
@@ -407,6 +418,7 @@ BENCHMARKS = (
         title="Keys in the host's memory",
         table=offloaded_table,
     ),
+    KEEPING,
     Benchmark(
         name="train_retaining_heads",
         place=92,
@@ -418,8 +430,9 @@ BENCHMARKS = (
         place=7,
         measures="answers when a cache evicts; NLL of a long text beside the same text recomputed without a cache",
         module="benchmarks.cache.eviction",
-        records=(DecodeModel, CachePrefill, DecodeStore, DecodeAppend, EvictionNeedles, EvictionBlind, EvictionStream),
+        records=(DecodeModel, CachePrefill, DecodeStore, DecodeAppend, EvictionAnswers, EvictionStream),
         beside=(Prefill,),
+        unshown=(EvictionNeedles, EvictionBlind),  # of the same questions, one after the other, under other conditions
         title="A cache that evicts",
         table=table,
         plots={"eviction": plots.eviction},

@@ -1,7 +1,7 @@
 """Trains the retaining heads of the policy "locret" for a byte-level Llama, on prompts whose facts are asked for at their end.
 
     python -m benchmarks run train_retaining_heads --model DIR --text FILE --out heads.safetensors
-    python -m benchmarks run eviction blind --model DIR --text FILE --policies locret snapkv knorm --heads heads.safetensors
+    python -m benchmarks run eviction answers --model DIR --text FILE --policies locret snapkv knorm --heads heads.safetensors
 
 A token's target is the largest logit that any query of the questions and answers gives it, of the query heads of a KV head (Locret, arXiv
 2410.01805, section 3.2), less the layer's mean, over its deviation; the loss is the smooth L1 distance. The model stays as it is. The

@@ -339,10 +339,12 @@ class SparseCache(Cache):
         Raises:
             CacheError: not as many as the call had.
         """
+        if not self.policy.awaits:
+            return
         is_token = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
         surprise = self.outlook.surprise(logits, input_ids, is_token)
         for layer in self.layers:
-            if layer.carried is not None and self.policy.awaits:
+            if layer.carried is not None:
                 layer.tell(surprise, is_token)
 
     def _lengths(self) -> list[int]:
