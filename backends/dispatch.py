@@ -29,7 +29,7 @@ from sparsify.backends.ffn import reference as ffn_reference
 from sparsify.backends.linear import reference as linear_reference
 from sparsify.backends.linear import triton as linear_triton
 from sparsify.backends.select import cpp as select_cpp
-from sparsify.backends.select import patterns
+from sparsify.backends.select import patterns, patterns_triton
 from sparsify.backends.select import reference as select_reference
 from sparsify.backends.select import stages as select_stages
 from sparsify.backends.select import triton as select_triton
@@ -57,7 +57,9 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "cpp": select_cpp.select_blocks,
         "reference": select_reference.select_blocks,
     },
-    "select_pattern": {"reference": patterns.select_pattern},
+    "select_pattern": {"triton": patterns_triton.select_pattern, "reference": patterns.select_pattern},
+    # not an op: lists of columns and distances that several processes chose
+    "list_pattern": {"triton": patterns_triton.listed, "reference": patterns.listed},
     "cache_attention": {"triton": append.cache_attention, "reference": cache_reference.cache_attention},
     "cache_bounds": {"triton": pages.cache_bounds, "reference": pages_reference.cache_bounds},
     "cache_decode": {"triton": decode.cache_decode, "cpp": one_token.cache_decode, "reference": cache_reference.cache_decode},

@@ -7,18 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.backends import dispatch, divided_lists, registration
-from sparsify.ops import selection
+from sparsify.backends.sparse_attention import in_parts
+from sparsify.ops import scratch
 from sparsify.ops.pattern_attention import PatternAttentionCall
 
 _select_pattern = dispatch.serve("select_pattern")
 
 
-def pattern_attention(call: PatternAttentionCall) -> tuple[Tensor, Tensor]:
-    """The op, of a call that was checked."""
-    chosen = call.selection()
-    lists = _select_pattern(chosen)
-    selection.observed(chosen, *lists)
-    return registration.attend(call.attention(*lists))
+def pattern_attention(call: PatternAttentionCall, *, limit: int = scratch.LIST_BYTES) -> tuple[Tensor, Tensor]:
+    """The op, of a call that was checked.
+
+    Args:
+        limit: bytes of block lists at a time, for tests.
+    """
+    each = scratch.list_bytes(call.query_len, call.block_size * call.width, call.block_size)
+    return in_parts(call, _select_pattern, each, limit)
 
 
 def _serve(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:

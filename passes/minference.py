@@ -9,14 +9,15 @@ What a row sees depends on the last rows of its call: values stay causal, but wh
 from __future__ import annotations
 
 import functools
-from typing import ClassVar, Literal
+from collections import Counter
+from typing import Any, ClassVar, Literal
 
 import sympy
 from pydantic import Field, field_validator
 
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pattern_attention import PatternAttentionCall
-from sparsify.ops.patterns import ALWAYS, SelectPatternCall
+from sparsify.ops.patterns import ALWAYS, SelectPatternCall, most_of_both
 from sparsify.planning.method import (
     AttentionSite,
     AttentionSizes,
@@ -29,11 +30,13 @@ from sparsify.planning.method import (
     attention_call,
     empty_row_operands,
     links,
+    lists_are_large,
     refuse_common,
     work,
 )
 
 _MOST = 1 << 22
+_FEW = 0.5  # share of the blocks of which attention along lists is taken to pay
 # passes over the scores of the rows that choose: product, mask, softmax, sums, in fp32
 _PASSES = 7
 
@@ -67,8 +70,37 @@ class MInference(PromptPass):
 
     @property
     def most(self) -> int:
-        """Key blocks that a query block visits at most."""
-        return max(self._blocks(self.columns)) + max(self._blocks(self.diagonals)) + ALWAYS
+        """Key blocks that a query block visits at most, of the head that visits most."""
+        return most_of_both(self._blocks(self.columns), self._blocks(self.diagonals)) + ALWAYS
+
+    @property
+    def _operand_room(self) -> int:
+        """Columns and diagonals that lists have room for where the numbers are operands: a power of two, so that layers whose heads need
+        about as much are of one kind."""
+        return 1 << (self.most - ALWAYS - 1).bit_length() if self.most > ALWAYS else 0
+
+    def _by_head(self) -> list[tuple[int, int]]:
+        """Columns and diagonals in tokens, of one head for all or of each."""
+        both = [one if isinstance(one, tuple) else (one,) for one in (self.columns, self.diagonals)]
+        count = max(map(len, both))
+        return list(zip(*(numbers if len(numbers) == count else numbers * count for numbers in both), strict=True))
+
+    def share(self, key_len: Any) -> sympy.Expr:
+        """Of a prompt's causal blocks, those that are visited, the mean over heads: no head visits more than all."""
+        shares = Counter(sum(self._blocks(both)) + ALWAYS for both in self._by_head())
+        every = [count * work.smallest(1, 2 * most * self.block / sympy.sympify(key_len)) for most, count in shares.items()]
+        return sympy.Add(*every) / sum(shares.values())
+
+    def _pays_from(self) -> int | None:
+        """The shortest prompt, in tokens, of which at most half of the blocks are visited; None where it would be longer than `_MOST`."""
+        tokens = self.block
+        while tokens <= _MOST and self.share(tokens) > _FEW:
+            tokens *= 2
+        low, high = tokens // 2, tokens
+        while high - low > self.block:
+            middle = (low + high) // (2 * self.block) * self.block
+            low, high = (low, middle) if self.share(middle) <= _FEW else (middle, high)
+        return high if tokens <= _MOST else None
 
     def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
         if (refusal := refuse_common(self, site)) is not None:
@@ -94,9 +126,13 @@ class MInference(PromptPass):
             return self.refuse(
                 f"no sparse kernel on this device{why}: the plain reference is never faster than dense", "min_length = 0 forces it"
             )
-        # from where at most half of the blocks are visited
-        start = 4 * self.most * self.block if context.min_length is None else context.min_length
+        start = self._pays_from() if context.min_length is None else context.min_length
+        if start is None:
+            return self.refuse("more than half of the blocks are visited at any length", "fewer columns and diagonals, or min_length = 0")
         note = f"up to {self.most} key blocks of {self.block} by columns and diagonals of the last {self.queries} queries"
+        if len(set(heads := self._by_head())) > 1:
+            columns, diagonals = (f"{min(numbers)} to {_shown(max(numbers))}" for numbers in zip(*heads, strict=True))
+            note += f", by head: {columns} tokens in columns, {diagonals} in diagonals"
         note += self.last_rows_note
         note += context.travels("queries that choose, what they look at, and visited keys and values", site, links.key_value_bytes)
         works = functools.partial(self.works, kernel=context.family)
@@ -107,21 +143,16 @@ class MInference(PromptPass):
         heads = sizes.batch * sizes.query_heads
         keys = sizes.batch * sizes.kv_heads * sizes.key_len * sizes.qk_head_dim * sizes.dtype.itemsize
         scores = work.elementwise(keys + 4 * _PASSES * heads * self.queries * sizes.key_len)
-        share = work.smallest(1, 2 * self.most * self.block / sympy.sympify(sizes.key_len))
-        return *self.last_rows_works(sizes, kernel), scores, work.attention(sizes, kernel, share=share, listed=True)
+        attending = work.attention(sizes, kernel, share=self.share(sizes.key_len), listed=True)
+        return *self.last_rows_works(sizes, kernel), scores, attending
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.move_to(site).mask_operands(site)
-        chosen = {
-            "key_flags": mask.key_flags,
-            "query_start": mask.query_start,
-            "scale": site.scale,
-            "columns": self._blocks(self.columns),
-            "diagonals": self._blocks(self.diagonals),
-            "queries": self.queries,
-            "block_size": self.block,
-        }
-        if editor.sequence:
+        chosen = {"key_flags": mask.key_flags, "query_start": mask.query_start, "scale": site.scale, **self.selection()}
+        operands = {f"head_{name}": editor.head_numbers(site, name) for name in self.head_numbers()}
+        if operands and None not in operands.values():
+            chosen |= {**operands, "columns": (), "diagonals": (), "most": self._operand_room}
+        if editor.sequence or lists_are_large(site, self.block, self.most):
             attending = {"seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = PatternAttentionCall.bind(site.query, site.key, site.value, **chosen, **attending)
             self.replace(editor, site, editor.items(editor.emit(both), 1)[0])
@@ -129,5 +160,28 @@ class MInference(PromptPass):
         counts, indices = editor.items(editor.emit(SelectPatternCall.bind(site.query, site.key, **chosen)), 2)
         self.replace(editor, site, attention_call(editor, site, blocks=(counts, indices), block_size=self.block))
 
+    def selection(self) -> dict[str, Any]:
+        """The fields of `SelectPatternCall` that the options decide."""
+        columns, diagonals = self._blocks(self.columns), self._blocks(self.diagonals)
+        return {"columns": columns, "diagonals": diagonals, "queries": self.queries, "block_size": self.block}
+
+    @classmethod
+    def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
+        method = cls.model_validate(options)
+        if not method.head_numbers():
+            return options
+        return {**{name: value for name, value in options.items() if name not in cls.by_head}, "room": method._operand_room}
+
+    def head_numbers(self) -> dict[str, tuple[float, ...]]:
+        model_wide = self.for_all_heads()  # a process may have one head of many
+        if len(model_wide._by_head()) == 1:
+            return {}
+        columns, diagonals = zip(*self._by_head(), strict=True)
+        return {"columns": self._blocks(columns), "diagonals": self._blocks(diagonals)}
+
     def keep_all(self) -> MInference:
         return self.model_copy(update={"columns": _MOST, "diagonals": 0})
+
+
+def _shown(tokens: int) -> str:
+    return "all" if tokens == _MOST else str(tokens)

@@ -36,6 +36,7 @@ from sparsify.planning.method import (
     empty_row_operands,
     expected_density,
     links,
+    lists_are_large,
     refuse_common,
     work,
 )
@@ -243,7 +244,7 @@ class XAttention(PromptPass):
         }
         if self.head_numbers() and (thresholds := editor.head_numbers(site, "threshold")) is not None:
             selection |= {"threshold": (), "head_thresholds": thresholds}
-        if editor.sequence or self._lists_are_large(site):
+        if editor.sequence or lists_are_large(site, self.block):
             attending = {"sinks": sinks, "seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = SparseAttentionCall.bind(site.query, site.key, site.value, **selection, **attending)
             self.replace(editor, site, editor.items(editor.emit(both), 1)[0])
@@ -283,14 +284,6 @@ class XAttention(PromptPass):
             return thresholds
         every = thresholds * (len(self.windows) // len(thresholds))
         return tuple(1.0 if window else threshold for window, threshold in zip(self.windows, every, strict=True))
-
-    def _lists_are_large(self, site: AttentionSite) -> bool:
-        """Or may become so: then one op makes and uses them, a part of the heads after the other. Else they can be looked at."""
-        sizes = (site.batch, site.query_heads, site.query_len, site.key_len)
-        if any(sympy.sympify(size).free_symbols for size in sizes):
-            return True
-        batch, heads, query_len, key_len = map(int, sizes)
-        return batch * heads * scratch.list_bytes(query_len, key_len, self.block) > scratch.LIST_BYTES
 
     def keep_all(self) -> XAttention:
         return self.model_copy(update={"threshold": 1.0, "density": None, "windows": ()})

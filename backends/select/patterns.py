@@ -5,21 +5,64 @@ Some heads are served after the others, so that no more than `SCORE_BYTES` of sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from sparsify.backends.codegen.launch import on_device
 from sparsify.ops import block_lists
 from sparsify.ops.limits import cdiv
 from sparsify.ops.patterns import SelectPatternCall
 
 SCORE_BYTES = 256 << 20
+_TABLE_BYTES = 20  # of a block in a table of lists that are being made
 
 
-def select_pattern(call: SelectPatternCall, *, limit: int = SCORE_BYTES) -> tuple[Tensor, Tensor]:
+Listing = Callable[[SelectPatternCall, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor, *, limit: int = SCORE_BYTES) -> tuple[Tensor, Tensor]:
+    """Block lists of what was chosen, rising.
+
+    Args:
+        columns: which key blocks all query blocks visit, bool [batch, heads, blocks of the text], of which the call may have the first.
+        distances: at which distances, in blocks, each query block visits one, of the same shape.
+        limit: bytes of a table at a time, for tests.
+
+    Returns:
+        counts: int32 [batch, heads, query_blocks].
+        indices: int16 [batch, heads, query_blocks, width]; 0 past the count.
+    """
+    width, blocks, device = call.width, call.key_blocks, columns.device
+    own, at = own_block(call), torch.arange(blocks, device=device)
+    behind, seen = (own[:, None] - at).clamp(min=0), at <= own[:, None]
+    columns, distances = columns.flatten(0, 1), distances.flatten(0, 1)
+    step = max(1, limit // (_TABLE_BYTES * max(1, seen.numel())))
+    counts, indices = [], []
+    for begin in range(0, columns.shape[0], step):
+        table = (columns[begin : begin + step, None, :blocks] | distances[begin : begin + step][:, behind]) & seen
+        place = table.cumsum(-1) - 1
+        into = torch.zeros(*table.shape[:2], width + 1, dtype=torch.int16, device=device)
+        place = torch.where(table, place.clamp_(max=width), width)
+        indices.append(into.scatter_(-1, place, at.to(torch.int16).expand_as(table))[..., :width])
+        counts.append(table.sum(-1, dtype=torch.int32).clamp_(max=width))
+    shape = (call.query.shape[0], -1, *seen.shape[:1])
+    return torch.cat(counts).view(shape), torch.cat(indices).view(*shape, width)
+
+
+def own_block(call: SelectPatternCall) -> Tensor:
+    """The block of keys that each query block's last row is in, int64 [query_blocks]."""
+    last = block_lists.last_positions(call.query_len, call.start, call.block_size, device=call.query.device)
+    return torch.div(last, call.block_size, rounding_mode="floor").clamp(max=call.key_blocks - 1)
+
+
+def select_pattern(call: SelectPatternCall, *, limit: int = SCORE_BYTES, listing: Listing = listed) -> tuple[Tensor, Tensor]:
     """The op, of a call that was checked.
 
     Args:
         limit: bytes of scores at a time, for tests.
+        listing: makes lists of what was chosen.
     """
     counts, indices = call.empty_lists()
     if 0 in counts.shape or call.key_len == 0:
@@ -29,18 +72,14 @@ def select_pattern(call: SelectPatternCall, *, limit: int = SCORE_BYTES) -> tupl
     group = call.heads // kv_heads
     each = 4 * call.query.shape[0] * group * rows.shape[1] * call.key_len
     step = max(1, min(kv_heads, limit // each))
-    first = first_block(call)
+    first, found = first_block(call), []
     for begin in range(0, kv_heads, step):
         heads = slice(begin * group, min(kv_heads, begin + step) * group)
         mass = block_mass(call, rows, known, slice(begin, begin + step), heads)
         at = torch.arange(call.key_blocks, device=mass.device)
-        sums = summed(mass, own_blocks(call, rows), at, call.key_blocks)
-        counts[:, heads], indices[:, heads] = lists(call, sums, first, heads)
-    return counts, indices
-
-
-def _per_head(numbers: tuple[int, ...], call: SelectPatternCall) -> list[int]:
-    return list(numbers) if len(numbers) > 1 else [*numbers] * call.heads
+        found.append(chosen(call, summed(mass, own_blocks(call, rows), at, call.key_blocks), first, heads))
+    columns, distances = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return listing(call, columns, distances)
 
 
 def last_rows(call: SelectPatternCall) -> tuple[Tensor, Tensor]:
@@ -126,42 +165,31 @@ def summed(mass: Tensor, own: Tensor, at: Tensor, blocks: int) -> Tensor:
     return found
 
 
-def lists(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Block lists of some heads' query blocks.
+def chosen(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Which columns and which distances some heads visit, bool [batch, heads, blocks] each: those that are always visited too.
 
     Args:
-        call: whose rows these are; it may end before the text does.
+        call: whose numbers these are.
         sums: of `summed`, over all blocks of the text and of these heads.
         first: of `first_block`, of the whole text.
     """
     by_column, by_distance = sums.unbind(0)
-    columns, diagonals = (_per_head(numbers, call)[heads] for numbers in (call.columns, call.diagonals))
-    (batch, count, blocks), device = by_column.shape, sums.device
-    at = torch.arange(blocks, device=device)
-    by_column = by_column.masked_fill(at == first[:, :, None], -1.0)
-    visited = _best(by_column, columns)  # [batch, heads, most], `blocks` where a head takes fewer
-    steps = _best(by_distance.masked_fill(at < 2, -1.0), diagonals)
-    steps = torch.cat((torch.arange(2, device=device).expand(batch, count, 2), steps), -1)
-    last = block_lists.last_positions(call.query_len, call.start, call.block_size, device=device)
-    own = torch.div(last, call.block_size, rounding_mode="floor").clamp(max=call.key_blocks - 1)[:, None]
-    shape = (batch, count, own.shape[0], -1)
-    visited = torch.cat((first[:, None].expand(batch, count, 1), visited), -1)[:, :, None].expand(shape)
-    behind = own - steps[:, :, None]
-    listed = torch.cat((visited.masked_fill(visited > own, blocks), behind.masked_fill(behind < 0, blocks)), -1).sort(-1).values
-    twice = listed[..., 1:] == listed[..., :-1]
-    listed = torch.cat((listed[..., :1], listed[..., 1:].masked_fill(twice, blocks)), -1).sort(-1).values
-    listed = listed[..., : call.width]
-    if listed.shape[-1] < call.width:  # no more are there
-        listed = torch.nn.functional.pad(listed, (0, call.width - listed.shape[-1]), value=blocks)
-    counts = (listed < blocks).sum(-1, dtype=torch.int32)
-    return counts, listed.clamp(max=call.key_blocks - 1).to(torch.int16)
+    at = torch.arange(sums.shape[-1], device=sums.device)
+    always = (at == first[:, :, None]).expand_as(by_column), (at < 2).expand_as(by_distance)
+    numbers = (call.columns, call.head_columns), (call.diagonals, call.head_diagonals)
+    found = []
+    for score, forced, (constant, by_head) in zip((by_column, by_distance), always, numbers, strict=True):
+        counts = on_device(constant, sums.device).expand(call.heads) if by_head is None else by_head
+        most = max(constant) if by_head is None else call.most
+        found.append(forced | _best(score.masked_fill(forced, -1.0), counts[heads], most))
+    return found[0], found[1]
 
 
-def _best(score: Tensor, counts: list[int]) -> Tensor:
-    """The indices of the highest scores, int64 [batch, heads, most]: of each head so many; past them the number of scores, as for scores
-    below 0."""
-    most = min(max(counts), score.shape[-1])
-    found = score.topk(most, dim=-1)
-    rank = torch.arange(most, device=score.device)
-    beyond = rank >= torch.tensor(counts, device=score.device)[:, None]
-    return found.indices.masked_fill(beyond | (found.values < 0), score.shape[-1])
+def _best(score: Tensor, counts: Tensor, most: int) -> Tensor:
+    """Which are the highest scores, bool of their shape [batch, heads, blocks]: of each head so many, none below 0.
+
+    counts: [heads]. most: none is higher.
+    """
+    found = score.topk(min(most, score.shape[-1]), dim=-1)
+    kept = (torch.arange(found.values.shape[-1], device=score.device) < counts[:, None]) & (found.values >= 0)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, found.indices, kept)

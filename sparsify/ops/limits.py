@@ -22,6 +22,9 @@ LINEAR_MAX_ROWS = 16
 SCORE_TILE, SCORE_TILES_AT_ONCE = (128, 256), 1
 SCORE_TILE_INT8, SCORE_TILES_AT_ONCE_INT8 = (128, 128), 2
 
+# key blocks that the indices of block lists, int16, can name
+MOST_BLOCKS = 32767
+
 
 @dataclass(frozen=True)
 class KernelLimits:

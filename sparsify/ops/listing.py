@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsify.ops.call import OpCall
-from sparsify.ops.limits import cdiv
+from sparsify.ops.limits import MOST_BLOCKS, cdiv
 
 
 class ListingCall(OpCall):
@@ -56,3 +56,8 @@ class ListingCall(OpCall):
         if self.query_start is None:
             return self.key_len - self.query_len
         return self.query_start.reshape(())
+
+    def check_length(self) -> None:
+        """Raises UnsupportedError where lists cannot name all key blocks."""
+        fits = self.key_blocks <= MOST_BLOCKS
+        self.need(fits, f"{self.key_len} keys at block size {self.block_size}", f"at most {MOST_BLOCKS} blocks: int16 indices")

@@ -1,5 +1,5 @@
 """`sparsify::pattern_attention`: columns and diagonals chosen, and attention along them, in one call: over a text that is divided among
-processes what is chosen decides what travels.
+processes what is chosen decides what travels, and lists that are too large to exist at once are made for some heads after the others.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class PatternAttentionCall(SelectPatternCall):
             key_flags=part.of_rows(self.key_flags),
             columns=part.numbers(self.columns, self.heads),
             diagonals=part.numbers(self.diagonals, self.heads),
+            head_columns=None if self.head_columns is None else self.head_columns[slice(*part.heads)],
+            head_diagonals=None if self.head_diagonals is None else self.head_diagonals[slice(*part.heads)],
         )
 
 

@@ -6,6 +6,7 @@ key block. MInference (arXiv 2407.02490, algorithm 2) takes both by the token; h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -22,6 +23,13 @@ from sparsify.ops.listing import ListingCall
 ALWAYS = 3
 
 
+def most_of_both(columns: Sequence[int], diagonals: Sequence[int]) -> int:
+    """The highest sum that a head has of two numbers, each one for all heads or one per query head."""
+    count = max(len(columns), len(diagonals))
+    both = (numbers if len(numbers) == count else [*numbers] * count for numbers in (columns, diagonals))
+    return max(map(sum, zip(*both, strict=True)), default=0)
+
+
 @dataclass(frozen=True, eq=False)
 class SelectPatternCall(ListingCall):
     """One call of `sparsify::select_pattern`, over causal attention.
@@ -31,6 +39,8 @@ class SelectPatternCall(ListingCall):
     key_flags, query_start, scale: as in `sparsify.ops.attention.AttentionCall`.
     columns: key blocks that all query blocks visit, beside the first: one number for all heads or one per query head.
     diagonals: distances in blocks, beside 0 and 1: the same.
+    head_columns, head_diagonals: both per query head as tensors, where one graph serves layers that differ in them; then `most` is the
+        highest sum of the two that a head may have, which lists have room for.
     queries: last query rows whose attention chooses; where key_flags hide keys, the last ones that are visible.
     block_size: query rows and keys of a block.
     """
@@ -43,9 +53,12 @@ class SelectPatternCall(ListingCall):
     _: KW_ONLY
     key_flags: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
     query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
+    head_columns: Annotated[Tensor | None, Operand("query_heads", "integers")] = None
+    head_diagonals: Annotated[Tensor | None, Operand("query_heads", "integers")] = None
     scale: float
-    columns: tuple[int, ...]
-    diagonals: tuple[int, ...]
+    columns: tuple[int, ...] = ()
+    diagonals: tuple[int, ...] = ()
+    most: int = 0
     queries: int = 64
     block_size: int = 128
 
@@ -56,7 +69,12 @@ class SelectPatternCall(ListingCall):
     @property
     def width(self) -> Any:
         """Entries of a list: as many as the head with most may visit."""
-        return SYMBOLIC_MIN(self.key_blocks, max(self.columns) + max(self.diagonals) + ALWAYS)
+        return SYMBOLIC_MIN(self.key_blocks, self.room + ALWAYS)
+
+    @property
+    def room(self) -> int:
+        """Columns and diagonals of the head that has most of both together."""
+        return self.most if self.head_columns is not None else most_of_both(self.columns, self.diagonals)
 
     def check(self) -> None:
         """Checks that the arguments fit together.
@@ -65,10 +83,15 @@ class SelectPatternCall(ListingCall):
             UnsupportedError: says what is wrong and what would do.
         """
         super().check()
-        for name, numbers in (("columns", self.columns), ("diagonals", self.diagonals)):
-            fits = len(numbers) in (1, self.heads) and all(number >= 0 for number in numbers)
-            self.need(fits, f"{name} {numbers[:4]} for {self.heads} query heads", "one, or one per query head, 0 or more")
+        both = (self.head_columns is None) == (self.head_diagonals is None)
+        self.need(both, "head_columns without head_diagonals, or the reverse", "both or none")
+        if self.head_columns is None:
+            for name, numbers in (("columns", self.columns), ("diagonals", self.diagonals)):
+                fits = len(numbers) in (1, self.heads) and all(number >= 0 for number in numbers)
+                self.need(fits, f"{name} {numbers[:4]} for {self.heads} query heads", "one, or one per query head, 0 or more")
+        self.need(self.most >= 0, f"room for {self.most} blocks", "0 or more")
         self.need(self.queries > 0, f"{self.queries} queries", "1 or more")
+        self.check_length()
         self.need(self.block_size in (32, 64, 128), f"block size {self.block_size}", "64 or 128")
 
     def empty_lists(self) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,6 @@ from sparsify.ops.listing import ListingCall
 
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
-_MOST_BLOCKS = 32767
 # a density is a fixed-point number of this many bits, so that kernels agree on how many blocks it keeps
 DENSITY_BITS = 24
 
@@ -222,8 +221,7 @@ class SelectCall(ListingCall):
             cells = None if scales is None else scales.shape[2]
             need(cells == (self.key_cells if self.estimate.int8 else None), f"scales of {cells} prepared cells")
             need(not (self.refine_stride and self.estimate.int8), "two stages over 8-bit keys that were made before")
-        fits = self.key_blocks <= _MOST_BLOCKS
-        need(fits, f"{self.key_len} keys at block size {self.block_size}", f"at most {_MOST_BLOCKS} blocks: int16 indices")
+        self.check_length()
 
     def empty_lists(self) -> tuple[Tensor, Tensor]:
         """Uninitialised block lists (`sparsify.ops.block_lists`).

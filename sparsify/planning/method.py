@@ -37,6 +37,8 @@ from sparsify.matching.padded import PaddedSite
 from sparsify.matching.sites import AttentionSite, CacheSite, FeedForwardSite
 from sparsify.matching.stream import StreamSite
 from sparsify.matching.token import TokenSite
+from sparsify.ops import scratch
+from sparsify.ops.limits import MOST_BLOCKS
 from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
 from sparsify.rewriting.last_rows import with_last_rows
 
@@ -75,6 +77,7 @@ __all__ = [
     "formula",
     "in_units",
     "links",
+    "lists_are_large",
     "refuse_common",
     "seconds",
     "work",
@@ -367,6 +370,23 @@ class ImagePass(Pass):
 
     def keep_all(self) -> Pass:
         return self.model_copy(update={"keep": 1.0})
+
+
+def lists_are_large(site: AttentionSite, block: int, width: int = MOST_BLOCKS) -> bool:
+    """Whether the block lists of a site are, or may become, so large that one op makes and uses them, a part of the heads after the
+    other; else they can be looked at.
+
+    Args:
+        block: tokens. width: key blocks that a list holds at most.
+    """
+    sizes: list[sympy.Expr] = [sympy.sympify(size) for size in (site.batch, site.query_heads, site.query_len, site.key_len)]
+    if width == MOST_BLOCKS and any(size.free_symbols for size in sizes):
+        return True
+    longest = MOST_BLOCKS * block
+    most = (1, 1, longest, longest)
+    batch, heads, query_len, key_len = (bound if size.free_symbols else int(size) for size, bound in zip(sizes, most, strict=True))
+    each = scratch.list_bytes(query_len, min(key_len, width * block), block)
+    return batch * heads * each > scratch.LIST_BYTES
 
 
 def refuse_common(method: Pass, site: AttentionSite) -> Refusal | None:

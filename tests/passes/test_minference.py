@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from sparsify import api, testing
 from sparsify.api import record_density
+from sparsify.backends.pattern_attention import pattern_attention
 from sparsify.backends.select.patterns import select_pattern
+from sparsify.errors import UnsupportedError
 from sparsify.ops import block_lists
 from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.patterns import ALWAYS, SelectPatternCall
@@ -125,6 +127,59 @@ def test_choosing_and_attending_in_one_call(hidden):
     keep = chosen_blocks(query, key, [1] * query.shape[1], [2] * query.shape[1], 8, visible)
     torch.testing.assert_close(output[:, :, hidden:], masked(query, key, value, keep, visible)[:, :, hidden:], atol=1e-5, rtol=1e-5)
     assert lse[:, :, hidden:].isfinite().all() and len(densities) == 1 and densities[0] < 1
+
+
+@pytest.mark.parametrize("columns, diagonals", [([1, 0, 2, 0], [0, 2, 1, 0]), ([1 << 15, 0, 1, 0], [0, 0, 1, 3])])
+def test_numbers_as_operands_are_those_of_constants(columns, diagonals):
+    """Heads that see everything among them; and in parts, whose lists differ in width."""
+    query, key, value = attention.operands(query_len=500)
+    count = query.shape[1]
+    numbers = {"columns": tuple(columns[:count]), "diagonals": tuple(diagonals[:count])}
+    shared = {"scale": query.shape[-1] ** -0.5, "queries": 8, "block_size": BLOCK}
+    constant = PatternAttentionCall(query, key, value, **shared, **numbers)
+    operands = {f"head_{name}": torch.tensor(values) for name, values in numbers.items()}
+    given = PatternAttentionCall(query, key, value, **shared, **operands, most=constant.room)
+    want = constant.selection().run()
+    got = given.selection().run()
+    assert got[1].shape == want[1].shape and torch.equal(got[0], want[0])
+    keep = chosen_blocks(query, key, *numbers.values(), 8)
+    assert torch.equal(block_lists.to_dense(*got, given.key_blocks), keep)
+    output = masked(query, key, value, keep)
+    for call in (constant, given):
+        for limit in (1, 1 << 30):
+            with record_density() as densities:
+                found, lse = pattern_attention(call, limit=limit)
+            torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-5)
+            assert lse.isfinite().all() and densities == pytest.approx([block_lists.call_density(call, want[0])])
+
+
+def test_operands_come_together():
+    query, key, _ = attention.operands(query_len=300)
+    call = SelectPatternCall(query, key, scale=1.0, head_columns=torch.ones(query.shape[1], dtype=torch.int64), most=1)
+    with pytest.raises(UnsupportedError, match="both or none"):
+        call.check()
+
+
+def test_lists_of_heads_that_see_everything_are_made_in_parts():
+    """Where the length is unknown they may not exist at once; short lists do."""
+    for columns, op in (([1 << 20, 0, 0, 0], PatternAttentionCall.op()), ([64, 0, 0, 0], SelectPatternCall.op())):
+        inputs = attention.operands(query_len=300)
+        for operand in inputs:
+            torch._dynamo.mark_dynamic(operand, 2)
+        _, after, plan = rewritten_graph(attention.causal, inputs, options(columns=columns[: inputs[0].shape[1]]))
+        assert [d.method for d in plan.rewritten] == ["minference"]
+        assert op in {node.target for node in after.graph.nodes}
+
+
+def test_expected_times_follow_the_mean_over_heads():
+    """A head that sees everything costs its own part, not all heads'."""
+    one = MInference(columns=(1 << 22, 0, 0, 0), diagonals=(0, 256, 256, 0))
+    shares = [1, *(2 * 128 * (blocks + ALWAYS) / 65536 for blocks in (2, 2, 0))]
+    assert float(one.share(65536)) == pytest.approx(sum(shares) / 4)
+    assert float(MInference(columns=256, diagonals=256).share(4096)) == pytest.approx(2 * 128 * (4 + ALWAYS) / 4096)
+    start = one._pays_from()
+    assert float(one.share(start)) <= 0.5 < float(one.share(start - 128))
+    assert MInference(columns=(1 << 22, 1 << 22, 0, 0))._pays_from() is None
 
 
 def test_it_equals_its_mask_and_differs_from_dense():

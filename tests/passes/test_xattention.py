@@ -25,7 +25,7 @@ from sparsify.ops.selection import SelectCall, observing
 from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.passes.xattention import XAttention
 from sparsify.planning.config import config
-from sparsify.planning.method import Context, Proposal, Refusal
+from sparsify.planning.method import Context, Proposal, Refusal, lists_are_large
 from sparsify.planning.registry import discover
 from sparsify.rewriting.trace import Trace
 from tests.support.harness import holding, reference_run, run, strict, visible_error
@@ -231,7 +231,7 @@ def test_large_lists_are_made_and_used_by_one_op(monkeypatch):
 @pytest.mark.parametrize("length, large", [(65536, False), (1 << 20, True), (None, True)])
 def test_lists_are_large_by_the_limit_or_when_it_is_unknown(length, large):
     sizes = {} if length is None else {"query_len": length, "key_len": length}
-    assert XAttention()._lists_are_large(site(**sizes)) == large
+    assert lists_are_large(site(**sizes), 128) == large
 
 
 @pytest.mark.parametrize("limit", [100, 10**9])
@@ -365,7 +365,7 @@ def test_padding_and_a_start_at_run_time_are_no_obstacle():
 def test_heads_with_sinks_and_a_window_beside_heads_with_blocks(pads, together, monkeypatch):
     """Those with a window are sink_window's, the others keep their blocks; also where one op makes and uses the lists."""
     if together:
-        monkeypatch.setattr(XAttention, "_lists_are_large", lambda self, site: True)
+        monkeypatch.setattr("sparsify.passes.xattention.lists_are_large", lambda site, block: True)
     model = build("llama", layers=1)
     ids = torch.randint(3, VOCAB, (2, 200), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

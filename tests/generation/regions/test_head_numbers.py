@@ -1,4 +1,4 @@
-"""Layers that differ in their heads' thresholds alone share a region, which takes them as operands."""
+"""Layers that differ in their heads' thresholds, or columns and diagonals, alone share a region, which takes them as operands."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ THRESHOLDS = ([0.1, 0.3, 0.6, 1.0], [0.9, 0.2, 0.2, 0.5], [0.0, 0.4, 0.8, 0.1])
 IDS = torch.randint(3, VOCAB, (1, 400), generator=torch.Generator().manual_seed(0))
 
 
-def saved(path, windows: bool = False) -> str:
-    """A plan in which each layer has thresholds, errors and an expected density of its own."""
+PATTERNS = (([0, 64, 400, 0], [64, 0, 0, 128]), ([64, 400, 0, 0], 64), ([0, 0, 0, 300], [0, 320, 64, 0]))
+EACH = {"xattention": "threshold", "minference": "columns"}
+
+
+def saved(path, method: str = "xattention", windows: bool = False) -> str:
+    """A plan in which each layer has numbers of its heads, errors and an expected density of its own."""
     decisions = []
-    for layer, thresholds in enumerate(THRESHOLDS):
-        options = {"block": 64, "stride": 16, "estimate": [], "threshold": thresholds, "expected": [0.1 * (layer + 1), 0.5]}
+    for layer in range(3):
+        options = {"block": 64, "stride": 16, "estimate": [], "threshold": THRESHOLDS[layer], "expected": [0.1 * (layer + 1), 0.5]}
         if windows:
             options["windows"] = [0, 0, 0, 50]
-        measured = [{"method": "xattention", "options": options, "error": 0.01 * layer}]
-        decisions.append(Decision(f"model.layers.{layer}.self_attn", layer, "", {}, "", "xattention", options, measured=measured))
+        if method == "minference":
+            options = {"block": 64, "queries": 8, "columns": PATTERNS[layer][0], "diagonals": PATTERNS[layer][1]}
+        measured = [{"method": method, "options": options, "error": 0.01 * layer}]
+        decisions.append(Decision(f"model.layers.{layer}.self_attn", layer, "", {}, "", method, options, measured=measured))
     Plan(decisions).save(path)
     return str(path)
 
 
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("method, windows", [("xattention", False), ("xattention", True), ("minference", False)])
 @torch.no_grad()
-@pytest.mark.samples(1)
-def test_one_region_serves_layers_with_other_thresholds(tmp_path, windows):
+@pytest.mark.samples(2)
+def test_one_region_serves_layers_with_other_numbers(tmp_path, method, windows):
     model = build("llama", layers=3)
-    options = strict(plan=saved(tmp_path / "plan.json", windows))
+    options = strict(plan=saved(tmp_path / "plan.json", method, windows))
     results, plans = {}, {}
     for whole in (True, False):
         one = copy.deepcopy(model)
@@ -48,13 +54,14 @@ def test_one_region_serves_layers_with_other_thresholds(tmp_path, windows):
         torch._dynamo.reset()
     (plan,) = plans[False]
     assert plan.capture == "one region for 3 layers"
-    assert [decision.options["threshold"] for decision in plan.decisions] == list(THRESHOLDS)
-    assert [decision.method for decision in plan.decisions] == ["xattention"] * 3
+    wanted = THRESHOLDS if method == "xattention" else [columns for columns, _ in PATTERNS]
+    assert [decision.options[EACH[method]] for decision in plan.decisions] == list(wanted)
+    assert [decision.method for decision in plan.decisions] == [method] * 3
     torch.testing.assert_close(results[False], results[True], atol=1e-5, rtol=1e-5)
     dense = model(input_ids=IDS, use_cache=False).logits
     assert (results[False] - dense).abs().max() > 1e-3
-    alike = copy.deepcopy(model)  # the same with the first layer's thresholds for all: they matter
-    sparsify.compile(alike, **strict(passes=["xattention"], xattention=plan.decisions[0].options))
+    alike = copy.deepcopy(model)  # the same with the first layer's numbers for all: they matter
+    sparsify.compile(alike, **strict(passes=[method], **{method: plan.decisions[0].options}))
     assert (alike(input_ids=IDS, use_cache=False).logits - results[False]).abs().max() > 1e-4
     torch._dynamo.reset()
 
@@ -84,3 +91,12 @@ def test_sites_of_one_path_keep_thresholds_apart():
     alone = SavedPlan(Plan(decisions[::2]), "p")
     assert alone.head_numbers("layers.1") == {(".mix", "threshold"): (0.2, 0.5)}
     assert alone.decisions_in("layers.0") == alone.decisions_in("layers.1")
+
+
+def test_layers_of_patterns_are_of_one_kind_where_their_lists_need_about_as_much_room():
+    decide = lambda i, options: Decision(f"layers.{i}.mix", i, "", {}, "", "minference", options)
+    given = ({"columns": [256, 0], "diagonals": [128, 512]}, {"columns": [0, 384], "diagonals": 0}, {"columns": [0, 640], "diagonals": 0})
+    plan = SavedPlan(Plan([decide(i, options) for i, options in enumerate(given)]), "p")
+    assert plan.head_numbers("layers.0") == {(".mix", "columns"): (2, 0), (".mix", "diagonals"): (1, 4)}
+    assert plan.head_numbers("layers.1") == {(".mix", "columns"): (0, 3), (".mix", "diagonals"): (0, 0)}
+    assert plan.decisions_in("layers.0") == plan.decisions_in("layers.1") != plan.decisions_in("layers.2")
