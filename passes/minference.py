@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import sympy
@@ -35,7 +36,7 @@ from sparsify.planning.method import (
     work,
 )
 
-_MOST = 1 << 22
+MOST = 1 << 22  # of columns: every key
 _FEW = 0.5  # share of the blocks of which attention along lists is taken to pay
 # passes over the scores of the rows that choose: product, mask, softmax, sums, in fp32
 _PASSES = 7
@@ -61,8 +62,8 @@ class MInference(PromptPass):
     @classmethod
     def _in_range(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
         values = value if isinstance(value, tuple) else (value,)
-        if not values or not all(0 <= one <= _MOST for one in values):
-            raise ValueError(f"must lie between 0 and {_MOST}")
+        if not values or not all(0 <= one <= MOST for one in values):
+            raise ValueError(f"must lie between 0 and {MOST}")
         return value
 
     def _blocks(self, tokens: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -92,15 +93,15 @@ class MInference(PromptPass):
         return sympy.Add(*every) / sum(shares.values())
 
     def _pays_from(self) -> int | None:
-        """The shortest prompt, in tokens, of which at most half of the blocks are visited; None where it would be longer than `_MOST`."""
+        """The shortest prompt, in tokens, of which at most half of the blocks are visited; None where it would be longer than `MOST`."""
         tokens = self.block
-        while tokens <= _MOST and self.share(tokens) > _FEW:
+        while tokens <= MOST and self.share(tokens) > _FEW:
             tokens *= 2
         low, high = tokens // 2, tokens
         while high - low > self.block:
             middle = (low + high) // (2 * self.block) * self.block
             low, high = (low, middle) if self.share(middle) <= _FEW else (middle, high)
-        return high if tokens <= _MOST else None
+        return high if tokens <= MOST else None
 
     def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
         if (refusal := refuse_common(self, site)) is not None:
@@ -129,10 +130,11 @@ class MInference(PromptPass):
         start = self._pays_from() if context.min_length is None else context.min_length
         if start is None:
             return self.refuse("more than half of the blocks are visited at any length", "fewer columns and diagonals, or min_length = 0")
-        note = f"up to {self.most} key blocks of {self.block} by columns and diagonals of the last {self.queries} queries"
-        if len(set(heads := self._by_head())) > 1:
-            columns, diagonals = (f"{min(numbers)} to {_shown(max(numbers))}" for numbers in zip(*heads, strict=True))
-            note += f", by head: {columns} tokens in columns, {diagonals} in diagonals"
+        heads = self._by_head()
+        most = "all" if any(MOST in both for both in heads) else f"up to {self.most}"
+        note = f"{most} key blocks of {self.block} by columns and diagonals of the last {self.queries} queries"
+        if len(heads) > 1:
+            note += f"; columns + diagonals: {_shown(heads)}"
         note += self.last_rows_note
         note += context.travels("queries that choose, what they look at, and visited keys and values", site, links.key_value_bytes)
         works = functools.partial(self.works, kernel=context.family)
@@ -180,8 +182,11 @@ class MInference(PromptPass):
         return {"columns": self._blocks(columns), "diagonals": self._blocks(diagonals)}
 
     def keep_all(self) -> MInference:
-        return self.model_copy(update={"columns": _MOST, "diagonals": 0})
+        return self.model_copy(update={"columns": MOST, "diagonals": 0})
 
 
-def _shown(tokens: int) -> str:
-    return "all" if tokens == _MOST else str(tokens)
+def _shown(patterns: Sequence[tuple[int, int]], most: int = 6) -> str:
+    """How many heads have which, the most frequent ones."""
+    counts = Counter("every key" if MOST in both else f"{both[0]} + {both[1]}" for both in patterns).most_common()
+    named = ", ".join(f"{text} in {count} heads" if count > 1 else f"{text} in a head" for text, count in counts[:most])
+    return named + (f", others in {sum(count for _, count in counts[most:])}" if len(counts) > most else "")

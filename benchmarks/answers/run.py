@@ -3,7 +3,7 @@
     python -m benchmarks run answers --model DIR --text FILE --lengths 8192 16384 32768 --jobs 6
 
 For each length and each of eager, dense, sink_window, minference, xattention (thresholds x strides x pools) and plans that
-`sparsify calibrate attention` wrote (`--plans FILE`): share of answers right with its interval, realised density, mean NLL. Every method
+`sparsify calibrate` wrote (`--plans FILE`): share of answers right with its interval, realised density, mean NLL. Every method
 sees the same prompts. Appends to benchmarks/results/answers.jsonl.
 """
 
@@ -197,7 +197,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sinks", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--patterns", nargs="*", default=["512:1024"], metavar="COLUMNS:DIAGONALS", help="of minference, in tokens")
-    parser.add_argument("--plans", type=Path, nargs="*", default=[], metavar="FILE", help="that `sparsify calibrate attention` wrote")
+    parser.add_argument("--plans", type=Path, nargs="*", default=[], metavar="FILE", help="that `sparsify calibrate` wrote")
     parser.add_argument("--methods", nargs="+", default=["eager", "dense", "xattention", "sink_window", "plan"])
     parser.add_argument("--static", action="store_true", help="compile each length anew instead of once for all")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side (accuracy does not mind sharing a GPU)")

@@ -77,7 +77,7 @@ def test_mass_and_error_are_those_of_the_definition():
         if setting.family is None:
             seen = ((columns > rows - setting.value) | (columns < GRID.sinks)).expand(4, -1, -1)
         else:
-            call = SelectCall(query, key, scale=0.25, causal=True, **GRID.method(setting).selection())
+            call = GRID.families[setting.family].call(query, key, 0.25, setting.value)
             table = select_reference.choose(select_reference.importance(call), *select_reference.candidates(call), call)[0]
             seen = table.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :300, :300]
             torch.testing.assert_close(found.density[index], table.sum((1, 2)) / possible_blocks(300, 64), check_dtype=False)

@@ -87,7 +87,7 @@ def test_columns_and_diagonals(count):
         pattern(1537, block_size=64, columns=(0,), diagonals=(4,)),
         pattern(2049, columns=(0, 1, 2, 3), diagonals=(3, 0, 1, 0), padding=(0, 90)),
         pattern(2049, columns=(1 << 14,), diagonals=(0,)),  # everything
-        pattern(2049, columns=(), diagonals=(), **{f"head_{name}": torch.tensor([0, 1, 3, 2]) for name in ("columns", "diagonals")}, most=6),
+        pattern(2049, columns=(), diagonals=(), most=6, **dict.fromkeys(("head_columns", "head_diagonals"), torch.tensor([0, 1, 3, 2]))),
     ]
     check(count, cases)
 

@@ -186,6 +186,7 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
 SHORT = {
     "bench": ["--lengths", "1K"],
     "calibrate attention": ["--lengths", "512"],
+    "calibrate patterns": ["--lengths", "512", "-o", "minference.columns=[0,128]", "-o", "minference.diagonals=[0,128]"],
     "calibrate tokens": [*["--prompt-length", "600", "--keep", "200", "--pieces", "1", "--keep-error", "100"], "-o", 'passes=["dense"]'],
 }
 

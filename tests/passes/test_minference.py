@@ -18,8 +18,7 @@ from sparsify.ops.patterns import ALWAYS, SelectPatternCall
 from sparsify.passes.minference import MInference
 from tests.support import attention_functions as attention
 from tests.support.ir import changed_region, check_golden, rewritten_graph
-
-BLOCK = 64
+from tests.support.patterns import BLOCK, chosen_blocks, masked
 
 
 def options(columns: int | list[int] = 64, diagonals: int | list[int] = 64, queries: int = 8, **more) -> dict:
@@ -33,52 +32,6 @@ def run(function, inputs, given):
         output = torch.compile(function, backend="sparsify", options=given, fullgraph=True)(*inputs)
     assert [d.method for plan in plans for d in plan.rewritten] == ["minference"]
     return output
-
-
-def best(scores: list[float], count: int) -> set[int]:
-    return set(sorted((i for i, s in enumerate(scores) if s >= 0), key=lambda i: -scores[i])[:count])
-
-
-def chosen_blocks(query, key, columns, diagonals, queries, visible=None) -> torch.Tensor:
-    """The definition, one block after the other, in float64: bool [batch, heads, query_blocks, key_blocks]."""
-    batch, heads, query_len, dim = query.shape
-    group, key_len = heads // key.shape[1], key.shape[2]
-    start, blocks = key_len - query_len, -(-key_len // BLOCK)
-    keep = torch.zeros(batch, heads, -(-query_len // BLOCK), blocks, dtype=torch.bool)
-    for b in range(batch):
-        seen = [k for k in range(key_len) if visible is None or visible[b, k]]
-        rows = [r for r in range(query_len) if r + start in seen][-queries:]
-        first = seen[0] // BLOCK
-        for h in range(heads):
-            by_column, by_distance = [0.0] * blocks, [0.0] * blocks
-            for row in rows:
-                sees = [k for k in seen if k <= row + start]
-                weights = (key[b, h // group, sees].double() @ query[b, h, row].double() * dim**-0.5).softmax(0).tolist()
-                for k, weight in zip(sees, weights, strict=True):
-                    by_column[k // BLOCK] += weight
-                    by_distance[(row + start) // BLOCK - k // BLOCK] += weight
-            by_column[first], by_distance[0] = -1, -1
-            if blocks > 1:
-                by_distance[1] = -1
-            visited, steps = best(by_column, columns[h]) | {first}, best(by_distance, diagonals[h]) | {0, 1}
-            for i in range(keep.shape[2]):
-                own = (min(query_len, (i + 1) * BLOCK) - 1 + start) // BLOCK
-                for j in [*(c for c in visited if c <= own), *(own - d for d in steps if d <= own)]:
-                    keep[b, h, i, j] = True
-    return keep
-
-
-def masked(query, key, value, keep, visible=None):
-    """Causal attention over kept blocks."""
-    query_len, key_len = query.shape[2], key.shape[2]
-    group = query.shape[1] // key.shape[1]
-    rows, keys = torch.arange(query_len)[:, None] + key_len - query_len, torch.arange(key_len)
-    table = keep.repeat_interleave(BLOCK, 2)[:, :, :query_len].repeat_interleave(BLOCK, 3)[..., :key_len] & (keys <= rows)
-    if visible is not None:
-        table = table & (visible != 0)[:, None, None]
-    scores = query.double() @ key.repeat_interleave(group, 1).double().mT * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(~table, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return (weights @ value.repeat_interleave(group, 1).double()).to(query.dtype)
 
 
 @settings(max_examples=10, deadline=None)

@@ -1,4 +1,5 @@
-"""`sparsify calibrate`: values for methods, measured on a model and a text (`ffn`, `attention`, `tokens`, `errors`), or on the `device`."""
+"""`sparsify calibrate`: values for methods, measured on a model and a text (`ffn`, `attention`, `patterns`, `tokens`, `errors`), or on the
+`device`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from sparsify.matching.sites import AttentionSite
 from sparsify.passes.xattention import XAttention
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Place, places
-from sparsify.planning.method import Context, Refusal
+from sparsify.planning.method import Context, Pass, Refusal
 from sparsify.rewriting.editor import Editor
 
 
@@ -41,10 +41,12 @@ class Capture:
     sites: by place. refused: reasons by place.
     """
 
-    def __init__(self, model: nn.Module, settings: Config, receive: Receiver):
+    def __init__(self, model: nn.Module, settings: Config, receive: Receiver, methods: Sequence[Pass] = ()):
+        """methods: that a site has to be served by; without any, xattention."""
         self.sites: dict[Place, Captured] = {}
         self.refused: dict[Place, str] = {}
         self._model, self._settings, self._receive = model, settings, receive
+        self._methods = methods or [XAttention.model_validate({})]
         self._calls: list[Captured] = []
 
     @contextmanager
@@ -61,7 +63,7 @@ class Capture:
         context = pipeline.make_context(sites[0].device, self._settings) if sites else None
         for site, place in zip(sites, places(sites), strict=True):
             assert context is not None
-            if (reason := _obstacle(site, context)) or not isinstance(site.scale, int | float):
+            if (reason := _obstacle(site, self._methods, context)) or not isinstance(site.scale, int | float):
                 self.refused[place] = reason or "its scores are scaled by a tensor"
                 continue
             captured = self.sites[place] = Captured(place, site.layer, site.sizes, float(site.scale))
@@ -76,13 +78,13 @@ class Capture:
         self._receive(self._calls[index], query, key, value)
 
 
-def _obstacle(site: AttentionSite, context: Context) -> str:
+def _obstacle(site: AttentionSite, methods: Sequence[Pass], context: Context) -> str:
     """Why a site cannot be calibrated; empty where it can."""
     if site.near_miss:
         return site.near_miss
-    answer = XAttention.model_validate({}).propose(site, context)
-    if isinstance(answer, Refusal):
-        return answer.reason
+    for method in methods:
+        if isinstance(answer := method.propose(site, context), Refusal):
+            return answer.reason
     mask = site.mask
     if not mask.causal or mask.window is not None or mask.padding is not None or mask.documents is not None:
         return f"its mask is {site.mask_text}, not plain causal"

@@ -169,8 +169,8 @@ class Chooser:
             lists = slope * layer.density
             mine = torch.tensor([setting.family in (None, number) for setting in settings])
             lists = lists.masked_fill(~mine[:, None] | untried, torch.inf)
-            if family.method.estimate and "group" in family.method.estimate:
-                lists[1 : 1 + len(self.grid.windows)] = torch.inf  # one estimate for heads that see different keys
+            if not family.takes_windows:
+                lists[1 : 1 + len(self.grid.windows)] = torch.inf
             own = torch.tensor([setting.family == number for setting in settings])
             yield number, shared + costs.estimate(family, float(layer.density[own].mean())), lists
 

@@ -1,4 +1,4 @@
-"""`sparsify calibrate attention`: a method and a setting for every head, by the user's own text and a budget."""
+"""`sparsify calibrate attention` and `patterns`: a method and a setting for every head, by the user's own text and a budget."""
 
 from __future__ import annotations
 
@@ -12,11 +12,25 @@ from sparsify.commands import arguments, loading
 from sparsify.commands.exit_codes import DONE
 from sparsify.errors import ConfigError, UnsupportedError
 
+BESIDE = ("xattention", "sink_window")  # of patterns
+
 
 def add(methods: Any) -> None:
-    """Declares the command. methods: argparse's subparsers of `sparsify calibrate`."""
-    parents = [arguments.common_options()]
-    attention = methods.add_parser("attention", parents=parents, help="a method and a setting for every head, within a budget")
+    """Declares `attention` and `patterns`. methods: argparse's subparsers of `sparsify calibrate`."""
+    _add(methods, "attention", "a method and a setting for every head, within a budget")
+    patterns = _add(methods, "patterns", "minference: columns and diagonals for every head, within a budget")
+    patterns.add_argument(
+        "--beside",
+        metavar="METHOD",
+        action="append",
+        choices=BESIDE,
+        default=[],
+        help=f"what a layer may be served by instead: {' or '.join(BESIDE)}; may be given again",
+    )
+
+
+def _add(methods: Any, name: str, what: str) -> argparse.ArgumentParser:
+    attention = methods.add_parser(name, parents=[arguments.common_options()], help=what)
     attention.add_argument("model", metavar="MODEL", help="a folder or hub name for AutoModelForCausalLM")
     attention.add_argument("--text", dest="prompt", metavar="FILE", required=True, help="text like the prompts to come")
     attention.add_argument("--between", metavar="TEXT", help="stands between prompts in the file: every piece is then the end of one")
@@ -51,7 +65,8 @@ def add(methods: Any) -> None:
     attention.add_argument("--json", action="store_true", help="print the plan as JSON instead of a summary")
     attention.add_argument("--device", help="where the model runs; default: cuda where there is one")
     attention.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the model's own")
-    attention.set_defaults(run=run, attention="sdpa", length=None, chunk=1)
+    attention.set_defaults(run=run, calibrated=name, attention="sdpa", length=None, chunk=1)
+    return attention
 
 
 def run(given: argparse.Namespace) -> int:
@@ -75,7 +90,7 @@ def run(given: argparse.Namespace) -> int:
         if not path.parent.is_dir():
             raise UnsupportedError("there is no such folder", where=str(path.parent))
     settings, options = loading.load_config(given)
-    grid = tried.grid(options)
+    grid = tried.pattern_grid(options, given.beside) if given.calibrated == "patterns" else tried.grid(options)
     target = target_device(given.target)
     context = forecast_device.context(target, settings.model_copy(update={"kernels": "auto"}))
     model, ids, ends = loading.load_model_and_prompts(given, given.between)

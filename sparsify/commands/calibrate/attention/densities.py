@@ -11,9 +11,6 @@ from torch import Tensor
 from sparsify.commands.calibrate.attention.measure import Record, possible_blocks, window_blocks
 from sparsify.commands.calibrate.attention.settings import Grid
 
-# where one length alone was measured: what published densities fall by (`sparsify.costs.seconds.expected_density`)
-ONE_LENGTH_POWER = 2 / 3
-
 
 @dataclass(frozen=True)
 class Densities:
@@ -32,12 +29,13 @@ class Densities:
     def fit(cls, grid: Grid, records: Mapping[int, Record]) -> Densities:
         """Least squares on logarithms, through the longest length's own density. Powers lie between 0 and 1: a row visits neither fewer
         blocks when it is longer, nor a larger share of them."""
-        block = grid.families[0].method.block if grid.families else 128
+        block = grid.block
         longest = max(records)
         anchor = records[longest].density
         steps = [(length, record.density) for length, record in records.items() if length != longest]
         if not steps:
-            return cls(grid, block, longest, anchor, torch.full_like(anchor, ONE_LENGTH_POWER))
+            falls = [0.0 if setting.family is None else grid.families[setting.family].falls for setting in grid.settings]
+            return cls(grid, block, longest, anchor, torch.tensor(falls, dtype=torch.float64)[:, None].expand_as(anchor))
         x = torch.tensor([longest / length for length, _ in steps], dtype=torch.float64).log()
         y = torch.stack([(density / anchor.clamp(min=1e-12)).clamp(min=1e-12).log() for _, density in steps])
         power = (x[:, None, None] * y).sum(0) / x.square().sum()

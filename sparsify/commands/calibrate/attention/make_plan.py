@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+from collections import Counter
 from typing import Any
 
 import torch
@@ -32,18 +33,13 @@ def method_of(chosen: Chosen, grid: Grid) -> tuple[str, dict[str, Any]]:
     if chosen.family is None:
         same = len(set(windows)) == 1
         return "sink_window", {"sinks": grid.sinks, "window": windows[0] if same else windows, "decode": False}
-    method = grid.families[chosen.family].method
-    taus = [1.0 if setting.family is None else setting.value for setting in chosen.settings]
-    options: dict[str, Any] = method.model_dump(mode="json", exclude={"threshold", "density", "windows", "sinks", "expected"})
-    options["threshold"] = taus  # as a list even where heads agree: layers of one region may differ in it
-    if any(windows):
-        options |= {"windows": windows, "sinks": grid.sinks}
-    options["expected"] = [round(chosen.density_8k, 5), round(chosen.power, 4)]
-    return "xattention", options
+    family = grid.families[chosen.family]
+    values = [None if setting.family is None else setting.value for setting in chosen.settings]
+    return family.method.name, family.options(values, windows, grid.sinks, (chosen.density_8k, chosen.power))
 
 
 def kinds(choice: Choice, grid: Grid) -> int:
-    """How many regions a compiled model needs for the layers: those that differ in thresholds alone share one."""
+    """How many regions a compiled model needs for the layers: those that differ in their heads' numbers alone share one."""
     found = set()
     for one in choice.layers:
         method, options = method_of(one, grid)
@@ -62,13 +58,13 @@ def choose_shared(chooser: Chooser, budget: Budget) -> tuple[Choice, str]:
     count = kinds(choice, chooser.grid)
     if count <= regional.MOST_KINDS:
         return choice, ""
+    whole = f"{count} kinds of layers, of which {regional.MOST_KINDS} can share regions: the model is captured whole"
+    if not chooser.grid.windows:
+        return choice, whole
     try:
         shared = chooser.choose(budget, windows=False)
     except UnsupportedError as error:
-        return (
-            choice,
-            f"{count} kinds of layers, of which {regional.MOST_KINDS} can share regions: the model is captured whole; {error.what}",
-        )
+        return choice, f"{whole}; {error.what}"
     more = f"{shared.seconds * 1e3:.3g} ms instead of {choice.seconds * 1e3:.3g}"
     if budget.kind != "keep_error":
         more = f"error {shared.error(chooser.longest):.4f} instead of {choice.error(chooser.longest):.4f}"
@@ -124,8 +120,8 @@ def describe(chosen: Chosen, grid: Grid) -> str:
     """What a layer does, in words."""
     dense = sum(setting == DENSE for setting in chosen.settings)
     windows = sum(setting.family is None for setting in chosen.settings) - dense
-    blocks = len(chosen.settings) - dense - windows
-    parts = [f"{count} {name}" for count, name in ((dense, "dense"), (windows, "sinks + window"), (blocks, "by blocks")) if count]
+    words = Counter(grid.families[s.family].word(s.value) for s in chosen.settings if s.family is not None)
+    parts = [f"{count} {name}" for name, count in (("dense", dense), ("sinks + window", windows), *sorted(words.items())) if count]
     name = "" if chosen.family is None else f", {grid.families[chosen.family].name}"
     return f"heads {', '.join(parts)}{name}"
 

@@ -17,7 +17,6 @@ from sparsify.commands.calibrate.attention.settings import Grid
 from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.limits import cdiv
-from sparsify.ops.selection import SelectCall
 
 # Upper edges of the classes that rows are counted in by the mass that they lose; the first class loses at most 0.01 %.
 EDGES = tuple(10 ** (-4 + i / 10) for i in range(41))
@@ -94,7 +93,7 @@ def measure(query: Tensor, key: Tensor, value: Tensor, scale: float, grid: Grid,
         last: so many rows at the end weigh as much in norm and error as all others together; 0: every row weighs the same.
     """
     heads, length = query.shape[1:3]
-    block = grid.families[0].method.block if grid.families else 128
+    block = grid.block
     record = Record.empty(len(grid.settings), heads)
     fixed: dict[str, Any] = {"scale": scale, "causal": True}
     exact, lse = AttentionCall(query, key, value, **fixed).run()
@@ -110,11 +109,9 @@ def measure(query: Tensor, key: Tensor, value: Tensor, scale: float, grid: Grid,
             found = AttentionCall(query, key, value, **fixed, windows=(window,), sinks=grid.sinks).run()
             record.visited[index] = window_blocks(length, window, block)
         else:
-            selection = grid.method(setting).selection()
-            counts, indices = SelectCall(query, key, **fixed, **selection).run()
-            size = selection["block_size"]
-            found = AttentionCall(query, key, value, **fixed, block_counts=counts, block_indices=indices, block_size=size).run()
-            share = block_lists.density(counts, length, length, 0, size)[0][0]
+            counts, indices = grid.families[setting.family].call(query, key, scale, setting.value).run()
+            found = AttentionCall(query, key, value, **fixed, block_counts=counts, block_indices=indices, block_size=block).run()
+            share = block_lists.density(counts, length, length, 0, block)[0][0]
             record.visited[index] = share.cpu() * record.possible
             del counts, indices
         record.error[index] = _squares(found[0], exact, last)

@@ -95,7 +95,7 @@ def uniform(chooser: Chooser) -> list[dict[str, Any]]:
             continue
         served = [chooser.serve(layer, setting.family, [index] * layer.density.shape[1]) for layer in chooser.layers]
         error = (sum(one.error[chooser.longest] ** 2 for one in served) / len(served)) ** 0.5
-        name = "window" if setting.family is None else chooser.grid.families[setting.family].name
+        name = "window" if setting.family is None else chooser.grid.families[setting.family].series(setting.value)
         found.append({"setting": name, "value": setting.value, "seconds": sum(one.seconds for one in served), "error": error})
     return found
 

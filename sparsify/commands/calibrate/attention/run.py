@@ -191,7 +191,7 @@ def run(
         progress(state["done"], len(todo), f"{state['what']}, {site.place.name}")
         here[site.place] = measure(query, key, value, site.scale, asked.grid, asked.last)
 
-    capture = Capture(model, settings, receive)
+    capture = Capture(model, settings, receive, [family.method for family in asked.grid.families])
     with capture.running() as forward, backends.serving(settings.kernels):
         for state["done"], (length, at) in enumerate(todo):
             state["what"] = f"{length} tokens"

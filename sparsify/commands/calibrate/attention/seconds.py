@@ -37,9 +37,8 @@ class LayerSeconds:
         return min(self._of(work.attention(self.sizes, kernel)) for kernel in dict.fromkeys(("sdpa", self.kernel)))
 
     def estimate(self, family: Family, density: float) -> float:
-        """Scores, choice and lists of all heads; of two stages the second costs what the first lists, which grows with the density."""
-        expecting = family.method.model_copy(update={"density": density})
-        return sum(self._of(one) for one in expecting.works(self.sizes, self.kernel)[:-1])
+        """What making the lists of all heads takes, where attention visits this share of the blocks."""
+        return sum(self._of(one) for one in family.works(self.sizes, self.kernel, density))
 
     def lists(self) -> tuple[float, float]:
         """Attention along block lists: what it takes at no density, and what a density of 1 of one head adds."""

@@ -1,15 +1,25 @@
-"""What calibration tries on every head, as data: sinks and windows of several widths, and block selection with several estimates and
-thresholds. A head may always stay dense."""
+"""What calibration tries on every head, as data: sinks and windows of several widths, block selection with several estimates and
+thresholds, columns and diagonals of several numbers. A head may always stay dense."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from torch import Tensor
+
+from sparsify.costs.sizes import AttentionSizes
+from sparsify.costs.work import Work
+from sparsify.errors import ConfigError
 from sparsify.ops.estimate import Pool
+from sparsify.ops.patterns import SelectPatternCall
+from sparsify.ops.selection import SelectCall
+from sparsify.passes.minference import MOST, MInference
 from sparsify.passes.xattention import XAttention
 from sparsify.planning.config import config
 
@@ -22,29 +32,170 @@ THRESHOLDS: dict[str, tuple[float, ...]] = {
 }
 WINDOWS = (256, 1024, 4096)
 SINKS = 4
+# tokens; no columns: the A-shape
+COLUMNS = (0, 128, 256, 512, 1024, 2048, 4096)
+DIAGONALS = (0, 256, 512, 1024, 2048, 4096)
 # estimates beside each stride with each pool: options of xattention
 OTHERS: tuple[dict[str, Any], ...] = ()
 
+Value = float | tuple[int, int]  # a threshold, or tokens of a window; columns and diagonals, tokens
+
 
 @dataclass(frozen=True)
-class Family:
-    """Block selection with one estimate. method: without a threshold of its own. thresholds: that are tried with it."""
+class Family(ABC):
+    """One way to make block lists for a layer, in which each head has a value of its own.
 
-    method: XAttention
+    method: with what all heads share.
+    """
+
+    method: Any
+
+    @property
+    @abstractmethod
+    def values(self) -> tuple[Value, ...]:
+        """That are tried."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def takes_windows(self) -> bool:
+        """Whether a head beside others may have sinks and a window instead."""
+
+    @property
+    @abstractmethod
+    def falls(self) -> float:
+        """By which power of the length densities are taken to fall where one length alone was measured."""
+
+    @abstractmethod
+    def call(self, query: Tensor, key: Tensor, scale: float, value: Any) -> SelectCall | SelectPatternCall:
+        """What lists the blocks of causal attention whose heads all have this value."""
+
+    @abstractmethod
+    def word(self, value: Any) -> str:
+        """What a head with this value does."""
+
+    def series(self, value: Any) -> str:
+        """Settings of one name are points of one curve."""
+        return self.name
+
+    @abstractmethod
+    def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
+        """What making the lists takes where attention visits this share of the blocks."""
+
+    @abstractmethod
+    def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
+        """The method's options, those that are not defaults.
+
+        Args:
+            values: of each head; None: it stays dense, or has a window.
+            windows: tokens, 0 without one. sinks: tokens.
+            expected: the layer's density at 8192 tokens, and the power of the length by which it falls.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Everything that is tried."""
+
+
+@dataclass(frozen=True)
+class Estimated(Family):
+    """xattention with one estimate. thresholds: that are tried with it."""
+
     thresholds: tuple[float, ...]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return self.thresholds
 
     @property
     def name(self) -> str:
         finer = f", then {self.method.refine_stride}" if self.method.refine_stride else ""
         return f"stride {self.method.stride} {self.method.pool}{finer}"
 
+    @property
+    def takes_windows(self) -> bool:
+        return "group" not in self.method.estimate  # one estimate for heads that see different keys
+
+    @property
+    def falls(self) -> float:
+        return 2 / 3  # as published densities do (`sparsify.costs.seconds.expected_density`)
+
+    def call(self, query: Tensor, key: Tensor, scale: float, value: float) -> SelectCall:
+        method = self.method.model_copy(update={"threshold": value})
+        return SelectCall(query, key, scale=scale, causal=True, **method.selection())
+
+    def word(self, value: float) -> str:
+        return "by blocks"
+
+    def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
+        """Scores, choice and lists of all heads; of two stages the second costs what the first lists, which grows with the density."""
+        return self.method.model_copy(update={"density": density}).works(sizes, kernel)[:-1]
+
+    def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
+        options: dict[str, Any] = self.method.model_dump(mode="json", exclude={"threshold", "density", "windows", "sinks", "expected"})
+        # as a list even where heads agree: layers of one region may differ in it
+        options["threshold"] = [1.0 if value is None else value for value in values]
+        if any(windows):
+            options |= {"windows": list(windows), "sinks": sinks}
+        return {**options, "expected": [round(expected[0], 5), round(expected[1], 4)]}
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.method.options(), "threshold": list(self.thresholds)}
+
+
+@dataclass(frozen=True)
+class Patterned(Family):
+    """minference. patterns: columns and diagonals that are tried, tokens."""
+
+    patterns: tuple[tuple[int, int], ...]
+
+    @property
+    def values(self) -> tuple[tuple[int, int], ...]:
+        return self.patterns
+
+    @property
+    def name(self) -> str:
+        return f"columns and diagonals of the last {self.method.queries} queries"
+
+    @property
+    def takes_windows(self) -> bool:
+        return False
+
+    @property
+    def falls(self) -> float:
+        return 1.0  # a row visits as much however long it is
+
+    def call(self, query: Tensor, key: Tensor, scale: float, value: tuple[int, int]) -> SelectPatternCall:
+        method = self.method.model_copy(update=dict(zip(("columns", "diagonals"), value, strict=True)))
+        return SelectPatternCall(query, key, scale=scale, **method.selection())
+
+    def word(self, value: tuple[int, int]) -> str:
+        return "vertical-slash" if value[0] else "A-shape"
+
+    def series(self, value: tuple[int, int]) -> str:
+        return f"{value[0]} tokens in columns"
+
+    def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
+        return self.method.works(sizes, kernel)[:-1]
+
+    def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
+        options: dict[str, Any] = self.method.model_dump(mode="json", exclude={"columns", "diagonals"})
+        columns, diagonals = zip(*((MOST, 0) if value is None else value for value in values), strict=True)
+        return {**options, "columns": list(columns), "diagonals": list(diagonals)}
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.method.options(), "patterns": [list(pattern) for pattern in self.patterns]}
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What one head does. family: index in the grid's families; None: sinks and a window. value: threshold, or tokens of the window."""
+    """What one head does. family: index in the grid's families; None: sinks and a window. value: of the family, or tokens of the window."""
 
     family: int | None
-    value: float
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -59,16 +210,15 @@ class Grid:
     def settings(self) -> tuple[Setting, ...]:
         """In the order of all measurements."""
         windows = [Setting(None, window) for window in self.windows]
-        return (*windows, *(Setting(i, tau) for i, family in enumerate(self.families) for tau in family.thresholds))
+        return (*windows, *(Setting(i, value) for i, family in enumerate(self.families) for value in family.values))
 
-    def method(self, setting: Setting) -> XAttention:
-        """For a setting of a family."""
-        assert setting.family is not None
-        return self.families[setting.family].method.model_copy(update={"threshold": setting.value})
+    @property
+    def block(self) -> int:
+        """Tokens of a block, of all families."""
+        return self.families[0].method.block if self.families else 128
 
     def describe(self) -> dict[str, Any]:
-        families = [{**family.method.options(), "threshold": list(family.thresholds)} for family in self.families]
-        return {"families": families, "windows": list(self.windows), "sinks": self.sinks}
+        return {"families": [family.describe() for family in self.families], "windows": list(self.windows), "sinks": self.sinks}
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
@@ -81,6 +231,32 @@ def grid(options: Mapping[str, Any]) -> Grid:
     Raises:
         ConfigError: impossible options.
     """
+    return Grid(_estimated(options), *_windows(options))
+
+
+def pattern_grid(options: Mapping[str, Any], beside: Iterable[str] = ()) -> Grid:
+    """The grid of minference: what `options` say of it is fixed, and of columns and diagonals each in a list is tried with each.
+
+    Args:
+        beside: "xattention", "sink_window": that a layer may have instead, each tried as in `grid`.
+
+    Raises:
+        ConfigError: impossible options, or blocks of different sizes.
+    """
+    given = dict(options.get("minference", {}))
+    config.validate(MInference, given, "options", "minference")
+    columns, diagonals = (_each(given.pop(name, every)) for name, every in (("columns", COLUMNS), ("diagonals", DIAGONALS)))
+    method = config.validate(MInference, given, "options", "minference")
+    families: tuple[Family, ...] = (Patterned(method, tuple(itertools.product(columns, diagonals))),)
+    if "xattention" in beside:
+        families += _estimated(options)
+    found = Grid(families, *(_windows(options) if "sink_window" in beside else ((), SINKS)))
+    if len({family.method.block for family in families}) > 1:
+        raise ConfigError("blocks of xattention and of minference differ in size", where="options")
+    return found
+
+
+def _estimated(options: Mapping[str, Any]) -> tuple[Family, ...]:
     given = dict(options.get("xattention", {}))
     config.validate(XAttention, given, "options", "xattention")
     tau, pools = given.pop("threshold", None), (given["pool"],) if "pool" in given else tuple(p for p in get_args(Pool) if p != "sum")
@@ -92,10 +268,17 @@ def grid(options: Mapping[str, Any]) -> Grid:
     families = []
     for one in tried:
         method = config.validate(XAttention, one, "options", "xattention")
-        thresholds = THRESHOLDS[method.pool] if tau is None else (tau,) if isinstance(tau, float | int) else tuple(tau)
+        thresholds = THRESHOLDS[method.pool] if tau is None else _each(tau)
         if method.refine_stride:
             thresholds = tuple(one for one in thresholds if one <= method.coarse_threshold)
-        families.append(Family(method, thresholds))
+        families.append(Estimated(method, thresholds))
+    return tuple(families)
+
+
+def _windows(options: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
     asked = options.get("sink_window", {})
-    window = asked.get("window", WINDOWS)
-    return Grid(tuple(families), tuple(window) if isinstance(window, list | tuple) else (window,), asked.get("sinks", SINKS))
+    return _each(asked.get("window", WINDOWS)), asked.get("sinks", SINKS)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
