@@ -58,7 +58,8 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "reference": select_reference.select_blocks,
     },
     "select_pattern": {"triton": patterns_triton.select_pattern, "reference": patterns.select_pattern},
-    # not an op: lists of columns and distances that several processes chose
+    # not ops: what several processes choose together, and its lists
+    "choose_pattern": {"triton": patterns_triton.chosen, "reference": patterns.chosen},
     "list_pattern": {"triton": patterns_triton.listed, "reference": patterns.listed},
     "cache_attention": {"triton": append.cache_attention, "reference": cache_reference.cache_attention},
     "cache_bounds": {"triton": pages.cache_bounds, "reference": pages_reference.cache_bounds},

@@ -18,7 +18,7 @@ from sparsify.distributed.sequence import Division
 from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.patterns import SelectPatternCall
 
-_listing = dispatch.serve("list_pattern")
+_choosing, _listing = dispatch.serve("choose_pattern"), dispatch.serve("list_pattern")
 _QUERIES, _SUMS = "queries that choose", "what they look at"
 
 
@@ -53,7 +53,7 @@ class Patterned:
         flags = self.whole.key_flags
         key, flags = self.whole.key[:, :, :end], None if flags is None else flags[:, :end]
         chosen = dataclasses.replace(self.whole, query=self.call.query[:, :, rows], key=key, key_flags=flags)
-        return chosen, *_listing(chosen, *patterns.chosen(chosen, self._sums, patterns.first_block(self.whole)))
+        return chosen, *_listing(chosen, *_choosing(chosen, self._sums, patterns.first_block(self.whole)))
 
     def drop(self) -> None:
         """No more lists are asked for."""

@@ -55,6 +55,13 @@ class MInference(PromptPass):
     diagonals: int | tuple[int, ...] = Field(
         4096, description="keys, in tokens, at distances that every query sees: diagonals of blocks; a list gives one number per query head"
     )
+    mass: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of what the last queries look at: a head visits as few columns as hold it, and as few diagonals, up to the "
+        "numbers given; none: as many as are given",
+    )
     queries: int = Field(64, ge=1, le=1024, description="last queries whose attention chooses columns and diagonals")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
 
@@ -133,6 +140,8 @@ class MInference(PromptPass):
         heads = self._by_head()
         most = "all" if any(MOST in both for both in heads) else f"up to {self.most}"
         note = f"{most} key blocks of {self.block} by columns and diagonals of the last {self.queries} queries"
+        if self.mass is not None:
+            note += f", as few as hold {self.mass:.0%} of what these look at"
         if len(heads) > 1:
             note += f"; columns + diagonals: {_shown(heads)}"
         note += self.last_rows_note
@@ -165,7 +174,8 @@ class MInference(PromptPass):
     def selection(self) -> dict[str, Any]:
         """The fields of `SelectPatternCall` that the options decide."""
         columns, diagonals = self._blocks(self.columns), self._blocks(self.diagonals)
-        return {"columns": columns, "diagonals": diagonals, "queries": self.queries, "block_size": self.block}
+        numbers = {"columns": columns, "diagonals": diagonals, "mass": self.mass or 0.0}
+        return {**numbers, "queries": self.queries, "block_size": self.block}
 
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +192,7 @@ class MInference(PromptPass):
         return {"columns": self._blocks(columns), "diagonals": self._blocks(diagonals)}
 
     def keep_all(self) -> MInference:
-        return self.model_copy(update={"columns": MOST, "diagonals": 0})
+        return self.model_copy(update={"columns": MOST, "diagonals": 0, "mass": None})
 
 
 def _shown(patterns: Sequence[tuple[int, int]], most: int = 6) -> str:

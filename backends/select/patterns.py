@@ -19,6 +19,7 @@ SCORE_BYTES = 256 << 20
 _TABLE_BYTES = 20  # of a block in a table of lists that are being made
 
 
+Choosing = Callable[[SelectPatternCall, Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 Listing = Callable[[SelectPatternCall, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -57,13 +58,16 @@ def own_block(call: SelectPatternCall) -> Tensor:
     return torch.div(last, call.block_size, rounding_mode="floor").clamp(max=call.key_blocks - 1)
 
 
-def select_pattern(call: SelectPatternCall, *, limit: int = SCORE_BYTES, listing: Listing = listed) -> tuple[Tensor, Tensor]:
+def select_pattern(
+    call: SelectPatternCall, *, limit: int = SCORE_BYTES, choosing: Choosing | None = None, listing: Listing = listed
+) -> tuple[Tensor, Tensor]:
     """The op, of a call that was checked.
 
     Args:
         limit: bytes of scores at a time, for tests.
-        listing: makes lists of what was chosen.
+        choosing: as `chosen`, which serves where there is none. listing: makes lists of what was chosen.
     """
+    choosing = choosing or chosen
     counts, indices = call.empty_lists()
     if 0 in counts.shape or call.key_len == 0:
         return counts.zero_(), indices.zero_()
@@ -77,7 +81,7 @@ def select_pattern(call: SelectPatternCall, *, limit: int = SCORE_BYTES, listing
         heads = slice(begin * group, min(kv_heads, begin + step) * group)
         mass = block_mass(call, rows, known, slice(begin, begin + step), heads)
         at = torch.arange(call.key_blocks, device=mass.device)
-        found.append(chosen(call, summed(mass, own_blocks(call, rows), at, call.key_blocks), first, heads))
+        found.append(choosing(call, summed(mass, own_blocks(call, rows), at, call.key_blocks), first, heads))
     columns, distances = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return listing(call, columns, distances)
 
@@ -173,23 +177,32 @@ def chosen(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = 
         sums: of `summed`, over all blocks of the text and of these heads.
         first: of `first_block`, of the whole text.
     """
-    by_column, by_distance = sums.unbind(0)
     at = torch.arange(sums.shape[-1], device=sums.device)
-    always = (at == first[:, :, None]).expand_as(by_column), (at < 2).expand_as(by_distance)
-    numbers = (call.columns, call.head_columns), (call.diagonals, call.head_diagonals)
+    always = (at == first[:, :, None]), (at < 2)
+    counts = head_counts(call, sums.device)[:, heads]
     found = []
-    for score, forced, (constant, by_head) in zip((by_column, by_distance), always, numbers, strict=True):
-        counts = on_device(constant, sums.device).expand(call.heads) if by_head is None else by_head
-        most = max(constant) if by_head is None else call.most
-        found.append(forced | _best(score.masked_fill(forced, -1.0), counts[heads], most))
+    for score, forced, most in zip(sums, always, counts, strict=True):
+        forced = forced.expand_as(score)
+        found.append(forced | _best(score, forced, most, call.mass))
     return found[0], found[1]
 
 
-def _best(score: Tensor, counts: Tensor, most: int) -> Tensor:
-    """Which are the highest scores, bool of their shape [batch, heads, blocks]: of each head so many, none below 0.
+def head_counts(call: SelectPatternCall, device: torch.device) -> Tensor:
+    """Columns and diagonals that each head may have, integers [2, heads]."""
+    if call.head_columns is not None and call.head_diagonals is not None:
+        return torch.stack((call.head_columns, call.head_diagonals))
+    return torch.stack([on_device(numbers, device).expand(call.heads) for numbers in (call.columns, call.diagonals)])
 
-    counts: [heads]. most: none is higher.
+
+def _best(score: Tensor, forced: Tensor, most: Tensor, mass: float) -> Tensor:
+    """Which are the highest scores beside forced ones, bool of their shape [batch, heads, blocks]; of equal ones the earlier.
+
+    most: [heads]. mass: where positive, as few as hold this share together with the forced ones.
     """
-    found = score.topk(min(most, score.shape[-1]), dim=-1)
-    kept = (torch.arange(found.values.shape[-1], device=score.device) < counts[:, None]) & (found.values >= 0)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, found.indices, kept)
+    found = score.masked_fill(forced, -1.0).sort(dim=-1, descending=True, stable=True)
+    kept = (torch.arange(score.shape[-1], device=score.device) < most[:, None]) & (found.values >= 0)
+    if mass:
+        values = found.values.clamp(min=0).double()
+        before = values.cumsum(-1) - values + score.masked_fill(~forced, 0).sum(-1, keepdim=True)
+        kept &= before < mass * score.sum(-1, keepdim=True, dtype=torch.float64)
+    return torch.zeros_like(kept).scatter_(-1, found.indices, kept)

@@ -1,6 +1,7 @@
-"""Block lists of columns and distances that were chosen, by a Triton kernel: one pass over a query block's keys counts places.
+"""Columns and distances by Triton kernels: which a head visits, and the block lists of that.
 
-No table of query blocks and key blocks exists, so that memory is that of the lists, whatever a head visits.
+What is chosen is found by halving the range of scores, as integers in their order, without a sort. Of lists one pass over a query block's
+keys counts places: no table of query blocks and key blocks exists, so that memory is that of the lists, whatever a head visits.
 """
 
 from __future__ import annotations
@@ -13,12 +14,56 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.arguments import Argument, constexprs, integers, parameters, pointers, unspecialised
-from sparsify.backends.codegen.launch import launch, launching, power_of_two
+from sparsify.backends.codegen.arguments import Argument, constexprs, floats, integers, parameters, pointers, unspecialised
+from sparsify.backends.codegen.launch import launch, launching, need, power_of_two
 from sparsify.backends.codegen.template import header, render
 from sparsify.backends.select import patterns
 from sparsify.ops.patterns import SelectPatternCall
+from sparsify.ops.scratch import WIDEST_ROW
 
+CHOOSE = '''\
+@triton.jit(do_not_specialize=[${unspecialised}])
+def choose_pattern(
+    ${parameters},
+):
+    """The columns (program_id(1) 0) or the distances (1) of one head. sums: fp32 [2, batch * heads, blocks], none negative. kept: u8."""
+    row = tl.program_id(0)
+    kind = tl.program_id(1)
+    head = row % heads
+    start = (kind * tl.num_programs(0) + row).to(tl.int64) * blocks
+    at = tl.arange(0, WIDTH)
+    here = at < blocks
+    score = tl.load(sums + start + at, mask=here, other=0.0)
+    earliest = tl.load(first + row // heads).to(tl.int32)
+    forced = here & tl.where(kind == 0, at == earliest, at < 2)
+    free = here & (forced == 0)
+    most = tl.load(counts + kind * heads + head).to(tl.int32)
+    base = tl.sum(tl.where(forced, score, 0.0))
+%if mass
+    wanted = mass * tl.sum(score)
+%else
+    wanted = float("inf")
+%end
+    # scores are in the order of their bits; the range that holds the last one chosen is halved
+    bits = score.to(tl.int32, bitcast=True)
+    low = tl.zeros([], tl.int32)
+    high = tl.full([], 0x7F800000, tl.int32)
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        over = free & (bits >= middle)
+        enough = (base + tl.sum(tl.where(over, score, 0.0)) >= wanted) | (tl.sum(over.to(tl.int32)) >= most)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    above = free & (bits > low)
+    equal = free & (bits == low)
+    before = tl.cumsum(equal.to(tl.int32), 0) - 1
+    held = base + tl.sum(tl.where(above, score, 0.0))
+    taken = tl.sum(above.to(tl.int32)) + before
+    tie = equal & (taken < most) & (held + before.to(tl.float32) * low.to(tl.float32, bitcast=True) < wanted)
+    # where nothing at all is asked for, no score is the last one
+    some = (most > 0) & (base < wanted)
+    tl.store(kept + start + at, (forced | ((above | tie) & some)).to(tl.uint8), mask=here)
+'''
 LIST = '''\
 @triton.jit(do_not_specialize=[${unspecialised}])
 def list_pattern(
@@ -41,7 +86,7 @@ def list_pattern(
         count += tl.sum(kept)
     tl.store(counts + row, tl.minimum(count, width))
 '''
-ARGUMENTS: tuple[Argument, ...] = (
+LISTING: tuple[Argument, ...] = (
     *pointers("u8", "columns", "distances"),
     *pointers("i64", "own"),
     *pointers("i32", "counts"),
@@ -49,19 +94,56 @@ ARGUMENTS: tuple[Argument, ...] = (
     *integers("text_blocks", "width", specialised=False),
     *constexprs("TILE"),
 )
+CHOOSING: tuple[Argument, ...] = (
+    *pointers("fp32", "sums"),
+    *pointers("i64", "first"),
+    *pointers("i32", "counts"),
+    *pointers("u8", "kept"),
+    *integers("heads", "blocks", specialised=False),
+    *floats("mass"),
+    *constexprs("WIDTH"),
+)
 _WHERE = "sparsify::select_pattern"
 _WIDEST_TILE, _WARPS = 1024, 4
+_NUMBERS = 1024  # scores of a warp, 32 numbers a thread
 
 
-def list_source() -> str:
-    """Module text with `list_pattern` (grid: query blocks, batch * query_heads)."""
-    values = {"parameters": parameters(ARGUMENTS), "unspecialised": unspecialised(ARGUMENTS)}
-    return "\n\n".join([header("Block lists of columns and distances", {}), render(LIST, values)])
+def pattern_source(mass: bool) -> str:
+    """Module text with `choose_pattern` (grid: batch * query_heads, 2) and `list_pattern` (grid: query blocks, batch * query_heads).
+
+    mass: whether a share of the scores is enough.
+    """
+    texts = [(CHOOSE, CHOOSING), (LIST, LISTING)]
+    kernels = [render(text, {"parameters": parameters(a), "unspecialised": unspecialised(a), "mass": mass}) for text, a in texts]
+    return "\n\n".join([header("Columns and distances of key blocks", {}), *kernels])
 
 
 @functools.cache
-def _module() -> ModuleType:
-    return source.load(list_source(), "list_pattern")
+def _module(mass: bool) -> ModuleType:
+    return source.load(pattern_source(mass), "pattern")
+
+
+def chosen(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """`backends.select.patterns.chosen` by a kernel.
+
+    Raises:
+        UnsupportedError: more blocks than a program holds.
+        KernelError: it could not be compiled or launched.
+    """
+    blocks = sums.shape[-1]
+    need(blocks <= WIDEST_ROW, f"{blocks} key blocks", _WHERE)
+    kept = torch.empty_like(sums, dtype=torch.uint8)
+    counts = patterns.head_counts(call, sums.device)[:, heads].int().contiguous()
+    width = power_of_two(blocks)
+    given: dict[str, Any] = {
+        "sums": sums.contiguous(), "first": first.contiguous(), "counts": counts, "kept": kept, "heads": sums.shape[2], "blocks": blocks,
+        "mass": call.mass, "WIDTH": width,
+    }  # fmt: skip
+    grid = (sums.shape[1] * sums.shape[2], 2)
+    with launching(sums.device, lambda: f"{_WHERE} (of {blocks} key blocks)"):
+        launch(_module(call.mass > 0).choose_pattern, grid, CHOOSING, given, num_warps=max(1, min(8, width // _NUMBERS)))
+    columns, distances = kept.view(torch.bool)
+    return columns, distances
 
 
 def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +161,8 @@ def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor) -> tuple
     }  # fmt: skip
     grid = (call.query_blocks, columns.shape[0] * columns.shape[1])
     with launching(call.query.device, lambda: f"{_WHERE} ({call.query_blocks} query blocks, lists of {call.width})"):
-        launch(_module().list_pattern, grid, ARGUMENTS, given, num_warps=_WARPS)
+        launch(_module(call.mass > 0).list_pattern, grid, LISTING, given, num_warps=_WARPS)
     return counts, indices
 
 
-select_pattern = functools.partial(patterns.select_pattern, listing=listed)
+select_pattern = functools.partial(patterns.select_pattern, choosing=chosen, listing=listed)

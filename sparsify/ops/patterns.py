@@ -41,6 +41,8 @@ class SelectPatternCall(ListingCall):
     diagonals: distances in blocks, beside 0 and 1: the same.
     head_columns, head_diagonals: both per query head as tensors, where one graph serves layers that differ in them; then `most` is the
         highest sum of the two that a head may have, which lists have room for.
+    mass: share of what the choosing rows look at; where positive, a head visits as few columns as hold so much of it, and as few distances,
+        each no more than `columns` and `diagonals` say. What is visited in any case counts. FlexPrefill (arXiv 2502.20766).
     queries: last query rows whose attention chooses; where key_flags hide keys, the last ones that are visible.
     block_size: query rows and keys of a block.
     """
@@ -59,6 +61,7 @@ class SelectPatternCall(ListingCall):
     columns: tuple[int, ...] = ()
     diagonals: tuple[int, ...] = ()
     most: int = 0
+    mass: float = 0.0
     queries: int = 64
     block_size: int = 128
 
@@ -90,6 +93,7 @@ class SelectPatternCall(ListingCall):
                 fits = len(numbers) in (1, self.heads) and all(number >= 0 for number in numbers)
                 self.need(fits, f"{name} {numbers[:4]} for {self.heads} query heads", "one, or one per query head, 0 or more")
         self.need(self.most >= 0, f"room for {self.most} blocks", "0 or more")
+        self.need(0 <= self.mass <= 1, f"a mass of {self.mass}", "0 (numbers alone decide) to 1")
         self.need(self.queries > 0, f"{self.queries} queries", "1 or more")
         self.check_length()
         self.need(self.block_size in (32, 64, 128), f"block size {self.block_size}", "64 or 128")

@@ -21,8 +21,8 @@ from tests.support.ir import changed_region, check_golden, rewritten_graph
 from tests.support.patterns import BLOCK, chosen_blocks, masked
 
 
-def options(columns: int | list[int] = 64, diagonals: int | list[int] = 64, queries: int = 8, **more) -> dict:
-    chosen = {"columns": columns, "diagonals": diagonals, "queries": queries, "block": BLOCK}
+def options(columns: int | list[int] = 64, diagonals: int | list[int] = 64, queries: int = 8, mass: float | None = None, **more) -> dict:
+    chosen = {"columns": columns, "diagonals": diagonals, "queries": queries, "block": BLOCK, "mass": mass}
     return {"passes": ["minference"], "strict": True, "min_length": 0, "lower": "eager", "minference": chosen, **more}
 
 
@@ -35,16 +35,23 @@ def run(function, inputs, given):
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 200), st.integers(0, 3), st.integers(0, 3), st.integers(1, 9), st.integers(0, 99))
-def test_lists_are_those_of_the_definition(query_len, before, columns, diagonals, queries, seed):
+@given(
+    st.integers(1, 300),
+    st.integers(0, 200),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(1, 9),
+    st.integers(0, 99),
+    st.sampled_from([None, 0.3, 0.6, 0.9]),
+)
+def test_lists_are_those_of_the_definition(query_len, before, columns, diagonals, queries, seed, mass):
     """Of chunks at any place too, for heads that share keys, in parts or at once."""
     query, key, _ = attention.operands(query_len=query_len, key_len=query_len + before, seed=seed)
     heads = query.shape[1]
     numbers = [columns + (h % 2) for h in range(heads)], [diagonals] * heads
-    want = chosen_blocks(query, key, *numbers, queries)
-    call = SelectPatternCall(
-        query, key, scale=query.shape[-1] ** -0.5, columns=tuple(numbers[0]), diagonals=(diagonals,), queries=queries, block_size=BLOCK
-    )
+    want = chosen_blocks(query, key, *numbers, queries, mass=mass)
+    chosen = {"columns": tuple(numbers[0]), "diagonals": (diagonals,), "mass": mass or 0.0}
+    call = SelectPatternCall(query, key, scale=query.shape[-1] ** -0.5, **chosen, queries=queries, block_size=BLOCK)
     call.check()
     for limit in (1, 1 << 30):
         counts, indices = select_pattern(call, limit=limit)
@@ -104,6 +111,24 @@ def test_numbers_as_operands_are_those_of_constants(columns, diagonals):
                 found, lse = pattern_attention(call, limit=limit)
             torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-5)
             assert lse.isfinite().all() and densities == pytest.approx([block_lists.call_density(call, want[0])])
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_as_few_as_hold_a_share_of_what_the_last_queries_look_at(left):
+    """Fewer where heads are sharp, and no more than the numbers given; of padded rows too."""
+    query, key, value = attention.operands(query_len=600)
+    visible = torch.ones(2, 600, dtype=torch.long)
+    visible[0, slice(0, 150) if left else slice(450, None)] = 0
+    heads, densities = query.shape[1], []
+    for sharper, mass, most in ((1, 0.9, 640), (4, 0.9, 640), (4, 0.5, 640), (4, 0.9, 64)):
+        inputs = sharper * query, key, value, visible
+        with record_density() as found:
+            got = run(attention.padded, inputs, options(columns=most, diagonals=most, mass=mass))
+        keep = chosen_blocks(sharper * query, key, [most // BLOCK] * heads, [most // BLOCK] * heads, 8, visible, mass)
+        rows = visible[:, None, :, None].bool().expand_as(got)
+        torch.testing.assert_close(got[rows], masked(sharper * query, key, value, keep, visible)[rows], atol=1e-5, rtol=1e-5)
+        densities += found
+    assert 1 >= densities[0] > densities[1] > densities[2] and densities[1] > densities[3]
 
 
 def test_operands_come_together():
@@ -183,7 +208,7 @@ def test_what_it_refuses():
         assert any(word in plan.decisions[0].refusals[0] for word in reason.split("|")), plan.decisions[0].refusals
 
 
-@pytest.mark.parametrize("bad", [{"columns": -1}, {"diagonals": ()}, {"queries": 0}, {"block": 32}])
+@pytest.mark.parametrize("bad", [{"columns": -1}, {"diagonals": ()}, {"queries": 0}, {"block": 32}, {"mass": 0}, {"mass": 1.1}])
 def test_impossible_values(bad):
     with pytest.raises(ValueError):
         MInference(**bad)

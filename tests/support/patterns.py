@@ -7,11 +7,17 @@ import torch
 BLOCK = 64
 
 
-def best(scores: list[float], count: int) -> set[int]:
-    return set(sorted((i for i, s in enumerate(scores) if s >= 0), key=lambda i: -scores[i])[:count])
+def best(scores: list[float], always: set[int], count: int, mass: float | None) -> set[int]:
+    """Those that are visited in any case, and of the others the highest: so many, or as few as hold so much of all."""
+    chosen, held = set(always), sum(scores[i] for i in always)
+    for i in sorted(set(range(len(scores))) - always, key=lambda i: -scores[i])[:count]:
+        if mass is None or held < mass * sum(scores):
+            chosen.add(i)
+            held += scores[i]
+    return chosen
 
 
-def chosen_blocks(query, key, columns, diagonals, queries, visible=None) -> torch.Tensor:
+def chosen_blocks(query, key, columns, diagonals, queries, visible=None, mass=None) -> torch.Tensor:
     """The definition, one block after the other, in float64: bool [batch, heads, query_blocks, key_blocks]."""
     batch, heads, query_len, dim = query.shape
     group, key_len = heads // key.shape[1], key.shape[2]
@@ -29,10 +35,8 @@ def chosen_blocks(query, key, columns, diagonals, queries, visible=None) -> torc
                 for k, weight in zip(sees, weights, strict=True):
                     by_column[k // BLOCK] += weight
                     by_distance[(row + start) // BLOCK - k // BLOCK] += weight
-            by_column[first], by_distance[0] = -1, -1
-            if blocks > 1:
-                by_distance[1] = -1
-            visited, steps = best(by_column, columns[h]) | {first}, best(by_distance, diagonals[h]) | {0, 1}
+            visited = best(by_column, {first}, columns[h], mass)
+            steps = best(by_distance, {*range(min(2, blocks))}, diagonals[h], mass)
             for i in range(keep.shape[2]):
                 own = (min(query_len, (i + 1) * BLOCK) - 1 + start) // BLOCK
                 for j in [*(c for c in visited if c <= own), *(own - d for d in steps if d <= own)]:

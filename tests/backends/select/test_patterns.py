@@ -1,4 +1,4 @@
-"""Block lists of columns and distances by the Triton kernel: its text, equal to the reference in the interpreter, compiled for Hopper."""
+"""Columns, distances and their block lists by Triton kernels: the text, equal to the reference when interpreted, compiled for Hopper."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from sparsify.backends.codegen import source
 from sparsify.backends.select import patterns, patterns_triton
+from sparsify.errors import UnsupportedError
 from sparsify.ops import block_lists
 from sparsify.ops.patterns import SelectPatternCall
 from tests.support.goldens import check_kernel_text
@@ -23,7 +24,7 @@ def call(query_len: int, key_len: int, **numbers) -> SelectPatternCall:
 
 
 def test_kernel_text():
-    check_kernel_text("list_pattern", patterns_triton.list_source())
+    check_kernel_text("pattern", patterns_triton.pattern_source(True))
 
 
 @pytest.mark.interpreter
@@ -33,6 +34,8 @@ def test_kernel_text():
         (300, 300, {"columns": (1, 0, 2, 0), "diagonals": (0, 2, 1, 0)}),
         (130, 700, {"columns": (1,), "diagonals": (2,)}),
         (257, 600, {"columns": (1 << 15, 0, 1, 0), "diagonals": (0,), "query_start": torch.tensor(100)}),
+        (300, 300, {"columns": (5, 1, 0, 2), "diagonals": (5, 0, 5, 1), "mass": 0.7}),
+        (130, 700, {"columns": (1 << 15,), "diagonals": (9,), "mass": 0.9}),
         (64 * 40, 64 * 40, {"columns": (3,), "diagonals": (2,), "key_flags": (torch.arange(64 * 40) > 150).to(torch.uint8)[None]}),
     ],
 )
@@ -47,15 +50,43 @@ def test_lists_are_those_of_the_reference(query_len, key_len, numbers, monkeypat
     assert torch.equal(found[1][listed], want[1][listed])
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mass", [0.0, 0.5, 0.95, 1.0])
+def test_choices_are_those_of_the_reference(mass):
+    """Equal scores, of which the earlier go first; heads that take none, some and all; a text of one block."""
+    torch.manual_seed(0)
+    numbers = {"columns": (0, 3, 1 << 15, 7), "diagonals": (2, 0, 5, 1 << 15)}
+    for blocks in (1, 2, 13, 40) if mass == 0.5 else (13,):
+        one = call(64, 64 * blocks, **numbers, mass=mass)
+        sums = torch.randn(2, 2, 4, blocks).exp()
+        sums[:, 1] = sums[:, 1].round()
+        first = torch.tensor([[0], [min(1, blocks - 1)]])
+        for want, found in zip(patterns.chosen(one, sums, first), patterns_triton.chosen(one, sums, first), strict=True):
+            assert torch.equal(want, found)
+            assert blocks < 5 or not torch.equal(found[:, 0], found[:, 2])
+
+
+def test_texts_of_more_blocks_than_a_program_holds_are_left_to_the_reference():
+    one = call(64, 64, columns=(1,), diagonals=(1,))
+    with pytest.raises(UnsupportedError, match="8193 key blocks"):
+        patterns_triton.chosen(one, torch.zeros(2, 2, 4, 8193), torch.zeros(2, 1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.samples(1)
-def test_it_compiles_without_spills(arch):
+def test_they_compile_without_spills(arch):
     pytest.importorskip("triton")
     from tests.support.offline import compile_kernel
 
-    kernel = source.load(patterns_triton.list_source(), "list_pattern").list_pattern
-    used = compile_kernel(kernel, patterns_triton.ARGUMENTS, arch=arch, num_warps=4, num_stages=1, constexprs={"TILE": 1024})
+    def compiled(mass, kernel, arguments, warps, **constexprs):
+        module = source.load(patterns_triton.pattern_source(mass), "pattern")
+        return compile_kernel(getattr(module, kernel), arguments, arch=arch, num_warps=warps, num_stages=1, constexprs=constexprs)
+
+    used = compiled(True, "list_pattern", patterns_triton.LISTING, 4, TILE=1024)
     assert used.spilled == 0 and used.registers <= 64
+    for mass, width, warps in ((True, 1024, 1), (True, 8192, 8), (False, 8192, 8), (True, 1, 1)):
+        used = compiled(mass, "choose_pattern", patterns_triton.CHOOSING, warps, WIDTH=width)
+        assert used.spilled == 0 and used.registers <= 255
 
 
 def test_tables_of_the_reference_are_made_in_parts():
