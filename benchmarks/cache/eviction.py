@@ -41,7 +41,9 @@ def run_answers(options: argparse.Namespace, cell: dict[str, Any], model: LlamaF
     """One policy at one share of texts of one length."""
     setting: Setting = cell["setting"]
     seeds = range(needles.FIRST_SEED, needles.FIRST_SEED + -(-options.questions // ASKS))
-    started, good, kept = time.monotonic(), {asked: [] for asked in ASKED}, dict.fromkeys(ASKED, 0.0)
+    started = time.monotonic()
+    good: dict[str, list[bool]] = {asked: [] for asked in ASKED}
+    kept: dict[str, float] = dict.fromkeys(ASKED, 0.0)
     for seed in seeds:
         item = needles.prompt(cell["length"], text, seed, asks=ASKS)
         found = ask(model, item, setting, cell["share"])

@@ -27,9 +27,11 @@ def make(model, heads):
     return SparseCache(model.config, "locret", BUDGET, every=EVERY, heads=str(heads), recent=RECENT)
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)], ids=str)
+@pytest.mark.parametrize("dtype, close, alike", [(torch.float32, 1e-4, 0.98), (torch.bfloat16, 0.1, 0.9)], ids=str)
 @pytest.mark.parametrize("cuts", [[1500], [700, 1, 1, 1, 797]], ids=str)
-def test_what_stays_has_the_best_scores_of_projections_before_rotation(heads, dtype, close, cuts):
+def test_what_stays_has_the_best_scores_of_projections_before_rotation(heads, dtype, close, alike, cuts):
+    """In 16 bits queries and keys are rounded once more when they are rotated."""
+    torch.manual_seed(0)
     model = build("llama", layers=2).to("cuda", dtype)
     ids, weights, cache, seen = torch.randint(3, VOCAB, (1, 1500), device="cuda"), load_file(heads), make(model, heads), {}
     through(model, cache, ids, cuts, seen=seen)
@@ -38,17 +40,15 @@ def test_what_stays_has_the_best_scores_of_projections_before_rotation(heads, dt
         states = torch.cat([torch.cat(seen[number, name], 1) for name in ("q_proj", "k_proj", "v_proj")], -1)[0].float()
         w1, w2 = (weights[f"layers.{number}.{name}"].cuda() for name in ("w1", "w2"))
         scores = F.silu(states @ w1.T) @ w2.T
-        apart = close * float(scores.std())
         assert layer.counts.tolist() == [[BUDGET] * 2]
         for head in range(2):
             at = layer.positions[0, head, :BUDGET].long()
             assert at[-RECENT:].tolist() == list(range(1500 - RECENT, 1500))
-            torch.testing.assert_close(layer.carried[0, head, :BUDGET], scores[at, head], rtol=0, atol=4 * apart)
-            if len(cuts) > 1:  # each selection chooses of what the one before has left
-                continue
-            gone = torch.ones(1500, dtype=torch.bool, device="cuda")
-            gone[at] = False
-            assert float(scores[at[:-RECENT], head].min()) > float(scores[gone, head].max()) - 4 * apart
+            off = (layer.carried[0, head, :BUDGET] - scores[at, head]).square().mean().sqrt()
+            assert float(off) < close * float(scores[:, head].std())
+            if len(cuts) == 1:  # otherwise each selection chooses of what the one before has left
+                best = scores[:-RECENT, head].topk(BUDGET - RECENT).indices
+                assert int(torch.isin(best, at).sum()) >= alike * len(best)
 
 
 @torch.no_grad()

@@ -213,12 +213,12 @@ def _write(handle: int, part: _Part, stage: _Stage | None) -> None:
     if stage is not None:
         data = stage.held[: len(part.data)]
         _copied(data, part.data, stage.stream)
-    _put(handle, memoryview(data.numpy()), part.begin)
+    _put(handle, data.numpy().data, part.begin)
 
 
 def _read(handle: int, part: _Part, stage: _Stage | None) -> None:
     data = part.data if stage is None else stage.held[: len(part.data)]
-    _get(handle, memoryview(data.numpy()), part.begin)
+    _get(handle, data.numpy().data, part.begin)
     if stage is not None:
         _copied(part.data, data, stage.stream)
 
