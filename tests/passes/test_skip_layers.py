@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -242,6 +243,36 @@ def test_layers_that_are_not_called_one_by_one(plain):
         handle.remove()
     assert torch.equal(found, plain.generate(**text(1, PROMPT), **HOW))
     assert not any(layer.left_out for layer in cache.layers)
+
+
+def test_what_one_call_shows_says_nothing_of_another_threads(plain):
+    """What speaks against bypassing layers is of the very prompt, whatever runs in the same model meanwhile."""
+    skips = bypass.Bypass(plain, layers.find_layers(plain), load({}, method_models=discover()), SkipLayers(**SKIP))
+    hidden, known = torch.zeros(1, PROMPT, plain.config.hidden_size), {"position_ids": torch.zeros(1, PROMPT)}
+    strange = {**known, "distances": torch.zeros(1, PROMPT)}
+    cache = SparseCache(plain.config, "full")
+
+    def elsewhere(given, result):
+        def run():
+            skips.look(hidden, given)
+            skips.look_at_result(hidden, result)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    for given, result, serves in ((known, hidden, True), (strange, hidden, False), (known, (hidden, hidden), False)):
+        with bypass.watching() as seen:
+            skips.look(hidden, given)
+            skips.look_at_result(hidden, result)
+        elsewhere(strange if serves else known, (hidden, hidden) if serves else hidden)
+        assert (skips.schedule(cache, seen) is not None) == serves
+    # a recorded step shows nothing: tokens are given the same every time
+    skips.look(hidden[:, :1], known)
+    with bypass.watching() as seen:
+        pass
+    elsewhere(strange, (hidden, hidden))
+    assert skips.schedule(cache, seen) is not None
 
 
 def test_a_prompt_that_is_divided_is_refused(plain):

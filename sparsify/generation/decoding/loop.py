@@ -27,7 +27,7 @@ from sparsify.generation.decoding.runner import Direct, Separate, drawing
 from sparsify.generation.decoding.sessions import MakeRunner, Sessions
 from sparsify.generation.decoding.step_caches import StepCache, step_cache
 from sparsify.generation.decoding.stopping import LateWatch, Watch
-from sparsify.generation.regions.bypass import Bypass, Schedule, bypassed
+from sparsify.generation.regions.bypass import Bypass, Schedule, bypassed, watching
 
 log = logging.getLogger(__name__)
 
@@ -72,17 +72,18 @@ def decode(
         bypasses = bypass is not None and bypass.serves(call.cache, call.drafts)
         cache.reserve(_room(call))
         one_token = _lacks_one_token(call, cache)
-        logits = None if one_token else _read_prompt(model, call, cache)
+        with watching() as seen:
+            logits = None if one_token else _read_prompt(model, call, cache)
         late = late and not call.drafts and (private or not call.criteria.by_content) and call.criteria.others is None
         if bypass is not None:
             alone = make_runner
             make_runner = lambda function, failed: Separate(lambda: alone(function, failed), bypassed)
         kind = _Drafting if call.drafts else _Generation
         generation = kind(model, call, cache, sessions or Sessions(), make_runner, LateWatch if late else Watch)
-        with model._optimize_model_for_decode() if one_token else contextlib.nullcontext():
+        with model._optimize_model_for_decode() if one_token else contextlib.nullcontext(), watching() as step:
             generation.begin(logits)
         if bypass is not None and bypasses:  # the prompt's last token is none that was generated here
-            generation.schedule = bypass.schedule(call.cache)
+            generation.schedule = bypass.schedule(call.cache, step if one_token else seen)
         generation.run(reading)
     finally:
         reading.done()

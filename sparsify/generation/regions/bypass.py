@@ -38,6 +38,22 @@ log = logging.getLogger(__name__)
 _NONE = range(0)
 _bypassed: contextvars.ContextVar[range] = contextvars.ContextVar("sparsify_bypassed", default=_NONE)
 
+
+@dataclasses.dataclass
+class Seen:
+    """What the layers of one call showed.
+
+    of_call: what speaks against bypassing them in what they are given; empty where nothing does, None before they were looked at.
+    of_result: the same in what a layer gives back.
+    """
+
+    of_call: str | None = None
+    of_result: str = ""
+
+
+# of the generation whose prompt is being read here
+_watched: contextvars.ContextVar[Seen | None] = contextvars.ContextVar("sparsify_bypass_watched", default=None)
+
 # what a layer is given that says where its tokens stand; other tensors might tell more
 _KNOWN = ("hidden_states", "attention_mask", "position_ids", "cache_position", "position_embeddings")
 
@@ -50,6 +66,17 @@ def bypassing(layers: range) -> Generator[None]:
         yield
     finally:
         _bypassed.reset(token)
+
+
+@contextlib.contextmanager
+def watching() -> Generator[Seen]:
+    """Gives what layers show within the block, where a generation's prompt is read."""
+    seen = Seen()
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
 
 
 def bypassed() -> range:
@@ -87,24 +114,28 @@ class Bypass:
         self.matrices = tuple(tuple((p.shape[1], p.shape[0]) for p in layer.module.parameters() if p.dim() == 2) for layer in layers)
         self._end = method.bypassed(method.warmup + method.length, self.count)  # of the schedule
         self._structure = "prompts are divided among processes" if divided else narrowing.counting_places(self.text, self._end)
-        self.unseen = True  # until a call's layers were looked at
-        self._of_call = ""  # what speaks against it in the arguments of the last prompt's layers
-        self._of_result = ""  # the same in what a layer gives back
+        self._of_token = Seen()  # of steps, which give layers the same every time; a recorded one shows nothing
         self._told: set[str] = set()
 
     def look(self, hidden: Tensor, given: Mapping[str, Any]) -> None:
-        """Called before the first layer of a prompt runs, and of the first call whatever it is, with its arguments.
+        """Called before the first layer of a call runs, with its arguments: looks at prompts, at the first token, and at the first call
+        of a generation.
 
         Raises:
             UnsupportedError: tokens behind it cannot bypass layers, under `strict`.
         """
-        self.unseen = False
+        watched, alone = _watched.get(), hidden.shape[1] == 1
+        seen = [one for one in (watched, self._of_token if alone else None) if one is not None]
+        if alone and all(one.of_call is not None for one in seen):
+            return
         strange = [name for name, value in given.items() if name not in _KNOWN and prompts.holds_tensors(value)]
         what = f"its layers are given {', '.join(strange)}, of which it is not known what belongs to which token"
-        self._of_call = what if strange else ""
+        of_call = what if strange else ""
+        for one in seen:
+            one.of_call = of_call
         site = self._site(hidden)
         answer = self.method.propose(site, dataclasses.replace(pipeline.make_context(hidden.device, self.config), formulas=False))
-        reason = self._structure or self._of_call
+        reason = self._structure or of_call
         if not reason and not isinstance(answer, Proposal):
             reason = answer.reason
         if reason:
@@ -118,10 +149,12 @@ class Bypass:
         decision.dense_seconds = site.layer_seconds(device, range(self.count))
         self._tell(decision, device.describe())
 
-    def look_at_result(self, result: Any) -> None:
-        """Called with what the first layer gave: a bypassed layer hands the residual stream on and nothing else."""
+    def look_at_result(self, hidden: Tensor, result: Any) -> None:
+        """Called with what the first layer was given and gave: a bypassed layer hands the residual stream on and nothing else."""
         more = type(result) is tuple and any(one is not None for one in result[1:])
-        self._of_result = "its layers hand on more than the residual stream" if more else ""
+        for one in (_watched.get(), self._of_token if hidden.shape[1] == 1 else None):
+            if one is not None:
+                one.of_result = "its layers hand on more than the residual stream" if more else ""
 
     def serves(self, cache: Any, drafts: bool) -> bool:
         """Whether tokens of a generation over a cache may bypass layers, as far as that shows before its prompt is read.
@@ -139,15 +172,20 @@ class Bypass:
             self._refuse(reason)
         return not reason
 
-    def schedule(self, cache: SparseCache) -> Schedule | None:
+    def schedule(self, cache: SparseCache, seen: Seen) -> Schedule | None:
         """Of a generation that `serves` lets pass and whose prompt was read. None where its tokens run every layer.
+
+        Args:
+            seen: while the prompt was read.
 
         Raises:
             UnsupportedError: they cannot bypass any, under `strict`.
         """
-        if self._structure or self._of_call:
+        if seen.of_call is None:  # a recorded step read it
+            seen = self._of_token
+        if self._structure or seen.of_call:
             return None  # `look` told why
-        if reason := self._whole() or self._of_result:
+        if reason := self._whole() or seen.of_result:
             self._refuse(reason)
             return None
         return Schedule(self.method, self.count, cache)

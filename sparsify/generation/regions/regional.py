@@ -408,7 +408,7 @@ class _Call:
         if layer.tower:
             return result
         if layer.number == 0 and self.model.bypass is not None:
-            self.model.bypass.look_at_result(result)
+            self.model.bypass.look_at_result(args[0] if args else kwargs["hidden_states"], result)
         self._before = result if self.narrowed is None else self.narrowed.leave(layer, result)
         return self._before
 
@@ -419,7 +419,7 @@ class _Call:
         if type(hidden) is not Tensor or hidden.dim() != 3:
             return
         given = {name: value for name, value in given.items() if value is not hidden}
-        if self.model.bypass is not None and (hidden.shape[1] > 1 or self.model.bypass.unseen):
+        if self.model.bypass is not None:
             self.model.bypass.look(hidden, given)
         if self.model.narrowing is not None:
             self.narrowed = self.model.narrowing.begin(hidden, given, self.shows_rows, self.find_images)
