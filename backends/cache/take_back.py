@@ -1,5 +1,5 @@
-"""Takes the last tokens out of all layers of a cache from which nothing is evicted, without waiting for the device: slot n holds token n,
-in all heads and layers alike, so that positions of a few slots and three counts are all that changes. By one launch for all layers, and
+"""Takes the last tokens out of all layers of a cache from which nothing is evicted, without waiting for the device: slot n holds a layer's
+token n, in all heads alike, so that positions of a few slots and three counts are all that changes. By one launch for all layers, and
 in plain PyTorch.
 """
 
@@ -98,15 +98,14 @@ def reference(tokens: Tensor, layers: Sequence[Counters], most: int, places: Pla
 
     Args:
         tokens: how many, int64 [].
-        layers: counters of all layers, each of as many rows and tokens.
+        layers: counters of all layers, each of as many rows.
         most: that they are at most.
         places: of no use here.
     """
-    seen = layers[0].seen
-    step = torch.arange(most, device=seen.device, dtype=seen.dtype)
-    slot = (seen[:, None] - 1 - step).clamp(min=0)
-    left = torch.where(step < tokens, -1, slot)[:, None]
-    for layer in layers:
+    step = torch.arange(most, device=layers[0].seen.device, dtype=layers[0].seen.dtype)
+    for layer in layers:  # some may have been given fewer tokens of the text than others
+        slot = (layer.seen[:, None] - 1 - step).clamp(min=0)
+        left = torch.where(step < tokens, -1, slot)[:, None]
         shape = (-1, layer.positions.shape[1], -1)
         layer.positions.scatter_(2, slot[:, None].expand(shape).long(), left.expand(shape).to(layer.positions.dtype))
         for count in (layer.counts, layer.seen, layer.length):

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import sparsify
-from sparsify import SparseCache, api, pipeline
+from sparsify import Pages, SparseCache, api, pipeline
 from sparsify.costs import seconds
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.errors import CacheError, UnsupportedError
@@ -127,6 +127,19 @@ def test_a_prompt_tokens_and_a_second_turn(kind):
     sites = [d for plan in found.plans for d in plan.decisions if d.kind == "attention" and not d.site.endswith(".cache")]
     # every prompt site; SparseCache's later calls are no sites of attention that `dense` serves
     assert all(d.method == "dense" for d in sites if d.phase == "prefill") and len(sites) >= LAYERS
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_drafts_are_taken_back_from_layers_that_hold_less():
+    model, ids = made(), text(2, 90)["input_ids"]
+    narrowed(model)
+    how = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    want = model.generate(ids, **how, **holding(SparseCache(model.config, "full")))
+    cache = SparseCache(model.config, "full", draft=Pages(size=8, count=1), draft_tokens=3)
+    assert torch.equal(model.generate(ids, **how, **holding(cache)), want)
+    assert 0 < cache.drafts_kept < cache.drafted, "some of them were rejected"
+    assert [layer.left_out for layer in cache.layers] == [0, 0, 50, 50]
 
 
 @pytest.mark.parametrize("kind, side", every(4, [(kind, side) for kind in CACHES for side in ("left", "right")]))

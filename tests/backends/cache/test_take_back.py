@@ -14,12 +14,12 @@ from sparsify.errors import UnsupportedError
 from sparsify.ops.taking_back import Counters, Places
 
 
-def held(heads=(2, 3, 2), capacities=(40, 40, 64), tokens=(30, 17)):
-    """Layers of several sizes whose row b holds tokens[b] tokens, of a text with padding."""
+def held(heads=(2, 3, 2), capacities=(40, 40, 64), tokens=(30, 17), left_out=(0, 0, 1)):
+    """Layers of several sizes whose row b holds tokens[b] tokens, of a text with padding, but those that a layer was not given."""
     layers = []
-    for kv_heads, capacity in zip(heads, capacities, strict=True):
+    for kv_heads, capacity, gone in zip(heads, capacities, left_out, strict=True):
         at = torch.arange(capacity, dtype=torch.int32).repeat(len(tokens), kv_heads, 1)
-        seen = torch.tensor(tokens, dtype=torch.int32)
+        seen = torch.tensor(tokens, dtype=torch.int32) - gone
         positions = torch.where(at < seen[:, None, None], at, -1)
         layers.append(Counters(positions, seen[:, None].repeat(1, kv_heads), seen, torch.tensor(33)))
     return layers
