@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -127,6 +128,26 @@ def test_a_prompt_tokens_and_a_second_turn(kind):
     sites = [d for plan in found.plans for d in plan.decisions if d.kind == "attention" and not d.site.endswith(".cache")]
     # every prompt site; SparseCache's later calls are no sites of attention that `dense` serves
     assert all(d.method == "dense" for d in sites if d.phase == "prefill") and len(sites) >= LAYERS
+
+
+@pytest.mark.parametrize("how", ["compiled", "uncompiled"])
+@torch.no_grad()
+def test_a_call_with_one_mask_for_all_layers_is_refused(how):
+    """Layers of an ordinary cache hold different numbers of keys; a single token needs no mask."""
+    plain, ids = made(), text(1, 80)["input_ids"]
+    model, whole = narrowed(copy.deepcopy(plain)), {"compiled": {"output_attentions": True}}.get(how, {})
+    cache = DynamicCache(config=model.config)
+    model(ids, **holding(cache))
+    asked = model if how == "compiled" else plain
+    with pytest.raises(CacheError, match="one mask for all of them"):
+        asked(ids[:, :5], **holding(cache), **whole)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [80, 80, 40, 40]
+    if how != "compiled":
+        want = model(ids[:, :1], **holding(copy.deepcopy(cache))).logits
+        torch.testing.assert_close(asked(ids[:, :1], **holding(cache)).logits, want, **CLOSE)
+    cache = DynamicCache(config=model.config)
+    asked(ids[:, :20], **holding(cache))
+    asked(ids[:, :5], **holding(cache), **whole)
 
 
 @pytest.mark.slow

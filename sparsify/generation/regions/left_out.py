@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsify.errors import CacheError
 from sparsify.generation.caches.layer import SparseLayer
-from sparsify.generation.regions.masks import PostponedMask, Recipe
+from sparsify.generation.regions.masks import PostponedMask, Recipe, postponing
 
 
 class NarrowedLayer(DynamicLayer):
@@ -22,15 +22,23 @@ class NarrowedLayer(DynamicLayer):
     left_out: columns of the text that this one was not given.
     fixed: tokens of it before the last run that no layer has a gap in: what comes before cannot be cropped.
     is_first: whether the model asks this layer for the length of its text.
+    narrowed: whether any layer of the cache was given some tokens only.
     """
 
     left_out = 0
     fixed = 0
     is_first = False
+    narrowed = False
 
     def get_seq_length(self) -> int:
         held = super().get_seq_length()
         return held + self.left_out if held and self.is_first else held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Raises CacheError where one mask is made for several tokens in all layers, which hold different numbers of tokens."""
+        if not postponing.get():
+            check_whole(self, query_length)
+        return super().get_mask_sizes(query_length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises CacheError where the tokens cannot be taken back; changes nothing then."""
@@ -44,7 +52,18 @@ class NarrowedLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.left_out = self.fixed = 0
+        self.narrowed = False
         super().reset()
+
+
+def check_whole(layer: Any, query_len: int) -> None:
+    """Raises CacheError where a cache's layer cannot serve a call of the whole model, in which one mask is made for all layers."""
+    if query_len > 1 and isinstance(layer, NarrowedLayer) and layer.narrowed and DynamicLayer.get_seq_length(layer):
+        raise CacheError(
+            f"layers of this cache hold different tokens of the prompt, and a call of {query_len} tokens makes one mask for all of them",
+            where="DynamicCache",
+            hint="call the model that sparsify.compile compiled, without output_attentions and the like, or use a SparseCache",
+        )
 
 
 def left_out(layer: Any) -> int:
@@ -70,6 +89,7 @@ def narrow(cache: Any, first: int, tokens: int, kept: int, run: int) -> None:
             layer.__class__ = NarrowedLayer
         if isinstance(layer, NarrowedLayer):
             layer.left_out, layer.fixed, layer.is_first = tokens - given, given - run, number == 0
+            layer.narrowed = kept < tokens
         elif isinstance(layer, SparseLayer) and number >= first:
             layer.left_out, layer.fixed = tokens - given, given - run
 
@@ -79,6 +99,8 @@ def forget(cache: Any) -> None:
     for layer in cache.layers:
         if isinstance(layer, SparseLayer | NarrowedLayer):
             layer.left_out = layer.fixed = 0
+        if isinstance(layer, NarrowedLayer):
+            layer.narrowed = False
 
 
 def as_held(layer: Any) -> Any:

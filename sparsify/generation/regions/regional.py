@@ -143,8 +143,11 @@ class RegionalModel:
             raise UnsupportedError(f"a prompt is divided among processes, and layers share no code: {reason}", where="context parallelism")
         if reason not in self._wholes:
             self._wholes[reason] = WholeModel(self.whole, reason)
+        tokens = next((value.shape[1] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1), 1)
         for cache in (value for name, value in kwargs.items() if name in caches.CACHES):
-            caches.settle(cache, next((value.shape[1] for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), 1))
+            caches.settle(cache, tokens)
+            for held in getattr(cache, "layers", ())[:1]:
+                left_out.check_whole(held, tokens)
         result = self._wholes[reason](*args, **kwargs)
         if lasting:  # and not the caller's mistake, which would have been raised
             self.reason = reason
