@@ -8,6 +8,7 @@ the parts on the way are the coarse clusters of the hierarchy.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -55,13 +56,22 @@ def arranged(keys: Tensor, size: int, first: int = 0) -> Tensor:
     order = torch.arange(len(keys), device=keys.device)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(keys),), generator=generator).to(keys.device, torch.float64) * 2 - 1
-    spans = [(first, first + len(keys) // size)]
-    while any(end - begin > 1 for begin, end in spans):
-        halves = [half for span in spans for half in _halves(*span)]
-        cuts = torch.tensor([(begin - first) * size for begin, _ in halves] + [len(keys)], device=keys.device)
-        order = order[_cut(keys[order], signs, cuts, torch.tensor([len(_halves(*span)) for span in spans], device=keys.device))]
-        spans = halves
+    for cuts, parts in _levels(first, first + len(keys) // size):
+        at = [cut * size for cut in cuts]
+        order = order[_cut(keys[order], signs, torch.tensor(at, device=keys.device), torch.tensor(parts, device=keys.device))]
     return order
+
+
+@functools.lru_cache(maxsize=8)  # the heads of all layers hold as many tokens
+def _levels(begin: int, end: int) -> tuple[tuple[list[int], list[int]], ...]:
+    """How pages [begin, end) are halved again and again: of each time where the parts begin and the last one ends, counted from the first
+    page, and of each set how many parts it becomes."""
+    found, spans = [], [(begin, end)]
+    while any(last - first > 1 for first, last in spans):
+        parts = [_halves(*span) for span in spans]
+        spans = [half for halves in parts for half in halves]
+        found.append(([first - begin for first, _ in spans] + [end - begin], [len(halves) for halves in parts]))
+    return tuple(found)
 
 
 def _halves(begin: int, end: int) -> list[tuple[int, int]]:
