@@ -7,9 +7,10 @@ questions, each of which asks one:
     blind        the policy chooses, then the question is read
     second turn  behind the answer of `end` follows another question
 
-A policy chooses when `SparseCache.end_turn` says so, and its cache has room for the questions and answers beside the budget, so that no
-byte of an answer takes a kept one's place. Answers are teacher-forced in one call where a call of several tokens reads what its tokens one
-by one would read; where single tokens choose what they read (`read=`) in one call each.
+A policy chooses at the end of the call that brings more than its cache has room for beside the budget: that of the text, or that of the
+question. Afterwards there is room for what follows, so that no byte of an answer takes a kept one's place. Answers are teacher-forced in
+one call where a call of several tokens reads what its tokens one by one would read; where single tokens choose what they read (`read=`) in
+one call each.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ READ = ("pages", "clusters")  # keep everything
 _ROOM = 64
 # the scores of bytes: a fact's bytes hang together over some 15 of them, and the question's own queries score
 _BYTES = {"window": QUESTION, "kernel": 15}
+# asked at the end, these are told to choose: layers with budgets of their own are not full at once, and queries of the whole text count,
+# of which as many are kept as there is room beside the budget
+_TOLD = ("pyramidkv", "expected_attention")
 # DuoAttention's numbers (arXiv 2410.10819, section 3)
 _SINKS, _WINDOW = 16, 64
 
@@ -51,8 +55,13 @@ class Setting:
 
     @property
     def selects(self) -> bool:
-        """Whether its caches have room beside the budget, until they are told to select."""
+        """Whether its caches have room beside the budget, and choose when it is full."""
         return self.policy not in ("full", "streaming_llm", *READ)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its policy chooses only when it is told to, since it has to be told the logits of a call first."""
+        return self.policy == "sirllm"
 
     def cache(self, config: Any, length: int, budget: int, every: int, share: float) -> SparseCache:
         """An empty one.
@@ -123,34 +132,41 @@ def ask(model: LlamaForCausalLM, item: Prompt, setting: Setting, share: float, t
     answers = torch.stack([ids[0, start : start + size] for start, size in item.answers])
     questions = torch.stack([ids[0, at:start] for at, (start, _) in zip(item.questions, item.answers, strict=True)])
     together = setting.policy not in READ if together is None else together
-    cache = setting.cache(model.config, end, max(int(end * share), 1), end + _ROOM, share)
-    _call(model, cache, ids[:, :end])
-    if isinstance(cache.read, Clusters):
-        cache.prepare()
+    newline = answers.new_full((len(answers), 1), ord("\n"))
+    following = torch.cat((answers[:, -1:], newline, questions.roll(-1, 0)), 1), answers.roll(-1, 0)
+    budget = max(int(end * share), 1)
+    make = lambda every: setting.cache(model.config, end, budget, every, share)
     logits, kept = {}, {}
     if setting.policy not in READ:
-        blind = cache.fork()
-        if setting.selects:
+        # the call of the text brings more than there is room for, after which the policy has chosen
+        blind = make(end + _ROOM if setting.waits else _ROOM)
+        _call(model, blind, ids[:, :end])
+        if setting.waits:
             blind.end_turn()
         kept["blind"] = _kept(blind, end)
         blind.batch_repeat_interleave(len(questions))
         logits["blind"] = _answered(model, blind, questions, answers, together)
         del blind
+    # here that of the question, by one byte
+    told = setting.waits or setting.policy in _TOLD
+    cache = make(end + _ROOM if told else end + QUESTION - 1 - budget)
+    _call(model, cache, ids[:, :end])
+    if isinstance(cache.read, Clusters):
+        cache.prepare()
     cache.batch_repeat_interleave(len(questions))
-    if setting.selects:
-        first = _call(model, cache, questions)[:, -1:]
+    first = _call(model, cache, questions)[:, -1:]
+    if told:
         cache.end_turn()
-        kept["end"] = _kept(cache, end + QUESTION)
-        logits["end"] = torch.cat((first, _forced(model, cache, answers[:, :-1], together)), 1)
+    kept["end"] = kept["second turn"] = _kept(cache, end + QUESTION)
+    size = answers.shape[1]
+    if together:
+        rest = _call(model, cache, torch.cat((answers[:, :-1], *following), 1)[:, :-1])
     else:
-        kept["end"] = _kept(cache, end)
-        logits["end"] = _answered(model, cache, questions, answers, together)
+        rest = torch.cat((_one_by_one(model, cache, answers[:, :-1]), _answered(model, cache, *following, together)), 1)
+    logits["end"] = torch.cat((first, rest[:, : size - 1]), 1)
+    logits["second turn"] = rest[:, -size:]
     if setting.policy in READ:  # nothing goes, so that nobody has to know what will be asked
         logits["blind"], kept["blind"] = logits["end"], kept["end"]
-    newline = answers.new_full((len(answers), 1), ord("\n"))
-    others = torch.cat((answers[:, -1:], newline, questions.roll(-1, 0)), 1)
-    logits["second turn"] = _answered(model, cache, others, answers.roll(-1, 0), together)
-    kept["second turn"] = kept["end"]
     return Found(logits, kept)
 
 
@@ -175,12 +191,10 @@ def _answered(model: LlamaForCausalLM, cache: SparseCache, questions: Tensor, an
     if together:
         return _call(model, cache, torch.cat((questions, answers[:, :-1]), 1))[:, -answers.shape[1] :]
     first = _call(model, cache, questions)[:, -1:]
-    return torch.cat((first, _forced(model, cache, answers[:, :-1], together)), 1)
+    return torch.cat((first, _one_by_one(model, cache, answers[:, :-1])), 1)
 
 
-def _forced(model: LlamaForCausalLM, cache: SparseCache, ids: Tensor, together: bool) -> Tensor:
-    if together:
-        return _call(model, cache, ids)
+def _one_by_one(model: LlamaForCausalLM, cache: SparseCache, ids: Tensor) -> Tensor:
     return torch.cat([_call(model, cache, ids[:, at : at + 1]) for at in range(ids.shape[1])], 1)
 
 

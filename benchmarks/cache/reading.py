@@ -123,6 +123,8 @@ def measure(case: Case, options: argparse.Namespace) -> None:
     size = 2 * case.batch * heads * case.capacity * dim * dtype.itemsize
     count = max(2, min(8, _LAYER_BYTES // size)) if clock.cuda else 2
     for name, how, tokens in readings(options.shares, options.several, options.sizes):
+        if options.variants and name not in options.variants:
+            continue
         call_token = one if tokens == 1 else many
         try:
             made = taking_turns(count, case, shape, options.device, dtype, how)
@@ -158,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=Case.parse, nargs="+", default=usual, help="batch x length")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05], help="of the pages")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32], help="slots of a page")
+    parser.add_argument("--variants", nargs="+", help="names of what is timed, as records have them; without it all")
     parser.add_argument("--several", type=int, default=512, help="tokens at once; 1: no such calls")
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
