@@ -220,6 +220,7 @@ def memory(options: argparse.Namespace) -> int:
     config, failed, length = model.config, 0, options.memory_length
     ids = torch.randint(0, config.vocab_size, (1, length), device=options.device, generator=torch.Generator(options.device).manual_seed(0))
     facts: dict[str, Any] = {"shape": options.shape, "layers": config.num_hidden_layers, "length": length}
+    model(ids, use_cache=False, logits_to_keep=1)  # what libraries allocate at their first call is no cache's
     with tempfile.TemporaryDirectory() as folder:
         heads = random_heads(Path(folder) / "heads.safetensors", config)
         for name, how in memory_variants(length, options.budget, heads, config.num_key_value_heads).items():
