@@ -84,8 +84,9 @@ class MInference(PromptPass):
     @property
     def _operand_room(self) -> int:
         """Columns and diagonals that lists have room for where the numbers are operands: a power of two, so that layers whose heads need
-        about as much are of one kind."""
-        return 1 << (self.most - ALWAYS - 1).bit_length() if self.most > ALWAYS else 0
+        about as much are of one kind. Of all of the model's heads, as layers are: those of one process may need less in one layer alone."""
+        most = self.for_all_heads().most - ALWAYS
+        return 1 << (most - 1).bit_length() if most else 0
 
     def _by_head(self) -> list[tuple[int, int]]:
         """Columns and diagonals in tokens, of one head for all or of each."""

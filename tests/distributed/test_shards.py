@@ -7,6 +7,8 @@ import torch
 
 from sparsify.distributed import shards
 from sparsify.distributed.shards import Shard
+from sparsify.ops.patterns import ALWAYS
+from sparsify.passes.minference import MInference
 from sparsify.passes.sink_window import SinkWindow
 from sparsify.passes.xattention import XAttention
 
@@ -37,6 +39,20 @@ def test_a_method_for_some_heads_is_configured_for_all():
 def test_one_head_of_many_still_takes_its_threshold_as_an_operand():
     own = XAttention(threshold=(0.1, 0.2)).of_heads(Shard(1, 2, ""), 1)
     assert own.head_numbers() == {"threshold": (0.2,)}
+
+
+def test_columns_and_diagonals_of_heads_are_operands_with_room_for_all_layers_of_a_kind():
+    """Layers are of one kind by all heads: what this process's heads need in one of them says nothing of another."""
+    layers = MInference(columns=(1024, 0, 0, 128), diagonals=128), MInference(columns=(0, 0, 512, 1024), diagonals=(0, 128, 0, 128))
+    assert MInference.kind(layers[0].options()) == MInference.kind(layers[1].options())
+    for rank, local in ((0, 2), (1, 2), (3, 1)):
+        own = [layer.of_heads(Shard(rank, 4 // local, ""), local) for layer in layers]
+        assert len({one._operand_room for one in own}) == 1 and all(one.most <= one._operand_room + ALWAYS for one in own)
+        heads = slice(rank * local, (rank + 1) * local)
+        assert [one.head_numbers() for one in own] == [
+            {"columns": (8, 0, 0, 1)[heads], "diagonals": (1, 1, 1, 1)[heads]},
+            {"columns": (0, 0, 4, 8)[heads], "diagonals": (0, 1, 0, 1)[heads]},
+        ]
 
 
 def test_windows_of_heads():
