@@ -80,6 +80,8 @@ def pattern_attention(
     call: PatternAttentionCall, *, limit: int = scratch.LIST_BYTES, travels: Travelling | None = None, least: int = _LEAST_QUERY_BLOCKS
 ) -> tuple[Tensor, Tensor]:
     """`sparsify::pattern_attention` likewise. limit, travels, least: as of `sparse_attention`."""
+    if call.by_block:
+        raise UnsupportedError("blocks that queries choose of a divided text", where=f"sparsify::{call.NAME}", hint="columns and diagonals")
     division, flags = _text(call)
     return _attention(division, dataclasses.replace(call, sequence=""), flags, Patterned, limit, travels, least)
 

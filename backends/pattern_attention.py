@@ -20,7 +20,8 @@ def pattern_attention(call: PatternAttentionCall, *, limit: int = scratch.LIST_B
     Args:
         limit: bytes of block lists at a time, for tests.
     """
-    each = scratch.list_bytes(call.query_len, call.block_size * call.width, call.block_size)
+    width = call.key_blocks if call.by_block else call.width  # beside lists a table of what query blocks choose
+    each = scratch.list_bytes(call.query_len, call.block_size * width, call.block_size)
     return in_parts(call, _select_pattern, each, limit)
 
 

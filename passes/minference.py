@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import sympy
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pattern_attention import PatternAttentionCall
-from sparsify.ops.patterns import ALWAYS, SelectPatternCall, most_of_both
+from sparsify.ops.patterns import ALWAYS, SelectPatternCall, most_together
 from sparsify.planning.method import (
     AttentionSite,
     AttentionSizes,
@@ -46,7 +46,7 @@ class MInference(PromptPass):
     """columns, diagonals: tokens of keys, rounded up to blocks."""
 
     name: ClassVar[str] = "minference"
-    by_head: ClassVar[tuple[str, ...]] = ("columns", "diagonals")
+    by_head: ClassVar[tuple[str, ...]] = ("columns", "diagonals", "blocks")
     lists_blocks: ClassVar[bool] = True
 
     columns: int | tuple[int, ...] = Field(
@@ -55,17 +55,29 @@ class MInference(PromptPass):
     diagonals: int | tuple[int, ...] = Field(
         4096, description="keys, in tokens, at distances that every query sees: diagonals of blocks; a list gives one number per query head"
     )
+    blocks: int | tuple[int, ...] = Field(
+        0,
+        description="keys, in tokens, that each block of queries chooses by itself, by the means of its queries and of blocks of keys; "
+        "a list gives one number per query head",
+    )
     mass: float | None = Field(
         None,
         gt=0,
         le=1,
         description="share of what the last queries look at: a head visits as few columns as hold it, and as few diagonals, up to the "
-        "numbers given; none: as many as are given",
+        "numbers given, and blocks likewise; none: as many as are given",
+    )
+    divergence: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="a head visits either `blocks`, or `columns` and `diagonals`: the former in prompts in which means estimate to less "
+        "than this (square root of the Jensen-Shannon divergence) what the last queries look at; none: all that the numbers say",
     )
     queries: int = Field(64, ge=1, le=1024, description="last queries whose attention chooses columns and diagonals")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
 
-    @field_validator("columns", "diagonals")
+    @field_validator("columns", "diagonals", "blocks")
     @classmethod
     def _in_range(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
         values = value if isinstance(value, tuple) else (value,)
@@ -79,24 +91,35 @@ class MInference(PromptPass):
     @property
     def most(self) -> int:
         """Key blocks that a query block visits at most, of the head that visits most."""
-        return most_of_both(self._blocks(self.columns), self._blocks(self.diagonals)) + ALWAYS
+        return most_together(*(self._blocks(getattr(self, name)) for name in self.by_head)) + ALWAYS
+
+    @property
+    def by_block(self) -> bool:
+        """Whether query blocks of some head choose by themselves."""
+        return bool(self.blocks if isinstance(self.blocks, int) else any(self.blocks))
 
     @property
     def _operand_room(self) -> int:
-        """Columns and diagonals that lists have room for where the numbers are operands: a power of two, so that layers whose heads need
-        about as much are of one kind. Of all of the model's heads, as layers are: those of one process may need less in one layer alone."""
+        """Columns, diagonals and blocks that lists have room for where the numbers are operands: a power of two, so that layers whose heads
+        need about as much are of one kind. Of all of the model's heads, as layers are: those of one process may need less in one layer
+        alone."""
         most = self.for_all_heads().most - ALWAYS
         return 1 << (most - 1).bit_length() if most else 0
 
-    def _by_head(self) -> list[tuple[int, int]]:
-        """Columns and diagonals in tokens, of one head for all or of each."""
-        both = [one if isinstance(one, tuple) else (one,) for one in (self.columns, self.diagonals)]
-        count = max(map(len, both))
-        return list(zip(*(numbers if len(numbers) == count else numbers * count for numbers in both), strict=True))
+    def _by_head(self) -> list[tuple[int, ...]]:
+        """Columns, diagonals and blocks in tokens, of one head for all or of each."""
+        every = [one if isinstance(one := getattr(self, name), tuple) else (one,) for name in self.by_head]
+        count = max(map(len, every))
+        return list(zip(*(numbers if len(numbers) == count else numbers * count for numbers in every), strict=True))
+
+    def _visited(self, numbers: tuple[int, ...]) -> int:
+        """Key blocks that a query block of a head with these numbers visits at most."""
+        columns, diagonals, blocks = self._blocks(numbers)
+        return ALWAYS + (max(columns + diagonals, blocks) if self.divergence else columns + diagonals + blocks)
 
     def share(self, key_len: Any) -> sympy.Expr:
         """Of a prompt's causal blocks, those that are visited, the mean over heads: no head visits more than all."""
-        shares = Counter(sum(self._blocks(both)) + ALWAYS for both in self._by_head())
+        shares = Counter(map(self._visited, self._by_head()))
         every = [count * work.smallest(1, 2 * most * self.block / sympy.sympify(key_len)) for most, count in shares.items()]
         return sympy.Add(*every) / sum(shares.values())
 
@@ -110,6 +133,12 @@ class MInference(PromptPass):
             middle = (low + high) // (2 * self.block) * self.block
             low, high = (low, middle) if self.share(middle) <= _FEW else (middle, high)
         return high if tokens <= MOST else None
+
+    @model_validator(mode="after")
+    def _something_to_choose_between(self) -> MInference:
+        if self.divergence and not self.by_block:
+            raise ValueError("divergence chooses between columns and diagonals, and blocks: give blocks")
+        return self
 
     def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
         if (refusal := refuse_common(self, site)) is not None:
@@ -126,6 +155,8 @@ class MInference(PromptPass):
             return self.refuse("the last queries of packed documents see one of them")
         if (refusal := self.refuse_last_rows(site, context)) is not None:
             return refusal
+        if self.by_block and context.sequence:
+            return self.refuse("blocks that queries choose in a prompt that is divided among processes", "set blocks = 0")
         for name in self.by_head:
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and len(numbers) not in (1, site.query_heads):
@@ -139,12 +170,14 @@ class MInference(PromptPass):
         if start is None:
             return self.refuse("more than half of the blocks are visited at any length", "fewer columns and diagonals, or min_length = 0")
         heads = self._by_head()
-        most = "all" if any(MOST in both for both in heads) else f"up to {self.most}"
+        most = "all" if any(MOST in numbers for numbers in heads) else f"up to {max(map(self._visited, heads))}"
         note = f"{most} key blocks of {self.block} by columns and diagonals of the last {self.queries} queries"
+        if self.by_block:
+            note += f" {'or' if self.divergence else 'and'} by means of blocks"
         if self.mass is not None:
             note += f", as few as hold {self.mass:.0%} of what these look at"
         if len(heads) > 1:
-            note += f"; columns + diagonals: {_shown(heads)}"
+            note += f"; columns + diagonals{' + blocks' * self.by_block}: {_shown(heads, self.by_block)}"
         note += self.last_rows_note
         note += context.travels("queries that choose, what they look at, and visited keys and values", site, links.key_value_bytes)
         works = functools.partial(self.works, kernel=context.family)
@@ -156,15 +189,19 @@ class MInference(PromptPass):
         keys = sizes.batch * sizes.kv_heads * sizes.key_len * sizes.qk_head_dim * sizes.dtype.itemsize
         scores = work.elementwise(keys + 4 * _PASSES * heads * self.queries * sizes.key_len)
         attending = work.attention(sizes, kernel, share=self.share(sizes.key_len), listed=True)
-        return *self.last_rows_works(sizes, kernel), scores, attending
+        if not self.by_block:
+            return *self.last_rows_works(sizes, kernel), scores, attending
+        queries = heads * sizes.query_len * sizes.qk_head_dim * sizes.dtype.itemsize
+        table = 4 * _PASSES * heads * (sizes.query_len / sympy.Integer(self.block)) * (sizes.key_len / sympy.Integer(self.block))
+        return *self.last_rows_works(sizes, kernel), scores, work.elementwise(queries + keys + table), attending
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:
         mask = editor.move_to(site).mask_operands(site)
         chosen = {"key_flags": mask.key_flags, "query_start": mask.query_start, "scale": site.scale, **self.selection()}
         operands = {f"head_{name}": editor.head_numbers(site, name) for name in self.head_numbers()}
         if operands and None not in operands.values():
-            chosen |= {**operands, "columns": (), "diagonals": (), "most": self._operand_room}
-        if editor.sequence or lists_are_large(site, self.block, self.most):
+            chosen |= {**operands, "columns": (), "diagonals": (), "blocks": (), "most": self._operand_room}
+        if editor.sequence or lists_are_large(site, self.block, *(() if self.by_block else (self.most,))):
             attending = {"seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = PatternAttentionCall.bind(site.query, site.key, site.value, **chosen, **attending)
             self.replace(editor, site, editor.items(editor.emit(both), 1)[0])
@@ -174,30 +211,39 @@ class MInference(PromptPass):
 
     def selection(self) -> dict[str, Any]:
         """The fields of `SelectPatternCall` that the options decide."""
-        columns, diagonals = self._blocks(self.columns), self._blocks(self.diagonals)
-        numbers = {"columns": columns, "diagonals": diagonals, "mass": self.mass or 0.0}
-        return {**numbers, "queries": self.queries, "block_size": self.block}
+        numbers = {name: self._blocks(getattr(self, name)) for name in self.by_head if name != "blocks" or self.by_block}
+        return {
+            **numbers,
+            "mass": self.mass or 0.0,
+            "divergence": self.divergence or 0.0,
+            "queries": self.queries,
+            "block_size": self.block,
+        }
 
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
         method = cls.model_validate(options)
         if not method.head_numbers():
             return options
-        return {**{name: value for name, value in options.items() if name not in cls.by_head}, "room": method._operand_room}
+        shared = {name: value for name, value in options.items() if name not in cls.by_head}
+        return {**shared, "room": method._operand_room, "by_block": method.by_block}
 
     def head_numbers(self) -> dict[str, tuple[float, ...]]:
         model_wide = self.for_all_heads()  # a process may have one head of many
         if len(model_wide._by_head()) == 1:
             return {}
-        columns, diagonals = zip(*self._by_head(), strict=True)
-        return {"columns": self._blocks(columns), "diagonals": self._blocks(diagonals)}
+        numbers = {name: self._blocks(one) for name, one in zip(self.by_head, zip(*self._by_head(), strict=True), strict=True)}
+        if not model_wide.by_block:
+            del numbers["blocks"]
+        return dict(numbers)
 
     def keep_all(self) -> MInference:
-        return self.model_copy(update={"columns": MOST, "diagonals": 0, "mass": None})
+        return self.model_copy(update={"columns": MOST, "diagonals": 0, "blocks": 0, "mass": None, "divergence": None})
 
 
-def _shown(patterns: Sequence[tuple[int, int]], most: int = 6) -> str:
+def _shown(patterns: Sequence[tuple[int, ...]], by_block: bool, most: int = 6) -> str:
     """How many heads have which, the most frequent ones."""
-    counts = Counter("every key" if MOST in both else f"{both[0]} + {both[1]}" for both in patterns).most_common()
+    text = lambda numbers: " + ".join(map(str, numbers if by_block else numbers[:2]))
+    counts = Counter("every key" if MOST in numbers else text(numbers) for numbers in patterns).most_common()
     named = ", ".join(f"{text} in {count} heads" if count > 1 else f"{text} in a head" for text, count in counts[:most])
     return named + (f", others in {sum(count for _, count in counts[most:])}" if len(counts) > most else "")

@@ -11,24 +11,29 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.codegen.launch import on_device
+from sparsify.backends.select import block_means
 from sparsify.ops import block_lists
 from sparsify.ops.limits import cdiv
 from sparsify.ops.patterns import SelectPatternCall
 
 SCORE_BYTES = 256 << 20
+_SORTED = 8  # numbers of 4 bytes for a place of a table that is sorted
 _TABLE_BYTES = 20  # of a block in a table of lists that are being made
 
 
 Choosing = Callable[[SelectPatternCall, Tensor, Tensor, slice], tuple[Tensor, Tensor]]
-Listing = Callable[[SelectPatternCall, Tensor, Tensor], tuple[Tensor, Tensor]]
+Listing = Callable[[SelectPatternCall, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
-def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor, *, limit: int = SCORE_BYTES) -> tuple[Tensor, Tensor]:
+def listed(
+    call: SelectPatternCall, columns: Tensor, distances: Tensor, own_choice: Tensor | None = None, *, limit: int = SCORE_BYTES
+) -> tuple[Tensor, Tensor]:
     """Block lists of what was chosen, rising.
 
     Args:
         columns: which key blocks all query blocks visit, bool [batch, heads, blocks of the text], of which the call may have the first.
         distances: at which distances, in blocks, each query block visits one, of the same shape.
+        own_choice: what query blocks visit beside, bool [batch, heads, query_blocks, key_blocks].
         limit: bytes of a table at a time, for tests.
 
     Returns:
@@ -42,7 +47,10 @@ def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor, *, limit
     step = max(1, limit // (_TABLE_BYTES * max(1, seen.numel())))
     counts, indices = [], []
     for begin in range(0, columns.shape[0], step):
-        table = (columns[begin : begin + step, None, :blocks] | distances[begin : begin + step][:, behind]) & seen
+        table = columns[begin : begin + step, None, :blocks] | distances[begin : begin + step][:, behind]
+        if own_choice is not None:
+            table = table | own_choice.flatten(0, 1)[begin : begin + step]
+        table = table & seen
         place = table.cumsum(-1) - 1
         into = torch.zeros(*table.shape[:2], width + 1, dtype=torch.int16, device=device)
         place = torch.where(table, place.clamp_(max=width), width)
@@ -74,16 +82,61 @@ def select_pattern(
     rows, known = last_rows(call)
     kv_heads = call.key.shape[1]
     group = call.heads // kv_heads
-    each = 4 * call.query.shape[0] * group * rows.shape[1] * call.key_len
+    places = max(rows.shape[1] * call.key_len, call.by_block * _SORTED * call.query_blocks * call.key_blocks)
+    each = 4 * call.query.shape[0] * group * places
     step = max(1, min(kv_heads, limit // each))
     first, found = first_block(call), []
     for begin in range(0, kv_heads, step):
         heads = slice(begin * group, min(kv_heads, begin + step) * group)
         mass = block_mass(call, rows, known, slice(begin, begin + step), heads)
         at = torch.arange(call.key_blocks, device=mass.device)
-        found.append(choosing(call, summed(mass, own_blocks(call, rows), at, call.key_blocks), first, heads))
-    columns, distances = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    return listing(call, columns, distances)
+        sums = summed(mass, own_blocks(call, rows), at, call.key_blocks)
+        columns, distances = choosing(call, sums, first, heads)
+        if not call.by_block:
+            found.append((columns, distances))
+            continue
+        own_choice = _own_choice(call, sums[0], (rows, known), first, (heads, slice(begin, begin + step)))
+        if call.divergence:
+            blocks_alone = own_choice.flatten(2).any(-1)[..., None]
+            columns, distances = columns & ~blocks_alone | _first(at, first), distances & ~blocks_alone | (at < 2)
+        found.append((columns, distances, own_choice))
+    return listing(call, *(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+
+
+def _own_choice(
+    call: SelectPatternCall, by_column: Tensor, choosing: tuple[Tensor, Tensor], first: Tensor, part: tuple[slice, slice]
+) -> Tensor:
+    """What query blocks visit by their own choice, bool [batch, heads, query_blocks, key_blocks]. Under a divergence it is all that a head
+    visits, or nothing.
+
+    Args:
+        by_column: of `summed`, of these heads. choosing: of `last_rows`. first: of `first_block`.
+        part: query heads and KV heads.
+    """
+    heads, owners = part
+    at, own = torch.arange(call.key_blocks, device=by_column.device), own_block(call)
+    key = block_means.means(call.key[:, owners], None if call.key_flags is None else call.key_flags & 1 != 0, call.block_size)
+    visible = None
+    if call.key_flags is not None:
+        visible = call.key_flags[:, (torch.arange(call.query_len, device=at.device) + call.start).clamp(0, call.key_len - 1)] & 1 != 0
+    query = block_means.means(call.query[:, heads], visible, call.block_size)
+    weights = block_means.estimate(call, query, key, own)
+    behind = own[:, None] - at
+    always = (_first(at, first)[:, :, None] | ((behind == 0) | (behind == 1))).expand_as(weights)
+    found = _best(weights, always, head_counts(call, at.device)[2, heads, None, None], call.mass)
+    if not call.divergence:
+        return found
+    rows, known = choosing
+    last = rows_at(call.query[:, heads], rows).float().mul_(known[:, None, :, None]).sum(2, keepdim=True)
+    last = last / known.sum(-1).clamp(min=1)[:, None, None, None]
+    guessed = block_means.estimate(call, last, key, own_blocks(call, rows).amax(-1, keepdim=True))[:, :, 0]
+    near = block_means.divergence(guessed, by_column / by_column.sum(-1, keepdim=True).clamp(min=1e-30)) < call.divergence
+    return (found | always) & near[..., None, None]
+
+
+def _first(at: Tensor, first: Tensor) -> Tensor:
+    """The column that is visited in any case, bool [batch, 1, blocks]."""
+    return at == first[:, :, None]
 
 
 def last_rows(call: SelectPatternCall) -> tuple[Tensor, Tensor]:
@@ -178,29 +231,31 @@ def chosen(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = 
         first: of `first_block`, of the whole text.
     """
     at = torch.arange(sums.shape[-1], device=sums.device)
-    always = (at == first[:, :, None]), (at < 2)
-    counts = head_counts(call, sums.device)[:, heads]
+    always = _first(at, first), at < 2
+    counts = head_counts(call, sums.device)[:2, heads]
     found = []
     for score, forced, most in zip(sums, always, counts, strict=True):
         forced = forced.expand_as(score)
-        found.append(forced | _best(score, forced, most, call.mass))
+        found.append(forced | _best(score, forced, most[:, None], call.mass))
     return found[0], found[1]
 
 
 def head_counts(call: SelectPatternCall, device: torch.device) -> Tensor:
-    """Columns and diagonals that each head may have, integers [2, heads]."""
+    """Columns, diagonals and blocks of their own choice that each head may have, integers [3, heads]."""
     if call.head_columns is not None and call.head_diagonals is not None:
-        return torch.stack((call.head_columns, call.head_diagonals))
-    return torch.stack([on_device(numbers, device).expand(call.heads) for numbers in (call.columns, call.diagonals)])
+        blocks = torch.zeros_like(call.head_columns) if call.head_blocks is None else call.head_blocks
+        return torch.stack((call.head_columns, call.head_diagonals, blocks))
+    numbers = call.columns, call.diagonals, call.blocks or (0,)
+    return torch.stack([on_device(one, device).expand(call.heads) for one in numbers])
 
 
 def _best(score: Tensor, forced: Tensor, most: Tensor, mass: float) -> Tensor:
-    """Which are the highest scores beside forced ones, bool of their shape [batch, heads, blocks]; of equal ones the earlier.
+    """Which are the highest scores beside forced ones, bool of their shape [batch, heads, ..., blocks]; of equal ones the earlier.
 
-    most: [heads]. mass: where positive, as few as hold this share together with the forced ones.
+    most: how many, [heads, ..., 1]. mass: where positive, as few as hold this share together with the forced ones.
     """
     found = score.masked_fill(forced, -1.0).sort(dim=-1, descending=True, stable=True)
-    kept = (torch.arange(score.shape[-1], device=score.device) < most[:, None]) & (found.values >= 0)
+    kept = (torch.arange(score.shape[-1], device=score.device) < most) & (found.values >= 0)
     if mass:
         values = found.values.clamp(min=0).double()
         before = values.cumsum(-1) - values + score.masked_fill(~forced, 0).sum(-1, keepdim=True)

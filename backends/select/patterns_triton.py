@@ -69,7 +69,11 @@ LIST = '''\
 def list_pattern(
     ${parameters},
 ):
-    """The list of one query block of one head. columns, distances: u8 [heads, text_blocks]."""
+    """The list of one query block of one head. columns, distances: u8 [heads, text_blocks].
+%if by_block
+    own_choice: u8 [heads, query_blocks, key_blocks].
+%end
+    """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     last = tl.load(own + block).to(tl.int32)
@@ -80,19 +84,29 @@ def list_pattern(
         seen = at <= last
         column = tl.load(columns + head * text_blocks + at, mask=seen, other=0)
         distance = tl.load(distances + head * text_blocks + last - at, mask=seen, other=0)
+%if by_block
+        column |= tl.load(own_choice + row * key_blocks + at, mask=seen, other=0)
+%end
         kept = ((column | distance) != 0).to(tl.int32)
         place = count + tl.cumsum(kept, 0) - 1
         tl.store(indices + row * width + place, at.to(tl.int16), mask=(kept != 0) & (place < width))
         count += tl.sum(kept)
     tl.store(counts + row, tl.minimum(count, width))
 '''
-LISTING: tuple[Argument, ...] = (
+
+
+def listing_arguments(by_block: bool) -> tuple[Argument, ...]:
+    """Of `list_pattern`, in order. by_block: whether query blocks choose some by themselves."""
+    more = [*pointers("u8", "own_choice"), *integers("key_blocks", specialised=False)] if by_block else []
+    return (*_LISTING, *more, *constexprs("TILE"))
+
+
+_LISTING: tuple[Argument, ...] = (
     *pointers("u8", "columns", "distances"),
     *pointers("i64", "own"),
     *pointers("i32", "counts"),
     *pointers("i16", "indices"),
     *integers("text_blocks", "width", specialised=False),
-    *constexprs("TILE"),
 )
 CHOOSING: tuple[Argument, ...] = (
     *pointers("fp32", "sums"),
@@ -108,19 +122,20 @@ _WIDEST_TILE, _WARPS = 1024, 4
 _NUMBERS = 1024  # scores of a warp, 32 numbers a thread
 
 
-def pattern_source(mass: bool) -> str:
+def pattern_source(mass: bool, by_block: bool) -> str:
     """Module text with `choose_pattern` (grid: batch * query_heads, 2) and `list_pattern` (grid: query blocks, batch * query_heads).
 
-    mass: whether a share of the scores is enough.
+    mass: whether a share of the scores is enough. by_block: whether query blocks choose some by themselves.
     """
-    texts = [(CHOOSE, CHOOSING), (LIST, LISTING)]
-    kernels = [render(text, {"parameters": parameters(a), "unspecialised": unspecialised(a), "mass": mass}) for text, a in texts]
+    texts = [(CHOOSE, CHOOSING), (LIST, listing_arguments(by_block))]
+    clauses = {"mass": mass, "by_block": by_block}
+    kernels = [render(text, {"parameters": parameters(a), "unspecialised": unspecialised(a), **clauses}) for text, a in texts]
     return "\n\n".join([header("Columns and distances of key blocks", {}), *kernels])
 
 
 @functools.cache
-def _module(mass: bool) -> ModuleType:
-    return source.load(pattern_source(mass), "pattern")
+def _module(mass: bool, by_block: bool) -> ModuleType:
+    return source.load(pattern_source(mass, by_block), "pattern")
 
 
 def chosen(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -133,7 +148,7 @@ def chosen(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = 
     blocks = sums.shape[-1]
     need(blocks <= WIDEST_ROW, f"{blocks} key blocks", _WHERE)
     kept = torch.empty_like(sums, dtype=torch.uint8)
-    counts = patterns.head_counts(call, sums.device)[:, heads].int().contiguous()
+    counts = patterns.head_counts(call, sums.device)[:2, heads].int().contiguous()
     width = power_of_two(blocks)
     given: dict[str, Any] = {
         "sums": sums.contiguous(), "first": first.contiguous(), "counts": counts, "kept": kept, "heads": sums.shape[2], "blocks": blocks,
@@ -141,12 +156,12 @@ def chosen(call: SelectPatternCall, sums: Tensor, first: Tensor, heads: slice = 
     }  # fmt: skip
     grid = (sums.shape[1] * sums.shape[2], 2)
     with launching(sums.device, lambda: f"{_WHERE} (of {blocks} key blocks)"):
-        launch(_module(call.mass > 0).choose_pattern, grid, CHOOSING, given, num_warps=max(1, min(8, width // _NUMBERS)))
+        launch(_module(call.mass > 0, call.by_block).choose_pattern, grid, CHOOSING, given, num_warps=max(1, min(8, width // _NUMBERS)))
     columns, distances = kept.view(torch.bool)
     return columns, distances
 
 
-def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor, own_choice: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`backends.select.patterns.listed` by a kernel; entries past the count are whatever lay in memory.
 
     Raises:
@@ -159,9 +174,12 @@ def listed(call: SelectPatternCall, columns: Tensor, distances: Tensor) -> tuple
         "own": patterns.own_block(call), "counts": counts, "indices": indices, "text_blocks": columns.shape[-1], "width": call.width,
         "TILE": min(_WIDEST_TILE, power_of_two(call.key_blocks)),
     }  # fmt: skip
+    if own_choice is not None:
+        given |= {"own_choice": own_choice.contiguous().view(torch.uint8), "key_blocks": call.key_blocks}
     grid = (call.query_blocks, columns.shape[0] * columns.shape[1])
+    arguments, module = listing_arguments(own_choice is not None), _module(call.mass > 0, own_choice is not None)
     with launching(call.query.device, lambda: f"{_WHERE} ({call.query_blocks} query blocks, lists of {call.width})"):
-        launch(_module(call.mass > 0).list_pattern, grid, LISTING, given, num_warps=_WARPS)
+        launch(module.list_pattern, grid, arguments, given, num_warps=_WARPS)
     return counts, indices
 
 

@@ -59,6 +59,8 @@ class PatternAttentionCall(SelectPatternCall):
             columns=part.numbers(self.columns, self.heads),
             diagonals=part.numbers(self.diagonals, self.heads),
             head_columns=None if self.head_columns is None else self.head_columns[slice(*part.heads)],
+            blocks=part.numbers(self.blocks, self.heads),
+            head_blocks=None if self.head_blocks is None else self.head_blocks[slice(*part.heads)],
             head_diagonals=None if self.head_diagonals is None else self.head_diagonals[slice(*part.heads)],
         )
 

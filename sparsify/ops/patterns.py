@@ -23,11 +23,11 @@ from sparsify.ops.listing import ListingCall
 ALWAYS = 3
 
 
-def most_of_both(columns: Sequence[int], diagonals: Sequence[int]) -> int:
-    """The highest sum that a head has of two numbers, each one for all heads or one per query head."""
-    count = max(len(columns), len(diagonals))
-    both = (numbers if len(numbers) == count else [*numbers] * count for numbers in (columns, diagonals))
-    return max(map(sum, zip(*both, strict=True)), default=0)
+def most_together(*numbers: Sequence[int]) -> int:
+    """The highest sum that a head has of several numbers, each one for all heads or one per query head."""
+    count = max(map(len, numbers))
+    every = (one if len(one) == count else [*one] * count for one in numbers)
+    return max(map(sum, zip(*every, strict=True)), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +39,15 @@ class SelectPatternCall(ListingCall):
     key_flags, query_start, scale: as in `sparsify.ops.attention.AttentionCall`.
     columns: key blocks that all query blocks visit, beside the first: one number for all heads or one per query head.
     diagonals: distances in blocks, beside 0 and 1: the same.
-    head_columns, head_diagonals: both per query head as tensors, where one graph serves layers that differ in them; then `most` is the
-        highest sum of the two that a head may have, which lists have room for.
+    blocks: key blocks that each query block chooses by itself, beside the first, its own and the one before: by the means of its queries
+        and of the blocks' keys (MInference's block-sparse pattern). One number for all heads or one per query head; empty: none.
+    head_columns, head_diagonals, head_blocks: these per query head as tensors, where one graph serves layers that differ in them; then
+        `most` is the highest sum of them that a head may have, which lists have room for. Without head_blocks: none.
     mass: share of what the choosing rows look at; where positive, a head visits as few columns as hold so much of it, and as few distances,
-        each no more than `columns` and `diagonals` say. What is visited in any case counts. FlexPrefill (arXiv 2502.20766).
+        each no more than `columns` and `diagonals` say, and query blocks likewise of their own estimates. What is visited in any case
+        counts. FlexPrefill (arXiv 2502.20766).
+    divergence: where positive, a head visits either what its query blocks choose or its columns and diagonals: the former where the means
+        of the choosing rows estimate what these look at, by block, to less than this square root of the Jensen-Shannon divergence, in nats.
     queries: last query rows whose attention chooses; where key_flags hide keys, the last ones that are visible.
     block_size: query rows and keys of a block.
     """
@@ -57,11 +62,14 @@ class SelectPatternCall(ListingCall):
     query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
     head_columns: Annotated[Tensor | None, Operand("query_heads", "integers")] = None
     head_diagonals: Annotated[Tensor | None, Operand("query_heads", "integers")] = None
+    head_blocks: Annotated[Tensor | None, Operand("query_heads", "integers")] = None
     scale: float
     columns: tuple[int, ...] = ()
     diagonals: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
     most: int = 0
     mass: float = 0.0
+    divergence: float = 0.0
     queries: int = 64
     block_size: int = 128
 
@@ -76,8 +84,13 @@ class SelectPatternCall(ListingCall):
 
     @property
     def room(self) -> int:
-        """Columns and diagonals of the head that has most of both together."""
-        return self.most if self.head_columns is not None else most_of_both(self.columns, self.diagonals)
+        """Columns, diagonals and blocks of the head that has most of them together."""
+        return self.most if self.head_columns is not None else most_together(self.columns, self.diagonals, self.blocks or (0,))
+
+    @property
+    def by_block(self) -> bool:
+        """Whether some query blocks choose by themselves."""
+        return self.head_blocks is not None or any(self.blocks)
 
     def check(self) -> None:
         """Checks that the arguments fit together.
@@ -88,8 +101,10 @@ class SelectPatternCall(ListingCall):
         super().check()
         both = (self.head_columns is None) == (self.head_diagonals is None)
         self.need(both, "head_columns without head_diagonals, or the reverse", "both or none")
+        self.need(self.head_blocks is None or self.head_columns is not None, "head_blocks without head_columns", "all three")
+        self.need(self.divergence >= 0, f"a divergence of {self.divergence}", "0 or more")
         if self.head_columns is None:
-            for name, numbers in (("columns", self.columns), ("diagonals", self.diagonals)):
+            for name, numbers in (("columns", self.columns), ("diagonals", self.diagonals), ("blocks", self.blocks or (0,))):
                 fits = len(numbers) in (1, self.heads) and all(number >= 0 for number in numbers)
                 self.need(fits, f"{name} {numbers[:4]} for {self.heads} query heads", "one, or one per query head, 0 or more")
         self.need(self.most >= 0, f"room for {self.most} blocks", "0 or more")

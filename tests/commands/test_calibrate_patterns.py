@@ -34,7 +34,7 @@ from tests.support.tiny_models import VOCAB, build
 
 LENGTHS = (256, 512)
 IDS = torch.randint(3, VOCAB, (1, 1400), generator=torch.Generator().manual_seed(0))
-OPTIONS = {"minference": {"block": BLOCK, "queries": 16, "columns": [0, 64, 128], "diagonals": [0, 64, 192]}}
+OPTIONS = {"minference": {"block": BLOCK, "queries": 16, "columns": [0, 64, 128], "diagonals": [0, 64, 192], "blocks": [64, 128]}}
 H200 = forecast_device.named("h200")
 GRID = tried.pattern_grid(OPTIONS)
 
@@ -106,8 +106,8 @@ def test_what_is_measured_is_what_the_masks_lose():
     query, key, value = (torch.randn(1, heads, 300, 16, generator=draw) * 2 for heads in (4, 2, 2))
     found = measure(query, key, value, 0.25, GRID)
     exact = masked(query, key, value, torch.ones(1, 4, 5, 5, dtype=torch.bool))
-    for index, (columns, diagonals) in enumerate(GRID.families[0].values):
-        keep = chosen_blocks(query, key, [columns // BLOCK] * 4, [diagonals // BLOCK] * 4, 16)
+    for index, (columns, diagonals, blocks) in enumerate(GRID.families[0].values):
+        keep = chosen_blocks(query, key, [columns // BLOCK] * 4, [diagonals // BLOCK] * 4, 16, blocks=[blocks // BLOCK] * 4)
         torch.testing.assert_close(found.density[index], keep[0].sum((1, 2)) / possible_blocks(300, BLOCK), check_dtype=False)
         error = (masked(query, key, value, keep) - exact)[0].norm(dim=(1, 2)) / exact[0].norm(dim=(1, 2))
         torch.testing.assert_close(found.relative_error[index], error.double(), atol=1e-4, rtol=1e-3)
@@ -132,7 +132,7 @@ def test_budgets_bind(chooser):
 def mixed(chooser: Chooser) -> Choice:
     """In each layer a dense head, an A-shape, and two others; the layers differ."""
     index = lambda *pattern: 1 + GRID.families[0].values.index(pattern)
-    picked = [0, index(0, 64), index(128, 0), index(64, 192)], [index(64, 0), 0, index(0, 192), index(0, 0)]
+    picked = [0, index(0, 64, 0), index(128, 0, 0), index(0, 0, 128)], [index(64, 0, 0), 0, index(0, 192, 0), index(0, 0, 64)]
     layers = tuple(chooser.serve(layer, 0, heads) for layer, heads in zip(chooser.layers, picked, strict=True))
     return Choice(layers, Budget("keep_error", 10.0), chooser.at, 0.0)
 
@@ -165,7 +165,7 @@ def test_the_plan_compiled_is_its_mask(model, measured, chooser, tmp_path):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     scale, query, key, value = operands[0]
     assert scale == pytest.approx(query.shape[-1] ** -0.5)
-    keep = chosen_blocks(query, key, [8, 0, 2, 1], [0, 1, 0, 3], 16)
+    keep = chosen_blocks(query, key, [8, 0, 2, 0], [0, 1, 0, 0], 16, blocks=[0, 0, 0, 2])
     (got,) = outputs
     torch.testing.assert_close(got, masked(query, key, value, keep).transpose(1, 2), atol=2e-5, rtol=1e-4)
     exact = masked(query, key, value, torch.ones_like(keep)).transpose(1, 2)
@@ -178,16 +178,16 @@ def test_a_plan_for_another_model_is_refused_and_explain_shows_the_numbers(model
     plan = make_plan(model, IDS, OPTIONS, ASKED, measured, chooser, mixed(chooser))
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
-    assert '    "columns": [4194304, 0, 128, 64],' in plan.to_json().splitlines()
+    assert '    "columns": [4194304, 0, 128, 0],' in plan.to_json().splitlines()
     inputs = {"input_ids": IDS[:, :300], "use_cache": False}
     options = {"plan": str(tmp_path / "plan.json"), "strict": True, "min_length": 0}
     found = api.explain(model, options=options, **inputs)
     assert [d.method for d in found.rewritten] == ["minference"] * 2
-    assert [d.options["diagonals"] for d in found.decisions] == [[0, 64, 0, 192], [0, 0, 192, 0]]
-    assert (
-        plan.decisions[0].reason == "calibrated: heads 1 dense, 1 A-shape, 2 vertical-slash, columns and diagonals of the last 16 queries"
-    )
-    assert "columns + diagonals: every key in a head, 0 + 64 in a head, 128 + 0 in a head, 64 + 192 in a head" in found.decisions[0].reason
+    assert [d.options["diagonals"] for d in found.decisions] == [[0, 64, 0, 0], [0, 0, 192, 0]]
+    heads = "1 dense, 1 A-shape, 1 block-sparse, 1 vertical-slash"
+    assert plan.decisions[0].reason == f"calibrated: heads {heads}, columns and diagonals of the last 16 queries"
+    numbers = "every key in a head, 0 + 64 + 0 in a head, 128 + 0 + 0 in a head, 0 + 0 + 128 in a head"
+    assert f"columns + diagonals + blocks: {numbers}" in found.decisions[0].reason
     with pytest.raises(PlanError, match="calibrated on another model"):
         api.explain(build("llama", layers=2, max_position_embeddings=1024), options=options, **inputs)
 
@@ -202,7 +202,7 @@ def test_layers_of_other_methods_beside(model):
     assert bool(ways[2][1][1].isinf().all()) and bool(ways[3][1][1].isfinite().all())  # sinks + window
     served = [
         found.serve(found.layers[0], family, [1 + grid.settings.index(tried.Setting(family, value)), 0, 0])
-        for family, value in ((None, 64), (0, (64, 0)), (1, 0.5))
+        for family, value in ((None, 64), (0, (64, 0, 0)), (1, 0.5))
     ]
     assert [method_of(one, grid)[0] for one in served] == ["sink_window", "minference", "xattention"]
     alone = choosing(*near_and_far(1024), GRID)
@@ -227,7 +227,7 @@ def test_the_command(model, tmp_path, capsys):
     plan = tmp_path / "plan.json"
     command = ["calibrate", "patterns", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--device", "cpu", "--save", str(plan)]
     command += ["--lengths", "256,512", "--pieces", "1", "--at", "64K", "--target", "h200", "-o", "minference.block=64"]
-    command += ["-o", "minference.columns=[0,64]", "-o", "minference.diagonals=[0,128]"]
+    command += ["-o", "minference.columns=[0,64]", "-o", "minference.diagonals=[0,128]", "-o", "minference.blocks=0"]
     assert cli.main([*command, "--keep-error", "0.3", "--report", str(tmp_path / "report")]) == 0
     said = capsys.readouterr().out
     assert "A-shape" in said or "vertical-slash" in said

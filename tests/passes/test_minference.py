@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sparsify import api, testing
 from sparsify.api import record_density
+from sparsify.backends import divided_lists
 from sparsify.backends.pattern_attention import pattern_attention
 from sparsify.backends.select.patterns import select_pattern
 from sparsify.errors import UnsupportedError
@@ -23,6 +24,7 @@ from tests.support.patterns import BLOCK, chosen_blocks, masked
 
 def options(columns: int | list[int] = 64, diagonals: int | list[int] = 64, queries: int = 8, mass: float | None = None, **more) -> dict:
     chosen = {"columns": columns, "diagonals": diagonals, "queries": queries, "block": BLOCK, "mass": mass}
+    chosen |= {name: more.pop(name) for name in ("blocks", "divergence") if name in more}
     return {"passes": ["minference"], "strict": True, "min_length": 0, "lower": "eager", "minference": chosen, **more}
 
 
@@ -43,19 +45,24 @@ def run(function, inputs, given):
     st.integers(1, 9),
     st.integers(0, 99),
     st.sampled_from([None, 0.3, 0.6, 0.9]),
+    st.sampled_from([0, 0, 2]),
+    st.sampled_from([None, 0.2]),
 )
-def test_lists_are_those_of_the_definition(query_len, before, columns, diagonals, queries, seed, mass):
+def test_lists_are_those_of_the_definition(query_len, before, columns, diagonals, queries, seed, mass, blocks, divergence):
     """Of chunks at any place too, for heads that share keys, in parts or at once."""
     query, key, _ = attention.operands(query_len=query_len, key_len=query_len + before, seed=seed)
     heads = query.shape[1]
     numbers = [columns + (h % 2) for h in range(heads)], [diagonals] * heads
-    want = chosen_blocks(query, key, *numbers, queries, mass=mass)
+    divergence = divergence if blocks else None
+    own = [blocks * (h % 2 or divergence is not None) for h in range(heads)]
+    want = chosen_blocks(query, key, *numbers, queries, mass=mass, blocks=own, divergence=divergence)
     chosen = {"columns": tuple(numbers[0]), "diagonals": (diagonals,), "mass": mass or 0.0}
+    chosen |= {"blocks": tuple(own), "divergence": divergence or 0.0}
     call = SelectPatternCall(query, key, scale=query.shape[-1] ** -0.5, **chosen, queries=queries, block_size=BLOCK)
     call.check()
     for limit in (1, 1 << 30):
         counts, indices = select_pattern(call, limit=limit)
-        assert indices.shape[-1] == min(call.key_blocks, columns + 1 + diagonals + ALWAYS)
+        assert indices.shape[-1] == min(call.key_blocks, columns + (heads > 1) + diagonals + max(own) + ALWAYS)
         found = block_lists.to_dense(counts, indices, call.key_blocks)
         assert torch.equal(found, want)
         listed = torch.arange(indices.shape[-1]) < counts[..., None]
@@ -89,12 +96,15 @@ def test_choosing_and_attending_in_one_call(hidden):
     assert lse[:, :, hidden:].isfinite().all() and len(densities) == 1 and densities[0] < 1
 
 
-@pytest.mark.parametrize("columns, diagonals", [([1, 0, 2, 0], [0, 2, 1, 0]), ([1 << 15, 0, 1, 0], [0, 0, 1, 3])])
-def test_numbers_as_operands_are_those_of_constants(columns, diagonals):
+@pytest.mark.parametrize(
+    "columns, diagonals, blocks",
+    [([1, 0, 2, 0], [0, 2, 1, 0], [0] * 4), ([1 << 15, 0, 1, 0], [0, 0, 1, 3], [0] * 4), ([1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 3, 1])],
+)
+def test_numbers_as_operands_are_those_of_constants(columns, diagonals, blocks):
     """Heads that see everything among them; and in parts, whose lists differ in width."""
     query, key, value = attention.operands(query_len=500)
     count = query.shape[1]
-    numbers = {"columns": tuple(columns[:count]), "diagonals": tuple(diagonals[:count])}
+    numbers = {"columns": tuple(columns[:count]), "diagonals": tuple(diagonals[:count]), "blocks": tuple(blocks[:count])}
     shared = {"scale": query.shape[-1] ** -0.5, "queries": 8, "block_size": BLOCK}
     constant = PatternAttentionCall(query, key, value, **shared, **numbers)
     operands = {f"head_{name}": torch.tensor(values) for name, values in numbers.items()}
@@ -102,7 +112,7 @@ def test_numbers_as_operands_are_those_of_constants(columns, diagonals):
     want = constant.selection().run()
     got = given.selection().run()
     assert got[1].shape == want[1].shape and torch.equal(got[0], want[0])
-    keep = chosen_blocks(query, key, *numbers.values(), 8)
+    keep = chosen_blocks(query, key, numbers["columns"], numbers["diagonals"], 8, blocks=numbers["blocks"])
     assert torch.equal(block_lists.to_dense(*got, given.key_blocks), keep)
     output = masked(query, key, value, keep)
     for call in (constant, given):
@@ -129,6 +139,31 @@ def test_as_few_as_hold_a_share_of_what_the_last_queries_look_at(left):
         torch.testing.assert_close(got[rows], masked(sharper * query, key, value, keep, visible)[rows], atol=1e-5, rtol=1e-5)
         densities += found
     assert 1 >= densities[0] > densities[1] > densities[2] and densities[1] > densities[3]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_heads_choose_between_blocks_and_patterns_by_prompt(left):
+    """A head whose last rows look at what means say visits blocks of their own choice, another one columns and diagonals."""
+    query, key, value = attention.operands(query_len=500)
+    heads = query.shape[1]
+    key = key + 0.5 * torch.randn(2, key.shape[1], 1, key.shape[3], generator=torch.Generator().manual_seed(1))
+    query[:, 0] *= 6  # sharp: means know little of it
+    visible = torch.ones(2, 500, dtype=torch.long)
+    visible[0, slice(0, 150) if left else slice(350, None)] = 0
+    got = run(attention.padded, (query, key, value, visible), options(columns=64, diagonals=64, blocks=128, divergence=0.25))
+    keep, alone, never = (
+        chosen_blocks(query, key, [1] * heads, [1] * heads, 8, visible, blocks=[2] * heads, divergence=limit) for limit in (0.25, 9.0, 1e-9)
+    )
+    rows = visible[:, None, :, None].bool().expand_as(got)
+    torch.testing.assert_close(got[rows], masked(query, key, value, keep, visible)[rows], atol=1e-5, rtol=1e-5)
+    same = lambda table: {(b, h) for b in range(2) for h in range(heads) if torch.equal(keep[b, h], table[b, h])}
+    assert same(alone) - same(never) and same(never) - same(alone) and len(same(alone) | same(never)) == 2 * heads
+
+
+def test_blocks_of_a_divided_prompt_are_refused():
+    call = PatternAttentionCall(*attention.operands(query_len=300), scale=1.0, columns=(1,), diagonals=(1,), blocks=(1,), sequence="group")
+    with pytest.raises(UnsupportedError, match="divided text"):
+        divided_lists.pattern_attention(call)
 
 
 def test_operands_come_together():
@@ -208,7 +243,9 @@ def test_what_it_refuses():
         assert any(word in plan.decisions[0].refusals[0] for word in reason.split("|")), plan.decisions[0].refusals
 
 
-@pytest.mark.parametrize("bad", [{"columns": -1}, {"diagonals": ()}, {"queries": 0}, {"block": 32}, {"mass": 0}, {"mass": 1.1}])
+@pytest.mark.parametrize(
+    "bad", [{"columns": -1}, {"diagonals": ()}, {"queries": 0}, {"block": 32}, {"mass": 0}, {"mass": 1.1}, {"divergence": 0.1}]
+)
 def test_impossible_values(bad):
     with pytest.raises(ValueError):
         MInference(**bad)

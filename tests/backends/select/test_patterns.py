@@ -24,7 +24,7 @@ def call(query_len: int, key_len: int, **numbers) -> SelectPatternCall:
 
 
 def test_kernel_text():
-    check_kernel_text("pattern", patterns_triton.pattern_source(True))
+    check_kernel_text("pattern", patterns_triton.pattern_source(True, True))
 
 
 @pytest.mark.interpreter
@@ -36,6 +36,8 @@ def test_kernel_text():
         (257, 600, {"columns": (1 << 15, 0, 1, 0), "diagonals": (0,), "query_start": torch.tensor(100)}),
         (300, 300, {"columns": (5, 1, 0, 2), "diagonals": (5, 0, 5, 1), "mass": 0.7}),
         (130, 700, {"columns": (1 << 15,), "diagonals": (9,), "mass": 0.9}),
+        (300, 400, {"columns": (1,), "diagonals": (0,), "blocks": (0, 2, 0, 3)}),
+        (300, 300, {"columns": (1,), "diagonals": (2,), "blocks": (2,), "divergence": 0.2, "mass": 0.8}),
         (64 * 40, 64 * 40, {"columns": (3,), "diagonals": (2,), "key_flags": (torch.arange(64 * 40) > 150).to(torch.uint8)[None]}),
     ],
 )
@@ -78,12 +80,13 @@ def test_they_compile_without_spills(arch):
     pytest.importorskip("triton")
     from tests.support.offline import compile_kernel
 
-    def compiled(mass, kernel, arguments, warps, **constexprs):
-        module = source.load(patterns_triton.pattern_source(mass), "pattern")
+    def compiled(mass, kernel, arguments, warps, by_block=True, **constexprs):
+        module = source.load(patterns_triton.pattern_source(mass, by_block), "pattern")
         return compile_kernel(getattr(module, kernel), arguments, arch=arch, num_warps=warps, num_stages=1, constexprs=constexprs)
 
-    used = compiled(True, "list_pattern", patterns_triton.LISTING, 4, TILE=1024)
-    assert used.spilled == 0 and used.registers <= 64
+    for by_block in (False, True):
+        used = compiled(True, "list_pattern", patterns_triton.listing_arguments(by_block), 4, by_block, TILE=1024)
+        assert used.spilled == 0 and used.registers <= 64
     for mass, width, warps in ((True, 1024, 1), (True, 8192, 8), (False, 8192, 8), (True, 1, 1)):
         used = compiled(mass, "choose_pattern", patterns_triton.CHOOSING, warps, WIDTH=width)
         assert used.spilled == 0 and used.registers <= 255

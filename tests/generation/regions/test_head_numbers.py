@@ -19,7 +19,7 @@ THRESHOLDS = ([0.1, 0.3, 0.6, 1.0], [0.9, 0.2, 0.2, 0.5], [0.0, 0.4, 0.8, 0.1])
 IDS = torch.randint(3, VOCAB, (1, 400), generator=torch.Generator().manual_seed(0))
 
 
-PATTERNS = (([0, 64, 400, 0], [64, 0, 0, 128]), ([64, 400, 0, 0], 64), ([0, 0, 0, 300], [0, 320, 64, 0]))
+PATTERNS = (([0, 64, 400, 0], [64, 0, 0, 128], [0, 0, 0, 64]), ([64, 400, 0, 0], 64, [0, 0, 64, 0]), ([0, 0, 0, 300], [0, 320, 64, 0], 64))
 EACH = {"xattention": "threshold", "minference": "columns"}
 
 
@@ -31,7 +31,7 @@ def saved(path, method: str = "xattention", windows: bool = False) -> str:
         if windows:
             options["windows"] = [0, 0, 0, 50]
         if method == "minference":
-            options = {"block": 64, "queries": 8, "columns": PATTERNS[layer][0], "diagonals": PATTERNS[layer][1]}
+            options = {"block": 64, "queries": 8, **dict(zip(("columns", "diagonals", "blocks"), PATTERNS[layer], strict=True))}
         measured = [{"method": method, "options": options, "error": 0.01 * layer}]
         decisions.append(Decision(f"model.layers.{layer}.self_attn", layer, "", {}, "", method, options, measured=measured))
     Plan(decisions).save(path)
@@ -54,7 +54,7 @@ def test_one_region_serves_layers_with_other_numbers(tmp_path, method, windows):
         torch._dynamo.reset()
     (plan,) = plans[False]
     assert plan.capture == "one region for 3 layers"
-    wanted = THRESHOLDS if method == "xattention" else [columns for columns, _ in PATTERNS]
+    wanted = THRESHOLDS if method == "xattention" else [columns for columns, *_ in PATTERNS]
     assert [decision.options[EACH[method]] for decision in plan.decisions] == list(wanted)
     assert [decision.method for decision in plan.decisions] == [method] * 3
     torch.testing.assert_close(results[False], results[True], atol=1e-5, rtol=1e-5)
@@ -100,3 +100,6 @@ def test_layers_of_patterns_are_of_one_kind_where_their_lists_need_about_as_much
     assert plan.head_numbers("layers.0") == {(".mix", "columns"): (2, 0), (".mix", "diagonals"): (1, 4)}
     assert plan.head_numbers("layers.1") == {(".mix", "columns"): (0, 3), (".mix", "diagonals"): (0, 0)}
     assert plan.decisions_in("layers.0") == plan.decisions_in("layers.1") != plan.decisions_in("layers.2")
+    by_block = SavedPlan(Plan([decide(0, given[1] | {"blocks": [0, 128]}), decide(1, given[1])]), "p")
+    assert by_block.head_numbers("layers.0")[".mix", "blocks"] == (0, 1)
+    assert by_block.decisions_in("layers.0") != by_block.decisions_in("layers.1")  # one makes a table of what query blocks choose

@@ -35,10 +35,13 @@ SINKS = 4
 # tokens; no columns: the A-shape
 COLUMNS = (0, 128, 256, 512, 1024, 2048, 4096)
 DIAGONALS = (0, 256, 512, 1024, 2048, 4096)
+# tokens, by heads that see neither columns nor diagonals
+BLOCKS = (256, 512, 1024, 2048, 4096)
 # estimates beside each stride with each pool: options of xattention
 OTHERS: tuple[dict[str, Any], ...] = ()
 
-Value = float | tuple[int, int]  # a threshold, or tokens of a window; columns and diagonals, tokens
+Pattern = tuple[int, int, int]  # columns, diagonals and blocks, tokens
+Value = float | Pattern  # a threshold, or tokens of a window; a pattern
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,12 @@ class Estimated(Family):
 
 @dataclass(frozen=True)
 class Patterned(Family):
-    """minference. patterns: columns and diagonals that are tried, tokens."""
+    """minference. patterns: that are tried."""
 
-    patterns: tuple[tuple[int, int], ...]
+    patterns: tuple[Pattern, ...]
 
     @property
-    def values(self) -> tuple[tuple[int, int], ...]:
+    def values(self) -> tuple[Pattern, ...]:
         return self.patterns
 
     @property
@@ -168,23 +171,25 @@ class Patterned(Family):
     def falls(self) -> float:
         return 1.0  # a row visits as much however long it is
 
-    def call(self, query: Tensor, key: Tensor, scale: float, value: tuple[int, int]) -> SelectPatternCall:
-        method = self.method.model_copy(update=dict(zip(("columns", "diagonals"), value, strict=True)))
+    def call(self, query: Tensor, key: Tensor, scale: float, value: Pattern) -> SelectPatternCall:
+        method = self.method.model_copy(update=dict(zip(self.method.by_head, value, strict=True)))
         return SelectPatternCall(query, key, scale=scale, **method.selection())
 
-    def word(self, value: tuple[int, int]) -> str:
-        return "vertical-slash" if value[0] else "A-shape"
+    def word(self, value: Pattern) -> str:
+        columns, _, blocks = value
+        named = "vertical-slash" if columns else "A-shape"
+        return named if not blocks else f"{named} or block-sparse" if self.method.divergence else "block-sparse"
 
-    def series(self, value: tuple[int, int]) -> str:
-        return f"{value[0]} tokens in columns"
+    def series(self, value: Pattern) -> str:
+        return "blocks" if self.word(value) == "block-sparse" else f"{value[0]} tokens in columns"
 
     def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
         return self.method.works(sizes, kernel)[:-1]
 
     def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
-        options: dict[str, Any] = self.method.model_dump(mode="json", exclude={"columns", "diagonals"})
-        columns, diagonals = zip(*((MOST, 0) if value is None else value for value in values), strict=True)
-        return {**options, "columns": list(columns), "diagonals": list(diagonals)}
+        options: dict[str, Any] = self.method.model_dump(mode="json", exclude={*self.method.by_head})
+        numbers = map(list, zip(*((MOST, 0, 0) if value is None else value for value in values), strict=True))
+        return {**options, **dict(zip(self.method.by_head, numbers, strict=True))}
 
     def describe(self) -> dict[str, Any]:
         return {**self.method.options(), "patterns": [list(pattern) for pattern in self.patterns]}
@@ -235,7 +240,8 @@ def grid(options: Mapping[str, Any]) -> Grid:
 
 
 def pattern_grid(options: Mapping[str, Any], beside: Iterable[str] = ()) -> Grid:
-    """The grid of minference: what `options` say of it is fixed, and of columns and diagonals each in a list is tried with each.
+    """The grid of minference: what `options` say of it is fixed, and of columns and diagonals each in a list is tried with each; of blocks
+    each by itself, or with all of these where a divergence chooses between them.
 
     Args:
         beside: "xattention", "sink_window": that a layer may have instead, each tried as in `grid`.
@@ -244,10 +250,16 @@ def pattern_grid(options: Mapping[str, Any], beside: Iterable[str] = ()) -> Grid
         ConfigError: impossible options, or blocks of different sizes.
     """
     given = dict(options.get("minference", {}))
-    config.validate(MInference, given, "options", "minference")
-    columns, diagonals = (_each(given.pop(name, every)) for name, every in (("columns", COLUMNS), ("diagonals", DIAGONALS)))
-    method = config.validate(MInference, given, "options", "minference")
-    families: tuple[Family, ...] = (Patterned(method, tuple(itertools.product(columns, diagonals))),)
+    config.validate(MInference, {"blocks": BLOCKS, **given}, "options", "minference")
+    tried = (("columns", COLUMNS), ("diagonals", DIAGONALS), ("blocks", BLOCKS))
+    columns, diagonals, blocks = (_each(given.pop(name, every)) for name, every in tried)
+    shown = {**given, "blocks": MOST} if "divergence" in given else given
+    method = config.validate(MInference, shown, "options", "minference")
+    if method.divergence:
+        patterns = tuple(itertools.product(columns, diagonals, blocks))
+    else:
+        patterns = (*itertools.product(columns, diagonals, (0,)), *((0, 0, one) for one in blocks if one))
+    families: tuple[Family, ...] = (Patterned(method, patterns),)
     if "xattention" in beside:
         families += _estimated(options)
     found = Grid(families, *(_windows(options) if "sink_window" in beside else ((), SINKS)))
