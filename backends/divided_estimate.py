@@ -58,7 +58,7 @@ def _cells(division: Division, call: SparseAttentionCall) -> Callable[[], Select
         waits, and gives the selection over all keys, whose query is this process's.
     """
     what, own = "the estimate's cells", call.selection()
-    if not call.estimate.prepared or (call.refine_stride and call.estimate.int8):
+    if not call.estimate.prepared or (call.refine_stride and call.estimate.half):
         keys = exchange.gathering(division, call.key, 2, what)
         return lambda: dataclasses.replace(own, key=keys())
     rows, scales = registration.prepare_keys(own)

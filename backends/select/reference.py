@@ -15,8 +15,9 @@ the column of the first visible key is forced, not a row. With S = stride, per h
    Under the row rule every cell adds blocks in this way, all that equal the last one included, and the query block visits what some cell
    added: a cell that finds nothing is wrong however much its neighbours find.
 
-With two stages, 1 to 3 with the row rule and a threshold of their own list blocks, and 1 to 3 with a finer stride choose again, among those
-alone: what is not listed is not possible, and τ is a share of a cell's mass over the list.
+With two stages, 1 to 3 with the row rule and a threshold of their own list blocks, and what is listed for a head is listed for all heads of
+its group; a kernel may list more. 1 to 3 with a finer stride choose again, among those alone: what is not listed is not possible, and τ is
+a share of a cell's mass over the list. Cells that are rounded are rounded once: the finer ones are cut out of the first stage's.
 
 A query block with a visible logit that is not finite keeps every block it may see.
 
@@ -63,10 +64,25 @@ def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
     possible, forced = candidates(call)
     if call.refine_stride:
         coarse, call = call.stages
-        possible = block_lists.to_dense(*select_blocks(coarse), call.key_blocks)
+        possible = possible & for_heads(group_lists(coarse), call)
         forced = forced & possible
     kept = [choose(mass, possible[:, :, blocks], forced[:, :, blocks], call) for blocks, mass in importances(call)]
     return block_lists.from_dense(torch.cat(kept, 2))
+
+
+def group_lists(coarse: SelectCall) -> Tensor:
+    """What the first of two stages lists for the heads of a group: bool [batch, kv_heads, query_blocks, key_blocks]."""
+    return of_groups(block_lists.to_dense(*select_blocks(coarse), coarse.key_blocks), coarse)
+
+
+def of_groups(table: Tensor, call: SelectCall) -> Tensor:
+    """By KV head what some query head of its group keeps."""
+    return table.unflatten(1, (call.kv_heads, -1)).any(2)
+
+
+def for_heads(table: Tensor, call: SelectCall) -> Tensor:
+    """A table by KV head as one by query head."""
+    return table.repeat_interleave(call.group, 1)
 
 
 def importance(call: SelectCall) -> Tensor:
@@ -179,11 +195,13 @@ def query_cells(call: SelectCall) -> Tensor:
         values = values.unflatten(1, (call.kv_heads, -1)).mean(2)
     real = masks.real_queries(call)
     values = values if real is None else values.where(real[:, None, :, None], 0)
-    cells = _merged(call, _cells(values, call.span)[..., : call.stride, :]).flip(3).flatten(3).mul_(call.scale / call.steps)
-    if not call.estimate.int8:
-        return cells
-    numbers, scales = _rounded(cells)
-    return numbers.mul_(scales[..., None])
+    whole, width = call.whole, call.query.shape[3]
+    cells = _merged(whole, _cells(values, whole.span)[..., : whole.stride, :])
+    if call.estimate.int8:
+        numbers, scales = _rounded(cells.flatten(3))
+        cells = numbers.mul_(scales[..., None]).unflatten(3, (-1, width))
+    cells = cells.flatten(2, 3).unflatten(2, (-1, call.steps))[:, :, : call.query_cells]
+    return cells.flip(3).flatten(3).mul_(call.scale / call.steps)
 
 
 def _block_masses(call: SelectCall, logits: Tensor, visible: Tensor) -> Tensor:
@@ -199,10 +217,12 @@ def _block_masses(call: SelectCall, logits: Tensor, visible: Tensor) -> Tensor:
 def key_cells(call: SelectCall) -> Tensor:
     """fp32 [batch, kv_heads, key_cells, steps · head_dim]."""
     if call.prepared_keys is None:
-        cells, scales = _key_cells(call)
+        cells, scales = _key_cells(call.whole)
+        cells = cells.unflatten(3, (-1, call.query.shape[3])).flatten(2, 3)
     else:
-        cells, scales = call.prepared_keys.float().unflatten(2, (call.key_cells, call.steps)).flatten(3), call.prepared_scales
-    return cells if scales is None else cells.mul_(scales[..., None])
+        cells, scales = call.prepared_keys.float(), call.prepared_scales
+    cells = cells.unflatten(2, (-1, call.steps))[:, :, : call.key_cells].flatten(3)
+    return cells if scales is None else cells.mul_(scales.repeat_interleave(call.finer, 2)[:, :, : call.key_cells, None])
 
 
 def _key_cells(call: SelectCall) -> tuple[Tensor, Tensor | None]:

@@ -34,6 +34,14 @@ PITCH = tl.constexpr(${pitch})  # numbers from one prepared token to the next
 CELLS = tl.constexpr(${part})  # cells that a program prepares
 SHARED_CELLS = ${sharing}  # of a scale of keys
 %end
+%if streamed
+HEADS = tl.constexpr(${heads})  # of a group, in a tile
+PARTS = tl.constexpr(${parts})  # tiles for a group
+DIMS = tl.constexpr(${dims})  # numbers of a token in a tile, some past the head dim
+FINER = tl.constexpr(${finer})  # cells cut out of one whose scale they share
+OCTAVE = tl.constexpr(64)  # steps of a mass that doubles
+COARSE = tl.constexpr(4)  # those that the cutoffs of a first stage are rounded down to: lists need not be the shortest
+%end
 '''
 
 WALK = '''
@@ -90,19 +98,27 @@ def locate(band, offset, first_tile, end_tile, query_len, key_len, start):
 '''
 
 POOLED = '''
+%if peak
+
+@triton.jit
+def highest(s, ${scales}):
+    """fp32 [ROWS, TILE_BLOCKS]: the highest logit of each key block, of scores that are ${lowest} where masked."""
+    # of a block the highest score alone goes on: nothing but a comparison for each of the others
+    peak = tl.max(tl.reshape(s, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+%if int8
+    return tl.where(peak == ${lowest}, float("-inf"), peak.to(tl.float32) * (row_scale[:, None] * block_scale[None, :]))
+%else
+    # NaN, which a maximum passes over, has to stay; masked scores are minus infinity, of which that would make NaN
+    return peak * scale + tl.sum(tl.reshape(tl.where(s == float("-inf"), 0.0, s * 0.0), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+%end
+
+%end
 
 @triton.jit
 def pooled(s, ${scales}):
     """From a tile's scores, ${lowest} where masked, to each row's highest logit and each key block's sum of exp2(logit - highest)."""
 %if peak
-    # of a block the highest score alone goes on: nothing but a comparison for each of the others
-    peak = tl.max(tl.reshape(s, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
-%if int8
-    peak = tl.where(peak == ${lowest}, float("-inf"), peak.to(tl.float32) * (row_scale[:, None] * block_scale[None, :]))
-%else
-    # NaN, which a maximum passes over, has to stay; masked scores are minus infinity, of which that would make NaN
-    peak = peak * scale + tl.sum(tl.reshape(tl.where(s == float("-inf"), 0.0, s * 0.0), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
-%end
+    peak = highest(s, ${scales})
     top = tl.max(peak, 1)
     base = tl.where(top == float("-inf"), 0.0, top)
     return top, tl.exp2(peak - base[:, None])

@@ -22,7 +22,7 @@ from sparsify.backends.codegen.arguments import (
     unspecialised,
 )  # fmt: skip
 from sparsify.backends.codegen.template import render
-from sparsify.backends.select import choose_template, listed_template, prepare, row_template, score_template
+from sparsify.backends.select import choose_template, prepare, row_template, score_template, stream_template
 from sparsify.errors import UnsupportedError
 from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, SCORE_TILES_AT_ONCE, SCORE_TILES_AT_ONCE_INT8, cdiv
@@ -53,6 +53,8 @@ TMA_TILING = SelectTiling(*SCORE_TILE, 8, 4, SCORE_TILES_AT_ONCE, True)
 INT8_TILING = SelectTiling(*SCORE_TILE_INT8, 4, 3, SCORE_TILES_AT_ONCE_INT8, True, band=32)
 # 96 KB: fits every GPU from compute capability 8.0 on
 POINTER_TILING = SelectTiling(128, 128, 8, 3, 1, False)
+# bytes of the largest cells that are multiplied whole
+WHOLE_CELL = 512
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class SelectSpec:
     wide: rows of key blocks do not fit in registers.
     negative: the scale of the logits is below 0; `score` gets its size.
     importance: `choose` also stores importances, for tests.
-    listed: the second of two stages: blocks that a coarser one lists are scored and chosen among.
+    streamed: a tile of query cells stays while keys pass by (`stream_template`).
+    grouped: the first of two stages: one list for all heads of a group.
+    listed: the second of two stages: blocks that a coarser one lists are scored and chosen among. Its tiles have the cells of as many heads
+        of a group as `tiling.rows` holds.
+    finer: cells of a second stage that are cut out of one of the first, whose scale they share.
     """
 
     dtype: str
@@ -86,7 +92,10 @@ class SelectSpec:
     wide: bool = False
     importance: bool = False
     negative: bool = False
+    streamed: bool = False
+    grouped: bool = False
     listed: bool = False
+    finer: int = 1
 
     def __post_init__(self):
         impossible = {
@@ -99,8 +108,10 @@ class SelectSpec:
             "a density under the row rule": self.reduce == "row" and self.rule == "density",
             f"tiles of {self.tiling.rows} x {self.tiling.cols} cells": self.tiling.rows % max(1, self.block // self.span) != 0
             or self.tiling.cols * self.stride % self.block != 0,
-            "a second stage of another kind": self.listed
-            and (self.reduce != "row" or self.wide or self.key_flags or self.segments or self.window != "none" or self.shared > 1),
+            "keys that pass by in a call of another kind": self.streamed
+            and (self.wide or self.key_flags or self.segments or self.window != "none" or self.shared > 1 or self.rule == "density"),
+            "a stage without keys that pass by": (self.grouped or self.listed) and not self.streamed,
+            f"keys that pass by, pooling by {self.reduce!r}": self.streamed and self.reduce != "row",
             "stored importances of wide rows": self.wide and self.importance,
         }
         for what, wrong in impossible.items():
@@ -137,6 +148,26 @@ class SelectSpec:
     def sharing(self) -> int:
         """Key cells that share a scale: those of a block, where integers of a block are compared."""
         return self.block // self.stride if self.estimate.int8 and self.estimate.peak else 1
+
+    @property
+    def dims(self) -> int:
+        """Numbers of a token in a tile that keys pass by."""
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole cells are multiplied at once, so that a tile of queries stays in shared memory while keys pass by."""
+        return self.steps * self.dims * (1 if self.estimate.int8 else ITEM_BYTES[self.dtype]) <= WHOLE_CELL
+
+    @property
+    def triangular(self) -> bool:
+        """Whether scratch of a tile that keys pass by has as many places for a query block as that may see."""
+        return self.causal and not self.has_start
+
+    @property
+    def tile_heads(self) -> int:
+        """Heads whose cells a tile of a second stage has."""
+        return self.tiling.rows * self.span // self.block
 
     @property
     def tile_blocks(self) -> int:
@@ -189,15 +220,15 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         return prepare.arguments(spec.dtype, spec.estimate.int8)
     start_at = pointers("i64", "start_at") if spec.has_start else []
     listed = [*pointers("i32", "listed_counts"), *pointers("i16", "listed_indices")] if spec.listed else []
-    sums = [*pointers("fp16", "sums"), *pointers("fp32", "tops")]
+    sums = pointers("fp16", "logs") if spec.streamed else [*pointers("fp16", "sums"), *pointers("fp32", "tops")]
     if kernel == "score":
         flags = pointers("i32", "key_first", "query_last", *["key_last"] * (spec.window != "none"))
         masks = _mask_arguments(spec, flags, "query_low", "query_high", "key_low", "key_high")
         strides = [] if spec.tiling.tma else integers("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", aligned=True)
         numbers = _runtime("batch", "scored_heads", "query_len", "key_len", "query_cells", "first_cell", "end_cell")
         scales = pointers("fp32", "query_scales", "key_scales") if spec.estimate.int8 else []
-        if spec.listed:
-            numbers = _runtime("heads", "counts_batch", "query_len", "key_len", "query_cells", "first_cell", "end_cell", "first_block")
+        if spec.streamed:
+            numbers = _runtime("heads", *_lists_batch(spec), "query_len", "key_len", "query_cells", "first_block", "blocks", "first_seen")
             return (*_cells(spec), *scales, *sums, *listed, *start_at, *strides, *floats("scale"), *numbers, *_start(spec))
         return (*_cells(spec), *scales, *sums, *start_at, *masks, *strides, *floats("scale"), *numbers, *_start(spec))
     lists, importances = [*pointers("i32", "counts"), *pointers("i16", "indices")], pointers("fp32", "importances")
@@ -212,9 +243,14 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
     if kernel == "pick":
         return (*lists, *importances, *chosen, *_runtime("counts_batch", *lengths, "first_block"), *_start(spec), *constexprs("WIDTH"))
     stored = importances if spec.importance else []
-    numbers = _runtime("counts_batch", *lengths, *rows, "first_block")
-    bounds = constexprs("TILES", "LEAST") if spec.listed else constexprs("TILES")
-    return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *bounds)
+    if spec.streamed:
+        numbers = _runtime("counts_batch", *_lists_batch(spec), *lengths, "query_cells", "begin", "first_block", "blocks", "first_seen")
+        return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *constexprs("PLACES", "CELLS", "LEAST"))
+    return (*sums, *lists, *stored, *chosen, *_runtime("counts_batch", *lengths, *rows, "first_block"), *_start(spec), *constexprs("TILES"))
+
+
+def _lists_batch(spec: SelectSpec) -> list[str]:
+    return ["lists_batch"] if spec.listed else []
 
 
 def _cells(spec: SelectSpec) -> list[Argument]:
@@ -255,6 +291,11 @@ def generate(spec: SelectSpec) -> str:
         "group": spec.scored,
         "shared": spec.shared,
         "merged": spec.estimate.merge,
+        "heads": spec.tile_heads,
+        "parts": cdiv(spec.scored, max(1, spec.tile_heads)),
+        "dims": spec.dims,
+        "whole": spec.whole,
+        "triangular": spec.triangular,
         "int8": spec.estimate.int8,
         "peak": spec.estimate.peak,
         # what `pooled` multiplies scores by
@@ -279,14 +320,18 @@ def generate(spec: SelectSpec) -> str:
         "has_start",
         "importance",
         "negative",
+        "grouped",
+        "streamed",
+        "listed",
+        "finer",
         "rule",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
-    scoring = score_template.POOLED + (listed_template.SCORE_LISTED if spec.listed else score_template.FINISH + score_template.SCORE)
-    parts = [(score_template.HEADER + score_template.WALK, ""), (scoring, "score")]
+    scoring = score_template.POOLED + (stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE)
+    parts = [(score_template.HEADER + ("" if spec.streamed else score_template.WALK), ""), (scoring, "score")]
     if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))
-    parts.append((score_template.CANDIDATES + choose_template.LOADS, ""))
+    parts.append((score_template.CANDIDATES + ("" if spec.streamed else choose_template.LOADS), ""))
     parts += _choosing(spec)
     return "".join(render(text, values | _signature(spec, kernel)) for text, kernel in parts)
 
@@ -297,8 +342,8 @@ def _choosing(spec: SelectSpec) -> list[tuple[str, str]]:
     if spec.wide:
         pool, pick = (row_template.POOL_ROWS, row_template.PICK_ROWS) if by_row else (choose_template.POOL, choose_template.PICK)
         return [(pool, "pool"), (pick, "pick")]
-    if spec.listed:
-        return [(row_template.NEEDED, ""), (listed_template.CHOOSE_LISTED, "choose")]
+    if spec.streamed:
+        return [(stream_template.NEEDED, ""), (stream_template.CHOOSE_STREAM, "choose")]
     return [(row_template.NEEDED, ""), (row_template.CHOOSE_ROWS, "choose")] if by_row else [(choose_template.CHOOSE, "choose")]
 
 

@@ -62,12 +62,32 @@ LIMITS = Limits()
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """What one pair of launches serves: batch rows, KV heads and query cells, as half-open ranges."""
 
     batch: tuple[int, int]
     kv_heads: tuple[int, int]
     cells: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What is multiplied, of some batch rows and KV heads.
+
+    queries: [batch, scored heads, tokens or means of neighbours, head_dim]. keys: [batch, kv_heads, likewise, head_dim].
+    scales: the arguments that scale them, [batch, heads, cells] each.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    scales: dict[str, Tensor | None]
+
+    def of(self, b0: int, b1: int, g0: int, g1: int, group: int) -> Cells:
+        """Those of fewer batch rows and KV heads, counted from the first ones here."""
+        heads = slice(g0 * group, g1 * group)
+        ranges = {"query_scales": heads, "key_scales": slice(g0, g1)}
+        scales = {name: None if found is None else found[b0:b1, ranges[name]] for name, found in self.scales.items()}
+        return Cells(self.queries[b0:b1, heads], self.keys[b0:b1, g0:g1], scales)
 
 
 def select_blocks(call: SelectCall, *, tiling: SelectTiling | None = None, limits: Limits = LIMITS) -> tuple[Tensor, Tensor]:
@@ -166,29 +186,26 @@ def _run(call: SelectCall, spec: SelectSpec, counts: Tensor, indices: Tensor, im
     mean = whole_mean(call, spec)
     for _, chunks in itertools.groupby(plan_chunks(call, spec, limits.scratch_bytes), lambda chunk: (chunk.batch, chunk.kv_heads)):
         first, *more = chunks
-        scales: dict[str, Tensor | None] = {}
-        queries, keys = chunk_operands(call, spec, first)
-        if spec.estimate.prepared:
-            queries, keys, scales = prepared_operands(call, spec, module, first, queries, keys, mean)
+        cells = chunk_cells(call, spec, module, first, mean)
         for chunk in (first, *more):
-            heads, rows = queries.shape[0] * queries.shape[1], chunk.cells[1] - chunk.cells[0]
+            heads, rows = cells.queries.shape[0] * cells.queries.shape[1], chunk.cells[1] - chunk.cells[0]
             if sums is None:  # no chunk is larger than the first
-                sums = queries.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
-                tops = queries.new_empty(heads * rows * tiles, dtype=torch.float32)
-            values = {"sums": sums, "tops": tops, **scales, **chunk_masks(operands, call, spec, chunk)}
-            values |= chunk_numbers(call, spec, chunk, queries, keys)
+                sums = counts.new_empty(heads * rows * tiles * spec.tile_blocks, dtype=torch.float16)
+                tops = counts.new_empty(heads * rows * tiles, dtype=torch.float32)
+            values = {"sums": sums, "tops": tops, **cells.scales, **chunk_masks(operands, call, spec, chunk)}
+            values |= chunk_numbers(call, spec, chunk, cells.queries, cells.keys)
             grid = (min(processors(call.query.device) * tiling.per_sm, heads * cdiv(rows, tiling.rows) * tiles),)
             scored = {**values, "windows": values.get("scored_windows")}
             launch(module.score, grid, select_source.arguments(spec, "score"), scored, num_warps=tiling.warps, num_stages=tiling.stages)
             _choose(call, spec, module, chunk, values, counts, indices, importances, limits)
-        del queries, keys, scales  # these copies make room for the next ones
+        del cells  # these copies make room for the next ones
 
 
 def _choose(
     call: SelectCall,
     spec: SelectSpec,
     module: Any,
-    chunk: _Chunk,
+    chunk: Chunk,
     values: dict[str, Any],
     counts: Tensor,
     indices: Tensor,
@@ -239,14 +256,14 @@ def _widths(call: SelectCall, spec: SelectSpec, begin: int, end: int, tiles: int
         yield begin, end, tiles
 
 
-def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Iterator[_Chunk]:
+def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Iterator[Chunk]:
     """Everything at once when its scratch fits; else batch rows one by one, some KV heads at a time; else some rows of one KV head."""
     tiles = cdiv(call.key_cells, spec.tiling.cols)
     importance_bytes = 4 * call.key_blocks * spec.shared / (call.block_size // call.span) if spec.wide else 0
     cell_bytes = tiles * (2 * spec.tile_blocks + 4) + importance_bytes
     kv_bytes = cell_bytes * call.query_cells * (1 if spec.shared > 1 else call.group)
     if kv_bytes * call.kv_heads * call.batch <= scratch_bytes:
-        yield _Chunk((0, call.batch), (0, call.kv_heads), (0, call.query_cells))
+        yield Chunk((0, call.batch), (0, call.kv_heads), (0, call.query_cells))
         return
     count = max(1, min(call.kv_heads, int(scratch_bytes // kv_bytes)))
     count = cdiv(call.kv_heads, cdiv(call.kv_heads, count))
@@ -257,10 +274,10 @@ def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Itera
     for b in range(call.batch):
         for g in range(0, call.kv_heads, count):
             for cell in range(0, call.query_cells, step):
-                yield _Chunk((b, b + 1), (g, min(g + count, call.kv_heads)), (cell, min(cell + step, call.query_cells)))
+                yield Chunk((b, b + 1), (g, min(g + count, call.kv_heads)), (cell, min(cell + step, call.query_cells)))
 
 
-def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """[batch, scored heads, query_len, head_dim] and [batch, kv_heads, key_len, head_dim] of a chunk, copied only where kernels need it:
     to zero what is padding, to fill the last cell, or because of strides. Cells that are prepared are filled up by what prepares them."""
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
@@ -277,6 +294,12 @@ def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> tuple[T
     return queries, _ready(keys, real, call.key_cells, call.stride, call.stride, spec.estimate.prepared)
 
 
+def chunk_cells(call: SelectCall, spec: SelectSpec, module: Any, chunk: Chunk, mean: Tensor | None) -> Cells:
+    """What is multiplied of a chunk. mean: as `whole_mean`."""
+    queries, keys = chunk_operands(call, spec, chunk)
+    return prepared_operands(call, spec, module, chunk, queries, keys, mean) if spec.estimate.prepared else Cells(queries, keys, {})
+
+
 def whole_mean(call: SelectCall, spec: SelectSpec) -> Tensor | None:
     """The mean that is taken from the keys of all chunks, by one pass for all of them; None where keys are copied first or prepared."""
     if call.key_mean is not None or call.prepared_keys is not None:
@@ -285,9 +308,9 @@ def whole_mean(call: SelectCall, spec: SelectSpec) -> Tensor | None:
 
 
 def prepared_operands(
-    call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, queries: Tensor, keys: Tensor, mean: Tensor | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-    """The operands as means of neighbours, in 8 bits, or both, cells side by side, and the arguments that scale them.
+    call: SelectCall, spec: SelectSpec, module: Any, chunk: Chunk, queries: Tensor, keys: Tensor, mean: Tensor | None
+) -> Cells:
+    """The operands as means of neighbours, in 8 bits, or both, cells side by side.
 
     mean: as `whole_mean`.
     """
@@ -298,11 +321,11 @@ def prepared_operands(
         key_scales = None
     else:
         keys, key_scales = prepared_key_operands(call, spec, module, chunk, keys, mean)
-    return queries, keys, {"query_scales": query_scales, "key_scales": key_scales}
+    return Cells(queries, keys, {"query_scales": query_scales, "key_scales": key_scales} if spec.estimate.int8 else {})
 
 
 def prepared_key_operands(
-    call: SelectCall, spec: SelectSpec, module: Any, chunk: _Chunk, keys: Tensor, mean: Tensor | None
+    call: SelectCall, spec: SelectSpec, module: Any, chunk: Chunk, keys: Tensor, mean: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Of `prepared_operands` the keys and their scales."""
     if mean is not None:
@@ -325,7 +348,7 @@ def prepare_keys(call: SelectCall) -> tuple[Tensor, Tensor | None]:
         UnsupportedError: no kernel takes this call. KernelError: it could not be compiled or launched.
     """
     spec = kernel_spec(call, _tiling(meant(call.device), call.estimate.int8), LIMITS.fused_width)
-    everything = _Chunk((0, call.batch), (0, call.kv_heads), (0, call.query_cells))
+    everything = Chunk((0, call.batch), (0, call.kv_heads), (0, call.query_cells))
     with launching(call.device, lambda: f"{_WHERE} ({spec.describe()})"):
         keys = _ready(call.key, masks.real_keys(call), call.key_cells, call.stride, call.stride, True)
         return prepared_key_operands(call, spec, load_module(spec), everything, keys, whole_mean(call, spec))
@@ -415,7 +438,7 @@ def _padded(values: Tensor, size: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values.to(torch.int32), (0, -values.shape[1] % size), value=fill)
 
 
-def chunk_masks(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk: _Chunk) -> dict[str, Any]:
+def chunk_masks(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk: Chunk) -> dict[str, Any]:
     per_head = {"windows", *(argument.name for argument in _rule_arguments(spec, per_head=True))}
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     values = {}
@@ -435,7 +458,7 @@ def chunk_masks(masks: dict[str, Any], call: SelectCall, spec: SelectSpec, chunk
     return values
 
 
-def chunk_numbers(call: SelectCall, spec: SelectSpec, chunk: _Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
+def chunk_numbers(call: SelectCall, spec: SelectSpec, chunk: Chunk, queries: Tensor, keys: Tensor) -> dict[str, Any]:
     tiling, span, steps = spec.tiling, call.span, call.steps
     if tiling.tma:
         q = _descriptor(queries, call.query_cells, steps if spec.estimate.prepared else span, steps, tiling.rows, spec.depth)

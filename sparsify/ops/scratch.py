@@ -142,6 +142,8 @@ def scratch_bytes(
     band = owner_sums * min(1.0, _BAND_CELLS / cells)
     sums = at_once * owner_sums if owner_sums <= SUM_BYTES else int(max(SUM_BYTES, band))
     copies = at_once * scored * query_len * head_dim * item_bytes if shared else 0
+    if estimate.int8 and not shared:  # logarithms of masses take 2 bytes for each block that a causal row sees, so that more fit
+        at_once = max(at_once, min(rows * owners, 3 * SUM_BYTES // owner_sums))
     if estimate.prepared:
         numbers = stride // estimate.merge * cdiv(head_dim, 16) * 16
         key_cells = cdiv(key_len, stride)

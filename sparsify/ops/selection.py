@@ -81,10 +81,10 @@ class SelectCall(ListingCall):
     block_size: query rows and keys of a block.
     threshold: share of each row's mass to keep, one for all heads or one per query head; 1 or more keeps everything.
     density: when positive, keep this share of each row's possible blocks instead.
-    refine_stride: when positive, two stages under the row rule: cells of `stride` keep `coarse_threshold` of their mass, and of the blocks
-        listed so, cells of this finer stride keep `threshold` of theirs, counted over that list alone. Heads with a threshold of 1 or
-        more keep everything.
-    coarse_threshold: share of each row's mass that the first of two stages keeps, no less than any threshold below 1.
+    refine_stride: when positive, two stages under the row rule: cells of `stride` keep at least `coarse_threshold` of their mass, and what
+        they keep is listed for all heads of their group. Of the blocks listed so, cells of this finer stride keep `threshold` of their
+        mass, counted over that list alone. Heads with a threshold of 1 or more keep everything.
+    coarse_threshold: share of each row's mass that the first of two stages keeps at least, no less than any threshold below 1.
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
     key_mean: what 8-bit cells are rounded beside, fp32; None: the mean of the keys that take part. A call over some of a text's keys gets
         that of all of them, to choose what a call over all of them chooses.
@@ -120,17 +120,28 @@ class SelectCall(ListingCall):
 
     @property
     def stages(self) -> tuple[SelectCall, SelectCall]:
-        """The two calls that this one is when it refines: the coarse one, and the fine one, which chooses among what the first lists."""
-        coarse = tuple(1.0 if threshold >= 1 else self.coarse_threshold for threshold in self.threshold)
-        one = SelectCall(**self.common(SelectCall))
-        single = dataclasses.replace(one, refine_stride=0)
+        """The two calls that this one is when it refines: the coarse one, and the fine one, which chooses among what the first lists for
+        some head of a group."""
+        single = dataclasses.replace(SelectCall(**self.common(SelectCall)), refine_stride=0)
         heads = self.head_thresholds
-        coarse_heads = None if heads is None else torch.where(heads >= 1, 1.0, self.coarse_threshold).to(heads.dtype)
-        first = dataclasses.replace(single, threshold=coarse, head_thresholds=coarse_heads)
+        if heads is not None:
+            heads = torch.where(heads >= 1, 1.0, self.coarse_threshold).to(heads.dtype)
+        coarse = tuple(1.0 if threshold >= 1 else self.coarse_threshold for threshold in self.threshold)
+        first = dataclasses.replace(single, threshold=coarse, head_thresholds=heads)
+        # of every second query cell the finer ones are others
+        whole = self.refine_stride if self.estimate.half else self.stride
         fine = dataclasses.replace(single, stride=self.refine_stride)
-        if self.prepared_keys is not None:  # means of neighbours lie in order whatever the stride
-            fine = dataclasses.replace(fine, prepared_keys=self.prepared_keys[:, :, : fine.key_cells * fine.steps])
-        return first, fine
+        return first, FineCall(**fine.common(SelectCall), whole_stride=whole)
+
+    @property
+    def whole(self) -> SelectCall:
+        """The call whose cells are prepared: this one, or that which finer cells are cut out of."""
+        return self
+
+    @property
+    def finer(self) -> int:
+        """Cells that are cut out of one of `whole`."""
+        return self.whole.stride // self.stride
 
     @property
     def bounded_windows(self) -> tuple[int, ...]:
@@ -220,7 +231,7 @@ class SelectCall(ListingCall):
             need(self.estimate.prepared and rows == self.key_cells * self.steps, f"{rows} rows of prepared keys")
             cells = None if scales is None else scales.shape[2]
             need(cells == (self.key_cells if self.estimate.int8 else None), f"scales of {cells} prepared cells")
-            need(not (self.refine_stride and self.estimate.int8), "two stages over 8-bit keys that were made before")
+            need(not (self.refine_stride and self.estimate.half), "two stages of half the cells over keys that were made before")
         self.check_length()
 
     def empty_lists(self) -> tuple[Tensor, Tensor]:
@@ -233,6 +244,27 @@ class SelectCall(ListingCall):
         """
         counts = self.query.new_empty(self.batch, self.heads, self.query_blocks, dtype=torch.int32)
         return counts, self.query.new_empty(*counts.shape, self.key_blocks, dtype=torch.int16)
+
+
+@dataclass(frozen=True, eq=False)
+class FineCall(SelectCall):
+    """The second of two stages.
+
+    whole_stride: tokens of the cells that this stage's are cut out of after they were rounded, so that both stages read what was prepared
+        once; its own stride where they are prepared apart.
+    """
+
+    _: KW_ONLY
+    whole_stride: int = 0
+
+    @property
+    def whole(self) -> SelectCall:
+        return self if self.whole_stride == self.stride else dataclasses.replace(self.single, stride=self.whole_stride)
+
+    @property
+    def single(self) -> SelectCall:
+        """The same without the other stage."""
+        return SelectCall(**self.common(SelectCall))
 
 
 Observer = Callable[[Listing, Tensor, Tensor], None]

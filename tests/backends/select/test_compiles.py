@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sparsify.backends.codegen import source
-from sparsify.backends.select import triton
+from sparsify.backends.select import streamed, triton
 from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, SelectTiling, arguments, generate
-from sparsify.ops.estimate import EXACT, EXAMPLES, Estimate
+from sparsify.ops.estimate import DEFAULT, EXACT, EXAMPLES, Estimate
 from sparsify.releases import triton_release
 from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
@@ -135,11 +135,38 @@ def test_hopper_head_dims_strides_and_dtypes(head_dim, stride, block, dtype):
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90] and used.wgmma > 0
 
 
-@pytest.mark.parametrize("estimate", [EXACT, Estimate(merge=2, int8=True)], ids=str)
-@pytest.mark.samples(1)
-def test_hopper_scores_and_chooses_among_listed_blocks_without_spills(estimate):
-    chosen = spec("row", stride=4, tiling=SelectTiling(32, 128, 4, 3, 1, False), listed=True, estimate=estimate)
-    used = compiled(chosen, "score", 90, 4)
-    assert used.spilled == 0 and used.mma > 0 and used.shared <= SHARED_LIMIT[90]
-    for width in (256, 1024):
-        assert choosing(chosen, 90, width, LEAST=-1).spilled == 0
+def streaming(tile, estimate=DEFAULT, **changes):
+    tiling = SelectTiling(*tile, 1, False)
+    return spec("row", **{"stride": 4, "tiling": tiling, "streamed": True, "estimate": estimate, **changes})
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("every block", {}),
+        ("groups", {"stride": 8, "grouped": True, "tile": streamed._SMALL_TILE}),
+        ("listed", {"listed": True, "finer": 2, "tile": streamed.LISTED_TILE}),
+        ("listed means", {"listed": True, "estimate": Estimate(merge=2), "head_dim": 80, "group": 7, "tile": streamed._SMALL_LISTED_TILE}),
+        ("listed exact", {"listed": True, "estimate": EXACT, "tile": streamed.LISTED_TILE}),
+        ("listed, one head", {"listed": True, "head_dim": 256, "group": 1, "tile": (32, *streamed._SMALL_LISTED_TILE[1:])}),
+    ],
+)
+@pytest.mark.samples(3)
+def test_hopper_streams_keys_without_spills(name, changes):
+    chosen = streaming(**{"tile": streamed.TILE, **changes})
+    used = compiled(chosen, "score", 90, chosen.tiling.warps)
+    within_budget(f"select stream {name} sm_90", used)
+    assert used.spilled == 0 and used.cp_async > 0
+    assert (used.wgmma if chosen.tiling.rows >= 64 else used.mma) > 0
+    if chosen.whole and chosen.estimate.int8:  # two programs at a time, so that one multiplies while the other compares
+        assert used.shared <= SHARED_LIMIT[90] // 2 and used.registers <= 255
+
+
+@pytest.mark.parametrize("places", [64, 256, 1024, 8192])
+@pytest.mark.parametrize("stage", ["listed", "grouped"])
+@pytest.mark.samples(2)
+def test_hopper_chooses_from_logarithms_without_spills(places, stage):
+    changes = {"listed": True, "finer": 2} if stage == "listed" else {"stride": 8, "grouped": True}
+    cells, warps = streamed.choosing(places, 32 if stage == "listed" else 16)
+    used = compiled(streaming(streamed.TILE, **changes), "choose", 90, warps, PLACES=places, CELLS=cells, LEAST=-1)
+    assert used.spilled == 0

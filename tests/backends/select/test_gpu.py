@@ -68,15 +68,23 @@ def test_equals_the_reference(name, stride, dim, tiling):
 @pytest.mark.parametrize("length", [4096, 4999])
 def test_a_second_stage_chooses_among_what_is_listed(length, label):
     from sparsify.backends.select import stages
+    from sparsify.backends.select import triton as triton_select
 
     query, key = inputs(length, batch=2)
     one = call(query, key, **parse_label(label), threshold=[0.3])
-    counts, indices = stages.select_blocks(one)
+    coarse, fine = one.stages
+    counts, indices = one.empty_lists()
+    listed = block_lists.to_dense(*stages.two_stages(one, (counts, indices), None, triton_select.LIMITS), one.key_blocks)
+    least = reference.group_lists(coarse)
+    assert (least & ~listed).sum() <= 2e-3 * least.sum() and listed.sum() < 1.3 * least.sum()
     block_lists.check(counts, indices, length, length, 0, 128)
     got = block_lists.to_dense(counts, indices, one.key_blocks)
-    wanted = block_lists.to_dense(*reference.select_blocks(one), one.key_blocks)
-    assert (got ^ wanted).sum() <= 2e-3 * wanted.sum()
-    assert wanted.sum() < block_lists.to_dense(*reference.select_blocks(one.stages[0]), one.key_blocks).sum()
+    among = reference.for_heads(listed, one)
+    mass = reference.importance(fine) * among[:, :, :, None]
+    _, forced = reference.candidates(fine)
+    wanted = reference.choose(mass / mass.sum(-1, keepdim=True), among, forced & among, fine)
+    assert (got ^ wanted).sum() <= 5e-3 * wanted.sum()
+    assert wanted.sum() < among.sum()
     assert all(map(torch.equal, stages.select_blocks(one)[:1], (counts,)))
 
 

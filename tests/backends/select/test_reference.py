@@ -313,8 +313,9 @@ TWO_STAGES = {"pool": "row", "stride": 16, "refine_stride": 4, "coarse_threshold
 
 
 def test_two_stages_choose_by_the_finer_scores_among_what_the_coarser_list():
-    query, key = inputs(16 * BLOCK)
-    listed = table(query, key, pool="row", stride=16, threshold=[0.6])
+    query, key = inputs(16 * BLOCK, heads=4, kv_heads=2)
+    # what is listed for a head is listed for its group
+    listed = table(query, key, pool="row", stride=16, threshold=[0.6]).view(1, 2, 2, 16, 16).any(2).repeat_interleave(2, 1)
     options = {**TWO_STAGES, "coarse_threshold": 0.6, "threshold": [0.3]}
     kept, fine = table(query, key, **options), table(query, key, pool="row", stride=4, threshold=[0.3])
     assert not (kept & ~listed).any() and kept.sum() < listed.sum()

@@ -16,7 +16,8 @@ from sparsify.ops.estimate import EXAMPLES, Estimate
 from sparsify.ops.selection import RULES, SelectCall
 from tests.support.goldens import check_kernel_text
 
-LISTED = SelectTiling(32, 128, 4, 3, 1, False)
+LISTED = SelectTiling(128, 64, 4, 3, 1, False)
+STREAMED = {"reduce": "row", "streamed": True, "estimate": Estimate(merge=2, int8=True, peak=True)}
 MASKS = {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "density"}
 
 
@@ -40,7 +41,8 @@ def describe(query, key, **changes):
         ("peak", {"estimate": Estimate(int8=True, peak=True), "tiling": INT8_TILING}),
         ("pointers_wide", {"tiling": POINTER_TILING, "wide": True, "rule": "taus"}),
         ("row", {"reduce": "row"}),
-        ("row_listed", {"reduce": "row", "listed": True, "stride": 4, "tiling": LISTED, "estimate": Estimate(merge=2, int8=True)}),
+        ("row_listed", {**STREAMED, "listed": True, "stride": 4, "tiling": LISTED, "finer": 2}),
+        ("row_grouped", {**STREAMED, "grouped": True, "rule": "taus"}),
         ("row_wide", {"reduce": "row", "wide": True, "rule": "taus", "window": "one"}),
     ],
 )

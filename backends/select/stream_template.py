@@ -1,0 +1,308 @@
+"""The text of kernels that keep a tile of query cells while key cells pass by: those of all blocks that it may see, or of listed ones alone.
+
+A place is a key block's position in the list that the heads of a group share; without lists it is the key block itself. What lies in scratch
+is the logarithm of a block's mass to the base 2, below that of the first tile where the cell sees something, so that 16 bits are most
+precise where masses are large. Cells lie side by side there, so that one thread has a cell's masses, or many of them, and adds alone.
+"""
+
+SCORE_STREAM = '''
+
+@triton.jit
+def tile_masses(acc, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE: tl.constexpr):
+    """fp32 [ROWS, TILE_BLOCKS]: the logarithm of each block's mass below `base`, and the new base.
+
+    blocks: [TILE_BLOCKS], key blocks. cols: [COLS], their cells. EDGE: some cells may be hidden.
+    """
+%if int8 and peak
+    s = acc
+%elif int8
+    s = acc.to(tl.float32) * tl.load(key_scales + tl.minimum(cols, key_cells - 1) // FINER)[None, :]
+%else
+    # makes NaN of what is not finite, so that `choose` keeps the whole row
+    s = acc + acc * 0.0
+%end
+%if negative
+    s = -s
+%end
+    if EDGE:
+        col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
+        s = tl.where(col_first[None, :] <= row_last[:, None], s, ${lowest})
+%if int8 and peak
+    block_scale = tl.load(key_scales + tl.minimum(blocks * COL_CELLS, key_cells - 1) // FINER)
+%end
+%if peak
+    masses = highest(s, ${scales})
+    top = tl.max(masses, 1)
+%else
+    top, sums = pooled(s, ${scales})
+    masses = tl.where(top == float("-inf"), 0.0, top)[:, None] + tl.log2(sums)
+%end
+    base = tl.where(base == float("-inf"), top, base)
+    # 1.5 · 2^23 steps leave no room for a fraction of one; where numbers of 16 bits are further apart, they are whole steps too
+    grid = 12582912.0 / OCTAVE
+    return (masses - tl.where(base == float("-inf"), 0.0, base)[:, None] + grid) - grid, base
+
+
+%if causal
+@triton.jit
+def seen_blocks(end, query_len, key_len, start):
+    """Key blocks that the query rows before `end` may see."""
+    keys = tl.minimum(tl.maximum(tl.minimum(end, query_len) + start, 0), key_len)
+    return (keys + BLOCK - 1) // BLOCK
+
+
+%end
+@triton.jit
+def row_at(i, first_seen, key_blocks):
+    """Places of scratch before those of block i of the launch: each block has as many as it may see."""
+    i = i.to(tl.int64)
+    return ${"i * first_seen + i * (i - 1) // 2" if triangular else "i * key_blocks"}
+
+
+@triton.jit
+def blocks_of(list_at, place, count):
+    """Key blocks in some places; the last one again in those past the end."""
+%if listed
+    return tl.load(list_at + tl.minimum(place, count - 1)).to(tl.int32)
+%else
+    return tl.minimum(place, count - 1)
+%end
+
+
+%if whole
+@triton.jit
+def tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE: tl.constexpr):
+    """TILE_BLOCKS places from `first` on: their scores, and the new base."""
+    cell = tl.arange(0, COLS)
+    cols = blocks_of(list_at, first + cell // COL_CELLS, count) * COL_CELLS + cell % COL_CELLS
+    number = tl.arange(0, STEPS * DIMS)
+    y_number = number // DIMS * k_n + number % DIMS
+    at = k_head + tl.minimum(cols, key_cells - 1).to(tl.int64)[:, None] * (STEPS * k_n) + y_number[None, :]
+%if dims != head_dim
+    y = tl.load(at, mask=(number % DIMS < HEAD_DIM)[None, :], other=0.0)
+%else
+    y = tl.load(at)
+%end
+    acc = tl.dot(x, y.T${", out_dtype=tl.int32" if int8 else ""})
+    place = first + tl.arange(0, TILE_BLOCKS)
+    blocks = blocks_of(list_at, place, count)
+    masses, base = tile_masses(acc, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE)
+    tl.store(out + place[None, :] * ROW_CELLS, masses.to(tl.float16), mask=place[None, :] < row_count[:, None])
+    return base
+%end
+
+
+@triton.jit(do_not_specialize=[${unspecialised}])
+def score(${parameters}):
+%if listed
+    """One query block of HEADS heads that share keys: its cells against the key cells of listed blocks, TILE_BLOCKS blocks at a time.
+%else
+    """ROWS query cells of one head against the key cells of all blocks that they may see, TILE_BLOCKS blocks at a time.
+%end
+
+    logs: fp16 [batch * heads, query blocks of the launch, key_blocks, ROW_CELLS], written as far as blocks are listed or seen.
+    """
+%if has_start
+    start = tl.load(start_at).to(tl.int32)
+%end
+    query_blocks = (query_len + BLOCK - 1) // BLOCK
+    key_blocks = (key_len + BLOCK - 1) // BLOCK
+    key_cells = (key_len + STRIDE - 1) // STRIDE
+    m = tl.arange(0, ROWS)
+%if listed
+    block = first_block + tl.num_programs(0) - 1 - tl.program_id(0)  # long rows first
+    owner = tl.program_id(1) // PARTS
+    list_row = (owner // (heads // GROUP)).to(tl.int64) * lists_batch + owner % (heads // GROUP) * query_blocks + block
+    count = tl.load(listed_counts + list_row)
+    list_at = listed_indices + list_row * key_blocks
+    member = tl.program_id(1) % PARTS * HEADS + m // ROW_CELLS
+    rows = block * ROW_CELLS + m % ROW_CELLS
+    row_count = tl.where((member < GROUP) & (rows < query_cells), count, 0)
+    head = owner * GROUP + tl.minimum(member, GROUP - 1)
+    # lists rise: blocks that overlap the rows' own positions, or where keys end, are in the last two places
+    inner = tl.maximum(count - 2, 0) // TILE_BLOCKS * TILE_BLOCKS
+%else
+    # long rows of all heads first
+    first_row = (first_block * ROW_CELLS // ROWS + tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    head = tl.program_id(0)
+    owner = head // GROUP
+    rows = first_row + m
+    alive = rows < tl.minimum(query_cells, (first_block + blocks) * ROW_CELLS)
+    list_at = logs
+%if causal
+    count = seen_blocks((first_row + ROWS) * SPAN, query_len, key_len, start)
+    row_count = tl.where(alive, seen_blocks((rows // ROW_CELLS + 1) * BLOCK, query_len, key_len, start), 0)
+    inner = tl.minimum(tl.maximum(tl.minimum(first_row * SPAN + STRIDE, query_len) + start, 0), key_len) // (BLOCK * TILE_BLOCKS) * TILE_BLOCKS
+%else
+    count = key_blocks
+    row_count = tl.where(alive, key_blocks, 0)
+    inner = key_len // (BLOCK * TILE_BLOCKS) * TILE_BLOCKS
+%end
+%end
+    b = owner // (heads // GROUP)
+    g = owner % (heads // GROUP)
+    q_rows = q + b.to(tl.int64) * q_b + (head - b * heads).to(tl.int64) * q_h${"" if listed else " + tl.zeros([ROWS], tl.int64)"}
+    q_rows += tl.minimum(rows, query_cells - 1).to(tl.int64) * (${query_step} * q_n)
+    k_head = k + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
+    row_last = ${"tl.minimum(rows * SPAN + STRIDE, query_len) - 1 + start" if causal else "rows * 0"}
+%if int8
+    scaled_cells = (query_cells + FINER - 1) // FINER
+    row_scale = tl.load(query_scales + head * scaled_cells + tl.minimum(rows, query_cells - 1) // FINER) * scale
+    key_scales += owner.to(tl.int64) * ((key_cells + FINER - 1) // FINER)
+%else
+    row_scale = scale
+    key_scales = k  # is not read
+%end
+    before = head * row_at(blocks, first_seen, key_blocks) + row_at(rows // ROW_CELLS - first_block, first_seen, key_blocks)
+    out = logs + (before * ROW_CELLS + rows % ROW_CELLS)[:, None]
+    base = tl.full([ROWS], float("-inf"), tl.float32)
+%if whole
+    number = tl.arange(0, STEPS * DIMS)
+    # an antidiagonal: the last query against the first key
+    x_number = (STEPS - 1) * q_n - number // DIMS * q_n + number % DIMS
+    x_at = q_rows[:, None] + x_number[None, :]
+%if dims != head_dim
+    x = tl.load(x_at, mask=(number % DIMS < HEAD_DIM)[None, :], other=0.0)
+%else
+    x = tl.load(x_at)
+%end
+    for first in tl.range(0, inner, TILE_BLOCKS, num_stages=STAGES):
+        base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, False)
+    for first in tl.range(inner, count, TILE_BLOCKS, num_stages=1):
+        base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, True)
+%else
+    dims = tl.arange(0, DEPTH)
+    cell = tl.arange(0, COLS)
+    for first in range(0, count, TILE_BLOCKS):
+        cols = blocks_of(list_at, first + cell // COL_CELLS, count) * COL_CELLS + cell % COL_CELLS
+        k_tile = k_head + tl.minimum(cols, key_cells - 1).to(tl.int64)[:, None] * (STEPS * k_n) + dims[None, :]
+        acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
+        for i in tl.range(0, STEPS * CHUNKS, num_stages=STAGES):
+            r = i // CHUNKS
+            c = (i - r * CHUNKS) * DEPTH
+%if chunks * depth != head_dim
+            inside = (dims < HEAD_DIM - c)[None, :]
+            x = tl.load(q_rows[:, None] + dims[None, :] + (STEPS - 1 - r) * q_n + c, mask=inside, other=0.0)
+            y = tl.load(k_tile + r * k_n + c, mask=inside, other=0.0)
+%else
+            x = tl.load(q_rows[:, None] + dims[None, :] + (STEPS - 1 - r) * q_n + c)
+            y = tl.load(k_tile + r * k_n + c)
+%end
+            acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
+        place = first + tl.arange(0, TILE_BLOCKS)
+        listed = blocks_of(list_at, place, count)
+        masses, base = tile_masses(acc, base, listed, cols, rows, row_last, row_scale, key_scales, scale, key_cells, True)
+        tl.store(out + place[None, :] * ROW_CELLS, masses.to(tl.float16), mask=place[None, :] < row_count[:, None])
+%end
+'''
+
+NEEDED = '''
+
+@triton.jit
+def masses_of(s):
+    """Masses of each cell [places, CELLS] beside the largest, from their logarithms in steps of an octave's OCTAVEth part; their sums, NaN
+    where one is not finite."""
+    top = tl.max(s, 0)
+    p = tl.exp2(s - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    return p, tl.sum(p, 0)
+
+
+@triton.jit
+def needed(p, total, forced, tau, least, PARTS_OF_OCTAVE: tl.constexpr):
+    """1 in places where some cell needs a block: each takes the fewest and heaviest of those that are not forced which reach, with the forced
+    ones, tau of its mass.
+
+    PARTS_OF_OCTAVE: cutoffs are whole numbers of these below the largest mass, rounded down. p, total: [places, CELLS] and [CELLS] as `masses_of` gives them. least: a mass beside the largest that lies below any that can be needed.
+    """
+    gain = tl.where(forced[:, None], 0.0, p)
+    need = tau * total - (total - tl.sum(gain, 0))
+    # all cells seek at once, by halving steps of the logarithm: as many for each of them, whatever their masses
+    cut = tl.where(total == total, tl.floor(tl.log2(least) * PARTS_OF_OCTAVE), 0.0)
+    step = 1.0
+    while step <= -tl.floor(tl.log2(least) * PARTS_OF_OCTAVE):
+        step *= 2.0
+    while step >= 1.0:  # those >= cut have the mass needed
+        higher = tl.exp2((cut + step) * (1.0 / PARTS_OF_OCTAVE))
+        reached = tl.sum(tl.where(gain >= higher[None, :], gain, 0.0), 0)
+        cut = tl.where(reached >= need, cut + step, cut)
+        step *= 0.5
+    return tl.max((gain >= tl.exp2(cut * (1.0 / PARTS_OF_OCTAVE))[None, :]).to(tl.int32), 1)
+'''
+
+CHOOSE_STREAM = '''
+
+@triton.jit(do_not_specialize=[${unspecialised}])
+def choose(${parameters}):
+%if listed
+    """One query block of one head, of those that list more than LEAST blocks and no more than PLACES: CELLS cells at once."""
+%else
+    """One query block of one head, of those that see more than LEAST blocks and no more than PLACES: CELLS cells at once."""
+%end
+%if has_start
+    start = tl.load(start_at).to(tl.int32)
+%end
+    block = begin + tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // heads
+    h = tl.program_id(1) % heads
+    query_blocks = (query_len + BLOCK - 1) // BLOCK
+    key_blocks = (key_len + BLOCK - 1) // BLOCK
+%if listed
+    list_row = b.to(tl.int64) * lists_batch + h // GROUP * query_blocks + block
+    count = tl.load(listed_counts + list_row)
+%else
+    count = ${"seen_blocks((block + 1) * BLOCK, query_len, key_len, start)" if causal else "key_blocks"}
+%end
+    if (count > LEAST) & (count <= PLACES):
+        row = b.to(tl.int64) * counts_batch + h * query_blocks + block
+        place = tl.arange(0, PLACES)
+        inside = place < count
+%if listed
+        col = tl.load(listed_indices + list_row * key_blocks + place, mask=inside, other=32767).to(tl.int32)
+%else
+        col = place
+%end
+        _possible, forced = candidates(col, block, b, h, ${candidate_arguments})
+        forced = forced & inside
+        wanted = tl.zeros([PLACES], tl.int32)
+%if rule == "taus"
+        tau = tl.load(thresholds + ${"h * GROUP" if grouped else "h"})
+%end
+        everything = tl.where(tau >= 1.0, 1, 0)
+        # all that lies below is less than may be left out, and a cell's mass is at least its largest one
+        least = tl.maximum(tl.maximum(1.0 - tau, 0.0) * (0.5 / PLACES), 1e-12)
+%if grouped
+        # one list for all heads of a group, of what a cell of one of them needs
+        for member in range(0, GROUP):
+%if rule == "taus"
+            tau = tl.load(thresholds + h * GROUP + member)
+            everything = tl.maximum(everything, tl.where(tau >= 1.0, 1, 0))
+            least = tl.maximum(tl.maximum(1.0 - tau, 0.0) * (0.5 / PLACES), 1e-12)
+%end
+            head = tl.program_id(1) * GROUP + member
+            at = logs + (head * row_at(blocks, first_seen, key_blocks) + row_at(block - first_block, first_seen, key_blocks)) * ROW_CELLS
+            for first in range(0, ROW_CELLS, CELLS):
+                cell = first + tl.arange(0, CELLS)
+                seen = inside[:, None] & (block * ROW_CELLS + cell < query_cells)[None, :]
+                s = tl.load(at + place[:, None] * ROW_CELLS + cell[None, :], mask=seen, other=float("-inf")).to(tl.float32)
+                p, total = masses_of(s)
+                everything = tl.maximum(everything, tl.max((total != total).to(tl.int32), 0))
+                wanted |= needed(p, total, forced, tau, least, COARSE)
+%else
+        before = tl.program_id(1) * row_at(blocks, first_seen, key_blocks) + row_at(block - first_block, first_seen, key_blocks)
+        at = logs + before * ROW_CELLS
+        for first in range(0, ROW_CELLS, CELLS):
+            cell = first + tl.arange(0, CELLS)
+            seen = inside[:, None] & (block * ROW_CELLS + cell < query_cells)[None, :]
+            s = tl.load(at + place[:, None] * ROW_CELLS + cell[None, :], mask=seen, other=float("-inf")).to(tl.float32)
+            p, total = masses_of(s)
+            everything = tl.maximum(everything, tl.max((total != total).to(tl.int32), 0))
+%if importance
+            shares = p * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
+            tl.store(importances + (row * ROW_CELLS + cell)[None, :] * key_blocks + col[:, None], shares, mask=inside[:, None])
+%end
+            wanted |= needed(p, total, forced, tau, least, OCTAVE)
+%end
+        kept = tl.where(everything > 0, inside, (wanted > 0) | forced).to(tl.int32)
+        tl.store(counts + row, tl.sum(kept))
+        tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
+'''

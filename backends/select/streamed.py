@@ -1,0 +1,177 @@
+"""Runs selections whose query cells stay while keys pass by (`stream_template`): of all blocks, of groups of heads, or of listed blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.codegen.launch import launch, meant, power_of_two, shared_bytes
+from sparsify.backends.select import source as select_source
+from sparsify.backends.select import triton
+from sparsify.backends.select.source import SelectSpec, SelectTiling
+from sparsify.backends.select.triton import Cells, Chunk, Limits
+from sparsify.errors import UnsupportedError
+from sparsify.ops.limits import cdiv
+from sparsify.ops.selection import SelectCall
+
+_WHERE = "sparsify::select_blocks"
+Lists = tuple[Tensor, Tensor]
+# the fewest query cells that tensor cores take
+_LEAST_ROWS = 16
+# (query cells, key cells, warps, stages) of a tile. Two programs at a time, so that one multiplies while the other compares
+TILE, LISTED_TILE = (128, 128, 4, 2), (128, 64, 4, 3)
+# where cells are multiplied whole and are large, or shared memory is small
+_SMALL_TILE, _SMALL_LISTED_TILE = (128, 32, 4, 2), (64, 32, 4, 3)
+_LARGE_CELL, _SMALL_SHARED = 256, 160 << 10
+# places up to which a launch of `choose` serves a row, and logarithms of masses that a thread of it holds
+PLACES = (64, 128, 256, 512, 1024)
+NUMBERS = 32
+
+
+def spec_of(
+    call: SelectCall, limits: Limits, tiling: SelectTiling | None = None, *, grouped: bool = False, listed: bool = False
+) -> SelectSpec:
+    """The kernels of a call.
+
+    Args:
+        tiling: instead of the device's, for tests and tuning.
+        grouped: the heads of a group get one list.
+        listed: the heads of a group have one already, which is chosen among.
+
+    Raises:
+        UnsupportedError: no kernel of this sort serves the call.
+    """
+    rows = call.block_size // call.span
+    spec = triton.kernel_spec(call, tiling or _tiling(call, rows, listed), limits.fused_width)
+    obstacles = {
+        "padding": spec.key_flags,
+        "segments": spec.segments,
+        "windows": spec.window != "none",
+        "an estimate shared by a group": call.estimate.group,
+        f"{rows} cells of a query block": rows < _LEAST_ROWS and listed,
+        f"rows of {call.key_blocks} blocks": spec.wide,
+        f"pooling by {call.pool}": call.pool != "row",
+    }
+    if any(obstacles.values()):
+        raise UnsupportedError(f"a tile that stays beside {', '.join(what for what, is_so in obstacles.items() if is_so)}", where=_WHERE)
+    return dataclasses.replace(spec, streamed=True, grouped=grouped, listed=listed, finer=call.finer)
+
+
+def _tiling(call: SelectCall, rows: int, listed: bool) -> SelectTiling:
+    """rows: query cells of a block."""
+    device, item = meant(call.device), 1 if call.estimate.int8 else call.query.element_size()
+    large = _LARGE_CELL < call.steps * call.query.shape[3] * item <= select_source.WHOLE_CELL
+    small = large or (device.type == "cuda" and shared_bytes(device) < _SMALL_SHARED)
+    if listed:
+        most, cols, warps, stages = _SMALL_LISTED_TILE if small else LISTED_TILE
+        most = min(power_of_two(call.group), max(1, most // rows)) * rows
+    else:
+        most, cols, warps, stages = _SMALL_TILE if small else TILE
+    return SelectTiling(max(most, rows), max(cols, call.block_size // call.stride), warps, stages, 1, False)
+
+
+def serve(
+    call: SelectCall,
+    spec: SelectSpec,
+    chunk: Chunk,
+    cells: Cells,
+    masks: dict[str, Any],
+    lists: Lists,
+    limits: Limits,
+    listed: Lists | None = None,
+    importances: Tensor | None = None,
+) -> None:
+    """Scores and chooses for some batch rows and KV heads.
+
+    Args:
+        cells: of these alone.
+        masks: of the whole call, as `triton.mask_operands`.
+        lists: block lists to write, of the whole call; by KV head where heads of a group get one.
+        listed: of the whole call and by KV head, what is chosen among.
+        importances: fp32 [batch, query_heads, query_blocks, cells, key_blocks], 0 throughout: gets each cell's masses, for tests.
+    """
+    module, per_block, kv_blocks = triton.load_module(spec), call.block_size // call.span, call.kv_heads * call.query_blocks
+    logs, room = None, functools.partial(_places, call, spec)
+    for part in parts(call, spec, chunk, limits.scratch_bytes):
+        (b0, b1), (g0, g1), (first, last) = part.batch, part.kv_heads, part.cells
+        heads, served = slice(g0 * call.group, g1 * call.group), (b1 - b0) * (g1 - g0)
+        numbers = served * call.group * room(first, last) * per_block
+        if logs is None or logs.numel() < numbers:
+            logs = cells.queries.new_empty(numbers, dtype=torch.float16)
+        some = cells.of(b0 - chunk.batch[0], b1 - chunk.batch[0], g0 - chunk.kv_heads[0], g1 - chunk.kv_heads[0], call.group)
+        values: dict[str, Any] = {"logs": logs, **some.scales, **triton.chunk_masks(masks, call, spec, part)}
+        values |= triton.chunk_numbers(call, spec, part, some.queries, some.keys)
+        values |= {"first_block": first, "blocks": last - first, "first_seen": room(first, first + 1), "lists_batch": kv_blocks}
+        if listed is not None:
+            values |= dict(zip(("listed_counts", "listed_indices"), (one[b0:b1, g0:g1] for one in listed), strict=True))
+            grid = (last - first, served * cdiv(call.group, spec.tile_heads))
+        else:
+            grid = (served * call.group, cdiv(last * per_block, spec.tiling.rows) - first * per_block // spec.tiling.rows)
+        options = {"num_warps": spec.tiling.warps, "num_stages": spec.tiling.stages}
+        launch(module.score, grid, select_source.arguments(spec, "score"), values, **options)
+        owners = slice(g0, g1) if spec.grouped else heads
+        values |= dict(zip(("counts", "indices"), (one[b0:b1, owners] for one in lists), strict=True))
+        values["importances"] = None if importances is None else importances[b0:b1, heads]
+        if spec.grouped:
+            values |= {"heads": g1 - g0, "counts_batch": kv_blocks}
+        programs = served * (1 if spec.grouped else call.group)
+        for begin, end, places, least in _widths(call, spec, first, last):
+            at_once, warps = choosing(places, per_block)
+            values |= {"begin": begin, "PLACES": places, "CELLS": at_once, "LEAST": least}
+            launch(module.choose, (end - begin, programs), select_source.arguments(spec, "choose"), values, num_warps=warps)
+
+
+def choosing(places: int, cells: int) -> tuple[int, int]:
+    """How many of a block's cells `choose` takes at once for rows of so many places, and its warps."""
+    warps = min(8, max(1, places * cells // (32 * NUMBERS)))
+    return max(1, min(cells, 32 * warps * NUMBERS // places)), warps
+
+
+def _widths(call: SelectCall, spec: SelectSpec, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+    """Query blocks of each launch of `choose`, its places, and how many places a row has at least that it serves, less 1."""
+    longest, least = power_of_two(call.key_blocks), -1
+    for places in (*(width for width in PLACES if width < longest), longest):
+        begin, end = first, last
+        if spec.triangular:  # block i sees `seen + i` blocks, the last one perhaps one less, and lists no more
+            seen = cdiv(call.block_size + int(call.start), call.block_size)
+            begin = max(first, least + 1 - seen)
+            end = last if spec.listed else min(last, places + 2 - seen)
+        if begin < end:
+            yield begin, end, places, least
+        least = places
+
+
+def _places(call: SelectCall, spec: SelectSpec, first: int, last: int) -> int:
+    """Places of scratch for query blocks from `first` to before `last` of a head, as `row_at` counts them."""
+    blocks = last - first
+    if not spec.triangular:
+        return blocks * call.key_blocks
+    seen = max(0, cdiv(min((first + 1) * call.block_size, call.query_len) + int(call.start), call.block_size))
+    return blocks * seen + blocks * (blocks - 1) // 2
+
+
+def parts(call: SelectCall, spec: SelectSpec, chunk: Chunk, scratch_bytes: int) -> Iterator[Chunk]:
+    """Batch rows, KV heads and query blocks, instead of cells, of a chunk that are served at once: as many KV heads as scratch allows, else
+    some blocks of one, in whole tiles."""
+    per_block = call.block_size // call.span
+    (b0, b1), (g0, g1), blocks = chunk.batch, chunk.kv_heads, call.query_blocks
+    place_bytes = 2 * call.group * per_block
+    head_bytes = place_bytes * _places(call, spec, 0, blocks)
+    if head_bytes * (g1 - g0) * (b1 - b0) <= scratch_bytes:
+        yield Chunk(chunk.batch, chunk.kv_heads, (0, blocks))
+        return
+    count = max(1, min(g1 - g0, scratch_bytes // head_bytes))
+    count = cdiv(g1 - g0, cdiv(g1 - g0, count))
+    unit, step = 1 if spec.listed else max(1, spec.tiling.rows // per_block), blocks
+    if head_bytes > scratch_bytes:
+        step = max(1, scratch_bytes // (place_bytes * call.key_blocks * unit)) * unit
+        step = cdiv(cdiv(blocks, cdiv(blocks, min(step, blocks))), unit) * unit
+    for b in range(b0, b1):
+        for g in range(g0, g1, count):
+            for block in range(0, blocks, step):
+                yield Chunk((b, b + 1), (g, min(g + count, g1)), (block, min(block + step, blocks)))
