@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.answers import code_report
 from benchmarks.answers import report as answers_report
+from benchmarks.cache import quoted
 from benchmarks.lib import records, registry
 from benchmarks.lib.pages import filled
 from benchmarks.test_runs import compatibility, sweep_report
@@ -92,6 +93,9 @@ def seconds(found: list[Found]) -> str:
 MARKED: tuple[tuple[str, str, Callable[[list[Found]], str]], ...] = (
     ("README.md", "answers", answers),
     ("docs/benchmarks.md", "results", headlines),
+    ("docs/cache.md", "answers", lambda found: quoted.answers(_newest_gpu(found)) or _ABSENT),
+    ("docs/cache.md", "reading", lambda found: quoted.reading(_newest_gpu(found)) or _ABSENT),
+    ("docs/cache.md", "keeping", lambda found: quoted.keeping(_newest_gpu(found)) or _ABSENT),
     ("docs/benchmarks.md", "shortfalls", shortfalls),
     ("docs/generate.md", "seconds", seconds),
     ("docs/models.md", "code-model", lambda _: code_report.trained()),

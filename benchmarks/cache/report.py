@@ -155,7 +155,7 @@ def _answers(found: list[Found], beside: list[Found]) -> list[str]:
         "that is read by each token (`pages`, `clusters`: everything is kept; under `pages` a question, as a call of several tokens, reads "
         "all of it). The text is read in one call, before whose end nothing goes. SnapKV, where nothing else is said, and what is made of "
         "it score by the question's 12 bytes (or the text's last ones), smoothed over 15 where the paper's words take 5; under `duo` half "
-        f"of the heads stream. {conditions(cells)}"
+        f"of the heads stream; `locret`'s heads were trained on other facts of this form. {conditions(cells)}"
     )
     return [note, *parts]
 

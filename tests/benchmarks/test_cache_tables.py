@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from benchmarks.cache import keeping, keeping_report, offload
+from benchmarks.cache import keeping, keeping_report, offload, quoted
 from benchmarks.cache import report as tables_cache
 
 MACHINE = {"gpu": "H200", "commit": "a" * 40, "torch": "2.11"}
@@ -136,6 +136,22 @@ def test_a_prompt_in_a_file_beside_its_limits_and_beside_computing_it_again() ->
     assert keeping_report.headlines([save, exact]) == [
         ["a prompt of 128K tokens to a file, 8B shape, 16 bits", "2.50 s, 16.0 GiB", "computing it again, exact: 10.0 s"]
     ]
+
+
+def test_what_the_page_about_caches_quotes() -> None:
+    cells = [answers("full", "end", 1.0, 96), answers("h2o", "end", 0.05, 48), answers("h2o", "blind", 0.02, 24)]
+    text = quoted.answers(cells)
+    assert "| `h2o` | – | 0.50 | – | – | – | 0.25 |" in text and "everything kept answers 1.00 and – of them" in text
+    facts = {"shape": "8b", "length": 131072, "batch": 8}
+    steps = [
+        record("decode_reading", variant=name, ms=ms, ms_all_layers=32 * ms, bytes_read=read, **facts)
+        for name, ms, read in (("16 bits", 1.0, 400), ("clusters 0.05", 0.2, 30))
+    ]
+    assert "| clusters 0.05 | 6.40 | 0.20 for 0.07 |" in quoted.reading(steps)
+    facts = {"shape": "8b", "layers": 32, "length": 131072, "variant": "fp8", "bytes": 2**33, "bus_seconds": 0.2}
+    kept = [record("cache_keeping", operation=name, seconds=s, file_seconds=1.0, **facts) for name, s in (("save", 2.0), ("load", 1.5))]
+    assert "| fp8 | 8.0 | 2.00 | 1.00 | 1.50 | 1.00 |" in quoted.keeping(kept)
+    assert quoted.answers([]) == quoted.reading([]) == quoted.keeping([]) == ""
 
 
 @pytest.mark.slow
