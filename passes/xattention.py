@@ -72,6 +72,13 @@ class XAttention(PromptPass):
     threshold: float | tuple[float, ...] = Field(
         0.8, description="share of a row's estimated mass to keep; a list gives one per query head. 0.95 with sum or max"
     )
+    min_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="with the row rule, a cell also keeps every block that holds at least this share of its mass, beside what the "
+        "threshold keeps; 0: none",
+    )
     density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
     refine_stride: Literal[4, 8] | None = Field(
         None,
@@ -136,6 +143,8 @@ class XAttention(PromptPass):
             raise ValueError(f"stride {self.stride} does not divide block {self.block}")
         if self.pool == "row" and self.density:
             raise ValueError('pool = "row" keeps by threshold: a density needs one importance for each block, which "sum" and "max" have')
+        if self.min_share and self.pool != "row":
+            raise ValueError('min_share goes with pool = "row": it is a share of one cell\'s mass')
         if self.refine_stride:
             if self.pool != "row" or self.refine_stride >= self.stride:
                 raise ValueError('refine_stride goes with pool = "row" and is finer than stride')
@@ -182,6 +191,7 @@ class XAttention(PromptPass):
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {_shown(self.threshold)}"
         stages = f" (τ {self.coarse_threshold:g}), then {self.refine_stride}" if self.refine_stride else ""
+        rule += f" and shares of {self.min_share:g}" if self.min_share else ""
         note = f"stride {self.stride}{stages}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         if any(self.windows):
             note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
@@ -272,6 +282,7 @@ class XAttention(PromptPass):
             "stride": self.stride,
             "block_size": self.block,
             "threshold": self._thresholds(),
+            "min_share": self.min_share,
             "density": self.density or 0.0,
             "refine_stride": self.refine_stride or 0,
             "coarse_threshold": self.coarse_threshold,

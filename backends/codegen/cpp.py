@@ -30,7 +30,7 @@ _DIGITS = 24
 
 _lock = threading.Lock()
 _failed: dict[str, KernelError] = {}  # by text: what failed once is not tried again
-_TYPES: dict[str, Any] = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
+_TYPES: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "float": ctypes.c_float}
 
 
 def obstacle() -> str | None:

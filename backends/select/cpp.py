@@ -94,6 +94,7 @@ def _values(call: SelectCall, possible: Tensor, forced: Tensor, lists: tuple[Ten
         "peak": call.estimate.peak,
         "thresholds": thresholds,
         "share": int(call.density * (1 << DENSITY_BITS)) if by_density else -1,
+        "min_share": call.min_share,
         "counts": lists[0],
         "indices": lists[1],
         "importances": importances,

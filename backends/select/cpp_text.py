@@ -21,6 +21,7 @@ FIELDS: dict[str, str] = {
     **dict.fromkeys(("pool", "peak"), "int64_t"),
     "thresholds": "const double*",
     "share": "int64_t",
+    "min_share": "double",
     "counts": "int32_t*",
     "indices": "int16_t*",
     "importances": "float*",
@@ -165,7 +166,7 @@ static void share(const Tile& t) {
     }
 }
 
-// marks what one cell needs for its own threshold, all that equal the last block included
+// marks what one cell needs for its own threshold, all that equal the last block included, and what holds the least share of its mass
 static void need(const Tile& t, const float* mass, const uint8_t* possible, const uint8_t* forced, double tau) {
     const int64_t blocks = t.c.key_blocks;
     std::vector<float>& order = t.s.order;
@@ -178,15 +179,15 @@ static void need(const Tile& t, const float* mass, const uint8_t* possible, cons
         else if (mass[k] > 0.0f) order.push_back(mass[k]);
     }
     const double wanted = tau * total;
-    if (!(before < wanted) || order.empty()) return;
-    float last = INFINITE;
-    std::make_heap(order.begin(), order.end());
+    double last = t.c.min_share > 0.0 ? t.c.min_share * total : INFINITE;
+    if (order.empty() || !(before < wanted || last < INFINITE)) return;
+    if (before < wanted) std::make_heap(order.begin(), order.end());
     for (auto end = order.end(); end != order.begin() && before < wanted; --end) {
-        last = order.front();
-        before += last;
+        last = std::min(last, double(order.front()));
+        before += order.front();
         std::pop_heap(order.begin(), end);
     }
-    for (int64_t k = 0; k < blocks; k++) t.s.kept[k] |= possible[k] && !forced[k] && mass[k] >= last;
+    for (int64_t k = 0; k < blocks; k++) t.s.kept[k] |= possible[k] && !forced[k] && mass[k] > 0.0f && mass[k] >= last;
 }
 
 // marks what a query block keeps by its cells' masses together; equal ones go by rising index

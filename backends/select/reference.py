@@ -13,7 +13,8 @@ the column of the first visible key is forced, not a row. With S = stride, per h
 3. Forced: the block of the batch row's first visible key, and every key block that overlaps the query block's own positions. The
    others are added by falling importance (equal ones by rising index) while the mass before a candidate is below τ · the row's sum.
    Under the row rule every cell adds blocks in this way, all that equal the last one included, and the query block visits what some cell
-   added: a cell that finds nothing is wrong however much its neighbours find.
+   added: a cell that finds nothing is wrong however much its neighbours find. With a least share a cell also adds every block that holds
+   that share of its sum: τ alone takes many light blocks where mass is spread, and leaves out heavy ones where it is gathered.
 
 With two stages, 1 to 3 with the row rule and a threshold of their own list blocks, and what is listed for a head is listed for all heads of
 its group; a kernel may list more. 1 to 3 with a finer stride choose again, among those alone: what is not listed is not possible, and τ is
@@ -185,7 +186,9 @@ def _union_of_cells(importance: Tensor, possible: Tensor, forced: Tensor, call: 
     before = (mass * forced[..., None, :]).sum(-1, keepdim=True) + ranked.cumsum(-1) - ranked
     taken = (before < tau[..., None] * mass.sum(-1, keepdim=True)) & (ranked > 0)
     last = ranked.masked_fill(~taken, torch.inf).amin(-1, keepdim=True)
-    return torch.where(broken | (tau >= 1), possible, forced | (others >= last).any(-2))
+    if call.min_share:
+        last = last.clamp(max=call.min_share * mass.sum(-1, keepdim=True))
+    return torch.where(broken | (tau >= 1), possible, forced | ((others >= last) & (others > 0)).any(-2))
 
 
 def query_cells(call: SelectCall) -> Tensor:

@@ -25,10 +25,13 @@ def masses(tops, sums, scratch_head, cell, place, inside, row_count, tiles):
 
 
 @triton.jit
-def needed(p, other, forced, tau, least):
+def needed(p, other, forced, tau, least${", min_share" if min_share else ""}):
     """1 for the fewest and heaviest of `other` that reach, with the forced ones, tau of one cell's mass: bisection on the bits of the cutoff.
 
     p: the cell's masses. least: as a share of all mass, less than any that can be needed.
+%if min_share
+    min_share: what holds this share of all mass is marked in any case, so that most cells need no bisection.
+%end
     """
     gain = tl.where(other, p, 0.0)
     rest = tl.sum(gain, 0)
@@ -37,9 +40,20 @@ def needed(p, other, forced, tau, least):
     # the order of the bits is the order of the values, as none is negative
     bits = gain.to(tl.int32, bitcast=True)
     high = tl.max(bits, 0) + 1
+%if min_share
+    # a mass of 0 is no share of 0
+    line = tl.maximum((min_share * (rest + must)).to(tl.int32, bitcast=True), 1)
+    large = bits >= line
+    reached, above_high = tl.reduce((tl.where(large, gain, 0.0), large.to(tl.int32)), 0, add_pairs)
+    enough = reached >= need
+    high = tl.where(enough, line, tl.minimum(high, line))
+    low = tl.where(enough, line, tl.minimum(tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high))
+    above_low = tl.sum((bits >= low).to(tl.int32), 0)
+%else
     low = tl.where(need > 0.0, tl.maximum((least * (rest + must)).to(tl.int32, bitcast=True), 1), high)
     above_low = tl.sum((bits >= low).to(tl.int32), 0)
     above_high = 0
+%end
     while (high - low > 1) & (above_low - above_high > 1):  # those >= low have the mass needed, those >= high have not
         middle = low + (high - low) // 2
         above = bits >= middle
@@ -83,7 +97,7 @@ def choose(${parameters}):
 %if importance
         tl.store(importances + (row * ROW_CELLS + r) * key_blocks + col, p, mask=col < key_blocks)
 %end
-        wanted |= needed(p, other, forced, tau, least)
+        wanted |= needed(p, other, forced, tau, least${", min_share" if min_share else ""})
     kept = tl.where(everything > 0, possible, (wanted > 0) | forced).to(tl.int32)
     tl.store(counts + row, tl.sum(kept))
     tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
@@ -137,7 +151,17 @@ def pool(${parameters}):
             high = tl.maximum(high, tl.max(gain.to(tl.int32, bitcast=True)))
         high += 1
         need = tau * (rest + must) - must
+%if min_share
+        line = tl.maximum((min_share * (rest + must)).to(tl.int32, bitcast=True), 1)
+        large = 0.0
+        for first in range(0, tiles, PART):
+            p, gain, forced_mass, col = gains_of(at_top, at_sum, first + part, seen, alive, row_count, highest, block, b, h, ${candidate_arguments})
+            large += tl.sum(tl.where(gain.to(tl.int32, bitcast=True) >= line, gain, 0.0))
+        low = tl.where(large >= need, line, 1)
+        high = tl.where(large >= need, line, tl.minimum(high, line))
+%else
         low = tl.where(need > 0.0, 1, high)
+%end
         while high - low > 1:
             middle = low + (high - low) // 2
             reached = 0.0

@@ -73,6 +73,7 @@ class SelectSpec:
     listed: the second of two stages: blocks that a coarser one lists are scored and chosen among. Its tiles have the cells of as many heads
         of a group as `tiling.rows` holds.
     finer: cells of a second stage that are cut out of one of the first, whose scale they share.
+    min_share: cells also keep what holds a least share of their mass, which is an argument.
     """
 
     dtype: str
@@ -96,6 +97,7 @@ class SelectSpec:
     grouped: bool = False
     listed: bool = False
     finer: int = 1
+    min_share: bool = False
 
     def __post_init__(self):
         impossible = {
@@ -113,6 +115,8 @@ class SelectSpec:
             "a stage without keys that pass by": (self.grouped or self.listed) and not self.streamed,
             f"keys that pass by, pooling by {self.reduce!r}": self.streamed and self.reduce != "row",
             "stored importances of wide rows": self.wide and self.importance,
+            f"a least share of a block pooled by {self.reduce!r}": self.min_share and self.reduce != "row",
+            "a least share in lists of groups": self.min_share and self.grouped,
         }
         for what, wrong in impossible.items():
             if wrong:
@@ -187,6 +191,7 @@ class SelectSpec:
         pool = self.reduce + (", half the query cells" if one.half else "") + (", shared by a group" if self.shared > 1 else "")
         pool += (f", means of {one.merge} tokens" if one.merge > 1 else "") + (", 8 bits" if one.int8 else "")
         pool += ", highest scores" if one.peak else ""
+        pool += ", a least share" if self.min_share else ""
         kept = ", ".join(name for name, on in clauses.items() if on) or "no mask"
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
@@ -234,6 +239,7 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
     lists, importances = [*pointers("i32", "counts"), *pointers("i16", "indices")], pointers("fp32", "importances")
     kinds = {"fp32": floats, "i32": _runtime, "*fp32": functools.partial(pointers, "fp32")}
     rule = [kinds[argument.type](argument.name) for argument in RULES[spec.rule].arguments]
+    rule += [floats("min_share")] if spec.min_share else []
     chosen = [*start_at, *_candidate_masks(spec), *itertools.chain(*rule)]
     lengths = ["heads", "query_len", "key_len"]
     rows = ["query_cells", "first_cell", "row_count"]
@@ -325,6 +331,7 @@ def generate(spec: SelectSpec) -> str:
         "listed",
         "finer",
         "rule",
+        "min_share",
     )
     values = {**{name: getattr(spec, name) for name in names}, **constants}
     scoring = score_template.POOLED + (stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE)

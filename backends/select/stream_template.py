@@ -208,9 +208,9 @@ def masses_of(s):
 
 
 @triton.jit
-def needed(p, total, forced, tau, least, PARTS_OF_OCTAVE: tl.constexpr):
+def needed(p, total, forced, tau, least, ${"min_share, " if min_share else ""}PARTS_OF_OCTAVE: tl.constexpr):
     """1 in places where some cell needs a block: each takes the fewest and heaviest of those that are not forced which reach, with the forced
-    ones, tau of its mass.
+    ones, tau of its mass.${" And all that hold min_share of it." if min_share else ""}
 
     PARTS_OF_OCTAVE: cutoffs are whole numbers of these below the largest mass, rounded down. p, total: [places, CELLS] and [CELLS] as `masses_of` gives them. least: a mass beside the largest that lies below any that can be needed.
     """
@@ -226,7 +226,12 @@ def needed(p, total, forced, tau, least, PARTS_OF_OCTAVE: tl.constexpr):
         reached = tl.sum(tl.where(gain >= higher[None, :], gain, 0.0), 0)
         cut = tl.where(reached >= need, cut + step, cut)
         step *= 0.5
-    return tl.max((gain >= tl.exp2(cut * (1.0 / PARTS_OF_OCTAVE))[None, :]).to(tl.int32), 1)
+    cutoff = tl.exp2(cut * (1.0 / PARTS_OF_OCTAVE))
+%if min_share
+    # a mass of 0 is no share of 0
+    cutoff = tl.minimum(cutoff, tl.where(total == 0.0, 1.0, min_share * total))
+%end
+    return tl.max((gain >= cutoff[None, :]).to(tl.int32), 1)
 '''
 
 CHOOSE_STREAM = '''
@@ -300,7 +305,7 @@ def choose(${parameters}):
             shares = p * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
             tl.store(importances + (row * ROW_CELLS + cell)[None, :] * key_blocks + col[:, None], shares, mask=inside[:, None])
 %end
-            wanted |= needed(p, total, forced, tau, least, OCTAVE)
+            wanted |= needed(p, total, forced, tau, least, ${"min_share, " if min_share else ""}OCTAVE)
 %end
         kept = tl.where(everything > 0, inside, (wanted > 0) | forced).to(tl.int32)
         tl.store(counts + row, tl.sum(kept))

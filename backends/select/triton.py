@@ -170,6 +170,7 @@ def kernel_spec(call: SelectCall, tiling: SelectTiling, fused_width: int) -> Sel
         rule=call.rule,
         negative=call.scale < 0,
         wide=width > fused_width,
+        min_share=call.min_share > 0,
     )
 
 
@@ -472,6 +473,7 @@ def chunk_numbers(call: SelectCall, spec: SelectSpec, chunk: Chunk, queries: Ten
     values |= {"end_cell": chunk.cells[1], "row_count": chunk.cells[1] - chunk.cells[0], "counts_batch": call.heads * call.query_blocks}
     values |= {"heads": queries.shape[1] * spec.shared, "window": call.bounded_windows[0] if call.bounded_windows else 0}
     values |= {argument.name: argument.value(call) for argument in _rule_arguments(spec, per_head=False)}
+    values |= {"min_share": call.min_share} if spec.min_share else {}
     if not spec.has_start:
         values["start"] = call.start
     return values

@@ -13,7 +13,11 @@ from sparsify.ops.estimate import label, parse_label
 from sparsify.passes.xattention import XAttention
 
 _METHOD = XAttention()
-DEFAULT = {"pool": label(_METHOD.pool, _METHOD.variants), "stride": _METHOD.stride, "threshold": _METHOD.threshold}
+DEFAULT = {
+    "pool": label(_METHOD.pool, _METHOD.variants, min_share=_METHOD.min_share),
+    "stride": _METHOD.stride,
+    "threshold": _METHOD.threshold,
+}
 FEW_LOST = 0.01  # answers that an estimate may lose and still be said to keep them
 Estimate = tuple[str, int]  # pool and stride
 _CURVES = ("model_sha256", "method", "parameters", "length")

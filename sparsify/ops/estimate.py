@@ -154,19 +154,21 @@ DEFAULT = Estimate(merge=2, int8=True, peak=True)
 EXAMPLES = (EXACT, *(Estimate.parse(text) for one in VARIANTS.values() for text in one.examples))
 
 
-def label(pool: str, estimate: Estimate, refine_stride: int = 0, coarse_threshold: float = 0.0) -> str:
-    """How records and notes name both at once: "max", "max+pair+int8"; with a second stage "row+int8/4@0.9"."""
+def label(pool: str, estimate: Estimate, refine_stride: int = 0, coarse_threshold: float = 0.0, min_share: float = 0.0) -> str:
+    """How records and notes name both at once: "max", "max+pair+int8"; with a second stage "row+int8/4@0.9", with a least share
+    "row:0.03+int8"."""
     stages = f"/{refine_stride}@{coarse_threshold:g}" if refine_stride else ""
-    return "+".join((pool, *estimate.variants)) + stages
+    return "+".join((pool + (f":{min_share:g}" if min_share else ""), *estimate.variants)) + stages
 
 
 def parse_label(text: str) -> dict[str, Any]:
-    """The arguments `pool` and `estimate` of the op for a label, and those of a second stage where it has one."""
+    """The arguments `pool` and `estimate` of the op for a label, and those of a least share and a second stage where it has them."""
     first, _, second = text.partition("/")
-    pool, *names = first.split("+")
+    rule, *names = first.split("+")
+    pool, _, share = rule.partition(":")
     stride, _, threshold = second.partition("@")
     stages = {"refine_stride": int(stride), "coarse_threshold": float(threshold)} if second else {}
-    return {"pool": pool, "estimate": Estimate.from_names(names), **stages}
+    return {"pool": pool, "estimate": Estimate.from_names(names), **stages, **({"min_share": float(share)} if share else {})}
 
 
 def as_markdown() -> str:

@@ -80,10 +80,12 @@ class SelectCall(ListingCall):
     stride: tokens that one score spans.
     block_size: query rows and keys of a block.
     threshold: share of each row's mass to keep, one for all heads or one per query head; 1 or more keeps everything.
+    min_share: when positive, under the row rule, a cell keeps every block that holds at least this share of its mass too, when others hold
+        `threshold` of it already.
     density: when positive, keep this share of each row's possible blocks instead.
     refine_stride: when positive, two stages under the row rule: cells of `stride` keep at least `coarse_threshold` of their mass, and what
         they keep is listed for all heads of their group. Of the blocks listed so, cells of this finer stride keep `threshold` of their
-        mass, counted over that list alone. Heads with a threshold of 1 or more keep everything.
+        mass, and what `min_share` adds, counted over that list alone. Heads with a threshold of 1 or more keep everything.
     coarse_threshold: share of each row's mass that the first of two stages keeps at least, no less than any threshold below 1.
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
     key_mean: what 8-bit cells are rounded beside, fp32; None: the mean of the keys that take part. A call over some of a text's keys gets
@@ -114,6 +116,7 @@ class SelectCall(ListingCall):
     stride: int = 8
     block_size: int = 128
     threshold: tuple[float, ...] = ()
+    min_share: float = 0.0
     density: float = 0.0
     refine_stride: int = 0
     coarse_threshold: float = 0.9
@@ -127,7 +130,7 @@ class SelectCall(ListingCall):
         if heads is not None:
             heads = torch.where(heads >= 1, 1.0, self.coarse_threshold).to(heads.dtype)
         coarse = tuple(1.0 if threshold >= 1 else self.coarse_threshold for threshold in self.threshold)
-        first = dataclasses.replace(single, threshold=coarse, head_thresholds=heads)
+        first = dataclasses.replace(single, threshold=coarse, head_thresholds=heads, min_share=0.0)
         # of every second query cell the finer ones are others
         whole = self.refine_stride if self.estimate.half else self.stride
         fine = dataclasses.replace(single, stride=self.refine_stride)
@@ -208,6 +211,8 @@ class SelectCall(ListingCall):
         thresholds = len(self.threshold) in (1, heads) or self.density > 0 or self.head_thresholds is not None
         need(thresholds, f"{len(self.threshold)} thresholds for {heads} query heads", "one, or one per query head")
         need(all(t >= 0 for t in self.threshold), f"threshold {self.threshold}", "0 or more")
+        need(0 <= self.min_share <= 1, f"a least share of {self.min_share}", "0 (none) to 1")
+        need(self.pool == "row" or not self.min_share, f"a least share under the rule {self.pool}", "row: a share of each cell's own mass")
         need(0 <= self.density <= 1, f"density {self.density}", "0 (use the threshold) to 1")
         whole = self.pool != "row" or not self.density
         need(

@@ -21,6 +21,8 @@ def test_names_go_there_and_back():
         assert parse_label(label("sum", found)) == {"pool": "sum", "estimate": found}
         stages = {"refine_stride": 4, "coarse_threshold": 0.95}
         assert parse_label(label("row", found, **stages)) == {"pool": "row", "estimate": found, **stages}
+        share = {"min_share": 0.03}
+        assert parse_label(label("row", found, **share, **stages)) == {"pool": "row", "estimate": found, **share, **stages}
     assert (str(EXACT), str(DEFAULT), label("max", EXACT)) == ("exact", "pair+int8+peak", "max")
 
 

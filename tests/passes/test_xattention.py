@@ -83,6 +83,7 @@ def test_a_proposal_costs_less_than_dense_when_long_and_says_what_it_is():
     assert (
         proposal(XAttention(density=0.1, pool="sum", estimate=("int8", "half"))).note == "stride 8, sum+half+int8, density 0.1, block 128"
     )
+    assert proposal(XAttention(threshold=0.7, min_share=0.03)).note == "stride 4, row+pair+int8+peak, τ 0.7 and shares of 0.03, block 128"
     assert proposal(context=dataclasses.replace(CONTEXT, min_length=7)).min_key_len == 7
 
 
@@ -144,6 +145,9 @@ def test_thresholds_per_head_must_fit_the_site():
         ({"threshold": ()}, "between 0 and 1"),
         ({"density": 0.0}, "greater than 0"),
         ({"density": 0.1, "pool": "row"}, "keeps by threshold"),
+        ({"min_share": 0.1, "pool": "max"}, "min_share goes with pool"),
+        ({"min_share": 0.1, "density": 0.1}, "min_share goes with pool"),
+        ({"min_share": 1.5}, "less than or equal to 1"),
         ({"refine_stride": 4, "pool": "max"}, "goes with pool"),
         ({"refine_stride": 4, "pool": "row", "threshold": 0.95}, "coarse_threshold must not lie below"),
         ({"estimate": ("half", "half")}, "twice"),
@@ -272,7 +276,7 @@ def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
     method = XAttention(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
     threshold = method.threshold if isinstance(method.threshold, tuple) else (method.threshold,)
     selection = {"pool": method.pool, "estimate": method.variants, "stride": method.stride, "block_size": method.block}
-    selection |= {"refine_stride": method.refine_stride or 0, "coarse_threshold": method.coarse_threshold}
+    selection |= {"refine_stride": method.refine_stride or 0, "coarse_threshold": method.coarse_threshold, "min_share": method.min_share}
     want = reference_run(model, call, **selection, threshold=threshold, density=method.density or 0.0)
     with torch.no_grad():
         dense = call(model)
@@ -284,6 +288,7 @@ def compare(model, call, *, expect_sparse=True, attention_mask=None, **chosen):
 
 RULES = {"tau": {"threshold": 0.5}, "density": {"density": 0.4}, "per head": {"threshold": [0.2, 0.9, 0.5, 0.0]}}
 RULES["row"] = {"pool": "row", "threshold": 0.3}
+RULES["least share"] = {"pool": "row", "threshold": 0.2, "min_share": 0.1}
 RULES["two stages"] = {"pool": "row", "threshold": 0.3, "stride": 16, "refine_stride": 4, "coarse_threshold": 0.6}
 
 

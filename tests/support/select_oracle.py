@@ -14,7 +14,7 @@ class Oracle:
         self.query, self.key = call.query.double(), call.key.double()
         self.scale, self.causal, self.windows, self.stride, self.block = call.scale, call.causal, call.windows, call.stride, call.block_size
         self.pool, self.half, self.merged, self.peak = call.pool, call.estimate.half, call.estimate.merge, call.estimate.peak
-        self.threshold, self.density = call.threshold, call.density
+        self.threshold, self.density, self.min_share = call.threshold, call.density, call.min_share
         self.flags, self.segments, start = call.key_flags, call.segments, call.query_start
         (self.batch, self.heads, self.query_len, _), self.key_len = call.query.shape, call.key.shape[2]
         self.start = self.key_len - self.query_len if start is None else int(start)
@@ -106,13 +106,17 @@ class Oracle:
             floor = min((float(mass[k]) for k in mine - forced), default=math.inf)
             mine = mine | {k for k in distance if float(mass[k]) == floor}
             ceiling = max((float(mass[k]) for k in set(distance) - mine), default=-math.inf)
-            kept |= mine
+            line = self.min_share * total if self.min_share else math.inf
+            large = {k for k in distance if line <= float(mass[k]) > 0}
+            kept |= mine | large
             for k in mine | set(distance):
                 x, far = float(mass[k]), distance.get(k, math.inf)
                 if k in mine:
                     sure[k] = max(sure.get(k, 0.0), min(far, (x - ceiling) / total))
-                else:
-                    loose[k] = min(loose.get(k, math.inf), far, (floor - x) / total)
+                if k in large:
+                    sure[k] = max(sure.get(k, 0.0), (x - line) / total)
+                if k not in mine | large:
+                    loose[k] = min(loose.get(k, math.inf), far, (floor - x) / total, (line - x) / total)
         return kept, forced, {**loose, **sure}
 
     def row(self, b, h, block, importance):

@@ -22,6 +22,7 @@ CLAUSES = {
     "everything": {"key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
     "row": {"reduce": "row"},
     "row everything": {"reduce": "row", "key_flags": True, "segments": True, "window": "per_head", "has_start": True, "rule": "taus"},
+    "row share": {"reduce": "row", "min_share": True},
     "shared": {"estimate": Estimate(half=True, group=True)},
     "int8 half": {"estimate": Estimate(half=True, int8=True), "key_flags": True},
     **{str(one): {"estimate": one} for one in EXAMPLES if one != EXACT},
@@ -97,6 +98,8 @@ def choosing(chosen: SelectSpec, arch: int, width: int, **constexprs: int) -> Re
         ("row", 1024),
         ("row", 4096),
         ("row everything", 8192),
+        ("row share", 1024),
+        ("row share", 8192),
     ],
 )
 @pytest.mark.samples(2)
@@ -107,7 +110,7 @@ def test_hopper_chooses_without_spills(clause, width):
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
 
 
-@pytest.mark.parametrize("clause", ["density", "everything", "row everything"])
+@pytest.mark.parametrize("clause", ["density", "everything", "row everything", "row share"])
 @pytest.mark.samples(1)
 def test_long_rows_without_spills(clause):
     chosen = spec(clause, wide=True)
@@ -163,10 +166,10 @@ def test_hopper_streams_keys_without_spills(name, changes):
 
 
 @pytest.mark.parametrize("places", [64, 256, 1024, 8192])
-@pytest.mark.parametrize("stage", ["listed", "grouped"])
+@pytest.mark.parametrize("stage", ["listed", "grouped", "least share"])
 @pytest.mark.samples(2)
 def test_hopper_chooses_from_logarithms_without_spills(places, stage):
-    changes = {"listed": True, "finer": 2} if stage == "listed" else {"stride": 8, "grouped": True}
-    cells, warps = streamed.choosing(places, 32 if stage == "listed" else 16)
+    changes = {"stride": 8, "grouped": True} if stage == "grouped" else {"listed": True, "finer": 2, "min_share": stage == "least share"}
+    cells, warps = streamed.choosing(places, 16 if stage == "grouped" else 32)
     used = compiled(streaming(streamed.TILE, **changes), "choose", 90, warps, PLACES=places, CELLS=cells, LEAST=-1)
     assert used.spilled == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -107,10 +108,22 @@ def test_rules(pool, rule):
     compare(call(*inputs(), pool=pool, **RULES[rule]))
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+def test_a_least_share(mask, threshold):
+    given = inputs(batch=2, heads=4, kv_heads=2)
+    tables = [
+        compare(call(*given, pool="row", **{**MASKS[mask], "threshold": [threshold], "min_share": share})) for share in (0.0, 0.3, 0.1)
+    ]
+    assert all(not (less & ~more).any() for less, more in itertools.pairwise(tables))
+    assert torch.equal(tables[0], tables[-1]) == (threshold == 1)
+
+
 @pytest.mark.parametrize("mask", ["none", "padding", "windows"])
-def test_a_second_stage_scores_what_the_first_lists(mask):
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_second_stage_scores_what_the_first_lists(mask, share):
     options = {"pool": "row", "stride": 16, "refine_stride": 4, "threshold": [0.2], "estimate": "int8+peak", **MASKS[mask]}
-    one = call(*inputs(batch=2, heads=4, kv_heads=2), **{**options, "coarse_threshold": 0.9})
+    one = call(*inputs(batch=2, heads=4, kv_heads=2), **{**options, "coarse_threshold": 0.9, "min_share": share})
     assert compare(one).sum() < listed(one).sum()
 
 

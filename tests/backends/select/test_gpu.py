@@ -22,6 +22,7 @@ MASKS = {
     "padded": {},
     "window": {"windows": [700]},
     "row": {"pool": "row", "threshold": [0.4]},
+    "least share": {"pool": "row", "threshold": [0.4], "min_share": 0.05},
     **{str(one): {"estimate": one} for one in EXAMPLES},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -70,7 +71,9 @@ def compare(query, key, *, tiling=TMA, limits=triton_select.LIMITS, **changes):
         {"windows": [0, 70], "threshold": [0.5, 0.9]},
         {"pool": "sum", "estimate": "half", "threshold": [0.0]},
         {"pool": "row", "threshold": [0.3]},
+        {"pool": "row", "threshold": [0.3], "min_share": 0.2},
         {"pool": "row", "stride": 4, "windows": [0, 70], "threshold": [0.2, 0.6], "estimate": "half"},
+        {"pool": "row", "stride": 4, "windows": [0, 70], "threshold": [0.2, 0.6], "estimate": "half", "min_share": 0.1},
         *({"estimate": one} for one in EXAMPLES if one.merge > 1 and not (one.int8 or one.half)),
     ],
     ids=str,
@@ -179,8 +182,9 @@ def test_a_group_shares_one_estimate():
         {"key_flags": flags(), "threshold": [0.5, 0.9]},
         {"density": 0.5, "pool": "sum"},
         {"key_flags": flags(), "threshold": [0.2, 0.5], "pool": "row"},
+        {"key_flags": flags(), "threshold": [0.2, 0.5], "pool": "row", "min_share": 0.2},
     ],
-    ids=["taus", "density", "row"],
+    ids=["taus", "density", "row", "least share"],
 )
 def test_long_rows_in_parts(changes):
     query, key = inputs(batch=2 if "key_flags" in changes else 1, heads=2 if "threshold" in changes else 1)
@@ -203,7 +207,16 @@ def test_chunks_of_rows_and_heads_give_the_same_lists():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"estimate": "int8"}, {"pool": "row"}, {"pool": "row", "wide": True}, {"estimate": "peak"}, {"estimate": "int8+peak"}],
+    [
+        {},
+        {"estimate": "int8"},
+        {"pool": "row"},
+        {"pool": "row", "wide": True},
+        {"pool": "row", "min_share": 0.9},
+        {"pool": "row", "min_share": 0.9, "wide": True},
+        {"estimate": "peak"},
+        {"estimate": "int8+peak"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -226,6 +239,16 @@ def test_the_row_rule_keeps_equal_ones_together_and_everything_at_one():
     assert compare(query, key, pool="row", threshold=[1.0])[0, 0].equal(torch.ones(4, 4).tril().bool())
     some, more = (compare(query, key, pool="row", threshold=[tau]) for tau in (0.2, 0.4))
     assert not (some & ~more).any() and not torch.equal(some, more)
+
+
+@pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_least_share_adds_to_what_the_threshold_keeps(wide):
+    limits = triton_select.Limits(fused_width=4, part=8) if wide else triton_select.LIMITS
+    query, key = inputs(380, heads=1, dim=16)
+    keep = lambda tau, share: compare(query, key, pool="row", threshold=[tau], min_share=share, limits=limits)
+    tables = [keep(0.3, share) for share in (0.0, 0.3, 0.1)]
+    assert all(not (less & ~more).any() and not torch.equal(less, more) for less, more in itertools.pairwise(tables))
+    assert keep(1.0, 0.5).sum() == 6 * 7 / 2
 
 
 def test_rows_that_see_part_of_the_columns_are_served_apart(monkeypatch):
@@ -311,8 +334,9 @@ def test_keys_that_pass_by_keep_everything_at_one_and_where_a_row_is_not_finite(
         ({"estimate": "pair+int8+peak", "threshold": [0.2, 0.5]}, {"query_len": 250, "key_len": 510}),
         ({"causal": False, "scale": -0.25, "estimate": "peak"}, {"query_len": 130, "key_len": 300}),
         ({"query_start": torch.tensor([200])}, {"query_len": 130, "key_len": 400, "batch": 2}),
+        ({"min_share": 0.2, "threshold": [0.2, 0.3]}, {"query_len": 520, "heads": 2}),
     ],
-    ids=["exact", "8 bits of a chunk", "highest of 8 bits", "not causal, highest", "start"],
+    ids=["exact", "8 bits of a chunk", "highest of 8 bits", "not causal, highest", "start", "least share"],
 )
 def test_a_second_stage_chooses_among_what_is_listed(changes, shape, monkeypatch):
     monkeypatch.setattr(streamed, "PLACES", (2, 4))

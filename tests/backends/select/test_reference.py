@@ -56,8 +56,10 @@ def problems(draw):
         "stride": draw(st.sampled_from([4, 8, 16])),
         "threshold": draw(st.sampled_from([[0.0], [0.5], [0.9], [1.0], [0.3, 0.97][: heads[0]]])),
         "density": draw(st.sampled_from([0.0, 0.0, 0.25, 0.6])),
+        "min_share": draw(st.sampled_from([0.0, 0.1, 0.3])),
     }
     options["density"] *= options["pool"] != "row"
+    options["min_share"] *= options["pool"] == "row"
     masks = {}
     if draw(st.booleans()):
         flags = torch.ones(batch, key_len, dtype=torch.uint8)
@@ -299,6 +301,44 @@ def test_each_cell_keeps_its_smallest_set():
     assert reference.choose(flat, torch.ones_like(forced)[None], forced[None], half).all(), "equal ones stay together"
 
 
+@settings(max_examples=20, deadline=None)
+@given(problems(), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_lower_least_share_gives_a_superset(problem, one, other):
+    query, key, options = problem
+    options |= {"pool": "row", "density": 0.0}
+    none, low, high = (table(query, key, **{**options, "min_share": share}) for share in (0.0, max(one, other), min(one, other)))
+    assert not (none & ~low).any() and not (low & ~high).any()
+
+
+def test_a_cell_keeps_what_holds_the_least_share_too():
+    # the cells of the test above: 0.4 and 0.2 are forced
+    importance = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0], [0.2, 0.0, 0.1, 0.2, 0.5]]).expand(1, 1, 1, 2, 5)
+    forced = torch.tensor([True, False, False, False, False])
+
+    def kept(threshold, share, mass=importance):
+        one = call(*inputs(32), pool="row", threshold=[threshold], min_share=share)
+        return reference.choose(mass, torch.ones_like(forced)[None], forced[None], one).int().tolist()[0][0][0]
+
+    assert [kept(0.1, share) for share in (0.6, 0.4, 0.25, 0.15)] == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 1], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]]
+    assert kept(0.75, 0.4) == [1, 1, 1, 1, 1] != kept(0.0, 0.4), "the threshold as before"
+    assert kept(0.0, 1e-9) == [1, 1, 1, 1, 1] and kept(0.0, 1e-9, importance[..., :1, :]) == [1, 1, 1, 1, 0], "nothing is no share"
+    assert kept(0.1, 0.4, 3 * importance) == kept(0.1, 0.4), "a share of what the cell has"
+    assert kept(0.5, 1e-9, 0 * importance) == [1, 0, 0, 0, 0]
+
+
+def test_spread_cells_keep_to_the_threshold_and_gathered_ones_to_the_share():
+    # 1: twelve blocks hold one twelfth each. 2: one holds .7 and two more .1
+    spread, gathered = torch.full((1, 12), 1 / 12), torch.tensor([[0.7, 0.1, 0.1] + [0.1 / 9] * 9])
+    count = lambda mass, **options: int(
+        reference.choose(
+            mass.expand(1, 1, 1, 1, 12), torch.ones(1, 12) > 0, torch.zeros(1, 12) > 0, call(*inputs(32), pool="row", **options)
+        ).sum()
+    )
+    assert (count(gathered, threshold=[0.6]), count(gathered, threshold=[0.6], min_share=0.09)) == (1, 3)
+    spread = spread + 1e-4 * torch.arange(12)
+    assert count(spread, threshold=[0.6]) == count(spread, threshold=[0.6], min_share=0.09) == 8
+
+
 def test_a_query_block_visits_what_its_cells_visit():
     query, key = inputs(8 * BLOCK, heads=1)
     one = call(query, key, pool="row", threshold=[0.6])
@@ -377,6 +417,8 @@ def test_a_shared_estimate_gives_a_group_one_importance():
         ({"threshold": [math.nan]}, "threshold"),
         ({"density": 1.5}, "density 1.5"),
         ({"density": 0.5, "pool": "row"}, "density under the row rule"),
+        ({"min_share": 0.1}, "a least share under the rule max"),
+        ({"min_share": 1.5, "pool": "row"}, "a least share of 1.5"),
         ({"refine_stride": 4}, "two stages under the rule max"),
         ({"refine_stride": 8, "pool": "row"}, "stride 8, then 8"),
         ({**TWO_STAGES, "threshold": [0.95]}, "coarse threshold of 0.9 for 0.95"),

@@ -44,6 +44,8 @@ def describe(query, key, **changes):
         ("row_listed", {**STREAMED, "listed": True, "stride": 4, "tiling": LISTED, "finer": 2}),
         ("row_grouped", {**STREAMED, "grouped": True, "rule": "taus"}),
         ("row_wide", {"reduce": "row", "wide": True, "rule": "taus", "window": "one"}),
+        ("row_share", {"reduce": "row", "min_share": True}),
+        ("row_share_wide", {"reduce": "row", "wide": True, "min_share": True}),
     ],
 )
 def test_golden_text(name, changes):
@@ -54,7 +56,7 @@ def test_golden_text(name, changes):
     st.sampled_from([TMA_TILING, POINTER_TILING]),
     st.fixed_dictionaries(
         {
-            **dict.fromkeys(("causal", "key_flags", "segments", "has_start", "wide"), st.booleans()),
+            **dict.fromkeys(("causal", "key_flags", "segments", "has_start", "wide", "min_share"), st.booleans()),
             "estimate": st.sampled_from(EXAMPLES),
             "window": st.sampled_from(["none", "one", "per_head"]),
             "rule": st.sampled_from([*RULES]),
@@ -65,6 +67,7 @@ def test_golden_text(name, changes):
 )
 def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
     assume(changes["reduce"] != "row" or changes["rule"] != "density")
+    changes["min_share"] &= changes["reduce"] == "row"
     text = generate(spec(tiling=tiling, **changes))
     compile(text, "generated", "exec")
     assert "${" not in text and "%if" not in text
@@ -72,6 +75,7 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
     assert ("q.load(" in text) == tiling.tma
     assert ("def prepare_cells" in text) == changes["estimate"].prepared
     assert ("tl.load(query_scales" in text) == changes["estimate"].int8
+    assert ("min_share" in text) == changes["min_share"]
     assert all(len(line) <= 400 for line in text.splitlines())
 
 
@@ -82,6 +86,7 @@ def test_every_spec_is_python_with_only_the_clauses_it_has(tiling, changes):
         ({"stride": 12}, "stride"),
         ({"rule": "none such"}, "rule"),
         ({"rule": "density", "reduce": "row"}, "a density under the row rule"),
+        ({"min_share": True}, "a least share of a block pooled by 'max'"),
         ({"block": 24}, "block"),
     ],
 )
