@@ -31,8 +31,6 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PART_BYTES = 1 << 25
 # one thread copies to or from the pages of a file at a part of the bus' rate
 _THREADS = 8
-# of a part that is written at once: most file systems let one thread at a time write to a file, and what it writes has been brought near
-_NEAR_BYTES = 1 << 21
 _LENGTH = 8
 
 
@@ -147,12 +145,10 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """What one thread needs. held: pinned memory through which one part at a time goes, uint8 [n], and the stream that copies it; None
-    where parts lie in the host's memory. near: of what is written next, uint8 [_NEAR_BYTES], small enough for a core's caches."""
+    """Pinned memory through which one part at a time goes, uint8 [n], and the stream that copies it."""
 
-    held: Tensor | None
+    held: Tensor
     stream: Any
-    near: Tensor
 
 
 def _parts(tensor: Tensor, begin: int) -> Iterator[_Part]:
@@ -167,9 +163,9 @@ def _parts(tensor: Tensor, begin: int) -> Iterator[_Part]:
         yield _Part(data[first : first + _PART_BYTES], begin + first)
 
 
-def _run(parts: list[_Part], work: Callable[[_Part, _Stage], None]) -> None:
+def _run(parts: list[_Part], work: Callable[[_Part, _Stage | None], None]) -> None:
     """Does something with every part, several at a time, each with a stage of its device."""
-    stages: dict[torch.device, queue.SimpleQueue[_Stage]] = {}
+    stages: dict[torch.device, queue.SimpleQueue[_Stage | None]] = {}
     count = max(1, min(_THREADS, cdiv(sum(len(part.data) for part in parts), _PART_BYTES)))
     most = max((len(part.data) for part in parts), default=0)
     for device in {part.data.device for part in parts}:
@@ -190,15 +186,15 @@ def _run(parts: list[_Part], work: Callable[[_Part, _Stage], None]) -> None:
             pass
 
 
-def _stage(device: torch.device, size: int) -> _Stage:
-    near = torch.empty(_NEAR_BYTES, dtype=torch.uint8)
+def _stage(device: torch.device, size: int) -> _Stage | None:
+    """None for parts that lie in the host's memory and go to the file as they are."""
     if device.type == "cpu":
-        return _Stage(None, None, near)
+        return None
     if device.type != "cuda":
-        return _Stage(torch.empty(size, dtype=torch.uint8), None, near)
+        return _Stage(torch.empty(size, dtype=torch.uint8), None)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # what the tensors still wait for
-    return _Stage(torch.empty(size, dtype=torch.uint8, pin_memory=True), stream, near)
+    return _Stage(torch.empty(size, dtype=torch.uint8, pin_memory=True), stream)
 
 
 @torch.inference_mode()  # threads do not inherit the mode under which a cache was allocated
@@ -212,22 +208,18 @@ def _copied(to: Tensor, source: Tensor, stream: Any) -> None:
     stream.synchronize()
 
 
-def _write(handle: int, part: _Part, stage: _Stage) -> None:
+def _write(handle: int, part: _Part, stage: _Stage | None) -> None:
     data = part.data
-    if stage.held is not None:
+    if stage is not None:
         data = stage.held[: len(part.data)]
         _copied(data, part.data, stage.stream)
-    source, near = data.numpy(), stage.near.numpy()
-    for first in range(0, len(source), _NEAR_BYTES):
-        piece = source[first : first + _NEAR_BYTES]
-        near[: len(piece)] = piece  # numpy lets other threads run
-        _put(handle, near[: len(piece)].data, part.begin + first)
+    _put(handle, data.numpy().data, part.begin)
 
 
-def _read(handle: int, part: _Part, stage: _Stage) -> None:
-    data = part.data if stage.held is None else stage.held[: len(part.data)]
+def _read(handle: int, part: _Part, stage: _Stage | None) -> None:
+    data = part.data if stage is None else stage.held[: len(part.data)]
     _get(handle, data.numpy().data, part.begin)
-    if stage.held is not None:
+    if stage is not None:
         _copied(part.data, data, stage.stream)
 
 

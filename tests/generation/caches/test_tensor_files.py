@@ -30,18 +30,13 @@ def some(device="cpu"):
     }
 
 
-def staged(device, size):
-    return tensor_files._Stage(*(torch.empty(n, dtype=torch.uint8) if n else None for n in (size, 0, tensor_files._NEAR_BYTES)))
-
-
 @pytest.fixture(params=["whole", "in parts", "staged"])
 def way(request, monkeypatch):
     """How tensors move; staged: through memory of its own, as from a GPU and to one."""
     if request.param != "whole":
         monkeypatch.setattr(tensor_files, "_PART_BYTES", 24)
-        monkeypatch.setattr(tensor_files, "_NEAR_BYTES", 10)
     if request.param == "staged":
-        monkeypatch.setattr(tensor_files, "_stage", staged)
+        monkeypatch.setattr(tensor_files, "_stage", lambda device, size: tensor_files._Stage(torch.empty(size, dtype=torch.uint8), None))
 
 
 def same(one, other):
@@ -76,7 +71,7 @@ def test_what_the_package_writes_is_read_into_views(tmp_path, device):
 
 
 def test_a_cache_of_inference_mode_is_filled_by_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "_stage", staged)
+    monkeypatch.setattr(tensor_files, "_stage", lambda device, size: tensor_files._Stage(torch.empty(size, dtype=torch.uint8), None))
     given = {"x": torch.arange(9)}
     tensor_files.write(tmp_path / "file", given, {})
     with torch.inference_mode():
