@@ -85,20 +85,12 @@ def total(layers: Sequence[Sequence[Config]], chosen: Sequence[tuple[int, Sequen
 def relaxed(layers: Sequence[Sequence[Config]], limit: float) -> Solution | None:
     """By Lagrangian relaxation: the price of a unit of use is bisected, and what the budget leaves over is spent greedily."""
 
+    tables = [_Table(layer) for layer in layers]
+
     def at(price: float) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], float]:
-        chosen, value = [], -price * limit if price < torch.inf else 0.0
-        for layer in layers:
-            best = None
-            for index, config in enumerate(layer):
-                scores = config.use if price == torch.inf else config.cost + price * config.use
-                least, settings = scores.masked_fill(config.cost.isinf(), torch.inf).min(1)
-                score = float(least.sum()) + (config.fixed_use if price == torch.inf else config.fixed_cost + price * config.fixed_use)
-                if best is None or score < best[0]:
-                    best = score, index, tuple(settings.tolist())
-            assert best is not None
-            value += best[0]
-            chosen.append(best[1:])
-        return tuple(chosen), value
+        found = [table.best(price) for table in tables]
+        value = -price * limit if price < torch.inf else 0.0
+        return tuple((index, settings) for _, index, settings in found), value + sum(score for score, _, _ in found)
 
     chosen, bound = at(0.0)
     if total(layers, chosen)[1] <= limit:
@@ -130,28 +122,50 @@ def relaxed(layers: Sequence[Sequence[Config]], limit: float) -> Solution | None
     return Solution(best, cost, use, min(bound, cost))
 
 
+class _Table:
+    """All ways to serve one layer, as tensors [configurations, heads, settings]."""
+
+    def __init__(self, layer: Sequence[Config]):
+        stack = lambda found: torch.nn.utils.rnn.pad_sequence([one.T for one in found], batch_first=True, padding_value=torch.inf).mT
+        self.cost = stack([config.cost for config in layer])
+        self.use = stack([config.use for config in layer]).masked_fill(self.cost.isinf(), torch.inf)
+        self.counted = self.use.masked_fill(self.cost.isinf(), 0)
+        self.fixed_cost, self.fixed_use = (
+            torch.tensor([getattr(config, name) for config in layer], dtype=torch.float64) for name in ("fixed_cost", "fixed_use")
+        )
+
+    def best(self, price: float) -> tuple[float, int, tuple[int, ...]]:
+        """Least cost where use has a price, the configuration and the settings; least use where it is infinite."""
+        scores, fixed = (self.use, self.fixed_use) if price == torch.inf else (self.cost + price * self.counted, self.fixed_cost)
+        least, settings = scores.min(-1)
+        value, index = (least.sum(-1) + fixed + (price * self.fixed_use if price < torch.inf else 0)).min(0)
+        return float(value), int(index), tuple(settings[index].tolist())
+
+
 def _improved(
     layers: Sequence[Sequence[Config]], chosen: Sequence[tuple[int, tuple[int, ...]]], limit: float
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Single heads change their setting, those first that save most for what they use, for as long as the budget lasts."""
-    found = [(index, list(settings)) for index, settings in chosen]
-    left = limit - total(layers, chosen)[1]
+    heads = [(at, head) for at, (_, settings) in enumerate(chosen) for head in range(len(settings))]
+    rows = [(layers[at][chosen[at][0]], head) for at, head in heads]
+    stack = lambda tables: torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=torch.inf)
+    cost, use = stack([config.cost[head] for config, head in rows]), stack([config.use[head] for config, head in rows])
+    picked = torch.tensor([setting for _, settings in chosen for setting in settings])
+    every, left = torch.arange(len(heads)), limit - total(layers, chosen)[1]
+    saved = cost[every, picked][:, None] - cost
+    more = use - use[every, picked][:, None]
+    rate = torch.where(saved > 0, saved / more.clamp(min=1e-300), 0).nan_to_num(0, posinf=1e308)
     while True:
-        best = (0.0, -1, -1, -1, 0.0)
-        for at, (index, settings) in enumerate(found):
-            config, heads = layers[at][index], torch.arange(len(settings))
-            saved = config.cost[heads, settings][:, None] - config.cost
-            more = config.use - config.use[heads, settings][:, None]
-            rate = torch.where((saved > 0) & (more <= left), saved / more.clamp(min=1e-300), 0).nan_to_num(0, posinf=1e308)
-            value, place = rate.flatten().max(0)
-            if float(value) > best[0]:
-                head, setting = divmod(int(place), rate.shape[1])
-                best = (float(value), at, head, setting, float(more[head, setting]))
-        if best[1] < 0:
-            return tuple((index, tuple(settings)) for index, settings in found)
-        _, at, head, setting, used = best
-        found[at][1][head] = setting
-        left -= used
+        value, place = torch.where(more <= left, rate, 0).flatten().max(0)
+        if float(value) <= 0:
+            break
+        row, setting = divmod(int(place), rate.shape[1])
+        picked[row] = setting
+        left -= float(more[row, setting])
+        saved[row], more[row] = cost[row, setting] - cost[row], use[row] - use[row, setting]
+        rate[row] = torch.where(saved[row] > 0, saved[row] / more[row].clamp(min=1e-300), 0).nan_to_num(0, posinf=1e308)
+    numbers = iter(picked.tolist())
+    return tuple((index, tuple(next(numbers) for _ in settings)) for index, settings in chosen)
 
 
 def integer(layers: Sequence[Sequence[Config]], limit: float, seconds: float = _SECONDS) -> Solution | None:
