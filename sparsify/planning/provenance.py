@@ -43,6 +43,8 @@ class Provenance:
         attention's blocks.
     errors: by length, as measured: the root mean square over layers of ‖o' - o‖ / ‖o‖ of attention, nats a token of an answer where tokens
         were calibrated.
+    losses: by length, of attention whose settings were compared by it: nats a token, predicted by gradients. lost: of the longest, by
+        running the plan.
     gap: how far the time or error may lie above the least possible one, relatively.
     versions: of what made it.
     """
@@ -65,6 +67,8 @@ class Provenance:
     gap: float
     versions: dict[str, str] = field(default_factory=dict)
     last: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    lost: float | None = None
 
 
 @torch.no_grad()

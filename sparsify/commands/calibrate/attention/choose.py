@@ -22,7 +22,7 @@ from sparsify.costs.crossovers import MAX_COST_RATIO
 from sparsify.costs.device import Device
 from sparsify.errors import UnsupportedError
 
-Kind = Literal["keep_error", "density", "speedup"]
+Kind = Literal["keep_error", "keep_loss", "density", "speedup"]
 DENSE = Setting(None, 0)
 # how much predicted time may move a choice that minimises error: it decides between equals
 _TIE = 1e-9
@@ -34,8 +34,8 @@ _ROUNDS = 6  # of a speed-up whose time over lists is no line
 class Budget:
     """What was asked for.
 
-    keep_error: root mean square over layers of ‖o' - o‖ / ‖o‖, at most. density: share of the blocks of all layers and heads, at most.
-    speedup: dense attention's predicted seconds over the plan's, at least.
+    keep_error: root mean square over layers of ‖o' - o‖ / ‖o‖, at most. keep_loss: nats a token, predicted by gradients, at most.
+    density: share of the blocks of all layers and heads, at most. speedup: dense attention's predicted seconds over the plan's, at least.
     """
 
     kind: Kind
@@ -46,7 +46,8 @@ class Budget:
 class Layer:
     """One attention and what its heads may do.
 
-    weight: float64 [1 + settings, heads], each head's share of the squared relative error of the layer; the first setting is dense.
+    weight: float64 [1 + settings, heads], what each head adds to the sum that is bounded or minimised; the first setting is dense. Its
+        share of the squared relative error of the layer, or, where gradients were followed, its nats a token.
     density: the same shape, at the length that is chosen for.
     """
 
@@ -63,7 +64,8 @@ class Chosen:
     """What one layer does. family: of its block lists; None: dense, or sinks and windows alone. settings: of its heads.
     picked: the same as numbers, 0 for dense, then the grid's.
 
-    seconds: predicted. error: ‖o' - o‖ / ‖o‖ by length, as measured. density: of each head. power: by which each falls over the length.
+    seconds: predicted. error: ‖o' - o‖ / ‖o‖ by length, as measured. loss: nats a token by length, see `Choice.loss`.
+    density: of each head. power: by which each falls over the length.
     """
 
     layer: Layer
@@ -75,6 +77,7 @@ class Chosen:
     density: Tensor
     density_8k: float
     power: float
+    loss: dict[int, float | None]
 
     @property
     def dense(self) -> bool:
@@ -117,6 +120,16 @@ class Choice:
         """Root mean square over layers, as measured at a length."""
         return math.sqrt(sum(one.error[length] ** 2 for one in self.layers) / len(self.layers))
 
+    def loss(self, length: int) -> float | None:
+        """Nats a token, by the gradients measured at a length; None where none were followed."""
+        found = [one.loss[length] for one in self.layers]
+        return None if None in found else sum(loss for loss in found if loss is not None)
+
+    def bounded(self, length: int) -> float:
+        """What choices are compared by, as measured at a length: the loss, or the error where no gradients were followed."""
+        loss = self.loss(length)
+        return self.error(length) if loss is None else loss
+
     @property
     def lengths(self) -> list[int]:
         return sorted(self.layers[0].error)
@@ -145,7 +158,10 @@ class Chooser:
     def _layer(self, site: Captured, records: dict[int, Record], device: Device, kernel: str) -> Layer:
         longest, densities = records[self.longest], Densities.fit(self.grid, records)
         heads = longest.norm.numel()
-        weight = torch.cat([torch.zeros(1, heads, dtype=torch.float64), longest.error / longest.norm.sum().clamp(min=1e-300)])
+        lost = longest.error / longest.norm.sum().clamp(min=1e-300)
+        if longest.divergence is not None:
+            lost = longest.divergence / longest.rows
+        weight = torch.cat([torch.zeros(1, heads, dtype=torch.float64), lost])
         density = torch.cat([torch.ones(1, heads, dtype=torch.float64), densities.at(self.at)])
         return Layer(site, records, densities, LayerSeconds(site.sizes, kernel, device).at(self.at), weight, density)
 
@@ -210,6 +226,8 @@ class Chooser:
     def _limit(self, budget: Budget) -> float:
         if budget.kind == "keep_error":
             return budget.value**2 * len(self.layers)
+        if budget.kind == "keep_loss":
+            return budget.value
         if budget.kind == "density":
             return budget.value * sum(layer.density.shape[1] for layer in self.layers)
         return sum(layer.seconds.dense() for layer in self.layers) / budget.value
@@ -219,7 +237,7 @@ class Chooser:
         _, fixed, seconds = option
         allowed, error = seconds.isfinite(), layer.weight.nan_to_num(torch.inf)
         never = lambda values: values.masked_fill(~allowed, torch.inf).T
-        if kind == "keep_error":
+        if kind in ("keep_error", "keep_loss"):
             return Config(never(seconds), never(error), fixed, 0.0)
         small = _TIE / max(layer.seconds.dense(), 1e-30)
         cost, fixed_cost = never(error + small * seconds.nan_to_num(posinf=0)), small * fixed
@@ -262,13 +280,14 @@ class Chooser:
             seconds = sum(widths)
         else:
             seconds = layer.seconds.along_lists(self.grid.families[family], float(density.mean()))
-        error = {}
+        error, loss = {}, {}
+        summed = lambda table: float(torch.cat([torch.zeros_like(table[:1]), table.nan_to_num(0)])[picked, heads].sum())
         for length, record in layer.records.items():
-            lost = torch.cat([torch.zeros_like(record.norm)[None], record.error.nan_to_num(0)])[picked, heads].sum()
-            error[length] = math.sqrt(float(lost / record.norm.sum().clamp(min=1e-300)))
+            error[length] = math.sqrt(summed(record.error) / max(float(record.norm.sum()), 1e-300))
+            loss[length] = None if record.divergence is None else summed(record.divergence) / record.rows
         near, far = (mean_density(layer, picked, length) for length in (8192, 4 * max(8192, self.at)))
         power = math.log(near / far) / math.log(4 * max(8192, self.at) / 8192)
-        return Chosen(layer, family, settings, tuple(picked), seconds, error, density, near, max(0.0, power))
+        return Chosen(layer, family, settings, tuple(picked), seconds, error, density, near, max(0.0, power), loss)
 
     def shortest(self, choice: Choice, max_cost_ratio: float = MAX_COST_RATIO, step: int = 1024) -> int:
         """The key length from which on the choice should act: the smallest, a multiple of 1024, where it is predicted to take at most
@@ -302,10 +321,11 @@ class Chooser:
 
 
 def front(chooser: Chooser, points: int = 16) -> list[Choice]:
-    """Choices along the way from dense to the fastest that was tried, by the relaxation: error over predicted time."""
-    fastest = chooser.choose(Budget("keep_error", _ANY), exact=False)
-    most = fastest.error(chooser.longest)
+    """Choices along the way from dense to the fastest that was tried, by the relaxation: error, or loss, over predicted time."""
+    kind: Kind = "keep_error" if chooser.layers[0].records[chooser.longest].divergence is None else "keep_loss"
+    fastest = chooser.choose(Budget(kind, _ANY), exact=False)
+    most = fastest.bounded(chooser.longest)
     if most <= 0:
         return [fastest]
-    errors = [0.0, *(most * 10 ** (-3 * i / (points - 1)) for i in reversed(range(points)))]
-    return [chooser.choose(Budget("keep_error", error * (1 + 1e-9)), exact=False) for error in errors]
+    bounds = [0.0, *(most * 10 ** (-3 * i / (points - 1)) for i in reversed(range(points)))]
+    return [chooser.choose(Budget(kind, bound * (1 + 1e-9)), exact=False) for bound in bounds]

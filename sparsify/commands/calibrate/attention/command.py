@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -41,9 +42,21 @@ def _add(methods: Any, name: str, what: str) -> argparse.ArgumentParser:
         default=0,
         help="tokens at a piece's end, a question, that weigh as much as all others (default: 0)",
     )
+    attention.add_argument(
+        "--weigh",
+        choices=("error", "loss"),
+        help="what settings are compared by: the error of attention's outputs, or the text's loss, as gradients predict it "
+        "(default: loss with --keep-loss, else error)",
+    )
     budget = attention.add_mutually_exclusive_group(required=True)
     budget.add_argument(
         "--keep-error", metavar="E", type=float, help="root mean square over layers of ‖o' - o‖ / ‖o‖, at most; least time within it"
+    )
+    budget.add_argument(
+        "--keep-loss",
+        metavar="X",
+        type=float,
+        help="mean KL divergence from dense predictions, nats a token, at most, as measured by running plans; least time within it",
     )
     budget.add_argument("--density", metavar="D", type=float, help="share of the causal blocks to visit, at most; least error within it")
     budget.add_argument("--speedup", metavar="S", type=float, help="predicted seconds of dense attention over the plan's; least error")
@@ -73,6 +86,7 @@ def run(given: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from sparsify.commands.calibrate.attention import refine
     from sparsify.commands.calibrate.attention import run as runs
     from sparsify.commands.calibrate.attention import settings as tried
     from sparsify.commands.calibrate.attention.choose import Chooser
@@ -81,6 +95,7 @@ def run(given: argparse.Namespace) -> int:
     from sparsify.commands.cost import device as forecast_device
 
     budget = _budget(given)
+    weigh = _weigh(given)
     if given.pieces < 1:
         raise ConfigError(f"must be at least 1, not {given.pieces}", where="--pieces")
     wanted = None if given.lengths is None else cost.parse_lengths(given.lengths)
@@ -98,15 +113,22 @@ def run(given: argparse.Namespace) -> int:
     lengths = runs.lengths_for(longest, arguments.positions(model), wanted)
     if not 0 <= given.last < min(lengths):
         raise ConfigError(f"must be at least 0 and fewer than a piece's {min(lengths)} tokens, not {given.last}", where="--last")
-    asked = runs.Asked(grid, lengths, given.pieces, given.seed, ends, given.last)
+    asked = runs.Asked(grid, lengths, given.pieces, given.seed, ends, given.last, weigh)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)
         show = lambda done, all_, what: bar.update(task, completed=done, total=all_, description=what)
         measured = runs.run(model, ids, asked, options, file=file, progress=show)
         bar.update(task, description="choosing")
         chooser = Chooser(grid, measured, target, context.family, given.at)
-        choice, note = choose_shared(chooser, budget)
-        plan = make_plan(model, ids, options, asked, measured, chooser, choice)
+        played = refine.Losses(model, ids, asked, options) if weigh == "loss" else None
+        if budget.kind == "keep_loss" and played is not None:
+            bar.update(task, description="running plans")
+            choice, note, lost = refine.keep(budget.value, lambda one: choose_shared(chooser, one, exact=False), played.lost)
+            choice = dataclasses.replace(choice, budget=budget)
+        else:
+            choice, note = choose_shared(chooser, budget)
+            lost = played and played.lost(choice)
+        plan = make_plan(model, ids, options, asked, measured, chooser, choice, lost)
     try:
         plan.save(save)
     except OSError as error:
@@ -115,7 +137,7 @@ def run(given: argparse.Namespace) -> int:
         from sparsify.commands.calibrate.attention import report
 
         report.write(Path(given.report), chooser, choice, plan)
-    print(plan.to_json() if given.json else _summary(chooser, choice, measured, plan))
+    print(plan.to_json() if given.json else _summary(chooser, choice, measured, plan, lost))
     if note:
         print(note, file=sys.stderr if given.json else sys.stdout)
     print(f"plan: {save}; measurements, for other budgets: {file}", file=sys.stderr)
@@ -129,6 +151,10 @@ def _budget(given: argparse.Namespace) -> Any:
         if not 0 <= given.keep_error < float("inf"):
             raise ConfigError(f"must be at least 0, not {given.keep_error}", where="--keep-error")
         return Budget("keep_error", given.keep_error)
+    if given.keep_loss is not None:
+        if not 0 <= given.keep_loss < float("inf"):
+            raise ConfigError(f"must be at least 0, not {given.keep_loss}", where="--keep-loss")
+        return Budget("keep_loss", given.keep_loss)
     if given.density is not None:
         if not 0 < given.density <= 1:
             raise ConfigError(f"lies between 0 and 1, not at {given.density}", where="--density")
@@ -136,6 +162,14 @@ def _budget(given: argparse.Namespace) -> Any:
     if not 1 <= given.speedup < float("inf"):
         raise ConfigError(f"must be at least 1, not {given.speedup}", where="--speedup")
     return Budget("speedup", given.speedup)
+
+
+def _weigh(given: argparse.Namespace) -> Any:
+    if given.keep_loss is not None and given.weigh == "error":
+        raise ConfigError("settings are compared by the loss with --keep-loss", where="--weigh error", hint="--keep-error bounds the error")
+    if given.keep_error is not None and given.weigh == "loss":
+        raise ConfigError("settings are compared by the error with --keep-error", where="--weigh loss", hint="--keep-loss bounds the loss")
+    return given.weigh or ("loss" if given.keep_loss is not None else "error")
 
 
 def target_device(name: str | None) -> Any:
@@ -147,7 +181,7 @@ def target_device(name: str | None) -> Any:
     return forecast_device.named(name or (None if torch.cuda.is_available() else "h200"))
 
 
-def _summary(chooser: Any, choice: Any, measured: Any, plan: Any) -> str:
+def _summary(chooser: Any, choice: Any, measured: Any, plan: Any, lost: float | None) -> str:
     from sparsify.commands.calibrate.attention.make_plan import describe
 
     lines = []
@@ -164,9 +198,18 @@ def _summary(chooser: Any, choice: Any, measured: Any, plan: Any) -> str:
     device = choice.layers[0].layer.seconds.device.name
     lines += [
         f"error (root mean square over layers, measured): {errors}",
+        *_losses(choice, lost),
         f"density {choice.density:.2%}, {times}, predicted for {choice.at} tokens on {device}; within {choice.gap:.2%} of the best choice",
         f"acts from {plan.min_length} tokens on",
     ]
     if choice.at not in choice.lengths:
         lines.append(f"densities at {choice.at} tokens are extrapolated from {', '.join(map(str, choice.lengths))}")
     return "\n".join(lines)
+
+
+def _losses(choice: Any, lost: float | None) -> list[str]:
+    """What the text loses, where that was asked for."""
+    if lost is None:
+        return []
+    predicted = ", ".join(f"{choice.loss(length):.5f} at {length}" for length in choice.lengths)
+    return [f"loss (nats a token): {lost:.5f} by running the plan at {choice.lengths[-1]}; predicted: {predicted}"]

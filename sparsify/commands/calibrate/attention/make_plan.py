@@ -47,14 +47,14 @@ def kinds(choice: Choice, grid: Grid) -> int:
     return len(found)
 
 
-def choose_shared(chooser: Chooser, budget: Budget) -> tuple[Choice, str]:
+def choose_shared(chooser: Chooser, budget: Budget, exact: bool = True) -> tuple[Choice, str]:
     """The best choice of which `sparsify.compile` makes regions: one without windows where these make too many kinds of layers, unless the
-    budget needs them. And what that costs, in words; empty where it costs nothing.
+    budget needs them. And what that costs, in words; empty where it costs nothing. exact: as `Chooser.choose` has it.
 
     Raises:
         UnsupportedError: no choice keeps the budget, with windows or without.
     """
-    choice = chooser.choose(budget)
+    choice = chooser.choose(budget, exact)
     count = kinds(choice, chooser.grid)
     if count <= regional.MOST_KINDS:
         return choice, ""
@@ -62,22 +62,31 @@ def choose_shared(chooser: Chooser, budget: Budget) -> tuple[Choice, str]:
     if not chooser.grid.windows:
         return choice, whole
     try:
-        shared = chooser.choose(budget, windows=False)
+        shared = chooser.choose(budget, exact, windows=False)
     except UnsupportedError as error:
         return choice, f"{whole}; {error.what}"
     more = f"{shared.seconds * 1e3:.3g} ms instead of {choice.seconds * 1e3:.3g}"
-    if budget.kind != "keep_error":
-        more = f"error {shared.error(chooser.longest):.4f} instead of {choice.error(chooser.longest):.4f}"
+    if budget.kind in ("density", "speedup"):
+        what = "error" if choice.loss(chooser.longest) is None else "predicted loss"
+        more = f"{what} {shared.bounded(chooser.longest):.4g} instead of {choice.bounded(chooser.longest):.4g}"
     return shared, f"without windows, which would make {count} kinds of layers where {regional.MOST_KINDS} can share regions: {more}"
 
 
 def make_plan(
-    model: nn.Module, ids: Tensor, options: dict[str, Any], asked: Asked, measured: Measured, chooser: Chooser, choice: Choice
+    model: nn.Module,
+    ids: Tensor,
+    options: dict[str, Any],
+    asked: Asked,
+    measured: Measured,
+    chooser: Chooser,
+    choice: Choice,
+    lost: float | None = None,
 ) -> Plan:
     """The plan that `options={"plan": ...}` loads.
 
     Args:
         ids: int64 [1, tokens]; one prompt of it is looked at, so that sites that were not calibrated stand in the plan too.
+        lost: nats a token that the text lost by the choice, where it was run.
     """
     exact = {key: value for key, value in options.items() if key not in ("passes", "rules", "plan", "objective", "max_error")}
     looked_at = ids[:, : max(asked.lengths)]
@@ -92,7 +101,7 @@ def make_plan(
         decisions=decisions,
         device=choice.layers[0].layer.seconds.device.describe(),
         min_length=chooser.shortest(choice),
-        provenance=_provenance(model, asked, measured, choice),
+        provenance=_provenance(model, asked, measured, choice, lost),
     )
 
 
@@ -126,7 +135,7 @@ def describe(chosen: Chosen, grid: Grid) -> str:
     return f"heads {', '.join(parts)}{name}"
 
 
-def _provenance(model: nn.Module, asked: Asked, measured: Measured, choice: Choice) -> Provenance:
+def _provenance(model: nn.Module, asked: Asked, measured: Measured, choice: Choice, lost: float | None) -> Provenance:
     from sparsify import __version__
 
     versions = {"sparsify": __version__, "torch": torch.__version__}
@@ -152,6 +161,8 @@ def _provenance(model: nn.Module, asked: Asked, measured: Measured, choice: Choi
         gap=_short(choice.gap),
         versions=versions,
         last=asked.last,
+        losses={str(n): _short(loss) for n in choice.lengths if (loss := choice.loss(n)) is not None},
+        lost=None if lost is None else _short(lost),
     )
 
 

@@ -7,6 +7,7 @@ the softmax mass that a row loses is 1 - exp(lse' - lse), and no matrix of score
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sparsify.commands.calibrate.attention.settings import Grid
-from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.limits import cdiv
 
@@ -29,12 +29,15 @@ class Record:
     """Sums over rows and pieces of one length at one site. Settings in the grid's order.
 
     norm: float64 [heads], ‖o‖² of the dense output; of this and of the error rows may be weighed, see `measure`.
-    error: float64 [settings, heads], ‖o' - o‖²; NaN where a setting was not tried (a window that is longer than the prompt).
+    error: float64 [settings, heads], ‖o' - o‖²; NaN where a setting was not tried (a window that is longer than the prompt, blocks
+        that are nearly all).
     lost: float64 [settings, heads], softmax mass that rows lose, summed.
     classes: int64 [settings, heads, classes], rows by the mass that they lose, see `EDGES`.
     visited: float64 [settings, heads], key blocks visited, summed over query blocks.
     possible: causal blocks, of one head.
     rows: rows of one head.
+    divergence: float64 [settings, heads], nats, what each head alone is predicted to change of the text's predictions, see `measure`; None
+        where no gradients were followed.
     """
 
     norm: Tensor
@@ -45,6 +48,7 @@ class Record:
     possible: float = 0.0
     rows: int = 0
     pieces: int = field(default=0)
+    divergence: Tensor | None = None
 
     @classmethod
     def empty(cls, settings: int, heads: int) -> Record:
@@ -54,8 +58,8 @@ class Record:
 
     def add(self, other: Record) -> None:
         """Adds what another piece of the same length measured."""
-        for name in vars(self):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, own in vars(self).items():
+            setattr(self, name, None if own is None else own + getattr(other, name))
 
     @property
     def density(self) -> Tensor:
@@ -84,43 +88,93 @@ class Record:
 
 
 @torch.no_grad()
-def measure(query: Tensor, key: Tensor, value: Tensor, scale: float, grid: Grid, last: int = 0) -> Record:
+def measure(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    grid: Grid,
+    last: int = 0,
+    gradient: Tensor | None = None,
+    most: float | None = None,
+) -> Record:
     """Tries the grid on one causal attention of a whole prompt.
 
     Args:
         query: [1, query_heads, tokens, head_dim]. key, value: [1, kv_heads, tokens, head_dim].
         scale: of the logits.
         last: so many rows at the end weigh as much in norm and error as all others together; 0: every row weighs the same.
+        gradient: as the output, of the text's predictions (`gradients.Predictions`): the divergence is ½ Σ rows (gradient · (o' - o))².
+        most: settings with which every head visits a larger share of the blocks are not tried; None: all are.
     """
-    heads, length = query.shape[1:3]
-    block = grid.block
-    record = Record.empty(len(grid.settings), heads)
+    length, block = query.shape[2], grid.block
     fixed: dict[str, Any] = {"scale": scale, "causal": True}
     exact, lse = AttentionCall(query, key, value, **fixed).run()
-    record.norm += _squares(exact, last=last)
-    record.possible, record.rows, record.pieces = possible_blocks(length, block), length, 1
-    edges = torch.tensor(EDGES, device=query.device)
+    sums = _Sums(exact, lse, last, gradient, len(grid.settings))
     for index, setting in enumerate(grid.settings):
         if setting.family is None:
             window = int(setting.value)
             if window + grid.sinks >= length:
-                record.error[index] = torch.nan
+                sums.leave_out(index)
                 continue
             found = AttentionCall(query, key, value, **fixed, windows=(window,), sinks=grid.sinks).run()
-            record.visited[index] = window_blocks(length, window, block)
+            density = torch.full_like(sums.density[index], window_blocks(length, window, block) / possible_blocks(length, block))
         else:
             counts, indices = grid.families[setting.family].call(query, key, scale, setting.value).run()
+            density = counts[0].sum(-1).double() / possible_blocks(length, block)
+            if most is not None and float(density.min()) > most:
+                sums.leave_out(index, density)
+                continue
             found = AttentionCall(query, key, value, **fixed, block_counts=counts, block_indices=indices, block_size=block).run()
-            share = block_lists.density(counts, length, length, 0, block)[0][0]
-            record.visited[index] = share.cpu() * record.possible
             del counts, indices
-        record.error[index] = _squares(found[0], exact, last)
-        lost = (1 - (found[1] - lse).double().exp()).clamp(0, 1)[0]
-        record.lost[index] = lost.sum(-1).cpu()
-        classes = torch.bucketize(lost.float(), edges)
-        flat = classes + torch.arange(heads, device=classes.device)[:, None] * (len(EDGES) + 1)
-        record.classes[index] = flat.flatten().bincount(minlength=heads * (len(EDGES) + 1)).view(heads, -1).cpu()
-    return record
+        sums.add(index, found[0], found[1], density)
+    return sums.record(possible_blocks(length, block))
+
+
+class _Sums:
+    """What `Record` holds of one piece, on the device until all is known: nothing waits for it in between."""
+
+    def __init__(self, exact: Tensor, lse: Tensor, last: int, gradient: Tensor | None, settings: int):
+        self.exact, self.lse, self.last, self.gradient = exact, lse, last, gradient
+        heads = exact.shape[1]
+        make = lambda *shape, **more: torch.zeros(*shape, device=exact.device, **{"dtype": torch.float64, **more})
+        self.error, self.divergence, self.lost = (make(settings, heads) for _ in range(3))
+        self.density = make(settings, heads)
+        self.classes = make(settings, heads, len(EDGES) + 1, dtype=torch.int64)
+        self.edges = torch.tensor(EDGES, device=exact.device)
+        self.norm = _over_rows(lambda rows: exact[0, :, rows].float().square().sum(-1), exact, last)
+
+    def leave_out(self, index: int, density: Tensor | float = 0.0) -> None:
+        """A setting that is not tried."""
+        self.density[index] = density
+        self.error[index] = self.divergence[index] = torch.nan
+
+    def add(self, index: int, output: Tensor, lse: Tensor, density: Tensor) -> None:
+        """What a setting gives: as the attention op does, and float64 [heads], share of the causal blocks."""
+        self.density[index] = density
+        change = lambda rows: output[0, :, rows].float() - self.exact[0, :, rows].float()
+        squares = lambda rows: change(rows).square().sum(-1)
+        if self.gradient is None:
+            self.error[index] = _over_rows(squares, output, self.last)
+        else:
+            gradient = self.gradient
+
+            def both(rows: slice) -> Tensor:
+                changed = change(rows)
+                along = (changed * gradient[0, :, rows].float()).sum(-1)
+                return torch.stack([changed.square().sum(-1), along.square()])
+
+            self.error[index], self.divergence[index] = _over_rows(both, output, (self.last, 0))
+            self.divergence[index] /= 2
+        lost = (1 - (lse - self.lse).double().exp()).clamp(0, 1)[0]
+        self.lost[index] = lost.sum(-1)
+        classes = torch.bucketize(lost.float(), self.edges)
+        self.classes[index].scatter_add_(1, classes, torch.ones_like(classes))
+
+    def record(self, possible: float) -> Record:
+        norm, error, lost, density, classes = (one.cpu() for one in (self.norm, self.error, self.lost, self.density, self.classes))
+        divergence = None if self.gradient is None else self.divergence.cpu()
+        return Record(norm, error, lost, classes, density * possible, possible, self.exact.shape[2], 1, divergence)
 
 
 def possible_blocks(length: int, block: int) -> float:
@@ -136,16 +190,25 @@ def window_blocks(length: int, window: int, block: int) -> float:
     return float((rows - first + 1 + (first > 0)).sum())
 
 
-def _squares(first: Tensor, second: Tensor | None = None, last: int = 0) -> Tensor:
-    """float64 [heads]: the sum of squares of [1, heads, tokens, dim], or of its difference from a second one; `last` rows weigh as much as
-    all others."""
-    total = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
-    tokens, step = first.shape[2], max(1, _CHUNK // (first.shape[1] * first.shape[3]))
-    bounds = [*range(0, tokens - last, step), *range(tokens - last, tokens, step), tokens]
+def _over_rows(of: Callable[[slice], Tensor], like: Tensor, last: int | tuple[int, ...]) -> Tensor:
+    """Sums over rows.
+
+    Args:
+        of: fp32 [heads, rows] of some rows; with several `last` [sums, heads, rows].
+        like: [1, heads, tokens, dim]. last: so many rows at the end weigh as much as all others.
+
+    Returns:
+        float64 [heads] or [sums, heads].
+    """
+    tokens, step = like.shape[2], max(1, _CHUNK // (like.shape[1] * like.shape[3]))
+    ends = (last,) if isinstance(last, int) else last
+    bounds = sorted({*range(0, tokens, step), *(tokens - end for end in ends), tokens})
+    total: Tensor | None = None
     for begin, end in itertools.pairwise(bounds):
-        part = first[0, :, begin:end].float()
-        if second is not None:
-            part = part - second[0, :, begin:end].float()
-        weight = (tokens - last) / last if last and begin >= tokens - last else 1.0
-        total += weight * part.square().sum((1, 2), dtype=torch.float64)
-    return total.cpu()
+        weights = [(tokens - one) / one if one and begin >= tokens - one else 1.0 for one in ends]
+        part = of(slice(begin, end)).sum(-1, dtype=torch.float64)
+        if any(weight != 1 for weight in weights):
+            part = part * (weights[0] if isinstance(last, int) else torch.tensor(weights, device=part.device)[:, None])
+        total = part if total is None else total + part
+    assert total is not None
+    return total

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.commands.calibrate.attention.choose import DENSE, Choice, Chooser, front
+from sparsify.commands.calibrate.attention.choose import DENSE, Budget, Choice, Chooser, front
 from sparsify.commands.calibrate.attention.make_plan import describe
 from sparsify.errors import UnsupportedError
 from sparsify.planning.plan import Plan
@@ -60,9 +60,14 @@ def numbers(chooser: Chooser, choice: Choice, best: Sequence[Choice], alike: lis
         "density": [one.density.tolist() for one in choice.layers],
         "error": head_errors(chooser, choice).tolist(),
         "looking_back": {"beyond": window, "share_of_rows": far.tolist()},
-        "front": [{"seconds": one.seconds, "error": one.error(chooser.longest), "density": one.density} for one in best],
+        "front": [_point(one, chooser.longest) for one in best],
         "uniform": alike,
     }
+
+
+def _point(one: Choice, length: int) -> dict[str, Any]:
+    loss = one.loss(length)
+    return {"seconds": one.seconds, "error": one.error(length), "density": one.density} | ({} if loss is None else {"loss": loss})
 
 
 def head_errors(chooser: Chooser, choice: Choice) -> Tensor:
@@ -94,9 +99,9 @@ def uniform(chooser: Chooser) -> list[dict[str, Any]]:
         if any(bool(layer.weight[index].isnan().any()) for layer in chooser.layers):
             continue
         served = [chooser.serve(layer, setting.family, [index] * layer.density.shape[1]) for layer in chooser.layers]
-        error = (sum(one.error[chooser.longest] ** 2 for one in served) / len(served)) ** 0.5
+        every = Choice(tuple(served), Budget("density", 1.0), chooser.at, 0.0)
         name = "window" if setting.family is None else chooser.grid.families[setting.family].series(setting.value)
-        found.append({"setting": name, "value": setting.value, "seconds": sum(one.seconds for one in served), "error": error})
+        found.append({"setting": name, "value": setting.value, **_point(every, chooser.longest)})
     return found
 
 
@@ -114,7 +119,7 @@ def _pictures(chooser: Chooser, choice: Choice, best: Sequence[Choice], alike: l
     if window:
         what = f"Heads that look back: rows with more than half of their mass beyond {chooser.grid.sinks} sinks and the last {window} keys"
         yield "looking_back", what, lambda figure: _heat(figure, far, "share of rows")
-    yield "front", f"Error over predicted time at {choice.at} tokens", lambda figure: _front(figure, chooser, choice, best, alike)
+    yield "front", f"What is lost over predicted time at {choice.at} tokens", lambda figure: _front(figure, chooser, choice, best, alike)
     yield "density_over_length", "Density over length: measured (dots) and fitted", lambda figure: _over_length(figure, choice)
 
 
@@ -133,18 +138,20 @@ def _heat(figure: Any, values: Tensor, label: str, log: bool = False) -> None:
 
 
 def _front(figure: Any, chooser: Chooser, choice: Choice, best: Sequence[Choice], alike: list[dict[str, Any]]) -> None:
-    axis = figure.subplots()
+    axis, what = figure.subplots(), "error" if choice.loss(chooser.longest) is None else "loss"
     by_name: dict[str, list[dict[str, Any]]] = {}
     for one in alike:
         by_name.setdefault(one["setting"], []).append(one)
     for name, points in by_name.items():
-        axis.plot([1e3 * p["seconds"] for p in points], [p["error"] for p in points], ".:", linewidth=1, label=f"all heads: {name}")
-    axis.plot([1e3 * one.seconds for one in best], [one.error(chooser.longest) for one in best], "-", color="black", label="chosen by head")
-    axis.plot([1e3 * choice.seconds], [choice.error(chooser.longest)], "o", color="red", label="this plan")
+        axis.plot([1e3 * p["seconds"] for p in points], [p[what] for p in points], ".:", linewidth=1, label=f"all heads: {name}")
+    lost = [one.bounded(chooser.longest) for one in best]
+    axis.plot([1e3 * one.seconds for one in best], lost, "-", color="black", label="chosen by head")
+    axis.plot([1e3 * choice.seconds], [choice.bounded(chooser.longest)], "o", color="red", label="this plan")
     axis.axvline(1e3 * choice.dense_seconds, linestyle="--", color="grey", linewidth=1, label="dense")
     axis.set_xscale("log")
     axis.set_xlabel(f"predicted ms of all attention on {choice.layers[0].layer.seconds.device.name}")
-    axis.set_ylabel(f"error at {chooser.longest} tokens (root mean square over layers)")
+    unit = "root mean square over layers" if what == "error" else "predicted, nats a token"
+    axis.set_ylabel(f"{what} at {chooser.longest} tokens ({unit})")
     axis.legend(fontsize="x-small")
 
 

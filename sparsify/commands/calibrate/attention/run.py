@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparsify import backends
 from sparsify.commands.calibrate.attention.capture import Capture, Captured
+from sparsify.commands.calibrate.attention.gradients import Predictions
 from sparsify.commands.calibrate.attention.measure import Record, measure
 from sparsify.commands.calibrate.attention.settings import Grid
 from sparsify.costs.sizes import AttentionSizes
@@ -26,7 +27,9 @@ from sparsify.planning.config import config
 from sparsify.planning.decision import Place
 from sparsify.planning.provenance import model_digest
 
+Weigh = Literal["error", "loss"]
 _FORMAT = 1
+_NEARLY_ALL = 0.95  # of the blocks of the longest prompts: settings that visit more cost what dense attention does
 # what decides a choice has no say in what is measured
 _NEUTRAL = {"min_length": 0, "objective": None, "max_error": None, "plan": None, "lower": "eager"}
 
@@ -37,7 +40,8 @@ class Asked:
 
     lengths: tokens of the prompts, rising. pieces: of each length, at most. seed: chooses them.
     ends: tokens of the text up to which each of its prompts goes, so that pieces end where prompts do; empty: pieces lie anywhere.
-    last: rows at the end of a piece that weigh as much as all others, see `measure`.
+    last: rows at the end of a piece that weigh as much as all others: of outputs, see `measure`, and of predictions, see `gradients`.
+    weigh: what settings are compared by: the "error" of attention's outputs, or the "loss" of the text that gradients predict of it.
     """
 
     grid: Grid
@@ -46,6 +50,7 @@ class Asked:
     seed: int
     ends: tuple[int, ...] = ()
     last: int = 0
+    weigh: Weigh = "error"
 
     def offsets(self, tokens: int, length: int) -> list[int]:
         """Where pieces of a length begin in the text.
@@ -148,6 +153,7 @@ def identity(model: nn.Module, ids: Tensor, asked: Asked) -> dict[str, Any]:
 
     # what was not asked for is not named, as in files of runs that could not ask
     more = {name: list(given) if name == "ends" else given for name in ("ends", "last") if (given := getattr(asked, name))}
+    more |= {} if asked.weigh == "error" else {"weigh": asked.weigh}
     return {
         **more,
         "model": model_digest(model),
@@ -159,6 +165,16 @@ def identity(model: nn.Module, ids: Tensor, asked: Asked) -> dict[str, Any]:
         "seed": asked.seed,
         "version": f"{__version__} {attention_op.VERSION}",
     }
+
+
+def methods_of(grid: Grid) -> list[Any]:
+    """By which a site that is calibrated has to be served."""
+    return [family.method for family in grid.families]
+
+
+def settings_for(options: dict[str, Any]) -> config.Config:
+    """Those that attention is run with. options: of torch.compile."""
+    return config.load({**options, **_NEUTRAL}, method_models=registry.discover())
 
 
 @torch.no_grad()
@@ -181,17 +197,19 @@ def run(
         UnsupportedError: no site can be calibrated, the text is too short, or the file is of another run.
     """
     todo = [[length, at] for length in asked.lengths for at in asked.offsets(ids.shape[1], length)]
-    settings = config.load({**options, **_NEUTRAL}, method_models=registry.discover())
+    settings = settings_for(options)
     found = Measured({}) if file is None else Measured.load(file, identity(model, ids, asked))
     found.identity = found.identity or identity(model, ids, asked)
     here: dict[Place, Record] = {}
     state: dict[str, Any] = {"done": 0, "what": ""}
 
-    def receive(site: Captured, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def receive(site: Captured, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None = None) -> None:
         progress(state["done"], len(todo), f"{state['what']}, {site.place.name}")
-        here[site.place] = measure(query, key, value, site.scale, asked.grid, asked.last)
+        most = _NEARLY_ALL if query.shape[2] == max(asked.lengths) else None
+        here[site.place] = measure(query, key, value, site.scale, asked.grid, asked.last, gradient, most)
 
-    capture = Capture(model, settings, receive, [family.method for family in asked.grid.families])
+    follow = Predictions(asked.last, asked.seed) if asked.weigh == "loss" else None
+    capture = Capture(model, settings, receive, methods_of(asked.grid), follow)
     with capture.running() as forward, backends.serving(settings.kernels):
         for state["done"], (length, at) in enumerate(todo):
             state["what"] = f"{length} tokens"
