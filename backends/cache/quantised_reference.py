@@ -232,17 +232,24 @@ def store_in_order(call: CacheReselectCall, keys: Tensor, values: Tensor, counts
 
 
 def store_all(call: CacheStoreCall, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
-    """Quantises everything that is kept, [batch, kv_heads, slots, dim], and forgets what was recent. rows: bool [batch]; None: all."""
-    assert call.staged is not None, "given with codes"
+    """Quantises what is kept, [batch, kv_heads, slots, dim], but for the last group of heads that still have room: it lies as it came.
+
+    Args:
+        rows: bool [batch]; None: all.
+    """
+    assert call.staged is not None and call.recent_keys is not None and call.recent_values is not None, "given with codes"
     batch, kv_heads, slots = keys.shape[:3]
     missing = -slots % GROUP
     keys, values = (torch.nn.functional.pad(t.float(), (0, 0, 0, missing)) for t in (keys, values))
     at = torch.arange(slots + missing, device=keys.device).expand(batch, kv_heads, -1)
     held = torch.nn.functional.pad(call.positions[:, :, :slots] >= 0, (0, missing))
-    where = torch.ones_like(at[:, :, ::GROUP], dtype=torch.bool)
-    if rows is not None:
-        where = where & rows[:, None, None]
-        call.staged.masked_fill_(rows[:, None, None], 0)
-    else:
-        call.staged.zero_()
-    store_numbers(call, at, keys, values, where=where, held=held, fresh=torch.ones_like(held))
+    counts = held.sum(-1, keepdim=True)
+    begin = torch.where(counts < call.capacity, counts // GROUP * GROUP, slots + missing)
+    some = torch.ones_like(counts, dtype=torch.bool) if rows is None else rows[:, None, None]
+    first = at[:, :, ::GROUP]
+    store_numbers(call, at, keys, values, where=some & (first < begin), held=held, fresh=torch.ones_like(held))
+    window = begin.clamp(max=slots + missing - GROUP) + torch.arange(GROUP, device=keys.device)
+    for recent, new in ((call.recent_keys, keys), (call.recent_values, values)):
+        recent.copy_(torch.where(some[..., None], _over(new, window).to(recent.dtype), recent))
+    waiting = torch.cat((begin, counts), -1).masked_fill(begin >= counts, 0).to(call.staged.dtype)
+    call.staged.copy_(torch.where(some, waiting, call.staged))

@@ -191,3 +191,24 @@ def test_several_tokens_behind_a_group_that_is_full_keep_it(codes, more):
             )
             want, some = exact_bounds(quantised_reference.everything(call)[0], other.positions, pages.size)
             assert torch.equal(other.bounds[some], want[some])
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("policy, options", [("streaming_llm", {}), ("knorm", {"recent": 8})])
+@pytest.mark.samples(2)
+@torch.no_grad()
+def test_the_newest_group_lies_as_it_came_while_there_is_room(llama, codes, policy, options):
+    """Policies that evict keep what "full" keeps, of each row: padded, in calls of any number of tokens, past a whole group."""
+    ids, mask, cuts = text(3, 110), left_padded([110, 97, 53]), [58, 1, 1, 5, 1, 20, 1, 22, 1]
+    at = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = {}
+    for name, more in ((policy, options), ("full", {})):
+        cache = SparseCache(llama.config, name, 128, dtype=codes, **more)
+        found[name] = reference.through(llama, cache, ids, cuts, mask, at)
+    exact = llama(ids, attention_mask=mask, position_ids=at).logits
+    for row, length in enumerate([110, 97, 53]):
+        own = slice(110 - length, 110)
+        torch.testing.assert_close(found[policy][row, own], found["full"][row, own], rtol=1e-4, atol=2e-5)
+        few = slice(110 - length, min(110, 110 - length + 63))
+        torch.testing.assert_close(found[policy][row, few], exact[row, few], rtol=1e-4, atol=2e-5)
+    assert (found[policy][0] - exact[0]).abs().max() > 1e-4, "a whole group is codes"
