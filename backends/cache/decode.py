@@ -6,7 +6,7 @@ back to the host and the grid depends on shapes alone, so CUDA graphs can hold b
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +35,7 @@ from sparsify.backends.codegen.launch import (
     launch,
     launching,
     need,
+    overlaps,
     power_of_two,
     processors,
     stride_values,
@@ -48,6 +49,8 @@ from sparsify.ops.limits import cdiv
 _WHERE = f"sparsify::{CacheDecodeCall.NAME}"
 # Up to so many splits the program that joins them holds all in registers, and a launch is saved; long caches feel neither.
 _FUSED_SPLITS = 32
+# So many listed tiles of a program are as well served by fewer on their way: what comes before the first product is shorter.
+_FEW_TILES = 4
 # What so many slots hold is read in about the time that a load of their count takes.
 _WHOLE_SLOTS = 8192
 
@@ -82,6 +85,7 @@ class DecodeSpec:
     grows: no slot is ever overwritten.
     packed: heads have numbers of slots of their own, side by side.
     page: slots of the pages that are read along a list; 0: all slots are.
+    early: with pages, programs begin before those of the kernel that lists them have ended (programmatic dependent launch).
     """
 
     dtype: str
@@ -98,6 +102,7 @@ class DecodeSpec:
     grows: bool = False
     page: int = 0
     packed: bool = False
+    early: bool = False
 
     def __post_init__(self):
         check_head_dims(_WHERE, self.qk_head_dim, self.v_head_dim)
@@ -105,11 +110,15 @@ class DecodeSpec:
             raise UnsupportedError(f"no decode kernel has {self.group} query heads per KV head", where=_WHERE)
 
 
-def choose_tiling(dtype: str, head_dim: int) -> DecodeTiling:
-    """64 slots of 128 dims in 3 stages keep about 100 KB of loads in flight per thread block, which covers the memory's latency."""
+def choose_tiling(dtype: str, head_dim: int, listed: bool = False) -> DecodeTiling:
+    """64 slots of 128 dims in 3 stages keep about 100 KB of loads in flight per thread block, which covers the memory's latency.
+
+    Args:
+        listed: slots are found along a list, which is one more load that the others wait for: Triton spends every second stage on it.
+    """
     if dtype == "fp32":
-        return DecodeTiling(32, 4, 2)
-    return DecodeTiling(64, 4, 3) if head_dim <= 128 else DecodeTiling(32, 4, 3)
+        return DecodeTiling(32, 4, 3 if listed else 2)
+    return DecodeTiling(64 if head_dim <= 128 else 32, 4, 7 if listed else 3)
 
 
 @functools.lru_cache(maxsize=512)
@@ -152,7 +161,6 @@ def decode_source(spec: DecodeSpec) -> str:
             (["tanh_scale", "cap_log2"] if spec.softcap else ["scale"])
             + (["is_token", "is_token_b"] if spec.padded else [])
             + (["sink_logits"] if spec.sink_logits else [])
-            + (["count"] if spec.grows or spec.page else [])
             + (["bounds", "pages"] if spec.page else [])
             + (["starts"] if spec.packed else [])
         ),
@@ -187,18 +195,20 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
     query, is_token, tickets = call.query, call.is_token, call.tickets
     (batch, heads, _, qk_head_dim), kv_heads, capacity, v_head_dim = query.shape, call.kv_heads, call.capacity, call.values.shape[3]
     dtype = DTYPES[query.dtype]
-    tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim))
+    tiling = tiling or choose_tiling(dtype, max(qk_head_dim, v_head_dim), call.pages is not None)
     rows, grows, pages = batch * kv_heads, call.pinned == cache_ops.NEVER_OVERWRITTEN, call.pages
     read = capacity if pages is None else min(capacity, pages.most(capacity, call.sinks, in_order=True) * pages.size)
     tiles, programs = cdiv(read, tiling.keys), processors(query.device) * tiling.programs
     count = choose_splits(tiles, rows, programs)
     if tickets is not None and _FUSED_SPLITS < count <= _FUSED_SPLITS * 5 // 4:  # a launch saved is worth a few idle processors
         count = choose_splits(tiles, rows, programs, _FUSED_SPLITS)
+    if pages is not None and tiles <= _FEW_TILES * count:
+        tiling = replace(tiling, stages=min(tiling.stages, 5))
     spec = DecodeSpec(
         dtype, qk_head_dim, v_head_dim, heads // kv_heads, tiling, call.softcap > 0, call.sink_logits is not None, is_token is not None,
         call.inverse_frequencies is not None, tickets is not None and count <= _FUSED_SPLITS,
         capacity <= _WHOLE_SLOTS and not grows and pages is None, grows, 0 if pages is None else pages.size,
-        call.starts is not None,
+        call.starts is not None, pages is not None and overlaps(query.device),
     )  # fmt: skip
     out, partials = cache_ops.empty_output(call), max(2, power_of_two(count))
     given: dict[str, Any] = {
@@ -223,7 +233,8 @@ def cache_decode(call: CacheDecodeCall, *, tiling: DecodeTiling | None = None) -
         given |= {"listed": listed, "chosen": chosen, "most": listed.shape[1], "pages": call.bounds.shape[2]}
     with launching(query.device, lambda: f"decode kernel ({spec})"):
         module = _module(spec)
-        launch(module.split, (count, rows), arguments(spec, "split"), given, num_warps=tiling.warps, num_stages=tiling.stages)
+        options = {"num_warps": tiling.warps, "num_stages": tiling.stages, **({"launch_pdl": True} if spec.early else {})}
+        launch(module.split, (count, rows), arguments(spec, "split"), given, **options)
         if not spec.fused:
             launch(module.combine, (spec.group, rows), arguments(spec, "combine"), given, num_warps=4)
     return out

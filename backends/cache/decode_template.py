@@ -2,22 +2,31 @@
 
 RENEW_BOUNDS = '''\
 @triton.jit
-def renew_bounds(bounds, keys, ${"key_scales, recent_keys, staged, groups, " if codes else ""}row, slot, filled, k, capacity, pages):
+def page_keys(keys, ${"key_scales, recent_keys, staged, groups, " if codes else ""}row, slot, filled, capacity):
+    """Key numbers of the page that `slot` lies in; anything at `slot` and where there is none."""
+    at = slot // PAGE * PAGE + tl.arange(0, PAGE)
+    dims = tl.arange(0, QK_DIM)
+    wide = tl.cast(row, tl.int64)
+%if codes
+    return keys_at(keys, key_scales, recent_keys, staged, row, wide * capacity, wide * groups, at, (at < filled) & (at != slot), dims)
+%else
+    others = ((at < filled) & (at != slot))[:, None]${qk_guard.replace('qk_dims', 'dims')}
+    return tl.load(keys + (wide * capacity + at)[:, None] * ${qk_head_dim} + dims[None, :], mask=others, other=0.0)
+%end
+
+
+@triton.jit
+def renew_bounds(bounds, neighbours, row, slot, filled, k, pages):
     """The least and the largest number of each channel, of the keys of the page that `slot` lies in, `k` in its place."""
     page = slot // PAGE
     at = page * PAGE + tl.arange(0, PAGE)
     dims = tl.arange(0, QK_DIM)
-    others = ((at < filled) & (at != slot))[:, None]${qk_guard.replace('qk_dims', 'dims')}
-    wide = tl.cast(row, tl.int64)
-%if codes
-    old = keys_at(keys, key_scales, recent_keys, staged, row, wide * capacity, wide * groups, at, (at < filled) & (at != slot), dims)
-%else
-    old = tl.load(keys + (wide * capacity + at)[:, None] * ${qk_head_dim} + dims[None, :], mask=others, other=0.0).to(tl.float32)
-%end
+    others = ((at < filled) & (at != slot))[:, None]
+    old = neighbours.to(tl.float32)
     own = k.to(tl.float32)
     least = tl.minimum(tl.min(tl.where(others, old, float("inf")), 0), own)
     largest = tl.maximum(tl.max(tl.where(others, old, float("-inf")), 0), own)
-    ends = bounds + (wide * pages + page) * ${2 * qk_head_dim} + dims
+    ends = bounds + (tl.cast(row, tl.int64) * pages + page) * ${2 * qk_head_dim} + dims
     tl.store(ends, least.to(bounds.dtype.element_ty)${qk_store.replace('qk_dims', 'dims')})
     tl.store(ends + ${qk_head_dim}, largest.to(bounds.dtype.element_ty)${qk_store.replace('qk_dims', 'dims')})
 '''
@@ -25,10 +34,12 @@ def renew_bounds(bounds, keys, ${"key_scales, recent_keys, staged, groups, " if 
 FINISH = '''\
 @triton.jit
 def finish(
-    row, slot, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out, ${finish_context},
-    query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, splits, SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
+    row, slot, count, position, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out,
+    ${finish_context}, query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, splits, SPLITS: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
-    """The last program of a KV head joins the head's splits with the new token and stores it; that of the last head counts the token."""
+    """The last program of a KV head joins the head's splits with the new token and stores it; that of the last head counts the token.
+    What is read is asked for at once, before anything waits."""
     batch = row // kv_heads
     kv_head = row % kv_heads
     batch_wide = tl.cast(batch, tl.int64)
@@ -39,27 +50,10 @@ def finish(
     size = tl.load(bound + 1) - tl.load(bound)
     first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
 %end
-    position = tl.load(seen + batch)
-    if slot >= 0:
-        tl.store(positions + ${place} + slot, position)
-        tl.store(counts + row, tl.load(counts + row) + 1)
-    # the sum waits for `position`, which is never below 0: the last head changes `seen` only when all heads have read it
-    rows = tl.num_programs(1)
-    if tl.atomic_add(tickets + rows, tl.where(position < 0, 0, 1), sem="acq_rel") == rows - 1:
-        tl.store(tickets + rows, 0)
-        for one in tl.range(0, rows // kv_heads):
-%if padded
-            tl.store(seen + one, tl.load(seen + one) + tl.where(tl.load(is_token + one * is_token_b) != 0, 1, 0))
-%else
-            tl.store(seen + one, tl.load(seen + one) + 1)
-%end
-        tl.store(length, tl.load(length) + 1)
-
     k = tl.load(key + batch_wide * key_b + kv_head * key_h + qk_dims${qk_mask})
     v = tl.load(value + batch_wide * value_b + kv_head * value_h + v_dims${v_mask})
-%if grows
-    # there is no room: every output says so from now on
-    v = tl.where(count < ${size}, v, float("nan"))
+%if page
+    neighbours = page_keys(keys, row, slot, tl.minimum(count, capacity), capacity)
 %end
     members = tl.arange(0, MEMBERS)
     split_id = tl.arange(0, SPLITS)
@@ -76,6 +70,25 @@ def finish(
         heads = kv_head * GROUP + member
         query_row = batch_wide * query_b + heads * query_h
         q = tl.load(query + query_row[:, None] + qk_dims[None, :], mask=inside[:, None]${qk_guard}, other=0.0)
+        if first == 0:
+            if slot >= 0:
+                tl.store(positions + ${place} + slot, position)
+                tl.store(counts + row, count + 1)
+            # the ticket's order says that `position` has been read: the last head changes `seen` only when all heads have
+            rows = tl.num_programs(1)
+            if tl.atomic_add(tickets + rows, 1, sem="acq_rel") == rows - 1:
+                tl.store(tickets + rows, 0)
+                for one in tl.range(0, rows // kv_heads):
+%if padded
+                    tl.store(seen + one, tl.load(seen + one) + tl.where(tl.load(is_token + one * is_token_b) != 0, 1, 0))
+%else
+                    tl.store(seen + one, tl.load(seen + one) + 1)
+%end
+                tl.store(length, tl.load(length) + 1)
+%if grows
+            # there is no room: every output says so from now on
+            v = tl.where(count < ${size}, v, float("nan"))
+%end
         s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
 %if softcap
         s = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale)))
@@ -102,7 +115,7 @@ def finish(
         tl.store(out + out_row[:, None] + v_dims[None, :], result.to(out.dtype.element_ty), mask=inside[:, None]${v_guard})
     if slot >= 0:
 %if page
-        renew_bounds(bounds, keys, row, slot, tl.minimum(count, capacity), k, capacity, pages)
+        renew_bounds(bounds, neighbours, row, slot, tl.minimum(count, capacity), k, pages)
 %end
         place = ${place} + slot
         tl.store(keys + place * ${qk_head_dim} + qk_dims, k${qk_store})
@@ -129,6 +142,20 @@ def split(
     first_slot = tl.cast(batch, tl.int64) * kv_heads * capacity + tl.load(bound)
 %end
     count = tl.load(counts + row)
+%if fused
+    position = tl.load(seen + batch)
+%end
+%if page
+    # tiles of a list go round the splits, so that none has to know how long the list is before it asks for its first pages
+%if early
+    # programs come while those that choose are still at work
+    tl.extra.cuda.gdc_wait()
+%end
+    extent = tl.load(chosen + row) * PAGE
+    row_listed = listed + tl.cast(row, tl.int64) * most
+    begin = split_id * KEYS
+    stride = splits * KEYS
+%end
 %if padded
     stores = tl.load(is_token + batch * is_token_b).to(tl.int32)
 %else
@@ -142,9 +169,7 @@ def split(
     slot = tl.where(stores != 0, slot, -1)
     filled = tl.minimum(count, ${size})
 %if page
-    # slots of the pages that are read, in the list's order
-    extent = tl.load(chosen + row) * PAGE
-    row_listed = listed + tl.cast(row, tl.int64) * most
+    end = extent
 %elif whole
     # a short cache is read whole: no load of keys waits for the count; empty slots hold zeros
     extent = capacity
@@ -152,9 +177,11 @@ def split(
     # splits share what is filled, not the capacity: a quarter full cache must cost a quarter
     extent = filled
 %end
+%if not page
     split_len = tl.cdiv(tl.cdiv(extent, KEYS), splits) * KEYS
     begin = split_id * split_len
     end = tl.minimum(begin + split_len, extent)
+%end
 %if not fused
     if split_id == 0:
         tl.store(slots + row, ${"tl.where(stores != 0, count, -1)" if grows else "slot"})
@@ -180,11 +207,11 @@ def split(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_DIM], tl.float32)
-    for first in tl.range(begin, end, KEYS):
+    for first in tl.range(begin, end, ${"stride" if page else "KEYS"}):
         at = first + offsets
         readable = at < end
 %if page
-        at = tl.load(row_listed + at // PAGE, mask=readable, other=0) * PAGE + at % PAGE
+        at = tl.load(row_listed + at // PAGE, mask=at // PAGE < most, other=0) * PAGE + at % PAGE
         readable = readable & (at < filled)
 %end
         k = tl.load(key_head + at[:, None] * ${qk_head_dim} + qk_dims[None, :], mask=readable[:, None]${qk_guard}, other=0.0)
@@ -218,8 +245,8 @@ def split(
     if tl.atomic_add(tickets + row, 1, sem="acq_rel") == splits - 1:
         tl.store(tickets + row, 0)
         finish(
-            row, slot, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out, ${finish_context},
-            query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, splits, SPLITS, MEMBERS,
+            row, slot, count, position, query, key, value, keys, values, positions, counts, seen, length, part_m, part_l, part_acc, tickets, out,
+            ${finish_context}, query_b, query_h, key_b, key_h, value_b, value_h, out_b, out_h, kv_heads, capacity, splits, SPLITS, MEMBERS,
         )
 %end
 '''
@@ -286,7 +313,9 @@ def combine(
     if head == 0:
         if slot >= 0:
 %if page
-            renew_bounds(bounds, keys, ${"key_scales, recent_keys, staged, groups, " if codes else ""}row, slot, tl.minimum(tl.load(counts + row), capacity), k, capacity, pages)
+            stored = tl.minimum(tl.load(counts + row), capacity)
+            neighbours = page_keys(keys, ${"key_scales, recent_keys, staged, groups, " if codes else ""}row, slot, stored, capacity)
+            renew_bounds(bounds, neighbours, row, slot, stored, k, pages)
 %end
 %if codes
             # as it came, until its group of slots is full

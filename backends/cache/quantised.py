@@ -37,6 +37,7 @@ from sparsify.backends.codegen.launch import (
     launch,
     launching,
     need,
+    overlaps,
     power_of_two,
     processors,
     stride_values,
@@ -76,6 +77,7 @@ class QuantisedSpec:
     packed: heads have numbers of slots of their own, side by side.
     warps, stages: Triton's launch options of `split`.
     page: slots of the pages that are read along a list; 0: all slots are.
+    early: with pages, programs of `split` begin before those of the kernel that lists them have ended (programmatic dependent launch).
     """
 
     dtype: str
@@ -91,6 +93,7 @@ class QuantisedSpec:
     warps: int = 2
     stages: int = 3
     page: int = 0
+    early: bool = False
 
     def __post_init__(self):
         check_code_dims(_WHERE, self.codes, self.qk_head_dim, self.v_head_dim)
@@ -176,7 +179,7 @@ def paged_options(codes: str, page: int, group: int) -> dict[str, int]:
     """What a spec says of codes that are read along a list: products have a column for each page of a tile and query head, and sums of
     4-bit codes' quarters leave few registers for what runs ahead."""
     wide = GROUP // page * max(8, power_of_two(group)) > 32
-    return {"page": page, "warps": 4 if wide else 2, "stages": 2 if codes == "int4" else 3}
+    return {"page": page, "warps": 4 if wide else 2, "stages": 2 if codes == "int4" else 5}
 
 
 def cache_decode(call: CacheDecodeCall, *, splits: int | None = None) -> Tensor:
@@ -197,7 +200,7 @@ def cache_decode(call: CacheDecodeCall, *, splits: int | None = None) -> Tensor:
     listing = {} if pages is None else paged_options(call.codes, pages.size, heads // kv_heads)
     spec = QuantisedSpec(
         DTYPES[query.dtype], call.codes, qk_head_dim, v_head_dim, heads // kv_heads, call.softcap > 0, call.sink_logits is not None,
-        is_token is not None, grows, call.starts is not None, **listing,
+        is_token is not None, grows, call.starts is not None, early=pages is not None and overlaps(query.device), **listing,
     )  # fmt: skip
     read = capacity if pages is None else min(capacity, pages.most(capacity, call.sinks, grows, GROUP) * pages.size)
     count = splits or choose_splits(cdiv(read, GROUP), rows, processors(query.device) * _PROGRAMS)
@@ -221,7 +224,8 @@ def cache_decode(call: CacheDecodeCall, *, splits: int | None = None) -> Tensor:
         if pages is not None:
             listed, chosen = page_kernels.choose(call, pages)
             given |= {"listed": listed, "chosen": chosen, "most": listed.shape[1]}
-        launch(module.split, (count, rows), arguments(spec, "split"), given, num_warps=spec.warps, num_stages=spec.stages)
+        options = {"num_warps": spec.warps, "num_stages": spec.stages, **({"launch_pdl": True} if spec.early else {})}
+        launch(module.split, (count, rows), arguments(spec, "split"), given, **options)
         launch(module.combine, (spec.group, rows), arguments(spec, "combine"), given, num_warps=4)
     return out
 

@@ -56,6 +56,10 @@ def split(
     slot = tl.where(stores != 0, slot, -1)
     filled = tl.minimum(count, ${size})
 %if page
+%if early
+    # programs come while those that choose are still at work
+    tl.extra.cuda.gdc_wait()
+%end
     # slots of the pages that are read, in the list's order
     extent = tl.load(chosen + row) * PAGE
     row_listed = listed + tl.cast(row, tl.int64) * most

@@ -68,6 +68,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return (properties(device).major, properties(device).minor) if device.type == "cuda" else (9, 0)
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one before it has ended (programmatic dependent launch, Hopper and later)."""
+    return meant(device).type == "cuda" and capability(device) >= (9, 0)
+
+
 def shared_bytes(device: torch.device) -> int:
     """Bytes of shared memory that a thread block of a CUDA device may take."""
     return properties(meant(device)).shared_memory_per_block_optin

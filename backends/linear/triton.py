@@ -8,15 +8,13 @@ from types import ModuleType
 from torch import Tensor
 
 from sparsify.backends.codegen import source
-from sparsify.backends.codegen.launch import DTYPES, capability, launch, launching, meant, need
+from sparsify.backends.codegen.launch import DTYPES, launch, launching, meant, need, overlaps
 from sparsify.backends.linear import reference
 from sparsify.backends.linear.source import TENSOR_ROWS, LinearSpec, LinearTiling, arguments, choose_tiling, linear_source
 from sparsify.ops.limits import LINEAR_MAX_ROWS
 from sparsify.ops.linear import LinearCall
 
 _WHERE = "sparsify::linear"
-# programmatic dependent launch
-_EARLY_CAPABILITY = (9, 0)
 
 
 def linear(call: LinearCall) -> list[Tensor]:
@@ -34,7 +32,7 @@ def linear(call: LinearCall) -> list[Tensor]:
     need(call.input.dtype in DTYPES and all(weight.is_contiguous() for weight in call.weights), f"weights in {call.input.dtype}", _WHERE)
     need(len({bias is None for bias in call.biases}) == 1, "some of the weights have a bias", _WHERE)
     device = meant(call.device)
-    early = call.early and device.type == "cuda" and capability(device) >= _EARLY_CAPABILITY
+    early = call.early and overlaps(device)
     run(kernel_spec(call, early), call, outputs)
     return outputs
 

@@ -87,7 +87,7 @@ def test_against_the_reference(case):
 
 
 def test_more_pages_than_a_program_holds(monkeypatch):
-    monkeypatch.setattr(pages, "_HELD", 16)
+    monkeypatch.setattr(pages, "_LANES", 8), monkeypatch.setattr(pages, "_PIECES", (1, 2))
     test_against_the_reference({})
 
 

@@ -145,9 +145,50 @@ def test_bounds(since, sizes):
 
 @pytest.mark.parametrize("read", [Pages(size=8, count=7, recent=9), Pages(size=8, share=0.4), Pages(size=8, share=1.0)], ids=str)
 def test_more_pages_than_a_program_holds(read, monkeypatch):
-    monkeypatch.setattr(pages, "_HELD", 16)
+    monkeypatch.setattr(pages, "_LANES", 8), monkeypatch.setattr(pages, "_PIECES", (1, 2))
     sizes = {"capacity": 320, "pinned": NEVER_OVERWRITTEN, "tokens": (300, 130, 9), "steps": 1}
     check(read, **sizes)
+
+
+def test_pieces_that_are_no_power_of_two(monkeypatch):
+    monkeypatch.setattr(pages, "_LANES", 16), monkeypatch.setattr(pages, "_PIECES", (3,))
+    check(Pages(size=8, count=7, recent=9), capacity=320, pinned=NEVER_OVERWRITTEN, tokens=(300, 9), steps=1)
+
+
+SCORES = {
+    "ordinary": lambda n: torch.randn(n),
+    "equal": lambda n: torch.full((n,), -0.5),
+    "few values": lambda n: torch.randint(-1, 2, (n,)).float(),
+    "half of them zero": lambda n: torch.randn(n).clamp(min=0),
+    "of all sizes": lambda n: torch.randn(n) * 10.0 ** torch.randint(-40, 38, (n,)),
+    "the largest numbers among them": lambda n: torch.where(torch.arange(n) % 7 == 0, 3e38 * torch.randn(n).sign(), torch.randn(n)),
+    "neighbours": lambda n: (torch.randint(0, 9, (n,)) + 0x3F800000).int().view(torch.float32),
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("pieces", [(5, True), (2, False)], ids=["at once", "in turns"])
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.samples(4)
+def test_the_highest_scores_are_listed(kind, pieces, counted):
+    torch.manual_seed(0)
+    lanes, total = 16, 75
+    spec = pages.PagesSpec("fp32", 16, 1, 16, pages.PagesTiling(16, 1), "bounds", lanes, *pieces, counted=counted)
+    span = -(-total // (lanes * pieces[0])) * lanes * pieces[0]
+    at = eval(pages._lane_of("page", pieces[0], lanes), {"page": torch.arange(total)})
+    assert len(at.unique()) == total and at.max() < span
+    for most, number in ((total, 9 if counted else 120000), (total, 1), (4, 30 if counted else 400000), (total, 10**6)):
+        own = SCORES[kind](total).clamp(-3e38, 3e38) + 0.0
+        own[torch.randperm(total)[:9]] = -torch.inf
+        own[torch.randperm(total)[:3]] = torch.inf
+        scores = torch.full((span,), torch.nan)
+        scores[at] = own
+        listed, chosen = torch.full((most,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        pages._module(spec).choose[(1,)](scores, span, total, listed, chosen, most, number)
+        held, always = int((own > -torch.inf).sum()), int((own == torch.inf).sum())
+        wanted = min(always + min(number if counted else -(-held * number // 10**6), held - always), most)
+        assert chosen.item() == wanted
+        assert listed[:wanted].tolist() == own.sort(descending=True, stable=True).indices[:wanted].sort().values.tolist()
 
 
 def test_bounds_that_are_no_numbers_hide_nothing():

@@ -11,7 +11,13 @@ from tests.support.goldens import check_kernel_text
 
 
 def decode_spec(**clauses):
-    return decode.DecodeSpec("bf16", 128, 128, 4, decode.choose_tiling("bf16", 128), **clauses)
+    tiling = decode.choose_tiling("bf16", 128, listed=clauses.get("page", 0) > 0)
+    return decode.DecodeSpec("bf16", 128, 128, 4, tiling, **clauses)
+
+
+def pages_spec(kind="bounds", pieces=18, **clauses):
+    tiling = pages.choose_tiling("bf16", 128)
+    return pages.PagesSpec("bf16", 128, 4, 16, tiling, kind, 256, pieces, **{"single": True, **clauses})
 
 
 def append_spec(rows=4096, **clauses):
@@ -23,8 +29,6 @@ def mass_spec(dim=128, softcap=False):
     return mass.MassSpec("bf16", dim, 4, mass.choose_tiling("bf16", dim, 4, 32), softcap)
 
 
-PAGES = pages.PagesSpec("bf16", 128, 4, 16, 8192, single=True, padded=True)
-
 # name -> module, text, spec, kernels
 KERNELS = {
     "decode": (decode, decode.decode_source, decode_spec(), ("split", "combine")),
@@ -34,11 +38,10 @@ KERNELS = {
     ),
     "decode_pages": (decode, decode.decode_source, decode_spec(fused=True, grows=True, page=16), ("split",)),
     "decode_packed": (decode, decode.decode_source, decode_spec(fused=True, grows=True, packed=True), ("split",)),
-    "pages": (pages, pages.pages_source, PAGES, ("score", "choose")),
-    "clusters": (
-        pages, pages.pages_source, pages.PagesSpec("bf16", 128, 4, 16, 8192, single=True, grows=True, clusters=True, reach=True),
-        ("score_groups", "score_clusters", "choose"),
-    ),
+    "pages": (pages, pages.pages_source, pages_spec(padded=True, early=True), ("score", "choose")),
+    "pages_of_many": (pages, pages.pages_source, pages_spec(pieces=64, single=False, counted=True), ("score", "choose")),
+    "groups": (pages, pages.pages_source, pages_spec("groups", pieces=2), ("score", "choose")),
+    "clusters": (pages, pages.pages_source, pages_spec("clusters", grows=True, reach=2), ("score", "choose")),
     "append": (append, append.append_source, append_spec(), ("split",)),
     "append_split": (append, append.append_source, append_spec(20, single=False, has_new=False), ("split", "combine")),
     "append_all": (
