@@ -18,7 +18,7 @@ from tests.support.tiny_models import build
 @pytest.mark.slow
 def test_every_method_leaves_a_record(tmp_path: Path) -> None:
     torch._dynamo.reset()
-    build("llama", layers=3, vocab_size=256, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    build("llama", layers=4, vocab_size=256, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     text, out = tmp_path / "text", tmp_path / "token_answers.jsonl"
     text.write_bytes(bytes(range(97, 123)) * 200)
     command = ["--model", str(tmp_path / "model"), "--text", str(text), "--out", str(out), "--device", "cpu", "--lengths", "1024"]
@@ -33,7 +33,7 @@ def test_every_method_leaves_a_record(tmp_path: Path) -> None:
         "--bypassed",
         "1",
         "--shares",
-        "0.3",
+        "0.25",
         "--layers",
         "1",
         "--keeps",
@@ -63,7 +63,7 @@ def test_every_method_leaves_a_record(tmp_path: Path) -> None:
     table = tokens_report.table(found)
     assert "`sparsify.retrieve`, pieces of 512 | layer 1, heads " in table and "| layer 1, all heads | 256 | 0 of 2 [" in table
     assert "| bypass layers while answering (`skip_layers`) | layer 1 | all | 0 of 2 [" in table
-    assert "answering (`ffn_skip`) | schedule, 30% of the blocks | all | 0 of 2 [" in table
+    assert "answering (`ffn_skip`) | schedule, 25% of the blocks | all | 0 of 2 [" in table
     assert "| go on behind the layer | layer 1, all heads | 256 | 0 of 2 [0%, 66%] / 0 of 2 |" in table
 
 

@@ -20,12 +20,27 @@ SELECT = {"layer": 1, "heads": [0, 3], "keep": 40, "window": 12, "sinks": 2, "qu
 LAYERS, PROMPT, LENGTHS = 4, 80, (80, 1, 19)
 
 # family -> what the refusal says, and the sentence for the documentation
-WINDOWS = ("counts places", "a sliding window counts places that are left out")
+WINDOWS = ("counts places", "a sliding window in every layer, of which none can choose")
 TABLES = ("rotary tables", "layers are not given rotary tables, by which rows would keep their positions")
 WHOLE = ("captured in one graph", "the model is captured whole, and has no place between its layers")
-SERVED = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "olmo2", "gemma", "starcoder2", "cohere", "granite", "gptj")
+SERVED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "gpt_neox",
+    "olmo2",
+    "gemma",
+    "starcoder2",
+    "cohere",
+    "granite",
+    "gptj",
+    "gemma2",
+    "gpt_oss",
+)
 REFUSED: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("mistral_window", "gemma3", "gemma2", "gpt_oss"), WINDOWS),
+    "mistral_window": WINDOWS,
     **dict.fromkeys(("gpt2", "opt"), TABLES),
     **dict.fromkeys(("falcon", "falcon_mqa", "falcon_alibi", "bloom"), WHOLE),
 }

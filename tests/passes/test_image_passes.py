@@ -175,24 +175,53 @@ def refused(model, given, name="fastv", options=None, **more) -> str:
     return refusals[0]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.slow
-def test_windows_and_images_that_see_themselves(name):
+def test_a_window_that_would_choose():
     model = build("gemma3")
-    assert "sliding attention, which counts places" in refused(model, prompt(model, PROMPT), name)
+    assert "layer 2 is one of sliding attention, which counts places" in refused(
+        model, prompt(model, PROMPT), options={"layer": 2, "keep": 2}
+    )
 
 
 @pytest.mark.slow
-def test_images_that_see_themselves():
-    model = build_class(
-        image_selection.FAMILIES["gemma3"],
-        "sdpa",
-        layers=4,
-        by_layer=False,
-        overrides={"text_config": {"layer_types": ["full_attention"] * 4}},
-    )
-    spread_weights(model)
-    assert "the mask" in refused(model, prompt(model, PROMPT))
+def test_groups_that_lie_apart():
+    model = build("paligemma")
+    given = prompt(model, PROMPT)
+    given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+    given["token_type_ids"][:, 10:30] = 1
+    sparsify.compile(model, passes=["fastv", "dense"], fastv=OPTIONS["fastv"], lower="eager", min_length=0, strict=True)
+    with pytest.raises(UnsupportedError, match="do not stand side by side"), torch.no_grad():
+        model(**given, use_cache=False)
+
+
+WINDOW_CACHES = {"windows": lambda config: DynamicCache(config=config), "everything": lambda config: DynamicCache()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", WINDOW_CACHES)
+@torch.no_grad()
+def test_windows_slide_past_what_was_left_out(cache):
+    """Over layers that keep a window, and over such that keep everything; token by token, and in a turn of several."""
+    model, lengths = build("gemma3"), (1, 1, 7, 1, 30)
+    given = prompt(model, PROMPT)
+    ids = torch.cat((given["input_ids"], torch.randint(3, 100, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))), 1)
+    whole = image_selection.with_tokens(model, given, ids)
+    (columns,) = image_selection.kept(model, given, image_selection.looked_at(model, given, 1, 3), 1)
+    want = token_selection.hidden_later(model, whole, [columns], PROMPT, 1)[0]
+    sparsify.compile(model, **strict(passes=["fastv", "dense"], fastv={"layer": 1, "queries": 3, "keep": 1}))
+    held = WINDOW_CACHES[cache](model.config)
+    with api.collect_plans() as plans:
+        parts = [model(**given, **holding(held)).logits[0]]
+        parts += [model(input_ids=part, **holding(held)).logits[0] for part in ids[:, PROMPT:].split(lengths, 1)]
+    found, rows = torch.cat(parts), [*columns, *range(PROMPT, len(want))]
+    torch.testing.assert_close(found[rows], want[rows], **CLOSE)
+    assert len(streams(plans)) == 1 and streams(plans)[0].method == "fastv"
+    if cache == "windows":  # gaps are padding, which is proved
+        later = [d for plan in plans for d in plan.decisions if d.kind == "attention" and d.phase == "decode"]
+        assert later and all(d.method == "dense" for d in later)
+    else:
+        with pytest.raises(CacheError, match="cannot be taken back"):
+            held.crop(-(sum(lengths) + PROMPT - 6))
 
 
 @pytest.mark.slow

@@ -354,7 +354,7 @@ def test_without_options_a_model_stays():
 
 REFUSED = {
     "windows": ("mistral_window", lambda config: DynamicCache(config=config), "window"),
-    "alternating": ("gemma3", lambda config: DynamicCache(config=config), "sliding attention"),
+    "alternating": ("gemma3", lambda config: SparseCache(config, "full", 128), "has a sliding window"),
     "no tables": ("gpt2", lambda config: DynamicCache(config=config), "rotary tables"),
     "static": ("llama", lambda config: StaticCache(config=config, max_cache_len=128), "StaticLayer makes its masks from columns"),
     "places": ("llama", lambda config: SparseCache(config, sinks=2, window=30, positions="in_cache"), "turns sinks"),

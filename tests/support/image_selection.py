@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,13 @@ FIRST = 5  # column of a row's first image token, behind its padding
 _OTHERS = 100  # identifiers of text lie below the special ones
 
 
+# the layer that chooses (1) sees everything, as one in six does in the published ones; windows reach from the end of a prompt to its image
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 58}
+_OVERRIDES: dict[str, dict[str, Any]] = {"gemma3": {"text_config": _WINDOWS}}
+
+
 def build(family: str, layers: int = 4) -> nn.Module:
-    model = build_class(FAMILIES[family], "sdpa", layers=layers, by_layer=False)
+    model = build_class(FAMILIES[family], "sdpa", layers=layers, by_layer=False, overrides=_OVERRIDES.get(family))
     spread_weights(model)
     return model
 
@@ -69,7 +75,11 @@ def with_tokens(model: nn.Module, given: dict[str, Tensor], ids: Tensor) -> dict
     """The same images, in a text of these tokens."""
     taken = inspect.signature(model.forward).parameters
     kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
-    return {**given, "input_ids": ids, **dict.fromkeys(kinds, (ids == model.config.image_token_id).long())}
+    found = (ids == model.config.image_token_id).long()
+    if model.config.model_type == "paligemma":  # 0: of the prompt, whose tokens see each other
+        found = torch.zeros_like(ids)
+        found[:, given.get("input_ids", ids).shape[1] :] = 1
+    return {**given, "input_ids": ids, **dict.fromkeys(kinds, found)}
 
 
 def images(model: nn.Module, given: dict[str, Tensor]) -> list[list[int]]:

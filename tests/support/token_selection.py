@@ -46,7 +46,7 @@ def hidden_later(
         seen[row, :prompt_len] = False
         seen[row, columns] = True
 
-    def attend(module, query, key, value, attention_mask, scaling=None, **unused):
+    def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **unused):
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1).double(), value.repeat_interleave(group, 1).double()
         causal = torch.ones(width, width, dtype=torch.bool).tril()
@@ -55,8 +55,11 @@ def hidden_later(
         visible = causal if attention_mask is None else attention_mask
         if getattr(module, "layer_idx", -1) > layer:
             visible = visible & seen[:, None, None]
-        scores = (query.double() @ key.mT * (scaling or query.shape[-1] ** -0.5)).masked_fill(~visible, float("-inf"))
-        return (torch.nan_to_num(scores.softmax(-1)) @ value).to(query.dtype).transpose(1, 2).contiguous(), None
+        scores = query.double() @ key.mT * (scaling or query.shape[-1] ** -0.5)
+        scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)).masked_fill(~visible, float("-inf"))
+        if s_aux is not None:  # a learned score by head, whose share nobody gets
+            scores = torch.cat((scores, s_aux.double()[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
+        return (torch.nan_to_num(scores.softmax(-1))[..., : key.shape[2]] @ value).to(query.dtype).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("hidden_later", attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register("hidden_later", sdpa_mask)

@@ -22,14 +22,14 @@ from transformers.cache_utils import (
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.caches.running_call import CallState, mark_packed
 from sparsify.generation.caches.sparse_cache import SparseCache
-from sparsify.generation.regions.left_out import NarrowedLayer, as_held
+from sparsify.generation.regions.left_out import NarrowedLayer, NarrowedSlidingLayer, as_held
 from sparsify.generation.regions.packed import unpack_heads
 
 # arguments by which models and layers take a cache
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 # layers of ordinary caches whose update touches nothing but themselves
-_ALONE = (DynamicLayer, NarrowedLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_ALONE = (DynamicLayer, NarrowedLayer, DynamicSlidingWindowLayer, NarrowedSlidingLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class LayerNumber:

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-from transformers.masking_utils import and_masks, packed_sequence_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    blockwise_overlay,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_overlay,
+)
 
 from sparsify.distributed import sequence
 
@@ -41,7 +47,7 @@ class Recipe:
 
     def form(self) -> tuple[Any, ...]:
         """What tells graphs apart that make such a mask: code and kinds of arguments, whatever their sizes."""
-        code = getattr(self.call.get("mask_function"), "__code__", None)
+        code = tuple(getattr(part, "__code__", None) for part in _parts(self.call.get("mask_function")))
         named = tuple((name, isinstance(value, Tensor), value is None) for name, value in self.call.items())
         return self.function, code, named, self.documents is None
 
@@ -50,6 +56,46 @@ def _made(function: Callable[..., Tensor], call: dict[str, Any], documents: Tens
     if documents is not None:
         call = {**call, "mask_function": and_masks(call["mask_function"], packed_sequence_mask_function(documents))}
     return function(**call)
+
+
+_CAUSAL = causal_mask_function.__code__
+_WINDOW = sliding_window_overlay(1).__code__
+_GROUPS = blockwise_overlay(torch.zeros(1, 1)).__code__
+_KINDS: dict[Any, str] = {_CAUSAL: "causal", _WINDOW: "window", _GROUPS: "groups"}
+
+
+def kinds(function: Any) -> set[str] | None:
+    """What a condition on indices is made of: "causal", "window" and "groups", of tokens that see each other; None for anything else."""
+    ends = [part for part in _parts(function) if not any(callable(value) and not isinstance(value, Tensor) for value in _closed_over(part))]
+    found = {_KINDS.get(getattr(part, "__code__", None)) for part in ends}
+    return None if None in found else {kind for kind in found if kind is not None}
+
+
+def groups(function: Any) -> list[Tensor]:
+    """Of each such condition the group of each token, int64 [batch, tokens]; negative where a token is of none."""
+    return [value for part in _parts(function) if getattr(part, "__code__", None) is _GROUPS for value in _tensors(part)]
+
+
+def of_columns(recipe: Recipe, query_start: int, columns: Tensor, **sizes: Any) -> Recipe:
+    """The recipe over fewer keys, which stand at other places than they did.
+
+    Args:
+        query_start: of the first query's place, less that of its index.
+        columns: int64 [batch, keys], the places of the first keys; those behind them stand `query_start` further on than their indices.
+            Where `query_start` is 0, so do the queries.
+        sizes: arguments of the recipe that change.
+    """
+    function = recipe.call["mask_function"]
+
+    def at_columns(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        among = columns[batch, key.clamp(max=columns.shape[1] - 1)]
+        if query_start == 0:
+            return function(batch, head, columns[batch, query], among)
+        return function(batch, head, query + query_start, torch.where(key < columns.shape[1], among, key + query_start))
+
+    call = {**recipe.call, **sizes, "mask_function": at_columns, "allow_is_causal_skip": False}
+    call.pop("local_size", None)  # by which nothing but a mask that can be left out is found
+    return Recipe(recipe.function, call, recipe.documents)
 
 
 class Later(torch.Tensor):
@@ -99,6 +145,8 @@ def postpone(base: str, function: Callable[..., Any], call: dict[str, Any]) -> A
     call = dict(call)
     query_len, key_len, padding = call["q_length"], call["kv_length"], call.get("attention_mask")
     sizes = (call["batch_size"], query_len, key_len)
+    if call.get("use_vmap") and kinds(call.get("mask_function")) is not None:
+        call["use_vmap"] = False  # it asks for that where it does not know whether a condition may be given many indices at once
     if not all(type(size) is int for size in sizes) or call.get("use_vmap"):
         return function(**call)
     window = call.get("local_size")
@@ -181,14 +229,22 @@ def plan(recipe: Recipe, hidden: Tensor, layer: Any) -> tuple[Plan, dict[str, An
     return Plan(recipe.function, fixed, rows, keys, start), varying
 
 
+def _closed_over(function: Any) -> Iterator[Any]:
+    for cell in getattr(function, "__closure__", None) or ():
+        yield from cell.cell_contents if isinstance(cell.cell_contents, tuple | list) else (cell.cell_contents,)
+
+
+def _parts(function: Any) -> Iterator[Any]:
+    """A condition on indices, and those that it is made of."""
+    yield function
+    for value in _closed_over(function):
+        if callable(value) and not isinstance(value, Tensor):
+            yield from _parts(value)
+
+
 def _tensors(function: Any) -> Iterator[Tensor]:
     """Tensors that a condition on indices refers to."""
-    for cell in getattr(function, "__closure__", None) or ():
-        for value in cell.cell_contents if isinstance(cell.cell_contents, tuple | list) else (cell.cell_contents,):
-            if isinstance(value, Tensor):
-                yield value
-            elif callable(value):
-                yield from _tensors(value)
+    return (value for part in _parts(function) for value in _closed_over(part) if isinstance(value, Tensor))
 
 
 def build(plan: Plan, varying: dict[str, Any], hidden: Tensor, layer: Any) -> Tensor:

@@ -20,7 +20,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import causal_mask_function
 
 from sparsify import pipeline
 from sparsify.costs import device as hardware
@@ -28,12 +27,11 @@ from sparsify.costs.sizes import AttentionSizes
 from sparsify.distributed import collectives
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
-from sparsify.generation.caches.layer import SparseLayer
-from sparsify.generation.regions import images, left_out, prompts
+from sparsify.generation.regions import following, images, left_out, prompts
 from sparsify.generation.regions.caches import CACHES
 from sparsify.generation.regions.layers import Layer
-from sparsify.generation.regions.left_out import NarrowedLayer
-from sparsify.generation.regions.masks import PostponedMask, Recipe
+from sparsify.generation.regions.left_out import NarrowedSlidingLayer
+from sparsify.generation.regions.masks import PostponedMask, Recipe, groups, kinds, of_columns
 from sparsify.graph.module_paths import layer_number
 from sparsify.matching.stream import StreamSite, sizes
 from sparsify.planning.choose import named_methods
@@ -137,10 +135,16 @@ def _record(decision: Decision, device: str = "") -> None:
         plans.append(Plan([decision], device=device, serves=1))
 
 
-def counting_places(text: Any, numbers: Iterable[int]) -> str:
-    """Why rows cannot be left out of some layers, by a text configuration; empty where nothing in it speaks against it."""
-    types = getattr(text, "layer_types", None)
+def counting_places(text: Any, numbers: Iterable[int], windows: Iterable[int] = ()) -> str:
+    """Why rows cannot be left out of some layers, by a text configuration; empty where nothing in it speaks against it.
+
+    Args:
+        windows: of these layers, those that may have a sliding window, which keeps a place for what is left out.
+    """
+    types, kept = getattr(text, "layer_types", None), set(windows)
     for number in numbers:
+        if types is not None and types[number] == "sliding_attention" and number in kept:
+            continue
         if types is not None and types[number] != "full_attention":
             return f"layer {number} is one of {types[number].replace('_', ' ')}, which counts places that are left out"
     window = next((name for name in ("sliding_window", "attention_chunk_size") if getattr(text, name, None)), None)
@@ -195,13 +199,14 @@ class Narrowing:
             return mass
         return collectives.gathering(mass, self.heads.size, self.heads.group)().movedim(0, 1).flatten(1, 2)
 
-    def _obstacle(self, following: Sequence[Layer]) -> str:
+    def _obstacle(self, later: Sequence[Layer]) -> str:
         """Why rows cannot be left out before these layers, from their structure; empty where they can. The first of them chooses."""
         if self.method.mode == "prompt":  # later layers read a prompt like any other
-            return counting_places(self.text, [layer.number for layer in following[:1]])
-        if why := counting_places(self.text, [layer.number for layer in following]):
+            return counting_places(self.text, [layer.number for layer in later[:1]])
+        numbers = [layer.number for layer in later]
+        if why := counting_places(self.text, numbers, numbers if self.layer < 0 else numbers[1:]):
             return why
-        for layer in following:
+        for layer in later:
             if mixing := [type(part).__name__ for part in layer.module.modules() if isinstance(part, nn.modules.conv._ConvNd)]:
                 return f"layer {layer.number} mixes neighbouring tokens ({mixing[0]})"
         return ""
@@ -325,18 +330,18 @@ class Narrowing:
         """Why this call cannot be narrowed; empty where it can."""
         if torch.is_grad_enabled() and hidden.requires_grad:
             return "gradients are required"
-        if cache is not None and (why := _cache_trouble(cache, self.layer)):
+        if cache is not None and (why := following.cache_trouble(cache, self.layer)):
             return why
         tokens = hidden.shape[1]
         if self.method.mode == "prompt":  # a mask of the first layer says nothing about the one that chooses
             mask = given.get("attention_mask")
-            return "" if isinstance(mask, PostponedMask) else _mask_trouble(mask, tokens)
+            return "" if isinstance(mask, PostponedMask) else following.mask_trouble(mask, tokens, {"causal"})
         tables = given.get("position_embeddings")
         if not prompts.is_rotary(tables, tokens):
             return "its layers are not given rotary tables, one angle for each token"
         for name, value in given.items():
             if name == "attention_mask":
-                if why := _mask_trouble(value, tokens):
+                if why := following.mask_trouble(value, tokens, {"causal", "window", "groups"}):
                     return why
             elif name == "position_ids" or name == "cache_position":
                 if isinstance(value, Tensor) and (
@@ -376,6 +381,7 @@ class Narrowed:
         self.given_up = False
         self.mass: Tensor | None = None
         self._handed_on: Tensor | None = None
+        self._groups: Tensor | None = None
         self._gathered: dict[int, tuple[Any, Any]] = {}
 
     def enter(self, layer: Layer, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -388,8 +394,10 @@ class Narrowed:
             self.give_up(what)
         if layer.number == self.owner.layer and self.owner.method.mode == "prompt":
             mask = {**dict(zip(layer.arguments, args, strict=False)), **given}.get("attention_mask")
-            if why := _mask_trouble(mask, self.site.tokens):
+            if why := following.mask_trouble(mask, self.site.tokens, {"causal"}):
                 self.give_up(why)
+        if layer.number == self.owner.layer and not self.given_up:
+            self._see_ahead({**dict(zip(layer.arguments, args, strict=False)), **given}.get("attention_mask"))
         if layer.number == 0 and self.owner.place(layer) == "behind":
             rows = self._choose(hidden)
             if args:
@@ -400,6 +408,20 @@ class Narrowed:
             return args, given
         rest = dict(zip(layer.arguments[1:], args[1:], strict=False))
         return args[:1], {name: self._narrow(name, value) for name, value in {**rest, **given}.items()}
+
+    def _see_ahead(self, mask: Any) -> None:
+        """Finds how far tokens of the choosing layer see that see others behind them, of an image or a prefix."""
+        condition = mask.recipe.call.get("mask_function") if isinstance(mask, PostponedMask) else None
+        if condition is None or kinds(condition) == {"causal"}:
+            return
+        found = groups(condition)
+        if kinds(condition) != {"causal", "groups"} or len(found) != 1:
+            self.give_up("the mask says more than causality, padding and groups of tokens that see each other")
+            return
+        self._groups = found[0].to(self.device).expand(self.site.batch, -1)[:, : self.site.tokens]
+        if not bool(following.side_by_side(self._groups)):
+            self._groups = None
+            self.give_up("tokens that see each other to both sides do not stand side by side")
 
     def take_back(self) -> None:
         """The call ends before a layer has run, and may begin again elsewhere."""
@@ -419,7 +441,7 @@ class Narrowed:
             raise Chosen(columns)
         if self.cache is not None:
             run = method.window if self.is_image is None else _last_run(columns, self.site.tokens)
-            left_out.narrow(self.cache, self.owner.layer + 1, self.site.tokens, columns.shape[1], run)
+            left_out.narrow(self.cache, self.owner.layer + 1, self.site.tokens, columns, run)
         self.columns, self.mass = columns, None
         return _gather_rows(hidden, columns)
 
@@ -439,12 +461,26 @@ class Narrowed:
         queries = min(self.owner.method.queries, tokens)
         if self.is_token is None:
             columns = at[:, -queries:].contiguous()
-            return {"columns": columns, "query_positions": columns.int(), "positions": at.int().contiguous()}
+            return {"columns": columns, "query_positions": self._reach(columns, at).int(), "positions": at.int().contiguous()}
         positions = (self.is_token.cumsum(-1) - 1).masked_fill(~self.is_token, -1).int()
         order = self.is_token.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         places = self.is_token.sum(-1, keepdim=True) - queries + torch.arange(queries, device=device)
         columns = order.gather(1, places.clamp(min=0))
-        return {"columns": columns, "query_positions": places.clamp(min=-1).int(), "positions": positions}
+        seen = places if self._groups is None else torch.where(places < 0, places, self._reach(columns, positions))
+        return {"columns": columns, "query_positions": seen.clamp(min=-1).int(), "positions": positions}
+
+    def _reach(self, columns: Tensor, positions: Tensor) -> Tensor:
+        """Up to which position tokens see, those of an image up to its end: int64 [batch, queries].
+
+        Args:
+            columns: int64 [batch, queries]. positions: [batch, tokens].
+        """
+        own = positions.gather(1, columns).long()
+        if self._groups is None:
+            return own
+        group = self._groups.gather(1, columns)
+        alike = (self._groups[:, None] == group[:, :, None]) & (group[:, :, None] >= 0)
+        return torch.maximum(own, positions[:, None].masked_fill(~alike, -1).amax(-1))
 
     def leave(self, layer: Layer, result: Any) -> Any:
         """The layer's result: behind the one that chooses narrowed, behind the last one as long as the prompt again."""
@@ -454,6 +490,10 @@ class Narrowed:
                 self.give_up("its attention does not tell what its queries look at")
             else:
                 hidden = self._choose(hidden)
+        if self.columns is not None and self.cache is not None and self.owner.place(layer) == "behind":
+            held_by = self.cache.layers[layer.number]
+            if isinstance(held_by, NarrowedSlidingLayer):
+                held_by.spread(self.site.tokens)
         if self.columns is not None and layer.number + 1 == self.site.count:
             full = hidden.new_full((hidden.shape[0], self.site.tokens, hidden.shape[2]), torch.nan)
             hidden = full.scatter_(1, self.columns[:, :, None].expand_as(hidden), hidden)
@@ -493,7 +533,10 @@ class Narrowed:
         call["q_length"], call["kv_length"] = kept, kept
         if call.get("attention_mask") is not None:
             call["attention_mask"] = call["attention_mask"].gather(1, columns)
-        return PostponedMask(Recipe(mask.recipe.function, call), (*mask.shape[:2], kept, kept), mask.dtype, mask.device)
+        recipe = Recipe(mask.recipe.function, call)
+        if kinds(call.get("mask_function")) != {"causal"}:  # causality of places is that of their order, and nothing else is
+            recipe = of_columns(recipe, 0, columns)
+        return PostponedMask(recipe, (*mask.shape[:2], kept, kept), mask.dtype, mask.device)
 
 
 def _tokens_of(mask: Any, tokens: int) -> Tensor | None:
@@ -527,35 +570,3 @@ def _same_kind_of_view(made: Tensor, like: Tensor) -> Tensor:
     if base is None:
         return made
     return made[0].clone()[None] if base.dim() == 1 and made.shape[0] == 1 else made.view(made.shape)
-
-
-# -- what a call is made of ------------------------------------------------------------------------------------------------------------
-
-
-def _cache_trouble(cache: Any, layer: int) -> str:
-    for number, one in enumerate(cache.layers):
-        if number < layer:
-            continue
-        if isinstance(one, SparseLayer):
-            if one.is_sliding:
-                return f"the cache's layer {number} has a sliding window, which counts places that are left out"
-            if reason := left_out.places_trouble(one):
-                return reason
-        elif type(one) not in (DynamicLayer, NarrowedLayer):
-            return f"a {type(one).__name__} makes its masks from columns, which later layers do not have"
-    return ""
-
-
-def _mask_trouble(mask: Any, tokens: int) -> str:
-    if mask is None or (type(mask) is Tensor and mask.dim() == 2 and mask.shape[1] == tokens):
-        return ""
-    if not isinstance(mask, PostponedMask):
-        return "the mask is a tensor of its own, whose meaning is not known"
-    call = mask.recipe.call
-    if call.get("mask_function") is not causal_mask_function or call.get("local_size") is not None:
-        return "the mask says more than causality and padding"
-    lengths = (call["q_length"], call["kv_length"], call.get("q_offset", 0), call.get("kv_offset", 0))
-    if lengths != (tokens, tokens, 0, 0):
-        return "the mask is one of another length"
-    padding = call.get("attention_mask")
-    return "" if padding is None or padding.shape[-1] == tokens else "the padding mask is one of another length"

@@ -483,9 +483,10 @@ class _Call:
                 raise NotShared(why)
             cache = caches.layer_call(held_cache, layer.shadow.number, query_len if layout is None else layout.columns)
             key_len = cache.key_len
-        postponed = {name: rest.pop(name) for name, value in kwargs.items() if isinstance(value, PostponedMask)}
-        if cache is not None and cache.key_len and left_out.left_out(cache.layer):
-            postponed = {name: left_out.own_mask(mask, cache.layer, query_len) for name, mask in postponed.items()}
+        if cache is not None and cache.key_len:
+            rest = left_out.own_masks(rest, layer.arguments, cache.layer, hidden)
+        postponed = {name: value for name, value in rest.items() if isinstance(value, PostponedMask)}
+        rest = {name: value for name, value in rest.items() if name not in postponed}
         narrowed = None if layer.tower else self.narrowed
         observed = {} if narrowed is None else narrowed.observation(layer)
         part = "" if narrowed is None else narrowed.part(layer)
