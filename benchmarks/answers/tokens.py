@@ -110,9 +110,9 @@ class Asker:
 
     def choosing(self, parameters: dict[str, Any]) -> TokenSelect:
         """The method of a cell, without its heads where they are to be found."""
-        select = {name: value for name, value in parameters.items() if name != "chunk"}
+        select: dict[str, Any] = {name: value for name, value in parameters.items() if name != "chunk"}
         kernel = KERNEL["pieces" if self.subject.pieces else "bytes"]
-        named = {"heads": None} if parameters["heads"] == "found" else {}
+        named: dict[str, Any] = {"heads": None} if parameters["heads"] == "found" else {}
         return TokenSelect(**{**select, **named}, kernel=kernel, queries=self.queries)
 
     def settled(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Asker:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split("\n\n")[0].split()))
     parser.add_argument("--model", type=Path, required=True, help="folder of a model of bytes, or of word pieces with its tokenizer.json")
     parser.add_argument("--text", type=Path, help="file to hide facts in; default: the standard library's source")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="tokens of a prompt")

@@ -142,12 +142,8 @@ class NarrowedSlidingLayer(DynamicSlidingWindowLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Raises CacheError where a mask is made that does not hide the places of tokens that were left out."""
-        if not postponing.get() and self.get_seq_length() and self.gaps(query_length) is not None:
-            raise CacheError(
-                "a layer with a sliding window holds some tokens of the prompt only, which one mask for all layers does not say",
-                where="DynamicCache",
-                hint="call the model that sparsify.compile compiled, without output_attentions and the like",
-            )
+        if not postponing.get():
+            check_whole(self, query_length)
         return super().get_mask_sizes(query_length)
 
     def holds(self, length: int) -> Tensor:
@@ -160,6 +156,12 @@ class NarrowedSlidingLayer(DynamicSlidingWindowLayer):
 
 def check_whole(layer: Any, query_len: int) -> None:
     """Raises CacheError where a cache's layer cannot serve a call of the whole model, in which one mask is made for all layers."""
+    if isinstance(layer, NarrowedSlidingLayer) and layer.get_seq_length() and layer.gaps(query_len) is not None:
+        raise CacheError(
+            "a layer with a sliding window holds some tokens of the prompt only, which one mask for all layers does not say",
+            where="DynamicCache",
+            hint="call the model that sparsify.compile compiled, without output_attentions and the like",
+        )
     if query_len > 1 and isinstance(layer, NarrowedLayer) and layer.narrowed and DynamicLayer.get_seq_length(layer):
         raise CacheError(
             f"layers of this cache hold different tokens of the prompt, and a call of {query_len} tokens makes one mask for all of them",

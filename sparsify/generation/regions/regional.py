@@ -146,7 +146,7 @@ class RegionalModel:
         tokens = next((value.shape[1] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1), 1)
         for cache in (value for name, value in kwargs.items() if name in caches.CACHES):
             caches.settle(cache, tokens)
-            for held in getattr(cache, "layers", ())[:1]:
+            for held in getattr(cache, "layers", ()):
                 left_out.check_whole(held, tokens)
         result = self._wholes[reason](*args, **kwargs)
         if lasting:  # and not the caller's mistake, which would have been raised
