@@ -43,7 +43,7 @@ def _keeping(found: list[Found], beside: list[Found]) -> list[str]:
     cells = latest(found, CacheKeeping)
     rows: list[Row] = []
     seconds = lambda number: "–" if number is None else f"{number:.2f}"
-    for r in sorted(cells, key=lambda r: (r["shape"], r["length"], -r["bytes"], r["operation"] != "save")):
+    for r in sorted(cells, key=lambda r: (r["shape"], r["length"], -r["bytes"], r["variant"], r["operation"] != "save")):
         again = recomputed(beside, r)
         share = f"{r['seconds'] / again:.0%} of {again:.1f} s" if again else "–"
         peak = "–" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / _GIB:.2f}"
@@ -81,7 +81,7 @@ def _memory(found: list[Found]) -> list[str]:
 def headlines(found: list[Found]) -> list[Row]:
     """Rows of (what, measured, beside)."""
     rows: list[Row] = []
-    for r in sorted(latest(found, CacheKeeping), key=lambda r: (-r["bytes"], r["operation"] != "save")):
+    for r in sorted(latest(found, CacheKeeping), key=lambda r: (-r["bytes"], r["variant"], r["operation"] != "save")):
         again = recomputed(found, r)
         if r["shape"] == "8b" and r["operation"] != "prepare" and again:
             what = f"a prompt of {size(r['length'])} tokens {_WHAT[r['operation']]}, 8B shape, {r['variant']}"
@@ -92,7 +92,7 @@ def headlines(found: list[Found]) -> list[Row]:
 def shortfalls(found: list[Found]) -> list[str]:
     """Goals that the latest records miss."""
     lines = []
-    for r in sorted(latest(found, CacheKeeping), key=lambda r: -r["bytes"]):
+    for r in sorted(latest(found, CacheKeeping), key=lambda r: (-r["bytes"], r["variant"], r["operation"] != "save")):
         limit = bound(r)
         if r["operation"] != "prepare" and limit and r["seconds"] > NEAR * limit:
             what = f"{size(r['length'])} tokens {_WHAT[r['operation']]} ({r['variant']})"

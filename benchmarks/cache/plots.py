@@ -24,7 +24,7 @@ def eviction(found: list[Found]) -> Any:
     cells = [one for one in cells if one["length"] == longest]
     shares = sorted({one["share"] for one in cells if one["policy"] != "full"})
     mean = lambda name: sum(one["right"] / one["questions"] for one in cells if one["policy"] == name and one["asked"] in _PANELS)
-    names = sorted({one["policy"] for one in cells} - {"full"}, key=mean, reverse=True)
+    names = sorted({one["policy"] for one in cells} - {"full"}, key=lambda name: (-mean(name), name))
     colours, markers = pyplot.get_cmap("tab20"), itertools.cycle("osD^v*PX")
     styles = {name: {"color": colours(number % 20), "marker": marker} for number, (name, marker) in enumerate(zip(names, markers))}
     figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 5.4), sharey=True, layout="constrained")

@@ -20,7 +20,7 @@ def answers(found: list[Found]) -> str:
     share = lambda r: "–" if r is None else f"{r['right'] / r['questions']:.2f}"
     order = lambda name: -sum(known[key]["right"] / known[key]["questions"] for key in known if key[0] == name and key[2] in _SHARES)
     rows: list[Row] = []
-    for name in sorted({policy for policy, _, _ in known} - {"full"}, key=order):
+    for name in sorted({policy for policy, _, _ in known} - {"full"}, key=lambda name: (order(name), name)):
         mine = [known.get((name, asked, kept)) for asked in ("end", "blind") for kept in _SHARES]
         if any(mine):
             rows.append([f"`{name}`" if " " not in name else name, *map(share, mine)])
@@ -36,8 +36,9 @@ def reading(found: list[Found]) -> str:
     cells = [r for r in latest(found, DecodeReading) if (r["shape"], r["length"]) == (_SHAPE, _LENGTH) and "at once" not in r["variant"]]
     known = {(r["variant"], r["batch"]): r for r in cells}
     batches = sorted({r["batch"] for r in cells})
+    most = lambda name: max(r["bytes_read"] for r in cells if r["variant"] == name)
     rows: list[Row] = []
-    for name in sorted({r["variant"] for r in cells}, key=lambda name: -max(r["bytes_read"] for r in cells if r["variant"] == name)):
+    for name in sorted({r["variant"] for r in cells}, key=lambda name: (-most(name), name)):
         row = [name]
         for batch in batches:
             mine, whole = known.get((name, batch)), known.get(("16 bits", batch))
@@ -59,7 +60,7 @@ def keeping(found: list[Found]) -> str:
     cells = [r for r in latest(found, CacheKeeping) if (r["shape"], r["length"]) == (_SHAPE, _LENGTH)]
     known = {(r["variant"], r["operation"]): r for r in cells}
     rows: list[Row] = []
-    for name in dict.fromkeys(r["variant"] for r in sorted(cells, key=lambda r: -r["bytes"])):
+    for name in dict.fromkeys(r["variant"] for r in sorted(cells, key=lambda r: (-r["bytes"], r["variant"]))):
         both = [known.get((name, operation)) for operation in ("save", "load")]
         if all(both):
             times = [text for r in both if r for text in (f"{r['seconds']:.2f}", f"{bound(r):.2f}" if bound(r) else "–")]
@@ -71,7 +72,7 @@ def keeping(found: list[Found]) -> str:
     prepared = known.get(("clusters", "prepare"))
     clusters = f" `prepare()` of all its keys takes {prepared['seconds']:.1f} s." if prepared else ""
     weighed = latest(found, CacheMemory)
-    most = max(weighed, key=lambda r: r["kept_bytes"] / r["promised_bytes"], default=None)
+    most = max(weighed, key=lambda r: (r["kept_bytes"] / r["promised_bytes"], r["variant"]), default=None)
     memory = (
         f" Memory beside what is promised: {most['kept_bytes'] / most['promised_bytes']:.3f} × at most, {most['variant']}." if most else ""
     )

@@ -142,7 +142,7 @@ def _answers(found: list[Found], beside: list[Found]) -> list[str]:
     parts = []
     for asked in ASKED:
         mine = {(r["policy"], r["length"], r["share"]): r for r in cells if r["asked"] == asked}
-        order = sorted({policy for policy, _, _ in mine}, key=lambda policy: -_all_right(mine, policy))
+        order = sorted({policy for policy, _, _ in mine}, key=lambda policy: (-_all_right(mine, policy), policy))
         rows = [
             [size(length), policy, *(_right(mine.get((policy, length, share))) for share in shares)]
             for length in lengths
