@@ -24,21 +24,23 @@ def select_blocks(call: SelectCall, *, limits: Limits = LIMITS) -> streamed.List
     if call.empty:
         return triton.select_blocks(call, limits=limits)
     lists = call.empty_lists()
-    if not call.refine_stride:
+    if call.refine_stride:
+        two_stages(call, lists, None, limits)
+    elif (spec := streaming(call, limits)) is not None:
+        one_stage(call, spec, lists, None, limits)
+    else:
         return triton.select_blocks(call, limits=limits)
-    two_stages(call, lists, None, limits)
     return lists
 
 
 def streaming(call: SelectCall, limits: Limits, tiling: SelectTiling | None = None) -> SelectSpec | None:
     """The kernels that keep query cells while keys pass by, where those are the faster ones for a call of one stage."""
-    if call.pool != "row" or not call.estimate.int8:
+    if call.pool != "row" or not call.estimate.int8 or streamed.cell_bytes(call) > streamed.LARGE_CELL:
         return None
     try:
-        spec = streamed.spec_of(call, limits, tiling)
+        return streamed.spec_of(call, limits, tiling)
     except UnsupportedError:
         return None
-    return spec if spec.whole else None
 
 
 def one_stage(call: SelectCall, spec: SelectSpec, lists: streamed.Lists, importances: Tensor | None, limits: Limits) -> None:

@@ -23,14 +23,17 @@ _WHERE = "sparsify::select_blocks"
 Lists = tuple[Tensor, Tensor]
 # the fewest query cells that tensor cores take
 _LEAST_ROWS = 16
-# (query cells, key cells, warps, stages) of a tile. Two programs at a time, so that one multiplies while the other compares
-TILE, LISTED_TILE = (128, 128, 4, 2), (128, 64, 4, 3)
-# where cells are multiplied whole and are large, or shared memory is small
-_SMALL_TILE, _SMALL_LISTED_TILE = (128, 32, 4, 2), (64, 32, 4, 3)
-_LARGE_CELL, _SMALL_SHARED = 256, 160 << 10
+# (query cells, key cells, warps, stages) of a tile; with listed blocks the query cells are those of several heads. Of cells of 256 bytes
+# two programs run at a time, so that one multiplies while the other compares: the fastest of six on an H200
+TILE = LISTED_TILE = (128, 64, 4, 3)
+# of cells of 512 bytes, which are multiplied whole too, a tile has to be read often; few key cells at a time took three times as long
+LARGE_TILE, LARGE_LISTED_TILE = (256, 64, 8, 3), (64, 32, 4, 3)
+# where shared memory is small
+SMALL_TILE, SMALL_LISTED_TILE = (128, 32, 4, 2), (64, 32, 4, 3)
+LARGE_CELL, _SMALL_SHARED = 256, 227 << 10
 # places up to which a launch of `choose` serves a row, and logarithms of masses that a thread of it holds
 PLACES = (64, 128, 256, 512, 1024)
-NUMBERS = 32
+NUMBERS = 128
 
 
 def spec_of(
@@ -62,16 +65,23 @@ def spec_of(
     return dataclasses.replace(spec, streamed=True, grouped=grouped, listed=listed, finer=call.finer)
 
 
+def cell_bytes(call: SelectCall) -> int:
+    """Of a query or key cell as it is multiplied."""
+    return call.steps * call.query.shape[3] * (1 if call.estimate.int8 else call.query.element_size())
+
+
 def _tiling(call: SelectCall, rows: int, listed: bool) -> SelectTiling:
     """rows: query cells of a block."""
-    device, item = meant(call.device), 1 if call.estimate.int8 else call.query.element_size()
-    large = _LARGE_CELL < call.steps * call.query.shape[3] * item <= select_source.WHOLE_CELL
-    small = large or (device.type == "cuda" and shared_bytes(device) < _SMALL_SHARED)
-    if listed:
-        most, cols, warps, stages = _SMALL_LISTED_TILE if small else LISTED_TILE
-        most = min(power_of_two(call.group), max(1, most // rows)) * rows
+    device = meant(call.device)
+    if device.type == "cuda" and shared_bytes(device) < _SMALL_SHARED:
+        tiles = SMALL_TILE, SMALL_LISTED_TILE
+    elif LARGE_CELL < cell_bytes(call) <= select_source.WHOLE_CELL:
+        tiles = LARGE_TILE, LARGE_LISTED_TILE
     else:
-        most, cols, warps, stages = _SMALL_TILE if small else TILE
+        tiles = TILE, LISTED_TILE
+    most, cols, warps, stages = tiles[listed]
+    if listed:
+        most = min(power_of_two(call.group), max(1, most // rows)) * rows
     return SelectTiling(max(most, rows), max(cols, call.block_size // call.stride), warps, stages, 1, False)
 
 

@@ -295,10 +295,14 @@ def test_equals_the_definition():
     [
         ({"estimate": "pair+int8+peak", "stride": 4}, {"query_len": 250, "key_len": 510, "heads": 3}),
         ({"estimate": "int8", "threshold": [0.2, 0.6]}, {"query_len": 260}),
+        ({"estimate": "pair+int8+peak", "threshold": [0.3], "min_share": 0.15}, {"query_len": 260}),
         ({"estimate": "quad+int8", "causal": False, "scale": -0.25}, {"query_len": 130, "key_len": 300}),
-        ({"estimate": "half+int8", "query_start": torch.tensor([200])}, {"query_len": 130, "key_len": 400, "batch": 2, "dim": 40}),
+        (
+            {"estimate": "half+int8", "stride": 4, "query_start": torch.tensor([200])},
+            {"query_len": 130, "key_len": 400, "batch": 2, "dim": 40},
+        ),
     ],
-    ids=["a chunk", "thresholds", "not causal", "start"],
+    ids=["a chunk", "thresholds", "a least share", "not causal", "start"],
 )
 @pytest.mark.samples(2)
 def test_keys_pass_by_a_tile_of_queries(changes, shape, monkeypatch):
@@ -317,6 +321,17 @@ def test_keys_pass_by_a_tile_of_queries(changes, shape, monkeypatch):
         got = block_lists.to_dense(*lists, one.key_blocks)
         chosen = reference_select.choose(own, *reference_select.candidates(one), one)
         assert torch.equal(got, chosen) and got.any() and not got.all()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"stride": 16}, {"estimate": "peak"}, {"pool": "max"}, {"windows": [70]}, {"estimate": "group+int8"}], ids=str
+)
+def test_keys_pass_by_where_that_is_known_to_be_faster(changes):
+    """Large cells, 16 bits, other rules and masks keep the kernels of tiles in any order."""
+    query, key = inputs(64, dim=32)
+    base = {"pool": "row", "estimate": "int8"}
+    assert stages.streaming(call(query, key, **base), triton_select.LIMITS) is not None
+    assert stages.streaming(call(query, key, **{**base, **changes}), triton_select.LIMITS) is None
 
 
 def test_keys_that_pass_by_keep_everything_at_one_and_where_a_row_is_not_finite():
