@@ -326,6 +326,16 @@ def test_tokens_that_go_on_behind_a_layer(llama, of_8b):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name, options", [("token_select", {"layer": 12, "heads": "all", "keep": 8192}), ("fastv", {"keep": 0.25})])
+def test_rules_that_leave_a_choosing_layer_out(llama, name, options):
+    rules = [{"layers": "12" if name == "token_select" else "1", "method": []}]
+    for given, narrows in (([], True), (rules, False)):
+        asked = dataclasses.replace(forecaster(llama, passes=[name, "dense"], rules=given, **{name: options}), images=60000)
+        (row,) = asked.forecast((131072,)).rows
+        assert any(group.what == "stream" for group in row.chosen.groups) == narrows
+
+
+@pytest.mark.slow
 def test_layers_that_tokens_bypass(llama, of_8b):
     """A quarter of 30 layers, rounded, is read by no token at the schedule's end; prompts run all of them."""
     asked = forecaster(llama, passes=["skip_layers", "dense"], skip_layers={"first": 1, "last": 1, "most": 0.25})

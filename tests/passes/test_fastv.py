@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import sparsify
+from sparsify.generation.regions import narrowing
+from sparsify.planning.config.config import load
 from sparsify.planning.registry import discover
 from tests.support.image_selection import rows
 
@@ -22,3 +24,11 @@ def test_what_is_looked_at_goes_on():
 def test_options_are_checked(options):
     with pytest.raises(sparsify.errors.ConfigError):
         sparsify.compile(torch.nn.Linear(2, 2), fastv=options)
+
+
+def test_a_rule_for_the_layer_that_it_chooses_by_itself_leaves_it_out():
+    paths = [f"model.layers.{number}" for number in range(4)]
+    for layers, named, acts in (("1", {}, False), ("2", {}, True), ("2", {"layer": 2}, False)):
+        given = {"passes": ["fastv", "dense"], "fastv": {"keep": 0.5, **named}, "rules": [{"layers": layers, "method": []}]}
+        config = load(given, method_models=discover())
+        assert (narrowing.asked(config, None, paths) is not None) == acts

@@ -193,8 +193,10 @@ class Forecaster:
 
     def _narrowed(self, call: CallSites, length: int, config: Config) -> Narrowed | None:
         """What becomes of a prompt of which only some tokens go on behind a layer; None where all do, or the text decides how many."""
-        method: Any = narrowing.asked(config, load_saved_plan(config.plan))
         count = len(self.model.kinds)
+        names = {site.layer: site.name for site in call.attention}
+        paths = [names.get(layer, "").partition(f".{layer}.")[0] + f".{layer}" for layer in range(count)]
+        method: Any = narrowing.asked(config, load_saved_plan(config.plan), paths)
         if method is None or method.mode == "prompt" or self.sharing.cp > 1:
             return None
         number: int | None = method.layer  # -1: before the first layer

@@ -111,7 +111,8 @@ def all_asked(config: Config, saved: SavedPlan | None = None, paths: Sequence[st
         return [methods[str(decision.method)](**decision.options) for decision in found]
     chosen: list[Pass] = []
     for name in methods:
-        number = config.methods.get(name, {}).get("layer")
+        field = methods[name].model_fields.get("layer")
+        number = config.methods.get(name, {}).get("layer", None if field is None else field.default)
         path = paths[number] if isinstance(number, int) and number < len(paths) else ""
         chosen += [methods[one](**options) for one, options in config.for_layer(path, number if path else None, {name})]
     return chosen
