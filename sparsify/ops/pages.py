@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 from sparsify.errors import ConfigError
 from sparsify.ops.limits import cdiv
 
-_WHERE = "Pages"
 # shares are computed in whole numbers, on every device alike
 _PARTS = 10**6
 # pages of a group of clusters, whose mean says whether their own are looked at
@@ -46,12 +45,12 @@ class Pages:
 
     def __post_init__(self):
         if self.size not in (8, 16, 32, 64):
-            raise ConfigError(f"a page has 8, 16, 32 or 64 slots, not {self.size}", where=f"{_WHERE}: size")
+            raise ConfigError(f"a page has 8, 16, 32 or 64 slots, not {self.size}", where=f"{type(self).__name__}: size")
         if not 0 < self.share <= 1:
-            raise ConfigError(f"a share lies above 0 and at most at 1, not {self.share}", where=f"{_WHERE}: share")
+            raise ConfigError(f"a share lies above 0 and at most at 1, not {self.share}", where=f"{type(self).__name__}: share")
         for name, least in (("count", 0), ("sinks", 0), ("recent", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"must be at least {least}, not {getattr(self, name)}", where=f"{_WHERE}: {name}")
+                raise ConfigError(f"must be at least {least}, not {getattr(self, name)}", where=f"{type(self).__name__}: {name}")
 
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
@@ -66,7 +65,7 @@ class Pages:
         given = dict(re.findall(r"(\w+)=(\S+)", text))
         kind = Clusters if "reach" in given else Pages
         if set(given) != {field.name for field in fields(kind)}:
-            raise ConfigError(f"not what a Pages writes: {text!r}", where=_WHERE)
+            raise ConfigError(f"not what a Pages writes: {text!r}", where="Pages")
         share = float(given.pop("share"))
         return kind(share=share, **{name: int(number) for name, number in given.items()})
 
@@ -118,7 +117,7 @@ class Clusters(Pages):
     def __post_init__(self):
         super().__post_init__()
         if self.reach < 0:
-            raise ConfigError(f"must be at least 0, not {self.reach}", where=f"{_WHERE}: reach")
+            raise ConfigError(f"must be at least 0, not {self.reach}", where=f"{type(self).__name__}: reach")
 
     @property
     def first(self) -> int:

@@ -308,8 +308,8 @@ def test_compiled_calls_read_the_same_clusters(policy):
 
 
 def test_what_makes_no_sense_is_told(llama):
-    for wrong in ({"size": 12}, {"share": 0.0}, {"reach": -1}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
+    for wrong in ({"size": 12}, {"share": 0.0}, {"recent": 0}, {"reach": -1}):
+        with pytest.raises(ConfigError, match=f"Clusters: {next(iter(wrong))}"):
             Clusters(**wrong)
     assert Pages.parse(str(FEW)) == FEW and Pages.parse(str(Pages())) == Pages()
     with pytest.raises(ConfigError, match="reads no clusters"):
