@@ -73,7 +73,7 @@ def _earliest(group: Sequence[Found], lengths: Sequence[int]) -> str:
     layers = next((f" of {record['layers']}" for record in group if record.get("layers")), "")
     words = (
         f"The earliest layer{layers}, from 0, whose choice loses at most one in 48 of the answers that dense attention gives on the same "
-        "prompts; after the stroke the same of later questions' answers. *none*: no layer that was tried."
+        "prompts; after the stroke the same of later questions' answers. *none*: no layer that was tried; *dense*: answers too few."
     )
     return words + "\n\n" + markdown(["tokens", "chosen by", "kept", *map(size, lengths)], rows)
 
@@ -84,7 +84,9 @@ def _earliest_cell(found: Sequence[Found] | None, dense: Mapping[tuple[int, int 
     eager = dense[found[0]["length"], found[0].get("listed")]
     cells = []
     for right, asked in (("right", "asked"), ("later_right", "later_asked")):
-        if all(right in record for record in (*found, eager)):
+        if right in eager and eager[right] < eager[asked] / 2:
+            cells.append(f"dense: {eager[right]} of {eager[asked]}")
+        elif all(right in record for record in (*found, eager)):
             kept = [r["parameters"]["layer"] for r in found if r[right] >= eager[right] - _LOST * eager[asked]]
             cells.append(str(min(kept)) if kept else "none")
     return " / ".join(cells)
