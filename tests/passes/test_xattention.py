@@ -95,7 +95,8 @@ def test_a_proposal_costs_less_than_dense_when_long_and_says_what_it_is():
         ({"density": 0.1, "pool": "sum", "stride": 16}, (16, "sum", 0.95)),
         ({"pool": "max"}, (8, "max", 0.95)),
         ({"pool": "sum", "threshold": 0.9}, (8, "sum", 0.9)),
-        ({"refine_stride": 4}, (16, "row", 0.8)),
+        ({"refine_stride": 4}, (8, "row", 0.8)),
+        ({"refine_stride": 8}, (16, "row", 0.8)),
     ],
 )
 def test_defaults_that_go_together(options, want):
