@@ -72,7 +72,8 @@ class MInference(PromptPass):
         gt=0,
         le=1,
         description="a head visits either `blocks`, or `columns` and `diagonals`: the former in prompts in which means estimate to less "
-        "than this (square root of the Jensen-Shannon divergence) what the last queries look at; none: all that the numbers say",
+        "than this (square root of the Jensen-Shannon divergence) what the last queries look at, heads without `blocks` always the latter; "
+        "none: all that the numbers say",
     )
     queries: int = Field(64, ge=1, le=1024, description="last queries whose attention chooses columns and diagonals")
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")

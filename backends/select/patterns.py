@@ -107,7 +107,7 @@ def _own_choice(
     call: SelectPatternCall, by_column: Tensor, choosing: tuple[Tensor, Tensor], first: Tensor, part: tuple[slice, slice]
 ) -> Tensor:
     """What query blocks visit by their own choice, bool [batch, heads, query_blocks, key_blocks]. Under a divergence it is all that a head
-    visits, or nothing.
+    visits, or nothing, as of heads that have no blocks to choose.
 
     Args:
         by_column: of `summed`, of these heads. choosing: of `last_rows`. first: of `first_block`.
@@ -123,7 +123,8 @@ def _own_choice(
     weights = block_means.estimate(call, query, key, own)
     behind = own[:, None] - at
     always = (_first(at, first)[:, :, None] | ((behind == 0) | (behind == 1))).expand_as(weights)
-    found = _best(weights, always, head_counts(call, at.device)[2, heads, None, None], call.mass)
+    most = head_counts(call, at.device)[2, heads, None, None]
+    found = _best(weights, always, most, call.mass)
     if not call.divergence:
         return found
     rows, known = choosing
@@ -131,7 +132,7 @@ def _own_choice(
     last = last / known.sum(-1).clamp(min=1)[:, None, None, None]
     guessed = block_means.estimate(call, last, key, own_blocks(call, rows).amax(-1, keepdim=True))[:, :, 0]
     near = block_means.divergence(guessed, by_column / by_column.sum(-1, keepdim=True).clamp(min=1e-30)) < call.divergence
-    return (found | always) & near[..., None, None]
+    return (found | always) & near[..., None, None] & (most > 0)
 
 
 def _first(at: Tensor, first: Tensor) -> Tensor:

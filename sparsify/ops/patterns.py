@@ -48,6 +48,7 @@ class SelectPatternCall(ListingCall):
         counts. FlexPrefill (arXiv 2502.20766).
     divergence: where positive, a head visits either what its query blocks choose or its columns and diagonals: the former where the means
         of the choosing rows estimate what these look at, by block, to less than this square root of the Jensen-Shannon divergence, in nats.
+        A head without `blocks` keeps its columns and diagonals.
     queries: last query rows whose attention chooses; where key_flags hide keys, the last ones that are visible.
     block_size: query rows and keys of a block.
     """

@@ -54,7 +54,7 @@ def test_lists_are_those_of_the_definition(query_len, before, columns, diagonals
     heads = query.shape[1]
     numbers = [columns + (h % 2) for h in range(heads)], [diagonals] * heads
     divergence = divergence if blocks else None
-    own = [blocks * (h % 2 or divergence is not None) for h in range(heads)]
+    own = [blocks * (h % 2) for h in range(heads)]
     want = chosen_blocks(query, key, *numbers, queries, mass=mass, blocks=own, divergence=divergence)
     chosen = {"columns": tuple(numbers[0]), "diagonals": (diagonals,), "mass": mass or 0.0}
     chosen |= {"blocks": tuple(own), "divergence": divergence or 0.0}

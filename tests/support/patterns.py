@@ -50,7 +50,7 @@ def chosen_blocks(query, key, columns, diagonals, queries, visible=None, mass=No
             visited = best(by_column, {first}, columns[h], mass)
             steps = best(by_distance, {*range(min(2, count))}, diagonals[h], mass)
             alone = False
-            if divergence is not None:
+            if divergence is not None and blocks[h]:
                 truth = torch.tensor(by_column).double() / sum(by_column)
                 guess = torch.tensor(by_means(mean(query[b, h], rows), (rows[-1] + start) // BLOCK)).double()
                 middle = (truth + guess) / 2

@@ -38,6 +38,7 @@ def test_kernel_text():
         (130, 700, {"columns": (1 << 15,), "diagonals": (9,), "mass": 0.9}),
         (300, 400, {"columns": (1,), "diagonals": (0,), "blocks": (0, 2, 0, 3)}),
         (300, 300, {"columns": (1,), "diagonals": (2,), "blocks": (2,), "divergence": 0.2, "mass": 0.8}),
+        (300, 300, {"columns": (1 << 15, 0, 1, 0), "diagonals": (1,), "blocks": (0, 2, 0, 3), "divergence": 9.0}),
         (64 * 40, 64 * 40, {"columns": (3,), "diagonals": (2,), "key_flags": (torch.arange(64 * 40) > 150).to(torch.uint8)[None]}),
     ],
 )
@@ -50,6 +51,16 @@ def test_lists_are_those_of_the_reference(query_len, key_len, numbers, monkeypat
     assert torch.equal(*(block_lists.to_dense(*lists, one.key_blocks) for lists in (want, found)))
     listed = torch.arange(one.width) < found[0][..., None]
     assert torch.equal(found[1][listed], want[1][listed])
+
+
+def test_a_divergence_lets_heads_choose_blocks_that_have_some():
+    """However well means estimate: a head that sees every key goes on doing so, beside one whose query blocks choose."""
+    numbers = {"columns": (1 << 15, 1, 1, 0), "diagonals": (0, 1, 1, 0)}
+    one = call(600, 600, **numbers, blocks=(0, 0, 2, 1), divergence=9.0)
+    alone = call(600, 600, **numbers)
+    found, plain = (block_lists.to_dense(*patterns.select_pattern(each), each.key_blocks) for each in (one, alone))
+    assert torch.equal(found[:, :2], plain[:, :2]) and torch.equal(found[:, 0].sum(-1)[0], torch.arange(1, 11))
+    assert not torch.equal(found[:, 2], plain[:, 2]) and not torch.equal(found[:, 3], plain[:, 3])
 
 
 @pytest.mark.interpreter
