@@ -184,6 +184,24 @@ def test_padded_batches(kind, side):
     assert selections(found.plans) == [("model.layers.1", "token_select", "40")]
 
 
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("full", marks=pytest.mark.slow)])
+def test_padding_of_a_later_turn_stays_hidden(kind):
+    """Columns of a second turn without a token are seen by none of the tokens behind them."""
+    model, whole = made(), text(2, 100)
+    mask = torch.ones_like(whole["input_ids"])
+    mask[0, 80:87] = 0
+    whole |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    prompt = {name: value[:, :80] for name, value in whole.items()}
+    kept, dense = chosen(model, prompt), model(**whole).logits
+    want = hidden_later(model, whole, kept, 80)
+    narrowed(model)
+    found = calls(model, whole, CACHES[kind](model.config), 80, 12, 1, 7)
+    given = [*range(87, 100)]
+    torch.testing.assert_close(found.logits[0, given], want[0, given], **CLOSE)
+    assert not torch.allclose(found.logits[0, given], dense[0, given], atol=1e-2)
+    check(Calls(found.logits[1:], found.lengths, found.plans), want[1:], dense[1:], kept[1:], 80)
+
+
 @pytest.mark.parametrize("kind", every(3, ["none", "full", "snapkv"]))
 @pytest.mark.slow
 def test_a_row_with_fewer_tokens_than_are_kept(kind):

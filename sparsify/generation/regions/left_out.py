@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
@@ -251,18 +252,30 @@ def own_masks(given: dict[str, Any], arguments: Sequence[str], layer: Any, hidde
 
 
 def _own_mask(mask: PostponedMask, layer: Any, query_len: int) -> PostponedMask:
-    """The mask of a later call for a layer that holds fewer tokens side by side, none of which is padding."""
+    """The mask of a later call for a layer that holds fewer tokens side by side."""
     gone = left_out(layer)
     call = dict(mask.recipe.call)
     key_len = call["kv_length"] - gone
     call["kv_length"], call["q_offset"] = key_len, call.get("q_offset", 0) - gone
     padding = call.get("attention_mask")
     if padding is not None:
-        call["attention_mask"] = torch.cat((padding.new_ones(padding.shape[0], key_len - query_len), padding[:, -query_len:]), 1)
+        if isinstance(layer, NarrowedLayer):
+            call["attention_mask"] = _padding_held(padding, layer.columns[0], key_len, gone)
+        else:  # which knows by itself what it holds
+            call["attention_mask"] = torch.cat((padding.new_ones(padding.shape[0], key_len - query_len), padding[:, -query_len:]), 1)
     recipe = Recipe(mask.recipe.function, call)
     if isinstance(layer, NarrowedLayer) and kinds(call.get("mask_function")) != {"causal"}:
         recipe = of_columns(recipe, gone, layer.columns[0])
     return PostponedMask(recipe, (*mask.shape[:3], key_len), mask.dtype, mask.device)
+
+
+def _padding_held(padding: Tensor, columns: Tensor, key_len: int, gone: int) -> Tensor:
+    """A text's padding mask at the places that a layer holds, [batch, key_len]. columns: of the first; others stand `gone` behind."""
+    held = torch.arange(gone, key_len + gone, device=columns.device).repeat(columns.shape[0], 1)
+    known = min(columns.shape[1], key_len)
+    held[:, :known] = columns[:, :known]
+    missing = max(0, key_len + gone - padding.shape[1])  # as transformers fills up a mask that is too short
+    return F.pad(padding, (0, missing)).gather(1, held)
 
 
 def _is_mask(value: Any, key_len: int) -> bool:
