@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 import sparsify
 from sparsify import api
 from sparsify.commands import main as cli
+from sparsify.commands.calibrate.attention import refine
 from sparsify.commands.calibrate.attention import run as runs
 from sparsify.commands.calibrate.attention import settings as tried
 from sparsify.commands.calibrate.attention.capture import Capture, Captured
@@ -210,6 +211,42 @@ def test_layers_of_other_methods_beside(model):
         assert found.choose(Budget("keep_error", error)).seconds <= alone.choose(Budget("keep_error", error)).seconds
     with pytest.raises(ConfigError, match="differ in size"):
         tried.pattern_grid({"minference": {"block": 64}}, ("xattention",))
+
+
+@pytest.mark.parametrize("more", [{"mass": 0.7}, {"divergence": 0.9}, {"divergence": 0.9, "blocks": [0, 64]}])
+def test_heads_that_stay_dense_are_so_when_prompts_decide(more):
+    """A share that is enough bounds every head of a layer, so that none beside the others can be dense; a divergence leaves those alone
+    that have no blocks."""
+    grid = tried.pattern_grid({"minference": {**OPTIONS["minference"], **more}})
+    query, key, value = near_and_far(1024)
+    found = choosing(query, key, value, grid)
+    exact = masked(query * 8, key, value, torch.ones(1, 3, 16, 16, dtype=torch.bool))  # not scaled
+    lists = set()
+    for error in (0.02, 0.3):
+        (layer,) = found.choose(Budget("keep_error", error)).layers
+        got = refine.output(layer, grid, query, key, value)
+        off = 0.0 if got is None else float((got - exact).norm() / exact.norm())
+        assert off == pytest.approx(layer.error[1024], rel=1e-3, abs=1e-5) and off <= error
+        lists.add(layer.family)
+        assert layer.family is None or "mass" not in more or DENSE not in layer.settings
+    assert 0 in lists
+
+
+def test_a_plan_without_blocks_has_nothing_to_choose_between():
+    grid = tried.pattern_grid({"minference": {**OPTIONS["minference"], "divergence": 0.9, "blocks": [0, 64]}})
+    for pattern, divergence in (((64, 64, 0), None), ((64, 64, 64), 0.9)):
+        options = grid.families[0].options([None, pattern], [0, 0], 4, (0.1, 1.0))
+        assert config.validate(discover()["minference"], options, "plan").divergence == divergence
+
+
+def test_what_needs_the_row_rule_is_tried_with_that_alone():
+    """And two stages with first ones that are coarser."""
+    names = lambda **given: [family.name for family in tried.grid({"xattention": given}).families]
+    assert names(min_share=0.05) == [f"stride {stride} row" for stride in tried.STRIDES]
+    assert names(refine_stride=4) == ["stride 8 row, then 4", "stride 16 row, then 4"]
+    assert names(refine_stride=8, stride=16) == ["stride 16 row, then 8"]
+    with pytest.raises(ConfigError, match="min_share goes with"):
+        names(min_share=0.05, pool="max")
 
 
 def test_kinds_of_layers(chooser, monkeypatch):

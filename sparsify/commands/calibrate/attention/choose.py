@@ -187,6 +187,8 @@ class Chooser:
             lists = lists.masked_fill(~mine[:, None] | untried, torch.inf)
             if not family.takes_windows:
                 lists[1 : 1 + len(self.grid.windows)] = torch.inf
+            if not family.takes_dense:
+                lists[0] = torch.inf
             own = torch.tensor([setting.family == number for setting in settings])
             yield number, shared + costs.estimate(family, float(layer.density[own].mean())), lists
 

@@ -68,6 +68,11 @@ class Family(ABC):
         """Whether a head beside others may have sinks and a window instead."""
 
     @property
+    def takes_dense(self) -> bool:
+        """Whether a head beside others may stay dense."""
+        return True
+
+    @property
     @abstractmethod
     def falls(self) -> float:
         """By which power of the length densities are taken to fall where one length alone was measured."""
@@ -168,6 +173,10 @@ class Patterned(Family):
         return False
 
     @property
+    def takes_dense(self) -> bool:
+        return not self.method.mass  # which bounds every head of a layer
+
+    @property
     def falls(self) -> float:
         return 1.0  # a row visits as much however long it is
 
@@ -188,8 +197,10 @@ class Patterned(Family):
 
     def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
         options: dict[str, Any] = self.method.model_dump(mode="json", exclude={*self.method.by_head})
-        numbers = map(list, zip(*((MOST, 0, 0) if value is None else value for value in values), strict=True))
-        return {**options, **dict(zip(self.method.by_head, numbers, strict=True))}
+        columns, diagonals, blocks = map(list, zip(*((MOST, 0, 0) if value is None else value for value in values), strict=True))
+        if not any(blocks):
+            options["divergence"] = None  # there is nothing to choose between
+        return {**options, "columns": columns, "diagonals": diagonals, "blocks": blocks}
 
     def describe(self) -> dict[str, Any]:
         return {**self.method.options(), "patterns": [list(pattern) for pattern in self.patterns]}
@@ -271,8 +282,10 @@ def pattern_grid(options: Mapping[str, Any], beside: Iterable[str] = ()) -> Grid
 def _estimated(options: Mapping[str, Any]) -> tuple[Family, ...]:
     given = dict(options.get("xattention", {}))
     config.validate(XAttention, given, "options", "xattention")
-    tau, pools = given.pop("threshold", None), (given["pool"],) if "pool" in given else tuple(p for p in get_args(Pool) if p != "sum")
-    strides = (given["stride"],) if "stride" in given else STRIDES
+    finer = given.get("refine_stride") or 0
+    pools = ("row",) if finer or given.get("min_share") else tuple(pool for pool in get_args(Pool) if pool != "sum")
+    tau, pools = given.pop("threshold", None), (given["pool"],) if "pool" in given else pools
+    strides = (given["stride"],) if "stride" in given else tuple(stride for stride in STRIDES if stride > finer)
     free = ("density", "windows", "sinks", "expected")
     fixed = {key: value for key, value in given.items() if key not in free}
     tried = [{**fixed, "stride": stride, "pool": pool} for pool in pools for stride in strides]
