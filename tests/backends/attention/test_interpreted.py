@@ -30,7 +30,7 @@ def check(case: Case, tiling: AttentionTiling | None = SMALL):
     output, lse = triton_attention(call, tiling=tiling)
     wanted, wanted_lse = reference.attention(call)
     assert output.dtype == case.dtype and output.stride() == call.empty_outputs()[0].stride()
-    bound = tolerance(case.dtype)
+    bound = tolerance(case.dtype, call)
     torch.testing.assert_close(output.double(), wanted.double(), atol=bound, rtol=bound)
     torch.testing.assert_close(lse, wanted_lse, atol=max(1e-4, bound / 10), rtol=1e-4)
     return output, lse
