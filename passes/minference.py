@@ -200,9 +200,11 @@ class MInference(PromptPass):
         mask = editor.move_to(site).mask_operands(site)
         chosen = {"key_flags": mask.key_flags, "query_start": mask.query_start, "scale": site.scale, **self.selection()}
         operands = {f"head_{name}": editor.head_numbers(site, name) for name in self.head_numbers()}
+        most = self.most
         if operands and None not in operands.values():
             chosen |= {**operands, "columns": (), "diagonals": (), "blocks": (), "most": self._operand_room}
-        if editor.sequence or lists_are_large(site, self.block, *(() if self.by_block else (self.most,))):
+            most = self._operand_room + ALWAYS  # of every layer that the graph serves
+        if editor.sequence or lists_are_large(site, self.block, *(() if self.by_block else (most,))):
             attending = {"seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = PatternAttentionCall.bind(site.query, site.key, site.value, **chosen, **attending)
             self.replace(editor, site, editor.items(editor.emit(both), 1)[0])

@@ -9,6 +9,8 @@ import torch
 
 import sparsify
 from sparsify import api
+from sparsify.ops.patterns import ALWAYS
+from sparsify.ops.selection import observing
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import SavedPlan
@@ -64,6 +66,25 @@ def test_one_region_serves_layers_with_other_numbers(tmp_path, method, windows):
     sparsify.compile(alike, **strict(passes=[method], **{method: plan.decisions[0].options}))
     assert (alike(input_ids=IDS, use_cache=False).logits - results[False]).abs().max() > 1e-4
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_lists_are_as_large_as_any_layer_of_a_region_may_need(tmp_path, monkeypatch):
+    """Whether one op makes and uses them follows from the room that they have in all layers, not from what the first one's heads visit."""
+    widths, lists = [], []
+    monkeypatch.setattr("sparsify.passes.minference.lists_are_large", lambda site, block, *width: widths.append(width) is not None)
+    options = {"columns": [64, 0, 0, 0], "diagonals": [128, 64, 0, 0], "block": 64, "queries": 8}
+    decisions = [
+        Decision(f"model.layers.{i}.self_attn", i, "", {}, "", "minference", {**options, "columns": [columns, 0, 0, 0]})
+        for i, columns in enumerate((64, 128, 64))
+    ]
+    Plan(decisions).save(tmp_path / "plan.json")
+    model = build("llama", layers=3)
+    sparsify.compile(model, **strict(plan=str(tmp_path / "plan.json")))
+    with observing(lambda call, counts, indices: lists.append(call)):
+        model(input_ids=IDS, use_cache=False)
+    torch._dynamo.reset()
+    assert widths[-1] == (4 + ALWAYS,) and {call.room + ALWAYS for call in lists} == {4 + ALWAYS}
 
 
 @torch.no_grad()
