@@ -145,6 +145,10 @@ def test_a_call_with_one_mask_for_all_layers_is_refused(how):
     if how != "compiled":
         want = model(ids[:, :1], **holding(copy.deepcopy(cache))).logits
         torch.testing.assert_close(asked(ids[:, :1], **holding(cache)).logits, want, **CLOSE)
+    else:  # of the whole graph's mask for one token, too
+        masked = {"attention_mask": torch.ones(1, 81, dtype=torch.int64), "input_ids": ids[:, :1]}
+        with pytest.raises(CacheError, match="a call of 1 with a mask makes one mask for all of them"):
+            asked(**masked, **holding(cache), **whole)
     cache = DynamicCache(config=model.config)
     asked(ids[:, :20], **holding(cache))
     asked(ids[:, :5], **holding(cache), **whole)

@@ -155,17 +155,22 @@ class NarrowedSlidingLayer(DynamicSlidingWindowLayer):
         return there.scatter_(1, columns.clamp(max=there.shape[1] - 1), 1)[:, :length]
 
 
-def check_whole(layer: Any, query_len: int) -> None:
-    """Raises CacheError where a cache's layer cannot serve a call of the whole model, in which one mask is made for all layers."""
+def check_whole(layer: Any, query_len: int, masked: bool = False) -> None:
+    """Raises CacheError where a cache's layer cannot serve a call of the whole model, in which one mask is made for all layers.
+
+    Args:
+        masked: whether a mask is made for a single token, too.
+    """
     if isinstance(layer, NarrowedSlidingLayer) and layer.get_seq_length() and layer.gaps(query_len) is not None:
         raise CacheError(
             "a layer with a sliding window holds some tokens of the prompt only, which one mask for all layers does not say",
             where="DynamicCache",
             hint="call the model that sparsify.compile compiled, without output_attentions and the like",
         )
-    if query_len > 1 and isinstance(layer, NarrowedLayer) and layer.narrowed and DynamicLayer.get_seq_length(layer):
+    if (query_len > 1 or masked) and isinstance(layer, NarrowedLayer) and layer.narrowed and DynamicLayer.get_seq_length(layer):
+        what = f"{query_len} tokens" if query_len > 1 else "1 with a mask"
         raise CacheError(
-            f"layers of this cache hold different tokens of the prompt, and a call of {query_len} tokens makes one mask for all of them",
+            f"layers of this cache hold different tokens of the prompt, and a call of {what} makes one mask for all of them",
             where="DynamicCache",
             hint="call the model that sparsify.compile compiled, without output_attentions and the like, or use a SparseCache",
         )

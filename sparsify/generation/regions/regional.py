@@ -143,11 +143,13 @@ class RegionalModel:
             raise UnsupportedError(f"a prompt is divided among processes, and layers share no code: {reason}", where="context parallelism")
         if reason not in self._wholes:
             self._wholes[reason] = WholeModel(self.whole, reason)
-        tokens = next((value.shape[1] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1), 1)
+        given = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds")), *args, *kwargs.values())  # a mask is as long as the text
+        tokens = next((value.shape[1] for value in given if isinstance(value, Tensor) and value.dim() > 1), 1)
+        masked = kwargs.get("attention_mask") is not None
         for cache in (value for name, value in kwargs.items() if name in caches.CACHES):
             caches.settle(cache, tokens)
             for held in getattr(cache, "layers", ()):
-                left_out.check_whole(held, tokens)
+                left_out.check_whole(held, tokens, masked)
         result = self._wholes[reason](*args, **kwargs)
         if lasting:  # and not the caller's mistake, which would have been raised
             self.reason = reason
