@@ -245,7 +245,7 @@ class CacheKeeping(Record):
     shape: str  # of benchmarks.lib.models
     layers: int
     length: int  # tokens of the prompt
-    variant: str  # of benchmarks.cache.keeping.VARIANTS
+    variant: str  # of benchmarks.cache.keeping.variants
     operation: str  # "save", "load" or "prepare"
     seconds: float  # the least of some
     bytes: int  # of the file; of the keys that are prepared

@@ -188,6 +188,23 @@ def test_padded_batches(kind, side):
     assert selections(found.plans) == [("model.layers.1", "token_select", "40")]
 
 
+@torch.no_grad()
+def test_no_token_is_taken_back_where_only_padding_would_be():
+    """A row whose prompt ends in padding: its last tokens in later layers stand before the columns that others lose."""
+    model, ids = narrowed(made()), text(2, 80)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 63:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    cache = DynamicCache(config=model.config)
+    model(**given, **holding(cache))
+    with pytest.raises(CacheError, match="cannot be taken back"):
+        cache.layers[-1].crop(-5)
+    cache = DynamicCache(config=model.config)
+    model(ids, **holding(cache))
+    cache.layers[-1].crop(-5)
+    assert cache.layers[-1].keys.shape[2] == 35
+
+
 @pytest.mark.parametrize("kind", ["dynamic", pytest.param("full", marks=pytest.mark.slow)])
 def test_padding_of_a_later_turn_stays_hidden(kind):
     """Columns of a second turn without a token are seen by none of the tokens behind them."""

@@ -441,7 +441,8 @@ class Narrowed:
         if method.mode == "prompt":
             raise Chosen(columns)
         if self.cache is not None:
-            run = method.window if self.is_image is None else _last_run(columns, self.site.tokens)
+            whole = self.is_image is None and self.is_token is None  # padding may stand behind a row's last token
+            run = method.window if whole else _last_run(columns, self.site.tokens)
             left_out.narrow(self.cache, self.owner.layer + 1, self.site.tokens, columns, run)
         self.columns, self.mass = columns, None
         return _gather_rows(hidden, columns)
