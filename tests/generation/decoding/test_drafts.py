@@ -235,6 +235,7 @@ class Chains:
         self.host = tokens
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_exact_distribution():
     """The pairs that follow a token, of two rows that keep the same number of drafts, against the exact chain's: chi-squared."""
     rows, vocabulary, rounds = 2, 4, 2500
