@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import sys
 import time
 import traceback
@@ -23,7 +22,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.answers import Answers
-from benchmarks.lib import needles, records
+from benchmarks.lib import jobs, needles, records
 from sparsify.api import record_density
 from sparsify.ops.estimate import parse_label
 
@@ -174,10 +173,6 @@ def work(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> int:
     return failed
 
 
-def _job(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> None:
-    sys.exit(1 if work(todo, options, facts) else 0)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of a byte-level LlamaForCausalLM")
@@ -223,18 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         todo += [block_selection(pool, stride, threshold) for pool, stride, thresholds in ABLATION for threshold in thresholds]
     todo = [cell for cell in todo if cell["method"] in options.methods]
     facts = {"model": options.model.name, "model_sha256": records.sha256(options.model), "text_sha256": records.sha256(options.text)}
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    for cell in [*todo, *[None] * options.jobs]:
-        queue.put(cell)
-    if options.jobs == 1:
-        return 1 if work(queue, options, facts) else 0
-    jobs = [spawn.Process(target=_job, args=(queue, options, facts)) for _ in range(options.jobs)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    return 1 if any(job.exitcode for job in jobs) else 0
+    return jobs.run(work, todo, options.jobs, options, facts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import multiprocessing
 import random
 import sys
 import time
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 
 from benchmarks.answers import CodeAnswers
 from benchmarks.answers.run import ABLATION, block_selection, cells, sink_window_density
-from benchmarks.lib import code_model, recall, records
+from benchmarks.lib import code_model, jobs, recall, records
 from benchmarks.lib.needles import FIRST_SEED, stdlib_text, wilson
 from sparsify.api import record_density
 
@@ -114,10 +113,6 @@ def work(todo: Any, options: argparse.Namespace, text: str, facts: dict[str, Any
     return failed
 
 
-def _job(todo: Any, options: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
-    sys.exit(1 if work(todo, options, text, facts) else 0)
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     todo = cells(options.thresholds, options.strides, options.pools or [], options.sinks, options.windows)
@@ -130,18 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "dtype": "bfloat16" if options.device.startswith("cuda") else "float32",
     }
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    for cell in [*(cell for cell in todo if cell["method"] in options.methods), *[None] * options.jobs]:
-        queue.put(cell)
-    if options.jobs == 1:
-        return 1 if work(queue, options, text, facts) else 0
-    jobs = [spawn.Process(target=_job, args=(queue, options, text, facts)) for _ in range(options.jobs)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    return 1 if any(job.exitcode for job in jobs) else 0
+    return jobs.run(work, [cell for cell in todo if cell["method"] in options.methods], options.jobs, options, text, facts)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import sys
 import time
 import traceback
@@ -28,7 +27,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.answers.run import ASKS, load
 from benchmarks.cache import EvictionAnswers, EvictionStream
 from benchmarks.cache.asking import ASKED, READ, Setting, ask, right, settings, streaming_heads
-from benchmarks.lib import needles, records
+from benchmarks.lib import jobs, needles, records
 from sparsify import SparseCache
 from sparsify.generation.compat import with_cache
 
@@ -145,10 +144,6 @@ def work(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> int:
     return failed
 
 
-def _job(todo: Any, options: argparse.Namespace, facts: dict[str, Any]) -> None:
-    sys.exit(1 if work(todo, options, facts) else 0)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("benchmark", nargs="+", choices=["answers", "stream"])
@@ -176,18 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     eager = lambda: LlamaForCausalLM.from_pretrained(options.model, attn_implementation="eager").to(options.device).eval()
     plan = streaming_heads(eager, needles.prompt(_PLAN_LENGTH, text, _PLAN_SEED, asks=ASKS))
     facts = {"model": options.model.name, "model_sha256": records.sha256(options.model), "text_sha256": records.sha256(options.text)}
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    for cell in [*cells(options, settings(options.heads, plan)), *[None] * options.jobs]:
-        queue.put(cell)
-    if options.jobs == 1:
-        return 1 if work(queue, options, facts) else 0
-    jobs = [spawn.Process(target=_job, args=(queue, options, facts)) for _ in range(options.jobs)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    return 1 if any(job.exitcode for job in jobs) else 0
+    return jobs.run(work, cells(options, settings(options.heads, plan)), options.jobs, options, facts)
 
 
 if __name__ == "__main__":
