@@ -264,7 +264,8 @@ class Narrowing:
         answer = self.method.propose(site, context)
         rows: Any = longest if is_image is None else site.rows
         if not isinstance(answer, Proposal) and self.method.fits(rows):  # nothing is asked for that is not done
-            self._told_once("fits", self._decision(site, longest), answer.reason)
+            if self._is_new("fits"):
+                self._record(self._decision(site, longest), answer.reason)
             return None
         if reason := self.obstacle or self._trouble(hidden, given, cache):
             return self.refuse(reason)
@@ -285,8 +286,7 @@ class Narrowing:
     def tell(self, site: StreamSite, proposal: Proposal, kept: int) -> None:
         """Records that a call was narrowed, once for each number of tokens. Later layers' sites count as they run, over fewer rows: what
         they are spared counts here."""
-        key = (site.batch, site.tokens, kept)
-        if key in self._told:
+        if not self._is_new((site.batch, site.tokens, kept)):
             return
         spared = site.later_seconds(self._device, site.tokens) - site.later_seconds(self._device, kept)
         if self.method.mode == "prompt":  # the layers up to the one that chooses read what was chosen, too
@@ -295,16 +295,19 @@ class Narrowing:
         decision = self._decision(site, kept)
         decision.method, decision.options = self.method.name, self.method.options()
         decision.seconds, decision.dense_seconds = float(proposal.seconds), spared
-        self._told_once(key, decision, proposal.note)
+        self._record(decision, proposal.note)
 
     def _decision(self, site: StreamSite, kept: int) -> Decision:
         """That nothing is left out, of a stream of which so many tokens go on."""
         return Decision(site.name, None if site.layer < 0 else site.layer, "prefill", sizes(site, kept), "", None)
 
-    def _told_once(self, key: Any, decision: Decision, reason: str) -> None:
-        if key in self._told:
-            return
+    def _is_new(self, key: Any) -> bool:
+        """Whether nobody was told of this yet; from now on somebody was."""
+        known = key in self._told
         self._told.add(key)
+        return not known
+
+    def _record(self, decision: Decision, reason: str) -> None:
         decision.kind, decision.reason = "stream", reason
         _record(decision, self._device.describe())
 
