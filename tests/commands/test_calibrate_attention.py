@@ -31,7 +31,7 @@ from sparsify.planning.plan import Plan
 from sparsify.planning.provenance import model_digest
 from sparsify.planning.saved_plan import SavedPlan
 from tests.support.harness import run, strict
-from tests.support.tiny_models import VOCAB, build
+from tests.support.tiny_models import VOCAB, build, build_sharp
 
 LENGTHS = (256, 512)
 IDS = torch.randint(3, VOCAB, (1, 1400), generator=torch.Generator().manual_seed(0))
@@ -46,13 +46,7 @@ def asked(pieces: int = 1, seed: int = 0) -> runs.Asked:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """Sharper than random weights are, so that heads differ."""
-    made = build("llama", layers=2, max_position_embeddings=1024)
-    with torch.no_grad():
-        for layer in made.model.layers:
-            layer.self_attn.q_proj.weight.mul_(6)
-            layer.self_attn.k_proj.weight.mul_(6)
-    return made
+    return build_sharp()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.planning.decision import Place
 from sparsify.planning.plan import Plan
 from tests.support.harness import run, strict
-from tests.support.tiny_models import VOCAB, build
+from tests.support.tiny_models import VOCAB, build, build_sharp
 
 IDS = torch.randint(3, VOCAB, (1, 700), generator=torch.Generator().manual_seed(0))
 OPTIONS = {
@@ -45,11 +45,8 @@ def asked(weigh: runs.Weigh = "loss", pieces: int = 2, last: int = 0) -> runs.As
 
 @pytest.fixture(scope="module")
 def model():
-    made = build("llama", layers=2, max_position_embeddings=1024)
+    made = build_sharp()
     with torch.no_grad():
-        for layer in made.model.layers:
-            layer.self_attn.q_proj.weight.mul_(6)
-            layer.self_attn.k_proj.weight.mul_(6)
         made.lm_head.weight.mul_(4)
     return made
 

@@ -31,7 +31,7 @@ from sparsify.planning.plan import Plan
 from sparsify.planning.registry import discover
 from tests.support.harness import strict
 from tests.support.patterns import BLOCK, chosen_blocks, masked
-from tests.support.tiny_models import VOCAB, build
+from tests.support.tiny_models import VOCAB, build, build_sharp
 
 LENGTHS = (256, 512)
 IDS = torch.randint(3, VOCAB, (1, 1400), generator=torch.Generator().manual_seed(0))
@@ -42,13 +42,7 @@ GRID = tried.pattern_grid(OPTIONS)
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """Sharper than random weights are, so that heads differ."""
-    made = build("llama", layers=2, max_position_embeddings=1024)
-    with torch.no_grad():
-        for layer in made.model.layers:
-            layer.self_attn.q_proj.weight.mul_(6)
-            layer.self_attn.k_proj.weight.mul_(6)
-    return made
+    return build_sharp()
 
 
 ASKED = runs.Asked(GRID, LENGTHS, 1, 0)

@@ -68,6 +68,16 @@ def build(name: str, attn_implementation: str = "sdpa", layers: int = 2, *, seed
     return build_class(model_class, attn_implementation, layers=layers, by_layer=False, seed=seed, overrides=given)
 
 
+def build_sharp() -> torch.nn.Module:
+    """A Llama of two layers whose attention is sharper than that of random weights, so that heads differ."""
+    made = build("llama", layers=2, max_position_embeddings=1024)
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+            layer.self_attn.k_proj.weight.mul_(6)
+    return made
+
+
 def build_class(
     model_class: Any,
     attn_implementation: str | None = None,
