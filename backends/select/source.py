@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from sparsify.backends.codegen.arguments import (
     ITEM_BYTES,
@@ -273,6 +273,18 @@ def _names(listed: Iterable[Argument], without: tuple[str, ...] = ()) -> str:
 
 def generate(spec: SelectSpec) -> str:
     """The module's text: `score`, and `choose` or, for wide rows, `pool` and `pick`; of a second stage, those for lists."""
+    scoring = score_template.POOLED + (stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE)
+    parts = [(score_template.HEADER + ("" if spec.streamed else score_template.WALK), ""), (scoring, "score")]
+    if spec.estimate.prepared:
+        parts.append((prepare.PREPARE, "prepare_cells"))
+    parts.append((score_template.CANDIDATES + ("" if spec.streamed else choose_template.LOADS), ""))
+    parts += _choosing(spec)
+    values = _values(spec)
+    return "".join(render(text, values | _signature(spec, kernel)) for text, kernel in parts)
+
+
+def _values(spec: SelectSpec) -> dict[str, Any]:
+    """What stands for the names in the templates, but for signatures."""
     tiling = spec.tiling
     constants = {
         "description": spec.describe(),
@@ -333,14 +345,7 @@ def generate(spec: SelectSpec) -> str:
         "rule",
         "min_share",
     )
-    values = {**{name: getattr(spec, name) for name in names}, **constants}
-    scoring = score_template.POOLED + (stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE)
-    parts = [(score_template.HEADER + ("" if spec.streamed else score_template.WALK), ""), (scoring, "score")]
-    if spec.estimate.prepared:
-        parts.append((prepare.PREPARE, "prepare_cells"))
-    parts.append((score_template.CANDIDATES + ("" if spec.streamed else choose_template.LOADS), ""))
-    parts += _choosing(spec)
-    return "".join(render(text, values | _signature(spec, kernel)) for text, kernel in parts)
+    return {**{name: getattr(spec, name) for name in names}, **constants}
 
 
 def _choosing(spec: SelectSpec) -> list[tuple[str, str]]:
