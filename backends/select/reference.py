@@ -213,6 +213,8 @@ def _block_masses(call: SelectCall, logits: Tensor, visible: Tensor) -> Tensor:
         values, (0, call.key_blocks * (call.block_size // call.stride) - values.shape[-1]), value=fill
     ).unflatten(-1, (call.key_blocks, -1))
     if call.estimate.peak:
+        if not _whole(logits):  # what is not finite must not vanish beside a higher score of its block
+            logits = logits.masked_fill_(~logits.isfinite(), torch.nan)
         return _softmax(blocks(logits.masked_fill_(~visible, -torch.inf), -torch.inf).amax(-1), blocks(visible, False).any(-1))
     return blocks(_softmax(logits, visible), 0.0).sum(-1)
 
@@ -316,11 +318,15 @@ def _in_window(call: SelectCall, first: Tensor, cols: Tensor, size: int, bits: T
     return seen if bits is None else seen | (bits[:, None, None, cols] & 2 != 0)
 
 
+def _whole(logits: Tensor) -> bool:
+    """Whether all are known to be finite."""
+    # a sum is finite only where every term is: one pass where the question took four. Elsewhere asking would synchronise.
+    return logits.device.type == "cpu" and bool(logits.sum().isfinite())
+
+
 def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
     """Rows without a visible cell become 0; rows with a visible logit that is not finite become NaN. Written over the logits."""
-    # a sum is finite only where every term is: one pass where the question took four. Elsewhere asking would synchronise.
-    whole = logits.device.type == "cpu" and bool(logits.sum().isfinite())
-    broken = None if whole else (~logits.isfinite() & visible).any(-1, keepdim=True)
+    broken = None if _whole(logits) else (~logits.isfinite() & visible).any(-1, keepdim=True)
     logits = logits.masked_fill_(~visible, -torch.inf)
     top = logits.amax(-1, keepdim=True)
     weights = logits.sub_(top.masked_fill(top == -torch.inf, 0)).exp_()

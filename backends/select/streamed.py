@@ -149,7 +149,7 @@ def _widths(call: SelectCall, spec: SelectSpec, first: int, last: int) -> Iterat
         begin, end = first, last
         if spec.triangular:  # block i sees `seen + i` blocks, the last one perhaps one less, and lists no more
             seen = cdiv(call.block_size + int(call.start), call.block_size)
-            begin = max(first, least + 1 - seen)
+            begin = max(first, least + 1 - seen) if least >= 0 else first  # the first launch has blocks of rows before all keys too
             end = last if spec.listed else min(last, places + 2 - seen)
         if begin < end:
             yield begin, end, places, least

@@ -334,6 +334,22 @@ def test_keys_pass_by_where_that_is_known_to_be_faster(changes):
     assert stages.streaming(call(query, key, **{**base, **changes}), triton_select.LIMITS) is None
 
 
+@pytest.mark.parametrize(
+    "stages_of", [{"stride": 4, "estimate": "int8"}, {"stride": 16, "refine_stride": 4}], ids=["one stage", "two stages"]
+)
+def test_query_blocks_before_all_keys_have_empty_lists(stages_of):
+    """More rows than keys: what is not written would be numbers that lay in memory."""
+    query, key = inputs(300, 37, dim=16)
+    one = call(query, key, pool="row", threshold=[0.4], **stages_of)
+    lists = tuple(part.fill_(-1) for part in one.empty_lists())
+    if one.refine_stride:
+        first = stages.two_stages(one, lists, None, triton_select.LIMITS)
+        assert first[0].tolist() == [[[0, 0, 0, 0, 1]]]
+    else:
+        stages.one_stage(one, stages.streaming(one, triton_select.LIMITS), lists, None, triton_select.LIMITS)
+    assert lists[0].tolist() == [[[0, 0, 0, 0, 1]] * 2] and torch.equal(lists[0], reference_select.select_blocks(one)[0])
+
+
 def test_keys_that_pass_by_keep_everything_at_one_and_where_a_row_is_not_finite():
     query, key = inputs(256)
     query[0, 0, 70] = math.nan

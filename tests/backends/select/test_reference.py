@@ -275,6 +275,19 @@ def test_a_bad_key_opens_only_the_rows_that_see_it():
     assert torch.equal(broken[:, :, 4:], torch.ones(8, 8, dtype=torch.bool).tril()[4:].expand(1, 2, 4, 8))
 
 
+@pytest.mark.parametrize("estimate", ["peak", "quad+peak", "exact"])
+def test_a_logit_of_minus_infinity_opens_a_row_beside_higher_ones_of_its_block(estimate):
+    """One number of a key is infinite: some rows' logits are, and of those of one sign a block's highest says nothing."""
+    query, key = inputs(256)
+    query[..., 0] = -1.0
+    key[0, 0, 130, 0] = math.inf
+    got = table(query, key, threshold=[0.2], estimate=estimate)
+    assert torch.equal(got[:, :, 4:], torch.ones(8, 8, dtype=torch.bool).tril()[4:].expand(1, 2, 4, 8))
+    assert_selection(
+        *select(query[:, :1], key, threshold=[0.2], estimate=estimate), call(query[:, :1], key, threshold=[0.2], estimate=estimate)
+    )
+
+
 def test_equal_importances_go_by_index():
     importance = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.0]).expand(1, 1, 1, 6)
     forced = torch.tensor([True, False, False, False, False, False])
