@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sparsify.ops import scratch
 from sparsify.ops.estimate import DEFAULT, VARIANTS, Estimate, Pool, VariantName, label
+from sparsify.ops.limits import LEAST_LISTED_CELLS, cdiv
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.planning.method import (
@@ -40,9 +41,6 @@ from sparsify.planning.method import (
     refuse_common,
     work,
 )
-
-# blocks that a coarse list holds for one that the finer stage keeps, on models that were measured
-_LISTED = 3
 
 
 class XAttention(PromptPass):
@@ -139,6 +137,16 @@ class XAttention(PromptPass):
             object.__setattr__(self, name, values[name])
 
     @model_validator(mode="after")
+    def _windows_fit(self) -> XAttention:
+        if not any(self.windows):
+            return self
+        if self.density:
+            raise ValueError("windows go with a threshold, not with a density")
+        if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, len(self.windows)):
+            raise ValueError(f"{len(self.threshold)} thresholds for {len(self.windows)} windows")
+        return self
+
+    @model_validator(mode="after")
     def _stride_divides_block(self) -> XAttention:
         if self.block % self.stride:
             raise ValueError(f"stride {self.stride} does not divide block {self.block}")
@@ -151,8 +159,6 @@ class XAttention(PromptPass):
                 raise ValueError('refine_stride goes with pool = "row" and is finer than stride')
             if max((one for one in self._thresholds() if one < 1), default=0.0) > self.coarse_threshold:
                 raise ValueError("coarse_threshold must not lie below threshold")
-        if self.density and any(self.windows):
-            raise ValueError("windows go with a threshold, not with a density")
         return self
 
     def propose(self, site: AttentionSite, context: Context) -> Proposal | Refusal:
@@ -165,6 +171,8 @@ class XAttention(PromptPass):
             return self.refuse("the estimate does not model softcap, sink logits, alibi or another bias")
         if (refusal := self.refuse_last_rows(site, context)) is not None:
             return refusal
+        if context.kernels == "triton" and (obstacle := self._unrefined(site)):
+            return self.refuse(f"no kernel makes two stages {obstacle}", "leave out refine_stride")
         if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
             return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")
         if self.windows and len(self.windows) != site.query_heads:
@@ -188,7 +196,7 @@ class XAttention(PromptPass):
                 estimate=self.variants, pool=self.pool, heads=(sizes.query_heads, sizes.kv_heads),
                 max_cost_ratio=1.0 if self.density else context.max_cost_ratio,
                 query_len=site.query_len if site.phase == "chunk" and isinstance(site.query_len, int) else None,
-                last_rows=self.last_rows,
+                last_rows=self.last_rows, refine_stride=self.refine_stride or 0,
             )  # fmt: skip
         rule = f"density {self.density:g}" if self.density else f"τ {_shown(self.threshold)}"
         stages = f" (τ {self.coarse_threshold:g}), then {self.refine_stride}" if self.refine_stride else ""
@@ -202,6 +210,21 @@ class XAttention(PromptPass):
         limits = {"density": self.density, "min_key_len": start, "solved": solved, "scratch": self._scratch(site)}
         return Proposal.from_work(self, site, context, works, note=note, **limits)
 
+    def _unrefined(self, site: AttentionSite) -> str:
+        """Beside what no kernel serves a second stage: the reference would take longer than dense attention. Empty where one does."""
+        if not self.refine_stride:
+            return ""
+        cells = self.block // self.variants.span(self.refine_stride)
+        obstacles = {
+            "beside padding": site.mask.padding is not None,
+            "beside packed documents": site.mask.documents is not None,
+            "beside a window": site.mask.window is not None or any(self.windows),
+            "of an estimate that a group shares": self.variants.group,
+            f"of {cells} cells of a query block": cells < LEAST_LISTED_CELLS,
+            f"over {site.key_len} keys": isinstance(site.key_len, int) and cdiv(site.key_len, self.block) > scratch.WIDEST_ROW,
+        }
+        return next((what for what, holds in obstacles.items() if holds), "")
+
     def _sent(self, sizes: AttentionSizes, processes: int) -> int:
         """Bytes that a process sends in a layer, if every block is visited by some row."""
         cells = links.cell_bytes(sizes, processes, self.variants, self.stride, self.block)
@@ -211,22 +234,17 @@ class XAttention(PromptPass):
         """Bytes of block lists (int16) and of the estimate's block sums (fp16), each up to its limit: `sparsify.ops.scratch` counts all."""
         rows, blocks = sympy.sympify(site.query_len) / self.block, sympy.sympify(site.key_len) / self.block
         heads = self.variants.scored_heads(site.query_heads, site.kv_heads)
-        cells = sympy.sympify(site.query_len) / self.variants.span(self.stride)
-        lists = (4 if self.refine_stride else 2) * site.batch * site.query_heads * rows * blocks
+        cells = sympy.sympify(site.query_len) / self.variants.span(self.refine_stride or self.stride)
+        # a first stage's are one for each KV head
+        lists = 2 * site.batch * (site.query_heads + (site.kv_heads if self.refine_stride else 0)) * rows * blocks
         sums = 2 * site.batch * heads * cells * blocks
         return sympy.Min(lists, scratch.LIST_BYTES) + sympy.Min(sums, scratch.SUM_BYTES)
 
     def works(self, sizes: AttentionSizes, kernel: str) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or self._expected(sizes.key_len)
-        attending = work.attention(sizes, kernel, share=share, listed=True)
-        first = work.selection(sizes, self.stride, self.block, self.variants, self.pool)
-        last = self.last_rows_works(sizes, kernel)
-        if not self.refine_stride:
-            return *last, first, attending
-        # what the first stage lists is some times what the second keeps
-        listed = work.smallest(1, _LISTED * share)
-        return *last, first, work.selection(sizes, self.refine_stride, self.block, self.variants, self.pool, listed), attending
+        selecting = work.selections(sizes, self.stride, self.block, self.variants, self.pool, self.refine_stride or 0, share)
+        return *self.last_rows_works(sizes, kernel), *selecting, work.attention(sizes, kernel, share=share, listed=True)
 
     def _expected(self, length: Any) -> sympy.Expr:
         """Density to expect of a prompt: from calibration, else the published one."""

@@ -16,13 +16,11 @@ from sparsify.backends.select import triton
 from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.backends.select.triton import Cells, Chunk, Limits
 from sparsify.errors import UnsupportedError
-from sparsify.ops.limits import cdiv
+from sparsify.ops.limits import LEAST_LISTED_CELLS, cdiv
 from sparsify.ops.selection import SelectCall
 
 _WHERE = "sparsify::select_blocks"
 Lists = tuple[Tensor, Tensor]
-# the fewest query cells that tensor cores take
-_LEAST_ROWS = 16
 # (query cells, key cells, warps, stages) of a tile; with listed blocks the query cells are those of several heads. Of cells of 256 bytes
 # two programs run at a time, so that one multiplies while the other compares: the fastest of six on an H200
 TILE = LISTED_TILE = (128, 64, 4, 3)
@@ -56,7 +54,7 @@ def spec_of(
         "segments": spec.segments,
         "windows": spec.window != "none",
         "an estimate shared by a group": call.estimate.group,
-        f"{rows} cells of a query block": rows < _LEAST_ROWS and listed,
+        f"{rows} cells of a query block": rows < LEAST_LISTED_CELLS and listed,
         f"rows of {call.key_blocks} blocks": spec.wide,
         f"pooling by {call.pool}": call.pool != "row",
     }

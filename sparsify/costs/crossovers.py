@@ -99,6 +99,7 @@ def sparse_from(
     max_cost_ratio: float | None = None,
     query_len: int | None = None,
     last_rows: int = 0,
+    refine_stride: int = 0,
 ) -> int:
     """Smallest key length (a multiple of 1024 tokens) from which estimate, selection and block-sparse attention together take at most
     `max_cost_ratio` of dense attention's time. By default that is MAX_COST_RATIO, at the density expected for a length; with a density
@@ -107,6 +108,7 @@ def sparse_from(
     Args:
         query_len: rows of a chunk; None: a whole prompt.
         last_rows: rows that dense attention serves besides.
+        refine_stride: of a second stage of the estimate; 0: none.
     """
     sizes = _prompt(head_dim, heads, batch)
     if query_len is not None:
@@ -114,7 +116,7 @@ def sparse_from(
     share = expected_density(LENGTH) if density is None else sympy.Float(density)
     if max_cost_ratio is None:
         max_cost_ratio = MAX_COST_RATIO if density is None else 1.0
-    sparse = seconds(work.selection(sizes, stride, block, estimate, pool), device)
+    sparse = seconds(work.selections(sizes, stride, block, estimate, pool, refine_stride, share), device)
     sparse += seconds(work.attention(sizes, kernel, share=share, listed=True), device)
     if last_rows:
         last = dataclasses.replace(sizes, query_len=work.smallest(last_rows, sizes.query_len))

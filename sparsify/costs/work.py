@@ -260,6 +260,31 @@ def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Es
     return _selection(sizes, stride, block, estimate, pool, share)
 
 
+# blocks that a coarse list holds for one that the finer stage keeps, on models that were measured
+_LISTED = 3
+
+
+def selections(
+    sizes: AttentionSizes,
+    stride: int,
+    block: int,
+    estimate: Estimate,
+    pool: Pool,
+    refine_stride: int = 0,
+    share: Any = 1,
+) -> tuple[Work, ...]:
+    """`selection` in one stage or two.
+
+    Args:
+        refine_stride: of the second stage; 0: there is one.
+        share: of the causal blocks that are kept in the end.
+    """
+    first = selection(sizes, stride, block, estimate, pool)
+    if not refine_stride:
+        return (first,)
+    return first, selection(sizes, refine_stride, block, estimate, pool, smallest(1, _LISTED * share))
+
+
 @functools.lru_cache(maxsize=1024)
 def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate, pool: Pool, share: Any) -> Work:
     span = estimate.span(stride)

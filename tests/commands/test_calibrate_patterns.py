@@ -239,6 +239,8 @@ def test_what_needs_the_row_rule_is_tried_with_that_alone():
     assert names(min_share=0.05) == [f"stride {stride} row" for stride in tried.STRIDES]
     assert names(refine_stride=4) == ["stride 8 row, then 4", "stride 16 row, then 4"]
     assert names(refine_stride=8, stride=16) == ["stride 16 row, then 8"]
+    windows = lambda **given: {family.takes_windows for family in tried.grid({"xattention": given}).families}
+    assert windows() == {True} and windows(refine_stride=4) == {False}, "no kernel makes two stages beside windows"
     with pytest.raises(ConfigError, match="min_share goes with"):
         names(min_share=0.05, pool="max")
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import pipeline
 from sparsify.backends import sparse_attention
+from sparsify.costs import crossovers
 from sparsify.costs import device as hardware
 from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.matching.sites import AttentionSite
@@ -131,6 +132,39 @@ def test_what_it_does_not_model_is_refused(changes, reason):
     assert isinstance(found, Refusal) and reason in found.reason
 
 
+@pytest.mark.parametrize(
+    "options, changes, reason",
+    [
+        ({}, {"mask": MaskPredicate(MaskKind.PROVED, causal=True, padding=Leaf(fx.Graph().placeholder("padding")))}, "beside padding"),
+        ({}, {"mask": MaskPredicate(MaskKind.PROVED, causal=True, documents=Leaf(fx.Graph().placeholder("ids")))}, "packed documents"),
+        ({}, {"mask": MaskPredicate(MaskKind.PROVED, causal=True, window=512)}, "a window"),
+        ({"windows": (64,) + (0,) * 31}, {}, "a window"),
+        ({"estimate": ("group",)}, {}, "a group"),
+        ({"refine_stride": 8, "block": 64}, {}, "8 cells"),
+        ({"refine_stride": 8, "estimate": ("half", "int8")}, {}, "8 cells"),
+        ({}, {"query_len": 1 << 21, "key_len": 1 << 21}, "keys"),
+    ],
+    ids=str,
+)
+def test_two_stages_that_no_kernel_serves_are_refused_where_kernels_serve(options, changes, reason):
+    """The reference would serve them, on a GPU in more time than dense attention takes."""
+    method = XAttention(**{"refine_stride": 4, **options})
+    forced = dataclasses.replace(CONTEXT, min_length=0)
+    found = method.propose(site(**changes), forced)
+    assert isinstance(found, Refusal) and reason in found.reason and "two stages" in found.reason
+    by_reference = Context(hardware.Device("cpu", "test", None, 1e12, 1e11, 8e-6), "reference", min_length=0, family="cpp")
+    proposal(method, site(**changes), by_reference)
+    proposal(XAttention(refine_stride=4), context=forced)
+
+
+def test_two_stages_pay_later_than_their_first_one_alone():
+    one, two = (proposal(XAttention(stride=16, **more)) for more in ({}, {"refine_stride": 4}))
+    assert one.min_key_len < two.min_key_len
+    at = {next(iter(two.seconds.free_symbols)): two.min_key_len}
+    dense = float(crossovers.fastest_dense(site().sizes, HOPPER, "triton").subs(at))
+    assert 0.45 < float(two.seconds.subs(at)) / dense <= 0.5, "as much as `max_cost_ratio` allows, and little less"
+
+
 def test_thresholds_per_head_must_fit_the_site():
     found = XAttention(threshold=(0.9,) * 16).propose(site(), CONTEXT)
     assert isinstance(found, Refusal) and "16 thresholds for 32 query heads" in found.reason
@@ -151,6 +185,9 @@ def test_thresholds_per_head_must_fit_the_site():
         ({"min_share": 1.5}, "less than or equal to 1"),
         ({"refine_stride": 4, "pool": "max"}, "goes with pool"),
         ({"refine_stride": 4, "pool": "row", "threshold": 0.95}, "coarse_threshold must not lie below"),
+        ({"refine_stride": 4, "threshold": (0.5, 0.6, 0.7), "windows": (8, 0, 0, 0)}, "3 thresholds for 4 windows"),
+        ({"threshold": (0.5, 0.6), "windows": (8, 0, 0, 0)}, "2 thresholds for 4 windows"),
+        ({"density": 0.1, "windows": (8, 0)}, "not with a density"),
         ({"estimate": ("half", "half")}, "twice"),
         ({"estimate": ("quarter",)}, "half"),
         ({"estimate": ("pair", "quad")}, "exclude"),

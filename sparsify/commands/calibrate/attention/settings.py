@@ -125,7 +125,8 @@ class Estimated(Family):
 
     @property
     def takes_windows(self) -> bool:
-        return "group" not in self.method.estimate  # one estimate for heads that see different keys
+        # one estimate, or one list of a first stage, for heads that see different keys
+        return "group" not in self.method.estimate and not self.method.refine_stride
 
     @property
     def falls(self) -> float:
