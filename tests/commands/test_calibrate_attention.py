@@ -87,6 +87,13 @@ def test_mass_and_error_are_those_of_the_definition():
     assert float(found.relative_error.max()) > 0.1
 
 
+def test_a_window_that_is_longer_than_the_prompt_visits_all_of_it():
+    operands = torch.randn(3, 1, 2, 150, 16, generator=torch.Generator().manual_seed(1))
+    found = measure(*operands, 0.25, GRID)
+    wide = [index for index, setting in enumerate(GRID.settings) if setting == tried.Setting(None, 200)]
+    assert bool(found.error[wide].isnan().all()) and bool((found.density[wide] == 1).all())
+
+
 def test_last_rows_weigh_as_much_as_all_others():
     draw = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(1, heads, 300, 16, generator=draw) * 2 for heads in (4, 2, 2))

@@ -147,6 +147,31 @@ def test_the_cheapest_of_what_was_run_within_the_budget(model):
         run(model, search.Asked(**{**vars(ASKED), "budget": -1e9}))
 
 
+def test_layers_that_were_not_measured_are_passed_over(model, monkeypatch):
+    """Layers with a window are not: the last of them may be one, and they may lie among others."""
+    look, tried = torch.rand(6, 4, LENGTH), []
+    look[[0, 2, 4]] = torch.nan
+    monkeypatch.setattr(search.Search, "_within", lambda self, layer, *rest: tried.append(layer) or layer >= 2)
+    for heads_named, want in ((None, [3, 1]), ((0,), [4, 2, 1])):
+        tried.clear()
+        asked = search.Asked(**{**vars(ASKED), "method": METHOD.model_copy(update={"heads": heads_named})})
+        search.Search(model, IDS, asked, {}, lambda method: (0.0, 0.0))._earliest(30, [], [look], losses.Answers([], []))
+        assert tried == want
+
+
+def test_where_no_head_can_choose_that_is_said(model, monkeypatch):
+    monkeypatch.setattr(search, "looks", lambda *given: [torch.zeros(3, 4, LENGTH)])
+    monkeypatch.setattr(losses, "answers", lambda *given: losses.Answers([], []))
+    with pytest.raises(UnsupportedError, match="no head of any layer looks at what later layers look at"):
+        run(model, search.Asked(**{**vars(ASKED), "keeps": (30,), "count": 1}))
+
+
+def test_answers_without_a_number_are_within_no_budget():
+    lost = {"continued": losses.Loss(0.1, 0.0, 1.0), "recalled": losses.Loss(float("nan"), 0.0, 0.0)}
+    for found in (lost, dict(reversed(lost.items()))):
+        assert search.Point(METHOD, found, 0.0, 0.0, 0.0).loss == float("inf")
+
+
 @pytest.mark.slow
 def test_the_plan_narrows_as_the_options_do(model, tmp_path):
     asked = search.Asked(**{**vars(ASKED), "keeps": (40,), "count": 1, "method": METHOD.model_copy(update={"heads": (1, 2)})})

@@ -114,11 +114,11 @@ def measure(
     for index, setting in enumerate(grid.settings):
         if setting.family is None:
             window = int(setting.value)
+            density = torch.full_like(sums.density[index], window_blocks(length, window, block) / possible_blocks(length, block))
             if window + grid.sinks >= length:
-                sums.leave_out(index)
+                sums.leave_out(index, density)
                 continue
             found = AttentionCall(query, key, value, **fixed, windows=(window,), sinks=grid.sinks).run()
-            density = torch.full_like(sums.density[index], window_blocks(length, window, block) / possible_blocks(length, block))
         else:
             counts, indices = grid.families[setting.family].call(query, key, scale, setting.value).run()
             density = counts[0].sum(-1).double() / possible_blocks(length, block)
@@ -144,7 +144,7 @@ class _Sums:
         self.edges = torch.tensor(EDGES, device=exact.device)
         self.norm = _over_rows(lambda rows: exact[0, :, rows].float().square().sum(-1), exact, last)
 
-    def leave_out(self, index: int, density: Tensor | float = 0.0) -> None:
+    def leave_out(self, index: int, density: Tensor) -> None:
         """A setting that is not tried."""
         self.density[index] = density
         self.error[index] = self.divergence[index] = torch.nan

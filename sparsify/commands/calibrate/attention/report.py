@@ -88,8 +88,9 @@ def looking_back(chooser: Chooser) -> tuple[int, Tensor]:
     tried = [i for i, s in enumerate(chooser.grid.settings) if s.family is None and not bool(sites[0].error[i].isnan().any())]
     if not tried:
         return 0, torch.zeros(len(sites), 0)
-    rows = [record.lost_beyond(_FAR)[tried[-1]] for record in sites]
-    return int(chooser.grid.settings[tried[-1]].value), torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
+    widest = max(tried, key=lambda i: chooser.grid.settings[i].value)
+    rows = [record.lost_beyond(_FAR)[widest] for record in sites]
+    return int(chooser.grid.settings[widest].value), torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
 
 
 def uniform(chooser: Chooser) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,8 +66,8 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """Nats a token, of the worse kind of prompts."""
-        return max(loss.nll for loss in self.losses.values())
+        """Nats a token, of the worse kind of prompts; infinite where a kind has no number."""
+        return max(math.inf if math.isnan(loss.nll) else loss.nll for loss in self.losses.values())
 
     def describe(self) -> str:
         heads = "all heads" if self.method.heads == "all" else f"heads {', '.join(map(str, self.method.heads or ()))}"
@@ -111,6 +112,8 @@ class Search:
             dense = losses.answers(self.model, pieces, lambda: self._tick(pieces, layers, "dense answers"))
         for keep in self.asked.keeps:
             self._earliest(keep, pieces, looked, dense)
+        if not self.points:
+            raise UnsupportedError("no head of any layer looks at what later layers look at", hint="name heads: -o token_select.heads=…")
         within = [point for point in self.points if point.loss <= self.asked.budget]
         if not within:
             best = min(self.points, key=lambda point: point.loss)
@@ -120,13 +123,15 @@ class Search:
 
     def _earliest(self, keep: int, pieces: Sequence[Piece], looked: Sequence[Tensor], dense: Answers) -> None:
         """Halves the layers until the earliest one within the budget is left. Later layers know more, but not always: what counts is
-        only what was run."""
-        low, high = 0, looked[0].shape[0] - 2
-        if not self._within(high, keep, pieces, looked, dense):
+        only what was run. Where heads have to be found, layers that were not measured, such as those with a window, are passed over."""
+        found = self.asked.method.heads is not None
+        layers = [layer for layer in range(looked[0].shape[0] - 1) if found or not any(bool(look[layer].isnan().any()) for look in looked)]
+        low, high = 0, len(layers) - 1
+        if not layers or not self._within(layers[high], keep, pieces, looked, dense):
             return
         while low < high:
             middle = (low + high) // 2
-            if self._within(middle, keep, pieces, looked, dense):
+            if self._within(layers[middle], keep, pieces, looked, dense):
                 high = middle
             else:
                 low = middle + 1
