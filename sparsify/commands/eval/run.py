@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from sparsify import api
 from sparsify.commands.eval.cells import Cell
 from sparsify.commands.eval.settings import Setting, merged
 from sparsify.errors import UnsupportedError
+from sparsify.planning import registry
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Run:
     batch: int = 1
     answered: Callable[[int], None] = lambda count: None
     _caches: dict[tuple[int, int], Any] = field(default_factory=dict)
+    _listing: Counter[int | None] = field(default_factory=Counter)  # graphs so far in which a layer's attention goes by block lists
 
     @property
     def device(self) -> torch.device:
@@ -76,13 +79,18 @@ class Run:
     @contextmanager
     def measuring(self) -> Generator[Measured]:
         found, started = Measured(), time.monotonic()
-        with api.record_density() as densities:
+        with api.record_density() as densities, api.collect_plans() as plans:
             yield found
         found.seconds = time.monotonic() - started
+        methods = registry.discover()
+        decided = [one for plan in plans for one in plan.decisions if one.kind == "attention" and one.method is not None]
+        self._listing.update(one.layer for one in decided if methods[one.method or ""].lists_blocks)
         if densities:
             found.density = sum(densities) / len(densities)
             layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-            if len(densities) % layers == 0:
+            # of layers some of which select, as beside sliding windows, which selection is whose cannot be told
+            alike = len({self._listing[layer] for layer in range(layers)}) == 1
+            if alike and len(densities) % layers == 0:
                 calls = len(densities) // layers
                 found.density_by_layer = tuple(sum(densities[layer::layers]) / calls for layer in range(layers))
 
