@@ -81,20 +81,19 @@ class SinkWindow(PromptPass):
             return self.refuse("every head of this process sees all keys")
         if len(self.windows) > 1 and site.bias:
             return self.refuse("rows with a bias per key take one window for all heads")
-        band = self.sinks + max(self.windows) if all(self.windows) else _LONGEST
+        widest = self.sinks + max(self.windows) if all(self.windows) else _LONGEST
         if site.query_len == 1:
-            works = lambda sizes: (work.decode(sizes, work.step_kernel(context.family), sympy.Min(band, sizes.key_len)),)
+            works = lambda sizes: (work.decode(sizes, work.step_kernel(context.family), sympy.Min(widest, sizes.key_len)),)
         else:
             works = lambda sizes: self.works(sizes, context.family)
-        band = self.sinks + min(window for window in self.windows if window)
+        narrowest = self.sinks + min(window for window in self.windows if window)
         # at sinks + window keys the mask says nothing yet; a forced min_length still yields the same values
-        start = band + 1 if context.min_length is None else context.min_length
+        start = narrowest + 1 if context.min_length is None else context.min_length
         shown = self.windows[0] if len(self.windows) == 1 else f"{min(filter(None, self.windows))} to {max(self.windows)}"
         note = f"{self.sinks} sinks + window {shown} by token"
         if not all(self.windows):
             note += f", {self.windows.count(0)} of {heads} heads dense"
         note += self.last_rows_note
-        widest = self.sinks + max(self.windows) if all(self.windows) else _LONGEST
         note += context.travels("keys and values of sinks and windows", site, lambda sizes, count: links.window_bytes(sizes, count, widest))
         return Proposal.from_work(self, site, context, works, min_key_len=start, note=note)
 

@@ -72,6 +72,12 @@ def test_no_passes_leave_the_site_alone():
     assert (decision.method, decision.reason) == (None, "no method is enabled here")
 
 
+def test_a_token_costs_what_its_widest_head_reads():
+    seconds = lambda window: plan_for(site(1, 131072), passes=["sink_window"], sink_window={"window": window}).seconds
+    narrow, mixed, wide = (seconds(window) for window in (64, [64] * 31 + [65536], 65536))
+    assert narrow < mixed / 2 and mixed == wide < seconds([64] * 31 + [0])
+
+
 def test_rules_choose_by_layer():
     rules = [{"layers": "3", "method": "sink_window", "window": 64}]
     decision = plan_for(site(), rules=rules)
