@@ -418,8 +418,8 @@ def mask_operands(call: SelectCall, spec: SelectSpec) -> dict[str, Any]:
         values["query_low"], values["query_high"] = _padded(low, rows, _NEVER), _padded(high, rows, -_NEVER)
         values["key_low"], values["key_high"] = _padded(key_low, cols, _NEVER), _padded(key_high, cols, -_NEVER)
         (values["rows_low"], values["rows_high"]), (values["block_low"], values["block_high"]) = block_ranges
-    if spec.has_start:
-        values["start_at"] = call.query_start
+    if call.query_start is not None:  # of any kind of integers, on any device
+        values["start_at"] = call.query_start.to(call.device, torch.int64)
     if spec.window == "per_head":
         values["windows"] = _per_head(call.bounded_windows, torch.int32, call.query.device)
         groups = [call.bounded_windows[i : i + spec.shared] for i in range(0, call.heads, spec.shared)]

@@ -140,6 +140,15 @@ def test_a_chunk_and_a_start_from_a_tensor():
     compare(query[:, :, :100], key[:, :, :37])
 
 
+def test_a_start_of_any_kind_of_integers_lies_beside_the_query():
+    query, key = inputs(64, 130)
+    one = call(query, key, query_start=torch.tensor([40], dtype=torch.int16))
+    start = triton_select.mask_operands(one, triton_select.kernel_spec(one, TMA, 4096))["start_at"]
+    assert start.dtype == torch.int64 and start.device == query.device
+    moved = dataclasses.replace(one, query=query.to("meta"), key=key.to("meta"))  # stands for a device that reads none of the host's memory
+    assert triton_select.mask_operands(moved, triton_select.kernel_spec(moved, TMA, 4096))["start_at"].device.type == "meta"
+
+
 @pytest.mark.parametrize(
     "tiling, changes, shape",
     [
