@@ -29,6 +29,8 @@ def refuse(call: AttentionCall | SparseAttentionCall | PatternAttentionCall) -> 
         "packed documents": call.segments is not None,
         "rows without a key that hold something else than 0": call.empty_rows not in ("zero", "fused"),
     }
+    if isinstance(call, SparseAttentionCall):
+        given["columns and diagonals of some heads"] = call.patterned
     if isinstance(call, AttentionCall):
         given["block lists of one process"] = call.listed
         given["a bias, or ALiBi"] = call.bias is not None or call.alibi_slopes is not None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends import dispatch
+from sparsify.backends import dispatch, patterned_heads
 from sparsify.errors import KernelError
 from sparsify.ops import block_lists, feed_forward, gradients, selection
 from sparsify.ops.attention import AttentionCall
@@ -79,13 +79,10 @@ def _warn_dense() -> None:
     log.warning("select_blocks ran out of memory: every block is visited, so attention is dense (strict = true raises instead)")
 
 
-_select_blocks = dispatch.serve("select_blocks")
-
-
 def select(call: SelectCall) -> tuple[Tensor, Tensor]:
     """Block lists of a call that was checked. Where there is no memory for an estimate, attention stays dense: right, and slower."""
     try:
-        return _select_blocks(call)
+        return patterned_heads.select_blocks(call)
     except (RuntimeError, MemoryError, KernelError) as error:
         if dispatch.is_strict() or not dispatch.out_of_memory(error):
             raise

@@ -28,6 +28,8 @@ def sparse_attention(call: SparseAttentionCall, *, limit: int = scratch.LIST_BYT
         limit: bytes of block lists at a time, for tests.
     """
     each = scratch.list_bytes(call.query_len, call.key_len, call.block_size)
+    if call.patterned:
+        each += scratch.list_bytes(call.query_len, call.pattern.width * call.block_size, call.block_size)
     apart = not (call.estimate.group or call.refine_stride)  # what heads of a group share needs all of them
     return in_parts(call, registration.select, each, limit, apart)
 

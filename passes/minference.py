@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sparsify.ops.limits import cdiv
 from sparsify.ops.pattern_attention import PatternAttentionCall
-from sparsify.ops.patterns import ALWAYS, SelectPatternCall, most_together
+from sparsify.ops.patterns import ALWAYS, SelectPatternCall, most_together, operand_room
 from sparsify.planning.method import (
     AttentionSite,
     AttentionSizes,
@@ -38,8 +38,6 @@ from sparsify.planning.method import (
 
 MOST = 1 << 22  # of columns: every key
 _FEW = 0.5  # share of the blocks of which attention along lists is taken to pay
-# passes over the scores of the rows that choose: product, mask, softmax, sums, in fp32
-_PASSES = 7
 
 
 class MInference(PromptPass):
@@ -104,8 +102,7 @@ class MInference(PromptPass):
         """Columns, diagonals and blocks that lists have room for where the numbers are operands: a power of two, so that layers whose heads
         need about as much are of one kind. Of all of the model's heads, as layers are: those of one process may need less in one layer
         alone."""
-        most = self.for_all_heads().most - ALWAYS
-        return 1 << (most - 1).bit_length() if most else 0
+        return operand_room(self.for_all_heads().most - ALWAYS)
 
     def _by_head(self) -> list[tuple[int, ...]]:
         """Columns, diagonals and blocks in tokens, of one head for all or of each."""
@@ -121,7 +118,7 @@ class MInference(PromptPass):
     def share(self, key_len: Any) -> sympy.Expr:
         """Of a prompt's causal blocks, those that are visited, the mean over heads: no head visits more than all."""
         shares = Counter(map(self._visited, self._by_head()))
-        every = [count * work.smallest(1, 2 * most * self.block / sympy.sympify(key_len)) for most, count in shares.items()]
+        every = [count * work.listed_share(most, self.block, key_len) for most, count in shares.items()]
         return sympy.Add(*every) / sum(shares.values())
 
     def _pays_from(self) -> int | None:
@@ -186,14 +183,14 @@ class MInference(PromptPass):
 
     def works(self, sizes: AttentionSizes, kernel: str) -> tuple[Work, ...]:
         """The scores of the rows that choose, then attention along the lists."""
-        heads = sizes.batch * sizes.query_heads
-        keys = sizes.batch * sizes.kv_heads * sizes.key_len * sizes.qk_head_dim * sizes.dtype.itemsize
-        scores = work.elementwise(keys + 4 * _PASSES * heads * self.queries * sizes.key_len)
+        scores = work.pattern_choice(sizes, self.queries)
         attending = work.attention(sizes, kernel, share=self.share(sizes.key_len), listed=True)
         if not self.by_block:
             return *self.last_rows_works(sizes, kernel), scores, attending
-        queries = heads * sizes.query_len * sizes.qk_head_dim * sizes.dtype.itemsize
-        table = 4 * _PASSES * heads * (sizes.query_len / sympy.Integer(self.block)) * (sizes.key_len / sympy.Integer(self.block))
+        heads, dims = sizes.batch * sizes.query_heads, sizes.qk_head_dim * sizes.dtype.itemsize
+        queries, keys = heads * sizes.query_len * dims, sizes.batch * sizes.kv_heads * sizes.key_len * dims
+        blocks = (sizes.query_len / sympy.Integer(self.block)) * (sizes.key_len / sympy.Integer(self.block))
+        table = 4 * work.SCORE_PASSES * heads * blocks
         return *self.last_rows_works(sizes, kernel), scores, work.elementwise(queries + keys + table), attending
 
     def rewrite(self, editor: Editor, site: AttentionSite) -> None:

@@ -5,6 +5,9 @@ block's cells (`pool = "sum"`), `pool = "max"` takes their maximum: a block matt
 default, every cell of queries keeps its own share of its mass, and the block of queries visits what some cell kept. `estimate` makes the
 scores cheaper.
 
+A head may do something else instead, beside others that choose so: see sinks and a window (`windows`), or columns and diagonals that the
+last queries look at (`patterns`), as `sparsify.passes.minference` has them.
+
 A block's choice depends on all queries of its query block: values stay causal, but changing the tail of a prompt can change
 logits of up to block - 1 rows before it.
 """
@@ -12,6 +15,8 @@ logits of up to block - 1 rows before it.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import Counter
 from typing import Any, ClassVar, Literal
 
 import sympy
@@ -20,6 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from sparsify.ops import scratch
 from sparsify.ops.estimate import DEFAULT, VARIANTS, Estimate, Pool, VariantName, label
 from sparsify.ops.limits import LEAST_LISTED_CELLS, cdiv
+from sparsify.ops.patterns import ALWAYS, operand_room
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.planning.method import (
@@ -42,13 +48,16 @@ from sparsify.planning.method import (
     work,
 )
 
+# what a region takes as operands, by the field of the call that they take the place of
+_OPERANDS = {"threshold": "head_thresholds", "columns": "head_columns", "diagonals": "head_diagonals"}
+
 
 class XAttention(PromptPass):
     """threshold: share of a row's estimated mass to keep, one for all heads or one per query head; 1 keeps everything.
     density: keep this share of each row's causal blocks instead of a threshold."""
 
     name: ClassVar[str] = "xattention"
-    by_head: ClassVar[tuple[str, ...]] = ("threshold", "windows")
+    by_head: ClassVar[tuple[str, ...]] = ("threshold", "windows", "patterns")
     lists_blocks: ClassVar[bool] = True
 
     stride: Literal[4, 8, 16] = Field(
@@ -90,6 +99,12 @@ class XAttention(PromptPass):
         "other; 0 chooses blocks",
     )
     sinks: int = Field(4, ge=0, le=64, description="first visible keys that heads with a window see, in tokens")
+    patterns: tuple[tuple[int, ...], ...] = Field(
+        (),
+        description="one list per query head: a head with two numbers sees, as under `minference`, columns and diagonals of blocks that "
+        "the last `queries` queries look at, so many tokens of each; one with an empty list chooses blocks",
+    )
+    queries: int = Field(64, ge=1, le=1024, description="last queries whose attention chooses columns and diagonals")
     expected: tuple[float, float] | None = Field(
         None, description="density to expect of a prompt of 8192 tokens and the power of the length by which it falls, for predicted times"
     )
@@ -107,6 +122,13 @@ class XAttention(PromptPass):
     def _counts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if not all(0 <= one <= 1 << 30 for one in value):
             raise ValueError("must lie between 0 and 2^30")
+        return value
+
+    @field_validator("patterns")
+    @classmethod
+    def _pairs(cls, value: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        if not all(len(one) in (0, 2) and all(0 <= tokens <= 1 << 22 for tokens in one) for one in value):
+            raise ValueError("each must be empty, or two numbers between 0 and 2^22")
         return value
 
     @field_validator("estimate")
@@ -137,13 +159,22 @@ class XAttention(PromptPass):
             object.__setattr__(self, name, values[name])
 
     @model_validator(mode="after")
-    def _windows_fit(self) -> XAttention:
-        if not any(self.windows):
-            return self
-        if self.density:
-            raise ValueError("windows go with a threshold, not with a density")
-        if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, len(self.windows)):
-            raise ValueError(f"{len(self.threshold)} thresholds for {len(self.windows)} windows")
+    def _heads_fit(self) -> XAttention:
+        """What heads do beside others that choose blocks."""
+        for name in ("windows", "patterns"):
+            numbers: tuple[Any, ...] = getattr(self, name)
+            if not any(numbers):
+                continue
+            if self.density:
+                raise ValueError(f"{name} go with a threshold, not with a density")
+            if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, len(numbers)):
+                raise ValueError(f"{len(self.threshold)} thresholds for {len(numbers)} {name}")
+        if any(self.patterns) and self.refine_stride:
+            raise ValueError("patterns go with one stage: the first of two lists blocks for the heads of a group together")
+        if any(self.windows) and any(self.patterns) and len(self.windows) != len(self.patterns):
+            raise ValueError(f"{len(self.windows)} windows for {len(self.patterns)} patterns")
+        if any(window and pattern for window, pattern in zip(self.windows, self.patterns, strict=False)):
+            raise ValueError("a head has either a window or a pattern")
         return self
 
     @model_validator(mode="after")
@@ -179,6 +210,8 @@ class XAttention(PromptPass):
             return self.refuse(f"{len(self.windows)} windows for {site.query_heads} query heads")
         if any(self.windows) and (site.mask.window is not None or site.mask.documents is not None):
             return self.refuse("heads with sinks and a window of their own in a layer with a window or packed documents")
+        if any(self.patterns) and (refusal := self._refuse_patterns(site, context)) is not None:
+            return refusal
         if context.min_length is None and context.family == "reference":
             why = f" ({context.obstacle})" if context.obstacle else ""
             return self.refuse(
@@ -204,6 +237,8 @@ class XAttention(PromptPass):
         note = f"stride {self.stride}{stages}, {label(self.pool, self.variants)}, {rule}, block {self.block}"
         if any(self.windows):
             note += f", {len(self.windows) - self.windows.count(0)} of {site.query_heads} heads {self.sinks} sinks + window"
+        if count := sum(map(bool, self.patterns)):
+            note += f", {count} of {site.query_heads} heads columns + diagonals of the last {self.queries} queries"
         note += self.last_rows_note
         note += context.travels("the estimate's cells and visited keys and values", site, self._sent)
         works = functools.partial(self.works, kernel=context.family)
@@ -225,6 +260,19 @@ class XAttention(PromptPass):
         }
         return next((what for what, holds in obstacles.items() if holds), "")
 
+    def _refuse_patterns(self, site: AttentionSite, context: Context) -> Refusal | None:
+        if len(self.patterns) != site.query_heads:
+            return self.refuse(f"{len(self.patterns)} patterns for {site.query_heads} query heads")
+        if not site.mask.causal:
+            return self.refuse("columns and diagonals of attention that is not causal", "diagonals of keys need an order")
+        if site.mask.window is not None or site.mask.documents is not None:
+            return self.refuse("heads with columns and diagonals in a layer with a window or packed documents")
+        if context.sequence:
+            return self.refuse(
+                "heads with columns and diagonals in a prompt that is divided among processes", "minference serves all heads so"
+            )
+        return None
+
     def _sent(self, sizes: AttentionSizes, processes: int) -> int:
         """Bytes that a process sends in a layer, if every block is visited by some row."""
         cells = links.cell_bytes(sizes, processes, self.variants, self.stride, self.block)
@@ -244,12 +292,21 @@ class XAttention(PromptPass):
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or self._expected(sizes.key_len)
         selecting = work.selections(sizes, self.stride, self.block, self.variants, self.pool, self.refine_stride or 0, share)
+        if any(self.patterns):
+            selecting = *selecting, work.pattern_choice(sizes, self.queries)
         return *self.last_rows_works(sizes, kernel), *selecting, work.attention(sizes, kernel, share=share, listed=True)
 
     def _expected(self, length: Any) -> sympy.Expr:
-        """Density to expect of a prompt: from calibration, else the published one."""
+        """Density to expect of a prompt: from calibration, else the published one, and of heads with patterns what these visit."""
         if self.expected is None:
-            return expected_density(length)
+            if not any(self.patterns):
+                return expected_density(length)
+            visited = Counter(sum(one) + ALWAYS if one else None for one in self._pattern_blocks())
+            every = [
+                count * (expected_density(length) if blocks is None else work.listed_share(blocks, self.block, length))
+                for blocks, count in visited.items()
+            ]
+            return sympy.Add(*every) / len(self.patterns)
         at, power = self.expected
         return work.smallest(1, at * (sympy.Integer(8192) / length) ** power)
 
@@ -271,8 +328,9 @@ class XAttention(PromptPass):
             "windows": windows or own,
             **self.selection(),
         }
-        if self.head_numbers() and (thresholds := editor.head_numbers(site, "threshold")) is not None:
-            selection |= {"threshold": (), "head_thresholds": thresholds}
+        operands = {_OPERANDS[name]: editor.head_numbers(site, name) for name in self.head_numbers()}
+        if operands and None not in operands.values():
+            selection |= dict.fromkeys(self.head_numbers(), ()) | operands | {"most": self._operand_room}
         if editor.sequence or lists_are_large(site, self.block):
             attending = {"sinks": sinks, "seq_major": site.output_stride_order != "bhqd", **empty_row_operands(editor, site)}
             both = SparseAttentionCall.bind(site.query, site.key, site.value, **selection, **attending)
@@ -285,12 +343,16 @@ class XAttention(PromptPass):
 
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
-        by_head = isinstance(threshold := options.get("threshold"), list | tuple) and len(threshold) > 1
-        return {name: value for name, value in options.items() if name != "expected" and not (by_head and name == "threshold")}
+        method = cls.model_validate(options)
+        apart = {"expected", *(("patterns",) if any(method.patterns) else ()), *method.head_numbers()}
+        shared = {name: value for name, value in options.items() if name not in apart}
+        return {**shared, "room": method._operand_room} if any(method.patterns) else shared
 
     def head_numbers(self) -> dict[str, tuple[float, ...]]:
         model_wide = self.for_all_heads().threshold  # a process may have one head of many
         by_head = isinstance(model_wide, tuple) and len(model_wide) > 1
+        if any(self.for_all_heads().patterns):
+            return {"threshold": self._thresholds(), **self._columns_and_diagonals()}
         return {"threshold": self._thresholds()} if by_head and not self.density else {}
 
     def selection(self) -> dict[str, Any]:
@@ -305,18 +367,34 @@ class XAttention(PromptPass):
             "density": self.density or 0.0,
             "refine_stride": self.refine_stride or 0,
             "coarse_threshold": self.coarse_threshold,
+            **({**self._columns_and_diagonals(), "queries": self.queries} if self.patterns else {}),
         }
 
     def _thresholds(self) -> tuple[float, ...]:
-        """One for all heads or one per query head; a head with a window keeps every block of it."""
+        """One for all heads or one per query head; a head with a window keeps every block of it, one with a pattern needs no estimate."""
         thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        if not any(self.windows):
+        heads = max((len(one) for one in (self.windows, self.patterns) if any(one)), default=0)
+        if not heads:
             return thresholds
-        every = thresholds * (len(self.windows) // len(thresholds))
-        return tuple(1.0 if window else threshold for window, threshold in zip(self.windows, every, strict=True))
+        given = itertools.zip_longest(thresholds * (heads // len(thresholds)), self.windows, self.patterns)
+        return tuple(1.0 if window or pattern else threshold for threshold, window, pattern in given)
+
+    def _pattern_blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Of each head columns and diagonals in blocks; empty where the estimate chooses."""
+        return tuple(tuple(cdiv(tokens, self.block) for tokens in one) for one in self.patterns)
+
+    def _columns_and_diagonals(self) -> dict[str, tuple[int, ...]]:
+        """As `SelectCall` has them."""
+        columns, diagonals = zip(*(one or (-1, -1) for one in self._pattern_blocks()), strict=True)
+        return {"columns": columns, "diagonals": diagonals}
+
+    @property
+    def _operand_room(self) -> int:
+        """Of all of the model's heads, as layers are."""
+        return operand_room(max(map(sum, self.for_all_heads()._pattern_blocks()), default=0))
 
     def keep_all(self) -> XAttention:
-        return self.model_copy(update={"threshold": 1.0, "density": None, "windows": ()})
+        return self.model_copy(update={"threshold": 1.0, "density": None, "windows": (), "patterns": ()})
 
 
 def _shown(threshold: float | tuple[float, ...]) -> str:

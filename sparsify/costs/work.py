@@ -31,6 +31,8 @@ _ROUNDING_PASSES, _MERGING_PASSES = 5, 2
 # kernels whose decode step cuts the keys of one head into splits for many processors
 _SPLITTING = {"sdpa", "cache", "masked", "split"}
 _MOST_SPILL = 8
+# passes over scores that are made whole: product, mask, softmax, sums, in fp32
+SCORE_PASSES = 7
 _ZERO = sympy.Integer(0)
 
 
@@ -332,6 +334,17 @@ def _prepared(s: AttentionSizes, skipped: int, scored: Size, estimate: Estimate)
         written = sympy.Rational(1 if eight else item, estimate.merge)
         moved += scored * queries * (item + written) / skipped + keys * ((2 if eight else 1) * item + written)
     return sympy.sympify(moved)
+
+
+def pattern_choice(sizes: AttentionSizes, queries: int) -> Work:
+    """What the last rows look at, by column and by diagonal. queries: how many of them."""
+    keys = sizes.batch * sizes.kv_heads * sizes.key_len * sizes.qk_head_dim * sizes.dtype.itemsize
+    return elementwise(keys + 4 * SCORE_PASSES * sizes.batch * sizes.query_heads * queries * sizes.key_len)
+
+
+def listed_share(blocks: int, block: int, key_len: Any) -> sympy.Expr:
+    """Of a prompt's causal blocks, those that a head visits of which every query block lists `blocks`, of `block` tokens."""
+    return smallest(1, 2 * blocks * block / sympy.sympify(key_len))
 
 
 def linear(rows: Size, inputs: Size, outputs: Size, dtype: torch.dtype = torch.bfloat16) -> Work:

@@ -30,6 +30,12 @@ def most_together(*numbers: Sequence[int]) -> int:
     return max(map(sum, zip(*every, strict=True)), default=0)
 
 
+def operand_room(most: int) -> int:
+    """Entries beside those that are always visited that lists have room for where numbers are operands: a power of two, so that layers
+    whose heads need about as many are of one kind."""
+    return 1 << (most - 1).bit_length() if most else 0
+
+
 @dataclass(frozen=True, eq=False)
 class SelectPatternCall(ListingCall):
     """One call of `sparsify::select_pattern`, over causal attention.

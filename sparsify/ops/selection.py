@@ -23,6 +23,7 @@ from sparsify.ops.estimate import EXACT, Estimate, Pool
 from sparsify.ops.library import define
 from sparsify.ops.limits import cdiv
 from sparsify.ops.listing import ListingCall
+from sparsify.ops.patterns import SelectPatternCall
 
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
@@ -88,6 +89,11 @@ class SelectCall(ListingCall):
         mass, and what `min_share` adds, counted over that list alone. Heads with a threshold of 1 or more keep everything.
     coarse_threshold: share of each row's mass that the first of two stages keeps at least, no less than any threshold below 1.
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
+    columns, diagonals: one number per query head, for heads whose blocks are not chosen by the estimate but by what the last `queries`
+        rows look at, as `sparsify.ops.patterns.SelectPatternCall` chooses them, in blocks. -1 in both: the estimate chooses. Empty: it does
+        for all heads. Causal attention without segments, in one stage.
+    head_columns, head_diagonals: these per query head as tensors; then `most` is the highest sum of both that a head may have.
+    queries: last query rows whose attention chooses columns and diagonals.
     key_mean: what 8-bit cells are rounded beside, fp32; None: the mean of the keys that take part. A call over some of a text's keys gets
         that of all of them, to choose what a call over all of them chooses.
     prepared_keys: the key cells as they are multiplied, where they were made before (`backends.registration.prepare_keys`): int8 or the
@@ -105,6 +111,8 @@ class SelectCall(ListingCall):
     segments: Annotated[Tensor | None, Operand("batch|1 key_len", "integers")] = None
     query_start: Annotated[Tensor | None, Operand("", "integers", anywhere=True)] = None
     head_thresholds: Annotated[Tensor | None, Operand("query_heads", "floats")] = None
+    head_columns: Annotated[Tensor | None, Operand("query_heads", "integers")] = None
+    head_diagonals: Annotated[Tensor | None, Operand("query_heads", "integers")] = None
     key_mean: Annotated[Tensor | None, Operand("batch kv_heads head_dim", "floats")] = None
     prepared_keys: Annotated[Tensor | None, Operand("batch kv_heads * head_dim", "anything")] = None
     prepared_scales: Annotated[Tensor | None, Operand("batch kv_heads *", "floats")] = None
@@ -120,6 +128,25 @@ class SelectCall(ListingCall):
     density: float = 0.0
     refine_stride: int = 0
     coarse_threshold: float = 0.9
+    columns: tuple[int, ...] = ()
+    diagonals: tuple[int, ...] = ()
+    most: int = 0
+    queries: int = 64
+
+    @property
+    def patterned(self) -> bool:
+        """Whether some heads may visit columns and diagonals."""
+        return self.head_columns is not None or any(columns >= 0 for columns in self.columns)
+
+    @property
+    def pattern(self) -> SelectPatternCall:
+        """What lists the blocks of heads that visit columns and diagonals; of other heads it lists what every pattern visits."""
+        given = SelectPatternCall(**self.common(SelectPatternCall))
+        visited: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda numbers: tuple(max(0, number) for number in numbers)
+        if self.head_columns is None or self.head_diagonals is None:
+            return dataclasses.replace(given, columns=visited(self.columns), diagonals=visited(self.diagonals))
+        operands = self.head_columns.clamp(min=0), self.head_diagonals.clamp(min=0)
+        return dataclasses.replace(given, head_columns=operands[0], head_diagonals=operands[1])
 
     @property
     def stages(self) -> tuple[SelectCall, SelectCall]:
@@ -237,7 +264,22 @@ class SelectCall(ListingCall):
             cells = None if scales is None else scales.shape[2]
             need(cells == (self.key_cells if self.estimate.int8 else None), f"scales of {cells} prepared cells")
             need(not (self.refine_stride and self.estimate.half), "two stages of half the cells over keys that were made before")
+        self._check_patterns()
         self.check_length()
+
+    def _check_patterns(self) -> None:
+        need = self.need
+        need((self.head_columns is None) == (self.head_diagonals is None), "head_columns without head_diagonals, or the reverse", "both")
+        both = len(self.columns) == len(self.diagonals) and len(self.columns) in (0, self.heads)
+        need(both, f"{len(self.columns)} columns and {len(self.diagonals)} diagonals for {self.heads} query heads", "none, or one per head")
+        alike = all((columns < 0) == (diagonals < 0) for columns, diagonals in zip(self.columns, self.diagonals, strict=True))
+        need(alike, "columns without diagonals, or the reverse", "-1 in both, or in none")
+        if self.patterned:
+            need(self.causal, "columns and diagonals of attention that is not causal")
+            need(self.segments is None, "columns and diagonals of packed documents")
+            need(not self.refine_stride, "columns and diagonals beside two stages, whose lists are of groups", "one stage")
+            need(self.queries > 0, f"{self.queries} queries", "1 or more")
+            need(self.most >= 0, f"room for {self.most} blocks", "0 or more")
 
     def empty_lists(self) -> tuple[Tensor, Tensor]:
         """Uninitialised block lists (`sparsify.ops.block_lists`).

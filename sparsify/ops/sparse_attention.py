@@ -17,6 +17,7 @@ from sparsify.ops.library import define
 from sparsify.ops.scratch import Part
 from sparsify.ops.selection import SelectCall
 
+_BY_HEAD = ("head_thresholds", "head_columns", "head_diagonals")
 _BY_KV_HEAD = ("key_mean", "prepared_keys", "prepared_scales")
 
 
@@ -60,7 +61,9 @@ class SparseAttentionCall(SelectCall):
             segments=part.of_rows(self.segments),
             windows=part.numbers(self.windows, self.heads),
             threshold=part.numbers(self.threshold, self.heads),
-            head_thresholds=None if self.head_thresholds is None else self.head_thresholds[slice(*part.heads)],
+            columns=part.numbers(self.columns, self.heads),
+            diagonals=part.numbers(self.diagonals, self.heads),
+            **{name: None if (one := getattr(self, name)) is None else one[slice(*part.heads)] for name in _BY_HEAD},
             **{name: None if (one := getattr(self, name)) is None else part.of_kv_heads(one) for name in _BY_KV_HEAD},
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -24,6 +25,7 @@ from sparsify.commands.calibrate.attention.measure import measure, possible_bloc
 from sparsify.commands.cost import device as forecast_device
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.errors import ConfigError, PlanError, UnsupportedError
+from sparsify.ops.selection import SelectCall
 from sparsify.passes.minference import MOST
 from sparsify.planning.config import config
 from sparsify.planning.decision import Place
@@ -188,12 +190,13 @@ def test_a_plan_for_another_model_is_refused_and_explain_shows_the_numbers(model
 
 
 def test_layers_of_other_methods_beside(model):
-    """A layer may take blocks by an estimate, or windows, where these serve it better; heads of patterns have no windows."""
+    """A layer may take blocks by an estimate, or windows, where these serve it better, or heads of both; heads of patterns alone have no
+    windows."""
     options = {**OPTIONS, "xattention": {"block": BLOCK, "stride": 16, "estimate": [], "pool": "max"}, "sink_window": {"window": [64]}}
     grid = tried.pattern_grid(options, ("xattention", "sink_window"))
     found = choosing(*near_and_far(1024), grid)
-    ways = [(family, seconds) for family, _, seconds in found._options[0]]
-    assert [family for family, _ in ways] == [None, None, 0, 1]
+    ways = [(way, seconds) for way, _, seconds in found._options[0]]
+    assert [way for way, _ in ways] == [None, None, 0, 1, 2]
     assert bool(ways[2][1][1].isinf().all()) and bool(ways[3][1][1].isfinite().all())  # sinks + window
     served = [
         found.serve(found.layers[0], family, [1 + grid.settings.index(tried.Setting(family, value)), 0, 0])
@@ -205,6 +208,62 @@ def test_layers_of_other_methods_beside(model):
         assert found.choose(Budget("keep_error", error)).seconds <= alone.choose(Budget("keep_error", error)).seconds
     with pytest.raises(ConfigError, match="differ in size"):
         tried.pattern_grid({"minference": {"block": 64}}, ("xattention",))
+
+
+def near_far_and_apart(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The heads of `near_and_far`, and one that looks, from each eighth of the text, at another eighth."""
+    query, key, value = near_and_far(length)
+    draw = torch.Generator().manual_seed(1)
+    asked, own = torch.tensor([0, 0, 1, 0, 3, 1, 2, 4]), torch.arange(8)
+    names = torch.nn.functional.normalize(torch.randn(8, 64, generator=draw), dim=-1)
+    apart = [names[which].repeat_interleave(length // 8, 0)[None] for which in (asked, own)]
+    query, key = torch.cat((query[0], 12 * apart[0]))[None], torch.cat((key[0], apart[1]))[None]
+    value = torch.cat((value[0], torch.randn(1, length, 64, generator=draw)))[None]
+    value[:, 2] *= 8  # of whose mean little is left
+    return query, key, value
+
+
+MIXED = {"minference": {**OPTIONS["minference"], "blocks": 0}}  # means would tell these stretches apart, too
+MIXED["xattention"] = {"block": BLOCK, "stride": 16, "estimate": [], "pool": "row", "threshold": [0.3, 0.6]}
+
+
+def test_heads_of_one_layer_differ_in_method():
+    """Each gets what serves it: an A-shape, columns, every key, blocks by the estimate; and loses what was predicted."""
+    query, key, value = near_far_and_apart(1024)
+    grid = tried.pattern_grid(MIXED, ("xattention",))
+    found, alone = choosing(query, key, value, grid), choosing(query, key, value, tried.pattern_grid(MIXED))
+    choice = found.choose(Budget("keep_error", 0.02))
+    (layer,) = choice.layers
+    families = [setting.family if setting != DENSE else "dense" for setting in layer.settings]
+    assert families == [0, 0, "dense", 1] and layer.way == 2 and grid.ways[2].name.startswith("stride 16 row, columns")
+    assert found.grid.families[0].word(layer.settings[0].value) == "A-shape" and layer.settings[1].value[0] == 128
+    assert choice.seconds < alone.choose(Budget("keep_error", 0.02)).seconds
+    method, options = method_of(layer, grid)
+    thresholds = [1.0, 1.0, 1.0, layer.settings[3].value]
+    assert method == "xattention" and options["threshold"] == thresholds and options["queries"] == 16
+    assert options["patterns"] == [list(layer.settings[0].value[:2]), list(layer.settings[1].value[:2]), [], []]
+    exact = masked(query * 8, key, value, torch.ones(1, 4, 16, 16, dtype=torch.bool))  # not scaled
+    got = refine.output(layer, grid, query, key, value)
+    off = float((got - exact).norm() / exact.norm())
+    assert off == pytest.approx(layer.error[1024], rel=1e-3) and 1e-5 < off <= 0.02
+    one = config.validate(discover()[method], options, "plan", method)
+    lists = SelectCall(query, key, scale=1.0, causal=True, **one.selection()).run()
+    assert lists[0].sum((0, 2)).tolist() == [round(float(density) * 136) for density in density_of(layer, 1024)]
+
+
+def density_of(layer, length):
+    """Of each head, as its own setting was measured."""
+    every = torch.cat([torch.ones(1, len(layer.settings), dtype=torch.float64), layer.layer.records[length].density])
+    return every[list(layer.picked), range(len(layer.settings))]
+
+
+def test_what_cannot_be_joined():
+    ways = lambda **given: len(tried.pattern_grid({name: {**MIXED[name], **given.get(name, {})} for name in MIXED}, ("xattention",)).joined)
+    assert ways() == 1 and ways(xattention={"refine_stride": 8}) == ways(minference={"mass": 0.9}) == 0
+    grid = tried.pattern_grid(MIXED, ("xattention",))
+    takes = [grid.takes(2, tried.Setting(0, value)) for value in ((64, 64, 0), (0, 0, 64))]
+    assert takes == [True, False] and grid.takes(2, tried.Setting(1, 0.3)) and not grid.takes(0, tried.Setting(1, 0.3))
+    assert grid.digest() == dataclasses.replace(grid, joined=()).digest()  # what is measured stays the same
 
 
 @pytest.mark.parametrize("more", [{"mass": 0.7}, {"divergence": 0.9}, {"divergence": 0.9, "blocks": [0, 64]}])
@@ -221,8 +280,8 @@ def test_heads_that_stay_dense_are_so_when_prompts_decide(more):
         got = refine.output(layer, grid, query, key, value)
         off = 0.0 if got is None else float((got - exact).norm() / exact.norm())
         assert off == pytest.approx(layer.error[1024], rel=1e-3, abs=1e-5) and off <= error
-        lists.add(layer.family)
-        assert layer.family is None or "mass" not in more or DENSE not in layer.settings
+        lists.add(layer.way)
+        assert layer.way is None or "mass" not in more or DENSE not in layer.settings
     assert 0 in lists
 
 

@@ -25,13 +25,19 @@ PATTERNS = (([0, 64, 400, 0], [64, 0, 0, 128], [0, 0, 0, 64]), ([64, 400, 0, 0],
 EACH = {"xattention": "threshold", "minference": "columns"}
 
 
-def saved(path, method: str = "xattention", windows: bool = False) -> str:
+# of xattention's heads: the layers differ in which of them have one
+BY_HEAD = ([[], [64, 0], [], [0, 128]], [[128, 0], [], [0, 64], []], [[], [], [64, 64], []])
+
+
+def saved(path, method: str = "xattention", beside: str = "") -> str:
     """A plan in which each layer has numbers of its heads, errors and an expected density of its own."""
     decisions = []
     for layer in range(3):
         options = {"block": 64, "stride": 16, "estimate": [], "threshold": THRESHOLDS[layer], "expected": [0.1 * (layer + 1), 0.5]}
-        if windows:
+        if beside == "windows":
             options["windows"] = [0, 0, 0, 50]
+        if beside == "patterns":
+            options |= {"patterns": BY_HEAD[layer], "queries": 8}
         if method == "minference":
             options = {"block": 64, "queries": 8, **dict(zip(("columns", "diagonals", "blocks"), PATTERNS[layer], strict=True))}
         measured = [{"method": method, "options": options, "error": 0.01 * layer}]
@@ -40,12 +46,12 @@ def saved(path, method: str = "xattention", windows: bool = False) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("method, windows", [("xattention", False), ("xattention", True), ("minference", False)])
+@pytest.mark.parametrize("method, beside", [("xattention", "patterns"), ("xattention", ""), ("xattention", "windows"), ("minference", "")])
 @torch.no_grad()
 @pytest.mark.samples(2)
-def test_one_region_serves_layers_with_other_numbers(tmp_path, method, windows):
+def test_one_region_serves_layers_with_other_numbers(tmp_path, method, beside):
     model = build("llama", layers=3)
-    options = strict(plan=saved(tmp_path / "plan.json", method, windows))
+    options = strict(plan=saved(tmp_path / "plan.json", method, beside))
     results, plans = {}, {}
     for whole in (True, False):
         one = copy.deepcopy(model)

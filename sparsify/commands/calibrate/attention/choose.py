@@ -61,7 +61,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What one layer does. family: of its block lists; None: dense, or sinks and windows alone. settings: of its heads.
+    """What one layer does. way: of its block lists, index in the grid's; None: dense, or sinks and windows alone. settings: of its heads.
     picked: the same as numbers, 0 for dense, then the grid's.
 
     seconds: predicted. error: ‖o' - o‖ / ‖o‖ by length, as measured. loss: nats a token by length, see `Choice.loss`.
@@ -69,7 +69,7 @@ class Chosen:
     """
 
     layer: Layer
-    family: int | None
+    way: int | None
     settings: tuple[Setting, ...]
     picked: tuple[int, ...]
     seconds: float
@@ -166,7 +166,7 @@ class Chooser:
         return Layer(site, records, densities, LayerSeconds(site.sizes, kernel, device).at(self.at), weight, density)
 
     def _configs(self, layer: Layer) -> Any:
-        """(family, fixed seconds, seconds [settings, heads]) of every way to serve a layer; infinite where a head may not."""
+        """(way, fixed seconds, seconds [settings, heads]) of everything that may serve a layer; infinite where a head may not."""
         settings, heads, costs = (DENSE, *self.grid.settings), layer.density.shape[1], layer.seconds
         never = torch.full((len(settings), heads), torch.inf, dtype=torch.float64)
         untried = layer.weight.isnan()
@@ -181,21 +181,21 @@ class Chooser:
                 windows[index] = costs.window(int(setting.value) + self.grid.sinks)
         if bool(windows[1:].isfinite().any()):
             yield None, 0.0, windows
-        for number, family in enumerate(self.grid.families):
+        for number, way in enumerate(self.grid.ways):
             lists = slope * layer.density
-            mine = torch.tensor([setting.family in (None, number) for setting in settings])
+            own = torch.tensor([self.grid.takes(number, setting) for setting in settings])
+            mine = own | torch.tensor([setting.family is None for setting in settings])
             lists = lists.masked_fill(~mine[:, None] | untried, torch.inf)
-            if not family.takes_windows:
+            if not way.takes_windows:
                 lists[1 : 1 + len(self.grid.windows)] = torch.inf
-            if not family.takes_dense:
+            if not way.takes_dense:
                 lists[0] = torch.inf
-            own = torch.tensor([setting.family == number for setting in settings])
-            yield number, shared + costs.estimate(family, float(layer.density[own].mean())), lists
+            yield number, shared + costs.estimate(way, float(layer.density[own].mean())), lists
 
     def _without_windows(self) -> list[list[tuple[int | None, float, Tensor]]]:
         every = []
         for options in self._options:
-            kept = [(family, fixed, seconds.clone()) for family, fixed, seconds in options if family is not None or fixed > 0]
+            kept = [(way, fixed, seconds.clone()) for way, fixed, seconds in options if way is not None or fixed > 0]
             for _, _, seconds in kept:
                 seconds[1 : 1 + len(self.grid.windows)] = torch.inf
             every.append(kept)
@@ -268,20 +268,20 @@ class Chooser:
         ]
         return Choice(tuple(layers), budget, self.at, found.gap)
 
-    def serve(self, layer: Layer, family: int | None, picked: Sequence[int]) -> Chosen:
+    def serve(self, layer: Layer, way: int | None, picked: Sequence[int]) -> Chosen:
         """What a layer does, costs and loses where its heads take these settings (0: dense, then the grid's)."""
         every, heads = (DENSE, *self.grid.settings), range(len(picked))
         settings = tuple(every[index] for index in picked)
         if not any(setting.family is not None for setting in settings):
-            family = None
+            way = None
         density = layer.density[picked, heads]
         if all(setting == DENSE for setting in settings):
             seconds = layer.seconds.dense()
-        elif family is None:
+        elif way is None:
             widths = [layer.seconds.window(int(s.value) + self.grid.sinks) if s != DENSE else layer.seconds.every_key() for s in settings]
             seconds = sum(widths)
         else:
-            seconds = layer.seconds.along_lists(self.grid.families[family], float(density.mean()))
+            seconds = layer.seconds.along_lists(self.grid.ways[way], float(density.mean()))
         error, loss = {}, {}
         summed = lambda table: float(torch.cat([torch.zeros_like(table[:1]), table.nan_to_num(0)])[picked, heads].sum())
         for length, record in layer.records.items():
@@ -289,7 +289,7 @@ class Chooser:
             loss[length] = None if record.divergence is None else summed(record.divergence) / record.rows
         near, far = (mean_density(layer, picked, length) for length in (8192, 4 * max(8192, self.at)))
         power = math.log(near / far) / math.log(4 * max(8192, self.at) / 8192)
-        return Chosen(layer, family, settings, tuple(picked), seconds, error, density, near, max(0.0, power), loss)
+        return Chosen(layer, way, settings, tuple(picked), seconds, error, density, near, max(0.0, power), loss)
 
     def shortest(self, choice: Choice, max_cost_ratio: float = MAX_COST_RATIO, step: int = 1024) -> int:
         """The key length from which on the choice should act: the smallest, a multiple of 1024, where it is predicted to take at most
@@ -316,10 +316,10 @@ class Chooser:
     def _seconds_at(self, one: Chosen, costs: LayerSeconds, length: int) -> float:
         if one.dense:
             return costs.dense()
-        if one.family is None:
+        if one.way is None:
             tokens = (int(s.value) + self.grid.sinks for s in one.settings if s != DENSE)
             return sum(costs.window(t) for t in tokens) + costs.every_key() * one.settings.count(DENSE)
-        return costs.along_lists(self.grid.families[one.family], one.density_at(length))
+        return costs.along_lists(self.grid.ways[one.way], one.density_at(length))
 
 
 def front(chooser: Chooser, points: int = 16) -> list[Choice]:

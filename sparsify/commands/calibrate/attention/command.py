@@ -26,7 +26,8 @@ def add(methods: Any) -> None:
         action="append",
         choices=BESIDE,
         default=[],
-        help=f"what a layer may be served by instead: {' or '.join(BESIDE)}; may be given again",
+        help=f"what a layer may be served by instead: {' or '.join(BESIDE)}; beside xattention's heads others keep patterns; may be given "
+        "again",
     )
 
 

@@ -30,12 +30,12 @@ def method_of(chosen: Chosen, grid: Grid) -> tuple[str, dict[str, Any]]:
     if chosen.dense:
         return "dense", {}
     windows = [int(setting.value) if setting.family is None else 0 for setting in chosen.settings]
-    if chosen.family is None:
+    if chosen.way is None:
         same = len(set(windows)) == 1
         return "sink_window", {"sinks": grid.sinks, "window": windows[0] if same else windows, "decode": False}
-    family = grid.families[chosen.family]
+    way = grid.ways[chosen.way]
     values = [None if setting.family is None else setting.value for setting in chosen.settings]
-    return family.method.name, family.options(values, windows, grid.sinks, (chosen.density_8k, chosen.power))
+    return way.method.name, way.options(values, windows, grid.sinks, (chosen.density_8k, chosen.power))
 
 
 def kinds(choice: Choice, grid: Grid) -> int:
@@ -131,7 +131,7 @@ def describe(chosen: Chosen, grid: Grid) -> str:
     windows = sum(setting.family is None for setting in chosen.settings) - dense
     words = Counter(grid.families[s.family].word(s.value) for s in chosen.settings if s.family is not None)
     parts = [f"{count} {name}" for name, count in (("dense", dense), ("sinks + window", windows), *sorted(words.items())) if count]
-    name = "" if chosen.family is None else f", {grid.families[chosen.family].name}"
+    name = "" if chosen.way is None else f", {grid.ways[chosen.way].name}"
     return f"heads {', '.join(parts)}{name}"
 
 

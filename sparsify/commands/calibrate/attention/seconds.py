@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from sparsify.commands.calibrate.attention.settings import Family
+from sparsify.commands.calibrate.attention.settings import Way
 from sparsify.costs import work
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import seconds
@@ -36,9 +36,9 @@ class LayerSeconds:
         """The fastest exact kernel."""
         return min(self._of(work.attention(self.sizes, kernel)) for kernel in dict.fromkeys(("sdpa", self.kernel)))
 
-    def estimate(self, family: Family, density: float) -> float:
+    def estimate(self, way: Way, density: float) -> float:
         """What making the lists of all heads takes, where attention visits this share of the blocks."""
-        return sum(self._of(one) for one in family.works(self.sizes, self.kernel, density))
+        return sum(self._of(one) for one in way.works(self.sizes, self.kernel, density))
 
     def lists(self) -> tuple[float, float]:
         """Attention along block lists: what it takes at no density, and what a density of 1 of one head adds."""
@@ -46,9 +46,9 @@ class LayerSeconds:
         slope = (high - low) / (_HIGH - _LOW)
         return max(0.0, low - _LOW * slope), slope / self.heads
 
-    def along_lists(self, family: Family, density: float) -> float:
+    def along_lists(self, way: Way, density: float) -> float:
         """Everything that a layer of block lists takes at a mean density."""
-        return self.estimate(family, density) + self._of(work.attention(self.sizes, self.kernel, share=density, listed=True))
+        return self.estimate(way, density) + self._of(work.attention(self.sizes, self.kernel, share=density, listed=True))
 
     def window(self, tokens: int) -> float:
         """One head that sees so many tokens, sinks included."""

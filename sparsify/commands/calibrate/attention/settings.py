@@ -45,7 +45,7 @@ Value = float | Pattern  # a threshold, or tokens of a window; a pattern
 
 
 @dataclass(frozen=True)
-class Family(ABC):
+class Way(ABC):
     """One way to make block lists for a layer, in which each head has a value of its own.
 
     method: with what all heads share.
@@ -55,12 +55,11 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def values(self) -> tuple[Value, ...]:
-        """That are tried."""
-
-    @property
-    @abstractmethod
     def name(self) -> str: ...
+
+    @abstractmethod
+    def takes(self, family: Family, value: Any) -> bool:
+        """Whether a head may have this value of a family."""
 
     @property
     @abstractmethod
@@ -71,6 +70,33 @@ class Family(ABC):
     def takes_dense(self) -> bool:
         """Whether a head beside others may stay dense."""
         return True
+
+    @abstractmethod
+    def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
+        """What making the lists takes where attention visits this share of the blocks."""
+
+    @abstractmethod
+    def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
+        """The method's options, those that are not defaults.
+
+        Args:
+            values: of each head; None: it stays dense, or has a window.
+            windows: tokens, 0 without one. sinks: tokens.
+            expected: the layer's density at 8192 tokens, and the power of the length by which it falls.
+        """
+
+
+@dataclass(frozen=True)
+class Family(Way):
+    """A way whose values are tried by themselves."""
+
+    @property
+    @abstractmethod
+    def values(self) -> tuple[Value, ...]:
+        """That are tried."""
+
+    def takes(self, family: Family, value: Any) -> bool:
+        return family is self
 
     @property
     @abstractmethod
@@ -88,20 +114,6 @@ class Family(ABC):
     def series(self, value: Any) -> str:
         """Settings of one name are points of one curve."""
         return self.name
-
-    @abstractmethod
-    def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
-        """What making the lists takes where attention visits this share of the blocks."""
-
-    @abstractmethod
-    def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
-        """The method's options, those that are not defaults.
-
-        Args:
-            values: of each head; None: it stays dense, or has a window.
-            windows: tokens, 0 without one. sinks: tokens.
-            expected: the layer's density at 8192 tokens, and the power of the length by which it falls.
-        """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -208,6 +220,44 @@ class Patterned(Family):
 
 
 @dataclass(frozen=True)
+class Joined(Way):
+    """xattention with one estimate, whose heads may have columns and diagonals instead.
+
+    method: as `estimated` has it.
+    """
+
+    estimated: Estimated
+    patterned: Patterned
+
+    @classmethod
+    def of(cls, estimated: Estimated, patterned: Patterned) -> Joined | None:
+        """None where one method cannot hold both: of two stages the first lists for groups of heads, and what prompts decide of patterns
+        minference alone knows."""
+        apart = estimated.method.refine_stride or patterned.method.mass or patterned.method.divergence
+        return None if apart else cls(estimated.method, estimated, patterned)
+
+    @property
+    def name(self) -> str:
+        return f"{self.estimated.name}, {self.patterned.name}"
+
+    def takes(self, family: Family, value: Any) -> bool:
+        return family is self.estimated or (family is self.patterned and not value[2])
+
+    @property
+    def takes_windows(self) -> bool:
+        return self.estimated.takes_windows
+
+    def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
+        return *self.estimated.works(sizes, kernel, density), *self.patterned.works(sizes, kernel, density)
+
+    def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
+        patterns = [list(value[:2]) if isinstance(value, tuple) else [] for value in values]
+        thresholds = [None if pattern else value for pattern, value in zip(patterns, values, strict=True)]
+        options = self.estimated.options(thresholds, windows, sinks, expected)
+        return {**options, "patterns": patterns, "queries": self.patterned.method.queries} if any(patterns) else options
+
+
+@dataclass(frozen=True)
 class Setting:
     """What one head does. family: index in the grid's families; None: sinks and a window. value: of the family, or tokens of the window."""
 
@@ -217,11 +267,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Grid:
-    """Everything that is tried. windows: last keys, tokens. sinks: first keys, tokens."""
+    """Everything that is tried. windows: last keys, tokens. sinks: first keys, tokens. joined: ways to join what families try."""
 
     families: tuple[Family, ...]
     windows: tuple[int, ...] = WINDOWS
     sinks: int = SINKS
+    joined: tuple[Joined, ...] = ()
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The families, and then what joins them."""
+        return (*self.families, *self.joined)
+
+    def takes(self, way: int, setting: Setting) -> bool:
+        """Whether a head in a layer of one of the ways may have a setting's block lists."""
+        return setting.family is not None and self.ways[way].takes(self.families[setting.family], setting.value)
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -256,7 +316,8 @@ def pattern_grid(options: Mapping[str, Any], beside: Iterable[str] = ()) -> Grid
     each by itself, or with all of these where a divergence chooses between them.
 
     Args:
-        beside: "xattention", "sink_window": that a layer may have instead, each tried as in `grid`.
+        beside: "xattention", "sink_window": that a layer may have instead, each tried as in `grid`; and heads beside xattention's may have
+            columns and diagonals.
 
     Raises:
         ConfigError: impossible options, or blocks of different sizes.
@@ -271,16 +332,17 @@ def pattern_grid(options: Mapping[str, Any], beside: Iterable[str] = ()) -> Grid
         patterns = tuple(itertools.product(columns, diagonals, blocks))
     else:
         patterns = (*itertools.product(columns, diagonals, (0,)), *((0, 0, one) for one in blocks if one))
-    families: tuple[Family, ...] = (Patterned(method, patterns),)
-    if "xattention" in beside:
-        families += _estimated(options)
-    found = Grid(families, *(_windows(options) if "sink_window" in beside else ((), SINKS)))
+    patterned = Patterned(method, patterns)
+    estimated = _estimated(options) if "xattention" in beside else ()
+    families: tuple[Family, ...] = (patterned, *estimated)
+    joined = tuple(one for each in estimated if (one := Joined.of(each, patterned)) is not None)
+    found = Grid(families, *(_windows(options) if "sink_window" in beside else ((), SINKS)), joined)
     if len({family.method.block for family in families}) > 1:
         raise ConfigError("blocks of xattention and of minference differ in size", where="options")
     return found
 
 
-def _estimated(options: Mapping[str, Any]) -> tuple[Family, ...]:
+def _estimated(options: Mapping[str, Any]) -> tuple[Estimated, ...]:
     given = dict(options.get("xattention", {}))
     config.validate(XAttention, given, "options", "xattention")
     finer = given.get("refine_stride") or 0
