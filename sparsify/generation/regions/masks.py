@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+from transformers import masking_utils
 from transformers.masking_utils import (
     and_masks,
     blockwise_overlay,
@@ -61,6 +62,11 @@ def _made(function: Callable[..., Tensor], call: dict[str, Any], documents: Tens
 _CAUSAL = causal_mask_function.__code__
 _WINDOW = sliding_window_overlay(1).__code__
 _GROUPS = blockwise_overlay(torch.zeros(1, 1)).__code__
+_AND = and_masks(causal_mask_function).__code__
+_PACKED = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
+# of texts that are packed in one row, by the numbers of their positions; older releases count places
+_REMAP = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+_REMAPPED = None if _REMAP is None else _REMAP(causal_mask_function, torch.zeros(1, 1)).__code__
 _KINDS: dict[Any, str] = {_CAUSAL: "causal", _WINDOW: "window", _GROUPS: "groups"}
 
 
@@ -74,6 +80,29 @@ def kinds(function: Any) -> set[str] | None:
 def groups(function: Any) -> list[Tensor]:
     """Of each such condition the group of each token, int64 [batch, tokens]; negative where a token is of none."""
     return [value for part in _parts(function) if getattr(part, "__code__", None) is _GROUPS for value in _tensors(part)]
+
+
+def of_one_text(function: Any) -> Any:
+    """A condition on indices without what tells packed texts apart, where each row holds one text.
+
+    transformers leaves that out itself, but not while something is compiled, and asks torch for that by a flag that another thread may
+    have set. The host waits for the device only where there is such a part.
+    """
+    if getattr(function, "__code__", None) is not _AND:
+        return function
+    parts = list(_closed_over(function))
+    packed = [tensor for part in parts if getattr(part, "__code__", None) is _PACKED for tensor in _tensors(part)]
+    if not packed or any(_capturing(tensor) or bool((tensor[:, -1] != 0).any()) for tensor in packed):
+        return function
+    left = [_by_places(part) for part in parts if getattr(part, "__code__", None) is not _PACKED]
+    return left[0] if len(left) == 1 else and_masks(*left)
+
+
+def _by_places(function: Any) -> Any:
+    """A condition on positions as one on places, which rise with them: those of one text differ by as much."""
+    if _REMAPPED is None or getattr(function, "__code__", None) is not _REMAPPED:
+        return function
+    return next(value for value in _closed_over(function) if callable(value) and not isinstance(value, Tensor))
 
 
 def of_columns(recipe: Recipe, query_start: int, columns: Tensor, **sizes: Any) -> Recipe:
@@ -143,6 +172,8 @@ def postpone(base: str, function: Callable[..., Any], call: dict[str, Any]) -> A
     The padding is looked at once a call, which synchronises with the device, as transformers itself does outside of compiled code.
     """
     call = dict(call)
+    if call.get("mask_function") is not None:
+        call["mask_function"] = of_one_text(call["mask_function"])
     query_len, key_len, padding = call["q_length"], call["kv_length"], call.get("attention_mask")
     sizes = (call["batch_size"], query_len, key_len)
     if call.get("use_vmap") and kinds(call.get("mask_function")) is not None:

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import masking_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import (
     and_masks,
@@ -23,7 +24,7 @@ from transformers.masking_utils import (
 from sparsify.errors import CacheError
 from sparsify.generation.regions import following
 from sparsify.generation.regions.left_out import NarrowedSlidingLayer
-from sparsify.generation.regions.masks import Recipe, groups, kinds, of_columns
+from sparsify.generation.regions.masks import Recipe, groups, kinds, of_columns, of_one_text
 
 TOKENS = 12
 IDS = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, -1, -1, -1, -1], [0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1]])
@@ -33,6 +34,22 @@ CONDITIONS = {
     "groups": or_masks(causal_mask_function, blockwise_overlay(IDS)),
     "window and groups": and_masks(sliding_window_overlay(4), or_masks(causal_mask_function, blockwise_overlay(IDS))),
 }
+
+
+@pytest.mark.parametrize("condition", [causal_mask_function, sliding_window_causal_mask_function(4)], ids=["causal", "window"])
+def test_one_text_in_each_row_is_not_packed(condition) -> None:
+    """As transformers finds it where nothing compiles anywhere in the process."""
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", lambda function, positions: function)
+    positions = torch.arange(TOKENS).expand(2, -1) + torch.tensor([[0], [5]])
+    both = lambda numbers: and_masks(remap(condition, positions), packed_sequence_mask_function(numbers))
+    one, two = torch.zeros(2, TOKENS, dtype=torch.int64), torch.arange(TOKENS).expand(2, -1) // 7
+    assert of_one_text(both(one)) is condition
+    for other in (both(two), both(torch.stack([one[0], two[0]])), condition, and_masks(condition, blockwise_overlay(IDS)), None):
+        assert of_one_text(other) is other
+    beside = and_masks(remap(condition, positions), blockwise_overlay(IDS), packed_sequence_mask_function(one))
+    left, at = of_one_text(beside), [torch.arange(TOKENS)[:, None], torch.arange(TOKENS)]
+    assert torch.equal(left(0, 0, *at), beside(0, 0, *at)) and kinds(left) == kinds(condition) | {"groups"}
+    assert not torch.equal(both(two)(0, 0, *at), condition(0, 0, *at))
 
 
 def recipe(condition, query_len: int, query_start: int) -> Recipe:

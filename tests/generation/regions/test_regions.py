@@ -401,6 +401,21 @@ def test_threads_share_regions():
 
 
 @torch.no_grad()
+def test_what_another_thread_compiles_makes_no_text_packed(monkeypatch):
+    """torch's flag that something is compiled is the process's: transformers then leaves in masks what tells packed texts apart."""
+    options = strict(passes=["xattention"], xattention={"block": 64, "threshold": 0.1})
+    inputs = {name: value for name, value in prompt(2, 200).items() if name == "input_ids"} | {"use_cache": False}
+    found = []
+    for compiling in (False, True):
+        if compiling:
+            monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *given: True)
+        model = sparsify.compile(build("llama"), **options)
+        with api.collect_plans() as plans, torch.no_grad():
+            found.append(model(**inputs).logits)
+        assert {(d.method, d.mask) for plan in plans for d in plan.decisions} == {("xattention", "causal")}
+    assert torch.equal(*found)
+
+
 def test_a_call_that_stops_between_layers_is_noticed():
     model, ids = build("llama", layers=2), prompt(1, 20)["input_ids"]
     cache = SparseCache(model.config, sinks=2, window=40)
