@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sparsify.ops import scratch
 from sparsify.ops.estimate import DEFAULT, VARIANTS, Estimate, Pool, VariantName, label
-from sparsify.ops.limits import LEAST_LISTED_CELLS, cdiv
+from sparsify.ops.limits import LEAST_LISTED_CELLS, MOST_BLOCKS, cdiv
 from sparsify.ops.patterns import ALWAYS, operand_room
 from sparsify.ops.selection import SelectCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
@@ -222,6 +222,8 @@ class XAttention(PromptPass):
                 f"a window of {site.mask.window} tokens is attended in less time than it is estimated", "min_length = 0 forces it"
             )
         start, solved = context.min_length, context.min_length is None
+        if start is None and not self.density and set(self._most_visited()) == {MOST_BLOCKS}:
+            return self.refuse("a threshold of 1 visits every block", "min_length = 0 forces it")
         if start is None:
             sizes = site.example
             start = crossovers.sparse_from(
@@ -297,18 +299,32 @@ class XAttention(PromptPass):
         return *self.last_rows_works(sizes, kernel), *selecting, work.attention(sizes, kernel, share=share, listed=True)
 
     def _expected(self, length: Any) -> sympy.Expr:
-        """Density to expect of a prompt: from calibration, else the published one, and of heads with patterns what these visit."""
-        if self.expected is None:
-            if not any(self.patterns):
-                return expected_density(length)
-            visited = Counter(sum(one) + ALWAYS if one else None for one in self._pattern_blocks())
-            every = [
-                count * (expected_density(length) if blocks is None else work.listed_share(blocks, self.block, length))
-                for blocks, count in visited.items()
-            ]
-            return sympy.Add(*every) / len(self.patterns)
-        at, power = self.expected
-        return work.smallest(1, at * (sympy.Integer(8192) / length) ** power)
+        """Density to expect of a prompt: from calibration, else the published one, and of heads that choose nothing what these visit."""
+        if self.expected is not None:
+            at, power = self.expected
+            return work.smallest(1, at * (sympy.Integer(8192) / length) ** power)
+        visited = Counter(self._most_visited())
+        if set(visited) == {None}:
+            return expected_density(length)
+        every = [
+            count * (expected_density(length) if blocks is None else work.listed_share(blocks, self.block, length))
+            for blocks, count in visited.items()
+        ]
+        return sympy.Add(*every) / sum(visited.values())
+
+    def _most_visited(self) -> tuple[int | None, ...]:
+        """Key blocks that a query block visits at most, of each head or of one for all; None: as many as the estimate says."""
+        thresholds = self._thresholds()
+        windows, patterns = self.windows or (0,) * len(thresholds), self._pattern_blocks() or ((),) * len(thresholds)
+
+        def most(threshold: float, window: int, pattern: tuple[int, ...]) -> int | None:
+            if pattern:
+                return sum(pattern) + ALWAYS
+            if window:  # both edges cut blocks, and the sinks are one more
+                return cdiv(window, self.block) + 2
+            return MOST_BLOCKS if threshold >= 1 else None
+
+        return tuple(map(most, thresholds, windows, patterns))
 
     @property
     def variants(self) -> Estimate:

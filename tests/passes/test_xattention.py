@@ -157,6 +157,19 @@ def test_two_stages_that_no_kernel_serves_are_refused_where_kernels_serve(option
     proposal(XAttention(refine_stride=4), context=forced)
 
 
+def test_heads_that_choose_nothing_are_expected_to_visit_what_they_visit():
+    """A density that is published for chosen blocks says nothing of heads that see every block, or a window."""
+    at = {next(iter(proposal().seconds.free_symbols)): 131072}
+    forced = dataclasses.replace(CONTEXT, min_length=0)
+    seconds = lambda **options: float(proposal(XAttention(**options), context=forced).seconds.subs(at))
+    plain, windowed, dense = seconds(), seconds(windows=(128,) * 16 + (0,) * 16), seconds(threshold=1.0)
+    assert windowed < plain < seconds(threshold=(1.0,) * 16 + (0.8,) * 16) < dense
+    assert dense == seconds(threshold=(1.0,) * 32) > 2 * plain
+    every = XAttention(threshold=1.0).propose(site(), CONTEXT)
+    assert isinstance(every, Refusal) and "visits every block" in every.reason
+    assert seconds(threshold=1.0, expected=(0.2, 0.5)) == seconds(expected=(0.2, 0.5))
+
+
 def test_two_stages_pay_later_than_their_first_one_alone():
     one, two = (proposal(XAttention(stride=16, **more)) for more in ({}, {"refine_stride": 4}))
     assert one.min_key_len < two.min_key_len
