@@ -73,6 +73,8 @@ def test_a_run_on_the_cpu_leaves_records_from_which_table_and_plot_are_made(tmp_
     monkeypatch.setattr(run, "DENSITIES", (0.3, 0.5))
     monkeypatch.setattr(run, "ESTIMATES", ((16, "max+half+int8"),))
     monkeypatch.setitem(run.TARGET, 2048, 0.5)
+    for name, few in (("ROUNDS", 2), ("SAMPLE_MS", 1.0), ("MOST", 2)):
+        monkeypatch.setattr(run, name, few)
     out = tmp_path / "whole_op.jsonl"
     command = ["--device", "cpu", "--out", str(out), "--lengths", "2048", "--heads", "2", "--kv-heads", "1"]
     assert run.main(command) == 0

@@ -27,6 +27,26 @@ def folder(tmp_path, monkeypatch):
     hardware.forget()
 
 
+@pytest.fixture(scope="module")
+def measured():
+    """One calibration of this CPU, and by call what was measured for it."""
+    real, by_call = timing.measure, {}
+
+    def measure(cell, device, **more):
+        by_call[cell] = real(cell, device, **more)
+        return by_call[cell]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "measure", measure)
+        return calibrate_device.calibrate("cpu", small=True), by_call
+
+
+@pytest.fixture
+def known(measured, monkeypatch):
+    """Calls are not timed again."""
+    monkeypatch.setattr(timing, "measure", lambda cell, device, **more: measured[1][cell])
+
+
 def test_every_kind_of_call_runs_and_is_measured():
     kinds = {cell.kind for cell in calibrate_device.workloads("cpu")}
     assert kinds == {"attention", "select", "decode", "ffn", "linear", "elementwise"}
@@ -34,7 +54,7 @@ def test_every_kind_of_call_runs_and_is_measured():
         assert timing.measure(cell, "cpu", replays=1).seconds > 0
 
 
-def test_the_command_measures_and_the_next_description_uses_it(folder, capsys):
+def test_the_command_measures_and_the_next_description_uses_it(folder, known, capsys):
     assert cli.main(["calibrate", "device", "--device", "cpu", "--small"]) == 0
     printed = capsys.readouterr().out
     assert "TFLOP/s" in printed
@@ -45,8 +65,8 @@ def test_the_command_measures_and_the_next_description_uses_it(folder, capsys):
     assert described.profile == Profile.load(path)
 
 
-def test_the_fit_explains_what_was_measured():
-    found = calibrate_device.calibrate("cpu", small=True)
+def test_the_fit_explains_what_was_measured(measured):
+    found = measured[0]
     assert not found.failed
     device = Device.from_profile("cpu", found.profile)
     slow, quick = (
@@ -57,20 +77,18 @@ def test_the_fit_explains_what_was_measured():
     assert found.error("reference/causal") < 1
 
 
-def test_a_profile_can_be_saved_elsewhere(folder, tmp_path, capsys):
+def test_a_profile_can_be_saved_elsewhere(folder, known, tmp_path, capsys):
     assert cli.main(["calibrate", "device", "--device", "cpu", "--small", "--json", "--save", str(tmp_path / "mine.json")]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "mine.json").read_text())
     assert Profile.load(tmp_path / "mine.json").measured
     assert not folder.exists()
 
 
-def test_a_call_that_fails_is_told_and_left_out(monkeypatch):
-    real = timing.measure
-
+def test_a_call_that_fails_is_told_and_left_out(measured, monkeypatch):
     def measure(cell, device, **more):
         if cell.kind == "select":
             raise RuntimeError("no such kernel\nand a traceback")
-        return real(cell, device, **more)
+        return measured[1][cell]
 
     monkeypatch.setattr(timing, "measure", measure)
     found = calibrate_device.calibrate("cpu", small=True)
