@@ -168,22 +168,42 @@ def test_bounds_are_those_of_keys_as_they_are_read(llama, codes):
     assert (step(cache) - step(all_pages)).abs().max() > 1e-4, "few pages are not all"
 
 
+@pytest.fixture(scope="module")
+def one_by_one():
+    """Of a type and further options: a text's logits over a full cache whose groups fill one by one, and that cache. Made once each."""
+    model, ids, cuts, made = build("llama", layers=3), text(2, 140), [60, 1, 1, 1, 1, 5, *[1] * 59, 7, 1, 1, 1, 1], {}
+
+    def run(dtype, **more):
+        key = (dtype, *more)
+        if key not in made:
+            cache = SparseCache(model.config, "full", 192, dtype=dtype, **more)
+            made[key] = reference.through(model, cache, ids, cuts), cache
+        return made[key]
+
+    return run
+
+
 @pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("more", [{}, {"read": Pages(size=16, share=1.0)}, {"offloading": True}], ids=["plain", "pages", "offloading"])
-@torch.no_grad()
-def test_several_tokens_behind_a_group_that_is_full_keep_it(codes, more):
-    """A group that was filled one by one becomes codes when the next token comes, or several of them."""
-    model, ids, cuts = build("llama", layers=3), text(2, 140), [60, 1, 1, 1, 1, 5, *[1] * 59, 7, 1, 1, 1, 1]
-    found, held = [], []
-    for dtype, how in ((None, {}), (codes, {}), (codes, more)):
-        cache = SparseCache(model.config, "full", 192, dtype=dtype, **how)
-        found.append(reference.through(model, cache, ids, cuts))
-        held.append(cache)
-    assert 1e-4 < (found[0] - found[1]).abs().max() < NEAR[codes] / 2
-    torch.testing.assert_close(found[2], found[1], rtol=1e-4, atol=2e-5)
-    for one, other in zip(held[1].layers, held[2].layers, strict=True):
+def test_a_group_that_was_filled_one_by_one_becomes_codes(one_by_one, codes):
+    """When the next token comes, or several of them; what is newer lies as it came."""
+    (exact, plain), (found, cache) = one_by_one(None), one_by_one(codes)
+    assert 1e-4 < (exact - found).abs().max() < NEAR[codes] / 2
+    for name in ("keys", "values"):
+        for layer in cache.layers:
+            held = layer.at_rest(name)
+            assert held.dtype == torch.uint8 and held[:, :, :128].any(-1).all(), "whole groups are codes"
+        # the first layer's do not depend on what was read of codes
+        newest = getattr(cache.layers[0], f"recent_{name}")[:, :, :12]
+        torch.testing.assert_close(newest, getattr(plain.layers[0], name)[:, :, 128:140])
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("more", [{"read": Pages(size=16, share=1.0)}, {"offloading": True}], ids=["pages", "offloading"])
+def test_several_tokens_behind_a_group_that_is_full_keep_it(one_by_one, codes, more):
+    (plain, held), (found, cache) = one_by_one(codes), one_by_one(codes, **more)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-5)
+    for one, other in zip(held.layers, cache.layers, strict=True):
         for name in ("keys", "values"):
-            assert one.at_rest(name)[:, :, :128].any(-1).all(), "whole groups are codes"
             assert torch.equal(one.at_rest(name)[:, :, :128], other.at_rest(name)[:, :, :128])
         if (pages := other.read) is not None:
             call = CacheAttentionCall(

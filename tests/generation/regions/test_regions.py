@@ -57,26 +57,24 @@ def rewritten(plans: list[Plan]) -> set[tuple[int, int]]:
 # --- one region for all layers, whatever the sizes ---
 
 
+@pytest.mark.parametrize("layers", [12, pytest.param(2, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_the_regions_are_the_same_for_few_and_many_layers_and_for_all_lengths():
-    graphs = {}
-    for layers in (2, 12):
-        model = build("llama", layers=layers)
-        inputs = [prompt(1, 33), prompt(1, 20, 1), prompt(2, 25, 2, padding=7), prompt(3, 30, 3, padding=4)]
-        want = [answer(model, one) for one in inputs]
-        sparsify.compile(model, **DENSE)
-        before, made = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
-        with api.collect_plans() as plans:
-            for one, tokens in zip(inputs, want, strict=True):
-                assert torch.equal(answer(model, one), tokens)
-                made.append(len(plans))
-        graphs[layers] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-        assert made == [2, 2, 4, 4]  # a prompt and a token, without padding and with it
-        assert rewritten(plans) == {(layers, layers)}
-        assert [d.site for d in plans[0].decisions] == [f"model.layers.{i}.self_attn" for i in range(layers)]
-        assert [d.layer for d in plans[0].decisions] == list(range(layers))
-        assert {plan.capture for plan in plans} == {f"one region for {layers} layers"}
-    assert graphs[2] == graphs[12] == 4
+def test_the_regions_are_the_same_for_few_and_many_layers_and_for_all_lengths(layers):
+    model = build("llama", layers=layers)
+    inputs = [prompt(1, 33), prompt(1, 20, 1), prompt(2, 25, 2, padding=7), prompt(3, 30, 3, padding=4)]
+    want = [answer(model, one) for one in inputs]
+    sparsify.compile(model, **DENSE)
+    before, made = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
+    with api.collect_plans() as plans:
+        for one, tokens in zip(inputs, want, strict=True):
+            assert torch.equal(answer(model, one), tokens)
+            made.append(len(plans))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 4
+    assert made == [2, 2, 4, 4]  # a prompt and a token, without padding and with it
+    assert rewritten(plans) == {(layers, layers)}
+    assert [d.site for d in plans[0].decisions] == [f"model.layers.{i}.self_attn" for i in range(layers)]
+    assert [d.layer for d in plans[0].decisions] == list(range(layers))
+    assert {plan.capture for plan in plans} == {f"one region for {layers} layers"}
 
 
 @torch.no_grad()
