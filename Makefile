@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread a process: the tests run in two processes, and tiny models gain nothing from more.
-TEST_ENV := OMP_NUM_THREADS=1 PYTHONHASHSEED=0
+# One thread a process: the tests run in two processes, and tiny models gain nothing from more. Compiled modules are kept, also where
+# images of containers say otherwise: half of what collecting takes is assertions that pytest rewrites.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=
 JOBS ?= 2
 N ?= 10000
 SEED ?= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 from pathlib import Path
 
@@ -13,16 +14,21 @@ __all__ = ["FIRST_SEED", "FORMS", "Prompt", "Score", "prompt", "right_answers", 
 
 def stdlib_text(limit: int | None = None) -> bytes:
     """The source text of this Python's standard library (PSF licence), files in a fixed order, without its tests; at most `limit` bytes."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = (path for path in root.rglob("*.py") if not skip.intersection(path.relative_to(root).parts))
-    # a digest of the name mixes packages, so that any stretch of the text is as varied as the whole
     text = bytearray()
-    for path in sorted(files, key=lambda path: (_mix(path.relative_to(root).as_posix()), path)):
+    for path in _stdlib_files():
         text += path.read_bytes()
         if limit is not None and len(text) >= limit:
             return bytes(text[:limit])
     return bytes(text)
+
+
+@functools.cache
+def _stdlib_files() -> tuple[Path, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = (path for path in root.rglob("*.py") if not skip.intersection(path.relative_to(root).parts))
+    # a digest of the name mixes packages, so that any stretch of the text is as varied as the whole
+    return tuple(sorted(files, key=lambda path: (_mix(path.relative_to(root).as_posix()), path)))
 
 
 def _mix(name: str) -> int:

@@ -36,10 +36,9 @@ def test_cpu_never_imports_triton():
     import sys
     from pathlib import Path
 
-    code = "import sys, sparsify.backends; sys.exit('triton' in sys.modules)"
-    before = "import sys, torch; sys.exit('triton' in sys.modules)"
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == subprocess.run([sys.executable, "-c", before]).returncode
+    # torch may import it by itself
+    code = "import sys, torch; before = 'triton' in sys.modules; import sparsify.backends; sys.exit(before != ('triton' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_triton_on_a_cpu_is_refused_where_it_is_demanded():
