@@ -312,6 +312,9 @@ class XAttention(PromptPass):
         ]
         return sympy.Add(*every) / sum(visited.values())
 
+    def density_at(self, key_len: int) -> float | None:
+        return self.density or float(self._expected(sympy.Integer(key_len)))
+
     def _most_visited(self) -> tuple[int | None, ...]:
         """Key blocks that a query block visits at most, of each head or of one for all; None: as many as the estimate says."""
         thresholds = self._thresholds()

@@ -108,11 +108,6 @@ class Site:
         return ""
 
     @property
-    def expected_density(self) -> float | None:
-        """Share of causal blocks that published prompts keep at this length; None where the site has no blocks."""
-        return None
-
-    @property
     def mask_bytes(self) -> int:
         """Bytes of the mask tensor that the site reads where it stays as it is."""
         return 0
@@ -217,10 +212,6 @@ class SiteOverKeys(Site):
 
     def dense_formula(self, device: Device) -> str:
         return "" if self.near_miss else seconds.formula(self._dense_work, self.example, device)
-
-    @property
-    def expected_density(self) -> float | None:
-        return float(seconds.expected_density(sympy.sympify(self.key_len)))
 
     @property
     def hint_nodes(self) -> tuple[fx.Node, ...]:

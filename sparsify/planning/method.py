@@ -240,6 +240,10 @@ class Pass(BaseModel):
         """By option, what a region takes as operands instead: a number for each query head."""
         return {}
 
+    def density_at(self, key_len: int) -> float | None:
+        """Share of a prompt's causal blocks that it is expected to visit at this length; None where nothing is known of that."""
+        return None
+
     def refuse(self, reason: str, hint: str = "") -> Refusal:
         return Refusal(self.name, reason, hint)
 

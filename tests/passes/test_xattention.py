@@ -165,6 +165,9 @@ def test_heads_that_choose_nothing_are_expected_to_visit_what_they_visit():
     plain, windowed, dense = seconds(), seconds(windows=(128,) * 16 + (0,) * 16), seconds(threshold=1.0)
     assert windowed < plain < seconds(threshold=(1.0,) * 16 + (0.8,) * 16) < dense
     assert dense == seconds(threshold=(1.0,) * 32) > 2 * plain
+    share = lambda **options: XAttention(**options).density_at(131072)
+    assert share() == pytest.approx(0.07, abs=0.01) and share(threshold=1.0) == 1.0 and share(density=0.1) == 0.1
+    assert share(windows=(128,) * 8 + (0,) * 8) < share() < share(threshold=(1.0, 0.8)) < 0.6
     every = XAttention(threshold=1.0).propose(site(), CONTEXT)
     assert isinstance(every, Refusal) and "visits every block" in every.reason
     assert seconds(threshold=1.0, expected=(0.2, 0.5)) == seconds(expected=(0.2, 0.5))

@@ -30,6 +30,7 @@ from sparsify.planning.choose import acts_on, make_plan
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision, Place, places
 from sparsify.planning.method import Context, ImagePass, Proposal
+from sparsify.planning.registry import discover
 from sparsify.planning.saved_plan import load_saved_plan
 
 # Launches with which a prompt's store chooses and copies, without scores and with them: what a layer takes on an H200 whatever its length.
@@ -406,12 +407,13 @@ def grouped(phase: str, decided: Decided, keys: int, context: Context) -> Iterat
     keys: that a layer of full attention has.
     """
     found: dict[tuple[Any, ...], list[int]] = {}
+    methods = discover()
     for site, decision in decided:
         if not site.offers_choice:
             continue
         density = decision.density
-        if decision.method and density is None and "threshold" in decision.options:
-            density = site.expected_density
+        if density is None and decision.method is not None and site.kind == "attention":
+            density = methods[decision.method](**decision.options).density_at(int(site.key_len))
         key = (site.kind, site.sees(keys), label(site, decision, context), decision.reason, density, tuple(decision.refusals))
         found.setdefault(key, []).append(site.layer)
     for (what, sees, choice, reason, density, refusals), layers in found.items():
