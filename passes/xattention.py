@@ -222,7 +222,8 @@ class XAttention(PromptPass):
                 f"a window of {site.mask.window} tokens is attended in less time than it is estimated", "min_length = 0 forces it"
             )
         start, solved = context.min_length, context.min_length is None
-        if start is None and not self.density and set(self._most_visited()) == {MOST_BLOCKS}:
+        # numbers by head are no reason: layers of one kind, and processes, may differ in them
+        if start is None and not self.density and not self.head_numbers() and set(self._most_visited()) == {MOST_BLOCKS}:
             return self.refuse("a threshold of 1 visits every block", "min_length = 0 forces it")
         if start is None:
             sizes = site.example
@@ -255,7 +256,7 @@ class XAttention(PromptPass):
         obstacles = {
             "beside padding": site.mask.padding is not None,
             "beside packed documents": site.mask.documents is not None,
-            "beside a window": site.mask.window is not None or any(self.windows),
+            "beside a window": site.mask.window is not None or any(self.for_all_heads().windows),
             "of an estimate that a group shares": self.variants.group,
             f"of {cells} cells of a query block": cells < LEAST_LISTED_CELLS,
             f"over {site.key_len} keys": isinstance(site.key_len, int) and cdiv(site.key_len, self.block) > scratch.WIDEST_ROW,

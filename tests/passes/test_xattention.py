@@ -170,6 +170,7 @@ def test_heads_that_choose_nothing_are_expected_to_visit_what_they_visit():
     assert share(windows=(128,) * 8 + (0,) * 8) < share() < share(threshold=(1.0, 0.8)) < 0.6
     every = XAttention(threshold=1.0).propose(site(), CONTEXT)
     assert isinstance(every, Refusal) and "visits every block" in every.reason
+    proposal(XAttention(threshold=(1.0,) * 32))
     assert seconds(threshold=1.0, expected=(0.2, 0.5)) == seconds(expected=(0.2, 0.5))
 
 
