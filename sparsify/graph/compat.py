@@ -16,9 +16,12 @@ from typing import Any, cast
 import torch
 import torch.fx.experimental._config
 from torch import fx
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import convert_frame, eval_frame, symbolic_convert
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._guards import TracingContext
+from torch.fx import _symbolic_trace
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +114,38 @@ def forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
         return
     for entry in mine:
         cast(Any, entry.guard_manager.extra_state).invalidate(entry, DeletedGuardManagerWrapper("compiled for one call"))
+
+
+def compiled_whole(code: types.CodeType) -> list[tuple[Any, types.CodeType]]:
+    """What Dynamo has compiled of this code: guards, for `still_holds`, and compiled code, which calls one graph and leaves nothing to be
+    compiled behind it. The last that was used comes first."""
+    found: list[tuple[Any, Any]] = [(entry.guard_manager, entry.code) for entry in eval_frame._debug_get_cache_entry_list(code)]
+    return [(guards, compiled) for guards, compiled in found if isinstance(compiled, types.CodeType) and _is_one_graph(compiled)]
+
+
+def _is_one_graph(compiled: types.CodeType) -> bool:
+    graphs = [name for name in compiled.co_names if name.startswith("__compiled_fn")]
+    return len(graphs) == 1 and not any(name.startswith("__resume_at") for name in compiled.co_names)
+
+
+def still_holds(guards: Any, frame: dict[str, Any]) -> bool:
+    """Whether guards of `compiled_whole` hold for a call with these locals, and Dynamo has not thrown their code away: guards over an
+    object that is gone might take another one for it."""
+    return guards.cache_entry is not None and guards.check(frame)
+
+
+def dynamo_is_idle() -> bool:
+    """Whether nothing is asked of Dynamo in this thread beside calls of compiled code: no stance, no trace, no frame that it evaluates."""
+    stance = eval_frame._stance
+    return (
+        stance.stance == "default"
+        and stance.backend is None
+        and get_eval_frame_callback() is None
+        and TracingContext.try_get() is None
+        and not _symbolic_trace.is_fx_symbolic_tracing()
+        and not torch._C._is_tracing()
+        and not torch.compiler.is_exporting()
+    )
 
 
 def graph_breaks_after(gm: fx.GraphModule) -> bool:

@@ -115,9 +115,8 @@ def trouble(cache: Any, layers: int) -> str:
             cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) != layers:
         return f"a cache of {len(cache.layers)} layers for {layers}"
-    foreign = next((layer for layer in cache.layers if not _stands_alone(layer)), None)
-    if foreign is not None:
-        return f"a cache with a {type(foreign).__name__}"
+    if why := next(filter(None, map(_foreign, cache.layers)), ""):
+        return why
     layouts = {(layer.layout, layer.policy_text) for layer in cache.layers if isinstance(layer, SparseLayer) and not layer.is_sliding}
     return "a cache whose layers have budgets of their own, which are constants of a graph" if len(layouts) > 1 else ""
 
@@ -136,8 +135,30 @@ def settle(cache: Any, tokens: int) -> None:
         cache.settle(tokens)
 
 
-def _stands_alone(layer: Any) -> bool:
-    return type(layer) in _ALONE or isinstance(layer, SparseLayer)
+def _foreign(layer: Any) -> str:
+    return "" if type(layer) in _ALONE or isinstance(layer, SparseLayer) else f"a cache with a {type(layer).__name__}"
+
+
+class Known:
+    """Caches of one call of a model. Each is asked for `trouble` once, before a layer has run over it: those that have may hold a budget
+    that the next ones get later.
+
+    Args:
+        layers: number of the model's decoder layers.
+    """
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self._last: Any = None
+
+    def trouble(self, cache: Any, number: int) -> str:
+        """Why no region serves this layer's call over the cache, in a clause; empty where one may."""
+        if cache is not self._last or len(cache.layers) != self.layers:
+            self._last = None
+            if why := trouble(cache, self.layers):
+                return why
+            self._last = cache
+        return _foreign(cache.layers[number])
 
 
 L = TypeVar("L", bound=CacheLayerMixin)

@@ -8,6 +8,7 @@ divides have in it what `tensor_parallel.local` makes of them.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ class Shadow:
 
     def __init__(self, layer: nn.Module, numbered: bool = True):
         self._layer, self._numbered = layer, numbered
-        self._copied: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        self._copied: list[tuple[nn.Module, _Seen]] = []
         self._module: nn.Module | None = None
         self.number = -1
 
@@ -124,7 +125,7 @@ class Shadow:
         Raises:
             NotShared: the layer has no number any more, or several.
         """
-        if self._module is None or not all(_seen(module) == seen for module, seen in self._copied):
+        if self._module is None or not all(seen.is_still(module) for module, seen in self._copied):
             self._copied = []
             self._module = self._copy(self._layer, top=True)
             numbers = {vars(module)[NUMBER] for module, _ in self._copied if NUMBER in vars(module)}
@@ -135,11 +136,11 @@ class Shadow:
 
     def _copy(self, module: nn.Module, top: bool = False) -> nn.Module:
         if tensor_parallel.is_divided(module):
-            self._copied.append((module, _seen(module)))
+            self._copied.append((module, _Seen(module)))
             return tensor_parallel.local(module)
         if not top and not any(map(_is_own, module.modules())):
             return module
-        self._copied.append((module, _seen(module)))
+        self._copied.append((module, _Seen(module)))
         twin = object.__new__(type(module))
         twin.__dict__.update(vars(module))
         twin.__dict__["_modules"] = {name: child if child is None else self._copy(child) for name, child in module._modules.items()}
@@ -156,11 +157,26 @@ def _is_own(part: nn.Module) -> bool:
     return NUMBER in vars(part) or recorded or tensor_parallel.is_divided(part)
 
 
-def _seen(module: nn.Module) -> tuple[Any, ...]:
-    """What a copy of a module has taken over, to be compared later: the copy keeps these objects alive, so that none takes another's id."""
-    values = vars(module)
-    held = [*module._modules.values(), *(module._parameters.values() if "forward" in values else ())]
-    return [*values], [*map(id, values.values())], [*map(id, held)], [*module._modules], [*module._forward_hooks]
+class _Seen:
+    """What a copy of a module has taken over, to be compared later, at every call: by identity, since tensors are compared by element."""
+
+    def __init__(self, module: nn.Module):
+        values = vars(module)
+        self.names, self.values = [*values], [*values.values()]
+        self.modules, self.hooks = dict(module._modules), [*module._forward_hooks]
+        self.parameters = [*module._parameters.values()] if "forward" in values else None
+
+    def is_still(self, module: nn.Module) -> bool:
+        """Whether the module holds the same objects."""
+        values = vars(module)
+        if len(values) != len(self.names) or not all(map(operator.is_, values.values(), self.values)) or [*values] != self.names:
+            return False
+        if values["_modules"] != self.modules or [*values["_forward_hooks"]] != self.hooks:
+            return False
+        if self.parameters is None:
+            return True
+        found = values["_parameters"].values()
+        return len(found) == len(self.parameters) and all(map(operator.is_, found, self.parameters))
 
 
 class Watch:
@@ -169,12 +185,17 @@ class Watch:
     def __init__(self, layers: list[Layer]):
         self._layers = layers
         self._divided: dict[int, Any] = {}  # forwards that tensor parallelism put there and that shadows know, by id
-        self.look_again()
+        self._take_note()
 
     def look_again(self) -> None:
         """Takes note of the modules that the layers have now."""
+        if not all(values["_modules"] == held and values.get("forward") is forward for values, held, forward in self._held):
+            self._take_note()
+
+    def _take_note(self) -> None:
         parts = [(layer, name, part) for layer in self._layers for name, part in layer.module.named_modules()]
         self._parts = [(layer, name, vars(part)) for layer, name, part in parts]
+        self._held = [(values, dict(values["_modules"]), values.get("forward")) for _, _, values in self._parts]
         divided = [vars(part)["forward"] for _, _, part in parts if tensor_parallel.is_divided(part)]
         self._divided = {id(forward): forward for forward in divided}
 

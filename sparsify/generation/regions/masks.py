@@ -7,6 +7,7 @@ no attention needs it.
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ class Recipe:
     def make(self) -> Tensor:
         return _made(self.function, self.call, self.documents)
 
+    @functools.cached_property
     def form(self) -> tuple[Any, ...]:
         """What tells graphs apart that make such a mask: code and kinds of arguments, whatever their sizes."""
         code = tuple(getattr(part, "__code__", None) for part in _parts(self.call.get("mask_function")))

@@ -54,7 +54,7 @@ class Tokens:
     """Calls a model for one token of each row.
 
     Args:
-        make: a region that captures a function, see `regional._Region`.
+        make: a region that captures a function, see `region.Region`.
         layers: the model's decoder layers.
     """
 

@@ -378,6 +378,50 @@ def test_adapters_and_new_weights_are_seen():
 
 
 @torch.no_grad()
+def test_layers_are_called_past_dynamo_once_they_are_compiled(monkeypatch):
+    """And whatever guards ask for is seen: in a layer's modules, in code that a layer calls."""
+    from transformers.models.llama import modeling_llama
+
+    model, one = build("llama", layers=3), prompt(1, 20)["input_ids"]
+    sparsify.compile(model, **DENSE)
+    for _ in range(2):
+        model(one, use_cache=False)
+    through: list[int] = []
+    for region in model._compiled_call_impl.shared._regions.values():
+        slow = region.run._through_dynamo
+        region.run._through_dynamo = lambda *given, slow=slow: (through.append(1), slow(*given))[1]
+
+    def differs_from_eager() -> int:
+        before = len(through)
+        found, want = model(one, use_cache=False).logits, model._call_impl(one, use_cache=False).logits
+        torch.testing.assert_close(found, want, **CLOSE)
+        return len(through) - before
+
+    assert differs_from_eager() == 0
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.5
+    assert [differs_from_eager(), differs_from_eager()] == [1, 0]
+    swapped = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: swapped(q, k, cos, -sin))
+    assert differs_from_eager() > 0 and differs_from_eager() == 0
+    monkeypatch.undo()
+    assert differs_from_eager() == 0
+    torch._dynamo.reset()
+    assert differs_from_eager() > 0
+
+
+@torch.no_grad()
+def test_a_budget_that_is_a_share_of_the_prompt_leaves_regions_as_they_are():
+    """A layer has its budget once it has run, which the next ones do not have yet."""
+    model, ids = build("llama", layers=3), prompt(1, 40)["input_ids"]
+    caches = [SparseCache(model.config, budget=0.5) for _ in range(2)]
+    want = cuts(model, caches[0], ids, 36, 1, 3)
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(cuts(model, caches[1], ids, 36, 1, 3), want, **CLOSE)
+    assert not model._compiled_call_impl.reason and {plan.capture for plan in plans} == {"one region for 3 layers"}
+
+
+@torch.no_grad()
 def test_threads_share_regions():
     model = build("llama", layers=3)
     works = [prompt(1, 20, 0), prompt(1, 27, 1), prompt(1, 23, 2), prompt(1, 31, 3)]
@@ -414,6 +458,7 @@ def test_what_another_thread_compiles_makes_no_text_packed(monkeypatch):
     assert torch.equal(*found)
 
 
+@torch.no_grad()
 def test_a_call_that_stops_between_layers_is_noticed():
     model, ids = build("llama", layers=2), prompt(1, 20)["input_ids"]
     cache = SparseCache(model.config, sinks=2, window=40)

@@ -1,0 +1,184 @@
+"""A call of a model that is under way: each of its layers through a region, the layer's own hooks around it."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+from sparsify.generation.regions import bypass, caches
+from sparsify.generation.regions.arguments import Arguments, made, uncompiled
+from sparsify.generation.regions.layers import Layer, NotShared
+from sparsify.generation.regions.narrowing import FindImages, Narrowed
+from sparsify.generation.regions.packed import Layout
+from sparsify.generation.regions.packing import PackedCall
+from sparsify.generation.regions.region import Held
+from sparsify.generation.regions.shared import SharedLayers
+from sparsify.generation.regions.towers import texts
+
+log = logging.getLogger(__name__)
+
+# the call of a model that this thread is in
+active: contextvars.ContextVar[Call | None] = contextvars.ContextVar("sparsify_regions", default=None)
+
+
+class Call:
+    """A call of the model that is under way.
+
+    ran: whether a region has run, so that the call cannot start again elsewhere.
+    compiled: whether a region was compiled in it.
+    shows_rows: whether the caller gets what each layer gave, for all rows.
+    narrowed: what lets some tokens go on alone; None where nothing does.
+    packed: what packs a padded batch; None where nothing does.
+    tower_trouble: why towers run as they are in this call; None before one was asked.
+
+    Args:
+        find_images: says which of its tokens stand for images.
+    """
+
+    def __init__(self, shared: SharedLayers, find_images: FindImages):
+        self.shared, self.find_images = shared, find_images
+        self.ran = self.compiled = self.shows_rows = False
+        self.narrowed: Narrowed | None = None
+        self.packed: PackedCall | None = None
+        self.tower_trouble: str | None = None
+        self._caches = caches.Known(len(shared.layers))
+        self._before: Any = None  # the result of the layer before
+
+    def run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's result, its own hooks around it."""
+        module = layer.module
+        if layer.number in bypass.bypassed() and not layer.tower:
+            return bypass.handed_on(args[0] if args else kwargs["hidden_states"], self._before)
+        if module._forward_pre_hooks or module._forward_hooks:
+            args, kwargs = made(args, kwargs)
+        for key, hook in module._forward_pre_hooks.items():
+            if key in module._forward_pre_hooks_with_kwargs:
+                args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            elif (found := hook(module, args)) is not None:
+                args = found if isinstance(found, tuple) else (found,)
+        if layer.number == 0 and not layer.tower:
+            self._begin(layer, args, kwargs)
+        if self.narrowed is not None and not layer.tower:
+            args, kwargs = self.narrowed.enter(layer, args, kwargs)
+        if layer.tower:
+            result = self._run_tower(layer, args, kwargs)
+        else:
+            result = self._run(layer, args, kwargs) if self.packed is None else self._run_packed(self.packed, layer, args, kwargs)
+        for key, hook in module._forward_hooks.items():
+            with_kwargs = key in module._forward_hooks_with_kwargs
+            found = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
+            result = result if found is None else found
+        if layer.tower:
+            return result
+        if layer.number == 0 and self.shared.bypass is not None:
+            self.shared.bypass.look_at_result(args[0] if args else kwargs["hidden_states"], result)
+        self._before = result if self.narrowed is None else self.narrowed.leave(layer, result)
+        return self._before
+
+    def _begin(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finds what narrows or packs the call that begins with this layer."""
+        given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        hidden = args[0] if args else given.get("hidden_states")
+        if type(hidden) is not Tensor or hidden.dim() != 3:
+            return
+        given = {name: value for name, value in given.items() if value is not hidden}
+        if self.shared.bypass is not None:
+            self.shared.bypass.look(hidden, given)
+        if self.shared.narrowing is not None:
+            self.narrowed = self.shared.narrowing.begin(hidden, given, self.shows_rows, self.find_images)
+        self.packed = self.shared.packing.begin(hidden, given, self.shows_rows, self.narrowed is not None)
+
+    def _run_packed(self, packed: PackedCall, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's result, over packed rows where it can be."""
+        if (entered := packed.enter(layer, args, kwargs)) is not None:
+            try:
+                return packed.leave(layer, self._through_region(layer, *entered, packed.layout))
+            except NotShared as why:
+                packed.give_up(layer, str(why))
+        return self._run(layer, *made(args, kwargs))
+
+    def _run_tower(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a tower's layer, as it is where no region serves it."""
+        towers = self.shared.towers
+        if self.tower_trouble is None:
+            self.tower_trouble = towers.trouble()
+        given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        if self.tower_trouble or not towers.serves(layer, given):
+            return uncompiled(layer.module, args, kwargs)
+        ran = self.ran
+        try:
+            return self._through_region(layer, args, kwargs)
+        except NotShared as why:
+            towers.leave(layer, str(why))
+            return uncompiled(layer.module, args, kwargs)
+        finally:
+            self.ran = ran
+
+    def _run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._through_region(layer, args, kwargs)
+        except NotShared as why:
+            if not self.ran:
+                raise
+            result = uncompiled(layer.module, args, kwargs)
+            log.warning("%s runs as it is in this call: %s", layer.path, why)
+            self.shared.reason = self.shared.reason or str(why)
+            return result
+
+    def _through_region(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None = None) -> Any:
+        """layout: where the call's tokens lie, if they are packed."""
+        shadow = layer.shadow.current()
+        given = Arguments(layer, args, kwargs, self._caches, layout)
+        narrowed = None if layer.tower else self.narrowed
+        observed = {} if narrowed is None else narrowed.observation(layer)
+        region = self.shared.region(layer, given, "" if narrowed is None else narrowed.part(layer))
+        cache = given.cache
+        if cache is not None:
+            cache.begin()
+        held = Held.make(cache and cache.copy, given.names, given.plans, region.paths[0])
+        state = {} if cache is None else cache.varying
+        numbers = self.shared.head_numbers(layer, given.hidden.device) if given.query_len > 1 and not layer.tower else {}
+        packing = {} if layout is None else layout.operands()
+        sizes = (given.batch, given.query_len, given.key_len, layout and layout.is_token.shape, texts(given.rest) if layer.tower else 0)
+        try:
+            result = region(sizes, shadow, given.by_position, given.rest, held, state, given.varying, numbers, observed, packing)
+        except TorchDynamoException as error:
+            if isinstance(error, BackendCompilerFailed):
+                raise
+            if cache is not None:
+                cache.undo()
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            log.debug("%s cannot be a region", layer.path, exc_info=error)
+            what = lines[0] if lines else type(error).__name__
+            raise NotShared(f"a layer cannot be captured as one graph: {what}", lasting=True) from None
+        if observed and narrowed is not None:
+            result, narrowed.mass = result
+        self.ran = True
+        if cache is not None:
+            cache.end()
+        return given.handed_back(result)
+
+
+class Handover:
+    """What a layer is called through: its region within a call of the model that it belongs to, else the layer itself."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            call = active.get()
+            if call is not None and (mine := call.shared.layer(self.layer.module)) is not None:
+                return call.run(mine, args, kwargs)
+        return self.layer.module._call_impl(*args, **kwargs)
+
+
+def note_compiling() -> None:
+    """Notes in the call that is under way here that a region was compiled in it."""
+    if (call := active.get()) is not None:
+        call.compiled = True
