@@ -38,8 +38,12 @@ SHARED_CELLS = ${sharing}  # of a scale of keys
 HEADS = tl.constexpr(${heads})  # of a group, in a tile
 PARTS = tl.constexpr(${parts})  # tiles for a group
 DIMS = tl.constexpr(${dims})  # numbers of a token in a tile, some past the head dim
+PAIR = tl.constexpr(${pair})  # neighbouring columns of a tile whose products one thread gets
+LANES = tl.constexpr(${lanes})  # key blocks that neighbouring threads get
+FOLDS = tl.constexpr(${folds})  # key blocks of one thread
 FINER = tl.constexpr(${finer})  # cells cut out of one whose scale they share
 OCTAVE = tl.constexpr(64)  # steps of a mass that doubles
+STEEP = tl.constexpr(256.0)  # a step of a mass makes more than 2 of it, and the errors of exponentials less than 1
 COARSE = tl.constexpr(4)  # those that the cutoffs of a first stage are rounded down to: lists need not be the shortest
 %end
 '''
@@ -97,6 +101,21 @@ def locate(band, offset, first_tile, end_tile, query_len, key_len, start):
     return row, col
 '''
 
+# a tile's numbers by key block, of tiles whose columns lie in order
+BY_BLOCK = '''
+
+@triton.jit
+def most(s):
+    """[ROWS, TILE_BLOCKS]: of a tile's numbers the largest of each key block."""
+    return tl.max(tl.reshape(s, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+
+
+@triton.jit
+def added(s):
+    """[ROWS, TILE_BLOCKS]: the sums of each key block's numbers."""
+    return tl.sum(tl.reshape(s, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+'''
+
 POOLED = '''
 %if peak
 
@@ -104,12 +123,12 @@ POOLED = '''
 def highest(s, ${scales}):
     """fp32 [ROWS, TILE_BLOCKS]: the highest logit of each key block, of scores that are ${lowest} where masked."""
     # of a block the highest score alone goes on: nothing but a comparison for each of the others
-    peak = tl.max(tl.reshape(s, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+    peak = most(s)
 %if int8
     return tl.where(peak == ${lowest}, float("-inf"), peak.to(tl.float32) * (row_scale[:, None] * block_scale[None, :]))
 %else
     # NaN, which a maximum passes over, has to stay; masked scores are minus infinity, of which that would make NaN
-    return peak * scale + tl.sum(tl.reshape(tl.where(s == float("-inf"), 0.0, s * 0.0), [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+    return peak * scale + added(tl.where(s == float("-inf"), 0.0, s * 0.0))
 %end
 
 %end
@@ -127,7 +146,7 @@ def pooled(s, ${scales}):
     top = tl.max(s, 1) * ${"row_scale" if int8 else "scale"}
     base = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(s * ${"row_scale[:, None]" if int8 else "scale"} - base[:, None])
-    return top, tl.sum(tl.reshape(p, [ROWS, TILE_BLOCKS, COL_CELLS]), 2)
+    return top, added(p)
 %end
 '''
 

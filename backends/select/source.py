@@ -196,6 +196,8 @@ class SelectSpec:
         return f"{self.dtype}, head dim {self.head_dim}, stride {self.stride}, block {self.block}, {pool}; {kept}; {self.rule}"
 
 
+# threads that share a row of what tensor cores multiply
+_LANES = 4
 # lengths and numbers that change from call to call: specialising on them would compile once more for each that divides by 16 or is 1
 _runtime = functools.partial(integers, specialised=False)
 
@@ -251,7 +253,7 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
     stored = importances if spec.importance else []
     if spec.streamed:
         numbers = _runtime("counts_batch", *_lists_batch(spec), *lengths, "query_cells", "begin", "first_block", "blocks", "first_seen")
-        return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *constexprs("PLACES", "CELLS", "LEAST"))
+        return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *constexprs("PLACES", "CELLS", "LEAST", "SPREAD", "VECTOR", "WORD"))
     return (*sums, *lists, *stored, *chosen, *_runtime("counts_batch", *lengths, *rows, "first_block"), *_start(spec), *constexprs("TILES"))
 
 
@@ -273,8 +275,9 @@ def _names(listed: Iterable[Argument], without: tuple[str, ...] = ()) -> str:
 
 def generate(spec: SelectSpec) -> str:
     """The module's text: `score`, and `choose` or, for wide rows, `pool` and `pick`; of a second stage, those for lists."""
-    scoring = score_template.POOLED + (stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE)
-    parts = [(score_template.HEADER + ("" if spec.streamed else score_template.WALK), ""), (scoring, "score")]
+    by_block = stream_template.BY_BLOCK if spec.streamed else score_template.BY_BLOCK
+    scoring = stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE
+    parts = [(score_template.HEADER + ("" if spec.streamed else score_template.WALK), ""), (by_block + score_template.POOLED + scoring, "score")]
     if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))
     parts.append((score_template.CANDIDATES + ("" if spec.streamed else choose_template.LOADS), ""))
@@ -311,6 +314,9 @@ def _values(spec: SelectSpec) -> dict[str, Any]:
         "merged": spec.estimate.merge,
         "heads": spec.tile_heads,
         "parts": cdiv(spec.scored, max(1, spec.tile_heads)),
+        "pair": min(2, spec.block // spec.stride),
+        "lanes": min(_LANES, spec.tile_blocks),
+        "folds": max(1, spec.tile_blocks // _LANES),
         "dims": spec.dims,
         "whole": spec.whole,
         "triangular": spec.triangular,

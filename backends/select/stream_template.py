@@ -5,13 +5,41 @@ is the logarithm of a block's mass to the base 2, below that of the first tile w
 precise where masses are large. Cells lie side by side there, so that one thread has a cell's masses, or many of them, and adds alone.
 """
 
+BY_BLOCK = '''
+
+@triton.jit
+def columns(first):
+    """[COLS]: of each column of a tile that begins at place `first`, its place and its cell of that place's block.
+
+    Of a product's rows, tensor cores give PAIR columns of every four times PAIR to one thread. A block's cells are spread over the columns so that they end up in one thread, or in as few as may be: it compares or adds them alone.
+    """
+    column = tl.arange(0, COLS)
+    lane = column // PAIR % 4
+    place = first + column // (4 * PAIR) % FOLDS * LANES + lane % LANES
+    return place, (column // (4 * PAIR * FOLDS) * (4 // LANES) + lane // LANES) * PAIR + column % PAIR
+
+
+@triton.jit
+def most(s):
+    """[ROWS, TILE_BLOCKS]: of a tile's numbers the largest of each key block."""
+    apart = tl.reshape(s, [ROWS, COLS // (4 * PAIR * FOLDS), FOLDS, 4 // LANES, LANES, PAIR])
+    return tl.reshape(tl.max(tl.max(tl.max(apart, 5), 1), 2), [ROWS, TILE_BLOCKS])
+
+
+@triton.jit
+def added(s):
+    """[ROWS, TILE_BLOCKS]: the sums of each key block's numbers."""
+    apart = tl.reshape(s, [ROWS, COLS // (4 * PAIR * FOLDS), FOLDS, 4 // LANES, LANES, PAIR])
+    return tl.reshape(tl.sum(tl.sum(tl.sum(apart, 5), 1), 2), [ROWS, TILE_BLOCKS])
+'''
+
 SCORE_STREAM = '''
 
 @triton.jit
-def tile_masses(acc, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE: tl.constexpr):
+def tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE: tl.constexpr):
     """fp32 [ROWS, TILE_BLOCKS]: the logarithm of each block's mass below `base`, and the new base.
 
-    blocks: [TILE_BLOCKS], key blocks. cols: [COLS], their cells. EDGE: some cells may be hidden.
+    first: the tile's first place. blocks: [TILE_BLOCKS], key blocks. cols: [COLS], their cells. EDGE: some cells may be hidden.
     """
 %if int8 and peak
     s = acc
@@ -32,15 +60,26 @@ def tile_masses(acc, base, blocks, cols, rows, row_last, row_scale, key_scales, 
 %end
 %if peak
     masses = highest(s, ${scales})
-    top = tl.max(masses, 1)
 %else
     top, sums = pooled(s, ${scales})
     masses = tl.where(top == float("-inf"), 0.0, top)[:, None] + tl.log2(sums)
 %end
+%if int8 and peak
+    # who sees nothing of the first places sees nothing of others
+    if first == 0:
+        top = tl.max(masses, 1)
+        base = tl.where(top == float("-inf"), 0.0, top)
+    below = masses - base[:, None]
+%else
+%if peak
+    top = tl.max(masses, 1)
+%end
     base = tl.where(base == float("-inf"), top, base)
+    below = masses - tl.where(base == float("-inf"), 0.0, base)[:, None]
+%end
     # 1.5 · 2^23 steps leave no room for a fraction of one; where numbers of 16 bits are further apart, they are whole steps too
     grid = 12582912.0 / OCTAVE
-    return (masses - tl.where(base == float("-inf"), 0.0, base)[:, None] + grid) - grid, base
+    return (below + grid) - grid, base
 
 
 %if causal
@@ -60,12 +99,14 @@ def row_at(i, first_seen, key_blocks):
 
 
 @triton.jit
-def blocks_of(list_at, place, count):
-    """Key blocks in some places; the last one again in those past the end."""
+def blocks_of(list_at, place, count, EDGE: tl.constexpr):
+    """Key blocks in some places; the last one again in those past the end, of which there are none unless EDGE."""
+    if EDGE:
+        place = tl.minimum(place, count - 1)
 %if listed
-    return tl.load(list_at + tl.minimum(place, count - 1)).to(tl.int32)
+    return tl.load(list_at + place).to(tl.int32)
 %else
-    return tl.minimum(place, count - 1)
+    return place
 %end
 
 
@@ -73,11 +114,12 @@ def blocks_of(list_at, place, count):
 @triton.jit
 def tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE: tl.constexpr):
     """TILE_BLOCKS places from `first` on: their scores, and the new base."""
-    cell = tl.arange(0, COLS)
-    cols = blocks_of(list_at, first + cell // COL_CELLS, count) * COL_CELLS + cell % COL_CELLS
+    in_place, cell = columns(first)
+    cols = blocks_of(list_at, in_place, count, EDGE) * COL_CELLS + cell
     number = tl.arange(0, STEPS * DIMS)
     y_number = number // DIMS * k_n + number % DIMS
-    at = k_head + tl.minimum(cols, key_cells - 1).to(tl.int64)[:, None] * (STEPS * k_n) + y_number[None, :]
+    real = tl.minimum(cols, key_cells - 1) if EDGE else cols
+    at = k_head + real.to(tl.int64)[:, None] * (STEPS * k_n) + y_number[None, :]
 %if dims != head_dim
     y = tl.load(at, mask=(number % DIMS < HEAD_DIM)[None, :], other=0.0)
 %else
@@ -85,9 +127,10 @@ def tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_
 %end
     acc = tl.dot(x, y.T${", out_dtype=tl.int32" if int8 else ""})
     place = first + tl.arange(0, TILE_BLOCKS)
-    blocks = blocks_of(list_at, place, count)
-    masses, base = tile_masses(acc, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE)
-    tl.store(out + place[None, :] * ROW_CELLS, masses.to(tl.float16), mask=place[None, :] < row_count[:, None])
+    blocks = blocks_of(list_at, place, count, EDGE)
+    masses, base = tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE)
+    seen = place[None, :] < row_count[:, None] if EDGE else (row_count > 0)[:, None]
+    tl.store(out + place[None, :] * ROW_CELLS, masses.to(tl.float16), mask=seen)
     return base
 %end
 
@@ -155,7 +198,7 @@ def score(${parameters}):
 %end
     before = head * row_at(blocks, first_seen, key_blocks) + row_at(rows // ROW_CELLS - first_block, first_seen, key_blocks)
     out = logs + (before * ROW_CELLS + rows % ROW_CELLS)[:, None]
-    base = tl.full([ROWS], float("-inf"), tl.float32)
+    base = tl.full([ROWS], ${"0.0" if int8 and peak else 'float("-inf")'}, tl.float32)
 %if whole
     number = tl.arange(0, STEPS * DIMS)
     # an antidiagonal: the last query against the first key
@@ -172,9 +215,9 @@ def score(${parameters}):
         base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, True)
 %else
     dims = tl.arange(0, DEPTH)
-    cell = tl.arange(0, COLS)
     for first in range(0, count, TILE_BLOCKS):
-        cols = blocks_of(list_at, first + cell // COL_CELLS, count) * COL_CELLS + cell % COL_CELLS
+        in_place, cell = columns(first)
+        cols = blocks_of(list_at, in_place, count, True) * COL_CELLS + cell
         k_tile = k_head + tl.minimum(cols, key_cells - 1).to(tl.int64)[:, None] * (STEPS * k_n) + dims[None, :]
         acc = tl.zeros([ROWS, COLS], ${"tl.int32" if int8 else "tl.float32"})
         for i in tl.range(0, STEPS * CHUNKS, num_stages=STAGES):
@@ -190,8 +233,8 @@ def score(${parameters}):
 %end
             acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
         place = first + tl.arange(0, TILE_BLOCKS)
-        listed = blocks_of(list_at, place, count)
-        masses, base = tile_masses(acc, base, listed, cols, rows, row_last, row_scale, key_scales, scale, key_cells, True)
+        listed = blocks_of(list_at, place, count, True)
+        masses, base = tile_masses(acc, first, base, listed, cols, rows, row_last, row_scale, key_scales, scale, key_cells, True)
         tl.store(out + place[None, :] * ROW_CELLS, masses.to(tl.float16), mask=place[None, :] < row_count[:, None])
 %end
 '''
@@ -208,30 +251,61 @@ def masses_of(s):
 
 
 @triton.jit
-def needed(p, total, forced, tau, least, ${"min_share, " if min_share else ""}PARTS_OF_OCTAVE: tl.constexpr):
-    """1 in places where some cell needs a block: each takes the fewest and heaviest of those that are not forced which reach, with the forced
-    ones, tau of its mass.${" And all that hold min_share of it." if min_share else ""}
+def either(a, b):
+    return a | b
 
-    PARTS_OF_OCTAVE: cutoffs are whole numbers of these below the largest mass, rounded down. p, total: [places, CELLS] and [CELLS] as `masses_of` gives them. least: a mass beside the largest that lies below any that can be needed.
+
+@triton.jit
+def packed(marks, SPREAD: tl.constexpr, WORD: tl.constexpr):
+    """int32 [PLACES // (SPREAD * WORD), SPREAD]: marks [PLACES, CELLS] of 0.0 or 1.0, of which those of WORD places that one thread has become bits of one number, so that little has to be exchanged between threads to join those of all cells."""
+    PLACES: tl.constexpr = marks.shape[0]
+    apart = tl.reshape(marks, [PLACES // (SPREAD * WORD), WORD, SPREAD, marks.shape[1]])
+    bits = tl.sum(apart * (1 << tl.arange(0, WORD)).to(tl.float32)[None, :, None, None], 1)
+    return tl.reduce(bits.to(tl.int32), 2, either)
+
+
+@triton.jit
+def unpacked(words, PLACES: tl.constexpr, SPREAD: tl.constexpr, WORD: tl.constexpr):
+    """int32 [PLACES]: of `packed`, 1 in marked places."""
+    return tl.reshape((words[:, None, :] >> tl.arange(0, WORD)[None, :, None]) & 1, [PLACES])
+
+
+@triton.jit
+def needed(p, total, alive, forced, tau, least, ${"min_share, " if min_share else ""}PARTS_OF_OCTAVE: tl.constexpr):
+    """fp32 [places, CELLS]: 1 where a cell needs a block: each takes the fewest and heaviest of those that are not forced which reach, with the forced ones, tau of its mass.${" And all that hold min_share of it." if min_share else ""}
+
+    PARTS_OF_OCTAVE: cutoffs are whole numbers of these below the largest mass, rounded down. p, total: [places, CELLS] and [CELLS] as `masses_of` gives them. alive: [CELLS], cells that there are. least: a share of all mass below any that can be needed.
     """
     gain = tl.where(forced[:, None], 0.0, p)
     need = tau * total - (total - tl.sum(gain, 0))
-    # all cells seek at once, by halving steps of the logarithm: as many for each of them, whatever their masses
-    cut = tl.where(total == total, tl.floor(tl.log2(least) * PARTS_OF_OCTAVE), 0.0)
-    step = 1.0
-    while step <= -tl.floor(tl.log2(least) * PARTS_OF_OCTAVE):
+    # who sees anything has a mass of 1
+    size = tl.where(total > 1.0, total, 1.0)
+    cut = tl.floor(tl.log2(least * size) * PARTS_OF_OCTAVE)
+%if min_share
+    # a mass of 0 is no share of 0
+    line = tl.where(total == 0.0, 1.0, min_share * total)
+    enough = tl.sum(tl.where(gain >= line[None, :], gain, 0.0), 0) >= need
+    steps = tl.where(enough, 0.0, tl.minimum(tl.floor(tl.log2(line) * PARTS_OF_OCTAVE), 0.0) - cut)
+%else
+    steps = -cut
+%end
+    # all cells seek at once, by halving steps of the logarithm: as many for each of them, up to one above the largest mass
+    most_steps = tl.max(tl.where(alive & (total == total), steps, 0.0), 0)
+    step = 0.5
+    while 2.0 * step <= most_steps + 1.0:
         step *= 2.0
     while step >= 1.0:  # those >= cut have the mass needed
-        higher = tl.exp2((cut + step) * (1.0 / PARTS_OF_OCTAVE))
-        reached = tl.sum(tl.where(gain >= higher[None, :], gain, 0.0), 0)
+        # masses are apart by a STEP_UP at least: 1 for those that reach cut + step, 0 for others, without a comparison's two slower instructions
+        slope = tl.exp2((cut + step) * (-1.0 / PARTS_OF_OCTAVE)) * STEEP
+        above = tl.minimum(tl.maximum(gain * slope[None, :] - (STEEP - 2.0), 0.0), 1.0)
+        reached = tl.sum(gain * above, 0)
         cut = tl.where(reached >= need, cut + step, cut)
         step *= 0.5
     cutoff = tl.exp2(cut * (1.0 / PARTS_OF_OCTAVE))
 %if min_share
-    # a mass of 0 is no share of 0
-    cutoff = tl.minimum(cutoff, tl.where(total == 0.0, 1.0, min_share * total))
+    cutoff = tl.where(enough, line, tl.minimum(cutoff, line))
 %end
-    return tl.max((gain >= cutoff[None, :]).to(tl.int32), 1)
+    return tl.where(gain >= tl.where(alive, cutoff, float("inf"))[None, :], 1.0, 0.0)
 '''
 
 CHOOSE_STREAM = '''
@@ -268,7 +342,7 @@ def choose(${parameters}):
 %end
         _possible, forced = candidates(col, block, b, h, ${candidate_arguments})
         forced = forced & inside
-        wanted = tl.zeros([PLACES], tl.int32)
+        wanted = tl.zeros([PLACES // (SPREAD * WORD), SPREAD], tl.int32)
 %if rule == "taus"
         tau = tl.load(thresholds + ${"h * GROUP" if grouped else "h"})
 %end
@@ -287,27 +361,30 @@ def choose(${parameters}):
             at = logs + (head * row_at(blocks, first_seen, key_blocks) + row_at(block - first_block, first_seen, key_blocks)) * ROW_CELLS
             for first in range(0, ROW_CELLS, CELLS):
                 cell = first + tl.arange(0, CELLS)
-                seen = inside[:, None] & (block * ROW_CELLS + cell < query_cells)[None, :]
-                s = tl.load(at + place[:, None] * ROW_CELLS + cell[None, :], mask=seen, other=float("-inf")).to(tl.float32)
+                alive = block * ROW_CELLS + cell < query_cells
+                s_at = tl.max_contiguous(at + place[:, None] * ROW_CELLS + cell[None, :], [1, VECTOR])
+                s = tl.load(s_at, mask=inside[:, None], other=float("-inf")).to(tl.float32)
                 p, total = masses_of(s)
-                everything = tl.maximum(everything, tl.max((total != total).to(tl.int32), 0))
-                wanted |= needed(p, total, forced, tau, least, COARSE)
+                everything = tl.maximum(everything, tl.max((alive & (total != total)).to(tl.int32), 0))
+                wanted |= packed(needed(p, total, alive, forced, tau, least, COARSE), SPREAD, WORD)
 %else
         before = tl.program_id(1) * row_at(blocks, first_seen, key_blocks) + row_at(block - first_block, first_seen, key_blocks)
         at = logs + before * ROW_CELLS
         for first in range(0, ROW_CELLS, CELLS):
             cell = first + tl.arange(0, CELLS)
-            seen = inside[:, None] & (block * ROW_CELLS + cell < query_cells)[None, :]
-            s = tl.load(at + place[:, None] * ROW_CELLS + cell[None, :], mask=seen, other=float("-inf")).to(tl.float32)
+            alive = block * ROW_CELLS + cell < query_cells
+            s_at = tl.max_contiguous(at + place[:, None] * ROW_CELLS + cell[None, :], [1, VECTOR])
+            s = tl.load(s_at, mask=inside[:, None], other=float("-inf")).to(tl.float32)
             p, total = masses_of(s)
-            everything = tl.maximum(everything, tl.max((total != total).to(tl.int32), 0))
+            everything = tl.maximum(everything, tl.max((alive & (total != total)).to(tl.int32), 0))
 %if importance
             shares = p * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
-            tl.store(importances + (row * ROW_CELLS + cell)[None, :] * key_blocks + col[:, None], shares, mask=inside[:, None])
+            kept = inside[:, None] & alive[None, :]
+            tl.store(importances + (row * ROW_CELLS + cell)[None, :] * key_blocks + col[:, None], shares, mask=kept)
 %end
-            wanted |= needed(p, total, forced, tau, least, ${"min_share, " if min_share else ""}OCTAVE)
+            wanted |= packed(needed(p, total, alive, forced, tau, least, ${"min_share, " if min_share else ""}OCTAVE), SPREAD, WORD)
 %end
-        kept = tl.where(everything > 0, inside, (wanted > 0) | forced).to(tl.int32)
+        kept = tl.where(everything > 0, inside, (unpacked(wanted, PLACES, SPREAD, WORD) > 0) | forced).to(tl.int32)
         tl.store(counts + row, tl.sum(kept))
         tl.store(indices + row * key_blocks + tl.cumsum(kept, 0) - 1, col.to(tl.int16), mask=kept > 0)
 '''

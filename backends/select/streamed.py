@@ -32,6 +32,8 @@ LARGE_CELL, _SMALL_SHARED = 256, 227 << 10
 # places up to which a launch of `choose` serves a row, and logarithms of masses that a thread of it holds
 PLACES = (64, 128, 256, 512, 1024)
 NUMBERS = 128
+# most warps of a program of `choose`, cells of a place that a thread reads at once, and places whose marks it packs into a number
+WARPS, VECTOR, WORD = 8, 2, 16
 
 
 def spec_of(
@@ -129,15 +131,21 @@ def serve(
             values |= {"heads": g1 - g0, "counts_batch": kv_blocks}
         programs = served * (1 if spec.grouped else call.group)
         for begin, end, places, least in _widths(call, spec, first, last):
-            at_once, warps = choosing(places, per_block)
-            values |= {"begin": begin, "PLACES": places, "CELLS": at_once, "LEAST": least}
+            constants, warps = choosing(places, per_block)
+            values |= {"begin": begin, "PLACES": places, "LEAST": least, **constants}
             launch(module.choose, (end - begin, programs), select_source.arguments(spec, "choose"), values, num_warps=warps)
 
 
-def choosing(places: int, cells: int) -> tuple[int, int]:
-    """How many of a block's cells `choose` takes at once for rows of so many places, and its warps."""
-    warps = min(8, max(1, places * cells // (32 * NUMBERS)))
-    return max(1, min(cells, 32 * warps * NUMBERS // places)), warps
+def choosing(places: int, cells: int) -> tuple[dict[str, int], int]:
+    """For rows of so many places, and so many cells of a block: what `choose` takes as constants, and its warps.
+
+    CELLS: those that it takes at once. VECTOR: those that lie in one thread. SPREAD: threads beside each other along the places. WORD: as above.
+    """
+    warps = min(WARPS, max(1, places * cells // (32 * NUMBERS)))
+    at_once = max(1, min(cells, 32 * warps * NUMBERS // places))
+    vector = min(VECTOR, at_once)
+    spread = min(places, max(1, 32 * warps * vector // at_once))
+    return {"CELLS": at_once, "VECTOR": vector, "SPREAD": spread, "WORD": min(WORD, places // spread)}, warps
 
 
 def _widths(call: SelectCall, spec: SelectSpec, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
