@@ -36,10 +36,10 @@ def added(s):
 SCORE_STREAM = '''
 
 @triton.jit
-def tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE: tl.constexpr):
+def tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, edge, EDGE: tl.constexpr):
     """fp32 [ROWS, TILE_BLOCKS]: the logarithm of each block's mass below `base`, and the new base.
 
-    first: the tile's first place. blocks: [TILE_BLOCKS], key blocks. cols: [COLS], their cells. EDGE: some cells may be hidden.
+    first: the tile's first place. blocks: [TILE_BLOCKS], key blocks. cols: [COLS], their cells. EDGE: some cells may be hidden, in tiles from place `edge` on.
     """
 %if int8 and peak
     s = acc
@@ -53,8 +53,9 @@ def tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_s
     s = -s
 %end
     if EDGE:
-        col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
-        s = tl.where(col_first[None, :] <= row_last[:, None], s, ${lowest})
+        if first >= edge:
+            col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)
+            s = tl.where(col_first[None, :] <= row_last[:, None], s, ${lowest})
 %if int8 and peak
     block_scale = tl.load(key_scales + tl.minimum(blocks * COL_CELLS, key_cells - 1) // FINER)
 %end
@@ -112,7 +113,7 @@ def blocks_of(list_at, place, count, EDGE: tl.constexpr):
 
 %if whole
 @triton.jit
-def tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE: tl.constexpr):
+def tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, edge, EDGE: tl.constexpr):
     """TILE_BLOCKS places from `first` on: their scores, and the new base."""
     in_place, cell = columns(first)
     cols = blocks_of(list_at, in_place, count, EDGE) * COL_CELLS + cell
@@ -128,7 +129,7 @@ def tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_
     acc = tl.dot(x, y.T${", out_dtype=tl.int32" if int8 else ""})
     place = first + tl.arange(0, TILE_BLOCKS)
     blocks = blocks_of(list_at, place, count, EDGE)
-    masses, base = tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, EDGE)
+    masses, base = tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_scales, scale, key_cells, edge, EDGE)
     seen = place[None, :] < row_count[:, None] if EDGE else (row_count > 0)[:, None]
     tl.store(out + place[None, :] * ROW_CELLS, masses.to(tl.float16), mask=seen)
     return base
@@ -209,10 +210,16 @@ def score(${parameters}):
 %else
     x = tl.load(x_at)
 %end
+%if listed
+    # rows of few tiles: the last ones are fetched ahead as the others are
+    for first in tl.range(0, count, TILE_BLOCKS, num_stages=STAGES):
+        base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, inner, True)
+%else
     for first in tl.range(0, inner, TILE_BLOCKS, num_stages=STAGES):
-        base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, False)
+        base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, inner, False)
     for first in tl.range(inner, count, TILE_BLOCKS, num_stages=1):
-        base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, True)
+        base = tile(first, base, x, k_head, k_n, list_at, count, out, row_count, rows, row_last, row_scale, key_scales, scale, key_cells, inner, True)
+%end
 %else
     dims = tl.arange(0, DEPTH)
     for first in range(0, count, TILE_BLOCKS):
@@ -234,7 +241,7 @@ def score(${parameters}):
             acc = tl.dot(x, y.T, acc${", out_dtype=tl.int32" if int8 else ""})
         place = first + tl.arange(0, TILE_BLOCKS)
         listed = blocks_of(list_at, place, count, True)
-        masses, base = tile_masses(acc, first, base, listed, cols, rows, row_last, row_scale, key_scales, scale, key_cells, True)
+        masses, base = tile_masses(acc, first, base, listed, cols, rows, row_last, row_scale, key_scales, scale, key_cells, inner, True)
         tl.store(out + place[None, :] * ROW_CELLS, masses.to(tl.float16), mask=place[None, :] < row_count[:, None])
 %end
 '''
