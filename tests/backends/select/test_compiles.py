@@ -171,7 +171,7 @@ def test_hopper_streams_keys_without_spills(name, changes):
 @pytest.mark.samples(2)
 def test_hopper_chooses_from_logarithms_with_few_spills(places, stage):
     changes = {"stride": 8, "grouped": True} if stage == "grouped" else {"listed": True, "finer": 2, "min_share": stage == "least share"}
-    cells, warps = streamed.choosing(places, 16 if stage == "grouped" else 32)
-    used = compiled(streaming(streamed.TILE, **changes), "choose", 90, warps, PLACES=places, CELLS=cells, LEAST=-1)
+    constants, warps = streamed.choosing(places, 16 if stage == "grouped" else 32)
+    used = compiled(streaming(streamed.TILE, **changes), "choose", 90, warps, PLACES=places, LEAST=-1, **constants)
     # 128 numbers a thread were the fastest on an H200 all the same
     assert used.spilled <= 160

@@ -332,6 +332,45 @@ def test_keys_pass_by_a_tile_of_queries(changes, shape, monkeypatch):
         assert torch.equal(got, chosen) and got.any() and not got.all()
 
 
+def kept_by_cells(own, possible, forced, tau, min_share=0.0):
+    """bool [batch, heads, query_blocks, key_blocks]: the row rule on masses [..., cells, key_blocks] in which ties are kept together."""
+    free = own.double() * (possible & ~forced)[:, :, :, None]
+    need = tau * own.double().sum(-1) - (own.double() * forced[:, :, :, None]).sum(-1)
+    at_least = (free[..., None, :] * (free[..., None, :] >= free[..., :, None])).sum(-1)
+    line = torch.where((at_least >= need[..., None]) & (free > 0), free, 0.0).amax(-1, keepdim=True)
+    line = torch.where(need[..., None] > 0, line, torch.inf)
+    wanted = (free >= line) & (free > 0)
+    if min_share:
+        wanted |= free >= min_share * own.double().sum(-1, keepdim=True)
+    return (wanted & (own.sum(-1, keepdim=True) > 0)).any(3) | forced
+
+
+@pytest.mark.parametrize("min_share", [0.0, 0.04])
+@pytest.mark.parametrize("numbers, warps, vector, word", [(128, 8, 2, 16), (1, 2, 4, 4), (1, 1, 1, 16)])
+def test_cutoffs_of_long_rows(numbers, warps, vector, word, min_share, monkeypatch):
+    """However cells, places and marks are spread over threads."""
+    for name, value in (("NUMBERS", numbers), ("WARPS", warps), ("VECTOR", vector), ("WORD", word), ("PLACES", (4, 16))):
+        monkeypatch.setattr(streamed, name, value)
+    query, key = inputs(700, dim=16)
+    one = call(query, key, pool="row", stride=4, block_size=32, estimate="int8+peak", threshold=[0.6], min_share=min_share)
+    lists, own = one.empty_lists(), torch.zeros(1, 2, one.query_blocks, 8, one.key_blocks)
+    stages.one_stage(one, stages.streaming(one, triton_select.LIMITS), lists, own, triton_select.LIMITS)
+    possible, forced = reference_select.candidates(one)
+    assert torch.equal(block_lists.to_dense(*lists, one.key_blocks), kept_by_cells(own, possible, forced, 0.6, min_share))
+
+
+@pytest.mark.parametrize("estimate", ["int8+peak", "int8"])
+@pytest.mark.parametrize("stride, block_size, cols", [(4, 64, 16), (4, 64, 32), (4, 64, 128), (16, 64, 64), (16, 32, 32), (8, 32, 16)])
+def test_a_blocks_cells_meet_wherever_tensor_cores_put_them(stride, block_size, cols, estimate):
+    """Tiles of a part of a block's columns in a thread, a whole block's and several blocks'."""
+    query, key = inputs(200, dim=16)
+    one = call(query, key, pool="row", stride=stride, block_size=block_size, estimate=estimate, threshold=[0.4])
+    spec = stages.streaming(one, triton_select.LIMITS, SelectTiling(max(32, block_size // stride), cols, 4, 2, 1, False))
+    lists, own = one.empty_lists(), torch.zeros(1, 2, one.query_blocks, block_size // stride, one.key_blocks)
+    stages.one_stage(one, spec, lists, own, triton_select.LIMITS)
+    assert (own - reference_select.importance(one)).abs().max() < 5e-3
+
+
 @pytest.mark.parametrize(
     "changes", [{"stride": 16}, {"estimate": "peak"}, {"pool": "max"}, {"windows": [70]}, {"estimate": "group+int8"}], ids=str
 )
