@@ -253,7 +253,8 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
     stored = importances if spec.importance else []
     if spec.streamed:
         numbers = _runtime("counts_batch", *_lists_batch(spec), *lengths, "query_cells", "begin", "first_block", "blocks", "first_seen")
-        return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *constexprs("PLACES", "CELLS", "LEAST", "SPREAD", "VECTOR", "WORD"))
+        constants = constexprs("PLACES", "CELLS", "LEAST", "SPREAD", "VECTOR", "WORD")
+        return (*sums, *lists, *listed, *stored, *chosen, *numbers, *_start(spec), *constants)
     return (*sums, *lists, *stored, *chosen, *_runtime("counts_batch", *lengths, *rows, "first_block"), *_start(spec), *constexprs("TILES"))
 
 
@@ -276,8 +277,9 @@ def _names(listed: Iterable[Argument], without: tuple[str, ...] = ()) -> str:
 def generate(spec: SelectSpec) -> str:
     """The module's text: `score`, and `choose` or, for wide rows, `pool` and `pick`; of a second stage, those for lists."""
     by_block = stream_template.BY_BLOCK if spec.streamed else score_template.BY_BLOCK
-    scoring = stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE
-    parts = [(score_template.HEADER + ("" if spec.streamed else score_template.WALK), ""), (by_block + score_template.POOLED + scoring, "score")]
+    tiles = stream_template.SCORE_STREAM if spec.streamed else score_template.FINISH + score_template.SCORE
+    scoring = by_block + score_template.POOLED + tiles
+    parts = [(score_template.HEADER + ("" if spec.streamed else score_template.WALK), ""), (scoring, "score")]
     if spec.estimate.prepared:
         parts.append((prepare.PREPARE, "prepare_cells"))
     parts.append((score_template.CANDIDATES + ("" if spec.streamed else choose_template.LOADS), ""))

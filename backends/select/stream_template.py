@@ -11,7 +11,8 @@ BY_BLOCK = '''
 def columns(first):
     """[COLS]: of each column of a tile that begins at place `first`, its place and its cell of that place's block.
 
-    Of a product's rows, tensor cores give PAIR columns of every four times PAIR to one thread. A block's cells are spread over the columns so that they end up in one thread, or in as few as may be: it compares or adds them alone.
+    Of a product's rows, tensor cores give PAIR columns of every four times PAIR to one thread. A block's cells lie in the columns of one thread,
+    or of as few as may be: it compares or adds them alone.
     """
     column = tl.arange(0, COLS)
     lane = column // PAIR % 4
@@ -264,7 +265,10 @@ def either(a, b):
 
 @triton.jit
 def packed(marks, SPREAD: tl.constexpr, WORD: tl.constexpr):
-    """int32 [PLACES // (SPREAD * WORD), SPREAD]: marks [PLACES, CELLS] of 0.0 or 1.0, of which those of WORD places that one thread has become bits of one number, so that little has to be exchanged between threads to join those of all cells."""
+    """int32 [PLACES // (SPREAD * WORD), SPREAD]: marks [PLACES, CELLS] of 0.0 or 1.0, joined over the cells.
+
+    Those of WORD places that one thread has become bits of one number first, so that threads exchange little.
+    """
     PLACES: tl.constexpr = marks.shape[0]
     apart = tl.reshape(marks, [PLACES // (SPREAD * WORD), WORD, SPREAD, marks.shape[1]])
     bits = tl.sum(apart * (1 << tl.arange(0, WORD)).to(tl.float32)[None, :, None, None], 1)
@@ -279,9 +283,11 @@ def unpacked(words, PLACES: tl.constexpr, SPREAD: tl.constexpr, WORD: tl.constex
 
 @triton.jit
 def needed(p, total, alive, forced, tau, least, ${"min_share, " if min_share else ""}PARTS_OF_OCTAVE: tl.constexpr):
-    """fp32 [places, CELLS]: 1 where a cell needs a block: each takes the fewest and heaviest of those that are not forced which reach, with the forced ones, tau of its mass.${" And all that hold min_share of it." if min_share else ""}
+    """fp32 [places, CELLS]: 1 where a cell needs a block: each takes the fewest and heaviest of those that are not forced which reach, with
+    the forced ones, tau of its mass.${" And all that hold min_share of it." if min_share else ""}
 
-    PARTS_OF_OCTAVE: cutoffs are whole numbers of these below the largest mass, rounded down. p, total: [places, CELLS] and [CELLS] as `masses_of` gives them. alive: [CELLS], cells that there are. least: a share of all mass below any that can be needed.
+    p, total: [places, CELLS] and [CELLS], as `masses_of` gives them. alive: [CELLS], cells that there are. least: a share of all mass below
+    any that can be needed. PARTS_OF_OCTAVE: cutoffs are whole numbers of these below the largest mass, rounded down.
     """
     gain = tl.where(forced[:, None], 0.0, p)
     need = tau * total - (total - tl.sum(gain, 0))
@@ -302,7 +308,8 @@ def needed(p, total, alive, forced, tau, least, ${"min_share, " if min_share els
     while 2.0 * step <= most_steps + 1.0:
         step *= 2.0
     while step >= 1.0:  # those >= cut have the mass needed
-        # masses are apart by a STEP_UP at least: 1 for those that reach cut + step, 0 for others, without a comparison's two slower instructions
+        # masses are steps of an octave's OCTAVEth part apart, so that this is 1 for those that reach cut + step and 0 for others: one
+        # multiplication that saturates, where a comparison and a selection run at half its rate
         slope = tl.exp2((cut + step) * (-1.0 / PARTS_OF_OCTAVE)) * STEEP
         above = tl.minimum(tl.maximum(gain * slope[None, :] - (STEEP - 2.0), 0.0), 1.0)
         reached = tl.sum(gain * above, 0)

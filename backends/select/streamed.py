@@ -32,7 +32,7 @@ LARGE_CELL, _SMALL_SHARED = 256, 227 << 10
 # places up to which a launch of `choose` serves a row, and logarithms of masses that a thread of it holds
 PLACES = (64, 128, 256, 512, 1024)
 NUMBERS = 128
-# most warps of a program of `choose`, cells of a place that a thread reads at once, and places whose marks it packs into a number
+# most warps of a program of `choose`; most cells of a place that a thread reads at once, and of its places whose marks make a number
 WARPS, VECTOR, WORD = 8, 2, 16
 
 
@@ -139,7 +139,8 @@ def serve(
 def choosing(places: int, cells: int) -> tuple[dict[str, int], int]:
     """For rows of so many places, and so many cells of a block: what `choose` takes as constants, and its warps.
 
-    CELLS: those that it takes at once. VECTOR: those that lie in one thread. SPREAD: threads beside each other along the places. WORD: as above.
+    CELLS: those that it takes at once. VECTOR: those that lie in one thread. SPREAD: threads beside each other along the places. WORD:
+    places of a thread whose marks are packed into one number.
     """
     warps = min(WARPS, max(1, places * cells // (32 * NUMBERS)))
     at_once = max(1, min(cells, 32 * warps * NUMBERS // places))
