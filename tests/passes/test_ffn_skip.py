@@ -337,7 +337,7 @@ def test_a_plan_file_decides(tmp_path):
 
 def test_without_it_feed_forward_blocks_are_not_looked_for():
     got = run(build("llama"), ONE_TOKEN, strict())
-    assert all(d.kind == "attention" for plan in got.plans for d in plan.decisions)
+    assert [d.kind for plan in got.plans for d in plan.decisions] == ["attention"] * 2
 
 
 @pytest.mark.parametrize("options, words", [({"exact": True}, ""), ({"min_length": "auto"}, "saves nothing")])

@@ -171,8 +171,9 @@ def test_keep_all_is_dense():
         options = {key: value for key, value in one.options().items() if value != XAttention.model_fields[key].default}
         torch._dynamo.reset()
         compiled = torch.compile(attention.causal, backend="sparsify", options=strict(passes=["xattention"], xattention=options))
-        with torch.no_grad():
+        with torch.no_grad(), api.collect_plans() as plans:
             outputs.append(compiled(*inputs))
+        assert [d.method for plan in plans for d in plan.rewritten] == ["xattention"]
     dense = attention.causal(*inputs)
     torch.testing.assert_close(outputs[1], dense, atol=1e-5, rtol=1e-5)
     assert all((outputs[0] - dense)[:, head].abs().max() > 1e-2 for head in range(heads))

@@ -15,6 +15,7 @@ from sparsify import SparseCache, policies
 from sparsify.backends.cache import reference as reference_cache
 from tests.policies.test_policies import new_state, store
 from tests.support.cache_reference import text
+from tests.support.harness import compiled
 from tests.support.tiny_models import build
 
 CLOSE = {"rtol": 1e-4, "atol": 3e-5}
@@ -105,10 +106,9 @@ def test_a_hole_is_no_part_of_the_window_compiled_too():
     want = alone(model, make, ids, [[TOKENS]])
     counted = reference.run(model, ids, reference.streaming(torch.ones_like(ids), 1, 5))
     torch.testing.assert_close(want, counted, **CLOSE)
-    torch._dynamo.reset()
-    model.compile(backend="sparsify", options={"strict": True, "lower": "eager"}, fullgraph=True)
-    got = reference.through(model, make(), columns, [17, 1, 2], mask, at)
-    torch._dynamo.reset()
+    with compiled(model, {"strict": True, "lower": "eager"}) as plans:
+        got = reference.through(model, make(), columns, [17, 1, 2], mask, at)
+    assert {d.method for plan in plans for d in plan.decisions if d.phase == "decode"} == {"kv_evict"}
     torch.testing.assert_close(got[mask.bool()][None], want, **CLOSE)
 
 

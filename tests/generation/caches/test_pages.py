@@ -15,7 +15,7 @@ from sparsify import Pages, SparseCache, policies
 from sparsify.errors import ConfigError
 from sparsify.ops import cache as cache_ops
 from tests.support.cache_reference import left_padded, text
-from tests.support.harness import holding
+from tests.support.harness import compiled, holding
 from tests.support.tiny_models import build
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -240,14 +240,10 @@ def test_compiled_code_reads_the_same_pages(policy, options):
     model = build("llama")
     make = lambda: SparseCache(model.config, policy, budget, read=FEW, batch_size=2, device="cpu", **options)
     want = model.generate(ids, **holding(make()), max_new_tokens=6, do_sample=False)
-    torch._dynamo.reset()
-    try:
-        model.compile(backend="sparsify", fullgraph=True, options={"lower": "eager", "strict": True})
-        got = model.generate(ids, **holding(make()), max_new_tokens=6, do_sample=False)
-        assert torch.equal(got, want)
-    finally:
-        model._compiled_call_impl = None
-        torch._dynamo.reset()
+    with compiled(model, {"lower": "eager", "strict": True}) as plans:
+        assert torch.equal(model.generate(ids, **holding(make()), max_new_tokens=6, do_sample=False), want)
+    prefill = [] if "positions" in options else ["dense"] * 2  # keys that are turned anew at each call are no plain attention
+    assert [d.method for plan in plans for d in plan.rewritten] == [*prefill, "kv_evict", "kv_evict"]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from sparsify.errors import ConfigError
 from sparsify.ops.cache import CacheAttentionCall
 from tests.generation.caches.test_pages import exact_bounds
 from tests.support.cache_reference import left_padded, text
-from tests.support.harness import holding
+from tests.support.harness import compiled, holding
 from tests.support.tiny_models import build
 
 # largest difference of a tiny model's logits, which are some 0.3 large, and the least: codes are no numbers
@@ -90,13 +90,9 @@ def test_compiled_code_gives_the_same_tokens(codes):
     ids, model = text(2, 70), build("llama")
     make = lambda: SparseCache(model.config, "full", 128, batch_size=2, device="cpu", dtype=codes)
     want = model.generate(ids, **holding(make()), max_new_tokens=5, do_sample=False)
-    torch._dynamo.reset()
-    try:
-        model.compile(backend="sparsify", fullgraph=True, options={"lower": "eager", "strict": True})
+    with compiled(model, {"lower": "eager", "strict": True}) as plans:
         assert torch.equal(model.generate(ids, **holding(make()), max_new_tokens=5, do_sample=False), want)
-    finally:
-        model._compiled_call_impl = None
-        torch._dynamo.reset()
+    assert [d.method for plan in plans for d in plan.rewritten] == ["dense", "dense", "kv_evict", "kv_evict"]
 
 
 def test_what_is_not_served_is_told(llama):

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparsify
-from sparsify import SparseCache
+from sparsify import SparseCache, api
 from sparsify.errors import CacheError, ConfigError
 from tests.support import cache_reference as reference
 from tests.support.cache_reference import left_padded, text
@@ -216,7 +216,9 @@ def test_generate_over_compiled_layers_gives_the_same(policy):
     make = lambda: SparseCache(model.config, policy, BUDGET, every=3, **OPTIONS[policy])
     want = model.generate(text(1, 30), max_new_tokens=10, do_sample=False, **holding(make()))
     sparsify.compile(model, strict=True, inductor={"freezing": False}, lower="eager")
-    assert torch.equal(model.generate(text(1, 30), max_new_tokens=10, do_sample=False, **holding(make())), want)
+    with api.collect_plans() as plans:
+        assert torch.equal(model.generate(text(1, 30), max_new_tokens=10, do_sample=False, **holding(make())), want)
+    assert {d.method for plan in plans for d in plan.decisions if d.phase == "decode"} == {"kv_evict"}
 
 
 @torch.no_grad()
@@ -227,7 +229,9 @@ def test_a_long_answer_of_a_compiled_model_is_counted():
     generate = lambda cache: model.generate(text(1, 4), max_new_tokens=90, min_new_tokens=90, do_sample=False, **holding(cache))
     want = generate(caches[0])
     sparsify.compile(model, strict=True, inductor={"freezing": False}, lower="eager")
-    assert torch.equal(generate(caches[1]), want)
+    with api.collect_plans() as plans:
+        assert torch.equal(generate(caches[1]), want)
+    assert {d.method for plan in plans for d in plan.decisions if d.phase == "decode"} == {"kv_evict"}
     for cache in caches:
         cache.layers[0].select(cache.layers[0].keys.shape[2])  # what waits is counted
     torch.testing.assert_close(*(cache.layers[0].carried for cache in caches), **CLOSE)

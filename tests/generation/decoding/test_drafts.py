@@ -180,8 +180,9 @@ def test_a_compiled_model_drafts(twin):
     torch._dynamo.reset()
     sparsify.compile(model, strict=True, lower="eager", min_length=0, progress=False, compile_ahead=False)
     cache = drafting(model, 3)
-    assert torch.equal(run(model, cache, **PLAIN, max_new_tokens=10), run(twin, **PLAIN, max_new_tokens=10))
-    assert cache.drafted > 0
+    with sparsify.api.collect_plans() as plans:
+        assert torch.equal(run(model, cache, **PLAIN, max_new_tokens=10), run(twin, **PLAIN, max_new_tokens=10))
+    assert cache.drafted > 0 and "kv_evict" in {d.method for plan in plans for d in plan.decisions}
 
 
 def test_files_and_copies_draft_too(llama, twin, tmp_path):

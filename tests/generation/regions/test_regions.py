@@ -88,7 +88,9 @@ def test_sampling_gives_the_tokens_that_it_gives_uncompiled():
 
     want = sampled()
     sparsify.compile(model, **DENSE)
-    assert torch.equal(sampled(), want)
+    with api.collect_plans() as plans:
+        assert torch.equal(sampled(), want)
+    assert {(d.phase, d.method) for plan in plans for d in plan.rewritten} == {("prefill", "dense"), ("decode", "kv_evict")}
 
 
 CACHES = {
@@ -142,7 +144,9 @@ def test_gradients_flow_through_regions():
     with torch.enable_grad():
         want = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), list(model.parameters()))
         sparsify.compile(model, lower="eager")
-        found = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), list(model.parameters()))
+        with api.collect_plans() as plans:
+            found = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), list(model.parameters()))
+    assert [plan.capture for plan in plans] == ["one region for 2 layers"]
     for one, other in zip(found, want, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
 
@@ -210,7 +214,9 @@ def test_verify_compares_regions():
     model = build("llama", layers=2)
     want = model.generate(**prompt(1, 20), **GREEDY)
     sparsify.compile(model, verify=True, **DENSE)
-    assert torch.equal(model.generate(**prompt(1, 20), **GREEDY), want)
+    with api.collect_plans() as plans:
+        assert torch.equal(model.generate(**prompt(1, 20), **GREEDY), want)
+    assert {(d.phase, d.method) for plan in plans for d in plan.rewritten} == {("prefill", "dense"), ("decode", "kv_evict")}
 
 
 # --- what is captured whole ---
@@ -483,9 +489,10 @@ def test_generating_over_a_static_cache():
     inputs = prompt(1, 20), prompt(1, 27, 1)
     want = [model.generate(**one, **how) for one in inputs]
     sparsify.compile(model, **DENSE)
-    for one, tokens in zip(inputs, want, strict=True):
-        assert torch.equal(model.generate(**one, **how), tokens)
-    assert not model._compiled_call_impl.reason
+    with api.collect_plans() as plans:
+        for one, tokens in zip(inputs, want, strict=True):
+            assert torch.equal(model.generate(**one, **how), tokens)
+    assert rewritten(plans) == {(2, 2)} and not model._compiled_call_impl.reason
 
 
 @pytest.mark.slow
@@ -497,9 +504,11 @@ def test_layers_that_are_put_in_another_order():
     model.model.layers = torch.nn.ModuleList(reversed(model.model.layers))
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
-    found, reason = answer(model, inputs), model._compiled_call_impl.reason
+    with api.collect_plans() as plans:
+        found, reason = answer(model, inputs), model._compiled_call_impl.reason
+    assert not plans and not reason, "the regions that there are serve them"
     sparsify.compile(model, whole=True, **DENSE)
-    assert torch.equal(found, answer(model, inputs)) and not reason
+    assert torch.equal(found, answer(model, inputs))
 
 
 @pytest.mark.slow
