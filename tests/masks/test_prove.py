@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsify.masks.predicate import MaskKind
+from tests.support.cases import examples as drawn
 from tests.support.soundness import Capture
 
 LOWEST = torch.finfo(torch.float32).min
@@ -327,7 +328,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(300, marks=pytest.mark.slow)])
+@drawn(quick=25, slow=300)
 def test_composed_masks_are_never_misread(examples):
     seen = dict.fromkeys(MaskKind, 0)
 

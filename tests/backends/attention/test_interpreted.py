@@ -16,6 +16,7 @@ from sparsify.backends.attention.triton_source import AttentionTiling
 from tests.support.attention_cases import CLAUSES, Case, make_call
 from tests.support.attention_oracle import attention_exact, tolerance
 from tests.support.attention_strategies import cases
+from tests.support.cases import examples as drawn
 
 pytestmark = pytest.mark.interpreter
 
@@ -56,10 +57,14 @@ def test_every_clause_in_decode(clause, query_len):
     check(case, AttentionTiling(16, 16, 4, 2, edge_keys=16) if case.lists else None)
 
 
-@given(case=cases(max_len=60, dims=(8, 16), dtypes=(torch.float32,), block_sizes=(32,)), edge_keys=st.sampled_from([16, 32]))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_clauses_together(case, edge_keys):
-    check(case, dataclasses.replace(SMALL, edge_keys=edge_keys))
+@drawn(quick=15, slow=150)
+def test_clauses_together(examples):
+    @given(case=cases(max_len=60, dims=(8, 16), dtypes=(torch.float32,), block_sizes=(32,)), edge_keys=st.sampled_from([16, 32]))
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    def one(case, edge_keys):
+        check(case, dataclasses.replace(SMALL, edge_keys=edge_keys))
+
+    one()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

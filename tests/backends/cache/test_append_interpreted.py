@@ -12,6 +12,7 @@ from sparsify.backends.cache import reference
 from sparsify.backends.cache.append import AppendTiling, cache_attention
 from sparsify.ops.cache import CacheAttentionCall
 from tests.backends.cache.test_decode_interpreted import TOLERANCE, filled_state
+from tests.support.cases import examples as drawn
 
 pytestmark = pytest.mark.interpreter
 
@@ -77,33 +78,37 @@ def test_clauses_change_the_result():
         assert not torch.allclose(check(**clause).nan_to_num(), plain, atol=1e-3), clause
 
 
-@given(
-    kv_heads=st.integers(1, 2),
-    group=st.integers(1, 3),
-    capacity=st.integers(2, 36),
-    sinks=st.integers(0, 6),
-    window=st.sampled_from([None, 0, 1, 5, 30]),
-    tokens=st.lists(st.integers(0, 40), min_size=2, max_size=2),
-    count=st.integers(2, 36),
-    padding=st.booleans(),
-    rotate_sinks=st.booleans(),
-    splits=st.integers(1, 3),
-)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_sizes_together(kv_heads, group, capacity, sinks, window, tokens, count, padding, rotate_sinks, splits):
-    sinks = min(sinks, capacity - 1)
-    rotate_sinks = rotate_sinks and window != 0
-    check(
-        2,
-        kv_heads,
-        group,
-        capacity,
-        (16, 16),
-        tuple(tokens),
-        sinks,
-        count,
-        window,
-        splits=splits,
-        padding=padding,
-        rotate_sinks=rotate_sinks,
+@drawn(quick=5, slow=60)
+def test_sizes_together(examples):
+    @given(
+        kv_heads=st.integers(1, 2),
+        group=st.integers(1, 3),
+        capacity=st.integers(2, 36),
+        sinks=st.integers(0, 6),
+        window=st.sampled_from([None, 0, 1, 5, 30]),
+        tokens=st.lists(st.integers(0, 40), min_size=2, max_size=2),
+        count=st.integers(2, 36),
+        padding=st.booleans(),
+        rotate_sinks=st.booleans(),
+        splits=st.integers(1, 3),
     )
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    def one(kv_heads, group, capacity, sinks, window, tokens, count, padding, rotate_sinks, splits):
+        sinks = min(sinks, capacity - 1)
+        rotate_sinks = rotate_sinks and window != 0
+        check(
+            2,
+            kv_heads,
+            group,
+            capacity,
+            (16, 16),
+            tuple(tokens),
+            sinks,
+            count,
+            window,
+            splits=splits,
+            padding=padding,
+            rotate_sinks=rotate_sinks,
+        )
+
+    one()
