@@ -70,12 +70,19 @@ static Seen seen(const Tile& t, int64_t begin, int64_t end) {
     }
     if (t.segments) {
         const bool inside = t.position >= 0 && t.last < t.c.key_len;
-        bool same = inside;
-        const int64_t own = t.segments[std::min(std::max(t.position, int64_t(0)), t.c.key_len - 1)];
-        for (int64_t p = t.position; same && p <= t.last; p++) same = t.segments[p] == own;
+        int64_t low = INT64_MAX, high = INT64_MIN, least = INT64_MAX, most = INT64_MIN;
+        for (int64_t p = std::max(t.position, int64_t(0)); p <= std::min(t.last, t.c.key_len - 1); p++) {
+            low = std::min(low, t.segments[p]);
+            high = std::max(high, t.segments[p]);
+        }
         int64_t equal = 0;
-        for (int64_t k = begin; k < end; k++) equal += t.segments[k] == own;
-        if (same && !equal) return NONE;
+        for (int64_t k = begin; k < end; k++) {
+            least = std::min(least, t.segments[k]);
+            most = std::max(most, t.segments[k]);
+            equal += t.segments[k] == low;
+        }
+        const bool same = inside && low == high;
+        if (least > high || most < low || (same && !equal)) return NONE;
         every &= same && equal == end - begin;
     }
     return every ? EVERY : SOME;
