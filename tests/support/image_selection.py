@@ -40,7 +40,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {"gemma3": {"text_config": _WINDOWS}}
 
 
 def build(family: str, layers: int = 4) -> nn.Module:
-    model = build_class(FAMILIES[family], "sdpa", layers=layers, by_layer=False, overrides=_OVERRIDES.get(family))
+    overrides = _OVERRIDES.get(family)
+    if overrides is not None:
+        text = overrides["text_config"]
+        overrides = {"text_config": {**text, "layer_types": text["layer_types"][:layers]}}
+    model = build_class(FAMILIES[family], "sdpa", layers=layers, by_layer=False, overrides=overrides)
     spread_weights(model)
     return model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Layer:
     shadow: what stands for it, made anew when the layer has changed.
     arguments: names of its forward's parameters that may be given by position.
     tower: whether it is one of a tower, an encoder that makes features of images or sound for the decoder.
+    over_documents: what stands for a layer of a tower in calls over several texts; None for other layers.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Layer:
     shadow: Shadow
     arguments: tuple[str, ...]
     tower: bool = False
+    over_documents: Shadow | None = None
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -72,9 +74,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return [Layer(f"{name}.{number}", number, module, Shadow(module), _arguments(module)) for number, module in enumerate(modules)]
 
 
-def find_towers(model: nn.Module, decoder: Sequence[Layer]) -> list[Layer]:
+def find_towers(model: nn.Module, decoder: Sequence[Layer], told: Callable[[Any], Any]) -> list[Layer]:
     """The layers of all towers beside the decoder: lists of modules of one class, without numbers, whose attention is not causal and goes
-    through transformers' AttentionInterface."""
+    through transformers' AttentionInterface. told: as of `Shadow`, in calls over several texts."""
     taken = {id(part) for layer in decoder for part in layer.module.modules()}
     found: list[Layer] = []
     for name, modules in model.named_modules():
@@ -82,17 +84,21 @@ def find_towers(model: nn.Module, decoder: Sequence[Layer]) -> list[Layer]:
             continue
         if len({type(module) for module in modules}) == 1 and len(set(map(id, modules))) == len(modules) and all(map(_is_encoder, modules)):
             taken |= {id(part) for part in modules.modules()}
-            found += [
-                Layer(f"{name}.{number}", number, module, Shadow(module, numbered=False), _arguments(module), tower=True)
-                for number, module in enumerate(modules)
-            ]
+            for number, module in enumerate(modules):
+                shadow, over_documents = Shadow(module, numbered=False), Shadow(module, numbered=False, told=told)
+                found.append(Layer(f"{name}.{number}", number, module, shadow, _arguments(module), True, over_documents))
     return found
 
 
 def _is_encoder(layer: nn.Module) -> bool:
     parts = [vars(part) for part in layer.modules()]
-    attends = [part for part in parts if part.get("is_causal") is False and hasattr(part.get("config"), "_attn_implementation")]
+    attends = [part for part in parts if _attends_to_both_sides(part)]
     return len(attends) == 1 and attends[0]["config"]._attn_implementation == "sdpa" and not any(NUMBER in part for part in parts)
+
+
+def _attends_to_both_sides(values: dict[str, Any]) -> bool:
+    """Whether a module with these attributes is attention that is not causal, through transformers' AttentionInterface."""
+    return values.get("is_causal") is False and hasattr(values.get("config"), "_attn_implementation")
 
 
 def _arguments(layer: nn.Module) -> tuple[str, ...]:
@@ -111,10 +117,11 @@ class Shadow:
 
     Args:
         numbered: whether the layer has a number.
+        told: from the configuration of attention that is not causal to the one that it has here; None: its own.
     """
 
-    def __init__(self, layer: nn.Module, numbered: bool = True):
-        self._layer, self._numbered = layer, numbered
+    def __init__(self, layer: nn.Module, numbered: bool = True, told: Callable[[Any], Any] | None = None):
+        self._layer, self._numbered, self._told = layer, numbered, told
         self._copied: list[tuple[nn.Module, _Seen]] = []
         self._module: nn.Module | None = None
         self.number = -1
@@ -138,7 +145,7 @@ class Shadow:
         if tensor_parallel.is_divided(module):
             self._copied.append((module, _Seen(module)))
             return tensor_parallel.local(module)
-        if not top and not any(map(_is_own, module.modules())):
+        if not top and not any(map(self._is_own, module.modules())):
             return module
         self._copied.append((module, _Seen(module)))
         twin = object.__new__(type(module))
@@ -148,13 +155,15 @@ class Shadow:
         twin.__dict__.pop("_compiled_call_impl", None)
         if NUMBER in twin.__dict__:
             twin.__dict__[NUMBER] = LAYER
+        if self._told is not None and _attends_to_both_sides(vars(module)):
+            twin.__dict__["config"] = self._told(vars(module)["config"])
         return twin
 
-
-def _is_own(part: nn.Module) -> bool:
-    """Whether a module is not the same in what stands for the layer."""
-    recorded = compat.without_recorders(part._forward_hooks) is not part._forward_hooks
-    return NUMBER in vars(part) or recorded or tensor_parallel.is_divided(part)
+    def _is_own(self, part: nn.Module) -> bool:
+        """Whether a module is not the same in what stands for the layer."""
+        recorded = compat.without_recorders(part._forward_hooks) is not part._forward_hooks
+        told = self._told is not None and _attends_to_both_sides(vars(part))
+        return NUMBER in vars(part) or recorded or told or tensor_parallel.is_divided(part)
 
 
 class _Seen:

@@ -28,7 +28,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.generation import compat
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.caches.layer import SparseLayer
-from sparsify.generation.regions import bins, masks, prompts
+from sparsify.generation.regions import bins, claims, masks, prompts
 from sparsify.generation.regions.caches import CACHES
 from sparsify.generation.regions.layers import Layer
 from sparsify.generation.regions.masks import PostponedMask, Recipe
@@ -46,10 +46,8 @@ log = logging.getLogger(__name__)
 # set around a call that must be packed, or fail
 _required: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_packing_required", default=False)
 
-# what a claim about a layer is run over: columns of the longer of two texts, draws (experts may change between equal scores), and
-# how far results may differ, as a share of what the layer adds
+# what a claim about a layer is run over: columns of the longer of two texts, draws (experts may change between equal scores)
 _COLUMNS, _DRAWS = 12, 3
-_CLOSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @contextlib.contextmanager
@@ -412,10 +410,9 @@ def _differs(layer: Layer, layout: Layout, hidden: Tensor, small: dict[str, Any]
         if type(result) is tuple and any(map(prompts.holds_tensors, result[1:])):
             return "it gives more than the residual stream"
         results.append(result[0] if type(result) is tuple else result)
-    want, found = (one[layout.is_token].double() for one in (results[0], layout.unpack(results[1])))
-    added = (want - rows[layout.is_token].double()).abs().max()
-    allowed = _CLOSE.get(hidden.dtype, 1e-3) * added + 4 * torch.finfo(hidden.dtype).eps * want.abs().max()
-    return "" if bool((want - found).abs().max() <= allowed) else "what it computes for a token depends on more than the token's text"
+    want, found = (one[layout.is_token] for one in (results[0], layout.unpack(results[1])))
+    alike = claims.alike(rows[layout.is_token], want, found)
+    return "" if alike else "what it computes for a token depends on more than the token's text"
 
 
 def _small(name: str, value: Any, layer: Layer, is_token: Tensor) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
-from sparsify.generation.regions import bypass, caches
+from sparsify import pipeline
+from sparsify.generation.regions import bypass, caches, documents
 from sparsify.generation.regions.arguments import Arguments, made, uncompiled
 from sparsify.generation.regions.layers import Layer, NotShared
 from sparsify.generation.regions.narrowing import FindImages, Narrowed
@@ -19,6 +20,7 @@ from sparsify.generation.regions.packing import PackedCall
 from sparsify.generation.regions.region import Held
 from sparsify.generation.regions.shared import SharedLayers
 from sparsify.generation.regions.towers import texts
+from sparsify.planning.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -108,16 +110,45 @@ class Call:
         if self.tower_trouble is None:
             self.tower_trouble = towers.trouble()
         given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
-        if self.tower_trouble or not towers.serves(layer, given):
+        hidden = args[0] if args else given.get("hidden_states")
+        if self.tower_trouble or not isinstance(hidden, Tensor) or not towers.serves(layer, given, hidden):
             return uncompiled(layer.module, args, kwargs)
+        if args and not hidden.requires_grad and hidden._is_view():
+            # code is specialised on what a tensor is a view of, and the first layer's alone is one
+            args = hidden.data, *args[1:]
         ran = self.ran
         try:
-            return self._through_region(layer, args, kwargs)
+            if (holds := towers.over_documents(layer, given, hidden)) is None:
+                return self._try_documents(layer, args, kwargs, hidden)
+            return self._through_region(layer, args, kwargs, over_documents=holds)
         except NotShared as why:
             towers.leave(layer, str(why))
             return uncompiled(layer.module, args, kwargs)
         finally:
             self.ran = ran
+
+    def _try_documents(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Any:
+        """The result of a tower's layer over texts with bounds, in the first call of its kind: as one attention whose mask has a document
+        for each, which serves from then on where it is rewritten, as a mask that is written out would cost more; else text by text."""
+        towers, given = self.shared.towers, {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        holds, plans = documents.serve(layer, hidden, given), list[Plan]()
+        outer, token = pipeline.collector.get(), pipeline.collector.set(plans)
+        try:
+            if holds:
+                found = self._through_region(layer, args, kwargs, over_documents=True)
+                refused = any(one.kind == "attention" and one.method is None for plan in plans for one in plan.decisions)
+                towers.tried(layer, given, hidden, texts(given) == 1 or not refused)
+                return found
+        except NotShared as why:
+            log.debug("%s is not served over documents: %s", layer.path, why)
+        finally:
+            pipeline.collector.reset(token)
+            if outer is not None:
+                outer += plans
+        towers.tried(layer, given, hidden, False)
+        if towers.serves(layer, given, hidden):
+            return self._through_region(layer, args, kwargs)
+        return uncompiled(layer.module, args, kwargs)
 
     def _run(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -130,13 +161,17 @@ class Call:
             self.shared.reason = self.shared.reason or str(why)
             return result
 
-    def _through_region(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None = None) -> Any:
-        """layout: where the call's tokens lie, if they are packed."""
-        shadow = layer.shadow.current()
-        given = Arguments(layer, args, kwargs, self._caches, layout)
+    def _through_region(
+        self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None = None, over_documents: bool = False
+    ) -> Any:
+        """layout: where the call's tokens lie, if they are packed. over_documents: as `Layer.over_documents`."""
+        shadow = (layer.over_documents if over_documents and layer.over_documents else layer.shadow).current()
+        given = Arguments(layer, args, documents.arguments(kwargs) if over_documents else kwargs, self._caches, layout)
+        count = texts(given.rest) if layer.tower else 0
         narrowed = None if layer.tower else self.narrowed
         observed = {} if narrowed is None else narrowed.observation(layer)
-        region = self.shared.region(layer, given, "" if narrowed is None else narrowed.part(layer))
+        part = "" if narrowed is None else narrowed.part(layer)
+        region = self.shared.region(layer, given, part, min(count, 2) if over_documents else 0)
         cache = given.cache
         if cache is not None:
             cache.begin()
@@ -144,7 +179,7 @@ class Call:
         state = {} if cache is None else cache.varying
         numbers = self.shared.head_numbers(layer, given.hidden.device) if given.query_len > 1 and not layer.tower else {}
         packing = {} if layout is None else layout.operands()
-        sizes = (given.batch, given.query_len, given.key_len, layout and layout.is_token.shape, texts(given.rest) if layer.tower else 0)
+        sizes = (given.batch, given.query_len, given.key_len, layout and layout.is_token.shape, count)
         try:
             result = region(sizes, shadow, given.by_position, given.rest, held, state, given.varying, numbers, observed, packing)
         except TorchDynamoException as error:

@@ -81,14 +81,18 @@ class SharedLayers:
         """What layers have in common that one region can serve."""
         return self.towers.kind(layer) if layer.tower else self.kinds[layer.number]
 
-    def region(self, layer: Layer, arguments: Arguments, part: str) -> Region:
-        """The region of a layer for calls of this form. part: as `Narrowed.part` says.
+    def region(self, layer: Layer, arguments: Arguments, part: str, documents: int = 0) -> Region:
+        """The region of a layer for calls of this form.
+
+        Args:
+            part: as `Narrowed.part` says.
+            documents: of a tower's layer as `Layer.over_documents` has it: 1 over one text, 2 over several.
 
         Raises:
             NotShared: there is none for an argument.
         """
         regime = 0 if (shared := sequence.under_way()) is None else shared.regime
-        key = (self.kind(layer), arguments.form(), part, regime)
+        key = (self.kind(layer), arguments.form(), part, documents, regime)
         found = self._regions.get(key)
         return self._add_region(key, layer, part) if found is None else found
 
