@@ -210,7 +210,7 @@ class XAttention(PromptPass):
             return self.refuse(f"{len(self.windows)} windows for {site.query_heads} query heads")
         if any(self.windows) and (site.mask.window is not None or site.mask.documents is not None):
             return self.refuse("heads with sinks and a window of their own in a layer with a window or packed documents")
-        if any(self.patterns) and (refusal := self._refuse_patterns(site, context)) is not None:
+        if any(self.for_all_heads().patterns) and (refusal := self._refuse_patterns(site, context)) is not None:
             return refusal
         if context.min_length is None and context.family == "reference":
             why = f" ({context.obstacle})" if context.obstacle else ""
@@ -295,7 +295,7 @@ class XAttention(PromptPass):
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or self._expected(sizes.key_len)
         selecting = work.selections(sizes, self.stride, self.block, self.variants, self.pool, self.refine_stride or 0, share)
-        if any(self.patterns):
+        if any(self.for_all_heads().patterns):
             selecting = *selecting, work.pattern_choice(sizes, self.queries)
         return *self.last_rows_works(sizes, kernel), *selecting, work.attention(sizes, kernel, share=share, listed=True)
 

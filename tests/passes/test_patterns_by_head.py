@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from sparsify import api
 from sparsify.backends.sparse_attention import sparse_attention
+from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
 from sparsify.ops import block_lists
 from sparsify.ops.patterns import ALWAYS, SelectPatternCall
@@ -194,6 +195,9 @@ def test_what_it_refuses():
     assert isinstance(divided, Context)
     refused = XAttention(patterns=((64, 64),) * 32).propose(site(), divided)
     assert isinstance(refused, Refusal) and "divided among processes" in refused.reason
+    # a process none of whose heads has a pattern takes them as operands all the same, and refuses what the others refuse
+    own = XAttention(patterns=((64, 64),) * 32 + ((),) * 32, threshold=0.5).of_heads(Shard(1, 2, "group"), 32)
+    assert not any(own.patterns) and own.head_numbers()["columns"] == (-1,) * 32 and isinstance(own.propose(site(), divided), Refusal)
 
 
 @pytest.mark.parametrize(
