@@ -46,7 +46,7 @@ def variants(
     """
     sparse = {"passes": ["xattention", "dense"], "xattention": {"density": density}, "min_length": 0, "strict": True}
     chosen = {"layer": select[0], "heads": "all", "keep": select[1]}
-    selecting = {"passes": ["token_select", "xattention", "dense"], "token_select": chosen}
+    selecting = {"passes": ["token_select", "xattention", "dense", "ffn_parts"], "token_select": chosen}
     patterns = {**sparse, "passes": ["minference", "dense"], "minference": {"columns": pattern[0], "diagonals": pattern[1]}}
     return {
         **peers.MODELS,
