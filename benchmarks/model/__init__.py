@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from benchmarks.lib.records import Record
 from sparsify.commands.bench.prefill import Prefill
 
-__all__ = ["CompileTime", "Generate", "GenerateSeconds", "LongPrompt", "Padded", "Prefill", "Speculation"]
+__all__ = ["Calibrating", "CompileTime", "Generate", "GenerateSeconds", "LongPrompt", "Padded", "Prefill", "Speculation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,24 @@ class Visual(Record):
     times_s: list[float] | None = None
     first_call_s: float | None = None  # compilation included
     cached: float | None = None  # tokens that a layer's cache holds, on average over layers
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrating(Record):
+    """`sparsify calibrate attention`, from the command to the plan."""
+
+    NAME = "calibrating"
+    KEYS = ("shape", "layers", "variant", "lengths", "pieces", "settings")
+    shape: str  # of benchmarks.lib.models
+    layers: int
+    variant: str  # of benchmarks.model.calibrating.VARIANTS
+    lengths: list[int]  # of the prompts, tokens
+    pieces: int  # prompts of each length
+    settings: list[str]  # options of methods that were given
+    peak_bytes: int | None  # most device memory, weights included; None on a CPU
+    s: float | None = None
+    heads: int | None = None  # that got a threshold of their own
     error: str | None = None
 
 

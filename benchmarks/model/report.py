@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lib.models import SHAPES
 from benchmarks.lib.registry import Benchmark
-from benchmarks.model import CompileTime, Generate, GenerateSeconds, LongPrompt, Padded, Prefill, Speculation, Visual
+from benchmarks.model import Calibrating, CompileTime, Generate, GenerateSeconds, LongPrompt, Padded, Prefill, Speculation, Visual
 from sparsify.commands.bench import prefill, whole_call
 from sparsify.commands.bench.tables import (
     Found,
@@ -301,6 +301,25 @@ def padded_table(found: Iterable[Found]) -> str:
     return "\n\n".join(parts)
 
 
+def calibrating_table(found: Iterable[Found]) -> str:
+    """Seconds of calibrations, by what settings are compared by."""
+    parts = []
+    for group in groups(latest(found, Calibrating), lambda r: (r["shape"], r["layers"], r["machine"]["gpu"] or "CPU")):
+        rows = []
+        for r in sorted(group, key=lambda r: (r["lengths"], r["pieces"], r["settings"], r["variant"])):
+            prompts = f"{r['pieces']} of each of {', '.join(map(size, r['lengths']))}"
+            settings = ", ".join(r["settings"]) or "–"
+            if r.get("error"):
+                rows.append([prompts, settings, r["variant"], failure(r["error"]), *["–"] * 2, commit(r)])
+                continue
+            peak = f"{r['peak_bytes'] / 2**30:.1f}" if r.get("peak_bytes") else "–"
+            rows.append([prompts, settings, r["variant"], f"{r['s']:.0f}", peak, str(r["heads"]), commit(r)])
+        head = f"### Calibrating attention, shape {group[0]['shape']}, {group[0]['layers']} layers\n\nLoading the model included. {conditions(group)}"
+        header = ["prompts, tokens", "settings", "compared by", "s", "peak, GiB", "heads with a threshold", "commit"]
+        parts.append(head + "\n\n" + markdown(header, rows))
+    return "\n\n".join(parts)
+
+
 def visual_table(found: Iterable[Found]) -> str:
     """Seconds of a prompt with images, by variant."""
     parts = []
@@ -482,6 +501,15 @@ BENCHMARKS = (
         records=(Visual,),
         title="Prompts with images",
         table=visual_table,
+    ),
+    Benchmark(
+        name="calibrating",
+        place=19,
+        measures="seconds of `sparsify calibrate attention` on a model of a real size, from the command to the plan",
+        module="benchmarks.model.calibrating",
+        records=(Calibrating,),
+        title="Time to calibrate",
+        table=calibrating_table,
     ),
     Benchmark(
         name="compile_time",
