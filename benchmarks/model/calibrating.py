@@ -4,9 +4,9 @@
     python -m benchmarks run calibrating --shape tiny --lengths 512 --device cpu
 
 The model is an 8B-shaped Llama with random weights, saved to a temporary folder first (16 GB), which is not counted: speed does not depend
-on the weights, though where real heads are gathered fewer blocks are visited. Its tokens are the bytes of the standard library's source. Every
-variant measures anew: `error` compares settings by the error of attention's outputs, `loss` by the text's loss, which takes a backward pass.
-Appends to results/calibrating.jsonl.
+on the weights, though where real heads are gathered fewer blocks are visited. Its tokens are the bytes of the standard library's source.
+Every variant measures anew: `error` compares settings by the error of attention's outputs, `loss` by the text's loss, which takes a
+backward pass. Appends to results/calibrating.jsonl.
 """
 
 from __future__ import annotations

@@ -314,7 +314,8 @@ def calibrating_table(found: Iterable[Found]) -> str:
                 continue
             peak = f"{r['peak_bytes'] / 2**30:.1f}" if r.get("peak_bytes") else "–"
             rows.append([prompts, settings, r["variant"], f"{r['s']:.0f}", peak, str(r["heads"]), commit(r)])
-        head = f"### Calibrating attention, shape {group[0]['shape']}, {group[0]['layers']} layers\n\nLoading the model included. {conditions(group)}"
+        head = f"### Calibrating attention, shape {group[0]['shape']}, {group[0]['layers']} layers"
+        head += f"\n\nLoading the model included. {conditions(group)}"
         header = ["prompts, tokens", "settings", "compared by", "s", "peak, GiB", "heads with a threshold", "commit"]
         parts.append(head + "\n\n" + markdown(header, rows))
     return "\n\n".join(parts)
