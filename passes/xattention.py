@@ -14,6 +14,7 @@ logits of up to block - 1 rows before it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -50,6 +51,8 @@ from sparsify.planning.method import (
 
 # what a region takes as operands, by the field of the call that they take the place of
 _OPERANDS = {"threshold": "head_thresholds", "columns": "head_columns", "diagonals": "head_diagonals"}
+# with two stages; measured beside `DEFAULT` in docs/decisions/0015
+_STAGED: tuple[VariantName, ...] = ("quad", "int8", "peak")
 
 
 class XAttention(PromptPass):
@@ -61,9 +64,9 @@ class XAttention(PromptPass):
     lists_blocks: ClassVar[bool] = True
 
     stride: Literal[4, 8, 16] = Field(
-        4,
-        description="tokens that one score of the estimate spans; smaller is finer and slower. 8 with a density, sum or max; 16 with two "
-        "stages",
+        8,
+        description="tokens that one score of the estimate spans; smaller is finer and slower. Twice `refine_stride` with two stages, 4 "
+        "with one under the row rule",
     )
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
     pool: Pool = Field(
@@ -72,27 +75,30 @@ class XAttention(PromptPass):
         "each cell keeps by itself; sum is the published rule. max with a density",
     )
     estimate: tuple[VariantName, ...] = Field(
-        DEFAULT.variants,
-        description="ways to make the estimate cheaper, any of them together: "
+        _STAGED,
+        description="ways to make the estimate cheaper, any of them together; `pair`, `int8` and `peak` with one stage: "
         + "; ".join(f"`{name}`: {one.computes.partition(';')[0]}" for name, one in VARIANTS.items()),
     )
     threshold: float | tuple[float, ...] = Field(
-        0.8, description="share of a row's estimated mass to keep; a list gives one per query head. 0.95 with sum or max"
+        0.78, description="share of a row's estimated mass to keep; a list gives one per query head. 0.95 with sum or max"
     )
     min_share: float = Field(
-        0.0,
+        0.05,
         ge=0,
         le=1,
         description="with the row rule, a cell also keeps every block that holds at least this share of its mass, beside what the "
-        "threshold keeps; 0: none",
+        "threshold keeps; 0: none. None where a threshold is given, with sum or max",
     )
     density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
     refine_stride: Literal[4, 8] | None = Field(
-        None,
+        4,
         description="two stages, with the row rule: blocks that `stride` lists with `coarse_threshold` are scored again at this finer "
-        "stride, and `threshold` chooses among them",
+        "stride, and `threshold` chooses among them. None where a stride or patterns are given, with a density, sum or max; what two stages cannot "
+        "serve (padding, packed documents, windows) is scored at this stride alone",
     )
-    coarse_threshold: float = Field(0.9, ge=0, le=1, description="share of a row's mass that the first of two stages keeps")
+    coarse_threshold: float = Field(
+        0.95, ge=0, le=1, description="share of a row's mass that the first of two stages keeps; a higher threshold where that is given"
+    )
     windows: tuple[int, ...] = Field(
         (),
         description="one number per query head: a head with a positive one sees `sinks` first and so many last keys, by token, and no "
@@ -143,14 +149,23 @@ class XAttention(PromptPass):
     @model_validator(mode="after")
     def _defaults_that_go_together(self) -> XAttention:
         """A density needs a rule that ranks blocks, and asks for a cost: the estimate's stays low at any length. Sum and max keep blocks
-        for all cells together, of which a larger share has to be kept. The first of two stages is twice as coarse: at four times it
-        drops single facts, which it meets in one pair of tokens of sixteen."""
+        for all cells together, of which a larger share has to be kept. Who names a threshold or a stride has named all of it. The first of
+        two stages is twice as coarse: at four times it drops single facts, which it meets in one pair of tokens of sixteen. One stage by
+        itself scores pairs: of means of four tokens it loses what the first of two still lists."""
         if self.density:
             self._default(pool="max")
         if self.pool != "row":
-            self._default(stride=8, threshold=0.95)
-        elif self.refine_stride:
-            self._default(stride=2 * self.refine_stride)
+            self._default(refine_stride=None, threshold=0.95, min_share=0.0)
+        if "threshold" in self.model_fields_set:
+            self._default(min_share=0.0)
+        if "stride" in self.model_fields_set or any(self.patterns):
+            self._default(refine_stride=None)
+        if self.refine_stride:
+            thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+            highest = max((one for one in thresholds if one < 1), default=0.0)
+            self._default(stride=2 * self.refine_stride, coarse_threshold=max(self.coarse_threshold, highest))
+        else:
+            self._default(estimate=DEFAULT.variants, stride=4 if self.pool == "row" else 8)
         return self
 
     def _default(self, **values: Any) -> None:
@@ -202,8 +217,9 @@ class XAttention(PromptPass):
             return self.refuse("the estimate does not model softcap, sink logits, alibi or another bias")
         if (refusal := self.refuse_last_rows(site, context)) is not None:
             return refusal
-        if context.kernels == "triton" and (obstacle := self._unrefined(site)):
-            return self.refuse(f"no kernel makes two stages {obstacle}", "leave out refine_stride")
+        if obstacle := self._unrefined(site):
+            answer = self._in_one_stage().propose(site, context)
+            return answer if isinstance(answer, Refusal) else dataclasses.replace(answer, note=f"{answer.note}; no two stages {obstacle}")
         if isinstance(self.threshold, tuple) and len(self.threshold) not in (1, site.query_heads):
             return self.refuse(f"{len(self.threshold)} thresholds for {site.query_heads} query heads")
         if self.windows and len(self.windows) != site.query_heads:
@@ -249,7 +265,8 @@ class XAttention(PromptPass):
         return Proposal.from_work(self, site, context, works, note=note, **limits)
 
     def _unrefined(self, site: AttentionSite) -> str:
-        """Beside what no kernel serves a second stage: the reference would take longer than dense attention. Empty where one does."""
+        """Beside what no kernel serves a second stage, which the reference would take longer for than dense attention. Empty where one
+        does, or none is asked for."""
         if not self.refine_stride:
             return ""
         cells = self.block // self.variants.span(self.refine_stride)
@@ -259,7 +276,6 @@ class XAttention(PromptPass):
             "beside a window": site.mask.window is not None or any(self.for_all_heads().windows),
             "of an estimate that a group shares": self.variants.group,
             f"of {cells} cells of a query block": cells < LEAST_LISTED_CELLS,
-            f"over {site.key_len} keys": isinstance(site.key_len, int) and cdiv(site.key_len, self.block) > scratch.WIDEST_ROW,
         }
         return next((what for what, holds in obstacles.items() if holds), "")
 
@@ -275,6 +291,13 @@ class XAttention(PromptPass):
                 "heads with columns and diagonals in a prompt that is divided among processes", "minference serves all heads so"
             )
         return None
+
+    def _in_one_stage(self) -> XAttention:
+        """The second stage alone, which chooses among all blocks; what was not given goes with one stage."""
+        given = self.model_fields_set - {"stride", "refine_stride", "coarse_threshold"}
+        single = XAttention(**{name: getattr(self, name) for name in given}, stride=self.refine_stride)
+        single._whole = self._whole
+        return single
 
     def _sent(self, sizes: AttentionSizes, processes: int) -> int:
         """Bytes that a process sends in a layer, if every block is visited by some row."""
@@ -385,8 +408,7 @@ class XAttention(PromptPass):
             "threshold": self._thresholds(),
             "min_share": self.min_share,
             "density": self.density or 0.0,
-            "refine_stride": self.refine_stride or 0,
-            "coarse_threshold": self.coarse_threshold,
+            **({"refine_stride": self.refine_stride, "coarse_threshold": self.coarse_threshold} if self.refine_stride else {}),
             **({**self._columns_and_diagonals(), "queries": self.queries} if self.patterns else {}),
         }
 

@@ -23,7 +23,7 @@ def select_blocks(call: SelectCall, *, limits: Limits = LIMITS) -> streamed.List
     """As `triton.select_blocks`, of calls with a second stage too."""
     if call.empty:
         return triton.select_blocks(call, limits=limits)
-    lists = call.empty_lists()
+    call, lists = call.served, call.empty_lists()
     if call.refine_stride:
         two_stages(call, lists, None, limits)
     elif (spec := streaming(call, limits)) is not None:

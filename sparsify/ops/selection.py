@@ -24,6 +24,7 @@ from sparsify.ops.library import define
 from sparsify.ops.limits import cdiv
 from sparsify.ops.listing import ListingCall
 from sparsify.ops.patterns import SelectPatternCall
+from sparsify.ops.scratch import WIDEST_ROW
 
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
@@ -86,7 +87,8 @@ class SelectCall(ListingCall):
     density: when positive, keep this share of each row's possible blocks instead.
     refine_stride: when positive, two stages under the row rule: cells of `stride` keep at least `coarse_threshold` of their mass, and what
         they keep is listed for all heads of their group. Of the blocks listed so, cells of this finer stride keep `threshold` of their
-        mass, and what `min_share` adds, counted over that list alone. Heads with a threshold of 1 or more keep everything.
+        mass, and what `min_share` adds, counted over that list alone. Heads with a threshold of 1 or more keep everything. Rows of more
+        than `sparsify.ops.scratch.WIDEST_ROW` blocks have no first stage: the second chooses among all blocks.
     coarse_threshold: share of each row's mass that the first of two stages keeps at least, no less than any threshold below 1.
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
     columns, diagonals: one number per query head, for heads whose blocks are not chosen by the estimate but by what the last `queries`
@@ -147,6 +149,18 @@ class SelectCall(ListingCall):
             return dataclasses.replace(given, columns=visited(self.columns), diagonals=visited(self.diagonals))
         operands = self.head_columns.clamp(min=0), self.head_diagonals.clamp(min=0)
         return dataclasses.replace(given, head_columns=operands[0], head_diagonals=operands[1])
+
+    @property
+    def refines(self) -> bool:
+        """Whether there are two stages: no kernel makes them of longer rows, and scores of all of those would be held at once."""
+        return self.refine_stride > 0 and self.key_blocks <= WIDEST_ROW
+
+    @property
+    def served(self) -> SelectCall:
+        """This call, or its second stage alone where it asks for two and there is one. Keys that were prepared are the first stage's."""
+        if not self.refine_stride or self.refines or self.prepared_keys is not None:
+            return self
+        return dataclasses.replace(self, stride=self.refine_stride, refine_stride=0)
 
     @property
     def stages(self) -> tuple[SelectCall, SelectCall]:

@@ -79,30 +79,45 @@ def proposal(method=None, at=None, context=CONTEXT) -> Proposal:
 
 def test_a_proposal_costs_less_than_dense_when_long_and_says_what_it_is():
     found = proposal()
-    assert found.note == "stride 4, row+pair+int8+peak, τ 0.8, block 128"
+    assert found.note == "stride 8 (τ 0.95), then 4, row+quad+int8+peak, τ 0.78 and shares of 0.05, block 128"
     assert 1024 < found.min_key_len < 131072
     assert (
         proposal(XAttention(density=0.1, pool="sum", estimate=("int8", "half"))).note == "stride 8, sum+half+int8, density 0.1, block 128"
     )
-    assert proposal(XAttention(threshold=0.7, min_share=0.03)).note == "stride 4, row+pair+int8+peak, τ 0.7 and shares of 0.03, block 128"
+    single = XAttention(stride=4, threshold=0.7, min_share=0.03)
+    assert proposal(single).note == "stride 4, row+pair+int8+peak, τ 0.7 and shares of 0.03, block 128"
     assert proposal(context=dataclasses.replace(CONTEXT, min_length=7)).min_key_len == 7
+
+
+STAGED, SINGLE = ("quad", "int8", "peak"), ("pair", "int8", "peak")
 
 
 @pytest.mark.parametrize(
     "options, want",
     [
-        ({}, (4, "row", 0.8)),
-        ({"density": 0.1}, (8, "max", 0.95)),
-        ({"density": 0.1, "pool": "sum", "stride": 16}, (16, "sum", 0.95)),
-        ({"pool": "max"}, (8, "max", 0.95)),
-        ({"pool": "sum", "threshold": 0.9}, (8, "sum", 0.9)),
-        ({"refine_stride": 4}, (8, "row", 0.8)),
-        ({"refine_stride": 8}, (16, "row", 0.8)),
+        ({}, (8, 4, STAGED, "row", 0.78, 0.05)),
+        ({"threshold": 0.8}, (8, 4, STAGED, "row", 0.8, 0)),
+        ({"stride": 4}, (4, None, SINGLE, "row", 0.78, 0.05)),
+        ({"refine_stride": None}, (4, None, SINGLE, "row", 0.78, 0.05)),
+        ({"stride": 16, "refine_stride": 4, "estimate": ("int8",)}, (16, 4, ("int8",), "row", 0.78, 0.05)),
+        ({"refine_stride": 8}, (16, 8, STAGED, "row", 0.78, 0.05)),
+        ({"density": 0.1}, (8, None, SINGLE, "max", 0.95, 0)),
+        ({"density": 0.1, "pool": "sum", "stride": 16}, (16, None, SINGLE, "sum", 0.95, 0)),
+        ({"pool": "max"}, (8, None, SINGLE, "max", 0.95, 0)),
+        ({"pool": "sum", "threshold": 0.9}, (8, None, SINGLE, "sum", 0.9, 0)),
     ],
+    ids=str,
 )
 def test_defaults_that_go_together(options, want):
     found = XAttention(**options)
-    assert (found.stride, found.pool, found.threshold) == want
+    assert (found.stride, found.refine_stride, found.estimate, found.pool, found.threshold, found.min_share) == want
+    again = XAttention(**found.options())
+    assert again.options() == found.options(), "what a plan writes down is what it says"
+
+
+def test_a_first_stage_keeps_no_less_than_the_second():
+    assert XAttention(threshold=(0.3, 0.97, 1.0)).coarse_threshold == 0.97
+    assert XAttention(threshold=1.0).coarse_threshold == XAttention(threshold=0.3).coarse_threshold == 0.95
 
 
 def test_cheaper_estimates_cost_less_in_proposals():
@@ -132,29 +147,33 @@ def test_what_it_does_not_model_is_refused(changes, reason):
     assert isinstance(found, Refusal) and reason in found.reason
 
 
+def causal(**other):
+    return {"mask": MaskPredicate(MaskKind.PROVED, causal=True, **other)}
+
+
 @pytest.mark.parametrize(
     "options, changes, reason",
     [
-        ({}, {"mask": MaskPredicate(MaskKind.PROVED, causal=True, padding=Leaf(fx.Graph().placeholder("padding")))}, "beside padding"),
-        ({}, {"mask": MaskPredicate(MaskKind.PROVED, causal=True, documents=Leaf(fx.Graph().placeholder("ids")))}, "packed documents"),
-        ({}, {"mask": MaskPredicate(MaskKind.PROVED, causal=True, window=512)}, "a window"),
-        ({"windows": (64,) + (0,) * 31}, {}, "a window"),
-        ({"estimate": ("group",)}, {}, "a group"),
-        ({"refine_stride": 8, "block": 64}, {}, "8 cells"),
-        ({"refine_stride": 8, "estimate": ("half", "int8")}, {}, "8 cells"),
-        ({}, {"query_len": 1 << 21, "key_len": 1 << 21}, "keys"),
+        ({}, causal(padding=Leaf(fx.Graph().placeholder("padding"))), "beside padding"),
+        ({}, causal(documents=Leaf(fx.Graph().placeholder("ids"))), "beside packed documents"),
+        ({}, causal(window=512), "beside a window"),
+        ({"windows": (64,) + (0,) * 31}, {}, "beside a window"),
+        ({"estimate": ("group",)}, {}, "of an estimate that a group shares"),
+        ({"refine_stride": 8, "block": 64}, {}, "of 8 cells of a query block"),
+        ({"refine_stride": 8, "estimate": ("half", "int8")}, {}, "of 8 cells of a query block"),
     ],
     ids=str,
 )
-def test_two_stages_that_no_kernel_serves_are_refused_where_kernels_serve(options, changes, reason):
+def test_two_stages_that_no_kernel_serves_are_one(options, changes, reason):
     """The reference would serve them, on a GPU in more time than dense attention takes."""
-    method = XAttention(**{"refine_stride": 4, **options})
-    forced = dataclasses.replace(CONTEXT, min_length=0)
-    found = method.propose(site(**changes), forced)
-    assert isinstance(found, Refusal) and reason in found.reason and "two stages" in found.reason
-    by_reference = Context(hardware.Device("cpu", "test", None, 1e12, 1e11, 8e-6), "reference", min_length=0, family="cpp")
-    proposal(method, site(**changes), by_reference)
-    proposal(XAttention(refine_stride=4), context=forced)
+    method = XAttention(**{"refine_stride": 4, "threshold": 0.6, **options})
+    found = proposal(method, site(**changes), dataclasses.replace(CONTEXT, min_length=0))
+    assert found.note.endswith("no two stages " + reason)
+    single = found.method
+    assert isinstance(single, XAttention) and single.refine_stride is None and single.stride == method.refine_stride
+    assert (single.threshold, single.windows, single.block) == (method.threshold, method.windows, method.block)
+    assert single.estimate == (method.estimate if "estimate" in options else ("pair", "int8", "peak"))
+    assert proposal(XAttention(refine_stride=4)).method.refine_stride == 4
 
 
 def test_heads_that_choose_nothing_are_expected_to_visit_what_they_visit():
@@ -201,7 +220,7 @@ def test_thresholds_per_head_must_fit_the_site():
         ({"min_share": 0.1, "density": 0.1}, "min_share goes with pool"),
         ({"min_share": 1.5}, "less than or equal to 1"),
         ({"refine_stride": 4, "pool": "max"}, "goes with pool"),
-        ({"refine_stride": 4, "pool": "row", "threshold": 0.95}, "coarse_threshold must not lie below"),
+        ({"refine_stride": 4, "pool": "row", "threshold": 0.95, "coarse_threshold": 0.9}, "coarse_threshold must not lie below"),
         ({"refine_stride": 4, "threshold": (0.5, 0.6, 0.7), "windows": (8, 0, 0, 0)}, "3 thresholds for 4 windows"),
         ({"threshold": (0.5, 0.6), "windows": (8, 0, 0, 0)}, "2 thresholds for 4 windows"),
         ({"density": 0.1, "windows": (8, 0)}, "not with a density"),
@@ -378,7 +397,7 @@ def test_rows_of_a_padded_batch_choose_for_themselves(estimate):
     ids, mask = prompt(2, 330), torch.ones(2, 330, dtype=torch.long)
     mask[0, :100] = 0
     call = lambda m: m(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    counts, indices, _ = compare(sharp(), call, attention_mask=mask, block=64, threshold=0.3, estimate=list(estimate))[0]
+    counts, indices, _ = compare(sharp(), call, attention_mask=mask, block=64, stride=8, threshold=0.3, estimate=list(estimate))[0]
     kept = block_lists.to_dense(counts, indices, 6)
     assert not torch.equal(kept[0], kept[1])
     assert not kept[0, :, 2:, 0].any(), "the first 64 keys of row 0 are padding"

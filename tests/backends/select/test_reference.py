@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.backends.select import reference
+from sparsify.backends.select import cpp, reference
 from sparsify.errors import UnsupportedError
-from sparsify.ops import block_lists
+from sparsify.ops import block_lists, selection
 from sparsify.ops.estimate import EXAMPLES
 from sparsify.ops.selection import SelectCall
 from tests.support.select_oracle import assert_selection
@@ -379,6 +379,17 @@ def test_two_stages_choose_by_the_finer_scores_among_what_the_coarser_list():
     mass = mass / mass.sum(-1, keepdim=True)
     possible, forced = reference.candidates(one)
     assert torch.equal(kept, reference.choose(mass, possible, forced, one))
+
+
+@pytest.mark.parametrize("select_blocks", [reference.select_blocks, cpp.launch], ids=["reference", "cpp"])
+def test_of_rows_that_no_first_stage_serves_the_second_chooses_among_all_blocks(select_blocks, monkeypatch):
+    query, key = inputs(16 * BLOCK, heads=4, kv_heads=2)
+    two = call(query, key, **{**TWO_STAGES, "coarse_threshold": 0.6}, threshold=[0.3])
+    alone = call(query, key, pool="row", stride=4, threshold=[0.3])
+    kept = lambda one: block_lists.to_dense(*select_blocks(one), one.key_blocks)
+    assert not torch.equal(kept(two), kept(alone))
+    monkeypatch.setattr(selection, "WIDEST_ROW", 15)
+    assert torch.equal(kept(two), kept(alone))
 
 
 @settings(max_examples=20, deadline=None)

@@ -350,7 +350,8 @@ def _estimated(options: Mapping[str, Any]) -> tuple[Estimated, ...]:
     tau, pools = given.pop("threshold", None), (given["pool"],) if "pool" in given else pools
     strides = (given["stride"],) if "stride" in given else tuple(stride for stride in STRIDES if stride > finer)
     free = ("density", "windows", "sinks", "expected")
-    fixed = {key: value for key, value in given.items() if key not in free}
+    # thresholds are tried by themselves, unless a least share beside them was asked for
+    fixed = {"min_share": 0.0} | {key: value for key, value in given.items() if key not in free}
     tried = [{**fixed, "stride": stride, "pool": pool} for pool in pools for stride in strides]
     tried += [{**fixed, **other} for other in OTHERS if not {"stride", "pool"} & given.keys()]
     families = []
