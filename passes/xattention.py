@@ -93,8 +93,8 @@ class XAttention(PromptPass):
     refine_stride: Literal[4, 8] | None = Field(
         4,
         description="two stages, with the row rule: blocks that `stride` lists with `coarse_threshold` are scored again at this finer "
-        "stride, and `threshold` chooses among them. None where a stride or patterns are given, with a density, sum or max; what two stages cannot "
-        "serve (padding, packed documents, windows) is scored at this stride alone",
+        "stride, and `threshold` chooses among them. None where a stride or patterns are given, with a density, sum or max. What two "
+        "stages cannot serve (padding, packed documents, windows) is scored at this stride alone",
     )
     coarse_threshold: float = Field(
         0.95, ge=0, le=1, description="share of a row's mass that the first of two stages keeps; a higher threshold where that is given"

@@ -120,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
             }
             requested = options.density if name in ("xattention", "token_select") else None
             if name in ("xattention", "default", "token_select"):
-                facts["estimate"] = list(discover()["xattention"]().estimate)
+                chosen = {} if name == "default" else {"density": options.density}
+                facts["estimate"] = list(discover()["xattention"](**chosen).estimate)
             numbers = {"token_select": options.select, "minference": options.pattern}.get(name)
             variant = name if numbers is None else f"{name} {numbers[0]}:{numbers[1]}"
             facts |= {"variant": variant, "length": length, "requested_density": requested, "seed": 0}

@@ -6,14 +6,14 @@ import pytest
 
 from sparsify.costs import links
 from sparsify.costs.sizes import AttentionSizes
-from sparsify.ops.estimate import DEFAULT
+from sparsify.passes.xattention import XAttention
 from sparsify.planning.method import Context
 from tests.planning.test_plan import H200, plan_for, site
 
 TOKENS, PROCESSES = 1 << 18, 2
 WHOLE = AttentionSizes(query_len=TOKENS, key_len=TOKENS)
 KEYS = links.key_value_bytes(WHOLE, PROCESSES)
-CELLS = links.cell_bytes(WHOLE, PROCESSES, DEFAULT, 4, 128)
+CELLS = links.cell_bytes(WHOLE, PROCESSES, XAttention().variants, XAttention().stride, 128)
 # by method: what its note says, and bytes
 SAID = {
     "dense": ("all keys and values", KEYS),
