@@ -23,11 +23,17 @@ from sparsify.generation.regions.masks import PostponedMask, Recipe, kinds, of_c
 # Layers of ordinary caches become one of the two classes below while they are empty, so that these have one base each, and share no mixin.
 
 
-def _check_crop(layer: Any, held: int, removed: int) -> None:
-    """Raises CacheError where a narrowed layer's last tokens cannot be taken back."""
-    if layer.fixed and held - abs(removed) < layer.fixed:
+def _check_crop(layer: Any, held: int, tokens_to_remove: int) -> None:
+    """Raises CacheError where a narrowed layer's last tokens cannot be taken back.
+
+    tokens_to_remove: negative; releases that take a positive number for the text's new length count tokens that a layer does not have.
+    """
+    if layer.fixed and tokens_to_remove > 0:
+        hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
+        raise CacheError("crop takes a negative number of tokens to remove", where="crop", hint=hint)
+    if layer.fixed and held + tokens_to_remove < layer.fixed:
         raise CacheError(
-            f"a layer was given some tokens of the prompt, of which {abs(removed)} cannot be taken back",
+            f"a layer was given some tokens of the prompt, of which {-tokens_to_remove} cannot be taken back",
             where="crop",
             hint="crop no more than what came after the last token that was left out",
         )

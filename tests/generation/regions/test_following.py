@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 
 from sparsify.errors import CacheError
 from sparsify.generation.regions import following
-from sparsify.generation.regions.left_out import NarrowedSlidingLayer
+from sparsify.generation.regions.left_out import NarrowedLayer, NarrowedSlidingLayer
 from sparsify.generation.regions.masks import Recipe, groups, kinds, of_columns, of_one_text
 
 TOKENS = 12
@@ -106,10 +106,24 @@ def test_a_window_keeps_places(window: int) -> None:
     if window > tokens:
         with pytest.raises(CacheError, match="cannot be taken back"):
             layer.crop(-2)
+        with pytest.raises(CacheError, match="crop takes a negative number"):
+            layer.crop(tokens)
     layer.batch_select_indices(torch.tensor([1]))
     assert layer.columns[0].tolist() == [[1, 2, 3, 7, 9]]
     layer.reset()
     assert layer.columns == () and layer.gaps(1) is None
+
+
+def test_a_narrowed_layer_is_cropped_by_how_many_go() -> None:
+    """Releases that take the text's new length would count tokens that it was not given."""
+    layer = NarrowedLayer()
+    layer.update(torch.randn(1, 1, 7, 4), torch.randn(1, 1, 7, 4))
+    layer.fixed, layer.left_out = 5, 20
+    for tokens, what in ((6, "negative number"), (27, "negative number"), (-3, "3 cannot be taken back")):
+        with pytest.raises(CacheError, match=what):
+            layer.crop(tokens)
+    layer.crop(-2)
+    assert layer.keys.shape[2] == 5
 
 
 def test_groups_stand_side_by_side() -> None:
