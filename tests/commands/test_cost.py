@@ -278,10 +278,16 @@ def test_devices_by_name(tmp_path, monkeypatch):
     assert forecast_device.context(forecast_device.named("cpu"), settings()).kernels == "reference"
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def command(tmp_path):
     build("llama", layers=2).config.save_pretrained(tmp_path / "model")
-    command = ["cost", str(tmp_path / "model"), "--device", "h100", "--lengths"]
+    return ["cost", str(tmp_path / "model"), "--device", "h100", "--lengths"]
+
+
+@pytest.mark.slow
+def test_the_command(command, tmp_path, capsys, monkeypatch):
+    """Of one GPU; that of several, test_ways, is quick."""
+    monkeypatch.chdir(tmp_path)
     assert cli.main([*command, "1K,64K", "--budget", "256", "--plot", "cost.png", "--why"]) == 0
     said = capsys.readouterr().out
     assert "estimate" in said and "64K" in said and "kv_evict" in said and "at 65536 tokens" in said
@@ -294,6 +300,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert row["chosen"]["prefill"]["total"] < row["dense"]["prefill"]["total"]
     parts = [value for name, value in row["dense"]["prefill"].items() if name != "total"]
     assert math.isclose(row["dense"]["prefill"]["total"], sum(parts))
+
+
+def test_what_the_command_refuses(command, capsys):
     command.append("1K")
     for wrong, words in ((["--batch", "0"], "--batch"), (["--budget", "none"], "--budget"), (["--lengths", "9..1"], "--lengths")):
         assert cli.main([*command, *wrong]) == 2

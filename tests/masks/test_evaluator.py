@@ -17,6 +17,7 @@ from sparsify.masks import prove as predicates
 from sparsify.masks.predicate import Leaf, MaskPredicate
 from sparsify.masks.reader import _READINGS
 from sparsify.matching.attention import find_attention
+from tests.support.cases import examples as drawn
 from tests.support.mask_evaluator import OPERATORS, Array, Evaluator, Unevaluable, indices
 from tests.support.mask_graphs import Builder, mask_graphs
 
@@ -145,13 +146,15 @@ def run(examples: int, seed: int, proofs: bool, phases: tuple[Phase, ...] = (Pha
     return counts
 
 
-def test_the_evaluator_equals_eager():
-    counts = run(60, seed=0, proofs=False)
+@drawn(quick=30, slow=200)
+def test_the_evaluator_equals_eager(examples):
+    counts = run(examples, seed=0, proofs=False)
     assert counts.unknown < counts.nodes / 12, counts  # draws follow the numbers in the source text (hypothesis)
 
 
-def test_what_is_proved_of_a_mask_equals_the_evaluator():
-    counts = run(60, seed=0, proofs=True)
+@drawn(quick=30, slow=200)
+def test_what_is_proved_of_a_mask_equals_the_evaluator(examples):
+    counts = run(examples, seed=0, proofs=True)
     assert counts.proved > counts.graphs / 10, counts
 
 
