@@ -89,6 +89,18 @@ def test_padding_does_not_matter_and_a_call_without_room_selects_first(llama):
     assert held[:SINKS].tolist() == [0, 1] and held[-1] == 32 and len(set(held.tolist())) == BUDGET
 
 
+def test_a_row_that_begins_with_calls_of_padding_is_that_row_alone(llama):
+    ids, mask = text(2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :5] = 0
+    both, alone = make(llama), make(llama)
+    for first, end in ((0, 3), (3, 5), (5, 6), (6, 14)):
+        read(llama, both, ids[:, first:end], mask[:, :end])
+        if first >= 5:
+            read(llama, alone, ids[1:, first:end])
+    for one, other in zip(both.layers, alone.layers, strict=True):
+        torch.testing.assert_close(one.carried[1, :, :9], other.carried[0, :, :9], rtol=1e-4, atol=1e-5)
+
+
 def test_what_it_is_not_told_is_an_error(llama):
     cache = make(llama)
     with torch.no_grad():
@@ -97,6 +109,29 @@ def test_what_it_is_not_told_is_an_error(llama):
             cache.end_turn()
         with pytest.raises(CacheError, match="13 tokens at once"):
             llama(text(1, 13), **holding(cache))
+    cache, ids = make(llama), text(2, 9)
+    with torch.no_grad():
+        with pytest.raises(CacheError, match="nothing was stored"):
+            cache.observe(torch.zeros(2, 9, VOCAB), ids)
+        logits = llama(ids, **holding(cache)).logits
+        with pytest.raises(CacheError, match=r"logits \[2, 1, \d+\] of tokens \[2, 1\], and the last call had 9 of each of 2 rows"):
+            cache.observe(logits[:, -1:], ids[:, -1:])
+        with pytest.raises(CacheError, match="the last call had 9 of each of 2 rows"):
+            cache.observe(logits[:1], ids[:1])
+        with pytest.raises(CacheError, match="the last call had 9 of each of 2 rows"):
+            cache.observe(logits[:, -1:], ids)
+        for unheard in (lambda: cache.crop(-1), lambda: llama(ids[:, :1], **holding(cache))):
+            with pytest.raises(CacheError, match="not told the logits"):
+                unheard()
+        cache.observe(logits, ids)
+        with pytest.raises(CacheError, match="nothing was stored"):
+            cache.observe(logits, ids)
+        share = SparseCache(llama.config, "sirllm", 0.5, every=12)
+        with pytest.raises(CacheError, match="30 tokens at once"):
+            llama(text(1, 30), **holding(share))
+        llama(text(1, 12), **holding(share))
+        with pytest.raises(CacheError, match="not told the logits"):
+            share.end_turn()
     with pytest.raises(ConfigError, match="takes room"):
         SparseCache(llama.config, "sirllm", BUDGET)
     with pytest.raises(ConfigError, match="leaves none"):

@@ -183,6 +183,8 @@ def attention_forward(
         is_token = packing["is_token"]
     prompt = None if torch.compiler.is_dynamo_compiling() or packing is not None else provisional.prompt_of(layer, query.shape[2])
     if not layer.is_initialized:
+        if layer.policy.awaits and not torch.compiler.is_dynamo_compiling():
+            layer.check_awaited(query.shape[2])
         shaped = (key, value) if packing is None else (unpack_heads(key, packing), unpack_heads(value, packing))
         layer.allocate(*shaped, _longest_row(query[:, :, :prompt], None if is_token is None else is_token[:, :prompt]))
     if layer.is_first:
@@ -191,6 +193,8 @@ def attention_forward(
     if autocast is not None:
         query = query.to(key.dtype)
     if layer.offloader is not None:
+        if layer.rest is None:  # when it was allocated, the host's memory had no room for it
+            layer.offloader.take(layer)
         layer.offloader.bring(layer)
     if prompt is None:
         output = _attend(layer, query, key, value, is_token, scale, softcap or 0.0, s_aux, packing)
@@ -327,6 +331,10 @@ def _attend(
     if layout.room:
         if layer.logits != (scale, softcap):  # compiled code would write it back at every token
             layer.logits = (scale, softcap)
+        if layer.policy.awaits:
+            layer.told = False
+            if torch.compiler.is_dynamo_compiling():
+                layer.call.columns = None
         if query.shape[2] == 1 and not empty and layer.queries is not None:
             reselection.observe(query, layer.queries, layer.query_positions, layer.seen, is_token=is_token, version=reselection.VERSION)
     if not torch.compiler.is_dynamo_compiling() and provisional.begin(layer, query.shape[2], empty):

@@ -19,6 +19,7 @@ def check(layer: Any, tokens: int) -> None:
             what = f"{tokens} tokens are to be removed, and what was evicted before the last {layer.held.count} is gone"
             raise CacheError(what, where=where, hint="give a budget that holds the whole text")
         return
+    layer.check_told()  # tokens are counted from the newest one
     length = int(layer.length)
     if tokens > length + layer.left_out:
         raise CacheError(f"{tokens} tokens are to be removed, {length + layer.left_out} were seen", where=where)
@@ -37,13 +38,31 @@ def check(layer: Any, tokens: int) -> None:
             where=where,
             hint="give a budget that holds the whole text; assisted decoding and rollback need it",
         )
+    if 0 < tokens < length and sums_queries(layer):
+        waiting = (layer.query_positions >= (layer.seen - tokens)[:, None]).sum(-1)
+        if bool((waiting < tokens).any()):
+            raise CacheError(
+                f"policy {layer.policy.name} has added what the last {tokens} queries look at to the sums of tokens that stay",
+                where=where,
+                hint="crop no more than the tokens that were given one by one since the last call of several",
+            )
+
+
+def sums_queries(layer: Any) -> bool:
+    """Whether tokens carry sums over queries, of which none can be taken out again once it was counted."""
+    return layer.query_positions is not None and layer.policy.carries and not layer.policy.scores_once
+
+
+def check_amount(tokens_to_remove: int) -> None:
+    """Raises CacheError for what `crop` does not take."""
+    if tokens_to_remove > 0:
+        hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
+        raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
 
 
 def crop(layer: Any, tokens_to_remove: int) -> None:
     """As `SparseLayer.crop`."""
-    if tokens_to_remove > 0:
-        hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
-        raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
+    check_amount(tokens_to_remove)
     if not layer.is_initialized or (tokens_to_remove == 0 and layer.held is None):
         return
     check(layer, -tokens_to_remove)

@@ -119,9 +119,9 @@ class SparseLayer(CacheLayerMixin):
         self.elsewhere = 0  # tokens of the prompt that other processes have
         self.offloader: Offloader | None = None  # keys and values lie in the host's memory
         self.rest: Rest | None = None
+        self.held: provisional.Held | None = None  # tokens of the last call that may be cropped
         self.record_past, self.awaiting = False, False  # tokens may be cropped; no call has come since that was said
         self.before_drafts: int | None = None  # tokens of the text before the first draft, where that was said
-        self.held: provisional.Held | None = None  # tokens of the last call that may be
         self.started = False  # a host-side bool, so that compiled code has one graph for the first call and one for later ones
 
     def lay_out(self, budget: int | None) -> Layout:
@@ -141,11 +141,12 @@ class SparseLayer(CacheLayerMixin):
             value_states: [batch, kv_heads, any, v_head_dim].
             tokens: number of tokens that a budget given as a share refers to.
         """
-        if self.layout is None:
-            self.layout = self.lay_out(max(1, cdiv(tokens * round(self.budget * 10**6), 10**6)))
+        layout = self.layout
+        if layout is None:  # and stays so until all buffers are there: another call's tokens would give another share
+            layout = self.lay_out(max(1, cdiv(tokens * round(self.budget * 10**6), 10**6)))
         batch, kv_heads, _, head_dim = key_states.shape
-        capacity = self.layout.capacity
-        if self.layout.grows and (capacity < tokens or not capacity):
+        capacity = layout.capacity
+        if layout.grows and (capacity < tokens or not capacity):
             capacity = _roomy(tokens)
         self.batch_size, self.dtype, self.device = batch, key_states.dtype, key_states.device
         slots = batch, kv_heads, capacity
@@ -169,12 +170,12 @@ class SparseLayer(CacheLayerMixin):
             self.bounds = key_states.new_zeros(batch, kv_heads, self.read.of(capacity), 2, head_dim)
             if isinstance(self.read, Clusters):
                 self.prepared = torch.zeros_like(self.counts)
-        if self.layout.room:
+        if layout.room:
             self._allocate_known(key_states)
             self.used = None
         if self.inverse_frequencies is not None:
             self.inverse_frequencies = self.inverse_frequencies.to(self.device)
-        self.is_initialized = True
+        self.layout, self.is_initialized = layout, True
         if self.offloader is None:
             self.mark_static()
         else:
@@ -384,12 +385,22 @@ class SparseLayer(CacheLayerMixin):
         if torch.compiler.is_dynamo_compiling():
             self.used = None
             return
-        if self.policy.awaits and tokens > self.every:
-            where, hint = f"layer {self.index}", "read it in several calls and observe each, or give a larger `every`"
-            raise CacheError(f"{tokens} tokens at once, policy {self.policy.name} has room for {self.every}", where=where, hint=hint)
+        if self.policy.awaits:
+            self.check_awaited(tokens)
         used = self.settle(tokens) + tokens
         self.used = None if used > self.keys.shape[2] else used
-        self.told = not self.policy.awaits
+
+    def check_awaited(self, tokens: int) -> None:
+        """Before a call of which the policy awaits what is said.
+
+        Raises:
+            CacheError: it has more tokens than there is room for until then, or nothing was said of the call before.
+        """
+        if tokens > self.every:
+            where, hint = f"layer {self.index}", "read it in several calls and observe each, or give a larger `every`"
+            raise CacheError(f"{tokens} tokens at once, policy {self.policy.name} has room for {self.every}", where=where, hint=hint)
+        self.check_told()
+        self.call.columns = tokens
 
     def settle(self, tokens: int = 1) -> int:
         """Selects where the fullest row has no room for a token, or for all of them where the policy awaits what is said of them.
@@ -409,17 +420,21 @@ class SparseLayer(CacheLayerMixin):
         """In rows with more than `limit` tokens the policy's choice stays."""
         if self.layout is None or not self.layout.room or not self.started:
             return
-        if not self.told:
-            where, hint = f"layer {self.index}", "call cache.observe(logits, input_ids) after every call"
-            raise CacheError(f"policy {self.policy.name} was not told the logits of the last call", where=where, hint=hint)
+        self.check_told()
         keys, values = self.keys, self.values
         if self.recent_keys is not None and self.recent_values is not None:
             keys, values = self.recent_keys, self.recent_values
         nothing = keys[:, :, :0], values[:, :, :0]
-        with torch.no_grad(), self.present():
+        with torch.no_grad(), self.call.changing(), self.present():
             reselection.reselect(None, *nothing, *self.state, empty=False, **self.selecting(limit, *self.logits))
             self.renew_bounds()
         self.used = None
+
+    def check_told(self) -> None:
+        """Raises CacheError where the policy awaits what is said of the last call."""
+        if not self.told:
+            where, hint = f"layer {self.index}", "call cache.observe(logits, input_ids) after every call"
+            raise CacheError(f"policy {self.policy.name} was not told the logits of the last call", where=where, hint=hint)
 
     def selecting(self, limit: int, scale: float, softcap: float) -> dict[str, Any]:
         """What the op that selects is told beside tokens and state."""
@@ -462,17 +477,18 @@ class SparseLayer(CacheLayerMixin):
         capacity = cdiv(tokens - self.elsewhere, STEP) * STEP
         if not self.grows or not self.is_initialized or capacity <= self.keys.shape[2]:
             return
-        if self.offloader is not None:
-            self.offloader.grow(self, capacity)
-        for name, fill in _BY_SLOT:
-            if self.rest is None or name not in self.rest.tensors:
-                setattr(self, name, _longer(getattr(self, name), capacity, fill))
-        if self.bounds is not None and self.read is not None:
-            self.bounds = _longer(self.bounds, self.read.of(capacity), 0)
-        if self.key_scales is not None and self.value_scales is not None:
-            self.key_scales = _longer(self.key_scales, quantised.groups(capacity), 0)
-            self.value_scales = _longer(self.value_scales, capacity, 0)
-        self.mark_static()
+        with self.call.changing():
+            if self.offloader is not None:
+                self.offloader.grow(self, capacity)
+            for name, fill in _BY_SLOT:
+                if self.rest is None or name not in self.rest.tensors:
+                    setattr(self, name, _longer(getattr(self, name), capacity, fill))
+            if self.bounds is not None and self.read is not None:
+                self.bounds = _longer(self.bounds, self.read.of(capacity), 0)
+            if self.key_scales is not None and self.value_scales is not None:
+                self.key_scales = _longer(self.key_scales, quantised.groups(capacity), 0)
+                self.value_scales = _longer(self.value_scales, capacity, 0)
+            self.mark_static()
 
     @property
     def grows(self) -> bool:
@@ -512,18 +528,48 @@ class SparseLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens of a call may be taken back after it. Where transformers or users set it to False, those that
+        were kept apart stay: compiled code that comes next knows of none."""
+        return self._record_past
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        self._record_past = recording
+        if not recording:
+            self.settle_past()
+
     def settle_past(self, taken_back: int = 0) -> None:
         """Tokens that were kept apart are taken back, or stay."""
         held, self.held = self.held, None
         if held is not None:
-            with torch.no_grad(), self.present():
+            with torch.no_grad(), self.call.changing(), self.present():
                 held.settle(self, taken_back)
 
     def reset(self) -> None:
         """Empties the layer. A budget given as a share refers to the next call's tokens, and that call may have any batch size."""
         self.held, self.record_past, self.awaiting, self.before_drafts = None, False, False, None
-        if not self.is_initialized:
-            return
+        self.started, self.used, self.told, self.left_out, self.fixed = False, 0, True, 0, 0
+        self.shard, self.elsewhere = None, 0
+        if self.final:
+            self.final, self.every, self.observes = False, self.asked_every, self.policy.observed > 0
+            layout = None if isinstance(self.budget, float) else self.lay_out(self.budget)
+            if layout is None or not layout.grows:  # other buffers than those that grew
+                self.layout = layout
+                self.discard()
+        if isinstance(self.budget, float):
+            self.layout = None
+            self.discard()
+        if self.is_initialized:
+            self._empty()
+
+    def discard(self) -> None:
+        """Lets the buffers go, whatever is left of them: the next call allocates new ones."""
+        self.is_initialized, self.rest = False, None
+
+    def _empty(self) -> None:
+        """As the buffers were when they were allocated."""
         with self.present():
             self.positions.fill_(-1)
             for name in ("keys", "values", "counts", "seen", "length"):
@@ -533,19 +579,9 @@ class SparseLayer(CacheLayerMixin):
                 tensor.copy_(torch.arange(tensor.shape[1], device=tensor.device) * self.keys.shape[2])
             else:
                 tensor.fill_(-1 if name == "query_positions" else 0)
-        if self.staged is not None:
-            self.staged.zero_()
-        self.started, self.used, self.told, self.left_out, self.fixed = False, 0, True, 0, 0
-        self.shard, self.elsewhere = None, 0
-        if self.prepared is not None:
-            self.prepared.zero_()
-        if self.final:
-            self.final, self.every, self.observes = False, self.asked_every, self.policy.observed > 0
-            layout = None if isinstance(self.budget, float) else self.lay_out(self.budget)
-            if layout is None or not layout.grows:  # other buffers than those that grew
-                self.layout, self.is_initialized, self.rest = layout, False, None
-        if isinstance(self.budget, float):
-            self.layout, self.is_initialized, self.rest = None, False, None
+        for marks in (self.staged, self.prepared):
+            if marks is not None:
+                marks.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place: row b becomes row beam_idx[b]."""
@@ -553,8 +589,9 @@ class SparseLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         with self.present():
+            growing = {id(getattr(self, name)) for name in ("keys", "values", "positions", *self.growing())}
             for state in (*self.state[:-1], *self._extras()):
-                if self.grows and self.used is not None and state.dim() > 2:  # what lies behind is nobody's
+                if self.grows and self.used is not None and id(state) in growing:  # what lies behind is nobody's
                     state = state[:, :, : self.used]
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
             for _, tensor in self.known():
@@ -596,12 +633,13 @@ class SparseLayer(CacheLayerMixin):
         if self.offloader is not None:  # it moves them by itself
             return
         if self.is_initialized and self.keys.device != torch.device(device):
-            for name in _BUFFERS:
-                if getattr(self, name) is not None:
-                    setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
-            for name, tensor in self.known():
-                setattr(self, name, tensor.to(device, non_blocking=non_blocking))
-            self.mark_static()
+            with self.call.changing():
+                for name in _BUFFERS:
+                    if getattr(self, name) is not None:
+                        setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
+                for name, tensor in self.known():
+                    setattr(self, name, tensor.to(device, non_blocking=non_blocking))
+                self.mark_static()
 
     @property
     def is_croppable(self) -> bool:
@@ -611,6 +649,9 @@ class SparseLayer(CacheLayerMixin):
         reason = provisional.refusal(self) if self.record_past else "transformers has not said that tokens may be cropped"
         if not reason:
             return True
+        if cropping.sums_queries(self):
+            log.info("the cache cannot be cropped: the policy counts the queries of drafts; %s", reason)
+            return False
         try:
             self.check_crop(0)
         except CacheError as error:

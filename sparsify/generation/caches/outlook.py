@@ -15,15 +15,16 @@ class Outlook:
 
     def __init__(self) -> None:
         self._next: Tensor | None = None  # fp32 [batch, vocabulary], logits of what comes next
+        self._known: Tensor | None = None  # bool [batch], rows that have had a token since the turn began, whose logits they are
 
     def forget(self) -> None:
         """A turn begins: nothing foretells its first token."""
-        self._next = None
+        self._next = self._known = None
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """What the rows of the batch become, as `change` does it to a tensor whose first dimension they are."""
-        if self._next is not None:
-            self._next = change(self._next)
+        if self._next is not None and self._known is not None:
+            self._next, self._known = change(self._next), change(self._known)
 
     def surprise(self, logits: Tensor, input_ids: Tensor, is_token: Tensor | None) -> Tensor:
         """-log p(token | those before it), fp32 [batch, tokens]; 0 for padding.
@@ -32,6 +33,7 @@ class Outlook:
             logits: [batch, tokens, vocabulary]. input_ids: int64 [batch, tokens]. is_token: bool [batch, tokens]; None: no padding.
         """
         batch, count, vocabulary = logits.shape
+        known = torch.zeros(batch, dtype=torch.bool, device=logits.device) if self._known is None else self._known
         if is_token is None:
             is_token = torch.ones(batch, count, dtype=torch.bool, device=logits.device)
         at = torch.arange(count, device=logits.device)
@@ -41,16 +43,15 @@ class Outlook:
         for row in range(batch):  # fp32 logits of one row at a time
             own = logits[row].float()
             foretold = own[before[row].clamp(min=0)]
-            if self._next is not None and self._next.shape[0] == batch:
+            if self._next is not None:
                 foretold = torch.where((before[row] < 0)[:, None], self._next[row], foretold)
             found[row] = F.cross_entropy(foretold, input_ids[row], reduction="none")
-        if self._next is None or self._next.shape[0] != batch:
-            first = is_token & (before < 0)
-            most = found.masked_fill(first | ~is_token, -torch.inf).amax(-1, keepdim=True)
-            found = torch.where(first, torch.where(most.isinf(), math.log(vocabulary), most), found)
+        first = is_token & (before < 0) & ~known[:, None]
+        most = found.masked_fill(first | ~is_token, -torch.inf).amax(-1, keepdim=True)
+        found = torch.where(first, torch.where(most.isinf(), math.log(vocabulary), most), found)
         newest = last[:, -1]
         end = logits[torch.arange(batch, device=logits.device), newest.clamp(min=0)].float()
-        if self._next is not None and self._next.shape[0] == batch:
+        if self._next is not None:
             end = torch.where((newest < 0)[:, None], self._next, end)
-        self._next = end
+        self._next, self._known = end, known | (newest >= 0)
         return found.masked_fill(~is_token, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ class CallState:
 
     pending: layer whose `update` has run and whose attention has not.
     storing: True between the first layer's attention and the last layer's: layers may hold different tokens.
+    columns: tokens of the last call, padding included, where a policy awaits what is said of them and the host knows their number.
+    broken: what changes layers outside of attention stopped halfway (`changing`).
     filled: slots that hold tokens in every row, head and layer before this call, within a graph that is given that number
         (`caches.filled`); None elsewhere.
     looked: so many slots were found to hold tokens, without a hole.
@@ -44,15 +48,27 @@ class CallState:
     def __init__(self) -> None:
         self.pending: Any = None
         self.storing = False
+        self.broken = False
+        self.columns: int | None = None
         self.filled: int | None = None
         self.looked = 0
 
     def forget(self) -> None:
-        self.pending, self.storing, self.filled, self.looked = None, False, None, 0
+        self.pending, self.storing, self.broken, self.filled, self.looked = None, False, False, None, 0
+
+    @contextlib.contextmanager
+    def changing(self) -> Generator[None]:
+        """Around whatever changes layers and is not attention: where it stops halfway (out of memory, an interrupt), the cache cannot be
+        used until `forget`. Uncompiled code only."""
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise
 
     @property
     def idle(self) -> bool:
-        return self.pending is None and not self.storing
+        return self.pending is None and not self.storing and not self.broken
 
 
 # Attribute of the key tensor that names its layer between `update` and attention: transformers passes attention no cache, and an attribute

@@ -17,7 +17,7 @@ from sparsify import policies
 from sparsify.distributed.shards import Shard
 from sparsify.errors import CacheError, ConfigError, UnsupportedError
 from sparsify.generation.caches import attention as cache_attention
-from sparsify.generation.caches import drafting, files
+from sparsify.generation.caches import cropping, drafting, files
 from sparsify.generation.caches.layer import SparseLayer, divided_by
 from sparsify.generation.caches.offloading import Offloader, check_offloading
 from sparsify.generation.caches.outlook import Outlook
@@ -302,10 +302,13 @@ class SparseCache(Cache):
         self.check_consistent(True)
         self.settle_past()
         for layer in self.layers:
-            if layer.every and layer.layout is not None and layer.is_initialized:
-                layer.select(layer.layout.kept)
-                layer.forget_a_turn()
-        self.outlook.forget()
+            layer.check_told()
+        with self.call.changing():
+            for layer in self.layers:
+                if layer.every and layer.layout is not None and layer.is_initialized:
+                    layer.select(layer.layout.kept)
+                    layer.forget_a_turn()
+            self.outlook.forget()
 
     def prepare(self) -> None:
         """The text so far is a fixed prefix: its keys are put into clusters, once (`read="clusters"`). From then on nothing is evicted,
@@ -323,8 +326,11 @@ class SparseCache(Cache):
         self.settle_past()
         if not all(layer.started for layer in self.layers):
             raise CacheError("nothing is stored that could be prepared", where="prepare", hint="give the model the prefix first")
-        for layer in self.layers:
-            layer.prepare()
+        if any(layer.shard is not None for layer in self.layers):
+            raise UnsupportedError("the text is divided among processes, and clusters are of all of it", where="prepare")
+        with self.call.changing():
+            for layer in self.layers:
+                layer.prepare()
 
     def observe(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Tells a policy that scores by them ("sirllm") what the model made of the last call; others ignore it.
@@ -337,14 +343,29 @@ class SparseCache(Cache):
             attention_mask: as the call was given it.
 
         Raises:
-            CacheError: not as many as the call had.
+            CacheError: not as many as the call had, or an earlier call stopped halfway.
         """
         if not self.policy.awaits:
             return
-        is_token = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
-        surprise = self.outlook.surprise(logits, input_ids, is_token)
-        for layer in self.layers:
-            if layer.carried is not None:
+        self.check_consistent(False)
+        waiting = [layer for layer in self.layers if layer.carried is not None]
+        if not waiting and any(layer.final for layer in self.layers):
+            return
+        if all(layer.told for layer in waiting):
+            raise CacheError("nothing was stored of which it was not told", where="observe", hint="call it once after every call")
+        batch, count = input_ids.shape
+        held = next((layer.keys.shape[0] for layer in self.layers if layer.is_initialized), batch)
+        if logits.shape[:2] != input_ids.shape or (held, self.call.columns or count) != (batch, count):
+            said = f"logits {list(logits.shape)} of tokens {list(input_ids.shape)}"
+            raise CacheError(
+                f"{said}, and the last call had {self.call.columns or count} of each of {held} rows",
+                where="observe",
+                hint="give the logits of all of its tokens",
+            )
+        is_token = None if attention_mask is None else attention_mask[:, -count:].bool()
+        with self.call.changing():
+            surprise = self.outlook.surprise(logits, input_ids, is_token)
+            for layer in waiting:
                 layer.tell(surprise, is_token)
 
     def _lengths(self) -> list[int]:
@@ -360,7 +381,7 @@ class SparseCache(Cache):
         Raises:
             CacheError: between calls, when an earlier one stopped between two layers.
         """
-        if self.call.idle and not torch.compiler.is_dynamo_compiling():
+        if (self.call.idle or self.call.broken) and not torch.compiler.is_dynamo_compiling():
             self.check_consistent(True)
         return self.layers[layer_idx].get_seq_length() + self.layers[layer_idx].left_out
 
@@ -370,13 +391,15 @@ class SparseCache(Cache):
         Raises:
             CacheError: something was evicted already, the batch is padded, or an earlier call failed halfway.
         """
+        cropping.check_amount(tokens_to_remove)
         self.check_consistent(True)
         for layer in self.layers:
             if layer.is_initialized and tokens_to_remove < 0:
                 layer.check_crop(-tokens_to_remove)
-        super().crop(tokens_to_remove)
-        if tokens_to_remove < 0:  # it was of a token that is gone
-            self.outlook.forget()
+        with self.call.changing():
+            super().crop(tokens_to_remove)
+            if tokens_to_remove < 0:  # it was of a token that is gone
+                self.outlook.forget()
 
     def activate_past_recording(self, prompt_len: int | None = None) -> None:
         """From now on tokens that are no more than drafts can be taken back, also where the cache evicts: transformers says this before it
@@ -395,21 +418,28 @@ class SparseCache(Cache):
             layer.settle_past()
 
     def reset(self) -> None:
-        super().reset()
+        with self.call.changing():
+            if self.call.broken:  # sizes of buffers may not go together
+                for layer in self.layers:
+                    layer.discard()
+            super().reset()
+            self.outlook.forget()
         self.call.forget()
-        self.outlook.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(cast("torch.LongTensor", beam_idx))
-        self.outlook.map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        with self.call.changing():
+            super().reorder_cache(cast("torch.LongTensor", beam_idx))
+            self.outlook.map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.outlook.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
+        with self.call.changing():
+            super().batch_repeat_interleave(repeats)
+            self.outlook.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.outlook.map_rows(lambda rows: rows[indices.to(rows.device)])
+        with self.call.changing():
+            super().batch_select_indices(indices)
+            self.outlook.map_rows(lambda rows: rows[indices.to(rows.device)])
 
     def reserve(self, tokens: int) -> None:
         """Room for `tokens` tokens in all, padding included, in layers that never evict (policy "full"); nothing in others.
@@ -432,8 +462,9 @@ class SparseCache(Cache):
     def divide(self, tokens: int, shard: Shard) -> None:
         """Says that the prompt which was just stored is this process's share of one of `tokens` tokens. Each later token goes to one of
         the processes, and attention is over what all of them hold."""
-        for layer in self.layers:
-            layer.divide(tokens, shard)
+        with self.call.changing():
+            for layer in self.layers:
+                layer.divide(tokens, shard)
 
     def recount(self, tokens: int | None = None) -> None:
         """Says that tokens were stored or taken back by what runs no Python, as a CUDA graph.

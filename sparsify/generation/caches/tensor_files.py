@@ -43,11 +43,28 @@ class Entry:
     begin: int
 
 
+class _Handle:
+    """A file that is open for as long as somebody holds this. Raises OSError where it cannot be opened."""
+
+    def __init__(self, path: Path):
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the path still names this file, and not another one that took its place."""
+        return os.path.samestat(os.fstat(self.number), path.stat())
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """What a file holds, which is read as it is asked for."""
+    """What a file holds, which is read as it is asked for: always of the file that was opened, whatever takes its place meanwhile."""
 
     path: Path
+    handle: _Handle
     metadata: dict[str, str]
     entries: dict[str, Entry]
 
@@ -59,17 +76,17 @@ class TensorFile:
             SafetensorError: not such a file, or damaged, or a dtype that torch does not have.
             OSError: the file cannot be read.
         """
-        with safe_open(path, "pt"):  # which checks that the header says of each byte whose it is, and that all are there
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(_LENGTH), "little")
-            header = json.loads(file.read(size))
+        handle = _checked(path)
+        size = int.from_bytes(os.pread(handle.number, _LENGTH, 0), "little")
+        text = bytearray(size)
+        _get(handle.number, memoryview(text), _LENGTH)
+        header = json.loads(text)
         metadata, entries = header.pop("__metadata__", {}), {}
         for name, said in header.items():
             if said["dtype"] not in _DTYPES:
                 raise SafetensorError(f"{name} is {said['dtype']}")
             entries[name] = Entry(_DTYPES[said["dtype"]], tuple(said["shape"]), _LENGTH + size + said["data_offsets"][0])
-        return cls(path, metadata, entries)
+        return cls(path, handle, metadata, entries)
 
     def entry(self, name: str) -> Entry:
         """Raises SafetensorError where there is no such tensor."""
@@ -102,11 +119,18 @@ class TensorFile:
             if (entry.dtype, entry.shape) != (to.dtype, tuple(to.shape)):
                 raise SafetensorError(f"{name} is {entry.dtype} {entry.shape}, not {to.dtype} {tuple(to.shape)}")
             parts += _parts(to, entry.begin)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            _run(parts, lambda part, stage: _read(handle, part, stage))
-        finally:
-            os.close(handle)
+        _run(parts, lambda part, stage: _read(self.handle.number, part, stage))
+
+
+def _checked(path: Path) -> _Handle:
+    """A file of which the package says that its header tells of each byte whose it is, and that all are there. The package opens a path
+    by itself, which may name another file by then."""
+    while True:
+        handle = _Handle(path)
+        with safe_open(path, "pt"):
+            pass
+        if handle.is_at(path):
+            return handle
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -117,16 +117,18 @@ class Drafts:
         Returns:
             how many tokens follow: 1 to drafts + 1, in `found`. Waits for the device.
         """
+        cache = self.cache.cache
         self._begin(vocabulary)
-        for done in range(drafts):
-            self.cache.cache.recount(stored + done)
-            self._drafting()
-        if drafts not in self._verifying:
-            self._verifying[drafts] = self.make_runner(functools.partial(self._verify, drafts))
-        self.cache.cache.recount(stored)
-        self._verifying[drafts]()
-        self.logits, self.scores = self._results[drafts]
-        kept, cache = int(self.count), self.cache.cache
+        with cache.call.changing():  # until it is over the cache holds tokens that nobody has chosen
+            for done in range(drafts):
+                cache.recount(stored + done)
+                self._drafting()
+            if drafts not in self._verifying:
+                self._verifying[drafts] = self.make_runner(functools.partial(self._verify, drafts))
+            cache.recount(stored)
+            self._verifying[drafts]()
+            self.logits, self.scores = self._results[drafts]
+            kept = int(self.count)
         cache.recount(stored + kept + 1)
         cache.draft_rounds += 1
         cache.drafted += drafts

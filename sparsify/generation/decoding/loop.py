@@ -66,9 +66,9 @@ def decode(
         int64 [rows, tokens], or what `generate(return_dict_in_generate=True)` returns.
     """
     prompts = "a prompt" if call.rows == 1 else f"{call.rows} prompts"
+    cache = step_cache(call.cache)
     reading = progress.start(f"reading {prompts} of {call.columns} tokens", shown)
     try:
-        cache = step_cache(call.cache)
         bypasses = bypass is not None and bypass.serves(call.cache, call.drafts)
         cache.reserve(_room(call))
         one_token = _lacks_one_token(call, cache)
@@ -87,6 +87,7 @@ def decode(
         generation.run(reading)
     finally:
         reading.done()
+        cache.finish()
     return generation.finish()
 
 
@@ -177,7 +178,6 @@ class _Generation:
 
     def finish(self) -> Any:
         """What `generate()` returns."""
-        self.cache.finish()
         if self.schedule is not None:
             self.schedule.finish()
         if self.call.streamer is not None:
@@ -281,16 +281,20 @@ class _Drafting(_Generation):
             self._make_room(drafts)
         found = made.round(drafts, self.stored, self.scores.shape[-1])
         lengths.learn(drafts, found - 1)
-        for place in range(found):
-            self.logits, self.scores = made.logits[:, place], made.scores[:, place]
-            self.step.take(made.found[:, place])
-            self.length += 1
-            self.stored += 1
-            rest = found - 1 - place
-            if rest and self._ended():
+        rest = found
+        try:
+            for place in range(found):
+                self.logits, self.scores = made.logits[:, place], made.scores[:, place]
+                self.step.take(made.found[:, place])
+                self.length += 1
+                self.stored += 1
+                rest -= 1
+                if rest and self._ended():
+                    break
+        finally:  # of tokens that nobody has seen, also where a streamer or a criterion raises
+            if rest:
                 made.take_back(rest)
-                return True
-        return False
+        return rest > 0
 
 
 class _Kept:

@@ -228,3 +228,16 @@ def test_the_newest_group_lies_as_it_came_while_there_is_room(llama, codes, poli
         few = slice(110 - length, min(110, 110 - length + 63))
         torch.testing.assert_close(found[policy][row, few], exact[row, few], rtol=1e-4, atol=2e-5)
     assert (found[policy][0] - exact[0]).abs().max() > 1e-4, "a whole group is codes"
+
+
+@pytest.mark.parametrize("codes", CODES)
+@torch.no_grad()
+def test_rows_of_one_column_move_with_what_lies_as_it_came(llama, codes):
+    """The end of what lies there is no slot: it is not among the first ones that hold tokens."""
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    ids, rows = text(2, 3), torch.tensor([1, 0])
+    moved, put = (SparseCache(llama.config, "full", 64, dtype=codes) for _ in range(2))
+    reference.through(llama, moved, ids, [1], mask)
+    moved.reorder_cache(rows)
+    reference.through(llama, put, ids[rows], [1], mask[rows])
+    assert torch.equal(moved.layers[0].staged, put.layers[0].staged)

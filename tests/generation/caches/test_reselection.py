@@ -272,3 +272,28 @@ def test_what_cannot_select_anew_is_refused(llama):
     assert cache.is_croppable
     cache.end_turn()
     assert not cache.is_croppable, "18 tokens would fit into the slots, but 6 of them are gone"
+
+
+@pytest.mark.parametrize("policy", [{"policy": "h2o"}, {"policy": "chunkkv", "of": "h2o", "chunk": 2}], ids=lambda given: given["policy"])
+@torch.no_grad()
+def test_queries_that_were_counted_are_not_taken_back_and_others_are(llama, policy):
+    """What was added to the sums of tokens that stay stays there; single tokens' queries wait for the next selection."""
+    ids, make = text(1, 60), lambda: SparseCache(llama.config, budget=16, every=20, **policy)
+    cache, straight = make(), make()
+    for one in (cache, straight):
+        reference.through(llama, one, ids, [12])
+    reference.through(llama, cache, text(1, 5, seed=1), [1] * 5)
+    assert not cache.is_croppable, "drafts would be calls of several tokens"
+    cache.crop(-5)
+    for one in (cache, straight):
+        reference.through(llama, one, ids[:, 12:], [3, 1, 9, 1])
+        one.end_turn()
+    for layer, other in zip(cache.layers, straight.layers, strict=True):
+        assert torch.equal(layer.positions, other.positions)
+        torch.testing.assert_close(layer.carried, other.carried, **CLOSE)
+    counted = make()
+    reference.through(llama, counted, ids, [12, 5])
+    with pytest.raises(CacheError, match="has added what the last 5 queries look at"):
+        counted.crop(-5)
+    counted.crop(-17)
+    assert counted.get_seq_length() == 0

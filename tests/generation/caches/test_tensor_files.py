@@ -97,6 +97,25 @@ def test_what_does_not_fit_is_refused(tmp_path):
         file.read([("odd", torch.zeros(7, dtype=torch.uint8))])
 
 
+def test_a_file_that_takes_the_place_of_another_is_not_mixed_with_it(tmp_path, monkeypatch):
+    """Between the header and the tensors, and while the package checks the header."""
+    for name, number in (("old", 1), ("new", 2), ("newest", 3)):
+        tensor_files.write(tmp_path / name, {"x": torch.full((9,), number)}, {})
+    file = TensorFile.open(tmp_path / "old")
+    (tmp_path / "new").replace(tmp_path / "old")
+    assert torch.equal(file.tensor("x"), torch.full((9,), 1))
+    opened = []
+
+    def replaces(path, framework, open_it=tensor_files.safe_open):
+        opened.append(path)
+        if len(opened) == 1:
+            (tmp_path / "newest").replace(tmp_path / "old")
+        return open_it(path, framework)
+
+    monkeypatch.setattr(tensor_files, "safe_open", replaces)
+    assert torch.equal(TensorFile.open(tmp_path / "old").tensor("x"), torch.full((9,), 3)) and len(opened) == 2
+
+
 def test_a_failed_write_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
