@@ -295,6 +295,8 @@ class XAttention(PromptPass):
     def _in_one_stage(self) -> XAttention:
         """The second stage alone, which chooses among all blocks; what was not given goes with one stage."""
         given = self.model_fields_set - {"stride", "refine_stride", "coarse_threshold"}
+        if self.estimate == _STAGED:  # as plans name it too, which write down what nobody gave
+            given -= {"estimate"}
         single = XAttention(**{name: getattr(self, name) for name in given}, stride=self.refine_stride)
         single._whole = self._whole
         return single

@@ -176,6 +176,15 @@ def test_two_stages_that_no_kernel_serves_are_one(options, changes, reason):
     assert proposal(XAttention(refine_stride=4)).method.refine_stride == 4
 
 
+def test_what_a_plan_writes_down_goes_with_one_stage_as_what_nobody_gave():
+    padded = site(**causal(padding=Leaf(fx.Graph().placeholder("padding"))))
+    for method in (XAttention(), XAttention(threshold=0.6)):
+        planned = XAttention.model_validate(method.options())
+        assert planned == method and planned.refine_stride == 4
+        singles = [proposal(one, padded, dataclasses.replace(CONTEXT, min_length=0)).method for one in (method, planned)]
+        assert singles[0] == singles[1] and singles[0].estimate == ("pair", "int8", "peak")
+
+
 def test_heads_that_choose_nothing_are_expected_to_visit_what_they_visit():
     """A density that is published for chosen blocks says nothing of heads that see every block, or a window."""
     at = {next(iter(proposal().seconds.free_symbols)): 131072}
