@@ -265,3 +265,20 @@ def test_what_came_after_the_image_can_be_cropped():
         with pytest.raises(CacheError, match="cannot be taken back"):
             cache.crop(-60)
         assert cache.get_seq_length() == PROMPT + 6
+
+
+@torch.no_grad()
+def test_without_padding_the_host_does_not_wait_for_the_choice(monkeypatch):
+    """What cannot be cropped afterwards is known from the images: the tokens behind the last of them all go on."""
+    model = build("llava")
+    given = prompt(model, PROMPT)
+    images = (given["input_ids"] == model.config.image_token_id)[0].nonzero()
+    behind = PROMPT - 1 - int(images.max())
+    compiled(model, "divprune")
+    monkeypatch.setattr("sparsify.generation.regions.narrowing._last_run", lambda *given: pytest.fail("waits"))
+    cache = DynamicCache(config=model.config)
+    model(**given, **holding(cache))
+    assert behind > 0
+    assert [(layer.keys.shape[2] - layer.fixed, layer.left_out) for layer in cache.layers] == [
+        (behind, PROMPT - layer.keys.shape[2]) for layer in cache.layers
+    ]

@@ -6,6 +6,7 @@ says here which columns those are.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -31,13 +32,15 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sha
     identifiers = sorted({value for name in _IDENTIFIERS if type(value := getattr(config, name, None)) is int})
     if not identifiers:
         return None, "the model's configuration names no image tokens"
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    ids = bound.get("input_ids", bound.get("kwargs", {}).get("input_ids"))
+    ids = kwargs.get("input_ids")
+    if ids is None and args:
+        ids = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("input_ids")
     if not isinstance(ids, Tensor):
         return None, "embeddings are given in place of tokens, of which it is not known what stands for an image"
     if tuple(ids.shape) != shape:
         return None, "the model makes other rows of its tokens, of which it is not known what stands for an image"
-    return torch.isin(ids, torch.tensor(identifiers, device=ids.device)), ""
+    # one by one: a tensor of identifiers would be copied to the device, and the host would wait
+    return functools.reduce(torch.logical_or, [ids == identifier for identifier in identifiers]), ""
 
 
 def added_later(config: Any) -> str:

@@ -253,13 +253,16 @@ class Narrowing:
         counts = None if is_token is None else is_token.sum(-1)
         longest = hidden.shape[1] if counts is None else int(counts.max())
         site, is_image = self._site(hidden, longest), None
+        run = self.method.window if is_token is None and not isinstance(self.method, ImagePass) else None
         if isinstance(self.method, ImagePass):
             is_image, reason = find_images(tuple(hidden.shape[:2]))
             if is_image is None:
                 return self.refuse(reason)
             is_image = _may_be_left_out(is_image, is_token)
             lengths = [longest] * site.batch if counts is None else counts.tolist()
-            site = dataclasses.replace(site, rows=tuple(zip(lengths, is_image.sum(-1).tolist(), strict=True)))
+            images_in, end = _count_images(is_image)
+            site = dataclasses.replace(site, rows=tuple(zip(lengths, images_in, strict=True)))
+            run = hidden.shape[1] - end if is_token is None else None
         context = dataclasses.replace(pipeline.make_context(hidden.device, self.config), formulas=False)
         answer = self.method.propose(site, context)
         rows: Any = longest if is_image is None else site.rows
@@ -274,7 +277,7 @@ class Narrowing:
         dynamic = cache is not None and isinstance(cache.layers[self.layer + 1], DynamicLayer)
         if counts is not None and dynamic and int(counts.min()) < self.method.most(rows):
             return self.refuse("a row has fewer tokens than are kept, and an ordinary cache does not know its padding")
-        return Narrowed(self, site, answer, hidden, is_token, is_image, cache)
+        return Narrowed(self, site, answer, hidden, is_token, is_image, cache, run)
 
     def refuse(self, reason: str, hint: str = "", method: Pass | None = None) -> None:
         """method: that is refused, where it is another one than what narrows."""
@@ -367,6 +370,7 @@ class Narrowed:
     Args:
         is_token: bool [batch, tokens], False for padding; None without any.
         is_image: bool [batch, tokens], which tokens are images that may be left out; None where all tokens may be.
+        run: tokens at the end of the prompt that all go on; None where that is not known before the choice.
     """
 
     def __init__(
@@ -378,8 +382,10 @@ class Narrowed:
         is_token: Tensor | None,
         is_image: Tensor | None,
         cache: Any,
+        run: int | None = None,
     ):
         self.owner, self.site, self.proposal, self.is_token, self.is_image, self.cache = owner, site, proposal, is_token, is_image, cache
+        self.run = run
         self.device = hidden.device
         self.columns: Tensor | None = None
         self.given_up = False
@@ -444,8 +450,8 @@ class Narrowed:
         if method.mode == "prompt":
             raise Chosen(columns)
         if self.cache is not None:
-            whole = self.is_image is None and self.is_token is None  # padding may stand behind a row's last token
-            run = method.window if whole else _last_run(columns, self.site.tokens)
+            # the host waits for the choice where padding may stand behind a row's last token
+            run = _last_run(columns, self.site.tokens) if self.run is None else min(self.run, columns.shape[1])
             left_out.narrow(self.cache, self.owner.layer + 1, self.site.tokens, columns, run)
         self.columns, self.mass = columns, None
         return _gather_rows(hidden, columns)
@@ -555,6 +561,13 @@ def _may_be_left_out(is_image: Tensor, is_token: Tensor | None) -> Tensor:
     columns = torch.arange(is_image.shape[1], device=is_image.device)
     last = (columns if is_token is None else columns * is_token).amax(-1, keepdim=True)
     return is_image & (columns != last) if is_token is None else is_image & is_token & (columns != last)
+
+
+def _count_images(is_image: Tensor) -> tuple[list[int], int]:
+    """How many tokens of each row are set in bool [batch, tokens], and behind which column none is. The host waits for it, once."""
+    places = torch.arange(1, is_image.shape[1] + 1, device=is_image.device)
+    counts, ends = torch.stack((is_image.sum(-1), (places * is_image).amax(-1))).tolist()
+    return counts, max(ends, default=0)
 
 
 def _last_run(columns: Tensor, tokens: int) -> int:
