@@ -169,6 +169,11 @@ class SelectSpec:
         return self.causal and not self.has_start
 
     @property
+    def skips(self) -> bool:
+        """Whether heads that keep everything are not scored: those of a launch are told apart by their thresholds."""
+        return self.streamed and self.rule == "taus" and not (self.grouped or self.listed or self.importance)
+
+    @property
     def tile_heads(self) -> int:
         """Heads whose cells a tile of a second stage has."""
         return self.tiling.rows * self.span // self.block
@@ -236,7 +241,8 @@ def arguments(spec: SelectSpec, kernel: str) -> tuple[Argument, ...]:
         scales = pointers("fp32", "query_scales", "key_scales") if spec.estimate.int8 else []
         if spec.streamed:
             numbers = _runtime("heads", *_lists_batch(spec), "query_len", "key_len", "query_cells", "first_block", "blocks", "first_seen")
-            return (*_cells(spec), *scales, *sums, *listed, *start_at, *strides, *floats("scale"), *numbers, *_start(spec))
+            skipped = pointers("fp32", "thresholds") if spec.skips else []
+            return (*_cells(spec), *scales, *sums, *listed, *skipped, *start_at, *strides, *floats("scale"), *numbers, *_start(spec))
         return (*_cells(spec), *scales, *sums, *start_at, *masks, *strides, *floats("scale"), *numbers, *_start(spec))
     lists, importances = [*pointers("i32", "counts"), *pointers("i16", "indices")], pointers("fp32", "importances")
     kinds = {"fp32": floats, "i32": _runtime, "*fp32": functools.partial(pointers, "fp32")}
@@ -322,6 +328,7 @@ def _values(spec: SelectSpec) -> dict[str, Any]:
         "dims": spec.dims,
         "whole": spec.whole,
         "triangular": spec.triangular,
+        "skips": spec.skips,
         "int8": spec.estimate.int8,
         "peak": spec.estimate.peak,
         # what `pooled` multiplies scores by

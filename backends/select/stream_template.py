@@ -145,7 +145,7 @@ def score(${parameters}):
     """ROWS query cells of one head against the key cells of all blocks that they may see, TILE_BLOCKS blocks at a time.
 %end
 
-    logs: fp16 [batch * heads, query blocks of the launch, key_blocks, ROW_CELLS], written as far as blocks are listed or seen.
+    logs: fp16 [batch * heads, query blocks of the launch, key_blocks, ROW_CELLS], written as far as blocks are listed or seen${", of heads that need them" if skips else ""}.
     """
 %if has_start
     start = tl.load(start_at).to(tl.int32)
@@ -182,6 +182,12 @@ def score(${parameters}):
     count = key_blocks
     row_count = tl.where(alive, key_blocks, 0)
     inner = key_len // (BLOCK * TILE_BLOCKS) * TILE_BLOCKS
+%end
+%if skips
+    # a head that keeps everything needs no scores
+    needless = tl.load(thresholds + head % heads) >= 1.0
+    count = tl.where(needless, 0, count)
+    inner = tl.where(needless, 0, inner)
 %end
 %end
     b = owner // (heads // GROUP)

@@ -147,6 +147,7 @@ def streaming(tile, estimate=DEFAULT, **changes):
     "name, changes",
     [
         ("every block", {}),
+        ("by head", {"rule": "taus"}),
         ("groups", {"stride": 8, "grouped": True, "tile": streamed.LARGE_TILE}),
         ("listed", {"listed": True, "finer": 2, "tile": streamed.LISTED_TILE}),
         ("listed means", {"listed": True, "estimate": Estimate(merge=2), "head_dim": 80, "group": 7, "tile": streamed.LARGE_LISTED_TILE}),

@@ -332,6 +332,37 @@ def test_keys_pass_by_a_tile_of_queries(changes, shape, monkeypatch):
         assert torch.equal(got, chosen) and got.any() and not got.all()
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("operand", [False, True])
+def test_heads_that_keep_everything_are_not_scored(operand, monkeypatch):
+    """Nothing is written where their masses would lie, and the others' lists are what they are with them."""
+    thresholds, written, launch = (0.4, 1.0, 1.0, 0.6), [], streamed.launch
+    query, key = inputs(query_len=300, heads=4, kv_heads=2)
+    given = {"threshold": [], "head_thresholds": torch.tensor(thresholds)} if operand else {"threshold": thresholds}
+    one = call(query, key, **{"pool": "row", "estimate": "pair+int8+peak", "stride": 4, **given})
+    spec = stages.streaming(one, triton_select.LIMITS, SelectTiling(32, 64, 4, 2, 1, False))
+    assert spec is not None and spec.skips
+
+    def watched(kernel, grid, arguments, values, **options):
+        if "logs" in values and "counts" not in values:
+            values["logs"].fill_(-7.0)
+            launch(kernel, grid, arguments, values, **options)
+            written.append((values["logs"].view(query.shape[0], query.shape[1], -1) != -7.0).any(-1))
+            return
+        launch(kernel, grid, arguments, values, **options)
+
+    monkeypatch.setattr(streamed, "launch", watched)
+    lists = one.empty_lists()
+    stages.one_stage(one, spec, lists, None, triton_select.LIMITS)
+    (seen,) = written
+    assert torch.equal(seen, torch.tensor(thresholds).expand(query.shape[0], -1) < 1)
+    monkeypatch.undo()
+    scored, own = one.empty_lists(), torch.zeros(one.batch, one.heads, one.query_blocks, one.block_size // one.span, one.key_blocks)
+    stages.one_stage(one, spec, scored, own, triton_select.LIMITS)  # what is shown is scored for all heads
+    want, got = (block_lists.to_dense(*found, one.key_blocks) for found in (scored, lists))
+    assert torch.equal(want, got) and not got.all()
+
+
 def kept_by_cells(own, possible, forced, tau, min_share=0.0):
     """bool [batch, heads, query_blocks, key_blocks]: the row rule on masses [..., cells, key_blocks] in which ties are kept together."""
     free = own.double() * (possible & ~forced)[:, :, :, None]
