@@ -297,7 +297,7 @@ class XAttention(PromptPass):
         given = self.model_fields_set - {"stride", "refine_stride", "coarse_threshold"}
         if self.estimate == _STAGED:  # as plans name it too, which write down what nobody gave
             given -= {"estimate"}
-        single = XAttention(**{name: getattr(self, name) for name in given}, stride=self.refine_stride)
+        single = XAttention.model_validate({name: getattr(self, name) for name in given} | {"stride": self.refine_stride})
         single._whole = self._whole
         return single
 
