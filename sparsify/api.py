@@ -85,6 +85,8 @@ def compile(
     model.compile(backend=backend.sparsify, options=options or None, dynamic=dynamic, fullgraph=fullgraph)
     if not whole and "transformers" in sys.modules:
         _regions().install(model, settings, options, dynamic, text)
+    elif "transformers" in sys.modules:
+        _regions().keep_whole(model)
     if "transformers" in sys.modules:
         from sparsify.generation import generate
 

@@ -81,7 +81,7 @@ def pack(model: Any, prompts: Sequence[Sequence[int] | Tensor], *, cache: Sparse
 def _check(model: Any, cache: Any) -> None:
     compiled = getattr(model, "_compiled_call_impl", None)
     if isinstance(compiled, WholeModel):
-        raise UnsupportedError(f"the model is captured whole: {compiled.reason}", where=WHERE)
+        raise UnsupportedError(f"the model is captured whole: {compiled.reason or 'that was asked for'}", where=WHERE)
     if not isinstance(compiled, RegionalModel):
         raise UnsupportedError("the model is not compiled layer by layer", where=WHERE, hint="sparsify.compile(model)")
     if compiled.reason:

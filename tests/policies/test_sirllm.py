@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import sparsify
 from sparsify import SparseCache, policies
 from sparsify.errors import CacheError, ConfigError
 from tests.support.cache_reference import left_padded, text
@@ -174,3 +175,24 @@ def test_an_empty_cache_and_one_that_was_cropped_know_nothing_of_what_was_said(l
     fresh.outlook.forget()
     read(llama, fresh, ids[:, 6:])
     torch.testing.assert_close(used.layers[0].carried[..., :12], fresh.layers[0].carried[..., :12], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_a_compiled_model_selects_before_a_call_without_room_and_waits_to_be_told(whole):
+    """A call of several tokens selects by what was said of those before it, and none of its own, captured as one graph, too."""
+    ids, cuts, found = text(1, 60), [12, 1, 1, 8, 1, 12, 1, 1], []
+    for compiled in (False, True):
+        model = build("llama", layers=2)
+        if compiled:
+            sparsify.compile(model, whole=whole, strict=True, lower="eager")
+        cache, at = make(model, batch_size=1, device="cpu"), 0
+        for count in cuts:
+            found.append(read(model, cache, ids[:, at : at + count]))
+            at += count
+        model(ids[:, :1], **holding(cache))
+        with pytest.raises(CacheError, match="not told the logits"):
+            cache.end_turn()
+    for one, other in zip(found[: len(cuts)], found[len(cuts) :], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -35,19 +35,34 @@ log = logging.getLogger(__name__)
 
 
 class WholeModel:
-    """A model's call, captured as one graph; plans made in it tell the reason."""
+    """A model's call, captured as one graph, before which caches are given room; plans made in it tell the reason.
 
-    def __init__(self, call: Callable[..., Any], reason: str):
+    reason: empty where that was asked for.
+    """
+
+    def __init__(self, call: Callable[..., Any], reason: str = ""):
         self.call, self.reason = call, reason
-        log.warning("captured whole, not layer by layer: %s", reason)
+        if reason:
+            log.warning("captured whole, not layer by layer: %s", reason)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            for cache in (value for name, value in kwargs.items() if name in caches.CACHES):
+                caches.settle(cache, _tokens(args, kwargs))
+        if not self.reason:
+            return self.call(*args, **kwargs)
         plans = pipeline.collector.get()
         before = 0 if plans is None else len(plans)
         result = self.call(*args, **kwargs)
         for plan in (plans or ())[before:]:
             plan.capture = f"whole: {self.reason}"
         return result
+
+
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Tokens of a model's call, padding included."""
+    given = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds")), *args, *kwargs.values())  # a mask is as long as the text
+    return next((value.shape[1] for value in given if isinstance(value, Tensor) and value.dim() > 1), 1)
 
 
 class RegionalModel:
@@ -119,11 +134,9 @@ class RegionalModel:
             raise UnsupportedError(f"a prompt is divided among processes, and layers share no code: {reason}", where="context parallelism")
         if reason not in self._wholes:
             self._wholes[reason] = WholeModel(self.whole, reason)
-        given = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds")), *args, *kwargs.values())  # a mask is as long as the text
-        tokens = next((value.shape[1] for value in given if isinstance(value, Tensor) and value.dim() > 1), 1)
+        tokens = _tokens(args, kwargs)
         masked = kwargs.get("attention_mask") is not None
         for cache in (value for name, value in kwargs.items() if name in caches.CACHES):
-            caches.settle(cache, tokens)
             for held in getattr(cache, "layers", ()):
                 left_out.check_whole(held, tokens, masked)
         result = self._wholes[reason](*args, **kwargs)
@@ -219,6 +232,12 @@ def install(model: nn.Module, config: Config, options: Any, dynamic: bool | None
     for module in long_rows.find_norms(model, regional.shared.layers):
         module._compiled_call_impl = LongRows(module, config)
     model._compiled_call_impl = regional
+
+
+def keep_whole(model: nn.Module) -> None:
+    """Lets calls of a model that is compiled as a whole give caches room."""
+    if model._compiled_call_impl is not None:
+        model._compiled_call_impl = WholeModel(model._compiled_call_impl)
 
 
 def remove(model: nn.Module) -> None:
