@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import sparsify.backends  # noqa: F401  (registers kernels)
 from sparsify import api
-from tests.support.attention_functions import repeat
+from tests.support.attention_functions import attend, lowest, repeat, scores, sdpa
 from tests.support.harness import sink_window_mask, strict
 
 BATCH, HEADS, KV_HEADS, KEYS, DIM = 2, 4, 2, 18, 16
@@ -30,22 +30,6 @@ def operands(rows: int = KEYS, dtype: torch.dtype = torch.float32) -> list[torch
 def ahead(query: torch.Tensor) -> torch.Tensor:
     rows = query.shape[2]
     return torch.arange(KEYS - rows, KEYS)[:, None] - torch.arange(KEYS)
-
-
-def lowest(x: torch.Tensor) -> float:
-    return torch.finfo(x.dtype).min
-
-
-def scores(query, key):
-    return query @ repeat(key, HEADS // KV_HEADS).mT * 0.25
-
-
-def attend(x, value):
-    return x.softmax(-1, dtype=torch.float32).to(value.dtype) @ repeat(value, HEADS // KV_HEADS)
-
-
-def sdpa(query, key, value, mask):
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 # -- what gives the numbers ----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
 
 import sparsify.backends  # noqa: F401  (registers kernels)
@@ -15,7 +14,7 @@ from sparsify import api
 from sparsify.errors import UnsupportedError
 from sparsify.ops.attention import SUNK, AttentionCall
 from sparsify.rewriting import editor
-from tests.support.attention_functions import operands, repeat
+from tests.support.attention_functions import attend, lowest, operands, repeat, scores, sdpa
 from tests.support.empty_rows_oracle import BIASED, CALLS, make
 from tests.support.harness import strict
 from tests.support.ir import rewritten_graph
@@ -47,24 +46,8 @@ def visible(keep: torch.Tensor, documents: torch.Tensor, clause: str) -> torch.T
     return seen
 
 
-def lowest(x: torch.Tensor) -> float:
-    return torch.finfo(x.dtype).min
-
-
 def additive(seen: torch.Tensor, like: torch.Tensor, number: float) -> torch.Tensor:
     return torch.where(seen, torch.tensor(0.0, dtype=like.dtype), torch.tensor(number, dtype=like.dtype))
-
-
-def scores(query, key):
-    return query @ repeat(key, HEADS // KV_HEADS).mT * 0.25
-
-
-def attend(x, value):
-    return x.softmax(-1, dtype=torch.float32).to(value.dtype) @ repeat(value, HEADS // KV_HEADS)
-
-
-def sdpa(query, key, value, mask):
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 FORMS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from sparsify.planning.registry import discover
 from tests.support import token_selection
 from tests.support.cases import every
 from tests.support.harness import holding, strict
+from tests.support.padding import Calls, calls
 from tests.support.tiny_models import VOCAB, build, spread_weights
 
 LAYERS, LAYER, HEADS = 4, 1, (0, 3)
@@ -62,29 +62,6 @@ def text(batch: int, length: int, padding: int = 0, side: str = "left") -> dict[
     mask = torch.ones_like(ids)
     mask[0, slice(padding) if side == "left" else slice(length - padding, length)] = 0
     return {"input_ids": ids * mask, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-@dataclass
-class Calls:
-    """What calls over one text gave. logits: of all of them, side by side. lengths: of the cache's layers after them."""
-
-    logits: torch.Tensor
-    lengths: list[int]
-    plans: list[Plan]
-
-
-@torch.no_grad()
-def calls(model, whole: dict[str, torch.Tensor], cache, *lengths: int) -> Calls:
-    parts, at = [], 0
-    with api.collect_plans() as plans:
-        for length in lengths:
-            given = {name: value[:, at : at + length] for name, value in whole.items()}
-            if "attention_mask" in whole:
-                given["attention_mask"] = whole["attention_mask"][:, : at + length]
-            parts.append(model(**given, **(holding(cache) if cache is not None else {"use_cache": False})).logits)
-            at += length
-    counts = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
-    return Calls(torch.cat(parts, 1), counts, plans)
 
 
 def check(found: Calls, want: torch.Tensor, dense: torch.Tensor, kept: list[list[int]], prompt_len: int) -> None:

@@ -18,6 +18,23 @@ def repeat(x, groups):
     return x[:, :, None].expand(batch, heads, groups, length, dim).reshape(batch, heads * groups, length, dim)
 
 
+def lowest(x: torch.Tensor) -> float:
+    return torch.finfo(x.dtype).min
+
+
+def scores(query, key):
+    """Of attention that is written out, before any mask: [batch, heads, query_len, key_len]."""
+    return query @ repeat(key, query.shape[1] // key.shape[1]).mT * 0.25
+
+
+def attend(scores, value):
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ repeat(value, scores.shape[1] // value.shape[1])
+
+
+def sdpa(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
 def causal(query, key, value):
     """A causal mask from two ranges, aligned bottom-right; keys and values repeated."""
     groups = query.shape[1] // key.shape[1]

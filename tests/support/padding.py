@@ -48,7 +48,8 @@ def calls(model: torch.nn.Module, whole: dict[str, torch.Tensor], cache: Any, *l
     with api.collect_plans() as plans:
         for length in lengths:
             now = {name: value[:, at : at + length] for name, value in whole.items()}
-            now["attention_mask"] = whole["attention_mask"][:, : at + length]
+            if "attention_mask" in whole:
+                now["attention_mask"] = whole["attention_mask"][:, : at + length]
             parts.append(model(**now, **(holding(cache) if cache is not None else {"use_cache": False})).logits)
             at += length
     counts = [] if cache is None else [int(layer.get_seq_length()) for layer in cache.layers]
