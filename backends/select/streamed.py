@@ -26,6 +26,8 @@ Lists = tuple[Tensor, Tensor]
 TILE = LISTED_TILE = (128, 64, 4, 3)
 # of cells of 512 bytes, which are multiplied whole too, a tile has to be read often; few key cells at a time took three times as long
 LARGE_TILE, LARGE_LISTED_TILE = (256, 64, 8, 3), (64, 32, 4, 3)
+# of 16 tokens a cell such a tile has eight key blocks, and what threads exchange of them leaves no room for a third stage
+FAR_TILE = (256, 64, 8, 2)
 # where shared memory is small
 SMALL_TILE, SMALL_LISTED_TILE = (128, 32, 4, 2), (64, 32, 4, 3)
 LARGE_CELL, _SMALL_SHARED = 256, 227 << 10
@@ -76,7 +78,7 @@ def _tiling(call: SelectCall, rows: int, listed: bool) -> SelectTiling:
     if device.type == "cuda" and shared_bytes(device) < _SMALL_SHARED:
         tiles = SMALL_TILE, SMALL_LISTED_TILE
     elif LARGE_CELL < cell_bytes(call) <= select_source.WHOLE_CELL:
-        tiles = LARGE_TILE, LARGE_LISTED_TILE
+        tiles = FAR_TILE if call.stride == 16 else LARGE_TILE, LARGE_LISTED_TILE
     else:
         tiles = TILE, LISTED_TILE
     most, cols, warps, stages = tiles[listed]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sparsify.backends.codegen import source
 from sparsify.backends.select import streamed, triton
 from sparsify.backends.select.source import INT8_TILING, POINTER_TILING, TMA_TILING, SelectSpec, SelectTiling, arguments, generate
 from sparsify.ops.estimate import DEFAULT, EXACT, EXAMPLES, Estimate
+from sparsify.ops.selection import SelectCall
 from sparsify.releases import triton_release
 from tests.support.offline import SHARED_LIMIT, Resources, compile_kernel, within_budget
 
@@ -165,6 +167,19 @@ def test_hopper_streams_keys_without_spills(name, changes):
     assert used.shared <= SHARED_LIMIT[90]
     if chosen.tiling == SelectTiling(*streamed.TILE, 1, False):  # two programs at a time, so that one multiplies while the other compares
         assert used.shared <= SHARED_LIMIT[90] // 2 and used.registers <= 255
+
+
+@pytest.mark.parametrize("head_dim", [pytest.param(80, marks=pytest.mark.slow), 128])
+def test_hopper_streams_far_cells_within_shared_memory(head_dim, monkeypatch):
+    """The first stage of two with `refine_stride = 8`."""
+    monkeypatch.setattr(streamed, "meant", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(streamed, "shared_bytes", lambda device: SHARED_LIMIT[90])
+    query, key = (torch.empty(1, heads, 1024, head_dim, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
+    options = {"pool": "row", "estimate": "quad+int8+peak", "stride": 16, "refine_stride": 8, "threshold": [0.8], "scale": 1.0}
+    coarse, _ = SelectCall.bind(query, key, causal=True, **options).stages
+    chosen = streamed.spec_of(coarse, triton.LIMITS, grouped=True)
+    used = compiled(chosen, "score", 90, chosen.tiling.warps)
+    assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
 
 
 @pytest.mark.parametrize("places", [64, 256, 1024, 8192])
