@@ -189,5 +189,5 @@ def test_hopper_chooses_from_logarithms_with_few_spills(places, stage):
     changes = {"stride": 8, "grouped": True} if stage == "grouped" else {"listed": True, "finer": 2, "min_share": stage == "least share"}
     constants, warps = streamed.choosing(places, 16 if stage == "grouped" else 32)
     used = compiled(streaming(streamed.TILE, **changes), "choose", 90, warps, PLACES=places, LEAST=-1, **constants)
-    # 128 numbers a thread were the fastest on an H200 all the same; rows of a million tokens have a place's numbers beside them
+    # 128 numbers a thread were the fastest on an H200 all the same; long rows hold their places beside them
     assert used.spilled <= (160 if places < 8192 else 304)
