@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsify.generation import compat
 from sparsify.generation.regions import narrowing, regional
+from sparsify.generation.regions.narrowed import Chosen
 from sparsify.planning.method import Pass
 
 # tensors beside the tokens that can follow them
@@ -75,7 +76,7 @@ def choose(model: Any, ids: Tensor, mask: Tensor | None, method: Pass | None = N
     try:
         with torch.no_grad(), narrowing.reading("choosing", method):
             model(**given)
-    except narrowing.Chosen as chosen:
+    except Chosen as chosen:
         return chosen.columns
     return None
 

@@ -275,7 +275,7 @@ def test_without_padding_the_host_does_not_wait_for_the_choice(monkeypatch):
     images = (given["input_ids"] == model.config.image_token_id)[0].nonzero()
     behind = PROMPT - 1 - int(images.max())
     compiled(model, "divprune")
-    monkeypatch.setattr("sparsify.generation.regions.narrowing._last_run", lambda *given: pytest.fail("waits"))
+    monkeypatch.setattr("sparsify.generation.regions.narrowed._last_run", lambda *given: pytest.fail("waits"))
     cache = DynamicCache(config=model.config)
     model(**given, **holding(cache))
     assert behind > 0

@@ -84,7 +84,7 @@ _IGNORED = ("is_causal", "output_attentions", "position_ids", "use_cache", "cach
 
 
 # argument of attention under which a region that chooses tokens asks what keys get of some queries' attention: a list, to which that is
-# appended, and the queries, as `regions.narrowing.Narrowed.observation` describes them
+# appended, and the queries, as `regions.narrowed.Narrowed.observation` describes them
 OBSERVED = "sparsify_observed"
 
 

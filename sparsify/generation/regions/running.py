@@ -14,7 +14,8 @@ from sparsify import pipeline
 from sparsify.generation.regions import bypass, caches, documents
 from sparsify.generation.regions.arguments import Arguments, made, uncompiled
 from sparsify.generation.regions.layers import Layer, NotShared
-from sparsify.generation.regions.narrowing import FindImages, Narrowed
+from sparsify.generation.regions.narrowed import Narrowed
+from sparsify.generation.regions.narrowing import FindImages
 from sparsify.generation.regions.packed import Layout
 from sparsify.generation.regions.packing import PackedCall
 from sparsify.generation.regions.region import Held
