@@ -80,7 +80,7 @@ class XAttention(PromptPass):
         + "; ".join(f"`{name}`: {one.computes.partition(';')[0]}" for name, one in VARIANTS.items()),
     )
     threshold: float | tuple[float, ...] = Field(
-        0.78, description="share of a row's estimated mass to keep; a list gives one per query head. 0.95 with sum or max"
+        0.8, description="share of a row's estimated mass to keep; a list gives one per query head. 0.95 with sum or max"
     )
     min_share: float = Field(
         0.05,

@@ -14,7 +14,7 @@ from sparsify.passes.xattention import XAttention
 
 _METHOD = XAttention()
 DEFAULT = {
-    "pool": label(_METHOD.pool, _METHOD.variants, min_share=_METHOD.min_share),
+    "pool": label(_METHOD.pool, _METHOD.variants, _METHOD.refine_stride or 0, _METHOD.coarse_threshold, _METHOD.min_share),
     "stride": _METHOD.stride,
     "threshold": _METHOD.threshold,
 }

@@ -79,7 +79,7 @@ def proposal(method=None, at=None, context=CONTEXT) -> Proposal:
 
 def test_a_proposal_costs_less_than_dense_when_long_and_says_what_it_is():
     found = proposal()
-    assert found.note == "stride 8 (τ 0.95), then 4, row+quad+int8+peak, τ 0.78 and shares of 0.05, block 128"
+    assert found.note == "stride 8 (τ 0.95), then 4, row+quad+int8+peak, τ 0.8 and shares of 0.05, block 128"
     assert 1024 < found.min_key_len < 131072
     assert (
         proposal(XAttention(density=0.1, pool="sum", estimate=("int8", "half"))).note == "stride 8, sum+half+int8, density 0.1, block 128"
@@ -95,12 +95,12 @@ STAGED, SINGLE = ("quad", "int8", "peak"), ("pair", "int8", "peak")
 @pytest.mark.parametrize(
     "options, want",
     [
-        ({}, (8, 4, STAGED, "row", 0.78, 0.05)),
+        ({}, (8, 4, STAGED, "row", 0.8, 0.05)),
         ({"threshold": 0.8}, (8, 4, STAGED, "row", 0.8, 0)),
-        ({"stride": 4}, (4, None, SINGLE, "row", 0.78, 0.05)),
-        ({"refine_stride": None}, (4, None, SINGLE, "row", 0.78, 0.05)),
-        ({"stride": 16, "refine_stride": 4, "estimate": ("int8",)}, (16, 4, ("int8",), "row", 0.78, 0.05)),
-        ({"refine_stride": 8}, (16, 8, STAGED, "row", 0.78, 0.05)),
+        ({"stride": 4}, (4, None, SINGLE, "row", 0.8, 0.05)),
+        ({"refine_stride": None}, (4, None, SINGLE, "row", 0.8, 0.05)),
+        ({"stride": 16, "refine_stride": 4, "estimate": ("int8",)}, (16, 4, ("int8",), "row", 0.8, 0.05)),
+        ({"refine_stride": 8}, (16, 8, STAGED, "row", 0.8, 0.05)),
         ({"density": 0.1}, (8, None, SINGLE, "max", 0.95, 0)),
         ({"density": 0.1, "pool": "sum", "stride": 16}, (16, None, SINGLE, "sum", 0.95, 0)),
         ({"pool": "max"}, (8, None, SINGLE, "max", 0.95, 0)),
