@@ -31,9 +31,9 @@ def _cell(record: Found | None) -> str:
     return value if record["density"] == 1 else f"{value} · {record['density']:.1%}"
 
 
-def worst(method: list[Found], eager: list[Found]) -> str:
-    """The task of which the method loses the largest share of what eager answers, and that share."""
-    right = {record["task"]: record["right"] for record in eager if record.get("right")}
+def worst(method: list[Found], exact: list[Found]) -> str:
+    """The task of which the method loses the largest share of what an exact one answers, and that share."""
+    right = {record["task"]: record["right"] for record in exact if record.get("right")}
     lost = {r["task"]: 1 - r["right"] / right[r["task"]] for r in method if "right" in r and r["task"] in right}
     if not lost:
         return "–"
@@ -42,11 +42,11 @@ def worst(method: list[Found], eager: list[Found]) -> str:
 
 
 def table(found: Iterable[Found]) -> str:
-    """Questions right, or NLL in nats a token of text, and density: one row a method, one column a task, one table a length and device."""
+    """Questions right, or NLL in nats a token of text, and density: one row a method, one column a task, one table a length, device and
+    number of prompts."""
     parts = []
-    for group in groups(
-        latest(found, CodeAnswers), lambda r: (r["length"], r["model_sha256"], r["text_sha256"], r["dtype"], r["machine"]["gpu"] or "CPU")
-    ):
+    same = lambda r: (r["length"], r["model_sha256"], r["text_sha256"], r["dtype"], r["machine"]["gpu"] or "CPU", *r["seeds"])
+    for group in groups(latest(found, CodeAnswers), same):
         tasks = list(dict.fromkeys(record["task"] for record in group))
         methods: dict[str, list[Found]] = {}
         for record in group:
@@ -54,12 +54,14 @@ def table(found: Iterable[Found]) -> str:
         rows = []
         for name, mine in methods.items():
             by_task = {record["task"]: record for record in mine}
-            rows.append([name, *(_cell(by_task.get(task)) for task in tasks), worst(mine, methods.get("eager", []))])
+            exact = methods.get("eager") or methods.get("sparsify, dense", [])
+            rows.append([name, *(_cell(by_task.get(task)) for task in tasks), worst(mine, exact)])
         first = group[0]
+        prompts = first["seeds"][1] - first["seeds"][0]
         head = (
-            f"### {first['model']} ({first['dtype']}), {size(first['length'])} tokens\n\n"
+            f"### {first['model']} ({first['dtype']}), {size(first['length'])} tokens, {prompts} prompts of each task\n\n"
             "Questions right of those asked, or NLL of text in nats a token · density over causal blocks (sink_window: tokens). "
-            f"The last column: the task that loses most of what eager answers. {conditions(group)} "
+            f"The last column: the task that loses most of what exact attention answers. {conditions(group)} "
             f"Model `{first['model_sha256'][:12]}`, text `{first['text_sha256'][:12]}`."
         )
         parts.append(head + "\n\n" + markdown(["method", *tasks, "lost at worst"], rows))
