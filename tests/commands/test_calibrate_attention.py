@@ -24,7 +24,6 @@ from sparsify.commands.calibrate.attention.make_plan import choose_shared, kinds
 from sparsify.commands.calibrate.attention.measure import Record, measure, possible_blocks, window_blocks
 from sparsify.commands.cost import device as forecast_device
 from sparsify.errors import PlanError, UnsupportedError
-from sparsify.generation.regions import regional
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.selection import SelectCall
 from sparsify.planning.plan import Plan
@@ -267,7 +266,7 @@ def test_layers_of_too_many_kinds_are_chosen_without_windows(chooser, monkeypatc
     budget = Budget("keep_error", 10.0)
     free, note = choose_shared(chooser, budget)
     assert not note and any(s.family is None and s != DENSE for one in free.layers for s in one.settings)
-    monkeypatch.setattr(regional, "MOST_KINDS", 0)
+    monkeypatch.setattr("sparsify.commands.calibrate.attention.make_plan.MOST_KINDS", 0)
     shared, note = choose_shared(chooser, budget)
     assert "without windows" in note and shared.seconds > free.seconds
     assert all(s.family is not None or s == DENSE for one in shared.layers for s in one.settings)
@@ -275,7 +274,7 @@ def test_layers_of_too_many_kinds_are_chosen_without_windows(chooser, monkeypatc
 
 
 def test_windows_stay_where_nothing_else_keeps_the_budget(chooser, monkeypatch):
-    monkeypatch.setattr(regional, "MOST_KINDS", 0)
+    monkeypatch.setattr("sparsify.commands.calibrate.attention.make_plan.MOST_KINDS", 0)
     windows = slice(1, 1 + len(GRID.windows))
     least = lambda rows: sum(float(layer.density[rows].min(0).values.sum()) for layer in chooser.layers)
     heads = sum(layer.density.shape[1] for layer in chooser.layers)

@@ -308,7 +308,7 @@ def test_kinds_of_layers(chooser, monkeypatch):
     """Layers whose lists need about as much room are of one kind; there are no windows to leave out."""
     choice, note = choose_shared(chooser, Budget("keep_error", 10.0))
     assert kinds(choice, GRID) <= 2 and not note
-    monkeypatch.setattr("sparsify.generation.regions.regional.MOST_KINDS", 0)
+    monkeypatch.setattr("sparsify.commands.calibrate.attention.make_plan.MOST_KINDS", 0)
     assert "captured whole" in choose_shared(chooser, Budget("keep_error", 10.0))[1]
 
 

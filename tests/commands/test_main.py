@@ -107,14 +107,14 @@ def test_methods_lists_every_method(capsys):
     assert code == 0
     for name in registry.discover():
         assert f"│ {name} " in out
-    assert "stride = 4: 4, 8, 16" in out
+    assert "stride = 8: 4, 8, 16" in out
 
 
 def test_listings_are_json_too(capsys):
     code, out, _ = run(capsys, "methods", "--json")
     found = json.loads(out)
     assert code == 0 and found.keys() == registry.discover().keys()
-    assert found["xattention"]["result"] == "lossy" and found["xattention"]["options"]["properties"]["stride"]["default"] == 4
+    assert found["xattention"]["result"] == "lossy" and found["xattention"]["options"]["properties"]["stride"]["default"] == 8
     code, out, _ = run(capsys, "config", "--json", "-o", "xattention.stride=16")
     assert code == 0 and json.loads(out)["xattention"]["stride"] == 16
 
@@ -187,7 +187,7 @@ def test_every_option_has_a_description():
     for name, model in registry.discover().items():
         for key, info in model.model_fields.items():
             assert info.description, f"{name}.{key}"
-    assert "| `stride` | `4`, `8`, `16` | `4` |" in docs.markdown(registry.discover())
+    assert "| `stride` | `4`, `8`, `16` | `8` |" in docs.markdown(registry.discover())
 
 
 def test_explain_lists_every_site_and_saves_the_plan(capsys, model_folder, tmp_path):

@@ -16,7 +16,7 @@ from sparsify.commands.calibrate.attention.choose import DENSE, Budget, Choice, 
 from sparsify.commands.calibrate.attention.run import Asked, Measured
 from sparsify.commands.calibrate.attention.settings import Grid
 from sparsify.errors import UnsupportedError
-from sparsify.generation.regions import regional
+from sparsify.generation.regions.shared import MOST_KINDS
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
 from sparsify.planning.provenance import Provenance
@@ -56,9 +56,9 @@ def choose_shared(chooser: Chooser, budget: Budget, exact: bool = True) -> tuple
     """
     choice = chooser.choose(budget, exact)
     count = kinds(choice, chooser.grid)
-    if count <= regional.MOST_KINDS:
+    if count <= MOST_KINDS:
         return choice, ""
-    whole = f"{count} kinds of layers, of which {regional.MOST_KINDS} can share regions: the model is captured whole"
+    whole = f"{count} kinds of layers, of which {MOST_KINDS} can share regions: the model is captured whole"
     if not chooser.grid.windows:
         return choice, whole
     try:
@@ -69,7 +69,7 @@ def choose_shared(chooser: Chooser, budget: Budget, exact: bool = True) -> tuple
     if budget.kind in ("density", "speedup"):
         what = "error" if choice.loss(chooser.longest) is None else "predicted loss"
         more = f"{what} {shared.bounded(chooser.longest):.4g} instead of {choice.bounded(chooser.longest):.4g}"
-    return shared, f"without windows, which would make {count} kinds of layers where {regional.MOST_KINDS} can share regions: {more}"
+    return shared, f"without windows, which would make {count} kinds of layers where {MOST_KINDS} can share regions: {more}"
 
 
 def make_plan(
