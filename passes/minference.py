@@ -238,7 +238,7 @@ class MInference(PromptPass):
         return dict(numbers)
 
     def keep_all(self) -> MInference:
-        return self.model_copy(update={"columns": MOST, "diagonals": 0, "blocks": 0, "mass": None, "divergence": None})
+        return self.for_heads_alike(columns=MOST, diagonals=0, blocks=0, mass=None, divergence=None)
 
 
 def _shown(patterns: Sequence[tuple[int, ...]], by_block: bool, most: int = 6) -> str:

@@ -111,4 +111,4 @@ class SinkWindow(PromptPass):
         return tuple(found)
 
     def keep_all(self) -> SinkWindow:
-        return self.model_copy(update={"window": _LONGEST})
+        return self.for_heads_alike(window=_LONGEST)

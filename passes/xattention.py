@@ -298,7 +298,8 @@ class XAttention(PromptPass):
         if self.estimate == _STAGED:  # as plans name it too, which write down what nobody gave
             given -= {"estimate"}
         single = XAttention.model_validate({name: getattr(self, name) for name in given} | {"stride": self.refine_stride})
-        single._whole = self._whole
+        if self._whole is not None:
+            single._whole = self.for_all_heads()._in_one_stage()
         return single
 
     def _sent(self, sizes: AttentionSizes, processes: int) -> int:
@@ -438,7 +439,7 @@ class XAttention(PromptPass):
         return operand_room(max(map(sum, self.for_all_heads()._pattern_blocks()), default=0))
 
     def keep_all(self) -> XAttention:
-        return self.model_copy(update={"threshold": 1.0, "density": None, "windows": (), "patterns": ()})
+        return self.for_heads_alike(threshold=1.0, density=None, windows=(), patterns=())
 
 
 def _shown(threshold: float | tuple[float, ...]) -> str:

@@ -231,6 +231,12 @@ class Pass(BaseModel):
         narrowed._whole = self
         return narrowed
 
+    def for_heads_alike(self, **values: Any) -> Self:
+        """The method with other values, one for all heads in every option that may hold a number for each: a process has what all have."""
+        alike = self.model_copy(update=values)
+        alike._whole = None
+        return alike
+
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The options without those in which layers of one compiled region may differ."""

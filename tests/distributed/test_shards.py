@@ -31,9 +31,25 @@ def test_a_method_for_some_heads_is_configured_for_all():
     assert (own.threshold, own.windows) == ((0.3, 0.4), (0, 7))
     assert own.options() == method.options() and own.for_all_heads() is method
     assert own.selection()["threshold"] == (0.3, 1.0)
-    assert own.keep_all().options() == method.options()
+    assert own.keep_all().options() == method.keep_all().options()
     assert method.of_heads(Shard(1, 2, ""), 4) is method
     assert XAttention(threshold=0.5).of_heads(Shard(1, 2, ""), 2).threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        XAttention(threshold=(0.1, 0.2, 0.3, 0.4)),
+        XAttention(threshold=0.5, patterns=((), (128, 128), (), (0, 256))),
+        MInference(columns=(128, 0, 256, 0), diagonals=128),
+    ],
+    ids=["thresholds", "patterns", "columns"],
+)
+def test_a_method_that_keeps_everything_takes_no_numbers_of_heads(method):
+    """Else verification would read those of the layer in their place, and compare what is sparse with dense attention."""
+    own = method.of_heads(Shard(1, 2, ""), 2)
+    assert own.head_numbers() and own.keep_all().head_numbers() == method.keep_all().head_numbers() == {}
+    assert own.keep_all() == method.keep_all()
 
 
 def test_one_head_of_many_still_takes_its_threshold_as_an_operand():

@@ -17,6 +17,7 @@ from sparsify import pipeline
 from sparsify.backends import sparse_attention
 from sparsify.costs import crossovers
 from sparsify.costs import device as hardware
+from sparsify.distributed.shards import Shard
 from sparsify.masks.predicate import Leaf, MaskKind, MaskPredicate, QueryStart
 from sparsify.matching.sites import AttentionSite
 from sparsify.ops import block_lists, scratch
@@ -183,6 +184,15 @@ def test_what_a_plan_writes_down_goes_with_one_stage_as_what_nobody_gave():
         assert planned == method and planned.refine_stride == 4
         singles = [proposal(one, padded, dataclasses.replace(CONTEXT, min_length=0)).method for one in (method, planned)]
         assert singles[0] == singles[1] and singles[0].estimate == ("pair", "int8", "peak")
+
+
+def test_some_heads_in_one_stage_are_planned_as_all_heads_are():
+    padded, forced = causal(padding=Leaf(fx.Graph().placeholder("padding"))), dataclasses.replace(CONTEXT, min_length=0)
+    whole = XAttention(threshold=(0.5, 0.6) * 16)
+    planned = proposal(whole, site(**padded), forced).method
+    own = proposal(whole.of_heads(Shard(1, 2, ""), 16), site(**padded, query_heads=16, kv_heads=4), forced).method
+    assert own.refine_stride is None and own.threshold == (0.5, 0.6) * 8
+    assert own.options() == planned.options() and planned.options()["stride"] == 4
 
 
 def test_heads_that_choose_nothing_are_expected_to_visit_what_they_visit():
