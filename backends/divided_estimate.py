@@ -57,19 +57,21 @@ def _cells(division: Division, call: SparseAttentionCall) -> Callable[[], Select
     Returns:
         waits, and gives the selection over all keys, whose query is this process's.
     """
-    what, own = "the estimate's cells", call.selection()
-    if not call.estimate.prepared or (call.refine_stride and call.estimate.half):
+    what = "the estimate's cells"
+    # of the keys nothing but their number is read where cells travel
+    unread = call.key.new_empty(1).expand(*call.key.shape[:2], division.tokens, call.key.shape[3])
+    # rows that see part of the text have as many stages as a call over all of it
+    own = dataclasses.replace(dataclasses.replace(call.selection(), key=unread).served, key=call.key)
+    if not own.estimate.prepared or (own.refine_stride and own.estimate.half):
         keys = exchange.gathering(division, call.key, 2, what)
         return lambda: dataclasses.replace(own, key=keys())
     rows, scales = registration.prepare_keys(own)
     # chunks begin at blocks, and so at cells; a block's cells share a scale with the variant peak
-    cells = exchange.gathering(division.scaled(call.steps, call.stride), rows, 2, what)
+    cells = exchange.gathering(division.scaled(own.steps, own.stride), rows, 2, what)
     shared = own.sharing
-    by = division.scaled(1, call.stride * shared)
+    by = division.scaled(1, own.stride * shared)
     sizes = None if scales is None else exchange.gathering(by, scales[:, :, ::shared].contiguous(), 2, what)
-    # of the keys nothing but their number is read any more
-    unread = call.key.new_empty(1).expand(*call.key.shape[:2], division.tokens, call.key.shape[3])
-    count = cdiv(division.tokens, call.stride)
+    count = cdiv(division.tokens, own.stride)
 
     def gathered() -> SelectCall:
         found = None if sizes is None else sizes().repeat_interleave(shared, 2)[:, :, :count]

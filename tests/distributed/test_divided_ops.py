@@ -23,7 +23,8 @@ def check(count: int, cases: list[dict], **how) -> list:
         for one, more in zip(found, processes.run(count, divided.parts, cases[first : first + 12], **how), strict=True):
             one += more
     for number, case in enumerate(cases):
-        output, lse = divided.call_of(case).run()
+        with divided.widest_row(case):
+            output, lse = divided.call_of(case).run()
         seen = torch.zeros(case["tokens"], dtype=torch.int32)
         for spans, rows, sums, _ in (one[number] for one in found):
             at = 0
@@ -74,6 +75,19 @@ def test_chosen_blocks(count):
         sparse(2049, threshold=(0.3, 1.0, 0.6, 0.9), windows=(0, 40, 0, 0), sinks=2, padding=(0, 90)),
     ]
     check(count, cases)
+
+
+@pytest.mark.slow
+def test_a_text_that_no_first_stage_serves_has_one_for_no_row():
+    """Of a text of 17 blocks, rows that see fewer than the widest row's too: a call over all of it has one stage for all rows."""
+    two = {"stride": 16, "refine_stride": 4, "coarse_threshold": 0.5, "threshold": (0.3,)}
+    cases = [sparse(2049, widest=16, estimate=Estimate.parse(name), **two) for name in ("exact", "quad+int8+peak", "half+pair")]
+    check(2, cases)
+    for case in cases:
+        alone = divided.call_of(case)
+        with divided.widest_row(case):
+            one = alone.run()[0]
+        assert (one - alone.run()[0]).abs().max() > 1e-3
 
 
 @pytest.mark.slow

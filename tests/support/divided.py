@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from sparsify.backends import divided_lists
 from sparsify.distributed import exchange, sequence
 from sparsify.distributed.sequence import Division
 from sparsify.distributed.shards import Shard
+from sparsify.ops import selection
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
@@ -48,9 +50,9 @@ def with_sinks(flags: Tensor | None, sinks: int) -> Tensor | None:
 def call_of(case: dict[str, Any], division: Division | None = None) -> AttentionCall | SparseAttentionCall | PatternAttentionCall:
     """The call of a case, of one process or of a part of the text.
 
-    case: kind, tokens, heads, kv_heads, padding, and options of the call.
+    case: kind, tokens, heads, kv_heads, padding, `widest` for `widest_row`, and options of the call.
     """
-    options = dict(case)
+    options = {name: value for name, value in case.items() if name != "widest"}
     kind = {"attention": AttentionCall, "sparse": SparseAttentionCall, "pattern": PatternAttentionCall}[options.pop("kind")]
     query, key, value, flags = operands(*(options.pop(name) for name in ("tokens", "heads", "kv_heads", "padding")))
     own = (lambda tensor, dim: tensor) if division is None else division.own
@@ -63,6 +65,11 @@ def call_of(case: dict[str, Any], division: Division | None = None) -> Attention
     return kind(own(query, 2), own(key, 2), own(value, 2), **operand, **options)
 
 
+def widest_row(case: dict[str, Any]) -> Any:
+    """A context in which rows of more blocks than the case says have one stage of two."""
+    return mock.patch.object(selection, "WIDEST_ROW", case.get("widest", selection.WIDEST_ROW))
+
+
 def parts(
     cases: list[dict[str, Any]], limit: int | None = None, travels: str | None = None, least: int | None = None
 ) -> list[tuple[Any, ...]]:
@@ -71,7 +78,7 @@ def parts(
     found = []
     for case in cases:
         division = Division.of(case["tokens"], shard())
-        with sequence.dividing(division):
+        with sequence.dividing(division), widest_row(case):
             call = call_of(case, division)
             serve = divided_lists.pattern_attention if case["kind"] == "pattern" else divided_lists.sparse_attention
             output, lse = serve(call, **given) if given else call.run()
