@@ -260,6 +260,8 @@ def density_of(layer, length):
 def test_what_cannot_be_joined():
     ways = lambda **given: len(tried.pattern_grid({name: {**MIXED[name], **given.get(name, {})} for name in MIXED}, ("xattention",)).joined)
     assert ways() == 1 and ways(xattention={"refine_stride": 8}) == ways(minference={"mass": 0.9}) == 0
+    rows = {"last_rows": 64}
+    assert ways(minference=rows) == ways(xattention=rows) == 0 and ways(minference=rows, xattention=rows) == 1
     grid = tried.pattern_grid(MIXED, ("xattention",))
     takes = [grid.takes(2, tried.Setting(0, value)) for value in ((64, 64, 0), (0, 0, 64))]
     assert takes == [True, False] and grid.takes(2, tried.Setting(1, 0.3)) and not grid.takes(0, tried.Setting(1, 0.3))

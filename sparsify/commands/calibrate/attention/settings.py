@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from sparsify.costs import work
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.costs.work import Work
 from sparsify.errors import ConfigError
@@ -231,9 +232,10 @@ class Joined(Way):
 
     @classmethod
     def of(cls, estimated: Estimated, patterned: Patterned) -> Joined | None:
-        """None where one method cannot hold both: of two stages the first lists for groups of heads, and what prompts decide of patterns
-        minference alone knows."""
+        """None where one method cannot hold both: of two stages the first lists for groups of heads, what prompts decide of patterns
+        minference alone knows, and the last rows of a layer see every key for all of its heads or for none."""
         apart = estimated.method.refine_stride or patterned.method.mass or patterned.method.divergence
+        apart = apart or estimated.method.last_rows != patterned.method.last_rows
         return None if apart else cls(estimated.method, estimated, patterned)
 
     @property
@@ -248,7 +250,7 @@ class Joined(Way):
         return self.estimated.takes_windows
 
     def works(self, sizes: AttentionSizes, kernel: str, density: float) -> tuple[Work, ...]:
-        return *self.estimated.works(sizes, kernel, density), *self.patterned.works(sizes, kernel, density)
+        return *self.estimated.works(sizes, kernel, density), work.pattern_choice(sizes, self.patterned.method.queries)
 
     def options(self, values: Sequence[Any], windows: Sequence[int], sinks: int, expected: tuple[float, float]) -> dict[str, Any]:
         patterns = [list(value[:2]) if isinstance(value, tuple) else [] for value in values]
