@@ -167,19 +167,21 @@ class _Generation:
 
     def run(self, reading: progress.Task) -> None:
         """Token after token until all rows have ended. reading: what tells that the prompt is being read."""
-        with self.model._optimize_model_for_decode():
-            for steps in itertools.count():
-                if self._ended():
-                    break
-                self._next_token()
-                if steps:
-                    reading.done()  # this step was started only after the first token had been there
+        try:
+            with self.model._optimize_model_for_decode():
+                for steps in itertools.count():
+                    if self._ended():
+                        break
+                    self._next_token()
+                    if steps:
+                        reading.done()  # this step was started only after the first token had been there
+        finally:
+            if self.schedule is not None:
+                self.schedule.finish()
         self._take_back(self.watch.finish())
 
     def finish(self) -> Any:
         """What `generate()` returns."""
-        if self.schedule is not None:
-            self.schedule.finish()
         if self.call.streamer is not None:
             self.call.streamer.end()
         sequences = self.step.sequences[:, : self.length].clone()
