@@ -57,7 +57,7 @@ def check_amount(tokens_to_remove: int) -> None:
     """Raises CacheError for what `crop` does not take."""
     if tokens_to_remove > 0:
         hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
-        raise CacheError("crop takes a negative number of tokens to remove", hint=hint)
+        raise CacheError("crop takes a negative number of tokens to remove", where="crop", hint=hint)
 
 
 def crop(layer: Any, tokens_to_remove: int) -> None:

@@ -293,15 +293,9 @@ class SparseLayer(CacheLayerMixin):
                 clusters.write_means(self)
 
     def prepare(self) -> None:
-        """Puts what is kept into clusters, after which nothing is evicted; nothing in layers that read no clusters.
-
-        Raises:
-            UnsupportedError: the text is divided among processes.
-        """
+        """Puts what is kept into clusters, after which nothing is evicted; nothing in layers that read no clusters."""
         if not isinstance(self.read, Clusters) or not self.is_initialized:
             return
-        if self.shard is not None:
-            raise UnsupportedError("the text is divided among processes, and clusters are of all of it", where=f"layer {self.index}")
         self.finish()
         with torch.no_grad(), self.present():
             clusters.prepare(self)

@@ -387,7 +387,8 @@ class SparseCache(Cache):
         """Takes back the last -tokens_to_remove tokens from every layer, or from none.
 
         Raises:
-            CacheError: something was evicted already, the batch is padded, or an earlier call failed halfway.
+            CacheError: a positive number, something was evicted already, the batch is padded, the policy awaits `observe`, or an earlier
+                call failed halfway.
         """
         cropping.check_amount(tokens_to_remove)
         self.check_consistent(True)
@@ -416,6 +417,8 @@ class SparseCache(Cache):
             layer.settle_past()
 
     def reset(self) -> None:
+        """Empties the cache, also after something failed halfway; then its buffers are allocated anew. A budget given as a share refers to
+        the next call's tokens."""
         with self.call.changing():
             if self.call.broken:  # sizes of buffers may not go together
                 for layer in self.layers:
@@ -497,7 +500,7 @@ def _recording() -> bool:
 
 def _raise_halfway() -> None:
     raise CacheError(
-        "an earlier call failed halfway: some layers hold its tokens and others do not",
+        "an earlier call, or a change of the cache, failed halfway: its layers may hold different tokens",
         where="SparseCache",
         hint="reset() the cache, or make a new one, and give it the whole text",
     )

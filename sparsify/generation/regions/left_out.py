@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 from sparsify.errors import CacheError
+from sparsify.generation.caches import cropping
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.regions.masks import PostponedMask, Recipe, kinds, of_columns, postponing
 
@@ -28,10 +29,10 @@ def _check_crop(layer: Any, held: int, tokens_to_remove: int) -> None:
 
     tokens_to_remove: negative; releases that take a positive number for the text's new length count tokens that a layer does not have.
     """
-    if layer.fixed and tokens_to_remove > 0:
-        hint = f"crop({-tokens_to_remove}) removes that many, crop({tokens_to_remove} - cache.get_seq_length()) leaves that many"
-        raise CacheError("crop takes a negative number of tokens to remove", where="crop", hint=hint)
-    if layer.fixed and held + tokens_to_remove < layer.fixed:
+    if not layer.fixed:
+        return
+    cropping.check_amount(tokens_to_remove)
+    if held + tokens_to_remove < layer.fixed:
         raise CacheError(
             f"a layer was given some tokens of the prompt, of which {-tokens_to_remove} cannot be taken back",
             where="crop",
