@@ -147,7 +147,7 @@ def available(device: torch.device | str, kernels: str | None = None) -> tuple[s
     if obstacle is None:
         return "triton", "asked for" if wanted == "triton" else f"{device.type} device that Triton supports"
     if wanted == "triton":
-        raise UnsupportedError(f"Triton kernels cannot run here: {obstacle}", where=str(device), hint="kernels = 'auto' uses the reference")
+        raise UnsupportedError(f"Triton kernels cannot run here: {obstacle}", where=str(device), hint="'auto' takes what runs here")
     return "reference", obstacle
 
 

@@ -63,8 +63,9 @@ def make(policy: str | Policy, **options: Any) -> Policy:
     except ValidationError as failure:
         error = failure.errors(include_url=False)[0]
         key = ".".join(map(str, error["loc"]))
-        hint = nearest(key, model.model_fields) if error["type"] == "extra_forbidden" else ""
-        raise ConfigError(error["msg"], where=f"policy {policy}" + (f": {key}" if key else ""), hint=hint) from None
+        unknown = error["type"] == "extra_forbidden"
+        what, hint = ("no such option", nearest(key, model.model_fields)) if unknown else (error["msg"], "")
+        raise ConfigError(what, where=f"policy {policy}" + (f": {key}" if key else ""), hint=hint) from None
 
 
 @functools.cache

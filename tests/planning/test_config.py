@@ -151,6 +151,8 @@ WRONG = [
     ({"pases": []}, "options: pases: unknown key (did you mean 'passes'?)"),
     ({"xatention": {}}, "options: xatention: unknown key (did you mean 'xattention'?)"),
     ({"max_autotune": True}, "options: max_autotune: unknown key (it is one of Inductor's options: put it under `inductor`)"),
+    ({"sinks": 8}, "options: sinks: unknown key (it is an option of `sink_window`: put it into a method's own table)"),
+    ({"stride": 8}, "(it is an option of `xattention`: put it into a method's own table; or did you mean 'strict'?)"),
     ({"passes": "dense"}, "options: passes: must be a list, not 'dense'"),
     ({"passes": ["dens"]}, "options: passes[0]: there is no method 'dens' (did you mean 'dense'?)"),
     ({"passes": ["dense", 3]}, "options: passes[1]: must be a string, not 3"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from sparsify.errors import ConfigError, UnsupportedError
@@ -86,6 +87,14 @@ def check_divided(config: Any, policy: Policy) -> None:
     if ranks > 1 and policy.by_head:
         what = f"{policy.name} compares all heads of a layer, of which tensor parallelism gives this process some"
         raise UnsupportedError(what, where="SparseCache", hint="another policy")
+
+
+def text_config(config: Any) -> Any:
+    """That of the decoder of text. Raises ConfigError for what is no configuration of a model."""
+    if not isinstance(config, PreTrainedConfig):
+        what, hint = f"must be a model's configuration, not a {type(config).__name__}", "SparseCache(model.config, ...)"
+        raise ConfigError(what, where="config", hint=hint)
+    return config.get_text_config(decoder=True)
 
 
 def check_model(config: Any) -> None:

@@ -91,7 +91,7 @@ class SparseCache(Cache):
         offloading: bool = False,
         **options: Any,
     ):
-        config = config.get_text_config(decoder=True)
+        config = checks.text_config(config)
         checks.check_model(config)
         policy = policies.make(policy, **options)
         budget, pages = checks.checked_budget(budget, prompt_len), checks.checked_read(read)
@@ -140,7 +140,7 @@ class SparseCache(Cache):
             CacheError: the cache was made for another model.
             UnsupportedError: as for a new cache.
         """
-        config = config.get_text_config(decoder=True)
+        config = checks.text_config(config)
         checks.check_model(config)
         if not cache_attention.same_model(config, self.config):
             raise CacheError(

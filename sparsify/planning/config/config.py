@@ -331,7 +331,11 @@ class _Merger:
             raise ConfigError(f"keys are strings, not {_show(key)}", where=source)
         if key.replace("-", "_") in inductor_options.known_options():
             raise ConfigError("unknown key", where=f"{source}: {key}", hint="it is one of Inductor's options: put it under `inductor`")
-        raise ConfigError("unknown key", where=f"{source}: {key}", hint=nearest(key, [*SETTINGS, *self.models]))
+        hint = nearest(key, [*SETTINGS, *self.models])
+        if owners := [f"`{name}`" for name, model in self.models.items() if key in model.model_fields]:
+            meant = f"; or {hint}" if hint.startswith("did you mean") else ""
+            hint = f"it is an option of {', '.join(owners)}: put it into a method's own table{meant}"
+        raise ConfigError("unknown key", where=f"{source}: {key}", hint=hint)
 
 
 def validate(model: type[BaseModel], table: Mapping[str, Any], source: str, key: str = "") -> Any:

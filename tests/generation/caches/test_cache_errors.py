@@ -29,8 +29,13 @@ def test_a_budget_below_sinks_and_window(llama):
         SparseCache(llama.config, policy="snapkv", budget=1.5)
     with pytest.raises(ConfigError, match="did you mean 'snapkv'"):
         SparseCache(llama.config, policy="snapvk", budget=64)
-    with pytest.raises(ConfigError, match="did you mean 'window'"):
+    with pytest.raises(ConfigError, match=r"windw: no such option .did you mean 'window'"):
         SparseCache(llama.config, policy="snapkv", budget=64, windw=3)
+
+
+def test_a_model_is_no_configuration(llama):
+    with pytest.raises(ConfigError, match=r"not a LlamaForCausalLM.*SparseCache\(model.config, ...\)"):
+        SparseCache(llama, "full")
 
 
 @pytest.mark.parametrize(
