@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -108,7 +108,7 @@ def after_compiling(hook: Callable[[types.CodeType, types.CodeType], None]) -> A
 def forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
     """Discards what was compiled of `code` with this backend object."""
     entries = eval_frame._debug_get_cache_entry_list(code)
-    mine = [entry for entry in entries if getattr(entry.backend, "compiler_fn", entry.backend) is backend]
+    mine = _compiled_with(entries, backend)
     if len(mine) == len(entries):
         eval_frame.reset_code(code)  # pyright: ignore[reportPrivateImportUsage]
         return
@@ -116,10 +116,16 @@ def forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
         cast(Any, entry.guard_manager.extra_state).invalidate(entry, DeletedGuardManagerWrapper("compiled for one call"))
 
 
-def compiled_whole(code: types.CodeType) -> list[tuple[Any, types.CodeType]]:
-    """What Dynamo has compiled of this code: guards, for `still_holds`, and compiled code, which calls one graph and leaves nothing to be
-    compiled behind it. The last that was used comes first."""
-    found: list[tuple[Any, Any]] = [(entry.guard_manager, entry.code) for entry in eval_frame._debug_get_cache_entry_list(code)]
+def _compiled_with(entries: Sequence[Any], backend: Callable[..., Any]) -> list[Any]:
+    """Those of Dynamo's entries that are of this backend object."""
+    return [entry for entry in entries if getattr(entry.backend, "compiler_fn", entry.backend) is backend]
+
+
+def compiled_whole(code: types.CodeType, backend: Callable[..., Any]) -> list[tuple[Any, types.CodeType]]:
+    """What Dynamo has compiled of this code with this backend object: guards, for `still_holds`, and compiled code, which calls one graph
+    and leaves nothing to be compiled behind it. The last that was used comes first. A stance may have had others compile it, too."""
+    entries = _compiled_with(eval_frame._debug_get_cache_entry_list(code), backend)
+    found: list[tuple[Any, Any]] = [(entry.guard_manager, entry.code) for entry in entries]
     return [(guards, compiled) for guards, compiled in found if isinstance(compiled, types.CodeType) and _is_one_graph(compiled)]
 
 

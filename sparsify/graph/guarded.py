@@ -9,6 +9,7 @@ every one of them and at every call, and the code whose guards hold is called. W
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,15 @@ class Guarded:
 
     def __init__(self, function: types.FunctionType, backend: Callable[..., Any], **how: Any):
         self._function, self._make = function, backend
-        self.backend = self._compile  # one object: Dynamo compares them
+        owner = weakref.ref(self)
+
+        def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            guarded = owner()
+            assert guarded is not None
+            return guarded._compile(gm, example_inputs)
+
+        self.backend = compile_graph  # one object: Dynamo compares them, and keeps each until it is reset
+        weakref.finalize(self, compat.forget, function.__code__, compile_graph).atexit = False
         self._names = function.__code__.co_varnames[: function.__code__.co_argcount]
         self._through_dynamo = compat.compile_in_threads(function, backend=self.backend, **how)
         self._known: list[tuple[Any, Callable[..., Any]]] = []  # guards and what they guard, the last one that served first
@@ -58,5 +67,5 @@ class Guarded:
         globals_, closure = self._function.__globals__, self._function.__closure__
         self._known = [
             (guards, types.FunctionType(code, globals_, code.co_name, None, closure))
-            for guards, code in compat.compiled_whole(self._function.__code__)
+            for guards, code in compat.compiled_whole(self._function.__code__, self.backend)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -151,3 +152,34 @@ def test_what_is_asked_of_dynamo_is_asked():
     with torch.compiler.set_stance("default", force_backend="eager"):
         run(*given, slow=True)
     run(*given, slow=False)
+
+
+def test_what_a_stance_had_another_backend_compile_is_not_called():
+    run = Counted(scaled, fullgraph=True)
+    given = (X, {"factor": 3, "name": "a"})
+
+    def negating(gm, inputs):
+        return lambda *values: tuple(-value for value in gm.forward(*values))
+
+    for slow in (True, False):
+        with torch.compiler.set_stance("default", force_backend=negating):
+            assert torch.equal(run(*given, slow=True)[0], X * -6)
+        assert torch.equal(run(*given, slow=slow)[0], X * 6)
+    assert run.graphs == 1
+
+
+def test_what_was_compiled_goes_with_its_function():
+    """Dynamo keeps every backend until it is reset."""
+    gone = []
+
+    def noting(gm, inputs):
+        gone.append(weakref.ref(gm))
+        return lambda *values: gm.forward(*values)
+
+    run = Guarded(isolated.copy_of(scaled), noting, dynamic=True, fullgraph=True)
+    for _ in range(3):
+        run(X, {"factor": 3, "name": "a"})
+    assert [held() is None for held in gone] == [False]
+    del run
+    gc.collect()
+    assert gone[0]() is None

@@ -172,7 +172,7 @@ class _Seen:
     def __init__(self, module: nn.Module):
         values = vars(module)
         self.names, self.values = [*values], [*values.values()]
-        self.modules, self.hooks = dict(module._modules), [*module._forward_hooks]
+        self.modules, self.hooks = [*module._modules.items()], [*module._forward_hooks]
         self.parameters = [*module._parameters.values()] if "forward" in values else None
 
     def is_still(self, module: nn.Module) -> bool:
@@ -180,7 +180,7 @@ class _Seen:
         values = vars(module)
         if len(values) != len(self.names) or not all(map(operator.is_, values.values(), self.values)) or [*values] != self.names:
             return False
-        if values["_modules"] != self.modules or [*values["_forward_hooks"]] != self.hooks:
+        if [*values["_modules"].items()] != self.modules or [*values["_forward_hooks"]] != self.hooks:
             return False
         if self.parameters is None:
             return True

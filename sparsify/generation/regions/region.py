@@ -87,11 +87,16 @@ class Region:
         compiled = pipeline.compile_graph(gm, example_inputs, self.config, self.options, serves=self.paths, part=self.part)
 
         def graph(*inputs: Any) -> Any:
+            if (look := before_graphs.get()) is not None:
+                look()
             _release()
             return compiled(*inputs)
 
         return graph
 
+
+# called in this thread before a graph runs, while no other thread is served; what it raises ends the call
+before_graphs: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("sparsify_before_graphs", default=None)
 
 # the lock of the region that is called in this thread, until its graph runs
 _waiting: contextvars.ContextVar[list[threading.Lock] | None] = contextvars.ContextVar("sparsify_waiting", default=None)

@@ -26,6 +26,7 @@ from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.narrowing import Narrowing
 from sparsify.generation.regions.running import Call, Handover
 from sparsify.generation.regions.shared import SharedLayers
+from sparsify.graph.typed_torch import within_transform
 from sparsify.pipeline import WHOLE
 from sparsify.planning import unmatched
 from sparsify.planning.choose import named_methods
@@ -175,6 +176,8 @@ class RegionalModel:
         """Raises NotShared with what speaks against regions before anything runs."""
         if self.reason:
             raise NotShared(self.reason)
+        if within_transform():  # inside of which Dynamo captures nothing
+            raise NotShared("a transform of torch.func is open around the call")
         config = self.model.config
         for name in ("output_attentions", "output_router_logits"):
             if kwargs.get(name, getattr(config, name, False)):

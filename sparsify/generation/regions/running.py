@@ -18,7 +18,7 @@ from sparsify.generation.regions.narrowed import Narrowed
 from sparsify.generation.regions.narrowing import FindImages
 from sparsify.generation.regions.packed import Layout
 from sparsify.generation.regions.packing import PackedCall
-from sparsify.generation.regions.region import Held
+from sparsify.generation.regions.region import Held, before_graphs
 from sparsify.generation.regions.shared import SharedLayers
 from sparsify.generation.regions.towers import texts
 from sparsify.planning.plan import Plan
@@ -130,22 +130,27 @@ class Call:
 
     def _try_documents(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Any:
         """The result of a tower's layer over texts with bounds, in the first call of its kind: as one attention whose mask has a document
-        for each, which serves from then on where it is rewritten, as a mask that is written out would cost more; else text by text."""
-        towers, given = self.shared.towers, {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
-        holds, plans = documents.serve(layer, hidden, given), list[Plan]()
-        outer, token = pipeline.collector.get(), pipeline.collector.set(plans)
-        try:
-            if holds:
-                found = self._through_region(layer, args, kwargs, over_documents=True)
-                refused = any(one.kind == "attention" and one.method is None for plan in plans for one in plan.decisions)
-                towers.tried(layer, given, hidden, texts(given) == 1 or not refused)
-                return found
-        except NotShared as why:
-            log.debug("%s is not served over documents: %s", layer.path, why)
-        finally:
-            pipeline.collector.reset(token)
-            if outer is not None:
-                outer += plans
+        for each, which serves from then on where it is rewritten, as a mask that is written out takes the square of all patches; else
+        text by text."""
+        towers, given, plans = self.shared.towers, {**dict(zip(layer.arguments, args, strict=False)), **kwargs}, list[Plan]()
+
+        def look() -> None:  # before the graph runs: the mask may be larger than the device's memory
+            if towers.over_documents(layer, given, hidden) is None:
+                towers.tried(layer, given, hidden, texts(given) == 1 or _all_rewritten(plans))
+            if not towers.over_documents(layer, given, hidden):
+                raise NotShared("nothing rewrites its attention over documents")
+
+        if documents.serve(layer, hidden, given):
+            outer, token, looking = pipeline.collector.get(), pipeline.collector.set(plans), before_graphs.set(look)
+            try:
+                return self._through_region(layer, args, kwargs, over_documents=True)
+            except NotShared as why:
+                log.debug("%s is not served over documents: %s", layer.path, why)
+            finally:
+                before_graphs.reset(looking)
+                pipeline.collector.reset(token)
+                if outer is not None:
+                    outer += plans
         towers.tried(layer, given, hidden, False)
         if towers.serves(layer, given, hidden):
             return self._through_region(layer, args, kwargs)
@@ -198,6 +203,12 @@ class Call:
         if cache is not None:
             cache.end()
         return given.handed_back(result)
+
+
+def _all_rewritten(plans: list[Plan]) -> bool:
+    """Whether attention was found, and a method serves all of it."""
+    found = [one.method is not None for plan in plans for one in plan.decisions if one.kind == "attention"]
+    return bool(found) and all(found) and not any(plan.fallback for plan in plans)
 
 
 class Handover:

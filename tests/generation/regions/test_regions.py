@@ -415,6 +415,29 @@ def test_layers_are_called_past_dynamo_once_they_are_compiled(monkeypatch):
     assert differs_from_eager() > 0
 
 
+def test_transforms_of_torch_func_leave_other_calls_to_regions():
+    """And the weights of a call's own are those that it computes with."""
+    model, ids = build("llama", layers=2), prompt(1, 12)["input_ids"]
+    weights = {name: weight.detach() * 1.5 for name, weight in model.named_parameters()}
+
+    def logits(weights):
+        return torch.func.functional_call(model, weights, (ids,), {"use_cache": False}).logits
+
+    def results():
+        with torch.no_grad():
+            known = logits(weights), model(ids, use_cache=False).logits
+        return *known, *torch.func.grad(lambda weights: logits(weights).square().mean())(weights).values()
+
+    want = results()
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        for _ in range(2):
+            for one, other in zip(results(), want, strict=True):
+                torch.testing.assert_close(one, other, **CLOSE)
+    assert not torch.equal(want[0], want[1]) and not model._compiled_call_impl.reason
+    assert any(plan.capture == "one region for 2 layers" and len(plan.rewritten) == 2 for plan in plans)
+
+
 @torch.no_grad()
 def test_a_budget_that_is_a_share_of_the_prompt_leaves_regions_as_they_are():
     """A layer has its budget once it has run, which the next ones do not have yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparsify
-from sparsify import api
+from sparsify import api, pipeline
 from sparsify.generation.regions import documents, layers
 from tests.support.harness import strict
 from tests.support.image_selection import build, prompt, with_tokens
@@ -130,21 +131,40 @@ def test_several_images_in_one_row(family, lower):
         torch.testing.assert_close(model(**prompts[0], use_cache=False).logits, want[0], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("why", ["it is ruled out", "it failed"])
 @torch.no_grad()
-def test_documents_that_nothing_rewrites_are_not_attended_by_a_mask(caplog):
-    """A mask that is written out takes the square of all patches: such a tower goes on text by text."""
+def test_documents_that_nothing_rewrites_are_not_attended_by_a_mask(caplog, monkeypatch, why):
+    """A mask that is written out takes the square of all patches: such a tower goes on text by text, from the first call on."""
     model = build("qwen2_5_vl", layers=2)
     model.model.visual.window_size, model.model.visual.fullatt_block_indexes = 64, []
     given = pictures(model, (128, 320))
     want = model(**given, use_cache=False).logits
-    rules = [{"layers": "model.visual.*", "method": []}]
+    compile_graph, rewrite_graph, ran = pipeline.compile_graph, pipeline.rewrite_graph, []
+
+    def counting(*args, serves, **how):
+        compiled = compile_graph(*args, serves=serves, **how)
+        return lambda *inputs: (ran.append(serves[0]), compiled(*inputs))[1]
+
+    def failing(gm, *args, **how):
+        plan, *graphs = rewrite_graph(gm, *args, **how)
+        if any("visual" in one.site for one in plan.decisions):
+            raise RuntimeError("of the tower alone")
+        return plan, *graphs
+
+    monkeypatch.setattr(pipeline, "compile_graph", counting)
+    rules = [{"layers": "model.visual.*", "method": []}] if why == "it is ruled out" else []
+    if not rules:
+        monkeypatch.setattr(pipeline, "rewrite_graph", failing)
     sparsify.compile(model, passes=["dense"], rules=rules, lower="eager", min_length=0)
+    told = contextlib.nullcontext() if rules else pytest.warns(UserWarning, match="of the tower alone")
     with caplog.at_level("INFO", "sparsify.generation.regions.towers"), api.collect_plans() as plans:
-        torch.testing.assert_close(model(**given, use_cache=False).logits, want, rtol=1e-4, atol=1e-5)
+        with told:
+            torch.testing.assert_close(model(**given, use_cache=False).logits, want, rtol=1e-4, atol=1e-5)
         first = looked_at(plans)
         torch.testing.assert_close(model(**given, use_cache=False).logits, want, rtol=1e-4, atol=1e-5)
-    sites = [(f"model.visual.blocks.{number}.attn", "documents", None) for number in range(2)]
+    sites = [(f"model.visual.blocks.{number}.attn", "documents", None) for number in range(2)] if rules else []
     assert looked_at(plans) == first == [sites, []] and "attend to texts one after the other" in caplog.text
+    assert len(ran) == 4 and not any("visual" in path for path in ran)
 
 
 class _Layer(nn.Module):
