@@ -167,8 +167,10 @@ class Guards:
         if len(small) == len(every) and all(n < 4 * LARGE for n in small.values()) and self.allow(small, fixed, mine):
             return small
         same = self._same(every, mine)
+        # of symbols that are equal the one with the highest lower bound is drawn, which the others may not share
+        drawn = {same[symbol]: symbol for symbol in sorted(every, key=lambda s: self._bounds(s, fixed)[0] if s.is_integer else 0)}
         for _ in range(_TRIES):
-            found = {symbol: self._number(symbol, fixed, top, draw) for symbol in every}
+            found = {stands: self._number(symbol, fixed, top, draw) for stands, symbol in drawn.items()}
             found = {symbol: found[same[symbol]] for symbol in every}
             if self.allow(found, fixed, mine):
                 return found

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from sparsify import api
 from sparsify.backends import dispatch
@@ -487,3 +489,16 @@ def test_sizes_that_guards_compare_are_mapped_together():
     fixed = instances.shrink([150, *guards.hints.values()], set(), draw)
     found = guards.draw({rows}, fixed, 27, draw)
     assert found[rows] == found[same] == found[keys] - fixed[150] and found[keys] < 100
+
+
+def test_sizes_that_are_equal_are_drawn_within_the_narrowest_range():
+    """Of a cache that keeps a share of a prompt: one of the equal sizes has to be large enough for the policy, and says so alone."""
+    queries, keys, mask = sympy.symbols("queries keys mask", integer=True, positive=True)
+    for narrow in (queries, keys, mask):
+        guards = instances.Guards(None)
+        guards.ranges = {size: ValueRanges(65 if size == narrow else 2, int_oo) for size in (queries, keys, mask)}
+        guards.hints = dict.fromkeys((queries, keys, mask), 540)
+        guards.statements = [sympy.Eq(queries, keys), sympy.Eq(keys, mask)]
+        draw = random.Random(0)
+        found = guards.draw({queries, keys, mask}, instances.shrink([540], set(), draw), 12, draw)
+        assert found[queries] == found[keys] == found[mask] and 65 <= found[queries] < 100

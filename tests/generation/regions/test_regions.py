@@ -451,6 +451,18 @@ def test_a_budget_that_is_a_share_of_the_prompt_leaves_regions_as_they_are():
 
 
 @torch.no_grad()
+def test_a_prompt_of_which_a_share_stays_is_rewritten():
+    """Fewer tokens than the policy needs cannot be tried: the graph's guards bound one of several sizes that are equal."""
+    model, ids = build("llama", layers=2), prompt(1, 90)["input_ids"]
+    caches = [SparseCache(model.config, "snapkv", budget=0.5) for _ in range(2)]
+    want = cuts(model, caches[0], ids, 86, 1, 3)
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(cuts(model, caches[1], ids, 86, 1, 3), want, **CLOSE)
+    assert [one.method for one in plans[0].decisions if not one.refusals] == ["dense"] * 2
+
+
+@torch.no_grad()
 def test_threads_share_regions():
     model = build("llama", layers=3)
     works = [prompt(1, 20, 0), prompt(1, 27, 1), prompt(1, 23, 2), prompt(1, 31, 3)]
