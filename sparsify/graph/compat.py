@@ -113,7 +113,7 @@ def forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
         eval_frame.reset_code(code)  # pyright: ignore[reportPrivateImportUsage]
         return
     for entry in mine:
-        cast(Any, entry.guard_manager.extra_state).invalidate(entry, DeletedGuardManagerWrapper("compiled for one call"))
+        entry.guard_manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("compiled for one call"))
 
 
 def _compiled_with(entries: Sequence[Any], backend: Callable[..., Any]) -> list[Any]:

@@ -22,7 +22,8 @@ class Guarded:
     """A compiled function, called with arguments by position. Calls in several threads must not overlap until the graph runs.
 
     Args:
-        function: whose code object nobody else compiles.
+        function: whose code object nobody else compiles, without a closure: guards ask for its variables too, and every call goes through
+            Dynamo.
         backend, how: of torch.compile.
     """
 
