@@ -22,8 +22,8 @@ class Guarded:
     """A compiled function, called with arguments by position. Calls in several threads must not overlap until the graph runs.
 
     Args:
-        function: whose code object nobody else compiles, without a closure: guards ask for its variables too, and every call goes through
-            Dynamo.
+        function: whose code object nobody else compiles. One with a closure goes through Dynamo at every call, where guards ask for the
+            closure's variables.
         backend, how: of torch.compile.
     """
 
