@@ -325,7 +325,8 @@ def needed(p, total, alive, forced, tau, least, ${"min_share, " if min_share els
 %if min_share
     cutoff = tl.where(enough, line, tl.minimum(cutoff, line))
 %end
-    return tl.where(gain >= tl.where(alive, cutoff, float("inf"))[None, :], 1.0, 0.0)
+    # nothing reaches NaN: what lies where no cell is may be anything
+    return tl.where(gain >= tl.where(alive, cutoff, float("nan"))[None, :], 1.0, 0.0)
 '''
 
 CHOOSE_STREAM = '''

@@ -413,6 +413,29 @@ def test_keys_pass_by_where_that_is_known_to_be_faster(changes):
     assert stages.streaming(call(query, key, **{**base, **changes}), triton_select.LIMITS) is None
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("min_share", [0.0, 0.3])
+def test_what_lies_where_no_query_cell_is_chooses_nothing(min_share, monkeypatch):
+    """A last block of one query cell and seven that there are not, whose scratch is whatever lay in memory: here any 16 bits."""
+    query, key = inputs(100, 137, dim=16, heads=2, kv_heads=1)
+    one = call(query, key, pool="row", stride=4, block_size=32, estimate="pair+int8", threshold=[0.3], min_share=min_share)
+    spec, launch = stages.streaming(one, triton_select.LIMITS, SelectTiling(32, 32, 4, 2, 1, False)), streamed.launch
+    draw, found = torch.Generator().manual_seed(0), []
+
+    def scribbled(kernel, grid, arguments, values, **options):
+        if "counts" not in values:
+            logs = values["logs"]
+            logs.copy_(torch.randint(-(1 << 15), 1 << 15, logs.shape, dtype=torch.int16, generator=draw).view(torch.float16))
+        launch(kernel, grid, arguments, values, **options)
+
+    monkeypatch.setattr(streamed, "launch", scribbled)
+    for _ in range(12):
+        lists = one.empty_lists()
+        stages.one_stage(one, spec, lists, None, triton_select.LIMITS)
+        found.append(block_lists.to_dense(*lists, one.key_blocks))
+    assert all(torch.equal(other, found[0]) for other in found) and not found[0].all()
+
+
 @pytest.mark.parametrize(
     "stages_of", [{"stride": 4, "estimate": "int8"}, {"stride": 16, "refine_stride": 4}], ids=["one stage", "two stages"]
 )
