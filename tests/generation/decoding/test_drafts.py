@@ -16,6 +16,7 @@ from sparsify.costs.device import Device
 from sparsify.errors import ConfigError, UnsupportedError
 from sparsify.generation import generate
 from sparsify.generation.caches.drafting import MOST
+from sparsify.generation.caches.running_call import CallState
 from sparsify.generation.decoding import draft_lengths, loop
 from sparsify.generation.decoding.draft_lengths import LENGTHS, DraftLength, Line, Seconds, predicted
 from sparsify.generation.decoding.drafts import Drafts
@@ -210,6 +211,7 @@ class Chains:
         generator = torch.Generator().manual_seed(5)
         self.exact, self.draft = (torch.randn(vocabulary, vocabulary, generator=generator) * 1.5 for _ in range(2))
         self.reads_draft, self.stored, self.draft_rounds, self.drafted, self.drafts_kept = False, 0, 0, 0, 0
+        self.call = CallState()
 
     def drafting(self):
         chains = self
