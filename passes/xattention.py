@@ -27,7 +27,7 @@ from sparsify.ops import scratch
 from sparsify.ops.estimate import DEFAULT, VARIANTS, Estimate, Pool, VariantName, label
 from sparsify.ops.limits import LEAST_LISTED_CELLS, MOST_BLOCKS, cdiv
 from sparsify.ops.patterns import ALWAYS, operand_room
-from sparsify.ops.selection import SelectCall
+from sparsify.ops.selection import SelectCall, highest_share
 from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.planning.method import (
     AttentionSite,
@@ -162,8 +162,7 @@ class XAttention(PromptPass):
             self._default(refine_stride=None)
         if self.refine_stride:
             thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-            highest = max((one for one in thresholds if one < 1), default=0.0)
-            self._default(stride=2 * self.refine_stride, coarse_threshold=max(self.coarse_threshold, highest))
+            self._default(stride=2 * self.refine_stride, coarse_threshold=max(self.coarse_threshold, highest_share(thresholds)))
         else:
             self._default(estimate=DEFAULT.variants, stride=4 if self.pool == "row" else 8)
         return self
@@ -203,7 +202,7 @@ class XAttention(PromptPass):
         if self.refine_stride:
             if self.pool != "row" or self.refine_stride >= self.stride:
                 raise ValueError('refine_stride goes with pool = "row" and is finer than stride')
-            if max((one for one in self._thresholds() if one < 1), default=0.0) > self.coarse_threshold:
+            if highest_share(self._thresholds()) > self.coarse_threshold:
                 raise ValueError("coarse_threshold must not lie below threshold")
         return self
 

@@ -77,7 +77,7 @@ def block_selection(pool: str, stride: int, threshold: float) -> dict[str, Any]:
     """A cell of xattention; pool: as `cells` takes them."""
     chosen = {"stride": stride, "pool": pool, "threshold": threshold}
     found = parse_label(pool)
-    method = {"min_share": 0.0, **chosen, **found, "estimate": list(found["estimate"].variants)}
+    method = {**chosen, **found, "estimate": list(found["estimate"].variants)}
     return {"method": "xattention", "parameters": chosen, "options": {"passes": ["xattention", "dense"], "xattention": method, **COMMON}}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -67,6 +67,11 @@ RULES: dict[str, Rule] = {
     # a share of each row's mass, one for all heads
     "tau": Rule(lambda call: True, (RuleArgument("tau", "fp32", lambda call: call.threshold[0]),)),
 }
+
+
+def highest_share(thresholds: Sequence[float]) -> float:
+    """The highest threshold of heads that leave something out: no less than that has to be listed by the first of two stages."""
+    return max((threshold for threshold in thresholds if threshold < 1), default=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,14 +156,10 @@ class SelectCall(ListingCall):
         return dataclasses.replace(given, head_columns=operands[0], head_diagonals=operands[1])
 
     @property
-    def refines(self) -> bool:
-        """Whether there are two stages: no kernel makes them of longer rows, and scores of all of those would be held at once."""
-        return self.refine_stride > 0 and self.key_blocks <= WIDEST_ROW
-
-    @property
     def served(self) -> SelectCall:
-        """This call, or its second stage alone where it asks for two and there is one. Keys that were prepared are the first stage's."""
-        if not self.refine_stride or self.refines or self.prepared_keys is not None:
+        """This call, or of two stages over longer rows than `WIDEST_ROW` the second alone: no kernel makes both of them, and scores of all
+        blocks would be held at once. Keys that were prepared are the first stage's."""
+        if not self.refine_stride or self.key_blocks <= WIDEST_ROW or self.prepared_keys is not None:
             return self
         return dataclasses.replace(self, stride=self.refine_stride, refine_stride=0)
 
@@ -266,7 +267,7 @@ class SelectCall(ListingCall):
                 "4 or 8, finer than the first",
             )
             need(self.pool == "row", f"two stages under the rule {self.pool}", "row")
-            highest = max((t for t in self.threshold if t < 1), default=0.0)
+            highest = highest_share(self.threshold)
             need(
                 highest <= self.coarse_threshold <= 1,
                 f"a coarse threshold of {self.coarse_threshold} for {highest}",

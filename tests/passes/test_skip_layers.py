@@ -9,7 +9,6 @@ import threading
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.generation import BaseStreamer
 
 import sparsify
 from sparsify import SparseCache, api
@@ -24,6 +23,7 @@ from sparsify.planning.registry import discover
 from tests.support import bypassing
 from tests.support.harness import holding, strict
 from tests.support.op_recorder import NoReads
+from tests.support.stopping import Cancels
 from tests.support.tiny_models import VOCAB, build, spread_weights
 
 LAYERS, PROMPT, NEW = 5, 20, 7
@@ -126,28 +126,13 @@ def test_a_second_turn_sees_what_each_layer_holds(plain, padding):
     assert torch.equal(model.generate(**second, **HOW, **holding(cache)), want)
 
 
-class Cancels(BaseStreamer):
-    """A streamer that stops the call at its last token."""
-
-    def __init__(self) -> None:
-        self.left = NEW
-
-    def put(self, value):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-    def end(self):
-        raise AssertionError("it was cancelled")
-
-
 @torch.no_grad()
 def test_tokens_of_a_cancelled_generation_cannot_be_cropped(plain):
     """Which layers hold the last ones is known of none, as after a generation that ended by itself."""
     model = skipping(plain)
     cache = SparseCache(model.config, "full")
     with pytest.raises(KeyboardInterrupt):
-        model.generate(**text(1, PROMPT), **HOW, **holding(cache), streamer=Cancels())
+        model.generate(**text(1, PROMPT), **HOW, **holding(cache), streamer=Cancels(NEW))
     assert cache.layers[1].left_out > 0
     with pytest.raises(CacheError, match="was not given"):
         cache.crop(-1)

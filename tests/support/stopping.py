@@ -1,4 +1,4 @@
-"""Stops code of the package wherever an interrupt, or memory that runs out, may stop it."""
+"""Stops code of the package wherever an interrupt, or memory that runs out, may stop it, and `generate()` at a token."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from transformers.generation import BaseStreamer
 
 import sparsify
 
@@ -43,3 +45,18 @@ class Stopping:
         if self.calls == self.at:
             sys.setprofile(None)
             raise Stopped
+
+
+class Cancels(BaseStreamer):
+    """A streamer that stops the call at its n-th token behind the prompt."""
+
+    def __init__(self, tokens: int):
+        self.left = tokens
+
+    def put(self, value: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        raise AssertionError("it was cancelled")

@@ -15,7 +15,7 @@ from sparsify.generation.decoding.drafts import Drafts
 from tests.support.cache_reference import text, through
 from tests.support.cases import every
 from tests.support.harness import holding
-from tests.support.stopping import Stopped, Stopping
+from tests.support.stopping import Cancels, Stopped, Stopping
 from tests.support.tiny_models import build
 
 IDS = text(2, 120)
@@ -158,21 +158,6 @@ def test_tokens_kept_apart_stay_where_nobody_asks_for_them_any_more():
             assert cache.layers[0].held is None and int(cache.layers[0].counts.max()) == 16
             runs.append(through(model, cache, IDS[:, 40:], [1, 3]))
     torch.testing.assert_close(*runs, **CLOSE)
-
-
-class Cancels:
-    """A streamer that stops the call at its n-th token."""
-
-    def __init__(self, tokens):
-        self.left = tokens
-
-    def put(self, tokens):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-    def end(self):
-        raise AssertionError("it was cancelled")
 
 
 @pytest.mark.parametrize("drafts", [False, True])
