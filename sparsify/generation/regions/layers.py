@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,10 @@ class Layer:
     arguments: tuple[str, ...]
     tower: bool = False
     over_documents: Shadow | None = None
+
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, also those that are given by position."""
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
 
 
 def find_layers(model: nn.Module) -> list[Layer]:

@@ -88,11 +88,11 @@ class Narrowed:
                 raise UnsupportedError(f"{what}, which is narrowed", where=self.owner.method.name, hint="choose by a later layer")
             self.give_up(what)
         if layer.number == self.owner.layer and self.owner.method.mode == "prompt":
-            mask = {**dict(zip(layer.arguments, args, strict=False)), **given}.get("attention_mask")
+            mask = layer.by_name(args, given).get("attention_mask")
             if why := following.mask_trouble(mask, self.site.tokens, {"causal"}):
                 self.give_up(why)
         if layer.number == self.owner.layer and not self.given_up:
-            self._see_ahead({**dict(zip(layer.arguments, args, strict=False)), **given}.get("attention_mask"))
+            self._see_ahead(layer.by_name(args, given).get("attention_mask"))
         if layer.number == 0 and self.owner.place(layer) == "behind":
             rows = self._choose(hidden)
             if args:

@@ -85,7 +85,7 @@ class Call:
 
     def _begin(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds what narrows or packs the call that begins with this layer."""
-        given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        given = layer.by_name(args, kwargs)
         hidden = args[0] if args else given.get("hidden_states")
         if type(hidden) is not Tensor or hidden.dim() != 3:
             return
@@ -110,7 +110,7 @@ class Call:
         towers = self.shared.towers
         if self.tower_trouble is None:
             self.tower_trouble = towers.trouble()
-        given = {**dict(zip(layer.arguments, args, strict=False)), **kwargs}
+        given = layer.by_name(args, kwargs)
         hidden = args[0] if args else given.get("hidden_states")
         if self.tower_trouble or not isinstance(hidden, Tensor) or not towers.serves(layer, given, hidden):
             return uncompiled(layer.module, args, kwargs)
@@ -120,7 +120,7 @@ class Call:
         ran = self.ran
         try:
             if (holds := towers.over_documents(layer, given, hidden)) is None:
-                return self._try_documents(layer, args, kwargs, hidden)
+                return self._try_documents(layer, args, kwargs, given, hidden)
             return self._through_region(layer, args, kwargs, over_documents=holds)
         except NotShared as why:
             towers.leave(layer, str(why))
@@ -128,11 +128,11 @@ class Call:
         finally:
             self.ran = ran
 
-    def _try_documents(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Any:
+    def _try_documents(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any], hidden: Tensor) -> Any:
         """The result of a tower's layer over texts with bounds, in the first call of its kind: as one attention whose mask has a document
         for each, which serves from then on where it is rewritten, as a mask that is written out takes the square of all patches; else
-        text by text."""
-        towers, given, plans = self.shared.towers, {**dict(zip(layer.arguments, args, strict=False)), **kwargs}, list[Plan]()
+        text by text. given: the arguments by name."""
+        towers, plans = self.shared.towers, list[Plan]()
 
         def look() -> None:  # before the graph runs: the mask may be larger than the device's memory
             if towers.over_documents(layer, given, hidden) is None:
