@@ -218,5 +218,6 @@ class FfnSkip(Pass):
         return out, after
 
     def keep_all(self) -> FfnSkip:
-        """Similarity that nothing reaches; the run's position stays untouched, so verification does not disturb it."""
-        return self.model_copy(update={"policy": "similarity", "threshold": _NEVER, "warmup": 0})
+        """Similarity that nothing reaches, at the same blocks; the run's position stays untouched, so verification does not disturb it."""
+        everywhere = {"cold_first": 0, "cold_last": 0} if self.policy == "static" else {}
+        return self.model_copy(update={"policy": "similarity", "threshold": _NEVER, "warmup": 0, **everywhere})

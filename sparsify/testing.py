@@ -46,6 +46,7 @@ class Comparison:
     token_agreement: share of rows with the same most likely token, 0 to 1.
     kl: mean KL divergence of the compiled model's next-token distribution from eager's, in nats.
     rows: number of visible rows compared.
+    kept: sites that ran a lossy method with everything kept, where keep-all settings were asked for; else None.
     density: mean selected share of the causal blocks over all block selections, 0 to 1; None without selections.
     plan: the plan of the compiled call.
     """
@@ -58,6 +59,7 @@ class Comparison:
     rows: int
     density: float | None
     plan: Plan = field(repr=False)
+    kept: int | None = None
 
     @property
     def close(self) -> bool:
@@ -71,10 +73,12 @@ class Comparison:
         verdict = "same" if self.close else "DIFFERS"
         density = "" if self.density is None else f", density {self.density:.1%}"
         fallback = f"; left untouched: {self.plan.fallback}" if self.plan.fallback else ""
+        kept = "" if self.kept is None else f", {self.kept} by a lossy method with everything kept"
+        nothing = f"\nNOTHING WAS SHOWN OF ANY LOSSY METHOD: {_why_nothing_kept(self.plan)}" if self.kept == 0 else ""
         return (
             f"{verdict}: relative error {self.relative_error:.2e} (allowed {self.bound:.0e}), largest difference {self.error:.2e}, "
             f"tokens equal {self.token_agreement:.2%}, KL {self.kl:.2e}, {self.rows} rows, "
-            f"{self.rewritten} of {len(self.plan.decisions)} sites rewritten{density}{fallback}"
+            f"{self.rewritten} of {len(self.plan.decisions)} sites rewritten{kept}{density}{fallback}{nothing}"
         )
 
 
@@ -148,23 +152,30 @@ def compare(
     Args:
         inputs: keyword arguments of the call, or its `input_ids`. A 2-D `attention_mask` excludes padding rows from the comparison.
         options: as in docs/configuration.md.
-        keep_all: replace every lossy method's options by those under which it must equal dense attention.
+        keep_all: replace every lossy method's options by those under which it must equal dense attention, and let it act at any length:
+            whether the rewriting itself is right.
         tolerance: largest relative error that counts as close; the dtype's bound when None.
         fullgraph: as for torch.compile.
 
     Raises:
         ConfigError: unknown or impossible options.
-        UnsupportedError: the model returns neither logits nor a tensor.
+        UnsupportedError: the model returns neither logits nor a tensor; or, with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     with settings(options, keep_all) as chosen:
         config.load(chosen, method_models=registry.discover())
         eager = _logits(model.forward(**_clone_inputs(inputs)))
-        return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph)
+        return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph, keep_all)
 
 
 def _compare_with_eager(
-    eager: Tensor, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any], tolerance: float | None, fullgraph: bool = False
+    eager: Tensor,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    tolerance: float | None,
+    fullgraph: bool = False,
+    keep_all: bool = False,
 ) -> Comparison:
     with (
         isolated.compiled(model.forward, _backend(options), fullgraph=fullgraph) as forward,
@@ -175,7 +186,25 @@ def _compare_with_eager(
     bound = TOLERANCE.get(eager.dtype, 1e-6) if tolerance is None else tolerance
     measured = _difference(eager, compiled, visible_rows(eager, inputs.get("attention_mask")))
     density = sum(s.density for s in selections) / len(selections) if selections else None
-    return Comparison(**measured, bound=bound, density=density, plan=merge_plans(plans))
+    kept = _kept(plans, options) if keep_all else None
+    return Comparison(**measured, bound=bound, density=density, plan=merge_plans(plans), kept=kept)
+
+
+def _kept(plans: list[Plan], options: Mapping[str, Any]) -> int:
+    """Sites that ran a lossy method, whose settings keep everything. Raises UnsupportedError where none did, under `strict`."""
+    methods = registry.discover()
+    count = sum(methods[d.method].lossy for plan in plans if not plan.fallback for d in plan.rewritten if d.method is not None)
+    if not count and config.load(options, method_models=methods).strict:
+        what = f"no site ran a lossy method with everything kept, which would show nothing of it: {_why_nothing_kept(merge_plans(plans))}"
+        raise UnsupportedError(what, where="keep_all")
+    return count
+
+
+def _why_nothing_kept(plan: Plan) -> str:
+    """Why no lossy method acts, as the plan of a call under keep-all settings tells it, in words."""
+    lossy = [name for name, method in registry.discover().items() if method.lossy]
+    refusals = [refusal for d in plan.decisions for refusal in d.refusals if refusal.partition(":")[0] in lossy]
+    return plan.fallback or next(iter(refusals), "none comes to act at a site of this call, by the options")
 
 
 @torch.no_grad()
@@ -195,6 +224,9 @@ def compare_tokens(
         options: as for `compare`.
         keep_all: as for `compare`.
         generate: further arguments of `generate`.
+
+    Raises:
+        UnsupportedError: with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     prompt_len = inputs["input_ids"].shape[1]
@@ -210,6 +242,8 @@ def compare_tokens(
             api.collect_plans() as plans,
         ):
             compiled = generate_once(model, **_clone_inputs(inputs), **_clone_inputs(call))[:, prompt_len:]
+        if keep_all:
+            _kept(plans, chosen)
     finally:
         model._compiled_call_impl = before
     return Tokens(eager, compiled, merge_plans(plans))
@@ -278,7 +312,8 @@ def _clone_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Generator[dict[str, Any]]:
-    """The options unchanged, or with `keep_all` the same choice of methods under keep-all options.
+    """The options unchanged, or with `keep_all` the same choice of methods under keep-all options, by preference and at any length: what
+    keeps everything pays nowhere, and no error of it was measured.
 
     A plan file is then copied to a temporary file that exists as long as the context.
     """
@@ -293,6 +328,9 @@ def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Generator[dic
     found = config.load(options, method_models=models)
     names = {*found.passes, *found.methods} & models.keys()
     chosen = found.as_options() | {name: kept(name, found.methods.get(name, {})) for name in names}
+    chosen |= {"min_length": 0, "objective": None, "max_error": None}
+    if found.objective is not None:  # under which order says nothing
+        chosen["passes"] = sorted(found.passes, key=lambda name: not models[name].lossy)
     chosen["rules"] = [
         {"layers": list(rule.layers), "method": list(rule.method)}
         | {name: kept(name, {**found.methods.get(name, {}), **rule.options.get(name, {})}) for name in rule.method}
@@ -338,6 +376,7 @@ def bisect(
     inputs: Mapping[str, Any] | Tensor,
     *,
     options: Mapping[str, Any] | None = None,
+    keep_all: bool = False,
     tolerance: float | None = None,
     on_step: Callable[[str, Comparison], None] = lambda step, result: None,
 ) -> tuple[Culprit | None, Comparison]:
@@ -348,13 +387,29 @@ def bisect(
     Args:
         inputs: as for `compare`.
         options: as for `compare`.
+        keep_all: as for `compare`.
         tolerance: as for `compare`.
         on_step: called with the name and the result of every comparison.
 
     Returns:
         the culprit, None when the model stays within the tolerance; and the comparison under all options.
+
+    Raises:
+        UnsupportedError: with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    with settings(options, keep_all) as chosen:
+        return _bisect(model, inputs, chosen, keep_all, tolerance, on_step)
+
+
+def _bisect(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    keep_all: bool,
+    tolerance: float | None,
+    on_step: Callable[[str, Comparison], None],
+) -> tuple[Culprit | None, Comparison]:
     base = config.load(options, method_models=registry.discover()).as_options() | {"plan": None}
     eager = _logits(model.forward(**_clone_inputs(inputs)))
 
@@ -364,7 +419,7 @@ def bisect(
         on_step(step, result)
         return chosen, result
 
-    whole = _compare_with_eager(eager, model, inputs, dict(options or {}), tolerance)
+    whole = _compare_with_eager(eager, model, inputs, options, tolerance, keep_all=keep_all)
     on_step("everything", whole)
     if whole.close:
         return None, whole

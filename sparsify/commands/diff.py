@@ -29,7 +29,9 @@ def add(commands: Any) -> None:
         parents=[arguments.model_options(), arguments.common_options()],
         help="eager against compiled; names the first site that differs",
     )
-    parser.add_argument("--keep-all", action="store_true", help="with settings under which every lossy method must equal dense")
+    parser.add_argument(
+        "--keep-all", action="store_true", help="lossy methods act at any length, with everything kept: each must equal dense"
+    )
     parser.add_argument("--tolerance", metavar="X", type=float, help="largest relative error of the logits (default: by dtype)")
     parser.add_argument(
         "--repro", metavar="FILE", default="sparsify_repro.py", help="script written when they differ (default: %(default)s)"
@@ -53,16 +55,16 @@ def run(given: argparse.Namespace) -> int:
         if not given.json:
             print(f"{step}: {result}", flush=True)
 
-    with testing.settings(options, given.keep_all) as effective:
-        culprit, whole = testing.bisect(
-            model,
-            inputs,
-            options=effective,
-            tolerance=given.tolerance,
-            on_step=on_step,
-        )
-        if culprit is not None:
-            _write_repro(given, ids, culprit)
+    culprit, whole = testing.bisect(
+        model,
+        inputs,
+        options=options,
+        keep_all=given.keep_all,
+        tolerance=given.tolerance,
+        on_step=on_step,
+    )
+    if culprit is not None:
+        _write_repro(given, ids, culprit)
     if given.json:
         print(json.dumps(_data(steps, culprit, given.repro), indent=1))
     elif culprit is not None:
@@ -71,7 +73,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _data(steps: Mapping[str, Comparison], culprit: Culprit | None, repro: str) -> dict[str, Any]:
-    numbers = ("relative_error", "bound", "error", "token_agreement", "kl", "rows", "density", "rewritten", "close")
+    numbers = ("relative_error", "bound", "error", "token_agreement", "kl", "rows", "density", "rewritten", "kept", "close")
     listed = [{"step": step, **{name: _number(getattr(result, name)) for name in numbers}} for step, result in steps.items()]
     found = None
     if culprit is not None:

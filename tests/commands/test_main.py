@@ -312,7 +312,14 @@ def test_diff_with_keep_all_forgives_what_is_only_lossy(capsys, model_folder):
     assert code == 0, out
     found = json.loads(out)
     assert [(one["step"], one["close"], one["rewritten"]) for one in found["steps"]] == [("everything", True, 4)]
-    assert found["culprit"] is None
+    assert found["culprit"] is None and found["steps"][0]["kept"] == 4
+
+
+def test_diff_with_keep_all_runs_the_defaults_at_any_length(capsys, model_folder):
+    code, out, _ = run(capsys, "diff", model_folder, "--length", 80, "-o", "lower=eager", "-o", "strict=true", "--keep-all")
+    assert code == 0 and "4 by a lossy method with everything kept, density 100.0%" in out
+    code, out, _ = run(capsys, "diff", model_folder, "--length", 80, "-o", "lower=eager", "-o", 'passes=["dense"]', "--keep-all")
+    assert code == 0 and "\nNOTHING WAS SHOWN" in out
 
 
 def test_the_command_runs_as_a_module(tmp_path):

@@ -92,6 +92,89 @@ def test_keep_all_reaches_rules_and_plan_files(model, tmp_path):
     assert compare(model, inputs, options=planned, keep_all=True).close
 
 
+# with their defaults, nothing of which acts in a short prompt by itself
+EVERY = {
+    "xattention": {},
+    "xattention by head": {"threshold": [0.5, 1.0, 0.7, 0.9]},
+    "xattention of one stage": {"pool": "max", "density": 0.1, "block": 64},
+    "xattention with windows": {"windows": [0, 8, 0, 16], "last_rows": 4},
+    "minference": {"columns": 1 << 22},
+    "sink_window": {},
+    "sink_window by head": {"window": [0, 4096, 0, 0]},
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_keep_all_runs_every_method_at_any_length(model, name):
+    method = name.split()[0]
+    options = {"lower": "eager", "strict": True, "passes": [method, "dense"], method: EVERY[name]}
+    assert not any(d.method == method for d in compare(model, tokens(1, 200), options=options).plan.decisions)
+    kept = compare(model, tokens(1, 200), options=options, keep_all=True)
+    assert [d.method for d in kept.plan.decisions] == 4 * [method]
+    assert kept.close and kept.kept == 4 and kept.density == (None if method == "sink_window" else 1.0)
+    assert ", 4 by a lossy method with everything kept" in str(kept) and "NOTHING" not in str(kept)
+
+
+@pytest.mark.samples(1)
+@pytest.mark.parametrize("policy", ["static", "similarity", "schedule"])
+def test_keep_all_runs_feed_forward_blocks(llama, policy):
+    transformers = pytest.importorskip("transformers")
+    cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(input_ids=tokens(1, 30), **holding(cache))
+    cold = {} if policy == "static" else {"cold_first": 0, "cold_last": 0}
+    options = {"lower": "eager", "strict": True, "passes": ["ffn_skip", "dense"], "ffn_skip": {"policy": policy, **cold}}
+    kept = compare(llama, {"input_ids": tokens(1, 1), **holding(cache)}, options=options, keep_all=True)
+    assert kept.close and kept.kept == 2
+    assert [d.method for d in kept.plan.decisions if d.kind == "ffn"] == 2 * ["ffn_skip"]
+
+
+@pytest.mark.parametrize("more", [{"objective": "time"}, {"objective": "memory", "passes": ["dense", "xattention"]}])
+def test_an_objective_does_not_choose_dense_under_keep_all(model, more):
+    kept = compare(model, tokens(1, 200), options={"lower": "eager", "strict": True, **more}, keep_all=True)
+    assert kept.close and kept.kept == 4
+
+
+def test_errors_that_were_measured_bind_nothing_under_keep_all(model, tmp_path):
+    plan = compare(model, tokens(1, 300), options=SPARSE).plan
+    for decision in plan.decisions:
+        decision.measured = [{"method": "xattention", "options": decision.options, "error": 0.5}]
+    plan.save(tmp_path / "plan.json")
+    options = {"lower": "eager", "strict": True, "plan": tmp_path / "plan.json", "max_error": 0.1}
+    assert {d.method for d in compare(model, tokens(1, 300), options=options).plan.decisions} == {"dense"}
+    assert compare(model, tokens(1, 300), options=options, keep_all=True).kept == 4
+
+
+NOTHING = {  # why no lossy method acts
+    "token_select": ({"passes": ["token_select", "dense"]}, "layers are captured in one graph|no site ran a lossy method"),
+    "last rows": ({"passes": ["xattention", "dense"], "xattention": {"last_rows": 500}}, "at most 500 rows sees every key"),
+    "exact alone": ({"exact": True}, "none comes to act at a site"),
+    "dense first": ({"passes": ["dense", "xattention"]}, "none comes to act at a site"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_keep_all_of_nothing_is_loud(model, name):
+    options, why = NOTHING[name]
+    with pytest.raises(Exception, match=why):  # Dynamo's, where the backend itself raised
+        compare(model, tokens(1, 100), options={"lower": "eager", "strict": True, **options}, keep_all=True)
+    told = compare(model, tokens(1, 100), options={"lower": "eager", **options}, keep_all=True)
+    assert told.close and told.kept == 0
+    assert str(told).splitlines()[1].startswith("NOTHING WAS SHOWN OF ANY LOSSY METHOD: ")
+
+
+def test_a_graph_that_was_left_untouched_kept_nothing(model, monkeypatch):
+    def fails(gm, *more):
+        if any("sparsify" in str(node.target) for node in gm.graph.nodes):
+            raise RuntimeError("cannot be lowered")
+        return gm
+
+    monkeypatch.setattr(testing.pipeline, "_with_few_rows", fails)
+    with pytest.warns(UserWarning, match="left a graph untouched"):
+        told = compare(model, tokens(1, 100), options={"lower": "eager", "passes": ["xattention"]}, keep_all=True)
+    assert told.close and told.kept == 0 and "cannot be lowered" in str(told).splitlines()[1]
+
+
 def test_padding_rows_are_not_compared(llama):
     ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
     mask[0, :13] = 0
@@ -173,6 +256,15 @@ def test_greedy_tokens_agree(llama):
     result = compare_tokens(llama, inputs, options={**EAGER, "passes": ["dense"], "strict": True}, max_new_tokens=4)
     assert result.same and result.agreement == 1.0 and result.eager.shape == (2, 4)
     assert result.plan.rewritten and llama._compiled_call_impl is None
+
+
+@pytest.mark.slow
+def test_tokens_under_keep_all(llama):
+    ids, how = {"input_ids": tokens(1, 40)}, {"keep_all": True, "max_new_tokens": 3}
+    options = {"lower": "eager", "strict": True, "passes": ["xattention", "dense"]}
+    assert compare_tokens(llama, ids, options=options, **how).same
+    with pytest.raises(UnsupportedError, match="no site ran a lossy method"):
+        compare_tokens(llama, ids, options=options | {"passes": ["dense"]}, **how)
 
 
 def test_token_agreement_counts_missing_tokens():
