@@ -14,6 +14,7 @@ from sparsify.backends.select import streamed, triton
 from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.backends.select.triton import LIMITS, Chunk, Limits
 from sparsify.errors import UnsupportedError
+from sparsify.ops.limits import STREAMED_CELL
 from sparsify.ops.selection import SelectCall
 
 _WHERE = "sparsify::select_blocks"
@@ -35,7 +36,7 @@ def select_blocks(call: SelectCall, *, limits: Limits = LIMITS) -> streamed.List
 
 def streaming(call: SelectCall, limits: Limits, tiling: SelectTiling | None = None) -> SelectSpec | None:
     """The kernels that keep query cells while keys pass by, where those are the faster ones for a call of one stage."""
-    if call.pool != "row" or not call.estimate.int8 or streamed.cell_bytes(call) > streamed.LARGE_CELL:
+    if call.pool != "row" or not call.estimate.int8 or streamed.cell_bytes(call) > STREAMED_CELL:
         return None
     try:
         return streamed.spec_of(call, limits, tiling)

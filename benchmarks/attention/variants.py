@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.whole_op.data import structured
 from sparsify.backends import sparse_attention
 from sparsify.backends.attention import hopper
 from sparsify.backends.attention.hopper_source import GluonTuning
 from sparsify.backends.select import triton
 from sparsify.backends.select.source import INT8_TILING, TMA_TILING
 from sparsify.commands.bench.clock import Clock, reason
+from sparsify.commands.calibrate.structured import structured
 from sparsify.ops import block_lists as blockmask
 from sparsify.ops import scratch
 from sparsify.ops.estimate import EXAMPLES, label, parse_label

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 from sparsify.costs.samples import Workload
 
@@ -17,6 +19,17 @@ ESTIMATES = tuple(
     for stride in (8, 16)
     for variants in ((), ("half",), ("group",), ("int8",), ("pair",), ("pair", "int8"), ("quad", "int8"))
 )
+# under the row rule, in one stage: the two stages of the default by themselves, what stands in for both, and two whose cells are larger
+ROW_RULE: dict[str, Any] = {"pool": "row", "threshold": 0.8, "min_share": 0.05}
+ROW_ESTIMATES = (
+    (8, ("quad", "int8", "peak")),
+    (4, ("quad", "int8", "peak")),
+    (4, ("pair", "int8", "peak")),
+    (8, ("pair", "int8", "peak")),
+    (8, ()),
+)
+# in two stages, 8 → 4: thresholds of the first, which decide how many blocks the second scores
+COARSE, OTHER_COARSE = (0.8, 0.95), (0.9,)  # the other one is only predicted
 MATRICES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 VOCAB = 128256
 
@@ -56,6 +69,18 @@ def sparse(kernels: tuple[str, ...]) -> list[Workload]:
     return lists + windows + estimates + whole
 
 
+def selections() -> list[Workload]:
+    """Under the row rule: in one stage, and in two."""
+    one = [prompt("select", n, stride=stride, variants=variants, **ROW_RULE) for n in LENGTHS[2:] for stride, variants in ROW_ESTIMATES]
+    staged: dict[str, Any] = {**ROW_RULE, "stride": 8, "refine_stride": 4}
+    two = [
+        prompt("select", n, **staged, variants=("quad", "int8", "peak"), coarse_threshold=coarse)
+        for n in LENGTHS[3:]
+        for coarse in COARSE + OTHER_COARSE
+    ]
+    return one + two + [prompt("select", n, **staged, variants=("pair", "int8", "peak")) for n in LENGTHS[4:]]
+
+
 def decode(kernels: tuple[str, ...]) -> list[Workload]:
     cells = [Workload("decode", kernel, key_len=n, batch=batch) for n in LENGTHS for kernel in kernels for batch in (1, 8)]
     return cells + [Workload("decode", kernel, key_len=n, batch=4) for n in (8 * K, 32 * K) for kernel in kernels]
@@ -79,17 +104,35 @@ def layers() -> list[Workload]:
     return cells + [Workload("elementwise", size=size) for size in (3 << 16, 3 << 20, 3 << 24, 3 << 26, 3 << 28)]
 
 
-def grid(device: str, small: bool = False) -> list[Workload]:
+_KERNELS = ("sdpa", "hopper", "triton")
+PARTS: dict[str, Callable[[], list[Workload]]] = {
+    "layers": layers,
+    "decode": lambda: decode(("sdpa", "cache", "split")) + masked(),
+    "dense": lambda: dense(_KERNELS),
+    "sparse": lambda: sparse(_KERNELS),
+    "selections": selections,
+}
+
+
+def grid(device: str, small: bool = False, only: Collection[str] = ()) -> list[Workload]:
     """Every cell, the quick ones first, so that a run that is cut short loses the long ones.
 
     Args:
         device: "cuda" or "cpu". small: sizes that a CPU does in a minute, of the same kinds, for a test of the benchmark itself.
+        only: names in `PARTS`; none: all of them. Small cells are no parts.
     """
     if device != "cuda" or small:
         return _tiny("hopper" if device == "cuda" else "reference")
-    kernels = ("sdpa", "hopper", "triton")
-    cells = layers() + decode(("sdpa", "cache", "split")) + masked() + dense(kernels) + sparse(kernels)
-    return sorted(cells, key=weight)
+    return sorted((cell for name, cells in PARTS.items() if name in (only or PARTS) for cell in cells()), key=weight)
+
+
+def identity(cell: Workload, asked: float | None) -> Workload:
+    """The cell of the grid that was measured, without what was found when it ran.
+
+    Args:
+        asked: the density that the cell's lists were made for.
+    """
+    return replace(cell, density=asked, listed=None)
 
 
 def _tiny(kernel: str) -> list[Workload]:
@@ -97,6 +140,9 @@ def _tiny(kernel: str) -> list[Workload]:
     cells = [prompt("attention", n, name, **small) for n in (128, 256, 512) for name in ("sdpa", kernel)]
     cells += [prompt("attention", 512, kernel, density=d, **small) for d in (0.3, 0.6)]
     cells += [prompt("attention", 512, kernel, window=128, sinks=4, **small), prompt("select", 512, stride=8, **small)]
+    cells += [
+        prompt("select", 2048, stride=8, refine_stride=stride, variants=("quad", "int8", "peak"), **ROW_RULE, **small) for stride in (0, 4)
+    ]
     cells += [prompt("whole", 512, kernel, stride=16, density=0.3, **small)]
     cells += [Workload("decode", name, key_len=n, **small) for n in (128, 512) for name in ("sdpa", "cache")]
     cells += [Workload("ffn", rows=1, inputs=64, outputs=128, skipped=share, dtype="float32") for share in (0.0, 0.5)]
@@ -108,7 +154,7 @@ def weight(cell: Workload) -> float:
     """About how many seconds a cell takes, for their order alone."""
     pairs = cell.batch * cell.query_heads * cell.query_len * (cell.key_len - cell.query_len / 2) * cell.head_dim
     if cell.kind == "select":
-        return pairs / cell.stride
+        return pairs / cell.stride + (pairs / cell.refine_stride if cell.refine_stride else 0)
     return pairs * (cell.density or (cell.window / cell.key_len if cell.window else 1)) * 4
 
 
@@ -126,6 +172,8 @@ def fitted(cell: Workload, asked: float | None = None) -> bool:
         return cell.size != 3 << 24
     if cell.key_len >= K and cell.key_len not in FITTED_LENGTHS:
         return False
+    if cell.kind == "select":  # of which a density is found, not asked for
+        return not cell.refine_stride or cell.coarse_threshold in COARSE
     return cell.density is None or any(math.isclose(cell.density if asked is None else asked, d) for d in DENSITIES) or cell.key_len < K
 
 
@@ -138,7 +186,8 @@ def compile_jobs(cells: list[Workload]) -> list[list[Workload]]:
         if cell.kind in ("select", "whole"):
             # kernels depend on the length and on query heads per KV head, not on how many heads there are
             few = replace(cell, kind="select", kernel="", density=None, batch=1, query_heads=cell.query_heads // cell.kv_heads, kv_heads=1)
-            jobs.setdefault(("select", cell.stride, cell.variants), []).append(few)
+            few = replace(few, coarse_threshold=COARSE[-1])
+            jobs.setdefault(("select", cell.stride, cell.variants, cell.pool, cell.refine_stride), []).append(few)
         elif cell.key_len <= 64 * K:
             clauses = cell.kind, cell.kernel, cell.head_dim, cell.density is not None, cell.window > 0
             jobs.setdefault(clauses, []).append(cell)

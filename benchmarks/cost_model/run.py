@@ -3,6 +3,8 @@
     python -m benchmarks run cost_model measure                       # on one GPU; appends to results/cost_grid.jsonl
     python -m benchmarks run cost_model fit results/cost_grid.jsonl   # anywhere: fits on a part of the cells, tests on the others
     python -m benchmarks run cost_model fit FILE --save sparsify/costs/profiles/sm_90.json
+    python -m benchmarks run cost_model measure --only selections --out NEW       # a part of the grid, in place of what was measured of it
+    python -m benchmarks run cost_model fit results/cost_grid.jsonl NEW --onto PROFILE --families select select/streamed --save PROFILE
 
 Shapes are Llama-3.1-8B's unless a cell says otherwise, bf16. Calls are timed in CUDA graphs, long ones by events; medians. Kernels are
 compiled first, in processes of their own side by side, and are no part of the time. `fit` takes 1K, 4K, 16K, 64K and 128K tokens and
@@ -16,7 +18,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,13 @@ _HELD_BYTES = 40 << 30  # of the allocator, before it gives back what graphs nee
 
 def compile_kernels(options: argparse.Namespace) -> None:
     """Every kernel of the grid into Triton's cache; a job that fails or takes too long is told and left."""
-    count = len(cost_cells.compile_jobs(cost_cells.grid(options.device)))
-    base = [sys.executable, "-m", "benchmarks.cost_model.run", "measure", "--warm"]
+    count = len(_jobs(options))
+    base = [sys.executable, "-m", "benchmarks.cost_model.run", "measure", "--only", *options.only, "--warm"]
     precompile.compile_side_by_side({f"job {job}": [*base, str(job)] for job in range(count)}, options.compile_seconds)
+
+
+def _jobs(options: argparse.Namespace) -> list[list[Workload]]:
+    return cost_cells.compile_jobs(cost_cells.grid(options.device, only=options.only))
 
 
 @torch.no_grad()
@@ -51,7 +57,7 @@ def warm(options: argparse.Namespace) -> None:
     from sparsify.commands.calibrate import timing
 
     torch.set_num_threads(1)
-    for cell in cost_cells.compile_jobs(cost_cells.grid(options.device))[options.warm]:
+    for cell in _jobs(options)[options.warm]:
         timing.prepare(cell, options.device).run()
     torch.cuda.synchronize()
 
@@ -59,7 +65,7 @@ def warm(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> int:
     """Appends the ceilings and a record for each cell; a cell that fails is recorded with its error."""
     began = time.monotonic()
-    if options.device == "cuda" and not options.small:
+    if options.device == "cuda" and not options.small and not options.compiled:
         compile_kernels(options)
     print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
     from sparsify.commands.calibrate import timing
@@ -71,9 +77,9 @@ def measure(options: argparse.Namespace) -> int:
         properties = torch.cuda.get_device_properties(0)
         facts |= {"processors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
         facts |= {"capability": [properties.major, properties.minor]}
-    run = records.append(options.out, CostGrid(part="ceilings", **found, **facts))["time"]
+    run = records.append(options.out, CostGrid(part="ceilings", only=options.only or None, **found, **facts))["time"]
     print({name: f"{value:.4g}" for name, value in found.items()}, flush=True)
-    cells = cost_cells.grid(options.device, options.small)
+    cells = cost_cells.grid(options.device, options.small, options.only)
     failed = 0
     gc.freeze()  # each graph's capture collects garbage: what is here by now is none
     for done, cell in enumerate(cells):
@@ -107,18 +113,23 @@ def _one(cell: Workload, run: str, options: argparse.Namespace) -> int:
 
 
 def newest_run(found: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[Sample, bool]]] | None:
-    """The newest run among records: its ceilings, and its samples with whether they are for fitting. None without one."""
+    """The newest run among records: its ceilings, and its samples with whether they are for fitting. None without one.
+
+    That is the newest run of the whole grid, with cells that later runs of parts measured again on the same device; where there is no whole
+    one, the newest of all.
+    """
     found = kind(found, CostGrid)
-    runs = [record for record in found if record["part"] == "ceilings"]
+    runs = sorted((record for record in found if record["part"] == "ceilings"), key=lambda record: record["time"])
     if not runs:
         return None
-    newest = max(runs, key=lambda record: record["time"])
-    samples = []
-    for record in found:
-        if record["part"] == "cell" and record["run"] == newest["time"] and "seconds" in record:
-            cell = Workload.from_record(record["cell"])
-            samples.append((Sample(cell, record["seconds"]), cost_cells.fitted(cell, record.get("asked"))))
-    return newest, samples
+    newest = next((record for record in reversed(runs) if not record.get("only")), runs[-1])
+    taken = {one["time"] for one in runs if one["time"] >= newest["time"] and one["device"] == newest["device"]}
+    samples: dict[Workload, tuple[Sample, bool]] = {}
+    for record in sorted((one for one in found if one["part"] == "cell" and one["run"] in taken), key=lambda one: one["run"]):
+        cell, asked = Workload.from_record(record["cell"]), record.get("asked")
+        if "seconds" in record:
+            samples[cost_cells.identity(cell, asked)] = Sample(cell, record["seconds"]), cost_cells.fitted(cell, asked)
+    return newest, list(samples.values())
 
 
 def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
@@ -129,7 +140,6 @@ def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
     numbers = {name: ceilings[name] for name in ("flops", "bandwidth", "launch")}
     numbers |= {name: ceilings[name] for name in ("processors", "l2_bytes") if name in ceilings}
     versions = {name: str(machine[name]) for name in ("driver", "torch", "triton", "sparsify") if machine.get(name)}
-    source = f"benchmarks/cost_model/run.py, {ceilings['time'][:10]}, commit {str(machine.get('commit'))[:10]}"
     found = prior.model_copy(
         # no earlier coefficients, which other runs' cells were fitted to: what is tested on must not be known
         update={
@@ -138,11 +148,28 @@ def profile_of(ceilings: dict[str, Any], samples: Sequence[Sample]) -> Profile:
             "device": ceilings["device"],
             "capability": capability,
             "measured": True,
-            "source": source,
+            "source": _source(ceilings),
             "versions": versions,
         }
     )
     return fit.fit(samples, Device.from_profile("cuda" if capability else "cpu", found), found)
+
+
+def fit_onto(base: Profile, families: Collection[str], newest: dict[str, Any], samples: Sequence[Sample]) -> Profile:
+    """`base` with some families fitted to samples in terms of its ceilings, from nothing; everything else stays.
+
+    Args:
+        newest: the record that began the run whose samples the families are mostly of.
+    """
+    of_families = [sample for sample in samples if {one.family for one in sample.workload.works()} <= {*families}]
+    kept = {name: found for name, found in base.families.items() if name not in families}
+    source = f"{base.source}; {', '.join(families)}: {_source(newest)}"
+    found = base.model_copy(update={"families": kept, "source": source})
+    return fit.fit(of_families, Device.from_profile("cuda" if base.capability else "cpu", found), found)
+
+
+def _source(began: dict[str, Any]) -> str:
+    return f"benchmarks/cost_model/run.py, {began['time'][:10]}, commit {str(began['machine'].get('commit'))[:10]}"
 
 
 def errors(samples: Iterable[Sample], device: Device) -> list[tuple[Sample, float]]:
@@ -201,13 +228,19 @@ def _place(cell: Workload) -> tuple:
     return cell.batch, cell.query_heads, cell.kv_heads, cell.head_dim, cell.query_len, cell.key_len
 
 
-def report(path: Path, save: Path | None, worst: int, everything: bool) -> int:
-    """Fits on a file's fitting part, prints the errors on the other one and the choices; returns 0 when they are as asked."""
-    run = newest_run(records.read([path]))
+def report(options: argparse.Namespace) -> int:
+    """Fits on the fitting part of files, prints the errors on the other one and the choices; returns 0 when they are as asked."""
+    found, worst = kind(records.read(options.files), CostGrid), options.worst
+    run = newest_run(found)
     if run is None:
-        raise SystemExit(f"{path} holds no run of {CostGrid.NAME}")
+        raise SystemExit(f"{', '.join(map(str, options.files))}: no run of {CostGrid.NAME}")
     ceilings, samples = run
-    fitted = profile_of(ceilings, [sample for sample, part in samples if part or everything])
+    fitted_on = [sample for sample, part in samples if part or options.all]
+    if options.onto:
+        began = max((record for record in found if record["part"] == "ceilings"), key=lambda record: record["time"])
+        fitted = fit_onto(Profile.load(options.onto), options.families, began, fitted_on)
+    else:
+        fitted = profile_of(ceilings, fitted_on)
     device = Device.from_profile("cuda" if fitted.capability else "cpu", fitted)
     for title, chosen in (("fitted on", True), ("tested on", False)):
         found = errors([sample for sample, part in samples if part == chosen], device)
@@ -223,10 +256,13 @@ def report(path: Path, save: Path | None, worst: int, everything: bool) -> int:
         print(f"chosen within {CLOSE - 1:.0%} of the best: {sum(right)} of {len(right)} = {sum(right) / len(right):.1%}")
         for one in sorted(taken, key=lambda one: -one["ratio"])[:worst]:
             print(f"  {one['ratio']:.3f} {one}")
+    lists = [one.listed / one.density for one in (sample.workload for sample, _ in samples) if one.listed and one.density]
+    if lists:
+        print(f"a first stage lists {statistics.median(lists):.2f} blocks for one that is kept, {min(lists):.2f} to {max(lists):.2f}")
     for family, numbers in sorted(fitted.families.items()):
         print(f"{family}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-    if save:
-        save.write_text(fitted.to_json())
+    if options.save:
+        options.save.write_text(fitted.to_json())
     return 0
 
 
@@ -243,10 +279,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     measured.add_argument("--compile-seconds", type=float, default=90, help="kill what still compiles after so long")
     measured.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     measured.add_argument("--small", action="store_true", help="a few small cells")
+    measured.add_argument("--only", nargs="*", choices=[*cost_cells.PARTS], default=[], help="parts of the grid")
+    measured.add_argument("--compile-only", action="store_true", help="fill Triton's cache and measure nothing")
+    measured.add_argument("--compiled", action="store_true", help="kernels are in Triton's cache already")
     measured.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     fitting = parts.add_parser("fit", help="offline, from the records of a run")
-    fitting.add_argument("file", type=Path, nargs="?", default=records.RESULTS / "cost_grid.jsonl")
+    fitting.add_argument("files", type=Path, nargs="*", default=[records.RESULTS / "cost_grid.jsonl"])
     fitting.add_argument("--save", type=Path, help="write the fitted profile as JSON")
+    fitting.add_argument("--onto", type=Path, help="a profile of which --families are fitted anew, and nothing else changes")
+    fitting.add_argument("--families", nargs="+", default=[], help="with --onto")
     fitting.add_argument("--all", action="store_true", help="fit on every cell, for a profile to ship; the errors then say nothing")
     fitting.add_argument("--worst", type=int, default=12, help="cells to list")
     return parser.parse_args(arguments)
@@ -255,9 +296,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.part == "fit":
-        return report(options.file, options.save, options.worst, options.all)
+        return report(options)
     if options.warm is not None:
         warm(options)
+        return 0
+    if options.compile_only:
+        compile_kernels(options)
         return 0
     return measure(options)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks run whole_op --out benchmarks/results/whole_op.jsonl
 
-Llama-3.1-8B's shape: 32 query heads, 8 KV heads, head dim 128, bf16, batch 1, on structured queries and keys (whole_op_data.py) for which
-the threshold, found by bisection, gives the density asked for. Every sparse call is `sparsify::select_blocks` and `sparsify::attention`
+Llama-3.1-8B's shape: 32 query heads, 8 KV heads, head dim 128, bf16, batch 1, on structured queries and keys for which the threshold, found
+by bisection, gives the density asked for. Every sparse call is `sparsify::select_blocks` and `sparsify::attention`
 together; its parts are timed too, but nothing is added up. Peers: FlashAttention-4 where it is installed, cuDNN and FlashAttention-2.
 Times are medians over interleaved rounds, with the L2 cache flushed before each sample.
 
@@ -31,8 +31,9 @@ from torch import Tensor
 import sparsify.backends
 from benchmarks.lib import peers, precompile, records
 from benchmarks.whole_op import WholeOp
-from benchmarks.whole_op.data import find_threshold, structured
+from benchmarks.whole_op.data import find_threshold
 from sparsify.commands.bench.clock import Clock, reason
+from sparsify.commands.calibrate.structured import structured
 from sparsify.ops import block_lists
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.estimate import parse_label

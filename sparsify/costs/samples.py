@@ -11,9 +11,9 @@ import torch
 
 from sparsify.costs import work
 from sparsify.costs.device import Device
-from sparsify.costs.seconds import seconds
+from sparsify.costs.seconds import expected_density, seconds
 from sparsify.costs.sizes import AttentionSizes
-from sparsify.costs.work import Work
+from sparsify.costs.work import TILE, Work
 from sparsify.errors import ProfileError
 from sparsify.ops.estimate import Estimate, Pool
 
@@ -32,12 +32,16 @@ class Workload:
     query_heads, kv_heads: heads.
     query_len, key_len: query rows and keys, tokens.
     head_dim: elements of a query, key or value vector.
-    density: of block lists over causal blocks, None without lists.
+    density: of block lists over causal blocks, None without lists; of a selection in two stages, what it keeps, None before it was run.
     window: last keys that a row sees, tokens, 0: all.
     sinks: first keys that a window does not hide, tokens.
     stride: tokens that one score of the estimate spans.
     variants: of the estimate.
-    pool: how a query block's cells are combined; under "row" each keeps 0.9 of its mass, under the others a share of the blocks.
+    pool: how a query block's cells are combined; under "row" by thresholds, of structured operands, under the others a share of the blocks
+        is kept.
+    threshold, min_share: under "row", shares of a cell's mass, as in `sparsify.ops.selection.SelectCall`.
+    refine_stride, coarse_threshold: likewise, of two stages.
+    listed: share of the causal blocks that the first of two stages lists, None before it was run.
     rows: activations of a product or a feed-forward block.
     inputs, outputs: of a weight; a feed-forward block is gated and goes inputs → outputs → inputs.
     skipped: share of the feed-forward calls that is left out.
@@ -59,6 +63,11 @@ class Workload:
     stride: int = 0
     variants: tuple[str, ...] = ()
     pool: Pool = "max"
+    threshold: float = 0.9
+    min_share: float = 0.0
+    refine_stride: int = 0
+    coarse_threshold: float = 0.95
+    listed: float | None = None
     rows: int = 0
     inputs: int = 0
     outputs: int = 0
@@ -83,11 +92,10 @@ class Workload:
         )
         if self.kind == "attention":
             return (attend(),)
-        select = lambda: work.selection(self.attention, self.stride, estimate=Estimate.from_names(self.variants), pool=self.pool)
         if self.kind == "select":
-            return (select(),)
+            return self._selecting()
         if self.kind == "whole":
-            return select(), attend()
+            return *self._selecting(), attend()
         if self.kind == "decode":
             return (work.decode(self.attention, self.kernel),)
         if self.kind == "ffn":
@@ -97,6 +105,11 @@ class Workload:
             product = work.stream if self.rows <= FEW_ROWS else work.linear
             return (product(self.rows, self.inputs, self.outputs, self.torch_dtype),)
         return (work.elementwise(self.size),)
+
+    def _selecting(self) -> tuple[Work, ...]:
+        kept = expected_density(sympy.Integer(self.key_len)) if self.density is None else self.density
+        estimate = Estimate.from_names(self.variants)
+        return work.selections(self.attention, self.stride, TILE, estimate, self.pool, self.refine_stride, kept, self.listed)
 
     def as_record(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""

@@ -22,7 +22,7 @@ from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
 from sparsify.ops import quantised
 from sparsify.ops.estimate import EXACT, Estimate, Pool
-from sparsify.ops.limits import score_tile
+from sparsify.ops.limits import STREAMED_CELL, score_tile
 from sparsify.ops.pages import GROUP, Clusters, Pages
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
@@ -259,11 +259,12 @@ def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Es
         pool: how a query block's cells are combined.
         share: of the causal blocks that are scored at all: those that an earlier, coarser stage lists.
     """
-    return _selection(sizes, stride, block, estimate, pool, share)
+    streamed = pool == "row" and estimate.int8 and stride // estimate.merge * sizes.qk_head_dim <= STREAMED_CELL
+    return _selection(sizes, stride, block, estimate, pool, share, streamed)
 
 
 # blocks that a coarse list holds for one that the finer stage keeps, on models that were measured
-_LISTED = 3
+LISTED = 3
 
 
 def selections(
@@ -274,21 +275,29 @@ def selections(
     pool: Pool,
     refine_stride: int = 0,
     share: Any = 1,
+    listed: Any = None,
 ) -> tuple[Work, ...]:
     """`selection` in one stage or two.
 
     Args:
         refine_stride: of the second stage; 0: there is one.
         share: of the causal blocks that are kept in the end.
+        listed: of the causal blocks, what the first of two stages lists; None: `LISTED` times what is kept.
     """
-    first = selection(sizes, stride, block, estimate, pool)
     if not refine_stride:
-        return (first,)
-    return first, selection(sizes, refine_stride, block, estimate, pool, smallest(1, _LISTED * share))
+        return (selection(sizes, stride, block, estimate, pool),)
+    if listed is None:
+        listed = smallest(1, LISTED * share)
+    first = _selection(sizes, stride, block, estimate, pool, 1, True)
+    second = _selection(sizes, refine_stride, block, estimate, pool, listed, True)
+    # cells are made once for both stages, but for those of every second query cell, which are others
+    return first, second if estimate.half else dataclasses.replace(second, prepare=_ZERO, passes=0)
 
 
 @functools.lru_cache(maxsize=1024)
-def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate, pool: Pool, share: Any) -> Work:
+def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate, pool: Pool, share: Any, streamed: bool) -> Work:
+    """streamed: by the kernels whose query cells stay while keys pass by, which have no waves of equal tiles and take all cells of a query
+    block together."""
     span = estimate.span(stride)
     scored = s.batch * estimate.scored_heads(s.query_heads, s.kv_heads)
     rows, columns = sympy.sympify(s.query_len) / span, sympy.sympify(s.key_len) / stride
@@ -305,20 +314,20 @@ def _selection(s: AttentionSizes, stride: int, block: int, estimate: Estimate, p
     lists = s.batch * s.query_heads * blocks * sympy.sympify(s.key_len) / block / (2 if s.causal else 1) * 2  # int16
     tile = 2 * at_once * tile_rows * tile_columns * depth
     return Work(
-        family="select",
+        family="select/streamed" if streamed else "select",
         dtype=s.dtype,
         flops=_ZERO if estimate.int8 else flops,
         flops8=flops if estimate.int8 else _ZERO,
         scores=sympy.sympify(scored * cells) * sympy.Rational(estimate.entry.numerator, estimate.entry.denominator),
         # every query head bisects each of its cells' masses
         masses=sympy.sympify(s.batch * s.query_heads * masses) if pool == "row" else _ZERO,
-        longest=sympy.sympify(tile),
-        tiles=sympy.sympify(scored * cells) / (at_once * tile_rows * tile_columns),
+        longest=_ZERO if streamed else sympy.sympify(tile),
+        tiles=_ZERO if streamed else sympy.sympify(scored * cells) / (at_once * tile_rows * tile_columns),
         size=s.operand_bytes / 2,
         scratch=2 * sums + lists,
         prepare=_prepared(s, span // stride, scored, estimate),
         passes=_ROUNDING_PASSES if estimate.int8 else _MERGING_PASSES if estimate.prepared else 0,
-        steps=block // span,
+        steps=0 if streamed else block // span,
         rows=sympy.sympify(s.batch * s.query_heads) * blocks,
     )
 

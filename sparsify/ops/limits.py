@@ -22,6 +22,9 @@ LINEAR_MAX_ROWS = 16
 SCORE_TILE, SCORE_TILES_AT_ONCE = (128, 256), 1
 SCORE_TILE_INT8, SCORE_TILES_AT_ONCE_INT8 = (128, 128), 2
 
+# bytes of a query or key cell up to which, in 8 bits and under the row rule, tiles whose query cells stay while keys pass by are the faster
+STREAMED_CELL = 256
+
 # query cells of a block, of each head, from which a kernel scores listed blocks alone: the fewest rows that tensor cores take
 LEAST_LISTED_CELLS = 16
 

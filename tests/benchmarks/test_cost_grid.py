@@ -61,11 +61,26 @@ def test_every_kernel_is_compiled_by_some_job():
     assert all(c.query_heads == 4 for c in cells if c.kind == "select")
 
 
-def records_of(device: Device, cells, run: str = "2026-01-01T00:00:00+00:00", factor=lambda cell: 1.0) -> list[dict]:
+def test_two_stages_are_measured_from_short_prompts_to_long_ones_by_thresholds_of_the_first():
+    staged = [c for c in GRID if c.refine_stride]
+    default = [c for c in staged if c.variants == ("quad", "int8", "peak")]
+    assert {(c.key_len, c.coarse_threshold) for c in default} == set(itertools.product([8 * K << i for i in range(6)], (0.8, 0.9, 0.95)))
+    assert all(c.pool == "row" and c.min_share == 0.05 and (c.stride, c.refine_stride) == (8, 4) for c in staged)
+    assert {c.key_len for c in staged if cost_cells.fitted(c)} == {16 * K, 64 * K, 128 * K}
+    assert 0.9 not in {c.coarse_threshold for c in staged if cost_cells.fitted(c)}
+    assert set(cost_cells.grid("cuda", only=["selections"])) == set(cost_cells.selections()) < set(GRID)
+
+
+def test_a_row_rule_is_compiled_apart_from_the_others():
+    jobs = [{(c.pool, c.refine_stride, c.stride, c.variants) for c in job if c.kind == "select"} for job in cost_cells.compile_jobs(GRID)]
+    assert all(len(job) <= 1 for job in jobs) and len(set().union(*jobs)) == sum(map(len, jobs)) == 14 + 5 + 2
+
+
+def records_of(device: Device, cells, run: str = "2026-01-01T00:00:00+00:00", factor=lambda cell: 1.0, **began) -> list[dict]:
     machine = {"gpu": device.name, "driver": "1", "torch": "2", "triton": "3", "transformers": "5", "sparsify": "0", "commit": "abc"}
     first = {
         "part": "ceilings", "time": run, "flops": device.flops, "bandwidth": device.bandwidth, "launch": device.launch,
-        "device": device.name, "capability": list(device.capability), "processors": device.processors, "l2_bytes": device.l2_bytes,
+        "device": device.name, "capability": list(device.capability), "processors": device.processors, "l2_bytes": device.l2_bytes, **began,
     }  # fmt: skip
     found = [first]
     for cell in cells:
@@ -94,6 +109,56 @@ def test_the_newest_run_counts():
     new = records_of(H200, SOME[3:5], "2026-01-02T00:00:00+00:00")
     assert len(cost_grid.newest_run([*new, *old])[1]) == 2
     assert cost_grid.newest_run([]) is None
+
+
+def test_a_part_stands_in_for_what_was_measured_of_it():
+    """A cell is recognised by what was asked of it, whatever densities its lists had."""
+    whole = records_of(H200, SOME)
+    of_part = [c for c in SOME if c.kind == "select"][-3:] + [c for c in SOME if c.kind == "attention" and c.density][-2:]
+    part = records_of(H200, of_part, "2026-01-02T00:00:00+00:00", lambda cell: 2.0, only=["selections"])
+    for record in part[1:]:
+        record["cell"] |= {"density": 0.123, "listed": 0.4} if record["cell"].get("refine_stride") else {}
+        record["cell"] |= {"density": 0.1 + record["asked"]} if record["asked"] else {}
+    ceilings, samples = cost_grid.newest_run([*part, *whole])
+    assert ceilings == whole[0] and len(samples) == len(SOME)
+    before = {sample.workload: sample.seconds for sample, _ in cost_grid.newest_run(whole)[1]}
+    assert sum(sample.workload not in before or sample.seconds != before[sample.workload] for sample, _ in samples) == len(of_part)
+    later = records_of(H200, SOME[:2], "2026-01-03T00:00:00+00:00", only=["dense"])
+    for record in (part[0], *later):
+        record["device"] = "another"
+    assert len(cost_grid.newest_run([*whole, *part, *later])[1]) == len(SOME)
+    assert {sample.seconds for sample, _ in cost_grid.newest_run([*whole, *part, *later])[1]} == set(before.values())
+    assert len(cost_grid.newest_run(later)[1]) == 2, "a part alone is a run, too"
+
+
+def test_selections_are_fitted_anew_onto_a_profile(tmp_path, capsys):
+    """Kernels of selections that became faster: those families follow, the others and the ceilings stay."""
+    shipped = profile.shipped("sm_90")
+    one = {name: value / 2 for name, value in shipped.families["select"].items() if name not in ("steps", "scratch", "work")}
+    faster = shipped.model_copy(update={"families": shipped.families | {"select/streamed": {**one, "scratch": 1.0, "masses": 500.0}}})
+    found = []
+    for record in records_of(Device.from_profile("cuda", faster), cost_cells.selections(), flops=7e14, only=["selections"]):
+        if record.get("cell", {}).get("refine_stride"):  # what a first stage lists is found when a cell runs
+            cell = Workload.from_record(record["cell"] | {"listed": 1 / (1 + record["cell"]["key_len"] / 32768), "density": 0.1})
+            seconds = predict(cell, Device.from_profile("cuda", faster))
+            record |= {"cell": json.loads(json.dumps(cell.as_record())), "seconds": seconds}
+        found.append(record)
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records_of(H200, SOME[::9], "2025-01-01T00:00:00+00:00")))
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+    base, saved = tmp_path / "base.json", tmp_path / "profile.json"
+    base.write_text(shipped.to_json())
+    files = [str(tmp_path / name) for name in ("old.jsonl", "new.jsonl")]
+    families = ["select", "select/streamed"]
+    assert cost_grid.main(["fit", *files, "--onto", str(base), "--families", *families, "--save", str(saved)]) == 0
+    fitted = Profile.load(saved)
+    unchanged = lambda one: (one.flops, one.bandwidth, {name: found for name, found in one.families.items() if name not in families})
+    assert unchanged(fitted) == unchanged(shipped) and fitted.source.startswith(shipped.source) and "select/streamed" in fitted.source
+    device, truth = (Device.from_profile("cuda", one) for one in (fitted, faster))
+    for record in found[1::4]:
+        cell = Workload.from_record(record["cell"])
+        if cell.works()[0].family == "select/streamed":
+            assert predict(cell, device) == pytest.approx(predict(cell, truth), rel=0.03)
+    assert "a first stage lists" in capsys.readouterr().out
 
 
 def test_a_wrong_choice_is_seen():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.lib import records
 from benchmarks.whole_op import report, run
-from benchmarks.whole_op.data import SINK_TOKENS, find_threshold, structured
+from benchmarks.whole_op.data import find_threshold
+from sparsify.commands.calibrate.structured import SINK_TOKENS, structured
 
 
 def small(length=2048, **changes):

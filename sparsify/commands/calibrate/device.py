@@ -30,6 +30,7 @@ from sparsify.costs.profile import Links, Profile
 from sparsify.costs.samples import Dtype, Sample, Workload, predict
 from sparsify.costs.work import step_kernel
 from sparsify.errors import ProfileError, SparsifyError
+from sparsify.passes.xattention import XAttention
 
 K = 1024
 SECONDS = 50.0  # after so long no further call is measured
@@ -67,6 +68,12 @@ def workloads(device: str, small: bool = False) -> list[Workload]:
     return _workloads(kernels, (1 * K, 4 * K, 32 * K), (4 * K, 64 * K), {}, 4096, "bfloat16")
 
 
+def _selection(method: XAttention) -> dict[str, Any]:
+    """What a `Workload` says of a selection as a method makes it."""
+    alike = {name: getattr(method, name) for name in ("stride", "pool", "threshold", "min_share", "coarse_threshold")}
+    return {**alike, "variants": method.estimate, "refine_stride": method.refine_stride or 0}
+
+
 def _workloads(
     kernels: tuple[str, ...], lengths: tuple[int, ...], ends: tuple[int, int], shape: dict[str, Any], hidden: int, dtype: Dtype
 ) -> list[Workload]:
@@ -80,6 +87,12 @@ def _workloads(
         found += [prompt("select", n, stride=stride) for n in sorted({ends[0], lengths[-1], ends[1]}) for stride in (8, 16)]
         # the default rule compares each cell's masses with one cutoff after the other, which no other call tells
         found += [prompt("select", n, stride=stride, pool="row") for n in ends for stride in (4, 8)]
+        # the default in two stages, and what stands in where two do not serve
+        found += [
+            prompt("select", n, **_selection(method))
+            for n in ends
+            for method in map(XAttention.model_validate, ({}, {"refine_stride": None}))
+        ]
     decoders: tuple[str, ...] = ("sdpa", "masked", *(["cache"] if own else []), *(step_kernel(kernel) for kernel in own[-1:]))
     for kernel, n, batch in itertools.product(decoders, ends, (1, 8)):
         found.append(Workload("decode", kernel, key_len=n, batch=batch, dtype=dtype, **shape))
@@ -190,6 +203,7 @@ def _distinct_kernels(wanted: Sequence[Workload]) -> list[Workload]:
             few = replace(workload, query_heads=workload.query_heads // workload.kv_heads, kv_heads=1)
         by_length = workload.key_len if workload.kind == "select" or workload.kernel == "hopper" else 0
         clauses = workload.density is None, workload.window, workload.stride, workload.variants, workload.pool, workload.rows
+        clauses += workload.refine_stride, workload.min_share > 0
         chosen.setdefault((workload.kind, workload.kernel, *clauses, by_length), few)
     return list(chosen.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,6 +21,7 @@ FEATURES = {
     "window": ("call", "work", "rows", "tail"),
     "decode": ("call", "bytes", "rows", "tail"),
     "select": ("call", "work", "work8", "scores", "masses", "scratch", "prepare", "passes", "steps", "rows"),
+    "streamed": ("call", "work", "work8", "scores", "masses", "scratch", "prepare", "passes", "rows"),
     "skip": ("call", "bytes", "rows"),
     "linear": ("call", "work", "bytes"),
     "stream": ("call", "bytes"),
@@ -39,7 +41,7 @@ def fit(samples: Sequence[Sample], device: Device, prior: Profile) -> Profile:
     """`prior` with the coefficients of every family that the samples speak of fitted to them.
 
     Args:
-        samples: of one device; calls of several kernels are left out, since they belong to no one family.
+        samples: of one device; calls of several families are left out.
         device: its ceilings, in whose terms coefficients are expressed.
 
     Raises:
@@ -49,29 +51,39 @@ def fit(samples: Sequence[Sample], device: Device, prior: Profile) -> Profile:
     for sample in samples:
         if not 0 < sample.seconds < float("inf"):
             raise ProfileError(f"a call took {sample.seconds} s", where=str(sample.workload.as_record()), hint="measure again")
-        works = sample.workload.works()
-        if len(works) == 1:
-            by_family.setdefault(works[0].family, []).append(sample)
+        family, *others = {one.family for one in sample.workload.works()}
+        if not others:
+            by_family.setdefault(family, []).append(sample)
     families = dict(prior.families)
     for family, found in by_family.items():
-        families[family] = fit_family(family, found, device, families.get(family, {}))
+        # of one that nobody measured, what stands in for it
+        known = prior.families.get(family) or prior.families.get(family.partition("/")[0], {})
+        families[family] = fit_family(family, found, device, known)
     return prior.model_copy(update={"families": families})
 
 
 def fit_family(family: str, samples: Sequence[Sample], device: Device, prior: dict[str, float]) -> dict[str, float]:
     """Coefficients of one family by feature, those that are not zero; `prior`'s for features that no sample has."""
-    rows = [sample.workload.works()[0].features(device) for sample in samples]
+    rows = [_features(sample, device) for sample in samples]
     allowed = FEATURES[family.rpartition("/")[2]]
     fixed = {name: value for name, value in _FIXED.items() if name in allowed}
     names = [name for name in allowed if name not in fixed and any(name in row for row in rows)]
-    table = torch.tensor([[float(row.get(name, 0)) for name in names] for row in rows], dtype=torch.float64)
+    table = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows], dtype=torch.float64)
     seconds = torch.tensor([sample.seconds for sample in samples], dtype=torch.float64)
-    left = seconds - torch.tensor([sum(value * float(row.get(name, 0)) for name, value in fixed.items()) for row in rows])
+    left = seconds - torch.tensor([sum(value * row.get(name, 0.0) for name, value in fixed.items()) for row in rows])
     known = torch.tensor([prior.get(name, 0.0) for name in names], dtype=torch.float64)
     scale = torch.tensor([_SCALE.get(name, _SCALE_OF_SHARES) for name in names], dtype=torch.float64)
     found = relative_least_squares(table, seconds, known, torch.where(known > 0, known, scale) if prior else None, left)
     kept = {name: value for name, value in prior.items() if name in allowed and name not in names}
     return kept | fixed | {name: float(f"{value:.6g}") for name, value in zip(names, found.tolist(), strict=True) if value > 0}
+
+
+def _features(sample: Sample, device: Device) -> dict[str, float]:
+    """Of all kernels of a call together."""
+    total: Counter[str] = Counter()
+    for one in sample.workload.works():
+        total.update({name: float(term) for name, term in one.features(device).items()})
+    return dict(total)
 
 
 def relative_least_squares(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sparsify.backends import dispatch
 from sparsify.backends.attention import cpp, reference, triton
+from sparsify.backends.select import reference as select_reference
+from sparsify.commands.calibrate.structured import structured
 from sparsify.costs.samples import FEW_ROWS, Sample, Workload
 from sparsify.errors import ProfileError
 from sparsify.ops import block_lists, feed_forward
@@ -167,6 +169,12 @@ def _random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def operands(workload: Workload, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random ones; what thresholds choose among has structure."""
+    if workload.pool == "row" and workload.kind in ("select", "whole"):
+        heads = {"heads": workload.query_heads, "kv_heads": workload.kv_heads, "dim": workload.head_dim}
+        alike = structured(workload.key_len, **heads, dtype=workload.torch_dtype, device=device)
+        query, key, value = (one.expand(workload.batch, -1, -1, -1).contiguous() for one in alike)
+        return query[:, :, workload.key_len - workload.query_len :], key, value
     make = functools.partial(_random, device, workload.torch_dtype, workload.batch)
     key_shape = (workload.kv_heads, workload.key_len, workload.head_dim)
     return make(workload.query_heads, workload.query_len, workload.head_dim), make(*key_shape), make(*key_shape)
@@ -229,21 +237,40 @@ def _attention(workload: Workload, device: str) -> Call:
 
 def _selection(workload: Workload, query: Tensor, key: Tensor, density: float) -> SelectCall:
     estimate: dict[str, Any] = {"estimate": Estimate.from_names(workload.variants), "stride": workload.stride, "block_size": BLOCK}
-    rule: dict[str, Any] = {"pool": workload.pool, "threshold": (0.9,), "density": 0.0 if workload.pool == "row" else density}
+    rule: dict[str, Any] = {"pool": workload.pool, "threshold": (workload.threshold,), "min_share": workload.min_share}
+    rule |= {"density": 0.0 if workload.pool == "row" else density}
+    rule |= {name: getattr(workload, name) for name in ("refine_stride", "coarse_threshold") if workload.refine_stride}
     return SelectCall(query, key, scale=workload.head_dim**-0.5, causal=True, **rule, **estimate)
 
 
 def _selector(device: str) -> Callable[[SelectCall], tuple[Tensor, Tensor]]:
     if device == "cuda":
-        from sparsify.backends.select import triton as triton_select
+        from sparsify.backends.select import stages
 
-        return triton_select.select_blocks
+        return stages.select_blocks
     return dispatch.serve("select_blocks")
+
+
+def _shares(call: SelectCall, device: str) -> dict[str, float]:
+    """Of the causal blocks, what a selection in two stages lists and what it keeps."""
+    if device == "cuda":
+        from sparsify.backends.select import stages
+        from sparsify.backends.select.triton import LIMITS
+
+        counts, _ = lists = call.empty_lists()
+        listed, _ = stages.two_stages(call, lists, None, LIMITS)
+    else:
+        counts, _ = dispatch.serve("select_blocks")(call)
+        listed = select_reference.group_lists(call.stages[0]).sum(-1)
+    shares = {"density": counts, "listed": listed}
+    return {name: block_lists.density(found, call.query_len, call.key_len, 0, BLOCK)[1] for name, found in shares.items()}
 
 
 def _select(workload: Workload, device: str) -> Call:
     query, key, _ = operands(workload, device)
     call, select = _selection(workload, query, key, 0.1), _selector(device)
+    if workload.refine_stride:
+        workload = replace(workload, **_shares(call, device))
     return Call(lambda: select(call), 1, workload)
 
 
