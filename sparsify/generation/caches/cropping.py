@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import CacheError
+from sparsify.generation.caches import provisional
 
 
 def check(layer: Any, tokens: int) -> None:
@@ -29,12 +30,13 @@ def check(layer: Any, tokens: int) -> None:
             where=where,
             hint="crop no more than what came after them or after prepare(), and the window that token_select keeps",
         )
+    why = f"; {reason}" if (reason := provisional.unrecorded(layer)) else ""
     if bool((layer.seen != length).any()):
-        raise CacheError("a padded batch cannot be cropped: which columns were padding is not kept", where=where)
+        raise CacheError(f"a padded batch cannot be cropped: which columns were padding is not kept{why}", where=where)
     kept = min(int(layer.counts.min()), layer.keys.shape[2])
     if bool((layer.seen > layer.keys.shape[2]).any()) or (layer.every and bool((layer.counts != layer.seen[:, None]).any())):
         raise CacheError(
-            f"{length} tokens were seen and {kept} are kept: what came before the removed tokens is evicted",
+            f"{length} tokens were seen and {kept} are kept: what came before the removed tokens is evicted{why}",
             where=where,
             hint="give a budget that holds the whole text; assisted decoding and rollback need it",
         )

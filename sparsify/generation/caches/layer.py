@@ -640,7 +640,7 @@ class SparseLayer(CacheLayerMixin):
         """Whether the last tokens can be taken back; assisted decoding asks after the prompt. Reads lengths from the device."""
         if not self.is_initialized:
             return True
-        reason = provisional.refusal(self) if self.record_past else "transformers has not said that tokens may be cropped"
+        reason = provisional.unrecorded(self)
         if not reason:
             return True
         if cropping.sums_queries(self):
@@ -649,7 +649,7 @@ class SparseLayer(CacheLayerMixin):
         try:
             self.check_crop(0)
         except CacheError as error:
-            log.info("the cache cannot be cropped: %s; %s", error, reason)
+            log.info("the cache cannot be cropped: %s", error)
             return False
         return True
 

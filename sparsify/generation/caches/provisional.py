@@ -122,6 +122,11 @@ def refusal(layer: SparseLayer) -> str:
     return ""
 
 
+def unrecorded(layer: SparseLayer) -> str:
+    """Why what the last tokens replaced was not kept apart, in a clause; empty where it is."""
+    return refusal(layer) if layer.record_past else "nobody said before them that tokens may be cropped (`activate_past_recording`)"
+
+
 def prompt_of(layer: SparseLayer, tokens: int) -> int | None:
     """Before a call's attention, in uncompiled code: how many of its tokens are a prompt's, behind which the others are drafts; None where
     nobody said so, or it makes no difference. Asked once after that was said."""

@@ -265,10 +265,12 @@ def test_a_prompt_that_was_not_cropped_stays(llama):
     ids=str,
 )
 def test_what_cannot_be_taken_back_is_refused(llama, options, caplog):
+    """By transformers, which asks after the prompt whether the cache can be cropped, or, before it did, by the first crop."""
     ids = text(1, 10).repeat(1, 4)
-    with caplog.at_level("INFO"), pytest.raises(ValueError, match="cropped"):
+    with caplog.at_level("INFO"), pytest.raises((ValueError, CacheError), match=r"that can be cropped|is evicted") as refused:
         run(llama, SparseCache(llama.config, budget=16, **options), ids, **lookup())
-    assert "selects anew" in caplog.text or "codes, in groups" in caplog.text
+    said = caplog.text if refused.type is ValueError else str(refused.value)
+    assert ("codes, in groups" if "dtype" in options else "selects anew") in said
 
 
 @pytest.mark.slow
