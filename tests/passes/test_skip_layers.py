@@ -164,7 +164,7 @@ def test_each_set_of_layers_has_a_graph_of_its_own(plain, monkeypatch):
     prompt = text(1, PROMPT)
     how = {**HOW, "max_new_tokens": 12}
     want = expected(plain, prompt, 12)[0]
-    model = skipping(plain)
+    model = skipping(plain, kernels="reference")  # what a CPU may be asked a device may not
     for _ in range(2):
         assert torch.equal(model.generate(**prompt, **how), want)
     assert [[*one.layers] for one in runners] == [[], [1], [1, 2]]

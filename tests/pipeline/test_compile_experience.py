@@ -113,9 +113,18 @@ def test_prompts_of_many_lengths_share_a_graph():
 
 @pytest.mark.slow
 def test_our_stages_are_a_small_share_of_compiling():
-    """Cold: matching, planning and rewriting take at most a tenth of what Inductor takes. Warm: they run again, and torch looks for the
-    entry point, which no cache of Inductor's spares: 8 to 12 % were measured."""
-    record = measure(layers=2)
-    assert record["own_s"] <= 0.1 * record["sparsify_lower_s"], record
-    assert record["cold_ratio"] <= 1.1, record
-    assert record["warm_ratio"] <= 1.2, record
+    """Cold: matching, planning and rewriting take at most a tenth of what Inductor takes. Warm: they run again, and so does what imports
+    them, which no cache of Inductor's spares: 7 to 12 % were measured. Whatever else the machine does adds to CPU seconds and takes
+    nothing from them, so the least of up to three measurements of each counts."""
+    least: dict[str, float] = {}
+    for _ in range(3):
+        record = measure(layers=2)
+        least = {name: min(value, least.get(name, value)) for name, value in record.items()}
+        found = {
+            "own stages, of lowering": (least["own_s"] / least["sparsify_lower_s"], 0.1),
+            "cold, of Inductor alone": (least["sparsify_cold_s"] / least["inductor_cold_s"], 1.1),
+            "warm, of Inductor alone": (least["sparsify_warm_s"] / least["inductor_warm_s"], 1.2),
+        }
+        if all(share <= most for share, most in found.values()):
+            return
+    pytest.fail(f"{found}, {least}")
