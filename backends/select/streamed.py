@@ -21,15 +21,20 @@ from sparsify.ops.selection import SelectCall
 
 _WHERE = "sparsify::select_blocks"
 Lists = tuple[Tensor, Tensor]
-# (query cells, key cells, warps, stages) of a tile; with listed blocks the query cells are those of several heads. Of cells of 256 bytes
-# two programs run at a time, so that one multiplies while the other compares: the fastest of six on an H200
-TILE = LISTED_TILE = (128, 64, 4, 3)
-# of cells of 512 bytes, which are multiplied whole too, a tile has to be read often; few key cells at a time took three times as long
-LARGE_TILE, LARGE_LISTED_TILE = (256, 64, 8, 3), (64, 32, 4, 3)
-# of 16 tokens a cell such a tile has eight key blocks, and what threads exchange of them leaves no room for a third stage
-FAR_TILE = (256, 64, 8, 2)
+# (query cells, key cells, warps, stages) of a tile, and of one of listed blocks, whose query cells are those of several heads, by the most
+# bytes of a cell: the fastest of those tried on an H200
+TILES = {
+    128: ((128, 128, 8, 3), (128, 128, 4, 3)),
+    256: ((128, 128, 8, 2), (128, 128, 8, 2)),
+    # a tile has to be read often; few key cells at a time took three times as long
+    select_source.WHOLE_CELL: ((256, 64, 8, 3), (64, 32, 4, 3)),
+}
+# of cells that are not multiplied whole
+PIECES = ((128, 64, 4, 3), (128, 64, 4, 3))
+# of the largest cells and more key blocks than this, what threads exchange leaves no room for a third stage
+_EXCHANGED_BLOCKS = 4
 # where shared memory is small
-SMALL_TILE, SMALL_LISTED_TILE = (128, 32, 4, 2), (64, 32, 4, 3)
+SMALL = ((128, 32, 4, 2), (64, 32, 4, 3))
 LARGE_CELL, _SMALL_SHARED = 256, 227 << 10
 # places up to which a launch of `choose` serves a row, and logarithms of masses that a thread of it holds
 PLACES = (64, 128, 256, 512, 1024)
@@ -75,13 +80,14 @@ def cell_bytes(call: SelectCall) -> int:
 def _tiling(call: SelectCall, rows: int, listed: bool) -> SelectTiling:
     """rows: query cells of a block."""
     device = meant(call.device)
+    size = cell_bytes(call)
     if device.type == "cuda" and shared_bytes(device) < _SMALL_SHARED:
-        tiles = SMALL_TILE, SMALL_LISTED_TILE
-    elif LARGE_CELL < cell_bytes(call) <= select_source.WHOLE_CELL:
-        tiles = FAR_TILE if call.stride == 16 else LARGE_TILE, LARGE_LISTED_TILE
+        tiles = SMALL
     else:
-        tiles = TILE, LISTED_TILE
+        tiles = next((tiles for most, tiles in TILES.items() if size <= most), PIECES)
     most, cols, warps, stages = tiles[listed]
+    if LARGE_CELL < size <= select_source.WHOLE_CELL and cols * call.stride > _EXCHANGED_BLOCKS * call.block_size:
+        stages = min(stages, 2)
     if listed:
         most = min(power_of_two(call.group), max(1, most // rows)) * rows
     return SelectTiling(max(most, rows), max(cols, call.block_size // call.stride), warps, stages, 1, False)

@@ -140,6 +140,9 @@ def test_hopper_head_dims_strides_and_dtypes(head_dim, stride, block, dtype):
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90] and used.wgmma > 0
 
 
+QUAD = Estimate(merge=4, int8=True, peak=True)
+
+
 def streaming(tile, estimate=DEFAULT, **changes):
     tiling = SelectTiling(*tile, 1, False)
     return spec("row", **{"stride": 4, "tiling": tiling, "streamed": True, "estimate": estimate, **changes})
@@ -149,35 +152,49 @@ def streaming(tile, estimate=DEFAULT, **changes):
     "name, changes",
     [
         ("every block", {}),
+        ("every block, means of four", {"estimate": QUAD, "tile": streamed.TILES[128][0]}),
         ("by head", {"rule": "taus"}),
-        ("groups", {"stride": 8, "grouped": True, "tile": streamed.LARGE_TILE}),
-        ("listed", {"listed": True, "finer": 2, "tile": streamed.LISTED_TILE}),
-        ("listed means", {"listed": True, "estimate": Estimate(merge=2), "head_dim": 80, "group": 7, "tile": streamed.LARGE_LISTED_TILE}),
-        ("listed exact", {"listed": True, "estimate": EXACT, "tile": streamed.LISTED_TILE}),
-        ("listed, one head", {"listed": True, "head_dim": 256, "group": 1, "tile": (32, *streamed.LARGE_LISTED_TILE[1:])}),
+        ("groups", {"stride": 8, "grouped": True, "tile": streamed.TILES[512][0]}),
+        ("groups, means of four", {"stride": 8, "grouped": True, "estimate": QUAD}),
+        ("listed", {"listed": True, "finer": 2, "tile": streamed.TILES[256][1]}),
+        ("listed, means of four", {"listed": True, "finer": 2, "estimate": QUAD, "tile": streamed.TILES[128][1]}),
+        ("listed means", {"listed": True, "estimate": Estimate(merge=2), "head_dim": 80, "group": 7, "tile": streamed.TILES[512][1]}),
+        ("listed exact", {"listed": True, "estimate": EXACT, "tile": streamed.PIECES[1]}),
+        ("listed, one head", {"listed": True, "head_dim": 256, "group": 1, "tile": (32, *streamed.TILES[512][1][1:])}),
     ],
 )
 @pytest.mark.samples(3)
 def test_hopper_streams_keys_without_spills(name, changes):
-    chosen = streaming(**{"tile": streamed.TILE, **changes})
+    chosen = streaming(**{"tile": streamed.TILES[256][0], **changes})
     used = compiled(chosen, "score", 90, chosen.tiling.warps)
     within_budget(f"select stream {name} sm_90", used)
     assert used.spilled == 0 and used.cp_async > 0
     assert (used.wgmma if chosen.tiling.rows >= 64 else used.mma) > 0
     assert used.shared <= SHARED_LIMIT[90]
-    if chosen.tiling == SelectTiling(*streamed.TILE, 1, False):  # two programs at a time, so that one multiplies while the other compares
-        assert used.shared <= SHARED_LIMIT[90] // 2 and used.registers <= 255
+    if chosen.tiling == SelectTiling(*streamed.TILES[256][0], 1, False):  # two programs at a time: one multiplies while the other compares
+        assert used.shared <= SHARED_LIMIT[90] // 2  # budgets hold its registers: up to 128 of them
 
 
-@pytest.mark.parametrize("head_dim", [pytest.param(80, marks=pytest.mark.slow), 128])
-def test_hopper_streams_far_cells_within_shared_memory(head_dim, monkeypatch):
-    """The first stage of two with `refine_stride = 8`."""
+@pytest.mark.parametrize(
+    "head_dim, stride, block, estimate",
+    [
+        pytest.param(80, 16, 128, "quad+int8+peak", marks=pytest.mark.slow),
+        (128, 16, 128, "quad+int8+peak"),
+        (128, 8, 64, "pair+int8+peak"),
+        pytest.param(256, 8, 64, "quad+int8", marks=pytest.mark.slow),
+        pytest.param(256, 8, 128, "quad+int8", marks=pytest.mark.slow),
+        pytest.param(80, 16, 256, "quad+int8+peak", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("stage", ["first", pytest.param("second", marks=pytest.mark.slow)])
+def test_hopper_tiles_fit_into_shared_memory(head_dim, stride, block, estimate, stage, monkeypatch):
+    """Where a tile has many key blocks, what threads exchange of them takes its place beside cells."""
     monkeypatch.setattr(streamed, "meant", lambda device: torch.device("cuda"))
     monkeypatch.setattr(streamed, "shared_bytes", lambda device: SHARED_LIMIT[90])
     query, key = (torch.empty(1, heads, 1024, head_dim, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
-    options = {"pool": "row", "estimate": "quad+int8+peak", "stride": 16, "refine_stride": 8, "threshold": [0.8], "scale": 1.0}
-    coarse, _ = SelectCall.bind(query, key, causal=True, **options).stages
-    chosen = streamed.spec_of(coarse, triton.LIMITS, grouped=True)
+    options = {"estimate": estimate, "stride": stride, "refine_stride": stride // 2, "threshold": [0.8], "block_size": block}
+    stages = SelectCall.bind(query, key, causal=True, pool="row", scale=1.0, **options).stages
+    chosen = streamed.spec_of(stages[stage == "second"], triton.LIMITS, **{"grouped" if stage == "first" else "listed": True})
     used = compiled(chosen, "score", 90, chosen.tiling.warps)
     assert used.spilled == 0 and used.shared <= SHARED_LIMIT[90]
 
@@ -188,6 +205,6 @@ def test_hopper_streams_far_cells_within_shared_memory(head_dim, monkeypatch):
 def test_hopper_chooses_from_logarithms_with_few_spills(places, stage):
     changes = {"stride": 8, "grouped": True} if stage == "grouped" else {"listed": True, "finer": 2, "min_share": stage == "least share"}
     constants, warps = streamed.choosing(places, 16 if stage == "grouped" else 32)
-    used = compiled(streaming(streamed.TILE, **changes), "choose", 90, warps, PLACES=places, LEAST=-1, **constants)
+    used = compiled(streaming(streamed.TILES[256][0], **changes), "choose", 90, warps, PLACES=places, LEAST=-1, **constants)
     # 128 numbers a thread were the fastest on an H200 all the same; long rows hold their places beside them
     assert used.spilled <= (160 if places < 8192 else 304)
