@@ -32,7 +32,9 @@ from sparsify.ops.sparse_attention import SparseAttentionCall
 from sparsify.planning.method import (
     AttentionSite,
     AttentionSizes,
+    Computed,
     Context,
+    Defaults,
     Editor,
     PromptPass,
     Proposal,
@@ -62,42 +64,65 @@ class XAttention(PromptPass):
     name: ClassVar[str] = "xattention"
     by_head: ClassVar[tuple[str, ...]] = ("threshold", "windows", "patterns")
     lists_blocks: ClassVar[bool] = True
+    defaults: ClassVar[tuple[Defaults, ...]] = (
+        # a density needs a rule that ranks blocks, and asks for a cost: the estimate's stays low at any length
+        Defaults("with a density", lambda options: bool(options.density), {"pool": "max"}),
+        # these keep blocks for all cells together, of which a larger share has to be kept
+        Defaults("with sum or max", lambda options: options.pool != "row", {"refine_stride": None, "threshold": 0.95, "min_share": 0.0}),
+        # who names a threshold or a stride has named all of it
+        Defaults("where a threshold is given", lambda options: "threshold" in options.model_fields_set, {"min_share": 0.0}),
+        Defaults("where a stride is given", lambda options: "stride" in options.model_fields_set, {"refine_stride": None}),
+        Defaults("with patterns", lambda options: any(options.patterns), {"refine_stride": None}),
+        # at four times the second's stride the first drops single facts, which it meets in one pair of tokens of sixteen
+        Defaults(
+            "in two stages",
+            lambda options: bool(options.refine_stride),
+            {
+                "stride": Computed("twice `refine_stride`", lambda options: 2 * options.refine_stride),
+                "coarse_threshold": Computed(
+                    "a higher threshold", lambda options: max(options.coarse_threshold, highest_share(options._given_thresholds))
+                ),
+            },
+        ),
+        # by itself a stage scores pairs: of means of four tokens it loses what the first of two still lists
+        Defaults("in one stage", lambda options: not options.refine_stride, {"estimate": DEFAULT.variants}),
+        Defaults("in one stage under the row rule", lambda options: options.pool == "row" and not options.refine_stride, {"stride": 4}),
+    )
 
     stride: Literal[4, 8, 16] = Field(
         8,
-        description="tokens that one score of the estimate spans; smaller is finer and slower. Twice `refine_stride` with two stages, 4 "
-        "with one under the row rule",
+        description="tokens that one score of the estimate spans; smaller is finer and slower",
     )
     block: Literal[64, 128] = Field(128, description="tokens in a block of queries and of keys")
     pool: Pool = Field(
         "row",
         description="how a query block's cells are combined: by the sum or the maximum of their masses, or, with row, by the union of what "
-        "each cell keeps by itself; sum is the published rule. max with a density",
+        "each cell keeps by itself; sum is the published rule",
     )
     estimate: tuple[VariantName, ...] = Field(
         _STAGED,
-        description="ways to make the estimate cheaper, any of them together; `pair`, `int8` and `peak` with one stage: "
+        description="ways to make the estimate cheaper, any of them together: "
         + "; ".join(f"`{name}`: {one.computes.partition(';')[0]}" for name, one in VARIANTS.items()),
     )
     threshold: float | tuple[float, ...] = Field(
-        0.8, description="share of a row's estimated mass to keep; a list gives one per query head. 0.95 with sum or max"
+        0.8, description="share of a row's estimated mass to keep; a list gives one per query head"
     )
     min_share: float = Field(
         0.05,
         ge=0,
         le=1,
         description="with the row rule, a cell also keeps every block that holds at least this share of its mass, beside what the "
-        "threshold keeps; 0: none. None where a threshold is given, with sum or max",
+        "threshold keeps; 0: none",
     )
     density: float | None = Field(None, gt=0, le=1, description="share of causal blocks to keep per row; replaces the threshold")
     refine_stride: Literal[4, 8] | None = Field(
         4,
         description="two stages, with the row rule: blocks that `stride` lists with `coarse_threshold` are scored again at this finer "
-        "stride, and `threshold` chooses among them. None where a stride or patterns are given, with a density, sum or max. What two "
-        "stages cannot serve (padding, packed documents, windows) is scored at this stride alone",
+        "stride, and `threshold` chooses among them. What two stages cannot serve (padding, packed documents, windows) is scored at this "
+        "stride alone",
     )
     coarse_threshold: float = Field(
-        0.95, ge=0, le=1, description="share of a row's mass that the first of two stages keeps; a higher threshold where that is given"
+        0.95, ge=0, le=1, description="share of a row's mass that the first of two stages keeps, no less than the threshold"
     )
     windows: tuple[int, ...] = Field(
         (),
@@ -145,32 +170,6 @@ class XAttention(PromptPass):
         except UnsupportedError as error:
             raise ValueError(str(error)) from None
         return value
-
-    @model_validator(mode="after")
-    def _defaults_that_go_together(self) -> XAttention:
-        """A density needs a rule that ranks blocks, and asks for a cost: the estimate's stays low at any length. Sum and max keep blocks
-        for all cells together, of which a larger share has to be kept. Who names a threshold or a stride has named all of it. The first of
-        two stages is twice as coarse: at four times it drops single facts, which it meets in one pair of tokens of sixteen. One stage by
-        itself scores pairs: of means of four tokens it loses what the first of two still lists."""
-        if self.density:
-            self._default(pool="max")
-        if self.pool != "row":
-            self._default(refine_stride=None, threshold=0.95, min_share=0.0)
-        if "threshold" in self.model_fields_set:
-            self._default(min_share=0.0)
-        if "stride" in self.model_fields_set or any(self.patterns):
-            self._default(refine_stride=None)
-        if self.refine_stride:
-            thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-            self._default(stride=2 * self.refine_stride, coarse_threshold=max(self.coarse_threshold, highest_share(thresholds)))
-        else:
-            self._default(estimate=DEFAULT.variants, stride=4 if self.pool == "row" else 8)
-        return self
-
-    def _default(self, **values: Any) -> None:
-        """Sets the fields of these that were not given."""
-        for name in values.keys() - self.model_fields_set:
-            object.__setattr__(self, name, values[name])
 
     @model_validator(mode="after")
     def _heads_fit(self) -> XAttention:
@@ -414,9 +413,13 @@ class XAttention(PromptPass):
             **({**self._columns_and_diagonals(), "queries": self.queries} if self.patterns else {}),
         }
 
+    @property
+    def _given_thresholds(self) -> tuple[float, ...]:
+        return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+
     def _thresholds(self) -> tuple[float, ...]:
         """One for all heads or one per query head; a head with a window keeps every block of it, one with a pattern needs no estimate."""
-        thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        thresholds = self._given_thresholds
         heads = max((len(one) for one in (self.windows, self.patterns) if any(one)), default=0)
         if not heads:
             return thresholds

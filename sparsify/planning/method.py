@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import sympy
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, fx
 
 from sparsify.costs import compaction, crossovers, links, work
@@ -39,6 +39,7 @@ from sparsify.matching.stream import StreamSite
 from sparsify.matching.token import TokenSite
 from sparsify.ops import scratch
 from sparsify.ops.limits import MOST_BLOCKS
+from sparsify.planning.defaults import Computed, Defaults, settle
 from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
 from sparsify.rewriting.last_rows import with_last_rows
 
@@ -47,7 +48,9 @@ __all__ = [
     "AttentionSite",
     "AttentionSizes",
     "CacheSite",
+    "Computed",
     "Context",
+    "Defaults",
     "Device",
     "Editor",
     "FeedForwardSite",
@@ -187,6 +190,7 @@ class Pass(BaseModel):
     across_layers: whether what it does at a site depends on the model's other layers: they are captured in one graph.
     by_head: options that may hold a number for each query head.
     lists_blocks: whether its attention goes by block lists, which are observed where a tool asks.
+    defaults: of options, those that depend on what else is given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -196,7 +200,13 @@ class Pass(BaseModel):
     across_layers: ClassVar[bool] = False
     by_head: ClassVar[tuple[str, ...]] = ()
     lists_blocks: ClassVar[bool] = False
+    defaults: ClassVar[tuple[Defaults, ...]] = ()
     _whole: Pass | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _settle_defaults(self) -> Self:
+        settle(self, self.defaults)
+        return self
 
     def looks_for_sites(self, device: Device | None) -> bool:
         """Whether sites are looked for because of this method alone. device: of the graph's attention; None without any."""

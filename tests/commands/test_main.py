@@ -107,7 +107,7 @@ def test_methods_lists_every_method(capsys):
     assert code == 0
     for name in registry.discover():
         assert f"│ {name} " in out
-    assert "stride = 8: 4, 8, 16" in out
+    assert "sinks = 4: integer" in out
 
 
 def test_listings_are_json_too(capsys):
@@ -187,7 +187,7 @@ def test_every_option_has_a_description():
     for name, model in registry.discover().items():
         for key, info in model.model_fields.items():
             assert info.description, f"{name}.{key}"
-    assert "| `stride` | `4`, `8`, `16` | `8` |" in docs.markdown(registry.discover())
+    assert "| `block` | `64`, `128` | `128` |" in docs.markdown(registry.discover())
 
 
 def test_explain_lists_every_site_and_saves_the_plan(capsys, model_folder, tmp_path):

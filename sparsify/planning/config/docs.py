@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from sparsify.planning.config.config import SETTINGS, Config, Rule
 from sparsify.planning.config.values import is_sequence, is_table, is_union
+from sparsify.planning.defaults import Defaults, words
 
 _INTRODUCTION = """\
 # Configuration
@@ -75,22 +76,31 @@ def markdown(models: Mapping[str, type[BaseModel]]) -> str:
     for name in sorted(models):
         kind = "lossy" if getattr(models[name], "lossy", False) else "exact"
         parts.append(f"## `[{name}]`\n\nOptions of the method `{name}` ({kind}).\n")
-        parts.append(_table(models[name].model_fields) if models[name].model_fields else "It has none.\n")
+        parts.append(_table(models[name].model_fields, _defaults_of(models[name])) if models[name].model_fields else "It has none.\n")
     return "\n".join(parts)
 
 
-def _table(fields: Mapping[str, FieldInfo]) -> str:
+def _defaults_of(model: type[BaseModel]) -> tuple[Defaults, ...]:
+    return getattr(model, "defaults", ())
+
+
+def _table(fields: Mapping[str, FieldInfo], defaults: tuple[Defaults, ...] = ()) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, info in fields.items():
         meaning = (info.description or "").replace("|", "\\|")
-        rows.append(f"| `{name}` | {_values(info)} | {_default(info)} | {meaning[:1].upper()}{meaning[1:]} |")
+        rows.append(f"| `{name}` | {_values(info)} | {_every_default(name, info, defaults)} | {meaning[:1].upper()}{meaning[1:]} |")
     return "\n".join(rows) + "\n"
 
 
+def _every_default(name: str, info: FieldInfo, defaults: tuple[Defaults, ...]) -> str:
+    return "; ".join([_default(info), *words(defaults, name, _shown)])
+
+
 def _default(info: FieldInfo) -> str:
-    if info.is_required():
-        return "required"
-    value = info.get_default(call_default_factory=True)
+    return "required" if info.is_required() else _shown(info.get_default(call_default_factory=True))
+
+
+def _shown(value: Any) -> str:
     return "none" if value is None else f"`{_toml(value)}`"
 
 
@@ -118,10 +128,12 @@ def _words(kind: Any) -> str:
 
 def option_lines(model: type[BaseModel]) -> str:
     """`key = default  values: meaning`, one line per option, for the terminal."""
-    fields = model.model_fields.items()
-    return "\n".join(
-        f"{name} = {_default(info)}: {_values(info)}; {info.description or ''}".replace("`", "").rstrip("; ") for name, info in fields
-    )
+    defaults = _defaults_of(model)
+    lines = [
+        f"{name} = {_every_default(name, info, defaults)}: {_values(info)}; {info.description or ''}"
+        for name, info in model.model_fields.items()
+    ]
+    return "\n".join(line.replace("`", "").rstrip("; ") for line in lines)
 
 
 def toml(config: Config) -> str:
