@@ -24,6 +24,7 @@ from sparsify.planning.choose import named_methods
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
 from sparsify.planning.plan import Plan
+from sparsify.planning.provenance import Provenance
 from sparsify.planning.saved_plan import load_saved_plan
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def compile(
 
     Raises:
         ConfigError: unknown or impossible options.
-        PlanError: the plan file cannot be read, names a method that does not exist, or was calibrated on another model.
+        PlanError: the plan file cannot be read, names a method that does not exist, or was made for another model.
         UnsupportedError: `model` is the wrapper that torch.compile returns.
         DistributedError: `mesh` has no dimension "cp"; processes that share the model have other options or releases, or do not come here.
     """
@@ -69,7 +70,7 @@ def compile(
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
     settings = config.load(options, mode=mode, method_models=registry.discover())
-    _check_plan(model, settings)
+    check_plan(model, settings)
     text = None if mesh is None else _shard_of_text(mesh, whole, settings)
     _check_processes(model, settings, text)
     if mode is not None:
@@ -94,10 +95,13 @@ def compile(
     return model
 
 
-def _check_plan(model: nn.Module, settings: config.Config) -> None:
-    """Raises PlanError for a plan file that cannot be read, or that was calibrated on another model."""
-    if (saved := load_saved_plan(settings.plan)) is not None:
-        provenance.check_model(saved.plan.provenance, model, saved.where)
+def check_plan(model: nn.Module, settings: config.Config) -> Provenance | None:
+    """Which model a plan file was made for, None without one. Raises PlanError where it cannot be read, or was made for another model."""
+    saved = load_saved_plan(settings.plan)
+    if saved is None:
+        return None
+    provenance.check_model(saved.plan.provenance, model, saved.where)
+    return saved.plan.provenance
 
 
 def _shard_of_text(mesh: DeviceMesh, whole: bool, settings: config.Config) -> Shard:
@@ -158,15 +162,16 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
 
     Raises:
         ConfigError: unknown or impossible options.
-        PlanError: the plan file cannot be read, names a method that does not exist, or was calibrated on another model.
+        PlanError: the plan file cannot be read, names a method that does not exist, or was made for another model.
     """
     settings = config.load({**(options or {}), "lower": "eager"}, method_models=registry.discover())
-    _check_plan(model, settings)
+    followed = check_plan(model, settings)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, _record_maps() as maps, _costs_beside():
         call = forward if "transformers" not in sys.modules else _regions().captured_like(model, settings, forward)
         call(*args, **inputs)
     merged, methods = _merged(plans), registry.discover()
+    merged.provenance = provenance.provenance_of(model, measured=followed is not None and bool(followed.weights))
     selecting = [
         (label, decision)
         for label, decision in zip(labels(merged.decisions), merged.decisions, strict=True)

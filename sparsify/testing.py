@@ -31,6 +31,7 @@ from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
 from sparsify.planning.plan import Plan
+from sparsify.planning.provenance import provenance_of
 from sparsify.rewriting.verify import TOLERANCE
 
 _ROWS = 512  # rows compared at once: a vocabulary of 128K in float32 is 0.5 MB a row
@@ -162,8 +163,8 @@ def compare(
         UnsupportedError: the model returns neither logits nor a tensor; or, with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    api.check_plan(model, config.load(options, method_models=registry.discover()))
     with settings(options, keep_all) as chosen:
-        config.load(chosen, method_models=registry.discover())
         eager = _logits(model.forward(**_clone_inputs(inputs)))
         return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph, keep_all)
 
@@ -187,7 +188,7 @@ def _compare_with_eager(
     measured = _difference(eager, compiled, visible_rows(eager, inputs.get("attention_mask")))
     density = sum(s.density for s in selections) / len(selections) if selections else None
     kept = _kept(plans, options) if keep_all else None
-    return Comparison(**measured, bound=bound, density=density, plan=merge_plans(plans), kept=kept)
+    return Comparison(**measured, bound=bound, density=density, plan=merge_plans(plans, model), kept=kept)
 
 
 def _kept(plans: list[Plan], options: Mapping[str, Any]) -> int:
@@ -229,6 +230,7 @@ def compare_tokens(
         UnsupportedError: with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    api.check_plan(model, config.load(options, method_models=registry.discover()))
     prompt_len = inputs["input_ids"].shape[1]
     call = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
     # transformers' own loop and cache for both, whatever `sparsify.compile` put there
@@ -246,7 +248,7 @@ def compare_tokens(
             _kept(plans, chosen)
     finally:
         model._compiled_call_impl = before
-    return Tokens(eager, compiled, merge_plans(plans))
+    return Tokens(eager, compiled, merge_plans(plans, model))
 
 
 def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -254,9 +256,11 @@ def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
     return lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, loaded, loaded)
 
 
-def merge_plans(plans: list[Plan]) -> Plan:
-    """One plan with the decisions of several graphs."""
-    return Plan([d for plan in plans for d in plan.decisions], fallback="; ".join(dict.fromkeys(p.fallback for p in plans if p.fallback)))
+def merge_plans(plans: list[Plan], model: nn.Module | None = None) -> Plan:
+    """One plan with the decisions of several graphs. model: whose these are."""
+    fallback = "; ".join(dict.fromkeys(p.fallback for p in plans if p.fallback))
+    made_for = None if model is None else provenance_of(model)
+    return Plan([d for plan in plans for d in plan.decisions], fallback=fallback, provenance=made_for)
 
 
 def visible_rows(logits: Tensor, attention_mask: Any) -> Tensor:
@@ -398,6 +402,7 @@ def bisect(
         UnsupportedError: with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    api.check_plan(model, config.load(options, method_models=registry.discover()))
     with settings(options, keep_all) as chosen:
         return _bisect(model, inputs, chosen, keep_all, tolerance, on_step)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 from pydantic import BaseModel, Field
 
+from sparsify import releases
 from sparsify.errors import ConfigError, PlanError
 from sparsify.graph.module_paths import layer_number
 from sparsify.ops import attention
@@ -25,9 +25,15 @@ from sparsify.planning.config import config
 from sparsify.planning.config.values import is_table
 from sparsify.planning.decision import STRICT, Decision
 from sparsify.planning.page import page
-from sparsify.planning.provenance import Provenance
+from sparsify.planning.provenance import Calibration, Provenance
 
 FORMAT = 1
+
+
+def _versions() -> dict[str, str]:
+    packages = {"sparsify": releases.DISTRIBUTION, "torch": "torch", "transformers": "transformers"}
+    found = {name: version for name, package in packages.items() if (version := releases.installed(package)) is not None}
+    return {**found, "ops": str(attention.VERSION)}
 
 
 @dataclass
@@ -35,26 +41,28 @@ class Plan:
     """The decisions for one graph.
 
     decisions: one for each site, in the graph's order.
-    versions: of torch and of our ops, with which it was made.
+    versions: with which it was made, of packages and of our ops.
     fallback: why the whole graph was left untouched, empty otherwise.
     device: whose profile the seconds come from, and what that is worth.
     capture: how the model was captured where that was sparsify's choice: whole and why, or as regions.
     serves: layers for which the graph is called, each with its decisions here; 0 where it is no region.
     min_length: key length in tokens from which the plan's lossy methods act, unless the configuration names one; None: each method's own.
-    provenance: how it was calibrated; None where it was not.
+    provenance: which model it was made for; None where that is not known, as of a single graph.
+    calibration: how it was calibrated; None where it was not.
     beside: expected seconds of what the graph computes beside its attention, by part (`sparsify.matching.beside.PARTS`), every feed-forward
         block computed; empty where nobody looked.
     block_maps: which blocks a run selected, by the site's label (`decision.labels`). Not saved as JSON.
     """
 
     decisions: list[Decision] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__, "ops": str(attention.VERSION)})
+    versions: dict[str, str] = field(default_factory=_versions)
     fallback: str = ""
     device: str = ""
     capture: str = ""
     serves: int = 0
     min_length: int | None = None
     provenance: Provenance | None = None
+    calibration: Calibration | None = None
     beside: dict[str, float] = field(default_factory=dict)
     block_maps: dict[str, BlockMap] = field(default_factory=dict, repr=False, compare=False)
 
@@ -147,6 +155,7 @@ class _File(BaseModel):
     serves: int = 0
     min_length: int | None = Field(None, ge=0)
     provenance: Provenance | None = None
+    calibration: Calibration | None = None
     beside: dict[str, float] = {}
 
 

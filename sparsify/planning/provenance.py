@@ -1,9 +1,11 @@
-"""Where a calibrated plan comes from, and whether it was made for a model."""
+"""Which model a plan was made for, how it was calibrated, and whether a model is the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +13,11 @@ import torch
 from torch import nn
 
 from sparsify.errors import PlanError
+from sparsify.graph.typed_torch import as_floats
+from sparsify.planning.config.values import is_sequence
 from sparsify.planning.decision import STRICT
+
+log = logging.getLogger(__name__)
 
 # of a model's configuration: says where it came from or how it runs, not what it is
 _NOT_THE_MODEL = frozenset(
@@ -29,11 +35,55 @@ _NOT_THE_MODEL = frozenset(
 _SAMPLES = 16  # numbers of each weight that are compared
 
 
+# of a configuration, its text's or that of a part: what plans are written for. Another release may know more of them
+_STRUCTURE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+    "layer_types",
+    "sliding_window",
+)
+_WEIGHTS = 32  # that a plan holds numbers of
+# of weights that hold numbers as they are: codes of 8 bits and fewer are floating point too
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# root mean square over weights of the relative difference of their numbers: by rounding to 16 bits; and where weights that were codes on
+# the way (4 bits: about 0.1), or that were trained further, end. Those of another model differ by more than 1.
+_ROUNDED, _DESCENDED = 5e-3, 0.3
+
+
+@dataclass
+class Weight:
+    """Some numbers of a weight, evenly spaced. shape: of the weight."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    shape: list[int]
+    numbers: list[float]
+
+
 @dataclass
 class Provenance:
+    """Which model a plan was made for.
+
+    model_type: its kind, as `model_kind` has it.
+    structure: numbers of layers, heads and the like, under the configuration's names; empty where the model has none.
+    weights: numbers of some weights, by the weight's name, where what the plan says was measured with them; else empty.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    model_type: str
+    structure: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+
+
+@dataclass
+class Calibration:
     """How a plan was calibrated.
 
-    model: digest of the model, see `model_digest`. model_type: its kind, for messages.
     text: SHA-256 of the tokens. settings: of what was tried.
     lengths: tokens of the prompts that were run. pieces: how many of each. seed: that chose them. last: tokens at the end of each, if any,
         that weighed as much as all others.
@@ -46,12 +96,9 @@ class Provenance:
     losses: by length, of attention whose settings were compared by it: nats a token, predicted by gradients. lost: of the longest, by
         running the plan.
     gap: how far the time or error may lie above the least possible one, relatively.
-    versions: of what made it.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    model: str
-    model_type: str
     text: str
     settings: str
     lengths: list[int]
@@ -65,7 +112,6 @@ class Provenance:
     density: float
     errors: dict[str, float]
     gap: float
-    versions: dict[str, str] = field(default_factory=dict)
     last: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     lost: float | None = None
@@ -107,13 +153,93 @@ def other_model(digest: str, kind: str, model: nn.Module) -> str:
     return f"this {own} has another configuration or other weights" if kind == own else f"this is a {own}"
 
 
+def provenance_of(model: nn.Module, measured: bool = False) -> Provenance:
+    """Of a plan that is made for a model. measured: what the plan says was measured with the model's weights."""
+    return Provenance(model_kind(model), _structure(model), _some_weights(model) if measured else {})
+
+
 def check_model(found: Provenance | None, model: nn.Module, where: str) -> None:
-    """Raises PlanError where a plan was calibrated on another model. A plan without provenance says nothing about that."""
-    what = "" if found is None else other_model(found.model, found.model_type, model)
-    if found is None or not what:
+    """Checks that a plan was made for a model, as far as can be told; warns where its weights are others of the same origin.
+
+    The structure is compared where both configurations know it, and weights where both have them in one piece and as numbers: neither how a
+    model runs (dtype, device, attention implementation, tensor parallelism) nor weights as codes make it another one.
+
+    Args:
+        found: None, as in plans of single graphs: nothing is known.
+        where: the plan's file, for messages.
+
+    Raises:
+        PlanError: it was made for another model.
+    """
+    if found is None:
         return
-    raise PlanError(
-        f"the plan was calibrated on another model: on a {found.model_type}, and {what}",
-        where=where,
-        hint="calibrate this model with `sparsify calibrate`, or remove the plan's provenance to use it all the same",
-    )
+    kind, structure = model_kind(model), _structure(model)
+    other = "" if kind == found.model_type else f"this is a {kind}"
+    for name in found.structure.keys() & structure.keys() if not other else ():
+        if found.structure[name] != structure[name]:
+            other = f"this {kind} has {name} = {structure[name]}, not {found.structure[name]}"
+    off = 0.0 if other else _distance(found.weights, model)
+    if off > _DESCENDED:
+        other = f"this {kind} has other weights"
+    if other:
+        made = "calibrated on" if found.weights else "made for"
+        again = "calibrate this model with `sparsify calibrate`" if found.weights else "make one with `sparsify explain --save`"
+        raise PlanError(
+            f"the plan was {made} another model: {made.split()[1]} a {found.model_type}, and {other}",
+            where=where,
+            hint=f"{again}, or remove the plan's provenance to use it all the same",
+        )
+    if off > _ROUNDED:
+        log.warning(
+            "%s: the plan was calibrated on weights that differ by %.2g from these, relatively: what it measured may not hold", where, off
+        )
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    parts = {"": config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config}
+    parts |= {f"{name}.": part for name in getattr(config, "sub_configs", {}) if (part := getattr(config, name, None)) is not parts[""]}
+    found: dict[str, Any] = {}
+    for prefix, part in parts.items():
+        for name in _STRUCTURE:
+            value: Any = getattr(part, name, None)
+            if is_sequence(value) or isinstance(value, int):
+                found[prefix + name] = list(value) if is_sequence(value) else value
+    return found
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight holds all of its numbers, as they are."""
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype in _PLAIN and not weight.is_meta and weight.numel() > 0
+
+
+def _numbers(weight: torch.Tensor) -> list[float]:
+    """Some numbers of a weight that is plain, evenly spaced."""
+    flat = weight.detach().reshape(-1)
+    return as_floats(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float())
+
+
+@torch.no_grad()
+def _some_weights(model: nn.Module) -> dict[str, Weight]:
+    plain = [(name, weight) for name, weight in model.named_parameters() if _is_plain(weight)]
+    step = max(1.0, (len(plain) - 1) / (_WEIGHTS - 1))
+    found: dict[str, Weight] = {}
+    for name, weight in dict(plain[round(i * step)] for i in range(min(len(plain), _WEIGHTS))).items():
+        numbers = _numbers(weight)
+        if all(map(math.isfinite, numbers)):
+            found[name] = Weight(list(weight.shape), [float(f"{number:.5g}") for number in numbers])
+    return found
+
+
+@torch.no_grad()
+def _distance(known: dict[str, Weight], model: nn.Module) -> float:
+    """How far a model's weights are from known ones, relatively, over those that can be compared; 0 where none can."""
+    weights, squares = dict(model.named_parameters()), list[float]()
+    for name, one in known.items():
+        weight = weights.get(name)
+        if weight is not None and list(weight.shape) == one.shape and _is_plain(weight):
+            off, size = math.dist(_numbers(weight), one.numbers), math.hypot(*one.numbers)
+            squares.append(4.0 if not off <= 2 * size else (off / size) ** 2 if size else 0.0)  # NaN is not near anything
+    return math.sqrt(sum(squares) / max(1, len(squares)))

@@ -241,7 +241,7 @@ def test_a_plan_for_another_model_is_refused(model, measured, chooser, tmp_path)
     plan = make_plan(model, IDS, OPTIONS, asked(), measured, chooser, chooser.choose(Budget("keep_error", 0.2)))
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
-    assert loaded == plan and SavedPlan(loaded, "").plan.provenance.lengths == [256, 512]
+    assert loaded == plan and SavedPlan(loaded, "").plan.calibration.lengths == [256, 512]
     inputs = {"input_ids": IDS[:, :300], "use_cache": False}
     options = {"plan": str(tmp_path / "plan.json"), "strict": True, "min_length": 0}
     assert api.explain(model, options=options, **inputs).rewritten
@@ -292,7 +292,7 @@ def test_plans_differ_in_the_lines_that_differ(model, measured, chooser):
     lines = plan.to_json().splitlines()
     assert '    "threshold": [1.0, 1.0, 0.2, 0.6],' in lines
     assert '    "windows": [0, 64, 0, 0],' in lines
-    assert json.loads(plan.to_json())["provenance"]["budget"] == {"keep_error": 10.0}
+    assert json.loads(plan.to_json())["calibration"]["budget"] == {"keep_error": 10.0}
 
 
 def test_the_command(model, tmp_path, capsys):
@@ -315,7 +315,7 @@ def test_the_command(model, tmp_path, capsys):
     assert cli.main([*command, "--keep-error", "0.2", "--report", str(tmp_path / "report")]) == 0
     said = capsys.readouterr().out
     assert "extrapolated from 256, 512" in said and "times)" in said
-    assert Plan.load(plan).provenance.at == 65536
+    assert Plan.load(plan).calibration.at == 65536
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("<img") == 5 and "keep_error" in page
     data = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -328,4 +328,4 @@ def test_the_command(model, tmp_path, capsys):
     assert plan.read_text() == before == capsys.readouterr().out
     for wrong in (["--keep-error", "-1"], ["--density", "0"], ["--speedup", "0.5"], ["--keep-error", "0.1", "--lengths", "4096"]):
         assert cli.main([*command, *wrong]) == 2
-    assert math.isfinite(Plan.load(plan).provenance.seconds)
+    assert math.isfinite(Plan.load(plan).calibration.seconds)

@@ -202,7 +202,7 @@ def test_what_is_lost_is_what_the_compiled_plan_loses(model, measured, chooser, 
     lost = refine.Losses(model, IDS, asked(last=16), OPTIONS).lost(choice)
     plan = make_plan(model, IDS, OPTIONS, asked(), measured, chooser, choice, lost)
     plan.save(tmp_path / "plan.json")
-    assert plan.provenance.lost == pytest.approx(lost, rel=1e-4) and plan.provenance.losses["256"] > 0
+    assert plan.calibration.lost == pytest.approx(lost, rel=1e-4) and plan.calibration.losses["256"] > 0
 
     def predictions(options):
         found = []
@@ -275,9 +275,9 @@ def test_the_command_keeps_a_loss(model, tmp_path, capsys):
         command += itertools.chain.from_iterable(("-o", f"{table}.{name}={value}") for name, value in values.items())
     assert cli.main([*command, "--keep-loss", "0.05"]) == 0
     assert "by running the plan" in capsys.readouterr().out
-    found = Plan.load(plan).provenance
+    found = Plan.load(plan).calibration
     assert found.lost <= 0.05 and found.budget == {"keep_loss": 0.05} and set(found.losses) == {"256"}
     assert cli.main([*command, "--weigh", "loss", "--density", "0.9"]) == 0  # from the same measurements
-    assert dataclasses.asdict(Plan.load(plan).provenance)["lost"] is not None
+    assert dataclasses.asdict(Plan.load(plan).calibration)["lost"] is not None
     for wrong in (["--keep-loss", "-1"], ["--keep-loss", "1", "--weigh", "error"], ["--keep-error", "1", "--weigh", "loss"]):
         assert cli.main([*command, *wrong]) == 2

@@ -326,10 +326,10 @@ def test_the_command(model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "A-shape" in said or "vertical-slash" in said
     loaded = Plan.load(plan)
-    assert loaded.provenance.at == 65536 and {d.method for d in loaded.decisions} == {"minference"}
-    assert loaded.provenance.errors["512"] <= 0.3
+    assert loaded.calibration.at == 65536 and {d.method for d in loaded.decisions} == {"minference"}
+    assert loaded.calibration.errors["512"] <= 0.3
     data = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {point["setting"] for point in data["uniform"]} == {"0 tokens in columns", "64 tokens in columns"}
     assert cli.main([*command, "--density", "0.3", "--json"]) == 0  # from the measurements
-    assert Plan.load(plan).provenance.density <= 0.3
+    assert Plan.load(plan).calibration.density <= 0.3
     assert cli.main([*command, "--density", "0.3", "--beside", "sink_window"]) == 2  # another grid's measurements

@@ -178,7 +178,7 @@ def test_the_plan_narrows_as_the_options_do(model, tmp_path):
     found, point = run(model, asked)
     plan = search.make_plan(found, point, LENGTH, "a device")
     plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json").provenance.budget == {"keep_error": 1e9}
+    assert Plan.load(tmp_path / "plan.json").calibration.budget == {"keep_error": 1e9}
     (decision,) = [one for one in plan.decisions if one.kind == "stream"]
     assert (decision.layer, decision.options["heads"], decision.error) == (point.method.layer, [1, 2], point.loss)
     prompt, logits = IDS[:, 300 : 300 + LENGTH], []

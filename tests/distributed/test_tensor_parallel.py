@@ -7,6 +7,7 @@ import torch
 
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
+from sparsify.planning.provenance import provenance_of
 from tests.support import processes, tensor_parallel
 from tests.support.cache_reference import left_padded, text
 
@@ -99,7 +100,8 @@ def test_a_plan_file_holds_all_heads(tmp_path):
         Decision(f"model.layers.{layer}.self_attn", layer, "", {}, "", "xattention", {**XATTENTION, "threshold": list(THRESHOLDS[layer])})
         for layer in range(2)
     ]
-    Plan(decisions).save(tmp_path / "plan.json")
+    made_for = provenance_of(tensor_parallel.whole("llama"), measured=True)  # with weights that no process has as a whole
+    Plan(decisions, provenance=made_for).save(tmp_path / "plan.json")
     plan = {"plan": str(tmp_path / "plan.json")}
     _compare("outcome", "llama", {"regions": (text(2, LENGTH), None, plan), "whole": (text(2, LENGTH), None, plan, True)})
 

@@ -105,10 +105,13 @@ def run_errors(given: argparse.Namespace) -> int:
 
     from sparsify.commands.calibrate import errors as calibrate_errors
     from sparsify.planning.plan import Plan
+    from sparsify.planning.provenance import check_model
 
     _, options = loading.load_config(given)
     before = Plan.load(given.save) if given.save and Path(given.save).exists() else None
     model, ids = loading.load_model_and_tokens(given)
+    if before is not None:
+        check_model(before.provenance, model, given.save)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("errors", total=None)
         show = lambda done, whole: bar.update(task, completed=done, total=whole)

@@ -28,6 +28,7 @@ from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Place, places
 from sparsify.planning.method import Context, Pass, Refusal
 from sparsify.planning.plan import Plan
+from sparsify.planning.provenance import provenance_of
 from sparsify.rewriting.editor import Editor
 
 # what decides a choice has no say in what is measured
@@ -140,7 +141,7 @@ def plan_for(model: nn.Module, ids: Tensor, options: dict[str, Any], errors: Err
         before_now = kept.get((decision.kind, decision.site, decision.ordinal), [])
         old = [one for one in before_now if (one["method"], one["options"]) not in again]
         decisions.append(dataclasses.replace(decision, measured=[*old, *new]))
-    return dataclasses.replace(plan, decisions=decisions)
+    return dataclasses.replace(plan, decisions=decisions, provenance=provenance_of(model, measured=True))
 
 
 def data(errors: Errors) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from sparsify.graph import isolated
 from sparsify.matching.attention import find_attention
 from sparsify.matching.feed_forward import find_feed_forward
 from sparsify.planning.plan import Plan
+from sparsify.planning.provenance import provenance_of
 
 # Skips per trigger that are tried.
 SKIPS = (1, 2, 3, 4)
@@ -173,6 +174,7 @@ def plan_for(model: nn.Module, ids: Tensor, proposal: Proposal, options: dict[st
             reason = f"calibrated for a skip share of {proposal.share:.0%}"
             decision.method, decision.options, decision.reason = "ffn_skip", chosen, reason
             decision.refusals, decision.measured = [], measured
+    plan.provenance = provenance_of(model, measured=True)
     return plan
 
 

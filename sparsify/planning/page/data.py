@@ -14,7 +14,7 @@ from sparsify.graph.typed_torch import as_floats
 from sparsify.matching.beside import FEED_FORWARD, PARTS
 from sparsify.ops.block_maps import SIDE, BlockMap
 from sparsify.planning.decision import Decision, Place, labels
-from sparsify.planning.provenance import Provenance
+from sparsify.planning.provenance import Calibration, Provenance
 from sparsify.planning.report import SITES, sizes_text, time_text
 
 CELLS = 1 << 20  # of all maps together, one character each: they are what makes a page large
@@ -42,6 +42,7 @@ class Described(Protocol):
     capture: str
     min_length: int | None
     provenance: Provenance | None
+    calibration: Calibration | None
     beside: dict[str, float]
     block_maps: dict[str, BlockMap]
 
@@ -319,6 +320,8 @@ def _facts(plan: Described) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     if plan.min_length is not None:
         yield "lossy methods act from", f"{plan.min_length} tokens"
-    if (origin := plan.provenance) is not None:
-        budget = ", ".join(f"{key} = {value:g}" for key, value in origin.budget.items())
-        yield "calibrated", f"for a {origin.model_type} at {origin.at} tokens on {origin.target}, {budget}"
+    if plan.provenance is not None:
+        yield "made for", f"a {plan.provenance.model_type}"
+    if (how := plan.calibration) is not None:
+        budget = ", ".join(f"{key} = {value:g}" for key, value in how.budget.items())
+        yield "calibrated", f"at {how.at} tokens on {how.target}, {budget}"

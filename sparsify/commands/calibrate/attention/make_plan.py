@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsify import api
@@ -19,7 +16,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.generation.regions.shared import MOST_KINDS
 from sparsify.planning.decision import Decision
 from sparsify.planning.plan import Plan
-from sparsify.planning.provenance import Provenance
+from sparsify.planning.provenance import Calibration, provenance_of
 from sparsify.planning.registry import discover
 
 _EXACT = ("dense", "kv_evict", "ffn_parts")
@@ -101,7 +98,8 @@ def make_plan(
         decisions=decisions,
         device=choice.layers[0].layer.seconds.device.describe(),
         min_length=chooser.shortest(choice),
-        provenance=_provenance(model, asked, measured, choice, lost),
+        provenance=provenance_of(model, measured=True),
+        calibration=_calibration(asked, measured, choice, lost),
     )
 
 
@@ -135,17 +133,9 @@ def describe(chosen: Chosen, grid: Grid) -> str:
     return f"heads {', '.join(parts)}{name}"
 
 
-def _provenance(model: nn.Module, asked: Asked, measured: Measured, choice: Choice, lost: float | None) -> Provenance:
-    from sparsify import __version__
-
-    versions = {"sparsify": __version__, "torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["transformers"] = importlib.metadata.version("transformers")
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+def _calibration(asked: Asked, measured: Measured, choice: Choice, lost: float | None) -> Calibration:
     pieces = [sum(done[0] == length for done in measured.done) for length in asked.lengths]
-    return Provenance(
-        model=measured.identity["model"],
-        model_type=kind,
+    return Calibration(
         text=measured.identity["text"],
         settings=measured.identity["settings"],
         lengths=list(asked.lengths),
@@ -159,7 +149,6 @@ def _provenance(model: nn.Module, asked: Asked, measured: Measured, choice: Choi
         density=_short(choice.density),
         errors={str(length): _short(choice.error(length)) for length in choice.lengths},
         gap=_short(choice.gap),
-        versions=versions,
         last=asked.last,
         losses={str(n): _short(loss) for n in choice.lengths if (loss := choice.loss(n)) is not None},
         lost=None if lost is None else _short(lost),

@@ -179,7 +179,7 @@ def _over_length(figure: Any, choice: Choice) -> None:
 
 
 def _page(chooser: Chooser, choice: Choice, plan: Plan, pictures: dict[str, tuple[str, bytes]]) -> str:
-    assert plan.provenance is not None
+    assert plan.provenance is not None and plan.calibration is not None
     text = html.escape
     rows = []
     for one in choice.layers:
@@ -193,7 +193,7 @@ def _page(chooser: Chooser, choice: Choice, plan: Plan, pictures: dict[str, tupl
             f"{1e3 * one.layer.seconds.dense():.3g}",
         )
         rows.append(_row(cells))
-    facts = [_row((key.replace("_", " "), json.dumps(value))) for key, value in vars(plan.provenance).items()]
+    facts = [_row((key.replace("_", " "), json.dumps(value))) for key, value in vars(plan.calibration).items()]
     shown = [
         f'<h2>{text(title)}</h2><img alt="{text(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for title, data in pictures.values()
@@ -204,7 +204,7 @@ def _page(chooser: Chooser, choice: Choice, plan: Plan, pictures: dict[str, tupl
 <style>body {{ font: 15px sans-serif; max-width: 60em; margin: 2em auto }} td, th {{ text-align: left; padding: 0 1em 0 0 }}
 img {{ max-width: 100% }}</style>
 <h1>Calibrated attention of a {text(plan.provenance.model_type)}</h1>
-<p>{choice.dense_seconds / choice.seconds:.2f} times dense attention, predicted for {choice.at} tokens on {text(plan.provenance.target)};
+<p>{choice.dense_seconds / choice.seconds:.2f} times dense attention, predicted for {choice.at} tokens on {text(plan.calibration.target)};
 error {choice.error(chooser.longest):.4f} (root mean square over layers), measured at {chooser.longest} tokens;
 density {choice.density:.2%}.
 Acts from {plan.min_length} tokens on.</p>

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import sparsify
@@ -22,7 +19,7 @@ from sparsify.commands.calibrate.tokens.pieces import Piece, cut
 from sparsify.errors import UnsupportedError
 from sparsify.passes.token_select import TokenSelect
 from sparsify.planning.plan import Plan
-from sparsify.planning.provenance import Provenance, model_digest, model_kind
+from sparsify.planning.provenance import Calibration, provenance_of
 
 
 @dataclass(frozen=True)
@@ -168,12 +165,8 @@ def make_plan(search: Search, point: Point, at: int, target: str) -> Plan:
         if decision.kind == "stream":
             decision.error = point.loss
             decision.reason = f"calibrated: {decision.reason}"
-    versions = {"sparsify": sparsify.__version__, "torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["transformers"] = importlib.metadata.version("transformers")
-    plan.provenance = Provenance(
-        model=model_digest(search.model),
-        model_type=model_kind(search.model),
+    plan.provenance = provenance_of(search.model, measured=True)
+    plan.calibration = Calibration(
         text=hashlib.sha256(search.ids.cpu().numpy().tobytes()).hexdigest(),
         settings=asked.digest(),
         lengths=[asked.length],
@@ -187,6 +180,5 @@ def make_plan(search: Search, point: Point, at: int, target: str) -> Plan:
         density=1.0,
         errors={str(asked.length): point.loss},
         gap=0.0,
-        versions=versions,
     )
     return plan
