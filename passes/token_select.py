@@ -11,6 +11,7 @@ Layer, heads and number are the model's own and have no defaults: a layer that d
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from typing import ClassVar, Literal
 
 import sympy
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from sparsify.planning.method import Context, Pass, Proposal, Refusal, SiteKind, StreamSite, tokens_or_share
+from sparsify.planning.method import Context, Pass, Proposal, Refusal, SiteKind, StreamSite, missing_layer, tokens_or_share
 
 
 class TokenSelect(Pass):
@@ -67,6 +68,12 @@ class TokenSelect(Pass):
         if value == () or (isinstance(value, tuple) and min(value) < 0):
             raise ValueError("names no heads")
         return value
+
+    def misfits(self, heads: Collection[int], layers: int) -> Iterator[tuple[str, str]]:
+        yield from super().misfits(heads, layers)
+        yield from missing_layer(self.layer, layers)
+        if heads and isinstance(self.heads, tuple) and max(self.heads) >= max(heads):
+            yield "heads", f"head {max(self.heads)} does not exist: layers have {' or '.join(map(str, sorted(heads)))} query heads, from 0"
 
     def propose(self, site: StreamSite, context: Context) -> Proposal | Refusal:
         if self.layer is None or self.heads is None or (self.keep is None and self.mass is None):

@@ -19,7 +19,7 @@ from sparsify.graph import isolated
 from sparsify.ops import block_lists, dtensors
 from sparsify.ops.block_maps import BlockMap, block_map
 from sparsify.ops.selection import observing, piece
-from sparsify.planning import provenance, registry
+from sparsify.planning import misfits, provenance, registry
 from sparsify.planning.choose import named_methods
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
@@ -61,7 +61,7 @@ def compile(
         options: as in docs/configuration.md, for example `passes=["dense"]` or `xattention={"stride": 16}`.
 
     Raises:
-        ConfigError: unknown or impossible options.
+        ConfigError: unknown or impossible options, or one for a head or layer that fits none of the model's.
         PlanError: the plan file cannot be read, names a method that does not exist, or was made for another model.
         UnsupportedError: `model` is the wrapper that torch.compile returns.
         DistributedError: `mesh` has no dimension "cp"; processes that share the model have other options or releases, or do not come here.
@@ -70,7 +70,7 @@ def compile(
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
     settings = config.load(options, mode=mode, method_models=registry.discover())
-    check_plan(model, settings)
+    check_settings(model, settings)
     text = None if mesh is None else _shard_of_text(mesh, whole, settings)
     _check_processes(model, settings, text)
     if mode is not None:
@@ -95,13 +95,21 @@ def compile(
     return model
 
 
-def check_plan(model: nn.Module, settings: config.Config) -> Provenance | None:
-    """Which model a plan file was made for, None without one. Raises PlanError where it cannot be read, or was made for another model."""
+def check_settings(model: nn.Module, settings: config.Config) -> Provenance | None:
+    """Checks settings and their plan file against the model that they are for.
+
+    Returns:
+        which model the plan file was made for; None without one.
+
+    Raises:
+        ConfigError: an option for one head or layer fits none of the model's.
+        PlanError: the plan file cannot be read, was made for another model, or has such an option.
+    """
     saved = load_saved_plan(settings.plan)
-    if saved is None:
-        return None
-    provenance.check_model(saved.plan.provenance, model, saved.where)
-    return saved.plan.provenance
+    if saved is not None:
+        provenance.check_model(saved.plan.provenance, model, saved.where)
+    misfits.check_model(settings, saved, getattr(model, "config", None))
+    return None if saved is None else saved.plan.provenance
 
 
 def _shard_of_text(mesh: DeviceMesh, whole: bool, settings: config.Config) -> Shard:
@@ -161,11 +169,11 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         those of this call.
 
     Raises:
-        ConfigError: unknown or impossible options.
+        ConfigError: unknown or impossible options, or one for a head or layer that fits none of the model's.
         PlanError: the plan file cannot be read, names a method that does not exist, or was made for another model.
     """
     settings = config.load({**(options or {}), "lower": "eager"}, method_models=registry.discover())
-    followed = check_plan(model, settings)
+    followed = check_settings(model, settings)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, _record_maps() as maps, _costs_beside():
         call = forward if "transformers" not in sys.modules else _regions().captured_like(model, settings, forward)

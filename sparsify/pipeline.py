@@ -21,7 +21,7 @@ from sparsify.backends import predict
 from sparsify.costs import device as hardware
 from sparsify.distributed import shards
 from sparsify.distributed.shards import Shard
-from sparsify.errors import RewriteError, SparsifyError, UnsupportedError, VerifyError
+from sparsify.errors import ConfigError, RewriteError, SparsifyError, UnsupportedError, VerifyError
 from sparsify.graph import module_paths, unforeseen
 from sparsify.masks.symbolic import find_shape_env
 from sparsify.matching import beside, stream, token
@@ -106,6 +106,7 @@ def compile_graph(
     serves: Sequence[str] = (),
     retraced: Retraced | None = None,
     part: Part = WHOLE,
+    alone: bool = True,
 ) -> Callable[..., Any]:
     """Compiles one graph that Dynamo captured. A failure of a stage leaves the graph untouched, with one warning; `strict` raises instead.
 
@@ -117,6 +118,7 @@ def compile_graph(
         serves: paths of the modules that the graph will be called for, where it is a part of a model's call and not all of it.
         retraced: what is known of a graph that was captured from another.
         part: of the model and the text that the graph computes; heads that tensor parallelism divides are found from its inputs.
+        alone: whether options are for this graph, where it serves no modules, and not for others of the same model as well.
 
     Returns:
         a callable with the graph's inputs and outputs.
@@ -128,7 +130,9 @@ def compile_graph(
         with module_paths.outermost_module(serves[0]) if serves else contextlib.nullcontext():
             ahead = config.compile_ahead and config.lower == "inductor"
             longer: list[fx.GraphModule] | None = [] if ahead and serves else None
-            assumption, (plan, rewritten, kept) = _rewritten(gm, example_inputs, config, trace, longer, retraced, part)
+            assumption, (plan, rewritten, kept) = _rewritten(
+                gm, example_inputs, config, trace, longer, retraced, part, alone and not serves
+            )
             for graph in (rewritten, *(longer or ())):
                 if ahead and graph is not None:
                     predict.compile_ahead(graph, config.kernels)
@@ -141,6 +145,8 @@ def compile_graph(
             else:
                 _refuse_between(plan, config)
             unmatched.warn(gm, plan, config, compilation, ends=not serves)
+    except ConfigError:  # what is written wrongly is no failure of ours
+        raise
     except Exception as error:
         if config.strict or part.sequence:  # the graph as it was would see a part of the text
             raise
@@ -170,7 +176,7 @@ def compile_graph(
         return served
     forms = MOST_FORMS if retraced is None else retraced.forms
     names = tuple(_name(site) for site in _sites(assumption.graph, config, assumption.attention))
-    again = lambda graph, inputs: compile_graph(graph, inputs, config, compilation, serves, Retraced(forms - 1, names), part)
+    again = lambda graph, inputs: compile_graph(graph, inputs, config, compilation, serves, Retraced(forms - 1, names), part, alone)
     return Assumed(check, assumption.places, served, pristine, again)
 
 
@@ -213,17 +219,18 @@ def _rewritten(
     longer: list[fx.GraphModule] | None,
     retraced: Retraced | None,
     part: Part,
+    alone: bool,
 ) -> tuple[Assumption | None, tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]]:
     """`rewrite_graph`, under an assumption about the graph's inputs where a site that is rewritten needs one."""
     attention = find_attention(gm)
     assumption, attention = _assumption(gm, attention, example_inputs, config, retraced)
     if assumption is not None:
-        result = rewrite_graph(assumption.graph, config, trace, longer, assumption.attention, retraced, part)
+        result = rewrite_graph(assumption.graph, config, trace, longer, assumption.attention, retraced, part, alone)
         if _counts_on(result[0], assumption):
             return assumption, result
         for index in assumption.counting:  # their masks were read: what is in the way is another thing
             attention[index] = observed_masks.tell(attention[index], result[0].decisions[index].reason)
-    return None, rewrite_graph(gm, config, trace, longer, attention, retraced, part)
+    return None, rewrite_graph(gm, config, trace, longer, attention, retraced, part, alone)
 
 
 def _assumption(
@@ -267,12 +274,13 @@ def rewrite_graph(
     attention: list[AttentionSite] | None = None,
     retraced: Retraced | None = None,
     part: Part = WHOLE,
+    alone: bool = True,
 ) -> tuple[Plan, fx.GraphModule | None, fx.GraphModule | None]:
     """Matches, plans, validates, rewrites and verifies; nothing is lowered.
 
     Args:
         attention: what `find_attention` found in the graph, where that was asked already.
-        retraced, part: as in `compile_graph`.
+        retraced, part, alone: as in `compile_graph`.
         longer: gets the graph as it will be rewritten for lengths from which other proposals win, where there are any.
 
     Returns:
@@ -289,7 +297,7 @@ def rewrite_graph(
         make_context(sites[0].device, config), heads=part.heads, sequence=part.sequence, tokens=part.tokens, processes=part.processes
     )
     validator = Validator(gm.graph, functools.partial(backends.serving, "reference"))
-    plan, choices = leave_out_untouched_ffn(*make_plan(sites, config, context), config)
+    plan, choices = leave_out_untouched_ffn(*make_plan(sites, config, context, alone=alone), config)
     if config.validation:
         validate(choices, validator, config.strict)
     if costs_beside.get():

@@ -163,7 +163,7 @@ def compare(
         UnsupportedError: the model returns neither logits nor a tensor; or, with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    api.check_plan(model, config.load(options, method_models=registry.discover()))
+    api.check_settings(model, config.load(options, method_models=registry.discover()))
     with settings(options, keep_all) as chosen:
         eager = _logits(model.forward(**_clone_inputs(inputs)))
         return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph, keep_all)
@@ -230,7 +230,7 @@ def compare_tokens(
         UnsupportedError: with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    api.check_plan(model, config.load(options, method_models=registry.discover()))
+    api.check_settings(model, config.load(options, method_models=registry.discover()))
     prompt_len = inputs["input_ids"].shape[1]
     call = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
     # transformers' own loop and cache for both, whatever `sparsify.compile` put there
@@ -402,7 +402,7 @@ def bisect(
         UnsupportedError: with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    api.check_plan(model, config.load(options, method_models=registry.discover()))
+    api.check_settings(model, config.load(options, method_models=registry.discover()))
     with settings(options, keep_all) as chosen:
         return _bisect(model, inputs, chosen, keep_all, tolerance, on_step)
 

@@ -61,7 +61,9 @@ def attend(
     for operand, dims in ((query, (0, 2)), (key, (0, 2)), (value, (0, 2)), (attention_mask, (0, 2, 3))):
         if operand is not None:
             torch._dynamo.maybe_mark_dynamic(operand, dims)
-    output = _made(_settings(options), shape)(query, key, value, attention_mask, repr(call.get("scaling")), causal, shape[0] != shape[1])
+    output = _made(_settings(options, module), shape)(
+        query, key, value, attention_mask, repr(call.get("scaling")), causal, shape[0] != shape[1]
+    )
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -69,16 +71,17 @@ def attend(
 _KNOWN = {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions"}
 
 
-def _settings(options: dict[str, Any]) -> str:
+def _settings(options: dict[str, Any], module: nn.Module) -> str:
     """The configuration in effect, as JSON."""
     from sparsify.errors import ConfigError
-    from sparsify.planning import registry
+    from sparsify.planning import misfits, registry
     from sparsify.planning.config import config
 
     settings = config.load({**options, "lower": "eager", "compile_ahead": False}, method_models=registry.discover())
     if settings.rules or settings.plan:
         what = "rules" if settings.rules else "plan"
         raise ConfigError(f"{what} name layers, which attention by itself does not know", where=NAME, hint="use sparsify.compile(model)")
+    misfits.check_model(settings, None, getattr(module, "config", None))
     return json.dumps(settings.as_options(), sort_keys=True, default=str)
 
 
@@ -93,7 +96,7 @@ def _made(settings: str, shape: tuple[int, ...]) -> Callable[..., Tensor]:
     from sparsify.planning.config import config
 
     chosen = config.load({**json.loads(settings), "plan": None}, method_models=registry.discover())
-    backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, chosen, chosen)
+    backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, chosen, chosen, alone=False)
     return torch.compile(isolated.copy_of(_attention), backend=backend)
 
 

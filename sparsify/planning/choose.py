@@ -19,7 +19,7 @@ from sparsify.graph import unforeseen
 from sparsify.graph.compat import symbol_values
 from sparsify.graph.typed_torch import symbolic_node
 from sparsify.matching.base import CACHE_SUFFIX, Site, SiteKind
-from sparsify.planning import objective
+from sparsify.planning import misfits, objective
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision, Place, places
 from sparsify.planning.method import Context, Pass, Proposal, Refusal
@@ -71,7 +71,9 @@ def leave_out_untouched_ffn(plan: Plan, choices: list[Choice], config: Config) -
     return dataclasses.replace(plan, decisions=[choice.decision for choice in kept]), kept
 
 
-def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[Place] | None = None) -> tuple[Plan, list[Choice]]:
+def make_plan(
+    sites: list[Site], config: Config, context: Context, at: Sequence[Place] | None = None, alone: bool = True
+) -> tuple[Plan, list[Choice]]:
     """Asks the configured methods at every site and chooses.
 
     Order in the configuration is preference; a proposal with `min_key_len` is eligible from that key length on, and asking a
@@ -79,8 +81,10 @@ def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[
 
     Args:
         at: the sites' places, where they are not those of a whole graph.
+        alone: whether options are for these sites alone, and not for other graphs of the same model as well.
 
     Raises:
+        ConfigError: an option by head fits none of the causal sites of `alone`.
         PlanError: `config.plan` names a file that cannot be read or lacks one of the sites.
     """
     saved_plan = load_saved_plan(config.plan)
@@ -88,9 +92,11 @@ def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[
         context = dataclasses.replace(context, min_length=saved_plan.plan.min_length)
     regimes = _Regimes()
     choices: list[Choice] = []
+    by_head: list[tuple[Pass, int]] = []
     for site, place in zip(sites, places(sites) if at is None else at, strict=True):
         saved = _saved(place, saved_plan)
         candidates, measured = _candidates(site, place, config, saved), saved.measured if saved else []
+        by_head += [(method, heads) for method in candidates if method.by_head and (heads := _heads_of_model(site, context))]
         try:
             choices.append(_choose(site, place, candidates, config, context, measured, regimes))
         except SparsifyError:
@@ -99,7 +105,15 @@ def make_plan(sites: list[Site], config: Config, context: Context, at: Sequence[
             reason = unforeseen.reason(error, site.name)
             choices.append(Choice(site, None, Decision(site.name, site.layer, "", {}, "", None, kind=place.kind, ordinal=place.ordinal)))
             choices[-1].decision.reason = reason
+    if alone:
+        misfits.check_sites(by_head)
     return Plan([c.decision for c in choices], device=context.device.describe()), choices
+
+
+def _heads_of_model(site: Site, context: Context) -> int:
+    """Query heads of a causal attention site, of all processes; 0 of another one, as a tower may have beside the decoder."""
+    local, mask = getattr(site, "query_heads", None), getattr(site, "mask", None)
+    return local * (1 if context.heads is None else context.heads.size) if isinstance(local, int) and getattr(mask, "causal", False) else 0
 
 
 def _saved(place: Place, saved_plan: SavedPlan | None) -> Decision | None:

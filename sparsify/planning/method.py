@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -39,6 +39,7 @@ from sparsify.matching.stream import StreamSite
 from sparsify.matching.token import TokenSite
 from sparsify.ops import scratch
 from sparsify.ops.limits import MOST_BLOCKS
+from sparsify.planning.config.values import is_sequence
 from sparsify.planning.defaults import Computed, Defaults, settle
 from sparsify.rewriting.editor import Editor, attention_call, empty_row_operands
 from sparsify.rewriting.last_rows import with_last_rows
@@ -81,6 +82,7 @@ __all__ = [
     "in_units",
     "links",
     "lists_are_large",
+    "missing_layer",
     "refuse_common",
     "seconds",
     "work",
@@ -247,6 +249,21 @@ class Pass(BaseModel):
         alike._whole = None
         return alike
 
+    def misfits(self, heads: Collection[int], layers: int) -> Iterator[tuple[str, str]]:
+        """Options that fit no layer of a model, each with why.
+
+        Args:
+            heads: numbers of query heads that its layers may have; empty: not known.
+            layers: how many decoder layers it has; 0: not known.
+        """
+        shown = " or ".join(map(str, sorted(heads)))
+        for name in self.by_head:
+            value: Any = getattr(self, name)
+            count = len(value) if is_sequence(value) else 0
+            one_for_all = not is_sequence(type(self).model_fields[name].default)
+            if heads and count and count not in heads and not (one_for_all and count == 1):
+                yield name, f"{count} numbers for {shown} query heads: one for each{', or one for all' if one_for_all else ''}"
+
     @classmethod
     def kind(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The options without those in which layers of one compiled region may differ."""
@@ -262,6 +279,12 @@ class Pass(BaseModel):
 
     def refuse(self, reason: str, hint: str = "") -> Refusal:
         return Refusal(self.name, reason, hint)
+
+
+def missing_layer(number: Any, layers: int) -> Iterator[tuple[str, str]]:
+    """For `Pass.misfits`: that an option `layer` names none of so many layers; nothing where it does, or where that is not known."""
+    if layers and isinstance(number, int) and number >= layers:
+        yield "layer", f"layer {number} does not exist: the model has {layers}, from 0"
 
 
 class PromptPass(Pass):
@@ -346,6 +369,10 @@ class ImagePass(Pass):
     keep: int | float | None = Field(None, gt=0, description="image tokens of each row that go on; a float is a share of them")
 
     _share = field_validator("keep", mode="before")(tokens_or_share)
+
+    def misfits(self, heads: Collection[int], layers: int) -> Iterator[tuple[str, str]]:
+        yield from super().misfits(heads, layers)
+        yield from missing_layer(getattr(self, "layer", None), layers)
 
     def rank(self, rows: ImageRows) -> Tensor:
         """The order in which image tokens go on: float32 [batch, tokens], finite, the highest first. Nothing else of it is looked at."""

@@ -93,11 +93,13 @@ class LayerFacts:
     count: how many there are.
     inverse_frequencies: gives the angle per position of each pair that the rotary embedding turns, fp32 [rotated dimensions / 2], the first
         dimensions of a head in half-split layout. Raises UnsupportedError where the model's is not known to do that.
+    kv_heads: of the layer, those of all processes; 0: not known.
     """
 
     index: int
     count: int
     inverse_frequencies: Callable[[], Tensor]
+    kv_heads: int = 0
 
 
 class Policy(BaseModel):

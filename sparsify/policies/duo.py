@@ -41,6 +41,8 @@ class Duo(Wrapper):
     def bind(self, layer: LayerFacts) -> Policy:
         if len(self.streaming) != layer.count:
             raise self.refuse(f"the plan names heads of {len(self.streaming)} layers, {layer.count} evict", "one list of heads a layer")
+        if layer.kv_heads and (wrong := [head for heads in self.streaming for head in heads if not 0 <= head < layer.kv_heads]):
+            raise self.refuse(f"the plan names KV head {wrong[0]}, layers have {layer.kv_heads}, from 0", "KV heads, not query heads")
         own, options = self.streaming[layer.index], self.inner.bind(layer).model_dump(mode="json")
         return Duo(streaming=(), of=self.of, options=options, sinks=self.sinks, window=self.window, heads=own)
 

@@ -236,7 +236,6 @@ def test_what_it_refuses():
         (attention.full, attention.operands(query_len=300), options(), "not causal"),
         (attention.causal, attention.operands(query_len=1, key_len=300), options(), "one query row"),
         (attention.causal, attention.operands(query_len=300), options(min_length="auto"), "min_length|below"),
-        (attention.causal, attention.operands(query_len=300), options(columns=[64] * 3), "3 columns for"),
     ):
         _, after, plan = rewritten_graph(function, inputs, {**asked, "strict": False})
         assert after is None

@@ -13,7 +13,7 @@ from sparsify.costs import crossovers
 from sparsify.costs import device as hardware
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import attention_seconds, expected_density
-from sparsify.errors import PlanError
+from sparsify.errors import ConfigError, PlanError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.sites import AttentionSite
 from sparsify.planning import registry
@@ -126,7 +126,8 @@ def test_the_reference_never_pays_unless_forced():
 
 def test_thresholds_per_head_must_fit_the_heads():
     assert plan_for(site(131072), xattention={"threshold": [0.9] * 32}).method == "xattention"
-    assert "3 thresholds for 32" in plan_for(site(131072), xattention={"threshold": [0.9] * 3}).refusals[0]
+    with pytest.raises(ConfigError, match=r"xattention.threshold: 3 numbers for 32 query heads"):
+        plan_for(site(131072), xattention={"threshold": [0.9] * 3})
 
 
 def test_json_round_trip(tmp_path):

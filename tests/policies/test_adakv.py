@@ -134,6 +134,9 @@ def test_refusals(llama):
         SparseCache(llama.config, "adakv", BUDGET, every=4, read="pages", **ADA)
     with pytest.raises(ConfigError, match="heads of 1 layers, 2 evict"):
         SparseCache(llama.config, "duo", BUDGET, every=4, **DUO | {"streaming": [[0]]})
+    for heads in ([[2], []], [[0], [-1]]):
+        with pytest.raises(ConfigError, match=f"names KV head {heads[0][0] or -1}, layers have 2"):
+            SparseCache(llama.config, "duo", BUDGET, every=4, **DUO | {"streaming": heads})
     with pytest.raises(ConfigError, match="not one of streaming heads"):
         SparseCache(llama.config, "duo", BUDGET, every=4, **DUO | {"window": 30})
     with pytest.raises(ConfigError, match="not one of streaming heads"):

@@ -81,7 +81,7 @@ def checked_every(every: object, policy: Policy, budget: int | float | None) -> 
 def check_divided(config: Any, policy: Policy) -> None:
     """Raises UnsupportedError where tensor parallelism gives this process some of a layer's heads, and that is not enough."""
     ranks = divided_by(config)
-    heads = _kv_heads(config)
+    heads = model_kv_heads(config)
     if heads % ranks:
         raise UnsupportedError(f"{heads} KV heads are not divided evenly by {ranks} processes", where="SparseCache")
     if ranks > 1 and policy.by_head:
@@ -123,9 +123,9 @@ def check_model(config: Any) -> None:
 def kv_head_sizes(config: Any) -> tuple[int, int]:
     """Number of KV heads of this process, and head_dim."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return _kv_heads(config) // divided_by(config), head_dim
+    return model_kv_heads(config) // divided_by(config), head_dim
 
 
-def _kv_heads(config: Any) -> int:
+def model_kv_heads(config: Any) -> int:
     """Number of KV heads of the model."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -558,7 +558,7 @@ def _make_layer(
         raise UnsupportedError(f"{type(stock).__name__} is not served", where=where, hint="use an ordinary cache")
     frequencies_of = lambda purpose, hint: inverse_frequencies(config, types[index] if types else None, purpose, hint)
     turned = lambda: frequencies_of(f"policy {policy.name} cannot turn queries back", "another policy")
-    policy = policy.bind(LayerFacts(evicting.index(index), len(evicting), turned))
+    policy = policy.bind(LayerFacts(evicting.index(index), len(evicting), turned, checks.model_kv_heads(config)))
     layout = None if isinstance(budget, float) else policy.layout(budget)
     rotates = layout.rotate_sinks if layout is not None else getattr(policy, "positions", "") == "in_cache"
     frequencies = None

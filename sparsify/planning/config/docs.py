@@ -39,7 +39,8 @@ model.compile(backend="sparsify", options={"passes": ["dense"], "xattention": {"
 `sparsify config` prints what is in effect, `-o xattention.stride=16` changes one value of any command. Unknown keys, wrong types and
 impossible values are errors that name the place and the nearest valid name. Values are not converted: `"8"`, `8.0` and `true` are not
 integers. Relative paths start at the file that holds them, in `options` at the working folder. torch takes `mode` or `options` but not
-both; `options={"mode": ...}` gives both.
+both; `options={"mode": ...}` gives both. Where a list gives one number per query head, `sparsify.compile` compares its length with the
+model's heads.
 
 ```toml
 passes = ["xattention", "dense"]
