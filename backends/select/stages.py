@@ -24,13 +24,15 @@ def select_blocks(call: SelectCall, *, limits: Limits = LIMITS) -> streamed.List
     """As `triton.select_blocks`, of calls with a second stage too."""
     if call.empty:
         return triton.select_blocks(call, limits=limits)
-    call, lists = call.served, call.empty_lists()
-    if call.refine_stride:
-        two_stages(call, lists, None, limits)
-    elif (spec := streaming(call, limits)) is not None:
-        one_stage(call, spec, lists, None, limits)
-    else:
+    call = call.served
+    spec = None if call.refine_stride else streaming(call, limits)
+    if not (call.refine_stride or spec):
         return triton.select_blocks(call, limits=limits)
+    lists = call.empty_lists()
+    if spec is None:
+        two_stages(call, lists, None, limits)
+    else:
+        one_stage(call, spec, lists, None, limits)
     return lists
 
 
@@ -54,6 +56,7 @@ def one_stage(call: SelectCall, spec: SelectSpec, lists: streamed.Lists, importa
         for chunk in _chunks(call, spec, limits):
             cells = triton.chunk_cells(call, spec, module, chunk, mean)
             streamed.serve(call, spec, chunk, cells, masks, lists, limits, importances=importances)
+            del cells  # these copies make room for the next ones
 
 
 def two_stages(
@@ -91,8 +94,10 @@ def two_stages(
             cells = triton.chunk_cells(coarse, first, module, chunk, mean)
             streamed.serve(coarse, first, chunk, cells, masks[0], listed, limits)
             if fine.whole is fine:
+                del cells
                 cells = triton.chunk_cells(fine, second, triton.load_module(second), chunk, mean)
             streamed.serve(fine, second, chunk, cells, masks[1], lists, limits, listed, importances)
+            del cells
     return listed
 
 

@@ -16,7 +16,8 @@ from sparsify.backends.select import triton
 from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.backends.select.triton import Cells, Chunk, Limits
 from sparsify.errors import UnsupportedError
-from sparsify.ops.limits import LEAST_LISTED_CELLS, cdiv
+from sparsify.ops import scratch
+from sparsify.ops.limits import LEAST_LISTED_CELLS, STREAMED_CELL, cdiv
 from sparsify.ops.selection import SelectCall
 
 _WHERE = "sparsify::select_blocks"
@@ -35,7 +36,7 @@ PIECES = ((128, 64, 4, 3), (128, 64, 4, 3))
 _EXCHANGED_BLOCKS = 4
 # where shared memory is small
 SMALL = ((128, 32, 4, 2), (64, 32, 4, 3))
-LARGE_CELL, _SMALL_SHARED = 256, 227 << 10
+_SMALL_SHARED = 227 << 10
 # places up to which a launch of `choose` serves a row, and logarithms of masses that a thread of it holds
 PLACES = (64, 128, 256, 512, 1024)
 NUMBERS = 128
@@ -86,7 +87,7 @@ def _tiling(call: SelectCall, rows: int, listed: bool) -> SelectTiling:
     else:
         tiles = next((tiles for most, tiles in TILES.items() if size <= most), PIECES)
     most, cols, warps, stages = tiles[listed]
-    if LARGE_CELL < size <= select_source.WHOLE_CELL and cols * call.stride > _EXCHANGED_BLOCKS * call.block_size:
+    if STREAMED_CELL < size <= select_source.WHOLE_CELL and cols * call.stride > _EXCHANGED_BLOCKS * call.block_size:
         stages = min(stages, 2)
     if listed:
         most = min(power_of_two(call.group), max(1, most // rows)) * rows
@@ -114,13 +115,11 @@ def serve(
         importances: fp32 [batch, query_heads, query_blocks, cells, key_blocks], 0 throughout: gets each cell's masses, for tests.
     """
     module, per_block, kv_blocks = triton.load_module(spec), call.block_size // call.span, call.kv_heads * call.query_blocks
-    logs, room = None, functools.partial(_places, call, spec)
-    for part in parts(call, spec, chunk, limits.scratch_bytes):
+    room, shares = functools.partial(_places, call, spec), list(parts(call, spec, chunk, limits.scratch_bytes))
+    logs = cells.queries.new_empty(max(_numbers(call, spec, part) for part in shares), dtype=torch.float16)
+    for part in shares:
         (b0, b1), (g0, g1), (first, last) = part.batch, part.kv_heads, part.cells
         heads, served = slice(g0 * call.group, g1 * call.group), (b1 - b0) * (g1 - g0)
-        numbers = served * call.group * room(first, last) * per_block
-        if logs is None or logs.numel() < numbers:
-            logs = cells.queries.new_empty(numbers, dtype=torch.float16)
         some = cells.of(b0 - chunk.batch[0], b1 - chunk.batch[0], g0 - chunk.kv_heads[0], g1 - chunk.kv_heads[0], call.group)
         values: dict[str, Any] = {"logs": logs, **some.scales, **triton.chunk_masks(masks, call, spec, part)}
         values |= triton.chunk_numbers(call, spec, part, some.queries, some.keys)
@@ -173,11 +172,14 @@ def _widths(call: SelectCall, spec: SelectSpec, first: int, last: int) -> Iterat
 
 def _places(call: SelectCall, spec: SelectSpec, first: int, last: int) -> int:
     """Places of scratch for query blocks from `first` to before `last` of a head, as `row_at` counts them."""
-    blocks = last - first
-    if not spec.triangular:
-        return blocks * call.key_blocks
-    seen = max(0, cdiv(min((first + 1) * call.block_size, call.query_len) + int(call.start), call.block_size))
-    return blocks * seen + blocks * (blocks - 1) // 2
+    start = int(call.start) if spec.triangular else None
+    return scratch.places(first, last, call.query_len, call.key_blocks, start, call.block_size)
+
+
+def _numbers(call: SelectCall, spec: SelectSpec, part: Chunk) -> int:
+    """Logarithms of a part."""
+    (b0, b1), (g0, g1) = part.batch, part.kv_heads
+    return (b1 - b0) * (g1 - g0) * call.group * _places(call, spec, *part.cells) * (call.block_size // call.span)
 
 
 def parts(call: SelectCall, spec: SelectSpec, chunk: Chunk, scratch_bytes: int) -> Iterator[Chunk]:
@@ -185,18 +187,10 @@ def parts(call: SelectCall, spec: SelectSpec, chunk: Chunk, scratch_bytes: int) 
     some blocks of one, in whole tiles."""
     per_block = call.block_size // call.span
     (b0, b1), (g0, g1), blocks = chunk.batch, chunk.kv_heads, call.query_blocks
-    place_bytes = 2 * call.group * per_block
-    head_bytes = place_bytes * _places(call, spec, 0, blocks)
-    if head_bytes * (g1 - g0) * (b1 - b0) <= scratch_bytes:
-        yield Chunk(chunk.batch, chunk.kv_heads, (0, blocks))
-        return
-    count = max(1, min(g1 - g0, scratch_bytes // head_bytes))
-    count = cdiv(g1 - g0, cdiv(g1 - g0, count))
-    unit, step = 1 if spec.listed else max(1, spec.tiling.rows // per_block), blocks
-    if head_bytes > scratch_bytes:
-        step = max(1, scratch_bytes // (place_bytes * call.key_blocks * unit)) * unit
-        step = cdiv(cdiv(blocks, cdiv(blocks, min(step, blocks))), unit) * unit
-    for b in range(b0, b1):
+    logs = scratch.Logs(2 * call.group * per_block, _places(call, spec, 0, blocks), blocks, call.key_blocks)
+    unit = 1 if spec.listed else max(1, spec.tiling.rows // per_block)
+    rows, count, step = logs.at_once(b1 - b0, g1 - g0, scratch_bytes, unit)
+    for b in range(b0, b1, rows):
         for g in range(g0, g1, count):
             for block in range(0, blocks, step):
-                yield Chunk((b, b + 1), (g, min(g + count, g1)), (block, min(block + step, blocks)))
+                yield Chunk((b, b + rows), (g, min(g + count, g1)), (block, min(block + step, blocks)))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 
 import sparsify.backends
 from sparsify.backends import dispatch
@@ -15,6 +12,7 @@ from sparsify.backends.select import triton as triton_select
 from sparsify.backends.sparse_attention import sparse_attention
 from sparsify.ops import scratch
 from sparsify.ops.sparse_attention import SparseAttentionCall
+from tests.support.memory import Memory
 
 pytestmark = pytest.mark.interpreter
 
@@ -41,34 +39,6 @@ def uncounted_interpreter(monkeypatch):
             return launch_kernel(*args, **options)
 
     monkeypatch.setattr(GridExecutor, "__call__", call)
-
-
-class Memory(TorchDispatchMode):
-    """Bytes of the tensors that calls make, alive at once at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.most, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() and storage.data_ptr() not in self.known:
-                    self.add(storage.data_ptr(), storage.nbytes())
-                    weakref.finalize(storage, self.remove, storage.data_ptr(), storage.nbytes())
-        return result
-
-    def add(self, pointer, size):
-        self.known.add(pointer)
-        self.alive += size
-        self.most = max(self.most, self.alive)
-
-    def remove(self, pointer, size):
-        self.known.discard(pointer)
-        self.alive -= size
 
 
 def operands(heads=4, kv_heads=2):
