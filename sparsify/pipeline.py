@@ -316,7 +316,18 @@ def rewrite_graph(
         return plan, None, None
     trace.stage("rewritten", lambda: rewritten.print_readable(print_output=False))
     kept = rewrite_copy(gm, choices, keep_all=True) if config.verify else None
+    if kept is not None:
+        kept.meta[_EMPTY_ROWS] = any(_may_see_nothing(site) for site in sites)
     return plan, rewritten, kept
+
+
+# in the `meta` of a graph that is compared: whether attention in it may have rows that see no key
+_EMPTY_ROWS = "sparsify_empty_rows"
+
+
+def _may_see_nothing(site: Site) -> bool:
+    mask = getattr(site, "mask", None)
+    return mask is not None and (mask.opaque or getattr(site, "empty_rows", "impossible") != "impossible")
 
 
 def _sites(gm: fx.GraphModule, config: Config, attention: list[AttentionSite] | None) -> list[Site]:
@@ -579,7 +590,7 @@ def _verify_first_call(
         if state["run"] is None:
             state["run"] = compiled
             try:
-                verify.numbers(pristine.forward, kept.forward, inputs)
+                verify.numbers(pristine.forward, kept.forward, inputs, kept.meta[_EMPTY_ROWS])
             except Exception as error:
                 if config.strict:
                     raise
