@@ -2,7 +2,8 @@
 
     python -m tests.sanitizer.run --record     # appends to benchmarks/results/sanitize.jsonl
 
-A reduced matrix of small calls for each family of kernels: Gluon attention, Triton attention, block selection; and a control, a
+A reduced matrix of small calls for each family of kernels: Gluon attention, Triton attention, block selection (scored at once, and while
+keys pass by), columns and diagonals, rows without a key, caches, linear and feed-forward layers, tokens of images; and a control, a
 hand-over through shared memory that is in order by construction (control.py), to judge what the tool says of the others by.
 First every family runs alone, which compiles its kernels and must succeed; then each family runs under each tool, side by side in
 processes of their own that are killed when they take too long. The last line is a JSON summary; the exit status is 1 when a tool found
@@ -27,19 +28,21 @@ from typing import Any
 
 from benchmarks.lib import records
 from benchmarks.test_runs import Sanitize
-from sparsify.ops.estimate import EXAMPLES, Estimate
 
 TOOLS = ("memcheck", "racecheck")
-FAMILIES = ("gluon", "triton", "select", "cache", "control")
-ATTENTION = ("lists_ragged", "window_sinks", "segments_padding", "lists_chunk", "dim_64_64_lists", "padding_left_lists", "softcap_lists")
-SELECTION: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "ragged, stride 8": {"length": 1001, "stride": 8},
-    **{str(one): {"estimate": one, "length": 1001 if one.int8 else 1024} for one in EXAMPLES},
-    "group, density": {"pool": "sum", "estimate": Estimate(group=True), "density": 0.3},
-    "flags, window": {"flags": True, "windows": (300,)},
-    "wide": {"wide": True},
-    "row": {"pool": "row", "stride": 8, "length": 1001},
+# family -> names of the generated modules that its calls load, as they are given to `source.load`; the control's is written by hand
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "gluon": ("gluon_attention",),
+    "triton": ("attention",),
+    "empty_rows": ("attention", "empty_rows"),
+    "select": ("select",),
+    "passing": ("select",),
+    "pattern": ("pattern",),
+    "cache": ("append", "bounds", "decode", "mass", "pages", "quantised", "take_back"),
+    "linear": ("linear",),
+    "ffn": ("ffn", "ffn_activation", "ffn_rows", "ffn_start"),
+    "tokens": ("farthest_first",),
+    "control": (),
 }
 _SUMMARIES = (r"ERROR SUMMARY: (\d+) error", r"RACECHECK SUMMARY: (\d+) hazard")
 
@@ -55,69 +58,23 @@ def find_tool() -> str | None:
     return next((str(path) for place in places for path in place if path.is_file() and os.access(path, os.X_OK)), None)
 
 
-def attention_cases(family: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from sparsify.backends.attention import hopper, triton
-    from tests.support import hopper_calls
+def cases(family: str, device: str = "cuda") -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The calls of a family by name. It imports torch, which workers alone need."""
+    from tests.sanitizer import attention, cache, control, layers, selection
 
-    launch = hopper.launch if family == "gluon" else triton.triton_attention
-    matrix = hopper_calls.matrix()
-
-    def run(name: str) -> None:
-        call = hopper_calls.make_call(matrix[name])
-        if family == "gluon" and (reason := hopper.obstacle(call)):
-            print("NOT SERVED", name, reason, flush=True)
-            return
-        launch(call)
-
-    for name in ATTENTION:
-        yield name, lambda name=name: run(name)
-
-
-def selection_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    import torch
-
-    from sparsify.backends.select import triton as triton_select
-    from sparsify.ops.selection import SelectCall
-
-    def run(*, length: int = 1024, flags: bool = False, wide: bool = False, **changes: Any) -> None:
-        query = torch.randn(2, 4, length, 128, device="cuda", dtype=torch.bfloat16)
-        key = torch.randn(2, 2, length, 128, device="cuda", dtype=torch.bfloat16)
-        if flags:
-            changes["key_flags"] = (torch.arange(length, device="cuda") >= torch.tensor([[0], [333]], device="cuda")).to(torch.uint8)
-        limits = triton_select.Limits(fused_width=8, part=64) if wide else triton_select.LIMITS
-        call = SelectCall(query, key, **{"scale": 0.5, "causal": True, "stride": 16, "threshold": (0.9,), **changes})
-        triton_select.select_blocks(call, limits=limits)
-
-    for name, changes in SELECTION.items():
-        yield name, lambda changes=changes: run(**changes)
-
-
-def control_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from tests.sanitizer import control
-
-    yield "hand-over", control.run
-
-
-def cache_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from tests.sanitizer import cache
-
-    yield from cache.cases()
-
-
-CASES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {
-    "gluon": lambda: attention_cases("gluon"),
-    "triton": lambda: attention_cases("triton"),
-    "select": selection_cases,
-    "cache": cache_cases,
-    "control": control_cases,
-}
+    if family in ("gluon", "triton", "empty_rows"):
+        return {"gluon": attention.with_messages, "triton": attention.plain, "empty_rows": attention.empty_rows}[family](device)
+    if family in selection.FAMILIES:
+        return selection.cases(*selection.FAMILIES[family], device)
+    others = {"cache": cache.cases, "linear": layers.linear_cases, "ffn": layers.ffn_cases, "tokens": layers.token_cases}
+    return others[family](device) if family in others else iter([("hand-over", control.run)])
 
 
 def work(family: str) -> None:
     """Runs one family's cases; says when each is done, as the tool's report may come in between."""
     import torch
 
-    for name, run in CASES[family]():
+    for name, run in cases(family):
         run()
         torch.cuda.synchronize()
         print("DONE", name, flush=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +62,12 @@ def test_runs_are_put_together(monkeypatch, capsys, tmp_path):
     assert summary["summary"] == {"select memcheck": "clean", "select racecheck": "found"}
     assert [one["reports"] for one in found] == [0, 1]
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_every_generated_module_is_in_some_family():
+    """By the names under which the backends load them; a selection's goes on with its spec."""
+    backends = Path(run.__file__).parents[2] / "backends"
+    texts = [path.read_text() for path in backends.rglob("*.py")]
+    loaded = {name.rstrip("_") for text in texts for name in re.findall(r"source\.load\(.*f?\"([a-z_]+)[\"{]", text)}
+    assert "select" in loaded and "ffn_rows" in loaded
+    assert loaded == {name for names in run.FAMILIES.values() for name in names}
