@@ -56,11 +56,11 @@ def pack(model: Any, prompts: Sequence[Sequence[int] | Tensor], *, cache: Sparse
 
     Raises:
         UnsupportedError: the model is not compiled, or captured whole; its layers cannot be packed, with the reason; another kind of
-            cache.
+            cache; a prompt that is no row of integers.
         CacheError: the cache holds tokens, or has a budget that is a share of what it is given.
     """
     _check(model, cache)
-    rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
+    rows = [_ids(number, prompt) for number, prompt in enumerate(prompts)]
     if not rows:
         return []
     lengths = [len(row) for row in rows]
@@ -76,6 +76,17 @@ def pack(model: Any, prompts: Sequence[Sequence[int] | Tensor], *, cache: Sparse
     with packing.required():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=True, **compat.with_cache(model, held), **more).logits[:, -1]
     return [PackedPrompt(one, row) for one, row in zip(_caches(held, lengths), logits.split(1), strict=True)]
+
+
+def _ids(number: int, prompt: Sequence[int] | Tensor) -> Tensor:
+    """A prompt's tokens, int64 [tokens]."""
+    ids = torch.as_tensor(prompt)
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise UnsupportedError(f"prompt {number} is {ids.dtype}, and token ids are integers", where=WHERE)
+    if ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
+        what = f"prompt {number} is {tuple(ids.shape)}, not [tokens] or [1, tokens]"
+        raise UnsupportedError(what, where=WHERE, hint="give each row as a prompt of its own, without padding")
+    return ids.to(torch.int64).flatten()
 
 
 def _check(model: Any, cache: Any) -> None:

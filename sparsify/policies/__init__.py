@@ -64,7 +64,9 @@ def make(policy: str | Policy, **options: Any) -> Policy:
         error = failure.errors(include_url=False)[0]
         key = ".".join(map(str, error["loc"]))
         unknown = error["type"] == "extra_forbidden"
-        what, hint = ("no such option", nearest(key, model.model_fields)) if unknown else (error["msg"], "")
+        what, hint = (f"{error['msg']}, not {error['input']!r}" if key else error["msg"]), ""
+        if unknown:
+            what, hint = "no such option", nearest(key, model.model_fields)
         raise ConfigError(what, where=f"policy {policy}" + (f": {key}" if key else ""), hint=hint) from None
 
 

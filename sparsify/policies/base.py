@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Strict
 from torch import Tensor
 
 from sparsify.errors import ConfigError
 from sparsify.ops.cache import NEVER_OVERWRITTEN
+
+# tuples, for which files and callers give lists
+Integers = Annotated[tuple[int, ...], Strict(False)]
+Numbers = Annotated[tuple[float, ...], Strict(False)]
 
 # as `observed`: more queries than a call can have
 EVERY_QUERY = 1 << 30
@@ -108,7 +112,7 @@ class Policy(BaseModel):
     name: by which `SparseCache`, configuration and the op know it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
     name: ClassVar[str]
 
     @property

@@ -5,14 +5,14 @@ Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, Strict
 from torch import Tensor
 
 from sparsify.policies.adakv import whole
-from sparsify.policies.base import Candidates, LayerFacts, Layout, Policy
+from sparsify.policies.base import Candidates, Integers, LayerFacts, Layout, Policy
 from sparsify.policies.wrapper import Wrapper
 
 
@@ -31,12 +31,12 @@ class Duo(Wrapper):
 
     name: ClassVar[str] = "duo"
 
-    streaming: tuple[tuple[int, ...], ...] = Field((), description="KV heads that stream, by layer")
+    streaming: Annotated[tuple[Integers, ...], Strict(False)] = Field((), description="KV heads that stream, by layer")
     of: str = Field("snapkv", description="the policy that chooses for the other heads")
     options: dict[str, Any] = Field(default_factory=dict, description="its options")
     sinks: int = Field(16, ge=0, le=1 << 20, description="first tokens that streaming heads keep")
     window: int = Field(64, ge=1, le=1 << 20, description="last tokens that streaming heads keep")
-    heads: tuple[int, ...] = Field((), description="of the own layer; the cache says them")
+    heads: Integers = Field((), description="of the own layer; the cache says them")
 
     def bind(self, layer: LayerFacts) -> Policy:
         if len(self.streaming) != layer.count:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsify.policies.base import EVERY_QUERY, Candidates, LayerFacts, Policy
+from sparsify.policies.base import EVERY_QUERY, Candidates, LayerFacts, Numbers, Policy
 from sparsify.policies.rotation import Rotation, angles_on
 from sparsify.policies.scored import ScoredPolicy
 
@@ -37,7 +37,7 @@ class ExpectedAttention(ScoredPolicy):
     future: int = Field(512, ge=1, le=1 << 16, description="positions over which the rotation is averaged")
     covariance: bool = Field(True, description="whether the queries' covariance enters")
     value_norm: bool = Field(True, description="whether weights are multiplied by the norm of the values")
-    frequencies: tuple[float, ...] = Field((), description="of the rotary embedding; the cache says them")
+    frequencies: Numbers = Field((), description="of the rotary embedding; the cache says them")
 
     def bind(self, layer: LayerFacts) -> Policy:
         return self.model_copy(update={"frequencies": tuple(layer.inverse_frequencies().tolist())})

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsify.policies.base import EVERY_QUERY, Candidates, LayerFacts, Layout, Policy
+from sparsify.policies.base import EVERY_QUERY, Candidates, LayerFacts, Layout, Numbers, Policy
 from sparsify.policies.rotation import Rotation, angles_on
 
 
@@ -41,7 +41,7 @@ class Locret(Policy):
     digest: str = Field("", description="SHA-256 of that file; the cache says it")
     recent: int = Field(100, ge=1, le=1 << 20, description="last tokens that stay, in tokens")
     layer: int = Field(0, ge=0, description="number of the layer; the cache says it")
-    frequencies: tuple[float, ...] = Field((), description="of the rotary embedding; the cache says them")
+    frequencies: Numbers = Field((), description="of the rotary embedding; the cache says them")
 
     @model_validator(mode="before")
     @classmethod

@@ -124,6 +124,13 @@ def test_what_is_refused():
     assert sparsify.pack(model, []) == []
     with pytest.raises(UnsupportedError, match="prompt 1 has no tokens"):
         sparsify.pack(model, [[3], []])
+    for prompt, said in (
+        (torch.ones(3), "torch.float32"),
+        ([True, False], "torch.bool"),
+        (torch.ones(2, 5, dtype=torch.int64), r"\(2, 5\)"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"prompt 1 is {said}"):
+            sparsify.pack(model, [[3], prompt])
     with pytest.raises(UnsupportedError, match="DynamicCache"):
         sparsify.pack(model, prompts, cache=DynamicCache())
     with pytest.raises(CacheError, match="share"):
