@@ -26,6 +26,7 @@ from sparsify.generation import compat, new_prompt
 from sparsify.generation.caches.kept import KeptCaches
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.decoding import call, loop, step_caches
+from sparsify.generation.decoding.model_state import hooked
 from sparsify.generation.decoding.runner import CudaGraphs, Direct, Recorded, Runner
 from sparsify.generation.decoding.sessions import Sessions
 from sparsify.generation.regions import narrowing, regional
@@ -145,6 +146,9 @@ class _Request:
         make_runner = self.decoder.runner
         if getattr(cache, "offloader", None) is not None:
             log.info("generate() decodes without a CUDA graph: keys and values come from the host's memory, layer by layer")
+            make_runner = lambda function, failed: Direct(function)
+        elif why := hooked(self.model):
+            log.info("generate() decodes without a CUDA graph, which would not call them: %s", why)
             make_runner = lambda function, failed: Direct(function)
         names = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer", "model_kwargs")
         return loop.decode(

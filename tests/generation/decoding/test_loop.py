@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import time
 import warnings
@@ -30,6 +31,7 @@ from sparsify.generation import compat, generate
 from sparsify.generation.caches import kept as kept_caches
 from sparsify.generation.caches.kept import KeptCaches
 from sparsify.generation.decoding import loop, runner
+from sparsify.generation.decoding.model_state import hooked
 from sparsify.generation.decoding.runner import Recorded
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
@@ -431,26 +433,107 @@ def test_a_cache_grows_while_it_is_used(llama, twin, recorder, monkeypatch):
     assert recorder.recorded == 2  # with room for 128 and for more, which the second call finds
 
 
-def test_graphs_of_a_changed_model_are_not_used(llama, twin, recorder):
-    """Weights put elsewhere, attributes, hooks: all that a recorded step would not see."""
-    model = installed(build("llama"))
+class Adapter(torch.nn.Module):
+    """As adapters are: which of them act, and how much, stands in attributes of all sorts."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.factors, self.active, self.shift = base, {"a": 1.0, "b": -2.0}, ["a"], torch.zeros(())
+        self.nested = {"by": ([torch.ones(())],)}
+
+    def forward(self, rows):
+        return sum(self.base(rows) * self.factors[name] for name in self.active) * self.nested["by"][0][0] + self.shift
+
+
+def adapters(change):
+    return lambda model: [change(part) for part in model.modules() if isinstance(part, Adapter)]
+
+
+def adapted(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Adapter(layer.mlp.down_proj)
+
+
+CHANGES = {
+    "another weight": [lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(-m.lm_head.weight.detach()))],
+    "attributes": [lambda m: setattr(m.model.layers[1].self_attn, "scaling", 3.0)],
+    "functions": [lambda m, by=by: setattr(m.model.layers[1].mlp, "forward", lambda rows: rows * by) for by in (1.0, -1.5, 2.0)],
+    "containers": [
+        adapters(lambda part: setattr(part, "active", ["b"])),
+        adapters(lambda part: part.active.append("a")),
+        adapters(lambda part: part.factors.update(a=3.0)),
+    ],
+    "tensors": [
+        adapters(lambda part: setattr(part, "shift", torch.full((), 0.5))),
+        adapters(lambda part: part.nested["by"][0].__setitem__(0, torch.full((), -1.5))),
+    ],
+    "the configuration": [lambda m: setattr(m.config, "note", {"sizes": [1, 2]}), lambda m: m.config.note["sizes"].append(3)],
+}
+
+
+FEW = {**PADDED, "eos_token_id": None, "max_new_tokens": 5}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_graphs_of_a_changed_model_are_not_used(llama, twin, recorder, name):
+    """All that a recorded step would not see."""
+    model, other = installed(build("llama")), build("llama")
     generate._decoders[model].runner = generate._decoders[llama].runner
-    weight = torch.nn.Parameter(build("llama", seed=4).lm_head.weight.detach(), requires_grad=False)
-    changes = [
-        lambda m: None,
-        lambda m: setattr(m.lm_head, "weight", weight),
-        lambda m: m.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 2),
-        lambda m: setattr(m.model.layers[1].self_attn, "scaling", 3.0),
-        lambda m: setattr(m.model.layers[1].mlp, "forward", lambda hidden_states: hidden_states),
-    ]
-    other, tokens = build("llama"), []
-    for change in changes:
+    for change in (adapted, *CHANGES[name]):
         change(model), change(other)
+        gc.collect()
+        want = run(other, **FEW)
         for _ in range(2):
-            got = run(model, **PADDED, eos_token_id=None)
-            same(got, run(other, **PADDED, eos_token_id=None))
-        tokens.append(tuple(got[0].flatten().tolist()))
-    assert len(set(tokens)) == recorder.recorded == len(changes)
+            same(run(model, **FEW), want)
+    assert recorder.recorded == 1 + len(CHANGES[name])
+
+
+@pytest.mark.parametrize("where", ["", "model", "lm_head", "model.layers.1", "model.layers.0.mlp"])
+def test_hooks_are_called_at_every_token(llama, recorder, where):
+    """One after the other, each of which may get the place of the last one; what they compute with may change from token to token."""
+
+    def outcome(model, by):
+        seen = []
+
+        def hook(module, args):
+            seen.append(args[0].shape if args else None)
+            return (args[0] * by ** len(seen), *args[1:]) if where not in ("", "model") else None
+
+        handle = model.get_submodule(where).register_forward_pre_hook(hook)
+        result = run(model, **FEW)
+        handle.remove()
+        return result, seen
+
+    model, other = installed(build("llama")), build("llama")
+    generate._decoders[model].runner = generate._decoders[llama].runner
+    same(run(model, **FEW), run(other, **FEW))
+    recorded_before = recorder.recorded
+    for by in (1.5, 1.2, 0.7):
+        got, want = outcome(model, by), outcome(other, by)
+        same(got[0], want[0])
+        assert len(got[1]) == len(want[1]) == FEW["max_new_tokens"]
+    same(run(model, **FEW), run(other, **FEW))
+    assert recorded_before == 1 and recorder.recorded == 2
+
+
+def doubled(module, args, result):
+    return result * 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_which_hooks_a_graph_leaves_out():
+    model = build("llama")
+    assert hooked(model) == ""
+    model(text(1, 3), output_hidden_states=True)  # after which transformers leaves hooks there
+    torch.nn.utils.spectral_norm(model.lm_head)  # one of torch's own
+    assert any(part._forward_hooks for part in model.modules()) and hooked(model) == ""
+    handle = model.model.layers[1].mlp.register_forward_hook(functools.partial(doubled))
+    assert hooked(model) == "model.layers.1.mlp has hooks"
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(doubled)
+    assert hooked(model) == "all modules have hooks"
+    handle.remove()
+    assert hooked(model) == ""
 
 
 def test_threads_have_caches_of_their_own(llama, twin, recorder):
