@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from sparsify import backend, pipeline, releases
 from sparsify.backends import predict
 from sparsify.distributed import agreement, shards
 from sparsify.distributed.shards import Shard
-from sparsify.errors import UnsupportedError
-from sparsify.graph import isolated
+from sparsify.errors import ConfigError, UnsupportedError
+from sparsify.graph import compat, isolated
 from sparsify.ops import block_lists, dtensors
 from sparsify.ops.block_maps import BlockMap, block_map
 from sparsify.ops.selection import observing, piece
@@ -63,12 +64,15 @@ def compile(
     Raises:
         ConfigError: unknown or impossible options, or one for a head or layer that fits none of the model's.
         PlanError: the plan file cannot be read, names a method that does not exist, or was made for another model.
-        UnsupportedError: `model` is the wrapper that torch.compile returns.
+        UnsupportedError: `model` is no torch.nn.Module, or the wrapper that torch.compile returns.
         DistributedError: `mesh` has no dimension "cp"; processes that share the model have other options or releases, or do not come here.
     """
     dtensors.register()
+    _check_is_model(model, "sparsify.compile")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
+    if "options" in options:
+        raise ConfigError("unknown key", where="options", hint="give them one by one: sparsify.compile(model, passes=[...])")
     settings = config.load(options, mode=mode, method_models=registry.discover())
     check_settings(model, settings)
     text = None if mesh is None else _shard_of_text(mesh, whole, settings)
@@ -84,6 +88,8 @@ def compile(
         _regions().remove(model)
     # the function and not its name, which torch only knows where the distribution is installed
     model.compile(backend=backend.sparsify, options=options or None, dynamic=dynamic, fullgraph=fullgraph)
+    if model._compiled_call_impl is not None:
+        model._compiled_call_impl = compat.asking_for_hooks(model._compiled_call_impl)
     if not whole and "transformers" in sys.modules:
         _regions().install(model, settings, options, dynamic, text)
     elif "transformers" in sys.modules:
@@ -93,6 +99,31 @@ def compile(
 
         generate.install(model, graphs=not settings.inductor_patches().get("triton.cudagraphs"), shown=settings.progress)
     return model
+
+
+def _check_is_model(model: object, where: str) -> None:
+    """Raises UnsupportedError for what is no model."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UnsupportedError(f"{what} is no torch.nn.Module", where=where, hint="give the model that was loaded")
+
+
+def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options among the arguments of a model that takes whatever it is given."""
+    named = inspect.signature(model.forward).parameters
+    for name in inputs:
+        if name not in named and name in (*config.SETTINGS, *registry.discover()):
+            hint = f"explain(model, ..., options={{{name!r}: ...}})"
+            raise ConfigError("is an option, not an argument of the model", where=name, hint=hint)
+
+
+def _table(options: object) -> Mapping[str, Any]:
+    """Options as a table. Raises ConfigError where they are none."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"must be a table, not {options!r}", where="options", hint="options={'passes': [...]}")
+    return cast("Mapping[str, Any]", options)
 
 
 def check_settings(model: nn.Module, settings: config.Config) -> Provenance | None:
@@ -169,10 +200,13 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         those of this call.
 
     Raises:
-        ConfigError: unknown or impossible options, or one for a head or layer that fits none of the model's.
+        ConfigError: unknown or impossible options, or one for a head or layer that fits none of the model's, or one among `inputs`.
         PlanError: the plan file cannot be read, names a method that does not exist, or was made for another model.
+        UnsupportedError: `model` is no torch.nn.Module.
     """
-    settings = config.load({**(options or {}), "lower": "eager"}, method_models=registry.discover())
+    _check_is_model(model, "sparsify.explain")
+    _check_inputs(model, inputs)
+    settings = config.load({**_table(options), "lower": "eager"}, method_models=registry.discover())
     followed = check_settings(model, settings)
     backend = lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, settings, settings)
     with isolated.compiled(model.forward, backend) as forward, collect_plans() as plans, _record_maps() as maps, _costs_beside():

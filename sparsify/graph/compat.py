@@ -19,6 +19,7 @@ from torch import fx
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import convert_frame, eval_frame, symbolic_convert
 from torch._dynamo import utils as dynamo_utils
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._guards import TracingContext
 from torch.fx import _symbolic_trace
@@ -185,6 +186,33 @@ def compile_in_threads(function: Callable[..., Any], *, dynamic: bool | None = N
             return compiled(*args, **kwargs)
 
     return call
+
+
+def asking_for_hooks(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with guards that modules without hooks still have none. torch leaves these out: code that was compiled before a hook was
+    registered would never call it."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # by somebody else, with guards of theirs
+            return compiled(*args, **kwargs)
+        with _held(torch._dynamo.config, skip_nnmodule_hook_guards=False):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+# what Dynamo raises where a function cannot be captured as one graph; beyond as many compilations as it keeps of one, an error of no family
+CANNOT_CAPTURE = (TorchDynamoException, FailOnRecompileLimitHit)
+
+
+def why_not_captured(error: Exception, what: str) -> str:
+    """An error of `CANNOT_CAPTURE` as a clause."""
+    if isinstance(error, FailOnRecompileLimitHit):
+        most = torch._dynamo.config.recompile_limit
+        return f"{what} was compiled in as many forms as torch keeps, {most} (torch._dynamo.config.recompile_limit)"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{what} cannot be captured as one graph: {lines[0] if lines else type(error).__name__}"
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 import sparsify
 from benchmarks.model.compile_time import measure
 from sparsify.api import collect_plans
+from sparsify.errors import ConfigError, UnsupportedError
 from tests.models.matrix_modes import prompt
 from tests.support.harness import compiled, holding, strict
 from tests.support.tiny_models import build
@@ -53,6 +54,21 @@ def long_model(family: str = "llama"):
 
 
 OPTIONS = strict(passes=["xattention", "dense"], xattention={"threshold": 1.0})
+
+
+def test_what_is_no_model_and_options_in_a_wrong_place():
+    model, ids = build("llama"), torch.ones(1, 4, dtype=torch.int64)
+    for given, said in ((model.config, "a LlamaConfig is no"), (type(model), "the class LlamaForCausalLM is no"), ("gpt2", "a str is no")):
+        for call in (sparsify.compile, sparsify.explain):
+            with pytest.raises(UnsupportedError, match=said):
+                call(given)
+    with pytest.raises(ConfigError, match=r"options: unknown key \(give them one by one"):
+        sparsify.compile(model, options={"passes": ["dense"]})
+    for name in ("passes", "sink_window", "min_length"):  # which the model itself would take and leave aside
+        with pytest.raises(ConfigError, match=f"^{name}: is an option, not an argument of the model"):
+            sparsify.explain(model, input_ids=ids, **{name: ["dense"]})
+    with pytest.raises(ConfigError, match=r"options: must be a table, not \['dense'\]"):
+        sparsify.explain(model, input_ids=ids, options=["dense"])
 
 
 @pytest.mark.parametrize("whole", [True, False])

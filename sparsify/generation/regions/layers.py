@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,15 +229,47 @@ class Watch:
                 return f"{_path(layer, name)} {how}"
             if values["_backward_hooks"] or values["_backward_pre_hooks"]:
                 return f"{_path(layer, name)} has backward hooks"
-            if name and (values["_forward_pre_hooks"] or (values["_forward_hooks"] and compat.without_recorders(values["_forward_hooks"]))):
+            if name and _has_hooks(values):
                 return f"{_path(layer, name)} has hooks"
             if values["training"] and values.get("gradient_checkpointing"):
                 return f"{_path(layer, name)} is checkpointed"
         return ""
 
 
+class Beside:
+    """The modules of a model beside its layers, as they are at the moment."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[Layer]):
+        self._model, self._layers = model, {id(layer.module) for layer in layers}
+        self._take_note()
+
+    def _take_note(self) -> None:
+        found, known = [self._model], set(self._layers)
+        for module in found:  # grows meanwhile
+            new = [child for child in module.children() if id(child) not in known]
+            known.update(map(id, new))
+            found += new
+        self._held = [(vars(module), dict(module._modules)) for module in found]
+
+    def hooked(self) -> bool:
+        """Whether one of them has forward hooks."""
+        if not all(values["_modules"] == held for values, held in self._held):
+            self._take_note()
+        return any(_has_hooks(values) for values, _ in self._held)
+
+
+def _has_hooks(values: dict[str, Any]) -> bool:
+    """Whether a module with these attributes has forward hooks, but for those that transformers leaves there."""
+    return bool(values["_forward_pre_hooks"] or (values["_forward_hooks"] and compat.without_recorders(values["_forward_hooks"])))
+
+
 def _path(layer: Layer, name: str) -> str:
     return f"{layer.path}.{name}" if name else layer.path
+
+
+def hooked(layer: Layer) -> bool:
+    """Whether the layer itself has forward hooks."""
+    return _has_hooks(vars(layer.module))
 
 
 def signature(layer: nn.Module) -> tuple[Any, ...]:

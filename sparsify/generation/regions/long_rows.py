@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from sparsify.costs import device as hardware
 from sparsify.generation.regions.layers import Layer
@@ -48,7 +47,7 @@ class LongRows:
             try:
                 with self._lock:
                     return self._run(args[0])
-            except TorchDynamoException as error:
+            except compat.CANNOT_CAPTURE as error:
                 self._failed = True
                 log.debug("%s is not compiled", type(self.module).__name__, exc_info=error)
         return self.module._call_impl(*args, **kwargs)

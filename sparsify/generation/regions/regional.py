@@ -97,7 +97,8 @@ class RegionalModel:
         self.tokens = None
         found = self.shared
         if found.narrowing is None and found.bypass is None and text is None and found.part == WHOLE and tokens.pays(found.layers, config):
-            self.tokens = tokens.Tokens(model, found.layers, lambda function: found.make_region((), function, dynamic=None))
+            make = lambda function: found.make_region((), function, dynamic=None)
+            self.tokens = tokens.Tokens(model, found.layers, make, found.towers.layers)
         self._wholes: dict[str, WholeModel] = {}
         attention = next(part for part in found.layers[0].module.modules() if hasattr(part, "config"))
         cache_attention.use_sparse_attention(attention.config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed
 
 from sparsify import pipeline
 from sparsify.generation.regions import bypass, caches, documents
@@ -21,6 +21,7 @@ from sparsify.generation.regions.packing import PackedCall
 from sparsify.generation.regions.region import Held, before_graphs
 from sparsify.generation.regions.shared import SharedLayers
 from sparsify.generation.regions.towers import texts
+from sparsify.graph import compat
 from sparsify.planning.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -188,15 +189,13 @@ class Call:
         sizes = (given.batch, given.query_len, given.key_len, layout and layout.is_token.shape, count)
         try:
             result = region(sizes, shadow, given.by_position, given.rest, held, state, given.varying, numbers, observed, packing)
-        except TorchDynamoException as error:
+        except compat.CANNOT_CAPTURE as error:
             if isinstance(error, BackendCompilerFailed):
                 raise
             if cache is not None:
                 cache.undo()
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             log.debug("%s cannot be a region", layer.path, exc_info=error)
-            what = lines[0] if lines else type(error).__name__
-            raise NotShared(f"a layer cannot be captured as one graph: {what}", lasting=True) from None
+            raise NotShared(compat.why_not_captured(error, "a layer"), lasting=True) from None
         if observed and narrowed is not None:
             result, narrowed.mass = result
         self.ran = True

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers.cache_utils import DynamicLayer
 
 from sparsify import pipeline
 from sparsify.costs import device as hardware
-from sparsify.generation import compat
 from sparsify.generation.caches.filled import filled, stored_one
 from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.caches.sparse_cache import SparseCache
 from sparsify.generation.regions import caches, left_out
-from sparsify.generation.regions.layers import Layer
+from sparsify.generation.regions.layers import Beside, Layer, hooked
+from sparsify.graph import compat
 from sparsify.planning.config.config import Config
 
 log = logging.getLogger(__name__)
@@ -56,10 +56,18 @@ class Tokens:
     Args:
         make: a region that captures a function, see `region.Region`.
         layers: the model's decoder layers.
+        towers: those of encoders beside it, which no token calls.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], make: Callable[[Callable[..., Any]], Callable[..., Any]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        make: Callable[[Callable[..., Any]], Callable[..., Any]],
+        towers: Sequence[Layer] = (),
+    ):
         self.model, self.layers, self._make = model, layers, make
+        self._beside = Beside(model, (*layers, *towers))  # whose hooks a graph has or lacks as they were when it was compiled
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._failed = False
         self._first = next(iter(inspect.signature(model.forward).parameters))
@@ -91,7 +99,7 @@ class Tokens:
                 form.append((name, value if isinstance(value, bool | str) else type(value)))
             else:
                 return None
-        if cache is None or not all(map(_serves, cache.layers)) or any(_hooked(layer.module) for layer in self.layers):
+        if cache is None or not all(map(_serves, cache.layers)) or any(map(hooked, self.layers)) or self._beside.hooked():
             return None
         form.extend(type(layer) for layer in cache.layers)
         return tuple(form)
@@ -113,7 +121,7 @@ class Tokens:
         before = 0 if plans is None else len(plans)
         try:
             result = run(cache.layers[0].keys.shape[0], self.model, kwargs, cache, told)
-        except TorchDynamoException as error:
+        except compat.CANNOT_CAPTURE as error:
             if isinstance(error, BackendCompilerFailed):
                 raise
             log.info("tokens are not one graph", exc_info=error)
@@ -154,10 +162,6 @@ def _mark_growing(cache: Any, kwargs: Mapping[str, Any]) -> None:
     for value in kwargs.values():
         if isinstance(value, Tensor) and value.dim() and value.shape[-1] > 1:
             torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or (module._forward_hooks and compat.without_recorders(module._forward_hooks)))
 
 
 def _make_ready(cache: Any) -> None:

@@ -356,6 +356,49 @@ def test_hooks_of_layers_and_hooks_inside_of_them():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True])
+def test_hooks_that_come_and_go_are_seen_by_whole_graphs(whole):
+    """torch's guards ask for no hooks where there were none; regions are captured whole for hooks inside of a layer."""
+    model, inputs = build("llama", layers=2), prompt(1, 12)
+
+    def results():
+        handles = []
+        for name, factor in (
+            ("layers.1.mlp", 2),
+            ("layers.1.mlp", 3),
+            ("layers.0.self_attn.q_proj", -1),
+            ("layers.1.mlp", 0.5),
+            ("norm", 2),
+        ):
+            handles.append(model.model.get_submodule(name).register_forward_hook(lambda module, args, out, factor=factor: out * factor))
+            yield model(**inputs).logits
+        while handles:
+            handles.pop(0).remove()
+            yield model(**inputs).logits
+
+    want = [*results()]
+    sparsify.compile(model, whole=whole, **DENSE)
+    torch.testing.assert_close(model(**inputs).logits, want[-1], **CLOSE)
+    for one, other in zip(results(), want, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert not any(torch.allclose(one, want[-1], **CLOSE) for one in want[:-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [1, 2])
+def test_more_forms_of_a_layer_than_torch_keeps(compiled):
+    """At a call's first layer, which starts again as a whole, and behind it."""
+    model, inputs = build("llama", layers=3), prompt(1, 12)
+    sparsify.compile(model, **DENSE)
+    with torch._dynamo.config.patch(recompile_limit=compiled), api.collect_plans() as plans:
+        for number in range(3):
+            model.model.layers[number].self_attn.scaling = 2.0 + number
+            torch.testing.assert_close(model(**inputs).logits, model._call_impl(**inputs).logits, **CLOSE)
+    assert model._compiled_call_impl.reason.startswith("a layer was compiled in as many forms as torch keeps")
+    assert "one region for 3 layers" in {plan.capture for plan in plans}
+
+
+@torch.no_grad()
 @pytest.mark.slow
 def test_adapters_and_new_weights_are_seen():
     class Adapter(torch.nn.Module):

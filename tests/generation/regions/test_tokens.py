@@ -195,6 +195,64 @@ def test_calls_that_layers_serve_one_by_one(change):
     assert seen and plans and not any(plan.capture == tokens.CAPTURE for plan in plans)
 
 
+def steps(model, ids):
+    return cuts(model, DynamicCache(config=model.config), ids, 20, 1, 1)
+
+
+def scaled(module, args, result):
+    held = result if isinstance(result, torch.Tensor) else result["logits" if "logits" in result else "last_hidden_state"]
+    held *= torch.linspace(0.5, 2, held.shape[-1])
+
+
+@torch.no_grad()
+def test_hooks_beside_the_layers_are_called_whenever_they_came():
+    """And not any more when they are gone, though torch's guards ask for none that is registered later; a new module's, too."""
+    model = build("llama", layers=3)
+    ids = prompt(1, 22)["input_ids"]
+    plain = steps(model, ids)
+
+    def results():
+        for name in ("model.embed_tokens", "model.norm", "lm_head", "model", ""):
+            handle = model.get_submodule(name).register_forward_hook(scaled)
+            yield steps(model, ids)
+            handle.remove()
+            yield steps(model, ids)
+        kept, model.lm_head = model.lm_head, torch.nn.Linear(64, 128, bias=False)
+        model.lm_head.weight = kept.weight
+        handle = model.lm_head.register_forward_hook(scaled)
+        yield steps(model, ids)
+        handle.remove()
+        model.lm_head = kept
+
+    want = [*results()]
+    sparsify.compile(model, **DENSE)
+    with api.collect_plans() as plans:
+        torch.testing.assert_close(steps(model, ids), plain, **CLOSE)
+        for one, other in zip(results(), want, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+    assert not any(torch.allclose(one, plain, **CLOSE) for one in want[::2]) and all(torch.equal(one, plain) for one in want[1::2])
+    assert [plan.capture for plan in plans].count(tokens.CAPTURE) == 1 and model._compiled_call_impl.reason == ""
+
+
+@torch.no_grad()
+def test_more_forms_of_a_token_than_torch_keeps(caplog):
+    model = build("llama", layers=2)
+    ids = prompt(1, 22)["input_ids"]
+    sparsify.compile(model, **DENSE)
+    with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level("INFO", logger="sparsify"):
+        for scaling in (1.0, 2.0, 3.0, 4.0):
+            model.model.rotary_emb.attention_scaling = scaling
+            found = steps(model, ids)
+            torch.testing.assert_close(found, cuts_eager(model, ids), **CLOSE)
+    assert [one.message for one in caplog.records].count("tokens are not one graph") == 1
+
+
+def cuts_eager(model, ids):
+    other = build("llama", layers=2)
+    other.model.rotary_emb.attention_scaling = model.model.rotary_emb.attention_scaling
+    return steps(other, ids)
+
+
 def test_gradients_and_prompts_are_not_tokens():
     model = build("llama", layers=2)
     sparsify.compile(model, **DENSE)
