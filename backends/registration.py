@@ -82,7 +82,7 @@ def _warn_dense() -> None:
 def select(call: SelectCall) -> tuple[Tensor, Tensor]:
     """Block lists of a call that was checked. Where there is no memory for an estimate, attention stays dense: right, and slower."""
     try:
-        return patterned_heads.select_blocks(call)
+        return patterned_heads.select_blocks(call.served)
     except (RuntimeError, MemoryError, KernelError) as error:
         if dispatch.is_strict() or not dispatch.out_of_memory(error):
             raise

@@ -25,10 +25,11 @@ from pydantic import Field, field_validator, model_validator
 
 from sparsify.ops import scratch
 from sparsify.ops.estimate import DEFAULT, VARIANTS, Estimate, Pool, VariantName, label
-from sparsify.ops.limits import LEAST_LISTED_CELLS, MOST_BLOCKS, cdiv
+from sparsify.ops.limits import MOST_BLOCKS, cdiv
 from sparsify.ops.patterns import ALWAYS, operand_room
 from sparsify.ops.selection import SelectCall, highest_share
 from sparsify.ops.sparse_attention import SparseAttentionCall
+from sparsify.ops.streaming import obstacles
 from sparsify.planning.method import (
     AttentionSite,
     AttentionSizes,
@@ -264,18 +265,17 @@ class XAttention(PromptPass):
 
     def _unrefined(self, site: AttentionSite) -> str:
         """Beside what no kernel serves a second stage, which the reference would take longer for than dense attention. Empty where one
-        does, or none is asked for."""
+        does, or none is asked for. A graph may not know how long its rows are: the op looks at that for each call."""
         if not self.refine_stride:
             return ""
-        cells = self.block // self.variants.span(self.refine_stride)
-        obstacles = {
-            "beside padding": site.mask.padding is not None,
-            "beside packed documents": site.mask.documents is not None,
-            "beside a window": site.mask.window is not None or any(self.for_all_heads().windows),
-            "of an estimate that a group shares": self.variants.group,
-            f"of {cells} cells of a query block": cells < LEAST_LISTED_CELLS,
-        }
-        return next((what for what, holds in obstacles.items() if holds), "")
+        found = obstacles(
+            padding=site.mask.padding is not None,
+            documents=site.mask.documents is not None,
+            windows=site.mask.window is not None or any(self.for_all_heads().windows),
+            shared=self.variants.group,
+            listed_cells=self.block // self.variants.span(self.refine_stride),
+        )
+        return found[0] if found else ""
 
     def _refuse_patterns(self, site: AttentionSite, context: Context) -> Refusal | None:
         if len(self.patterns) != site.query_heads:

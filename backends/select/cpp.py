@@ -39,7 +39,6 @@ def launch(call: SelectCall, *, importances: Tensor | None = None) -> tuple[Tens
             stage these are the finer ones, shares of the mass over what the first stage lists.
     """
     possible, forced = reference.candidates(call)
-    call = call.served
     if call.refine_stride:
         coarse, call = call.stages
         listed = block_lists.to_dense(*launch(coarse), call.key_blocks)

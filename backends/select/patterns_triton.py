@@ -18,8 +18,8 @@ from sparsify.backends.codegen.arguments import Argument, constexprs, floats, in
 from sparsify.backends.codegen.launch import launch, launching, need, power_of_two
 from sparsify.backends.codegen.template import header, render
 from sparsify.backends.select import patterns
+from sparsify.ops.limits import WIDEST_ROW
 from sparsify.ops.patterns import SelectPatternCall
-from sparsify.ops.scratch import WIDEST_ROW
 
 CHOOSE = '''\
 @triton.jit(do_not_specialize=[${unspecialised}])

@@ -63,7 +63,6 @@ def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
         counts, indices = call.empty_lists()
         return counts.zero_(), indices.zero_()
     possible, forced = candidates(call)
-    call = call.served
     if call.refine_stride:
         coarse, call = call.stages
         possible = possible & for_heads(group_lists(coarse), call)

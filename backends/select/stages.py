@@ -24,7 +24,6 @@ def select_blocks(call: SelectCall, *, limits: Limits = LIMITS) -> streamed.List
     """As `triton.select_blocks`, of calls with a second stage too."""
     if call.empty:
         return triton.select_blocks(call, limits=limits)
-    call = call.served
     spec = None if call.refine_stride else streaming(call, limits)
     if not (call.refine_stride or spec):
         return triton.select_blocks(call, limits=limits)

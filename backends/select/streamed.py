@@ -17,7 +17,7 @@ from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.backends.select.triton import Cells, Chunk, Limits
 from sparsify.errors import UnsupportedError
 from sparsify.ops import scratch
-from sparsify.ops.limits import LEAST_LISTED_CELLS, STREAMED_CELL, cdiv
+from sparsify.ops.limits import STREAMED_CELL, cdiv
 from sparsify.ops.selection import SelectCall
 
 _WHERE = "sparsify::select_blocks"
@@ -57,20 +57,13 @@ def spec_of(
     Raises:
         UnsupportedError: no kernel of this sort serves the call.
     """
-    rows = call.block_size // call.span
-    spec = triton.kernel_spec(call, tiling or _tiling(call, rows, listed), limits.fused_width)
-    obstacles = {
-        "padding": spec.key_flags,
-        "segments": spec.segments,
-        "windows": spec.window != "none",
-        "an estimate shared by a group": call.estimate.group,
-        f"{rows} cells of a query block": rows < LEAST_LISTED_CELLS and listed,
-        f"rows of {call.key_blocks} blocks": spec.wide,
-        f"pooling by {call.pool}": call.pool != "row",
-    }
-    if any(obstacles.values()):
-        raise UnsupportedError(f"a tile that stays beside {', '.join(what for what, is_so in obstacles.items() if is_so)}", where=_WHERE)
-    return dataclasses.replace(spec, streamed=True, grouped=grouped, listed=listed, finer=call.finer)
+    obstacles = call.unstreamed(listed=listed, widest=limits.fused_width)
+    if call.pool != "row":
+        obstacles += (f"under the rule {call.pool}",)
+    if obstacles:
+        raise UnsupportedError(f"a tile that stays {', '.join(obstacles)}", where=_WHERE)
+    spec = triton.kernel_spec(call, tiling or _tiling(call, call.block_size // call.span, listed), limits.fused_width)
+    return dataclasses.replace(spec, streamed=True, grouped=grouped, listed=listed, finer=call.finer, wide=False)
 
 
 def cell_bytes(call: SelectCall) -> int:

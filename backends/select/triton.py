@@ -31,8 +31,8 @@ from sparsify.backends.select import masks, prepare
 from sparsify.backends.select import source as select_source
 from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.errors import UnsupportedError
-from sparsify.ops.limits import cdiv
-from sparsify.ops.scratch import SUM_BYTES, WIDEST_ROW
+from sparsify.ops.limits import WIDEST_ROW, cdiv
+from sparsify.ops.scratch import SUM_BYTES
 from sparsify.ops.selection import RULES, RuleArgument, SelectCall
 
 _WHERE = "sparsify::select_blocks"

@@ -28,6 +28,9 @@ STREAMED_CELL = 256
 # query cells of a block, of each head, from which a kernel scores listed blocks alone: the fewest rows that tensor cores take
 LEAST_LISTED_CELLS = 16
 
+# key blocks of a row that the choice keeps in registers
+WIDEST_ROW = 8192
+
 # key blocks that the indices of block lists, int16, can name
 MOST_BLOCKS = 32767
 

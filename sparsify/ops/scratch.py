@@ -14,11 +14,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from sparsify.ops.estimate import EXACT, Estimate, Pool
-from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, STREAMED_CELL, cdiv
+from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, STREAMED_CELL, WIDEST_ROW, cdiv
+from sparsify.ops.streaming import too_long
 
 LIST_BYTES = 9 << 26  # a group of four heads at a million tokens, counts included
 SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
-WIDEST_ROW = 8192  # key blocks of a row that the choice keeps in registers
 _CELL_TILE = min(SCORE_TILE[1], SCORE_TILE_INT8[1])
 _BAND_CELLS = 16 * 128  # the fewest query cells that are served at once
 
@@ -186,13 +186,14 @@ def scratch_bytes(
     part = max(found, key=lambda part: (part.batch[1] - part.batch[0]) * (part.heads[1] - part.heads[0]))
     rows, served, owners = (last - first for first, last in (part.batch, part.heads, part.kv_heads))
     lists = rows * served * each
-    if refine_stride and cdiv(key_len, block) > WIDEST_ROW:
+    long = too_long(cdiv(key_len, block))
+    if refine_stride and long:
         stride, refine_stride = refine_stride, 0
     sizes = _Sizes(rows, owners, served // owners, query_len, key_len, head_dim, block, estimate, item_bytes)
     if refine_stride:
         return lists + rows * owners * each + sizes.streamed(stride, refine_stride)
     small = stride // estimate.merge * head_dim <= STREAMED_CELL
-    if pool == "row" and estimate.int8 and small and not shared and cdiv(key_len, block) <= WIDEST_ROW:
+    if pool == "row" and estimate.int8 and small and not shared and not long:
         return lists + sizes.streamed(stride)
     return lists + sizes.passed_over(stride, heads // kv_heads)
 

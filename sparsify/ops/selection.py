@@ -24,7 +24,7 @@ from sparsify.ops.library import define
 from sparsify.ops.limits import cdiv
 from sparsify.ops.listing import ListingCall
 from sparsify.ops.patterns import SelectPatternCall
-from sparsify.ops.scratch import WIDEST_ROW
+from sparsify.ops.streaming import obstacles, too_long
 
 # longer than any prompt, and far from where int32 ends
 _LONGEST_WINDOW = 1 << 30
@@ -93,7 +93,7 @@ class SelectCall(ListingCall):
     refine_stride: when positive, two stages under the row rule: cells of `stride` keep at least `coarse_threshold` of their mass, and what
         they keep is listed for all heads of their group. Of the blocks listed so, cells of this finer stride keep `threshold` of their
         mass, and what `min_share` adds, counted over that list alone. Heads with a threshold of 1 or more keep everything. Rows of more
-        than `sparsify.ops.scratch.WIDEST_ROW` blocks have no first stage: the second chooses among all blocks.
+        than `sparsify.ops.limits.WIDEST_ROW` blocks have no first stage: the second chooses among all blocks.
     coarse_threshold: share of each row's mass that the first of two stages keeps at least, no less than any threshold below 1.
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
     columns, diagonals: one number per query head, for heads whose blocks are not chosen by the estimate but by what the last `queries`
@@ -157,11 +157,27 @@ class SelectCall(ListingCall):
 
     @property
     def served(self) -> SelectCall:
-        """This call, or of two stages over longer rows than `WIDEST_ROW` the second alone: no kernel makes both of them, and scores of all
-        blocks would be held at once. Keys that were prepared are the first stage's."""
-        if not self.refine_stride or self.key_blocks <= WIDEST_ROW or self.prepared_keys is not None:
+        """What serves this call is asked for: itself, or of two stages over rows that are too long the second alone, since no kernel makes
+        both of them and scores of all blocks would be held at once. Keys that were prepared are the first stage's."""
+        if not self.refine_stride or not too_long(self.key_blocks) or self.prepared_keys is not None:
             return self
         return dataclasses.replace(self, stride=self.refine_stride, refine_stride=0)
+
+    def unstreamed(self, *, listed: bool, widest: int | None = None) -> tuple[str, ...]:
+        """`sparsify.ops.streaming.obstacles` of this call as one stage.
+
+        Args:
+            listed: whether it scores listed blocks. widest: key blocks of a row that are served.
+        """
+        return obstacles(
+            padding=self.key_flags is not None,
+            documents=self.segments is not None,
+            windows=bool(self.bounded_windows),
+            shared=self.estimate.group,
+            listed_cells=self.block_size // self.span if listed else None,
+            key_blocks=self.key_blocks,
+            widest=widest,
+        )
 
     @property
     def stages(self) -> tuple[SelectCall, SelectCall]:

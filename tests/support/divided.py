@@ -14,7 +14,7 @@ from sparsify.backends import divided_lists
 from sparsify.distributed import exchange, sequence
 from sparsify.distributed.sequence import Division
 from sparsify.distributed.shards import Shard
-from sparsify.ops import selection
+from sparsify.ops import streaming
 from sparsify.ops.attention import AttentionCall
 from sparsify.ops.pattern_attention import PatternAttentionCall
 from sparsify.ops.sparse_attention import SparseAttentionCall
@@ -67,7 +67,7 @@ def call_of(case: dict[str, Any], division: Division | None = None) -> Attention
 
 def widest_row(case: dict[str, Any]) -> Any:
     """A context in which rows of more blocks than the case says have one stage of two."""
-    return mock.patch.object(selection, "WIDEST_ROW", case.get("widest", selection.WIDEST_ROW))
+    return mock.patch.object(streaming, "WIDEST_ROW", case.get("widest", streaming.WIDEST_ROW))
 
 
 def parts(

@@ -9,12 +9,13 @@ import math
 import pytest
 import torch
 
+import sparsify.backends
 from sparsify.backends.select import reference as reference_select
 from sparsify.backends.select import stages, streamed
 from sparsify.backends.select import triton as triton_select
 from sparsify.backends.select.source import SelectTiling
 from sparsify.errors import UnsupportedError
-from sparsify.ops import block_lists
+from sparsify.ops import block_lists, streaming
 from sparsify.ops.estimate import EXAMPLES
 from sparsify.ops.selection import SelectCall
 from tests.support.select_oracle import assert_selection
@@ -504,9 +505,23 @@ def test_a_second_stage_keeps_everything_at_one_and_where_a_row_is_not_finite():
     assert kept[0, 0, 1].tolist() == [True, True, False, False] and kept[0, 1].equal(torch.ones(4, 4).tril().bool())
 
 
+def test_rows_too_long_for_two_stages_have_the_second_alone(monkeypatch):
+    """The op asks, before any kernel is chosen: none of them is handed two stages that it does not serve."""
+    options = {"pool": "row", "stride": 16, "refine_stride": 4, "coarse_threshold": 0.3, "threshold": [0.2]}
+    query, key = inputs(256)
+    one = call(query, key, **options)
+    with sparsify.backends.serving("triton", strict=True):
+        alone = block_lists.to_dense(*call(query, key, pool="row", stride=4, threshold=[0.2]).run(), 4)
+        assert not torch.equal(block_lists.to_dense(*one.run(), 4), alone)
+        monkeypatch.setattr(streaming, "WIDEST_ROW", 3)
+        assert torch.equal(block_lists.to_dense(*one.run(), 4), alone)
+    with pytest.raises(UnsupportedError, match="rows of 4 blocks"):
+        stages.select_blocks(one, limits=triton_select.Limits(fused_width=3))
+
+
 def test_a_second_stage_refuses_what_it_does_not_know():
     options = {"pool": "row", "stride": 16, "refine_stride": 4, "threshold": [0.2]}
-    for changes, match in (({"key_flags": flags()[:1]}, "padding"), ({"windows": [70]}, "windows"), ({"estimate": "group"}, "a group")):
+    for changes, match in (({"key_flags": flags()[:1]}, "padding"), ({"windows": [70]}, "a window"), ({"estimate": "group"}, "a group")):
         with pytest.raises(UnsupportedError, match=match):
             stages.select_blocks(call(*inputs(), **options, **changes))
 

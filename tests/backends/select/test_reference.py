@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparsify.backends.select import cpp, reference
 from sparsify.errors import UnsupportedError
-from sparsify.ops import block_lists, selection
+from sparsify.ops import block_lists, streaming
 from sparsify.ops.estimate import EXAMPLES
 from sparsify.ops.selection import SelectCall
 from tests.support.select_oracle import assert_selection
@@ -381,14 +381,15 @@ def test_two_stages_choose_by_the_finer_scores_among_what_the_coarser_list():
     assert torch.equal(kept, reference.choose(mass, possible, forced, one))
 
 
-@pytest.mark.parametrize("select_blocks", [reference.select_blocks, cpp.launch], ids=["reference", "cpp"])
-def test_of_rows_that_no_first_stage_serves_the_second_chooses_among_all_blocks(select_blocks, monkeypatch):
+@pytest.mark.parametrize("served_by", ["reference", "cpp"])
+def test_of_rows_that_no_first_stage_serves_the_second_chooses_among_all_blocks(served_by, monkeypatch):
+    monkeypatch.setattr(cpp, "LEAST_PAIRS", 0 if served_by == "cpp" else math.inf)
     query, key = inputs(16 * BLOCK, heads=4, kv_heads=2)
     two = call(query, key, **{**TWO_STAGES, "coarse_threshold": 0.6}, threshold=[0.3])
     alone = call(query, key, pool="row", stride=4, threshold=[0.3])
-    kept = lambda one: block_lists.to_dense(*select_blocks(one), one.key_blocks)
+    kept = lambda one: block_lists.to_dense(*one.run(), one.key_blocks)
     assert not torch.equal(kept(two), kept(alone))
-    monkeypatch.setattr(selection, "WIDEST_ROW", 15)
+    monkeypatch.setattr(streaming, "WIDEST_ROW", 15)
     assert torch.equal(kept(two), kept(alone))
 
 
