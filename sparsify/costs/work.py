@@ -22,8 +22,9 @@ from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
 from sparsify.ops import quantised
 from sparsify.ops.estimate import EXACT, Estimate, Pool
-from sparsify.ops.limits import STREAMED_CELL, score_tile
+from sparsify.ops.limits import STREAMED_CELL, cdiv, score_tile
 from sparsify.ops.pages import GROUP, Clusters, Pages
+from sparsify.ops.streaming import too_long
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
@@ -259,7 +260,8 @@ def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Es
         pool: how a query block's cells are combined.
         share: of the causal blocks that are scored at all: those that an earlier, coarser stage lists.
     """
-    streamed = pool == "row" and estimate.int8 and stride // estimate.merge * sizes.qk_head_dim <= STREAMED_CELL
+    small = stride // estimate.merge * sizes.qk_head_dim <= STREAMED_CELL
+    streamed = pool == "row" and estimate.int8 and small and not _too_long(sizes.key_len, block)
     return _selection(sizes, stride, block, estimate, pool, share, streamed)
 
 
@@ -284,14 +286,20 @@ def selections(
         share: of the causal blocks that are kept in the end.
         listed: of the causal blocks, what the first of two stages lists; None: `LISTED` times what is kept.
     """
-    if not refine_stride:
-        return (selection(sizes, stride, block, estimate, pool),)
+    if not refine_stride or _too_long(sizes.key_len, block):
+        return (selection(sizes, refine_stride or stride, block, estimate, pool),)
     if listed is None:
         listed = smallest(1, LISTED * share)
     first = _selection(sizes, stride, block, estimate, pool, 1, True)
     second = _selection(sizes, refine_stride, block, estimate, pool, listed, True)
     # cells are made once for both stages, but for those of every second query cell, which are others
     return first, second if estimate.half else dataclasses.replace(second, prepare=_ZERO, passes=0)
+
+
+def _too_long(key_len: Size, block: int) -> bool:
+    """A length that nobody knows yet is none."""
+    length = sympy.sympify(key_len)
+    return bool(length.is_number) and too_long(cdiv(int(length), block))
 
 
 @functools.lru_cache(maxsize=1024)

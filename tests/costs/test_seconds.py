@@ -314,3 +314,33 @@ def test_the_row_rule_costs_its_comparisons_and_a_second_stage_its_share():
     tenth = work.selection(sizes, 4, pool="row", share=0.1)
     whole = work.selection(sizes, 4, pool="row")
     assert float(tenth.flops) == pytest.approx(0.1 * float(whole.flops)) and float(tenth.masses) == pytest.approx(0.1 * float(whole.masses))
+
+
+def test_stages_are_counted_as_the_op_serves_them():
+    """Cells are made once, listed blocks alone are scored again, rows too long for two stages have one, by the kernels that serve it."""
+    quad = Estimate.parse("quad+int8+peak")
+    stages = lambda n, **more: work.selections(prompt(n), 8, 128, quad, "row", 4, 0.1, **more)
+    first, second = stages(65536)
+    assert first == work.selection(prompt(65536), 8, estimate=quad, pool="row") and first.family == second.family == "select/streamed"
+    assert first.prepare > 0 and first.passes > 0 and second.prepare == second.passes == 0
+    whole = work.selection(prompt(65536), 4, estimate=quad, pool="row")
+    assert float(second.flops8) == pytest.approx(0.3 * float(whole.flops8))
+    listed = stages(65536, listed=0.7)
+    assert listed[0] == first and float(listed[1].flops8) == pytest.approx(0.7 * float(whole.flops8))
+    half = work.selections(prompt(65536), 8, 128, dataclasses.replace(quad, half=True), "row", 4, 0.1)
+    assert half[1].prepare > 0, "cells of every second query cell are others"
+    assert len(stages(1 << 20)) == 2
+    (alone,) = stages((1 << 20) + 1)
+    assert alone == work.selection(prompt((1 << 20) + 1), 4, estimate=quad, pool="row") and alone.family == "select"
+    families = {
+        label: work.selection(prompt(8192), 8, estimate=Estimate.parse(label), pool="row").family for label in ("quad+int8", "int8", "quad")
+    }
+    assert families == {"quad+int8": "select/streamed", "int8": "select", "quad": "select"}
+    assert work.selection(prompt(8192), 8, estimate=quad).family == "select", "the maximum has other kernels"
+
+
+def test_streamed_selections_cost_what_others_do_where_a_profile_knows_no_better():
+    shipped = profile.shipped("sm_90")
+    families = {name: found for name, found in shipped.families.items() if name != "select/streamed"}
+    device = Device.from_profile("cuda", shipped.model_copy(update={"families": families}))
+    assert device.coefficients("select/streamed") == shipped.families["select"]
