@@ -318,10 +318,20 @@ class XAttention(PromptPass):
     def works(self, sizes: AttentionSizes, kernel: str) -> tuple[Work, ...]:
         """Estimate, selection and lists; then attention at the density asked for, or the one to expect at this length."""
         share = self.density or self._expected(sizes.key_len)
-        selecting = work.selections(sizes, self.stride, self.block, self.variants, self.pool, self.refine_stride or 0, share)
+        kept = self._kept_of_lists(sizes.key_len) if self.refine_stride and not self.density else share
+        selecting = work.selections(sizes, self.stride, self.block, self.variants, self.pool, self.refine_stride or 0, kept)
         if any(self.for_all_heads().patterns):
             selecting = *selecting, work.pattern_choice(sizes, self.queries)
         return *self.last_rows_works(sizes, kernel), *selecting, work.attention(sizes, kernel, share=share, listed=True)
+
+    def _kept_of_lists(self, length: Any) -> sympy.Expr:
+        """Of two stages, the density that says what the second does: that of heads that choose. What the first lists does not depend on
+        heads with a threshold of 1."""
+        chooses = [blocks is None for blocks in self._most_visited()]
+        if self.expected is None or not any(chooses):
+            return expected_density(length)
+        at = max(0.0, self.expected[0] * len(chooses) - chooses.count(False)) / chooses.count(True)
+        return work.smallest(1, at * (sympy.Integer(8192) / length) ** self.expected[1])
 
     def _expected(self, length: Any) -> sympy.Expr:
         """Density to expect of a prompt: from calibration, else the published one, and of heads that choose nothing what these visit."""

@@ -43,7 +43,7 @@ def launch(call: SelectCall, *, importances: Tensor | None = None) -> tuple[Tens
         coarse, call = call.stages
         listed = block_lists.to_dense(*launch(coarse), call.key_blocks)
         # under the row rule a cell's masses are compared with each other alone, so that blocks which are not listed need no scores
-        possible = possible & reference.for_heads(reference.of_groups(listed, call), call)
+        possible = reference.among_lists(possible, reference.of_groups(listed, call), call)
         forced = forced & possible
     lists = call.empty_lists()
     cpp.call(cpp_text.TEXT, "sparsify_select_blocks", cpp_text.FIELDS, _values(call, possible, forced, lists, importances))

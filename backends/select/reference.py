@@ -65,7 +65,7 @@ def select_blocks(call: SelectCall) -> tuple[Tensor, Tensor]:
     possible, forced = candidates(call)
     if call.refine_stride:
         coarse, call = call.stages
-        possible = possible & for_heads(group_lists(coarse), call)
+        possible = among_lists(possible, group_lists(coarse), call)
         forced = forced & possible
     kept = [choose(mass, possible[:, :, blocks], forced[:, :, blocks], call) for blocks, mass in importances(call)]
     return block_lists.from_dense(torch.cat(kept, 2))
@@ -79,6 +79,12 @@ def group_lists(coarse: SelectCall) -> Tensor:
 def of_groups(table: Tensor, call: SelectCall) -> Tensor:
     """By KV head what some query head of its group keeps."""
     return table.unflatten(1, (call.kv_heads, -1)).any(2)
+
+
+def among_lists(possible: Tensor, listed: Tensor, call: SelectCall) -> Tensor:
+    """What heads may keep of what is `possible` where the first of two stages `listed` so much, by KV head: a head that keeps everything
+    all of it."""
+    return possible & (for_heads(listed, call) | (_thresholds(call, listed.device) >= 1)[:, None, None])
 
 
 def for_heads(table: Tensor, call: SelectCall) -> Tensor:

@@ -97,7 +97,28 @@ def two_stages(
                 cells = triton.chunk_cells(fine, second, triton.load_module(second), chunk, mean)
             streamed.serve(fine, second, chunk, cells, masks[1], lists, limits, listed, importances)
             del cells
+    _keep_everything(call, lists)
     return listed
+
+
+def _keep_everything(call: SelectCall, lists: streamed.Lists) -> None:
+    """Writes the lists of heads with a threshold of 1 or more, whatever the first of two stages listed for their group: all blocks that may
+    be seen. No call of two stages has padding, segments or windows. Nothing waits for the device."""
+    (counts, indices), thresholds, device = lists, call.thresholds, call.device
+    if isinstance(thresholds, tuple) and max(thresholds) < 1:
+        return
+    last = torch.arange(1, call.query_blocks + 1, device=device, dtype=torch.int32) * call.block_size
+    last = last.clamp(max=call.query_len) - 1 + call.start
+    seen = (last // call.block_size + 1).clamp(0, call.key_blocks) if call.causal else torch.full_like(last, call.key_blocks)
+    seen, every = seen.to(counts.dtype), torch.arange(call.key_blocks, device=device, dtype=indices.dtype)
+    if isinstance(thresholds, tuple):
+        whole = [head for head, threshold in enumerate(thresholds * (call.heads // len(thresholds))) if threshold >= 1]
+        for head in whole:
+            counts[:, head], indices[:, head] = seen, every
+        return
+    keep = (thresholds >= 1)[:, None]
+    torch.where(keep, seen, counts, out=counts)
+    torch.where(keep[..., None], every, indices, out=indices)
 
 
 def _chunks(call: SelectCall, spec: SelectSpec, limits: Limits) -> Iterator[Chunk]:

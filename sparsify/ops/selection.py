@@ -92,8 +92,8 @@ class SelectCall(ListingCall):
     density: when positive, keep this share of each row's possible blocks instead.
     refine_stride: when positive, two stages under the row rule: cells of `stride` keep at least `coarse_threshold` of their mass, and what
         they keep is listed for all heads of their group. Of the blocks listed so, cells of this finer stride keep `threshold` of their
-        mass, and what `min_share` adds, counted over that list alone. Heads with a threshold of 1 or more keep everything. Rows of more
-        than `sparsify.ops.limits.WIDEST_ROW` blocks have no first stage: the second chooses among all blocks.
+        mass, and what `min_share` adds, counted over that list alone. Heads with a threshold of 1 or more keep everything, whatever is
+        listed. Rows of more than `sparsify.ops.limits.WIDEST_ROW` blocks have no first stage: the second chooses among all blocks.
     coarse_threshold: share of each row's mass that the first of two stages keeps at least, no less than any threshold below 1.
     head_thresholds: the thresholds per query head as a tensor, where one graph serves layers that differ in them.
     columns, diagonals: one number per query head, for heads whose blocks are not chosen by the estimate but by what the last `queries`
@@ -184,11 +184,8 @@ class SelectCall(ListingCall):
         """The two calls that this one is when it refines: the coarse one, and the fine one, which chooses among what the first lists for
         some head of a group."""
         single = dataclasses.replace(SelectCall(**self.common(SelectCall)), refine_stride=0)
-        heads = self.head_thresholds
-        if heads is not None:
-            heads = torch.where(heads >= 1, 1.0, self.coarse_threshold).to(heads.dtype)
-        coarse = tuple(1.0 if threshold >= 1 else self.coarse_threshold for threshold in self.threshold)
-        first = dataclasses.replace(single, threshold=coarse, head_thresholds=heads, min_share=0.0)
+        # of all heads alike: one that keeps everything looks at no list, and others must not choose among more for being beside it
+        first = dataclasses.replace(single, threshold=(self.coarse_threshold,), head_thresholds=None, min_share=0.0)
         # of every second query cell the finer ones are others
         whole = self.refine_stride if self.estimate.half else self.stride
         fine = dataclasses.replace(single, stride=self.refine_stride)

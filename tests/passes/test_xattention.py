@@ -209,7 +209,19 @@ def test_heads_that_choose_nothing_are_expected_to_visit_what_they_visit():
     every = XAttention(threshold=1.0).propose(site(), CONTEXT)
     assert isinstance(every, Refusal) and "visits every block" in every.reason
     proposal(XAttention(threshold=(1.0,) * 32))
-    assert seconds(threshold=1.0, expected=(0.2, 0.5)) == seconds(expected=(0.2, 0.5))
+    given = {"expected": (0.2, 0.5), "refine_stride": None}
+    assert seconds(threshold=1.0, **given) == seconds(threshold=0.8, **given)
+
+
+def test_a_second_stage_does_not_do_more_beside_heads_that_keep_everything():
+    """What the first lists is the same, so that the second costs what it costs where all heads choose; attention costs more."""
+    sizes = site().sizes
+    works = lambda *thresholds, **more: XAttention(threshold=thresholds, **more).works(sizes, "hopper")
+    plain, beside = works(*(0.8,) * 32), works(*(1.0,) * 8, *(0.8,) * 24)
+    assert len(plain) == 3 and beside[:2] == plain[:2] and beside[2] != plain[2]
+    # a calibrated density is that of all heads: 8 dense ones, and .1 of the others
+    measured = works(*(1.0,) * 8, *(0.8,) * 24, expected=((8 + 0.1 * 24) / 32, 0.5))
+    assert measured[1] == works(*(0.8,) * 32, expected=(0.1, 0.5))[1]
 
 
 def test_two_stages_pay_later_than_their_first_one_alone():

@@ -519,6 +519,35 @@ def test_rows_too_long_for_two_stages_have_the_second_alone(monkeypatch):
         stages.select_blocks(one, limits=triton_select.Limits(fused_width=3))
 
 
+@pytest.mark.parametrize(
+    "changes, shape",
+    [
+        ({"threshold": [0.3, 1.0, 1.0, 1.0]}, {"query_len": 250, "key_len": 510}),
+        ({"threshold": [], "head_thresholds": torch.tensor([0.3, 1.0, 0.3, 0.2])}, {"query_len": 300, "key_len": 200, "batch": 2}),
+        (
+            {"threshold": [], "head_thresholds": torch.tensor([0.3, 1.0, 0.3, 0.2]), "query_start": torch.tensor([200])},
+            {"query_len": 130, "key_len": 400},
+        ),
+        ({"threshold": [0.3, 1.0, 0.2, 0.2], "causal": False}, {"query_len": 130, "key_len": 300}),
+        ({"threshold": [1.0]}, {"query_len": 250}),
+    ],
+    ids=["a chunk", "rows before all keys", "start", "not causal", "all heads"],
+)
+def test_heads_that_keep_everything_change_nothing_for_their_group(changes, shape):
+    query, key = inputs(**shape, heads=4, kv_heads=2)
+    one = call(query, key, pool="row", stride=16, refine_stride=4, coarse_threshold=0.7, **changes)
+    lists = tuple(part.fill_(-1) for part in one.empty_lists())
+    first = block_lists.to_dense(*stages.two_stages(one, lists, None, triton_select.LIMITS), one.key_blocks)
+    least = reference_select.group_lists(one.stages[0])  # cutoffs are rounded down
+    assert (least & ~first).sum() <= 1 and first.sum() <= 1.3 * least.sum()
+    block_lists.check(*lists, one.query_len, one.key_len, int(one.start), one.block_size, causal=one.causal)
+    kept, whole = block_lists.to_dense(*lists, one.key_blocks), torch.as_tensor(one.thresholds).expand(4) >= 1
+    possible, _ = reference_select.candidates(one)
+    assert torch.equal(kept[:, whole], possible.expand_as(kept)[:, whole])
+    assert not (kept & ~reference_select.among_lists(possible, first, one)).any()
+    assert whole.all() or kept[:, ~whole].sum() < possible.expand_as(kept)[:, ~whole].sum()
+
+
 def test_a_second_stage_refuses_what_it_does_not_know():
     options = {"pool": "row", "stride": 16, "refine_stride": 4, "threshold": [0.2]}
     for changes, match in (({"key_flags": flags()[:1]}, "padding"), ({"windows": [70]}, "a window"), ({"estimate": "group"}, "a group")):

@@ -407,6 +407,23 @@ def test_two_stages_keep_supersets_and_everything_at_one(problem, one, other):
     block_lists.check(counts, indices, query.shape[2], key.shape[2], int(start), BLOCK, causal=options["causal"])
 
 
+@pytest.mark.parametrize("select_blocks", [reference.select_blocks, cpp.launch], ids=["reference", "cpp"])
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_a_head_that_keeps_everything_leaves_the_others_of_its_group_their_list(select_blocks, by_tensor):
+    query, key = inputs(16 * BLOCK, heads=4, kv_heads=2)
+
+    def kept(*thresholds):
+        given = {"head_thresholds": torch.tensor(thresholds), "threshold": []} if by_tensor else {"threshold": list(thresholds)}
+        one = call(query, key, **{**TWO_STAGES, "coarse_threshold": 0.6}, **given)
+        return block_lists.to_dense(*select_blocks(one), one.key_blocks), reference.group_lists(one.stages[0])
+
+    (found, listed), (alone, same) = kept(0.3, 1.0, 0.3, 0.3), kept(0.3, 0.3, 0.3, 0.3)
+    everything = torch.ones(16, 16).tril().bool()
+    assert found[0, 1].equal(everything) and not alone[0, 1].equal(everything)
+    assert torch.equal(listed, same) and torch.equal(found[0, [0, 2, 3]], alone[0, [0, 2, 3]])
+    assert not (found[0, 0] & ~listed[0, 0]).any() and listed.sum() < 2 * everything.sum()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_two_stages_keep_what_a_row_that_is_not_finite_may_see(value):
     query, key = inputs(256)

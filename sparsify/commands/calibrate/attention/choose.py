@@ -88,11 +88,16 @@ class Chosen:
         return mean_density(self.layer, self.picked, length, measured)
 
 
-def mean_density(layer: Layer, picked: Sequence[int], length: int, measured: bool = False) -> float:
-    """Of a layer whose heads take these settings (0: dense, then the grid's)."""
+def densities(layer: Layer, picked: Sequence[int], length: int, measured: bool = False) -> Tensor:
+    """Of a layer whose heads take these settings (0: dense, then the grid's), float64 [heads]."""
     found = layer.records[length].density if measured else layer.densities.at(length)
     every = torch.cat([torch.ones(1, found.shape[1], dtype=torch.float64), found])
-    return float(every[picked, range(len(picked))].mean())
+    return every[picked, range(len(picked))]
+
+
+def mean_density(layer: Layer, picked: Sequence[int], length: int, measured: bool = False) -> float:
+    """Over heads, as `densities`."""
+    return float(densities(layer, picked, length, measured).mean())
 
 
 @dataclass(frozen=True)
@@ -281,7 +286,7 @@ class Chooser:
             widths = [layer.seconds.window(int(s.value) + self.grid.sinks) if s != DENSE else layer.seconds.every_key() for s in settings]
             seconds = sum(widths)
         else:
-            seconds = layer.seconds.along_lists(self.grid.ways[way], float(density.mean()))
+            seconds = layer.seconds.along_lists(self.grid.ways[way], density.tolist(), _choose(settings))
         error, loss = {}, {}
         summed = lambda table: float(torch.cat([torch.zeros_like(table[:1]), table.nan_to_num(0)])[picked, heads].sum())
         for length, record in layer.records.items():
@@ -319,7 +324,12 @@ class Chooser:
         if one.way is None:
             tokens = (int(s.value) + self.grid.sinks for s in one.settings if s != DENSE)
             return sum(costs.window(t) for t in tokens) + costs.every_key() * one.settings.count(DENSE)
-        return costs.along_lists(self.grid.ways[one.way], one.density_at(length))
+        return costs.along_lists(self.grid.ways[one.way], densities(one.layer, one.picked, length).tolist(), _choose(one.settings))
+
+
+def _choose(settings: Sequence[Setting]) -> list[bool]:
+    """Which heads have block lists of their own, neither dense nor with a window."""
+    return [setting.family is not None for setting in settings]
 
 
 def front(chooser: Chooser, points: int = 16) -> list[Choice]:

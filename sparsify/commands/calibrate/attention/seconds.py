@@ -6,6 +6,7 @@ Time over block lists is linear in density but for what its launch costs, so tha
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsify.commands.calibrate.attention.settings import Way
@@ -46,9 +47,15 @@ class LayerSeconds:
         slope = (high - low) / (_HIGH - _LOW)
         return max(0.0, low - _LOW * slope), slope / self.heads
 
-    def along_lists(self, way: Way, density: float) -> float:
-        """Everything that a layer of block lists takes at a mean density."""
-        return self.estimate(way, density) + self._of(work.attention(self.sizes, self.kernel, share=density, listed=True))
+    def along_lists(self, way: Way, density: Sequence[float], chooses: Sequence[bool]) -> float:
+        """Everything that a layer of block lists takes.
+
+        Args:
+            density: of each head. chooses: whether it has lists of the way, and is neither dense nor has a window beside others.
+        """
+        own = [one for one, is_so in zip(density, chooses, strict=True) if is_so]
+        mean = sum(density) / len(density)
+        return self.estimate(way, sum(own) / len(own)) + self._of(work.attention(self.sizes, self.kernel, share=mean, listed=True))
 
     def window(self, tokens: int) -> float:
         """One head that sees so many tokens, sinks included."""
