@@ -23,6 +23,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._guards import TracingContext
 from torch.fx import _symbolic_trace
+from torch.utils import _python_dispatch
 
 log = logging.getLogger(__name__)
 
@@ -188,14 +189,30 @@ def compile_in_threads(function: Callable[..., Any], *, dynamic: bool | None = N
     return call
 
 
-def asking_for_hooks(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, with guards that modules without hooks still have none. torch leaves these out: code that was compiled before a hook was
-    registered would never call it."""
+def captures_nothing() -> str:
+    """Why Dynamo would run a function as it is in this thread, in a clause; empty where it would not. It would also capture nothing of that
+    function's code any more in later calls, and raise where one graph is asked for."""
+    if torch._dynamo.config.disable:
+        return "torch._dynamo.config.disable is set"
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return ""
+    inlined = getattr(torch._dynamo.config, "inline_torch_dispatch_torch_compile", False)
+    named = "any_torch_dispatch_mode_on_stack" if inlined else "is_in_any_mode_without_ignore_compile_internals"
+    asked = getattr(_python_dispatch, named, lambda: True)
+    return "a torch dispatch mode is active" if asked() else ""
+
+
+def asking_for_hooks(compiled: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same as `compiled`, with guards that modules without hooks still have none. torch leaves these out: code that was compiled before
+    a hook was registered would never call it. function: what was compiled, to be called where nothing can be captured."""
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # by somebody else, with guards of theirs
             return compiled(*args, **kwargs)
+        if why := captures_nothing():
+            log.info("the model runs uncompiled: %s", why)
+            return function(*args, **kwargs)
         with _held(torch._dynamo.config, skip_nnmodule_hook_guards=False):
             return compiled(*args, **kwargs)
 

@@ -175,14 +175,19 @@ class _Seen:
 
     def __init__(self, module: nn.Module):
         values = vars(module)
-        self.names, self.values = [*values], [*values.values()]
+        self.kind, self.names, self.values = type(module), [*values], [*values.values()]
         self.modules, self.hooks = [*module._modules.items()], [*module._forward_hooks]
         self.parameters = [*module._parameters.values()] if "forward" in values else None
 
     def is_still(self, module: nn.Module) -> bool:
         """Whether the module holds the same objects."""
         values = vars(module)
-        if len(values) != len(self.names) or not all(map(operator.is_, values.values(), self.values)) or [*values] != self.names:
+        if (
+            type(module) is not self.kind
+            or len(values) != len(self.names)
+            or not all(map(operator.is_, values.values(), self.values))
+            or [*values] != self.names
+        ):
             return False
         if [*values["_modules"].items()] != self.modules or [*values["_forward_hooks"]] != self.hooks:
             return False

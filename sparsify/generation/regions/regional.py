@@ -26,6 +26,7 @@ from sparsify.generation.regions.long_rows import LongRows
 from sparsify.generation.regions.narrowing import Narrowing
 from sparsify.generation.regions.running import Call, Handover
 from sparsify.generation.regions.shared import SharedLayers
+from sparsify.graph import compat
 from sparsify.graph.typed_torch import within_transform
 from sparsify.pipeline import WHOLE
 from sparsify.planning import unmatched
@@ -121,6 +122,11 @@ class RegionalModel:
             return self.model._call_impl(*args, **kwargs)
         if any(caches.keeps_past(kwargs.get(name)) for name in caches.CACHES):
             log.info("drafts over a cache that evicts run uncompiled")
+            return self.model._call_impl(*args, **kwargs)
+        if why := compat.captures_nothing():
+            if self.divided is not None:
+                raise UnsupportedError(f"a prompt is divided among processes, and nothing is compiled: {why}", where="context parallelism")
+            log.info("the model runs uncompiled: %s", why)
             return self.model._call_impl(*args, **kwargs)
         try:
             if self.divided is not None:

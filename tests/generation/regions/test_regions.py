@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import sparsify
@@ -382,6 +383,31 @@ def test_hooks_that_come_and_go_are_seen_by_whole_graphs(whole):
     for one, other in zip(results(), want, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
     assert not any(torch.allclose(one, want[-1], **CLOSE) for one in want[:-1])
+
+
+class Halved(TorchDispatchMode):
+    """Someone's, that changes what a model computes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 0.5 if func is torch.ops.aten.silu.default else result
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("within", [Halved, lambda: torch._dynamo.config.patch(disable=True)], ids=["mode", "disabled"])
+@torch.no_grad()
+def test_where_nothing_is_captured_the_model_runs_as_it_is_and_later_calls_compile(whole, within, caplog):
+    model, inputs = build("llama", layers=2), prompt(1, 12)
+    sparsify.compile(model, whole=whole, **DENSE)
+    with caplog.at_level("INFO", logger="sparsify"), api.collect_plans() as plans:
+        for scaling in (0.25, 0.5):  # before anything is compiled, and where that does not serve any more
+            model.model.layers[0].self_attn.scaling, before = scaling, len(plans)
+            with within():
+                assert torch.equal(model(**inputs).logits, model._call_impl(**inputs).logits)
+            assert len(plans) == before
+            torch.testing.assert_close(model(**inputs).logits, model._call_impl(**inputs).logits, **CLOSE)
+            assert len(plans) > before
+    assert sum("runs uncompiled" in one.message for one in caplog.records) == 2
 
 
 @torch.no_grad()
