@@ -49,10 +49,10 @@ class Decoder:
         self.graphs, self.shown = graphs, shown
         self.caches = KeptCaches()
         self.sessions: weakref.WeakKeyDictionary[Any, Sessions] = weakref.WeakKeyDictionary()
-        self.unserved = ""  # why no SparseCache serves this model
+        self.unserved, self.windows = "", False  # why no SparseCache serves this model; whether layers have sliding windows
         try:
             # before anything is compiled: it makes the model's attention sparsify's, which compiled code depends on
-            SparseCache(model.config, "full")
+            self.windows = any(layer.is_sliding for layer in SparseCache(model.config, "full").layers)
         except UnsupportedError as error:
             self.unserved = str(error)
 
@@ -74,6 +74,8 @@ class Decoder:
         reason = call.refusal(model, config, model_kwargs) or self.unserved
         if not reason and (model.training or dtypes != {model.dtype} or torch.is_autocast_enabled(model.device.type)):
             reason = "what dtype keys have is not known, or the model is in training mode"
+        if not reason and self.windows and _padded_behind_a_token(model_kwargs.get("attention_mask")):
+            reason = "there is padding behind a token, which the model's own caches count as part of its windows"
         if not reason:
             if regional.shares_prompts(model):  # each process has as much memory as its share of the prompt takes
                 return SparseCache(model.config, "full")
@@ -96,6 +98,11 @@ class Decoder:
         if not self.graphs or device.type != "cuda" or torch.is_autocast_enabled("cuda"):
             return Direct(function)
         return Recorded(function, CudaGraphs(device), failed)
+
+
+def _padded_behind_a_token(mask: Any) -> bool:
+    """Whether a row of a padding mask, [rows, columns], hides a column behind one that it shows."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, :-1].bool() & ~mask[:, 1:].bool()).any())
 
 
 class _Request:

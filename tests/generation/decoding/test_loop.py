@@ -639,6 +639,24 @@ def test_families(family, monkeypatch, calls):
     assert (len(calls), recorder.recorded) == ((2, 2) if family in SERVED else (0, 0))
 
 
+@pytest.mark.parametrize("family", ["mistral_window", "gemma3", "llama"])
+def test_padding_between_tokens_of_a_window(family, calls):
+    """Caches of transformers count it as part of the window, on the left of all tokens too where that makes no difference."""
+    model, other = installed(build(family)), build(family)
+    for start, stop in ((0, 5), (12, 15), (17, 20)):
+        mask = torch.ones(2, 20, dtype=torch.int64)
+        mask[1, start:stop] = 0
+        given = {
+            "input_ids": text(2, 20),
+            "attention_mask": mask,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            "eos_token_id": None,
+        }
+        same(run(model, **given), run(other, **given))
+    assert len(calls) == (3 if family == "llama" else 1)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.samples(1)
 def test_compiled(family, calls, monkeypatch):
