@@ -96,7 +96,7 @@ def make_plan(
     for site, place in zip(sites, places(sites) if at is None else at, strict=True):
         saved = _saved(place, saved_plan)
         candidates, measured = _candidates(site, place, config, saved), saved.measured if saved else []
-        by_head += [(method, heads) for method in candidates if method.by_head and (heads := _heads_of_model(site, context))]
+        by_head += [(method, heads) for method in candidates if method.by_head for heads in _heads_of_model(site, context)]
         try:
             choices.append(_choose(site, place, candidates, config, context, measured, regimes))
         except SparsifyError:
@@ -110,10 +110,13 @@ def make_plan(
     return Plan([c.decision for c in choices], device=context.device.describe()), choices
 
 
-def _heads_of_model(site: Site, context: Context) -> int:
-    """Query heads of a causal attention site, of all processes; 0 of another one, as a tower may have beside the decoder."""
+def _heads_of_model(site: Site, context: Context) -> set[int]:
+    """Query heads that a causal attention site may have in all processes; none of another one, as a tower may have beside the decoder."""
     local, mask = getattr(site, "query_heads", None), getattr(site, "mask", None)
-    return local * (1 if context.heads is None else context.heads.size) if isinstance(local, int) and getattr(mask, "causal", False) else 0
+    if not isinstance(local, int) or not getattr(mask, "causal", False):
+        return set()
+    # a layer may be divided otherwise than by heads: then its site has all of them
+    return {local} if context.heads is None else {local, local * context.heads.size}
 
 
 def _saved(place: Place, saved_plan: SavedPlan | None) -> Decision | None:

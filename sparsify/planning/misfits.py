@@ -42,7 +42,7 @@ def check_model(settings: Config, saved: SavedPlan | None, model_config: Any) ->
 
 
 def check_sites(asked: Iterable[tuple[Pass, int]]) -> None:
-    """Checks the options of methods that sites of one graph were asked for. asked: each with the site's number of query heads.
+    """Checks the options of methods that sites of one graph were asked for. asked: each with a number of query heads that a site may have.
 
     Raises:
         ConfigError: an option fits none of the sites.

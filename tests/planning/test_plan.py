@@ -13,6 +13,7 @@ from sparsify.costs import crossovers
 from sparsify.costs import device as hardware
 from sparsify.costs.device import Device
 from sparsify.costs.seconds import attention_seconds, expected_density
+from sparsify.distributed.shards import Shard
 from sparsify.errors import ConfigError, PlanError
 from sparsify.masks.predicate import MaskKind, MaskPredicate
 from sparsify.matching.sites import AttentionSite
@@ -128,6 +129,15 @@ def test_thresholds_per_head_must_fit_the_heads():
     assert plan_for(site(131072), xattention={"threshold": [0.9] * 32}).method == "xattention"
     with pytest.raises(ConfigError, match=r"xattention.threshold: 3 numbers for 32 query heads"):
         plan_for(site(131072), xattention={"threshold": [0.9] * 3})
+
+
+def test_layers_that_processes_divide_otherwise_than_by_heads_have_all_thresholds():
+    """Where others have a part of them; what fits neither is an error."""
+    part = Context(H200, "triton", heads=Shard(1, 2, ""))
+    for numbers in (64, 32):
+        assert plan_for(site(131072), part, xattention={"threshold": [0.9] * numbers}).method == "xattention"
+    with pytest.raises(ConfigError, match=r"xattention.threshold: 3 numbers for 32 or 64 query heads"):
+        plan_for(site(131072), part, xattention={"threshold": [0.9] * 3})
 
 
 def test_json_round_trip(tmp_path):
