@@ -71,6 +71,7 @@ def compile(
     _check_is_model(model, "sparsify.compile")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedError("the model is already wrapped by torch.compile", hint="pass the model itself")
+    _check_flags({"fullgraph": fullgraph, "whole": whole} | ({} if dynamic is None else {"dynamic": dynamic}), mesh)
     if "options" in options:
         raise ConfigError("unknown key", where="options", hint="give them one by one: sparsify.compile(model, passes=[...])")
     settings = config.load(options, mode=mode, method_models=registry.discover())
@@ -106,6 +107,15 @@ def _check_is_model(model: object, where: str) -> None:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UnsupportedError(f"{what} is no torch.nn.Module", where=where, hint="give the model that was loaded")
+
+
+def _check_flags(flags: Mapping[str, object], mesh: object) -> None:
+    """Raises ConfigError for what is no boolean, and for a mesh that is none."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"must be a boolean, not {value!r}", where=name)
+    if mesh is not None and not hasattr(mesh, "mesh_dim_names"):
+        raise ConfigError(f"must be a torch.distributed.device_mesh.DeviceMesh, not {mesh!r}", where="mesh")
 
 
 def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -64,6 +64,9 @@ def test_what_is_no_model_and_options_in_a_wrong_place():
                 call(given)
     with pytest.raises(ConfigError, match=r"options: unknown key \(give them one by one"):
         sparsify.compile(model, options={"passes": ["dense"]})
+    for name, value in (("whole", "no"), ("fullgraph", 1), ("dynamic", "yes"), ("mesh", 2)):
+        with pytest.raises(ConfigError, match=f"^{name}: must be a .*, not {value!r}$"):
+            sparsify.compile(model, **{name: value})
     for name in ("passes", "sink_window", "min_length"):  # which the model itself would take and leave aside
         with pytest.raises(ConfigError, match=f"^{name}: is an option, not an argument of the model"):
             sparsify.explain(model, input_ids=ids, **{name: ["dense"]})
