@@ -36,8 +36,9 @@ class SkipLayers(Pass):
         end = self.bypassed(self.warmup + self.length, site.count)
         if not end:
             return self.refuse(f"{self.most:.0%} of {site.count - self.first - self.last} layers is none")
-        every = range(site.count)
-        seconds = site.layer_seconds(context.device, every) - site.layer_seconds(context.device, end)
+        seconds = 0.0
+        if context.costs:
+            seconds = site.layer_seconds(context.device, range(site.count)) - site.layer_seconds(context.device, end)
         note = f"layers {end[0]} to {end[-1]} bypassed after {max(self.warmup, self.length)} tokens, none for {self.warmup}"
         return Proposal(self, sympy.Float(seconds), note=note)
 

@@ -91,7 +91,7 @@ class TokenSelect(Pass):
         if most <= self.sinks + self.window:
             what = f"{most} tokens leave none beside {self.sinks} sinks and a window of {self.window}"
             return self.refuse(what, f"keep more than {self.sinks + self.window}")
-        seconds = site.choosing_seconds(context.device, self.queries, most)
+        seconds = site.choosing_seconds(context.device, self.queries, most) if context.costs else 0.0
         words = (
             f"{most} of {site.longest} tokens"
             if self.mass is None

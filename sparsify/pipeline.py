@@ -396,6 +396,11 @@ def make_context(device: torch.device, config: Config) -> Context:
     return Context(hardware.describe(device), kernels, min_length, family, config.max_cost_ratio, obstacle=why)
 
 
+def context_of_call(device: torch.device, config: Config) -> Context:
+    """For methods that are asked at every call of a model: costs are wanted where a plan tells them, and take longer than all else."""
+    return dataclasses.replace(make_context(device, config), formulas=False, costs=collector.get() is not None)
+
+
 class _SiteFailed(Exception):
     """The rewriting of one site failed; `error` says why."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,7 +38,8 @@ class TokenSite:
         sizes = dataclasses.replace(self.attention, query_len=1)
         attention = float(seconds.attention_seconds(sizes, device, kernel="sdpa"))
         rows, dtype = int(sizes.batch), sizes.dtype
-        products = sum(float(seconds.linear_seconds(device, rows, *pair, dtype)) for layer in layers for pair in self.matrices[layer])
+        shapes = Counter(pair for layer in layers for pair in self.matrices[layer])  # layers are alike
+        products = sum(count * float(seconds.linear_seconds(device, rows, *pair, dtype)) for pair, count in shapes.items())
         return len(layers) * attention + products
 
 

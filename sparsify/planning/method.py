@@ -149,6 +149,7 @@ class Context:
     obstacle: why it is no faster one.
     max_cost_ratio: largest share of dense attention's time for a lossy method that acts by default.
     formulas: whether costs are wanted in letters too, which takes longer than all else.
+    costs: whether expected seconds are wanted where they decide nothing. A method that is asked at every call may leave them 0 where not.
     heads: which of the model's heads the sites have, where tensor parallelism divides them; None: all.
     sequence: name of the group of processes among which the text is divided, of which sites have a part; empty: they have all of it.
     tokens: of that text.
@@ -161,6 +162,7 @@ class Context:
     family: str = "triton"
     max_cost_ratio: float = crossovers.MAX_COST_RATIO
     formulas: bool = True
+    costs: bool = True
     obstacle: str = ""
     heads: Shard | None = None
     sequence: str = ""
@@ -391,7 +393,9 @@ class ImagePass(Pass):
         if self.fits(site.rows):
             return self.refuse(f"all {images} image tokens go on" if images else "the prompt has no image tokens")
         queries: int = getattr(self, "queries", 0)
-        seconds = site.choosing_seconds(context.device, queries, self.most(site.rows)) + self.ranking_seconds(site, context)
+        seconds = 0.0
+        if context.costs:
+            seconds = site.choosing_seconds(context.device, queries, self.most(site.rows)) + self.ranking_seconds(site, context)
         behind = f"behind layer {site.layer}" if site.layer >= 0 else "before the first layer"
         note = f"{self.images_kept(images)} of {images} image tokens go on {behind}, {site.count - 1 - site.layer} layers"
         return Proposal(self, sympy.Float(seconds), note=note)

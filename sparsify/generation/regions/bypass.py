@@ -116,6 +116,7 @@ class Bypass:
         self._structure = "prompts are divided among processes" if divided else narrowing.counting_places(self.text, self._end)
         self._of_token = Seen()  # of steps, which give layers the same every time; a recorded one shows nothing
         self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def look(self, hidden: Tensor, given: Mapping[str, Any]) -> None:
         """Called before the first layer of a call runs, with its arguments: looks at prompts, at the first token, and at the first call
@@ -134,14 +135,17 @@ class Bypass:
         for one in seen:
             one.of_call = of_call
         site = self._site(hidden)
-        answer = self.method.propose(site, dataclasses.replace(pipeline.make_context(hidden.device, self.config), formulas=False))
+        context = pipeline.context_of_call(hidden.device, self.config)
+        answer = self.method.propose(site, context)
         reason = self._structure or of_call
         if not reason and not isinstance(answer, Proposal):
             reason = answer.reason
         if reason:
             self._refuse(reason, asked=self.method != self.method.keep_all())
             return
-        device = pipeline.make_context(hidden.device, self.config).device
+        if not context.costs:
+            return
+        device = context.device
         decision = Decision(
             self.path, None, "decode", sizes(site, len(self._end)), "", self.method.name, self.method.options(), kind="token"
         )
@@ -204,16 +208,17 @@ class Bypass:
         if self.config.strict and asked:
             raise UnsupportedError(reason, where=self.method.name)
         refusal = str(self.method.refuse(reason))
-        if refusal not in self._told:
+        if refusal not in self._warned:
+            self._warned.add(refusal)
             log.warning("%s", refusal)
         self._tell(Decision(self.path, None, "decode", sizes(), "", None, reason="no method acts", refusals=[refusal], kind="token"))
 
     def _tell(self, decision: Decision, device: str = "") -> None:
-        """Records a decision, once for each reason."""
+        """Records a decision where plans are collected, once for each reason."""
         key = decision.reason + "".join(decision.refusals)
-        if key not in self._told and (plans := pipeline.collector.get()) is not None:
+        if (plans := pipeline.collector.get()) is not None and key not in self._told:
             plans.append(Plan([decision], device=device, serves=1))
-        self._told.add(key)
+            self._told.add(key)
 
     def _site(self, hidden: Tensor) -> TokenSite:
         batch, tokens, width = hidden.shape

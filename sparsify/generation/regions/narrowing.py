@@ -252,7 +252,7 @@ class Narrowing:
             images_in, end = _count_images(is_image)
             site = dataclasses.replace(site, rows=tuple(zip(lengths, images_in, strict=True)))
             run = hidden.shape[1] - end if is_token is None else None
-        context = dataclasses.replace(pipeline.make_context(hidden.device, self.config), formulas=False)
+        context = pipeline.context_of_call(hidden.device, self.config)
         answer = self.method.propose(site, context)
         rows: Any = longest if is_image is None else site.rows
         if not isinstance(answer, Proposal) and self.method.fits(rows):  # nothing is asked for that is not done
@@ -294,10 +294,11 @@ class Narrowing:
         return Decision(site.name, None if site.layer < 0 else site.layer, "prefill", sizes(site, kept), "", None)
 
     def _is_new(self, key: Any) -> bool:
-        """Whether nobody was told of this yet; from now on somebody was."""
-        known = key in self._told
+        """Whether plans are collected, and none says this yet; from now on one does."""
+        if pipeline.collector.get() is None or key in self._told:
+            return False
         self._told.add(key)
-        return not known
+        return True
 
     def _record(self, decision: Decision, reason: str) -> None:
         decision.kind, decision.reason = "stream", reason

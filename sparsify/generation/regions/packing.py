@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
@@ -36,7 +35,7 @@ from sparsify.generation.regions.packed import Layout, PaddedRows
 from sparsify.matching.padded import PaddedSite, count_matrices, sizes
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision
-from sparsify.planning.method import Pass, Proposal
+from sparsify.planning.method import Context, Pass, Proposal, Refusal
 from sparsify.planning.plan import Plan
 from sparsify.planning.registry import discover
 from sparsify.planning.saved_plan import SavedPlan
@@ -48,6 +47,7 @@ _required: contextvars.ContextVar[bool] = contextvars.ContextVar("sparsify_packi
 
 # what a claim about a layer is run over: columns of the longer of two texts, draws (experts may change between equal scores)
 _COLUMNS, _DRAWS = 12, 3
+_MOST_ANSWERS = 256  # shapes that a method's answer is remembered for
 
 
 @contextlib.contextmanager
@@ -98,6 +98,7 @@ class Packing:
         self._claims: dict[int, str] = {}  # why layers of a kind cannot be packed, empty where they can
         self._obstacle = ""  # seen in an earlier call, behind its first layer
         self._told: set[Any] = set()
+        self._answers: dict[Any, Proposal | Refusal] = {}
 
     def begin(self, hidden: Tensor, given: Mapping[str, Any], shows_rows: bool, narrowed: bool) -> PackedCall | None:
         """Called before the first layer of a call runs, with its arguments. None where the call is not packed.
@@ -131,8 +132,8 @@ class Packing:
         if not rows:
             return None
         site = self._site(hidden, lengths, rows, heads_dim, cache is not None)
-        context = dataclasses.replace(pipeline.make_context(hidden.device, self.config), formulas=False)
-        answer = method.propose(site, context)
+        context = pipeline.context_of_call(hidden.device, self.config)
+        answer = self._asked(method, site, context)
         if not isinstance(answer, Proposal):
             self._record(site, None, str(answer), answer.reason)
             return None
@@ -143,6 +144,17 @@ class Packing:
             decision.options, decision.seconds = method.options(), float(answer.seconds)
             decision.dense_seconds = site.layer_seconds(context.device, site.batch, site.columns)
         return PackedCall(self, method, Layout.of(is_token, starts, lengths, rows), mask, shows_rows)
+
+    def _asked(self, method: Any, site: PaddedSite, context: Context) -> Proposal | Refusal:
+        """What the method answers, asked once for each shape: here costs decide, and take milliseconds."""
+        key = method, site, context
+        answer = self._answers.get(key)
+        if answer is None:
+            answer = method.propose(site, context)
+            if len(self._answers) >= _MOST_ANSWERS:
+                self._answers.clear()
+            self._answers[key] = answer  # threads may ask at once, and answer alike
+        return answer
 
     def _method(self) -> Any:
         if not _required.get():
