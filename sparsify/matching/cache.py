@@ -54,6 +54,8 @@ def _site(index: int, store: fx.Node, readers: list[fx.Node], order: dict[fx.Nod
     single, empty = query_len == 1, call.empty is True
     stored_alone = empty and not single and not mine  # a prompt's attention is a site of its own
     near_miss = "" if len(mine) == 1 or stored_alone else f"{len(mine)} attentions read this layer's slots"
+    if near_miss and not mine:  # slots that processes share are read by ops of their own, whose results are joined
+        near_miss = "no single attention reads this layer's slots, as where processes share the text"
     output = mine[0] if len(mine) == 1 else store
     if single and not near_miss:
         near_miss = _find_obstacle(store, output, state, order)

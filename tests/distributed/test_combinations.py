@@ -34,12 +34,14 @@ def test_heads_and_prompts_divided_at_once(generated):
     for name, case in cases.items():  # each within the processes' patience
         for found in processes.run(4, context_parallel.both, "llama", {name: case}, (2, 2), {}):
             result, methods = found[name]
-            assert methods == want[name][1], name
+            # a token's step is one op where all slots are here
+            assert methods == [None if method == "kv_evict" else method for method in want[name][1]], name
             if generated:
                 assert torch.equal(result, want[name][0]), name
                 continue
             real = torch.ones(result.shape[:2], dtype=torch.bool) if case[1] is None else case[1].bool()
             torch.testing.assert_close(result[real], want[name][0][real], atol=3e-5, rtol=1e-4, msg=lambda t, name=name: f"{name}: {t}")
+    assert all(("kv_evict" in methods) is generated for _, methods in want.values())
     if not generated:
         assert all((want[f"{name} False"][0] - want["dense False"][0]).abs().max() > 1e-2 for name in METHODS if name != "dense")
 
