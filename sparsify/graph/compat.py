@@ -194,12 +194,11 @@ def captures_nothing() -> str:
     function's code any more in later calls, and raise where one graph is asked for."""
     if torch._dynamo.config.disable:
         return "torch._dynamo.config.disable is set"
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return ""
-    inlined = getattr(torch._dynamo.config, "inline_torch_dispatch_torch_compile", False)
-    named = "any_torch_dispatch_mode_on_stack" if inlined else "is_in_any_mode_without_ignore_compile_internals"
-    asked = getattr(_python_dispatch, named, lambda: True)
-    return "a torch dispatch mode is active" if asked() else ""
+    if torch._dynamo.config.inline_torch_dispatch_torch_compile:
+        active = _python_dispatch.any_torch_dispatch_mode_on_stack()
+    else:
+        active = _python_dispatch.is_in_any_mode_without_ignore_compile_internals()
+    return "a torch dispatch mode is active" if active else ""
 
 
 def asking_for_hooks(compiled: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
