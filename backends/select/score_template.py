@@ -187,9 +187,6 @@ def finish(acc, head, row_tile, col_tile, ${finish_arguments}):
     # makes NaN of what is not finite, so that `choose` keeps the whole row
     s = acc + acc * 0.0
 %end
-%if negative
-    s = -s
-%end
 %if key_flags or segments or window != "none"
     edge = True
 %elif causal

@@ -66,7 +66,6 @@ class SelectSpec:
     window: "none", "one" or "per_head" (a tensor; 0 = none for that head).
     rule: how blocks are chosen, a name in `sparsify.ops.selection.RULES`.
     wide: rows of key blocks do not fit in registers.
-    negative: the scale of the logits is below 0; `score` gets its size.
     importance: `choose` also stores importances, for tests.
     streamed: a tile of query cells stays while keys pass by (`stream_template`).
     grouped: the first of two stages: one list for all heads of a group.
@@ -92,7 +91,6 @@ class SelectSpec:
     rule: str = "tau"
     wide: bool = False
     importance: bool = False
-    negative: bool = False
     streamed: bool = False
     grouped: bool = False
     listed: bool = False
@@ -352,7 +350,6 @@ def _values(spec: SelectSpec) -> dict[str, Any]:
         "segments",
         "has_start",
         "importance",
-        "negative",
         "grouped",
         "streamed",
         "listed",

@@ -50,9 +50,6 @@ def tile_masses(acc, first, base, blocks, cols, rows, row_last, row_scale, key_s
     # makes NaN of what is not finite, so that `choose` keeps the whole row
     s = acc + acc * 0.0
 %end
-%if negative
-    s = -s
-%end
     if EDGE:
         if first >= edge:
             col_first = tl.where(cols < key_cells, ${"cols * STRIDE" if causal else "0"}, NEVER)

@@ -168,7 +168,6 @@ def kernel_spec(call: SelectCall, tiling: SelectTiling, fused_width: int) -> Sel
         segments=call.segments is not None,
         has_start=call.query_start is not None,
         rule=call.rule,
-        negative=call.scale < 0,
         wide=width > fused_width,
         min_share=call.min_share > 0,
     )
@@ -280,11 +279,13 @@ def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Itera
 
 def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """[batch, scored heads, query_len, head_dim] and [batch, kv_heads, key_len, head_dim] of a chunk, copied only where kernels need it:
-    to zero what is padding, to fill the last cell, or because of strides. Cells that are prepared are filled up by what prepares them."""
+    to zero what is padding, to fill the last cell, for a scale below 0, or because of strides. Cells that are prepared are filled up by what prepares them."""
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     queries = call.query[b0:b1, g0 * call.group : g1 * call.group]
     if call.estimate.group:
         queries = queries.unflatten(1, (g1 - g0, -1)).mean(2)
+    if call.scale < 0:  # kernels multiply by its size
+        queries = -queries
     real = _batch_rows(masks.real_queries(call), b0, b1)
     queries = _ready(queries, real, call.query_cells, call.span, call.stride, spec.estimate.prepared)
     if call.prepared_keys is not None:

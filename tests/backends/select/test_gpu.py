@@ -90,6 +90,48 @@ def test_a_second_stage_chooses_among_what_is_listed(length, label):
     assert all(map(torch.equal, stages.select_blocks(one)[:1], (counts,)))
 
 
+@pytest.mark.parametrize("two", [False, True], ids=["one stage", "two stages"])
+@pytest.mark.parametrize(
+    "dim, changes",
+    [
+        (64, {}),
+        (80, {}),
+        (96, {}),
+        (128, {}),
+        (256, {}),
+        (128, {"scale": -(128**-0.5)}),
+        (128, {"start": 2040}),
+        (80, {"scale": -0.1, "start": 2040}),
+    ],
+)
+def test_the_default_estimate_gives_the_reference_s_masses(dim, changes, two):
+    """Long rows, most tiles of which nothing is masked in; GPUs differ from the interpreter in how tiles lie in registers."""
+    from sparsify.backends.select import stages, streamed
+    from sparsify.backends.select import triton as triton_select
+
+    query, key = inputs(4780, dim=dim, peak=2.0)
+    options = {"scale": dim**-0.5, "stride": 8, "pool": "row", "estimate": "quad+int8+peak", "threshold": [0.8], "block_size": 128}
+    if "start" in changes:
+        options["query_start"] = torch.tensor([changes["start"]], device="cuda")
+    options |= {name: value for name, value in changes.items() if name != "start"}
+    one = call(query, key[:, :, :4645], **options, **({"refine_stride": 4, "coarse_threshold": 0.95} if two else {}))
+    fine = one.stages[1] if two else one
+    lists = one.empty_lists()
+    own = torch.zeros(1, 8, one.query_blocks, 128 // fine.span, one.key_blocks, device="cuda")
+    possible, forced = reference.candidates(fine)
+    if two:
+        listed = stages.two_stages(one, lists, own, triton_select.LIMITS)
+        possible = possible & reference.for_heads(block_lists.to_dense(*listed, one.key_blocks), one)
+    else:
+        stages.one_stage(one, streamed.spec_of(one, triton_select.LIMITS), lists, own, triton_select.LIMITS)
+    wanted = reference.importance(fine) * possible[:, :, :, None]
+    wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-30)
+    assert (own - wanted).abs().max() < 2e-2
+    got = block_lists.to_dense(*lists, one.key_blocks)
+    chosen = reference.choose(own, possible.expand_as(got), (forced & possible).expand_as(got), fine)
+    assert (got ^ chosen).sum() <= 2e-3 * chosen.sum() and chosen.sum() < possible.expand_as(got).sum()
+
+
 def test_a_captured_call_replays_on_new_values():
     from sparsify.backends.select import triton as triton_select
 
