@@ -279,8 +279,8 @@ def plan_chunks(call: SelectCall, spec: SelectSpec, scratch_bytes: int) -> Itera
 
 def chunk_operands(call: SelectCall, spec: SelectSpec, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """[batch, scored heads, query_len, head_dim] and [batch, kv_heads, key_len, head_dim] of a chunk, copied only where kernels need it:
-    to zero what is padding, to fill the last cell, for a scale below 0, or because of strides. Cells that are prepared are filled up by what
-    prepares them."""
+    to zero what is padding, to fill the last cell, for a scale below 0, or because of strides. Cells that are prepared are filled up by
+    what prepares them."""
     (b0, b1), (g0, g1) = chunk.batch, chunk.kv_heads
     queries = call.query[b0:b1, g0 * call.group : g1 * call.group]
     if call.estimate.group:
