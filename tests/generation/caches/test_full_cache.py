@@ -172,7 +172,8 @@ def test_too_many_tokens_in_compiled_code_are_told(llama):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("how", ["regions", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["regions", "whole"])
 @torch.no_grad()
 def test_a_later_turn_copies_no_keys(how):
     """Inductor writes into the very buffers, as long as nothing reads what they held once the store has run."""

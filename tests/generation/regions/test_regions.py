@@ -357,7 +357,7 @@ def test_hooks_of_layers_and_hooks_inside_of_them():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_hooks_that_come_and_go_are_seen_by_whole_graphs(whole):
     """torch's guards ask for no hooks where there were none; regions are captured whole for hooks inside of a layer."""
     model, inputs = build("llama", layers=2), prompt(1, 12)
@@ -393,7 +393,7 @@ class Halved(TorchDispatchMode):
         return result * 0.5 if func is torch.ops.aten.silu.default else result
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("within", [Halved, lambda: torch._dynamo.config.patch(disable=True)], ids=["mode", "disabled"])
 @torch.no_grad()
 def test_where_nothing_is_captured_the_model_runs_as_it_is_and_later_calls_compile(whole, within, caplog):
@@ -411,7 +411,7 @@ def test_where_nothing_is_captured_the_model_runs_as_it_is_and_later_calls_compi
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compiled", [1, 2])
+@pytest.mark.parametrize("compiled", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_more_forms_of_a_layer_than_torch_keeps(compiled):
     """At a call's first layer, which starts again as a whole, and behind it."""
     model, inputs = build("llama", layers=3), prompt(1, 12)

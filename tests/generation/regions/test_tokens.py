@@ -234,6 +234,7 @@ def test_hooks_beside_the_layers_are_called_whenever_they_came():
     assert [plan.capture for plan in plans].count(tokens.CAPTURE) == 1 and model._compiled_call_impl.reason == ""
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_more_forms_of_a_token_than_torch_keeps(caplog):
     model = build("llama", layers=2)
