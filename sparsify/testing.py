@@ -333,10 +333,11 @@ def settings(options: Mapping[str, Any] | None, keep_all: bool) -> Generator[dic
     names = {*found.passes, *found.methods} & models.keys()
     chosen = found.as_options() | {name: kept(name, found.methods.get(name, {})) for name in names}
     chosen |= {"min_length": 0, "objective": None, "max_error": None}
-    if found.objective is not None:  # under which order says nothing
-        chosen["passes"] = sorted(found.passes, key=lambda name: not models[name].lossy)
+    # under an objective order says nothing
+    ordered = lambda passes: list(passes) if found.objective is None else sorted(passes, key=lambda name: not models[name].lossy)
+    chosen["passes"] = ordered(found.passes)
     chosen["rules"] = [
-        {"layers": list(rule.layers), "method": list(rule.method)}
+        {"layers": list(rule.layers), "method": ordered(rule.method)}
         | {name: kept(name, {**found.methods.get(name, {}), **rule.options.get(name, {})}) for name in rule.method}
         for rule in found.rules
     ]

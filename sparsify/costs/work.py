@@ -261,7 +261,7 @@ def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Es
         share: of the causal blocks that are scored at all: those that an earlier, coarser stage lists.
     """
     small = stride // estimate.merge * sizes.qk_head_dim <= STREAMED_CELL
-    streamed = pool == "row" and estimate.int8 and small and not _too_long(sizes.key_len, block)
+    streamed = pool == "row" and estimate.int8 and not estimate.group and small and not _too_long(sizes.key_len, block)
     return _selection(sizes, stride, block, estimate, pool, share, streamed)
 
 
@@ -290,8 +290,9 @@ def selections(
         return (selection(sizes, refine_stride or stride, block, estimate, pool),)
     if listed is None:
         listed = smallest(1, LISTED * share)
-    first = _selection(sizes, stride, block, estimate, pool, 1, True)
-    second = _selection(sizes, refine_stride, block, estimate, pool, listed, True)
+    # of 16 bits nothing was measured where keys pass by: the other kernels' products stand in
+    first = _selection(sizes, stride, block, estimate, pool, 1, estimate.int8)
+    second = _selection(sizes, refine_stride, block, estimate, pool, listed, estimate.int8)
     # cells are made once for both stages, but for those of every second query cell, which are others
     return first, second if estimate.half else dataclasses.replace(second, prepare=_ZERO, passes=0)
 

@@ -17,7 +17,7 @@ from sparsify.planning.method import Pass
 from sparsify.planning.registry import discover
 from sparsify.planning.saved_plan import SavedPlan
 
-_HEADS = re.compile(r"(^|_)n?_?heads?$")
+_HEADS = re.compile(r"(^|_)n?_?heads?(_per_layer)?$")
 
 
 def check_model(settings: Config, saved: SavedPlan | None, model_config: Any) -> None:

@@ -344,3 +344,13 @@ def test_streamed_selections_cost_what_others_do_where_a_profile_knows_no_better
     families = {name: found for name, found in shipped.families.items() if name != "select/streamed"}
     device = Device.from_profile("cuda", shipped.model_copy(update={"families": families}))
     assert device.coefficients("select/streamed") == shipped.families["select"]
+
+
+@pytest.mark.parametrize("refine_stride", [0, 4])
+@pytest.mark.parametrize("pool", ["max", "row"])
+def test_no_selection_is_expected_to_multiply_for_nothing(pool, refine_stride):
+    """Of whatever estimate and in how many stages, also where nobody measured them: products take the device's time for them at least."""
+    for estimate in EXAMPLES if pool == "max" and not refine_stride else [one for one in EXAMPLES if not one.group]:
+        works = work.selections(prompt(131072), 8, 128, estimate, pool, refine_stride, 0.04)
+        floor = sum(one.flops / H200.matrix_flops(torch.bfloat16) + one.flops8 / (2 * H200.matrix_flops(torch.bfloat16)) for one in works)
+        assert float(seconds.seconds(works, H200)) >= 0.9 * float(floor), estimate
