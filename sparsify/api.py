@@ -90,7 +90,7 @@ def compile(
     # the function and not its name, which torch only knows where the distribution is installed
     model.compile(backend=backend.sparsify, options=options or None, dynamic=dynamic, fullgraph=fullgraph)
     if model._compiled_call_impl is not None:
-        model._compiled_call_impl = compat.asking_for_hooks(model._compiled_call_impl, model._call_impl)
+        model._compiled_call_impl = compat.asking_for_hooks(model._compiled_call_impl, model._call_impl, settings.strict or fullgraph)
     if not whole and "transformers" in sys.modules:
         _regions().install(model, settings, options, dynamic, text)
     elif "transformers" in sys.modules:

@@ -74,14 +74,13 @@ _KNOWN = {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "
 def _settings(options: dict[str, Any], module: nn.Module) -> str:
     """The configuration in effect, as JSON."""
     from sparsify.errors import ConfigError
-    from sparsify.planning import misfits, registry
+    from sparsify.planning import registry
     from sparsify.planning.config import config
 
     settings = config.load({**options, "lower": "eager", "compile_ahead": False}, method_models=registry.discover())
     if settings.rules or settings.plan:
         what = "rules" if settings.rules else "plan"
         raise ConfigError(f"{what} name layers, which attention by itself does not know", where=NAME, hint="use sparsify.compile(model)")
-    misfits.check_model(settings, None, getattr(module, "config", None))
     return json.dumps(settings.as_options(), sort_keys=True, default=str)
 
 

@@ -25,6 +25,8 @@ from torch._guards import TracingContext
 from torch.fx import _symbolic_trace
 from torch.utils import _python_dispatch
 
+from sparsify.errors import UnsupportedError
+
 log = logging.getLogger(__name__)
 
 # operators as which torch 2.14 traces attributes that are views
@@ -201,16 +203,36 @@ def captures_nothing() -> str:
     return "a torch dispatch mode is active" if active else ""
 
 
-def asking_for_hooks(compiled: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def told_uncompiled(why: str, strict: bool) -> None:
+    """Says that a model runs as it is for a reason of `captures_nothing`: a warning at the reason's first call.
+
+    Raises:
+        UnsupportedError: under `strict`.
+    """
+    if strict:
+        raise UnsupportedError(f"nothing is compiled: {why}", where="strict", hint="strict = false runs the model as it is")
+    log.log(logging.INFO if why in _told else logging.WARNING, "the model runs uncompiled: %s", why)
+    _told.add(why)
+
+
+_told: set[str] = set()
+
+
+def asking_for_hooks(compiled: Callable[..., Any], function: Callable[..., Any], strict: bool) -> Callable[..., Any]:
     """The same as `compiled`, with guards that modules without hooks still have none. torch leaves these out: code that was compiled before
-    a hook was registered would never call it. function: what was compiled, to be called where nothing can be captured."""
+    a hook was registered would never call it.
+
+    Args:
+        function: what was compiled, to be called where nothing can be captured.
+        strict: that is an UnsupportedError instead.
+    """
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # by somebody else, with guards of theirs
             return compiled(*args, **kwargs)
         if why := captures_nothing():
-            log.info("the model runs uncompiled: %s", why)
+            told_uncompiled(why, strict)
             return function(*args, **kwargs)
         with _held(torch._dynamo.config, skip_nnmodule_hook_guards=False):
             return compiled(*args, **kwargs)

@@ -30,7 +30,7 @@ def model_state(model: Any) -> Any:
                 found.append(name)
                 for key, hook in value.items():  # no two hooks get one key, but an object may get the place of one that is gone
                     found += (key, *_identity(hook))
-            elif name not in _NN and name != "generate":
+            elif name not in _NN and name not in _OWN:
                 found.append(name)
                 found += _described(value, seen)
     found += _described(model.config, seen)
@@ -57,6 +57,8 @@ def hooked(model: nn.Module) -> str:
 
 def _is_library(hook: Any) -> bool:
     named = getattr(hook, "func", hook)  # what a partial is of
+    if (owner := getattr(named, "__self__", None)) is not None:  # a method of a user's class may be torch's to call
+        named = type(owner)
     return (getattr(named, "__module__", None) or type(named).__module__).partition(".")[0] in ("torch", "transformers")
 
 
@@ -101,4 +103,6 @@ _PLAIN = (bool, int, float, str, type(None))
 _TENSORS = ("_parameters", "_buffers")
 # dictionaries of hooks, by what a module calls them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# what `generate()` writes: itself, and numbers of a prompt that a token with positions does not read
+_OWN = ("generate", "rope_deltas")
 _NN = frozenset(vars(nn.Module())) - {*_TENSORS, *_HOOKS}

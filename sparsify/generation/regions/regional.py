@@ -126,7 +126,7 @@ class RegionalModel:
         if why := compat.captures_nothing():
             if self.divided is not None:
                 raise UnsupportedError(f"a prompt is divided among processes, and nothing is compiled: {why}", where="context parallelism")
-            log.info("the model runs uncompiled: %s", why)
+            compat.told_uncompiled(why, self.shared.config.strict)
             return self.model._call_impl(*args, **kwargs)
         try:
             if self.divided is not None:

@@ -31,7 +31,7 @@ from sparsify.generation import compat, generate
 from sparsify.generation.caches import kept as kept_caches
 from sparsify.generation.caches.kept import KeptCaches
 from sparsify.generation.decoding import loop, runner
-from sparsify.generation.decoding.model_state import hooked
+from sparsify.generation.decoding.model_state import hooked, model_state
 from sparsify.generation.decoding.runner import Recorded
 from tests.support.cache_reference import left_padded, text
 from tests.support.harness import holding
@@ -676,3 +676,25 @@ def test_compiled(family, calls, monkeypatch):
         assert [runner.unread for runner in runners] == [NEW - 3, NEW - 3]
     finally:
         torch._dynamo.reset()
+
+
+def test_a_method_of_a_module_s_own_class_is_no_hook_of_torch(llama):
+    class Counting(torch.nn.Module):
+        def forward(self, *given):
+            return None
+
+    with_hook = copy.deepcopy(llama)
+    with_hook.model.layers[1].mlp.register_forward_hook(Counting().__call__)
+    assert hooked(with_hook) == "model.layers.1.mlp has hooks"
+
+
+def test_a_new_prompt_s_positions_leave_a_step_as_it_is(llama):
+    """Models that see write `rope_deltas` at every prompt; other tensors that are replaced may be read by a recorded step."""
+    model = copy.deepcopy(llama)
+    model.model.rope_deltas, model.model.bias = torch.zeros(1, 1), torch.zeros(1, 1)
+    before = model_state(model)
+    kept = model.model.rope_deltas, model.model.bias
+    model.model.rope_deltas = torch.zeros(1, 1)
+    assert model_state(model) == before
+    model.model.bias = torch.zeros(1, 1)
+    assert model_state(model) != before and len(kept) == 2

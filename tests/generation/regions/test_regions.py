@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import sparsify
 from sparsify import SparseCache, api
-from sparsify.errors import ConfigError
+from sparsify.errors import ConfigError, UnsupportedError
 from sparsify.generation.regions.regional import RegionalModel
 from sparsify.planning.plan import Plan
 from tests.support.cases import every
@@ -398,7 +398,7 @@ class Halved(TorchDispatchMode):
 @torch.no_grad()
 def test_where_nothing_is_captured_the_model_runs_as_it_is_and_later_calls_compile(whole, within, caplog):
     model, inputs = build("llama", layers=2), prompt(1, 12)
-    sparsify.compile(model, whole=whole, **DENSE)
+    sparsify.compile(model, whole=whole, **{**DENSE, "strict": False})
     with caplog.at_level("INFO", logger="sparsify"), api.collect_plans() as plans:
         for scaling in (0.25, 0.5):  # before anything is compiled, and where that does not serve any more
             model.model.layers[0].self_attn.scaling, before = scaling, len(plans)
@@ -408,6 +408,18 @@ def test_where_nothing_is_captured_the_model_runs_as_it_is_and_later_calls_compi
             torch.testing.assert_close(model(**inputs).logits, model._call_impl(**inputs).logits, **CLOSE)
             assert len(plans) > before
     assert sum("runs uncompiled" in one.message for one in caplog.records) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True])
+def test_where_nothing_is_captured_strict_raises(whole):
+    model, inputs = build("llama", layers=2), prompt(1, 12)
+    sparsify.compile(model, whole=whole, **DENSE)
+    with (
+        torch._dynamo.config.patch(disable=True),
+        pytest.raises(UnsupportedError, match=r"nothing is compiled: .*disable is set"),
+    ):
+        model(**inputs)
 
 
 @torch.no_grad()
