@@ -25,8 +25,7 @@ from sparsify.planning.choose import named_methods
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
 from sparsify.planning.plan import Plan
-from sparsify.planning.provenance import Provenance
-from sparsify.planning.saved_plan import load_saved_plan
+from sparsify.planning.saved_plan import SavedPlan, load_saved_plan
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -136,11 +135,11 @@ def _table(options: object) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", options)
 
 
-def check_settings(model: nn.Module, settings: config.Config) -> Provenance | None:
+def check_settings(model: nn.Module, settings: config.Config) -> SavedPlan | None:
     """Checks settings and their plan file against the model that they are for.
 
     Returns:
-        which model the plan file was made for; None without one.
+        the plan of the file; None without one.
 
     Raises:
         ConfigError: an option for one head or layer fits none of the model's.
@@ -149,8 +148,17 @@ def check_settings(model: nn.Module, settings: config.Config) -> Provenance | No
     saved = load_saved_plan(settings.plan)
     if saved is not None:
         provenance.check_model(saved.plan.provenance, model, saved.where)
-    misfits.check_model(settings, saved, getattr(model, "config", None))
-    return None if saved is None else saved.plan.provenance
+    misfits.check_model(settings, saved, getattr(provenance.unwrapped(model), "config", None))
+    return saved
+
+
+def name_model(plan: Plan, model: nn.Module, followed: SavedPlan | None) -> None:
+    """Says in a plan which model it was made for, and how what it followed was calibrated."""
+    plan.provenance = provenance.provenance_of(model)
+    if followed is not None:
+        plan.calibration = followed.plan.calibration
+        if followed.plan.provenance is not None:  # the weights that were measured with, not those that the model has now
+            plan.provenance.weights = followed.plan.provenance.weights
 
 
 def _shard_of_text(mesh: DeviceMesh, whole: bool, settings: config.Config) -> Shard:
@@ -223,7 +231,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         call = forward if "transformers" not in sys.modules else _regions().captured_like(model, settings, forward)
         call(*args, **inputs)
     merged, methods = _merged(plans), registry.discover()
-    merged.provenance = provenance.provenance_of(model, measured=followed is not None and bool(followed.weights))
+    name_model(merged, model, followed)
     selecting = [
         (label, decision)
         for label, decision in zip(labels(merged.decisions), merged.decisions, strict=True)

@@ -31,7 +31,7 @@ from sparsify.planning import registry
 from sparsify.planning.config import config
 from sparsify.planning.decision import labels
 from sparsify.planning.plan import Plan
-from sparsify.planning.provenance import provenance_of
+from sparsify.planning.saved_plan import SavedPlan
 from sparsify.rewriting.verify import TOLERANCE
 
 _ROWS = 512  # rows compared at once: a vocabulary of 128K in float32 is 0.5 MB a row
@@ -163,10 +163,10 @@ def compare(
         UnsupportedError: the model returns neither logits nor a tensor; or, with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    api.check_settings(model, config.load(options, method_models=registry.discover()))
+    followed = api.check_settings(model, config.load(options, method_models=registry.discover()))
     with settings(options, keep_all) as chosen:
         eager = _logits(model.forward(**_clone_inputs(inputs)))
-        return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph, keep_all)
+        return _compare_with_eager(eager, model, inputs, chosen, tolerance, fullgraph, keep_all, followed)
 
 
 def _compare_with_eager(
@@ -177,6 +177,7 @@ def _compare_with_eager(
     tolerance: float | None,
     fullgraph: bool = False,
     keep_all: bool = False,
+    followed: SavedPlan | None = None,
 ) -> Comparison:
     with (
         isolated.compiled(model.forward, _backend(options), fullgraph=fullgraph) as forward,
@@ -188,7 +189,7 @@ def _compare_with_eager(
     measured = _difference(eager, compiled, visible_rows(eager, inputs.get("attention_mask")))
     density = sum(s.density for s in selections) / len(selections) if selections else None
     kept = _kept(plans, options) if keep_all else None
-    return Comparison(**measured, bound=bound, density=density, plan=merge_plans(plans, model), kept=kept)
+    return Comparison(**measured, bound=bound, density=density, plan=merge_plans(plans, model, None if keep_all else followed), kept=kept)
 
 
 def _kept(plans: list[Plan], options: Mapping[str, Any]) -> int:
@@ -230,7 +231,7 @@ def compare_tokens(
         UnsupportedError: with `keep_all` under `strict`, no site ran a lossy method.
     """
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    api.check_settings(model, config.load(options, method_models=registry.discover()))
+    followed = api.check_settings(model, config.load(options, method_models=registry.discover()))
     prompt_len = inputs["input_ids"].shape[1]
     call = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
     # transformers' own loop and cache for both, whatever `sparsify.compile` put there
@@ -248,7 +249,7 @@ def compare_tokens(
             _kept(plans, chosen)
     finally:
         model._compiled_call_impl = before
-    return Tokens(eager, compiled, merge_plans(plans, model))
+    return Tokens(eager, compiled, merge_plans(plans, model, None if keep_all else followed))
 
 
 def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -256,11 +257,13 @@ def _backend(options: Mapping[str, Any]) -> Callable[..., Any]:
     return lambda gm, example_inputs: pipeline.compile_graph(gm, example_inputs, loaded, loaded)
 
 
-def merge_plans(plans: list[Plan], model: nn.Module | None = None) -> Plan:
-    """One plan with the decisions of several graphs. model: whose these are."""
+def merge_plans(plans: list[Plan], model: nn.Module | None = None, followed: SavedPlan | None = None) -> Plan:
+    """One plan with the decisions of several graphs. model: whose these are. followed: the plan file that decided."""
     fallback = "; ".join(dict.fromkeys(p.fallback for p in plans if p.fallback))
-    made_for = None if model is None else provenance_of(model)
-    return Plan([d for plan in plans for d in plan.decisions], fallback=fallback, provenance=made_for)
+    merged = Plan([d for plan in plans for d in plan.decisions], fallback=fallback)
+    if model is not None:
+        api.name_model(merged, model, followed)
+    return merged
 
 
 def visible_rows(logits: Tensor, attention_mask: Any) -> Tensor:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -97,7 +97,7 @@ class Plan:
                 raise ConfigError("must be a table")
             if data.get("format", FORMAT) != FORMAT:
                 raise PlanError(f"plan of format {data['format']!r}", where=where, hint=f"this version reads format {FORMAT}")
-            file = config.validate(_File, data, "")
+            file = config.validate(_File, _split(data), "")
             for i, decision in enumerate(file.decisions):
                 for j, one in enumerate(decision.measured):
                     config.validate(_Measured, one, "", f"decisions[{i}].measured[{j}]")
@@ -165,6 +165,16 @@ _NUMBERS = re.compile(r"\[\s+(-?[\d.eE+-]+(?:,\s+-?[\d.eE+-]+)*)\s+\]")
 def _compact(text: str) -> str:
     """JSON with every list of numbers on one line, so that one line of a difference is one layer's option."""
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+
+
+def _split(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A file's table as it is written now: before, `provenance` was how a plan was calibrated and a digest of the model, which changed with
+    how that runs and is not compared any more."""
+    found = data.get("provenance")
+    if not is_table(found) or "text" not in found or "calibration" in data:
+        return data
+    calibration = {key: value for key, value in found.items() if key not in ("model", "model_type", "versions")}
+    return {**data, "provenance": {"model_type": found.get("model_type")}, "calibration": calibration}
 
 
 def _no_number(text: str) -> NoReturn:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sparsify.errors import PlanError
 from sparsify.graph.typed_torch import as_floats
@@ -140,6 +141,16 @@ def model_digest(model: nn.Module) -> str:
     return state.hexdigest()
 
 
+def unwrapped(model: Any) -> Any:
+    """The module inside those that torch.compile, DataParallel and DistributedDataParallel make, in any order."""
+    inner = model
+    while inner is not None:
+        model, inner = inner, getattr(inner, "_orig_mod", None)
+        if inner is None and issubclass(type(model), (DataParallel, DistributedDataParallel)):
+            inner = model.module
+    return model
+
+
 def model_kind(model: nn.Module) -> str:
     """A model's type as its configuration names it, else its class."""
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -154,12 +165,13 @@ def other_model(digest: str, kind: str, model: nn.Module) -> str:
 
 
 def provenance_of(model: nn.Module, measured: bool = False) -> Provenance:
-    """Of a plan that is made for a model. measured: what the plan says was measured with the model's weights."""
+    """Of a plan that is made for a model, or for what wraps it. measured: what the plan says was measured with the model's weights."""
+    model = unwrapped(model)
     return Provenance(model_kind(model), _structure(model), _some_weights(model) if measured else {})
 
 
 def check_model(found: Provenance | None, model: nn.Module, where: str) -> None:
-    """Checks that a plan was made for a model, as far as can be told; warns where its weights are others of the same origin.
+    """Checks that a plan was made for a model, wrapped or not, as far as one can tell; warns where weights are others of the same origin.
 
     The structure is compared where both configurations know it, and weights where both have them in one piece and as numbers: neither how a
     model runs (dtype, device, attention implementation, tensor parallelism) nor weights as codes make it another one.
@@ -173,6 +185,7 @@ def check_model(found: Provenance | None, model: nn.Module, where: str) -> None:
     """
     if found is None:
         return
+    model = unwrapped(model)
     kind, structure = model_kind(model), _structure(model)
     other = "" if kind == found.model_type else f"this is a {kind}"
     for name in found.structure.keys() & structure.keys() if not other else ():
@@ -223,14 +236,13 @@ def _numbers(weight: torch.Tensor) -> list[float]:
 
 @torch.no_grad()
 def _some_weights(model: nn.Module) -> dict[str, Weight]:
-    plain = [(name, weight) for name, weight in model.named_parameters() if _is_plain(weight)]
-    step = max(1.0, (len(plain) - 1) / (_WEIGHTS - 1))
-    found: dict[str, Weight] = {}
-    for name, weight in dict(plain[round(i * step)] for i in range(min(len(plain), _WEIGHTS))).items():
-        numbers = _numbers(weight)
-        if all(map(math.isfinite, numbers)):
-            found[name] = Weight(list(weight.shape), [float(f"{number:.5g}") for number in numbers])
-    return found
+    found: list[tuple[str, Weight]] = []
+    for name, weight in model.named_parameters():
+        numbers = _numbers(weight) if _is_plain(weight) else []
+        if any(numbers) and all(map(math.isfinite, numbers)):  # zeros, as biases begin, have no relative difference
+            found.append((name, Weight(list(weight.shape), [float(f"{number:.5g}") for number in numbers])))
+    step = max(1.0, (len(found) - 1) / (_WEIGHTS - 1))
+    return dict(found[round(i * step)] for i in range(min(len(found), _WEIGHTS)))
 
 
 @torch.no_grad()
@@ -239,7 +251,8 @@ def _distance(known: dict[str, Weight], model: nn.Module) -> float:
     weights, squares = dict(model.named_parameters()), list[float]()
     for name, one in known.items():
         weight = weights.get(name)
-        if weight is not None and list(weight.shape) == one.shape and _is_plain(weight):
-            off, size = math.dist(_numbers(weight), one.numbers), math.hypot(*one.numbers)
-            squares.append(4.0 if not off <= 2 * size else (off / size) ** 2 if size else 0.0)  # NaN is not near anything
+        size = math.hypot(*one.numbers)
+        if size and weight is not None and list(weight.shape) == one.shape and _is_plain(weight):
+            off = math.dist(_numbers(weight), one.numbers)
+            squares.append((off / size) ** 2 if off <= 2 * size else 4.0)  # NaN is not near anything
     return math.sqrt(sum(squares) / max(1, len(squares)))

@@ -9,12 +9,13 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn import DataParallel
 
 import sparsify
 from sparsify.errors import PlanError
 from sparsify.planning.plan import Plan
-from sparsify.planning.provenance import Calibration, Provenance, Weight, check_model, provenance_of
-from sparsify.testing import compare
+from sparsify.planning.provenance import Calibration, Provenance, Weight, check_model, provenance_of, unwrapped
+from sparsify.testing import compare, compare_tokens
 
 pytest.importorskip("transformers")
 
@@ -38,11 +39,32 @@ def test_a_round_trip():
     assert {"torch", "sparsify", "transformers", "ops"} >= Plan().versions.keys() >= {"torch", "transformers", "ops"}
 
 
+OLD = """{
+ "format": 1, "decisions": [], "versions": {"torch": "2.11.0", "ops": "1"}, "fallback": "", "device": "", "capture": "", "serves": 0,
+ "min_length": 4096,
+ "provenance": {
+  "model": "m", "model_type": "llama", "text": "t", "settings": "s", "lengths": [256, 512], "pieces": [1, 2], "seed": 3,
+  "budget": {"density": 0.1}, "at": 512, "target": "H200", "seconds": 1e-3, "dense_seconds": 2e-3, "density": 0.1,
+  "errors": {"256": 0.01, "512": 0.02}, "gap": 0.0, "versions": {"torch": "2"}, "last": 16, "losses": {"512": 0.03}, "lost": 0.02
+ },
+ "beside": {}
+}"""
+
+
+def test_one_that_was_calibrated_before_plans_named_their_model_is_read():
+    plan = Plan.from_json(OLD)
+    assert plan.provenance == Provenance("llama") and plan.min_length == 4096
+    assert plan.calibration == dataclasses.replace(MADE, last=16, losses={"512": 0.03}, lost=0.02)
+    assert Plan.from_json(plan.to_json()) == plan
+    first = OLD.replace(', "last": 16, "losses": {"512": 0.03}, "lost": 0.02', "")  # as the first ones were
+    assert first != OLD and Plan.from_json(first).calibration == MADE
+
+
 @pytest.mark.parametrize("wrong", ['"seed": "3"', '"seed": 3, "more": 1'])
-def test_it_is_read_as_strictly_as_the_rest(wrong):
-    text = Plan(calibration=MADE).to_json().replace('"seed": 3', wrong)
+@pytest.mark.parametrize("text", [Plan(calibration=MADE).to_json(), OLD], ids=["now", "before"])
+def test_it_is_read_as_strictly_as_the_rest(text, wrong):
     with pytest.raises(PlanError, match="not a plan file"):
-        Plan.from_json(text)
+        Plan.from_json(text.replace('"seed": 3', wrong))
     assert dataclasses.asdict(MADE)["seed"] == 3
 
 
@@ -80,10 +102,24 @@ def test_every_plan_names_its_model(llama, tmp_path):
             sparsify.explain(other, input_ids=ids, options=options)
         with pytest.raises(PlanError, match=what):
             compare(other, ids, options=options)
-    plan.provenance.weights = provenance_of(llama, measured=True).weights
+
+
+@torch.no_grad()
+def test_a_calibrated_plan_that_was_followed_says_again_what_was_measured(llama, tmp_path):
+    ids, options = torch.randint(3, 100, (1, 20)), {"plan": str(tmp_path / "plan.json"), "lower": "eager"}
+    plan = sparsify.explain(llama, input_ids=ids, use_cache=False, options={"passes": ["dense"]})
+    plan.provenance, plan.calibration = provenance_of(llama, measured=True), MADE
     plan.save(tmp_path / "plan.json")
-    again = sparsify.explain(llama, input_ids=ids, use_cache=False, options=options)
-    assert again.provenance == plan.provenance  # it says again what was measured
+    rounded = copy.deepcopy(llama).to(torch.bfloat16)  # near enough, with other numbers
+    assert provenance_of(rounded, measured=True) != plan.provenance
+    for again in (
+        sparsify.explain(rounded, input_ids=ids, use_cache=False, options=options),
+        compare(rounded, {"input_ids": ids, "use_cache": False}, options=options).plan,
+        compare_tokens(rounded, ids, options=options, max_new_tokens=2).plan,
+    ):
+        assert (again.provenance, again.calibration) == (plan.provenance, MADE)
+    kept = compare(rounded, {"input_ids": ids, "use_cache": False}, options=options, keep_all=True).plan  # other options decide
+    assert not kept.provenance.weights and kept.calibration is None
 
 
 def warnings_of(found, model, caplog):
@@ -113,6 +149,38 @@ def test_weights_count_where_they_were_measured_with(llama, caplog):
             weight.mul_(1 + 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     (message,) = warnings_of(measured, further, caplog)
     assert message.startswith("plan.json: the plan was calibrated on weights that differ by 0.0")
+
+
+@pytest.mark.parametrize("name", ["bias", "lora_B"])
+def test_weights_that_begin_as_zeros_say_nothing(name, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(30)))
+    for layer in model:
+        setattr(layer, name, nn.Parameter(torch.zeros(64)))
+    found = provenance_of(model, measured=True)
+    assert len(found.weights) == 30 and all(known.endswith(".weight") for known in found.weights)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in trained:
+            getattr(layer, name).normal_(0, 0.01)
+    found.weights |= {f"{i}.{name}": Weight([64], [0.0] * 16) for i in range(30)}  # as plans held them
+    assert not warnings_of(found, trained, caplog)
+    with torch.no_grad():
+        trained[3].weight.normal_(0, 1)
+    with pytest.raises(PlanError, match="other weights"):
+        check_model(found, trained, "plan.json")
+
+
+@pytest.mark.parametrize(
+    "wrap", [DataParallel, torch.compile, lambda m: torch.compile(DataParallel(m)), lambda m: DataParallel(torch.compile(m))]
+)
+def test_what_wraps_a_model_is_the_same_model(llama, wrap, caplog):
+    found = provenance_of(llama, measured=True)
+    assert unwrapped(wrap(llama)) is llama and unwrapped(llama) is llama and unwrapped(None) is None
+    assert provenance_of(wrap(llama), measured=True) == found
+    assert not warnings_of(found, wrap(llama), caplog)
+    with pytest.raises(PlanError, match="this llama has other weights"):
+        check_model(found, wrap(other_weights(llama)), "plan.json")
 
 
 def in_codes(model, dtype):

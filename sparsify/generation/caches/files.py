@@ -18,7 +18,7 @@ from sparsify.generation.caches.layer import SparseLayer
 from sparsify.generation.caches.tensor_files import TensorFile
 from sparsify.ops import quantised
 from sparsify.ops.pages import Pages
-from sparsify.planning.provenance import model_digest, model_kind, other_model
+from sparsify.planning.provenance import model_digest, model_kind, other_model, unwrapped
 from sparsify.policies import Layout
 
 # raised with every change that an older sparsify would misread
@@ -127,7 +127,7 @@ def write(path: Path, layers: list[SparseLayer], how: How, model: Any) -> None:
                 logits=layer.logits if layer.every else None,
             )
         )
-    model = _unwrapped(model)
+    model = unwrapped(model)
     header = Header(
         format=FORMAT,
         model=model_digest(model),
@@ -169,7 +169,7 @@ def read_header(path: Path, model: Any) -> tuple[Header, TensorFile]:
     if header.format != FORMAT and (header.format != _OLDER or header.codes == "int4"):
         what = f"format {header.format} is not read{' where it has 4-bit codes' if header.format == _OLDER else ''}, but {FORMAT}"
         raise CacheError(what, where=str(path), hint="save the cache anew")
-    if what := other_model(header.model, header.model_type, _unwrapped(model)):
+    if what := other_model(header.model, header.model_type, unwrapped(model)):
         hint = "its keys mean nothing to another model: compute the prompt again"
         raise CacheError(f"the cache was saved for another model: for a {header.model_type}, and {what}", where=str(path), hint=hint)
     return header, file
@@ -273,8 +273,3 @@ def _check_shapes(saved: dict[str, tuple[int, ...]], slots: int, where: str) -> 
     for name, shape in wanted.items():
         if saved[name] != shape:
             raise CacheError(f"{name} is {saved[name]}, not {shape}", where=where)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The module that torch.compile was given."""
-    return getattr(model, "_orig_mod", model)

@@ -39,8 +39,8 @@ model.compile(backend="sparsify", options={"passes": ["dense"], "xattention": {"
 `sparsify config` prints what is in effect, `-o xattention.stride=16` changes one value of any command. Unknown keys, wrong types and
 impossible values are errors that name the place and the nearest valid name. Values are not converted: `"8"`, `8.0` and `true` are not
 integers. Relative paths start at the file that holds them, in `options` at the working folder. torch takes `mode` or `options` but not
-both; `options={"mode": ...}` gives both. Where a list gives one number per query head, `sparsify.compile` compares its length with the
-model's heads.
+both; `options={"mode": ...}` gives both. A list of one number per query head whose length fits no layer of the
+model is an error of `sparsify.compile`, `explain` and `compare`; plain torch.compile compares it with the heads of each graph.
 
 ```toml
 passes = ["xattention", "dense"]
