@@ -356,12 +356,15 @@ def test_prompts_after_the_first_predict_nothing_anew(monkeypatch):
     linear_seconds = seconds.linear_seconds
     monkeypatch.setattr(seconds, "linear_seconds", lambda *given: predicted.append(given) or linear_seconds(*given))
     compiled, prompt = narrowed(made()), text(1, 80)
-    with torch.no_grad():
+    with torch.no_grad(), api.collect_plans():
         compiled(**prompt)
         first, shapes = len(predicted), len(set(predicted))
         compiled(**prompt)
     assert 0 < first == shapes  # layers are alike: none is predicted twice
     assert len(predicted) == first
+    with torch.no_grad():
+        compiled(**text(1, 90))
+    assert len(predicted) == first, "where no plan asks, nothing is predicted"
 
 
 def test_without_options_a_model_stays():

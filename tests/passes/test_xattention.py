@@ -126,7 +126,8 @@ def test_cheaper_estimates_cost_less_in_proposals():
     seconds = {estimate: float(proposal(XAttention(estimate=estimate)).seconds.subs(at)) for estimate in ESTIMATES}
     exact = seconds.pop(())
     assert all(value < exact for value in seconds.values()), seconds
-    assert min(seconds, key=seconds.get) == ("half", "group", "int8")
+    # what a group shares is not scored by the kernels that keys pass by
+    assert min(seconds, key=seconds.get) == ("half", "pair", "int8")
     assert proposal(XAttention(estimate=("group",))).min_key_len <= proposal().min_key_len
 
 
