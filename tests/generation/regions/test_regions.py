@@ -58,7 +58,7 @@ def rewritten(plans: list[Plan]) -> set[tuple[int, int]]:
 # --- one region for all layers, whatever the sizes ---
 
 
-@pytest.mark.parametrize("layers", [12, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [pytest.param(12, marks=pytest.mark.slow), 2])
 @torch.no_grad()
 def test_the_regions_are_the_same_for_few_and_many_layers_and_for_all_lengths(layers):
     model = build("llama", layers=layers)
