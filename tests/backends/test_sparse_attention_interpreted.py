@@ -51,7 +51,9 @@ def call(tensors, **changes):
     return SparseAttentionCall.bind(*tensors, **{**base, **changes})
 
 
-@pytest.mark.parametrize("changes", [{}, {"estimate": "group+int8", "density": 0.3}], ids=["threshold", "group"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"estimate": "group+int8", "density": 0.3}, marks=pytest.mark.slow)], ids=["threshold", "group"]
+)
 def test_parts_give_the_same_bits_in_the_memory_foretold(monkeypatch, uncounted_interpreter, changes):
     each = scratch.list_bytes(LENGTH, LENGTH, BLOCK)
     one = call(operands(), **changes)

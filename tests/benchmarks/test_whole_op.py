@@ -70,6 +70,7 @@ def test_cells_compare_estimates_at_one_density_and_densities_at_one_estimate():
     assert {cell.target for cell in found if (cell.stride, cell.pool) != run.MAIN} == {0.07}
 
 
+@pytest.mark.slow
 def test_a_run_on_the_cpu_leaves_records_from_which_table_and_plot_are_made(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "DENSITIES", (0.3, 0.5))
     monkeypatch.setattr(run, "ESTIMATES", ((16, "max+half+int8"),))

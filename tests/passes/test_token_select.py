@@ -107,7 +107,7 @@ def test_a_prompt_tokens_and_a_second_turn(kind):
     assert all(d.method == "dense" for d in sites if d.phase == "prefill") and len(sites) >= LAYERS
 
 
-@pytest.mark.parametrize("how", ["compiled", "uncompiled"])
+@pytest.mark.parametrize("how", [pytest.param("compiled", marks=pytest.mark.slow), "uncompiled"])
 @torch.no_grad()
 def test_a_call_with_one_mask_for_all_layers_is_refused(how):
     """Layers of an ordinary cache hold different numbers of keys; a single token needs no mask."""

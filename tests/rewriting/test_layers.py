@@ -191,6 +191,7 @@ def test_models_give_eager_results(cached):
         torch.testing.assert_close(got.logits, model(**calls[0]).logits)
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_gives_every_layer_the_same_piece(monkeypatch):
     """Each layer's keys and values have sizes of their own, and the names of these come in another order in each layer."""
     import torch._inductor.compile_fx as inductor

@@ -95,6 +95,7 @@ def test_a_scale_of_zero_sees_all_alike(changes):
     compare(*inputs(140), tiling=BANDS, **changes)
 
 
+@pytest.mark.slow
 def test_small_bands_of_several_heads_and_chunks():
     query, key = inputs(700, 700, batch=2, heads=4, kv_heads=2)
     one = call(query, key)
@@ -191,7 +192,7 @@ def test_a_group_shares_one_estimate():
     [
         {"key_flags": flags(), "threshold": [0.5, 0.9]},
         {"density": 0.5, "pool": "sum"},
-        {"key_flags": flags(), "threshold": [0.2, 0.5], "pool": "row"},
+        pytest.param({"key_flags": flags(), "threshold": [0.2, 0.5], "pool": "row"}, marks=pytest.mark.slow),
         {"key_flags": flags(), "threshold": [0.2, 0.5], "pool": "row", "min_share": 0.2},
     ],
     ids=["taus", "density", "row", "least share"],
@@ -555,7 +556,7 @@ def test_a_second_stage_refuses_what_it_does_not_know():
             stages.select_blocks(call(*inputs(), **options, **changes))
 
 
-@pytest.mark.parametrize("estimate, dim", [("pair+int8+peak", 32), ("quad", 40), ("int8", 40)])
+@pytest.mark.parametrize("estimate, dim", [("pair+int8+peak", 32), pytest.param("quad", 40, marks=pytest.mark.slow), ("int8", 40)])
 @pytest.mark.parametrize("tiling", [TMA, POINTERS], ids=["tma", "pointers"])
 def test_keys_that_were_prepared(tiling, estimate, dim):
     query, key = inputs(260, heads=4, kv_heads=2, dim=dim)
