@@ -48,6 +48,14 @@ def no_logged_deprecation():
     assert not handler.found
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing is compiled before a test, and nothing of it is left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def nothing_unforeseen(request):
     """An exception that costs a user one site is a failure here, except in tests that ask for it."""

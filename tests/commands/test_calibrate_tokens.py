@@ -26,12 +26,7 @@ IDS = torch.randint(3, VOCAB, (1, 700), generator=torch.Generator().manual_seed(
 METHOD = TokenSelect(window=12, sinks=2, queries=6, kernel=3)
 ASKED = search.Asked(METHOD, LENGTH, (30, 60), 2, cue=8, answer=6, seed=0, budget=1e9)
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,7 @@ LENGTH = 80
 SELECT = {"layer": 1, "heads": [0, 3], "keep": 40, "window": 12, "sinks": 2, "queries": 6, "kernel": 3}
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture

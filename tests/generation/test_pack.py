@@ -18,12 +18,7 @@ from tests.support.tiny_models import EAGER_ONLY, VOCAB, build, spread_weights
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 LENGTHS = (20, 1, 33, 9)
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def made(family: str = "llama"):

@@ -19,12 +19,7 @@ from tests.support.tiny_models import VOCAB, build, spread_weights
 SELECT = {"layer": 1, "heads": [0, 3], "keep": 40, "queries": 6, "sinks": 2, "kernel": 3}
 DEMO = Path(__file__).parents[2] / "benchmarks" / "models" / "demo"
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, select=SELECT, **options):

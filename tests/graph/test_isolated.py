@@ -29,11 +29,7 @@ def llama():
     return build("llama", layers=1)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def graphs(model, ids=IDS) -> int:

@@ -20,12 +20,7 @@ CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 OPTIONS = {"fastv": {"layer": 1, "queries": 3, "keep": 0.25}, "divprune": {"keep": 0.25}}
 PROMPT = 60
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, name, options=None, **more):

@@ -30,12 +30,7 @@ LAYERS, PROMPT, NEW = 5, 20, 7
 SKIP = {"first": 1, "last": 2, "most": 1.0, "warmup": 1, "length": 4}
 HOW = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,7 @@ LAYERS, LAYER, HEADS = 4, 1, (0, 3)
 SELECT = {"layer": LAYER, "heads": list(HEADS), "keep": 40, "window": 12, "sinks": 2, "queries": 6, "kernel": 3}
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def made(family: str = "llama", **more) -> torch.nn.Module:

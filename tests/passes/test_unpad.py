@@ -31,12 +31,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 LENGTHS = (20, 1, 33, 9)
 ALWAYS = {"when": "always"}
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def made(family: str = "llama", **more) -> nn.Module:

@@ -11,12 +11,7 @@ from tests.support.tiny_models import VOCAB, build
 
 SPARSE = {"strict": True, "lower": "eager", "min_length": 0, "xattention": {"block": 64, "threshold": 0.1}}
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -30,12 +30,7 @@ IDS = torch.randint(3, VOCAB, (2, LENGTH), generator=torch.Generator().manual_se
 CPU = torch.device("cpu")
 MATRICES = (((64, 64), (64, 128), (128, 64)),) * 8
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture

@@ -22,12 +22,7 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 DENSE = strict(passes=["dense"])
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def prompt(batch: int, length: int, seed: int = 0, padding: int = 0) -> dict[str, torch.Tensor]:

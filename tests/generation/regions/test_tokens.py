@@ -25,12 +25,9 @@ INDUCTOR = config.load({}, method_models=registry.discover())
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def fresh(monkeypatch, fresh_dynamo):
     """Tests leave Inductor out, for which alone such graphs are made."""
     monkeypatch.setattr(tokens, "pays", lambda found, settings: True)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def captures(plans) -> list[tuple[str, int]]:

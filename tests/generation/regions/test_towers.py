@@ -19,12 +19,7 @@ from tests.support.image_selection import build, prompt, with_tokens
 
 LENGTH = 30
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def tower_sites(plans):
