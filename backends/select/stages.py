@@ -14,8 +14,9 @@ from sparsify.backends.select import streamed, triton
 from sparsify.backends.select.source import SelectSpec, SelectTiling
 from sparsify.backends.select.triton import LIMITS, Chunk, Limits
 from sparsify.errors import UnsupportedError
-from sparsify.ops.limits import STREAMED_CELL
+from sparsify.ops import block_lists
 from sparsify.ops.selection import SelectCall
+from sparsify.ops.streaming import faster
 
 _WHERE = "sparsify::select_blocks"
 
@@ -37,7 +38,7 @@ def select_blocks(call: SelectCall, *, limits: Limits = LIMITS) -> streamed.List
 
 def streaming(call: SelectCall, limits: Limits, tiling: SelectTiling | None = None) -> SelectSpec | None:
     """The kernels that keep query cells while keys pass by, where those are the faster ones for a call of one stage."""
-    if call.pool != "row" or not call.estimate.int8 or streamed.cell_bytes(call) > STREAMED_CELL:
+    if not faster(call.pool, call.estimate, call.stride, call.query.shape[3]):
         return None
     try:
         return streamed.spec_of(call, limits, tiling)
@@ -107,10 +108,10 @@ def _keep_everything(call: SelectCall, lists: streamed.Lists) -> None:
     (counts, indices), thresholds, device = lists, call.thresholds, call.device
     if isinstance(thresholds, tuple) and max(thresholds) < 1:
         return
-    last = torch.arange(1, call.query_blocks + 1, device=device, dtype=torch.int32) * call.block_size
-    last = last.clamp(max=call.query_len) - 1 + call.start
-    seen = (last // call.block_size + 1).clamp(0, call.key_blocks) if call.causal else torch.full_like(last, call.key_blocks)
-    seen, every = seen.to(counts.dtype), torch.arange(call.key_blocks, device=device, dtype=indices.dtype)
+    every = torch.arange(call.key_blocks, device=device, dtype=indices.dtype)
+    seen = torch.full((call.query_blocks,), call.key_blocks, device=device, dtype=counts.dtype)
+    if call.causal:
+        seen.copy_(block_lists.causal_blocks(call.query_len, call.key_len, call.start, call.block_size, device=device))
     if isinstance(thresholds, tuple):
         whole = [head for head, threshold in enumerate(thresholds * (call.heads // len(thresholds))) if threshold >= 1]
         for head in whole:

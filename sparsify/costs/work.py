@@ -22,9 +22,9 @@ from sparsify.costs.device import Device
 from sparsify.costs.sizes import AttentionSizes, Size
 from sparsify.ops import quantised
 from sparsify.ops.estimate import EXACT, Estimate, Pool
-from sparsify.ops.limits import STREAMED_CELL, cdiv, score_tile
+from sparsify.ops.limits import cdiv, score_tile
 from sparsify.ops.pages import GROUP, Clusters, Pages
-from sparsify.ops.streaming import too_long
+from sparsify.ops.streaming import faster, too_long
 
 TILE = 128  # query rows of a tile and keys of a block, in every attention kernel that the model knows
 # kernels before prepared cells are multiplied: over queries and over keys, and before 8 bits the keys' mean (a sum, a quotient, a check)
@@ -260,8 +260,7 @@ def selection(sizes: AttentionSizes, stride: int, block: int = 128, estimate: Es
         pool: how a query block's cells are combined.
         share: of the causal blocks that are scored at all: those that an earlier, coarser stage lists.
     """
-    small = stride // estimate.merge * sizes.qk_head_dim <= STREAMED_CELL
-    streamed = pool == "row" and estimate.int8 and not estimate.group and small and not _too_long(sizes.key_len, block)
+    streamed = faster(pool, estimate, stride, sizes.qk_head_dim) and not estimate.group and not _too_long(sizes.key_len, block)
     return _selection(sizes, stride, block, estimate, pool, share, streamed)
 
 

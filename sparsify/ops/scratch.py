@@ -14,8 +14,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from sparsify.ops.estimate import EXACT, Estimate, Pool
-from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, STREAMED_CELL, WIDEST_ROW, cdiv
-from sparsify.ops.streaming import too_long
+from sparsify.ops.limits import SCORE_TILE, SCORE_TILE_INT8, WIDEST_ROW, cdiv
+from sparsify.ops.streaming import faster, too_long
 
 LIST_BYTES = 9 << 26  # a group of four heads at a million tokens, counts included
 SUM_BYTES = 5 << 27  # 32 heads at 128K tokens and stride 16
@@ -192,8 +192,7 @@ def scratch_bytes(
     sizes = _Sizes(rows, owners, served // owners, query_len, key_len, head_dim, block, estimate, item_bytes)
     if refine_stride:
         return lists + rows * owners * each + sizes.streamed(stride, refine_stride)
-    small = stride // estimate.merge * head_dim <= STREAMED_CELL
-    if pool == "row" and estimate.int8 and small and not shared and not long:
+    if faster(pool, estimate, stride, head_dim) and not shared and not long:
         return lists + sizes.streamed(stride)
     return lists + sizes.passed_over(stride, heads // kv_heads)
 

@@ -1,9 +1,12 @@
-"""What the selection kernels whose query cells stay while keys pass by do not serve, and so what two stages cannot: said once, for methods
-while a graph is made, for a call while it runs, and for the kernels."""
+"""What the selection kernels whose query cells stay while keys pass by are for, and what they do not serve, and so what two stages cannot:
+said once, for methods while a graph is made, for a call while it runs, for the kernels and for their costs."""
 
 from __future__ import annotations
 
-from sparsify.ops.limits import LEAST_LISTED_CELLS, WIDEST_ROW
+from typing import Any
+
+from sparsify.ops.estimate import Estimate
+from sparsify.ops.limits import LEAST_LISTED_CELLS, STREAMED_CELL, WIDEST_ROW
 
 
 def too_long(key_blocks: int, widest: int | None = None) -> bool:
@@ -13,6 +16,12 @@ def too_long(key_blocks: int, widest: int | None = None) -> bool:
         widest: as many as a kernel serves; None: `WIDEST_ROW`.
     """
     return key_blocks > (WIDEST_ROW if widest is None else widest)
+
+
+def faster(pool: str, estimate: Estimate, stride: int, head_dim: Any) -> bool:
+    """Whether these kernels are the faster ones of one stage, where nothing speaks against them: under the row rule, of small cells in 8
+    bits. head_dim: may be a formula."""
+    return pool == "row" and estimate.int8 and stride // estimate.merge * head_dim <= STREAMED_CELL
 
 
 def obstacles(
