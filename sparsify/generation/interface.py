@@ -61,9 +61,7 @@ def attend(
     for operand, dims in ((query, (0, 2)), (key, (0, 2)), (value, (0, 2)), (attention_mask, (0, 2, 3))):
         if operand is not None:
             torch._dynamo.maybe_mark_dynamic(operand, dims)
-    output = _made(_settings(options, module), shape)(
-        query, key, value, attention_mask, repr(call.get("scaling")), causal, shape[0] != shape[1]
-    )
+    output = _made(_settings(options), shape)(query, key, value, attention_mask, repr(call.get("scaling")), causal, shape[0] != shape[1])
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -71,7 +69,7 @@ def attend(
 _KNOWN = {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions"}
 
 
-def _settings(options: dict[str, Any], module: nn.Module) -> str:
+def _settings(options: dict[str, Any]) -> str:
     """The configuration in effect, as JSON."""
     from sparsify.errors import ConfigError
     from sparsify.planning import registry

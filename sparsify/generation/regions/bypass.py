@@ -23,13 +23,12 @@ from sparsify import pipeline
 from sparsify.costs.sizes import AttentionSizes
 from sparsify.errors import UnsupportedError
 from sparsify.generation.caches.sparse_cache import SparseCache
-from sparsify.generation.regions import caches, left_out, narrowing, prompts
+from sparsify.generation.regions import caches, left_out, narrowing, prompts, telling
 from sparsify.generation.regions.layers import Layer
 from sparsify.matching.token import TokenSite, sizes
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision
 from sparsify.planning.method import Proposal
-from sparsify.planning.plan import Plan
 from sparsify.planning.registry import discover
 from sparsify.planning.saved_plan import SavedPlan
 
@@ -216,9 +215,8 @@ class Bypass:
     def _tell(self, decision: Decision, device: str = "") -> None:
         """Records a decision where plans are collected, once for each reason."""
         key = decision.reason + "".join(decision.refusals)
-        if (plans := pipeline.collector.get()) is not None and key not in self._told:
-            plans.append(Plan([decision], device=device, serves=1))
-            self._told.add(key)
+        if telling.is_new(self._told, key):
+            telling.tell(decision, device)
 
     def _site(self, hidden: Tensor) -> TokenSite:
         batch, tokens, width = hidden.shape

@@ -27,7 +27,7 @@ from sparsify.costs.sizes import AttentionSizes
 from sparsify.distributed import collectives
 from sparsify.distributed.shards import Shard
 from sparsify.errors import UnsupportedError
-from sparsify.generation.regions import following, images, left_out, prompts
+from sparsify.generation.regions import following, images, left_out, prompts, telling
 from sparsify.generation.regions.caches import CACHES
 from sparsify.generation.regions.layers import Layer
 from sparsify.generation.regions.masks import PostponedMask
@@ -38,7 +38,6 @@ from sparsify.planning.choose import named_methods
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision
 from sparsify.planning.method import ImagePass, Pass, Proposal
-from sparsify.planning.plan import Plan
 from sparsify.planning.saved_plan import SavedPlan
 
 log = logging.getLogger(__name__)
@@ -117,12 +116,9 @@ def refuse(config: Config, method: Pass, reason: str, hint: str = "", path: str 
         raise UnsupportedError(reason, where=method.name, hint=hint)
     refusal = str(method.refuse(reason, hint))
     log.warning("%s", refusal)
-    _record(Decision(path, layer_number(path), "prefill", sizes(), "", None, reason="no method acts", refusals=[refusal], kind="stream"))
-
-
-def _record(decision: Decision, device: str = "") -> None:
-    if (plans := pipeline.collector.get()) is not None:
-        plans.append(Plan([decision], device=device, serves=1))
+    telling.tell(
+        Decision(path, layer_number(path), "prefill", sizes(), "", None, reason="no method acts", refusals=[refusal], kind="stream")
+    )
 
 
 def counting_places(text: Any, numbers: Iterable[int], windows: Iterable[int] = ()) -> str:
@@ -256,7 +252,7 @@ class Narrowing:
         answer = self.method.propose(site, context)
         rows: Any = longest if is_image is None else site.rows
         if not isinstance(answer, Proposal) and self.method.fits(rows):  # nothing is asked for that is not done
-            if self._is_new("fits"):
+            if telling.is_new(self._told, "fits"):
                 self._record(self._decision(site, longest), answer.reason)
             return None
         if reason := self.obstacle or self._trouble(hidden, given, cache):
@@ -278,7 +274,7 @@ class Narrowing:
     def tell(self, site: StreamSite, proposal: Proposal, kept: int) -> None:
         """Records that a call was narrowed, once for each number of tokens. Later layers' sites count as they run, over fewer rows: what
         they are spared counts here."""
-        if not self._is_new((site.batch, site.tokens, kept)):
+        if not telling.is_new(self._told, (site.batch, site.tokens, kept)):
             return
         spared = site.later_seconds(self._device, site.tokens) - site.later_seconds(self._device, kept)
         if self.method.mode == "prompt":  # the layers up to the one that chooses read what was chosen, too
@@ -293,16 +289,9 @@ class Narrowing:
         """That nothing is left out, of a stream of which so many tokens go on."""
         return Decision(site.name, None if site.layer < 0 else site.layer, "prefill", sizes(site, kept), "", None)
 
-    def _is_new(self, key: Any) -> bool:
-        """Whether plans are collected, and none says this yet; from now on one does."""
-        if pipeline.collector.get() is None or key in self._told:
-            return False
-        self._told.add(key)
-        return True
-
     def _record(self, decision: Decision, reason: str) -> None:
         decision.kind, decision.reason = "stream", reason
-        _record(decision, self._device.describe())
+        telling.tell(decision, self._device.describe())
 
     def _site(self, hidden: Tensor, longest: int) -> StreamSite:
         (batch, tokens, width), before = hidden.shape, isinstance(self.method, ImagePass) and self.layer < 0

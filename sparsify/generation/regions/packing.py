@@ -27,7 +27,7 @@ from sparsify.errors import UnsupportedError
 from sparsify.generation import compat
 from sparsify.generation.caches import attention as cache_attention
 from sparsify.generation.caches.layer import SparseLayer
-from sparsify.generation.regions import bins, claims, masks, prompts
+from sparsify.generation.regions import bins, claims, masks, prompts, telling
 from sparsify.generation.regions.caches import CACHES
 from sparsify.generation.regions.layers import Layer
 from sparsify.generation.regions.masks import PostponedMask, Recipe
@@ -36,7 +36,6 @@ from sparsify.matching.padded import PaddedSite, count_matrices, sizes
 from sparsify.planning.config.config import Config
 from sparsify.planning.decision import Decision
 from sparsify.planning.method import Context, Pass, Proposal, Refusal
-from sparsify.planning.plan import Plan
 from sparsify.planning.registry import discover
 from sparsify.planning.saved_plan import SavedPlan
 
@@ -194,13 +193,11 @@ class Packing:
     def _record(self, site: PaddedSite | None, method: Any, refusal: str, reason: str) -> Decision | None:
         """The decision as plans show it, once for each; None where it was told already."""
         key = reason, refusal, tuple(sizes(site).items())
-        plans = pipeline.collector.get()
-        if plans is None or key in self._told:
+        if not telling.is_new(self._told, key):
             return None
-        self._told.add(key)
         decision = Decision(self.path, None, "prefill", sizes(site), "", method and method.name, reason=reason, kind="batch")
         decision.refusals = [refusal] if refusal else []
-        plans.append(Plan([decision], serves=1))
+        telling.tell(decision)
         return decision
 
     def _site(
